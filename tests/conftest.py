@@ -1,0 +1,46 @@
+"""What the tests share: the folder of golden files and real data beside the checkout, and how programs are run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no folder `shared` with golden files and real data beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session", params=["dit_latent_small", "dit_pixel_patch4"])
+def golden(request, shared) -> dict[str, np.ndarray]:
+    return dict(np.load(shared / "golden" / f"{request.param}.npz"))
+
+
+def run_program(*args, devices: int = 1, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+    """Runs `python ARGS...` in the checkout on `devices` virtual CPU devices; output captured as text."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **kwargs.pop("env", {})}
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **kwargs)
+    if check:
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done

@@ -1,0 +1,93 @@
+"""The device mesh, where each array lives on it, and the feed from host batches to devices.
+
+One axis, `data`, over every device of every process. Batches are split over it. Parameters, their average and the
+optimizer state are replicated (`dp`) or split as well (`fsdp`); XLA inserts the collectives (arXiv:2105.04663).
+"""
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from utils.errors import UserError
+
+
+def initialize_processes(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the processes of one run, before any device is touched; does nothing for a run of one process."""
+    if coordinator_address is None:
+        if num_processes or process_id is not None:
+            raise UserError("--num_processes and --process_id need --coordinator_address host:port")
+        return
+    if coordinator_address == "auto":
+        jax.distributed.initialize()
+        return
+    if num_processes is None or process_id is None:
+        raise UserError(f"--coordinator_address={coordinator_address} needs --num_processes and --process_id")
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+
+
+def make_mesh() -> Mesh:
+    """A mesh with one axis, `data`, over all devices of all processes."""
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def state_sharding(state: PyTree, mesh: Mesh, mode: str) -> PyTree:
+    """A sharding for each leaf of a train state (arrays or shapes): all replicated for `mode` 'dp'; for 'fsdp' each
+    leaf is split along its longest axis that the device count divides, and replicated where there is none."""
+
+    def split(leaf):
+        axes = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
+        if mode == "dp" or not axes:
+            return replicated(mesh)
+        longest = max(axes, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+
+    return jax.tree.map(split, state)
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """Shapes, types and placements of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def to_devices(batch: PyTree, mesh: Mesh) -> PyTree:
+    """Global arrays split over `data`, from each process's own rows (numpy, first axis = batch)."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def spread(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The global array whose value, the same on every process, is `rows`, split over `data`."""
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), rows.__getitem__)
+
+
+def gather(x: jax.Array) -> np.ndarray:
+    """The whole of a global array as numpy, on every process."""
+    return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
+
+
+def feed(batches: Iterator[PyTree], mesh: Mesh, ahead: int = 2) -> Iterator[tuple[PyTree, Any]]:
+    """(batch on the devices, position of `batches` just after it), transfers running `ahead` batches in front.
+
+    `batches` has `get_state()`; pairing each batch with its position keeps a checkpoint exact although the iterator
+    itself is already further on.
+    """
+    queue = collections.deque()
+    while True:
+        while len(queue) <= ahead:
+            batch = next(batches)
+            queue.append((to_devices(batch, mesh), batches.get_state()))
+        yield queue.popleft()

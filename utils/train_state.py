@@ -1,0 +1,48 @@
+"""What a run carries from step to step: step count, parameters, their moving average, optimizer state, random key."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key, PyTree
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """`step` counts finished steps; `key` never changes: step i draws from fold_in(key, i)."""
+
+    step: Int[Array, ""]
+    params: PyTree
+    ema_params: PyTree
+    opt_state: PyTree
+    key: Key[Array, ""]
+
+
+def make_optimizer(lr: float, beta1: float, beta2: float) -> optax.GradientTransformation:
+    """Adam (arXiv:1412.6980) as the recipe has it: constant rate, no decay, warm-up or clipping."""
+    return optax.adam(lr, b1=beta1, b2=beta2)
+
+
+def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
+    """A state at step 0 whose moving average starts as the parameters themselves (a copy: the state is donated)."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        key=key,
+    )
+
+
+def update_ema(ema_params: PyTree, params: PyTree, ema_decay: float) -> PyTree:
+    """Exponential moving average: decay * ema + (1 - decay) * params, of the parameters just updated."""
+    return jax.tree.map(lambda ema, new: ema_decay * ema + (1 - ema_decay) * new, ema_params, params)
+
+
+def apply_gradients(
+    state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, ema_decay: float
+) -> tuple[TrainState, PyTree]:
+    """(state one step on, the parameter updates that were added)."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = update_ema(state.ema_params, params, ema_decay)
+    return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), updates
