@@ -1,0 +1,261 @@
+"""The Fréchet distance against closed forms and scipy.linalg.sqrtm; streamed statistics against numpy; files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+
+from utils.errors import UserError
+from utils.fid import FeatureStatistics, frechet_distance, load_statistics, save_statistics
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+CIFAR10_STATISTICS = SHARED / "data" / "cifar10_train_stats_pytorch_fid.npz"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def random_rotation(size: int, rng: np.random.Generator) -> np.ndarray:
+    return scipy.stats.ortho_group.rvs(size, random_state=rng)
+
+
+def random_covariance(size: int, rng: np.random.Generator, rank: int | None = None) -> np.ndarray:
+    """Positive semi-definite of the given rank, eigenvalues spread over four decades as those of real features are."""
+    factor = random_rotation(size, rng)[:, : rank or size]
+    return factor * 10 ** rng.uniform(-3, 1, rank or size) @ factor.T
+
+
+def stream(features: np.ndarray, *sizes: int) -> FeatureStatistics:
+    statistics = FeatureStatistics()
+    for part in np.split(features, np.cumsum(sizes)):
+        statistics.update(part)
+    return statistics
+
+
+# In one dimension the distance is (mu_1 - mu_2)^2 + (s_1 - s_2)^2.
+@pytest.mark.parametrize(("mean", "deviation"), [(0, 1), (3, 1), (0, 5), (-2, 0), (1e3, 1e-3)])
+def test_distance_in_one_dimension(mean, deviation):
+    distance = frechet_distance(np.array([1.0]), np.array([[4.0]]), np.array([mean]), np.array([[deviation**2]]))
+    assert distance == pytest.approx((mean - 1) ** 2 + (deviation - 2) ** 2, rel=1e-9)
+
+
+def test_distance_of_commuting_covariances(rng):
+    rotation, a, b = random_rotation(30, rng), rng.uniform(0, 3, 30), rng.uniform(0, 3, 30)
+    mu_1, mu_2 = rng.normal(size=(2, 30))
+    expected = np.sum((mu_1 - mu_2) ** 2) + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
+    for basis in (np.eye(30), rotation):
+        distance = frechet_distance(mu_1, basis * a @ basis.T, mu_2, basis * b @ basis.T)
+        assert distance == pytest.approx(expected, rel=1e-6)
+
+
+def test_distance_of_general_covariances_against_sqrtm(rng):
+    for size in (2, 17, 100):
+        mu_1, mu_2 = rng.normal(size=(2, size))
+        sigma_1, sigma_2 = random_covariance(size, rng), random_covariance(size, rng)
+        cross = scipy.linalg.sqrtm(sigma_1 @ sigma_2).real
+        expected = np.sum((mu_1 - mu_2) ** 2) + np.trace(sigma_1 + sigma_2 - 2 * cross)
+        assert frechet_distance(mu_1, sigma_1, mu_2, sigma_2) == pytest.approx(expected, rel=1e-6)
+        assert frechet_distance(mu_2, sigma_2, mu_1, sigma_1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_distance_of_covariances_in_two_dimensions(rng):
+    """tr (S_1 S_2)^(1/2) = sqrt(tr S_1 S_2 + 2 sqrt(det S_1 S_2)) for 2x2 matrices (Cayley-Hamilton)."""
+    a, b = random_covariance(2, rng), random_covariance(2, rng)
+    cross = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
+    expected = np.trace(a) + np.trace(b) - 2 * cross
+    assert frechet_distance(np.zeros(2), a, np.zeros(2), b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_distance_of_rank_deficient_covariances(rng):
+    zero, basis = np.zeros(40), random_rotation(40, rng)
+    u, v = basis[:, 0], (basis[:, 0] + basis[:, 1]) / np.sqrt(2)
+    a, b = 4 * np.outer(u, u), 9 * np.outer(v, v)  # rank one: tr (S_1 S_2)^(1/2) = 2 * 3 * |u.v|
+    assert frechet_distance(zero, a, zero, b) == pytest.approx(4 + 9 - 2 * 6 / np.sqrt(2), rel=1e-6)
+    left, right = (basis[:, cut] @ basis[:, cut].T for cut in (slice(0, 20), slice(20, 40)))  # disjoint supports
+    assert frechet_distance(zero, left, zero, right) == pytest.approx(40, rel=1e-6)
+    assert frechet_distance(zero, left, zero, np.zeros((40, 40))) == pytest.approx(20, rel=1e-6)
+    assert frechet_distance(zero, np.zeros((40, 40)), zero, np.zeros((40, 40))) == 0
+    few, shift = random_covariance(40, rng, rank=7), rng.normal(size=40)
+    assert frechet_distance(zero, few, zero, few) == pytest.approx(0, abs=1e-6 * np.trace(few))
+    assert frechet_distance(zero, few, shift, few) == pytest.approx(shift @ shift, rel=1e-6)
+
+
+def test_distance_is_invariant_to_a_change_of_basis_and_scales_quadratically(rng):
+    mu_1, mu_2 = rng.normal(size=(2, 25))
+    sigma_1, sigma_2, basis = random_covariance(25, rng), random_covariance(25, rng, rank=10), random_rotation(25, rng)
+    distance = frechet_distance(mu_1, sigma_1, mu_2, sigma_2)
+    turned = (basis @ mu_1, basis @ sigma_1 @ basis.T, basis @ mu_2, basis @ sigma_2 @ basis.T)
+    assert frechet_distance(*turned) == pytest.approx(distance, rel=1e-6)
+    assert frechet_distance(3 * mu_1, 9 * sigma_1, 3 * mu_2, 9 * sigma_2) == pytest.approx(9 * distance, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mu_2": np.zeros(4), "sigma_2": np.eye(4)}, "3 and 4 features"),
+        ({"sigma_1": np.eye(4)}, "first Gaussian.*shapes"),
+        ({"mu_2": np.zeros((1, 3))}, "second Gaussian.*shapes"),
+        ({"sigma_2": np.eye(3) + np.eye(3, k=1)}, "second Gaussian.*not symmetric"),
+        ({"sigma_1": np.diag([1, 1, -0.1])}, "first Gaussian.*negative"),
+        ({"sigma_2": np.diag([1, 1, -0.1])}, "second Gaussian.*negative"),
+        ({"mu_1": np.array([0, 0, np.nan])}, "first Gaussian.*NaN"),
+        ({"sigma_2": np.diag([1, 1, np.inf])}, "second Gaussian.*infinite"),
+    ],
+)
+def test_distance_refuses_what_is_no_gaussian(change, message):
+    gaussians = {"mu_1": np.zeros(3), "sigma_1": np.eye(3), "mu_2": np.ones(3), "sigma_2": np.eye(3), **change}
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(**gaussians)
+
+
+def test_distance_accepts_rounding_in_float32(rng):
+    sigma = random_covariance(60, rng, rank=20)
+    rounded = sigma.astype(np.float32) * (1 + rng.uniform(-6e-8, 6e-8, (60, 60)))  # unsymmetric, eigenvalues below 0
+    assert frechet_distance(np.zeros(60), sigma, np.zeros(60), rounded) < 1e-3 * np.trace(sigma)
+
+
+@pytest.mark.parametrize("offset", [0, 1e6])
+@pytest.mark.parametrize("sizes", [(), (1,), (1,) * 199, (7, 1, 100, 0, 30), (100,), (199,)])
+def test_streamed_statistics_equal_numpys(rng, sizes, offset):
+    features = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12)) + offset * rng.normal(size=12)
+    statistics = stream(features, *sizes)
+    assert statistics.num_samples == 200
+    np.testing.assert_allclose(statistics.mu, features.mean(axis=0), rtol=1e-10)
+    covariance = np.cov(features - features.mean(axis=0), rowvar=False)  # centred first: exact for a large offset too
+    np.testing.assert_allclose(statistics.sigma, covariance, rtol=1e-10, atol=1e-10 * np.abs(covariance).max())
+
+
+def test_streamed_statistics_do_not_depend_on_order(rng):
+    features = rng.normal(size=(300, 9))
+    one, other = stream(features, 100, 50), stream(features[::-1], 7, 90)
+    np.testing.assert_allclose(one.mu, other.mu, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(one.sigma, other.sigma, rtol=0, atol=1e-13)
+
+
+def test_streamed_statistics_take_float32_and_sum_in_float64():
+    features = np.full((5, 1000, 2), 0.1, np.float32)  # float32 sums of 0.1 drift in the seventh digit
+    statistics = FeatureStatistics()
+    for batch in features:
+        statistics.update(batch)
+    assert statistics.mu == pytest.approx(np.float64(np.float32(0.1)), rel=1e-14)
+    assert statistics.sigma.dtype == np.float64
+
+
+def test_statistics_are_copies(rng):
+    statistics = stream(rng.normal(size=(10, 3)))
+    before = statistics.mu, statistics.sigma
+    statistics.mu[:], statistics.sigma[:] = 0, 0
+    mu = statistics.mu
+    statistics.update(rng.normal(size=(10, 3)))
+    np.testing.assert_array_equal(mu, before[0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_broken_features_are_refused_and_leave_no_trace(rng, bad):
+    features = rng.normal(size=(10, 4))
+    statistics = stream(features)
+    broken = features.copy()
+    broken[3, 1] = bad
+    with pytest.raises(UserError, match="1 of 10 feature rows after sample 10"):
+        statistics.update(broken)
+    assert statistics.num_samples == 10
+    np.testing.assert_allclose(statistics.sigma, np.cov(features, rowvar=False), rtol=1e-10)
+
+
+def test_features_of_another_shape_are_refused(rng):
+    statistics = stream(rng.normal(size=(10, 4)))
+    with pytest.raises(ValueError, match=r"\(10, 5\), expected \(n, 4\)"):
+        statistics.update(rng.normal(size=(10, 5)))
+    with pytest.raises(ValueError, match=r"\(4,\), expected \(n, d\)"):
+        FeatureStatistics().update(rng.normal(size=4))
+
+
+def test_too_few_samples_are_refused():
+    statistics = FeatureStatistics()
+    with pytest.raises(UserError, match="--num_samples"):
+        _ = statistics.mu
+    statistics.update(np.ones((1, 3)))
+    np.testing.assert_array_equal(statistics.mu, np.ones(3))
+    with pytest.raises(UserError, match="--num_samples"):
+        _ = statistics.sigma
+
+
+@pytest.mark.parametrize("num_samples", [15, 400])
+def test_saved_statistics_load_back(rng, tmp_path, num_samples):
+    features = rng.normal(size=(num_samples, 20)) @ random_covariance(20, rng)
+    statistics, path = stream(features), tmp_path / "new" / "stats"
+    save_statistics(path, statistics, convention="adm", dataset="digits", split="train", inception_sha256="7ff4")
+    loaded = load_statistics(path, num_features=20)
+    np.testing.assert_array_equal(loaded.mu, statistics.mu)
+    np.testing.assert_allclose(loaded.sigma, statistics.sigma, rtol=1e-7)
+    assert (loaded.num_images, loaded.convention, loaded.dataset) == (num_samples, "adm", "digits")
+    assert (loaded.path, len(loaded.sha256)) == (path, 64)
+    with np.load(path) as archive:
+        assert (archive["split"], archive["inception_sha256"]) == ("train", "7ff4")
+    assert list(path.parent.iterdir()) == [path]  # nothing half-written is left beside it
+
+
+@pytest.mark.parametrize(("num_samples", "cost"), [(30, 1e-3), (60, 1e-3), (120, 1e-6), (1000, 1e-6)])
+def test_storing_statistics_costs_next_to_nothing(rng, tmp_path, num_samples, cost):
+    """Below full rank (100) float32 costs more: its rounding fills the null space, and the root magnifies it."""
+    scale = scipy.linalg.sqrtm(random_covariance(100, rng)).real
+    reference, samples = (stream(rng.normal(size=(n, 100)) @ scale) for n in (num_samples, 500))
+    save_statistics(tmp_path / "stats.npz", reference, convention="adm", dataset="digits")
+    loaded = load_statistics(tmp_path / "stats.npz", num_features=100)
+    exact = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
+    assert frechet_distance(samples.mu, samples.sigma, loaded.mu, loaded.sigma) == pytest.approx(exact, rel=cost)
+
+
+def write_arrays(path: Path, **arrays) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_statistics_of_other_tools_need_only_mu_and_sigma(tmp_path):
+    path = write_arrays(tmp_path / "stats.npz", mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32))
+    loaded = load_statistics(path, num_features=3)
+    assert (loaded.num_images, loaded.convention, loaded.dataset) == (None, None, None)
+    assert loaded.mu.dtype == loaded.sigma.dtype == np.float64
+
+
+def test_statistics_that_do_not_fit_are_refused_in_one_line(tmp_path):
+    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    whole = write_arrays(tmp_path / "whole.npz", **good).read_bytes()
+    files = {
+        "not a file": tmp_path / "missing.npz",
+        "holds no": write_arrays(tmp_path / "keys.npz", mu=np.zeros(3)),
+        "not of 3 features": write_arrays(tmp_path / "features.npz", mu=np.zeros(4), sigma=np.eye(4)),
+        r"sigma \(3,\)": write_arrays(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.zeros(3)),
+        "NaN": write_arrays(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3)),
+    }
+    broken = {
+        "half.npz": whole[: len(whole) // 2],
+        "empty.npz": b"",
+        "text.npz": b"mu, sigma",
+        "flip.npz": whole.replace(np.eye(3).tobytes(), np.ones((3, 3)).tobytes()),
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+    np.save(tmp_path / "array.npy", np.eye(3))
+    strings = write_arrays(tmp_path / "text_arrays.npz", mu=np.array(["a", "b", "c"]), sigma=np.eye(3))
+    cases = list(files.items())
+    cases += [("not a whole npz", path) for path in (strings, tmp_path / "array.npy", *map(tmp_path.joinpath, broken))]
+    for message, path in cases:
+        with pytest.raises(UserError, match=message) as raised:
+            load_statistics(path, num_features=3)
+        assert f"--fid_stats={path}" in str(raised.value)
+        assert "compute_fid_stats.py --dataset_name" in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not CIFAR10_STATISTICS.exists(), reason="no statistics of CIFAR-10 in ../shared/data")
+def test_published_statistics_load_and_make_gaussians():
+    loaded = load_statistics(CIFAR10_STATISTICS)
+    assert (loaded.mu.shape, loaded.sigma.shape, loaded.convention) == ((2048,), (2048, 2048), None)
+    mu, sigma = loaded.mu[:200], loaded.sigma[:200, :200]  # of some of the features: all would take half a minute
+    assert frechet_distance(mu, sigma, mu + 0.1, sigma) == pytest.approx(200 * 0.1**2, rel=1e-6)
+    assert frechet_distance(mu, sigma, mu, 4 * sigma) == pytest.approx(np.trace(sigma), rel=1e-6)
