@@ -1,0 +1,39 @@
+# make demo   trains on real digits, leaves pictures and a FID in runs/demo
+# make test   runs the whole suite
+# Both make .venv first. For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.
+
+PYTHON ?= python3
+DEVICE ?= cpu
+BIN := .venv/bin
+JAX := jax$(if $(filter-out cpu,$(DEVICE)),[$(DEVICE)])
+STAMP := .venv/.installed-$(DEVICE)
+
+.PHONY: setup demo test lint
+setup: $(STAMP)
+
+$(STAMP): requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, not {sys.version}"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "$(JAX)"
+	$(BIN)/python -m utils.inception
+	touch $@
+
+DEMO := runs/demo
+DEMO_STEPS := 1200
+demo: $(STAMP)
+	$(BIN)/python train_flow.py --dataset_name digits --use_stable_vae 0 --save_dir $(DEMO) --wandb.name demo \
+	  --wandb.mode disabled --model.hidden_size 128 --model.depth 4 --model.num_heads 4 --model.mlp_ratio 4 \
+	  --model.patch_size 2 --model.num_classes 10 --model.lr 1e-3 --model.target_update_rate 0.998 \
+	  --model.cfg_scale 2 --batch_size 128 --max_steps $(DEMO_STEPS) --log_interval 100 --eval_interval 600 \
+	  --save_interval 400
+	test $(DEMO)/fid.json -nt $(DEMO)/checkpoints/$(DEMO_STEPS) || $(BIN)/python eval_fid.py --load_dir $(DEMO) \
+	  --denoise_timesteps 64 --cfg_scale 2 --num_samples 500 --batch_size 25 --save_samples $(DEMO)/samples.npz
+	$(BIN)/python tests/recognise.py $(DEMO)/samples.npz
+	@echo "pictures: $(DEMO)/samples.png and $(DEMO)/images/; FID: $(DEMO)/fid.json; metrics: $(DEMO)/metrics.jsonl"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

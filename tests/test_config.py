@@ -1,0 +1,184 @@
+"""Flags, presets and the refusals of impossible values, each naming value, flag and fix."""
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+import eval_fid
+import train_flow
+from utils import config as cfg
+from utils import evaluation
+from utils.errors import UserError
+
+DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4"
+
+
+@pytest.fixture
+def parse(request):
+    """parse('--flag value ...') -> configuration of train_flow; the flags are gone again afterwards."""
+    builtin = set(flags.FLAGS)
+
+    def forget():
+        for name in set(flags.FLAGS) - builtin:
+            delattr(flags.FLAGS, name)
+
+    def parse(line: str, program=train_flow):
+        forget()
+        return cfg.parse_flags(program.define_flags, [program.__name__, *line.split()])
+
+    yield parse
+    forget()
+
+
+def count_parameters(model: ConfigDict, shape=(32, 32, 4)) -> int:
+    pixels = ConfigDict({**model.to_dict(), "use_stable_vae": 0})
+    context = evaluation.make_context(pixels, None, shape, ("a",))
+    shapes = jax.eval_shape(lambda key: evaluation.init_params(context, key), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_defaults_are_the_recipe(parse):
+    config = parse("")
+    recipe = {
+        "dataset_name": "imagenet256", "log_interval": 1000, "eval_interval": 50_000, "save_interval": 200_000,
+        "batch_size": 256, "max_steps": 1_000_000,
+    }  # fmt: skip
+    recipe_model = {
+        "lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "hidden_size": 64, "patch_size": 8, "depth": 2, "num_heads": 2,
+        "mlp_ratio": 1, "class_dropout_prob": 0.1, "num_classes": 1000, "denoise_timesteps": 32, "cfg_scale": 4.0,
+        "target_update_rate": 0.9999, "t_sampler": "log-normal", "t_conditioning": 1, "preset": "debug",
+        "use_stable_vae": 1,
+    }  # fmt: skip
+    assert recipe.items() <= config.to_dict().items()
+    assert recipe_model.items() <= config.model.to_dict().items()
+    assert config.wandb.project == "flow"
+    assert config.wandb.name == "flow_imagenet256"
+    evaluation_recipe = {"cfg_scale": 4, "use_cfg": 1, "batch_size": 128, "denoise_timesteps": 500}
+    assert {**evaluation_recipe, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
+
+
+# Parameters without the position table, which jax-flow counts (n * hidden) and which is a constant here.
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [("big", 130_500_112 - 196_608), ("semilarge", None), ("large", None), ("xlarge", None), ("debug", None)],
+)
+def test_presets(parse, preset, parameters):
+    model = parse(f"--model.preset {preset}").model
+    assert {name: model[name] for name in cfg.PRESETS[preset]} == cfg.PRESETS[preset]
+    if parameters:
+        assert count_parameters(model) == parameters
+
+
+def test_explicit_flags_win_over_the_preset_whatever_their_order(parse):
+    for line in ("--model.preset big --model.depth 3", "--model.depth 3 --model.preset big"):
+        model = parse(line).model
+        assert (model.depth, model.hidden_size, model.num_heads) == (3, 768, 12)
+    # Also where the value given is the flag's default.
+    assert parse("--model.preset big --model.depth 2").model.depth == 2
+
+
+def test_recipe_commands_are_dit_b(parse):
+    model = parse(f"--dataset_name imagenet256 --wandb.name DiT-B {DIT_B} --batch_size 512").model
+    assert count_parameters(model) == 130_500_112 - 196_608
+    pixels = parse(f"{DIT_B.replace('patch_size 2', 'patch_size 8')} --use_stable_vae 0").model
+    assert pixels.use_stable_vae == 0
+    assert pixels.patch_size == 8
+
+
+def test_both_spellings_of_use_stable_vae(parse):
+    assert parse("--use_stable_vae 0").model.use_stable_vae == 0
+    assert parse("--model.use_stable_vae 0").model.use_stable_vae == 0
+    assert parse("--model.use_stable_vae=0 --use_stable_vae=0").model.use_stable_vae == 0
+    with pytest.raises(UserError, match="contradicts"):
+        parse("--model.use_stable_vae 0 --use_stable_vae 1")
+
+
+def test_wandb_mode(parse, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert parse("").wandb.mode == "online"
+    assert parse("--wandb.offline").wandb.mode == "offline"
+    assert parse("--wandb.mode disabled").wandb.mode == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert parse("").wandb.mode == "offline"
+    assert parse("--wandb.mode disabled").wandb.mode == "disabled"
+    with pytest.raises(UserError, match="contradicts"):
+        parse("--wandb.offline --wandb.mode online")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--model.depht 3", ["model.depht", "model.depth"]),
+        ("--batch_sise 3", ["batch_sise", "batch_size"]),
+        ("--model.depth three", ["model.depth", "three"]),
+        ("--model.depth 0", ["model.depth", "0"]),
+        ("--model.preset huge", ["model.preset", "huge", "xlarge"]),
+        ("--model.t_sampler cosine", ["t_sampler", "cosine", "uniform"]),
+        ("--model.class_dropout_prob 1.5", ["class_dropout_prob", "1.5"]),
+        ("--model.dtype float16", ["model.dtype", "float16", "bfloat16"]),
+        ("--sharding pp", ["sharding", "pp", "fsdp"]),
+        ("digits", ["digits", "--name value"]),
+    ],
+)
+def test_unreadable_flags_are_refused_in_one_line(parse, line, words):
+    with pytest.raises(UserError) as error:
+        parse(line)
+    message = str(error.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--model.patch_size 3", ["--model.patch_size=3", "32x32", "1, 2, 4, 8, 16, 32"]),
+        ("--model.hidden_size 64 --model.num_heads 5", ["--model.num_heads=5", "--model.hidden_size=64", "4 heads"]),
+        ("--model.hidden_size 66 --model.num_heads 2", ["--model.hidden_size=66", "68"]),
+        ("--model.cfg_scale -2", ["--model.cfg_scale=-2", "-1"]),
+        ("--model.mlp_ratio 0", ["--model.mlp_ratio=0"]),
+        ("--model.beta2 1", ["--model.beta2=1"]),
+    ],
+)
+def test_impossible_models_are_refused(parse, line, words):
+    with pytest.raises(UserError) as error:
+        cfg.check_model(parse(line).model, (32, 32, 4))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_batch_size_must_divide():
+    with pytest.raises(UserError, match=r"--batch_size=10 does not divide over 4 devices; use a multiple of 4"):
+        cfg.check_batch_size(10, 4)
+    cfg.check_batch_size(12, 4)
+
+
+def test_unwritable_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--save_dir"):
+        cfg.check_writable(tmp_path / "file" / "run", "save_dir")
+
+
+def test_run_folder_is_named_after_the_run(parse):
+    assert str(cfg.run_folder(parse("--dataset_name folder:/data/cats"))) == "runs/flow_folder_data_cats"
+    assert str(cfg.run_folder(parse("--save_dir /tmp/x"))) == "/tmp/x"
+
+
+def test_legacy_values_end_at_the_flags():
+    assert cfg.guidance_scale(-1) is None
+    assert cfg.guidance_scale(1) is None
+    assert cfg.guidance_scale(0) == 0
+    assert cfg.ema_decay(0.9999) == 0.9999
+    assert cfg.ema_decay(1) == 0
+
+
+def test_another_architecture_does_not_resume(parse, tmp_path):
+    config = parse("--save_dir x")
+    saved = config.to_dict()
+    cfg.check_resumable(parse("--save_dir x --max_steps 5 --model.lr 1"), saved, tmp_path)
+    for line, name in (
+        ("--model.depth 5", "model.depth=2"),
+        ("--batch_size 8", "batch_size=256"),
+        ("--seed 1", "seed=0"),
+    ):
+        with pytest.raises(UserError, match=name):
+            cfg.check_resumable(parse(line), saved, tmp_path)

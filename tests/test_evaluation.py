@@ -1,0 +1,115 @@
+"""Generated images and Inception features: exactly the number asked for, the same for every batch size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from utils import evaluation
+from utils.config import PRESETS
+from utils.fid import FeatureStatistics
+from utils.sharding import make_mesh
+
+MODEL = {
+    **PRESETS["debug"], "patch_size": 2, "num_classes": 10, "class_dropout_prob": 0.1, "use_stable_vae": 0,
+    "t_conditioning": 1, "dtype": "float32", "cfg_scale": 4.0, "beta1": 0.9, "beta2": 0.99,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def context():
+    return evaluation.make_context(ConfigDict(MODEL), make_mesh(), (8, 8, 1), tuple("0123456789"))
+
+
+@pytest.fixture(scope="module")
+def params(context):
+    @jax.jit
+    def init(key):
+        params = evaluation.init_params(context, key)
+        # The last layers start at zero; here the output is to depend on the input.
+        return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+    return init(jax.random.key(0))
+
+
+def generate(context, params, batch_size, num_samples=1003, **changes):
+    sampler = {"seed": 0, "cfg_scale": 2.0, "num_steps": 3, **changes}
+    batches = evaluation.generate_images(context, params, num_samples=num_samples, batch_size=batch_size, **sampler)
+    images, labels = zip(*batches, strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def test_exactly_the_number_asked_for_and_the_same_for_every_batch_size(context, params):
+    images, labels = generate(context, params, 128)
+    assert images.shape == (1003, 8, 8, 1)
+    assert images.dtype == np.uint8
+    assert images.std() > 20
+    assert set(labels) == set(range(10))
+    for batch_size in (1003, 40):
+        others, other_labels = generate(context, params, batch_size)
+        np.testing.assert_array_equal(labels, other_labels)
+        # Programs of other shapes round differently: a value at the edge between two grey levels may fall to either.
+        difference = np.abs(images.astype(int) - others)
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 1e-4
+
+
+def test_the_first_samples_do_not_depend_on_how_many_follow(context, params):
+    np.testing.assert_array_equal(generate(context, params, 64, 10)[0], generate(context, params, 64, 100)[0][:10])
+    assert not np.array_equal(generate(context, params, 64, 10)[0], generate(context, params, 64, 10, seed=1)[0])
+
+
+def test_guidance_scale_and_steps_compile_one_program(context, params):
+    generate(context, params, 32, 32, cfg_scale=2.0, num_steps=3)
+    compiled = evaluation._generate._cache_size()
+    generate(context, params, 32, 32, cfg_scale=0.5, num_steps=9)
+    assert evaluation._generate._cache_size() == compiled
+
+
+def test_grey_images_are_three_equal_channels_and_padding_does_not_count(context):
+    seen = []
+
+    def extractor(images):
+        seen.append(np.asarray(images))
+        return jnp.ones((len(images), 1)) * images.astype(jnp.float32).mean((1, 2))
+
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+    features = evaluation.extract_features(extractor, images, 8, context.mesh)
+    assert seen[0].shape == (8, 8, 8, 3)
+    assert (seen[0] == seen[0][..., :1]).all()
+    np.testing.assert_allclose(features, images.mean((1, 2)).repeat(3, axis=1), rtol=1e-5)
+    statistics = FeatureStatistics()
+    statistics.update(features)
+    assert statistics.num_samples == 5
+
+
+def test_loss_by_time_of_a_zero_model_is_known(context, params):
+    zero = jax.tree.map(jnp.zeros_like, params)
+    images = np.zeros((64, 8, 8, 1), np.uint8)  # x_1 = -1 everywhere: the loss is E (x_1 - x_0)^2 = 2 at every t
+    batch = {"image": images, "label": np.zeros(64, np.int32)}
+    losses = evaluation.loss_by_time(context, zero, batch, jax.random.key(1))
+    assert list(losses) == [*(f"{i / 10:.1f}" for i in range(11)), "mean"]
+    np.testing.assert_allclose(list(losses.values()), 2, rtol=0.1)
+
+
+def test_panels(context, params):
+    labels = np.arange(3) % 10
+    batch = {"image": np.full((3, 8, 8, 1), 200, np.uint8), "label": labels}  # fewer images than the panel has columns
+    figure = evaluation.reconstruction_panel(context, params, batch, jax.random.key(0))
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["t = 0\n0", "t = 0.125\n1", "t = 0.25\n2"]
+    panels = dict(evaluation.sample_panels(context, params, jax.random.key(0), 2.0, 8))
+    assert list(panels) == [*(f"sample_cfg_{s}" for s in (0, 0.1, 1, 4, 10)), *(f"sample_N/{n}" for n in (1, 4, 32))]
+    stages = [axis.images[0].get_array() for axis in panels["sample_cfg_4"].axes]
+    assert len(stages) == 64
+    assert not np.array_equal(stages[0], stages[7])
+
+
+def test_one_step_panel_goes_the_whole_way(context, params):
+    """`sample_N/1` is x_0 + v(x_0, 0), not 1/32 of it."""
+    noise = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
+    labels = jnp.arange(8)
+    (last,) = evaluation.sample_stages(context, params, noise, labels, None, 1)[:, -1:].swapaxes(0, 1)
+    v = jax.jit(context.model.apply)({"params": params}, noise, jnp.zeros(8), labels)
+    expected = np.round((np.clip(noise + v, -1, 1) + 1) * 127.5)
+    assert np.abs(last - expected).max() <= 1

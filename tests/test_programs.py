@@ -1,0 +1,283 @@
+"""The programs as a user runs them: subprocesses on real digits, killed, continued, on one device and eight."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, run_program
+from utils.inception import inception_weights_path
+from utils.tracking import read_metrics
+
+TINY = """
+    --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2
+    --model.patch_size 2 --model.num_classes 10 --model.denoise_timesteps 8 --batch_size 64 --model.lr 1e-3
+""".split()  # noqa: SIM905 (a command line, as one types it)
+SHORT = [*TINY, "--max_steps", "24", "--log_interval", "1", "--save_interval", "5", "--wandb.mode", "disabled"]
+SCALARS = ("l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm")
+
+
+def losses(run_dir) -> dict[int, list[float]]:
+    """{step: [every scalar of training/ and validation/]} of a run's metrics.jsonl."""
+    names = [f"{split}/{name}" for split in ("training", "validation") for name in SCALARS]
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return {line["step"]: [line[name] for name in names] for line in lines if names[0] in line}
+
+
+def start(*args, devices: int = 1) -> subprocess.Popen:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "train_flow.py", *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_step(process: subprocess.Popen, run_dir, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while max(losses(run_dir), default=0) < step:
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """{devices: folder} of runs of SHORT that nothing disturbed."""
+    folders = {}
+
+    def run(devices: int):
+        if devices not in folders:
+            folders[devices] = tmp_path_factory.mktemp(f"devices{devices}")
+            run_program("train_flow.py", *SHORT, "--save_dir", folders[devices], devices=devices)
+        return folders[devices]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """(folder, output) of a run with every picture, on wandb offline."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run_program(
+        "train_flow.py", *TINY, "--max_steps", 20, "--log_interval", 10, "--eval_interval", 20,
+        "--wandb.mode", "offline", "--save_dir", folder,
+    )  # fmt: skip
+    return folder, done.stdout + done.stderr
+
+
+def test_every_metric_and_picture_of_the_recipe_is_there(finished):
+    folder, _ = finished
+    scalars = [f"{split}/{name}" for split in ("training", "validation") for name in SCALARS]
+    times = [*(f"{i / 10:.1f}" for i in range(11)), "mean"]
+    scalars += [f"{split}_loss_t/{t}" for split in ("training", "validation") for t in times]
+    pictures = ["reconstruction_n", *(f"sample_cfg_{s}" for s in ("0", "0.1", "1", "4", "10"))]
+    pictures += [f"sample_N/{n}" for n in (1, 4, 32)]
+    lines = read_metrics(folder / "metrics.jsonl")
+    logged = {name for line in lines for name in line}
+    assert set(scalars) <= logged
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    for name in pictures:
+        assert (folder / "images" / name.replace("/", "_") / "00000020.png").stat().st_size > 2000
+    (run_file,) = [path for path in (folder / "wandb").rglob("*.wandb") if not path.parent.is_symlink()]
+    content = run_file.read_bytes()
+    assert [name for name in scalars + pictures if name.encode() not in content] == []
+    by_time = [line for line in lines if "training_loss_t/0.0" in line][-1]
+    mean = np.mean([by_time[f"training_loss_t/{i / 10:.1f}"] for i in range(1, 10)])
+    assert by_time["training_loss_t/mean"] == pytest.approx(mean)
+
+
+def test_the_run_says_what_it_does(finished):
+    folder, output = finished
+    assert re.search(r"[\d,]+ parameters, [\d.,]+ GFLOP a step", output)
+    assert re.search(r"20/20 .*step/s, loss \d\.\d+, [\d,]+ images/s", output)
+    assert "hidden_size: 32" in output
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["model"]["hidden_size"] == 32
+    assert saved["dataset"] == {"image_shape": [8, 8, 1], "class_names": list("0123456789")}
+
+
+def test_the_same_command_again_has_nothing_to_do(finished):
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_text()
+    done = run_program("train_flow.py", *TINY, "--max_steps", 20, "--wandb.mode", "offline", "--save_dir", folder)
+    assert "nothing to do" in done.stdout
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, devices):
+    process = start(*SHORT, "--save_dir", tmp_path, devices=devices)
+    wait_for_step(process, tmp_path, random.randint(6, 18))
+    process.kill()
+    process.wait()
+    done = run_program("train_flow.py", *SHORT, "--save_dir", tmp_path, devices=devices)
+    assert re.search(r"resuming .* from step (5|10|15|20)\b", done.stdout)
+    expected = losses(uninterrupted(devices))
+    assert list(expected) == list(range(1, 25))
+    assert losses(tmp_path) == expected  # bit for bit
+
+
+@pytest.mark.parametrize(("devices", "sharding"), [(8, "dp"), (8, "fsdp")])
+def test_eight_devices_give_the_losses_of_one(uninterrupted, tmp_path, devices, sharding):
+    folder = uninterrupted(devices)
+    if sharding == "fsdp":
+        folder = tmp_path
+        run_program("train_flow.py", *SHORT, "--sharding", "fsdp", "--save_dir", folder, devices=devices)
+    one, eight = losses(uninterrupted(1)), losses(folder)
+    assert list(one) == list(eight)
+    np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=2e-4)
+
+
+def test_two_processes_give_the_losses_of_one(uninterrupted, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    args = [*SHORT, "--save_dir", tmp_path, "--coordinator_address", address, "--num_processes", 2, "--process_id"]
+    processes = [start(*args, number) for number in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
+    assert "parameters" in outputs[0]
+    assert "parameters" not in outputs[1]  # process 0 speaks for both
+    one, two = losses(uninterrupted(1)), losses(tmp_path)
+    assert list(one) == list(two)
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=2e-4)
+
+
+def test_divergence_ends_the_run_with_a_way_on(tmp_path):
+    done = run_program("train_flow.py", *SHORT, "--model.lr", "1e30", "--save_dir", tmp_path, check=False)
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "not finite" in error
+    assert "--model.lr" in error
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_exit_cleanly(uninterrupted, tmp_path, number):
+    process = start(*SHORT, "--max_steps", 100_000, "--save_interval", 100_000, "--save_dir", tmp_path)
+    wait_for_step(process, tmp_path, 8)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    (step,) = re.findall(r"stopped at step (\d+) and saved", output)
+    assert os.listdir(tmp_path / "checkpoints") == [step]
+    expected = losses(uninterrupted(1))
+    assert {k: v for k, v in losses(tmp_path).items() if k in expected} == {
+        k: expected[k] for k in expected if k <= int(step)
+    }
+
+
+def test_load_dir_starts_from_another_runs_parameters(finished, tmp_path):
+    folder, _ = finished
+    args = [*TINY, "--max_steps", 2, "--log_interval", 1, "--wandb.mode", "disabled", "--save_dir", tmp_path]
+    done = run_program("train_flow.py", *args, "--load_dir", folder)
+    assert f"starting from the parameters of {folder}, step 20" in done.stdout
+    param_norm = SCALARS.index("param_norm")
+    assert losses(tmp_path)[1][param_norm] == pytest.approx(losses(folder)[20][param_norm], rel=1e-3)
+
+
+def test_overfitting_one_batch(tmp_path):
+    args = [*SHORT, "--debug_overfit", 1, "--batch_size", 8, "--max_steps", 60, "--model.lr", "3e-3"]
+    run_program("train_flow.py", *args, "--save_dir", tmp_path)
+    values = [line[0] for line in losses(tmp_path).values()]
+    assert np.mean(values[-10:]) < 0.8 * np.mean(values[:10])
+
+
+REFUSED = {
+    "unknown data set": (["--dataset_name", "digit"], ["--dataset_name=digit", "digits"]),
+    "data set not there": (["--dataset_name", "imagenet256"], ["--dataset_name=imagenet256", "download_and_prepare", "make demo"]),
+    "unknown flag": (["--model.depht", "3"], ["model.depht", "model.depth"]),
+    "batch size": (["--batch_size", "10"], ["--batch_size=10", "4 devices", "multiple of 4"]),
+    "patch size": (["--model.patch_size", "3"], ["--model.patch_size=3", "8x8", "1, 2, 4, 8"]),
+    "heads": (["--model.num_heads", "5"], ["--model.num_heads=5", "--model.hidden_size=32"]),
+    "too few classes": (["--model.num_classes", "5"], ["--model.num_classes=5", "10"]),
+    "no statistics": (["--fid_stats", "none.npz"], ["--fid_stats=none.npz", "compute_fid_stats.py"]),
+    "no run to load": (["--load_dir", "no/run"], ["--load_dir=no/run", "no checkpoint"]),
+    "folder": (["--save_dir", "README.md/run"], ["--save_dir=README.md/run", "cannot be written"]),
+    "no VAE": (["--use_stable_vae", "1"], ["--model.use_stable_vae=1", "--use_stable_vae 0"]),
+    "processes": (["--num_processes", "2"], ["--coordinator_address"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_input_is_refused_in_one_line_before_compilation(case, tmp_path):
+    args, words = REFUSED[case]
+    folder = [] if case == "folder" else ["--save_dir", tmp_path / "run"]
+    done = run_program("train_flow.py", *SHORT, *folder, *args, devices=4, check=False)
+    assert_refused(done, words)
+
+
+def assert_refused(done, words) -> None:
+    assert done.returncode == 1, done.stderr[-3000:]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert [word for word in words if word not in errors[0]] == [], errors[0]
+    assert "compiling" not in done.stdout
+
+
+# ---- eval_fid.py ----
+
+
+@pytest.fixture(scope="session")
+def weights():
+    try:
+        return inception_weights_path()
+    except ValueError as error:
+        pytest.skip(f"no Inception weights: {error}")
+
+
+def test_evaluation_end_to_end(finished, weights, tmp_path):
+    folder, _ = finished
+    args = ["--load_dir", folder, "--denoise_timesteps", 4, "--num_samples", 23, "--out", tmp_path]
+    done = run_program("eval_fid.py", *args, "--batch_size", 10, "--save_samples", tmp_path / "a.npz", devices=2)
+    result = json.loads((tmp_path / "fid.json").read_text())
+    assert {
+        "num_steps": 4,
+        "cfg_scale": 4,
+        "num_samples": 23,
+        "seed": 0,
+        "checkpoint_step": 20,
+    }.items() <= result.items()
+    assert len(result["fid_stats_sha256"]) == 64
+    assert f"| 20 | 4 | 4 | 23 | {result['fid']:.3f} |" in done.stdout
+    assert result["fid"] > 1
+    assert (tmp_path / "samples.png").stat().st_size > 2000
+    samples = np.load(tmp_path / "a.npz")
+    assert samples["arr_0"].shape == (23, 8, 8, 1)
+    assert samples["arr_0"].dtype == np.uint8
+    assert samples["arr_1"].shape == (23,)
+
+
+def test_evaluation_refuses_wrong_input(finished, weights, tmp_path):
+    folder, _ = finished
+    bad_statistics, bad_weights, broken = tmp_path / "bad.npz", tmp_path / "bad.pt", tmp_path / "broken"
+    np.savez(bad_statistics, mu=np.zeros(64), sigma=np.eye(64))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    bad_weights.write_bytes(content)
+    shutil.copytree(folder / "checkpoints", broken / "checkpoints")
+    for path in (broken / "checkpoints" / "20" / "ema_params").rglob("*"):
+        if path.is_file() and "d" in path.parts[-2:]:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    cases = [
+        (["--load_dir", tmp_path], ["--load_dir", "no checkpoint"]),
+        (["--load_dir", broken], [str(broken / "checkpoints" / "20"), "cannot be read"]),
+        (["--load_dir", folder, "--fid_stats", bad_statistics], ["--fid_stats", "2048", "compute_fid_stats.py"]),
+        (["--load_dir", folder, "--inception_weights", bad_weights], [str(bad_weights), "sha256"]),
+        (["--load_dir", folder, "--model.depth", 7], ["--model.depth=7", "leave the flag out"]),
+        (["--load_dir", folder, "--batch_size", 0], ["--batch_size=0"]),
+        ([], ["--load_dir"]),
+    ]
+    for args, words in cases:
+        assert_refused(run_program("eval_fid.py", *args, "--num_samples", 4, "--out", tmp_path, check=False), words)

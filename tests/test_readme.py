@@ -1,0 +1,93 @@
+"""The README's commands are read by the programs' own flags, and its table of flags is complete."""
+
+import re
+import shlex
+
+import pytest
+from absl import flags
+
+import compute_fid_stats
+import eval_fid
+import train_flow
+from tests.conftest import ROOT
+from utils import config as cfg
+
+README = (ROOT / "README.md").read_text()
+PROGRAMS = {f"{program.__name__}.py": program for program in (train_flow, eval_fid, compute_fid_stats)}
+BLOCKS = re.findall(r"^```(?:bash)?\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+COMMANDS = [
+    line
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if re.match(r"(python|make|pip|conda|tfds) ", line)
+]
+RECIPE = [
+    "python train_flow.py --dataset_name imagenet256 --wandb.name DiT-B --model.depth 12 --model.hidden_size 768 "
+    "--model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4 --batch_size 512",
+    "python train_flow.py --dataset_name celebahq256 --wandb.name DiT-B-CelebA --model.depth 12 "
+    "--model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4 --batch_size 512",
+    "python train_flow.py --dataset_name celebahq256 --wandb.name DiT-B-CelebAPixel --model.depth 12 "
+    "--model.hidden_size 768 --model.patch_size 8 --model.num_heads 16 --model.mlp_ratio 4 --batch_size 512 "
+    "--use_stable_vae 0",
+]
+
+
+@pytest.fixture
+def read_flags():
+    """read_flags(program, argv) -> configuration; the flags are gone again afterwards."""
+    builtin = set(flags.FLAGS)
+
+    def read(program, argv):
+        for name in set(flags.FLAGS) - builtin:
+            delattr(flags.FLAGS, name)
+        return cfg.parse_flags(program.define_flags, argv)
+
+    yield read
+    read(compute_fid_stats, [""])
+    for name in set(flags.FLAGS) - builtin:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python ")])
+def test_python_commands_are_understood(command, read_flags):
+    words = shlex.split(command, comments=True)
+    assert words[1] in PROGRAMS, command
+    read_flags(PROGRAMS[words[1]], words[1:])
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    used = {shlex.split(line, comments=True)[1] for line in COMMANDS if line.startswith("make ")}
+    assert {"demo", "test"} <= used <= targets
+
+
+def test_the_recipes_commands_stand_there_as_written():
+    commands = [" ".join(line.split()) for line in COMMANDS]
+    assert [command for command in RECIPE if command not in commands] == []
+
+
+def test_the_recipes_commands_resolve_to_what_they_name(read_flags):
+    for command, patch, vae in zip(RECIPE, (2, 2, 8), (1, 1, 0), strict=True):
+        model = read_flags(train_flow, shlex.split(command)[1:]).model
+        sizes = (
+            model.hidden_size,
+            model.depth,
+            model.num_heads,
+            model.mlp_ratio,
+            model.patch_size,
+            model.use_stable_vae,
+        )
+        assert sizes == (768, 12, 16, 4, patch, vae)
+
+
+def test_every_flag_stands_in_the_table(read_flags):
+    builtin = set(flags.FLAGS)
+    for program in PROGRAMS.values():
+        read_flags(program, [""])
+        missing = [name for name in set(flags.FLAGS) - builtin if f"`--{name}`" not in README]
+        assert missing == [], program.__name__
+
+
+def test_pictures_and_files_named_are_there():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path

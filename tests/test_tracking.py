@@ -1,0 +1,80 @@
+"""Local metrics and pictures, and wandb in its three modes."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from utils import plotting, tracking
+
+
+def config(mode: str) -> ConfigDict:
+    wandb = {"mode": mode, "project": "flow", "entity": None, "group": None, "name": "x", "notes": None, "tags": []}
+    return ConfigDict({"seed": 0, "wandb": wandb})
+
+
+def test_lines_of_steps_that_run_again_are_dropped(tmp_path):
+    tracker = tracking.Tracker(tmp_path, config("disabled"), 0)
+    for step in (1, 2, 3):
+        tracker.log({"training/l2_loss": np.float32(step)}, step)
+    tracker.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "training/l2_l')  # cut short by a kill
+    tracker = tracking.Tracker(tmp_path, config("disabled"), 2)
+    tracker.log({"training/l2_loss": 30}, 3)
+    tracker.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["training/l2_loss"]) for line in lines] == [(1, 1), (2, 2), (3, 30)]
+
+
+@pytest.mark.parametrize("mode", ["disabled", "offline", "online"])
+def test_modes(tmp_path, mode, monkeypatch, capfd):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))  # no account is set up
+    tracker = tracking.Tracker(tmp_path / "run", config(mode), 0) if (tmp_path / "run").mkdir() is None else None
+    tracker.log({"training/l2_loss": 1.5}, 1)
+    tracker.log_figure("sample_N/4", Figure(), 1)
+    tracker.close()
+    assert tracking.read_metrics(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "training/l2_loss": 1.5}]
+    assert (tmp_path / "run" / "images" / "sample_N_4" / "00000001.png").stat().st_size > 0
+    said = capfd.readouterr().out.splitlines()
+    assert [line for line in said if "no account is set up" in line] == said[: mode == "online"]
+    run_files = list((tmp_path / "run").rglob("*.wandb"))
+    if mode == "disabled":
+        assert not run_files
+        assert not (tmp_path / "run" / "wandb").exists()
+    else:
+        content = run_files[0].read_bytes()
+        assert b"training/l2_loss" in content
+        assert b"sample_N/4" in content
+
+
+def test_an_account_in_netrc_is_found(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert not tracking.has_wandb_account("https://wandb.example")
+    (tmp_path / "netrc").write_text("machine wandb.example login user password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert tracking.has_wandb_account("https://wandb.example")
+    assert not tracking.has_wandb_account("https://other.example")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_figures_show_every_image(tmp_path, channels):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 8, channels), np.uint8)
+    figure = plotting.image_table(images, ("a", "b", "c"), [f"t = {i}" for i in range(8)], "title")
+    assert sum(bool(axis.images) for axis in figure.axes) == 24
+    np.testing.assert_array_equal(figure.axes[9].images[0].get_array(), images[1, 1].squeeze())
+    figure.savefig(tmp_path / "a.png")
+
+
+def test_grid_is_ordered_by_label_and_titled(tmp_path):
+    images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 1), np.uint8)
+    labels = np.array([2, 0, 1, 2, 0, 1, 2])
+    figure = plotting.sample_grid(images, labels, ("zero", "one", "two"))
+    assert [axis.texts[0].get_text() for axis in figure.axes[:7]] == ["zero"] * 2 + ["one"] * 2 + ["two"] * 3
+    assert [axis.images[0].get_array()[0, 0] for axis in figure.axes[:7]] == [1, 4, 2, 5, 0, 3, 6]

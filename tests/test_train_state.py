@@ -1,0 +1,45 @@
+"""The moving average and the optimizer step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train_flow import train_step
+from utils.stable_vae import PixelCodec
+from utils.train_state import apply_gradients, create_train_state, make_optimizer, update_ema
+
+OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)
+
+
+def test_average_is_of_the_parameters_just_updated():
+    state = create_train_state({"w": jnp.array([1.0, 2.0])}, OPTIMIZER, jax.random.key(0))
+    new, updates = apply_gradients(state, {"w": jnp.array([1.0, -1.0])}, OPTIMIZER, 0.75)
+    np.testing.assert_allclose(new.params["w"], state.params["w"] + updates["w"])
+    np.testing.assert_allclose(updates["w"], [-0.1, 0.1], rtol=1e-5)  # Adam's first step is lr * sign(gradient)
+    np.testing.assert_allclose(new.ema_params["w"], 0.75 * state.params["w"] + 0.25 * new.params["w"], rtol=1e-6)
+    assert new.step == 1
+
+
+@pytest.mark.parametrize(("decay", "expected"), [(0.0, 5.0), (0.9, 1.4)])
+def test_average_formula(decay, expected):
+    np.testing.assert_allclose(update_ema({"w": jnp.array(1.0)}, {"w": jnp.array(5.0)}, decay)["w"], expected)
+
+
+def test_training_noise_times_and_label_drops_differ_from_step_to_step():
+    """A model that answers with its input shows what the step feeds it."""
+    seen = []
+
+    class Probe:
+        def apply(self, variables, x_t, t, labels, train, rngs):
+            seen.append((x_t, t, jax.random.bits(rngs["label_dropout"])))
+            return x_t * variables["params"]["w"]
+
+    state = create_train_state({"w": jnp.array(1.0)}, OPTIMIZER, jax.random.key(0))
+    batch = {"image": jnp.zeros((4, 2, 2, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
+    parts = {"model": Probe(), "optimizer": OPTIMIZER, "t_sampler": "log-normal", "ema_decay": 0.9}
+    with jax.disable_jit():
+        for _ in range(2):
+            state, _ = train_step(state, batch, PixelCodec(), **parts)
+    first, second = [[np.asarray(jax.lax.stop_gradient(x)) for x in call] for call in seen]
+    assert all(not np.array_equal(a, b) for a, b in zip(first, second, strict=True))

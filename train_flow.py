@@ -1,0 +1,338 @@
+"""Trains a flow-matching DiT: flags -> configuration -> one loop that steps, logs, evaluates and saves.
+
+    python train_flow.py --dataset_name digits --use_stable_vae 0 --model.patch_size 2 --model.num_classes 10
+
+The same command again continues a run from its newest checkpoint. README.md has the flags and the recipes.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from diffusion_transformer import DiT
+from utils import config as cfg
+from utils import evaluation, flow, inception
+from utils.checkpoint import Checkpoints, open_checkpoint
+from utils.datasets import first_examples, load_dataset, training_batches
+from utils.errors import UserError
+from utils.fid import load_statistics
+from utils.sharding import abstract, feed, initialize_processes, make_mesh, replicated, state_sharding, to_devices
+from utils.stable_vae import PixelCodec, images_from_uint8
+from utils.tracking import Tracker, write_json
+from utils.train_state import TrainState, apply_gradients, create_train_state, make_optimizer
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("dataset_name", "imagenet256", "Data set; README.md lists what is read.")
+    flags.DEFINE_string("data_dir", None, "Where prepared data sets are.")
+    flags.DEFINE_integer("image_size", None, "Side to which images of any size are resized.", lower_bound=1)
+    flags.DEFINE_string("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
+    flags.DEFINE_string("load_dir", None, "Run whose parameters and average this run starts from.")
+    flags.DEFINE_integer("seed", 0, "Seed of parameters, data order, noise and samples.")
+    flags.DEFINE_integer("batch_size", 256, "Global batch size.")
+    flags.DEFINE_integer("max_steps", 1_000_000, "Training steps.", lower_bound=0)
+    flags.DEFINE_integer("log_interval", 1000, "Steps between logged metrics.", lower_bound=1)
+    flags.DEFINE_integer("eval_interval", 50_000, "Steps between pictures; also once at step 1000.", lower_bound=1)
+    flags.DEFINE_integer("save_interval", 200_000, "Steps between checkpoints; also at the end.", lower_bound=1)
+    flags.DEFINE_integer("keep_last", 2, "Newest checkpoints kept.", lower_bound=1)
+    flags.DEFINE_integer("keep_every", 1_000_000, "Checkpoints of multiples of this step are kept too.", lower_bound=1)
+    flags.DEFINE_integer("debug_overfit", 0, "1 trains on one repeated batch.", 0, 1)
+    flags.DEFINE_enum("sharding", "dp", ["dp", "fsdp"], "dp replicates the state over the devices, fsdp splits it.")
+    flags.DEFINE_string("fid_stats", None, "Reference statistics; with them, `fid` is logged at every evaluation.")
+    flags.DEFINE_integer("fid_samples", 10_000, "Samples of a training-time FID.", lower_bound=2)
+    flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
+    cfg.define_model_flags()
+    cfg.define_wandb_flags()
+    cfg.define_device_flags()
+    flags.adopt_module_key_flags(cfg)  # so that --help lists them
+
+
+# Streams of randomness beside the training steps', which fold 0, 1, 2, ... into the seed's key.
+INIT, VALIDATION = 2**31 - 1, 2**31 - 2
+
+
+# ---- The step ----
+
+
+def loss_and_gradients(
+    params: PyTree, key: jax.Array, batch: PyTree, codec: PixelCodec, *, model: DiT, t_sampler: str, train: bool
+) -> tuple[PyTree, dict[str, jax.Array]]:
+    """(gradients, mean metrics) of the flow-matching loss on a global batch; labels are dropped only if `train`."""
+    codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
+    x_1 = codec.encode(codec_key, images_from_uint8(batch["image"]))
+    x_0 = jax.random.normal(noise_key, x_1.shape)
+    t = flow.sample_times(time_key, len(x_1), t_sampler)
+
+    def loss_fn(params):
+        def velocity_fn(x_t, t):
+            return model.apply({"params": params}, x_t, t, batch["label"], train, rngs={"label_dropout": dropout_key})
+
+        metrics = jax.tree.map(jnp.mean, flow.flow_matching_terms(velocity_fn, x_0, x_1, t))
+        return metrics["l2_loss"], metrics
+
+    return jax.grad(loss_fn, has_aux=True)(params)
+
+
+def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, jax.Array]:
+    trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
+    return {name: optax.tree.norm(tree) for name, tree in trees.items()}
+
+
+def train_step(
+    state: TrainState,
+    batch: PyTree,
+    codec: PixelCodec,
+    *,
+    model: DiT,
+    optimizer: optax.GradientTransformation,
+    t_sampler: str,
+    ema_decay: float,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
+    key = jax.random.fold_in(state.key, state.step)
+    grads, metrics = loss_and_gradients(state.params, key, batch, codec, model=model, t_sampler=t_sampler, train=True)
+    new_state, updates = apply_gradients(state, grads, optimizer, ema_decay)
+    return new_state, metrics | norms(grads, updates, new_state.params)
+
+
+def validation_step(
+    state: TrainState,
+    batch: PyTree,
+    codec: PixelCodec,
+    *,
+    model: DiT,
+    optimizer: optax.GradientTransformation,
+    t_sampler: str,
+) -> dict[str, jax.Array]:
+    """Metrics of a batch without label dropout, with the same noise and times whatever the step; the norms are those of
+    the update that this batch would cause, which is not applied."""
+    key = jax.random.fold_in(state.key, VALIDATION)
+    grads, metrics = loss_and_gradients(state.params, key, batch, codec, model=model, t_sampler=t_sampler, train=False)
+    updates, _ = optimizer.update(grads, state.opt_state, state.params)
+    return metrics | norms(grads, updates, state.params)
+
+
+# ---- The run ----
+
+
+class Run:
+    """What is set up once, before the first step: data, model, optimizer, folder. Wrong input ends here, uncompiled."""
+
+    def __init__(self, config: ConfigDict):
+        self.config, self.mesh = config, make_mesh()
+        cfg.check_batch_size(config.batch_size, self.mesh.size)
+        dataset, validation_dataset = (
+            load_dataset(config.dataset_name, split, config.data_dir, image_size=config.image_size)
+            for split in ("train", "validation")
+        )
+        if config.debug_overfit:
+            dataset = first_examples(dataset, config.batch_size)
+        self.context = evaluation.make_context(config.model, self.mesh, dataset.image_shape, dataset.class_names)
+        self.reference = None
+        if config.fid_stats:
+            self.reference = load_statistics(config.fid_stats)
+            inception.inception_weights_path(config.inception_weights)
+        self.folder = cfg.run_folder(config)
+        cfg.check_writable(self.folder, "save_dir")
+        self.optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
+        self.checkpoints = Checkpoints(self.folder, config.keep_last, config.keep_every)
+        # Enough to sample from a checkpoint without its data set.
+        facts = {"image_shape": list(dataset.image_shape), "class_names": list(dataset.class_names)}
+        self.saved_config = {**config.to_dict(), "dataset": facts}
+
+        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self.batches = training_batches(dataset, config.batch_size, config.seed, **hosts)
+        # Always the same validation images, so that two points of a curve differ by the model alone.
+        self.validation_batch = to_devices(
+            next(training_batches(validation_dataset, config.batch_size, config.seed, **hosts)), self.mesh
+        )
+        self.parts = {
+            "model": self.context.model,
+            "optimizer": self.optimizer,
+            "t_sampler": config.model.t_sampler,
+        }
+
+    def initial_state(self) -> TrainState:
+        """The state of step 0 laid out over the devices; the same on every process and any number of devices."""
+
+        def init(key):
+            params = evaluation.init_params(self.context, jax.random.fold_in(key, INIT))
+            return create_train_state(params, self.optimizer, key)
+
+        key = jax.random.key(self.config.seed)
+        shardings = state_sharding(jax.eval_shape(init, key), self.mesh, self.config.sharding)
+        return jax.jit(init, out_shardings=shardings)(key)
+
+    def first_state(self) -> TrainState:
+        """The newest checkpoint's state, with the data moved to its position; or step 0, perhaps of --load_dir."""
+        state, step = self.initial_state(), self.checkpoints.latest_step()
+        if step is not None:
+            cfg.check_resumable(self.config, self.checkpoints.restore_config(step), self.folder)
+            state, position = self.checkpoints.restore(step, abstract(state))
+            self.batches.set_state(position)
+            say(f"resuming {self.folder} from step {step}")
+        elif self.config.load_dir:
+            source, step = open_checkpoint(self.config.load_dir)
+            params, ema_params = source.restore_params(step, abstract(state.params), ("params", "ema_params"))
+            state = state.replace(params=params, ema_params=ema_params)
+            say(f"starting from the parameters of {self.config.load_dir}, step {step}")
+        return state
+
+    def compile_train_step(self, state: TrainState):
+        """train_step(state, batch, codec) compiled for this run's shapes; it takes over the state's memory."""
+        ema_decay = cfg.ema_decay(self.config.model.target_update_rate)
+        shardings = (jax.tree.map(lambda x: x.sharding, state), replicated(self.mesh))
+        step = partial(train_step, **self.parts, ema_decay=ema_decay)
+        step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        return step.lower(state, self.validation_batch, self.context.codec).compile()
+
+    def summary(self, state: TrainState) -> str:
+        model, shape = self.config.model, self.context.latent_shape
+        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        flops = 3 * self.config.batch_size * self.context.model.count_flops(shape)
+        return (
+            f"DiT {model.hidden_size} wide, {model.depth} deep, {model.num_heads} heads, patch {model.patch_size} on "
+            f"{'x'.join(map(str, shape))}: {count:,} parameters, {flops / 1e9:,.1f} GFLOP a step of "
+            f"{self.config.batch_size} images, on {self.mesh.size} x {jax.devices()[0].device_kind}"
+        )
+
+    def evaluate(self, state: TrainState, batch: PyTree) -> Iterator[tuple[str, object]]:
+        """(name, number or figure) of what is looked at every --eval_interval; pictures and FID use the average."""
+        config, context, key = self.config, self.context, jax.random.fold_in(state.key, VALIDATION)
+        for name, data in (("training", batch), ("validation", self.validation_batch)):
+            for t, loss in evaluation.loss_by_time(context, state.params, data, key).items():
+                yield f"{name}_loss_t/{t}", loss
+        yield "reconstruction_n", evaluation.reconstruction_panel(context, state.ema_params, self.validation_batch, key)
+        sampler = {
+            "cfg_scale": cfg.guidance_scale(config.model.cfg_scale),
+            "num_steps": config.model.denoise_timesteps,
+        }
+        yield from evaluation.sample_panels(context, state.ema_params, key, **sampler)
+        if self.reference is not None:
+            yield "fid", self.compute_fid(state, **sampler)
+
+    def compute_fid(self, state: TrainState, **sampler) -> float:
+        config = self.config
+        convention = self.reference.convention or "adm"  # the original FID code's, where a file does not say
+        extractor = inception.load_feature_extractor(config.inception_weights, convention, replicated(self.mesh))
+        sizes = {"num_samples": config.fid_samples, "batch_size": config.batch_size, "seed": config.seed}
+        samples = evaluation.generate_images(self.context, state.ema_params, **sizes, **sampler)
+        images = (batch for batch, _ in samples)
+        return evaluation.compute_fid(extractor, images, config.batch_size, self.mesh, self.reference)
+
+
+class StopRequest:
+    """Whether Ctrl-C or SIGTERM asked for an end; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.signal = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def is_due(self, step: int) -> bool:
+        """The answer on which all processes of the run agree at this step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.signal is not None
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def check_finite(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints) -> None:
+    """Ends a run that has diverged, before its state is saved over a good one."""
+    if not np.isfinite([metrics["l2_loss"], metrics["param_norm"]]).all():
+        checkpoints.wait()
+        raise UserError(
+            f"loss or parameters are not finite any more at step {step}; the newest checkpoint is of step "
+            f"{checkpoints.latest_step()}: run again from there with a lower --model.lr, or --model.dtype float32"
+        )
+
+
+def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, object]], step: int) -> None:
+    numbers = {}
+    for name, value in results:
+        if isinstance(value, Figure):
+            tracker.log_figure(name, value, step)
+        else:
+            numbers[name] = value
+    tracker.log(numbers, step)
+
+
+def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> int:
+    """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last step."""
+    config, codec = run.config, run.context.codec
+    say("compiling the training step ...")
+    compiled_step = run.compile_train_step(state)
+    validate = jax.jit(partial(validation_step, **run.parts))
+    step = int(state.step)
+    interval = 0.2 if sys.stderr.isatty() else 10  # a log file wants a line now and then
+    bar = tqdm(total=config.max_steps, initial=step, unit="step", mininterval=interval, disable=jax.process_index() > 0)
+    logged_step, logged_time, previous = step, time.monotonic(), None
+    for batch, position in feed(run.batches, run.mesh):
+        step += 1
+        state, metrics = compiled_step(state, batch, codec)
+        if previous is not None:  # waiting for the step before keeps two in flight: no idle device, no pile of batches
+            loss, rate = float(previous["l2_loss"]), bar.format_dict["rate"] or 0
+            bar.set_postfix_str(f"loss {loss:.4f}, {rate * config.batch_size:,.0f} images/s", refresh=False)
+        previous = metrics
+        bar.update()
+        is_last = step == config.max_steps or stop.is_due(step)
+        if step % config.log_interval == 0:
+            check_finite(metrics, step, run.checkpoints)
+            groups = {"training": metrics, "validation": validate(state, run.validation_batch, codec)}
+            values = {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}
+            rate = (step - logged_step) * config.batch_size / (time.monotonic() - logged_time)
+            tracker.log({**values, "training/images_per_second": rate}, step)
+            logged_step, logged_time = step, time.monotonic()
+        if step % config.eval_interval == 0 or step == 1000:
+            log_evaluation(tracker, run.evaluate(state, batch), step)
+        if step % config.save_interval == 0 or is_last:
+            check_finite(metrics, step, run.checkpoints)
+            run.checkpoints.save(state, run.saved_config, position)
+        if is_last:
+            bar.close()
+            return step
+
+
+def main(config: ConfigDict) -> None:
+    initialize_processes(config.coordinator_address, config.num_processes, config.process_id)
+    stop = StopRequest()
+    run = Run(config)
+    state = run.first_state()
+    if state.step >= config.max_steps:
+        say(f"nothing to do: {run.folder} is at step {state.step} already; raise --max_steps to go on")
+        return
+    say(cfg.to_text(config))
+    say(run.summary(state))
+    if jax.process_index() == 0:
+        write_json(run.folder / "config.json", run.saved_config)
+    tracker = Tracker(run.folder, config, int(state.step))
+    last_step = train(run, state, tracker, stop)
+    run.checkpoints.close()
+    tracker.close()
+    if last_step < config.max_steps:
+        say(f"stopped at step {last_step} and saved; the same command continues from there")
+
+
+if __name__ == "__main__":
+    cfg.run_program(define_flags, main)

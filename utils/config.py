@@ -1,0 +1,256 @@
+"""Flags shared by the programs, presets, and the checks that refuse a configuration before anything compiles.
+
+Flags are registered when a program calls `define_*`, read once by `run_program`, and are plain values from there on.
+Legacy spellings of jax-flow (log-normal, target_update_rate, --wandb.offline) end in this file.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from utils.errors import UserError
+
+FLAGS = flags.FLAGS
+
+# A preset fills what the user left unset; hidden size, patch, depth, heads, MLP ratio.
+PRESETS = {
+    "debug": {"hidden_size": 64, "patch_size": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 1.0},
+    "big": {"hidden_size": 768, "patch_size": 2, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0},
+    "semilarge": {"hidden_size": 1024, "patch_size": 2, "depth": 22, "num_heads": 16, "mlp_ratio": 4.0},
+    "large": {"hidden_size": 1024, "patch_size": 2, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0},
+    "xlarge": {"hidden_size": 1152, "patch_size": 2, "depth": 28, "num_heads": 16, "mlp_ratio": 4.0},
+}
+
+# What makes the parameters of one run unreadable, or its data order another, under another value.
+ARCHITECTURE = ("hidden_size", "patch_size", "depth", "num_heads", "mlp_ratio", "num_classes", "use_stable_vae")
+
+
+def define_model_flags() -> None:
+    """Registers --model.*: the network, its objective and optimizer, and how samples are drawn."""
+    debug = PRESETS["debug"]
+    flags.DEFINE_enum("model.preset", "debug", list(PRESETS), "Sizes for the --model.* flags left unset.")
+    flags.DEFINE_integer("model.hidden_size", debug["hidden_size"], "Width of the transformer.", lower_bound=4)
+    flags.DEFINE_integer("model.patch_size", debug["patch_size"], "Side of a patch.", lower_bound=1)
+    flags.DEFINE_integer("model.depth", debug["depth"], "Transformer blocks.", lower_bound=1)
+    flags.DEFINE_integer("model.num_heads", debug["num_heads"], "Attention heads.", lower_bound=1)
+    flags.DEFINE_float("model.mlp_ratio", debug["mlp_ratio"], "Width of the MLP over --model.hidden_size.")
+    flags.DEFINE_enum("model.dtype", "float32", ["float32", "bfloat16"], "Compute type; parameters stay float32.")
+    flags.DEFINE_integer("model.num_classes", 1000, "Labels; one more row stands for no label.", lower_bound=1)
+    flags.DEFINE_float("model.class_dropout_prob", 0.1, "Share of labels dropped in training.", 0, 1)
+    flags.DEFINE_float("model.lr", 1e-4, "Adam's learning rate.", lower_bound=0)
+    flags.DEFINE_float("model.beta1", 0.9, "Adam's first decay.", 0, 1)
+    flags.DEFINE_float("model.beta2", 0.99, "Adam's second decay.", 0, 1)
+    flags.DEFINE_float(
+        "model.target_update_rate", 0.9999, "Decay of the parameters' moving average; 1: no averaging.", 0, 1
+    )
+    flags.DEFINE_enum(
+        "model.t_sampler", "log-normal", ["log-normal", "uniform"], "Training times: sigmoid of a normal, or uniform."
+    )
+    flags.DEFINE_integer("model.t_conditioning", 1, "0 feeds zeros to the model instead of t.", 0, 1)
+    flags.DEFINE_integer("model.denoise_timesteps", 32, "Euler steps of training-time samples.", lower_bound=1)
+    flags.DEFINE_float("model.cfg_scale", 4.0, "Guidance scale of training-time samples; -1: no guidance.")
+    flags.DEFINE_integer("model.use_stable_vae", 1, "1 trains on the latents of a VAE, 0 on pixels.", 0, 1)
+    flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
+
+
+def define_wandb_flags() -> None:
+    """Registers --wandb.*."""
+    flags.DEFINE_enum("wandb.mode", None, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
+    flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
+    flags.DEFINE_string("wandb.project", "flow", "Project.")
+    flags.DEFINE_string("wandb.entity", None, "User or team.")
+    flags.DEFINE_string("wandb.group", None, "Group of runs.")
+    flags.DEFINE_string("wandb.name", "flow_{dataset_name}", "Name of the run, and of its folder under runs/.")
+    flags.DEFINE_string("wandb.notes", None, "A longer description.")
+    flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas.")
+
+
+def define_device_flags() -> None:
+    """Registers how several processes find each other."""
+    flags.DEFINE_string(
+        "coordinator_address", None, "host:port of process 0 where a run has several; 'auto' on TPU pods, SLURM."
+    )
+    flags.DEFINE_integer("num_processes", None, "Processes in the run, with --coordinator_address.")
+    flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator_address.")
+
+
+def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], None]) -> None:
+    """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1."""
+    try:
+        app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict:
+    """The configuration that a command line (argv[0] = the program) asks for; UserError where it cannot be read."""
+    builtin = set(FLAGS)
+    define_flags()
+    try:
+        extra = FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
+    return read_flags(set(FLAGS) - builtin)
+
+
+def read_flags(names: Iterable[str]) -> ConfigDict:
+    """The values of flags `names`, those named `group.name` in a ConfigDict of their own, presets filled in.
+
+    Raises UserError where two spellings of one flag contradict each other.
+    """
+    config = ConfigDict()
+    for name in sorted(names, key=lambda name: ("." in name, name)):
+        *group, leaf = name.split(".")
+        if group and group[0] not in config:
+            config[group[0]] = ConfigDict()
+        (config[group[0]] if group else config)[leaf] = FLAGS[name].value
+    if "model" in config:
+        resolve_model(config)
+    if "wandb" in config:
+        resolve_wandb(config)
+    return config
+
+
+def is_explicit(name: str) -> bool:
+    """Whether the user gave flag `name`."""
+    return bool(FLAGS[name].present)
+
+
+def resolve_model(config: ConfigDict) -> None:
+    """Fills the preset's sizes into what the user left unset, and folds --use_stable_vae in."""
+    model = config.model
+    for name, value in PRESETS[model.preset].items():
+        if not is_explicit(f"model.{name}"):
+            model[name] = value
+    use_stable_vae = FLAGS["use_stable_vae"].value
+    del config.use_stable_vae
+    if use_stable_vae is not None:
+        if is_explicit("model.use_stable_vae") and model.use_stable_vae != use_stable_vae:
+            raise UserError(
+                f"--use_stable_vae={use_stable_vae} contradicts --model.use_stable_vae={model.use_stable_vae}; give one"
+            )
+        model.use_stable_vae = use_stable_vae
+
+
+def override_model(saved: dict[str, Any]) -> ConfigDict:
+    """The --model.* values `saved` with a run, those given on this command line replaced.
+
+    Raises UserError where one names another architecture than the run's.
+    """
+    model = ConfigDict(saved)
+    for name in saved:
+        if not is_explicit(f"model.{name}"):
+            continue
+        given = FLAGS[f"model.{name}"].value
+        if name in ARCHITECTURE and given != model[name]:
+            raise UserError(f"--model.{name}={given}, but the run of --load_dir has {model[name]}; leave the flag out")
+        model[name] = given
+    return model
+
+
+def resolve_wandb(config: ConfigDict) -> None:
+    """Settles mode and name."""
+    wandb = config.wandb
+    if wandb.offline and wandb.mode not in (None, "offline"):
+        raise UserError(f"--wandb.offline contradicts --wandb.mode={wandb.mode}; give one")
+    if wandb.mode is None:
+        wandb.mode = "offline" if wandb.offline else os.environ.get("WANDB_MODE", "online")
+    if wandb.mode not in ("online", "offline", "disabled"):
+        raise UserError(f"WANDB_MODE={wandb.mode}: use online, offline or disabled, or give --wandb.mode")
+    del wandb.offline
+    wandb.name = wandb.name.replace("{dataset_name}", config.dataset_name)
+
+
+def run_folder(config: ConfigDict) -> Path:
+    """Where a run keeps everything: --save_dir, or runs/<--wandb.name>, made fit for a file name."""
+    return Path(config.save_dir or Path("runs") / re.sub(r"[^\w.=+-]+", "_", config.wandb.name))
+
+
+def guidance_scale(cfg_scale: float) -> float | None:
+    """None (no guidance, one pass a step) for the flag's -1 and for 1, which equals it; otherwise the scale."""
+    return None if cfg_scale in (-1, 1) else cfg_scale
+
+
+def ema_decay(target_update_rate: float) -> float:
+    """The decay of the moving average; the recipe's rate 1 means "no averaging" (decay 0), not "frozen"."""
+    return 0.0 if target_update_rate == 1 else target_update_rate
+
+
+def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
+    """Raises UserError where no DiT of this configuration can work on latents (h, w, c)."""
+    height, width, _ = latent_shape
+    patch = model.patch_size
+    if height % patch or width % patch:
+        fits = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
+        raise UserError(
+            f"--model.patch_size={patch} does not divide the {height}x{width} input of the model; "
+            f"use one of {', '.join(map(str, fits))}"
+        )
+    if model.hidden_size % model.num_heads:
+        raise UserError(
+            f"--model.num_heads={model.num_heads} does not divide --model.hidden_size={model.hidden_size}; "
+            f"use {_nearest_divisor(model.hidden_size, model.num_heads)} heads, for example"
+        )
+    if model.hidden_size % 4:
+        raise UserError(
+            f"--model.hidden_size={model.hidden_size} must be a multiple of 4 (sines and cosines of two axes); "
+            f"use {-(-model.hidden_size // 4) * 4}"
+        )
+    if int(model.mlp_ratio * model.hidden_size) < 1:
+        raise UserError(f"--model.mlp_ratio={model.mlp_ratio} leaves the MLP no width; use 4, for example")
+    if model.cfg_scale < 0 and model.cfg_scale != -1:
+        raise UserError(f"--model.cfg_scale={model.cfg_scale}: use a scale of 0 or more, or -1 for no guidance")
+    for beta in ("beta1", "beta2"):
+        if model[beta] >= 1:
+            raise UserError(f"--model.{beta}={model[beta]} must be below 1; use 0.99, for example")
+
+
+def _nearest_divisor(number: int, near: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+
+
+def check_batch_size(batch_size: int, num_devices: int) -> None:
+    """Raises UserError where a global batch does not spread evenly over the devices of all processes."""
+    if batch_size < 1 or batch_size % num_devices:
+        raise UserError(
+            f"--batch_size={batch_size} does not divide over {num_devices} device{'s' * (num_devices > 1)}; "
+            f"use a multiple of {num_devices}"
+        )
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Creates `folder` and proves that files can be written there; UserError otherwise."""
+    probe = folder / ".write-test"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--{flag}={folder} cannot be written ({error.strerror}); choose another folder") from None
+
+
+def check_resumable(config: ConfigDict, saved: dict[str, Any], folder: Path) -> None:
+    """Raises UserError where the run in `folder` cannot be continued under `config`."""
+    pairs = [(f"model.{name}", saved["model"][name], config.model[name]) for name in ARCHITECTURE]
+    pairs += [(name, saved[name], config[name]) for name in ("dataset_name", "batch_size", "seed", "image_size")]
+    for name, old, new in pairs:
+        if old != new:
+            raise UserError(
+                f"{folder} holds a run with --{name}={old}, not {new}: "
+                "give that value to continue it, or another --wandb.name or --save_dir to start a new run"
+            )
+
+
+def to_text(config: ConfigDict) -> str:
+    """The configuration as YAML, groups last, for a person to read."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip()

@@ -1,0 +1,238 @@
+"""What training and eval_fid share: loss by t, panels of reconstructions and samples, generated images and their FID.
+
+Parameters, codec, guidance scale, step count and times are arguments of the compiled programs, so that a new value of
+any of them compiles nothing anew; the model and the shapes are static.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from diffusion_transformer import DiT
+from utils import flow, plotting, sampling
+from utils.config import check_model
+from utils.errors import UserError
+from utils.fid import FeatureStatistics, ReferenceStatistics, frechet_distance
+from utils.sharding import gather, spread
+from utils.stable_vae import PixelCodec, images_from_uint8, images_to_uint8
+
+PANEL_SIZE = 8
+LOSS_TIMES = tuple(i / 10 for i in range(11))
+PANEL_GUIDANCE = (0, 0.1, 1, 4, 10)
+PANEL_STEPS = (1, 4, 32)
+
+
+class Context(NamedTuple):
+    """What stays the same through a run: the model, its codec and the data it is about."""
+
+    model: DiT
+    codec: PixelCodec
+    mesh: Mesh
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.codec.latent_shape(self.image_shape)
+
+
+def make_context(
+    model_config: ConfigDict, mesh: Mesh, image_shape: Sequence[int], class_names: Sequence[str]
+) -> Context:
+    """The context of a run from its --model.* values and its data set's facts; UserError where they do not fit."""
+    if model_config.use_stable_vae:
+        raise UserError("--model.use_stable_vae=1: this version has no VAE; train on pixels with --use_stable_vae 0")
+    codec = PixelCodec()
+    check_model(model_config, codec.latent_shape(tuple(image_shape)))
+    if len(class_names) > model_config.num_classes:
+        raise UserError(
+            f"--model.num_classes={model_config.num_classes} is fewer than the {len(class_names)} classes of the data "
+            f"set; use {len(class_names)} or more"
+        )
+    model = DiT(
+        patch_size=model_config.patch_size,
+        hidden_size=model_config.hidden_size,
+        depth=model_config.depth,
+        num_heads=model_config.num_heads,
+        mlp_ratio=model_config.mlp_ratio,
+        class_dropout_prob=model_config.class_dropout_prob,
+        num_classes=model_config.num_classes,
+        t_conditioning=bool(model_config.t_conditioning),
+        dtype=jnp.dtype(model_config.dtype),
+    )
+    return Context(model, codec, mesh, tuple(image_shape), tuple(class_names))
+
+
+def init_params(context: Context, key: Key[Array, ""]) -> PyTree:
+    """Freshly initialised parameters of the context's model, float32."""
+    latents = jnp.zeros((1, *context.latent_shape))
+    return context.model.init(key, latents, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+
+
+def model_fn(model: DiT, params: PyTree) -> sampling.ModelFn:
+    """The model without label dropout, as guidance and solvers call it."""
+    return lambda x, t, labels: model.apply({"params": params}, x, t, labels)
+
+
+# ---- Loss ----
+
+
+@partial(jax.jit, static_argnames="model")
+def _loss_at(params, codec, key, batch, t, *, model):
+    codec_key, noise_key = jax.random.split(key)
+    x_1 = codec.encode(codec_key, images_from_uint8(batch["image"]))
+    x_0 = jax.random.normal(noise_key, x_1.shape)
+
+    def velocity_fn(x_t, t):
+        return model_fn(model, params)(x_t, t, batch["label"])
+
+    return flow.flow_matching_loss(velocity_fn, x_0, x_1, jnp.full(len(x_1), t)).mean()
+
+
+def loss_by_time(context: Context, params: PyTree, batch: PyTree, key: Key[Array, ""]) -> dict[str, float]:
+    """Loss of `batch`, labels kept, at t = 0.0, 0.1, ..., 1.0, and `mean` over 0.1 .. 0.9; same noise at every t."""
+    losses = [float(_loss_at(params, context.codec, key, batch, t, model=context.model)) for t in LOSS_TIMES]
+    named = {f"{t:.1f}": loss for t, loss in zip(LOSS_TIMES, losses, strict=True)}
+    return {**named, "mean": float(np.mean(losses[1:-1]))}
+
+
+# ---- Panels ----
+
+
+@partial(jax.jit, static_argnames="model")
+def _reconstruct(params, codec, key, images, labels, t, *, model):
+    codec_key, noise_key = jax.random.split(key)
+    x_1 = codec.encode(codec_key, images_from_uint8(images))
+    x_t = flow.interpolate(jax.random.normal(noise_key, x_1.shape), x_1, t)
+    predicted = flow.predict_data(x_t, model_fn(model, params)(x_t, t, labels), t)
+    return jnp.stack([images, images_to_uint8(codec.decode(x_t)), images_to_uint8(codec.decode(predicted))])
+
+
+@partial(jax.jit, static_argnames=("model", "guided"))
+def _advance(params, x, labels, cfg_scale, first, last, num_steps, *, model, guided):
+    scale = cfg_scale if guided else None
+    velocity_fn = sampling.guided_velocity(model_fn(model, params), labels, model.num_classes, scale)
+    return sampling.euler_steps(velocity_fn, x, first, last, num_steps)
+
+
+@jax.jit
+def _decode(codec, latents):
+    return images_to_uint8(codec.decode(latents))
+
+
+def reconstruction_panel(context: Context, params: PyTree, batch: PyTree, key: Key[Array, ""]) -> Figure:
+    """Eight images of `batch` noised to t = 0, 1/8, ..., 7/8 and denoised in one step: clean, noised, predicted."""
+    images, labels = (np.resize(rows, (PANEL_SIZE, *rows.shape[1:])) for rows in map(gather, batch.values()))
+    t = np.arange(PANEL_SIZE, dtype=np.float32) / PANEL_SIZE
+    panel = gather(_reconstruct(params, context.codec, key, images, labels, t, model=context.model))
+    columns = [f"t = {value:.3g}\n{context.class_names[label]}" for value, label in zip(t, labels, strict=True)]
+    return plotting.image_table(panel, ("clean", "noised", "predicted"), columns)
+
+
+def sample_stages(
+    context: Context, params: PyTree, noise: Array, labels: Array, cfg_scale: float | None, num_steps: int
+) -> UInt8[np.ndarray, "rows stages h w c"]:
+    """Decoded states of an Euler path of `num_steps` after 1/8, 2/8, ..., 8/8 of its steps."""
+    x, stages = noise, []
+    cuts = [num_steps * i // PANEL_SIZE for i in range(PANEL_SIZE + 1)]
+    for first, last in itertools.pairwise(cuts):
+        scale = 0.0 if cfg_scale is None else cfg_scale
+        guided = cfg_scale is not None
+        x = _advance(params, x, labels, scale, first, last, num_steps, model=context.model, guided=guided)
+        stages.append(gather(_decode(context.codec, x)))
+    return np.stack(stages, axis=1)
+
+
+def sample_panels(
+    context: Context, params: PyTree, key: Key[Array, ""], cfg_scale: float | None, num_steps: int
+) -> Iterator[tuple[str, Figure]]:
+    """(`sample_cfg_S`, panel) for each guidance scale and (`sample_N/N`, panel) for each step count.
+
+    Every panel starts from the same noise and labels, so that scales and step counts can be compared by eye.
+    """
+    indices = jnp.arange(PANEL_SIZE)
+    labels = indices % len(context.class_names)
+    noise = sampling.sample_noise(key, indices, context.latent_shape)
+    names = [context.class_names[label] for label in np.asarray(labels)]
+    stage_titles = [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]
+    for scale in PANEL_GUIDANCE:
+        images = sample_stages(context, params, noise, labels, scale, num_steps)
+        title = f"guidance {scale}, {num_steps} Euler steps, by share of the path"
+        yield f"sample_cfg_{scale}", plotting.image_table(images, names, stage_titles, title)
+    for steps in PANEL_STEPS:
+        final = sample_stages(context, params, noise, labels, cfg_scale, steps)[None, :, -1]
+        guidance = "no guidance" if cfg_scale is None else f"guidance {cfg_scale:g}"
+        title = f"{steps} Euler step{'s' * (steps > 1)}, {guidance}"
+        yield f"sample_N/{steps}", plotting.image_table(final, (), names, title)
+
+
+# ---- Samples and FID ----
+
+
+@partial(jax.jit, static_argnames=("model", "latent_shape", "num_labels", "guided"))
+def _generate(params, codec, key, indices, cfg_scale, num_steps, *, model, latent_shape, num_labels, guided):
+    noise_key, label_key = jax.random.split(key)
+    noise = sampling.sample_noise(noise_key, indices, latent_shape)
+    labels = sampling.sample_labels(label_key, indices, num_labels)
+    scale = cfg_scale if guided else None
+    velocity_fn = sampling.guided_velocity(model_fn(model, params), labels, model.num_classes, scale)
+    return images_to_uint8(codec.decode(sampling.euler_sample(velocity_fn, noise, num_steps))), labels
+
+
+def generate_images(
+    context: Context,
+    params: PyTree,
+    *,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    cfg_scale: float | None,
+    num_steps: int,
+) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]]:
+    """(images, labels) until exactly `num_samples` are made; one compiled program per batch.
+
+    Sample i (noise, and label uniform over the classes) is a function of (seed, i) alone, whatever the batch size or
+    the number of devices, over which each batch is split. All batches have `batch_size` rows but the last.
+    """
+    generate = partial(
+        _generate,
+        model=context.model,
+        latent_shape=context.latent_shape,
+        num_labels=len(context.class_names),
+        guided=cfg_scale is not None,
+    )
+    key, scale = jax.random.key(seed), 0.0 if cfg_scale is None else cfg_scale
+    for start in range(0, num_samples, batch_size):
+        indices = spread(np.arange(start, start + batch_size, dtype=np.int32), context.mesh)
+        images, labels = generate(params, context.codec, key, indices, scale, num_steps)
+        count = min(batch_size, num_samples - start)  # the last batch is computed whole: another shape would compile
+        yield gather(images)[:count], gather(labels)[:count]
+
+
+def extract_features(
+    extractor: Callable, images: UInt8[np.ndarray, "n h w c"], batch_size: int, mesh: Mesh
+) -> Float[np.ndarray, "n 2048"]:
+    """Inception features of up to `batch_size` images, split over the devices; grey counts as three equal channels."""
+    if images.shape[-1] == 1:
+        images = images.repeat(3, axis=-1)
+    padded = np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), np.uint8)])
+    return gather(extractor(spread(padded, mesh)))[: len(images)]
+
+
+def compute_fid(
+    extractor: Callable, batches: Iterable[np.ndarray], batch_size: int, mesh: Mesh, reference: ReferenceStatistics
+) -> float:
+    """FID of batches of uint8 images against reference statistics."""
+    statistics = FeatureStatistics()
+    for images in batches:
+        statistics.update(extract_features(extractor, images, batch_size, mesh))
+    return frechet_distance(statistics.mu, statistics.sigma, reference.mu, reference.sigma)

@@ -1,0 +1,57 @@
+"""Arrays -> figures. Knows no model, no file and no wandb."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+
+
+
+def image_table(
+    images: UInt8[np.ndarray, "rows columns h w c"],
+    row_titles: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
+    title: str = "",
+) -> Figure:
+    """A figure of images (grey or RGB) in rows and columns, titled on the left and on top."""
+    rows, columns, height, _, _ = images.shape
+    cell = 0.65 if height < 32 else 1.15  # inches; tiny images are easier to recognise small
+    left = 0.1 + 0.085 * max([len(name) for name in row_titles], default=0)  # inches for the longest row title
+    top = 0.1 + 0.3 * bool(title) + 0.16 * max([1 + name.count("\n") for name in column_titles], default=0)
+    width, total = left + columns * cell, top + rows * cell
+    figure = Figure(figsize=(width, total), dpi=100 if height < 128 else 160)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(left / width, 0.02 / rows, 1, 1 - top / total, wspace=0.04, hspace=0.04)
+    for row in range(rows):
+        for column in range(columns):
+            axis = axes[row, column]
+            axis.set_axis_off()
+            # Pixels of small images are shown as they are; large ones are reduced smoothly.
+            interpolation = "nearest" if height < 128 else "antialiased"
+            axis.imshow(images[row, column].squeeze(), cmap="gray", vmin=0, vmax=255, interpolation=interpolation)
+    for axis, name in zip(axes[0], column_titles, strict=False):
+        axis.set_title(name, fontsize=8, pad=4)
+    for axis, name in zip(axes[:, 0], row_titles, strict=False):
+        axis.text(-0.06, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=10, y=1 - 0.08 / total, va="top")
+    return figure
+
+
+def sample_grid(
+    images: UInt8[np.ndarray, "n h w c"], labels: np.ndarray, class_names: Sequence[str], title: str = ""
+) -> Figure:
+    """Samples ordered by label in a near-square table, each under the name of its class."""
+    order = np.argsort(labels, kind="stable")
+    columns = int(np.ceil(np.sqrt(len(images))))
+    rows = -(-len(images) // columns)
+    table = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
+    table[: len(images)] = images[order]
+    figure = image_table(table.reshape(rows, columns, *images.shape[1:]), title=title)
+    names = [class_names[label] for label in labels[order]]
+    for axis, name in zip(figure.axes, names, strict=False):
+        text = name if len(name) <= 16 else name[:15] + "…"
+        axis.text(0.03, 0.97, text, transform=axis.transAxes, va="top", fontsize=6, color="white",
+                  bbox={"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0})  # fmt: skip
+    return figure
