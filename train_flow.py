@@ -262,9 +262,11 @@ def check_finite(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoi
     """Ends a run that has diverged, before its state is saved over a good one."""
     if not np.isfinite([metrics["l2_loss"], metrics["param_norm"]]).all():
         checkpoints.wait()
+        saved = checkpoints.latest_step()
+        way = "start again" if saved is None else f"the same command continues from step {saved}: run it"
         raise UserError(
-            f"loss or parameters are not finite any more at step {step}; the newest checkpoint is of step "
-            f"{checkpoints.latest_step()}: run again from there with a lower --model.lr, or --model.dtype float32"
+            f"loss or parameters are not finite any more at step {step}; {way} with a lower --model.lr, "
+            "or with --model.dtype float32"
         )
 
 
@@ -288,30 +290,31 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
     interval = 0.2 if sys.stderr.isatty() else 10  # a log file wants a line now and then
     bar = tqdm(total=config.max_steps, initial=step, unit="step", mininterval=interval, disable=jax.process_index() > 0)
     logged_step, logged_time, previous = step, time.monotonic(), None
-    for batch, position in feed(run.batches, run.mesh):
-        step += 1
-        state, metrics = compiled_step(state, batch, codec)
-        if previous is not None:  # waiting for the step before keeps two in flight: no idle device, no pile of batches
-            loss, rate = float(previous["l2_loss"]), bar.format_dict["rate"] or 0
-            bar.set_postfix_str(f"loss {loss:.4f}, {rate * config.batch_size:,.0f} images/s", refresh=False)
-        previous = metrics
-        bar.update()
-        is_last = step == config.max_steps or stop.is_due(step)
-        if step % config.log_interval == 0:
-            check_finite(metrics, step, run.checkpoints)
-            groups = {"training": metrics, "validation": validate(state, run.validation_batch, codec)}
-            values = {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}
-            rate = (step - logged_step) * config.batch_size / (time.monotonic() - logged_time)
-            tracker.log({**values, "training/images_per_second": rate}, step)
-            logged_step, logged_time = step, time.monotonic()
-        if step % config.eval_interval == 0 or step == 1000:
-            log_evaluation(tracker, run.evaluate(state, batch), step)
-        if step % config.save_interval == 0 or is_last:
-            check_finite(metrics, step, run.checkpoints)
-            run.checkpoints.save(state, run.saved_config, position)
-        if is_last:
-            bar.close()
-            return step
+    with bar:
+        for batch, position in feed(run.batches, run.mesh):
+            step += 1
+            state, metrics = compiled_step(state, batch, codec)
+            # Waiting for the step before keeps two in flight: no idle device, no pile of batches.
+            if previous is not None:
+                loss, rate = float(previous["l2_loss"]), bar.format_dict["rate"] or 0
+                bar.set_postfix_str(f"loss {loss:.4f}, {rate * config.batch_size:,.0f} images/s", refresh=False)
+            previous = metrics
+            bar.update()
+            is_last = step == config.max_steps or stop.is_due(step)
+            if step % config.log_interval == 0:
+                check_finite(metrics, step, run.checkpoints)
+                groups = {"training": metrics, "validation": validate(state, run.validation_batch, codec)}
+                values = {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}
+                rate = (step - logged_step) * config.batch_size / (time.monotonic() - logged_time)
+                tracker.log({**values, "training/images_per_second": rate}, step)
+                logged_step, logged_time = step, time.monotonic()
+            if step % config.eval_interval == 0 or step == 1000:
+                log_evaluation(tracker, run.evaluate(state, batch), step)
+            if step % config.save_interval == 0 or is_last:
+                check_finite(metrics, step, run.checkpoints)
+                run.checkpoints.save(state, run.saved_config, position)
+            if is_last:
+                return step
 
 
 def main(config: ConfigDict) -> None:

@@ -22,7 +22,7 @@ TINY = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2
     --model.patch_size 2 --model.num_classes 10 --model.denoise_timesteps 8 --batch_size 64 --model.lr 1e-3
 """.split()  # noqa: SIM905 (a command line, as one types it)
-SHORT = [*TINY, "--max_steps", "24", "--log_interval", "1", "--save_interval", "5", "--wandb.mode", "disabled"]
+SHORT = [*TINY, "--max_steps", "16", "--log_interval", "1", "--save_interval", "4", "--wandb.mode", "disabled"]
 SCALARS = ("l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm")
 
 
@@ -117,13 +117,13 @@ def test_the_same_command_again_has_nothing_to_do(finished):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, devices):
     process = start(*SHORT, "--save_dir", tmp_path, devices=devices)
-    wait_for_step(process, tmp_path, random.randint(6, 18))
+    wait_for_step(process, tmp_path, random.randint(5, 13))
     process.kill()
     process.wait()
     done = run_program("train_flow.py", *SHORT, "--save_dir", tmp_path, devices=devices)
-    assert re.search(r"resuming .* from step (5|10|15|20)\b", done.stdout)
+    assert re.search(r"resuming .* from step (4|8|12)\b", done.stdout)
     expected = losses(uninterrupted(devices))
-    assert list(expected) == list(range(1, 25))
+    assert list(expected) == list(range(1, 17))
     assert losses(tmp_path) == expected  # bit for bit
 
 
@@ -165,7 +165,7 @@ def test_divergence_ends_the_run_with_a_way_on(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_exit_cleanly(uninterrupted, tmp_path, number):
     process = start(*SHORT, "--max_steps", 100_000, "--save_interval", 100_000, "--save_dir", tmp_path)
-    wait_for_step(process, tmp_path, 8)
+    wait_for_step(process, tmp_path, 4)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
@@ -195,7 +195,10 @@ def test_overfitting_one_batch(tmp_path):
 
 REFUSED = {
     "unknown data set": (["--dataset_name", "digit"], ["--dataset_name=digit", "digits"]),
-    "data set not there": (["--dataset_name", "imagenet256"], ["--dataset_name=imagenet256", "download_and_prepare", "make demo"]),
+    "data set not there": (
+        ["--dataset_name", "imagenet256"],
+        ["--dataset_name=imagenet256", "download_and_prepare", "make demo"],
+    ),
     "unknown flag": (["--model.depht", "3"], ["model.depht", "model.depth"]),
     "batch size": (["--batch_size", "10"], ["--batch_size=10", "4 devices", "multiple of 4"]),
     "patch size": (["--model.patch_size", "3"], ["--model.patch_size=3", "8x8", "1, 2, 4, 8"]),

@@ -7,7 +7,6 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 
-
 def image_table(
     images: UInt8[np.ndarray, "rows columns h w c"],
     row_titles: Sequence[str] = (),
