@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, run_program
+from utils.fid import frechet_distance, load_statistics
 from utils.inception import inception_weights_path
 from utils.tracking import read_metrics
 
@@ -260,6 +261,19 @@ def test_evaluation_end_to_end(finished, weights, tmp_path):
     assert samples["arr_0"].shape == (23, 8, 8, 1)
     assert samples["arr_0"].dtype == np.uint8
     assert samples["arr_1"].shape == (23,)
+
+
+@pytest.mark.slow
+def test_shipped_statistics_are_made_again(weights, tmp_path):
+    args = ["--dataset_name", "digits", "--out", tmp_path / "stats.npz", "--batch_size", 25]
+    run_program("compute_fid_stats.py", *args)
+    made = load_statistics(tmp_path / "stats.npz")
+    shipped = load_statistics(ROOT / "data" / "fid_stats_digits.npz")
+    np.testing.assert_allclose(made.mu, shipped.mu, atol=1e-4)
+    np.testing.assert_allclose(made.sigma, shipped.sigma, atol=1e-4)
+    assert frechet_distance(made.mu, made.sigma, shipped.mu, shipped.sigma) < 1e-2
+    facts = ("num_images", "convention", "dataset")
+    assert [getattr(made, name) for name in facts] == [getattr(shipped, name) for name in facts]
 
 
 def test_evaluation_refuses_wrong_input(finished, weights, tmp_path):

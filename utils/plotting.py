@@ -22,12 +22,12 @@ def image_table(
     figure = Figure(figsize=(width, total), dpi=100 if height < 128 else 160)
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left / width, 0.02 / rows, 1, 1 - top / total, wspace=0.04, hspace=0.04)
+    # Of a few pixels the eye makes out more when they are smoothed; other small images are shown as they are.
+    interpolation = "bicubic" if height < 16 else "nearest" if height < 128 else "antialiased"
     for row in range(rows):
         for column in range(columns):
             axis = axes[row, column]
             axis.set_axis_off()
-            # Pixels of small images are shown as they are; large ones are reduced smoothly.
-            interpolation = "nearest" if height < 128 else "antialiased"
             axis.imshow(images[row, column].squeeze(), cmap="gray", vmin=0, vmax=255, interpolation=interpolation)
     for axis, name in zip(axes[0], column_titles, strict=False):
         axis.set_title(name, fontsize=8, pad=4)
