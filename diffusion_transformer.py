@@ -196,8 +196,8 @@ class DiT(nn.Module):
     mlp_ratio: float
     class_dropout_prob: float
     num_classes: int
-    t_conditioning: bool = True
     dtype: Any = jnp.float32
+    t_conditioning: bool = True
 
     @nn.compact
     def __call__(

@@ -1,10 +1,12 @@
 """The DiT against the published implementation's numbers, and its invariances."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+import diffusion_transformer
 from diffusion_transformer import DiT
 from utils import checkpoint, flow, sampling
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
@@ -75,8 +77,9 @@ def test_adam_steps_equal_published(golden, model, params):
         np.testing.assert_allclose(loss, golden["adam_loss"][k], atol=TOLERANCE)
         np.testing.assert_allclose(grad_norm, golden["adam_grad_norm"][k], rtol=TOLERANCE)
     kernel, bias = state.params["patch_embed"]["kernel"], state.params["final_layer"]["dense"]["bias"]
-    np.testing.assert_allclose(kernel, golden["adam_final_patch_kernel"], atol=TOLERANCE)
-    np.testing.assert_allclose(bias, golden["adam_final_out_bias"], atol=TOLERANCE)
+    # Five steps of 1e-4 move a parameter by up to 5e-4: the tolerance has to be far below that.
+    np.testing.assert_allclose(kernel, golden["adam_final_patch_kernel"], atol=5e-6)
+    np.testing.assert_allclose(bias, golden["adam_final_out_bias"], atol=5e-6)
 
 
 @pytest.mark.parametrize("case", ["1_cfg4.0", "7_cfg4.0", "16_cfg1.5", "16_nocfg", "8_cfg0.0"])
@@ -90,3 +93,74 @@ def test_samples_equal_published(golden, model, params, case):
     velocity_fn = sampling.guided_velocity(model_fn, golden["sample_labels"], model.num_classes, cfg_scale)
     samples = sampling.euler_sample(velocity_fn, golden["noise"], int(num_steps))
     np.testing.assert_allclose(samples, golden[f"sample_steps{case}"], atol=TOLERANCE)
+
+
+def test_position_table_formula():
+    """Column 3 of row 1: the first half of the channels encodes 3, the second half 1; sines, then cosines."""
+    table = diffusion_transformer.position_table(4, 4, 16)
+    frequencies = 1 / 10_000 ** (2 * np.arange(4) / 8)
+    expected = [f(p * frequencies) for p in (3, 1) for f in (np.sin, np.cos)]
+    np.testing.assert_allclose(table[1 * 4 + 3], np.concatenate(expected), atol=1e-6)
+
+
+def test_initial_parameters_are_the_recipes():
+    model = DiT(2, 256, 1, 4, 4, 0.1, 10)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    params = params["params"]
+    assert "pos_embed" not in params
+    block = params["block_0"]
+    for zero in (block["ada_ln"], params["final_layer"]):
+        assert all(not leaf.any() for leaf in jax.tree.leaves(zero))
+    for normal in (params["timestep_embed"]["dense_0"]["kernel"], params["label_embed"]["Embed_0"]["embedding"]):
+        assert normal.std() == pytest.approx(0.02, rel=0.1)
+    assert block["mlp"]["dense_0"]["bias"].std() == pytest.approx(1e-6, rel=0.2)
+    # Xavier uniform reaches sqrt(6 / (fan in + fan out)); each of query, key and value counts for itself.
+    limits = {
+        "qkv": (block["attention"]["qkv_kernel"], 256 + 256),
+        "out": (block["attention"]["out"]["kernel"], 256 + 256),
+        "mlp": (block["mlp"]["dense_0"]["kernel"], 256 + 1024),
+        "patch": (params["patch_embed"]["kernel"], 2 * 2 * 4 + 2 * 2 * 256),
+    }
+    for name, (kernel, fans) in limits.items():
+        assert np.abs(kernel).max() == pytest.approx(np.sqrt(6 / fans), rel=0.01), name
+
+
+def test_label_dropout_happens_in_training_alone(golden, model, params):
+    inputs = [np.repeat(golden[name][:1], 200, axis=0) for name in ("x_1", "t", "labels")]
+
+    def count_dropped(train):
+        v = model.apply({"params": params}, *inputs, train, rngs={"label_dropout": jax.random.key(0)})
+        return len(v) - np.isclose(v, v_kept, atol=1e-5).all(axis=(1, 2, 3)).sum()
+
+    v_kept = model.apply({"params": params}, *[x[:1] for x in inputs])
+    assert count_dropped(train=False) == 0
+    assert 8 <= count_dropped(train=True) <= 36  # 200 draws of probability 0.1: 20, give or take four deviations
+
+
+def test_without_t_conditioning_times_do_not_matter(golden, model, params):
+    blind = model.clone(t_conditioning=False)
+    x, labels = golden["x_1"], golden["labels"]
+    v = blind.apply({"params": params}, x, golden["t"], labels)
+    np.testing.assert_array_equal(v, blind.apply({"params": params}, x, 1 - golden["t"], labels))
+    np.testing.assert_allclose(v, model.apply({"params": params}, x, 0 * golden["t"], labels), atol=1e-6)
+
+
+def test_bfloat16_stays_close_and_keeps_float32_parameters(golden, model, params):
+    low = model.clone(dtype=jnp.bfloat16)
+    v = low.apply({"params": params}, golden["x_t"], golden["t"], golden["labels"])
+    assert v.dtype == jnp.float32
+    assert np.linalg.norm(v - golden["v_pred"]) < 0.03 * np.linalg.norm(golden["v_pred"])
+    shapes = jax.eval_shape(low.init, jax.random.key(0), golden["x_t"], golden["t"], golden["labels"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+def test_flops_are_those_the_compiler_counts(golden, model, params):
+    """Matrix products dominate even here; the compiler adds the elementwise operations."""
+    x = golden["x_t"]
+    wide = model.clone(hidden_size=384, num_heads=6)
+    args = (jnp.asarray(x), jnp.zeros(len(x)), jnp.zeros(len(x), jnp.int32))
+    wide_params = jax.jit(wide.init)(jax.random.key(0), *args)
+    counted = jax.jit(wide.apply).lower(wide_params, *args).cost_analysis()["flops"]
+    assert len(x) * wide.count_flops(x.shape[1:]) == pytest.approx(counted, rel=0.1)
+    dit_b = DiT(2, 768, 12, 12, 4, 0.1, 1000)
+    assert 3 * dit_b.count_flops((32, 32, 4)) == pytest.approx(138e9, rel=0.01)
