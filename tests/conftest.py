@@ -7,6 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
+
+from utils.config import parse_flags
+from utils.errors import UserError
+from utils.inception import inception_weights_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +38,32 @@ def shared() -> Path:
 @pytest.fixture(scope="session", params=["dit_latent_small", "dit_pixel_patch4"])
 def golden(request, shared) -> dict[str, np.ndarray]:
     return dict(np.load(shared / "golden" / f"{request.param}.npz"))
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """The Inception weights; they are fetched once."""
+    try:
+        return inception_weights_path()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def read_flags():
+    """read_flags(program, words) -> configuration of that command line; the flags are gone again afterwards."""
+    builtin = set(flags.FLAGS)
+
+    def forget():
+        for name in set(flags.FLAGS) - builtin:
+            delattr(flags.FLAGS, name)
+
+    def read(program, words):
+        forget()
+        return parse_flags(program.define_flags, [program.__name__, *words])
+
+    yield read
+    forget()
 
 
 def run_program(*args, devices: int = 1, check: bool = True, **kwargs) -> subprocess.CompletedProcess:

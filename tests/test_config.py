@@ -2,7 +2,6 @@
 
 import jax
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
 import eval_fid
@@ -15,20 +14,9 @@ DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.n
 
 
 @pytest.fixture
-def parse(request):
-    """parse('--flag value ...') -> configuration of train_flow; the flags are gone again afterwards."""
-    builtin = set(flags.FLAGS)
-
-    def forget():
-        for name in set(flags.FLAGS) - builtin:
-            delattr(flags.FLAGS, name)
-
-    def parse(line: str, program=train_flow):
-        forget()
-        return cfg.parse_flags(program.define_flags, [program.__name__, *line.split()])
-
-    yield parse
-    forget()
+def parse(read_flags):
+    """parse('--flag value ...') -> configuration of train_flow, or of another program."""
+    return lambda line, program=train_flow: read_flags(program, line.split())
 
 
 def count_parameters(model: ConfigDict, shape=(32, 32, 4)) -> int:

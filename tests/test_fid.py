@@ -10,9 +10,6 @@ import scipy.stats
 from utils.errors import UserError
 from utils.fid import FeatureStatistics, frechet_distance, load_statistics, save_statistics
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-CIFAR10_STATISTICS = SHARED / "data" / "cifar10_train_stats_pytorch_fid.npz"
-
 
 @pytest.fixture
 def rng() -> np.random.Generator:
@@ -252,9 +249,8 @@ def test_statistics_that_do_not_fit_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(raised.value)
 
 
-@pytest.mark.skipif(not CIFAR10_STATISTICS.exists(), reason="no statistics of CIFAR-10 in ../shared/data")
-def test_published_statistics_load_and_make_gaussians():
-    loaded = load_statistics(CIFAR10_STATISTICS)
+def test_published_statistics_load_and_make_gaussians(shared):
+    loaded = load_statistics(shared / "data" / "cifar10_train_stats_pytorch_fid.npz")
     assert (loaded.mu.shape, loaded.sigma.shape, loaded.convention) == ((2048,), (2048, 2048), None)
     mu, sigma = loaded.mu[:200], loaded.sigma[:200, :200]  # of some of the features: all would take half a minute
     assert frechet_distance(mu, sigma, mu + 0.1, sigma) == pytest.approx(200 * 0.1**2, rel=1e-6)

@@ -15,28 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ROOT
 from utils import inception
 from utils.errors import UserError
 from utils.fid import FeatureStatistics, frechet_distance, load_statistics
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-
 
 @pytest.fixture(scope="module")
-def weights() -> Path:
-    try:
-        return inception.inception_weights_path()
-    except UserError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    path = SHARED / "golden" / "inception_features.npz"
-    if not path.exists():
-        pytest.skip("no golden Inception features in ../shared/golden")
-    return dict(np.load(path))
+def golden(shared) -> dict[str, np.ndarray]:
+    return dict(np.load(shared / "golden" / "inception_features.npz"))
 
 
 @pytest.fixture(scope="module", params=inception.CONVENTIONS)
@@ -178,12 +165,12 @@ def test_failed_fetch_names_the_way_out(tmp_path):
     assert list((tmp_path / "flow-matching").iterdir()) == []
 
 
-def cifar10_test_images(count: int) -> np.ndarray:
+def cifar10_test_images(shared: Path, count: int) -> np.ndarray:
     """The first images in CIFAR-10's own order, which TFDS shuffles but keeps as the id.
 
     Read without TensorFlow: a record is length (8 bytes), checksum (4), Example, checksum (4).
     """
-    content = (SHARED / "data/tfds/cifar10/3.0.2/cifar10-test.tfrecord-00000-of-00001").read_bytes()
+    content = (shared / "data/tfds/cifar10/3.0.2/cifar10-test.tfrecord-00000-of-00001").read_bytes()
     images, start = {}, 0
     while start < len(content):
         end = start + 16 + struct.unpack_from("<Q", content, start)[0]
@@ -193,12 +180,11 @@ def cifar10_test_images(count: int) -> np.ndarray:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (SHARED / "data" / "tfds").is_dir(), reason="no CIFAR-10 in ../shared/data")
-def test_fid_of_cifar10_test_images_is_the_published_one(weights):
+def test_fid_of_cifar10_test_images_is_the_published_one(weights, shared):
     """Of the first thousand against the training images: 30.430, in PyTorch and by another's code."""
     extract, statistics = inception.load_feature_extractor(weights, "pytorch_fid"), FeatureStatistics()
-    for images in np.split(cifar10_test_images(1000), 20):
+    for images in np.split(cifar10_test_images(shared, 1000), 20):
         statistics.update(np.asarray(extract(images)))
-    reference = load_statistics(SHARED / "data" / "cifar10_train_stats_pytorch_fid.npz")
+    reference = load_statistics(shared / "data" / "cifar10_train_stats_pytorch_fid.npz")
     fid = frechet_distance(statistics.mu, statistics.sigma, reference.mu, reference.sigma)
     assert fid == pytest.approx(30.430, abs=2e-3)

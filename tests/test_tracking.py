@@ -34,7 +34,8 @@ def test_modes(tmp_path, mode, monkeypatch, capfd):
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))  # no account is set up
-    tracker = tracking.Tracker(tmp_path / "run", config(mode), 0) if (tmp_path / "run").mkdir() is None else None
+    (tmp_path / "run").mkdir()
+    tracker = tracking.Tracker(tmp_path / "run", config(mode), 0)
     tracker.log({"training/l2_loss": 1.5}, 1)
     tracker.log_figure("sample_N/4", Figure(), 1)
     tracker.close()

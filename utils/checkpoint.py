@@ -5,6 +5,7 @@ RUN/checkpoints/STEP/ holds the items `params`, `ema_params`, `optimizer` (its s
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,17 @@ FOLDER = "checkpoints"
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turns what a damaged checkpoint makes Orbax, TensorStore or the JSON reader raise into one line."""
+    previous = sys.unraisablehook
+
+    # The first array that cannot be read closes the event loop that the other reads are about to report to.
+    def ignore_late_reads(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            previous(unraisable)
+
+    sys.unraisablehook = ignore_late_reads
     try:
         yield
+        sys.unraisablehook = previous
     except Exception as error:  # the libraries below share no exception type
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
