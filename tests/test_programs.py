@@ -73,12 +73,13 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """(folder, output) of a run with every picture, on wandb offline."""
+def finished(tmp_path_factory, weights):
+    """(folder, output) of a run with every picture and a FID, on wandb offline."""
     folder = tmp_path_factory.mktemp("finished")
     done = run_program(
         "train_flow.py", *TINY, "--max_steps", 20, "--log_interval", 10, "--eval_interval", 20,
         "--wandb.mode", "offline", "--save_dir", folder,
+        "--fid_stats", ROOT / "data" / "fid_stats_digits.npz", "--fid_samples", 16, "--inception_weights", weights,
     )  # fmt: skip
     return folder, done.stdout + done.stderr
 
@@ -88,7 +89,7 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
     folder, _ = finished
     scalars = [f"{split}/{name}" for split in ("training", "validation") for name in SCALARS]
     times = [*(f"{i / 10:.1f}" for i in range(11)), "mean"]
-    scalars += [f"{split}_loss_t/{t}" for split in ("training", "validation") for t in times]
+    scalars += [f"{split}_loss_t/{t}" for split in ("training", "validation") for t in times] + ["fid"]
     pictures = ["reconstruction_n", *(f"sample_cfg_{s}" for s in ("0", "0.1", "1", "4", "10"))]
     pictures += [f"sample_N/{n}" for n in (1, 4, 32)]
     lines = read_metrics(folder / "metrics.jsonl")
@@ -109,7 +110,7 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
 def test_the_run_says_what_it_does(finished):
     folder, output = finished
     assert re.search(r"[\d,]+ parameters, [\d.,]+ GFLOP a step", output)
-    assert re.search(r"20/20 .*step/s, loss \d\.\d+, [\d,]+ images/s", output)
+    assert re.search(r"20/20 .*s(tep)?/s(tep)?, loss \d\.\d+, [\d,]+ images/s", output)
     assert "hidden_size: 32" in output
     saved = json.loads((folder / "config.json").read_text())
     assert saved["model"]["hidden_size"] == 32
