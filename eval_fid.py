@@ -17,7 +17,7 @@ from utils import evaluation, inception, plotting
 from utils.checkpoint import open_checkpoint
 from utils.errors import UserError
 from utils.fid import FeatureStatistics, ReferenceStatistics, frechet_distance, load_statistics
-from utils.sharding import make_mesh, replicated
+from utils.sharding import abstract, make_mesh, replicated
 from utils.tracking import write_json
 
 GRID_IMAGES = 64
@@ -52,16 +52,6 @@ def find_statistics(config: ConfigDict, dataset_name: str) -> ReferenceStatistic
     return load_statistics(path)
 
 
-def find_convention(config: ConfigDict, reference: ReferenceStatistics) -> str:
-    """The convention under which the statistics were made; 'adm', saying so, where neither they nor the user tell."""
-    told, given = reference.convention, config.convention
-    if told and given and told != given:
-        raise UserError(f"--convention={given}, but {reference.path} was made under {told}; leave the flag out")
-    if not (told or given):
-        print(f"{reference.path} does not say its convention: taking adm (--convention pytorch_fid for the other)")
-    return told or given or "adm"
-
-
 class Evaluation:
     """What is set up before the first sample. Wrong input ends here, uncompiled."""
 
@@ -80,9 +70,8 @@ class Evaluation:
             cfg.check_writable(Path(config.save_samples).parent, "save_samples")
         self.context = evaluation.make_context(cfg.override_model(saved["model"]), mesh, **saved["dataset"])
         shapes = jax.eval_shape(partial(evaluation.init_params, self.context), jax.random.key(0))
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
-        (self.params,) = checkpoints.restore_params(self.step, like, ("ema_params",))
-        self.convention = find_convention(config, self.reference)
+        (self.params,) = checkpoints.restore_params(self.step, abstract(shapes, replicated(mesh)), ("ema_params",))
+        self.convention = evaluation.find_convention(self.reference, config.convention)
         self.extractor = inception.load_feature_extractor(self.weights, self.convention, replicated(mesh))
 
 

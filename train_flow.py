@@ -53,6 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("sharding", "dp", ["dp", "fsdp"], "dp replicates the state over the devices, fsdp splits it.")
     flags.DEFINE_string("fid_stats", None, "Reference statistics; with them, `fid` is logged at every evaluation.")
     flags.DEFINE_integer("fid_samples", 10_000, "Samples of a training-time FID.", lower_bound=2)
+    flags.DEFINE_enum("convention", None, list(inception.CONVENTIONS), "Of --fid_stats, where the file does not say.")
     flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
     cfg.define_model_flags()
     cfg.define_wandb_flags()
@@ -62,9 +63,6 @@ def define_flags() -> None:
 
 # Streams of randomness beside the training steps', which fold 0, 1, 2, ... into the seed's key.
 INIT, VALIDATION = 2**31 - 1, 2**31 - 2
-
-
-# ---- The step ----
 
 
 def loss_and_gradients(
@@ -125,9 +123,6 @@ def validation_step(
     return metrics | norms(grads, updates, state.params)
 
 
-# ---- The run ----
-
-
 class Run:
     """What is set up once, before the first step: data, model, optimizer, folder. Wrong input ends here, uncompiled."""
 
@@ -141,10 +136,11 @@ class Run:
         if config.debug_overfit:
             dataset = first_examples(dataset, config.batch_size)
         self.context = evaluation.make_context(config.model, self.mesh, dataset.image_shape, dataset.class_names)
-        self.reference = None
-        if config.fid_stats:
-            self.reference = load_statistics(config.fid_stats)
-            inception.inception_weights_path(config.inception_weights)
+        self.reference = load_statistics(config.fid_stats) if config.fid_stats else None
+        if self.reference is not None:
+            convention = evaluation.find_convention(self.reference, config.convention)
+            weights = config.inception_weights
+            self.extractor = inception.load_feature_extractor(weights, convention, replicated(self.mesh))
         self.folder = cfg.run_folder(config)
         cfg.check_writable(self.folder, "save_dir")
         self.optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
@@ -165,31 +161,35 @@ class Run:
             "t_sampler": config.model.t_sampler,
         }
 
-    def initial_state(self) -> TrainState:
-        """The state of step 0 laid out over the devices; the same on every process and any number of devices."""
+    def first_state(self) -> TrainState:
+        """The newest checkpoint's state, with the data moved to its position; or step 0, perhaps of --load_dir.
+
+        The state of step 0 is the same on every process and any number of devices.
+        """
 
         def init(key):
             params = evaluation.init_params(self.context, jax.random.fold_in(key, INIT))
             return create_train_state(params, self.optimizer, key)
 
         key = jax.random.key(self.config.seed)
-        shardings = state_sharding(jax.eval_shape(init, key), self.mesh, self.config.sharding)
-        return jax.jit(init, out_shardings=shardings)(key)
+        shapes = jax.eval_shape(init, key)
+        shardings = state_sharding(shapes, self.mesh, self.config.sharding)
+        like = abstract(shapes, shardings)
 
-    def first_state(self) -> TrainState:
-        """The newest checkpoint's state, with the data moved to its position; or step 0, perhaps of --load_dir."""
-        state, step = self.initial_state(), self.checkpoints.latest_step()
+        step = self.checkpoints.latest_step()
         if step is not None:
             cfg.check_resumable(self.config, self.checkpoints.restore_config(step), self.folder)
-            state, position = self.checkpoints.restore(step, abstract(state))
+            state, position = self.checkpoints.restore(step, like)
             self.batches.set_state(position)
             say(f"resuming {self.folder} from step {step}")
-        elif self.config.load_dir:
+            return state
+        loaded = {}
+        if self.config.load_dir:
             source, step = open_checkpoint(self.config.load_dir)
-            params, ema_params = source.restore_params(step, abstract(state.params), ("params", "ema_params"))
-            state = state.replace(params=params, ema_params=ema_params)
+            names = ("params", "ema_params")
+            loaded = dict(zip(names, source.restore_params(step, like.params, names), strict=True))
             say(f"starting from the parameters of {self.config.load_dir}, step {step}")
-        return state
+        return jax.jit(init, out_shardings=shardings)(key).replace(**loaded)
 
     def compile_train_step(self, state: TrainState):
         """train_step(state, batch, codec) compiled for this run's shapes; it takes over the state's memory."""
@@ -226,12 +226,10 @@ class Run:
 
     def compute_fid(self, state: TrainState, **sampler) -> float:
         config = self.config
-        convention = self.reference.convention or "adm"  # the original FID code's, where a file does not say
-        extractor = inception.load_feature_extractor(config.inception_weights, convention, replicated(self.mesh))
         sizes = {"num_samples": config.fid_samples, "batch_size": config.batch_size, "seed": config.seed}
         samples = evaluation.generate_images(self.context, state.ema_params, **sizes, **sampler)
         images = (batch for batch, _ in samples)
-        return evaluation.compute_fid(extractor, images, config.batch_size, self.mesh, self.reference)
+        return evaluation.compute_fid(self.extractor, images, config.batch_size, self.mesh, self.reference)
 
 
 class StopRequest:

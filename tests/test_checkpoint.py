@@ -8,7 +8,7 @@ import pytest
 from diffusion_transformer import DiT, position_table
 from utils import checkpoint
 from utils.errors import UserError
-from utils.sharding import abstract, make_mesh, state_sharding
+from utils.sharding import abstract, make_mesh, replicated, state_sharding
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
 
 CONFIG = {"model": {"depth": 2}, "dataset": {"image_shape": [8, 8, 1], "class_names": ["a"]}}
@@ -34,12 +34,12 @@ def test_everything_comes_back(tmp_path, state):
     checkpoints.save(state, CONFIG, {"next_index": 12})
     checkpoints.close()
     checkpoints, step = checkpoint.open_checkpoint(tmp_path)
-    restored, position = checkpoints.restore(step, abstract(state))
+    restored, position = checkpoints.restore(step, abstract(state, replicated(make_mesh())))
     assert step == 1
     assert position == {"next_index": 12}
     assert_equal(restored, state)
     assert checkpoints.restore_config(1) == CONFIG
-    (ema_params,) = checkpoints.restore_params(1, abstract(state.params), ("ema_params",))
+    (ema_params,) = checkpoints.restore_params(1, abstract(state.params, replicated(make_mesh())), ("ema_params",))
     jax.tree.map(np.testing.assert_array_equal, ema_params, state.ema_params)
 
 
@@ -48,7 +48,7 @@ def test_a_state_donated_right_after_the_save_is_saved_as_it_was(tmp_path, state
     checkpoints = checkpoint.Checkpoints(tmp_path)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     checkpoints.save(state, CONFIG, None)
-    like = abstract(state)
+    like = abstract(state, replicated(make_mesh()))
     overwritten = state.params
     for _ in range(5):
         overwritten = jax.block_until_ready(overwrite(overwritten))
@@ -92,7 +92,7 @@ def test_truncated_checkpoint_is_one_line(tmp_path, state):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     checkpoints, step = checkpoint.open_checkpoint(tmp_path)
     with pytest.raises(UserError) as error:
-        checkpoints.restore(step, abstract(state))
+        checkpoints.restore(step, abstract(state, replicated(make_mesh())))
     assert "\n" not in str(error.value)
     assert str(tmp_path / "checkpoints" / "1") in str(error.value)
 

@@ -228,6 +228,11 @@ REFUSED = {
     "heads": (["--model.num_heads", "5"], ["--model.num_heads=5", "--model.hidden_size=32"]),
     "too few classes": (["--model.num_classes", "5"], ["--model.num_classes=5", "10"]),
     "no statistics": (["--fid_stats", "none.npz"], ["--fid_stats=none.npz", "compute_fid_stats.py"]),
+    "statistics of the wrong shape": (["--fid_stats", "WRONG"], ["--fid_stats=", "2048", "compute_fid_stats.py"]),
+    "corrupted weights": (
+        ["--fid_stats", "data/fid_stats_digits.npz", "--inception_weights", "LICENSE"],
+        ["LICENSE has sha256", "--inception_weights"],
+    ),
     "no run to load": (["--load_dir", "no/run"], ["--load_dir=no/run", "no checkpoint"]),
     "folder": (["--save_dir", "README.md/run"], ["--save_dir=README.md/run", "cannot be written"]),
     "no VAE": (["--use_stable_vae", "1"], ["--model.use_stable_vae=1", "--use_stable_vae 0"]),
@@ -238,6 +243,8 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_wrong_input_is_refused_in_one_line_before_compilation(case, tmp_path):
     args, words = REFUSED[case]
+    np.savez(tmp_path / "wrong.npz", mu=np.zeros(64), sigma=np.eye(64))
+    args = [tmp_path / "wrong.npz" if arg == "WRONG" else arg for arg in args]
     folder = [] if case == "folder" else ["--save_dir", tmp_path / "run"]
     done = run_program("train_flow.py", *SHORT, *folder, *args, devices=4, check=False)
     assert_refused(done, words)
@@ -250,9 +257,6 @@ def assert_refused(done, words) -> None:
     assert "Traceback" not in done.stderr
     assert [word for word in words if word not in errors[0]] == [], errors[0]
     assert "compiling" not in done.stdout
-
-
-# ---- eval_fid.py ----
 
 
 @finished_run

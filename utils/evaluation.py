@@ -83,9 +83,6 @@ def model_fn(model: DiT, params: PyTree) -> sampling.ModelFn:
     return lambda x, t, labels: model.apply({"params": params}, x, t, labels)
 
 
-# ---- Loss ----
-
-
 @partial(jax.jit, static_argnames="model")
 def _loss_at(params, codec, key, batch, t, *, model):
     codec_key, noise_key = jax.random.split(key)
@@ -103,9 +100,6 @@ def loss_by_time(context: Context, params: PyTree, batch: PyTree, key: Key[Array
     losses = [float(_loss_at(params, context.codec, key, batch, t, model=context.model)) for t in LOSS_TIMES]
     named = {f"{t:.1f}": loss for t, loss in zip(LOSS_TIMES, losses, strict=True)}
     return {**named, "mean": float(np.mean(losses[1:-1]))}
-
-
-# ---- Panels ----
 
 
 @partial(jax.jit, static_argnames="model")
@@ -175,9 +169,6 @@ def sample_panels(
         yield f"sample_N/{steps}", plotting.image_table(final, (), names, title)
 
 
-# ---- Samples and FID ----
-
-
 @partial(jax.jit, static_argnames=("model", "latent_shape", "num_labels", "guided"))
 def _generate(params, codec, key, indices, cfg_scale, num_steps, *, model, latent_shape, num_labels, guided):
     noise_key, label_key = jax.random.split(key)
@@ -226,6 +217,16 @@ def extract_features(
         images = images.repeat(3, axis=-1)
     padded = np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), np.uint8)])
     return gather(extractor(spread(padded, mesh)))[: len(images)]
+
+
+def find_convention(reference: ReferenceStatistics, given: str | None) -> str:
+    """The convention under which the statistics were made; 'adm', saying so, where neither they nor the user tell."""
+    told = reference.convention
+    if told and given and told != given:
+        raise UserError(f"--convention={given}, but {reference.path} was made under {told}; leave the flag out")
+    if not (told or given):
+        print(f"{reference.path} does not say its convention: taking adm (--convention pytorch_fid for the other)")
+    return told or given or "adm"
 
 
 def compute_fid(

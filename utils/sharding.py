@@ -58,9 +58,11 @@ def state_sharding(state: PyTree, mesh: Mesh, mode: str) -> PyTree:
     return jax.tree.map(split, state)
 
 
-def abstract(tree: PyTree) -> PyTree:
-    """Shapes, types and placements of a tree of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Shapes and types of a tree (of arrays or shapes), to be placed as `shardings` (a tree, or one for all) says."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
 def to_devices(batch: PyTree, mesh: Mesh) -> PyTree:
