@@ -1,12 +1,31 @@
 """Codecs between images and what the model learns: one interface, so that nothing else asks which one is in use.
 
 A codec is a pytree (its parameters, if any, are arguments of the compiled programs) with
-`encode(key, images)` -> latents, `decode(latents)` -> images, and `latent_shape(image_shape)`.
+`encode(key, images)` -> latents, `decode(latents)` -> images, and `latent_shape(image_shape)`. `StableVAE` is the KL
+autoencoder of latent diffusion (Rombach et al., arXiv:2112.10752) as Stable Diffusion, SDXL, SD3 and FLUX have it, read
+from the Hugging Face layout: config.json and diffusion_pytorch_model.safetensors.
 """
 
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Key, PyTree, UInt8
+
+from utils.errors import UserError
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
 def images_from_uint8(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -30,3 +49,388 @@ class PixelCodec(flax.struct.PyTreeNode):
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         return image_shape
+
+    @property
+    def sha256(self) -> None:
+        """A codec without weights has no hash of them."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """What config.json says; the defaults are those of files that leave a key out."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], path: str) -> "VAEConfig":
+        """The configuration in a config.json; UserError, naming `path`, where it is of another network."""
+        kinds = {
+            "_class_name": {"AutoencoderKL"},
+            "down_block_types": {"DownEncoderBlock2D"},
+            "up_block_types": {"UpDecoderBlock2D"},
+            "act_fn": {"silu"},
+        }
+        for name, known in kinds.items():
+            found = content.get(name, [])
+            unknown = set([found] if isinstance(found, str) else found) - known
+            if unknown:
+                raise UserError(f"--vae: {path} has {name} {min(unknown)}, but only {min(known)} is known here")
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in content.items()
+            if name in names and not (value is None and name == "scaling_factor")
+        }
+        return cls(**values)
+
+    @property
+    def downsampling(self) -> int:
+        """Image side over latent side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+# The modules below are named as the tensors in the weights file are, so that one rule converts all of them.
+
+
+class VAEModule(nn.Module):
+    """Layers as the VAE has them; statistics of the normalisation are float32 in any compute type."""
+
+    config: VAEConfig
+    dtype: Any
+
+    def conv(self, channels: int, name: str, side: int = 3, **kwargs) -> nn.Conv:
+        return nn.Conv(channels, (side, side), dtype=self.dtype, name=name, **kwargs)
+
+    def norm(self, name: str) -> nn.GroupNorm:
+        return nn.GroupNorm(self.config.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name=name)
+
+
+class ResnetBlock(VAEModule):
+    """(b, h, w, c) -> (b, h, w, channels)."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x):
+        y = self.conv(self.channels, "conv1")(nn.silu(self.norm("norm1")(x)))
+        y = self.conv(self.channels, "conv2")(nn.silu(self.norm("norm2")(y)))
+        return y + (x if x.shape[-1] == self.channels else self.conv(self.channels, "conv_shortcut", side=1)(x))
+
+
+class AttentionBlock(VAEModule):
+    """Self-attention of one head over all places."""
+
+    @nn.compact
+    def __call__(self, x):
+        b, h, w, c = x.shape
+        y = self.norm("group_norm")(x).reshape(b, h * w, 1, c)
+        query, key, value = (nn.Dense(c, dtype=self.dtype, name=f"to_{name}")(y) for name in "qkv")
+        y = jax.nn.dot_product_attention(query, key, value)  # softmax in float32
+        return x + nn.Dense(c, dtype=self.dtype, name="to_out_0")(y).reshape(x.shape)
+
+
+class MidBlock(VAEModule):
+    @nn.compact
+    def __call__(self, x):
+        x = ResnetBlock(self.config, self.dtype, x.shape[-1], name="resnets_0")(x)
+        if self.config.mid_block_add_attention:
+            x = AttentionBlock(self.config, self.dtype, name="attentions_0")(x)
+        return ResnetBlock(self.config, self.dtype, x.shape[-1], name="resnets_1")(x)
+
+
+class Downsampler(VAEModule):
+    @nn.compact
+    def __call__(self, x):
+        return self.conv(x.shape[-1], "conv", strides=2, padding=((0, 1), (0, 1)))(x)  # right and bottom only
+
+
+class Upsampler(VAEModule):
+    @nn.compact
+    def __call__(self, x):
+        return self.conv(x.shape[-1], "conv")(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class Stage(VAEModule):
+    """`depth` residual blocks of one width, then, if `resample` names one, a change of size."""
+
+    channels: int
+    depth: int
+    resample: str | None  # 'downsamplers_0' or 'upsamplers_0'
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.depth):
+            x = ResnetBlock(self.config, self.dtype, self.channels, name=f"resnets_{i}")(x)
+        if self.resample is None:
+            return x
+        kind = Downsampler if self.resample.startswith("down") else Upsampler
+        return kind(self.config, self.dtype, name=self.resample)(x)
+
+
+class Encoder(VAEModule):
+    """Images (b, h, w, 3) in [-1, 1] -> (b, h/f, w/f, 2 c): mean and log-variance before the last 1x1 convolution."""
+
+    @nn.compact
+    def __call__(self, x):
+        widths, depth = self.config.block_out_channels, self.config.layers_per_block
+        x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
+        for i, width in enumerate(widths):
+            resample = "downsamplers_0" if i < len(widths) - 1 else None
+            x = Stage(self.config, self.dtype, width, depth, resample, name=f"down_blocks_{i}")(x)
+        x = MidBlock(self.config, self.dtype, name="mid_block")(x)
+        return self.conv(2 * self.config.latent_channels, "conv_out")(nn.silu(self.norm("conv_norm_out")(x)))
+
+
+class Decoder(VAEModule):
+    """Latents (b, h, w, c) -> images (b, f h, f w, 3)."""
+
+    @nn.compact
+    def __call__(self, x):
+        widths, depth = self.config.block_out_channels[::-1], self.config.layers_per_block + 1
+        x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
+        x = MidBlock(self.config, self.dtype, name="mid_block")(x)
+        for i, width in enumerate(widths):
+            resample = "upsamplers_0" if i < len(widths) - 1 else None
+            x = Stage(self.config, self.dtype, width, depth, resample, name=f"up_blocks_{i}")(x)
+        return self.conv(self.config.out_channels, "conv_out")(nn.silu(self.norm("conv_norm_out")(x)))
+
+
+class AutoencoderKL(VAEModule):
+    """The whole network; `encode` and `decode` without the scale and shift of latents."""
+
+    def setup(self):
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+        one = {"kernel_size": (1, 1), "dtype": self.dtype}
+        self.quant_conv = nn.Conv(2 * self.config.latent_channels, **one) if self.config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv(self.config.latent_channels, **one) if self.config.use_post_quant_conv else None
+
+    def encode(self, images):
+        x = self.encoder(images)
+        return self.quant_conv(x) if self.quant_conv else x
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z.astype(self.dtype)) if self.post_quant_conv else z)
+
+    def __call__(self, images):
+        return self.decode(jnp.split(self.encode(images), 2, axis=-1)[0])
+
+
+class StableVAE(flax.struct.PyTreeNode):
+    """The codec of latent models. Parameters float32; `dtype` is the compute type; results are float32."""
+
+    params: PyTree
+    config: VAEConfig = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
+    sha256: str | None = flax.struct.field(pytree_node=False)  # of the weights file; None of random weights
+
+    @classmethod
+    def load(cls, path: str, dtype: Any = jnp.float32) -> "StableVAE":
+        """The VAE in a folder (or in its subfolder `vae`), else of that id on the Hugging Face hub.
+
+        UserError, naming --vae and what to do, where it is not there, broken, or of another architecture.
+        """
+        config_file, weights_file = _find_files(path)
+        try:
+            content = json.loads(config_file.read_text())
+        except ValueError as error:
+            raise UserError(f"--vae={path}: {config_file} is no JSON ({error}); fetch it again") from None
+        config = VAEConfig.from_dict(content, str(config_file))
+        params = _convert(_read_tensors(weights_file), _param_shapes(config), str(weights_file))
+        return cls(params, config, jnp.dtype(dtype), hashlib.sha256(weights_file.read_bytes()).hexdigest())
+
+    @classmethod
+    def random(cls, seed: int, config: VAEConfig | None = None, dtype: Any = jnp.float32) -> "StableVAE":
+        """Random weights that keep the size of what passes; default: Stable Diffusion's sizes. To test and measure."""
+        config, rng = config or VAEConfig(), np.random.default_rng(seed)
+        draw = {
+            "kernel": lambda shape: rng.standard_normal(shape, np.float32) / np.prod(shape[:-1]) ** 0.5,
+            "scale": lambda shape: np.ones(shape),
+            "bias": lambda shape: np.zeros(shape),
+        }
+        shapes = _param_shapes(config)
+        params = {path: jnp.asarray(draw[path[-1]](like.shape), jnp.float32) for path, like in shapes.items()}
+        return cls(unflatten_dict(params), config, jnp.dtype(dtype), None)
+
+    def save(self, folder: Path) -> None:
+        """Writes the Hugging Face layout, as `load` reads it."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"_class_name": "AutoencoderKL", **dataclasses.asdict(self.config)}
+        (folder / CONFIG).write_text(json.dumps(content, indent=2))
+        tensors = {
+            _tensor_name(path): np.ascontiguousarray(_to_torch_layout(np.asarray(value)))
+            for path, value in flatten_dict(self.params).items()
+        }
+        save_file(tensors, folder / WEIGHTS)
+
+    def encode_moments(
+        self, images: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, "b h2 w2 c"]]:
+        """(mean, log-variance) of the posterior of images in [-1, 1], neither scaled nor shifted."""
+        moments = self._apply(images, "encode").astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30, 20)
+
+    def sample_latents(
+        self, key: Key[Array, ""], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w c"]:
+        """Scaled latents: a posterior sample, fresh noise for every example, brought to about unit variance."""
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        z = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
+        return (z - self._shift) * self._scale
+
+    def encode(self, key: Key[Array, ""], images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
+        """Scaled latents of images in [-1, 1]."""
+        return self.sample_latents(key, *self.encode_moments(images))
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+        """Images, about in [-1, 1], of scaled latents."""
+        return self._apply(latents / self._scale + self._shift, "decode").astype(jnp.float32)
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        height, width, channels = image_shape
+        factor = self.config.downsampling
+        if channels != self.config.in_channels:
+            raise UserError(
+                f"the VAE takes images of {self.config.in_channels} channels, not {channels}; "
+                "train on pixels with --use_stable_vae 0"
+            )
+        if height % factor or width % factor:
+            raise UserError(
+                f"the VAE takes images whose sides are multiples of {factor}, not {height}x{width}; "
+                f"use --image_size {max(1, height // factor) * factor}, or pixels with --use_stable_vae 0"
+            )
+        return height // factor, width // factor, self.config.latent_channels
+
+    def _apply(self, x, method):
+        return AutoencoderKL(self.config, self.dtype).apply({"params": self.params}, x, method=method)
+
+    @property
+    def _shift(self) -> np.ndarray:
+        if self.config.latents_mean is not None:
+            return np.array(self.config.latents_mean, np.float32)
+        return np.float32(self.config.shift_factor or 0)
+
+    @property
+    def _scale(self) -> np.ndarray:
+        spread = 1 if self.config.latents_std is None else np.array(self.config.latents_std, np.float32)
+        return np.float32(self.config.scaling_factor) / spread
+
+
+def encode_batch(
+    codec: PixelCodec | StableVAE, key: Key[Array, ""], batch: Mapping[str, Array]
+) -> Float[Array, "b h w c"]:
+    """Latents of a batch {'image': uint8 (b, h, w, c)}, or {'moments': float16 (b, 2, h, w, c)} of cached latents.
+
+    The same key draws the same posterior noise for both.
+    """
+    if "moments" in batch:
+        return codec.sample_latents(key, batch["moments"][:, 0], batch["moments"][:, 1])
+    return codec.encode(key, images_from_uint8(batch["image"]))
+
+
+def _param_shapes(config: VAEConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    image = jnp.zeros((1, config.downsampling, config.downsampling, config.in_channels))
+    init = partial(AutoencoderKL(config, jnp.float32).init, jax.random.key(0))
+    return flatten_dict(jax.eval_shape(init, image)["params"])
+
+
+def _find_files(path: str) -> tuple[Path, Path]:
+    """(config.json, weights) in a folder or its subfolder `vae`, or fetched from the hub."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return _fetch_files(path)
+    found = next((place for place in (folder, folder / "vae") if (place / CONFIG).is_file()), None)
+    if found is None:
+        raise UserError(f"--vae={path}: the folder has no {CONFIG}; give a folder of a VAE in the Hugging Face layout")
+    if not (found / WEIGHTS).is_file():
+        raise UserError(
+            f"--vae={path}: {found} has no {WEIGHTS}; fetch it beside {CONFIG} "
+            "(a .bin file is not read: save the model again with safetensors)"
+        )
+    return found / CONFIG, found / WEIGHTS
+
+
+def _fetch_files(hub_id: str) -> tuple[Path, Path]:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
+        raise UserError(f"--vae={hub_id} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    reason = None
+    for subfolder in (None, "vae"):  # of a whole pipeline
+        fetch = partial(huggingface_hub.hf_hub_download, hub_id, subfolder=subfolder)
+        try:
+            return Path(fetch(CONFIG)), Path(fetch(WEIGHTS))
+        except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
+                break
+    raise UserError(
+        f"--vae={hub_id} cannot be fetched from the hub ({reason}); give a folder that holds {CONFIG} and {WEIGHTS}, "
+        "or train on pixels with --use_stable_vae 0"
+    )
+
+
+def _read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file as float32, attention named as in newer files."""
+    from safetensors import SafetensorError
+    from safetensors.flax import load_file  # numpy's has no bfloat16
+
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--vae: {file} cannot be read ({error}); fetch it again") from None
+    newer = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    return {
+        re.sub(r"\.(query|key|value|proj_attn)\.", lambda match: f".{newer[match[1]]}.", name): np.asarray(
+            value, np.float32
+        )
+        for name, value in tensors.items()
+    }
+
+
+def _tensor_name(path: tuple[str, ...]) -> str:
+    """('encoder', 'down_blocks_0', 'conv1', 'kernel') -> 'encoder.down_blocks.0.conv1.weight'."""
+    *modules, leaf = path
+    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    return ".".join([*(re.sub(r"_(\d+)$", r".\1", module) for module in modules), leaf])
+
+
+def _to_torch_layout(value: np.ndarray) -> np.ndarray:
+    """Kernels (h, w, in, out) -> (out, in, h, w) and (in, out) -> (out, in)."""
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+
+
+def _convert(tensors: dict[str, np.ndarray], shapes: Mapping[tuple[str, ...], Any], file: str) -> PyTree:
+    """Parameters of those shapes from tensors by name; UserError where one is missing, left over or misshapen."""
+    params = {}
+    for path, like in shapes.items():
+        name = _tensor_name(path)
+        if name not in tensors:
+            raise UserError(f"--vae: {file} has no tensor {name}, which its {CONFIG} asks for; fetch both again")
+        value = tensors.pop(name)
+        if len(like.shape) == 2 and value.shape[2:] == (1, 1):  # attention written as convolutions of side 1
+            value = value[:, :, 0, 0]
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+        if value.shape != like.shape:
+            raise UserError(f"--vae: {file} has {name} of another shape than its {CONFIG} asks for; fetch both again")
+        params[path] = jnp.asarray(value)
+    if tensors:
+        raise UserError(f"--vae: {file} has a tensor {min(tensors)} that its {CONFIG} does not know; fetch both again")
+    return unflatten_dict(params)
