@@ -18,9 +18,7 @@ from utils.sharding import make_mesh, replicated
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("dataset_name", "imagenet256", "Data set; README.md lists what is read.")
-    flags.DEFINE_string("data_dir", None, "Where prepared data sets are.")
-    flags.DEFINE_integer("image_size", None, "Side to which images of any size are resized.", lower_bound=1)
+    cfg.define_data_flags()
     flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
     flags.DEFINE_string("out", None, "The .npz to write.")
     flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
@@ -35,7 +33,10 @@ def main(config: ConfigDict) -> None:
     cfg.check_writable(out.parent, "out")
     mesh = make_mesh()
     cfg.check_batch_size(config.batch_size, mesh.size)
-    dataset = load_dataset(config.dataset_name, config.split, config.data_dir, image_size=config.image_size)
+    options = (config.data_dir, config.image_size, config.broken_images)
+    dataset = load_dataset(config.dataset_name, config.split, *options)
+    if dataset.latents:
+        raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
     extractor = inception.load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
     statistics = FeatureStatistics()
     with tqdm(total=len(dataset.source), unit="image") as bar:

@@ -37,6 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
     flags.DEFINE_enum("convention", None, list(inception.CONVENTIONS), "Of --fid_stats, where the file does not say.")
     flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
+    cfg.define_vae_flag()
     cfg.define_model_flags()
     flags.adopt_module_key_flags(cfg)  # so that --help lists them
 
@@ -62,13 +63,17 @@ class Evaluation:
         saved = checkpoints.restore_config(self.step)
         mesh = make_mesh()
         cfg.check_batch_size(config.batch_size, mesh.size)
-        self.reference = find_statistics(config, config.dataset_name or saved["dataset_name"])
+        data = saved["dataset"]
+        self.reference = find_statistics(config, config.dataset_name or data["name"])
         self.weights = inception.inception_weights_path(config.inception_weights)
         self.out = Path(config.out or checkpoints.folder.parent)
         cfg.check_writable(self.out, "out")
         if config.save_samples:
             cfg.check_writable(Path(config.save_samples).parent, "save_samples")
-        self.context = evaluation.make_context(cfg.override_model(saved["model"]), mesh, **saved["dataset"])
+        model = cfg.override_model(saved["model"])
+        vae, sha256 = config.vae or data["vae"], data["vae_sha256"]
+        codec = evaluation.load_codec(model.use_stable_vae, vae, mesh, data["image_shape"], sha256)
+        self.context = evaluation.make_context(model, codec, mesh, data["image_shape"], data["class_names"])
         shapes = jax.eval_shape(partial(evaluation.init_params, self.context), jax.random.key(0))
         (self.params,) = checkpoints.restore_params(self.step, abstract(shapes, replicated(mesh)), ("ema_params",))
         self.convention = evaluation.find_convention(self.reference, config.convention)

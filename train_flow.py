@@ -30,22 +30,25 @@ from utils.datasets import first_examples, load_dataset, training_batches
 from utils.errors import UserError
 from utils.fid import load_statistics
 from utils.sharding import abstract, feed, initialize_processes, make_mesh, replicated, state_sharding, to_devices
-from utils.stable_vae import PixelCodec, images_from_uint8
+from utils.stable_vae import PixelCodec, StableVAE, encode_batch
 from utils.tracking import Tracker, write_json
 from utils.train_state import TrainState, apply_gradients, create_train_state, make_optimizer
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("dataset_name", "imagenet256", "Data set; README.md lists what is read.")
-    flags.DEFINE_string("data_dir", None, "Where prepared data sets are.")
-    flags.DEFINE_integer("image_size", None, "Side to which images of any size are resized.", lower_bound=1)
+    cfg.define_data_flags()
+    cfg.define_vae_flag()
     flags.DEFINE_string("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
     flags.DEFINE_string("load_dir", None, "Run whose parameters and average this run starts from.")
     flags.DEFINE_integer("seed", 0, "Seed of parameters, data order, noise and samples.")
     flags.DEFINE_integer("batch_size", 256, "Global batch size.")
     flags.DEFINE_integer("max_steps", 1_000_000, "Training steps.", lower_bound=0)
-    flags.DEFINE_integer("log_interval", 1000, "Steps between logged metrics.", lower_bound=1)
-    flags.DEFINE_integer("eval_interval", 50_000, "Steps between pictures; also once at step 1000.", lower_bound=1)
+    flags.DEFINE_integer(
+        "log_interval", 1000, "Steps between logged metrics; also at the first and last.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "eval_interval", 50_000, "Steps between pictures; also at step 1000 and at the end. 0: none.", lower_bound=0
+    )
     flags.DEFINE_integer("save_interval", 200_000, "Steps between checkpoints; also at the end.", lower_bound=1)
     flags.DEFINE_integer("keep_last", 2, "Newest checkpoints kept.", lower_bound=1)
     flags.DEFINE_integer("keep_every", 1_000_000, "Checkpoints of multiples of this step are kept too.", lower_bound=1)
@@ -61,16 +64,18 @@ def define_flags() -> None:
     flags.adopt_module_key_flags(cfg)  # so that --help lists them
 
 
+Codec = PixelCodec | StableVAE
+
 # Streams of randomness beside the training steps', which fold 0, 1, 2, ... into the seed's key.
 INIT, VALIDATION = 2**31 - 1, 2**31 - 2
 
 
 def loss_and_gradients(
-    params: PyTree, key: jax.Array, batch: PyTree, codec: PixelCodec, *, model: DiT, t_sampler: str, train: bool
+    params: PyTree, key: jax.Array, batch: PyTree, codec: Codec, *, model: DiT, t_sampler: str, train: bool
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """(gradients, mean metrics) of the flow-matching loss on a global batch; labels are dropped only if `train`."""
     codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
-    x_1 = codec.encode(codec_key, images_from_uint8(batch["image"]))
+    x_1 = encode_batch(codec, codec_key, batch)
     x_0 = jax.random.normal(noise_key, x_1.shape)
     t = flow.sample_times(time_key, len(x_1), t_sampler)
 
@@ -92,7 +97,7 @@ def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, jax.Array
 def train_step(
     state: TrainState,
     batch: PyTree,
-    codec: PixelCodec,
+    codec: Codec,
     *,
     model: DiT,
     optimizer: optax.GradientTransformation,
@@ -109,7 +114,7 @@ def train_step(
 def validation_step(
     state: TrainState,
     batch: PyTree,
-    codec: PixelCodec,
+    codec: Codec,
     *,
     model: DiT,
     optimizer: optax.GradientTransformation,
@@ -129,13 +134,18 @@ class Run:
     def __init__(self, config: ConfigDict):
         self.config, self.mesh = config, make_mesh()
         cfg.check_batch_size(config.batch_size, self.mesh.size)
+        options = (config.data_dir, config.image_size, config.broken_images)
         dataset, validation_dataset = (
-            load_dataset(config.dataset_name, split, config.data_dir, image_size=config.image_size)
-            for split in ("train", "validation")
+            load_dataset(config.dataset_name, split, *options) for split in ("train", "validation")
         )
         if config.debug_overfit:
             dataset = first_examples(dataset, config.batch_size)
-        self.context = evaluation.make_context(config.model, self.mesh, dataset.image_shape, dataset.class_names)
+        latents = dataset.latents
+        vae = config.vae or (latents.vae if latents else cfg.VAE)
+        codec = evaluation.load_codec(
+            config.model.use_stable_vae, vae, self.mesh, dataset.image_shape, latents and latents.vae_sha256
+        )
+        self.context = evaluation.make_context(config.model, codec, self.mesh, dataset.image_shape, dataset.class_names)
         self.reference = load_statistics(config.fid_stats) if config.fid_stats else None
         if self.reference is not None:
             convention = evaluation.find_convention(self.reference, config.convention)
@@ -146,7 +156,13 @@ class Run:
         self.optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
         self.checkpoints = Checkpoints(self.folder, config.keep_last, config.keep_every)
         # Enough to sample from a checkpoint without its data set.
-        facts = {"image_shape": list(dataset.image_shape), "class_names": list(dataset.class_names)}
+        facts = {
+            "name": dataset.name,
+            "image_shape": list(dataset.image_shape),
+            "class_names": list(dataset.class_names),
+            "vae": vae if codec.sha256 else None,
+            "vae_sha256": codec.sha256,
+        }
         self.saved_config = {**config.to_dict(), "dataset": facts}
 
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -178,7 +194,7 @@ class Run:
 
         step = self.checkpoints.latest_step()
         if step is not None:
-            cfg.check_resumable(self.config, self.checkpoints.restore_config(step), self.folder)
+            cfg.check_resumable(self.saved_config, self.checkpoints.restore_config(step), self.folder)
             state, position = self.checkpoints.restore(step, like)
             self.batches.set_state(position)
             say(f"resuming {self.folder} from step {step}")
@@ -298,15 +314,16 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
                 bar.set_postfix_str(f"loss {loss:.4f}, {rate * config.batch_size:,.0f} images/s", refresh=False)
             previous = metrics
             bar.update()
-            is_last = step == config.max_steps or stop.is_due(step)
-            if step % config.log_interval == 0:
+            is_end = step == config.max_steps
+            is_last = is_end or stop.is_due(step)
+            if step % config.log_interval == 0 or step == 1 or is_end:
                 check_finite(metrics, step, run.checkpoints)
                 groups = {"training": metrics, "validation": validate(state, run.validation_batch, codec)}
                 values = {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}
                 rate = (step - logged_step) * config.batch_size / (time.monotonic() - logged_time)
                 tracker.log({**values, "training/images_per_second": rate}, step)
                 logged_step, logged_time = step, time.monotonic()
-            if step % config.eval_interval == 0 or step == 1000:
+            if config.eval_interval and (step % config.eval_interval == 0 or step == 1000 or is_end):
                 log_evaluation(tracker, run.evaluate(state, batch), step)
             if step % config.save_interval == 0 or is_last:
                 check_finite(metrics, step, run.checkpoints)

@@ -1,8 +1,10 @@
 """What the tests share: the folder of golden files and real data beside the checkout, and how programs are run."""
 
+import itertools
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,27 @@ def golden(request, shared) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def imagenet_sample(shared, tmp_path_factory) -> Path:
+    """A folder with `array_record/` and `tfrecord/`: what TFDS's own builder makes of 48 + 16 images of ImageNet."""
+    tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+    root = tmp_path_factory.mktemp("imagenet")
+    manual = root / "manual"
+    manual.mkdir()
+    for name, count in {"ILSVRC2012_img_train.tar": 48, "ILSVRC2012_img_val.tar": 16}.items():
+        with (
+            tarfile.open(shared / "data" / "imagenet2012_sample" / name) as whole,
+            tarfile.open(manual / name, "w") as part,
+        ):
+            for member in itertools.islice(whole, count):
+                part.addfile(member, whole.extractfile(member))
+    for file_format in ("array_record", "tfrecord"):
+        config = tfds.download.DownloadConfig(manual_dir=manual)
+        builder = tfds.builder("imagenet2012", data_dir=root / file_format)
+        builder.download_and_prepare(file_format=file_format, download_config=config)
+    return root
+
+
+@pytest.fixture(scope="session")
 def weights() -> Path:
     """The Inception weights; they are fetched once."""
     try:
@@ -64,6 +87,16 @@ def read_flags():
 
     yield read
     forget()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """One cache for all programs that the tests start: most of them compile what another has compiled."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder  # shared by the workers
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 def run_program(*args, devices: int = 1, check: bool = True, **kwargs) -> subprocess.CompletedProcess:

@@ -9,6 +9,7 @@ import train_flow
 from utils import config as cfg
 from utils import evaluation
 from utils.errors import UserError
+from utils.stable_vae import PixelCodec
 
 DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4"
 
@@ -20,8 +21,7 @@ def parse(read_flags):
 
 
 def count_parameters(model: ConfigDict, shape=(32, 32, 4)) -> int:
-    pixels = ConfigDict({**model.to_dict(), "use_stable_vae": 0})
-    context = evaluation.make_context(pixels, None, shape, ("a",))
+    context = evaluation.make_context(model, PixelCodec(), None, shape, ("a",))
     shapes = jax.eval_shape(lambda key: evaluation.init_params(context, key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
@@ -159,14 +159,18 @@ def test_legacy_values_end_at_the_flags():
     assert cfg.ema_decay(1) == 0
 
 
-def test_another_architecture_does_not_resume(parse, tmp_path):
-    config = parse("--save_dir x")
-    saved = config.to_dict()
-    cfg.check_resumable(parse("--save_dir x --max_steps 5 --model.lr 1"), saved, tmp_path)
+def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):
+    facts = {"dataset": {"vae": "some/vae", "vae_sha256": "0"}}
+    saved = parse("--save_dir x").to_dict() | facts
+    cfg.check_resumable(parse("--save_dir x --max_steps 5 --model.lr 1").to_dict() | facts, saved, tmp_path)
     for line, name in (
         ("--model.depth 5", "model.depth=2"),
         ("--batch_size 8", "batch_size=256"),
         ("--seed 1", "seed=0"),
     ):
         with pytest.raises(UserError, match=name):
-            cfg.check_resumable(parse(line), saved, tmp_path)
+            cfg.check_resumable(parse(line).to_dict() | facts, saved, tmp_path)
+    other = {"dataset": {"vae": "other/vae", "vae_sha256": "1"}}
+    with pytest.raises(UserError, match="--vae=some/vae, which is not other/vae"):
+        cfg.check_resumable(parse("--save_dir x").to_dict() | other, saved, tmp_path)
+    cfg.check_resumable(parse("").to_dict() | {"dataset": {"vae": "copy", "vae_sha256": "0"}}, saved, tmp_path)

@@ -10,6 +10,7 @@ from utils import evaluation
 from utils.config import PRESETS
 from utils.fid import FeatureStatistics
 from utils.sharding import make_mesh
+from utils.stable_vae import PixelCodec
 
 MODEL = {
     **PRESETS["debug"], "patch_size": 2, "num_classes": 10, "class_dropout_prob": 0.1, "use_stable_vae": 0,
@@ -19,7 +20,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def context():
-    return evaluation.make_context(ConfigDict(MODEL), make_mesh(), (8, 8, 1), tuple("0123456789"))
+    return evaluation.make_context(ConfigDict(MODEL), PixelCodec(), make_mesh(), (8, 8, 1), tuple("0123456789"))
 
 
 @pytest.fixture(scope="module")

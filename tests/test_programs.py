@@ -23,7 +23,7 @@ TINY = """
     --model.patch_size 2 --model.num_classes 10 --model.denoise_timesteps 8 --batch_size 64 --model.lr 1e-3
 """.split()  # noqa: SIM905 (a command line, as one types it)
 STEPS = {1: 60, 8: 12}  # by devices: eight virtual ones are slow, one is too fast to be killed in 12 steps
-SHORT = [*TINY, "--log_interval", "1", "--save_interval", "4", "--wandb.mode", "disabled"]
+SHORT = [*TINY, "--log_interval", "1", "--save_interval", "4", "--eval_interval", "0", "--wandb.mode", "disabled"]
 SCALARS = ("l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm")
 
 
@@ -77,7 +77,7 @@ def finished(tmp_path_factory, weights):
     """(folder, output) of a run with every picture and a FID, on wandb offline."""
     folder = tmp_path_factory.mktemp("finished")
     done = run_program(
-        "train_flow.py", *TINY, "--max_steps", 20, "--log_interval", 10, "--eval_interval", 20,
+        "train_flow.py", *TINY, "--max_steps", 20, "--log_interval", 10, "--eval_interval", 50,
         "--wandb.mode", "offline", "--save_dir", folder,
         "--fid_stats", ROOT / "data" / "fid_stats_digits.npz", "--fid_samples", 16, "--inception_weights", weights,
     )  # fmt: skip
@@ -114,7 +114,8 @@ def test_the_run_says_what_it_does(finished):
     assert "hidden_size: 32" in output
     saved = json.loads((folder / "config.json").read_text())
     assert saved["model"]["hidden_size"] == 32
-    assert saved["dataset"] == {"image_shape": [8, 8, 1], "class_names": list("0123456789")}
+    facts = {"name": "digits", "image_shape": [8, 8, 1], "class_names": list("0123456789")}
+    assert saved["dataset"] == {**facts, "vae": None, "vae_sha256": None}
 
 
 @finished_run
@@ -172,6 +173,17 @@ def test_two_processes_give_the_losses_of_one(uninterrupted, tmp_path):
     assert "parameters" in outputs[0]
     assert "parameters" not in outputs[1]  # process 0 speaks for both
     assert_close(losses(tmp_path), losses(uninterrupted(1)), 12)
+
+
+def test_a_streamed_run_continues_as_if_it_had_not_stopped(shared, tmp_path):
+    args = [*SHORT, "--dataset_name", "cifar10", "--data_dir", shared / "data" / "tfds", "--model.patch_size", 4]
+    parts, whole = (["--save_dir", tmp_path / name] for name in ("parts", "whole"))
+    run_program("train_flow.py", *args, *parts, "--max_steps", 3)
+    done = run_program("train_flow.py", *args, *parts, "--max_steps", 6)
+    assert "from step 3" in done.stdout
+    run_program("train_flow.py", *args, *whole, "--max_steps", 6)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert list(losses(tmp_path / "whole")) == [1, 2, 3, 4, 5, 6]
 
 
 def test_divergence_ends_the_run_with_a_way_on(tmp_path):
@@ -235,7 +247,7 @@ REFUSED = {
     ),
     "no run to load": (["--load_dir", "no/run"], ["--load_dir=no/run", "no checkpoint"]),
     "folder": (["--save_dir", "README.md/run"], ["--save_dir=README.md/run", "cannot be written"]),
-    "no VAE": (["--use_stable_vae", "1"], ["--model.use_stable_vae=1", "--use_stable_vae 0"]),
+    "VAE of grey images": (["--use_stable_vae", "1"], ["--model.use_stable_vae=1", "--use_stable_vae 0"]),
     "processes": (["--num_processes", "2"], ["--coordinator_address"]),
 }
 

@@ -6,6 +6,7 @@ Legacy spellings of jax-flow (log-normal, target_update_rate, --wandb.offline) e
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,8 +29,26 @@ PRESETS = {
     "xlarge": {"hidden_size": 1152, "patch_size": 2, "depth": 28, "num_heads": 16, "mlp_ratio": 4.0},
 }
 
+BROKEN_IMAGES = ("refuse", "skip")
+VAE = "stabilityai/sd-vae-ft-mse"
+
 # What makes the parameters of one run unreadable, or its data order another, under another value.
 ARCHITECTURE = ("hidden_size", "patch_size", "depth", "num_heads", "mlp_ratio", "num_classes", "use_stable_vae")
+
+
+def define_data_flags() -> None:
+    """Registers which images are read, and how."""
+    flags.DEFINE_string("dataset_name", "imagenet256", "Data set; README.md lists what is read.")
+    flags.DEFINE_string("data_dir", None, "Where prepared data sets are; gs://... too.")
+    flags.DEFINE_integer("image_size", None, "Side to which images of any size are resized.", lower_bound=1)
+    flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What is done about broken files of folder:PATH.")
+
+
+def define_vae_flag() -> None:
+    """Registers --vae."""
+    flags.DEFINE_string(
+        "vae", None, f"Hub id or folder of the VAE; default: that of the run or of the cached latents, else {VAE}."
+    )
 
 
 def define_model_flags() -> None:
@@ -87,6 +106,9 @@ def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], N
         app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict:
@@ -239,9 +261,14 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"--{flag}={folder} cannot be written ({error.strerror}); choose another folder") from None
 
 
-def check_resumable(config: ConfigDict, saved: dict[str, Any], folder: Path) -> None:
-    """Raises UserError where the run in `folder` cannot be continued under `config`."""
-    pairs = [(f"model.{name}", saved["model"][name], config.model[name]) for name in ARCHITECTURE]
+def check_resumable(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
+    """Raises UserError where the run in `folder`, of configuration `saved`, cannot be continued under `config`."""
+    if saved["dataset"]["vae_sha256"] != config["dataset"]["vae_sha256"]:
+        raise UserError(
+            f"{folder} holds a run on the latents of --vae={saved['dataset']['vae']}, which is not "
+            f"{config['dataset']['vae']}; give that one, or another --wandb.name or --save_dir to start a new run"
+        )
+    pairs = [(f"model.{name}", saved["model"][name], config["model"][name]) for name in ARCHITECTURE]
     pairs += [(name, saved[name], config[name]) for name in ("dataset_name", "batch_size", "seed", "image_size")]
     for name, old, new in pairs:
         if old != new:

@@ -22,8 +22,8 @@ from utils import flow, plotting, sampling
 from utils.config import check_model
 from utils.errors import UserError
 from utils.fid import FeatureStatistics, ReferenceStatistics, frechet_distance
-from utils.sharding import gather, spread
-from utils.stable_vae import PixelCodec, images_from_uint8, images_to_uint8
+from utils.sharding import gather, replicated, spread
+from utils.stable_vae import PixelCodec, StableVAE, encode_batch, images_to_uint8
 
 PANEL_SIZE = 8
 LOSS_TIMES = tuple(i / 10 for i in range(11))
@@ -35,7 +35,7 @@ class Context(NamedTuple):
     """What stays the same through a run: the model, its codec and the data it is about."""
 
     model: DiT
-    codec: PixelCodec
+    codec: PixelCodec | StableVAE
     mesh: Mesh
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
@@ -45,13 +45,35 @@ class Context(NamedTuple):
         return self.codec.latent_shape(self.image_shape)
 
 
+def load_codec(
+    use_stable_vae: bool, vae: str, mesh: Mesh, image_shape: Sequence[int], expected_sha256: str | None = None
+) -> PixelCodec | StableVAE:
+    """The codec of a run, on all devices. UserError where the VAE does not take images of that shape, or is another
+    than the one whose weights have `expected_sha256`."""
+    if not use_stable_vae:
+        if expected_sha256:
+            raise UserError("--model.use_stable_vae=0, but the data set is of latents; leave the flag out")
+        return PixelCodec()
+    if image_shape[-1] != 3:
+        raise UserError("--model.use_stable_vae=1, but the images are grey; train on pixels with --use_stable_vae 0")
+    codec = StableVAE.load(vae)
+    if expected_sha256 not in (None, codec.sha256):
+        raise UserError(
+            f"--vae={vae} is another VAE (sha256 {codec.sha256[:12]}...) than the one that made the latents "
+            f"({expected_sha256[:12]}...); name that one"
+        )
+    codec.latent_shape(tuple(image_shape))
+    return jax.device_put(codec, replicated(mesh))
+
+
 def make_context(
-    model_config: ConfigDict, mesh: Mesh, image_shape: Sequence[int], class_names: Sequence[str]
+    model_config: ConfigDict,
+    codec: PixelCodec | StableVAE,
+    mesh: Mesh,
+    image_shape: Sequence[int],
+    class_names: Sequence[str],
 ) -> Context:
     """The context of a run from its --model.* values and its data set's facts; UserError where they do not fit."""
-    if model_config.use_stable_vae:
-        raise UserError("--model.use_stable_vae=1: this version has no VAE; train on pixels with --use_stable_vae 0")
-    codec = PixelCodec()
     check_model(model_config, codec.latent_shape(tuple(image_shape)))
     if len(class_names) > model_config.num_classes:
         raise UserError(
@@ -86,7 +108,7 @@ def model_fn(model: DiT, params: PyTree) -> sampling.ModelFn:
 @partial(jax.jit, static_argnames="model")
 def _loss_at(params, codec, key, batch, t, *, model):
     codec_key, noise_key = jax.random.split(key)
-    x_1 = codec.encode(codec_key, images_from_uint8(batch["image"]))
+    x_1 = encode_batch(codec, codec_key, batch)
     x_0 = jax.random.normal(noise_key, x_1.shape)
 
     def velocity_fn(x_t, t):
@@ -103,12 +125,12 @@ def loss_by_time(context: Context, params: PyTree, batch: PyTree, key: Key[Array
 
 
 @partial(jax.jit, static_argnames="model")
-def _reconstruct(params, codec, key, images, labels, t, *, model):
+def _reconstruct(params, codec, key, batch, t, *, model):
     codec_key, noise_key = jax.random.split(key)
-    x_1 = codec.encode(codec_key, images_from_uint8(images))
+    x_1 = encode_batch(codec, codec_key, batch)
     x_t = flow.interpolate(jax.random.normal(noise_key, x_1.shape), x_1, t)
-    predicted = flow.predict_data(x_t, model_fn(model, params)(x_t, t, labels), t)
-    return jnp.stack([images, images_to_uint8(codec.decode(x_t)), images_to_uint8(codec.decode(predicted))])
+    predicted = flow.predict_data(x_t, model_fn(model, params)(x_t, t, batch["label"]), t)
+    return jnp.stack([images_to_uint8(codec.decode(x)) for x in (x_1, x_t, predicted)])
 
 
 @partial(jax.jit, static_argnames=("model", "guided"))
@@ -125,10 +147,10 @@ def _decode(codec, latents):
 
 def reconstruction_panel(context: Context, params: PyTree, batch: PyTree, key: Key[Array, ""]) -> Figure:
     """Eight images of `batch` noised to t = 0, 1/8, ..., 7/8 and denoised in one step: clean, noised, predicted."""
-    images, labels = (np.resize(rows, (PANEL_SIZE, *rows.shape[1:])) for rows in map(gather, batch.values()))
+    rows = {name: np.resize(gather(values), (PANEL_SIZE, *values.shape[1:])) for name, values in batch.items()}
     t = np.arange(PANEL_SIZE, dtype=np.float32) / PANEL_SIZE
-    panel = gather(_reconstruct(params, context.codec, key, images, labels, t, model=context.model))
-    columns = [f"t = {value:.3g}\n{context.class_names[label]}" for value, label in zip(t, labels, strict=True)]
+    panel = gather(_reconstruct(params, context.codec, key, rows, t, model=context.model))
+    columns = [f"t = {value:.3g}\n{context.class_names[label]}" for value, label in zip(t, rows["label"], strict=True)]
     return plotting.image_table(panel, ("clean", "noised", "predicted"), columns)
 
 

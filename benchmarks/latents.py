@@ -1,0 +1,82 @@
+"""Training on cached latents against encoding on the fly: images per second of both, taken in turns in one run.
+
+    python benchmarks/latents.py --model.preset big --batch_size 4
+
+The VAE has the size of Stable Diffusion's and random weights; images are random, at --image_size. Reading from disk is
+left out on both sides, so that the ratio is that of the two training steps.
+"""
+
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train_flow import train_step
+from utils import config as cfg
+from utils import evaluation
+from utils.sharding import make_mesh, replicated, to_devices
+from utils.stable_vae import StableVAE
+from utils.train_state import create_train_state, make_optimizer
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("batch_size", 4, "Images a step, over all devices.", lower_bound=1)
+    flags.DEFINE_integer("image_size", 256, "Side of the images.", lower_bound=8)
+    flags.DEFINE_integer("rounds", 5, "Times that each of the two is measured.", lower_bound=1)
+    flags.DEFINE_integer("steps", 1, "Steps a measurement.", lower_bound=1)
+    cfg.define_model_flags()
+    flags.adopt_module_key_flags(cfg)
+
+
+def main(config: ConfigDict) -> None:
+    mesh, size = make_mesh(), config.image_size
+    cfg.check_batch_size(config.batch_size, mesh.size)
+    codec = jax.device_put(StableVAE.random(1), replicated(mesh))
+    names = tuple(map(str, range(config.model.num_classes)))
+    context = evaluation.make_context(config.model, codec, mesh, (size, size, 3), names)
+    optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
+    key = jax.random.key(0)
+    state = create_train_state(evaluation.init_params(context, key), optimizer, key)
+    state = jax.device_put(state, replicated(mesh))
+    parts = {"model": context.model, "optimizer": optimizer, "t_sampler": config.model.t_sampler, "ema_decay": 0.9999}
+    step = jax.jit(partial(train_step, **parts), donate_argnums=0)
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, len(names), config.batch_size, dtype=np.int32)
+    images = rng.integers(0, 256, (config.batch_size, size, size, 3), dtype=np.uint8)
+    moments = rng.normal(size=(config.batch_size, 2, *context.latent_shape)).astype(np.float16)
+    batches = {
+        "encoding on the fly": to_devices({"image": images, "label": labels}, mesh),
+        "cached latents": to_devices({"moments": moments, "label": labels}, mesh),
+    }
+
+    seconds = {name: [] for name in batches}
+    for round_number in range(config.rounds + 1):  # the first compiles
+        for name, batch in batches.items():
+            started = time.perf_counter()
+            for _ in range(config.steps):
+                state, metrics = step(state, batch, codec)
+            jax.block_until_ready(metrics)
+            if round_number:
+                seconds[name].append((time.perf_counter() - started) / config.steps)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    slowest = max(medians.values())
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    print(f"DiT of {count:,} parameters, batch {config.batch_size}, {mesh.size} x {jax.devices()[0].device_kind}")
+    print("| step | ms | images/s | ratio |\n|---|---:|---:|---:|")
+    for name, value in medians.items():
+        print(f"| {name} | {value * 1e3:,.0f} | {config.batch_size / value:,.2f} | {slowest / value:.2f} |")
+    assert jnp.isfinite(metrics["l2_loss"])
+
+
+if __name__ == "__main__":
+    cfg.run_program(define_flags, main)

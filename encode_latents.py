@@ -1,0 +1,120 @@
+"""Encodes a data set once: VAE posterior moments of every image, for `train_flow.py --dataset_name latents:DIR`.
+
+    python encode_latents.py --dataset_name imagenet256 --out latents/imagenet256
+
+The same command again continues after the last finished file.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Float16, UInt8
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from utils import config as cfg
+from utils import evaluation, latents
+from utils.datasets import SPLITS, ImageDataset, epoch_batches, load_dataset
+from utils.errors import UserError
+from utils.sharding import batch_sharding, gather, make_mesh, spread
+from utils.stable_vae import StableVAE, images_from_uint8
+from utils.tracking import write_json
+
+
+def define_flags() -> None:
+    cfg.define_data_flags()
+    cfg.define_vae_flag()
+    flags.DEFINE_string("out", None, "Folder to write.")
+    flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
+    flags.DEFINE_integer("shard_size", 4096, "Images a file.", lower_bound=1)
+    flags.adopt_module_key_flags(cfg)  # so that --help lists them
+
+
+def encode_views(
+    codec: StableVAE, images: UInt8[Array, "b h w 3"], *, num_views: int
+) -> Float16[Array, "b views 2 h2 w2 c"]:
+    """Mean and log-variance of the images and, as a second view, of their mirror images."""
+    views = (images, images[:, :, ::-1])[:num_views]
+    moments = [jnp.stack(codec.encode_moments(images_from_uint8(view)), axis=1) for view in views]
+    return jnp.stack(moments, axis=1).astype(jnp.float16)
+
+
+def encode_examples(
+    dataset: ImageDataset, rows: range, batch_size: int, encode: Callable[[np.ndarray], jax.Array]
+) -> Iterator[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]:
+    """(label, moments) of the images `rows`, one batch being computed while the one before it is taken."""
+
+    def finish(labels, moments):
+        return zip(labels, gather(moments), strict=False)  # the last batch is computed whole: another would compile
+
+    waiting = None
+    for batch in epoch_batches(dataset, batch_size, start=rows.start, stop=rows.stop):
+        images = np.resize(batch["image"], (batch_size, *dataset.image_shape))
+        moments = encode(images)
+        if waiting:
+            yield from finish(*waiting)
+        waiting = (batch["label"], moments)
+    yield from finish(*waiting)
+
+
+def counted(examples: Iterator, bar: tqdm) -> Iterator:
+    for example in examples:
+        yield example
+        bar.update()
+
+
+def prepare_folder(out: Path, manifest: latents.Manifest) -> None:
+    """Writes the manifest into a new folder; UserError where the folder holds other latents."""
+    cfg.check_writable(out, "out")
+    found = latents.load_manifest(out)
+    if found is None:
+        write_json(out / latents.MANIFEST, manifest.to_json())
+    else:
+        latents.check_same(out, found, manifest)
+
+
+def main(config: ConfigDict) -> None:
+    if config.out is None:
+        raise UserError("--out is not given: name the folder to write, such as latents/imagenet256")
+    out, mesh, vae = Path(config.out), make_mesh(), config.vae or cfg.VAE
+    cfg.check_batch_size(config.batch_size, mesh.size)
+    options = (config.data_dir, config.image_size, config.broken_images)
+    datasets = {split: load_dataset(config.dataset_name, split, *options) for split in SPLITS}
+    train = datasets["train"]
+    if train.latents:
+        raise UserError(f"--dataset_name={config.dataset_name} holds latents already; give a data set of images")
+    codec = evaluation.load_codec(True, vae, mesh, train.image_shape)
+    manifest = latents.Manifest(
+        dataset_name=config.dataset_name,
+        image_shape=train.image_shape,
+        latent_shape=codec.latent_shape(train.image_shape),
+        class_names=train.class_names,
+        num_examples={split: len(dataset.source) for split, dataset in datasets.items()},
+        num_views={split: 1 + dataset.random_flip for split, dataset in datasets.items()},
+        shard_size=config.shard_size,
+        vae=vae,
+        vae_sha256=codec.sha256,
+    )
+    prepare_folder(out, manifest)
+    with tqdm(total=sum(manifest.num_examples.values()), unit="image") as bar:
+        for split, dataset in datasets.items():
+            num_views = manifest.num_views[split]
+            program = jax.jit(partial(encode_views, num_views=num_views), out_shardings=batch_sharding(mesh))
+            for name, rows in manifest.shards(split):
+                if (out / name).exists():
+                    bar.update(len(rows))
+                    continue
+                examples = encode_examples(
+                    dataset, rows, config.batch_size, lambda images, f=program: f(codec, spread(images, mesh))
+                )
+                latents.write_shard(out / name, counted(examples, bar))
+    print(f"written: {out}; train on it: python train_flow.py --dataset_name latents:{out}")
+
+
+if __name__ == "__main__":
+    cfg.run_program(define_flags, main)

@@ -1,0 +1,243 @@
+"""Folders of images: their layouts, every kind of file, and what is said about broken ones."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.pictures import make_classes, noise, resize_by_formula, write, write_png_16_bit
+from utils import image_folder
+from utils.datasets import epoch_batches, load_dataset, training_batches
+from utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """A cache folder of the test's own, for what the check of the files finds."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def read_one(folder, path, size) -> np.ndarray:
+    """The image as load_dataset reads it: the one of the training split, the other being held out or filling up."""
+    (folder / "train" / "a").mkdir(parents=True, exist_ok=True)
+    (folder / "validation" / "a").mkdir(parents=True, exist_ok=True)
+    path.rename(folder / "train" / "a" / path.name)
+    dataset = load_dataset(f"folder:{folder}", image_size=size)
+    assert len(dataset.source) == 1
+    image = dataset.source[0]["image"]
+    assert image.shape == dataset.image_shape == (size, size, 3)
+    assert image.dtype == np.uint8
+    return image
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (40, 63), (63, 40), (16, 16), (9, 12), (1, 1), (200, 17)])
+def test_crops_the_middle_square_and_resizes_antialiased(tmp_path, shape):
+    pixels = noise(0, *shape, 3)
+    write(tmp_path / "x.png", pixels)
+    side = min(shape)
+    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
+    expected = resize_by_formula(pixels[top : top + side, left : left + side], 16)
+    # Two passes, each rounded to a level.
+    np.testing.assert_allclose(read_one(tmp_path, tmp_path / "x.png", 16), expected, atol=1.01)
+
+
+def test_reads_every_kind_of_file_as_rgb(tmp_path):
+    def read(name):
+        return read_one(tmp_path / name.replace(".", "_"), tmp_path / name, 8).astype(int)
+
+    grey = noise(1, 8, 8)
+    write(tmp_path / "grey.png", grey)
+    np.testing.assert_array_equal(read("grey.png"), np.repeat(grey[..., None], 3, axis=2))
+
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.JPG")
+    np.testing.assert_allclose(read("cmyk.JPG"), np.broadcast_to([255, 0, 0], (8, 8, 3)), atol=4)
+
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read("palette.png"), np.broadcast_to([10, 200, 30], (8, 8, 3)))
+
+    half_clear = np.zeros((8, 8, 4), np.uint8)
+    half_clear[:4] = 40, 50, 60, 255
+    write(tmp_path / "alpha.png", half_clear)
+    on_white = read("alpha.png")
+    assert (on_white[:4] == [40, 50, 60]).all()
+    assert (on_white[4:] == 255).all()
+
+    levels = np.linspace(0, 65535, 64).reshape(8, 8).round()
+    write_png_16_bit(tmp_path / "grey16.png", levels)
+    np.testing.assert_allclose(read("grey16.png"), np.repeat((levels / 257)[..., None], 3, axis=2), atol=0.51)
+    write_png_16_bit(tmp_path / "rgb16.png", np.stack([levels, levels.T, 65535 - levels], axis=-1))
+    np.testing.assert_allclose(read("rgb16.png"), np.stack([levels, levels.T, 65535 - levels], axis=-1) / 257, atol=1)
+
+    write(tmp_path / "picture.webp", noise(2, 8, 8, 3), lossless=True)
+    np.testing.assert_array_equal(read("picture.webp"), noise(2, 8, 8, 3))
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    write(tmp_path / "turned.png", noise(3, 8, 8, 3), exif=exif)
+    np.testing.assert_array_equal(read("turned.png"), np.rot90(noise(3, 8, 8, 3), -1))
+
+
+def contents(name, split) -> list[tuple[int, int]]:
+    """(value of the first pixel, label) of every image."""
+    batch = next(epoch_batches(load_dataset(name, split, image_size=2), 1000))
+    return list(zip(batch["image"][:, 0, 0, 0].tolist(), batch["label"].tolist(), strict=True))
+
+
+def test_folders_are_classes_and_a_part_is_held_out(tmp_path):
+    make_classes(tmp_path, {"cat": 9, "dog": 8, "Zebra": 7})
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "cat" / ".hidden.png").write_text("no image")
+    (tmp_path / ".cache").mkdir()
+    name = f"folder:{tmp_path}"
+    train, validation = contents(name, "train"), contents(name, "validation")
+    dataset = load_dataset(name)
+    assert dataset.class_names == ("Zebra", "cat", "dog")
+    assert dataset.image_shape == (256, 256, 3)
+    assert dataset.random_flip
+    assert not load_dataset(name, "validation").random_flip
+    assert (len(train), len(validation)) == (23, 1)
+    values = {"cat": range(9), "dog": range(10, 18), "Zebra": range(20, 27)}
+    expected = [(v, dataset.class_names.index(c)) for c in values for v in values[c]]
+    assert sorted(train + validation) == sorted(expected)
+    assert (contents(name, "train"), contents(name, "validation")) == (train, validation)
+
+
+def test_a_share_of_two_percent_is_held_out_and_stays_when_images_are_added(tmp_path):
+    make_classes(tmp_path / "old", {"a": 100, "b": 100})
+    make_classes(tmp_path / "new", {"a": 101, "b": 100})
+    old, new = (contents(f"folder:{tmp_path / folder}", "validation") for folder in ("old", "new"))
+    assert len(old) == len(new) == 4
+    assert len(set(old) & set(new)) >= 3
+
+
+def test_a_flat_folder_is_one_class(tmp_path):
+    for i in range(5):
+        write(tmp_path / "faces" / f"{i}.png", np.full((2, 2, 3), i, np.uint8))
+    name = f"folder:{tmp_path / 'faces'}"
+    assert load_dataset(name).class_names == ("faces",)
+    assert sorted(contents(name, "train") + contents(name, "validation")) == [(i, 0) for i in range(5)]
+
+
+@pytest.mark.parametrize("validation", ["validation", "val"])
+def test_splits_may_be_folders(tmp_path, validation):
+    make_classes(tmp_path / "train", {"a": 2, "b": 2, "c": 1})
+    make_classes(tmp_path / validation, {"a": 1, "c": 1})
+    name = f"folder:{tmp_path}"
+    assert contents(name, "train") == [(0, 0), (1, 0), (10, 1), (11, 1), (20, 2)]
+    assert contents(name, "validation") == [(0, 0), (10, 2)]
+    make_classes(tmp_path / validation, {"d": 1})
+    with pytest.raises(UserError, match="class 'd'"):
+        load_dataset(name, "validation")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    make_classes(tmp_path, {"bus": 3, "train": 3})
+    assert load_dataset(f"folder:{tmp_path}").class_names == ("bus", "train")
+
+
+def test_folders_without_images_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    make_classes(tmp_path / "single", {"a": 1})
+    make_classes(tmp_path / "mixed", {"a": 2})
+    write(tmp_path / "mixed" / "stray.png", noise(0, 2, 2, 3))
+    for folder, message in [
+        ("missing", "no folder .*missing/CLASS/IMAGE"),
+        ("empty", "holds no images; .*empty/CLASS/IMAGE"),
+        ("single", "holds 1 image"),
+        ("mixed", "stray.png beside folders"),
+    ]:
+        with pytest.raises(UserError, match=f"--dataset_name=folder:.*{message}"):
+            load_dataset(f"folder:{tmp_path / folder}", image_size=2)
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """A folder with all that goes wrong in folders, beside five good images of two classes."""
+    make_classes(tmp_path, {"cat": 3, "dog": 2})
+    buffer = io.BytesIO()
+    Image.fromarray(noise(0, 64, 64, 3)).save(buffer, "JPEG")
+    (tmp_path / "cat" / "truncated.jpg").write_bytes(buffer.getvalue()[:-700])
+    (tmp_path / "cat" / "text.png").write_text("no image")
+    (tmp_path / "dog" / "nothing.webp").write_bytes(b"")
+    (tmp_path / "dog" / "readme.txt").write_text("no image")
+    write(tmp_path / "dog" / "pixel.png", noise(1, 1, 1, 3))
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "dog" / "cmyk.jpg")
+    write_png_16_bit(tmp_path / "dog" / "deep.png", np.full((8, 8), 257 * 99))
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def test_broken_files_and_empty_classes_are_refused_by_name_before_training(zoo):
+    with pytest.raises(UserError, match=r"3 of 11 images cannot be read: .*text.png.*--broken_images skip") as error:
+        load_dataset(f"folder:{zoo}", image_size=8)
+    assert [name for name in ("truncated.jpg", "nothing.webp") if name not in str(error.value)] == []
+    for name in ("cat/truncated.jpg", "cat/text.png", "dog/nothing.webp"):
+        (zoo / name).unlink()
+    with pytest.raises(UserError, match=r"the folder .*empty of a class holds no images; .*--broken_images skip"):
+        load_dataset(f"folder:{zoo}", image_size=8)
+
+
+def test_broken_files_and_empty_classes_are_skipped_by_name(zoo, capfd):
+    splits = [load_dataset(f"folder:{zoo}", split, None, 8, "skip") for split in ("train", "validation")]
+    told = capfd.readouterr().err
+    named = [
+        "truncated.jpg",
+        "text.png",
+        "nothing.webp",
+        "ignored 1 file",
+        "readme.txt",
+        "pixel.png",
+        "side of 1",
+        "empty",
+    ]
+    assert [name for name in named if name not in told] == []
+    assert [len(dataset.source) for dataset in splits] == [7, 1]
+    assert splits[0].class_names == ("cat", "dog")
+    images = [batch["image"] for dataset in splits for batch in epoch_batches(dataset, 4)]
+    colours = {tuple(image[4, 4].tolist()) for image in np.concatenate(images)}
+    assert {(99, 99, 99), tuple(noise(1, 1, 1, 3)[0, 0].tolist())} <= colours
+    assert any(red > 245 and green < 10 for red, green, _ in colours)  # the CMYK one
+    batches = training_batches(splits[0], 4, 0)
+    assert all(next(batches)["image"].shape == (4, 8, 8, 3) for _ in range(5))
+
+
+def test_the_check_is_remembered_until_a_file_changes(zoo, monkeypatch):
+    name = f"folder:{zoo}"
+    assert len(load_dataset(name, "train", None, 8, "skip").source) == 7
+    image_folder._check.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "_decode_all", lambda paths: pytest.fail("decoded again"))
+        assert len(load_dataset(name, "train", None, 8, "skip").source) == 7
+    image_folder._check.cache_clear()
+    (zoo / "cat" / "0.png").write_bytes(b"broken since")
+    assert len(load_dataset(name, "train", None, 8, "skip").source) == 6
+
+
+def test_a_file_that_breaks_after_the_check_is_named_when_it_is_read(tmp_path):
+    make_classes(tmp_path, {"a": 4})
+    dataset = load_dataset(f"folder:{tmp_path}", image_size=2)
+    for path in (tmp_path / "a").iterdir():
+        path.write_bytes(b"gone")
+    with pytest.raises(UserError, match=r"a/\d.png is not a readable image"):
+        next(training_batches(dataset, 3, 0))
+
+
+def test_ilsvrc_as_it_is_unpacked(tmp_path, shared):
+    """A thousand folders of WordNet ids, and a flat `val`, whose labels are in no file name."""
+    with tarfile.open(shared / "data" / "imagenet2012_sample" / "ILSVRC2012_img_train.tar") as classes:
+        for member in classes:
+            folder = tmp_path / "train" / member.name.removesuffix(".tar")
+            with tarfile.open(fileobj=classes.extractfile(member)) as images:
+                images.extractall(folder, filter="data")
+    with tarfile.open(shared / "data" / "imagenet2012_sample" / "ILSVRC2012_img_val.tar") as images:
+        images.extractall(tmp_path / "val", filter="data")
+    train, validation = (load_dataset(f"folder:{tmp_path}", split) for split in ("train", "validation"))
+    assert (len(train.source), len(validation.source)) == (980, 20)
+    assert train.class_names[207] == "golden retriever"
+    path, label = train.source.files[500]
+    assert sorted(folder.name for folder in (tmp_path / "train").iterdir())[label] == path.parent.name
+    assert train.source[500]["image"].shape == (256, 256, 3)

@@ -1,0 +1,130 @@
+"""Cached latents: what is stored comes back, files are all or nothing, and nothing is mixed."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from utils.datasets import epoch_batches, load_dataset, training_batches
+from utils.errors import UserError
+from utils.latents import MANIFEST, Manifest, check_same, load_manifest, write_shard
+
+MOMENTS = (
+    np.random.default_rng(0).normal(size=(10, 2, 2, 3, 3, 4)).astype(np.float16)
+)  # image, view, mean/logvar, h w c
+SHA256 = "0" * 64
+
+
+def manifest(**changes) -> Manifest:
+    values = {
+        "dataset_name": "folder:/pictures",
+        "image_shape": (24, 24, 3),
+        "latent_shape": (3, 3, 4),
+        "class_names": ("cat", "dog"),
+        "num_examples": {"train": 10, "validation": 3},
+        "num_views": {"train": 2, "validation": 1},
+        "shard_size": 4,
+        "vae": "some/vae",
+        "vae_sha256": SHA256,
+    }
+    return Manifest(**(values | changes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Latents of ten training images, labelled by turns, and of three for validation."""
+    made = manifest()
+    (tmp_path / MANIFEST).write_text(json.dumps(made.to_json()))
+    for split, views in made.num_views.items():
+        for name, rows in made.shards(split):
+            write_shard(tmp_path / name, [(i % 2, MOMENTS[i, :views]) for i in rows])
+    return tmp_path
+
+
+def test_a_manifest_comes_back(folder):
+    assert load_manifest(folder) == manifest()
+    assert load_manifest(folder / "elsewhere") is None
+    shards = manifest().shards("train")
+    assert [list(rows) for _, rows in shards] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert shards[2][0] == "train-00002-of-00003.array_record"
+
+
+def test_moments_come_back_in_order(folder):
+    dataset = load_dataset(f"latents:{folder}", "validation")
+    assert (dataset.name, dataset.image_shape, dataset.class_names) == ("folder:/pictures", (24, 24, 3), ("cat", "dog"))
+    assert not dataset.random_flip
+    (batch,) = epoch_batches(dataset, 5)
+    np.testing.assert_array_equal(batch["moments"], MOMENTS[:3, 0])
+    assert batch["moments"].dtype == np.float16
+    assert batch["label"].tolist() == [0, 1, 0]
+
+
+def test_training_takes_either_view_of_every_image(folder):
+    dataset = load_dataset(f"latents:{folder}")
+    batches = training_batches(dataset, 10, 0)
+    views = {
+        moments.tobytes(): (image, view) for image, pair in enumerate(MOMENTS) for view, moments in enumerate(pair)
+    }
+    taken = []
+    for _ in range(20):
+        batch = next(batches)
+        epoch = [views[moments.tobytes()] for moments in batch["moments"]]
+        assert sorted(image for image, _ in epoch) == list(range(10))
+        assert batch["label"].tolist() == [image % 2 for image, _ in epoch]
+        taken += [view for _, view in epoch]
+    assert abs(np.mean(taken) - 0.5) < 0.18  # five standard deviations of a fair coin
+
+
+def test_a_shard_of_the_same_examples_has_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_shard(tmp_path / name, [(i, MOMENTS[i]) for i in range(10)])
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_an_interrupted_shard_leaves_no_file_of_its_name(tmp_path):
+    def examples():
+        yield 0, MOMENTS[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "a", examples())
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_is_missing_is_told(folder, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(UserError, match=f"{empty} holds no cached latents; .*encode_latents.py"):
+        load_dataset(f"latents:{empty}")
+    with pytest.raises(UserError, match=r"--image_size=32: the images of latents:.* are 24x24"):
+        load_dataset(f"latents:{folder}", image_size=32)
+    (folder / "train-00001-of-00003.array_record").unlink()
+    with pytest.raises(UserError, match="1 of the 3 files of split train are missing, such as train-00001"):
+        load_dataset(f"latents:{folder}")
+    (folder / "validation-00000-of-00001.array_record").write_bytes(b"")
+    write_shard(folder / "validation-00000-of-00001.array_record", [(0, MOMENTS[0, :1])])
+    with pytest.raises(UserError, match="holds 1 examples of split validation, but its manifest says 3"):
+        load_dataset(f"latents:{folder}", "validation")
+    (folder / MANIFEST).write_text('{"format": 1}')
+    with pytest.raises(UserError, match="no manifest of latents"):
+        load_dataset(f"latents:{folder}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vae_sha256": "1" * 64},
+        {"dataset_name": "digits"},
+        {"image_shape": (32, 32, 3)},
+        {"num_examples": {"train": 11, "validation": 3}},
+        {"class_names": ("cat", "fox")},
+    ],
+)
+def test_other_latents_are_not_mixed_in(folder, change):
+    (name,) = change
+    with pytest.raises(UserError, match=f"--out=.* holds latents with {name} "):
+        check_same(folder, manifest(), manifest(**change))
+
+
+def test_the_same_vae_may_lie_elsewhere(folder):
+    check_same(folder, manifest(), dataclasses.replace(manifest(), vae="/another/copy"))

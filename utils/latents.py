@@ -1,0 +1,124 @@
+"""Cached latents: posterior moments of every image of a data set, computed once and stored in ArrayRecord files.
+
+DIR/manifest.json says what they are made from; DIR/SPLIT-00000-of-00010.array_record hold them in the order of the data
+set. A record is an int32 label, then float16 moments (views, 2, h, w, c), little-endian; views: the image and, where
+training flips, its mirror image; 2: mean and log-variance.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Float16
+
+from utils.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of latents holds; the same for every machine that makes it from the same data and VAE."""
+
+    dataset_name: str
+    image_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    num_examples: dict[str, int]  # by split
+    num_views: dict[str, int]  # 2 where mirror images are stored
+    shard_size: int  # examples a file
+    vae: str  # hub id or folder it was loaded from
+    vae_sha256: str
+    format: int = FORMAT
+
+    def shards(self, split: str) -> list[tuple[str, range]]:
+        """(file name, numbers of its examples) of a split."""
+        total = self.num_examples[split]
+        starts = range(0, total, self.shard_size)
+        return [
+            (
+                f"{split}-{i:05d}-of-{len(starts):05d}.array_record",
+                range(start, min(start + self.shard_size, total)),
+            )
+            for i, start in enumerate(starts)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def load_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder of latents, None where it has none; UserError where it cannot be understood."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        for name in ("image_shape", "latent_shape", "class_names"):
+            content[name] = tuple(content[name])
+        manifest = Manifest(**content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no manifest of latents ({error}); make them again with encode_latents.py") from None
+    if manifest.format != FORMAT:
+        raise UserError(f"{path}: latents of format {manifest.format}, not {FORMAT}; make them again")
+    return manifest
+
+
+def check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
+    """UserError where latents in `folder` are of something else than what is wanted; a VAE is told by its weights."""
+    for field in dataclasses.fields(Manifest):
+        old, new = getattr(found, field.name), getattr(wanted, field.name)
+        if field.name != "vae" and old != new:
+            raise UserError(
+                f"--out={folder} holds latents with {field.name} {_short(old)}, not {_short(new)}; "
+                "choose another folder, or remove that one"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_shard(path: Path, examples: Iterable[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]) -> None:
+    """Writes (label, moments) pairs; a kill leaves no file of that name behind."""
+    temporary = path.with_name(path.name + ".tmp")
+    writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # noise does not compress
+    for label, moments in examples:
+        writer.write(np.asarray(label, "<i4").tobytes() + moments.astype("<f2").tobytes())
+    writer.close()
+    temporary.replace(path)
+
+
+class LatentRecords:
+    """Source of cached moments: item i is {'moments': float16 (views, 2, h, w, c), 'label': int32}."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str):
+        self.shape = (manifest.num_views[split], 2, *manifest.latent_shape)
+        shards = manifest.shards(split)
+        missing = [name for name, _ in shards if not (folder / name).exists()]
+        if missing:
+            raise UserError(
+                f"--dataset_name=latents:{folder} is not complete: {len(missing)} of the {len(shards)} files of split "
+                f"{split} are missing, such as {missing[0]}; run the same encode_latents.py command again to finish it"
+            )
+        self.records = ArrayRecordDataSource([str(folder / name) for name, _ in shards])
+        if len(self.records) != manifest.num_examples[split]:
+            raise UserError(
+                f"--dataset_name=latents:{folder} holds {len(self.records)} examples of split {split}, but its "
+                f"manifest says {manifest.num_examples[split]}; make it again with encode_latents.py"
+            )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self.records[index]
+        moments = np.frombuffer(record, "<f2", offset=4).reshape(self.shape)
+        return {"moments": moments, "label": np.frombuffer(record, "<i4", 1)[0]}
