@@ -6,6 +6,7 @@ autoencoder of latent diffusion (Rombach et al., arXiv:2112.10752) as Stable Dif
 from the Hugging Face layout: config.json and diffusion_pytorch_model.safetensors.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -84,7 +85,7 @@ class VAEConfig:
             "act_fn": {"silu"},
         }
         for name, known in kinds.items():
-            found = content.get(name, [])
+            found = content.get(name) or []
             unknown = set([found] if isinstance(found, str) else found) - known
             if unknown:
                 raise UserError(f"--vae: {path} has {name} {min(unknown)}, but only {min(known)} is known here")
@@ -100,6 +101,15 @@ class VAEConfig:
     def downsampling(self) -> int:
         """Image side over latent side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def shift(self) -> np.ndarray:
+        """What is taken from latents before `scale` multiplies them: one number, or one for every channel."""
+        return np.array((self.shift_factor or 0) if self.latents_mean is None else self.latents_mean, np.float32)
+
+    @property
+    def scale(self) -> np.ndarray:
+        return np.float32(self.scaling_factor) / np.array(self.latents_std or 1, np.float32)
 
 
 # The modules below are named as the tensors in the weights file are, so that one rule converts all of them.
@@ -236,6 +246,7 @@ class StableVAE(flax.struct.PyTreeNode):
     config: VAEConfig = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
     sha256: str | None = flax.struct.field(pytree_node=False)  # of the weights file; None of random weights
+    name: str = flax.struct.field(pytree_node=False, default="random weights")  # the folder or hub id it came from
 
     @classmethod
     def load(cls, path: str, dtype: Any = jnp.float32) -> "StableVAE":
@@ -248,9 +259,17 @@ class StableVAE(flax.struct.PyTreeNode):
             content = json.loads(config_file.read_text())
         except ValueError as error:
             raise UserError(f"--vae={path}: {config_file} is no JSON ({error}); fetch it again") from None
+        if not isinstance(content, dict):
+            raise UserError(f"--vae={path}: {config_file} is no JSON object; fetch it again")
         config = VAEConfig.from_dict(content, str(config_file))
-        params = _convert(_read_tensors(weights_file), _param_shapes(config), str(weights_file))
-        return cls(params, config, jnp.dtype(dtype), hashlib.sha256(weights_file.read_bytes()).hexdigest())
+        try:
+            shapes = _param_shapes(config)
+            np.broadcast_to(config.scale * config.shift, config.latent_channels)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"--vae={path}: no VAE has the sizes in {config_file} ({reason}); fetch it again") from None
+        params = _convert(_read_tensors(weights_file), shapes, str(weights_file))
+        return cls(params, config, jnp.dtype(dtype), hashlib.sha256(weights_file.read_bytes()).hexdigest(), path)
 
     @classmethod
     def random(cls, seed: int, config: VAEConfig | None = None, dtype: Any = jnp.float32) -> "StableVAE":
@@ -292,7 +311,7 @@ class StableVAE(flax.struct.PyTreeNode):
         """Scaled latents: a posterior sample, fresh noise for every example, brought to about unit variance."""
         mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
         z = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
-        return (z - self._shift) * self._scale
+        return (z - self.config.shift) * self.config.scale
 
     def encode(self, key: Key[Array, ""], images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
         """Scaled latents of images in [-1, 1]."""
@@ -300,7 +319,7 @@ class StableVAE(flax.struct.PyTreeNode):
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """Images, about in [-1, 1], of scaled latents."""
-        return self._apply(latents / self._scale + self._shift, "decode").astype(jnp.float32)
+        return self._apply(latents / self.config.scale + self.config.shift, "decode").astype(jnp.float32)
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         height, width, channels = image_shape
@@ -319,17 +338,6 @@ class StableVAE(flax.struct.PyTreeNode):
 
     def _apply(self, x, method):
         return AutoencoderKL(self.config, self.dtype).apply({"params": self.params}, x, method=method)
-
-    @property
-    def _shift(self) -> np.ndarray:
-        if self.config.latents_mean is not None:
-            return np.array(self.config.latents_mean, np.float32)
-        return np.float32(self.config.shift_factor or 0)
-
-    @property
-    def _scale(self) -> np.ndarray:
-        spread = 1 if self.config.latents_std is None else np.array(self.config.latents_std, np.float32)
-        return np.float32(self.config.scaling_factor) / spread
 
 
 def encode_batch(
@@ -353,8 +361,10 @@ def _param_shapes(config: VAEConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStru
 def _find_files(path: str) -> tuple[Path, Path]:
     """(config.json, weights) in a folder or its subfolder `vae`, or fetched from the hub."""
     folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return _fetch_files(path)
+    if not folder.is_dir():
+        raise UserError(f"--vae={path} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
     found = next((place for place in (folder, folder / "vae") if (place / CONFIG).is_file()), None)
     if found is None:
         raise UserError(f"--vae={path}: the folder has no {CONFIG}; give a folder of a VAE in the Hugging Face layout")
@@ -367,23 +377,29 @@ def _find_files(path: str) -> tuple[Path, Path]:
 
 
 def _fetch_files(hub_id: str) -> tuple[Path, Path]:
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", hub_id):
-        raise UserError(f"--vae={hub_id} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    """(config.json, weights) out of the hub's cache, else fetched into it."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-    reason = None
-    for subfolder in (None, "vae"):  # of a whole pipeline
-        fetch = partial(huggingface_hub.hf_hub_download, hub_id, subfolder=subfolder)
-        try:
-            return Path(fetch(CONFIG)), Path(fetch(WEIGHTS))
-        except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, EntryNotFoundError):
-                break
+    reason = f"it has no {CONFIG}, nor has its folder vae"
+    places = (None, "vae")  # a VAE's own repository, a whole pipeline's
+    try:
+        for place in places:
+            find = partial(hub.hf_hub_download, hub_id, subfolder=place, local_files_only=True)
+            with contextlib.suppress(LocalEntryNotFoundError):
+                return Path(find(CONFIG)), Path(find(WEIGHTS))
+        for place in places:
+            with contextlib.suppress(RemoteEntryNotFoundError):
+                # Asks once: without a network a download by itself would try again for half a minute.
+                hub.get_hf_file_metadata(hub.hf_hub_url(hub_id, CONFIG, subfolder=place))
+                config = hub.hf_hub_download(hub_id, CONFIG, subfolder=place)
+                reason = f"it has no {WEIGHTS} beside its {CONFIG}; other files, such as .bin, are not read"
+                return Path(config), Path(hub.hf_hub_download(hub_id, WEIGHTS, subfolder=place))
+    except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
+        reason = " ".join(str(error).split()) or type(error).__name__
     raise UserError(
-        f"--vae={hub_id} cannot be fetched from the hub ({reason}); give a folder that holds {CONFIG} and {WEIGHTS}, "
-        "or train on pixels with --use_stable_vae 0"
+        f"--vae={hub_id} is no folder and cannot be fetched from the hub ({reason}); fetch {CONFIG} and {WEIGHTS} "
+        "elsewhere and give --vae their folder, or train on pixels with --use_stable_vae 0"
     )
 
 
@@ -397,12 +413,9 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"--vae: {file} cannot be read ({error}); fetch it again") from None
     newer = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return {
-        re.sub(r"\.(query|key|value|proj_attn)\.", lambda match: f".{newer[match[1]]}.", name): np.asarray(
-            value, np.float32
-        )
-        for name, value in tensors.items()
-    }
+    names = {name: re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{newer[m[1]]}.", name) for name in tensors}
+    twice = tensors.keys() & {new for name, new in names.items() if new != name}  # then the older one is left over
+    return {name if new in twice else new: np.asarray(tensors[name], np.float32) for name, new in names.items()}
 
 
 def _tensor_name(path: tuple[str, ...]) -> str:
