@@ -1,4 +1,4 @@
-"""The Fréchet distance against closed forms and scipy.linalg.sqrtm; streamed statistics against numpy; files."""
+"""Distances and scores of features against closed forms and definitions written out; streaming; files."""
 
 from pathlib import Path
 
@@ -8,7 +8,15 @@ import scipy.linalg
 import scipy.stats
 
 from utils.errors import UserError
-from utils.fid import FeatureStatistics, frechet_distance, load_statistics, save_statistics
+from utils.fid import (
+    FeatureStatistics,
+    InceptionScore,
+    frechet_distance,
+    kernel_distance,
+    load_statistics,
+    manifold_metrics,
+    save_statistics,
+)
 
 
 @pytest.fixture
@@ -255,3 +263,98 @@ def test_published_statistics_load_and_make_gaussians(shared):
     mu, sigma = loaded.mu[:200], loaded.sigma[:200, :200]  # of some of the features: all would take half a minute
     assert frechet_distance(mu, sigma, mu + 0.1, sigma) == pytest.approx(200 * 0.1**2, rel=1e-6)
     assert frechet_distance(mu, sigma, mu, 4 * sigma) == pytest.approx(np.trace(sigma), rel=1e-6)
+
+
+def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared MMD by its definition, pair by pair (Gretton et al. 2012, eq. 3)."""
+
+    def kernel(a, b):
+        return (float(np.dot(a, b)) / len(a) + 1) ** 3
+
+    n, m = len(x), len(y)
+    xx = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    yy = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return xx + yy - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
+
+
+def test_kernel_distance_is_its_definition():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 7)), rng.normal(0.3, 1.2, size=(20, 7))
+    value, error = kernel_distance(x, y)  # sets below a subset are taken whole: every subset is the same
+    assert value == pytest.approx(polynomial_mmd(x, y), rel=1e-10)
+    assert error == pytest.approx(0, abs=1e-12)
+
+
+def test_kernel_distance_draws_the_subsets_of_torch_fidelity():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(60, 5)), rng.normal(0.5, 1, size=(50, 5))
+    draw = np.random.RandomState(2020)
+    values = [polynomial_mmd(x[draw.choice(60, 12, False)], y[draw.choice(50, 12, False)]) for _ in range(8)]
+    value, error = kernel_distance(x, y, num_subsets=8, subset_size=12)
+    assert value == pytest.approx(np.mean(values), rel=1e-10)
+    assert error == pytest.approx(np.std(values) / 8**0.5, rel=1e-8)
+
+
+def test_kernel_distance_of_one_distribution_is_unbiased():
+    rng = np.random.default_rng(2)
+    values = [kernel_distance(*rng.normal(size=(2, 40, 6)), num_subsets=1)[0] for _ in range(300)]
+    assert min(values) < 0 < max(values)
+    assert abs(np.mean(values)) < 5 * np.std(values) / 300**0.5
+
+
+def balls(points: np.ndarray, k: int) -> list[tuple[np.ndarray, float]]:
+    """Each point with the distance to its k-th nearest other point."""
+    return [(p, sorted(np.linalg.norm(q - p) for q in points)[k]) for p in points]  # place 0 is the point itself
+
+
+def test_manifold_metrics_are_their_definitions():
+    rng = np.random.default_rng(3)
+    real, fake = rng.normal(size=(40, 3)), rng.normal(0.8, 0.7, size=(30, 3))
+    real_3, fake_3, real_5 = balls(real, 3), balls(fake, 3), balls(real, 5)
+    inside = np.array([[np.linalg.norm(y - x) <= radius for x, radius in real_5] for y in fake])
+    expected = {
+        "precision": np.mean([any(np.linalg.norm(y - x) <= radius for x, radius in real_3) for y in fake]),
+        "recall": np.mean([any(np.linalg.norm(x - y) <= radius for y, radius in fake_3) for x in real]),
+        "density": inside.sum() / (5 * len(fake)),
+        "coverage": inside.any(axis=0).mean(),
+    }
+    assert 0 < expected["recall"] < expected["precision"] < 1
+    assert manifold_metrics(real, fake) == pytest.approx(expected, rel=1e-12)
+
+
+def test_manifold_metrics_of_the_set_itself_and_of_one_far_away():
+    real = np.random.default_rng(4).normal(size=(2100, 2))  # more than one block
+    itself = manifold_metrics(real, real)
+    assert {name: itself[name] for name in ("precision", "recall", "coverage")} == dict.fromkeys(
+        ("precision", "recall", "coverage"), 1
+    )
+    assert itself["density"] == pytest.approx((5 + 1) / 5, abs=0.2)  # a ball holds its centre and five neighbours
+    assert manifold_metrics(real, real + 100) == dict.fromkeys(("precision", "recall", "density", "coverage"), 0)
+
+
+def test_sets_that_are_too_small_or_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="more than 5"):
+        manifold_metrics(np.zeros((5, 2)), np.zeros((9, 2)))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        kernel_distance(np.zeros((5, 2)), np.zeros((5, 3)))
+
+
+def test_inception_score_is_its_definition_over_parts():
+    rng = np.random.default_rng(5)
+    probabilities = rng.dirichlet(np.ones(6), size=25)
+    score = InceptionScore(split_size=10)
+    for batch in np.split(probabilities, [3, 11, 24]):
+        score.update(batch)
+    expected = []
+    for part in (probabilities[:10], probabilities[10:20], probabilities[20:]):
+        divergences = (part * (np.log(part) - np.log(part.mean(axis=0)))).sum(axis=1)
+        expected.append(np.exp(divergences.mean()))
+    assert score.mean_and_std == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-12)
+
+
+def test_inception_score_of_certain_and_equal_classes_is_their_number():
+    score = InceptionScore()
+    score.update(np.eye(8).repeat(3, axis=0))
+    assert score.mean_and_std[0] == pytest.approx(8)
+    with pytest.raises(UserError, match="no samples"):
+        _ = InceptionScore().mean_and_std

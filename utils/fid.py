@@ -1,14 +1,17 @@
-"""Statistics of Inception features and the distance between two sets of them (FID); NumPy and SciPy only."""
+"""Statistics of Inception features and what is made of them: FID, KID, precision and recall, density and coverage,
+Inception Score. NumPy and SciPy only."""
 
 import dataclasses
 import hashlib
 import io
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import scipy.linalg
+import scipy.special
 from jaxtyping import Float
 
 from utils.errors import UserError
@@ -116,6 +119,126 @@ def frechet_distance(
     cross = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma_2 @ root).clip(min=0)).sum()
     distance = np.sum((mu_1 - mu_2) ** 2) + np.trace(sigma_1) + np.trace(sigma_2) - 2 * cross
     return max(0.0, float(distance))  # equal Gaussians come out within rounding of 0, on either side
+
+
+def kernel_distance(
+    features_1: Float[np.ndarray, "n d"],
+    features_2: Float[np.ndarray, "m d"],
+    num_subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 2020,
+) -> tuple[float, float]:
+    """(Kernel Inception Distance, its standard error) of two sets of features.
+
+    The squared maximum mean discrepancy under the kernel (x.y / d + 1)^3, without bias, hence around 0 and perhaps
+    below it for equal distributions (Binkowski et al., arXiv:1801.01401, eq. 4), averaged over random subsets of both
+    sets. Number, size and draw of the subsets are torch-fidelity's defaults; sets smaller than a subset are taken
+    whole. ValueError below two rows or for different widths.
+    """
+    x, y = _check_sets(features_1, features_2)
+    rng = np.random.RandomState(seed)
+    sizes = [min(subset_size, len(rows)) for rows in (x, y)]
+    values = []
+    for _ in range(num_subsets):
+        a, b = (rows[rng.choice(len(rows), size, replace=False)] for rows, size in zip((x, y), sizes, strict=True))
+        k_aa, k_bb, k_ab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
+        within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (k_aa, k_bb)]
+        values.append(sum(within) - 2 * k_ab.mean())
+    return float(np.mean(values)), float(np.std(values) / np.sqrt(num_subsets))
+
+
+def manifold_metrics(
+    reference: Float[np.ndarray, "n d"],
+    samples: Float[np.ndarray, "m d"],
+    precision_k: int = 3,
+    density_k: int = 5,
+) -> dict[str, float]:
+    """`precision`, `recall`, `density` and `coverage` of samples against reference features, from nearest neighbours.
+
+    Around each point of a set lies a ball out to its k-th nearest neighbour in the set. Precision: share of samples in
+    a ball of the reference; recall: share of the reference in a ball of the samples (Kynkaanniemi et al.,
+    arXiv:1904.06991, k = 3, as ADM's evaluator). Density: number of the reference's balls that a sample is in, over k;
+    coverage: share of the reference's balls with a sample inside (Naeem et al., arXiv:2002.09797, k = 5). Time grows
+    with the square of the numbers, memory with the numbers. ValueError where a set has no more than k rows.
+    """
+    reference, samples = _check_sets(reference, samples, more_than=max(precision_k, density_k))
+    ks = (precision_k, density_k)
+    reference_radii, sample_radii = _neighbour_radii(reference, ks), _neighbour_radii(samples, ks[:1])
+    precise, balls = np.zeros(len(samples), bool), np.zeros(len(samples), int)
+    recalled, covered = np.zeros(len(reference), bool), np.zeros(len(reference), bool)
+    for rows, distances in _squared_distances(reference, samples):
+        precise |= (distances <= reference_radii[rows, :1]).any(axis=0)
+        recalled[rows] = (distances <= sample_radii[:, 0]).any(axis=1)
+        inside = distances <= reference_radii[rows, 1:]
+        balls += inside.sum(axis=0)
+        covered[rows] = inside.any(axis=1)
+    return {
+        "precision": float(precise.mean()),
+        "recall": float(recalled.mean()),
+        "density": float(balls.mean() / density_k),
+        "coverage": float(covered.mean()),
+    }
+
+
+def _check_sets(x: np.ndarray, y: np.ndarray, more_than: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"features of shapes {x.shape} and {y.shape} cannot be compared")
+    if min(len(x), len(y)) <= more_than:
+        raise ValueError(f"sets of {len(x)} and {len(y)} features: more than {more_than} are needed in each")
+    return x, y
+
+
+def _squared_distances(x: np.ndarray, y: np.ndarray, block: int = 1024) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows of x, their squared distances (block, m) to all of y), block by block."""
+    y_norms = np.square(y).sum(axis=1)
+    for start in range(0, len(x), block):
+        part = x[start : start + block]
+        distances = np.square(part).sum(axis=1)[:, None] + y_norms - 2 * part @ y.T
+        yield slice(start, start + block), distances.clip(min=0)
+
+
+def _neighbour_radii(x: np.ndarray, ks: tuple[int, ...]) -> np.ndarray:
+    """Squared distance of each row to its k-th nearest other row, (n, len(ks))."""
+    radii = np.empty((len(x), len(ks)))
+    for rows, distances in _squared_distances(x, x):
+        distances[np.arange(len(distances)), np.arange(rows.start, rows.start + len(distances))] = 0  # itself, exactly
+        radii[rows] = np.partition(distances, ks, axis=1)[:, list(ks)]  # place 0 is the row itself
+    return radii
+
+
+class InceptionScore:
+    """Inception Score (Salimans et al., arXiv:1606.03498, section 4) of class probabilities, in memory that does not
+    grow: exp of the mean divergence of each sample's probabilities from their average, over parts of `split_size`
+    samples as ADM's evaluator takes them; then mean and standard deviation over the parts."""
+
+    def __init__(self, split_size: int = 5000):
+        self.split_size = split_size
+        self._counts, self._sums, self._negative_entropies = [], [], []
+
+    def update(self, probabilities: Float[np.ndarray, "n c"]) -> None:
+        """Adds rows that sum to 1."""
+        rows = np.asarray(probabilities, np.float64)
+        while len(rows):
+            if not self._counts or self._counts[-1] == self.split_size:
+                self._counts.append(0)
+                self._sums.append(np.zeros(rows.shape[1]))
+                self._negative_entropies.append(0.0)
+            part, rows = np.split(rows, [self.split_size - self._counts[-1]])
+            self._counts[-1] += len(part)
+            self._sums[-1] += part.sum(axis=0)
+            self._negative_entropies[-1] += scipy.special.xlogy(part, part).sum()
+
+    @property
+    def mean_and_std(self) -> tuple[float, float]:
+        """UserError before the first row."""
+        if not self._counts:
+            raise UserError("the Inception Score of no samples is not defined; --num_samples must be 2 or more")
+        scores = []
+        for count, total, negative_entropy in zip(self._counts, self._sums, self._negative_entropies, strict=True):
+            average = total / count
+            scores.append(np.exp(negative_entropy / count - scipy.special.xlogy(average, average).sum()))
+        return float(np.mean(scores)), float(np.std(scores))
 
 
 @dataclasses.dataclass(frozen=True)
