@@ -17,6 +17,7 @@ from utils import evaluation, inception, plotting
 from utils.checkpoint import open_checkpoint
 from utils.errors import UserError
 from utils.fid import FeatureStatistics, ReferenceStatistics, frechet_distance, load_statistics
+from utils.sampling import Sampler
 from utils.sharding import abstract, make_mesh, replicated
 from utils.tracking import write_json
 
@@ -84,11 +85,11 @@ def main(config: ConfigDict) -> None:
     run = Evaluation(config)
     cfg_scale = cfg.guidance_scale(config.cfg_scale) if config.use_cfg else None
     sizes = {"num_samples": config.num_samples, "batch_size": config.batch_size, "seed": config.seed}
-    sampler = {"cfg_scale": cfg_scale, "num_steps": config.denoise_timesteps}
+    sampler = Sampler(config.denoise_timesteps, cfg_scale)
     num_kept = config.num_samples if config.save_samples else GRID_IMAGES
     statistics, kept = FeatureStatistics(), []
     with tqdm(total=config.num_samples, unit="image") as bar:
-        for images, labels in evaluation.generate_images(run.context, run.params, **sizes, **sampler):
+        for images, labels in evaluation.generate_images(run.context, run.params, sampler, **sizes):
             features = evaluation.extract_features(run.extractor, images, config.batch_size, run.context.mesh)
             if statistics.num_samples < num_kept:
                 kept.append((images, labels))
@@ -109,8 +110,7 @@ def main(config: ConfigDict) -> None:
         "convention": run.convention,
         "inception_sha256": inception.INCEPTION_SHA256,
     }
-    guidance = "no guidance" if cfg_scale is None else f"guidance {cfg_scale:g}"
-    title = f"{config.denoise_timesteps} Euler steps, {guidance}, step {run.step}"
+    title = f"{sampler}, checkpoint of step {run.step}"
     grid = plotting.sample_grid(images[:GRID_IMAGES], labels[:GRID_IMAGES], run.context.class_names, title)
     grid.savefig(run.out / "samples.png")
     if config.save_samples:

@@ -29,6 +29,7 @@ from utils.checkpoint import Checkpoints, open_checkpoint
 from utils.datasets import first_examples, load_dataset, training_batches
 from utils.errors import UserError
 from utils.fid import load_statistics
+from utils.sampling import Sampler
 from utils.sharding import abstract, feed, initialize_processes, make_mesh, replicated, state_sharding, to_devices
 from utils.stable_vae import PixelCodec, StableVAE, encode_batch
 from utils.tracking import Tracker, write_json
@@ -232,18 +233,15 @@ class Run:
             for t, loss in evaluation.loss_by_time(context, state.params, data, key).items():
                 yield f"{name}_loss_t/{t}", loss
         yield "reconstruction_n", evaluation.reconstruction_panel(context, state.ema_params, self.validation_batch, key)
-        sampler = {
-            "cfg_scale": cfg.guidance_scale(config.model.cfg_scale),
-            "num_steps": config.model.denoise_timesteps,
-        }
-        yield from evaluation.sample_panels(context, state.ema_params, key, **sampler)
+        sampler = Sampler(config.model.denoise_timesteps, cfg.guidance_scale(config.model.cfg_scale))
+        yield from evaluation.sample_panels(context, state.ema_params, key, sampler)
         if self.reference is not None:
-            yield "fid", self.compute_fid(state, **sampler)
+            yield "fid", self.compute_fid(state, sampler)
 
-    def compute_fid(self, state: TrainState, **sampler) -> float:
+    def compute_fid(self, state: TrainState, sampler: Sampler) -> float:
         config = self.config
         sizes = {"num_samples": config.fid_samples, "batch_size": config.batch_size, "seed": config.seed}
-        samples = evaluation.generate_images(self.context, state.ema_params, **sizes, **sampler)
+        samples = evaluation.generate_images(self.context, state.ema_params, sampler, **sizes)
         images = (batch for batch, _ in samples)
         return evaluation.compute_fid(self.extractor, images, config.batch_size, self.mesh, self.reference)
 

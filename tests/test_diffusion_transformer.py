@@ -91,7 +91,7 @@ def test_samples_equal_published(golden, model, params, case):
         return model.apply({"params": params}, x, t, labels)
 
     velocity_fn = sampling.guided_velocity(model_fn, golden["sample_labels"], model.num_classes, cfg_scale)
-    samples = sampling.euler_sample(velocity_fn, golden["noise"], int(num_steps))
+    samples = sampling.ode_sample(velocity_fn, golden["noise"], int(num_steps))
     np.testing.assert_allclose(samples, golden[f"sample_steps{case}"], atol=TOLERANCE)
 
 

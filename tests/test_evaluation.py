@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from utils import evaluation
 from utils.config import PRESETS
 from utils.fid import FeatureStatistics
+from utils.sampling import Sampler
 from utils.sharding import make_mesh
 from utils.stable_vae import PixelCodec
 
@@ -34,9 +35,10 @@ def params(context):
     return init(jax.random.key(0))
 
 
-def generate(context, params, batch_size, num_samples=1003, **changes):
-    sampler = {"seed": 0, "cfg_scale": 2.0, "num_steps": 3, **changes}
-    batches = evaluation.generate_images(context, params, num_samples=num_samples, batch_size=batch_size, **sampler)
+def generate(context, params, batch_size, num_samples=1003, seed=0, **changes):
+    sampler = Sampler(3, 2.0)._replace(**changes)
+    sizes = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    batches = evaluation.generate_images(context, params, sampler, **sizes)
     images, labels = zip(*batches, strict=True)
     return np.concatenate(images), np.concatenate(labels)
 
@@ -99,7 +101,7 @@ def test_panels(context, params):
     batch = {"image": np.full((3, 8, 8, 1), 200, np.uint8), "label": labels}  # fewer images than the panel has columns
     figure = evaluation.reconstruction_panel(context, params, batch, jax.random.key(0))
     assert [axis.get_title() for axis in figure.axes[:3]] == ["t = 0\n0", "t = 0.125\n1", "t = 0.25\n2"]
-    panels = dict(evaluation.sample_panels(context, params, jax.random.key(0), 2.0, 8))
+    panels = dict(evaluation.sample_panels(context, params, jax.random.key(0), Sampler(8, 2.0)))
     assert list(panels) == [*(f"sample_cfg_{s}" for s in (0, 0.1, 1, 4, 10)), *(f"sample_N/{n}" for n in (1, 4, 32))]
     stages = [axis.images[0].get_array() for axis in panels["sample_cfg_4"].axes]
     assert len(stages) == 64

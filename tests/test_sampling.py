@@ -18,29 +18,78 @@ def model_fn(x, t, labels):
 def test_euler_is_exact_on_a_constant_field():
     x = jax.random.normal(KEY, (4, 3))
     for steps in (1, 7, 32):
-        np.testing.assert_allclose(sampling.euler_sample(lambda x, t: jnp.full_like(x, 2), x, steps), x + 2, rtol=1e-5)
+        np.testing.assert_allclose(sampling.ode_sample(lambda x, t: jnp.full_like(x, 2), x, steps), x + 2, rtol=1e-5)
 
 
 def test_euler_evaluates_at_the_left_ends():
     # v = t: the left Riemann sum of t over N steps is (N - 1) / 2N.
     x = jnp.zeros((2, 3))
     for steps in (1, 2, 10):
-        end = sampling.euler_sample(lambda x, t: jnp.broadcast_to(t[:, None], x.shape), x, steps)
+        end = sampling.ode_sample(lambda x, t: jnp.broadcast_to(t[:, None], x.shape), x, steps)
         np.testing.assert_allclose(end, (steps - 1) / (2 * steps), rtol=1e-6, atol=1e-7)
 
 
-def test_euler_has_order_one():
-    x = jnp.ones((1, 1))
-    errors = [abs(float(sampling.euler_sample(lambda x, t: x, x, n)[0, 0]) - np.e) for n in (32, 64, 128, 256)]
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_solvers_have_their_order(solver, order):
+    """On v = x + t, whose path from 1 ends at 2 e - 2."""
+
+    def velocity_fn(x, t):
+        return x + t[:, None]
+
+    with jax.enable_x64(True):
+        x, exact = jnp.ones((1, 1)), 2 * np.e - 2
+        counts = (16, 32, 64) if order == 2 else (64, 128, 256)  # before float32 rounding of t shows
+        errors = [abs(float(sampling.ode_sample(velocity_fn, x, n, solver)[0, 0]) - exact) for n in counts]
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
-    np.testing.assert_allclose(orders, 1, atol=0.05)
+    np.testing.assert_allclose(orders, order, atol=0.1)
+
+
+@pytest.mark.parametrize("solver", sampling.SOLVERS)
+def test_solvers_take_the_velocities_that_they_say(solver):
+    times = []
+
+    def velocity_fn(x, t):
+        jax.debug.callback(lambda t: times.append(float(t[0])), t)
+        return x
+
+    jax.block_until_ready(sampling.ode_sample(velocity_fn, jnp.ones((2, 1)), 4, solver))
+    jax.effects_barrier()
+    second = {"euler": [], "midpoint": [1 / 8, 3 / 8, 5 / 8, 7 / 8], "heun": [1 / 4, 1 / 2, 3 / 4, 1]}[solver]
+    assert sorted(times) == sorted([0, 1 / 4, 1 / 2, 3 / 4, *second])
+    assert len(times) == sampling.Sampler(4, None, solver=solver).num_evaluations
+
+
+def test_guidance_is_on_in_its_interval_alone():
+    x, labels = jnp.ones((2, 3)), jnp.array([1, 2])
+    passes = []
+
+    def counting(x, t, labels):
+        jax.debug.callback(lambda _: passes.append(len(x)), t)
+        return model_fn(x, t, labels)
+
+    @jax.jit
+    def velocity(t, low, high):
+        return sampling.guided_velocity(counting, labels, 10, 4.0, (low, high))(x, jnp.full(2, t))
+
+    for t, on in ((0.0, False), (0.25, True), (0.5, True), (0.75, True), (0.8, False)):
+        passes.clear()
+        expected = sampling.guided_velocity(model_fn, labels, 10, 4.0 if on else None)(x, jnp.full(2, t))
+        np.testing.assert_allclose(velocity(t, 0.25, 0.75), expected, rtol=1e-6)
+        jax.effects_barrier()
+        assert passes == [4 if on else 2]  # no second pass outside
+    assert velocity._cache_size() == 1
+
+
+def test_a_sampler_says_what_it_does():
+    assert str(sampling.Sampler(1, None)) == "1 Euler step, no guidance"
+    assert str(sampling.Sampler(20, 1.5, (0.1, 1), "heun")) == "20 Heun steps, guidance 1.5 for t in [0.1, 1]"
 
 
 def test_stages_of_a_path_make_the_whole():
     x = jax.random.normal(KEY, (4, 3))
-    whole = sampling.euler_sample(lambda x, t: jnp.sin(x) + t[:, None], x, 12)
+    whole = sampling.ode_sample(lambda x, t: jnp.sin(x) + t[:, None], x, 12)
     for first, last in ((0, 5), (5, 6), (6, 12)):
-        x = sampling.euler_steps(lambda x, t: jnp.sin(x) + t[:, None], x, first, last, 12)
+        x = sampling.ode_steps(lambda x, t: jnp.sin(x) + t[:, None], x, first, last, 12)
     np.testing.assert_allclose(x, whole, rtol=1e-6)
 
 
@@ -51,7 +100,7 @@ def test_step_count_and_scale_compile_nothing_anew():
     def sample(x, scale, steps):
         traces.append(1)
         labels = jnp.zeros(4, jnp.int32)
-        return sampling.euler_sample(sampling.guided_velocity(model_fn, labels, 10, scale), x, steps)
+        return sampling.ode_sample(sampling.guided_velocity(model_fn, labels, 10, scale), x, steps)
 
     for scale, steps in ((4.0, 1), (1.5, 7), (0.0, 500)):
         sample(jnp.zeros((4, 3)), scale, steps)
@@ -80,17 +129,31 @@ def test_no_guidance_is_one_conditional_pass():
     np.testing.assert_array_equal(v, model_fn(x, t, labels))
 
 
-def test_noise_and_labels_depend_on_seed_and_index_alone():
+@pytest.mark.parametrize("mode", sampling.LABELS)
+def test_noise_and_labels_depend_on_seed_and_index_alone(mode):
     whole_noise = sampling.sample_noise(KEY, jnp.arange(50), (4, 4, 1))
-    whole_labels = sampling.sample_labels(KEY, jnp.arange(50), 10)
+    whole_labels = sampling.sample_labels(KEY, jnp.arange(50), jnp.ones(10), mode)
     for indices in (jnp.arange(7, 20), jnp.array([49, 0, 3])):
         np.testing.assert_array_equal(sampling.sample_noise(KEY, indices, (4, 4, 1)), whole_noise[indices])
-        np.testing.assert_array_equal(sampling.sample_labels(KEY, indices, 10), whole_labels[indices])
+        np.testing.assert_array_equal(sampling.sample_labels(KEY, indices, jnp.ones(10), mode), whole_labels[indices])
     assert len(np.unique(whole_noise[:, 0, 0, 0])) == 50
     assert not np.array_equal(whole_noise, sampling.sample_noise(jax.random.key(4), jnp.arange(50), (4, 4, 1)))
 
 
-def test_labels_are_uniform():
-    counts = np.bincount(sampling.sample_labels(KEY, jnp.arange(10_000), 10), minlength=10)
-    assert counts.min() > 850
-    assert counts.max() < 1150
+@pytest.mark.parametrize(
+    ("mode", "counts", "shares"),
+    [
+        ("uniform", [5, 5, 90], [1 / 3, 1 / 3, 1 / 3]),
+        ("dataset", [10, 0, 30, 60], [0.1, 0, 0.3, 0.6]),
+    ],
+)
+def test_labels_are_drawn_with_the_shares_of_their_mode(mode, counts, shares):
+    labels = sampling.sample_labels(KEY, jnp.arange(10_000), jnp.array(counts), mode)
+    found = np.bincount(labels, minlength=len(counts)) / 10_000
+    np.testing.assert_allclose(found, shares, atol=5 * 0.5 / 100)  # five standard deviations of a fair coin
+    assert found[np.equal(shares, 0)].sum() == 0
+
+
+def test_balanced_labels_take_turns():
+    labels = sampling.sample_labels(KEY, jnp.arange(7), jnp.array([5, 5, 90]), "balanced")
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]

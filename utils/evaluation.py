@@ -137,7 +137,7 @@ def _reconstruct(params, codec, key, batch, t, *, model):
 def _advance(params, x, labels, cfg_scale, first, last, num_steps, *, model, guided):
     scale = cfg_scale if guided else None
     velocity_fn = sampling.guided_velocity(model_fn(model, params), labels, model.num_classes, scale)
-    return sampling.euler_steps(velocity_fn, x, first, last, num_steps)
+    return sampling.ode_steps(velocity_fn, x, first, last, num_steps)
 
 
 @jax.jit
@@ -169,7 +169,7 @@ def sample_stages(
 
 
 def sample_panels(
-    context: Context, params: PyTree, key: Key[Array, ""], cfg_scale: float | None, num_steps: int
+    context: Context, params: PyTree, key: Key[Array, ""], sampler: sampling.Sampler
 ) -> Iterator[tuple[str, Figure]]:
     """(`sample_cfg_S`, panel) for each guidance scale and (`sample_N/N`, panel) for each step count.
 
@@ -181,52 +181,60 @@ def sample_panels(
     names = [context.class_names[label] for label in np.asarray(labels)]
     stage_titles = [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]
     for scale in PANEL_GUIDANCE:
-        images = sample_stages(context, params, noise, labels, scale, num_steps)
-        title = f"guidance {scale}, {num_steps} Euler steps, by share of the path"
+        images = sample_stages(context, params, noise, labels, scale, sampler.num_steps)
+        title = f"{sampler._replace(cfg_scale=scale)}, by share of the path"
         yield f"sample_cfg_{scale}", plotting.image_table(images, names, stage_titles, title)
     for steps in PANEL_STEPS:
-        final = sample_stages(context, params, noise, labels, cfg_scale, steps)[None, :, -1]
-        guidance = "no guidance" if cfg_scale is None else f"guidance {cfg_scale:g}"
-        title = f"{steps} Euler step{'s' * (steps > 1)}, {guidance}"
-        yield f"sample_N/{steps}", plotting.image_table(final, (), names, title)
+        final = sample_stages(context, params, noise, labels, sampler.cfg_scale, steps)[None, :, -1]
+        yield f"sample_N/{steps}", plotting.image_table(final, (), names, str(sampler._replace(num_steps=steps)))
 
 
-@partial(jax.jit, static_argnames=("model", "latent_shape", "num_labels", "guided"))
-def _generate(params, codec, key, indices, cfg_scale, num_steps, *, model, latent_shape, num_labels, guided):
+@partial(jax.jit, static_argnames=("model", "latent_shape", "label_mode", "solver", "guided"))
+def _generate(
+    params, codec, key, indices, class_counts, cfg_scale, cfg_interval, num_steps, *,
+    model, latent_shape, label_mode, solver, guided,
+):  # fmt: skip
     noise_key, label_key = jax.random.split(key)
     noise = sampling.sample_noise(noise_key, indices, latent_shape)
-    labels = sampling.sample_labels(label_key, indices, num_labels)
+    labels = sampling.sample_labels(label_key, indices, class_counts, label_mode)
     scale = cfg_scale if guided else None
-    velocity_fn = sampling.guided_velocity(model_fn(model, params), labels, model.num_classes, scale)
-    return images_to_uint8(codec.decode(sampling.euler_sample(velocity_fn, noise, num_steps))), labels
+    velocity_fn = sampling.guided_velocity(model_fn(model, params), labels, model.num_classes, scale, cfg_interval)
+    return images_to_uint8(codec.decode(sampling.ode_sample(velocity_fn, noise, num_steps, solver))), labels
 
 
 def generate_images(
     context: Context,
     params: PyTree,
+    sampler: sampling.Sampler,
     *,
     num_samples: int,
     batch_size: int,
     seed: int,
-    cfg_scale: float | None,
-    num_steps: int,
+    label_mode: str = "uniform",
+    class_counts: Sequence[int] | None = None,
 ) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]]:
     """(images, labels) until exactly `num_samples` are made; one compiled program per batch.
 
-    Sample i (noise, and label uniform over the classes) is a function of (seed, i) alone, whatever the batch size or
-    the number of devices, over which each batch is split. All batches have `batch_size` rows but the last.
+    Sample i (noise, and label as `label_mode` and `class_counts` say, see `sampling.sample_labels`) is a function of
+    (seed, i) alone, whatever the batch size or the number of devices, over which each batch is split. All batches have
+    `batch_size` rows but the last. Guidance scale, interval and step count compile nothing anew; with and without
+    guidance are two programs.
     """
     generate = partial(
         _generate,
         model=context.model,
         latent_shape=context.latent_shape,
-        num_labels=len(context.class_names),
-        guided=cfg_scale is not None,
+        label_mode=label_mode,
+        solver=sampler.solver,
+        guided=sampler.cfg_scale is not None,
     )
-    key, scale = jax.random.key(seed), 0.0 if cfg_scale is None else cfg_scale
+    counts = np.ones(len(context.class_names)) if class_counts is None else np.asarray(class_counts, float)
+    # Python numbers become one type each: a program compiled for 4 would not serve 1.5.
+    scale, interval = float(sampler.cfg_scale or 0), tuple(map(float, sampler.cfg_interval))
+    key = jax.random.key(seed)
     for start in range(0, num_samples, batch_size):
         indices = spread(np.arange(start, start + batch_size, dtype=np.int32), context.mesh)
-        images, labels = generate(params, context.codec, key, indices, scale, num_steps)
+        images, labels = generate(params, context.codec, key, indices, counts, scale, interval, sampler.num_steps)
         count = min(batch_size, num_samples - start)  # the last batch is computed whole: another shape would compile
         yield gather(images)[:count], gather(labels)[:count]
 
