@@ -77,12 +77,28 @@ def test_posterior_noise_is_fresh_for_every_example_and_key(tiny):
     assert abs(values.std() - 0.5) < 5 * 0.5 / (2 * values.size) ** 0.5
 
 
+def test_log_variance_is_clipped(tiny):
+    bias = jnp.array([0.0, 0, 0, 0, -1000, 1000, -1000, 1000])
+    quant = tiny.params["quant_conv"] | {"bias": bias}
+    mean, logvar = tiny.replace(params=tiny.params | {"quant_conv": quant}).encode_moments(images(1, 4, 4, 3))
+    np.testing.assert_array_equal(logvar, np.broadcast_to(np.float32([-30, 20, -30, 20]), (1, 2, 2, 4)))
+    assert np.abs(mean).max() < 100
+
+
+def test_float16_moments_are_sampled_in_float32(tiny):
+    mean, logvar = (jnp.full((1, 8, 8, 4), value, jnp.float16) for value in (1.0, 20.0))  # exp(20) is no float16
+    latents = tiny.sample_latents(jax.random.key(0), mean, logvar)
+    expected = tiny.sample_latents(jax.random.key(0), mean.astype(jnp.float32), logvar.astype(jnp.float32))
+    assert latents.dtype == jnp.float32
+    np.testing.assert_array_equal(latents, expected)
+
+
 def test_cached_moments_and_images_give_the_same_latents(tiny):
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     moments = jnp.stack(tiny.encode_moments(images_from_uint8(pixels)), axis=1)
     key = jax.random.key(1)
     encoded = encode_batch(tiny, key, {"image": pixels})
-    assert encoded.shape == (3, *tiny.latent_shape((16, 16, 3)))
+    assert encoded.shape == (2, *tiny.latent_shape((16, 16, 3)))
     np.testing.assert_allclose(encode_batch(tiny, key, {"moments": moments}), encoded, rtol=1e-6)
     np.testing.assert_allclose(
         encode_batch(tiny, key, {"moments": moments.astype(jnp.float16)}), encoded, atol=2e-3 * TINY.scaling_factor
