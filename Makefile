@@ -27,9 +27,10 @@ demo: $(STAMP)
 	  --model.cfg_scale 2 --batch_size 128 --max_steps $(DEMO_STEPS) --log_interval 100 --eval_interval 500 \
 	  --save_interval 500
 	test $(DEMO)/fid.json -nt $(DEMO)/checkpoints/$(DEMO_STEPS) || $(BIN)/python eval_fid.py --load_dir $(DEMO) \
-	  --denoise_timesteps 64 --cfg_scale 2 --num_samples 500 --batch_size 25 --save_samples $(DEMO)/samples.npz
+	  --denoise_timesteps 64 --cfg_scale 2 --num_samples 500 --batch_size 25 --save_samples $(DEMO)/samples.npz \
+	  --wandb.mode disabled
 	$(BIN)/python tests/recognise.py $(DEMO)/samples.npz
-	@echo "pictures: $(DEMO)/samples.png and $(DEMO)/images/; FID: $(DEMO)/fid.json; metrics: $(DEMO)/metrics.jsonl"
+	@echo "pictures: $(DEMO)/samples_64_2.png and $(DEMO)/images/; FID: $(DEMO)/fid.json; metrics: $(DEMO)/metrics.jsonl"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup

@@ -1,27 +1,32 @@
 """Makes reference statistics for FID: Inception features of a data set, exactly as eval_fid.py takes those of samples.
 
-python compute_fid_stats.py --dataset_name digits --out data/fid_stats_digits.npz
+python compute_fid_stats.py --dataset_name digits --out data/fid_stats_digits.npz --num_features 0
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from utils import config as cfg
 from utils import evaluation, inception
-from utils.datasets import epoch_batches, load_dataset
+from utils.datasets import Batch, epoch_batches, load_dataset
 from utils.errors import UserError
-from utils.fid import FeatureStatistics, save_statistics
+from utils.fid import ImageStatistics, save_statistics
+from utils.samples import open_samples
 from utils.sharding import make_mesh, replicated
 
 
 def define_flags() -> None:
     cfg.define_data_flags()
+    flags.DEFINE_string("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
     flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
     flags.DEFINE_string("out", None, "The .npz to write.")
     flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
+    flags.DEFINE_integer("num_features", 10_000, "Images whose features are kept, for KID, precision...", lower_bound=0)
     flags.DEFINE_enum("convention", "adm", list(inception.CONVENTIONS), "Resize and scaling before Inception.")
     flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
 
@@ -33,25 +38,41 @@ def main(config: ConfigDict) -> None:
     cfg.check_writable(out.parent, "out")
     mesh = make_mesh()
     cfg.check_batch_size(config.batch_size, mesh.size)
-    options = (config.data_dir, config.image_size, config.broken_images)
-    dataset = load_dataset(config.dataset_name, config.split, *options)
-    if dataset.latents:
-        raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
+    samples = open_samples(config.images, "images") if config.images else None
+    if samples is None:
+        options = (config.data_dir, config.image_size, config.broken_images)
+        dataset = load_dataset(config.dataset_name, config.split, *options)
+        if dataset.latents:
+            raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
     extractor = inception.load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
-    statistics = FeatureStatistics()
-    with tqdm(total=len(dataset.source), unit="image") as bar:
-        for batch in epoch_batches(dataset, config.batch_size):
-            statistics.update(evaluation.extract_features(extractor, batch["image"], config.batch_size, mesh))
-            bar.update(len(batch["image"]))
+    statistics, label_counts = ImageStatistics(config.num_features), None
+    if samples:
+        batches, total, source, split = samples.read(config.batch_size), samples.num_samples, config.images, None
+    else:
+        label_counts = np.zeros(dataset.num_classes, np.int64)
+        batches = count_labels(epoch_batches(dataset, config.batch_size), label_counts)
+        total, source, split = len(dataset.source), dataset.name, config.split
+    with tqdm(total=total, unit="image") as bar:
+        placed = evaluation.place_images(batches, config.batch_size, mesh)
+        for batch in evaluation.measure_images(extractor, placed, statistics):
+            bar.update(batch.count)
     save_statistics(
         out,
         statistics,
         convention=config.convention,
-        dataset=dataset.name,
-        split=config.split,
+        dataset=source,
+        split=split,
+        label_counts=label_counts,
         inception_sha256=inception.INCEPTION_SHA256,
     )
-    print(f"written: {out} ({statistics.num_samples} images of {dataset.name}, {config.split})")
+    print(f"written: {out} ({statistics.num_samples} images of {source}{f', {split}' * bool(split)})")
+
+
+def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator[np.ndarray]:
+    """The images of the batches, whose labels are added to `label_counts` on the way."""
+    for batch in batches:
+        label_counts += np.bincount(batch["label"], minlength=len(label_counts))
+        yield batch["image"]
 
 
 if __name__ == "__main__":

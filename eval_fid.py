@@ -1,10 +1,18 @@
-"""Samples from a run's averaged parameters and scores them: prints a table, writes fid.json and a sample grid.
+"""Scores samples: of a run's averaged parameters, for all step counts and guidance scales asked for, or of a file.
 
-python eval_fid.py --load_dir runs/demo --denoise_timesteps 64 --cfg_scale 2 --num_samples 1000
+    python eval_fid.py --load_dir runs/demo --denoise_timesteps 64,16,4 --cfg_scale 1,2 --num_samples 1000
+    python eval_fid.py --samples samples.npz --fid_stats stats.npz
+
+Prints a table, and writes fid.json, fid.csv, a picture of samples for every row and a plot. What fid.json holds of the
+same settings is not computed again, so that the same command continues after a kill.
 """
 
+import csv
+import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,37 +24,58 @@ from utils import config as cfg
 from utils import evaluation, inception, plotting
 from utils.checkpoint import open_checkpoint
 from utils.errors import UserError
-from utils.fid import FeatureStatistics, ReferenceStatistics, frechet_distance, load_statistics
-from utils.sampling import Sampler
+from utils.fid import ImageStatistics, ReferenceStatistics, compare, load_statistics
+from utils.samples import SampleWriter, open_samples
+from utils.sampling import LABELS, SOLVERS, Sampler
 from utils.sharding import abstract, make_mesh, replicated
-from utils.tracking import write_json
+from utils.tracking import Tracker, write_json
 
 GRID_IMAGES = 64
+METRICS = {  # in the order of the table's columns
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "inception_score": "IS",
+}
 
 
 def define_flags() -> None:
     flags.DEFINE_string("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+    flags.DEFINE_string("samples", None, "Instead of a run: npz (arr_0, uint8 NHWC) or folder of images to score.")
     flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
     flags.DEFINE_string("fid_stats", None, "Reference statistics, as compute_fid_stats.py writes them.")
-    flags.DEFINE_string("out", None, "Folder of fid.json and samples.png; default: --load_dir's run.")
-    flags.DEFINE_string("save_samples", None, "Also write samples: .npz, arr_0 uint8 NHWC, arr_1 labels.")
-    flags.DEFINE_float("cfg_scale", 4.0, "Guidance scale; -1: no guidance.")
+    flags.DEFINE_string("out", None, "Folder of what is written; default: --load_dir's run, or that of --samples.")
+    flags.DEFINE_string("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
+    flags.DEFINE_list("cfg_scale", ["4"], "Guidance scales, separated by commas; -1 or 1: no guidance.")
+    flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
     flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
-    flags.DEFINE_integer("denoise_timesteps", 500, "Euler steps.", lower_bound=1)
+    flags.DEFINE_list("denoise_timesteps", ["500"], "Step counts, separated by commas.")
+    flags.DEFINE_enum("solver", "euler", list(SOLVERS), "heun and midpoint take two velocities a step.")
+    flags.DEFINE_enum("labels", "uniform", list(LABELS), "How labels are drawn; dataset: as often as in --fid_stats.")
     flags.DEFINE_integer("num_samples", 50_000, "Samples, exactly.", lower_bound=2)
     flags.DEFINE_integer("batch_size", 128, "Samples made at a time, over all devices.")
     flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
     flags.DEFINE_enum("convention", None, list(inception.CONVENTIONS), "Of --fid_stats, where the file does not say.")
     flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
+    flags.DEFINE_string("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
     cfg.define_vae_flag()
     cfg.define_model_flags()
+    cfg.define_wandb_flags(name="eval")
     flags.adopt_module_key_flags(cfg)  # so that --help lists them
 
 
-def find_statistics(config: ConfigDict, dataset_name: str) -> ReferenceStatistics:
+def find_statistics(config: ConfigDict, dataset_name: str | None) -> ReferenceStatistics:
     """The statistics of --fid_stats, or those that ship for the data set; UserError where there are none."""
-    path = config.fid_stats or Path(__file__).parent / "data" / f"fid_stats_{dataset_name}.npz"
-    if config.fid_stats is None and not path.exists():
+    if config.fid_stats is not None:
+        return load_statistics(config.fid_stats)
+    if dataset_name is None:
+        raise UserError("--fid_stats is not given: name the statistics with which --samples are compared")
+    path = Path(__file__).parent / "data" / f"fid_stats_{dataset_name}.npz"
+    if not path.exists():
         raise UserError(
             f"--fid_stats is not given and no statistics ship for {dataset_name}; make them: "
             f"python compute_fid_stats.py --dataset_name {dataset_name} --out stats.npz"
@@ -54,72 +83,233 @@ def find_statistics(config: ConfigDict, dataset_name: str) -> ReferenceStatistic
     return load_statistics(path)
 
 
-class Evaluation:
-    """What is set up before the first sample. Wrong input ends here, uncompiled."""
+def read_samplers(config: ConfigDict) -> list[Sampler]:
+    """A sampler for every guidance scale and step count of the command line."""
+    steps = cfg.read_numbers(config.denoise_timesteps, "denoise_timesteps", int, lowest=1)
+    scales = cfg.read_numbers(config.cfg_scale, "cfg_scale", float) if config.use_cfg else [-1.0]
+    interval = tuple(cfg.read_numbers(config.cfg_interval, "cfg_interval", float))
+    if len(interval) != 2 or interval[0] > interval[1]:
+        raise UserError(f"--cfg_interval={','.join(config.cfg_interval)}: give first and last time, such as 0.1,0.9")
+    for scale in scales:
+        if scale < 0 and scale != -1:
+            raise UserError(f"--cfg_scale={scale:g}: use scales of 0 or more, or -1 for no guidance")
+    scales = dict.fromkeys(map(cfg.guidance_scale, scales))  # -1 and 1 are the same
+    return [Sampler(n, scale, interval, config.solver) for scale in scales for n in dict.fromkeys(steps)]
 
-    def __init__(self, config: ConfigDict):
-        if config.load_dir is None:
-            raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
-        checkpoints, self.step = open_checkpoint(config.load_dir)
-        saved = checkpoints.restore_config(self.step)
-        mesh = make_mesh()
-        cfg.check_batch_size(config.batch_size, mesh.size)
-        data = saved["dataset"]
-        self.reference = find_statistics(config, config.dataset_name or data["name"])
-        self.weights = inception.inception_weights_path(config.inception_weights)
-        self.out = Path(config.out or checkpoints.folder.parent)
+
+class Scoring:
+    """What all evaluations need: the reference, the Inception network and where results go."""
+
+    def __init__(self, config: ConfigDict, dataset_name: str | None, default_out: Path):
+        self.config, self.mesh = config, make_mesh()
+        cfg.check_batch_size(config.batch_size, self.mesh.size)
+        self.reference = find_statistics(config, config.dataset_name or dataset_name)
+        self.out = Path(config.out or default_out)
         cfg.check_writable(self.out, "out")
         if config.save_samples:
             cfg.check_writable(Path(config.save_samples).parent, "save_samples")
+        self.convention = evaluation.find_convention(self.reference, config.convention)
+        self.logits = inception.load_logits(config.inception_logits) if config.inception_logits else None
+        self.extractor = inception.load_feature_extractor(
+            config.inception_weights, self.convention, replicated(self.mesh)
+        )
+        self.settings = {
+            "fid_stats": str(self.reference.path),
+            "fid_stats_sha256": self.reference.sha256,
+            "convention": self.convention,
+            "inception_sha256": inception.INCEPTION_SHA256,
+        }
+
+    def measure(
+        self, batches: Iterator[evaluation.ImageBatch], total: int, statistics: ImageStatistics, title: str
+    ) -> Iterator[evaluation.ImageBatch]:
+        with tqdm(total=total, unit="image", desc=title) as bar:
+            for batch in evaluation.measure_images(self.extractor, batches, statistics):
+                yield batch
+                bar.update(batch.count)
+
+    def score(self, statistics: ImageStatistics) -> dict[str, float]:
+        num_features = self.reference.mu.size
+        if statistics.num_samples < num_features:
+            print(f"{statistics.num_samples} samples of {num_features} features: an FID of so few is far too high")
+        return compare(statistics, self.reference)
+
+    def statistics(self) -> ImageStatistics:
+        return ImageStatistics(0 if self.reference.features is None else 10_000, self.logits)
+
+
+class RunEvaluation(Scoring):
+    """The samples of a run. Wrong input ends here, uncompiled."""
+
+    def __init__(self, config: ConfigDict):
+        checkpoints, self.step = open_checkpoint(config.load_dir)
+        saved = checkpoints.restore_config(self.step)
+        data = saved["dataset"]
+        self.samplers = read_samplers(config)
+        super().__init__(config, data["name"], checkpoints.folder.parent)
+        self.class_counts = self.reference.label_counts
+        if config.labels == "dataset" and (
+            self.class_counts is None or len(self.class_counts) != len(data["class_names"])
+        ):
+            raise UserError(
+                f"--labels=dataset: {self.reference.path} does not say how often each of the run's classes is; "
+                "make it with compute_fid_stats.py from the run's data set"
+            )
+        if config.save_samples and len(self.samplers) > 1:
+            raise UserError(f"--save_samples={config.save_samples} is of one step count and guidance scale; give one")
         model = cfg.override_model(saved["model"])
         vae, sha256 = config.vae or data["vae"], data["vae_sha256"]
-        codec = evaluation.load_codec(model.use_stable_vae, vae, mesh, data["image_shape"], sha256)
-        self.context = evaluation.make_context(model, codec, mesh, data["image_shape"], data["class_names"])
+        codec = evaluation.load_codec(model.use_stable_vae, vae, self.mesh, data["image_shape"], sha256)
+        self.context = evaluation.make_context(model, codec, self.mesh, data["image_shape"], data["class_names"])
         shapes = jax.eval_shape(partial(evaluation.init_params, self.context), jax.random.key(0))
-        (self.params,) = checkpoints.restore_params(self.step, abstract(shapes, replicated(mesh)), ("ema_params",))
-        self.convention = evaluation.find_convention(self.reference, config.convention)
-        self.extractor = inception.load_feature_extractor(self.weights, self.convention, replicated(mesh))
+        like = abstract(shapes, replicated(self.mesh))
+        (self.params,) = checkpoints.restore_params(self.step, like, ("ema_params",))
+        self.settings |= {
+            "checkpoint": str(config.load_dir),
+            "checkpoint_step": self.step,
+            "num_samples": config.num_samples,
+            "seed": config.seed,
+            "labels": config.labels,
+            "solver": config.solver,
+            "cfg_interval": [float(end) for end in self.samplers[0].cfg_interval],
+        }
+
+    def evaluate(self, sampler: Sampler) -> dict[str, float]:
+        """The metrics of one sampler; its picture is written on the way, and its samples, if asked for."""
+        config, statistics, kept = self.config, self.statistics(), []
+        batches = evaluation.generate_images(
+            self.context,
+            self.params,
+            sampler,
+            num_samples=config.num_samples,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            label_mode=config.labels,
+            class_counts=self.class_counts if config.labels == "dataset" else None,
+        )
+        measured = self.measure(batches, config.num_samples, statistics, str(sampler))
+        if config.save_samples:
+            with SampleWriter(config.save_samples, config.num_samples) as writer:
+                for batch in measured:
+                    images, labels = batch.to_host()
+                    writer.write(images, labels)
+                    keep(kept, images, labels)
+        else:
+            for batch in measured:
+                if sum(len(images) for images, _ in kept) < GRID_IMAGES:
+                    keep(kept, *batch.to_host())
+        images, labels = (np.concatenate(parts)[:GRID_IMAGES] for parts in zip(*kept, strict=True))
+        title = f"{sampler}, checkpoint of step {self.step}"
+        plotting.sample_grid(images, labels, self.context.class_names, title).savefig(self.out / picture_name(sampler))
+        return self.score(statistics)
+
+
+def keep(kept: list, images: np.ndarray, labels: np.ndarray) -> None:
+    """Adds the batch's share of the first GRID_IMAGES samples."""
+    room = GRID_IMAGES - sum(len(images) for images, _ in kept)
+    if room > 0:
+        kept.append((images[:room], labels[:room]))
+
+
+def picture_name(sampler: Sampler) -> str:
+    return f"samples_{sampler.num_steps}_{'none' if sampler.cfg_scale is None else f'{sampler.cfg_scale:g}'}.png"
+
+
+class Results:
+    """fid.json: a list of cells, each its settings and its metrics, written after every one."""
+
+    def __init__(self, out: Path):
+        self.path = out / "fid.json"
+        try:
+            self.cells = json.loads(self.path.read_text())["cells"]
+        except (OSError, ValueError, KeyError, TypeError):
+            self.cells = []
+
+    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished cell of these settings."""
+        return next((cell for cell in self.cells if settings.items() <= cell.items()), None)
+
+    def add(self, settings: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+        self.cells.append(settings | metrics)
+        write_json(self.path, {"cells": self.cells})
+        return self.cells[-1]
+
+
+def to_markdown(cells: list[dict[str, Any]]) -> str:
+    """A table of the cells: step count, guidance and every metric that there is."""
+    columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | METRICS
+    columns = {name: title for name, title in columns.items() if name in cells[0]}
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
+    for cell in cells:
+        lines.append("| " + " | ".join(to_text(name, cell) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def to_text(name: str, cell: dict[str, Any]) -> str:
+    value = cell[name]
+    if name == "kid":
+        return f"{value:.5f} ± {cell['kid_error']:.5f}"
+    if name in METRICS:
+        return f"{value:.3f}"
+    return "none" if value is None else f"{value:g}"
+
+
+def write_tables(out: Path, cells: list[dict[str, Any]]) -> None:
+    """fid.csv of the cells, and fid.png where they are of several step counts or scales."""
+    with (out / "fid.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, cells[0])
+        writer.writeheader()
+        writer.writerows(cells)
+    if len(cells) > 1:
+        curves = {}
+        for cell in cells:
+            name = "no guidance" if cell["cfg_scale"] is None else f"guidance {cell['cfg_scale']:g}"
+            curves.setdefault(name, []).append((cell["num_steps"], cell["fid"]))
+        plotting.curves(curves, "steps", "FID").savefig(out / "fid.png")
+
+
+def evaluate_run(config: ConfigDict) -> None:
+    run = RunEvaluation(config)
+    results, cells = Results(run.out), []
+    tracker = Tracker(run.out / "evaluation", config, 0) if config.wandb.mode != "disabled" else None
+    for number, sampler in enumerate(run.samplers):
+        settings = {"num_steps": sampler.num_steps, "cfg_scale": sampler.cfg_scale, **run.settings}
+        cell = None if config.save_samples else results.find(settings)
+        if cell is None:
+            cell = results.add(settings, run.evaluate(sampler))
+        cells.append(cell)
+        if tracker:
+            name = f"guidance_{'none' if sampler.cfg_scale is None else f'{sampler.cfg_scale:g}'}"
+            tracker.log({f"{key}/{name}": cell[key] for key in METRICS if key in cell}, number)
+    write_tables(run.out, cells)
+    if tracker:
+        tracker.close()
+    print(f"step {run.step} of {config.load_dir}, labels {config.labels}, against {run.reference.path}")
+    print(to_markdown(cells))
+    print(f"written: {run.out / 'fid.json'}, fid.csv, {', '.join(map(picture_name, run.samplers))}")
+
+
+def evaluate_samples(config: ConfigDict) -> None:
+    samples = open_samples(config.samples)
+    path = Path(config.samples)
+    scoring = Scoring(config, None, path.parent if path.is_file() else path.with_name(f"{path.name}_fid"))
+    statistics = scoring.statistics()
+    batches = evaluation.place_images(samples.read(config.batch_size), config.batch_size, scoring.mesh)
+    for _ in scoring.measure(batches, samples.num_samples, statistics, "scoring"):
+        pass
+    settings = {"samples": str(config.samples), "num_samples": samples.num_samples, **scoring.settings}
+    cell = Results(scoring.out).add(settings, scoring.score(statistics))
+    write_tables(scoring.out, [cell])
+    print(to_markdown([cell]))
+    print(f"written: {scoring.out / 'fid.json'}, fid.csv")
 
 
 def main(config: ConfigDict) -> None:
-    run = Evaluation(config)
-    cfg_scale = cfg.guidance_scale(config.cfg_scale) if config.use_cfg else None
-    sizes = {"num_samples": config.num_samples, "batch_size": config.batch_size, "seed": config.seed}
-    sampler = Sampler(config.denoise_timesteps, cfg_scale)
-    num_kept = config.num_samples if config.save_samples else GRID_IMAGES
-    statistics, kept = FeatureStatistics(), []
-    with tqdm(total=config.num_samples, unit="image") as bar:
-        for images, labels in evaluation.generate_images(run.context, run.params, sampler, **sizes):
-            features = evaluation.extract_features(run.extractor, images, config.batch_size, run.context.mesh)
-            if statistics.num_samples < num_kept:
-                kept.append((images, labels))
-            statistics.update(features)
-            bar.update(len(images))
-    images, labels = (np.concatenate(parts) for parts in zip(*kept, strict=True))
-    reference = run.reference
-    result = {
-        "fid": frechet_distance(statistics.mu, statistics.sigma, reference.mu, reference.sigma),
-        "num_steps": config.denoise_timesteps,
-        "cfg_scale": cfg_scale,
-        "num_samples": statistics.num_samples,
-        "seed": config.seed,
-        "checkpoint": str(config.load_dir),
-        "checkpoint_step": run.step,
-        "fid_stats": str(reference.path),
-        "fid_stats_sha256": reference.sha256,
-        "convention": run.convention,
-        "inception_sha256": inception.INCEPTION_SHA256,
-    }
-    title = f"{sampler}, checkpoint of step {run.step}"
-    grid = plotting.sample_grid(images[:GRID_IMAGES], labels[:GRID_IMAGES], run.context.class_names, title)
-    grid.savefig(run.out / "samples.png")
-    if config.save_samples:
-        np.savez(config.save_samples, arr_0=images, arr_1=labels)
-    write_json(run.out / "fid.json", result)
-    print("| checkpoint step | Euler steps | guidance | samples | FID |\n|---:|---:|---:|---:|---:|")
-    scale = "none" if cfg_scale is None else f"{cfg_scale:g}"
-    print(f"| {run.step} | {config.denoise_timesteps} | {scale} | {statistics.num_samples} | {result['fid']:.3f} |")
-    print(f"written: {run.out / 'fid.json'}, {run.out / 'samples.png'}")
+    if bool(config.load_dir) == bool(config.samples):
+        raise UserError(
+            "give one of --load_dir (the folder of a run, such as runs/demo) and --samples (images to score)"
+        )
+    (evaluate_run if config.load_dir else evaluate_samples)(config)
 
 
 if __name__ == "__main__":

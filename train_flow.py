@@ -28,7 +28,7 @@ from utils import evaluation, flow, inception
 from utils.checkpoint import Checkpoints, open_checkpoint
 from utils.datasets import first_examples, load_dataset, training_batches
 from utils.errors import UserError
-from utils.fid import load_statistics
+from utils.fid import ImageStatistics, compare, load_statistics
 from utils.sampling import Sampler
 from utils.sharding import abstract, feed, initialize_processes, make_mesh, replicated, state_sharding, to_devices
 from utils.stable_vae import PixelCodec, StableVAE, encode_batch
@@ -242,8 +242,10 @@ class Run:
         config = self.config
         sizes = {"num_samples": config.fid_samples, "batch_size": config.batch_size, "seed": config.seed}
         samples = evaluation.generate_images(self.context, state.ema_params, sampler, **sizes)
-        images = (batch for batch, _ in samples)
-        return evaluation.compute_fid(self.extractor, images, config.batch_size, self.mesh, self.reference)
+        statistics = ImageStatistics()
+        for _ in evaluation.measure_images(self.extractor, samples, statistics):
+            pass
+        return compare(statistics, self.reference)["fid"]
 
 
 class StopRequest:

@@ -9,6 +9,7 @@ import train_flow
 from utils import config as cfg
 from utils import evaluation
 from utils.errors import UserError
+from utils.sampling import Sampler
 from utils.stable_vae import PixelCodec
 
 DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4"
@@ -42,8 +43,8 @@ def test_defaults_are_the_recipe(parse):
     assert recipe_model.items() <= config.model.to_dict().items()
     assert config.wandb.project == "flow"
     assert config.wandb.name == "flow_imagenet256"
-    evaluation_recipe = {"cfg_scale": 4, "use_cfg": 1, "batch_size": 128, "denoise_timesteps": 500}
-    assert {**evaluation_recipe, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
+    assert {"use_cfg": 1, "batch_size": 128, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
+    assert eval_fid.read_samplers(parse("", eval_fid)) == [Sampler(500, 4.0)]
 
 
 # Parameters without the position table, which jax-flow counts (n * hidden) and which is a constant here.
@@ -157,6 +158,29 @@ def test_legacy_values_end_at_the_flags():
     assert cfg.guidance_scale(0) == 0
     assert cfg.ema_decay(0.9999) == 0.9999
     assert cfg.ema_decay(1) == 0
+
+
+def test_sweeps_are_every_scale_and_step_count_once(parse):
+    line = "--denoise_timesteps 20,5,20 --cfg_scale 1,4,-1 --solver heun --cfg_interval 0.1,0.9"
+    common = {"cfg_interval": (0.1, 0.9), "solver": "heun"}
+    expected = [Sampler(steps, scale, **common) for scale in (None, 4.0) for steps in (20, 5)]
+    assert eval_fid.read_samplers(parse(line, eval_fid)) == expected
+    assert eval_fid.read_samplers(parse("--use_cfg 0 --cfg_scale 4", eval_fid)) == [Sampler(500, None)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--denoise_timesteps 20,x", "--denoise_timesteps=20,x: give numbers separated by commas, such as 100,20,5"),
+        ("--denoise_timesteps 0", "--denoise_timesteps=0: give numbers of 1 or more"),
+        ("--cfg_scale 1,-3", "--cfg_scale=-3: use scales of 0 or more"),
+        ("--cfg_interval 0.5", "--cfg_interval=0.5: give first and last time"),
+        ("--cfg_interval 0.9,0.1", "--cfg_interval=0.9,0.1: give first and last time"),
+    ],
+)
+def test_sweeps_that_make_no_sense_are_refused(parse, line, message):
+    with pytest.raises(UserError, match=message):
+        eval_fid.read_samplers(parse(line, eval_fid))
 
 
 def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):

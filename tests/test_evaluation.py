@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from utils import evaluation
 from utils.config import PRESETS
-from utils.fid import FeatureStatistics
+from utils.fid import ImageStatistics
+from utils.inception import Features
 from utils.sampling import Sampler
 from utils.sharding import make_mesh
 from utils.stable_vae import PixelCodec
@@ -39,7 +40,7 @@ def generate(context, params, batch_size, num_samples=1003, seed=0, **changes):
     sampler = Sampler(3, 2.0)._replace(**changes)
     sizes = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     batches = evaluation.generate_images(context, params, sampler, **sizes)
-    images, labels = zip(*batches, strict=True)
+    images, labels = zip(*(batch.to_host() for batch in batches), strict=True)
     return np.concatenate(images), np.concatenate(labels)
 
 
@@ -75,16 +76,48 @@ def test_grey_images_are_three_equal_channels_and_padding_does_not_count(context
 
     def extractor(images):
         seen.append(np.asarray(images))
-        return jnp.ones((len(images), 1)) * images.astype(jnp.float32).mean((1, 2))
+        means = jnp.ones((len(images), 1)) * images.astype(jnp.float32).mean((1, 2))
+        return Features(means, 2 * means[:, :2])
 
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
-    features = evaluation.extract_features(extractor, images, 8, context.mesh)
-    assert seen[0].shape == (8, 8, 8, 3)
-    assert (seen[0] == seen[0][..., :1]).all()
-    np.testing.assert_allclose(features, images.mean((1, 2)).repeat(3, axis=1), rtol=1e-5)
-    statistics = FeatureStatistics()
-    statistics.update(features)
-    assert statistics.num_samples == 5
+    images = np.random.default_rng(0).integers(0, 256, (13, 8, 8, 1), np.uint8)
+    batches = evaluation.place_images([images[:8], images[8:]], 8, context.mesh)
+    statistics = ImageStatistics()
+    measured = list(evaluation.measure_images(extractor, batches, statistics))
+    assert [batch.count for batch in measured] == [8, 5]
+    assert [rows.shape for rows in seen] == [(8, 8, 8, 3)] * 2
+    assert all((rows == rows[..., :1]).all() for rows in seen)
+    expected = images.mean((1, 2)).repeat(3, axis=1)
+    np.testing.assert_allclose(statistics.features, expected, rtol=1e-5)
+    np.testing.assert_allclose(statistics.spatial.mu, 2 * expected.mean(axis=0)[:2], rtol=1e-6)
+    assert statistics.num_samples == 13
+
+
+def test_the_devices_have_the_next_batch_while_the_host_waits(context):
+    """Features of batch k are fetched after batch k + 1 has been made and sent to the network."""
+    events = []
+
+    class Rows:
+        def __init__(self, number):
+            self.number = number
+
+        def __array__(self, *args, **kwargs):
+            events.append(f"fetch {self.number}")
+            return np.zeros((2, 3), np.float32)
+
+    def make():
+        for number in range(3):
+            events.append(f"make {number}")
+            yield evaluation.ImageBatch(jnp.zeros((2, 4, 4, 3), jnp.uint8), None, 2)
+
+    def extractor(images):
+        number = sum(event.startswith("extract") for event in events)
+        events.append(f"extract {number}")
+        return Features(Rows(number), np.zeros((2, 0)))
+
+    list(evaluation.measure_images(extractor, make(), ImageStatistics()))
+    assert events == [
+        "make 0", "extract 0", "make 1", "extract 1", "fetch 0", "make 2", "extract 2", "fetch 1", "fetch 2",
+    ]  # fmt: skip
 
 
 def test_loss_by_time_of_a_zero_model_is_known(context, params):

@@ -10,7 +10,10 @@ import scipy.stats
 from utils.errors import UserError
 from utils.fid import (
     FeatureStatistics,
+    ImageStatistics,
     InceptionScore,
+    ReferenceStatistics,
+    compare,
     frechet_distance,
     kernel_distance,
     load_statistics,
@@ -189,14 +192,29 @@ def test_too_few_samples_are_refused():
         _ = statistics.sigma
 
 
+def images_of(features: np.ndarray, spatial: np.ndarray | None = None, max_features: int = 0) -> ImageStatistics:
+    """Statistics of images with those features, seen in two batches."""
+    statistics = ImageStatistics(max_features)
+    spatial = np.zeros((len(features), 0)) if spatial is None else spatial
+    half = len(features) // 2
+    for rows in (slice(half), slice(half, None)):
+        statistics.update(features[rows], spatial[rows])
+    return statistics
+
+
 @pytest.mark.parametrize("num_samples", [15, 400])
 def test_saved_statistics_load_back(rng, tmp_path, num_samples):
     features = rng.normal(size=(num_samples, 20)) @ random_covariance(20, rng)
-    statistics, path = stream(features), tmp_path / "new" / "stats"
-    save_statistics(path, statistics, convention="adm", dataset="digits", split="train", inception_sha256="7ff4")
+    spatial, counts, path = rng.normal(size=(num_samples, 6)), np.array([3, 0, 7]), tmp_path / "new" / "stats"
+    statistics = images_of(features, spatial, max_features=10)
+    facts = {"convention": "adm", "dataset": "digits", "split": "train", "inception_sha256": "7ff4"}
+    save_statistics(path, statistics, **facts, label_counts=counts)
     loaded = load_statistics(path, num_features=20)
-    np.testing.assert_array_equal(loaded.mu, statistics.mu)
-    np.testing.assert_allclose(loaded.sigma, statistics.sigma, rtol=1e-7)
+    for mu, sigma, rows in ((loaded.mu, loaded.sigma, features), (loaded.spatial_mu, loaded.spatial_sigma, spatial)):
+        np.testing.assert_allclose(mu, rows.mean(axis=0), atol=1e-12)
+        np.testing.assert_allclose(sigma, np.cov(rows, rowvar=False), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(loaded.features, features[:10], rtol=1e-6)
+    np.testing.assert_array_equal(loaded.label_counts, counts)
     assert (loaded.num_images, loaded.convention, loaded.dataset) == (num_samples, "adm", "digits")
     assert (loaded.path, len(loaded.sha256)) == (path, 64)
     with np.load(path) as archive:
@@ -208,8 +226,9 @@ def test_saved_statistics_load_back(rng, tmp_path, num_samples):
 def test_storing_statistics_costs_next_to_nothing(rng, tmp_path, num_samples, cost):
     """Below full rank (100) float32 costs more: its rounding fills the null space, and the root magnifies it."""
     scale = scipy.linalg.sqrtm(random_covariance(100, rng)).real
-    reference, samples = (stream(rng.normal(size=(n, 100)) @ scale) for n in (num_samples, 500))
+    reference, samples = (images_of(rng.normal(size=(n, 100)) @ scale) for n in (num_samples, 500))
     save_statistics(tmp_path / "stats.npz", reference, convention="adm", dataset="digits")
+    reference, samples = reference.pool, samples.pool
     loaded = load_statistics(tmp_path / "stats.npz", num_features=100)
     exact = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
     assert frechet_distance(samples.mu, samples.sigma, loaded.mu, loaded.sigma) == pytest.approx(exact, rel=cost)
@@ -253,8 +272,53 @@ def test_statistics_that_do_not_fit_are_refused_in_one_line(tmp_path):
         with pytest.raises(UserError, match=message) as raised:
             load_statistics(path, num_features=3)
         assert f"--fid_stats={path}" in str(raised.value)
-        assert "compute_fid_stats.py --dataset_name" in str(raised.value)
+        assert "compute_fid_stats.py --" in str(raised.value)
         assert "\n" not in str(raised.value)
+
+
+def test_adms_files_bring_spatial_statistics(tmp_path):
+    arrays = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.ones(2), "sigma_s": np.eye(2) * 2}
+    path = write_arrays(tmp_path / "VIRTUAL.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), **arrays)
+    loaded = load_statistics(path, num_features=3)
+    np.testing.assert_array_equal(loaded.spatial_mu, np.ones(2))
+    np.testing.assert_array_equal(loaded.spatial_sigma, np.eye(2) * 2)
+    assert loaded.features is None
+    images = write_arrays(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"holds no `mu` and `sigma`; .*compute_fid_stats.py --images"):
+        load_statistics(images, num_features=3)
+
+
+def test_every_metric_that_the_reference_allows(rng, tmp_path):
+    real, fake = rng.normal(size=(40, 4)), rng.normal(0.3, 1, size=(50, 4))
+    real_s, fake_s = rng.normal(size=(40, 2)), rng.normal(0.5, 1, size=(50, 2))
+    samples = images_of(fake, fake_s, max_features=30)
+    save_statistics(tmp_path / "all", images_of(real, real_s, 100), convention="adm", dataset="x")
+    write_arrays(tmp_path / "few.npz", mu=real.mean(axis=0), sigma=np.cov(real, rowvar=False))
+    metrics = compare(samples, load_statistics(tmp_path / "all", num_features=4))
+    few = compare(samples, load_statistics(tmp_path / "few.npz", num_features=4))
+    assert list(few) == ["fid"]
+
+    def distance(x, y):
+        return frechet_distance(x.mean(axis=0), np.cov(x.T), y.mean(axis=0), np.cov(y.T))
+
+    expected = {"fid": distance(fake, real), "sfid": distance(fake_s, real_s)}
+    expected["kid"], expected["kid_error"] = kernel_distance(fake[:30], real)
+    expected |= manifold_metrics(real, fake[:30])
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert few["fid"] == pytest.approx(expected["fid"], rel=1e-9)
+
+
+def test_the_inception_score_needs_logits(rng):
+    logits = rng.normal(size=(4, 6))
+    statistics = ImageStatistics(0, logits)
+    features = rng.normal(size=(20, 4))
+    statistics.update(features, np.zeros((20, 0)))
+    exponentials = np.exp(features @ logits)
+    score = InceptionScore()
+    score.update(exponentials / exponentials.sum(axis=1, keepdims=True))
+    reference = ReferenceStatistics(np.zeros(4), np.eye(4), "", Path("x"))
+    metrics = compare(statistics, reference)
+    assert (metrics["inception_score"], metrics["inception_score_std"]) == pytest.approx(score.mean_and_std)
 
 
 def test_published_statistics_load_and_make_gaussians(shared):

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
 from utils import inception
@@ -40,12 +41,14 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
 def test_features_equal_the_published_networks(extractor, golden, size):
     convention, extract = extractor
     images, expected = golden[f"images_{size}"], golden[f"features_{size}_{convention}"]
-    features = extract(images)
+    features, spatial = extract(images)
     assert isinstance(features, jax.Array)
+    assert (spatial.dtype, spatial.shape) == (np.float32, (len(images), 17 * 17 * 7))
+    assert (spatial >= 0).all()  # behind a ReLU
     assert (features.dtype, features.shape) == (np.float32, (len(images), 2048))
     assert relative_error(features, expected).max() < 1e-4  # the other convention is off by 0.018 and more
     np.testing.assert_allclose(features, expected, atol=1e-4 * expected.max())
-    backwards = extract(jax.numpy.asarray(images[::-1]))
+    backwards = extract(jax.numpy.asarray(images[::-1])).pool
     assert relative_error(backwards[::-1], expected).max() < 1e-4
 
 
@@ -87,7 +90,7 @@ def test_images_need_not_be_square(weights):
     """Rows of one colour look the same whatever the width."""
     extract = inception.load_feature_extractor(weights)
     rows = np.random.default_rng(0).integers(0, 256, (1, 8, 1, 3), np.uint8)
-    narrow, wide = (extract(rows.repeat(width, axis=2)) for width in (5, 8))
+    narrow, wide = (extract(rows.repeat(width, axis=2)).pool for width in (5, 8))
     np.testing.assert_allclose(narrow, wide, atol=1e-4)
 
 
@@ -105,6 +108,21 @@ def test_weights_that_are_not_the_published_ones_are_refused(weights, tmp_path):
             inception.load_feature_extractor(path)
         for part in (str(path), actual[:12], inception.INCEPTION_SHA256[:12], "delete it", "--inception_weights PATH"):
             assert part in str(raised.value)
+
+
+def test_logits_are_read_from_npz_and_safetensors(tmp_path):
+    weight = np.random.default_rng(0).normal(size=(1008, 2048)).astype(np.float32)
+    np.savez(tmp_path / "fc.npz", **{"fc.weight": weight})
+    save_file({"fc.weight": weight}, tmp_path / "fc.safetensors")
+    for name in ("fc.npz", "fc.safetensors"):
+        np.testing.assert_array_equal(inception.load_logits(tmp_path / name), weight.T)
+
+
+def test_weights_without_logits_are_refused(weights, tmp_path):
+    np.savez(tmp_path / "other.npz", **{"fc.weight": np.zeros((10, 2048))})
+    for path, message in ((weights, "no readable matrix `fc.weight`"), (tmp_path / "other.npz", r"\(10, 2048\), not")):
+        with pytest.raises(UserError, match=f"--inception_logits={path}.*{message}"):
+            inception.load_logits(path)
 
 
 def test_missing_weights_are_refused(tmp_path):
@@ -184,7 +202,7 @@ def test_fid_of_cifar10_test_images_is_the_published_one(weights, shared):
     """Of the first thousand against the training images: 30.430, in PyTorch and by another's code."""
     extract, statistics = inception.load_feature_extractor(weights, "pytorch_fid"), FeatureStatistics()
     for images in np.split(cifar10_test_images(shared, 1000), 20):
-        statistics.update(np.asarray(extract(images)))
+        statistics.update(np.asarray(extract(images).pool))
     reference = load_statistics(shared / "data" / "cifar10_train_stats_pytorch_fid.npz")
     fid = frechet_distance(statistics.mu, statistics.sigma, reference.mu, reference.sigma)
     assert fid == pytest.approx(30.430, abs=2e-3)

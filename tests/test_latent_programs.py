@@ -114,6 +114,7 @@ def test_pictures_of_latents_are_decoded(cached_run):
 def test_a_run_on_latents_is_evaluated_through_the_same_vae(cached_run, weights, tmp_path):
     args = ["--load_dir", cached_run, "--fid_stats", "data/fid_stats_digits.npz", "--num_samples", 4]
     args += ["--batch_size", 4, "--denoise_timesteps", 2, "--out", tmp_path, "--inception_weights", weights]
+    args += ["--wandb.mode", "disabled"]
     run_program("eval_fid.py", *args, "--save_samples", tmp_path / "samples.npz")
     samples = np.load(tmp_path / "samples.npz")["arr_0"]
     assert samples.shape == (4, 64, 64, 3)

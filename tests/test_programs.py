@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT, run_program
 from utils.fid import frechet_distance, load_statistics
+from utils.samples import SampleWriter
 from utils.tracking import read_metrics
 
 TINY = """
@@ -271,32 +272,83 @@ def assert_refused(done, words) -> None:
     assert "compiling" not in done.stdout
 
 
+def cells(folder) -> dict[tuple, dict]:
+    """{(steps, guidance): cell} of a fid.json."""
+    found = json.loads((folder / "fid.json").read_text())["cells"]
+    return {(cell["num_steps"], cell["cfg_scale"]): cell for cell in found}
+
+
 @finished_run
-def test_evaluation_end_to_end(finished, weights, tmp_path):
+def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_path):
     folder, _ = finished
-    args = ["--load_dir", folder, "--denoise_timesteps", 4, "--num_samples", 23, "--out", tmp_path]
-    done = run_program("eval_fid.py", *args, "--batch_size", 10, "--save_samples", tmp_path / "a.npz", devices=2)
-    result = json.loads((tmp_path / "fid.json").read_text())
-    assert {
-        "num_steps": 4,
-        "cfg_scale": 4,
-        "num_samples": 23,
-        "seed": 0,
-        "checkpoint_step": 20,
-    }.items() <= result.items()
-    assert len(result["fid_stats_sha256"]) == 64
-    assert f"| 20 | 4 | 4 | 23 | {result['fid']:.3f} |" in done.stdout
-    assert result["fid"] > 1
-    assert (tmp_path / "samples.png").stat().st_size > 2000
-    samples = np.load(tmp_path / "a.npz")
-    assert samples["arr_0"].shape == (23, 8, 8, 1)
-    assert samples["arr_0"].dtype == np.uint8
-    assert samples["arr_1"].shape == (23,)
+    common = ["--num_samples", 11, "--batch_size", 8, "--wandb.mode", "disabled", "--inception_weights", weights]
+    sweep = ["--load_dir", folder, "--denoise_timesteps", "4,2", "--cfg_scale", "4,1", "--out", tmp_path / "sweep"]
+    done = run_program("eval_fid.py", *common, *sweep)
+    found = cells(tmp_path / "sweep")
+    assert list(found) == [(4, 4), (2, 4), (4, None), (2, None)]
+    facts = {"num_samples": 11, "seed": 0, "checkpoint_step": 20, "labels": "uniform", "solver": "euler"}
+    assert all(facts.items() <= cell.items() and len(cell["fid_stats_sha256"]) == 64 for cell in found.values())
+    assert f"| 4 | 4 | 11 | {found[4, 4]['fid']:.3f} |" in done.stdout
+    assert f"| 2 | none | 11 | {found[2, None]['fid']:.3f} |" in done.stdout
+    assert all(cell["fid"] > 1 for cell in found.values())
+    names = {path.name for path in (tmp_path / "sweep").iterdir()}
+    assert {"fid.csv", "fid.png", "samples_4_4.png", "samples_2_4.png", "samples_4_none.png"} <= names
+    assert len((tmp_path / "sweep" / "fid.csv").read_text().splitlines()) == 5
+
+    # The last cell by itself, on two devices, is the sweep's; its samples score the same from a file and as PNGs.
+    single = ["--load_dir", folder, "--denoise_timesteps", 2, "--use_cfg", 0, "--out", tmp_path / "single"]
+    run_program("eval_fid.py", *common, *single, "--save_samples", tmp_path / "samples.npz", devices=2)
+    alone = cells(tmp_path / "single")[2, None]["fid"]
+    assert alone == pytest.approx(found[2, None]["fid"], rel=1e-3)
+    samples = np.load(tmp_path / "samples.npz")
+    assert (samples["arr_0"].shape, samples["arr_0"].dtype, samples["arr_1"].shape) == ((11, 8, 8, 1), np.uint8, (11,))
+    with SampleWriter(tmp_path / "pngs", 11) as writer:
+        writer.write(samples["arr_0"], samples["arr_1"])
+    scored = []
+    for name in ("samples.npz", "pngs"):
+        args = [
+            "--samples",
+            tmp_path / name,
+            "--fid_stats",
+            "data/fid_stats_digits.npz",
+            "--out",
+            tmp_path / f"of_{name}",
+        ]
+        run_program("eval_fid.py", *common, *args)
+        (cell,) = json.loads((tmp_path / f"of_{name}" / "fid.json").read_text())["cells"]
+        scored.append(cell["fid"])
+    assert scored[0] == pytest.approx(alone, rel=1e-4)
+    assert scored[1] == pytest.approx(scored[0], rel=1e-9)
+
+
+@finished_run
+def test_a_killed_sweep_does_not_score_a_cell_twice(finished, weights, tmp_path):
+    folder, _ = finished
+    args = ["eval_fid.py", "--load_dir", folder, "--num_samples", 8, "--batch_size", 8, "--wandb.mode", "disabled"]
+    args += ["--inception_weights", weights, "--denoise_timesteps", "3,2,1", "--out", tmp_path]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, *map(str, args)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "fid.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = cells(tmp_path)
+    assert 0 < len(before) < 3
+    stamped = {name: (tmp_path / f"samples_{name[0]}_4.png").stat().st_mtime_ns for name in before}
+    done = run_program(*args)
+    after = cells(tmp_path)
+    assert list(after) == [(3, 4), (2, 4), (1, 4)]
+    assert len(json.loads((tmp_path / "fid.json").read_text())["cells"]) == 3
+    assert {name: after[name] for name in before} == before
+    assert {name: (tmp_path / f"samples_{name[0]}_4.png").stat().st_mtime_ns for name in before} == stamped
+    assert done.stdout.count("| 4 | 8 |") == 3
 
 
 @pytest.mark.slow
 def test_shipped_statistics_are_made_again(weights, tmp_path):
-    args = ["--dataset_name", "digits", "--out", tmp_path / "stats.npz", "--batch_size", 25]
+    args = ["--dataset_name", "digits", "--out", tmp_path / "stats.npz", "--batch_size", 25, "--num_features", 0]
     run_program("compute_fid_stats.py", *args)
     made = load_statistics(tmp_path / "stats.npz")
     shipped = load_statistics(ROOT / "data" / "fid_stats_digits.npz")
@@ -326,7 +378,11 @@ def test_evaluation_refuses_wrong_input(finished, weights, tmp_path):
         (["--load_dir", folder, "--inception_weights", bad_weights], [str(bad_weights), "sha256"]),
         (["--load_dir", folder, "--model.depth", 7], ["--model.depth=7", "leave the flag out"]),
         (["--load_dir", folder, "--batch_size", 0], ["--batch_size=0"]),
-        ([], ["--load_dir"]),
+        ([], ["--load_dir", "--samples"]),
+        (["--load_dir", folder, "--labels", "dataset"], ["--labels=dataset", "compute_fid_stats.py"]),
+        (["--samples", "none.npz", "--fid_stats", "data/fid_stats_digits.npz"], ["--samples=none.npz"]),
+        (["--samples", bad_statistics], ["--samples=", "float64", "uint8"]),
     ]
     for args, words in cases:
-        assert_refused(run_program("eval_fid.py", *args, "--num_samples", 4, "--out", tmp_path, check=False), words)
+        args = [*args, "--num_samples", 4, "--out", tmp_path, "--wandb.mode", "disabled"]
+        assert_refused(run_program("eval_fid.py", *args, check=False), words)

@@ -79,14 +79,14 @@ def define_model_flags() -> None:
     flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
 
 
-def define_wandb_flags() -> None:
-    """Registers --wandb.*."""
+def define_wandb_flags(name: str = "flow_{dataset_name}") -> None:
+    """Registers --wandb.*, --wandb.name with that default."""
     flags.DEFINE_enum("wandb.mode", None, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
     flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
     flags.DEFINE_string("wandb.project", "flow", "Project.")
     flags.DEFINE_string("wandb.entity", None, "User or team.")
     flags.DEFINE_string("wandb.group", None, "Group of runs.")
-    flags.DEFINE_string("wandb.name", "flow_{dataset_name}", "Name of the run, and of its folder under runs/.")
+    flags.DEFINE_string("wandb.name", name, "Name of the run, and of its folder under runs/.")
     flags.DEFINE_string("wandb.notes", None, "A longer description.")
     flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas.")
 
@@ -190,7 +190,7 @@ def resolve_wandb(config: ConfigDict) -> None:
     if wandb.mode not in ("online", "offline", "disabled"):
         raise UserError(f"WANDB_MODE={wandb.mode}: use online, offline or disabled, or give --wandb.mode")
     del wandb.offline
-    wandb.name = wandb.name.replace("{dataset_name}", config.dataset_name)
+    wandb.name = wandb.name.replace("{dataset_name}", str(config.dataset_name))
 
 
 def run_folder(config: ConfigDict) -> Path:
@@ -206,6 +206,18 @@ def guidance_scale(cfg_scale: float) -> float | None:
 def ema_decay(target_update_rate: float) -> float:
     """The decay of the moving average; the recipe's rate 1 means "no averaging" (decay 0), not "frozen"."""
     return 0.0 if target_update_rate == 1 else target_update_rate
+
+
+def read_numbers(words: list[str], flag: str, kind: type, lowest: float | None = None) -> list:
+    """The numbers of a flag that takes several; UserError where one is none, or below `lowest`."""
+    try:
+        numbers = [kind(word) for word in words]
+    except ValueError:
+        example = "100,20,5" if kind is int else "1,4"
+        raise UserError(f"--{flag}={','.join(words)}: give numbers separated by commas, such as {example}") from None
+    if not numbers or (lowest is not None and min(numbers) < lowest):
+        raise UserError(f"--{flag}={','.join(words)}: give numbers of {lowest} or more")
+    return numbers
 
 
 def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Int, Key, PyTree, UInt8
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiT
-from utils import flow, plotting, sampling
+from utils import flow, inception, plotting, sampling
 from utils.config import check_model
 from utils.errors import UserError
-from utils.fid import FeatureStatistics, ReferenceStatistics, frechet_distance
+from utils.fid import ImageStatistics, ReferenceStatistics
 from utils.sharding import gather, replicated, spread
 from utils.stable_vae import PixelCodec, StableVAE, encode_batch, images_to_uint8
 
@@ -130,7 +130,8 @@ def _reconstruct(params, codec, key, batch, t, *, model):
     x_1 = encode_batch(codec, codec_key, batch)
     x_t = flow.interpolate(jax.random.normal(noise_key, x_1.shape), x_1, t)
     predicted = flow.predict_data(x_t, model_fn(model, params)(x_t, t, batch["label"]), t)
-    return jnp.stack([images_to_uint8(codec.decode(x)) for x in (x_1, x_t, predicted)])
+    clean = batch["image"] if "image" in batch else images_to_uint8(codec.decode(x_1))
+    return jnp.stack([clean, *(images_to_uint8(codec.decode(x)) for x in (x_t, predicted))])
 
 
 @partial(jax.jit, static_argnames=("model", "guided"))
@@ -202,6 +203,17 @@ def _generate(
     return images_to_uint8(codec.decode(sampling.ode_sample(velocity_fn, noise, num_steps, solver))), labels
 
 
+class ImageBatch(NamedTuple):
+    """Images on the devices, with labels unless they are not known; only the first `count` rows are meant."""
+
+    images: UInt8[Array, "b h w c"]
+    labels: Int[Array, " b"] | None
+    count: int
+
+    def to_host(self) -> tuple[UInt8[np.ndarray, "count h w c"], Int[np.ndarray, " count"]]:
+        return gather(self.images)[: self.count], gather(self.labels)[: self.count]
+
+
 def generate_images(
     context: Context,
     params: PyTree,
@@ -212,13 +224,12 @@ def generate_images(
     seed: int,
     label_mode: str = "uniform",
     class_counts: Sequence[int] | None = None,
-) -> Iterator[tuple[UInt8[np.ndarray, "b h w c"], Int[np.ndarray, " b"]]]:
-    """(images, labels) until exactly `num_samples` are made; one compiled program per batch.
+) -> Iterator[ImageBatch]:
+    """Batches of `batch_size` rows until exactly `num_samples` are made; one compiled program per batch.
 
     Sample i (noise, and label as `label_mode` and `class_counts` say, see `sampling.sample_labels`) is a function of
-    (seed, i) alone, whatever the batch size or the number of devices, over which each batch is split. All batches have
-    `batch_size` rows but the last. Guidance scale, interval and step count compile nothing anew; with and without
-    guidance are two programs.
+    (seed, i) alone, whatever the batch size or the number of devices, over which each batch is split. Guidance scale,
+    interval and step count compile nothing anew; with and without guidance are two programs.
     """
     generate = partial(
         _generate,
@@ -235,18 +246,37 @@ def generate_images(
     for start in range(0, num_samples, batch_size):
         indices = spread(np.arange(start, start + batch_size, dtype=np.int32), context.mesh)
         images, labels = generate(params, context.codec, key, indices, counts, scale, interval, sampler.num_steps)
-        count = min(batch_size, num_samples - start)  # the last batch is computed whole: another shape would compile
-        yield gather(images)[:count], gather(labels)[:count]
+        # The last batch is computed whole: another shape would compile.
+        yield ImageBatch(images, labels, min(batch_size, num_samples - start))
 
 
-def extract_features(
-    extractor: Callable, images: UInt8[np.ndarray, "n h w c"], batch_size: int, mesh: Mesh
-) -> Float[np.ndarray, "n 2048"]:
-    """Inception features of up to `batch_size` images, split over the devices; grey counts as three equal channels."""
-    if images.shape[-1] == 1:
-        images = images.repeat(3, axis=-1)
-    padded = np.concatenate([images, np.zeros((batch_size - len(images), *images.shape[1:]), np.uint8)])
-    return gather(extractor(spread(padded, mesh)))[: len(images)]
+def place_images(batches: Iterable[UInt8[np.ndarray, "b h w c"]], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
+    """Batches of up to `batch_size` images on the devices, filled up to that size."""
+    for images in batches:
+        yield ImageBatch(spread(np.resize(images, (batch_size, *images.shape[1:])), mesh), None, len(images))
+
+
+def measure_images(
+    extractor: Callable, batches: Iterable[ImageBatch], statistics: ImageStatistics
+) -> Iterator[ImageBatch]:
+    """The batches, each after `statistics` has been given its Inception features; grey counts as three equal channels.
+
+    While the host waits for the features of one batch, the devices already have the next one's work.
+    """
+
+    def finish(batch: ImageBatch, features: inception.Features) -> ImageBatch:
+        statistics.update(*(gather(rows)[: batch.count] for rows in features))
+        return batch
+
+    waiting = None
+    for batch in batches:
+        images = batch.images if batch.images.shape[-1] == 3 else jnp.repeat(batch.images, 3, axis=-1)
+        features = extractor(images)
+        if waiting:
+            yield finish(*waiting)
+        waiting = (batch, features)
+    if waiting:
+        yield finish(*waiting)
 
 
 def find_convention(reference: ReferenceStatistics, given: str | None) -> str:
@@ -257,13 +287,3 @@ def find_convention(reference: ReferenceStatistics, given: str | None) -> str:
     if not (told or given):
         print(f"{reference.path} does not say its convention: taking adm (--convention pytorch_fid for the other)")
     return told or given or "adm"
-
-
-def compute_fid(
-    extractor: Callable, batches: Iterable[np.ndarray], batch_size: int, mesh: Mesh, reference: ReferenceStatistics
-) -> float:
-    """FID of batches of uint8 images against reference statistics."""
-    statistics = FeatureStatistics()
-    for images in batches:
-        statistics.update(extract_features(extractor, images, batch_size, mesh))
-    return frechet_distance(statistics.mu, statistics.sigma, reference.mu, reference.sigma)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import scipy.linalg
 import scipy.special
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from utils.errors import UserError
 
@@ -241,24 +241,79 @@ class InceptionScore:
         return float(np.mean(scores)), float(np.std(scores))
 
 
+class ImageStatistics:
+    """What is kept of the features of a set of images: mean and covariance of all of them, pool3's and the spatial
+    ones, and the pool3 features themselves of the first `max_features` (80 MB for 10,000). With `logits`, the matrix
+    from pool3 features to class logits, also the Inception Score."""
+
+    def __init__(self, max_features: int = 10_000, logits: Float[np.ndarray, "d classes"] | None = None):
+        self.pool, self.spatial, self.max_features = FeatureStatistics(), FeatureStatistics(), max_features
+        self.logits, self.inception_score = logits, InceptionScore()
+        self._features = []
+
+    def update(self, pool: Float[np.ndarray, "n d"], spatial: Float[np.ndarray, "n s"]) -> None:
+        """Adds rows, one for each image. Raises what `FeatureStatistics.update` does."""
+        room = max(0, self.max_features - self.pool.num_samples)
+        if room:
+            self._features.append(np.asarray(pool[:room], np.float32))
+        self.pool.update(pool)
+        self.spatial.update(spatial)
+        if self.logits is not None:
+            self.inception_score.update(scipy.special.softmax(np.asarray(pool, np.float64) @ self.logits, axis=1))
+
+    @property
+    def num_samples(self) -> int:
+        return self.pool.num_samples
+
+    @property
+    def features(self) -> Float[np.ndarray, "n d"]:
+        return np.concatenate(self._features)
+
+
 @dataclasses.dataclass(frozen=True)
 class ReferenceStatistics:
-    """Statistics of the images that samples are compared with; None where the file does not say."""
+    """Statistics of the images that samples are compared with; None where the file does not have them."""
 
     mu: Float[np.ndarray, " d"]
     sigma: Float[np.ndarray, "d d"]
-    num_images: int | None
-    convention: str | None
-    dataset: str | None
     sha256: str
     path: Path
+    num_images: int | None = None
+    convention: str | None = None
+    dataset: str | None = None
+    spatial_mu: Float[np.ndarray, " s"] | None = None
+    spatial_sigma: Float[np.ndarray, "s s"] | None = None
+    features: Float[np.ndarray, "n d"] | None = None  # pool3, of the first images
+    label_counts: Int[np.ndarray, " classes"] | None = None
+
+
+def compare(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[str, float]:
+    """Every metric that the reference allows: `fid`; `sfid` where it has spatial statistics; `kid`, `kid_error`,
+    `precision`, `recall`, `density` and `coverage` where it has features, the first of which and of the samples are
+    compared; `inception_score` and its deviation over parts where the samples' logits were taken."""
+    pool, spatial = samples.pool, samples.spatial
+    metrics = {"fid": frechet_distance(pool.mu, pool.sigma, reference.mu, reference.sigma)}
+    if reference.spatial_sigma is not None:
+        metrics["sfid"] = frechet_distance(spatial.mu, spatial.sigma, reference.spatial_mu, reference.spatial_sigma)
+    if reference.features is not None:
+        metrics["kid"], metrics["kid_error"] = kernel_distance(samples.features, reference.features)
+        metrics |= manifold_metrics(reference.features, samples.features)
+    if samples.logits is not None:
+        metrics["inception_score"], metrics["inception_score_std"] = samples.inception_score.mean_and_std
+    return metrics
+
+
+# Names in a statistics file of what it may hold beside `mu` and `sigma`, by field of ReferenceStatistics.
+_FACTS = ("num_images", "convention", "dataset")
+_ARRAYS = {"spatial_mu": "mu_s", "spatial_sigma": "sigma_s", "features": "features", "label_counts": "label_counts"}
 
 
 def load_statistics(path: str | Path, num_features: int = 2048) -> ReferenceStatistics:
-    """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d).
+    """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d): those of TTUR, pytorch-fid,
+    jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what `save_statistics` writes.
 
-    `num_images`, `convention` and `dataset` are read where the file has them: those of other tools do not. UserError
-    for a file that is missing, broken, incomplete, of another network or not finite.
+    Everything else is read where the file has it. UserError for a file that is missing, broken, incomplete, of another
+    network or not finite.
     """
     path = Path(path)
     fix = "make it: compute_fid_stats.py --dataset_name NAME --out FILE.npz"
@@ -268,39 +323,49 @@ def load_statistics(path: str | Path, num_features: int = 2048) -> ReferenceStat
     try:
         with np.load(io.BytesIO(content)) as archive:
             mu, sigma = (archive[key].astype(np.float64) for key in ("mu", "sigma"))
-            facts = {key: archive[key].item() if key in archive else None for key in _FACTS}
+            facts = {key: archive[key].item() for key in _FACTS if key in archive}
+            arrays = {field: archive[key].astype(np.float64) for field, key in _ARRAYS.items() if key in archive}
     except KeyError as error:
+        fix = fix.replace("--dataset_name NAME", f"--images {path} (if it holds images)")
         raise UserError(f"--fid_stats={path} holds no `mu` and `sigma`; {fix}") from error
     except Exception as error:  # whatever NumPy and zipfile raise for what is not an npz, or only the head of one
         raise UserError(f"--fid_stats={path} is not a whole npz of numbers; {fix}") from error
     if mu.shape != (num_features,) or sigma.shape != (num_features, num_features):
         shapes = f"mu {mu.shape}, sigma {sigma.shape}"
         raise UserError(f"--fid_stats={path} is not of {num_features} features ({shapes}); {fix}")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+    if not all(np.isfinite(array).all() for array in (mu, sigma, *arrays.values())):
         raise UserError(f"--fid_stats={path} holds NaN or infinity; {fix}")
-    return ReferenceStatistics(mu, sigma, **facts, sha256=hashlib.sha256(content).hexdigest(), path=path)
+    return ReferenceStatistics(mu, sigma, hashlib.sha256(content).hexdigest(), path, **facts, **arrays)
 
 
 def save_statistics(
     path: str | Path,
-    statistics: FeatureStatistics,
+    statistics: ImageStatistics,
     *,
     convention: str,
     dataset: str,
     split: str | None = None,
+    label_counts: Int[np.ndarray, " classes"] | None = None,
     inception_sha256: str | None = None,
 ) -> None:
     """Writes statistics and where they come from as a compressed npz; the file appears whole or not at all.
 
-    `mu` is float64. `sigma` is float32, half the size: that moves an FID by less than 1e-6 of itself where there are
-    more samples than features; with fewer, where an FID says little anyway, rounding fills the null space and moves it
-    by up to 1e-3. UserError below two samples.
+    Means are float64. Covariances are float32, half the size: that moves an FID by less than 1e-6 of itself where there
+    are more samples than features; with fewer, where an FID says little anyway, rounding fills the null space and moves
+    it by up to 1e-3. UserError below two samples.
     """
-    path, mu, sigma = Path(path), statistics.mu, statistics.sigma
-    facts = {"num_images": statistics.num_samples, "convention": convention, "dataset": dataset}
-    facts |= {"split": split or "", "inception_sha256": inception_sha256 or ""}
+    path, pool, spatial = Path(path), statistics.pool, statistics.spatial
+    content = {"mu": pool.mu, "sigma": pool.sigma.astype(np.float32)}
+    if spatial.num_samples:
+        content |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma.astype(np.float32)}
+    if statistics.max_features:
+        content["features"] = statistics.features
+    if label_counts is not None:
+        content["label_counts"] = label_counts
+    content |= {"num_images": statistics.num_samples, "convention": convention, "dataset": dataset}
+    content |= {"split": split or "", "inception_sha256": inception_sha256 or ""}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         partial = Path(folder) / "statistics.npz"
-        np.savez_compressed(partial, mu=mu, sigma=sigma.astype(np.float32), **facts)
+        np.savez_compressed(partial, **content)
         os.replace(partial, path)

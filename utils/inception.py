@@ -33,6 +33,7 @@ WAY_OUT = "pass a copy of the Inception weights by --inception_weights PATH"
 
 IMAGE_SIZE = 299
 BATCH_NORM_EPSILON = 1e-3
+SPATIAL_CHANNELS = 7
 HIGHEST = jax.lax.Precision.HIGHEST  # a GPU would else multiply float32 as TF32, ten bits
 
 
@@ -128,12 +129,23 @@ def _apply(node: Conv | Pool | list | tuple, x: Float[Array, "n h w c"]) -> Floa
     return x
 
 
+class Features(NamedTuple):
+    """What metrics are made of: `pool` (pool3, the last average) for FID and most others; `spatial` for sFID, seven
+    channels of `mixed_6/conv` at 17x17 places (Nash et al., arXiv:2103.03841, as ADM's evaluator takes them)."""
+
+    pool: Float[Array, "n 2048"]
+    spatial: Float[Array, "n 2023"]
+
+
 class InceptionV3(nn.Module):
-    """299x299 images, scaled -> pool3 features; batch norm is folded into `Conv_0` .. `Conv_93`."""
+    """299x299 images, scaled -> features; batch norm is folded into `Conv_0` .. `Conv_93`."""
 
     @nn.compact
-    def __call__(self, images: Float[Array, "n 299 299 3"]) -> Float[Array, "n 2048"]:
-        return _apply(NETWORK, images).mean(axis=(1, 2))
+    def __call__(self, images: Float[Array, "n 299 299 3"]) -> Features:
+        *before, blocks_17 = NETWORK[:5]
+        x = _apply((*before, blocks_17[:3]), images)  # to the third of the 17x17 blocks, whose name is mixed_6
+        spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)  # its first branch is `conv`
+        return Features(_apply((blocks_17[3:], *NETWORK[5:]), x).mean(axis=(1, 2)), spatial)
 
 
 def resize_matrix(size: int, new_size: int, half_pixel: bool) -> Float[np.ndarray, "new_size size"]:
@@ -153,7 +165,7 @@ def resize_matrix(size: int, new_size: int, half_pixel: bool) -> Float[np.ndarra
 
 
 @partial(jax.jit, static_argnames="convention")
-def _extract(params: PyTree, images: UInt8[Array, "n h w 3"], convention: Convention) -> Float[Array, "n 2048"]:
+def _extract(params: PyTree, images: UInt8[Array, "n h w 3"], convention: Convention) -> Features:
     rows, columns = (
         jnp.asarray(resize_matrix(size, IMAGE_SIZE, convention.half_pixel), jnp.float32) for size in images.shape[1:3]
     )
@@ -164,8 +176,8 @@ def _extract(params: PyTree, images: UInt8[Array, "n h w 3"], convention: Conven
 
 def load_feature_extractor(
     weights: str | Path | None = None, convention: str = "adm", sharding: Sharding | None = None
-) -> Callable[[UInt8[Array, "n h w 3"]], Float[Array, "n 2048"]]:
-    """The function from uint8 images (RGB, any size, numpy or jax) to their pool3 features, float32.
+) -> Callable[[UInt8[Array, "n h w 3"]], Features]:
+    """The function from uint8 images (RGB, any size, numpy or jax) to their features, float32.
 
     `weights`: a local copy of the file, else the cache, fetched if need be. `convention`: 'adm' or 'pytorch_fid'; the
     two give different FIDs, so both sides of a distance need the same. `sharding`: where the weights live, the default
@@ -188,6 +200,30 @@ def load_feature_extractor(
         return _extract(params, images, CONVENTIONS[convention])
 
     return extract
+
+
+def load_logits(path: str | Path) -> Float[np.ndarray, "2048 1008"]:
+    """The matrix from pool3 features to logits of 1,008 classes, for the Inception Score; its bias is left out, as in
+    ADM's evaluator. `path`: npz or safetensors with `fc.weight` (1008, 2048), as in pytorch-fid's weights.
+
+    UserError where the file has no such matrix.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.numpy import load_file
+
+            weight = load_file(path)["fc.weight"]
+        else:
+            with np.load(path) as archive:
+                weight = archive["fc.weight"]
+    except Exception as error:  # of three libraries' readers
+        raise UserError(
+            f"--inception_logits={path} has no readable matrix `fc.weight` ({error}), nor have the weights that are "
+            "fetched; save that of pt_inception-2015-12-05-6726825d.pth as npz or safetensors"
+        ) from None
+    if weight.shape != (1008, 2048):
+        raise UserError(f"--inception_logits={path}: `fc.weight` has the shape {weight.shape}, not (1008, 2048)")
+    return weight.T.astype(np.float64)
 
 
 def inception_weights_path(weights: str | Path | None = None) -> Path:

@@ -1,6 +1,6 @@
 """Arrays -> figures. Knows no model, no file and no wandb."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -53,4 +53,20 @@ def sample_grid(
         text = name if len(name) <= 16 else name[:15] + "…"
         axis.text(0.03, 0.97, text, transform=axis.transAxes, va="top", fontsize=6, color="white",
                   bbox={"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0})  # fmt: skip
+    return figure
+
+
+def curves(points: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str) -> Figure:
+    """A figure of named curves of (x, y) points, both axes logarithmic."""
+    figure = Figure(figsize=(5.5, 3.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, pairs in points.items():
+        axes.loglog(*zip(*sorted(pairs), strict=True), marker="o", label=name)
+    xs = sorted({x for pairs in points.values() for x, _ in pairs})
+    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    axes.minorticks_off()
+    axes.set_xlabel(x_title)
+    axes.set_ylabel(y_title)
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure

@@ -1,0 +1,106 @@
+"""Sample files: the same images from npz and PNGs, whole or refused by name."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.pictures import noise, write
+from utils.errors import UserError
+from utils.samples import SampleWriter, open_samples
+
+IMAGES, LABELS = noise(0, 10, 6, 5, 3), np.arange(10, dtype=np.int32)
+
+
+def write_samples(path, images=IMAGES, batch_size=4):
+    with SampleWriter(path, len(images)) as writer:
+        for start in range(0, len(images), batch_size):
+            writer.write(images[start : start + batch_size], LABELS[start : start + batch_size])
+    return path
+
+
+def read_all(path, batch_size: int) -> np.ndarray:
+    samples = open_samples(path)
+    batches = list(samples.read(batch_size))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    images = np.concatenate(batches)
+    assert images.shape == (samples.num_samples, *samples.image_shape)
+    return images
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "folder"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_written_is_read(tmp_path, name, channels):
+    images = IMAGES[..., :channels]
+    path = write_samples(tmp_path / name, images)
+    for batch_size in (3, 10, 99):
+        np.testing.assert_array_equal(read_all(path, batch_size), images)
+
+
+def test_the_npz_is_adms(tmp_path):
+    with np.load(write_samples(tmp_path / "samples.npz")) as archive:
+        np.testing.assert_array_equal(archive["arr_0"], IMAGES)
+        np.testing.assert_array_equal(archive["arr_1"], LABELS)
+        assert archive["arr_0"].dtype == np.uint8
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_files_of_others_are_read(tmp_path, save):
+    save(tmp_path / "samples.npz", IMAGES, LABELS)
+    np.testing.assert_array_equal(read_all(tmp_path / "samples.npz", 4), IMAGES)
+
+
+def test_an_interrupted_npz_does_not_appear(tmp_path):
+    def images():
+        yield IMAGES[:4]
+        raise KeyboardInterrupt
+
+    def write_all():
+        with SampleWriter(tmp_path / "samples.npz", 10) as writer:
+            for batch in images():
+                writer.write(batch, LABELS[:4])
+
+    with pytest.raises(KeyboardInterrupt):
+        write_all()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_written_anew(tmp_path):
+    write_samples(tmp_path / "folder")
+    write_samples(tmp_path / "folder", IMAGES[:3])
+    assert len(list((tmp_path / "folder").iterdir())) == 3
+
+
+def test_what_is_no_samples_is_refused_by_name(tmp_path):
+    np.savez(tmp_path / "float.npz", IMAGES / 255)
+    np.savez(tmp_path / "flat.npz", IMAGES[..., 0])
+    (tmp_path / "text.npz").write_text("no zip")
+    content = write_samples(tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "mixed" / "0.png", IMAGES[0])
+    write(tmp_path / "mixed" / "1.png", IMAGES[0][:4])
+    write(tmp_path / "alpha" / "0.png", noise(1, 4, 4, 4))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.png").write_text("no image")
+    for name, message in {
+        "none.npz": "neither a file nor a folder",
+        "float.npz": "holds float64 images; .*uint8",
+        "flat.npz": r"shape \(10, 6, 5\)",
+        "text.npz": "not a whole npz",
+        "cut.npz": "not a whole npz",
+        "empty": "holds no images",
+        "mixed": "0.png is 5x6 RGB but 1.png is 5x4 RGB",
+        "alpha": "0.png has the pixels RGBA",
+        "broken": "0.png is not a readable image",
+    }.items():
+        with pytest.raises(UserError, match=f"--samples={tmp_path / name}.*{message}"):
+            open_samples(tmp_path / name)
+
+
+def test_an_image_that_is_cut_short_is_named_when_it_is_read(tmp_path):
+    write_samples(tmp_path / "folder")
+    path = tmp_path / "folder" / "000007.png"
+    Image.fromarray(noise(2, 6, 5, 3)).save(path)
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(UserError, match=r"000007\.png is not a readable image"):
+        list(open_samples(tmp_path / "folder").read(4))

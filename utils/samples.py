@@ -1,0 +1,164 @@
+"""Sampled images as files: ADM's npz (`arr_0` uint8 NHWC, `arr_1` labels) or a folder of PNGs. Both are written and
+read a batch at a time, so that any number of samples fits in memory."""
+
+import dataclasses
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from numpy.lib import format as npy
+from PIL import Image
+
+from utils.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Images of one shape, in a fixed order; `read(batch_size)` yields them, the last batch perhaps short."""
+
+    num_samples: int
+    image_shape: tuple[int, int, int]
+    read: Callable[[int], Iterator[UInt8[np.ndarray, "b h w c"]]]
+
+
+def open_samples(path: str | Path, flag: str = "samples") -> Samples:
+    """The samples in an npz or in a folder of images (sorted by name).
+
+    UserError, naming --`flag`, where there are none, or they are not uint8 images (n, h, w, 1 or 3) of one size.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, f"--{flag}={path}")
+    if not path.is_file():
+        raise UserError(f"--{flag}={path} is neither a file nor a folder; give an npz of images or a folder of PNGs")
+    return _open_npz(path, f"--{flag}={path}")
+
+
+def _open_npz(path: Path, flag: str) -> Samples:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = "arr_0.npy" if "arr_0.npy" in archive.namelist() else archive.namelist()[0]
+            with archive.open(name) as file:
+                shape, is_fortran, dtype = _read_header(file)
+    except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{flag} is not a whole npz of images ({error}); write it with eval_fid.py --save_samples"
+        ) from None
+    if dtype != np.uint8 or is_fortran:
+        raise UserError(
+            f"{flag} holds {dtype} images; FID is of uint8 pixels: clip, round and convert them to uint8 first"
+        )
+    if len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]:
+        raise UserError(f"{flag} holds an array of shape {shape}; images are (n, height, width, 1 or 3)")
+
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        with zipfile.ZipFile(path) as archive, archive.open(name) as file:
+            _read_header(file)
+            for start in range(0, shape[0], batch_size):
+                count = min(batch_size, shape[0] - start)
+                content = file.read(count * int(np.prod(shape[1:])))
+                if len(content) < count * np.prod(shape[1:]):
+                    raise UserError(f"{flag} ends before image {start + count} of {shape[0]}; write it again")
+                yield np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
+
+    return Samples(shape[0], tuple(shape[1:]), read)
+
+
+def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    version = npy.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"npy format {version}")
+    return readers[version](file)
+
+
+def _open_folder(path: Path, flag: str) -> Samples:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
+    shapes = [_image_shape(file, flag) for file in files]
+    other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if other is not None:
+        raise UserError(
+            f"{flag}: {files[0].name} is {_size(shapes[0])} but {files[other].name} is {_size(shapes[other])}; "
+            "samples are of one size"
+        )
+
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(files), batch_size):
+            images = [_read_pixels(file, flag) for file in files[start : start + batch_size]]
+            yield np.stack(images).reshape(-1, *shapes[0])
+
+    return Samples(len(files), shapes[0], read)
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    return f"{shape[1]}x{shape[0]} {'grey' if shape[2] == 1 else 'RGB'}"
+
+
+def _image_shape(file: Path, flag: str) -> tuple[int, int, int]:
+    try:
+        with Image.open(file) as image:
+            mode, (width, height) = image.mode, image.size
+    except OSError as error:
+        raise UserError(f"{flag}: {file.name} is not a readable image ({error})") from None
+    if mode not in ("L", "RGB"):
+        raise UserError(f"{flag}: {file.name} has the pixels {mode}; samples are RGB or grey of 8 bits")
+    return height, width, 1 if mode == "L" else 3
+
+
+def _read_pixels(file: Path, flag: str) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image)
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{flag}: {file.name} is not a readable image ({error})") from None
+
+
+class SampleWriter:
+    """Writes batches to `path`, an npz if that is its suffix, else a folder of PNGs (000000.png, ...); the npz appears
+    when it is whole. To be used in a `with` statement."""
+
+    def __init__(self, path: str | Path, num_samples: int):
+        self.path, self.num_samples, self.labels = Path(path), num_samples, []
+        self.temporary = self.path.with_name(self.path.name + ".tmp")
+        self.archive = self.file = None
+
+    def __enter__(self) -> "SampleWriter":
+        if self.path.suffix == ".npz":
+            self.archive = zipfile.ZipFile(self.temporary, "w")
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+        return self
+
+    def write(self, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"]) -> None:
+        first = sum(map(len, self.labels))
+        self.labels.append(labels)
+        if self.archive is None:
+            for number, image in enumerate(images, first):
+                Image.fromarray(image.squeeze()).save(self.path / f"{number:06d}.png")
+            return
+        if self.file is None:
+            self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
+            shape = (self.num_samples, *images.shape[1:])
+            npy.write_array_header_1_0(self.file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        self.file.write(np.ascontiguousarray(images).data)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.archive is None:
+            return
+        if self.file is not None:
+            self.file.close()
+            with self.archive.open("arr_1.npy", "w") as file:
+                npy.write_array(file, np.concatenate(self.labels))
+        self.archive.close()
+        if kind is None:
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink()
