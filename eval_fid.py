@@ -128,11 +128,10 @@ class Scoring:
                 yield batch
                 bar.update(batch.count)
 
-    def score(self, statistics: ImageStatistics) -> dict[str, float]:
+    def warn_of_few(self, num_samples: int) -> None:
         num_features = self.reference.mu.size
-        if statistics.num_samples < num_features:
-            print(f"{statistics.num_samples} samples of {num_features} features: an FID of so few is far too high")
-        return compare(statistics, self.reference)
+        if num_samples < num_features:
+            print(f"{num_samples} samples are fewer than the {num_features} features: the FID comes out far too high")
 
     def statistics(self) -> ImageStatistics:
         return ImageStatistics(0 if self.reference.features is None else 10_000, self.logits)
@@ -201,7 +200,7 @@ class RunEvaluation(Scoring):
         images, labels = (np.concatenate(parts)[:GRID_IMAGES] for parts in zip(*kept, strict=True))
         title = f"{sampler}, checkpoint of step {self.step}"
         plotting.sample_grid(images, labels, self.context.class_names, title).savefig(self.out / picture_name(sampler))
-        return self.score(statistics)
+        return compare(statistics, self.reference)
 
 
 def keep(kept: list, images: np.ndarray, labels: np.ndarray) -> None:
@@ -270,6 +269,7 @@ def write_tables(out: Path, cells: list[dict[str, Any]]) -> None:
 
 def evaluate_run(config: ConfigDict) -> None:
     run = RunEvaluation(config)
+    run.warn_of_few(config.num_samples)
     results, cells = Results(run.out), []
     tracker = Tracker(run.out / "evaluation", config, 0) if config.wandb.mode != "disabled" else None
     for number, sampler in enumerate(run.samplers):
@@ -293,12 +293,13 @@ def evaluate_samples(config: ConfigDict) -> None:
     samples = open_samples(config.samples)
     path = Path(config.samples)
     scoring = Scoring(config, None, path.parent if path.is_file() else path.with_name(f"{path.name}_fid"))
+    scoring.warn_of_few(samples.num_samples)
     statistics = scoring.statistics()
     batches = evaluation.place_images(samples.read(config.batch_size), config.batch_size, scoring.mesh)
     for _ in scoring.measure(batches, samples.num_samples, statistics, "scoring"):
         pass
     settings = {"samples": str(config.samples), "num_samples": samples.num_samples, **scoring.settings}
-    cell = Results(scoring.out).add(settings, scoring.score(statistics))
+    cell = Results(scoring.out).add(settings, compare(statistics, scoring.reference))
     write_tables(scoring.out, [cell])
     print(to_markdown([cell]))
     print(f"written: {scoring.out / 'fid.json'}, fid.csv")

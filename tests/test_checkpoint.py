@@ -11,7 +11,9 @@ from utils.errors import UserError
 from utils.sharding import abstract, make_mesh, replicated, state_sharding
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
 
-CONFIG = {"model": {"depth": 2}, "dataset": {"image_shape": [8, 8, 1], "class_names": ["a"]}}
+FACTS = {"image_shape": [8, 8, 1], "class_names": ["a"]}
+OLD_CONFIG = {"model": {"depth": 2}, "dataset_name": "digits", "dataset": FACTS}
+CONFIG = {**OLD_CONFIG, "dataset": {**FACTS, "name": "digits", "vae": None, "vae_sha256": None}}
 OPTIMIZER = make_optimizer(1e-3, 0.9, 0.99)
 
 
@@ -41,6 +43,13 @@ def test_everything_comes_back(tmp_path, state):
     assert checkpoints.restore_config(1) == CONFIG
     (ema_params,) = checkpoints.restore_params(1, abstract(state.params, replicated(make_mesh())), ("ema_params",))
     jax.tree.map(np.testing.assert_array_equal, ema_params, state.ema_params)
+
+
+def test_runs_of_before_the_vae_are_read(tmp_path, state):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(state, OLD_CONFIG, None)
+    checkpoints.wait()
+    assert checkpoints.restore_config(1) == CONFIG
 
 
 def test_a_state_donated_right_after_the_save_is_saved_as_it_was(tmp_path, state):

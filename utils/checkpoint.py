@@ -90,7 +90,10 @@ class Checkpoints:
 
     def restore_config(self, step: int) -> dict[str, Any]:
         with _readable(self.folder / str(step)):
-            return self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+            config = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
+            # What runs of before the VAE did not save.
+            absent = {"name": config["dataset_name"], "vae": None, "vae_sha256": None}
+            return config | {"dataset": absent | config["dataset"]}
 
     def restore_params(self, step: int, like: PyTree, names: tuple[str, ...]) -> list[PyTree]:
         """The parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract tree `like` says."""

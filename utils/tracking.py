@@ -35,6 +35,7 @@ class Tracker:
         self.enabled = jax.process_index() == 0
         if not self.enabled:
             return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= first_step]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
