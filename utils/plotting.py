@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 
 def image_table(
@@ -57,13 +58,18 @@ def sample_grid(
 
 
 def curves(points: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str) -> Figure:
-    """A figure of named curves of (x, y) points, both axes logarithmic."""
+    """A figure of named curves of (x, y) points, x logarithmic, and y where it spans more than a factor of five."""
     figure = Figure(figsize=(5.5, 3.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, pairs in points.items():
-        axes.loglog(*zip(*sorted(pairs), strict=True), marker="o", label=name)
-    xs = sorted({x for pairs in points.values() for x, _ in pairs})
-    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        axes.plot(*zip(*sorted(pairs), strict=True), marker="o", label=name)
+    xs, ys = ({pair[i] for pairs in points.values() for pair in pairs} for i in range(2))
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(xs), [f"{x:g}" for x in sorted(xs)])
+    if max(ys) > 5 * min(ys):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
     axes.set_xlabel(x_title)
     axes.set_ylabel(y_title)
