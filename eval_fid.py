@@ -164,7 +164,7 @@ class RunEvaluation(Scoring):
         like = abstract(shapes, replicated(self.mesh))
         (self.params,) = checkpoints.restore_params(self.step, like, ("ema_params",))
         self.settings |= {
-            "checkpoint": str(config.load_dir),
+            "checkpoint": str(Path(config.load_dir).absolute()),
             "checkpoint_step": self.step,
             "num_samples": config.num_samples,
             "seed": config.seed,
@@ -225,8 +225,9 @@ class Results:
             self.cells = []
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The finished cell of these settings."""
-        return next((cell for cell in self.cells if settings.items() <= cell.items()), None)
+        """The finished cell of these settings; the statistics are told by their hash, wherever they lie."""
+        wanted = {name: value for name, value in settings.items() if name != "fid_stats"}
+        return next((cell for cell in self.cells if wanted.items() <= cell.items()), None)
 
     def add(self, settings: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
         self.cells.append(settings | metrics)

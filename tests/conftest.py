@@ -1,10 +1,13 @@
 """What the tests share: the folder of golden files and real data beside the checkout, and how programs are run."""
 
+import functools
 import itertools
+import json
 import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -99,12 +102,36 @@ def compilation_cache(tmp_path_factory):
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
-def run_program(*args, devices: int = 1, check: bool = True, **kwargs) -> subprocess.CompletedProcess:
+@functools.cache
+def fork_server() -> subprocess.Popen:
+    """The process in which `run_program` starts scripts; it ends with this one."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tests" / "fork_server.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def run_program(*args, devices: int = 1, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
     """Runs `python ARGS...` in the checkout on `devices` virtual CPU devices; output captured as text."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **kwargs.pop("env", {})}
-    command = [sys.executable, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, **kwargs)
+    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **(env or {})}
+    args = list(map(str, args))
+    if args[0].endswith(".py"):
+        done = _fork(args, environment)
+    else:
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
+        command = [sys.executable, *args]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if check:
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, f"{' '.join(args)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
+
+
+def _fork(argv: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: os.path.join(folder, name) for name in ("stdout", "stderr")}
+        server = fork_server()
+        server.stdin.write(json.dumps({"argv": argv, "environment": environment, **files}) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        outputs = {name: Path(file).read_text(errors="replace") for name, file in files.items()}
+    return subprocess.CompletedProcess(argv, status, **outputs)

@@ -274,14 +274,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_the_program_needs_no_tensorflow(tmp_path):
     rows = write_small_set(tmp_path / "source")
     words = ["-c", NO_TENSORFLOW, "data/celebahq256.py", "--source", tmp_path / "source", "--data_dir"]
-    done = run_program(*words, tmp_path, timeout=60)
+    done = run_program(*words, tmp_path)
     last = done.stdout.splitlines()[-1]
     assert f"python train_flow.py --dataset_name celebahq256 --data_dir {tmp_path}" in last
     assert "array_record, 5 train, 2 validation" in last
     for split in ("train", "validation"):
         assert contents(tmp_path, split) == {(decoded(data).tobytes(), label) for data, label in rows[split]}
 
-    done = run_program(*words, tmp_path / "other", "--file_format", "tfrecord", check=False, timeout=60)
+    done = run_program(*words, tmp_path / "other", "--file_format", "tfrecord", check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: --file_format=tfrecord needs TensorFlow")
 
@@ -289,7 +289,7 @@ def test_the_program_needs_no_tensorflow(tmp_path):
 def test_the_program_says_when_there_is_nothing_to_do(tmp_path):
     write_small_set(tmp_path / "source")
     prepare(tmp_path / "source", tmp_path)
-    done = run_program("data/celebahq256.py", "--source", "gone", env={"TFDS_DATA_DIR": str(tmp_path)}, timeout=60)
+    done = run_program("data/celebahq256.py", "--source", "gone", env={"TFDS_DATA_DIR": str(tmp_path)})
     assert done.stdout.startswith(f"prepared already: {tmp_path}/celebahq256/1.0.0")
     assert f"--dataset_name celebahq256 --data_dir {tmp_path}" in done.stdout
     assert not done.stderr

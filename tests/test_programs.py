@@ -178,12 +178,13 @@ def test_two_processes_give_the_losses_of_one(uninterrupted, tmp_path):
 
 def test_a_streamed_run_continues_as_if_it_had_not_stopped(shared, tmp_path):
     args = [*SHORT, "--dataset_name", "cifar10", "--data_dir", shared / "data" / "tfds", "--model.patch_size", 4]
-    parts, whole = (["--save_dir", tmp_path / name] for name in ("parts", "whole"))
-    run_program("train_flow.py", *args, *parts, "--max_steps", 3)
-    done = run_program("train_flow.py", *args, *parts, "--max_steps", 6)
+    args += ["--max_steps", 6, "--save_interval", 3, "--save_dir"]
+    run_program("train_flow.py", *args, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "back")
+    shutil.rmtree(tmp_path / "back" / "checkpoints" / "6")
+    done = run_program("train_flow.py", *args, tmp_path / "back")
     assert "from step 3" in done.stdout
-    run_program("train_flow.py", *args, *whole, "--max_steps", 6)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "back") == losses(tmp_path / "whole")
     assert list(losses(tmp_path / "whole")) == [1, 2, 3, 4, 5, 6]
 
 
@@ -281,15 +282,15 @@ def cells(folder) -> dict[tuple, dict]:
 @finished_run
 def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_path):
     folder, _ = finished
-    common = ["--num_samples", 11, "--batch_size", 8, "--wandb.mode", "disabled", "--inception_weights", weights]
+    common = ["--num_samples", 7, "--batch_size", 8, "--wandb.mode", "disabled", "--inception_weights", weights]
     sweep = ["--load_dir", folder, "--denoise_timesteps", "4,2", "--cfg_scale", "4,1", "--out", tmp_path / "sweep"]
     done = run_program("eval_fid.py", *common, *sweep)
     found = cells(tmp_path / "sweep")
     assert list(found) == [(4, 4), (2, 4), (4, None), (2, None)]
-    facts = {"num_samples": 11, "seed": 0, "checkpoint_step": 20, "labels": "uniform", "solver": "euler"}
+    facts = {"num_samples": 7, "seed": 0, "checkpoint_step": 20, "labels": "uniform", "solver": "euler"}
     assert all(facts.items() <= cell.items() and len(cell["fid_stats_sha256"]) == 64 for cell in found.values())
-    assert f"| 4 | 4 | 11 | {found[4, 4]['fid']:.3f} |" in done.stdout
-    assert f"| 2 | none | 11 | {found[2, None]['fid']:.3f} |" in done.stdout
+    assert f"| 4 | 4 | 7 | {found[4, 4]['fid']:.3f} |" in done.stdout
+    assert f"| 2 | none | 7 | {found[2, None]['fid']:.3f} |" in done.stdout
     assert all(cell["fid"] > 1 for cell in found.values())
     names = {path.name for path in (tmp_path / "sweep").iterdir()}
     assert {"fid.csv", "fid.png", "samples_4_4.png", "samples_2_4.png", "samples_4_none.png"} <= names
@@ -301,8 +302,8 @@ def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_pa
     alone = cells(tmp_path / "single")[2, None]["fid"]
     assert alone == pytest.approx(found[2, None]["fid"], rel=1e-3)
     samples = np.load(tmp_path / "samples.npz")
-    assert (samples["arr_0"].shape, samples["arr_0"].dtype, samples["arr_1"].shape) == ((11, 8, 8, 1), np.uint8, (11,))
-    with SampleWriter(tmp_path / "pngs", 11) as writer:
+    assert (samples["arr_0"].shape, samples["arr_0"].dtype, samples["arr_1"].shape) == ((7, 8, 8, 1), np.uint8, (7,))
+    with SampleWriter(tmp_path / "pngs", 7) as writer:
         writer.write(samples["arr_0"], samples["arr_1"])
     scored = []
     for name in ("samples.npz", "pngs"):
