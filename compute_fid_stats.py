@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from utils import config as cfg
 from utils import evaluation, inception
@@ -52,10 +51,9 @@ def main(config: ConfigDict) -> None:
         label_counts = np.zeros(dataset.num_classes, np.int64)
         batches = count_labels(epoch_batches(dataset, config.batch_size), label_counts)
         total, source, split = len(dataset.source), dataset.name, config.split
-    with tqdm(total=total, unit="image") as bar:
-        placed = evaluation.place_images(batches, config.batch_size, mesh)
-        for batch in evaluation.measure_images(extractor, placed, statistics):
-            bar.update(batch.count)
+    placed = evaluation.place_images(batches, config.batch_size, mesh)
+    for _ in evaluation.measure_images(extractor, placed, statistics, total):
+        pass
     save_statistics(
         out,
         statistics,

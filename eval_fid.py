@@ -8,6 +8,8 @@ same settings is not computed again, so that the same command continues after a 
 """
 
 import csv
+import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -17,17 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from utils import config as cfg
 from utils import evaluation, inception, plotting
 from utils.checkpoint import open_checkpoint
 from utils.errors import UserError
-from utils.fid import ImageStatistics, ReferenceStatistics, compare, load_statistics
-from utils.samples import SampleWriter, open_samples
+from utils.fid import ImageStatistics, ReferenceStatistics, compare, load_statistics, save_statistics
+from utils.samples import Samples, SampleWriter, check_sample_path, holds_images, open_samples
 from utils.sampling import LABELS, SOLVERS, Sampler
-from utils.sharding import abstract, make_mesh, replicated
+from utils.sharding import abstract, gather, make_mesh, replicated
 from utils.tracking import Tracker, write_json
 
 GRID_IMAGES = 64
@@ -68,10 +70,10 @@ def define_flags() -> None:
     flags.adopt_module_key_flags(cfg)  # so that --help lists them
 
 
-def find_statistics(config: ConfigDict, dataset_name: str | None) -> ReferenceStatistics:
-    """The statistics of --fid_stats, or those that ship for the data set; UserError where there are none."""
+def find_statistics(config: ConfigDict, dataset_name: str | None) -> Path:
+    """The file of --fid_stats, or that which ships for the data set; UserError where there is none."""
     if config.fid_stats is not None:
-        return load_statistics(config.fid_stats)
+        return Path(config.fid_stats)
     if dataset_name is None:
         raise UserError("--fid_stats is not given: name the statistics with which --samples are compared")
     path = Path(__file__).parent / "data" / f"fid_stats_{dataset_name}.npz"
@@ -80,7 +82,7 @@ def find_statistics(config: ConfigDict, dataset_name: str | None) -> ReferenceSt
             f"--fid_stats is not given and no statistics ship for {dataset_name}; make them: "
             f"python compute_fid_stats.py --dataset_name {dataset_name} --out stats.npz"
         )
-    return load_statistics(path)
+    return path
 
 
 def read_samplers(config: ConfigDict) -> list[Sampler]:
@@ -103,16 +105,21 @@ class Scoring:
     def __init__(self, config: ConfigDict, dataset_name: str | None, default_out: Path):
         self.config, self.mesh = config, make_mesh()
         cfg.check_batch_size(config.batch_size, self.mesh.size)
-        self.reference = find_statistics(config, config.dataset_name or dataset_name)
+        path = find_statistics(config, config.dataset_name or dataset_name)
+        images = open_samples(path, "fid_stats") if holds_images(path) else None
+        self.reference = load_statistics(path, optional=images is not None)
         self.out = Path(config.out or default_out)
         cfg.check_writable(self.out, "out")
         if config.save_samples:
+            check_sample_path(config.save_samples)
             cfg.check_writable(Path(config.save_samples).parent, "save_samples")
         self.convention = evaluation.find_convention(self.reference, config.convention)
         self.logits = inception.load_logits(config.inception_logits) if config.inception_logits else None
         self.extractor = inception.load_feature_extractor(
             config.inception_weights, self.convention, replicated(self.mesh)
         )
+        if images and self.reference.features is None:
+            self.reference = self.measure_reference(images)
         self.settings = {
             "fid_stats": str(self.reference.path),
             "fid_stats_sha256": self.reference.sha256,
@@ -120,13 +127,26 @@ class Scoring:
             "inception_sha256": inception.INCEPTION_SHA256,
         }
 
-    def measure(
-        self, batches: Iterator[evaluation.ImageBatch], total: int, statistics: ImageStatistics, title: str
-    ) -> Iterator[evaluation.ImageBatch]:
-        with tqdm(total=total, unit="image", desc=title) as bar:
-            for batch in evaluation.measure_images(self.extractor, batches, statistics):
-                yield batch
-                bar.update(batch.count)
+    def measure(self, batches: Iterator[evaluation.ImageBatch], total: int, statistics: ImageStatistics, title: str):
+        return evaluation.measure_images(self.extractor, batches, statistics, total, title)
+
+    def measure_samples(self, samples: Samples, statistics: ImageStatistics, title: str) -> None:
+        batches = evaluation.place_images(samples.read(self.config.batch_size), self.config.batch_size, self.mesh)
+        for _ in self.measure(batches, samples.num_samples, statistics, title):
+            pass
+
+    def measure_reference(self, images: Samples) -> ReferenceStatistics:
+        """The reference with what its file's images add: features, and statistics where it has none. They are kept."""
+        reference = self.reference
+        path = self.out / f"reference_{reference.sha256[:12]}_{self.convention}.npz"
+        if not path.exists():
+            statistics = ImageStatistics()
+            self.measure_samples(images, statistics, f"images of {reference.path.name}")
+            save_statistics(path, statistics, convention=self.convention, dataset=str(reference.path))
+        measured = load_statistics(path)
+        if reference.mu is None:
+            return dataclasses.replace(measured, sha256=reference.sha256, path=reference.path)
+        return dataclasses.replace(reference, features=measured.features)
 
     def warn_of_few(self, num_samples: int) -> None:
         num_features = self.reference.mu.size
@@ -166,6 +186,10 @@ class RunEvaluation(Scoring):
         self.settings |= {
             "checkpoint": str(Path(config.load_dir).absolute()),
             "checkpoint_step": self.step,
+            "params_sha256": hash_params(self.params),
+            "vae_sha256": sha256,
+            "dtype": model.dtype,
+            "t_conditioning": model.t_conditioning,
             "num_samples": config.num_samples,
             "seed": config.seed,
             "labels": config.labels,
@@ -203,6 +227,14 @@ class RunEvaluation(Scoring):
         return compare(statistics, self.reference)
 
 
+def hash_params(params: PyTree) -> str:
+    """The sha256 of all parameters' bytes, in the tree's order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(gather(leaf)).data)
+    return digest.hexdigest()
+
+
 def keep(kept: list, images: np.ndarray, labels: np.ndarray) -> None:
     """Adds the batch's share of the first GRID_IMAGES samples."""
     room = GRID_IMAGES - sum(len(images) for images, _ in kept)
@@ -225,14 +257,19 @@ class Results:
             self.cells = []
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The finished cell of these settings; the statistics are told by their hash, wherever they lie."""
-        wanted = {name: value for name, value in settings.items() if name != "fid_stats"}
+        """The finished cell of these settings; files are told by their hash, wherever they lie."""
+        wanted = {name: value for name, value in settings.items() if name not in ("fid_stats", "checkpoint")}
         return next((cell for cell in self.cells if wanted.items() <= cell.items()), None)
 
     def add(self, settings: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
-        self.cells.append(settings | metrics)
+        """The cell, which takes the place of an earlier one of the same settings."""
+        cell = settings | metrics
+        earlier = self.find(settings)
+        self.cells = [cell if other is earlier else other for other in self.cells]
+        if earlier is None:
+            self.cells.append(cell)
         write_json(self.path, {"cells": self.cells})
-        return self.cells[-1]
+        return cell
 
 
 def to_markdown(cells: list[dict[str, Any]]) -> str:
@@ -296,9 +333,7 @@ def evaluate_samples(config: ConfigDict) -> None:
     scoring = Scoring(config, None, path.parent if path.is_file() else path.with_name(f"{path.name}_fid"))
     scoring.warn_of_few(samples.num_samples)
     statistics = scoring.statistics()
-    batches = evaluation.place_images(samples.read(config.batch_size), config.batch_size, scoring.mesh)
-    for _ in scoring.measure(batches, samples.num_samples, statistics, "scoring"):
-        pass
+    scoring.measure_samples(samples, statistics, "scoring")
     settings = {"samples": str(config.samples), "num_samples": samples.num_samples, **scoring.settings}
     cell = Results(scoring.out).add(settings, compare(statistics, scoring.reference))
     write_tables(scoring.out, [cell])

@@ -12,6 +12,8 @@ import sys
 import threading
 import traceback
 
+import jax
+
 import compute_fid_stats  # noqa: F401 (for all that they import)
 import encode_latents  # noqa: F401
 import eval_fid  # noqa: F401
@@ -40,6 +42,9 @@ def start(request: dict) -> None:
     for number, descriptor in enumerate([null, *outputs]):
         os.dup2(descriptor, number)
     os.environ.update(request["environment"])
+    for name, value in request["environment"].items():  # JAX, already imported, reads its own no more
+        if name.startswith("JAX_"):
+            jax.config.update(name.lower(), json.loads(value))
     status = run(request["argv"])
     threading._shutdown()
     atexit._run_exitfuncs()

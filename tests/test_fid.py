@@ -1,5 +1,6 @@
 """Distances and scores of features against closed forms and definitions written out; streaming; files."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +287,31 @@ def test_adms_files_bring_spatial_statistics(tmp_path):
     images = write_arrays(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     with pytest.raises(UserError, match=r"holds no `mu` and `sigma`; .*compute_fid_stats.py --images"):
         load_statistics(images, num_features=3)
+
+
+def test_edm2s_pickles_load_and_no_other_does(tmp_path):
+    sets = {"fid": {"mu": np.arange(3.0), "sigma": np.eye(3)}, "fd_dinov2": {"mu": np.zeros(9), "sigma": np.eye(9)}}
+    path = tmp_path / "img512.pkl"
+    path.write_bytes(pickle.dumps(sets))
+    loaded = load_statistics(path, num_features=3)
+    np.testing.assert_array_equal(loaded.mu, np.arange(3.0))
+    np.testing.assert_array_equal(loaded.sigma, np.eye(3))
+    assert len(loaded.sha256) == 64
+    for content in (pickle.dumps({"dino": sets["fid"]}), pickle.dumps(sets)[:99]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="--fid_stats"):
+            load_statistics(path, num_features=3)
+    ran = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self):
+            return ran.touch, ()
+
+    path.write_bytes(pickle.dumps({"fid": Code()}))
+    with pytest.raises(UserError, match="not a whole npz") as raised:
+        load_statistics(path, num_features=3)
+    assert "which is no array" in str(raised.value.__cause__)
+    assert not ran.exists()
 
 
 def test_every_metric_that_the_reference_allows(rng, tmp_path):

@@ -284,7 +284,10 @@ def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_pa
     folder, _ = finished
     common = ["--num_samples", 7, "--batch_size", 8, "--wandb.mode", "disabled", "--inception_weights", weights]
     sweep = ["--load_dir", folder, "--denoise_timesteps", "4,2", "--cfg_scale", "4,1", "--out", tmp_path / "sweep"]
-    done = run_program("eval_fid.py", *common, *sweep)
+    done = run_program("eval_fid.py", *common, *sweep, env={"JAX_LOG_COMPILES": "true"})
+    # Two programs make all samples, with guidance and without; one network scores them.
+    assert done.stderr.count("Compiling jit(_generate)") == 2
+    assert done.stderr.count("Compiling jit(_extract)") == 1
     found = cells(tmp_path / "sweep")
     assert list(found) == [(4, 4), (2, 4), (4, None), (2, None)]
     facts = {"num_samples": 7, "seed": 0, "checkpoint_step": 20, "labels": "uniform", "solver": "euler"}
@@ -305,21 +308,24 @@ def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_pa
     assert (samples["arr_0"].shape, samples["arr_0"].dtype, samples["arr_1"].shape) == ((7, 8, 8, 1), np.uint8, (7,))
     with SampleWriter(tmp_path / "pngs", 7) as writer:
         writer.write(samples["arr_0"], samples["arr_1"])
-    scored = []
-    for name in ("samples.npz", "pngs"):
-        args = [
-            "--samples",
-            tmp_path / name,
-            "--fid_stats",
-            "data/fid_stats_digits.npz",
-            "--out",
-            tmp_path / f"of_{name}",
-        ]
-        run_program("eval_fid.py", *common, *args)
-        (cell,) = json.loads((tmp_path / f"of_{name}" / "fid.json").read_text())["cells"]
-        scored.append(cell["fid"])
-    assert scored[0] == pytest.approx(alone, rel=1e-4)
-    assert scored[1] == pytest.approx(scored[0], rel=1e-9)
+    digits = "data/fid_stats_digits.npz"
+    of_file, of_pngs, of_itself = (
+        score_samples(common, tmp_path / name, reference, tmp_path / f"scores_{number}")
+        for number, (name, reference) in enumerate(
+            [("samples.npz", digits), ("pngs", digits), ("pngs", tmp_path / "samples.npz")]
+        )
+    )
+    assert of_file["fid"] == pytest.approx(alone, rel=1e-4)
+    assert of_pngs["fid"] == pytest.approx(of_file["fid"], rel=1e-9)
+    # The reference may be images: here the samples themselves.
+    assert of_itself["fid"] == pytest.approx(0, abs=1e-3)
+    assert (of_itself["precision"], of_itself["recall"], of_itself["coverage"]) == (1, 1, 1)
+
+
+def score_samples(common, samples, reference, out) -> dict:
+    run_program("eval_fid.py", *common, "--samples", samples, "--fid_stats", reference, "--out", out)
+    (cell,) = json.loads((out / "fid.json").read_text())["cells"]
+    return cell
 
 
 @finished_run
@@ -383,6 +389,7 @@ def test_evaluation_refuses_wrong_input(finished, weights, tmp_path):
         (["--load_dir", folder, "--labels", "dataset"], ["--labels=dataset", "compute_fid_stats.py"]),
         (["--samples", "none.npz", "--fid_stats", "data/fid_stats_digits.npz"], ["--samples=none.npz"]),
         (["--samples", bad_statistics], ["--samples=", "float64", "uint8"]),
+        (["--load_dir", folder, "--save_samples", folder], ["--save_samples=", "no sample"]),
     ]
     for args, words in cases:
         args = [*args, "--num_samples", 4, "--out", tmp_path, "--wandb.mode", "disabled"]

@@ -104,3 +104,16 @@ def test_an_image_that_is_cut_short_is_named_when_it_is_read(tmp_path):
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(UserError, match=r"000007\.png is not a readable image"):
         list(open_samples(tmp_path / "folder").read(4))
+
+
+def test_nothing_but_earlier_samples_is_removed(tmp_path):
+    write_samples(tmp_path / "folder")
+    write_samples(tmp_path / "folder", IMAGES[:3])
+    assert len(list((tmp_path / "folder").iterdir())) == 3
+    write(tmp_path / "home" / "holiday.png", IMAGES[0])
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    for name, message in {"home": "holds holiday.png", "file": "is a file", "folder.npz": "is a folder"}.items():
+        with pytest.raises(UserError, match=f"--save_samples={tmp_path / name} {message}"):
+            SampleWriter(tmp_path / name, 3)
+    assert (tmp_path / "home" / "holiday.png").exists()

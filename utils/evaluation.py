@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key, PyTree, UInt8
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from diffusion_transformer import DiT
 from utils import flow, inception, plotting, sampling
@@ -257,15 +258,22 @@ def place_images(batches: Iterable[UInt8[np.ndarray, "b h w c"]], batch_size: in
 
 
 def measure_images(
-    extractor: Callable, batches: Iterable[ImageBatch], statistics: ImageStatistics
+    extractor: Callable,
+    batches: Iterable[ImageBatch],
+    statistics: ImageStatistics,
+    total: int | None = None,
+    title: str | None = None,
 ) -> Iterator[ImageBatch]:
     """The batches, each after `statistics` has been given its Inception features; grey counts as three equal channels.
 
-    While the host waits for the features of one batch, the devices already have the next one's work.
+    While the host waits for the features of one batch, the devices already have the next one's work. With `total`, the
+    number of images, a progress bar is shown.
     """
+    bar = tqdm(total=total, unit="image", desc=title, disable=total is None)
 
     def finish(batch: ImageBatch, features: inception.Features) -> ImageBatch:
         statistics.update(*(gather(rows)[: batch.count] for rows in features))
+        bar.update(batch.count)
         return batch
 
     waiting = None
@@ -277,6 +285,7 @@ def measure_images(
         waiting = (batch, features)
     if waiting:
         yield finish(*waiting)
+    bar.close()
 
 
 def find_convention(reference: ReferenceStatistics, given: str | None) -> str:

@@ -3,8 +3,8 @@ Inception Score. NumPy and SciPy only."""
 
 import dataclasses
 import hashlib
-import io
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +18,6 @@ from utils.errors import UserError
 
 # Share of a matrix's largest entry (or eigenvalue) that may be rounding: covariances are often stored in float32.
 ROUNDING = 1e-5
-
-# Optional entries of a statistics file that ReferenceStatistics carries.
-_FACTS = ("num_images", "convention", "dataset")
 
 
 class FeatureStatistics:
@@ -274,8 +271,8 @@ class ImageStatistics:
 class ReferenceStatistics:
     """Statistics of the images that samples are compared with; None where the file does not have them."""
 
-    mu: Float[np.ndarray, " d"]
-    sigma: Float[np.ndarray, "d d"]
+    mu: Float[np.ndarray, " d"] | None
+    sigma: Float[np.ndarray, "d d"] | None
     sha256: str
     path: Path
     num_images: int | None = None
@@ -308,34 +305,49 @@ _FACTS = ("num_images", "convention", "dataset")
 _ARRAYS = {"spatial_mu": "mu_s", "spatial_sigma": "sigma_s", "features": "features", "label_counts": "label_counts"}
 
 
-def load_statistics(path: str | Path, num_features: int = 2048) -> ReferenceStatistics:
-    """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d): those of TTUR, pytorch-fid,
-    jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what `save_statistics` writes.
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads pickled containers of NumPy arrays, and nothing that could run code."""
 
-    Everything else is read where the file has it. UserError for a file that is missing, broken, incomplete, of another
+    def find_class(self, module: str, name: str) -> type:
+        if module.split(".")[0] == "numpy" and name in ("ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
+
+
+def load_statistics(path: str | Path, num_features: int = 2048, optional: bool = False) -> ReferenceStatistics:
+    """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d): those of TTUR, pytorch-fid,
+    jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what `save_statistics` writes; or from EDM2's
+    pickle of {"fid": {"mu", "sigma"}}.
+
+    Everything else is read where the file has it; with `optional`, mean and covariance too are None where they are not
+    there. UserError for a file that is missing, broken, incomplete, of another
     network or not finite.
     """
     path = Path(path)
     fix = "make it: compute_fid_stats.py --dataset_name NAME --out FILE.npz"
     if not path.is_file():
         raise UserError(f"--fid_stats={path} is not a file; {fix}")
-    content = path.read_bytes()
     try:
-        with np.load(io.BytesIO(content)) as archive:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            archive = _ArrayUnpickler(file).load()["fid"] if path.suffix == ".pkl" else np.load(file)
+            if optional and "mu" not in archive:
+                return ReferenceStatistics(None, None, sha256, path)
             mu, sigma = (archive[key].astype(np.float64) for key in ("mu", "sigma"))
             facts = {key: archive[key].item() for key in _FACTS if key in archive}
             arrays = {field: archive[key].astype(np.float64) for field, key in _ARRAYS.items() if key in archive}
     except KeyError as error:
         fix = fix.replace("--dataset_name NAME", f"--images {path} (if it holds images)")
         raise UserError(f"--fid_stats={path} holds no `mu` and `sigma`; {fix}") from error
-    except Exception as error:  # whatever NumPy and zipfile raise for what is not an npz, or only the head of one
-        raise UserError(f"--fid_stats={path} is not a whole npz of numbers; {fix}") from error
+    except Exception as error:  # whatever NumPy, pickle and zipfile raise for what is not theirs, or only a head of it
+        raise UserError(f"--fid_stats={path} is not a whole npz (or pickle) of numbers; {fix}") from error
     if mu.shape != (num_features,) or sigma.shape != (num_features, num_features):
         shapes = f"mu {mu.shape}, sigma {sigma.shape}"
         raise UserError(f"--fid_stats={path} is not of {num_features} features ({shapes}); {fix}")
     if not all(np.isfinite(array).all() for array in (mu, sigma, *arrays.values())):
         raise UserError(f"--fid_stats={path} holds NaN or infinity; {fix}")
-    return ReferenceStatistics(mu, sigma, hashlib.sha256(content).hexdigest(), path, **facts, **arrays)
+    return ReferenceStatistics(mu, sigma, sha256, path, **facts, **arrays)
 
 
 def save_statistics(

@@ -2,6 +2,7 @@
 read a batch at a time, so that any number of samples fits in memory."""
 
 import dataclasses
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -37,6 +38,25 @@ def open_samples(path: str | Path, flag: str = "samples") -> Samples:
     if not path.is_file():
         raise UserError(f"--{flag}={path} is neither a file nor a folder; give an npz of images or a folder of PNGs")
     return _open_npz(path, f"--{flag}={path}")
+
+
+def holds_images(path: str | Path) -> bool:
+    """Whether `path` is an npz with ADM's array of images, `arr_0`."""
+    return zipfile.is_zipfile(path) and "arr_0.npy" in zipfile.ZipFile(path).namelist()
+
+
+def check_sample_path(path: str | Path) -> None:
+    """UserError where `SampleWriter` would have to remove something else than earlier samples."""
+    path = Path(path)
+    if path.suffix == ".npz" and path.is_dir():
+        raise UserError(f"--save_samples={path} is a folder; name a file, or a folder without .npz")
+    if path.suffix == ".npz" or not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"--save_samples={path} is a file; name an .npz or a folder")
+    other = next((file.name for file in path.iterdir() if not re.fullmatch(r"\d{6,}\.png", file.name)), None)
+    if other is not None:
+        raise UserError(f"--save_samples={path} holds {other}, which is no sample; name a new folder")
 
 
 def _open_npz(path: Path, flag: str) -> Samples:
@@ -121,10 +141,12 @@ def _read_pixels(file: Path, flag: str) -> np.ndarray:
 
 
 class SampleWriter:
-    """Writes batches to `path`, an npz if that is its suffix, else a folder of PNGs (000000.png, ...); the npz appears
-    when it is whole. To be used in a `with` statement."""
+    """Writes batches to `path`, an npz if that is its suffix, else a folder of PNGs (000000.png, ...), in which earlier
+    samples are replaced; the npz appears when it is whole. To be used in a `with` statement. UserError where the folder
+    holds anything else."""
 
     def __init__(self, path: str | Path, num_samples: int):
+        check_sample_path(path)
         self.path, self.num_samples, self.labels = Path(path), num_samples, []
         self.temporary = self.path.with_name(self.path.name + ".tmp")
         self.archive = self.file = None
