@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from utils import evaluation
+from utils import evaluation, sampling
 from utils.config import PRESETS
 from utils.fid import ImageStatistics
 from utils.inception import Features
@@ -149,3 +149,19 @@ def test_one_step_panel_goes_the_whole_way(context, params):
     v = jax.jit(context.model.apply)({"params": params}, noise, jnp.zeros(8), labels)
     expected = np.round((np.clip(noise + v, -1, 1) + 1) * 127.5)
     assert np.abs(last - expected).max() <= 1
+
+
+def test_generated_images_are_clipped_and_rounded_once(context, params):
+    """Inception is given uint8 pixels of what lies in [-1, 1]: not scaled again, not cut off, not wrapped around."""
+    images, labels = generate(context, params, 16, 16, cfg_scale=None, num_steps=2)
+    noise_key, _ = jax.random.split(jax.random.key(0))
+    x = sampling.sample_noise(noise_key, jnp.arange(16), (8, 8, 1))
+    for t in (0, 0.5):
+        x = x + jax.jit(context.model.apply)({"params": params}, x, jnp.full(16, t), labels) / 2
+    x = np.asarray(x)
+    assert (x < -1.1).any()
+    assert (x > 1.1).any()
+    expected = np.floor((np.clip(x, -1, 1) + 1) / 2 * 255 + 0.5)
+    difference = np.abs(images - expected)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
