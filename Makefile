@@ -20,12 +20,13 @@ $(STAMP): requirements.txt
 
 DEMO := runs/demo
 DEMO_STEPS := 1500
+DEMO_FLAGS :=
 demo: $(STAMP)
 	$(BIN)/python train_flow.py --dataset_name digits --use_stable_vae 0 --save_dir $(DEMO) --wandb.name demo \
 	  --wandb.mode disabled --model.hidden_size 128 --model.depth 4 --model.num_heads 4 --model.mlp_ratio 4 \
 	  --model.patch_size 2 --model.num_classes 10 --model.lr 1e-3 --model.target_update_rate 0.998 \
 	  --model.cfg_scale 2 --batch_size 128 --max_steps $(DEMO_STEPS) --log_interval 100 --eval_interval 500 \
-	  --save_interval 500
+	  --save_interval 500 $(DEMO_FLAGS)
 	test $(DEMO)/fid.json -nt $(DEMO)/checkpoints/$(DEMO_STEPS) || $(BIN)/python eval_fid.py --load_dir $(DEMO) \
 	  --denoise_timesteps 64 --cfg_scale 2 --num_samples 500 --batch_size 25 --save_samples $(DEMO)/samples.npz \
 	  --wandb.mode disabled

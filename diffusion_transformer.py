@@ -1,9 +1,11 @@
 """The Diffusion Transformer (DiT, Peebles & Xie, arXiv:2212.09748) as a velocity model v(x_t, t, label), in Flax.
 
-No flags, no configuration, no I/O. Parameters, normalisation, softmax and the timestep features are float32 whatever
-the compute type `dtype`. Shape comments use b = batch, n = tokens, d = hidden size, h/w/c = image axes, p = patch.
+No flags, no configuration, no I/O. Parameters and their gradients, normalisation, softmax, the sums inside products and
+the timestep features are float32 whatever the compute type `dtype`. Shape comments use b = batch, n = tokens,
+d = hidden size, h/w/c = image axes, p = patch.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -15,6 +17,13 @@ from jaxtyping import Array, Float, Int
 
 TIMESTEP_FEATURES = 256
 TIMESTEP_SCALE = 10_000.0  # t in [0, 1] is stretched to the range that the sinusoids were made for
+
+# What of a block is kept for its backward pass; the rest is computed again (rematerialisation, arXiv:1604.06174).
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters, not attention's
+    "blocks": jax.checkpoint_policies.nothing_saveable,  # its input alone
+}
 
 normal_init = nn.initializers.normal(0.02)
 xavier_uniform = nn.initializers.xavier_uniform()
@@ -46,6 +55,59 @@ def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def contract(x: Array, y: Array, axes: tuple[int, int], dtype: Any = None) -> Array:
+    """Sum of products over one axis of each, taken in float32; of type `dtype`, if given, else of that of x."""
+    # XLA's fast kernels for bfloat16 on CPUs are those that write float32; an accelerator writes either.
+    written = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    z = jax.lax.dot_general(x, y, (([axes[0] % x.ndim], [axes[1]]), ([], [])), preferred_element_type=written)
+    return z.astype(dtype or x.dtype)
+
+
+@jax.custom_vjp
+def affine(
+    x: Float[Array, "*rows k"], kernel: Float[Array, "k m"], bias: Float[Array, " m"]
+) -> Float[Array, "*rows m"]:
+    """x @ kernel + bias in the type of x.
+
+    Its derivative is written out, because JAX's would round the parameters' gradients to that type before Adam sees
+    them, and would contract batch and tokens as two axes, which on a CPU takes half as long again.
+    """
+    return contract(x, kernel.astype(x.dtype), (-1, 0)) + bias.astype(x.dtype)
+
+
+def _affine_forward(x, kernel, bias):
+    return affine(x, kernel, bias), (x, kernel)
+
+
+def _affine_backward(saved, gradient):
+    x, kernel = saved
+    rows, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    of_x = contract(gradients, kernel.astype(x.dtype), (1, 1)).reshape(x.shape)
+    columns = rows.T
+    if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16:
+        # Folded into the product, a transposition costs the fast kernels; a join of two pieces is not folded.
+        columns = jnp.concatenate(jnp.array_split(columns, 2))
+    of_kernel = contract(columns, gradients, (1, 0), jnp.float32)
+    return of_x, of_kernel, gradients.sum(axis=0, dtype=jnp.float32)
+
+
+affine.defvjp(_affine_forward, _affine_backward)
+
+
+class Dense(nn.Module):
+    """`affine` of the last axis, with its parameters; computes in `dtype`."""
+
+    features: int
+    dtype: Any
+    kernel_init: nn.initializers.Initializer
+    bias_init: nn.initializers.Initializer = zeros_init
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        return affine(x.astype(self.dtype), kernel, self.param("bias", self.bias_init, (self.features,)))
+
+
 class PatchEmbed(nn.Module):
     """Images (b, h, w, c) -> tokens (b, n, d): a convolution with kernel = stride = patch, written as one product."""
 
@@ -59,9 +121,8 @@ class PatchEmbed(nn.Module):
         p, d = self.patch_size, self.hidden_size
         kernel = self.param("kernel", xavier_uniform, (p, p, c, d))
         bias = self.param("bias", zeros_init, (d,))
-        x = x.reshape(b, h // p, p, w // p, p, c)
-        x = jnp.einsum("bhpwqc,pqcd->bhwd", x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
-        return x.reshape(b, -1, d)
+        patches = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)  # (b, h/p, w/p, p, p, c)
+        return affine(patches.reshape(b, -1, p * p * c), kernel.reshape(-1, d), bias)
 
 
 class TimestepEmbed(nn.Module):
@@ -72,8 +133,8 @@ class TimestepEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t):
-        x = nn.Dense(self.hidden_size, kernel_init=normal_init, dtype=self.dtype, name="dense_0")(timestep_features(t))
-        return nn.Dense(self.hidden_size, kernel_init=normal_init, dtype=self.dtype, name="dense_1")(nn.silu(x))
+        x = Dense(self.hidden_size, self.dtype, normal_init, name="dense_0")(timestep_features(t))
+        return Dense(self.hidden_size, self.dtype, normal_init, name="dense_1")(nn.silu(x))
 
 
 class LabelEmbed(nn.Module):
@@ -99,6 +160,13 @@ class LabelEmbed(nn.Module):
         return table(labels)
 
 
+@functools.cache
+def has_cudnn_attention() -> bool:
+    """Whether the devices are NVIDIA's with cuDNN's fused attention (Ampere or newer)."""
+    device = jax.devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with biases; query, key and value come from one product."""
 
@@ -107,16 +175,15 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        head_dim = x.shape[-1] // self.num_heads
-        # Xavier over one of the three projections at a time: fused, they must start as three separate kernels would.
-        qkv_init = nn.initializers.variance_scaling(1, "fan_avg", "uniform", in_axis=0, out_axis=(2, 3), batch_axis=1)
-        kernel = self.param("qkv_kernel", qkv_init, (x.shape[-1], 3, self.num_heads, head_dim)).astype(self.dtype)
-        bias = self.param("qkv_bias", zeros_init, (3, self.num_heads, head_dim)).astype(self.dtype)
-        query, key, value = jnp.moveaxis(jnp.einsum("bnd,dkhe->bnkhe", x, kernel) + bias, 2, 0)
-        x = jax.nn.dot_product_attention(query, key, value)  # softmax in float32
-        return nn.DenseGeneral(
-            self.num_heads * head_dim, axis=(-2, -1), kernel_init=xavier_uniform, dtype=self.dtype, name="out"
-        )(x)
+        (b, n, d), head_dim = x.shape, x.shape[-1] // self.num_heads
+        # Three kernels (d, d) side by side, each of which starts as Xavier would have it.
+        qkv_init = nn.initializers.variance_scaling(2, "fan_avg", "uniform")
+        qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x).reshape(b, n, 3, self.num_heads, head_dim)
+        query, key, value = jnp.moveaxis(qkv, 2, 0)
+        is_fused = self.dtype == jnp.bfloat16 and head_dim % 8 == 0 and has_cudnn_attention()
+        implementation = "cudnn" if is_fused else "xla"  # softmax in float32 either way
+        x = jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+        return Dense(d, self.dtype, xavier_uniform, name="out")(x.reshape(b, n, d))
 
 
 class Mlp(nn.Module):
@@ -125,9 +192,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        inits = {"kernel_init": xavier_uniform, "bias_init": nn.initializers.normal(1e-6), "dtype": self.dtype}
-        hidden = nn.gelu(nn.Dense(self.width, name="dense_0", **inits)(x), approximate=True)
-        return nn.Dense(x.shape[-1], name="dense_1", **inits)(hidden)
+        bias_init = nn.initializers.normal(1e-6)
+        hidden = nn.gelu(Dense(self.width, self.dtype, xavier_uniform, bias_init, name="dense_0")(x), approximate=True)
+        return Dense(x.shape[-1], self.dtype, xavier_uniform, bias_init, name="dense_1")(hidden)
 
 
 class AdaLayerNorm(nn.Module):
@@ -139,7 +206,7 @@ class AdaLayerNorm(nn.Module):
     @nn.compact
     def __call__(self, c):
         width = self.count * c.shape[-1]
-        x = nn.Dense(width, kernel_init=zeros_init, dtype=self.dtype, name="dense")(nn.silu(c))
+        x = Dense(width, self.dtype, zeros_init, name="dense")(nn.silu(c))
         return jnp.split(x, self.count, axis=-1)
 
 
@@ -178,7 +245,7 @@ class FinalLayer(nn.Module):
     def __call__(self, x, c):
         shift, scale = AdaLayerNorm(2, self.dtype, name="ada_ln")(c)
         x = modulate(layer_norm(x, self.dtype), shift, scale)
-        return nn.Dense(self.out_features, kernel_init=zeros_init, dtype=self.dtype, name="dense")(x)
+        return Dense(self.out_features, self.dtype, zeros_init, name="dense")(x)
 
 
 class DiT(nn.Module):
@@ -186,7 +253,8 @@ class DiT(nn.Module):
 
     Sizes: `patch_size` divides the image sides, `num_heads` divides `hidden_size`, `hidden_size` is a multiple of 4
     (two axes of sines and cosines). Without `t_conditioning` the model sees t = 0 always. `dtype` is the compute type;
-    the output is float32.
+    the output is float32. `remat` names what a block recomputes in its backward pass: 'none'; 'dots', all but products
+    with parameters; 'blocks', everything.
     """
 
     patch_size: int
@@ -198,6 +266,7 @@ class DiT(nn.Module):
     num_classes: int
     dtype: Any = jnp.float32
     t_conditioning: bool = True
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -223,12 +292,18 @@ class DiT(nn.Module):
             self.num_classes, self.hidden_size, self.class_dropout_prob, self.dtype, name="label_embed"
         )(y, train, force_drop_ids)
 
-        for i in range(self.depth):
-            tokens = DiTBlock(self.num_heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(tokens, condition)
+        tokens = self.apply_blocks(tokens, condition)
         patches = FinalLayer(p * p * c, self.dtype, name="final_layer")(tokens, condition)
 
         image = patches.reshape(b, h // p, w // p, p, p, c).swapaxes(2, 3)  # (b, h/p, p, w/p, p, c)
         return image.reshape(b, h, w, c).astype(jnp.float32)
+
+    def apply_blocks(self, tokens: Float[Array, "b n d"], condition: Float[Array, "b d"]) -> Float[Array, "b n d"]:
+        # Written out rather than scanned over: see benchmarks/train_step.py for what that costs and gains.
+        Block = DiTBlock if self.remat == "none" else nn.remat(DiTBlock, policy=REMAT_POLICIES[self.remat])
+        for i in range(self.depth):
+            tokens = Block(self.num_heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(tokens, condition)
+        return tokens
 
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
         """Floating-point operations of one forward pass on one (h, w, c) image, matrix products only (2 per MAC).

@@ -21,9 +21,9 @@ from utils import config as cfg
 from utils import evaluation, latents
 from utils.datasets import SPLITS, ImageDataset, epoch_batches, load_dataset
 from utils.errors import UserError
+from utils.files import write_json
 from utils.sharding import batch_sharding, gather, make_mesh, spread
 from utils.stable_vae import StableVAE, images_from_uint8
-from utils.tracking import write_json
 
 
 def define_flags() -> None:

@@ -27,10 +27,11 @@ from utils import evaluation, inception, plotting
 from utils.checkpoint import open_checkpoint
 from utils.errors import UserError
 from utils.fid import ImageStatistics, ReferenceStatistics, compare, load_statistics, save_statistics
+from utils.files import write_json
 from utils.samples import Samples, SampleWriter, check_sample_path, holds_images, open_samples
 from utils.sampling import LABELS, SOLVERS, Sampler
-from utils.sharding import abstract, gather, make_mesh, replicated
-from utils.tracking import Tracker, write_json
+from utils.sharding import abstract, free_memory, gather, make_mesh, replicated
+from utils.tracking import Tracker
 
 GRID_IMAGES = 64
 METRICS = {  # in the order of the table's columns
@@ -59,7 +60,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("solver", "euler", list(SOLVERS), "heun and midpoint take two velocities a step.")
     flags.DEFINE_enum("labels", "uniform", list(LABELS), "How labels are drawn; dataset: as often as in --fid_stats.")
     flags.DEFINE_integer("num_samples", 50_000, "Samples, exactly.", lower_bound=2)
-    flags.DEFINE_integer("batch_size", 128, "Samples made at a time, over all devices.")
+    flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: what fits, 128 on CPUs.")
     flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
     flags.DEFINE_enum("convention", None, list(inception.CONVENTIONS), "Of --fid_stats, where the file does not say.")
     flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
@@ -104,7 +105,9 @@ class Scoring:
 
     def __init__(self, config: ConfigDict, dataset_name: str | None, default_out: Path):
         self.config, self.mesh = config, make_mesh()
-        cfg.check_batch_size(config.batch_size, self.mesh.size)
+        if config.batch_size is not None:
+            cfg.check_batch_size(config.batch_size, self.mesh.size)
+        self.batch_size = config.batch_size or -(-evaluation.RECIPE_BATCH_SIZE // self.mesh.size) * self.mesh.size
         path = find_statistics(config, config.dataset_name or dataset_name)
         images = open_samples(path, "fid_stats") if holds_images(path) else None
         self.reference = load_statistics(path, optional=images is not None)
@@ -131,7 +134,7 @@ class Scoring:
         return evaluation.measure_images(self.extractor, batches, statistics, total, title)
 
     def measure_samples(self, samples: Samples, statistics: ImageStatistics, title: str) -> None:
-        batches = evaluation.place_images(samples.read(self.config.batch_size), self.config.batch_size, self.mesh)
+        batches = evaluation.place_images(samples.read(self.batch_size), self.batch_size, self.mesh)
         for _ in self.measure(batches, samples.num_samples, statistics, title):
             pass
 
@@ -166,10 +169,8 @@ class RunEvaluation(Scoring):
         data = saved["dataset"]
         self.samplers = read_samplers(config)
         super().__init__(config, data["name"], checkpoints.folder.parent)
-        self.class_counts = self.reference.label_counts
-        if config.labels == "dataset" and (
-            self.class_counts is None or len(self.class_counts) != len(data["class_names"])
-        ):
+        class_counts = self.reference.label_counts
+        if config.labels == "dataset" and (class_counts is None or len(class_counts) != len(data["class_names"])):
             raise UserError(
                 f"--labels=dataset: {self.reference.path} does not say how often each of the run's classes is; "
                 "make it with compute_fid_stats.py from the run's data set"
@@ -182,11 +183,18 @@ class RunEvaluation(Scoring):
         self.context = evaluation.make_context(model, codec, self.mesh, data["image_shape"], data["class_names"])
         shapes = jax.eval_shape(partial(evaluation.init_params, self.context), jax.random.key(0))
         like = abstract(shapes, replicated(self.mesh))
-        (self.params,) = checkpoints.restore_params(self.step, like, ("ema_params",))
+        (params,) = checkpoints.restore_params(self.step, like, ("ema_params",))
+        counts = class_counts if config.labels == "dataset" else None
+        labels = {"label_mode": config.labels, "class_counts": counts}
+        self.generator = evaluation.Generator(self.context, params, seed=config.seed, **labels)
+        if config.batch_size is None:
+            costliest = max(self.samplers, key=lambda sampler: sampler.cfg_scale is not None)
+            self.batch_size = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
+            print(f"--batch_size {self.batch_size}")
         self.settings |= {
             "checkpoint": str(Path(config.load_dir).absolute()),
             "checkpoint_step": self.step,
-            "params_sha256": hash_params(self.params),
+            "params_sha256": hash_params(params),
             "vae_sha256": sha256,
             "dtype": model.dtype,
             "t_conditioning": model.t_conditioning,
@@ -200,16 +208,7 @@ class RunEvaluation(Scoring):
     def evaluate(self, sampler: Sampler) -> dict[str, float]:
         """The metrics of one sampler; its picture is written on the way, and its samples, if asked for."""
         config, statistics, kept = self.config, self.statistics(), []
-        batches = evaluation.generate_images(
-            self.context,
-            self.params,
-            sampler,
-            num_samples=config.num_samples,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            label_mode=config.labels,
-            class_counts=self.class_counts if config.labels == "dataset" else None,
-        )
+        batches = self.generator.generate(sampler, config.num_samples, self.batch_size)
         measured = self.measure(batches, config.num_samples, statistics, str(sampler))
         if config.save_samples:
             with SampleWriter(config.save_samples, config.num_samples) as writer:

@@ -8,8 +8,9 @@ The same command again continues a run from its newest checkpoint. README.md has
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +23,28 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from diffusion_transformer import DiT
+from diffusion_transformer import REMAT_POLICIES, DiT
 from utils import config as cfg
 from utils import evaluation, flow, inception
 from utils.checkpoint import Checkpoints, open_checkpoint
 from utils.datasets import first_examples, load_dataset, training_batches
 from utils.errors import UserError
 from utils.fid import ImageStatistics, compare, load_statistics
+from utils.files import write_json
 from utils.sampling import Sampler
-from utils.sharding import abstract, feed, initialize_processes, make_mesh, replicated, state_sharding, to_devices
+from utils.sharding import (
+    abstract,
+    feed,
+    initialize_processes,
+    make_mesh,
+    memory_of,
+    replicated,
+    state_sharding,
+    to_devices,
+)
 from utils.stable_vae import PixelCodec, StableVAE, encode_batch
-from utils.tracking import Tracker, write_json
+from utils.throughput import StepTrace, Throughput
+from utils.tracking import Tracker
 from utils.train_state import TrainState, apply_gradients, create_train_state, make_optimizer
 
 
@@ -55,6 +67,15 @@ def define_flags() -> None:
     flags.DEFINE_integer("keep_every", 1_000_000, "Checkpoints of multiples of this step are kept too.", lower_bound=1)
     flags.DEFINE_integer("debug_overfit", 0, "1 trains on one repeated batch.", 0, 1)
     flags.DEFINE_enum("sharding", "dp", ["dp", "fsdp"], "dp replicates the state over the devices, fsdp splits it.")
+    flags.DEFINE_integer("grad_accum", 1, "Parts in which a batch is computed, for less memory.", lower_bound=1)
+    flags.DEFINE_enum(
+        "remat",
+        "none",
+        list(REMAT_POLICIES),
+        "What the backward pass recomputes, for less memory: dots all but products.",
+    )
+    flags.DEFINE_float("peak_tflops", None, "Of one device, where its kind is not known, for the MFU.", lower_bound=0)
+    flags.DEFINE_string("profile", None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.")
     flags.DEFINE_string("fid_stats", None, "Reference statistics; with them, `fid` is logged at every evaluation.")
     flags.DEFINE_integer("fid_samples", 10_000, "Samples of a training-time FID.", lower_bound=2)
     flags.DEFINE_enum("convention", None, list(inception.CONVENTIONS), "Of --fid_stats, where the file does not say.")
@@ -71,23 +92,58 @@ Codec = PixelCodec | StableVAE
 INIT, VALIDATION = 2**31 - 1, 2**31 - 2
 
 
+def mean_over_parts(function: Callable[[PyTree], PyTree], examples: PyTree, num_parts: int) -> PyTree:
+    """The mean of function(part) over `num_parts` parts of the examples' rows, computed one after the other."""
+    if num_parts == 1:
+        return function(examples)
+    # Every num_parts-th row: whatever rows a device has, it has as many of each part.
+    parts = jax.tree.map(lambda rows: rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1), examples)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda rows: rows[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, parts)
+    return jax.tree.map(lambda x: x / num_parts, total)
+
+
 def loss_and_gradients(
-    params: PyTree, key: jax.Array, batch: PyTree, codec: Codec, *, model: DiT, t_sampler: str, train: bool
+    params: PyTree,
+    key: jax.Array,
+    batch: PyTree,
+    codec: Codec,
+    *,
+    model: DiT,
+    t_sampler: str,
+    train: bool,
+    grad_accum: int,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
-    """(gradients, mean metrics) of the flow-matching loss on a global batch; labels are dropped only if `train`."""
+    """(gradients, mean metrics) of the flow-matching loss on a global batch; labels are dropped only if `train`.
+
+    All that is random is drawn by example, so that `grad_accum`, the number of parts, changes nothing but rounding.
+    """
     codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
-    x_1 = encode_batch(codec, codec_key, batch)
-    x_0 = jax.random.normal(noise_key, x_1.shape)
-    t = flow.sample_times(time_key, len(x_1), t_sampler)
+    count = len(batch["label"])
+    examples = {
+        "batch": batch,
+        "codec_key": jax.random.split(codec_key, count),
+        "noise_key": jax.random.split(noise_key, count),
+        "t": flow.sample_times(time_key, count, t_sampler),
+        "is_dropped": jax.random.bernoulli(dropout_key, model.class_dropout_prob if train else 0.0, (count,)),
+    }
 
-    def loss_fn(params):
-        def velocity_fn(x_t, t):
-            return model.apply({"params": params}, x_t, t, batch["label"], train, rngs={"label_dropout": dropout_key})
+    def gradients(examples):
+        labels, is_dropped = examples["batch"]["label"], examples["is_dropped"]
+        x_1 = encode_batch(codec, examples["codec_key"], examples["batch"])
+        x_0 = jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(examples["noise_key"])
 
-        metrics = jax.tree.map(jnp.mean, flow.flow_matching_terms(velocity_fn, x_0, x_1, t))
-        return metrics["l2_loss"], metrics
+        def loss_fn(params):
+            def velocity_fn(x_t, t):
+                return model.apply({"params": params}, x_t, t, labels, train, force_drop_ids=is_dropped)
 
-    return jax.grad(loss_fn, has_aux=True)(params)
+            metrics = jax.tree.map(jnp.mean, flow.flow_matching_terms(velocity_fn, x_0, x_1, examples["t"]))
+            return metrics["l2_loss"], metrics
+
+        return jax.grad(loss_fn, has_aux=True)(params)
+
+    return mean_over_parts(gradients, examples, grad_accum)
 
 
 def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, jax.Array]:
@@ -103,11 +159,13 @@ def train_step(
     model: DiT,
     optimizer: optax.GradientTransformation,
     t_sampler: str,
+    grad_accum: int,
     ema_decay: float,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
     key = jax.random.fold_in(state.key, state.step)
-    grads, metrics = loss_and_gradients(state.params, key, batch, codec, model=model, t_sampler=t_sampler, train=True)
+    options = {"model": model, "t_sampler": t_sampler, "grad_accum": grad_accum, "train": True}
+    grads, metrics = loss_and_gradients(state.params, key, batch, codec, **options)
     new_state, updates = apply_gradients(state, grads, optimizer, ema_decay)
     return new_state, metrics | norms(grads, updates, new_state.params)
 
@@ -120,11 +178,13 @@ def validation_step(
     model: DiT,
     optimizer: optax.GradientTransformation,
     t_sampler: str,
+    grad_accum: int,
 ) -> dict[str, jax.Array]:
     """Metrics of a batch without label dropout, with the same noise and times whatever the step; the norms are those of
     the update that this batch would cause, which is not applied."""
     key = jax.random.fold_in(state.key, VALIDATION)
-    grads, metrics = loss_and_gradients(state.params, key, batch, codec, model=model, t_sampler=t_sampler, train=False)
+    options = {"model": model, "t_sampler": t_sampler, "grad_accum": grad_accum, "train": False}
+    grads, metrics = loss_and_gradients(state.params, key, batch, codec, **options)
     updates, _ = optimizer.update(grads, state.opt_state, state.params)
     return metrics | norms(grads, updates, state.params)
 
@@ -134,7 +194,7 @@ class Run:
 
     def __init__(self, config: ConfigDict):
         self.config, self.mesh = config, make_mesh()
-        cfg.check_batch_size(config.batch_size, self.mesh.size)
+        cfg.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum)
         options = (config.data_dir, config.image_size, config.broken_images)
         dataset, validation_dataset = (
             load_dataset(config.dataset_name, split, *options) for split in ("train", "validation")
@@ -146,7 +206,8 @@ class Run:
         codec = evaluation.load_codec(
             config.model.use_stable_vae, vae, self.mesh, dataset.image_shape, latents and latents.vae_sha256
         )
-        self.context = evaluation.make_context(config.model, codec, self.mesh, dataset.image_shape, dataset.class_names)
+        facts = (dataset.image_shape, dataset.class_names)
+        self.context = evaluation.make_context(config.model, codec, self.mesh, *facts, remat=config.remat)
         self.reference = load_statistics(config.fid_stats) if config.fid_stats else None
         if self.reference is not None:
             convention = evaluation.find_convention(self.reference, config.convention)
@@ -154,6 +215,8 @@ class Run:
             self.extractor = inception.load_feature_extractor(weights, convention, replicated(self.mesh))
         self.folder = cfg.run_folder(config)
         cfg.check_writable(self.folder, "save_dir")
+        if config.profile:
+            cfg.check_writable(Path(config.profile), "profile")
         self.optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
         self.checkpoints = Checkpoints(self.folder, config.keep_last, config.keep_every)
         # Enough to sample from a checkpoint without its data set.
@@ -176,7 +239,9 @@ class Run:
             "model": self.context.model,
             "optimizer": self.optimizer,
             "t_sampler": config.model.t_sampler,
+            "grad_accum": config.grad_accum,
         }
+        self.flops_per_step = 3 * config.batch_size * self.context.model.count_flops(self.context.latent_shape)
 
     def first_state(self) -> TrainState:
         """The newest checkpoint's state, with the data moved to its position; or step 0, perhaps of --load_dir.
@@ -214,15 +279,18 @@ class Run:
         shardings = (jax.tree.map(lambda x: x.sharding, state), replicated(self.mesh))
         step = partial(train_step, **self.parts, ema_decay=ema_decay)
         step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
-        return step.lower(state, self.validation_batch, self.context.codec).compile()
+        say("compiling the training step ...")
+        started = time.monotonic()
+        compiled = step.lower(state, self.validation_batch, self.context.codec).compile()
+        say(f"compiled in {time.monotonic() - started:.1f} s; it needs {memory_of(compiled) / 2**30:.2f} GiB a device")
+        return compiled
 
     def summary(self, state: TrainState) -> str:
         model, shape = self.config.model, self.context.latent_shape
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        flops = 3 * self.config.batch_size * self.context.model.count_flops(shape)
         return (
             f"DiT {model.hidden_size} wide, {model.depth} deep, {model.num_heads} heads, patch {model.patch_size} on "
-            f"{'x'.join(map(str, shape))}: {count:,} parameters, {flops / 1e9:,.1f} GFLOP a step of "
+            f"{'x'.join(map(str, shape))}: {count:,} parameters, {self.flops_per_step / 1e9:,.1f} GFLOP a step of "
             f"{self.config.batch_size} images, on {self.mesh.size} x {jax.devices()[0].device_kind}"
         )
 
@@ -240,8 +308,8 @@ class Run:
 
     def compute_fid(self, state: TrainState, sampler: Sampler) -> float:
         config = self.config
-        sizes = {"num_samples": config.fid_samples, "batch_size": config.batch_size, "seed": config.seed}
-        samples = evaluation.generate_images(self.context, state.ema_params, sampler, **sizes)
+        generator = evaluation.Generator(self.context, state.ema_params, seed=config.seed)
+        samples = generator.generate(sampler, config.fid_samples, config.batch_size)
         statistics = ImageStatistics()
         for _ in evaluation.measure_images(self.extractor, samples, statistics):
             pass
@@ -294,41 +362,76 @@ def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, object]], step
     tracker.log(numbers, step)
 
 
+class Progress:
+    """What is said of the steps under way: a bar, and metrics at the steps that are logged.
+
+    A step is reported once the next one is dispatched, so that its numbers are read without leaving the devices idle
+    (and, as that waits for it, no more than two are ever in flight). `flush` reports what is left.
+    """
+
+    def __init__(self, run: Run, tracker: Tracker, step: int):
+        config = run.config
+        self.run, self.tracker, self.pending = run, tracker, None
+        self.throughput = Throughput(config.batch_size, run.flops_per_step, config.peak_tflops)
+        interval = 0.2 if sys.stderr.isatty() else 10  # a log file wants a line now and then
+        quiet = jax.process_index() > 0
+        self.bar = tqdm(total=config.max_steps, initial=step, unit="step", mininterval=interval, disable=quiet)
+
+    def add(self, step: int, metrics: dict[str, jax.Array], validation: dict[str, jax.Array] | None) -> None:
+        """Reports the step before; then step `step` is the one to be reported, and logged if it has `validation`."""
+        self.flush()
+        self.pending = (step, metrics, validation)
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (step, metrics, validation), self.pending = self.pending, None
+        loss = float(metrics["l2_loss"])
+        self.throughput.num_steps += 1
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.throughput}", refresh=False)
+        self.bar.update()
+        if validation is not None:
+            check_finite(metrics, step, self.run.checkpoints)
+            groups = {"training": metrics | self.throughput.read(), "validation": validation}
+            self.tracker.log(
+                {f"{group}/{name}": x for group, named in groups.items() for name, x in named.items()}, step
+            )
+            self.throughput.restart()
+
+    def is_idle(self) -> bool:
+        """Whether the devices have finished all that was dispatched."""
+        return self.pending is None or self.pending[1]["l2_loss"].is_ready()
+
+
 def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> int:
     """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last step."""
-    config, codec = run.config, run.context.codec
-    say("compiling the training step ...")
+    config, codec, step = run.config, run.context.codec, int(state.step)
     compiled_step = run.compile_train_step(state)
     validate = jax.jit(partial(validation_step, **run.parts))
-    step = int(state.step)
-    interval = 0.2 if sys.stderr.isatty() else 10  # a log file wants a line now and then
-    bar = tqdm(total=config.max_steps, initial=step, unit="step", mininterval=interval, disable=jax.process_index() > 0)
-    logged_step, logged_time, previous = step, time.monotonic(), None
-    with bar:
-        for batch, position in feed(run.batches, run.mesh):
+    progress, trace = Progress(run, tracker, step), StepTrace(config.profile, step)
+    with progress.bar:
+        for batch, position in progress.throughput.waiting(feed(run.batches, run.mesh), progress.is_idle):
             step += 1
+            trace.before(step)
             state, metrics = compiled_step(state, batch, codec)
-            # Waiting for the step before keeps two in flight: no idle device, no pile of batches.
-            if previous is not None:
-                loss, rate = float(previous["l2_loss"]), bar.format_dict["rate"] or 0
-                bar.set_postfix_str(f"loss {loss:.4f}, {rate * config.batch_size:,.0f} images/s", refresh=False)
-            previous = metrics
-            bar.update()
+            trace.after(step, metrics)
             is_end = step == config.max_steps
             is_last = is_end or stop.is_due(step)
-            if step % config.log_interval == 0 or step == 1 or is_end:
+            is_logged = step % config.log_interval == 0 or step == 1 or is_end
+            progress.add(step, metrics, validate(state, run.validation_batch, codec) if is_logged else None)
+            is_evaluated = config.eval_interval and (step % config.eval_interval == 0 or step == 1000 or is_end)
+            is_saved = step % config.save_interval == 0 or is_last
+            if is_evaluated or is_saved:
+                progress.flush()
                 check_finite(metrics, step, run.checkpoints)
-                groups = {"training": metrics, "validation": validate(state, run.validation_batch, codec)}
-                values = {f"{group}/{name}": value for group, named in groups.items() for name, value in named.items()}
-                rate = (step - logged_step) * config.batch_size / (time.monotonic() - logged_time)
-                tracker.log({**values, "training/images_per_second": rate}, step)
-                logged_step, logged_time = step, time.monotonic()
-            if config.eval_interval and (step % config.eval_interval == 0 or step == 1000 or is_end):
+            if is_evaluated:
                 log_evaluation(tracker, run.evaluate(state, batch), step)
-            if step % config.save_interval == 0 or is_last:
-                check_finite(metrics, step, run.checkpoints)
+            if is_saved:
                 run.checkpoints.save(state, run.saved_config, position)
+            if is_evaluated or is_saved:
+                progress.throughput.restart()
             if is_last:
+                trace.close(metrics)
                 return step
 
 

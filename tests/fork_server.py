@@ -23,6 +23,7 @@ import train_flow  # noqa: F401
 def run(argv: list[str]) -> int:
     """Exit status of `python ARGV...`, which must be a script."""
     sys.argv = argv
+    sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))  # as Python does
     try:
         runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:

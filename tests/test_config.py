@@ -43,7 +43,8 @@ def test_defaults_are_the_recipe(parse):
     assert recipe_model.items() <= config.model.to_dict().items()
     assert config.wandb.project == "flow"
     assert config.wandb.name == "flow_imagenet256"
-    assert {"use_cfg": 1, "batch_size": 128, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
+    assert {"use_cfg": 1, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
+    assert evaluation.RECIPE_BATCH_SIZE == 128
     assert eval_fid.read_samplers(parse("", eval_fid)) == [Sampler(500, 4.0)]
 
 

@@ -116,7 +116,7 @@ def test_initial_parameters_are_the_recipes():
     assert block["mlp"]["dense_0"]["bias"].std() == pytest.approx(1e-6, rel=0.2)
     # Xavier uniform reaches sqrt(6 / (fan in + fan out)); each of query, key and value counts for itself.
     limits = {
-        "qkv": (block["attention"]["qkv_kernel"], 256 + 256),
+        "qkv": (block["attention"]["qkv"]["kernel"], 256 + 256),
         "out": (block["attention"]["out"]["kernel"], 256 + 256),
         "mlp": (block["mlp"]["dense_0"]["kernel"], 256 + 1024),
         "patch": (params["patch_embed"]["kernel"], 2 * 2 * 4 + 2 * 2 * 256),
@@ -152,6 +152,40 @@ def test_bfloat16_stays_close_and_keeps_float32_parameters(golden, model, params
     assert np.linalg.norm(v - golden["v_pred"]) < 0.03 * np.linalg.norm(golden["v_pred"])
     shapes = jax.eval_shape(low.init, jax.random.key(0), golden["x_t"], golden["t"], golden["labels"])
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+
+
+def test_affine_has_the_derivative_of_its_formula():
+    """In float32 that of autodiff; in bfloat16 the parameters' gradients are float32 sums of the same products."""
+    dtype, keys = jnp.bfloat16, jax.random.split(jax.random.key(0), 4)
+    shapes = ((2, 5, 6), (6, 9), (9,), (2, 5, 9))
+    x, kernel, bias, weights = map(jax.random.normal, keys, shapes)
+
+    def gradients(function, x, kernel, bias):
+        return jax.grad(lambda *args: (function(*args) * weights).sum(), argnums=(0, 1, 2))(x, kernel, bias)
+
+    expected = gradients(lambda x, kernel, bias: x @ kernel + bias, x, kernel, bias)
+    found = gradients(diffusion_transformer.affine, x, kernel, bias)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+
+    low = jax.jit(lambda *args: gradients(diffusion_transformer.affine, *args))(x.astype(dtype), kernel, bias)
+    assert [g.dtype for g in low] == [dtype, jnp.float32, jnp.float32]
+    rounded = weights.astype(dtype).astype(jnp.float32)
+    of_kernel = jnp.einsum("bnk,bnm->km", x.astype(dtype).astype(jnp.float32), rounded)
+    np.testing.assert_allclose(low[1], of_kernel, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(low[2], rounded.sum((0, 1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", diffusion_transformer.REMAT_POLICIES)
+def test_rematerialisation_changes_no_gradient(golden, model, params, remat):
+    def gradients(model):
+        def loss_fn(params):
+            return jnp.square(model.apply({"params": params}, golden["x_t"], golden["t"], golden["labels"])).mean()
+
+        return jax.jit(jax.grad(loss_fn))(params)
+
+    pairs = zip(*(jax.tree.leaves(gradients(m)) for m in (model, model.clone(remat=remat))), strict=True)
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_flops_are_those_the_compiler_counts(golden, model, params):

@@ -38,8 +38,7 @@ def params(context):
 
 def generate(context, params, batch_size, num_samples=1003, seed=0, **changes):
     sampler = Sampler(3, 2.0)._replace(**changes)
-    sizes = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
-    batches = evaluation.generate_images(context, params, sampler, **sizes)
+    batches = evaluation.Generator(context, params, seed=seed).generate(sampler, num_samples, batch_size)
     images, labels = zip(*(batch.to_host() for batch in batches), strict=True)
     return np.concatenate(images), np.concatenate(labels)
 
@@ -69,6 +68,21 @@ def test_guidance_scale_and_steps_compile_one_program(context, params):
     compiled = evaluation._generate._cache_size()
     generate(context, params, 32, 32, cfg_scale=0.5, num_steps=9)
     assert evaluation._generate._cache_size() == compiled
+
+
+def test_the_batch_is_what_fits_the_memory(context, params):
+    generator = evaluation.Generator(context, params, seed=0)
+
+    def fit(free_memory, num_samples=10**7):
+        return generator.fitting_batch_size(Sampler(3, 2.0), num_samples, free_memory)
+
+    assert fit(None) == 128
+    assert fit(None, num_samples=10) == 10
+    assert fit(1) == 1
+    small, large = fit(2**30), fit(2**33)
+    assert small > 1
+    assert large == 8 * small
+    assert fit(2**40, num_samples=100) == 100
 
 
 def test_grey_images_are_three_equal_channels_and_padding_does_not_count(context):

@@ -24,7 +24,9 @@ TINY = """
     --model.patch_size 2 --model.num_classes 10 --model.denoise_timesteps 8 --batch_size 64 --model.lr 1e-3
 """.split()  # noqa: SIM905 (a command line, as one types it)
 STEPS = {1: 60, 8: 12}  # by devices: eight virtual ones are slow, one is too fast to be killed in 12 steps
-SHORT = [*TINY, "--log_interval", "1", "--save_interval", "4", "--eval_interval", "0", "--wandb.mode", "disabled"]
+# In float32, so that one device and eight, say, differ by rounding that is small enough to tell from a fault.
+SHORT = [*TINY, "--model.dtype", "float32", "--log_interval", "1", "--save_interval", "4", "--eval_interval", "0"]
+SHORT += ["--wandb.mode", "disabled"]
 SCALARS = ("l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm")
 
 
@@ -111,7 +113,9 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
 def test_the_run_says_what_it_does(finished):
     folder, output = finished
     assert re.search(r"[\d,]+ parameters, [\d.,]+ GFLOP a step", output)
-    assert re.search(r"20/20 .*s(tep)?/s(tep)?, loss \d\.\d+, [\d,]+ images/s", output)
+    rates = r"loss \d\.\d+, [\d,.]+ images/s, .* TFLOP/s, \d+% waiting for data"
+    assert re.search(r"20/20 .*s(tep)?/s(tep)?, " + rates, output)
+    assert re.search(r"compiled in [\d.]+ s; it needs [\d.]+ GiB a device", output)
     assert "hidden_size: 32" in output
     saved = json.loads((folder / "config.json").read_text())
     assert saved["model"]["hidden_size"] == 32
@@ -145,14 +149,21 @@ def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, 
 
 
 @eight_devices
-@pytest.mark.parametrize(("devices", "sharding"), [(8, "dp"), (8, "fsdp")])
-def test_eight_devices_give_the_losses_of_one(uninterrupted, tmp_path, devices, sharding):
-    folder = uninterrupted(devices)
-    if sharding == "fsdp":
+@pytest.mark.parametrize("options", ["", "--sharding fsdp", "--sharding fsdp --grad_accum 4 --remat blocks"])
+def test_eight_devices_give_the_losses_of_one(uninterrupted, tmp_path, options):
+    folder = uninterrupted(8)
+    if options:
         folder = tmp_path
-        args = [*SHORT, "--max_steps", STEPS[devices], "--sharding", "fsdp", "--save_dir", folder]
-        run_program("train_flow.py", *args, devices=devices)
-    assert_close(losses(folder), losses(uninterrupted(1)), STEPS[devices])
+        args = [*SHORT, "--max_steps", STEPS[8], *options.split(), "--save_dir", folder]
+        run_program("train_flow.py", *args, devices=8)
+    assert_close(losses(folder), losses(uninterrupted(1)), STEPS[8])
+
+
+@one_device
+@pytest.mark.parametrize("options", ["--grad_accum 4", "--remat dots", "--remat blocks --grad_accum 64"])
+def test_what_saves_memory_changes_no_loss(uninterrupted, tmp_path, options):
+    run_program("train_flow.py", *SHORT, "--max_steps", 12, *options.split(), "--save_dir", tmp_path)
+    assert_close(losses(tmp_path), losses(uninterrupted(1)), 12)
 
 
 def assert_close(actual: dict, expected: dict, steps: int) -> None:

@@ -31,13 +31,15 @@ def test_training_noise_times_and_label_drops_differ_from_step_to_step():
     seen = []
 
     class Probe:
-        def apply(self, variables, x_t, t, labels, train, rngs):
-            seen.append((x_t, t, jax.random.bits(rngs["label_dropout"])))
+        class_dropout_prob = 0.5
+
+        def apply(self, variables, x_t, t, labels, train, force_drop_ids):
+            seen.append((x_t, t, force_drop_ids))
             return x_t * variables["params"]["w"]
 
     state = create_train_state({"w": jnp.array(1.0)}, OPTIMIZER, jax.random.key(0))
-    batch = {"image": jnp.zeros((4, 2, 2, 1), jnp.uint8), "label": jnp.zeros(4, jnp.int32)}
-    parts = {"model": Probe(), "optimizer": OPTIMIZER, "t_sampler": "log-normal", "ema_decay": 0.9}
+    batch = {"image": jnp.zeros((16, 2, 2, 1), jnp.uint8), "label": jnp.zeros(16, jnp.int32)}
+    parts = {"model": Probe(), "optimizer": OPTIMIZER, "t_sampler": "log-normal", "ema_decay": 0.9, "grad_accum": 1}
     with jax.disable_jit():
         for _ in range(2):
             state, _ = train_step(state, batch, PixelCodec(), **parts)

@@ -160,13 +160,16 @@ def import_jax_flow_params(flat: Mapping[str, np.ndarray]) -> PyTree:
 
     def take_block(path):
         attention = f"{path}/MultiHeadDotProductAttention_0"
-        query, key, value = (take(f"{attention}/{name}") for name in ("query", "key", "value"))
+        query, key, value, out = (take(f"{attention}/{name}") for name in ("query", "key", "value", "out"))
+        width = len(query["kernel"])
         return {
             "ada_ln": {"dense": take(f"{path}/Dense_0")},
             "attention": {
-                "qkv_kernel": np.stack([query["kernel"], key["kernel"], value["kernel"]], axis=1),
-                "qkv_bias": np.stack([query["bias"], key["bias"], value["bias"]]),
-                "out": take(f"{attention}/out"),
+                "qkv": {
+                    "kernel": np.concatenate([part["kernel"].reshape(width, width) for part in (query, key, value)], 1),
+                    "bias": np.concatenate([part["bias"].reshape(width) for part in (query, key, value)]),
+                },
+                "out": {"kernel": out["kernel"].reshape(width, width), "bias": out["bias"]},
             },
             "mlp": take_pair(f"{path}/MlpBlock_0"),
         }

@@ -60,7 +60,7 @@ def define_model_flags() -> None:
     flags.DEFINE_integer("model.depth", debug["depth"], "Transformer blocks.", lower_bound=1)
     flags.DEFINE_integer("model.num_heads", debug["num_heads"], "Attention heads.", lower_bound=1)
     flags.DEFINE_float("model.mlp_ratio", debug["mlp_ratio"], "Width of the MLP over --model.hidden_size.")
-    flags.DEFINE_enum("model.dtype", "float32", ["float32", "bfloat16"], "Compute type; parameters stay float32.")
+    flags.DEFINE_enum("model.dtype", "bfloat16", ["bfloat16", "float32"], "Compute type; parameters stay float32.")
     flags.DEFINE_integer("model.num_classes", 1000, "Labels; one more row stands for no label.", lower_bound=1)
     flags.DEFINE_float("model.class_dropout_prob", 0.1, "Share of labels dropped in training.", 0, 1)
     flags.DEFINE_float("model.lr", 1e-4, "Adam's learning rate.", lower_bound=0)
@@ -130,15 +130,15 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
 
     Raises UserError where two spellings of one flag contradict each other.
     """
-    config = ConfigDict()
+    names, config = set(names), ConfigDict()
     for name in sorted(names, key=lambda name: ("." in name, name)):
         *group, leaf = name.split(".")
         if group and group[0] not in config:
             config[group[0]] = ConfigDict()
         (config[group[0]] if group else config)[leaf] = FLAGS[name].value
-    if "model" in config:
+    if "model.preset" in names:
         resolve_model(config)
-    if "wandb" in config:
+    if "wandb.mode" in names:
         resolve_wandb(config)
     return config
 
@@ -253,12 +253,15 @@ def _nearest_divisor(number: int, near: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
-def check_batch_size(batch_size: int, num_devices: int) -> None:
-    """Raises UserError where a global batch does not spread evenly over the devices of all processes."""
-    if batch_size < 1 or batch_size % num_devices:
+def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1) -> None:
+    """Raises UserError where a global batch does not spread evenly over the devices of all processes, in every one of
+    `grad_accum` parts."""
+    divisor = num_devices * grad_accum
+    if batch_size < 1 or batch_size % divisor:
+        parts = f" in --grad_accum={grad_accum} parts" if grad_accum > 1 else ""
         raise UserError(
-            f"--batch_size={batch_size} does not divide over {num_devices} device{'s' * (num_devices > 1)}; "
-            f"use a multiple of {num_devices}"
+            f"--batch_size={batch_size} does not divide over {num_devices} device{'s' * (num_devices > 1)}{parts}; "
+            f"use a multiple of {divisor}"
         )
 
 

@@ -4,6 +4,7 @@ Parameters, codec, guidance scale, step count and times are arguments of the com
 any of them compiles nothing anew; the model and the shapes are static.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -27,6 +28,7 @@ from utils.sharding import gather, replicated, spread
 from utils.stable_vae import PixelCodec, StableVAE, encode_batch, images_to_uint8
 
 PANEL_SIZE = 8
+RECIPE_BATCH_SIZE = 128
 LOSS_TIMES = tuple(i / 10 for i in range(11))
 PANEL_GUIDANCE = (0, 0.1, 1, 4, 10)
 PANEL_STEPS = (1, 4, 32)
@@ -73,6 +75,7 @@ def make_context(
     mesh: Mesh,
     image_shape: Sequence[int],
     class_names: Sequence[str],
+    remat: str = "none",
 ) -> Context:
     """The context of a run from its --model.* values and its data set's facts; UserError where they do not fit."""
     check_model(model_config, codec.latent_shape(tuple(image_shape)))
@@ -91,6 +94,7 @@ def make_context(
         num_classes=model_config.num_classes,
         t_conditioning=bool(model_config.t_conditioning),
         dtype=jnp.dtype(model_config.dtype),
+        remat=remat,
     )
     return Context(model, codec, mesh, tuple(image_shape), tuple(class_names))
 
@@ -182,12 +186,19 @@ def sample_panels(
     noise = sampling.sample_noise(key, indices, context.latent_shape)
     names = [context.class_names[label] for label in np.asarray(labels)]
     stage_titles = [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]
+
+    @functools.cache
+    def stages(scale, num_steps):
+        # Scales of 0 and 1 leave one of guidance's two passes without effect, so they go without it.
+        given = jnp.full_like(labels, context.model.num_classes) if scale == 0 else labels
+        return sample_stages(context, params, noise, given, None if scale in (0, 1) else scale, num_steps)
+
     for scale in PANEL_GUIDANCE:
-        images = sample_stages(context, params, noise, labels, scale, sampler.num_steps)
+        images = stages(scale, sampler.num_steps)
         title = f"{sampler._replace(cfg_scale=scale)}, by share of the path"
         yield f"sample_cfg_{scale}", plotting.image_table(images, names, stage_titles, title)
     for steps in PANEL_STEPS:
-        final = sample_stages(context, params, noise, labels, sampler.cfg_scale, steps)[None, :, -1]
+        final = stages(1 if sampler.cfg_scale is None else sampler.cfg_scale, steps)[None, :, -1]
         yield f"sample_N/{steps}", plotting.image_table(final, (), names, str(sampler._replace(num_steps=steps)))
 
 
@@ -215,40 +226,59 @@ class ImageBatch(NamedTuple):
         return gather(self.images)[: self.count], gather(self.labels)[: self.count]
 
 
-def generate_images(
-    context: Context,
-    params: PyTree,
-    sampler: sampling.Sampler,
-    *,
-    num_samples: int,
-    batch_size: int,
-    seed: int,
-    label_mode: str = "uniform",
-    class_counts: Sequence[int] | None = None,
-) -> Iterator[ImageBatch]:
-    """Batches of `batch_size` rows until exactly `num_samples` are made; one compiled program per batch.
+class Generator:
+    """A compiled program that samples `batch_size` images at a time, split over the devices.
 
     Sample i (noise, and label as `label_mode` and `class_counts` say, see `sampling.sample_labels`) is a function of
-    (seed, i) alone, whatever the batch size or the number of devices, over which each batch is split. Guidance scale,
-    interval and step count compile nothing anew; with and without guidance are two programs.
+    (seed, i) alone, whatever the batch size or the number of devices. Guidance scale, interval and step count compile
+    nothing anew; with and without guidance are two programs.
     """
-    generate = partial(
-        _generate,
-        model=context.model,
-        latent_shape=context.latent_shape,
-        label_mode=label_mode,
-        solver=sampler.solver,
-        guided=sampler.cfg_scale is not None,
-    )
-    counts = np.ones(len(context.class_names)) if class_counts is None else np.asarray(class_counts, float)
-    # Python numbers become one type each: a program compiled for 4 would not serve 1.5.
-    scale, interval = float(sampler.cfg_scale or 0), tuple(map(float, sampler.cfg_interval))
-    key = jax.random.key(seed)
-    for start in range(0, num_samples, batch_size):
-        indices = spread(np.arange(start, start + batch_size, dtype=np.int32), context.mesh)
-        images, labels = generate(params, context.codec, key, indices, counts, scale, interval, sampler.num_steps)
-        # The last batch is computed whole: another shape would compile.
-        yield ImageBatch(images, labels, min(batch_size, num_samples - start))
+
+    def __init__(
+        self,
+        context: Context,
+        params: PyTree,
+        *,
+        seed: int,
+        label_mode: str = "uniform",
+        class_counts: Sequence[int] | None = None,
+    ):
+        self.context, self.params, self.key, self.label_mode = context, params, jax.random.key(seed), label_mode
+        self.counts = np.ones(len(context.class_names)) if class_counts is None else np.asarray(class_counts, float)
+
+    def _call(self, function: Callable, sampler: sampling.Sampler, start: int, batch_size: int):
+        """function(*arguments, **static arguments) of `_generate` for samples start .. start + batch_size - 1."""
+        static = {
+            "model": self.context.model,
+            "latent_shape": self.context.latent_shape,
+            "label_mode": self.label_mode,
+            "solver": sampler.solver,
+            "guided": sampler.cfg_scale is not None,
+        }
+        # Python numbers become one type each: a program compiled for 4 would not serve 1.5.
+        scale, interval = float(sampler.cfg_scale or 0), tuple(map(float, sampler.cfg_interval))
+        indices = spread(np.arange(start, start + batch_size, dtype=np.int32), self.context.mesh)
+        arguments = (self.key, indices, self.counts, scale, interval, sampler.num_steps)
+        return function(self.params, self.context.codec, *arguments, **static)
+
+    def generate(self, sampler: sampling.Sampler, num_samples: int, batch_size: int) -> Iterator[ImageBatch]:
+        """Batches of `batch_size` rows until exactly `num_samples` are made."""
+        for start in range(0, num_samples, batch_size):
+            images, labels = self._call(_generate, sampler, start, batch_size)
+            # The last batch is computed whole: another shape would compile.
+            yield ImageBatch(images, labels, min(batch_size, num_samples - start))
+
+    def fitting_batch_size(self, sampler: sampling.Sampler, num_samples: int, free_memory: int | None) -> int:
+        """A batch for devices with that many bytes free, by the compiler's analysis of one sample for each: a power of
+        two times their number, no more than `num_samples` need. Where memory is not known: about the recipe's 128."""
+        num_devices = self.context.mesh.size
+        most = -(-num_samples // num_devices)
+        if free_memory is None:
+            return min(most, max(1, RECIPE_BATCH_SIZE // num_devices)) * num_devices
+        compiled = self._call(_generate.lower, sampler, 0, num_devices).compile()
+        # A quarter is left for the Inception network, and for what the pool of memory loses between its pieces.
+        fitting = 0.75 * free_memory / max(1, compiled.memory_analysis().temp_size_in_bytes)
+        return min(most, 2 ** int(np.log2(max(1, fitting)))) * num_devices
 
 
 def place_images(batches: Iterable[UInt8[np.ndarray, "b h w c"]], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:

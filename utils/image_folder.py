@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.files import cache_folder
 from utils.images import BrokenImageError, decode_image, read_image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -158,8 +159,7 @@ def _check(folder: Path, paths: tuple[Path, ...], size: int) -> dict[Path, str]:
     for path in paths:
         facts = path.stat()
         digest.update(f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flow-matching"
-    kept = cache / f"checked-{digest.hexdigest()[:32]}.json"
+    kept = cache_folder() / f"checked-{digest.hexdigest()[:32]}.json"
     try:
         result = json.loads(kept.read_text())
     except (OSError, ValueError):

@@ -23,6 +23,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from utils.errors import UserError
+from utils.files import cache_folder
 
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
@@ -236,7 +237,7 @@ def inception_weights_path(weights: str | Path | None = None) -> Path:
         if not Path(weights).is_file():
             raise UserError(f"--inception_weights={weights} is not a file; leave the flag out to have it fetched")
         return Path(weights)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flow-matching"
+    cache = cache_folder()
     path = cache / "inception-2015-12-05.pt"
     if not path.exists():
         try:

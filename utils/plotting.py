@@ -57,15 +57,21 @@ def sample_grid(
     return figure
 
 
-def curves(points: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str) -> Figure:
-    """A figure of named curves of (x, y) points, x logarithmic, and y where it spans more than a factor of five."""
+def curves(
+    points: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str, markers: bool = True
+) -> Figure:
+    """A figure of named curves of (x, y) points, x logarithmic, and y where it spans more than a factor of five; with
+    `markers` every point is marked, and its x stands on the axis."""
     figure = Figure(figsize=(5.5, 3.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, pairs in points.items():
-        axes.plot(*zip(*sorted(pairs), strict=True), marker="o", label=name)
+        axes.plot(*zip(*sorted(pairs), strict=True), marker="o" if markers else None, label=name)
     xs, ys = ({pair[i] for pairs in points.values() for pair in pairs} for i in range(2))
     axes.set_xscale("log")
-    axes.set_xticks(sorted(xs), [f"{x:g}" for x in sorted(xs)])
+    if markers:
+        axes.set_xticks(sorted(xs), [f"{x:g}" for x in sorted(xs)])
+    else:
+        axes.xaxis.set_major_formatter(ScalarFormatter())
     if max(ys) > 5 * min(ys):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

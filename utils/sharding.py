@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from utils.errors import UserError
+from utils.files import cache_folder
 
 
 def initialize_processes(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -32,8 +33,28 @@ def initialize_processes(coordinator_address: str | None, num_processes: int | N
 
 
 def make_mesh() -> Mesh:
-    """A mesh with one axis, `data`, over all devices of all processes."""
-    return Mesh(np.array(jax.devices()), ("data",))
+    """A mesh with one axis, `data`, over all devices of all processes. Programs compiled for it are kept on disk."""
+    devices = jax.devices()
+    # Not by default on CPUs, where a home shared by unlike machines would hand one the instructions of another.
+    if jax.config.jax_compilation_cache_dir is None and devices[0].platform != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    return Mesh(np.array(devices), ("data",))
+
+
+def memory_of(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program needs on each device, arguments included, by the compiler's own analysis."""
+    sizes = compiled.memory_analysis()
+    arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return arguments + sizes.temp_size_in_bytes
+
+
+def free_memory() -> int | None:
+    """Bytes free on the fullest of the devices, the same on every process; None where devices do not tell, as CPUs."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if not all(stats):
+        return None
+    free = min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+    return int(np.min(multihost_utils.process_allgather(np.int64(free))))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

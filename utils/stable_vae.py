@@ -42,7 +42,7 @@ def images_to_uint8(images: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
 class PixelCodec(flax.struct.PyTreeNode):
     """The codec of pixel models: latents are the images."""
 
-    def encode(self, key: Key[Array, ""], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return images
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -306,15 +306,17 @@ class StableVAE(flax.struct.PyTreeNode):
         return mean, jnp.clip(logvar, -30, 20)
 
     def sample_latents(
-        self, key: Key[Array, ""], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
+        self, key: Key[Array, "*b"], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
     ) -> Float[Array, "b h w c"]:
-        """Scaled latents: a posterior sample, fresh noise for every example, brought to about unit variance."""
+        """Scaled latents: a posterior sample, brought to about unit variance. `key` is one for each example, or one to
+        be split among them."""
         mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-        z = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
+        keys = key if key.ndim else jax.random.split(key, len(mean))
+        z = mean + jnp.exp(logvar / 2) * jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         return (z - self.config.shift) * self.config.scale
 
-    def encode(self, key: Key[Array, ""], images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
-        """Scaled latents of images in [-1, 1]."""
+    def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
+        """Scaled latents of images in [-1, 1]; `key` as `sample_latents` has it."""
         return self.sample_latents(key, *self.encode_moments(images))
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
@@ -341,7 +343,7 @@ class StableVAE(flax.struct.PyTreeNode):
 
 
 def encode_batch(
-    codec: PixelCodec | StableVAE, key: Key[Array, ""], batch: Mapping[str, Array]
+    codec: PixelCodec | StableVAE, key: Key[Array, "*b"], batch: Mapping[str, Array]
 ) -> Float[Array, "b h w c"]:
     """Latents of a batch {'image': uint8 (b, h, w, c)}, or {'moments': float16 (b, 2, h, w, c)} of cached latents.
 

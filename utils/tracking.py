@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 import jax
@@ -102,10 +101,3 @@ def has_wandb_account(base_url: str) -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return entries.authenticators(urlparse(base_url).hostname) is not None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON so that a reader, or a kill, never meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
