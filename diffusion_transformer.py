@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 TIMESTEP_FEATURES = 256
@@ -21,7 +22,7 @@ TIMESTEP_SCALE = 10_000.0  # t in [0, 1] is stretched to the range that the sinu
 # What of a block is kept for its backward pass; the rest is computed again (rematerialisation, arXiv:1604.06174).
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters, not attention's
+    "dots": jax.checkpoint_policies.save_only_these_names("affine"),  # products with parameters, not attention's
     "blocks": jax.checkpoint_policies.nothing_saveable,  # its input alone
 }
 
@@ -105,7 +106,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        return affine(x.astype(self.dtype), kernel, self.param("bias", self.bias_init, (self.features,)))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        return checkpoint_name(affine(x.astype(self.dtype), kernel, bias), "affine")
 
 
 class PatchEmbed(nn.Module):

@@ -34,6 +34,7 @@ from utils.files import write_json
 from utils.sampling import Sampler
 from utils.sharding import (
     abstract,
+    compile_program,
     feed,
     initialize_processes,
     make_mesh,
@@ -281,7 +282,7 @@ class Run:
         step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         say("compiling the training step ...")
         started = time.monotonic()
-        compiled = step.lower(state, self.validation_batch, self.context.codec).compile()
+        compiled = compile_program(step, state, self.validation_batch, self.context.codec)
         say(f"compiled in {time.monotonic() - started:.1f} s; it needs {memory_of(compiled) / 2**30:.2f} GiB a device")
         return compiled
 

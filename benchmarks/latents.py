@@ -47,7 +47,13 @@ def main(config: ConfigDict) -> None:
     key = jax.random.key(0)
     state = create_train_state(evaluation.init_params(context, key), optimizer, key)
     state = jax.device_put(state, replicated(mesh))
-    parts = {"model": context.model, "optimizer": optimizer, "t_sampler": config.model.t_sampler, "ema_decay": 0.9999}
+    parts = {
+        "model": context.model,
+        "optimizer": optimizer,
+        "t_sampler": config.model.t_sampler,
+        "ema_decay": 0.9999,
+        "grad_accum": 1,
+    }
     step = jax.jit(partial(train_step, **parts), donate_argnums=0)
 
     rng = np.random.default_rng(0)

@@ -1,0 +1,129 @@
+"""The training step side by side: ours, the recipe as published, PyTorch where it is installed; in one run, in turns.
+
+    python benchmarks/train_step.py --model B --batch 4
+
+"roofline" is the time that the step's operations would take at the rate of one plain product of the row's compute
+type, measured in the same run, and "share" is that over the step's own time: the MFU, with the measured rate as peak.
+"MFU" is against the data sheet's peak, where the device is known. Operations are the model's, whatever a row computes
+again.
+"GiB" is the compiled program's own analysis.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import common
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published
+from ml_collections import ConfigDict
+
+from diffusion_transformer import DiT, DiTBlock
+from train_flow import train_step
+from utils import config as cfg
+from utils.sharding import compile_program, memory_of
+from utils.stable_vae import StableVAE, VAEConfig
+from utils.train_state import create_train_state, make_optimizer
+
+PUBLISHED = "as published"
+VARIANTS = {  # of our step: compute type, rematerialisation, parts of the batch
+    "ours": ("bfloat16", "none", 1),
+    "ours: float32": ("float32", "none", 1),
+    "ours: --remat dots": ("bfloat16", "dots", 1),
+    "ours: --remat blocks": ("bfloat16", "blocks", 1),
+    "ours: --grad_accum 2": ("bfloat16", "none", 2),
+    "ours: blocks scanned": ("bfloat16", "none", 1),
+}
+TORCH = {"PyTorch": "bfloat16", "PyTorch: float32": "float32"}
+OPTIMIZER = make_optimizer(1e-4, 0.9, 0.99)
+
+
+def define_flags() -> None:
+    common.define_model_flags()
+    common.define_measurement_flags(batch=4)
+
+
+class ScannedDiT(DiT):
+    """DiT with its blocks as one that is scanned over: a program of one block's size."""
+
+    def apply_blocks(self, tokens, condition):
+        block = DiTBlock(self.num_heads, self.mlp_ratio, self.dtype, name="blocks")
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": self.depth}
+        scan = nn.scan(lambda block, x, c: (block(x, c), None), in_axes=nn.broadcast, **options)
+        return scan(block, tokens, condition)[0]
+
+
+class Step:
+    """A compiled training step. Called, it takes one, from the state that it shares with others of the same model."""
+
+    def __init__(self, function: Callable, states: dict[str, Any], kind: str, *arguments: Any, donate: bool):
+        self.states, self.kind, self.arguments = states, kind, arguments
+        started = time.perf_counter()
+        step = jax.jit(function, donate_argnums=0 if donate else ())
+        self.compiled = compile_program(step, states[kind], *arguments)
+        self.facts = {"GiB": memory_of(self.compiled) / 2**30, "compiled in s": time.perf_counter() - started}
+
+    def __call__(self) -> Any:
+        self.states[self.kind], metrics = self.compiled(self.states[self.kind], *self.arguments)
+        return metrics
+
+
+def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.ndarray, labels: np.ndarray) -> Step:
+    dtype, remat, grad_accum = VARIANTS[name]
+    model, kind = common.make_model(config, dtype, remat=remat), "ours"
+    if name == "ours: blocks scanned":
+        fields = {field.name for field in dataclasses.fields(DiT)} - {"name", "parent"}
+        model, kind = ScannedDiT(**{field: getattr(model, field) for field in fields}), "scanned"
+
+    @jax.jit
+    def init(key):
+        params = model.init(key, latents[:1], jnp.zeros(1), labels[:1])["params"]
+        return create_train_state(params, OPTIMIZER, key)
+
+    if kind not in states:
+        states[kind] = init(jax.random.key(0))
+    # Latents come as cached moments do, of no variance.
+    moments = np.stack([latents, np.full_like(latents, -30)], axis=1).astype(np.float16)
+    codec = StableVAE.random(0, VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=8))
+    options = {"t_sampler": "logit_normal", "grad_accum": grad_accum, "ema_decay": 0.9999}
+    step = partial(train_step, model=model, optimizer=OPTIMIZER, **options)
+    return Step(step, states, kind, {"moments": moments, "label": labels}, codec, donate=True)
+
+
+def published_step(config: ConfigDict, states: dict[str, Any], latents: np.ndarray, labels: np.ndarray) -> Step:
+    model = common.make_model(config, "float32")
+    states[PUBLISHED] = published.create_state(model, OPTIMIZER, latents.shape[1:])
+    step = partial(published.train_step, model=model, optimizer=OPTIMIZER)
+    return Step(step, states, PUBLISHED, latents, labels, donate=False)
+
+
+def make_work(config: ConfigDict, name: str, states: dict[str, Any]) -> tuple[str, common.Work]:
+    """(compute type, training step) of a row."""
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(config.batch, *common.LATENT_SHAPE)).astype(np.float32)
+    labels = rng.integers(0, common.NUM_CLASSES, config.batch, dtype=np.int32)
+    if name == PUBLISHED:
+        return "float32", published_step(config, states, latents, labels)
+    if name in VARIANTS:
+        return VARIANTS[name][0], our_step(config, name, states, latents, labels)
+    import torch_dit
+
+    model = common.make_model(config, "float32")
+    return TORCH[name], torch_dit.Run(model, common.LATENT_SHAPE, config.batch, TORCH[name]).train_step
+
+
+def main(config: ConfigDict) -> None:
+    states, names = {}, [PUBLISHED, *VARIANTS, *(TORCH if common.has_torch() else ())]
+    works = {name: make_work(config, name, states) for name in common.choose(names, config.rows)}
+    flops = 3 * config.batch * common.make_model(config, "float32").count_flops(common.LATENT_SHAPE)
+    title = f"Training step of DiT-{config.model}/{config.patch_size}, batch {config.batch}, latents of 32x32x4"
+    common.compare(title, works, flops, config, reference=PUBLISHED)
+
+
+if __name__ == "__main__":
+    cfg.run_program(define_flags, main)
