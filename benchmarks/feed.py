@@ -4,8 +4,8 @@
 
 "as published" is measured on tfrecord, which is what it reads, and "PyTorch's DataLoader" on folder:PATH where PyTorch
 is installed; it hands out uint8, as ours does. A unit of work is a batch on the devices; --repeats of them are taken,
-uncounted, before each measurement too. "wait" is the share of its time that a loop waits for data which after each batch
-is busy for --step_ms without needing the host's cores.
+uncounted, before each measurement too. "wait" is the share of its time that a loop waits for data which is busy for
+--step_ms after each batch, without needing the host's cores.
 """
 
 import dataclasses
