@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from absl import flags
 from jaxtyping import PyTree
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from utils import config as cfg
@@ -290,18 +291,20 @@ def to_text(name: str, cell: dict[str, Any]) -> str:
     return "none" if value is None else f"{value:g}"
 
 
-def write_tables(out: Path, cells: list[dict[str, Any]]) -> None:
-    """fid.csv of the cells, and fid.png where they are of several step counts or scales."""
-    with (out / "fid.csv").open("w", newline="") as file:
+def write_csv(path: Path, cells: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, cells[0])
         writer.writeheader()
         writer.writerows(cells)
-    if len(cells) > 1:
-        curves = {}
-        for cell in cells:
-            name = "no guidance" if cell["cfg_scale"] is None else f"guidance {cell['cfg_scale']:g}"
-            curves.setdefault(name, []).append((cell["num_steps"], cell["fid"]))
-        plotting.curves(curves, "steps", "FID").savefig(out / "fid.png")
+
+
+def plot_fid(cells: list[dict[str, Any]]) -> Figure:
+    """FID against steps, a curve for each guidance scale."""
+    curves = {}
+    for cell in cells:
+        name = "no guidance" if cell["cfg_scale"] is None else f"guidance {cell['cfg_scale']:g}"
+        curves.setdefault(name, []).append((cell["num_steps"], cell["fid"]))
+    return plotting.curves(curves, "steps", "FID")
 
 
 def evaluate_run(config: ConfigDict) -> None:
@@ -318,7 +321,12 @@ def evaluate_run(config: ConfigDict) -> None:
         if tracker:
             name = f"guidance_{'none' if sampler.cfg_scale is None else f'{sampler.cfg_scale:g}'}"
             tracker.log({f"{key}/{name}": cell[key] for key in METRICS if key in cell}, number)
-    write_tables(run.out, cells)
+    write_csv(run.out / "fid.csv", cells)
+    if len(cells) > 1:
+        figure = plot_fid(cells)
+        figure.savefig(run.out / "fid.png")
+        if tracker:
+            tracker.log_figure("fid", figure, len(cells))
     if tracker:
         tracker.close()
     print(f"step {run.step} of {config.load_dir}, labels {config.labels}, against {run.reference.path}")
@@ -335,7 +343,7 @@ def evaluate_samples(config: ConfigDict) -> None:
     scoring.measure_samples(samples, statistics, "scoring")
     settings = {"samples": str(config.samples), "num_samples": samples.num_samples, **scoring.settings}
     cell = Results(scoring.out).add(settings, compare(statistics, scoring.reference))
-    write_tables(scoring.out, [cell])
+    write_csv(scoring.out / "fid.csv", [cell])
     print(to_markdown([cell]))
     print(f"written: {scoring.out / 'fid.json'}, fid.csv")
 

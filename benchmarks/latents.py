@@ -20,12 +20,12 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train_flow import train_step
 from utils import config as cfg
 from utils import evaluation
 from utils.sharding import make_mesh, replicated, to_devices
 from utils.stable_vae import StableVAE
 from utils.train_state import create_train_state, make_optimizer
+from utils.train_step import train_step
 
 
 def define_flags() -> None:

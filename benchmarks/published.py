@@ -1,6 +1,6 @@
 """The recipe as published, to be compared with: float32, attention with its weights in memory from Flax's own layers, a
 trained position table, nothing donated, a dispatch for every sampling step. Written from the recipe's description; the
-numbers it computes are those of `train_flow.train_step` and `utils.sampling` up to the average's lag.
+numbers it computes are those of `utils.train_step` and `utils.sampling` up to the average's lag.
 """
 
 from functools import partial

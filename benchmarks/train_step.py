@@ -24,11 +24,11 @@ import published
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiT, DiTBlock
-from train_flow import train_step
 from utils import config as cfg
 from utils.sharding import compile_program, memory_of
 from utils.stable_vae import StableVAE, VAEConfig
 from utils.train_state import create_train_state, make_optimizer
+from utils.train_step import train_step
 
 PUBLISHED = "as published"
 VARIANTS = {  # of our step: compute type, rematerialisation, parts of the batch

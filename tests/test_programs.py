@@ -1,5 +1,6 @@
 """The programs as a user runs them: subprocesses on real digits, killed, continued, on one device and eight."""
 
+import gzip
 import json
 import os
 import random
@@ -83,6 +84,7 @@ def finished(tmp_path_factory, weights):
         "train_flow.py", *TINY, "--max_steps", 20, "--log_interval", 10, "--eval_interval", 50,
         "--wandb.mode", "offline", "--save_dir", folder,
         "--fid_stats", ROOT / "data" / "fid_stats_digits.npz", "--fid_samples", 16, "--inception_weights", weights,
+        "--profile", folder / "profile", "--peak_tflops", 1,
     )  # fmt: skip
     return folder, done.stdout + done.stderr
 
@@ -93,6 +95,7 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
     scalars = [f"{split}/{name}" for split in ("training", "validation") for name in SCALARS]
     times = [*(f"{i / 10:.1f}" for i in range(11)), "mean"]
     scalars += [f"{split}_loss_t/{t}" for split in ("training", "validation") for t in times] + ["fid"]
+    scalars += [f"training/{name}" for name in ("images_per_second", "tflops_per_second", "mfu", "data_wait_fraction")]
     pictures = ["reconstruction_n", *(f"sample_cfg_{s}" for s in ("0", "0.1", "1", "4", "10"))]
     pictures += [f"sample_N/{n}" for n in (1, 4, 32)]
     lines = read_metrics(folder / "metrics.jsonl")
@@ -113,7 +116,7 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
 def test_the_run_says_what_it_does(finished):
     folder, output = finished
     assert re.search(r"[\d,]+ parameters, [\d.,]+ GFLOP a step", output)
-    rates = r"loss \d\.\d+, [\d,.]+ images/s, .* TFLOP/s, \d+% waiting for data"
+    rates = r"loss \d\.\d+, [\d,.]+ images/s, .* TFLOP/s \(\d+% MFU\), \d+% waiting for data"
     assert re.search(r"20/20 .*s(tep)?/s(tep)?, " + rates, output)
     assert re.search(r"compiled in [\d.]+ s; it needs [\d.]+ GiB a device", output)
     assert "hidden_size: 32" in output
@@ -121,6 +124,15 @@ def test_the_run_says_what_it_does(finished):
     assert saved["model"]["hidden_size"] == 32
     facts = {"name": "digits", "image_shape": [8, 8, 1], "class_names": list("0123456789")}
     assert saved["dataset"] == {**facts, "vae": None, "vae_sha256": None}
+
+
+@finished_run
+def test_the_trace_is_one_that_perfetto_and_xprof_read(finished):
+    (folder,) = (finished[0] / "profile" / "plugins" / "profile").iterdir()
+    with gzip.open(folder / "perfetto_trace.json.gz") as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert any("train_step" in name for name in names)
+    assert list(folder.glob("*.xplane.pb"))
 
 
 @finished_run

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train_flow import train_step
 from utils.stable_vae import PixelCodec
 from utils.train_state import apply_gradients, create_train_state, make_optimizer, update_ema
+from utils.train_step import train_step
 
 OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)
 
