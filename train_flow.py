@@ -320,10 +320,10 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
             if is_evaluated or is_saved:
                 progress.flush()
                 check_finite(metrics, step, run.checkpoints)
+            if is_saved:  # before the pictures, which take their time
+                run.checkpoints.save(state, run.saved_config, position)
             if is_evaluated:
                 log_evaluation(tracker, run.evaluate(state, batch), step)
-            if is_saved:
-                run.checkpoints.save(state, run.saved_config, position)
             if is_evaluated or is_saved:
                 progress.throughput.restart()
             if is_last:
