@@ -205,7 +205,8 @@ class Run:
     def compute_fid(self, state: TrainState, sampler: Sampler) -> float:
         config = self.config
         generator = evaluation.Generator(self.context, state.ema_params, seed=config.seed)
-        samples = generator.generate(sampler, config.fid_samples, config.batch_size)
+        needed = -(-config.fid_samples // self.mesh.size) * self.mesh.size
+        samples = generator.generate(sampler, config.fid_samples, min(config.batch_size, needed))
         statistics = ImageStatistics()
         for _ in evaluation.measure_images(self.extractor, samples, statistics):
             pass

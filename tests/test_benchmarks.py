@@ -27,9 +27,10 @@ def published(monkeypatch):
 
 
 def test_the_published_model_is_the_same_function(published):
-    model = DiT(2, 32, 2, 4, 4.0, 0.1, 10)
+    model = DiT(2, 32, 1, 4, 4.0, 0.1, 10)
     params = published.create_params(model, (8, 8, 4))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), params)
     names = {
         r"^Conv_0": "PatchEmbed_0/Conv_0",
         r"^Dense_0": "TimestepEmbedder_0/Dense_1",  # Flax numbers the outer of two nested calls first
@@ -48,8 +49,8 @@ def test_the_published_model_is_the_same_function(published):
     flat["pos_embed"] = flat["pos_embed"][None]
     x, t = jax.random.normal(jax.random.key(0), (3, 8, 8, 4)), jnp.array([0.0, 0.3, 0.9])
     labels = jnp.array([1, 5, 10])
-    expected = model.apply({"params": import_jax_flow_params(flat)}, x, t, labels)
-    found = published.DiT(model).apply(params, x, t, labels)
+    expected = jax.jit(model.apply)({"params": import_jax_flow_params(flat)}, x, t, labels)
+    found = jax.jit(published.DiT(model).apply)(params, x, t, labels)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(expected).max() > 0.1
 
@@ -67,7 +68,7 @@ def measure(program: str, path, *args) -> list[dict]:
 @pytest.mark.parametrize(
     ("program", "names"),
     [
-        ("train_step.py", ["as published", "ours", "ours: --grad_accum 2", "ours: blocks scanned"]),
+        ("train_step.py", ["as published", "ours"]),
         ("sample.py", ["as published", "ours"]),
     ],
 )
