@@ -5,7 +5,6 @@ the timestep features are float32 whatever the compute type `dtype`. Shape comme
 d = hidden size, h/w/c = image axes, p = patch.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -15,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from utils.products import affine, attention
 
 TIMESTEP_FEATURES = 256
 TIMESTEP_SCALE = 10_000.0  # t in [0, 1] is stretched to the range that the sinusoids were made for
@@ -54,45 +55,6 @@ def timestep_features(t: Float[Array, " b"]) -> Float[Array, "b 256"]:
 
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b n d"]:
     return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def contract(x: Array, y: Array, axes: tuple[int, int], dtype: Any = None) -> Array:
-    """Sum of products over one axis of each, taken in float32; of type `dtype`, if given, else of that of x."""
-    # XLA's fast kernels for bfloat16 on CPUs are those that write float32; an accelerator writes either.
-    written = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    z = jax.lax.dot_general(x, y, (([axes[0] % x.ndim], [axes[1]]), ([], [])), preferred_element_type=written)
-    return z.astype(dtype or x.dtype)
-
-
-@jax.custom_vjp
-def affine(
-    x: Float[Array, "*rows k"], kernel: Float[Array, "k m"], bias: Float[Array, " m"]
-) -> Float[Array, "*rows m"]:
-    """x @ kernel + bias in the type of x.
-
-    Its derivative is written out, because JAX's would round the parameters' gradients to that type before Adam sees
-    them, and would contract batch and tokens as two axes, which on a CPU takes half as long again.
-    """
-    return contract(x, kernel.astype(x.dtype), (-1, 0)) + bias.astype(x.dtype)
-
-
-def _affine_forward(x, kernel, bias):
-    return affine(x, kernel, bias), (x, kernel)
-
-
-def _affine_backward(saved, gradient):
-    x, kernel = saved
-    rows, gradients = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    of_x = contract(gradients, kernel.astype(x.dtype), (1, 1)).reshape(x.shape)
-    columns = rows.T
-    if jax.default_backend() == "cpu" and x.dtype == jnp.bfloat16:
-        # Folded into the product, a transposition costs the fast kernels; a join of two pieces is not folded.
-        columns = jnp.concatenate(jnp.array_split(columns, 2))
-    of_kernel = contract(columns, gradients, (1, 0), jnp.float32)
-    return of_x, of_kernel, gradients.sum(axis=0, dtype=jnp.float32)
-
-
-affine.defvjp(_affine_forward, _affine_backward)
 
 
 class Dense(nn.Module):
@@ -162,13 +124,6 @@ class LabelEmbed(nn.Module):
         return table(labels)
 
 
-@functools.cache
-def has_cudnn_attention() -> bool:
-    """Whether the devices are NVIDIA's with cuDNN's fused attention (Ampere or newer)."""
-    device = jax.devices()[0]
-    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with biases; query, key and value come from one product."""
 
@@ -181,10 +136,7 @@ class Attention(nn.Module):
         # Three kernels (d, d) side by side, each of which starts as Xavier would have it.
         qkv_init = nn.initializers.variance_scaling(2, "fan_avg", "uniform")
         qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x).reshape(b, n, 3, self.num_heads, head_dim)
-        query, key, value = jnp.moveaxis(qkv, 2, 0)
-        is_fused = self.dtype == jnp.bfloat16 and head_dim % 8 == 0 and has_cudnn_attention()
-        implementation = "cudnn" if is_fused else "xla"  # softmax in float32 either way
-        x = jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+        x = attention(*jnp.moveaxis(qkv, 2, 0))
         return Dense(d, self.dtype, xavier_uniform, name="out")(x.reshape(b, n, d))
 
 

@@ -324,6 +324,7 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
             if is_saved:  # before the pictures, which take their time
                 run.checkpoints.save(state, run.saved_config, position)
             if is_evaluated:
+                progress.bar.set_postfix_str("losses by t and pictures")
                 log_evaluation(tracker, run.evaluate(state, batch), step)
             if is_evaluated or is_saved:
                 progress.throughput.restart()

@@ -332,6 +332,8 @@ def test_every_metric_that_the_reference_allows(rng, tmp_path):
     expected |= manifold_metrics(real, fake[:30])
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert few["fid"] == pytest.approx(expected["fid"], rel=1e-9)
+    five = compare(images_of(fake[:5], fake_s[:5], 30), load_statistics(tmp_path / "all", num_features=4))
+    assert list(five) == ["fid", "sfid", "kid", "kid_error"]  # no image has five others as its neighbours
 
 
 def test_the_inception_score_needs_logits(rng):

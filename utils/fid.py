@@ -19,6 +19,8 @@ from utils.errors import UserError
 # Share of a matrix's largest entry (or eigenvalue) that may be rounding: covariances are often stored in float32.
 ROUNDING = 1e-5
 
+PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # k of precision and recall, and of density and coverage
+
 
 class FeatureStatistics:
     """Mean and covariance of feature rows seen so far, in float64, at a memory cost that does not grow with them.
@@ -147,8 +149,8 @@ def kernel_distance(
 def manifold_metrics(
     reference: Float[np.ndarray, "n d"],
     samples: Float[np.ndarray, "m d"],
-    precision_k: int = 3,
-    density_k: int = 5,
+    precision_k: int = PRECISION_NEIGHBOURS,
+    density_k: int = DENSITY_NEIGHBOURS,
 ) -> dict[str, float]:
     """`precision`, `recall`, `density` and `coverage` of samples against reference features, from nearest neighbours.
 
@@ -287,14 +289,16 @@ class ReferenceStatistics:
 def compare(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[str, float]:
     """Every metric that the reference allows: `fid`; `sfid` where it has spatial statistics; `kid`, `kid_error`,
     `precision`, `recall`, `density` and `coverage` where it has features, the first of which and of the samples are
-    compared; `inception_score` and its deviation over parts where the samples' logits were taken."""
+    compared (without the last four where either has no more than 5); `inception_score` and its deviation over parts
+    where the samples' logits were taken."""
     pool, spatial = samples.pool, samples.spatial
     metrics = {"fid": frechet_distance(pool.mu, pool.sigma, reference.mu, reference.sigma)}
     if reference.spatial_sigma is not None:
         metrics["sfid"] = frechet_distance(spatial.mu, spatial.sigma, reference.spatial_mu, reference.spatial_sigma)
     if reference.features is not None:
         metrics["kid"], metrics["kid_error"] = kernel_distance(samples.features, reference.features)
-        metrics |= manifold_metrics(reference.features, samples.features)
+        if min(len(reference.features), len(samples.features)) > DENSITY_NEIGHBOURS:
+            metrics |= manifold_metrics(reference.features, samples.features)
     if samples.logits is not None:
         metrics["inception_score"], metrics["inception_score_std"] = samples.inception_score.mean_and_std
     return metrics

@@ -25,6 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
 from utils.errors import UserError
+from utils.products import attention
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -148,7 +149,7 @@ class AttentionBlock(VAEModule):
         b, h, w, c = x.shape
         y = self.norm("group_norm")(x).reshape(b, h * w, 1, c)
         query, key, value = (nn.Dense(c, dtype=self.dtype, name=f"to_{name}")(y) for name in "qkv")
-        y = jax.nn.dot_product_attention(query, key, value)  # softmax in float32
+        y = attention(query, key, value)
         return x + nn.Dense(c, dtype=self.dtype, name="to_out_0")(y).reshape(x.shape)
 
 
