@@ -324,8 +324,9 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
             if is_saved:  # before the pictures, which take their time
                 run.checkpoints.save(state, run.saved_config, position)
             if is_evaluated:
-                progress.bar.set_postfix_str("losses by t and pictures")
+                progress.bar.set_description_str("drawing pictures")
                 log_evaluation(tracker, run.evaluate(state, batch), step)
+                progress.bar.set_description_str("")
             if is_evaluated or is_saved:
                 progress.throughput.restart()
             if is_last:
