@@ -77,6 +77,7 @@ def attention(
     return jax.nn.dot_product_attention(query, key, value, implementation=implementation)
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # outside of a compiled program, it compiles once
 def _over_heads(function, *arrays: Float[Array, "h b n d"]):
     """function(n d, ...) mapped over images at once and over heads in turn: what one head's n x n weights take stays
     small, and its memory is used again for the next."""
