@@ -1,8 +1,8 @@
 """The products of a transformer in the form that is fast on what computes them: `affine` and `attention`.
 
-Both take any compute type, sum in float32 and leave the gradients of parameters in float32. XLA's CPU kernels for
-bfloat16 are twice as fast as those for float32 where they write float32 and find their operands as rows of a matrix;
-NVIDIA devices have cuDNN's fused attention. Elsewhere this is what JAX makes of the formulas.
+Both take any compute type and sum in float32; the gradients of affine's parameters are left in float32. XLA's CPU
+kernels for bfloat16 are twice as fast as those for float32 where they write float32 and find their operands as rows of
+a matrix; NVIDIA devices have cuDNN's fused attention. Elsewhere this is what JAX makes of the formulas.
 """
 
 import functools
@@ -81,6 +81,7 @@ def attention(
 def _over_heads(function, *arrays: Float[Array, "h b n d"]):
     """function(n d, ...) mapped over images at once and over heads in turn: what one head's n x n weights take stays
     small, and its memory is used again for the next."""
+    dtype = arrays[0].dtype
 
     # XLA's CPU would convert a whole bfloat16 array to float32 and back for each slice that is taken or written.
     def to_bits(x):
@@ -89,7 +90,6 @@ def _over_heads(function, *arrays: Float[Array, "h b n d"]):
     def from_bits(x):
         return jax.lax.bitcast_convert_type(x, dtype)
 
-    dtype = arrays[0].dtype
     found = jax.lax.map(
         lambda head: jax.tree.map(to_bits, jax.vmap(function)(*map(from_bits, head))), tuple(map(to_bits, arrays))
     )
