@@ -35,7 +35,8 @@ def image_table(
     for axis, name in zip(axes[:, 0], row_titles, strict=False):
         axis.text(-0.06, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=8)
     if title:
-        figure.suptitle(title, fontsize=10, y=1 - 0.08 / total, va="top")
+        fontsize = min(10, 130 * width / len(title))  # points at which a long title fits a narrow figure
+        figure.suptitle(title, fontsize=fontsize, y=1 - 0.08 / total, va="top")
     return figure
 
 
