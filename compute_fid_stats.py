@@ -21,25 +21,30 @@ from utils.sharding import make_mesh, replicated
 
 def define_flags() -> None:
     cfg.define_data_flags()
-    flags.DEFINE_string("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
+    cfg.define_path("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
     flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
-    flags.DEFINE_string("out", None, "The .npz to write.")
+    cfg.define_path("out", None, "The .npz to write.")
     flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
     flags.DEFINE_integer("num_features", 10_000, "Images whose features are kept, for KID, precision...", lower_bound=0)
     flags.DEFINE_enum("convention", "adm", list(inception.CONVENTIONS), "Resize and scaling before Inception.")
-    flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
+    cfg.define_path("inception_weights", None, "Local copy of the Inception weights.")
 
 
 def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the file to write, such as stats.npz")
     out = Path(config.out)
+    if out.is_dir():
+        raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'stats.npz'}")
+    if config.images:
+        data_flags = ("dataset_name", "split", "data_dir", "image_size", "broken_images", "max_megapixels")
+        cfg.refuse_ignored(data_flags, "with --images, which are taken as they are")
     cfg.check_writable(out.parent, "out")
     mesh = make_mesh()
     cfg.check_batch_size(config.batch_size, mesh.size)
     samples = open_samples(config.images, "images") if config.images else None
     if samples is None:
-        options = (config.data_dir, config.image_size, config.broken_images)
+        options = (config.data_dir, config.image_size, config.broken_images, config.max_megapixels)
         dataset = load_dataset(config.dataset_name, config.split, *options)
         if dataset.latents:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")

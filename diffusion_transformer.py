@@ -105,7 +105,8 @@ class LabelEmbed(nn.Module):
     """Labels (b,) in [0, num_classes] -> (b, d); row `num_classes` stands for "no label".
 
     In training a label is dropped with probability `dropout_prob` (classifier-free guidance, arXiv:2207.12598), by the
-    random stream "label_dropout"; `force_drop_ids` (b,), 1 = drop, replaces the draw.
+    random stream "label_dropout"; `force_drop_ids` (b,), 1 = drop, replaces the draw. With `dropout_prob` 1 labels are
+    dropped always, after training too: no row of theirs has been learned.
     """
 
     num_classes: int
@@ -115,7 +116,9 @@ class LabelEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, labels, train, force_drop_ids):
-        if force_drop_ids is not None:
+        if self.dropout_prob == 1:
+            labels = jnp.full_like(labels, self.num_classes)
+        elif force_drop_ids is not None:
             labels = jnp.where(jnp.asarray(force_drop_ids) == 1, self.num_classes, labels)
         elif train and self.dropout_prob > 0:
             drop = jax.random.bernoulli(self.make_rng("label_dropout"), self.dropout_prob, labels.shape)

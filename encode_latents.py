@@ -21,7 +21,8 @@ from utils import config as cfg
 from utils import evaluation, latents
 from utils.datasets import SPLITS, ImageDataset, epoch_batches, load_dataset
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import FolderLock, write_json
+from utils.fingerprint import Fingerprint, write_listing
 from utils.sharding import batch_sharding, gather, make_mesh, spread
 from utils.stable_vae import StableVAE, images_from_uint8
 
@@ -29,7 +30,7 @@ from utils.stable_vae import StableVAE, images_from_uint8
 def define_flags() -> None:
     cfg.define_data_flags()
     cfg.define_vae_flag()
-    flags.DEFINE_string("out", None, "Folder to write.")
+    cfg.define_path("out", None, "Folder to write.")
     flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
     flags.DEFINE_integer("shard_size", 4096, "Images a file.", lower_bound=1)
     flags.adopt_module_key_flags(cfg)  # so that --help lists them
@@ -68,14 +69,14 @@ def counted(examples: Iterator, bar: tqdm) -> Iterator:
         bar.update()
 
 
-def prepare_folder(out: Path, manifest: latents.Manifest) -> None:
-    """Writes the manifest into a new folder; UserError where the folder holds other latents."""
-    cfg.check_writable(out, "out")
+def prepare_folder(out: Path, manifest: latents.Manifest, fingerprints: dict[str, Fingerprint]) -> None:
+    """Writes the manifest and the listing of the images into a new folder; UserError where it holds other latents."""
     found = latents.load_manifest(out)
     if found is None:
+        write_listing(out, fingerprints)
         write_json(out / latents.MANIFEST, manifest.to_json())
     else:
-        latents.check_same(out, found, manifest)
+        latents.check_same(out, found, manifest, fingerprints)
 
 
 def main(config: ConfigDict) -> None:
@@ -83,7 +84,7 @@ def main(config: ConfigDict) -> None:
         raise UserError("--out is not given: name the folder to write, such as latents/imagenet256")
     out, mesh, vae = Path(config.out), make_mesh(), config.vae or cfg.VAE
     cfg.check_batch_size(config.batch_size, mesh.size)
-    options = (config.data_dir, config.image_size, config.broken_images)
+    options = (config.data_dir, config.image_size, config.broken_images, config.max_megapixels)
     datasets = {split: load_dataset(config.dataset_name, split, *options) for split in SPLITS}
     train = datasets["train"]
     if train.latents:
@@ -99,8 +100,12 @@ def main(config: ConfigDict) -> None:
         shard_size=config.shard_size,
         vae=vae,
         vae_sha256=codec.sha256,
+        splits={split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
     )
-    prepare_folder(out, manifest)
+    cfg.check_writable(out, "out")
+    lock = FolderLock(out)
+    lock.acquire("out")
+    prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
     with tqdm(total=sum(manifest.num_examples.values()), unit="image") as bar:
         for split, dataset in datasets.items():
             num_views = manifest.num_views[split]
@@ -113,6 +118,7 @@ def main(config: ConfigDict) -> None:
                     dataset, rows, config.batch_size, lambda images, f=program: f(codec, spread(images, mesh))
                 )
                 latents.write_shard(out / name, counted(examples, bar))
+    lock.release()
     print(f"written: {out}; train on it: python train_flow.py --dataset_name latents:{out}")
 
 

@@ -4,7 +4,8 @@
     python eval_fid.py --samples samples.npz --fid_stats stats.npz
 
 Prints a table, and writes fid.json, fid.csv, a picture of samples for every row and a plot. What fid.json holds of the
-same settings is not computed again, so that the same command continues after a kill.
+same settings is not computed again, so that the same command continues after a kill; everything that enters a number is
+among its settings.
 """
 
 import csv
@@ -28,13 +29,18 @@ from utils import evaluation, inception, plotting
 from utils.checkpoint import open_checkpoint
 from utils.errors import UserError
 from utils.fid import ImageStatistics, ReferenceStatistics, compare, load_statistics, save_statistics
-from utils.files import write_json
+from utils.files import atomic_write, locked, set_aside, write_json
 from utils.samples import Samples, SampleWriter, check_sample_path, holds_images, open_samples
 from utils.sampling import LABELS, SOLVERS, Sampler
 from utils.sharding import abstract, free_memory, gather, make_mesh, replicated
 from utils.tracking import Tracker
 
 GRID_IMAGES = 64
+# Flags of one way of working that the other has no use for.
+OF_RUNS = (
+    "cfg_scale", "cfg_interval", "use_cfg", "denoise_timesteps", "solver", "labels", "seed", "save_samples", "vae",
+    "dataset_name", "use_stable_vae",
+)  # fmt: skip
 METRICS = {  # in the order of the table's columns
     "fid": "FID",
     "sfid": "sFID",
@@ -48,24 +54,24 @@ METRICS = {  # in the order of the table's columns
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
-    flags.DEFINE_string("samples", None, "Instead of a run: npz (arr_0, uint8 NHWC) or folder of images to score.")
+    cfg.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+    cfg.define_path("samples", None, "Instead of a run: npz (arr_0, uint8 NHWC) or folder of images to score.")
     flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
-    flags.DEFINE_string("fid_stats", None, "Reference statistics, as compute_fid_stats.py writes them.")
-    flags.DEFINE_string("out", None, "Folder of what is written; default: --load_dir's run, or that of --samples.")
-    flags.DEFINE_string("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
+    cfg.define_path("fid_stats", None, "Reference statistics, as compute_fid_stats.py writes them.")
+    cfg.define_path("out", None, "Folder of what is written; default: --load_dir's run, or that of --samples.")
+    cfg.define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
     flags.DEFINE_list("cfg_scale", ["4"], "Guidance scales, separated by commas; -1 or 1: no guidance.")
     flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
     flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
     flags.DEFINE_list("denoise_timesteps", ["500"], "Step counts, separated by commas.")
     flags.DEFINE_enum("solver", "euler", list(SOLVERS), "heun and midpoint take two velocities a step.")
     flags.DEFINE_enum("labels", "uniform", list(LABELS), "How labels are drawn; dataset: as often as in --fid_stats.")
-    flags.DEFINE_integer("num_samples", 50_000, "Samples, exactly.", lower_bound=2)
+    flags.DEFINE_integer("num_samples", 50_000, "Samples, exactly; of --samples the first, default all.", lower_bound=2)
     flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: what fits, 128 on CPUs.")
     flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
     flags.DEFINE_enum("convention", None, list(inception.CONVENTIONS), "Of --fid_stats, where the file does not say.")
-    flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
-    flags.DEFINE_string("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
+    cfg.define_path("inception_weights", None, "Local copy of the Inception weights.")
+    cfg.define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
     cfg.define_vae_flag()
     cfg.define_model_flags()
     cfg.define_wandb_flags(name="eval")
@@ -87,10 +93,17 @@ def find_statistics(config: ConfigDict, dataset_name: str | None) -> Path:
     return path
 
 
-def read_samplers(config: ConfigDict) -> list[Sampler]:
-    """A sampler for every guidance scale and step count of the command line."""
+def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[Sampler]:
+    """A sampler for every guidance scale and step count of the command line. UserError where it asks for guidance that
+    a model trained with `class_dropout_prob` does not have; without asking there is none, which is said."""
     steps = cfg.read_numbers(config.denoise_timesteps, "denoise_timesteps", int, lowest=1)
     scales = cfg.read_numbers(config.cfg_scale, "cfg_scale", float) if config.use_cfg else [-1.0]
+    if not cfg.can_guide(class_dropout_prob) and any(map(cfg.guides, scales)):
+        reason = cfg.explain_no_guidance(class_dropout_prob)
+        if cfg.is_explicit("cfg_scale"):
+            raise UserError(f"--cfg_scale={','.join(config.cfg_scale)}: {reason}; use --cfg_scale 1")
+        print(f"{reason}: samples are drawn without guidance")
+        scales = [-1.0]
     interval = tuple(cfg.read_numbers(config.cfg_interval, "cfg_interval", float))
     if len(interval) != 2 or interval[0] > interval[1]:
         raise UserError(f"--cfg_interval={','.join(config.cfg_interval)}: give first and last time, such as 0.1,0.9")
@@ -129,6 +142,7 @@ class Scoring:
             "fid_stats_sha256": self.reference.sha256,
             "convention": self.convention,
             "inception_sha256": inception.INCEPTION_SHA256,
+            "inception_logits_sha256": None if self.logits is None else hash_params(self.logits),
         }
 
     def measure(self, batches: Iterator[evaluation.ImageBatch], total: int, statistics: ImageStatistics, title: str):
@@ -165,10 +179,10 @@ class RunEvaluation(Scoring):
     """The samples of a run. Wrong input ends here, uncompiled."""
 
     def __init__(self, config: ConfigDict):
-        checkpoints, self.step = open_checkpoint(config.load_dir)
-        saved = checkpoints.restore_config(self.step)
+        checkpoints, steps = open_checkpoint(config.load_dir)
+        newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
         data = saved["dataset"]
-        self.samplers = read_samplers(config)
+        self.samplers = read_samplers(config, saved["model"]["class_dropout_prob"])
         super().__init__(config, data["name"], checkpoints.folder.parent)
         class_counts = self.reference.label_counts
         if config.labels == "dataset" and (class_counts is None or len(class_counts) != len(data["class_names"])):
@@ -184,7 +198,9 @@ class RunEvaluation(Scoring):
         self.context = evaluation.make_context(model, codec, self.mesh, data["image_shape"], data["class_names"])
         shapes = jax.eval_shape(partial(evaluation.init_params, self.context), jax.random.key(0))
         like = abstract(shapes, replicated(self.mesh))
-        (params,) = checkpoints.restore_params(self.step, like, ("ema_params",))
+        self.step, (params,) = checkpoints.restore_newest(
+            lambda step: checkpoints.restore_params(step, like, ("ema_params",)), steps[steps.index(newest) :]
+        )
         counts = class_counts if config.labels == "dataset" else None
         labels = {"label_mode": config.labels, "class_counts": counts}
         self.generator = evaluation.Generator(self.context, params, seed=config.seed, **labels)
@@ -194,6 +210,9 @@ class RunEvaluation(Scoring):
             print(f"--batch_size {self.batch_size}")
         self.settings |= {
             "checkpoint": str(Path(config.load_dir).absolute()),
+            "image_shape": list(data["image_shape"]),
+            "num_classes": len(data["class_names"]),
+            "num_heads": model.num_heads,
             "checkpoint_step": self.step,
             "params_sha256": hash_params(params),
             "vae_sha256": sha256,
@@ -247,35 +266,50 @@ def picture_name(sampler: Sampler) -> str:
 
 
 class Results:
-    """fid.json: a list of cells, each its settings and its metrics, written after every one."""
+    """fid.json: a list of cells, each its settings and its metrics, written after every one.
+
+    Several processes may add to one file; one that cannot be understood is set aside.
+    """
 
     def __init__(self, out: Path):
         self.path = out / "fid.json"
-        try:
-            self.cells = json.loads(self.path.read_text())["cells"]
-        except (OSError, ValueError, KeyError, TypeError):
-            self.cells = []
+        with locked(self.path):
+            self._read()
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The finished cell of these settings; files are told by their hash, wherever they lie."""
+        """The finished cell of these settings; files are told by their hash, wherever they lie. One that also has an
+        Inception Score will do where none is asked for."""
         wanted = {name: value for name, value in settings.items() if name not in ("fid_stats", "checkpoint")}
+        if wanted["inception_logits_sha256"] is None:
+            del wanted["inception_logits_sha256"]
         return next((cell for cell in self.cells if wanted.items() <= cell.items()), None)
 
     def add(self, settings: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
         """The cell, which takes the place of an earlier one of the same settings."""
-        cell = settings | metrics
-        earlier = self.find(settings)
-        self.cells = [cell if other is earlier else other for other in self.cells]
-        if earlier is None:
-            self.cells.append(cell)
-        write_json(self.path, {"cells": self.cells})
-        return cell
+        with locked(self.path):
+            self._read()  # another process may have added some
+            self.cells = [cell for cell in self.cells if not settings.items() <= cell.items()]
+            self.cells.append(settings | metrics)
+            write_json(self.path, {"cells": self.cells})
+        return self.cells[-1]
+
+    def _read(self) -> None:
+        self.cells = []
+        if not self.path.exists():
+            return
+        try:
+            cells = json.loads(self.path.read_bytes())["cells"]
+            if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
+                raise TypeError("no list of cells")
+            self.cells = cells
+        except (ValueError, KeyError, TypeError):
+            print(f"{self.path} cannot be understood (damaged?); it is kept as {set_aside(self.path)}")
 
 
 def to_markdown(cells: list[dict[str, Any]]) -> str:
-    """A table of the cells: step count, guidance and every metric that there is."""
+    """A table of the cells: step count, guidance and every metric that one of them has."""
     columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | METRICS
-    columns = {name: title for name, title in columns.items() if name in cells[0]}
+    columns = {name: title for name, title in columns.items() if any(name in cell for cell in cells)}
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
     for cell in cells:
         lines.append("| " + " | ".join(to_text(name, cell) for name in columns) + " |")
@@ -283,6 +317,8 @@ def to_markdown(cells: list[dict[str, Any]]) -> str:
 
 
 def to_text(name: str, cell: dict[str, Any]) -> str:
+    if name not in cell:
+        return ""
     value = cell[name]
     if name == "kid":
         return f"{value:.5f} ± {cell['kid_error']:.5f}"
@@ -292,8 +328,9 @@ def to_text(name: str, cell: dict[str, Any]) -> str:
 
 
 def write_csv(path: Path, cells: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, cells[0])
+    columns = dict.fromkeys(name for cell in cells for name in cell)
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(cells)
 
@@ -336,6 +373,12 @@ def evaluate_run(config: ConfigDict) -> None:
 
 def evaluate_samples(config: ConfigDict) -> None:
     samples = open_samples(config.samples)
+    if cfg.is_explicit("num_samples"):
+        if config.num_samples > samples.num_samples:
+            raise UserError(
+                f"--num_samples={config.num_samples}: --samples={config.samples} holds {samples.num_samples}"
+            )
+        samples = samples.first(config.num_samples)
     path = Path(config.samples)
     scoring = Scoring(config, None, path.parent if path.is_file() else path.with_name(f"{path.name}_fid"))
     scoring.warn_of_few(samples.num_samples)
@@ -353,7 +396,18 @@ def main(config: ConfigDict) -> None:
         raise UserError(
             "give one of --load_dir (the folder of a run, such as runs/demo) and --samples (images to score)"
         )
+    refuse_ignored(config)
     (evaluate_run if config.load_dir else evaluate_samples)(config)
+
+
+def refuse_ignored(config: ConfigDict) -> None:
+    """UserError for flags that would have no effect on this evaluation."""
+    if config.samples:
+        cfg.refuse_ignored((*OF_RUNS, *cfg.model_flags()), "on --samples, which are scored as they are")
+    for name in ("cfg_scale", "denoise_timesteps"):
+        cfg.refuse_ignored((f"model.{name}",), f"here, where --{name} says it")
+    if config.fid_stats:
+        cfg.refuse_ignored(("dataset_name",), "beside --fid_stats")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -24,11 +25,13 @@ from tqdm import tqdm
 from diffusion_transformer import REMAT_POLICIES
 from utils import config as cfg
 from utils import evaluation, inception
-from utils.checkpoint import Checkpoints, open_checkpoint
-from utils.datasets import first_examples, load_dataset, training_batches
-from utils.errors import UserError
+from utils.checkpoint import Checkpoints, Saver, open_checkpoint
+from utils.console import say
+from utils.datasets import SPLITS, describe_data, first_examples, load_dataset, training_batches
+from utils.errors import DataError, UserError
 from utils.fid import ImageStatistics, compare, load_statistics
-from utils.files import write_json
+from utils.files import FolderLock, write_json
+from utils.fingerprint import compare_data, read_listing, write_listing
 from utils.sampling import Sampler
 from utils.sharding import (
     abstract,
@@ -50,8 +53,8 @@ from utils.train_step import INIT, VALIDATION, train_step, validation_step
 def define_flags() -> None:
     cfg.define_data_flags()
     cfg.define_vae_flag()
-    flags.DEFINE_string("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
-    flags.DEFINE_string("load_dir", None, "Run whose parameters and average this run starts from.")
+    cfg.define_path("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
+    cfg.define_path("load_dir", None, "Run whose parameters and average this run starts from.")
     flags.DEFINE_integer("seed", 0, "Seed of parameters, data order, noise and samples.")
     flags.DEFINE_integer("batch_size", 256, "Global batch size.")
     flags.DEFINE_integer("max_steps", 1_000_000, "Training steps.", lower_bound=0)
@@ -62,6 +65,7 @@ def define_flags() -> None:
         "eval_interval", 50_000, "Steps between pictures; also at step 1000 and at the end. 0: none.", lower_bound=0
     )
     flags.DEFINE_integer("save_interval", 200_000, "Steps between checkpoints; also at the end.", lower_bound=1)
+    flags.DEFINE_float("save_minutes", 15, "Minutes between checkpoints, whatever the step; 0: never.", lower_bound=0)
     flags.DEFINE_integer("keep_last", 2, "Newest checkpoints kept.", lower_bound=1)
     flags.DEFINE_integer("keep_every", 1_000_000, "Checkpoints of multiples of this step are kept too.", lower_bound=1)
     flags.DEFINE_integer("debug_overfit", 0, "1 trains on one repeated batch.", 0, 1)
@@ -74,11 +78,11 @@ def define_flags() -> None:
         "What the backward pass recomputes, for less memory: dots all but products.",
     )
     flags.DEFINE_float("peak_tflops", None, "Of one device, where its kind is not known, for the MFU.", lower_bound=0)
-    flags.DEFINE_string("profile", None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.")
-    flags.DEFINE_string("fid_stats", None, "Reference statistics; with them, `fid` is logged at every evaluation.")
+    cfg.define_path("profile", None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.")
+    cfg.define_path("fid_stats", None, "Reference statistics; with them, `fid` is logged at every evaluation.")
     flags.DEFINE_integer("fid_samples", 10_000, "Samples of a training-time FID.", lower_bound=2)
     flags.DEFINE_enum("convention", None, list(inception.CONVENTIONS), "Of --fid_stats, where the file does not say.")
-    flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
+    cfg.define_path("inception_weights", None, "Local copy of the Inception weights.")
     cfg.define_model_flags()
     cfg.define_wandb_flags()
     cfg.define_device_flags()
@@ -91,10 +95,10 @@ class Run:
     def __init__(self, config: ConfigDict):
         self.config, self.mesh = config, make_mesh()
         cfg.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum)
-        options = (config.data_dir, config.image_size, config.broken_images)
-        dataset, validation_dataset = (
-            load_dataset(config.dataset_name, split, *options) for split in ("train", "validation")
-        )
+        refuse_ignored(config)
+        options = (config.data_dir, config.image_size, config.broken_images, config.max_megapixels)
+        self.datasets = {split: load_dataset(config.dataset_name, split, *options) for split in SPLITS}
+        dataset = self.datasets["train"]
         if config.debug_overfit:
             dataset = first_examples(dataset, config.batch_size)
         latents = dataset.latents
@@ -104,32 +108,32 @@ class Run:
         )
         facts = (dataset.image_shape, dataset.class_names)
         self.context = evaluation.make_context(config.model, codec, self.mesh, *facts, remat=config.remat)
+        if not cfg.can_guide(config.model.class_dropout_prob):
+            say(f"{cfg.explain_no_guidance(config.model.class_dropout_prob)}: samples are drawn without guidance")
         self.reference = load_statistics(config.fid_stats) if config.fid_stats else None
         if self.reference is not None:
             convention = evaluation.find_convention(self.reference, config.convention)
             weights = config.inception_weights
             self.extractor = inception.load_feature_extractor(weights, convention, replicated(self.mesh))
+            if not config.eval_interval:
+                cfg.refuse_ignored(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation")
         self.folder = cfg.run_folder(config)
         cfg.check_writable(self.folder, "save_dir")
+        self.lock = FolderLock(self.folder)
+        if jax.process_index() == 0:
+            self.lock.acquire("save_dir")
         if config.profile:
             cfg.check_writable(Path(config.profile), "profile")
         self.optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
         self.checkpoints = Checkpoints(self.folder, config.keep_last, config.keep_every)
-        # Enough to sample from a checkpoint without its data set.
-        facts = {
-            "name": dataset.name,
-            "image_shape": list(dataset.image_shape),
-            "class_names": list(dataset.class_names),
-            "vae": vae if codec.sha256 else None,
-            "vae_sha256": codec.sha256,
-        }
-        self.saved_config = {**config.to_dict(), "dataset": facts}
+        facts = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
+        self.saved_config = {**config.to_dict(), "dataset": describe_data(self.datasets) | facts}
 
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self.batches = training_batches(dataset, config.batch_size, config.seed, **hosts)
         # Always the same validation images, so that two points of a curve differ by the model alone.
         self.validation_batch = to_devices(
-            next(training_batches(validation_dataset, config.batch_size, config.seed, **hosts)), self.mesh
+            next(training_batches(self.datasets["validation"], config.batch_size, config.seed, **hosts)), self.mesh
         )
         self.parts = {
             "model": self.context.model,
@@ -154,20 +158,68 @@ class Run:
         shardings = state_sharding(shapes, self.mesh, self.config.sharding)
         like = abstract(shapes, shardings)
 
-        step = self.checkpoints.latest_step()
-        if step is not None:
-            cfg.check_resumable(self.saved_config, self.checkpoints.restore_config(step), self.folder)
-            state, position = self.checkpoints.restore(step, like)
-            self.batches.set_state(position)
-            say(f"resuming {self.folder} from step {step}")
-            return state
+        steps = self.checkpoints.steps()
+        if steps:
+            return self.resume(steps, like)
         loaded = {}
         if self.config.load_dir:
-            source, step = open_checkpoint(self.config.load_dir)
             names = ("params", "ema_params")
-            loaded = dict(zip(names, source.restore_params(step, like.params, names), strict=True))
+            source, steps = open_checkpoint(self.config.load_dir)
+            _, saved = source.restore_newest(source.restore_config, steps)
+            cfg.check_architecture(self.config.model, saved["model"], self.config.load_dir)
+            step, trees = source.restore_newest(lambda step: source.restore_params(step, like.params, names), steps)
+            loaded = dict(zip(names, trees, strict=True))
             say(f"starting from the parameters of {self.config.load_dir}, step {step}")
         return jax.jit(init, out_shardings=shardings)(key).replace(**loaded)
+
+    def resume(self, steps: list[int], like: TrainState) -> TrainState:
+        """The state of the newest checkpoint that is whole, with the data moved to its position. What has changed since
+        it was saved is said, or refused where the run would become another."""
+
+        def read(step):
+            differences = self.compare_with(self.checkpoints.restore_config(step))
+            return differences, *self.checkpoints.restore(step, like)
+
+        step, (differences, state, position) = self.checkpoints.restore_newest(read, steps)
+        for damaged in steps[: steps.index(step)]:
+            self.checkpoints.set_aside(damaged)
+        self.batches.set_state(position)
+        say(f"resuming {self.folder} from step {step}")
+        for difference in differences:
+            say(f"since step {step}: {difference}")
+        return state
+
+    def compare_with(self, saved: dict) -> list[str]:
+        """What differs from the configuration `saved` with a checkpoint of this run, in words; UserError where it is of
+        other data or learns something else."""
+        name, changed = self.config.dataset_name, cfg.check_resumable(self.saved_config, saved, self.folder)
+        if "splits" not in saved["dataset"] and saved["dataset_name"] != name:
+            old = saved["dataset_name"]
+            raise UserError(
+                f"{self.folder} holds a run with --dataset_name={old}, not {name}: give it, or {cfg.NEW_RUN}"
+            )
+        fingerprints = {split: dataset.fingerprint for split, dataset in self.datasets.items()}
+        try:
+            remarks = compare_data(
+                saved["dataset"], read_listing(self.folder), self.saved_config["dataset"], fingerprints
+            )
+        except UserError as difference:
+            raise UserError(
+                f"--dataset_name={name} is not what {self.folder} was trained on: {difference}; give the same data, or "
+                f"{cfg.NEW_RUN}"
+            ) from None
+        settings = [f"--{flag}={new}, was {old}" for flag, (old, new) in changed.items()]
+        return settings + [f"of the data: {remark}" for remark in remarks]
+
+    def keep_config(self, step: int) -> None:
+        """Writes config.json, a copy of it under the time and step of this start, and the listing of the data."""
+        if jax.process_index() > 0:
+            return
+        history = self.folder / "configs"
+        history.mkdir(exist_ok=True)
+        for path in (history / f"{time.strftime('%Y%m%d-%H%M%S')}_step{step}.json", self.folder / "config.json"):
+            write_json(path, self.saved_config)
+        write_listing(self.folder, {split: dataset.fingerprint for split, dataset in self.datasets.items()})
 
     def compile_train_step(self, state: TrainState):
         """train_step(state, batch, codec) compiled for this run's shapes; it takes over the state's memory."""
@@ -197,7 +249,9 @@ class Run:
             for t, loss in evaluation.loss_by_time(context, state.params, data, key).items():
                 yield f"{name}_loss_t/{t}", loss
         yield "reconstruction_n", evaluation.reconstruction_panel(context, state.ema_params, self.validation_batch, key)
-        sampler = Sampler(config.model.denoise_timesteps, cfg.guidance_scale(config.model.cfg_scale))
+        can_guide = cfg.can_guide(config.model.class_dropout_prob)
+        scale = cfg.guidance_scale(config.model.cfg_scale) if can_guide else None
+        sampler = Sampler(config.model.denoise_timesteps, scale)
         yield from evaluation.sample_panels(context, state.ema_params, key, sampler)
         if self.reference is not None:
             yield "fid", self.compute_fid(state, sampler)
@@ -232,17 +286,22 @@ class StopRequest:
         return self.signal is not None
 
 
-def say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
+def refuse_ignored(config: ConfigDict) -> None:
+    """UserError for flags that would have no effect on this run."""
+    if not config.fid_stats:
+        cfg.refuse_ignored(("fid_samples", "convention", "inception_weights"), "without --fid_stats")
+    if not config.model.use_stable_vae:
+        cfg.refuse_ignored(("vae",), "on pixels (--use_stable_vae 0)")
+    if not config.dataset_name.startswith("folder:"):
+        cfg.refuse_ignored(("broken_images", "max_megapixels"), f"on {config.dataset_name}, only on folder:PATH")
 
 
 def check_finite(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints) -> None:
     """Ends a run that has diverged, before its state is saved over a good one."""
     if not np.isfinite([metrics["l2_loss"], metrics["param_norm"]]).all():
         checkpoints.wait()
-        saved = checkpoints.latest_step()
-        way = "start again" if saved is None else f"the same command continues from step {saved}: run it"
+        saved = checkpoints.steps()
+        way = f"the same command continues from step {saved[0]}: run it" if saved else "start again"
         raise UserError(
             f"loss or parameters are not finite any more at step {step}; {way} with a lower --model.lr, "
             "or with --model.dtype float32"
@@ -302,12 +361,19 @@ class Progress:
 
 def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> int:
     """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last step."""
-    config, codec, step = run.config, run.context.codec, int(state.step)
+    config, codec, step, position = run.config, run.context.codec, int(state.step), None
     compiled_step = run.compile_train_step(state)
     validate = jax.jit(partial(validation_step, **run.parts))
+    saver = Saver(run.checkpoints, run.saved_config, config.save_interval, config.save_minutes, step)
     progress, trace = Progress(run, tracker, step), StepTrace(config.profile, step)
+    batches = progress.throughput.waiting(feed(run.batches, run.mesh), progress.is_idle)
     with progress.bar:
-        for batch, position in progress.throughput.waiting(feed(run.batches, run.mesh), progress.is_idle):
+        while True:
+            try:
+                batch, position = next(batches)
+            except DataError as error:
+                progress.flush()
+                end_without_data(error, step, saver, state, position)
             step += 1
             trace.before(step)
             state, metrics = compiled_step(state, batch, codec)
@@ -317,12 +383,12 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
             is_logged = step % config.log_interval == 0 or step == 1 or is_end
             progress.add(step, metrics, validate(state, run.validation_batch, codec) if is_logged else None)
             is_evaluated = config.eval_interval and (step % config.eval_interval == 0 or step == 1000 or is_end)
-            is_saved = step % config.save_interval == 0 or is_last
+            is_saved = saver.is_due(step) or is_last
             if is_evaluated or is_saved:
                 progress.flush()
                 check_finite(metrics, step, run.checkpoints)
             if is_saved:  # before the pictures, which take their time
-                run.checkpoints.save(state, run.saved_config, position)
+                (saver.save_last if is_last else saver.save)(state, position)
             if is_evaluated:
                 progress.bar.set_description_str("drawing pictures")
                 log_evaluation(tracker, run.evaluate(state, batch), step)
@@ -332,6 +398,15 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
             if is_last:
                 trace.close(metrics)
                 return step
+
+
+def end_without_data(error: DataError, step: int, saver: Saver, state: TrainState, position: object) -> NoReturn:
+    """Ends a run whose data cannot be read any more, after saving what it has learned."""
+    # Of several processes the others cannot be told in time: they wait for this one's share of a step.
+    if position is None or jax.process_count() > 1:
+        raise error
+    saver.save_last(state, position)
+    raise UserError(f"{error}; saved at step {step}: with the data back, the same command continues from there")
 
 
 def main(config: ConfigDict) -> None:
@@ -344,12 +419,12 @@ def main(config: ConfigDict) -> None:
         return
     say(cfg.to_text(config))
     say(run.summary(state))
-    if jax.process_index() == 0:
-        write_json(run.folder / "config.json", run.saved_config)
+    run.keep_config(int(state.step))
     tracker = Tracker(run.folder, config, int(state.step))
     last_step = train(run, state, tracker, stop)
     run.checkpoints.close()
     tracker.close()
+    run.lock.release()
     if last_step < config.max_steps:
         say(f"stopped at step {last_step} and saved; the same command continues from there")
 

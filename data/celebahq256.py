@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils/ is,
 from utils import config as cfg
 from utils.errors import UserError
 from utils.image_folder import IMAGE_SUFFIXES
-from utils.images import read_image
+from utils.images import UPRIGHT, read_image, read_orientation
 from utils.tfds_data import import_tensorflow
 
 SIZE = 256
@@ -40,7 +40,6 @@ SPLITS = {"train": ("train",), "validation": ("val", "validation")}  # and how t
 HELD_OUT_SHARE = 1 / 15
 ON_THE_HUB = "korexyz/celeba-hq-256x256"
 LAYOUT = "train*.parquet, {female,male}/IMAGE or IMAGE, the first also below data, the others below train"
-EXIF_ORIENTATION = 0x0112
 
 Record = tuple[str, str, bytes, int]  # key, where it is from, encoded image, label
 Listed = tuple[list[str], Callable[[], Iterator[Record]]]  # the keys of images, and how they are read
@@ -93,10 +92,10 @@ def fit(data: bytes, name: str) -> bytes:
 
     Raises UserError, saying `name`, where the image cannot be decoded.
     """
-    pixels = read_image(BytesIO(data), name, SIZE, upright=True)
+    pixels = read_image(data, name, SIZE)
     with Image.open(BytesIO(data)) as image:
         is_rgb = image.mode == "RGB" and not image.has_transparency_data
-        is_upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
+        is_upright = read_orientation(image) not in UPRIGHT
         if image.format in ("JPEG", "PNG") and is_rgb and image.size == (SIZE, SIZE) and is_upright:
             return data
     png = BytesIO()

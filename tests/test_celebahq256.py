@@ -354,7 +354,7 @@ def strangers(folder):
         (lambda folder: None, "there is no such folder; .*hub id such as korexyz/celeba-hq-256x256"),
         (lambda folder: folder.mkdir(), "holds neither parquet files nor images; expected are"),
         (one_image, "holds 1 image; 2 are needed"),
-        (broken_file, "train/male/00001.png is not a readable image.*replace or remove it"),
+        (broken_file, "train/male/00001.png is not a readable image.*put a good copy in its place"),
         (broken_row, "row 1 of .*validation-00000-of-00001.parquet is not a readable image"),
         (other_label, "row 1 of .*train.parquet has the label 2; 0 .* and 1"),
         (other_columns, r"train.parquet has the columns image \(binary\), age \(int64\); .*label \(int64\)"),

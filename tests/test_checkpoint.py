@@ -35,7 +35,7 @@ def test_everything_comes_back(tmp_path, state):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(state, CONFIG, {"next_index": 12})
     checkpoints.close()
-    checkpoints, step = checkpoint.open_checkpoint(tmp_path)
+    checkpoints, (step,) = checkpoint.open_checkpoint(tmp_path)
     restored, position = checkpoints.restore(step, abstract(state, replicated(make_mesh())))
     assert step == 1
     assert position == {"next_index": 12}
@@ -86,8 +86,8 @@ def test_one_checkpoint_of_several_can_be_named(tmp_path, state):
     for step in (1, 2):
         checkpoints.save(state.replace(step=jnp.int32(step)), CONFIG, None)
     checkpoints.close()
-    assert checkpoint.open_checkpoint(tmp_path)[1] == 2
-    assert checkpoint.open_checkpoint(tmp_path / "checkpoints" / "1")[1] == 1
+    assert checkpoint.open_checkpoint(tmp_path)[1] == [2, 1]
+    assert checkpoint.open_checkpoint(tmp_path / "checkpoints" / "1")[1] == [1]
     with pytest.raises(UserError, match="found steps 1, 2"):
         checkpoint.open_checkpoint(tmp_path / "checkpoints" / "5")
 
@@ -99,7 +99,7 @@ def test_truncated_checkpoint_is_one_line(tmp_path, state):
     for path in (tmp_path / "checkpoints" / "1").rglob("*"):
         if path.is_file() and "/d/" in str(path):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    checkpoints, step = checkpoint.open_checkpoint(tmp_path)
+    checkpoints, (step,) = checkpoint.open_checkpoint(tmp_path)
     with pytest.raises(UserError) as error:
         checkpoints.restore(step, abstract(state, replicated(make_mesh())))
     assert "\n" not in str(error.value)

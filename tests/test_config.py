@@ -45,7 +45,7 @@ def test_defaults_are_the_recipe(parse):
     assert config.wandb.name == "flow_imagenet256"
     assert {"use_cfg": 1, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
     assert evaluation.RECIPE_BATCH_SIZE == 128
-    assert eval_fid.read_samplers(parse("", eval_fid)) == [Sampler(500, 4.0)]
+    assert eval_fid.read_samplers(parse("", eval_fid), 0.1) == [Sampler(500, 4.0)]
 
 
 # Parameters without the position table, which jax-flow counts (n * hidden) and which is a constant here.
@@ -165,8 +165,8 @@ def test_sweeps_are_every_scale_and_step_count_once(parse):
     line = "--denoise_timesteps 20,5,20 --cfg_scale 1,4,-1 --solver heun --cfg_interval 0.1,0.9"
     common = {"cfg_interval": (0.1, 0.9), "solver": "heun"}
     expected = [Sampler(steps, scale, **common) for scale in (None, 4.0) for steps in (20, 5)]
-    assert eval_fid.read_samplers(parse(line, eval_fid)) == expected
-    assert eval_fid.read_samplers(parse("--use_cfg 0 --cfg_scale 4", eval_fid)) == [Sampler(500, None)]
+    assert eval_fid.read_samplers(parse(line, eval_fid), 0.1) == expected
+    assert eval_fid.read_samplers(parse("--use_cfg 0 --cfg_scale 4", eval_fid), 0.1) == [Sampler(500, None)]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_sweeps_are_every_scale_and_step_count_once(parse):
 )
 def test_sweeps_that_make_no_sense_are_refused(parse, line, message):
     with pytest.raises(UserError, match=message):
-        eval_fid.read_samplers(parse(line, eval_fid))
+        eval_fid.read_samplers(parse(line, eval_fid), 0.1)
 
 
 def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):

@@ -15,13 +15,16 @@ from utils.datasets import (
     training_batches,
 )
 from utils.errors import UserError
+from utils.fingerprint import Fingerprint
+
+NOTHING_KNOWN = Fingerprint("arrays", 0, "")
 
 
 def numbered(num_images: int, random_flip: bool = True) -> ImageDataset:
     """Images labelled by their number, that number left and a zero right, so that a flip shows."""
     source = [{"image": np.array([[[i], [0]]], np.uint8), "label": np.int32(i)} for i in range(1, num_images + 1)]
     names = tuple(map(str, range(num_images + 1)))
-    return ImageDataset("numbered", "train", source, (1, 2, 1), names, random_flip)
+    return ImageDataset("numbered", "train", source, (1, 2, 1), names, random_flip, NOTHING_KNOWN)
 
 
 def take(batches, count: int) -> list[dict[str, np.ndarray]]:
@@ -145,7 +148,7 @@ def test_what_a_reading_thread_raises_reaches_the_consumer():
         def __getitem__(self, index):
             raise UserError("image 3 is broken")
 
-    dataset = ImageDataset("broken", "train", Broken([None] * 5), (1, 1, 1), ("a",), False)
+    dataset = ImageDataset("broken", "train", Broken([None] * 5), (1, 1, 1), ("a",), False, NOTHING_KNOWN)
     with pytest.raises(UserError, match="image 3"):
         next(training_batches(dataset, 4, 0))
     with pytest.raises(UserError, match="image 3"):

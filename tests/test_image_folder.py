@@ -208,13 +208,18 @@ def test_broken_files_and_empty_classes_are_skipped_by_name(zoo, capfd):
 def test_the_check_is_remembered_until_a_file_changes(zoo, monkeypatch):
     name = f"folder:{zoo}"
     assert len(load_dataset(name, "train", None, 8, "skip").source) == 7
-    image_folder._check.cache_clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(image_folder, "_decode_all", lambda paths: pytest.fail("decoded again"))
-        assert len(load_dataset(name, "train", None, 8, "skip").source) == 7
-    image_folder._check.cache_clear()
+    checked = []
+    decode = image_folder.decode_image
+    monkeypatch.setattr(
+        image_folder, "decode_image", lambda *args, **kwargs: checked.append(1) or decode(*args, **kwargs)
+    )
+    image_folder._check_images.cache_clear()
+    assert len(load_dataset(name, "train", None, 8, "skip").source) == 7
+    assert not checked
+    image_folder._check_images.cache_clear()
     (zoo / "cat" / "0.png").write_bytes(b"broken since")
     assert len(load_dataset(name, "train", None, 8, "skip").source) == 6
+    assert len(checked) == 1  # the others are not decoded again
 
 
 def test_a_file_that_breaks_after_the_check_is_named_when_it_is_read(tmp_path):

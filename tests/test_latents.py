@@ -114,7 +114,6 @@ def test_what_is_missing_is_told(folder, tmp_path_factory):
     "change",
     [
         {"vae_sha256": "1" * 64},
-        {"dataset_name": "digits"},
         {"image_shape": (32, 32, 3)},
         {"num_examples": {"train": 11, "validation": 3}},
         {"class_names": ("cat", "fox")},
@@ -123,8 +122,9 @@ def test_what_is_missing_is_told(folder, tmp_path_factory):
 def test_other_latents_are_not_mixed_in(folder, change):
     (name,) = change
     with pytest.raises(UserError, match=f"--out=.* holds latents with {name} "):
-        check_same(folder, manifest(), manifest(**change))
+        check_same(folder, manifest(), manifest(**change), {})
 
 
-def test_the_same_vae_may_lie_elsewhere(folder):
-    check_same(folder, manifest(), dataclasses.replace(manifest(), vae="/another/copy"))
+def test_the_same_vae_and_images_may_lie_elsewhere(folder):
+    moved = dataclasses.replace(manifest(), vae="/another/copy", dataset_name="folder:/another")
+    check_same(folder, manifest(), moved, {})

@@ -123,7 +123,12 @@ def test_the_run_says_what_it_does(finished):
     saved = json.loads((folder / "config.json").read_text())
     assert saved["model"]["hidden_size"] == 32
     facts = {"name": "digits", "image_shape": [8, 8, 1], "class_names": list("0123456789")}
-    assert saved["dataset"] == {**facts, "vae": None, "vae_sha256": None}
+    facts |= {"vae": None, "vae_sha256": None}
+    assert facts.items() <= saved["dataset"].items()
+    train, validation = (saved["dataset"]["splits"][split] for split in ("train", "validation"))
+    assert (train["format"], train["num_examples"], validation["num_examples"]) == ("arrays", 1500, 297)
+    (start,) = (folder / "configs").iterdir()
+    assert json.loads(start.read_text()) == saved
 
 
 @finished_run
@@ -397,7 +402,7 @@ def test_evaluation_refuses_wrong_input(finished, weights, tmp_path):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     cases = [
         (["--load_dir", tmp_path], ["--load_dir", "no checkpoint"]),
-        (["--load_dir", broken], [str(broken / "checkpoints" / "20"), "cannot be read"]),
+        (["--load_dir", broken], [str(broken / "checkpoints" / "20"), "is damaged"]),
         (["--load_dir", folder, "--fid_stats", bad_statistics], ["--fid_stats", "2048", "compute_fid_stats.py"]),
         (["--load_dir", folder, "--inception_weights", bad_weights], [str(bad_weights), "sha256"]),
         (["--load_dir", folder, "--model.depth", 7], ["--model.depth=7", "leave the flag out"]),

@@ -1,30 +1,70 @@
 """Checkpoints through Orbax: asynchronous and atomic, each complete enough to continue a run bit for bit.
 
 RUN/checkpoints/STEP/ holds the items `params`, `ema_params`, `optimizer` (its state, the step and the random key),
-`config` (the run's resolved flags and its data set's facts) and `data` (the data iterator's position).
+`config` (the run's resolved flags and what its data are), `data` (the data iterator's position) and `checksums` of all
+of these, which are compared on reading. Checkpoints of before have no checksums.
 """
 
 import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree
+from absl import logging
+from jax.experimental import multihost_utils
+from jaxtyping import Array, PyTree, UInt32
 
 from diffusion_transformer import position_table
+from utils.console import say
 from utils.errors import UserError
+from utils.files import set_aside
 from utils.train_state import TrainState
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged_checkpoints"
+
+Content = TypeVar("Content")
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint whose files are not those that were written."""
+
+
+class SaveError(UserError):
+    """A checkpoint that could not be written; the message says why, and which are safe."""
+
+
+def _silence_orbax() -> None:
+    """Keeps what Orbax logs before it raises it, hundreds of lines from several threads, off the screen."""
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())  # of reads not waited for
+    previous = threading.excepthook
+    threading.excepthook = lambda args: None if "orbax" in type(args.thread).__module__ else previous(args)
+
+
+_silence_orbax()
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
     """Turns what a damaged checkpoint makes Orbax, TensorStore or the JSON reader raise into one line."""
+    _check_permissions(path)
     previous = sys.unraisablehook
 
     # The first array that cannot be read closes the event loop that the other reads are about to report to.
@@ -36,92 +76,322 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
         sys.unraisablehook = previous
+    except UserError:
+        raise
+    except MemoryError:
+        raise
     except Exception as error:  # the libraries below share no exception type
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"checkpoint {path} cannot be read (truncated, or of another model?): {reason}; "
-            "delete that folder to go back to the one before it"
+        logging.debug("%s", error, exc_info=True)
+        raise DamagedCheckpointError(
+            f"checkpoint {path} is damaged: files of it are missing, cut or changed"
         ) from error
+
+
+def _check_permissions(path: Path) -> None:
+    """UserError where a file of the checkpoint may not be opened, which is no damage."""
+    for file in path.rglob("*") if path.is_dir() else ():
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file} may not be read by this user; change its permissions")
+
+
+def _checksum(x: Array) -> UInt32[Array, ""]:
+    """A sum over all elements' bits, each multiplied by an odd number of its place, modulo 2^32: any change of one
+    element changes it, and one of several does but for a chance of 2^-32. Integers: the same however x is split."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8: two words each
+    bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    return jnp.sum(bits.astype(jnp.uint32) * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)
+
+
+@jax.jit  # one program: several that communicate at once can get stuck on virtual CPU devices
+def _checksums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
+    return [_checksum(leaf) for leaf in leaves]
+
+
+def checksums(tree: PyTree) -> dict[str, list[int]]:
+    """{path of a leaf: [checksum, *shape]}; computed on the devices, where that is a matter of milliseconds."""
+    shapes = _shapes(tree)
+    values = jax.device_get(_checksums(jax.block_until_ready(jax.tree.leaves(tree))))
+    return {path: [int(value), *shape] for (path, shape), value in zip(shapes.items(), values, strict=True)}
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _text_checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Checkpoints:
     """The checkpoints of one run folder; the newest `keep_last` and every `keep_every`-th step are kept."""
 
     def __init__(self, run_dir: Path, keep_last: int | None = None, keep_every: int | None = None):
-        self.folder = Path(run_dir).absolute() / FOLDER
+        self.run_dir = Path(run_dir).absolute()
+        self.folder = self.run_dir / FOLDER
         options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.writing = None  # the step whose files are being written in the background
 
-    def latest_step(self) -> int | None:
-        return self.manager.latest_step()
+    def steps(self) -> list[int]:
+        """Of all finished checkpoints, newest first."""
+        return sorted(self.manager.all_steps(), reverse=True)
 
     def save(self, state: TrainState, config: dict[str, Any], data_position: Any) -> None:
-        """Starts writing; returns when the state may be donated. Atomic: a killed save leaves no checkpoint behind."""
+        """Starts writing; returns when the state may be donated. Atomic: a killed save leaves no checkpoint behind.
+
+        SaveError where this, or what is still being written of the save before, fails.
+        """
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                ema_params=ocp.args.StandardSave(state.ema_params),
-                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-                config=ocp.args.JsonSave(config),
-                data=ocp.args.JsonSave({"position": data_position}),
-            ),
-        )
-
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Any]:
-        """(state placed as the abstract state `like` says, data position) of `step`; UserError where it is damaged."""
-        with _readable(self.folder / str(step)):
-            items = self.manager.restore(
+        items, data = _array_items(state), {"position": data_position}
+        sums = {name: checksums(tree) for name, tree in items.items()}
+        sums |= {"config": _text_checksum(config), "data": _text_checksum(data)}
+        json_items = {"config": config, "data": data, "checksums": sums | {"checksums": _text_checksum(sums)}}
+        self.writing = step
+        with self._reporting():
+            self.manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(like.params),
-                    ema_params=ocp.args.StandardRestore(like.ema_params),
-                    optimizer=ocp.args.StandardRestore(_optimizer_item(like)),
-                    data=ocp.args.JsonRestore(),
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                    **{name: ocp.args.JsonSave(content) for name, content in json_items.items()},
                 ),
             )
-        optimizer = dict(items.optimizer)
+
+    def poll(self) -> None:
+        """SaveError if what is being written in the background has failed."""
+        with self._reporting():
+            self.manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk; SaveError where it cannot be written."""
+        with self._reporting():
+            self.manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of TensorStore and Orbax, which share no type
+            step, self.writing = self.writing, None
+            if jax.process_index() == 0:
+                for left in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(left, ignore_errors=True)
+            logging.debug("%s", error, exc_info=True)
+            safe = self.steps()
+            safe = f"step {safe[0]} is safe" if safe else "no earlier one is there"
+            raise SaveError(
+                f"checkpoint of step {step} could not be written to {self.folder} ({_reason(error)}); {safe}"
+            ) from error
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Any]:
+        """(state placed as the abstract state `like` says, data position) of `step`.
+
+        DamagedCheckpointError where files are missing or not as they were written.
+        """
+        items = self._read(step, _array_items(like), ("data",))
+        optimizer = dict(items["optimizer"])
         key = jax.random.wrap_key_data(optimizer.pop("key_data"))
-        state = like.replace(params=items.params, ema_params=items.ema_params, key=key, **optimizer)
-        return state, items.data["position"]
+        state = like.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
+        return state, items["data"]["position"]
 
     def restore_config(self, step: int) -> dict[str, Any]:
+        """The configuration kept with `step`. DamagedCheckpointError where it cannot be read."""
+        config = self._read(step, {}, ("config",))["config"]
         with _readable(self.folder / str(step)):
-            config = self.manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
             # What runs of before the VAE did not save.
             absent = {"name": config["dataset_name"], "vae": None, "vae_sha256": None}
             return config | {"dataset": absent | config["dataset"]}
 
     def restore_params(self, step: int, like: PyTree, names: tuple[str, ...]) -> list[PyTree]:
-        """The parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract tree `like` says."""
-        with _readable(self.folder / str(step)):
-            args = {name: ocp.args.StandardRestore(like) for name in names}
-            items = self.manager.restore(step, args=ocp.args.Composite(**args))
+        """The parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract tree `like` says.
+
+        DamagedCheckpointError where files are missing or not as they were written; UserError where the checkpoint is of
+        another model.
+        """
+        self._check_shapes(step, like, names[0])
+        items = self._read(step, dict.fromkeys(names, like), ())
         return [items[name] for name in names]
 
-    def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self.manager.wait_until_finished()
+    def restore_newest(self, read: Callable[[int], Content], steps: list[int]) -> tuple[int, Content]:
+        """(step, read(step)) of the first of `steps` that is not damaged; the others are named.
+
+        UserError where all are.
+        """
+        problems = []
+        for step in steps:
+            try:
+                content = read(step)
+            except DamagedCheckpointError as error:
+                problem, content = str(error), None
+            else:
+                problem = ""
+            if _all_processes_agree(not problem):
+                return step, content
+            problems.append(problem or f"checkpoint {self.folder / str(step)} is damaged for another process")
+            if step != steps[-1]:
+                say(f"{problems[-1]}; going back to the one before it")
+        others = f" (as are those of steps {', '.join(map(str, steps[:-1]))})" if len(steps) > 1 else ""
+        raise UserError(f"{problems[-1]}{others}; restore it from a copy")
+
+    def set_aside(self, step: int) -> None:
+        """Moves the damaged checkpoint of `step` to RUN/damaged_checkpoints, so that its step can be saved again."""
+        if jax.process_index() == 0:
+            target = set_aside(self.folder / str(step), self.run_dir / DAMAGED)
+            say(f"moved {self.folder / str(step)} to {target}")
+        _all_processes_agree(True)
+        self.manager.reload()
 
     def close(self) -> None:
         self.manager.close()
 
+    def _read(self, step: int, likes: Mapping[str, PyTree], json_names: tuple[str, ...]) -> dict[str, Any]:
+        """The items of `step`, each compared with its checksum."""
+        path = self.folder / str(step)
+        expected = self._read_checksums(step)
+        with _readable(path):
+            items = self.manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardRestore(like) for name, like in likes.items()},
+                    **{name: ocp.args.JsonRestore() for name in json_names},
+                ),
+            )
+            found = {name: checksums(items[name]) for name in likes}
+            found |= {name: _text_checksum(items[name]) for name in json_names}
+        wrong = [name for name in found if expected is not None and found[name] != expected.get(name)]
+        if wrong:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {wrong[0]} is not what was written")
+        return dict(items.items())
 
-def _optimizer_item(state: TrainState) -> dict[str, Any]:
-    """Step, optimizer state and key; the key as its raw words, which any Orbax version stores."""
+    def _read_checksums(self, step: int) -> dict[str, Any] | None:
+        """The item of that name; None in checkpoints of before."""
+        path = self.folder / str(step)
+        if not (path / "checksums").is_dir():
+            return None
+        with _readable(path):
+            sums = self.manager.restore(step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums
+            own = sums.pop("checksums")
+        if own != _text_checksum(sums):
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: its checksums are not what was written")
+        return sums
+
+    def _check_shapes(self, step: int, like: PyTree, name: str) -> None:
+        """UserError where the parameters of `step` are not of the shapes of `like`."""
+        path, sums = self.folder / str(step), self._read_checksums(step)
+        with _readable(path):
+            if sums is not None:
+                found = {leaf: tuple(shape) for leaf, (_, *shape) in sums[name].items()}
+            else:
+                metadata = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
+                found = _shapes(metadata.item_metadata.tree)
+        wanted = _shapes(like)
+        for leaf in sorted(found.keys() | wanted.keys()):
+            if found.get(leaf) != wanted.get(leaf):
+                old, new = (str(shapes.get(leaf, "absent")) for shapes in (found, wanted))
+                raise UserError(
+                    f"checkpoint {path} is of another model: {leaf} is {old} there, {new} here; give the --model flags "
+                    f"of its run, which are in {self.run_dir / 'config.json'}"
+                )
+
+
+class Saver:
+    """Saves a run on its way: every `interval` steps, and where `minutes` have passed since it last did (0: never).
+
+    A save that fails, because the disk is full for example, is said in one line, and tried again a minute later while
+    the run goes on.
+    """
+
+    RETRY_SECONDS = 60.0
+
+    def __init__(self, checkpoints: Checkpoints, config: dict[str, Any], interval: int, minutes: float, step: int):
+        self.checkpoints, self.config = checkpoints, config
+        self.interval, self.seconds = interval, minutes * 60 or math.inf
+        self._wait(step, self.seconds)
+
+    def is_due(self, step: int) -> bool:
+        """The answer on which all processes of the run agree at this step."""
+        try:
+            self.checkpoints.poll()
+        except SaveError as error:
+            self._note(error, step)
+        return step % self.interval == 0 or self._is_time(step)
+
+    def save(self, state: TrainState, position: Any) -> None:
+        """Starts to save; the run may go on."""
+        step = int(state.step)
+        self._wait(step, self.seconds)
+        for act in (self.checkpoints.wait, partial(self.checkpoints.save, state, self.config, position)):
+            try:
+                act()
+            except SaveError as error:
+                self._note(error, step)
+
+    def save_last(self, state: TrainState, position: Any) -> None:
+        """Saves; returns when all is on disk. SaveError where it cannot be written."""
+        with contextlib.suppress(SaveError):  # of an earlier step, which this one replaces
+            self.checkpoints.wait()
+        self.checkpoints.save(state, self.config, position)
+        self.checkpoints.wait()
+
+    def _note(self, error: SaveError, step: int) -> None:
+        if jax.process_count() > 1:
+            raise error
+        say(f"{error}; training goes on and saves again in a minute")
+        self._wait(step, self.RETRY_SECONDS)
+
+    def _wait(self, step: int, seconds: float) -> None:
+        self.started, self.first, self.next_look, self.pause = time.monotonic(), step, step + 1, seconds
+
+    def _is_time(self, step: int) -> bool:
+        elapsed = time.monotonic() - self.started
+        if jax.process_count() > 1 and self.pause < math.inf:
+            # The clock of the first process counts, which it tells at steps on which all agree: halfway to where it
+            # will be time, by the pace so far.
+            if step < self.next_look:
+                return False
+            elapsed = float(multihost_utils.broadcast_one_to_all(np.float32(elapsed)))
+            steps_left = (step - self.first) * (self.pause / elapsed - 1)
+            self.next_look = step + max(1, int(steps_left / 2))
+        return elapsed >= self.pause
+
+
+def _array_items(state: TrainState) -> dict[str, PyTree]:
+    """The items that hold arrays, of a state or an abstract one; the key as its raw words, which any Orbax version
+    stores."""
     if isinstance(state.key, jax.ShapeDtypeStruct):
         key_data = jax.eval_shape(jax.random.key_data, state.key)
         key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=state.key.sharding)
     else:
         key_data = jax.random.key_data(state.key)
-    return {"step": state.step, "opt_state": state.opt_state, "key_data": key_data}
+    optimizer = {"step": state.step, "opt_state": state.opt_state, "key_data": key_data}
+    return {"params": state.params, "ema_params": state.ema_params, "optimizer": optimizer}
 
 
-def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, int]:
-    """(checkpoints, step) of a run folder's newest checkpoint, or of one checkpoint RUN/checkpoints/STEP.
+def _reason(error: Exception) -> str:
+    """Why a file could not be written, without the library's internals."""
+    text = str(error)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG):
+        if os.strerror(code) in text or getattr(error, "errno", None) == code:
+            return os.strerror(code)
+    found = re.search(r"\[OS error \d+: (.*?)\]|OS error (?:code )?\d+: ([^\[\]]*)", text)
+    return next(filter(None, found.groups())) if found else type(error).__name__
+
+
+def _all_processes_agree(is_fine: bool) -> bool:
+    """Whether something went well on every process of the run."""
+    if jax.process_count() == 1:
+        return is_fine
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(is_fine))))
+
+
+def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
+    """(checkpoints, steps to be tried, newest first) of a run folder, or of one checkpoint RUN/checkpoints/STEP.
 
     Raises UserError naming --load_dir where there is none.
     """
@@ -135,11 +405,11 @@ def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, int]:
             "give a run's folder, as train_flow.py wrote it"
         )
     checkpoints = Checkpoints(run_dir)
-    steps = sorted(checkpoints.manager.all_steps())
+    steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
-        found = f"found steps {', '.join(map(str, steps))}" if steps else "no checkpoint was finished there"
+        found = f"found steps {', '.join(map(str, sorted(steps)))}" if steps else "no checkpoint was finished there"
         raise UserError(f"--load_dir={load_dir} holds no such checkpoint ({found})")
-    return checkpoints, steps[-1] if step is None else step
+    return checkpoints, steps if step is None else [step]
 
 
 def import_jax_flow_params(flat: Mapping[str, np.ndarray]) -> PyTree:

@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from utils.errors import UserError
+from utils.images import MAX_MEGAPIXELS
 
 FLAGS = flags.FLAGS
 
@@ -32,21 +33,51 @@ PRESETS = {
 BROKEN_IMAGES = ("refuse", "skip")
 VAE = "stabilityai/sd-vae-ft-mse"
 
-# What makes the parameters of one run unreadable, or its data order another, under another value.
+# What makes the parameters of one run unreadable under another value.
 ARCHITECTURE = ("hidden_size", "patch_size", "depth", "num_heads", "mlp_ratio", "num_classes", "use_stable_vae")
+# What a run learns: from what times, given what.
+OBJECTIVE = ("t_sampler", "t_conditioning", "class_dropout_prob")
+# A run is continued only under the same values of these; the rest may change, and is said to have.
+FIXED = (*(f"model.{name}" for name in (*ARCHITECTURE, *OBJECTIVE)), "batch_size", "seed", "debug_overfit")
+# Told apart by the content of the data instead (utils/fingerprint.py), or by rules of their own.
+COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir")
+
+NEW_RUN = "another --wandb.name or --save_dir starts a new run"
+
+
+# Flags whose value is a path, or a data set or a VAE that may be one.
+_path_flags: set[str] = set()
+
+
+def define_path(name: str, default: str | None, help: str) -> None:
+    """Registers a flag whose value is a path: a leading ~ stands for a home folder, wherever the flag is used."""
+    _path_flags.add(name)
+    flags.DEFINE_string(name, default, help)
+
+
+def expand_path(path: str, flag: str) -> str:
+    """The path with a leading ~ or ~user, also of folder:~/x, replaced; UserError where there is no such home."""
+    prefix, colon, rest = path.rpartition(":") if path.startswith(("folder:", "latents:")) else ("", "", path)
+    if not rest.startswith("~"):
+        return path
+    expanded = os.path.expanduser(rest)
+    if expanded == rest:
+        raise UserError(f"--{flag}={path}: there is no home folder for {rest.split('/')[0]}; give the whole path")
+    return f"{prefix}{colon}{expanded}"
 
 
 def define_data_flags() -> None:
     """Registers which images are read, and how."""
-    flags.DEFINE_string("dataset_name", "imagenet256", "Data set; README.md lists what is read.")
-    flags.DEFINE_string("data_dir", None, "Where prepared data sets are; gs://... too.")
+    define_path("dataset_name", "imagenet256", "Data set; README.md lists what is read.")
+    define_path("data_dir", None, "Where prepared data sets are; gs://... too.")
     flags.DEFINE_integer("image_size", None, "Side to which images of any size are resized.", lower_bound=1)
     flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What is done about broken files of folder:PATH.")
+    flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH that is decoded.", lower_bound=0)
 
 
 def define_vae_flag() -> None:
     """Registers --vae."""
-    flags.DEFINE_string(
+    define_path(
         "vae", None, f"Hub id or folder of the VAE; default: that of the run or of the cached latents, else {VAE}."
     )
 
@@ -102,10 +133,15 @@ def define_device_flags() -> None:
 
 def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], None]) -> None:
     """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     try:
         app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -135,7 +171,10 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
         *group, leaf = name.split(".")
         if group and group[0] not in config:
             config[group[0]] = ConfigDict()
-        (config[group[0]] if group else config)[leaf] = FLAGS[name].value
+        value = FLAGS[name].value
+        if name in _path_flags and value is not None:
+            value = expand_path(value, name)
+        (config[group[0]] if group else config)[leaf] = value
     if "model.preset" in names:
         resolve_model(config)
     if "wandb.mode" in names:
@@ -165,19 +204,46 @@ def resolve_model(config: ConfigDict) -> None:
 
 
 def override_model(saved: dict[str, Any]) -> ConfigDict:
-    """The --model.* values `saved` with a run, those given on this command line replaced.
+    """The --model.* values `saved` with a run, with the compute type of this command line, if it gives one.
 
-    Raises UserError where one names another architecture than the run's.
+    UserError where it gives another value than the run's for what a trained model has settled.
     """
     model = ConfigDict(saved)
     for name in saved:
         if not is_explicit(f"model.{name}"):
             continue
         given = FLAGS[f"model.{name}"].value
-        if name in ARCHITECTURE and given != model[name]:
+        if name == "dtype":
+            model.dtype = given
+        elif given != model[name]:
             raise UserError(f"--model.{name}={given}, but the run of --load_dir has {model[name]}; leave the flag out")
-        model[name] = given
+    use_stable_vae = FLAGS["use_stable_vae"].value
+    if use_stable_vae not in (None, model.use_stable_vae):
+        raise UserError(
+            f"--use_stable_vae={use_stable_vae}, but the run of --load_dir has {model.use_stable_vae}; leave it out"
+        )
     return model
+
+
+def check_architecture(model: ConfigDict, saved: dict[str, Any], load_dir: str) -> None:
+    """UserError where the parameters of a run with the --model.* values `saved` do not fit the `model`."""
+    for name in ARCHITECTURE:
+        if model[name] != saved[name]:
+            raise UserError(f"--model.{name}={model[name]}, but --load_dir={load_dir} has {saved[name]}; give that")
+
+
+def model_flags() -> list[str]:
+    """The names of all --model.* flags."""
+    return [name for name in FLAGS if name.startswith("model.")]
+
+
+def refuse_ignored(names: Iterable[str], reason: str) -> None:
+    """UserError for a flag among `names` that the user gave although it has no effect here."""
+    for name in names:
+        if name in FLAGS and is_explicit(name):
+            value = FLAGS[name].value
+            value = ",".join(value) if isinstance(value, list) else value
+            raise UserError(f"--{name}={value} has no effect {reason}; leave it out")
 
 
 def resolve_wandb(config: ConfigDict) -> None:
@@ -196,6 +262,11 @@ def resolve_wandb(config: ConfigDict) -> None:
 def run_folder(config: ConfigDict) -> Path:
     """Where a run keeps everything: --save_dir, or runs/<--wandb.name>, made fit for a file name."""
     return Path(config.save_dir or Path("runs") / re.sub(r"[^\w.=+-]+", "_", config.wandb.name))
+
+
+def guides(cfg_scale: float) -> bool:
+    """Whether a guidance scale takes a second pass of the model."""
+    return guidance_scale(cfg_scale) is not None
 
 
 def guidance_scale(cfg_scale: float) -> float | None:
@@ -276,21 +347,47 @@ def check_writable(folder: Path, flag: str) -> None:
         raise UserError(f"--{flag}={folder} cannot be written ({error.strerror}); choose another folder") from None
 
 
-def check_resumable(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> None:
-    """Raises UserError where the run in `folder`, of configuration `saved`, cannot be continued under `config`."""
+def check_resumable(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:
+    """{flag: (old, new)} of what differs between the run in `folder`, of configuration `saved`, and `config`; UserError
+    where it cannot be continued so. Data are compared by utils/fingerprint.py."""
     if saved["dataset"]["vae_sha256"] != config["dataset"]["vae_sha256"]:
         raise UserError(
             f"{folder} holds a run on the latents of --vae={saved['dataset']['vae']}, which is not "
-            f"{config['dataset']['vae']}; give that one, or another --wandb.name or --save_dir to start a new run"
+            f"{config['dataset']['vae']}; give that one, or {NEW_RUN}"
         )
-    pairs = [(f"model.{name}", saved["model"][name], config["model"][name]) for name in ARCHITECTURE]
-    pairs += [(name, saved[name], config[name]) for name in ("dataset_name", "batch_size", "seed", "image_size")]
-    for name, old, new in pairs:
-        if old != new:
-            raise UserError(
-                f"{folder} holds a run with --{name}={old}, not {new}: "
-                "give that value to continue it, or another --wandb.name or --save_dir to start a new run"
-            )
+    old, new = _flatten(saved), _flatten(config)
+    changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
+    for name in FIXED:
+        if name in changed:
+            before, now = changed[name]
+            raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")
+    if new["load_dir"] is not None and new["load_dir"] != old.get("load_dir"):
+        raise UserError(
+            f"--load_dir={new['load_dir']}: {folder} holds a run already, which did not start from there; leave the "
+            f"flag out to continue it, or {NEW_RUN}"
+        )
+    return {name: values for name, values in changed.items() if name not in COMPARED_ELSEWHERE}
+
+
+def _flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """{flag: value} of a configuration, groups as group.name, without what is known of the data."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()} if name != "dataset" else {}
+        else:
+            flat[name] = value
+    return flat
+
+
+def can_guide(class_dropout_prob: float) -> bool:
+    """Whether a model trained so knows both sides of classifier-free guidance: the label dropped, and given."""
+    return 0 < class_dropout_prob < 1
+
+
+def explain_no_guidance(class_dropout_prob: float) -> str:
+    what = 'has no meaning for "no label"' if class_dropout_prob == 0 else "knows no labels"
+    return f"with --model.class_dropout_prob={class_dropout_prob:g} the model {what}, which guidance needs"
 
 
 def to_text(config: ConfigDict) -> str:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,9 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from utils.errors import UserError
-from utils.image_folder import ImageFiles, list_folder
+from utils.fingerprint import Fingerprint, Row
+from utils.image_folder import FolderSplit, ImageFiles, Reading, list_folder
+from utils.images import MAX_MEGAPIXELS
 from utils.latents import LatentRecords, Manifest, load_manifest
 from utils.tfds_data import PreparedSplit, RecordStream, num_held_out
 
@@ -61,6 +63,7 @@ class ImageDataset:
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]  # in label order
     random_flip: bool  # whether training batches mirror half of the images left to right
+    fingerprint: Fingerprint  # of the examples, all of them
     latents: Manifest | None = None  # what the moments are of, where they stand in for the images
 
     @property
@@ -239,6 +242,18 @@ class _Subset:
         return self.source[self.rows[index]]
 
 
+def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
+    """What is kept with a run of its data ({split: data set}): enough to sample without them, and to tell whether they
+    are the same when the run is continued (see utils/fingerprint.py)."""
+    dataset = datasets["train"]
+    return {
+        "name": dataset.name,
+        "image_shape": list(dataset.image_shape),
+        "class_names": list(dataset.class_names),
+        "splits": {split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
+    }
+
+
 def _held_out(keys: Sequence[str], num_held_out: int) -> tuple[list[int], list[int]]:
     """(rows left for training, rows held out), each ascending. Which ones depends on the keys alone, for ever."""
     by_hash = sorted(range(len(keys)), key=lambda row: hashlib.sha256(keys[row].encode()).digest())
@@ -252,6 +267,7 @@ class DataOptions:
     data_dir: str | Path | None
     image_size: int | None
     broken_images: str
+    max_megapixels: float
 
 
 def load_dataset(
@@ -260,6 +276,7 @@ def load_dataset(
     data_dir: str | Path | None = None,
     image_size: int | None = None,
     broken_images: str = "refuse",
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> ImageDataset:
     """The `split` ('train' or 'validation') of data set `name`; only 'train' ever flips.
 
@@ -274,7 +291,8 @@ def load_dataset(
     The middle four are read from what TFDS prepared under `data_dir` (default: $TFDS_DATA_DIR or
     ~/tensorflow_datasets), in any version: array_record at random and without TensorFlow, else tfrecord as a stream.
     `image_size` is the side to which folder:PATH (default 256), cifar10 and tfds:NAME (default: the images' own) are
-    cropped and resized; `broken_images` is 'refuse' or 'skip', for folder:PATH.
+    cropped and resized; `broken_images` is 'refuse' or 'skip', and `max_megapixels` the largest image decoded, for
+    folder:PATH.
     UserError, with what to do, where the data are missing or the name is unknown.
     """
     if split not in SPLITS:
@@ -283,15 +301,12 @@ def load_dataset(
     load = DATASETS.get(name) or (PREFIXES.get(prefix) if colon and rest else None)
     if load is None:
         raise UserError(_unknown_name(name))
-    return load(name, split, DataOptions(data_dir, image_size, broken_images))
+    return load(name, split, DataOptions(data_dir, image_size, broken_images, max_megapixels))
 
 
 def _unknown_name(name: str) -> str:
     known = [*sorted(DATASETS), *(f"{prefix}:{word}" for prefix, word in PLACEHOLDERS.items())]
-    if Path(name).expanduser().is_dir():
-        guess = [f"folder:{name}"]
-    else:
-        guess = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = [f"folder:{name}"] if Path(name).is_dir() else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {guess[0]}?" if guess else "."
     return f"--dataset_name={name} is unknown{hint} Known are {', '.join(known)}"
 
@@ -311,21 +326,31 @@ def _load_digits(name: str, split: str, options: DataOptions) -> ImageDataset:
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     rows = _held_out([str(row) for row in range(len(images))], 297)[SPLITS.index(split)]
     source = _Arrays(images[rows], digits.target[rows].astype(np.int32))
-    return ImageDataset(name, split, source, (8, 8, 1), tuple("0123456789"), random_flip=False)
+    digest = hashlib.sha256(source.images.tobytes() + source.labels.tobytes()).hexdigest()
+    fingerprint = Fingerprint("arrays", len(source), digest)
+    return ImageDataset(name, split, source, (8, 8, 1), tuple("0123456789"), False, fingerprint)
 
 
 def _load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
     size = options.image_size or FOLDER_SIZE
-    root = Path(name.removeprefix("folder:")).expanduser()
-    listed, is_whole = list_folder(root, split, options.broken_images, size)
-    files, names = listed.files, listed.class_names
+    root = Path(name.removeprefix("folder:"))
+    reading = Reading(options.broken_images, options.max_megapixels, size)
+    listed, is_whole = list_folder(root, split, reading)
     if is_whole:
-        if len(files) < 2:
+        if len(listed.files) < 2:
             raise UserError(f"--dataset_name={name}: {root} holds 1 image; 2 are needed, one of them to hold out")
-        files = [files[row] for row in _held_out(listed.keys, num_held_out(len(files)))[SPLITS.index(split)]]
+        listed = listed.take(_held_out(listed.keys, num_held_out(len(listed.files)))[SPLITS.index(split)])
+    names = listed.class_names
     if len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
         names = imagenet_class_names()
-    return ImageDataset(name, split, ImageFiles(files, size), (size, size, 3), names, split == "train")
+    source = ImageFiles(listed.files, size, options.max_megapixels)
+    return ImageDataset(name, split, source, (size, size, 3), names, split == "train", _fingerprint_files(listed))
+
+
+def _fingerprint_files(listed: FolderSplit) -> Fingerprint:
+    labels = (label for _, label in listed.files)
+    rows = [Row(*values) for values in zip(listed.keys, labels, listed.digests, strict=True)]
+    return Fingerprint.of_rows("files", rows)
 
 
 def imagenet_class_names() -> tuple[str, ...]:
@@ -351,13 +376,13 @@ def _load_tfds(
     """A data set that TFDS prepared, never flipped unless told. `builder`: default, name's NAME."""
     flag = f"--dataset_name={name}"
     prepared = PreparedSplit(flag, options.data_dir, builder or name.removeprefix("tfds:"), split, options.image_size)
-    return ImageDataset(
-        name, split, prepared.open(flag), prepared.image_shape, prepared.class_names, flip and split == "train"
-    )
+    flips = flip and split == "train"
+    source, fingerprint = prepared.open(flag), prepared.fingerprint()
+    return ImageDataset(name, split, source, prepared.image_shape, prepared.class_names, flips, fingerprint)
 
 
 def _load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
-    folder = Path(name.removeprefix("latents:")).expanduser()
+    folder = Path(name.removeprefix("latents:"))
     manifest = load_manifest(folder)
     if manifest is None:
         raise UserError(
@@ -367,9 +392,9 @@ def _load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
     _check_own_size(name, manifest.image_shape[0], options)
     source = LatentRecords(folder, manifest, split)
     flips = split == "train" and manifest.num_views[split] == 2
-    return ImageDataset(
-        manifest.dataset_name, split, source, manifest.image_shape, manifest.class_names, flips, manifest
-    )
+    shape, names = manifest.image_shape, manifest.class_names
+    fingerprint = manifest.fingerprint(folder, split)
+    return ImageDataset(manifest.dataset_name, split, source, shape, names, flips, fingerprint, manifest)
 
 
 Loader = Callable[[str, str, DataOptions], ImageDataset]

@@ -1,5 +1,9 @@
-"""The one exception that stands for a mistake of the user's rather than of the code's."""
+"""Exceptions that stand for what the user can mend rather than for a fault of the code's."""
 
 
 class UserError(ValueError):
     """A message in one line that names the value, the flag and the fix; the programs print it and exit non-zero."""
+
+
+class DataError(UserError):
+    """Data that could be read when the program started cannot be any more."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from diffusion_transformer import DiT
 from utils import flow, inception, plotting, sampling
-from utils.config import check_model
+from utils.config import can_guide, check_model
 from utils.errors import UserError
 from utils.fid import ImageStatistics, ReferenceStatistics
 from utils.sharding import gather, replicated, spread
@@ -177,7 +177,8 @@ def sample_stages(
 def sample_panels(
     context: Context, params: PyTree, key: Key[Array, ""], sampler: sampling.Sampler
 ) -> Iterator[tuple[str, Figure]]:
-    """(`sample_cfg_S`, panel) for each guidance scale and (`sample_N/N`, panel) for each step count.
+    """(`sample_cfg_S`, panel) for each guidance scale and (`sample_N/N`, panel) for each step count; without guidance,
+    where the model has not learned it, the one for scale 1 alone.
 
     Every panel starts from the same noise and labels, so that scales and step counts can be compared by eye.
     """
@@ -193,7 +194,7 @@ def sample_panels(
         given = jnp.full_like(labels, context.model.num_classes) if scale == 0 else labels
         return sample_stages(context, params, noise, given, None if scale in (0, 1) else scale, num_steps)
 
-    for scale in PANEL_GUIDANCE:
+    for scale in PANEL_GUIDANCE if can_guide(context.model.class_dropout_prob) else (1,):
         images = stages(scale, sampler.num_steps)
         title = f"{sampler._replace(cfg_scale=scale)}, by share of the path"
         yield f"sample_cfg_{scale}", plotting.image_table(images, names, stage_titles, title)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse.linalg
 import scipy.special
 from jaxtyping import Float, Int
 
@@ -18,6 +19,9 @@ from utils.errors import UserError
 
 # Share of a matrix's largest entry (or eigenvalue) that may be rounding: covariances are often stored in float32.
 ROUNDING = 1e-5
+
+# Of the network in utils/inception.py: pool3, and seven channels at 17x17 places.
+POOL_FEATURES, SPATIAL_FEATURES = 2048, 2023
 
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # k of precision and recall, and of density and coverage
 
@@ -93,6 +97,17 @@ def _check_eigenvalues(values: np.ndarray, name: str) -> np.ndarray:
     if values.min() < -ROUNDING * values.max():
         raise ValueError(f"{name}: the covariance has the negative eigenvalue {values.min():.3g}")
     return values.clip(min=0)
+
+
+def check_covariance(mu: np.ndarray, sigma: np.ndarray, name: str) -> None:
+    """ValueError where `frechet_distance` would refuse the Gaussian, found in a tenth of the time."""
+    _, sigma = _check_gaussian(mu, sigma, name)
+    try:
+        largest = scipy.sparse.linalg.eigsh(sigma, 1, which="LA", return_eigenvectors=False, tol=1e-3)[0]
+        # Which succeeds where no eigenvalue is below the lowest that rounding may leave.
+        scipy.linalg.cholesky(sigma + 0.99 * ROUNDING * largest * np.eye(len(sigma)))
+    except (scipy.linalg.LinAlgError, scipy.sparse.linalg.ArpackError):
+        _check_eigenvalues(scipy.linalg.eigvalsh(sigma), name)
 
 
 def frechet_distance(
@@ -318,7 +333,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
 
 
-def load_statistics(path: str | Path, num_features: int = 2048, optional: bool = False) -> ReferenceStatistics:
+def load_statistics(path: str | Path, num_features: int = POOL_FEATURES, optional: bool = False) -> ReferenceStatistics:
     """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d): those of TTUR, pytorch-fid,
     jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what `save_statistics` writes; or from EDM2's
     pickle of {"fid": {"mu", "sigma"}}.
@@ -351,7 +366,27 @@ def load_statistics(path: str | Path, num_features: int = 2048, optional: bool =
         raise UserError(f"--fid_stats={path} is not of {num_features} features ({shapes}); {fix}")
     if not all(np.isfinite(array).all() for array in (mu, sigma, *arrays.values())):
         raise UserError(f"--fid_stats={path} holds NaN or infinity; {fix}")
+    try:
+        check_covariance(mu, sigma, "`sigma`")
+        _check_extras(arrays, num_features)
+    except ValueError as error:
+        hint = " (covariances need float32 at least)" if "eigenvalue" in str(error) else ""
+        raise UserError(f"--fid_stats={path}: {error}{hint}; {fix}") from None
     return ReferenceStatistics(mu, sigma, sha256, path, **facts, **arrays)
+
+
+def _check_extras(arrays: dict[str, np.ndarray], num_features: int) -> None:
+    """ValueError for spatial statistics, features or label counts that metrics could not be made of."""
+    spatial = [arrays.get(name) for name in ("spatial_mu", "spatial_sigma")]
+    if all(part is not None for part in spatial):
+        if num_features == POOL_FEATURES and spatial[0].shape != (SPATIAL_FEATURES,):
+            raise ValueError(f"`mu_s` has the shape {spatial[0].shape}, not ({SPATIAL_FEATURES},)")
+        check_covariance(*spatial, "`sigma_s`")
+    features, counts = arrays.get("features"), arrays.get("label_counts")
+    if features is not None and (features.ndim != 2 or features.shape[1] != num_features or len(features) < 2):
+        raise ValueError(f"`features` has the shape {features.shape}, not (2 or more, {num_features})")
+    if counts is not None and (counts.ndim != 1 or (counts < 0).any() or counts.sum() < 1 or (counts % 1).any()):
+        raise ValueError("`label_counts` are not numbers of images")
 
 
 def save_statistics(
@@ -372,7 +407,7 @@ def save_statistics(
     """
     path, pool, spatial = Path(path), statistics.pool, statistics.spatial
     content = {"mu": pool.mu, "sigma": pool.sigma.astype(np.float32)}
-    if spatial.num_samples:
+    if spatial.num_samples and spatial.mu.size:
         content |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma.astype(np.float32)}
     if statistics.max_features:
         content["features"] = statistics.features

@@ -1,19 +1,122 @@
-"""Where files are kept between runs, and how one is written whole."""
+"""Where files are kept between runs; how one is read, written whole, set aside and locked."""
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Mapping
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
+
+from utils.errors import UserError
+
+READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
+# What another try cannot change: nothing is there, it is no file, or it may not be opened.
+LASTING_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+
 
 def cache_folder() -> Path:
-    """`flow-matching/` in $XDG_CACHE_HOME or ~/.cache; it need not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flow-matching"
+    """`flow-matching/` in $XDG_CACHE_HOME or ~/.cache, or for a user without a home one of the user's own in the folder
+    of temporary files; it need not exist yet."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "flow-matching"
+    try:
+        return Path.home() / ".cache" / "flow-matching"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"flow-matching-{os.getuid()}"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON so that a reader, or a kill, never meets half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+def read_bytes(path: Path) -> bytes:
+    """The content of a file. A read that fails is tried again for two seconds: network file systems have hiccups.
+
+    OSError where it still fails, at once where trying again cannot help.
+    """
+    for pause in (*READ_PAUSES, None):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if pause is None or error.errno in LASTING_ERRORS:
+                raise
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends, whole and on disk; a kill, a power cut
+    or an error in the block leaves what was there before."""
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def set_aside(path: Path, folder: Path | None = None) -> Path:
+    """Moves a damaged file or folder out of the way, into `folder` (default: where it is) under a name that is free;
+    returns where it is now. Nothing is removed."""
+    folder = folder or path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (target := folder / f"{path.name}.damaged{number}").exists():
+        number += 1
+    path.rename(target)
+    return target
+
+
+class FolderLock:
+    """That one process at a time works in a folder: a lock on FOLDER/.NAME.lock that the system drops when its process
+    ends in any way, and FOLDER/NAME.json, which tells others who holds it."""
+
+    def __init__(self, folder: Path, name: str = "running"):
+        self.folder, self.holder = folder, folder / f"{name}.json"
+        self.lock = filelock.FileLock(folder / f".{name}.lock")
+
+    def acquire(self, flag: str) -> None:
+        """Takes the lock until the process ends or `release`; UserError, naming the other process, where it is held."""
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(
+                f"--{flag}={self.folder} is in use by {self._describe_holder()}; wait for it or stop it, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"{self.folder} cannot be locked ({error.strerror}): let no second process work in it", flush=True)
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_json(self.holder, own)
+
+    def release(self) -> None:
+        self.holder.unlink(missing_ok=True)
+        self.lock.release()
+
+    def _describe_holder(self) -> str:
+        try:
+            holder = json.loads(self.holder.read_text())
+            return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock beside `path` while its content is read, changed and written again."""
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        yield

@@ -6,8 +6,9 @@ training flips, its mirror image; 2: mean and log-variance.
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float16
 
 from utils.errors import UserError
+from utils.files import atomic_write
+from utils.fingerprint import Fingerprint, compare_data, read_listing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -36,6 +39,7 @@ class Manifest:
     vae: str  # hub id or folder it was loaded from
     vae_sha256: str
     format: int = FORMAT
+    splits: dict[str, dict[str, Any]] | None = None  # {split: fingerprint of its images}; latents of before have none
 
     def shards(self, split: str) -> list[tuple[str, range]]:
         """(file name, numbers of its examples) of a split."""
@@ -51,6 +55,12 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def fingerprint(self, folder: Path, split: str) -> Fingerprint:
+        """Of the latents in `folder`: what they were made from, and how."""
+        facts = [(self.splits or {}).get(split), self.vae_sha256, self.num_views[split], self.latent_shape]
+        sha256 = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return Fingerprint("latents", self.num_examples[split], sha256, read_listing(folder).get(split))
 
 
 def load_manifest(folder: Path) -> Manifest | None:
@@ -70,15 +80,24 @@ def load_manifest(folder: Path) -> Manifest | None:
     return manifest
 
 
-def check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
-    """UserError where latents in `folder` are of something else than what is wanted; a VAE is told by its weights."""
+def check_same(folder: Path, found: Manifest, wanted: Manifest, fingerprints: Mapping[str, Fingerprint]) -> None:
+    """UserError where latents in `folder` are of something else than what is wanted: a VAE is told by its weights,
+    images by their `fingerprints` ({split: of the images}); where the latents do not say, neither can this."""
     for field in dataclasses.fields(Manifest):
         old, new = getattr(found, field.name), getattr(wanted, field.name)
-        if field.name != "vae" and old != new:
+        if field.name not in ("vae", "dataset_name", "splits") and old != new:
             raise UserError(
-                f"--out={folder} holds latents with {field.name} {_short(old)}, not {_short(new)}; "
-                "choose another folder, or remove that one"
+                f"--out={folder} holds latents with {field.name} {_short(old)}, not {_short(new)}; use another folder"
             )
+    if found.splits is None:
+        print(f"{folder} does not say which images its latents are of: whether they have changed cannot be told")
+        return
+    try:
+        remarks = compare_data(found.to_json(), read_listing(folder), wanted.to_json(), fingerprints)
+        if remarks:
+            raise UserError(remarks[0])
+    except UserError as difference:
+        raise UserError(f"--out={folder} holds latents of other images ({difference}); choose another folder") from None
 
 
 def _short(value: Any) -> str:
@@ -88,12 +107,11 @@ def _short(value: Any) -> str:
 
 def write_shard(path: Path, examples: Iterable[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]) -> None:
     """Writes (label, moments) pairs; a kill leaves no file of that name behind."""
-    temporary = path.with_name(path.name + ".tmp")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # noise does not compress
-    for label, moments in examples:
-        writer.write(np.asarray(label, "<i4").tobytes() + moments.astype("<f2").tobytes())
-    writer.close()
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # noise does not compress
+        for label, moments in examples:
+            writer.write(np.asarray(label, "<i4").tobytes() + moments.astype("<f2").tobytes())
+        writer.close()
 
 
 class LatentRecords:

@@ -1,11 +1,14 @@
 """Sampled images as files: ADM's npz (`arr_0` uint8 NHWC, `arr_1` labels) or a folder of PNGs. Both are written and
 read a batch at a time, so that any number of samples fits in memory."""
 
+import contextlib
 import dataclasses
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,9 @@ from jaxtyping import Int, UInt8
 from numpy.lib import format as npy
 from PIL import Image
 
+from utils.console import warn
 from utils.errors import UserError
+from utils.images import BrokenImageError, check_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -26,11 +31,26 @@ class Samples:
     image_shape: tuple[int, int, int]
     read: Callable[[int], Iterator[UInt8[np.ndarray, "b h w c"]]]
 
+    def first(self, num_samples: int) -> "Samples":
+        """The first of them alone."""
+
+        def read(batch_size: int) -> Iterator[np.ndarray]:
+            left = num_samples
+            for batch in self.read(batch_size):
+                yield batch[:left]
+                left -= len(batch)
+                if left <= 0:
+                    return
+
+        return dataclasses.replace(self, num_samples=num_samples, read=read)
+
 
 def open_samples(path: str | Path, flag: str = "samples") -> Samples:
-    """The samples in an npz or in a folder of images (sorted by name).
+    """The samples in an npz or in a folder of images (at any depth, as EDM writes them, sorted by path).
 
-    UserError, naming --`flag`, where there are none, or they are not uint8 images (n, h, w, 1 or 3) of one size.
+    In an npz they are `arr_0` or the only array that can be images. UserError, naming --`flag`, where there are none,
+    or they are not uint8 images (n, h, w, 1 or 3) of one size. Reading them warns where no value is above 1, as in
+    images that were in [0, 1] before.
     """
     path = Path(path)
     if path.is_dir():
@@ -62,19 +82,23 @@ def check_sample_path(path: str | Path) -> None:
 def _open_npz(path: Path, flag: str) -> Samples:
     try:
         with zipfile.ZipFile(path) as archive:
-            name = "arr_0.npy" if "arr_0.npy" in archive.namelist() else archive.namelist()[0]
-            with archive.open(name) as file:
-                shape, is_fortran, dtype = _read_header(file)
-    except (OSError, ValueError, IndexError, zipfile.BadZipFile) as error:
+            headers = {name: _read_array_header(archive, name) for name in archive.namelist()}
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise UserError(
             f"{flag} is not a whole npz of images ({error}); write it with eval_fid.py --save_samples"
         ) from None
-    if dtype != np.uint8 or is_fortran:
+    name = _choose_images(headers, flag)
+    shape, is_fortran, dtype = headers[name]
+    if dtype != np.uint8:
         raise UserError(
             f"{flag} holds {dtype} images; FID is of uint8 pixels: clip, round and convert them to uint8 first"
         )
     if len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]:
         raise UserError(f"{flag} holds an array of shape {shape}; images are (n, height, width, 1 or 3)")
+    if is_fortran:
+        raise UserError(
+            f"{flag} holds its images in Fortran order, last axis first; save numpy.ascontiguousarray(images) instead"
+        )
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
         with zipfile.ZipFile(path) as archive, archive.open(name) as file:
@@ -86,7 +110,26 @@ def _open_npz(path: Path, flag: str) -> Samples:
                     raise UserError(f"{flag} ends before image {start + count} of {shape[0]}; write it again")
                 yield np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
 
-    return Samples(shape[0], tuple(shape[1:]), read)
+    return Samples(shape[0], tuple(shape[1:]), partial(_warn_if_dark, read, flag))
+
+
+def _choose_images(headers: dict[str, tuple], flag: str) -> str:
+    """The name of the array that holds the images; UserError where it cannot be told."""
+    if "arr_0.npy" in headers or len(headers) == 1:
+        return "arr_0.npy" if "arr_0.npy" in headers else next(iter(headers))
+    candidates = [name for name, (shape, _, dtype) in headers.items() if len(shape) == 4 and dtype == np.uint8]
+    if len(candidates) == 1:
+        return candidates[0]
+    arrays = ", ".join(f"{name.removesuffix('.npy')} {dtype} {shape}" for name, (shape, _, dtype) in headers.items())
+    raise UserError(
+        f"{flag} holds {len(candidates) or 'no'} arrays that may be uint8 images ({arrays or 'nothing at all'}); save "
+        "the images (n, height, width, 1 or 3) as arr_0"
+    )
+
+
+def _read_array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    with archive.open(name) as file:
+        return _read_header(file)
 
 
 def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -97,16 +140,29 @@ def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     return readers[version](file)
 
 
+def _warn_if_dark(read: Callable, flag: str, batch_size: int) -> Iterator[np.ndarray]:
+    """The batches of `read`; a warning at the end if there were no values but 0 and 1."""
+    highest = 0
+    for batch in read(batch_size):
+        highest = max(highest, batch.max(initial=0))
+        yield batch
+    if highest == 1:
+        warn(
+            f"{flag}: no value is above 1, so these images are black: were they in [0, 1] when they became uint8? "
+            "Multiply by 255 and round first"
+        )
+
+
 def _open_folder(path: Path, flag: str) -> Samples:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = sorted(_find_images(path, set()), key=lambda file: file.relative_to(path).parts)
     if not files:
         raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
     shapes = [_image_shape(file, flag) for file in files]
     other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
     if other is not None:
+        first, second = (file.relative_to(path) for file in (files[0], files[other]))
         raise UserError(
-            f"{flag}: {files[0].name} is {_size(shapes[0])} but {files[other].name} is {_size(shapes[other])}; "
-            "samples are of one size"
+            f"{flag}: {first} is {_size(shapes[0])} but {second} is {_size(shapes[other])}; samples are of one size"
         )
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
@@ -114,7 +170,21 @@ def _open_folder(path: Path, flag: str) -> Samples:
             images = [_read_pixels(file, flag) for file in files[start : start + batch_size]]
             yield np.stack(images).reshape(-1, *shapes[0])
 
-    return Samples(len(files), shapes[0], read)
+    return Samples(len(files), shapes[0], partial(_warn_if_dark, read, flag))
+
+
+def _find_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Image files at any depth, links followed but not in circles, hidden ones left out."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _find_images(path, seen)
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
 
 
 def _size(shape: tuple[int, int, int]) -> str:
@@ -122,21 +192,30 @@ def _size(shape: tuple[int, int, int]) -> str:
 
 
 def _image_shape(file: Path, flag: str) -> tuple[int, int, int]:
-    try:
-        with Image.open(file) as image:
-            mode, (width, height) = image.mode, image.size
-    except OSError as error:
-        raise UserError(f"{flag}: {file.name} is not a readable image ({error})") from None
+    with _opened(file, flag) as image:
+        mode, (width, height) = image.mode, image.size
     if mode not in ("L", "RGB"):
         raise UserError(f"{flag}: {file.name} has the pixels {mode}; samples are RGB or grey of 8 bits")
     return height, width, 1 if mode == "L" else 3
 
 
 def _read_pixels(file: Path, flag: str) -> np.ndarray:
+    with _opened(file, flag) as image:
+        return np.asarray(image)
+
+
+@contextlib.contextmanager
+def _opened(file: Path, flag: str) -> Iterator[Image.Image]:
+    """The image, not decoded yet; UserError for what opening or decoding it raises."""
+    if not file.is_file():
+        raise UserError(f"{flag}: {file.name} is no regular file")
     try:
         with Image.open(file) as image:
-            return np.asarray(image)
-    except (OSError, SyntaxError) as error:
+            check_size(image)
+            yield image
+    except (OSError, SyntaxError, ValueError, BrokenImageError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{flag}: {file.name} is not a readable image ({error})") from None
 
 

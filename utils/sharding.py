@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from utils.errors import UserError
+from utils.errors import DataError, UserError
 from utils.files import cache_folder
 
 
@@ -114,11 +114,19 @@ def feed(batches: Iterator[PyTree], mesh: Mesh, ahead: int = 2) -> Iterator[tupl
     """(batch on the devices, position of `batches` just after it), transfers running `ahead` batches in front.
 
     `batches` has `get_state()`; pairing each batch with its position keeps a checkpoint exact although the iterator
-    itself is already further on.
+    itself is already further on. Where the next batch cannot be read, the ones before it are yielded first; then
+    DataError.
     """
-    queue = collections.deque()
+    queue, failure = collections.deque(), None
     while True:
-        while len(queue) <= ahead:
-            batch = next(batches)
-            queue.append((to_devices(batch, mesh), batches.get_state()))
+        while len(queue) <= ahead and failure is None:
+            try:
+                batch = next(batches)
+            except Exception as error:  # of any source's library
+                failure = error
+            else:
+                queue.append((to_devices(batch, mesh), batches.get_state()))
+        if not queue:
+            reason = str(failure) if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
+            raise DataError(" ".join(reason.split())[:500]) from failure
         yield queue.popleft()

@@ -1,17 +1,18 @@
 """Data sets that TensorFlow Datasets prepared: array_record at random and without TensorFlow, tfrecord as a stream."""
 
 import functools
+import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from utils.errors import UserError
+from utils.fingerprint import Fingerprint
 from utils.images import read_image
 
 PACKAGES = "tensorflow-datasets importlib_resources"  # the second is imported by the first, which does not say so
@@ -40,6 +41,7 @@ class PreparedSplit:
         set without one and the first 2 % of a set that has only `train`. UserError, naming `flag`, for what is missing.
         """
         folder, self.format = _find_prepared(flag, data_dir, builder)
+        self.folder = folder
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
@@ -68,6 +70,17 @@ class PreparedSplit:
         if own is None:  # records are in an order that TFDS has shuffled
             cut = num_held_out(count)
             self.start, self.stop = (0, cut) if split == "validation" else (cut, count)
+
+    def fingerprint(self) -> Fingerprint:
+        """Version, shards, sizes and the start of the first file: telling enough, without reading the data set."""
+        info = self.builder.info.splits[self.split]
+        facts = [self.builder.info.full_name, self.split, self.start, self.stop, info.shard_lengths, info.num_bytes]
+        digest = hashlib.sha256(json.dumps([*map(str, facts), self.class_names]).encode())
+        files = self.folder.glob(f"*-{self.split}.{self.format}*")
+        for file in sorted(files, key=str)[:1]:
+            with file.open("rb") as content:
+                digest.update(content.read(READ_BYTES))
+        return Fingerprint(self.format, self.stop - self.start, digest.hexdigest())
 
     def open(self, flag: str) -> "Records | RecordStream":
         if self.format == "array_record":
@@ -126,7 +139,7 @@ def _convert_command(folder: Any) -> str:
 
 
 class Records:
-    """Source of array_record files. EXIF orientation is left alone, as TFDS's own decoding leaves it."""
+    """Source of array_record files, decoded as TFDS's own decoding does (see utils/images.py)."""
 
     def __init__(self, prepared: PreparedSplit):
         import tensorflow_datasets as tfds
@@ -145,7 +158,7 @@ class Records:
         record = self.records[self.prepared.start + index]
         size, _, channels = self.prepared.image_shape
         mode = "L" if channels == 1 else "RGB"
-        image = read_image(BytesIO(record["image"]), f"image {index} of {self.prepared.origin}", size, mode=mode)
+        image = read_image(record["image"], f"image {index} of {self.prepared.origin}", size, mode=mode, as_tfds=True)
         return {"image": image, "label": np.int32(record["label"])}
 
 

@@ -15,18 +15,36 @@ import jax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from utils.console import warn
+from utils.files import atomic_write, set_aside, write_text
+
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a metrics.jsonl, oldest first; a line that a kill cut short is left out."""
-    if not path.exists():
+    """The whole lines of a metrics.jsonl, oldest first; what a kill or a power cut has damaged is left out."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    *lines, cut = content.split(b"\n")  # the last is empty, unless a kill has cut it short
+    parsed = [_parse_line(line) for line in [*lines, cut] if line]
+    damaged = sum(line is None for line in parsed) - bool(cut and parsed[-1] is None)
+    if damaged:
+        warn(f"{path}: left out {damaged} damaged line{'s' * (damaged > 1)}")
+    return [line for line in parsed if line is not None]
+
+
+def _parse_line(text: bytes) -> dict[str, float] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:  # also for bytes that are no UTF-8
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 class Tracker:
     """Logs scalars and figures of one run by step. `first_step` is where this process starts: later lines of an
-    earlier, killed process are dropped, because their steps are about to be run again."""
+    earlier, killed process are dropped, because their steps are about to be run again. While the disk is full, lines
+    wait in memory and pictures are left out; the run goes on."""
 
     def __init__(self, run_dir: Path, config: ConfigDict, first_step: int):
         self.run_dir = Path(run_dir)
@@ -37,8 +55,10 @@ class Tracker:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.file = path.open("a", buffering=1)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        if not path.exists() or path.read_bytes() != text.encode():
+            write_text(path, text)
+        self.file, self.unwritten = path.open("ab", buffering=0), b""
         if config.wandb.mode != "disabled":
             self.wandb_run = start_wandb(self.run_dir, config)
 
@@ -46,7 +66,12 @@ class Tracker:
         if not self.enabled:
             return
         values = {name: float(value) for name, value in metrics.items()}
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            warn(f"{self.file.name} cannot be written ({error.strerror}); its lines wait until it can")
         if self.wandb_run:
             self.wandb_run.log(values, step=step)
 
@@ -55,8 +80,13 @@ class Tracker:
         if not self.enabled:
             return
         path = self.run_dir / "images" / re.sub(r"[^\w.-]", "_", name) / f"{step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary:
+                figure.savefig(temporary, format="png")
+        except OSError as error:
+            warn(f"{path} cannot be written ({error.strerror}) and is left out")
+            return
         if self.wandb_run:
             import wandb
 
@@ -64,6 +94,8 @@ class Tracker:
 
     def close(self) -> None:
         if self.enabled:
+            if self.unwritten:
+                warn(f"lost, as {self.file.name} cannot be written: {self.unwritten.decode()}")
             self.file.close()
         if self.wandb_run:
             self.wandb_run.finish()
@@ -79,17 +111,31 @@ def start_wandb(run_dir: Path, config: ConfigDict):
         print(f"wandb: no account is set up (`wandb login` does it); logging offline under {run_dir / 'wandb'}")
         mode = "offline"
     id_file = run_dir / "wandb_id.txt"  # so that a resumed run goes on in the same curve
+    known_id = _read_wandb_id(id_file)
     run = wandb.init(
         **options,
         mode=mode,
         dir=run_dir,
-        id=id_file.read_text().strip() if id_file.exists() else None,
+        id=known_id,
         resume="allow" if mode == "online" else None,
         config=config.to_dict(),
         settings=wandb.Settings(quiet=True, console="off"),
     )
-    id_file.write_text(run.id)
+    if run.id != known_id:
+        write_text(id_file, run.id)
     return run
+
+
+def _read_wandb_id(file: Path) -> str | None:
+    """The id in a wandb_id.txt; None where there is none, or one that a power cut has damaged."""
+    if not file.exists():
+        return None
+    text = file.read_bytes().decode(errors="replace").strip()
+    if re.fullmatch(r"[\w-]{1,64}", text):
+        return text
+    warn(f"{file} holds no wandb id (damaged?): the run goes on in a new curve, and the file is set aside")
+    set_aside(file)
+    return None
 
 
 def has_wandb_account(base_url: str) -> bool:

@@ -1,0 +1,170 @@
+"""What the examples of a data set are, told by their content rather than by a name or a path.
+
+Runs and cached latents keep the fingerprints of what they were made from, and compare them with what is there when they
+are continued: other labels or another order would go on silently with other data.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.errors import UserError
+from utils.files import atomic_write
+
+LISTING = "examples.tsv.gz"
+UNKNOWN = "saved before runs kept track of their images: whether some were added or replaced cannot be told"
+
+
+class Row(NamedTuple):
+    """One example of a listing."""
+
+    key: str  # a name that stays the same wherever the data are
+    label: int
+    digest: str  # of the content
+
+    def __str__(self) -> str:
+        return f"{self.label}\t{self.digest}\t{self.key}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """The examples of one split, in their order.
+
+    `format` is how they are read, which settles the order of training: 'files', 'arrays', 'array_record', 'tfrecord' or
+    'latents'. `rows` are the examples one by one, from sources that can tell them apart cheaply.
+    """
+
+    format: str
+    num_examples: int
+    sha256: str
+    rows: Sequence[Row] | None = None
+
+    @classmethod
+    def of_rows(cls, format: str, rows: Sequence[Row]) -> "Fingerprint":
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(f"{row}\n".encode())
+        return cls(format, len(rows), digest.hexdigest(), rows)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": self.format, "num_examples": self.num_examples, "sha256": self.sha256}
+
+
+def write_listing(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None:
+    """Writes FOLDER/examples.tsv.gz, {split: rows} line by line: split, label, digest, key. Nothing where no split has
+    rows."""
+    if not any(fingerprint.rows for fingerprint in fingerprints.values()):
+        return
+    with atomic_write(folder / LISTING) as temporary, gzip.open(temporary, "wt", compresslevel=3) as file:
+        for split, fingerprint in fingerprints.items():
+            for row in fingerprint.rows or ():
+                file.write(f"{split}\t{row}\n")
+
+
+def read_listing(folder: Path) -> dict[str, list[Row]]:
+    """{split: rows} of FOLDER/examples.tsv.gz; empty where there is none that can be read."""
+    rows = {}
+    try:
+        with gzip.open(folder / LISTING, "rt") as file:
+            for line in file:
+                split, label, digest, key = line.rstrip("\n").split("\t", 3)
+                rows.setdefault(split, []).append(Row(key, int(label), digest))
+    except (OSError, EOFError, ValueError):
+        return {}
+    return rows
+
+
+def compare_data(
+    saved: Mapping[str, Any], saved_rows: Mapping[str, Sequence[Row]], found: Mapping[str, Any],
+    fingerprints: Mapping[str, Fingerprint],
+) -> list[str]:  # fmt: skip
+    """What differs between two data sets without harm to a run, in words; UserError with the first difference by which
+    labels or the order of training would change.
+
+    `saved` and `found`: {'image_shape', 'class_names', 'splits': {split: Fingerprint.to_json()}}, `saved` perhaps
+    without 'splits', as runs of before have it. `saved_rows`: the listing kept with it.
+    """
+    if list(saved["image_shape"]) != list(found["image_shape"]):
+        raise UserError(f"its images were {_size(saved['image_shape'])}, not {_size(found['image_shape'])}")
+    remarks = []
+    if difference := _first_class_difference(saved["class_names"], found["class_names"]):
+        if len(saved["class_names"]) != 1 or len(found["class_names"]) != 1:
+            raise UserError(difference)
+        remarks.append(difference)  # nothing but the name of the only class, which may be its folder's
+    if "splits" not in saved:
+        return [
+            *remarks,
+            UNKNOWN,
+        ]
+    for split, fingerprint in fingerprints.items():
+        harm, remark = _first_difference(saved["splits"].get(split), saved_rows.get(split), fingerprint)
+        if split == "train" and harm:
+            raise UserError(harm)
+        if harm or remark:
+            what = "" if split == "train" else "validation, whose curve is another from here on: "
+            remarks.append(f"{what}{harm or remark}")
+    return remarks
+
+
+def _first_class_difference(saved: Sequence[str], found: Sequence[str]) -> str:
+    pairs = itertools.zip_longest(saved, found)
+    label, old, new = next(((i, old, new) for i, (old, new) in enumerate(pairs) if old != new), (None, None, None))
+    if label is None:
+        return ""
+    if new not in saved and old in found:
+        return f"class {new!r} is new, so that labels shift: {label} was {old!r}"
+    if old not in found and new in saved:
+        return f"class {old!r} (label {label}) is gone, so that labels shift"
+    if old is None or new is None:
+        return f"class {new or old!r} (label {label}) is {'new' if old is None else 'gone'}"
+    return f"label {label} is class {new!r}, which was {old!r}"
+
+
+def _first_difference(
+    saved: Mapping[str, Any] | None, saved_rows: Sequence[Row] | None, found: Fingerprint
+) -> tuple[str, str]:
+    """(a difference in labels or order, or else a harmless one), in words or empty."""
+    if saved is None or saved == found.to_json():
+        return "", ""
+    if saved["format"] != found.format:
+        return f"its images were read from {saved['format']}, now from {found.format}, in another order", ""
+    if saved_rows is not None and found.rows is not None:
+        harm, remark = _compare_rows(saved_rows, found.rows)
+        if harm or remark:
+            return harm, remark
+    if saved["num_examples"] != found.num_examples:
+        return f"there were {saved['num_examples']} images, now {found.num_examples}", ""
+    return "there are as many images, but others or in another order", ""
+
+
+def _compare_rows(saved: Sequence[Row], found: Sequence[Row]) -> tuple[str, str]:
+    old, new = ({row.key: row for row in rows} for rows in (saved, found))
+    for keys, what in (
+        ([key for key in new if key not in old], "new"),
+        ([key for key in old if key not in new], "gone"),
+    ):
+        if keys:
+            return f"{_count(keys)} {what}: {_list(keys)}", ""
+    relabelled = [key for key in new if new[key].label != old[key].label]
+    if relabelled:
+        return f"{_count(relabelled)} of another class: {_list(relabelled)}", ""
+    if list(old) != list(new):
+        return "the images are in another order", ""
+    replaced = [key for key in new if new[key].digest != old[key].digest]
+    return "", f"{_count(replaced)} not the same as before: {_list(replaced)}" if replaced else ""
+
+
+def _count(keys: Sequence[str]) -> str:
+    return f"{len(keys)} image{'s are' if len(keys) > 1 else ' is'}"
+
+
+def _list(keys: Sequence[str], few: int = 3) -> str:
+    return ", ".join(keys[:few]) + ", ..." * (len(keys) > few)
+
+
+def _size(image_shape: Sequence[int]) -> str:
+    return "x".join(map(str, image_shape))
