@@ -26,7 +26,7 @@ from diffusion_transformer import REMAT_POLICIES
 from utils import config as cfg
 from utils import evaluation, inception
 from utils.checkpoint import Checkpoints, Saver, open_checkpoint
-from utils.console import say
+from utils.console import TolerantStream, say
 from utils.datasets import SPLITS, describe_data, first_examples, load_dataset, training_batches
 from utils.errors import DataError, UserError
 from utils.fid import ImageStatistics, compare, load_statistics
@@ -126,6 +126,7 @@ class Run:
             cfg.check_writable(Path(config.profile), "profile")
         self.optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
         self.checkpoints = Checkpoints(self.folder, config.keep_last, config.keep_every)
+        self.checkpoints.remove_unfinished()
         facts = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
         self.saved_config = {**config.to_dict(), "dataset": describe_data(self.datasets) | facts}
 
@@ -331,7 +332,8 @@ class Progress:
         self.throughput = Throughput(config.batch_size, run.flops_per_step, config.peak_tflops)
         interval = 0.2 if sys.stderr.isatty() else 10  # a log file wants a line now and then
         quiet = jax.process_index() > 0
-        self.bar = tqdm(total=config.max_steps, initial=step, unit="step", mininterval=interval, disable=quiet)
+        options = {"unit": "step", "mininterval": interval, "disable": quiet, "file": TolerantStream()}
+        self.bar = tqdm(total=config.max_steps, initial=step, **options)
 
     def add(self, step: int, metrics: dict[str, jax.Array], validation: dict[str, jax.Array] | None) -> None:
         """Reports the step before; then step `step` is the one to be reported, and logged if it has `validation`."""

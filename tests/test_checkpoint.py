@@ -1,5 +1,10 @@
 """Checkpoints: complete, atomic, readable under other shardings; the import of jax-flow's parameters."""
 
+import os
+import resource
+import shutil
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +109,154 @@ def test_truncated_checkpoint_is_one_line(tmp_path, state):
         checkpoints.restore(step, abstract(state, replicated(make_mesh())))
     assert "\n" not in str(error.value)
     assert str(tmp_path / "checkpoints" / "1") in str(error.value)
+
+
+def files_of(checkpoint_dir):
+    return sorted(path for path in checkpoint_dir.rglob("*") if path.is_file() and path.stat().st_size)
+
+
+def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(state, CONFIG, {"next_index": 1200})
+    checkpoints.close()
+    like, rng, noticed = abstract(state, replicated(make_mesh())), np.random.default_rng(0), 0
+    files = files_of(tmp_path / "checkpoints" / "1")
+    for file in [*files, *rng.choice(files, 20)]:
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(flipped)
+        try:
+            restored, position = checkpoint.Checkpoints(tmp_path).restore(1, like)
+            assert_equal(restored, state)
+            assert position == {"next_index": 1200}
+            assert checkpoint.Checkpoints(tmp_path).restore_config(1) == CONFIG
+        except checkpoint.DamagedCheckpointError:
+            noticed += 1
+        file.write_bytes(content)
+    assert noticed > 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+def test_checksums_tell_any_change_of_one_element_apart(dtype):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (5, 7, 3)), dtype)
+    ((name, (sum_, *shape)),) = checkpoint.checksums({"x": x}).items()
+    assert (name, tuple(shape)) == ("['x']", x.shape)
+    sums = {sum_}
+    for place in range(x.size):
+        changed = np.array(x)
+        changed.view(np.uint8).reshape(x.size, -1)[place, 0] ^= 1
+        sums.add(checkpoint.checksums({"x": jnp.asarray(changed)})["['x']"][0])
+    assert len(sums) == 1 + x.size
+    swapped = np.array(x)[:, ::-1]
+    assert checkpoint.checksums({"x": jnp.asarray(swapped)})["['x']"][0] != sum_
+
+
+def test_the_one_before_a_damaged_checkpoint_is_used_and_nothing_is_removed(tmp_path, state, capfd):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(state.replace(step=jnp.int32(step)), CONFIG, step)
+    checkpoints.close()
+    like = abstract(state, replicated(make_mesh()))
+    damaged = files_of(tmp_path / "checkpoints" / "3" / "config")[-1]
+    damaged.write_bytes(b"")
+    checkpoints, steps = checkpoint.open_checkpoint(tmp_path)
+
+    def read(step):
+        checkpoints.restore_config(step)
+        return checkpoints.restore(step, like)
+
+    step, (restored, position) = checkpoints.restore_newest(read, steps)
+    assert (step, position, int(restored.step)) == (2, 2, 2)
+    assert "checkpoints/3 is damaged" in capfd.readouterr().out
+    checkpoints.set_aside(3)
+    assert checkpoints.steps() == [2, 1]
+    assert (
+        tmp_path / "damaged_checkpoints" / "3.damaged1" / damaged.relative_to(tmp_path / "checkpoints" / "3")
+    ).exists()
+    checkpoints.save(restored.replace(step=jnp.int32(3)), CONFIG, 3)
+    checkpoints.close()
+    assert checkpoint.open_checkpoint(tmp_path)[1] == [3, 2, 1]
+    for step in (1, 2, 3):
+        shutil.rmtree(tmp_path / "checkpoints" / str(step) / "optimizer")
+    checkpoints, steps = checkpoint.open_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoints/1 is damaged: .* \(as are those of steps 3, 2\)"):
+        checkpoints.restore_newest(read, steps)
+
+
+def test_a_checkpoint_of_another_model_is_not_called_damaged(tmp_path, state):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(state, CONFIG, None)
+    checkpoints.close()
+    other = jax.tree.map(lambda x: jax.ShapeDtypeStruct((9, *x.shape), x.dtype), state.params)
+    for _ in range(2):
+        checkpoints = checkpoint.Checkpoints(tmp_path)
+        with pytest.raises(UserError, match=r"is of another model: .* here; give the --model flags") as error:
+            checkpoints.restore_params(1, abstract(other, replicated(make_mesh())), ("params",))
+        assert not isinstance(error.value, checkpoint.DamagedCheckpointError)
+        assert "delet" not in str(error.value)
+        shutil.rmtree(
+            tmp_path / "checkpoints" / "1" / "checksums", ignore_errors=True
+        )  # then once more as one of before
+
+
+def test_checkpoints_without_checksums_load(tmp_path, state):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(state, CONFIG, None)
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "checksums")
+    like = abstract(state, replicated(make_mesh()))
+    assert_equal(checkpoint.Checkpoints(tmp_path).restore(1, like)[0], state)
+
+
+@pytest.fixture
+def full_disk():
+    """full_disk(True) lets the system refuse every write beyond 2 kB of a file, as a full disk does; full_disk(False)
+    frees space."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda is_full: resource.setrlimit(resource.RLIMIT_FSIZE, (2048 if is_full else before[0], before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, state, full_disk, capfd):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=2)
+    saver = checkpoint.Saver(checkpoints, CONFIG, interval=10, minutes=0, step=0)
+    saver.save(state.replace(step=jnp.int32(10)), 10)
+    checkpoints.wait()
+    full_disk(True)
+    saver.save(state.replace(step=jnp.int32(20)), 20)
+    deadline = time.monotonic() + 20
+    while not (said := capfd.readouterr()).out:
+        assert not saver.is_due(21)
+        assert time.monotonic() < deadline
+    assert said.out == (
+        f"checkpoint of step 20 could not be written to {tmp_path}/checkpoints (File too large); step 10 is safe; "
+        "training goes on and saves again in a minute\n"
+    )
+    assert said.err == ""
+    saver.RETRY_SECONDS = 0
+    saver._note(checkpoint.SaveError("again"), 22)
+    assert saver.is_due(23)
+    with pytest.raises(checkpoint.SaveError, match=r"step 24 could not be written .*; step 10 is safe"):
+        saver.save_last(state.replace(step=jnp.int32(24)), 24)
+    full_disk(False)
+    saver.save_last(state.replace(step=jnp.int32(25)), 25)
+    checkpoints.close()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["10", "25"]
+
+
+def test_saves_are_due_by_step_and_by_time(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    saver = checkpoint.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=15, step=0)
+    assert [step for step in range(1, 301) if saver.is_due(step)] == [100, 200, 300]
+    now += 899
+    assert not saver.is_due(301)
+    now += 1
+    assert saver.is_due(302)
+    never = checkpoint.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=0, step=0)
+    now += 1e9
+    assert not never.is_due(303)
 
 
 def jax_flow_params(golden):

@@ -4,6 +4,8 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
+import compute_fid_stats
+import encode_latents
 import eval_fid
 import train_flow
 from utils import config as cfg
@@ -182,6 +184,71 @@ def test_sweeps_are_every_scale_and_step_count_once(parse):
 def test_sweeps_that_make_no_sense_are_refused(parse, line, message):
     with pytest.raises(UserError, match=message):
         eval_fid.read_samplers(parse(line, eval_fid), 0.1)
+
+
+def test_a_tilde_is_expanded_once_in_every_path(parse, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ("save_dir", "load_dir", "data_dir", "vae", "profile", "fid_stats", "inception_weights", "dataset_name")
+    config = parse(" ".join(f"--{name}=~/x" for name in paths))
+    assert {config[name] for name in paths} == {f"{tmp_path}/x"}
+    for prefix in ("folder", "latents"):
+        assert parse(f"--dataset_name={prefix}:~/x").dataset_name == f"{prefix}:{tmp_path}/x"
+    for program, names in {
+        eval_fid: ("load_dir", "samples", "fid_stats", "out", "save_samples", "inception_logits", "inception_weights"),
+        compute_fid_stats: ("images", "out", "inception_weights", "data_dir"),
+        encode_latents: ("out", "vae", "data_dir"),
+    }.items():
+        config = parse(" ".join(f"--{name} ~/x" for name in names), program)
+        assert {config[name] for name in names} == {f"{tmp_path}/x"}
+    assert parse("--save_dir runs/a~b --dataset_name tfds:x").save_dir == "runs/a~b"
+    with pytest.raises(UserError, match=r"--save_dir=~nobody-here/x: there is no home folder for ~nobody-here"):
+        parse("--save_dir ~nobody-here/x")
+
+
+@pytest.mark.parametrize(
+    ("program", "line", "message"),
+    [
+        (eval_fid, "--load_dir x --model.cfg_scale 2", "--model.cfg_scale=2.0 has no effect .*--cfg_scale says it"),
+        (
+            eval_fid,
+            "--load_dir x --model.denoise_timesteps 2",
+            "--model.denoise_timesteps=2 .*--denoise_timesteps",
+        ),
+        (eval_fid, "--samples x --cfg_scale 2,4", "--cfg_scale=2,4 has no effect on --samples"),
+        (eval_fid, "--samples x --model.depth 2", "--model.depth=2 has no effect on --samples"),
+        (eval_fid, "--samples x --seed 2", "--seed=2 has no effect on --samples"),
+        (eval_fid, "--load_dir x --fid_stats y --dataset_name z", "--dataset_name=z has no effect beside --fid_stats"),
+        (train_flow, "--fid_samples 10", "--fid_samples=10 has no effect without --fid_stats"),
+        (train_flow, "--convention adm", "--convention=adm has no effect without --fid_stats"),
+        (train_flow, "--use_stable_vae 0 --vae x", "--vae=x has no effect on pixels"),
+        (train_flow, "--dataset_name digits --broken_images skip", "--broken_images=skip has no effect on digits"),
+    ],
+)
+def test_flags_without_effect_are_refused(parse, program, line, message):
+    config = parse(line, program)
+    with pytest.raises(UserError, match=message):
+        program.refuse_ignored(config)
+
+
+@pytest.mark.parametrize(
+    "line", ["--model.depth 3", "--model.lr 1", "--model.t_conditioning 0", "--model.preset big", "--use_stable_vae 0"]
+)
+def test_eval_takes_the_models_values_from_the_run(parse, line):
+    saved = parse("").model.to_dict()
+    parse(line, eval_fid)
+    with pytest.raises(UserError, match=f"{line.replace(' ', '=')}.*, but the run of --load_dir has .*; leave "):
+        cfg.override_model(saved)
+    parse("--model.dtype float32 --model.depth 2", eval_fid)
+    assert cfg.override_model(saved).dtype == "float32"
+
+
+def test_guidance_needs_both_kinds_of_labels(parse, capsys):
+    assert [cfg.can_guide(prob) for prob in (0, 0.1, 1)] == [False, True, False]
+    assert eval_fid.read_samplers(parse("", eval_fid), 0) == [Sampler(500, None)]
+    assert "drawn without guidance" in capsys.readouterr().out
+    assert eval_fid.read_samplers(parse("--cfg_scale 1,-1", eval_fid), 1) == [Sampler(500, None)]
+    with pytest.raises(UserError, match=r"--cfg_scale=1,4: with --model.class_dropout_prob=0 the model"):
+        eval_fid.read_samplers(parse("--cfg_scale 1,4", eval_fid), 0)
 
 
 def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):

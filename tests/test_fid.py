@@ -277,6 +277,29 @@ def test_statistics_that_do_not_fit_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(raised.value)
 
 
+def test_what_would_fail_after_sampling_is_refused_on_loading(rng, tmp_path):
+    features = rng.normal(size=(20, 30))
+    mu, sigma = features.mean(axis=0), np.cov(features, rowvar=False)
+    good = {"mu": mu, "sigma": sigma}
+    load_statistics(write_arrays(tmp_path / "good.npz", **good), num_features=30)
+    cases = {
+        "`sigma`: the covariance is not symmetric": {"sigma": np.triu(sigma)},
+        "`sigma`: .* negative eigenvalue .*float32 at least": {"sigma": sigma.astype(np.float16)},
+        "negative eigenvalue": {"sigma": sigma - 2 * np.eye(30)},
+        "`sigma_s`: .*must have shapes": {"mu_s": np.zeros(4), "sigma_s": np.eye(5)},
+        "`sigma_s`: the covariance is not symmetric": {"mu_s": np.zeros(4), "sigma_s": np.triu(np.ones((4, 4)))},
+        r"`features` has the shape \(20, 29\)": {"features": features[:, 1:]},
+        r"`features` has the shape \(30,\)": {"features": features[0]},
+        "`label_counts` are not": {"label_counts": np.array([3, -1])},
+        "`label_counts` are not numbers": {"label_counts": np.array([0.5, 1])},
+    }
+    for message, arrays in cases.items():
+        path = write_arrays(tmp_path / "bad.npz", **{**good, **arrays})
+        with pytest.raises(UserError, match=f"--fid_stats={path}: .*{message}.*compute_fid_stats.py") as error:
+            load_statistics(path, num_features=30)
+        assert "\n" not in str(error.value)
+
+
 def test_adms_files_bring_spatial_statistics(tmp_path):
     arrays = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.ones(2), "sigma_s": np.eye(2) * 2}
     path = write_arrays(tmp_path / "VIRTUAL.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), **arrays)

@@ -1,6 +1,10 @@
 """Folders of images: their layouts, every kind of file, and what is said about broken ones."""
 
+import errno
 import io
+import json
+import os
+import re
 import tarfile
 
 import numpy as np
@@ -11,12 +15,15 @@ from tests.pictures import make_classes, noise, resize_by_formula, write, write_
 from utils import image_folder
 from utils.datasets import epoch_batches, load_dataset, training_batches
 from utils.errors import UserError
+from utils.images import decode_image
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     """A cache folder of the test's own, for what the check of the files finds."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 def read_one(folder, path, size) -> np.ndarray:
@@ -246,3 +253,159 @@ def test_ilsvrc_as_it_is_unpacked(tmp_path, shared):
     path, label = train.source.files[500]
     assert sorted(folder.name for folder in (tmp_path / "train").iterdir())[label] == path.parent.name
     assert train.source[500]["image"].shape == (256, 256, 3)
+
+
+def test_known_names_of_splits_are_splits_and_what_was_taken_is_said(tmp_path, capfd):
+    for number, (layout, train, validation) in enumerate(
+        [
+            (("train", "valid", "test"), "train", "valid"),
+            (("Training", "Testing"), "Training", None),
+            (("train2017", "val2017", "annotations"), "train2017", "val2017"),
+            (("training_set", "test_set"), "training_set", None),
+            (("seg_train", "seg_test", "dev"), "seg_train", "dev"),
+            (("train_images", "eval", "masks"), "train_images", "eval"),
+        ]
+    ):
+        root = tmp_path / str(number)
+        for folder in layout:
+            make_classes(root / folder, {"cat": 5, "dog": 5})
+        datasets = [load_dataset(f"folder:{root}", split, image_size=2) for split in ("train", "validation")]
+        assert datasets[0].class_names == ("cat", "dog")
+        read = {path.relative_to(root).parts[0] for dataset in datasets for path, _ in dataset.source.files}
+        assert read == {train, validation} - {None}
+        assert {path.relative_to(root).parts[0] for path, _ in datasets[0].source.files} == {train}
+        said = capfd.readouterr().err
+        assert f"training on {train}/" in said
+        left_out = set(layout) - {train, validation}
+        assert all(f"{folder}/" in said for folder in left_out)
+        assert said.count("training on") == 1
+
+
+def test_flat_splits_of_one_class(tmp_path):
+    for folder, count in (("train", 4), ("valid", 2), ("test", 3)):
+        for i in range(count):
+            write(tmp_path / folder / f"{i}.png", noise(i, 2, 2, 3))
+    train, validation = (load_dataset(f"folder:{tmp_path}", split, image_size=2) for split in ("train", "validation"))
+    assert train.class_names == validation.class_names == (tmp_path.name,)
+    assert (len(train.source), len(validation.source)) == (4, 2)
+
+
+def test_folders_wrapped_in_their_own_name_are_unwrapped(tmp_path):
+    make_classes(tmp_path / "training_set" / "training_set", {"cat": 3, "dog": 3})
+    make_classes(tmp_path / "test_set" / "test_set", {"cat": 1, "dog": 1})
+    assert load_dataset(f"folder:{tmp_path}", image_size=2).class_names == ("cat", "dog")
+
+
+AMBIGUOUS = {
+    "no split to train on": (("valid", "test"), "holds test/, valid/ but no train/"),
+    "classes beside a split": (("cat", "dog", "test"), "test/ may be splits .*unlike cat/, dog/"),
+    "two for validation": (("train/cat", "val/cat", "dev/cat"), "dev/, val/ could each be the validation split"),
+    "masks beside images": (("images", "masks"), "masks/ may be splits"),
+    "train and classes": (("train/cat", "bus"), "train/ may be splits"),
+    "splits inside of classes": (("cat/train", "cat/test", "dog/train"), "the class .*cat holds test/, train/"),
+}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_what_may_be_splits_or_classes_is_refused(tmp_path, case):
+    folders, message = AMBIGUOUS[case]
+    for folder in folders:
+        write(tmp_path / folder / "0.png", noise(0, 2, 2, 3))
+        write(tmp_path / folder / "1.png", noise(1, 2, 2, 3))
+    with pytest.raises(UserError, match=f"--dataset_name=folder:.*{message}"):
+        load_dataset(f"folder:{tmp_path}", image_size=2)
+
+
+def test_images_at_any_depth_belong_to_their_class(tmp_path, capfd):
+    make_classes(tmp_path / "cat", {"2019": 3, "2020/may": 2})
+    make_classes(tmp_path, {"dog": 2})
+    (tmp_path / "cat" / "2019" / "back").symlink_to(tmp_path / "cat")  # a circle
+    dataset = load_dataset(f"folder:{tmp_path}", image_size=2)
+    assert dataset.class_names == ("cat", "dog")
+    held_out = load_dataset(f"folder:{tmp_path}", "validation", image_size=2)
+    assert len(dataset.source) + len(held_out.source) == 7
+    make_classes(tmp_path / "wrapped" / "all", {"a": 2, "b": 2})
+    assert load_dataset(f"folder:{tmp_path / 'wrapped'}", image_size=2).class_names == ("all",)
+    assert re.search("one class, all, .*if a/, b/ are classes, give folder:.*wrapped/all", capfd.readouterr().err)
+
+
+def test_what_is_no_file_is_named_or_skipped(tmp_path, capfd):
+    make_classes(tmp_path, {"cat": 3, "dog": 2})
+    (tmp_path / "cat" / "gone.png").symlink_to(tmp_path / ".nowhere.png")
+    os.mkfifo(tmp_path / "dog" / "pipe.png")
+    name = f"folder:{tmp_path}"
+    with pytest.raises(
+        UserError, match=r"2 of 7 images .*gone.png \(a link to nothing\); .*pipe.png \(no regular file\)"
+    ):
+        load_dataset(name, image_size=2)
+    assert len(load_dataset(name, "train", None, 2, "skip").source) == 4
+    assert "gone.png" in capfd.readouterr().err
+    write(tmp_path / ".nowhere.png", noise(0, 2, 2, 3))  # what the system could not read is not remembered as broken
+    assert len(load_dataset(name, "train", None, 2, "skip").source) == 5
+
+
+def test_a_verdict_of_the_system_is_not_remembered(tmp_path, monkeypatch):
+    make_classes(tmp_path, {"cat": 3, "dog": 2})
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_folder, "read_bytes", fail)
+        with pytest.raises(UserError, match=r"5 of 5 images cannot be read: .*Input/output error"):
+            load_dataset(f"folder:{tmp_path}", image_size=2)
+    image_folder._check_images.cache_clear()
+    assert len(load_dataset(f"folder:{tmp_path}", image_size=2).source) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"version": 1}', b"\xff\0", b'{"files": {"a": 3}}'])
+def test_a_damaged_memory_of_checks_is_made_anew(tmp_path, content, cache):
+    make_classes(tmp_path, {"cat": 3})
+    load_dataset(f"folder:{tmp_path}", image_size=2)
+    (kept,) = (cache / "flow-matching").glob("checked-*.json")
+    whole = kept.read_bytes()
+    kept.write_bytes(content)
+    image_folder._check_images.cache_clear()
+    load_dataset(f"folder:{tmp_path}", image_size=2)
+    assert kept.read_bytes() == whole
+
+
+def test_names_that_are_no_utf8(tmp_path, capfd):
+    for folder in (b"caf\xe9", b"cats"):
+        (tmp_path / os.fsdecode(folder)).mkdir()
+        for i in range(2):
+            Image.fromarray(noise(i, 2, 2, 3)).save(tmp_path / os.fsdecode(folder) / f"{i}.png")
+    (tmp_path / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff.txt")).touch()
+    dataset = load_dataset(f"folder:{tmp_path}", image_size=2)
+    assert dataset.class_names == (r"caf\xe9", "cats")
+    json.dumps(dataset.class_names).encode()
+    assert r"\xff.txt" in capfd.readouterr().err
+
+
+EXIF_BEFORE = b"Exif\0\0"
+BROKEN_EXIF = {
+    "empty": EXIF_BEFORE,
+    "garbage": EXIF_BEFORE + b"garbage!" * 4,
+    "cut": EXIF_BEFORE + b"II*\0\x08\0\0\0\x05\0\x12\x01",
+    "text": EXIF_BEFORE + b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x02\0\0\0x\0\0\0\0\0\0\0",
+    "zero": b"\0\x08\0\x02\x01\x12\0\x03",
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("case", BROKEN_EXIF)
+def test_pixels_are_kept_where_their_metadata_are_broken(case, kind):
+    buffer, pixels = io.BytesIO(), noise(0, 8, 12, 3)
+    Image.fromarray(pixels).save(buffer, kind, exif=BROKEN_EXIF[case], lossless=True, quality=95)
+    read = np.asarray(decode_image(buffer.getvalue())).astype(int)
+    np.testing.assert_allclose(read, pixels, atol=0 if kind != "JPEG" else 255)
+    assert read.shape == (8, 12, 3)
+
+
+def test_large_photographs_pass_up_to_a_limit(tmp_path):
+    make_classes(tmp_path, {"cat": 2})
+    Image.new("L", (20_000, 9_800)).save(tmp_path / "cat" / "photo.png")  # 196 megapixels
+    name = f"folder:{tmp_path}"
+    assert len(load_dataset(name, image_size=2).source) == 2
+    with pytest.raises(UserError, match=r"photo\.png .196 megapixels are above --max_megapixels=100"):
+        load_dataset(name, image_size=2, max_megapixels=100)

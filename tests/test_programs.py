@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, run_program
+from tests.runs import SCALARS, losses, start, wait_for_step
 from utils.fid import frechet_distance, load_statistics
 from utils.samples import SampleWriter
 from utils.tracking import read_metrics
@@ -28,37 +29,12 @@ STEPS = {1: 60, 8: 12}  # by devices: eight virtual ones are slow, one is too fa
 # In float32, so that one device and eight, say, differ by rounding that is small enough to tell from a fault.
 SHORT = [*TINY, "--model.dtype", "float32", "--log_interval", "1", "--save_interval", "4", "--eval_interval", "0"]
 SHORT += ["--wandb.mode", "disabled"]
-SCALARS = ("l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm")
 
 
 # Tests that share a run stay on one worker, so that it is made once.
 eight_devices = pytest.mark.xdist_group("eight devices")
 one_device = pytest.mark.xdist_group("one device")
 finished_run = pytest.mark.xdist_group("finished run")
-
-
-def losses(run_dir) -> dict[int, list[float]]:
-    """{step: [every scalar of training/ and validation/]} of a run's metrics.jsonl."""
-    names = [f"{split}/{name}" for split in ("training", "validation") for name in SCALARS]
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    return {line["step"]: [line[name] for name in names] for line in lines if names[0] in line}
-
-
-def start(*args, devices: int = 1) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "train_flow.py", *map(str, args)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for_step(process: subprocess.Popen, run_dir, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while max(losses(run_dir), default=0) < step:
-        assert process.poll() is None, process.stdout.read()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

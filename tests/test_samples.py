@@ -97,6 +97,55 @@ def test_what_is_no_samples_is_refused_by_name(tmp_path):
             open_samples(tmp_path / name)
 
 
+def test_folders_are_read_at_any_depth(tmp_path):
+    for i, image in enumerate(IMAGES):
+        write(tmp_path / "edm" / f"{i // 4:06d}" / f"{i:06d}.png", image)
+    write(tmp_path / "edm" / ".thumbnails" / "0.png", IMAGES[0][:2])
+    (tmp_path / "edm" / "000000" / "back").symlink_to(tmp_path / "edm")
+    np.testing.assert_array_equal(read_all(tmp_path / "edm", 4), IMAGES)
+    write(tmp_path / "edm" / "grid.png", np.concatenate(IMAGES[:2]))
+    with pytest.raises(UserError, match=r"000000/000000.png is 5x6 RGB but grid.png is 5x12 RGB"):
+        open_samples(tmp_path / "edm")
+
+
+def test_the_array_of_images_is_found_by_what_it_is(tmp_path):
+    np.savez(tmp_path / "labels_first.npz", labels=LABELS, samples=IMAGES)
+    np.testing.assert_array_equal(read_all(tmp_path / "labels_first.npz", 4), IMAGES)
+    np.savez(tmp_path / "two.npz", a=IMAGES, b=IMAGES)
+    np.savez(tmp_path / "none.npz", labels=LABELS, other=IMAGES / 255)
+    np.savez(tmp_path / "fortran.npz", np.asfortranarray(IMAGES))
+    for name, message in {
+        "two.npz": r"holds 2 arrays that may be uint8 images \(a uint8 \(10, 6, 5, 3\), b uint8 .*arr_0",
+        "none.npz": r"holds no arrays that may be uint8 images \(labels int32 \(10,\), other float64",
+        "fortran.npz": "in Fortran order.*ascontiguousarray",
+    }.items():
+        with pytest.raises(UserError, match=f"--samples={tmp_path / name} .*{message}"):
+            open_samples(tmp_path / name)
+
+
+def test_images_of_zeros_and_ones_are_remarked_on(tmp_path, capfd):
+    np.savez(tmp_path / "dark.npz", IMAGES // 128)
+    np.savez(tmp_path / "black.npz", IMAGES * 0)
+    assert read_all(tmp_path / "dark.npz", 4).max() == 1
+    assert "were they in [0, 1]" in capfd.readouterr().err
+    read_all(tmp_path / "black.npz", 4)
+    read_all(write_samples(tmp_path / "good.npz"), 4)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_first_samples_alone(tmp_path):
+    samples = open_samples(write_samples(tmp_path / "samples.npz")).first(7)
+    assert samples.num_samples == 7
+    assert [len(batch) for batch in samples.read(4)] == [4, 3]
+    np.testing.assert_array_equal(np.concatenate(list(samples.read(3))), IMAGES[:7])
+
+
+def test_a_bomb_is_one_line(tmp_path):
+    Image.new("1", (40_000, 30_000)).save(tmp_path / "0.png")
+    with pytest.raises(UserError, match=r"0.png is not a readable image \(1,200 megapixels are above"):
+        open_samples(tmp_path)
+
+
 def test_an_image_that_is_cut_short_is_named_when_it_is_read(tmp_path):
     write_samples(tmp_path / "folder")
     path = tmp_path / "folder" / "000007.png"

@@ -5,10 +5,12 @@ import json
 import shutil
 import sys
 from collections import Counter
+from io import BytesIO
 from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import run_program
 from tests.pictures import encoded, make_classes, noise, resize_by_formula
@@ -80,7 +82,7 @@ def prepared_folder(tmp_path_factory):
     tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
     root = tmp_path_factory.mktemp("tfds")
 
-    def prepare(set_name, shape, class_names, splits: dict[str, list[tuple[np.ndarray, int]]]):
+    def prepare(set_name, shape, class_names, splits: dict[str, list[tuple[np.ndarray | bytes, int]]]):
         class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             name = set_name
             VERSION = tfds.core.Version("1.0.0")
@@ -97,7 +99,8 @@ def prepared_folder(tmp_path_factory):
 
             def _generate_examples(self, examples):
                 for i, (pixels, label) in enumerate(examples):
-                    yield i, {"image": encoded(pixels), "label": label}
+                    is_encoded = isinstance(pixels, bytes)
+                    yield i, {"image": pixels if is_encoded else encoded(pixels), "label": label}
 
         for file_format in FORMATS:
             Prepared(data_dir=root / file_format).download_and_prepare(file_format=file_format)
@@ -119,7 +122,38 @@ def prepared_folder(tmp_path_factory):
         [f"n{i:08}" for i in range(1000)],
         {"train": examples(3, 300, 280, 3), "validation": examples(1, 20, 30, 3)},
     )
+    odd = [(image, i) for i, image in enumerate(odd_images())]
+    prepare("odd", (32, 32, 3), list(map(str, range(len(odd)))), {"train": odd, "validation": odd})
     return root
+
+
+def odd_images() -> list[bytes]:
+    """One 32x32 image in each mode that files have."""
+    ramp = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (32, 1))
+    colours = np.stack([ramp, ramp[::-1], ramp.T], axis=-1)
+    half_clear = np.stack([np.full_like(ramp, 255), ramp, ramp.T, ramp], axis=-1)
+    palette = Image.fromarray(ramp // 128, "P")
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    images = [
+        (Image.fromarray(half_clear, "RGBA"), "PNG", {}),
+        (palette, "PNG", {"transparency": 0}),
+        (palette, "PNG", {}),
+        (Image.fromarray(half_clear[..., [1, 3]], "LA"), "PNG", {}),
+        (Image.fromarray(ramp), "PNG", {"transparency": 9}),
+        (Image.fromarray(ramp.astype(np.uint16) * 250), "PNG", {}),
+        (Image.fromarray(ramp > 99), "PNG", {}),
+        (Image.fromarray(colours).convert("CMYK"), "JPEG", {"quality": 95}),
+        (Image.fromarray(colours), "JPEG", {"exif": exif}),
+        (Image.fromarray(ramp), "JPEG", {}),
+    ]
+    files = []
+    for image, kind, options in images:
+        buffer = BytesIO()
+        image.save(buffer, kind, **options)
+        files.append(buffer.getvalue())
+    return files
 
 
 @pytest.fixture
@@ -144,6 +178,36 @@ def contents(dataset) -> Counter:
         for batch in batches
         for image, label in zip(batch["image"], batch["label"].tolist(), strict=True)
     )
+
+
+def test_both_formats_give_what_tfds_decodes_whatever_the_mode(prepared_folder):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    builder = tfds.builder_from_directory(prepared_folder / "tfrecord" / "odd" / "1.0.0")
+    expected = {example["label"]: example["image"] for example in tfds.as_numpy(builder.as_dataset("validation"))}
+    assert len(expected) == len(odd_images())
+    for folder in FORMATS:
+        (batch,) = epoch_batches(load_dataset("tfds:odd", "validation", prepared_folder / folder), 100)
+        found = dict(zip(batch["label"].tolist(), batch["image"], strict=True))
+        for label, image in expected.items():
+            # TFDS lets TensorFlow decode JPEGs by a fast approximation, a few levels off; here both are exact.
+            np.testing.assert_allclose(found[label].astype(int), image, atol=5 if label in (7, 8, 9) else 0)
+        (exact,) = epoch_batches(load_dataset("tfds:odd", "validation", prepared_folder / "tfrecord"), 100)
+        np.testing.assert_array_equal(
+            batch["image"][batch["label"].argsort()], exact["image"][exact["label"].argsort()]
+        )
+
+
+def test_the_format_and_the_content_are_told_apart(prepared_folder, tmp_path):
+    datasets = [load_dataset("tfds:like_cifar", "train", prepared_folder / folder) for folder in FORMATS]
+    assert [dataset.fingerprint.format for dataset in datasets] == list(FORMATS)
+    shutil.copytree(prepared_folder / "tfrecord" / "like_cifar", tmp_path / "like_cifar")
+    copy = load_dataset("tfds:like_cifar", "train", tmp_path)
+    assert copy.fingerprint == datasets[1].fingerprint
+    (file,) = (tmp_path / "like_cifar" / "1.0.0").glob("*-train.tfrecord*")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert load_dataset("tfds:like_cifar", "train", tmp_path).fingerprint != copy.fingerprint
 
 
 def test_reads_celebahq_as_it_is_and_the_test_split_where_none_is_for_validation(either_folder):

@@ -1,6 +1,8 @@
 """Local metrics and pictures, and wandb in its three modes."""
 
 import json
+import re
+import resource
 import time
 
 import numpy as np
@@ -28,6 +30,49 @@ def test_lines_of_steps_that_run_again_are_dropped(tmp_path):
     tracker.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["training/l2_loss"]) for line in lines] == [(1, 1), (2, 2), (3, 30)]
+
+
+def test_damaged_lines_stop_nothing(tmp_path, capfd):
+    good = [{"step": step, "training/l2_loss": float(step)} for step in (1, 2, 3)]
+    lines = [json.dumps(line).encode() for line in good]
+    damaged = [lines[0], b"\0" * 30, lines[1], b"\xff\xfe", b"[1]", b'{"no": 1}', b'{"step": "2"}', lines[2], b"\0\0\0"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(damaged))
+    assert tracking.read_metrics(tmp_path / "metrics.jsonl") == good
+    assert "left out 5 damaged lines" in capfd.readouterr().err
+    tracker = tracking.Tracker(tmp_path, config("disabled"), 2)
+    tracker.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join([*lines[:2], b""])
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\0", b"\xff\xfe", b"two words"])
+def test_a_damaged_wandb_id_starts_a_new_curve(tmp_path, content, monkeypatch):
+    (tmp_path / "wandb_id.txt").write_bytes(content)
+    tracker = tracking.Tracker(tmp_path, config("offline"), 0)
+    tracker.close()
+    first = (tmp_path / "wandb_id.txt").read_text()
+    assert re.fullmatch(r"[\w-]+", first)
+    assert (tmp_path / "wandb_id.txt.damaged1").read_bytes() == content
+    tracker = tracking.Tracker(tmp_path, config("offline"), 0)
+    tracker.close()
+    assert (tmp_path / "wandb_id.txt").read_text() == first
+
+
+def test_while_the_disk_is_full_lines_wait(tmp_path, capsys):
+    tracker = tracking.Tracker(tmp_path, config("disabled"), 0)
+    tracker.log({"a": 1}, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))  # in the middle of the second line
+    try:
+        tracker.log({"a": 2}, 2)
+        tracker.log({"a": 3}, 3)
+        tracker.log_figure("x", Figure(), 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    tracker.log({"a": 4}, 4)
+    tracker.close()
+    assert [line["a"] for line in tracking.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert "its lines wait until it can" in capsys.readouterr().err
+    assert not list((tmp_path / "images").rglob("*.png"))
 
 
 @pytest.mark.parametrize("mode", ["disabled", "offline", "online"])

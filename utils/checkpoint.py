@@ -51,11 +51,18 @@ class SaveError(UserError):
 
 
 def _silence_orbax() -> None:
-    """Keeps what Orbax logs before it raises it, hundreds of lines from several threads, off the screen."""
+    """Keeps what Orbax logs before it raises it, hundreds of lines from several threads, off the screen; and what is
+    left of the reads or writes beside the first that fails, which report to an event loop that is closed by then."""
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
     getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())  # of reads not waited for
-    previous = threading.excepthook
+    previous, previous_unraisable = threading.excepthook, sys.unraisablehook
     threading.excepthook = lambda args: None if "orbax" in type(args.thread).__module__ else previous(args)
+
+    def ignore_late_answers(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value) and "async_serialize" not in str(unraisable.object):
+            previous_unraisable(unraisable)
+
+    sys.unraisablehook = ignore_late_answers
 
 
 _silence_orbax()
@@ -65,20 +72,9 @@ _silence_orbax()
 def _readable(path: Path) -> Iterator[None]:
     """Turns what a damaged checkpoint makes Orbax, TensorStore or the JSON reader raise into one line."""
     _check_permissions(path)
-    previous = sys.unraisablehook
-
-    # The first array that cannot be read closes the event loop that the other reads are about to report to.
-    def ignore_late_reads(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            previous(unraisable)
-
-    sys.unraisablehook = ignore_late_reads
     try:
         yield
-        sys.unraisablehook = previous
-    except UserError:
-        raise
-    except MemoryError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # the libraries below share no exception type
         logging.debug("%s", error, exc_info=True)
@@ -149,6 +145,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
+        self.wait()
+        self.remove_unfinished()
         items, data = _array_items(state), {"position": data_position}
         sums = {name: checksums(tree) for name, tree in items.items()}
         sums |= {"config": _text_checksum(config), "data": _text_checksum(data)}
@@ -164,14 +162,15 @@ class Checkpoints:
             )
 
     def poll(self) -> None:
-        """SaveError if what is being written in the background has failed."""
-        with self._reporting():
-            self.manager.check_for_errors()
+        """SaveError if what was being written in the background has failed."""
+        if self.writing is not None and not self.manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; SaveError where it cannot be written."""
         with self._reporting():
             self.manager.wait_until_finished()
+        self.writing = None
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -179,15 +178,20 @@ class Checkpoints:
             yield
         except Exception as error:  # of TensorStore and Orbax, which share no type
             step, self.writing = self.writing, None
-            if jax.process_index() == 0:
-                for left in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(left, ignore_errors=True)
+            self.remove_unfinished()
             logging.debug("%s", error, exc_info=True)
             safe = self.steps()
             safe = f"step {safe[0]} is safe" if safe else "no earlier one is there"
             raise SaveError(
                 f"checkpoint of step {step} could not be written to {self.folder} ({_reason(error)}); {safe}"
             ) from error
+
+    def remove_unfinished(self) -> None:
+        """Removes what saves that failed or were killed have left. Only for the process that writes here, while nothing
+        is being written."""
+        if jax.process_index() == 0:
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, Any]:
         """(state placed as the abstract state `like` says, data position) of `step`.
@@ -336,8 +340,11 @@ class Saver:
         """Saves; returns when all is on disk. SaveError where it cannot be written."""
         with contextlib.suppress(SaveError):  # of an earlier step, which this one replaces
             self.checkpoints.wait()
-        self.checkpoints.save(state, self.config, position)
-        self.checkpoints.wait()
+        try:
+            self.checkpoints.save(state, self.config, position)
+            self.checkpoints.wait()
+        except SaveError as error:
+            raise SaveError(f"{error}: make room, and the same command continues from there") from None
 
     def _note(self, error: SaveError, step: int) -> None:
         if jax.process_count() > 1:

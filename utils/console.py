@@ -1,7 +1,12 @@
-"""What the programs say: by the first process of a run alone, names of files in any encoding included."""
+"""What the programs say: by the first process of a run alone, names of files in any encoding included.
 
+Output that cannot be written, to a full disk or a closed terminal, ends no run.
+"""
+
+import contextlib
 import functools
 import sys
+from typing import TextIO
 
 import jax
 
@@ -13,17 +18,39 @@ def printable(text: str) -> str:
 
 def say(text: str) -> None:
     """A line on the standard output."""
-    if jax.process_index() == 0:
-        print(printable(text), flush=True)
+    _print(text, sys.stdout)
 
 
 def warn(text: str) -> None:
     """A line on the standard error output, where results go elsewhere."""
-    if jax.process_index() == 0:
-        print(printable(text), file=sys.stderr, flush=True)
+    _print(text, sys.stderr)
 
 
 @functools.cache
 def warn_once(text: str) -> None:
     """Warns of what each split of a data set would warn of again."""
     warn(text)
+
+
+def _print(text: str, file: TextIO) -> None:
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError):
+            print(printable(text), file=file, flush=True)
+
+
+class TolerantStream:
+    """The standard error output for a progress bar."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        return sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()  # of which tqdm asks the width

@@ -1,0 +1,101 @@
+"""Files written whole or not at all, reads tried again, and one process at a time in a folder."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from utils import files
+from utils.errors import UserError
+from utils.files import FolderLock, atomic_write, cache_folder, read_bytes, set_aside, write_json
+
+
+def test_what_fails_leaves_what_was_there(tmp_path):
+    write_json(tmp_path / "a.json", {"a": 1})
+
+    def write():
+        with atomic_write(tmp_path / "a.json") as temporary:
+            temporary.write_text('{"a"')
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(("code", "tries"), [(errno.EIO, 4), (errno.ESTALE, 4), (errno.ENOENT, 1), (errno.EACCES, 1)])
+def test_reads_are_tried_again_where_that_can_help(tmp_path, monkeypatch, code, tries):
+    called = []
+
+    def fail(path):
+        called.append(path)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(files, "READ_PAUSES", (0, 0, 0))
+    with pytest.raises(OSError, match=os.strerror(code)):
+        read_bytes(tmp_path / "x")
+    assert len(called) == tries
+
+
+def test_a_read_that_works_again_is_no_error(tmp_path, monkeypatch):
+    answers = [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle"), b"content"]
+
+    def read(path):
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(files, "READ_PAUSES", (0, 0, 0))
+    assert read_bytes(tmp_path / "x") == b"content"
+
+
+def test_what_is_set_aside_is_kept(tmp_path):
+    for content in ("first", "second"):
+        (tmp_path / "x.json").write_text(content)
+        set_aside(tmp_path / "x.json")
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert str(os.getuid()) in cache_folder().name
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone_however_it_ends(tmp_path):
+    program = "from pathlib import Path; from utils.files import FolderLock; import time\n"
+    program += (
+        f"lock = FolderLock(Path({str(tmp_path)!r})); lock.acquire('out'); print('held', flush=True); time.sleep(60)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "held\n"
+    started = time.monotonic()
+    message = rf"--out={tmp_path} is in use by process {first.pid} on \S+ \(since 20"
+    with pytest.raises(UserError, match=message) as error:
+        FolderLock(tmp_path).acquire("out")
+    assert time.monotonic() - started < 1
+    assert "\n" not in str(error.value)
+    (tmp_path / "running.json").write_text("damaged")
+    with pytest.raises(UserError, match="in use by another process"):
+        FolderLock(tmp_path).acquire("out")
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    lock = FolderLock(tmp_path)
+    lock.acquire("out")
+    assert json.loads((tmp_path / "running.json").read_text())["pid"] == os.getpid()
+    lock.release()
+    assert not (tmp_path / "running.json").exists()

@@ -1,0 +1,67 @@
+"""fid.json: nothing that enters a number is left out of its key, and no result is lost."""
+
+import csv
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from eval_fid import Results, to_markdown, write_csv
+
+SETTINGS = {"num_steps": 2, "cfg_scale": None, "num_samples": 8, "fid_stats": "a", "inception_logits_sha256": None}
+WITH_LOGITS = SETTINGS | {"inception_logits_sha256": "0f"}
+
+
+def test_a_row_without_an_inception_score_is_not_taken_for_one_with(tmp_path):
+    results = Results(tmp_path)
+    results.add(SETTINGS, {"fid": 1.0})
+    assert results.find(SETTINGS | {"fid_stats": "moved"})["fid"] == 1
+    assert results.find(WITH_LOGITS) is None
+    results.add(WITH_LOGITS, {"fid": 1.0, "inception_score": 3.0})
+    assert Results(tmp_path).find(WITH_LOGITS)["inception_score"] == 3
+    assert len(Results(tmp_path).cells) == 2
+    results.add(SETTINGS, {"fid": 2.0})  # scored again: the other row stays
+    assert [cell["fid"] for cell in Results(tmp_path).cells] == [1, 2]
+
+
+def test_a_row_with_an_inception_score_serves_where_none_is_asked_for(tmp_path):
+    results = Results(tmp_path)
+    results.add(WITH_LOGITS, {"fid": 1.0, "inception_score": 3.0})
+    assert results.find(SETTINGS)["fid"] == 1
+
+
+def test_tables_have_the_columns_of_all_rows(tmp_path):
+    cells = [SETTINGS | {"fid": 1.0}, SETTINGS | {"fid": 2.0, "inception_score": 3.0}]
+    assert to_markdown(cells).splitlines() == [
+        "| steps | guidance | samples | FID | IS |",
+        "|---:|---:|---:|---:|---:|",
+        "| 2 | none | 8 | 1.000 |  |",
+        "| 2 | none | 8 | 2.000 | 3.000 |",
+    ]
+    write_csv(tmp_path / "fid.csv", cells)
+    with (tmp_path / "fid.csv").open() as file:
+        assert [row["inception_score"] for row in csv.DictReader(file)] == ["", "3.0"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"cells": [{"fid"', b"\xff\xfe", b"[]", b'{"cells": 3}', b'{"cells": [3]}', b"\0" * 9]
+)
+def test_a_damaged_file_is_set_aside(tmp_path, content, capsys):
+    (tmp_path / "fid.json").write_bytes(content)
+    results = Results(tmp_path)
+    assert "fid.json.damaged1" in capsys.readouterr().out
+    assert (tmp_path / "fid.json.damaged1").read_bytes() == content
+    results.add(SETTINGS, {"fid": 1.0})
+    assert len(json.loads((tmp_path / "fid.json").read_text())["cells"]) == 1
+
+
+def test_programs_on_one_folder_keep_each_others_rows(tmp_path):
+    all_results = [Results(tmp_path) for _ in range(4)]
+
+    def add(number):
+        for steps in range(10):
+            all_results[number].add(SETTINGS | {"num_steps": 100 * number + steps}, {"fid": 1.0})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    assert len(Results(tmp_path).cells) == 40
