@@ -40,6 +40,7 @@ from utils.sharding import (
     initialize_processes,
     make_mesh,
     memory_of,
+    next_batch,
     replicated,
     state_sharding,
     to_devices,
@@ -133,9 +134,8 @@ class Run:
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self.batches = training_batches(dataset, config.batch_size, config.seed, **hosts)
         # Always the same validation images, so that two points of a curve differ by the model alone.
-        self.validation_batch = to_devices(
-            next(training_batches(self.datasets["validation"], config.batch_size, config.seed, **hosts)), self.mesh
-        )
+        validation_batches = training_batches(self.datasets["validation"], config.batch_size, config.seed, **hosts)
+        self.validation_batch = to_devices(next_batch(validation_batches), self.mesh)
         self.parts = {
             "model": self.context.model,
             "optimizer": self.optimizer,
@@ -375,6 +375,8 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
                 batch, position = next(batches)
             except DataError as error:
                 progress.flush()
+                if position is not None:
+                    check_finite(metrics, step, run.checkpoints)
                 end_without_data(error, step, saver, state, position)
             step += 1
             trace.before(step)

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -208,9 +210,8 @@ def test_output_that_cannot_be_written_ends_no_run(data, tmp_path):
     args = [*SMALL, "--dataset_name", f"folder:{data}", "--save_dir", tmp_path, "--max_steps", 2]
     command = [sys.executable, "train_flow.py", *map(str, args)]
     with open("/dev/full", "w") as full:
-        subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=full, stderr=full, check=True
-        )
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=full, check=True)
     assert list(losses(tmp_path)) == [1, 2]
 
 

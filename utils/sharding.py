@@ -121,12 +121,22 @@ def feed(batches: Iterator[PyTree], mesh: Mesh, ahead: int = 2) -> Iterator[tupl
     while True:
         while len(queue) <= ahead and failure is None:
             try:
-                batch = next(batches)
-            except Exception as error:  # of any source's library
+                batch = next_batch(batches)
+            except DataError as error:
                 failure = error
             else:
                 queue.append((to_devices(batch, mesh), batches.get_state()))
         if not queue:
-            reason = str(failure) if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
-            raise DataError(" ".join(reason.split())[:500]) from failure
+            raise failure
         yield queue.popleft()
+
+
+def next_batch(batches: Iterator[PyTree]) -> PyTree:
+    """The next batch; DataError, in one line, for whatever keeps its source from reading it."""
+    try:
+        return next(batches)
+    except UserError as error:
+        raise DataError(str(error)) from error
+    except Exception as error:  # of any source's library
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"the data cannot be read: {type(error).__name__}: {reason}") from error
