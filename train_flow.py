@@ -363,7 +363,8 @@ class Progress:
 
 def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> int:
     """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last step."""
-    config, codec, step, position = run.config, run.context.codec, int(state.step), None
+    config, codec, step = run.config, run.context.codec, int(state.step)
+    metrics = position = None  # of the last step
     compiled_step = run.compile_train_step(state)
     validate = jax.jit(partial(validation_step, **run.parts))
     saver = Saver(run.checkpoints, run.saved_config, config.save_interval, config.save_minutes, step)
