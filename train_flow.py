@@ -5,6 +5,7 @@
 The same command again continues a run from its newest checkpoint. README.md has the flags and the recipes.
 """
 
+import os
 import signal
 import sys
 import time
@@ -269,7 +270,11 @@ class Run:
 
 
 class StopRequest:
-    """Whether Ctrl-C or SIGTERM asked for an end; a second Ctrl-C interrupts at once."""
+    """Whether Ctrl-C or SIGTERM asked for an end; a second Ctrl-C interrupts at once.
+
+    To be made before the processes of a run join: JAX then takes SIGTERM over, and tells all of them of one that
+    reaches any. Ctrl-C, which often reaches a single process, is passed on to it.
+    """
 
     def __init__(self):
         self.signal = None
@@ -279,6 +284,8 @@ class StopRequest:
     def _note(self, number, frame):
         self.signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT and jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def is_due(self, step: int) -> bool:
         """The answer on which all processes of the run agree at this step."""
@@ -415,8 +422,8 @@ def end_without_data(error: DataError, step: int, saver: Saver, state: TrainStat
 
 
 def main(config: ConfigDict) -> None:
-    initialize_processes(config.coordinator_address, config.num_processes, config.process_id)
     stop = StopRequest()
+    initialize_processes(config.coordinator_address, config.num_processes, config.process_id)
     run = Run(config)
     state = run.first_state()
     if state.step >= config.max_steps:

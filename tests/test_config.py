@@ -259,6 +259,11 @@ def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):
         ("--model.depth 5", "model.depth=2"),
         ("--batch_size 8", "batch_size=256"),
         ("--seed 1", "seed=0"),
+        ("--debug_overfit 1", "debug_overfit=0"),
+        ("--model.t_sampler uniform", "model.t_sampler=log-normal"),
+        ("--model.t_conditioning 0", "model.t_conditioning=1"),
+        ("--model.class_dropout_prob 0.9", "model.class_dropout_prob=0.1"),
+        ("--load_dir another/run", "load_dir=another/run"),
     ):
         with pytest.raises(UserError, match=name):
             cfg.check_resumable(parse(line).to_dict() | facts, saved, tmp_path)

@@ -92,17 +92,9 @@ def test_the_same_data_elsewhere_go_on_bit_for_bit(run_dir, data, to_step_8, tmp
     assert len(list((run_dir / "configs").iterdir())) == 2
 
 
-def test_changed_settings_are_said_and_another_objective_is_refused(run_dir, data, to_step_8):
-    for flag, old, new in [
-        ("model.t_sampler", "log-normal", "uniform"),
-        ("model.t_conditioning", 1, 0),
-        ("model.class_dropout_prob", 0.1, 0.9),
-        ("batch_size", 4, 8),
-        ("debug_overfit", 0, 1),
-    ]:
-        error = refused(train(run_dir, data, f"--{flag}", new, check=False))
-        assert f"holds a run with --{flag}={old}, not {new}" in error
-    assert "holds a run already" in refused(train(run_dir, data, "--load_dir", to_step_8, check=False))
+def test_changed_settings_are_said_and_another_objective_is_refused(run_dir, data):
+    error = refused(train(run_dir, data, "--model.t_sampler", "uniform", check=False))
+    assert "holds a run with --model.t_sampler=log-normal, not uniform" in error
     assert "holds a run already" in refused(train(run_dir, data, "--load_dir", "no/such/run", check=False))
     done = train(run_dir, data, "--model.lr", 0.01, "--model.target_update_rate", 0.99, max_steps=5)
     said = [line for line in done.stdout.splitlines() if line.startswith("since step 4")]
@@ -228,7 +220,3 @@ def test_without_both_sides_of_guidance_there_is_none(data, tmp_path, weights, p
     assert f"--model.class_dropout_prob={prob} the model" in refused(
         run_program(*evaluate, "--cfg_scale", 4, check=False)
     )
-    if prob == 0:
-        done = run_program(*evaluate)
-        assert "samples are drawn without guidance" in done.stdout
-        assert "| 2 | none | 4 |" in done.stdout

@@ -2,6 +2,7 @@
 Inception Score. NumPy and SciPy only."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import pickle
@@ -102,6 +103,9 @@ def _check_eigenvalues(values: np.ndarray, name: str) -> np.ndarray:
 def check_covariance(mu: np.ndarray, sigma: np.ndarray, name: str) -> None:
     """ValueError where `frechet_distance` would refuse the Gaussian, found in a tenth of the time."""
     _, sigma = _check_gaussian(mu, sigma, name)
+    if len(sigma) < 32:
+        _check_eigenvalues(scipy.linalg.eigvalsh(sigma), name)
+        return
     try:
         largest = scipy.sparse.linalg.eigsh(sigma, 1, which="LA", return_eigenvectors=False, tol=1e-3)[0]
         # Which succeeds where no eigenvalue is below the lowest that rounding may leave.
@@ -110,27 +114,34 @@ def check_covariance(mu: np.ndarray, sigma: np.ndarray, name: str) -> None:
         _check_eigenvalues(scipy.linalg.eigvalsh(sigma), name)
 
 
+def covariance_root(sigma: Float[np.ndarray, "d d"], name: str = "covariance") -> Float[np.ndarray, "d d"]:
+    """L with L L^T = sigma; ValueError, saying `name`, where sigma is not positive semi-definite."""
+    values, vectors = scipy.linalg.eigh(sigma)
+    return vectors * np.sqrt(_check_eigenvalues(values, name))
+
+
 def frechet_distance(
     mu_1: Float[np.ndarray, " d"],
     sigma_1: Float[np.ndarray, "d d"],
     mu_2: Float[np.ndarray, " d"],
     sigma_2: Float[np.ndarray, "d d"],
+    root_2: Float[np.ndarray, "d d"] | None = None,
 ) -> float:
     """Squared Fréchet distance of two Gaussians, in [0, inf); of Inception features, the FID.
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., arXiv:1706.08500, eq. 6), in float64. With
-    S_1 = L L^T the product S_1 S_2 has the eigenvalues of the symmetric L^T S_2 L, so that no square root of an
-    unsymmetric matrix is taken and covariances of any rank will do. ValueError where shapes differ or a covariance is
-    not symmetric or not positive semi-definite (beyond rounding in float32).
+    S_2 = L L^T the product S_1 S_2 has the eigenvalues of the symmetric L^T S_1 L, so that no square root of an
+    unsymmetric matrix is taken and covariances of any rank will do. `root_2` is L where it is known, from
+    `covariance_root`. ValueError where shapes differ or a covariance is not symmetric or not positive semi-definite
+    (beyond rounding in float32).
     """
     mu_1, sigma_1 = _check_gaussian(mu_1, sigma_1, "first Gaussian")
     mu_2, sigma_2 = _check_gaussian(mu_2, sigma_2, "second Gaussian")
     if mu_1.shape != mu_2.shape:
         raise ValueError(f"Gaussians over {mu_1.size} and {mu_2.size} features cannot be compared")
-    values, vectors = scipy.linalg.eigh(sigma_1)
-    root = vectors * np.sqrt(_check_eigenvalues(values, "first Gaussian"))
-    _check_eigenvalues(scipy.linalg.eigvalsh(sigma_2), "second Gaussian")
-    cross = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma_2 @ root).clip(min=0)).sum()
+    check_covariance(mu_1, sigma_1, "first Gaussian")
+    root = covariance_root(sigma_2, "second Gaussian") if root_2 is None else root_2
+    cross = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma_1 @ root).clip(min=0)).sum()
     distance = np.sum((mu_1 - mu_2) ** 2) + np.trace(sigma_1) + np.trace(sigma_2) - 2 * cross
     return max(0.0, float(distance))  # equal Gaussians come out within rounding of 0, on either side
 
@@ -300,6 +311,15 @@ class ReferenceStatistics:
     features: Float[np.ndarray, "n d"] | None = None  # pool3, of the first images
     label_counts: Int[np.ndarray, " classes"] | None = None
 
+    @functools.cached_property
+    def root(self) -> Float[np.ndarray, "d d"]:
+        """Of the covariance, for any number of distances from it."""
+        return covariance_root(self.sigma)
+
+    @functools.cached_property
+    def spatial_root(self) -> Float[np.ndarray, "s s"]:
+        return covariance_root(self.spatial_sigma)
+
 
 def compare(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[str, float]:
     """Every metric that the reference allows: `fid`; `sfid` where it has spatial statistics; `kid`, `kid_error`,
@@ -307,9 +327,10 @@ def compare(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[st
     compared (without the last four where either has no more than 5); `inception_score` and its deviation over parts
     where the samples' logits were taken."""
     pool, spatial = samples.pool, samples.spatial
-    metrics = {"fid": frechet_distance(pool.mu, pool.sigma, reference.mu, reference.sigma)}
+    metrics = {"fid": frechet_distance(pool.mu, pool.sigma, reference.mu, reference.sigma, reference.root)}
     if reference.spatial_sigma is not None:
-        metrics["sfid"] = frechet_distance(spatial.mu, spatial.sigma, reference.spatial_mu, reference.spatial_sigma)
+        of_reference = (reference.spatial_mu, reference.spatial_sigma, reference.spatial_root)
+        metrics["sfid"] = frechet_distance(spatial.mu, spatial.sigma, *of_reference)
     if reference.features is not None:
         metrics["kid"], metrics["kid_error"] = kernel_distance(samples.features, reference.features)
         if min(len(reference.features), len(samples.features)) > DENSITY_NEIGHBOURS:
