@@ -166,18 +166,40 @@ def assert_close(actual: dict, expected: dict, steps: int) -> None:
 
 
 @one_device
-def test_two_processes_give_the_losses_of_one(uninterrupted, tmp_path):
+def test_two_processes_give_the_losses_of_one_and_obey_a_signal_to_either(uninterrupted, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    args = [*SHORT, "--max_steps", 12, "--save_dir", tmp_path]
+    args = [*SHORT, "--max_steps", 100_000, "--save_interval", 100_000, "--save_dir", tmp_path]
     args += ["--coordinator_address", address, "--num_processes", 2, "--process_id"]
     processes = [start(*args, number) for number in range(2)]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    wait_for_step(processes[0], tmp_path, 12)
+    processes[random.randrange(2)].send_signal(random.choice([signal.SIGINT, signal.SIGTERM]))
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
     assert "parameters" in outputs[0]
     assert "parameters" not in outputs[1]  # process 0 speaks for both
-    assert_close(losses(tmp_path), losses(uninterrupted(1)), 12)
+    (step,) = re.findall(r"stopped at step (\d+) and saved", outputs[0])
+    assert os.listdir(tmp_path / "checkpoints") == [step]
+    logged = losses(tmp_path)
+    assert_close({step: logged[step] for step in range(1, 13)}, losses(uninterrupted(1)), 12)
+
+
+def test_one_of_two_processes_that_is_killed_ends_the_other_with_one_line(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    args = [*SHORT, "--max_steps", 100_000, "--save_dir", tmp_path]
+    args += ["--coordinator_address", address, "--num_processes", 2, "--process_id"]
+    processes = [start(*args, number) for number in range(2)]
+    wait_for_step(processes[0], tmp_path, 5)
+    processes[1].kill()
+    output, _ = processes[0].communicate(timeout=60)
+    processes[1].communicate()
+    assert processes[0].returncode == 1
+    assert "Traceback" not in output
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "process 0 of the run has lost another one" in error
 
 
 def test_a_streamed_run_continues_as_if_it_had_not_stopped(shared, tmp_path):

@@ -10,8 +10,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import jax
 import yaml
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -137,14 +138,30 @@ def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], N
     try:
         app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        _end(str(error))
     except OSError as error:
         if error.errno is None or error.filename is None:
             raise
-        sys.exit(f"error: {error.filename}: {error.strerror}")
+        _end(f"{error.filename}: {error.strerror}")
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        _end(
+            f"process {jax.process_index()} of the run has lost another one ({reason}); give all their commands again, "
+            "and they continue from the last checkpoint"
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def _end(message: str) -> NoReturn:
+    """Ends the program with one line and status 1."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(1)  # an ordinary end would wait for the other processes, which wait for this one
+    sys.exit(1)
 
 
 def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict:
