@@ -14,7 +14,7 @@ from utils import config as cfg
 from utils import evaluation, inception
 from utils.datasets import Batch, epoch_batches, load_dataset
 from utils.errors import UserError
-from utils.fid import ImageStatistics, save_statistics
+from utils.fid import MAX_FEATURES, ImageStatistics, save_statistics
 from utils.samples import open_samples
 from utils.sharding import make_mesh, replicated
 
@@ -25,7 +25,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
     cfg.define_path("out", None, "The .npz to write.")
     flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
-    flags.DEFINE_integer("num_features", 10_000, "Images whose features are kept, for KID, precision...", lower_bound=0)
+    flags.DEFINE_integer(
+        "num_features", 10_000, "Images whose features are kept, for KID, precision...", 0, MAX_FEATURES
+    )
     flags.DEFINE_enum("convention", "adm", list(inception.CONVENTIONS), "Resize and scaling before Inception.")
     cfg.define_path("inception_weights", None, "Local copy of the Inception weights.")
 

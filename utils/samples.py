@@ -4,9 +4,7 @@ read a batch at a time, so that any number of samples fits in memory."""
 import contextlib
 import dataclasses
 import re
-import shutil
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,10 @@ from jaxtyping import Int, UInt8
 from numpy.lib import format as npy
 from PIL import Image
 
-from utils.console import warn
+from utils.console import printable, warn
 from utils.errors import UserError
+from utils.external import ArrayHeader, BadFileError, read_npz_headers, read_rows
+from utils.files import atomic_write
 from utils.images import BrokenImageError, check_size
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -62,7 +62,10 @@ def open_samples(path: str | Path, flag: str = "samples") -> Samples:
 
 def holds_images(path: str | Path) -> bool:
     """Whether `path` is an npz with ADM's array of images, `arr_0`."""
-    return zipfile.is_zipfile(path) and "arr_0.npy" in zipfile.ZipFile(path).namelist()
+    try:
+        return "arr_0" in read_npz_headers(Path(path))
+    except BadFileError:
+        return False
 
 
 def check_sample_path(path: str | Path) -> None:
@@ -74,16 +77,20 @@ def check_sample_path(path: str | Path) -> None:
         return
     if not path.is_dir():
         raise UserError(f"--save_samples={path} is a file; name an .npz or a folder")
-    other = next((file.name for file in path.iterdir() if not re.fullmatch(r"\d{6,}\.png", file.name)), None)
+    other = next((file.name for file in path.iterdir() if not _is_sample(file)), None)
     if other is not None:
-        raise UserError(f"--save_samples={path} holds {other}, which is no sample; name a new folder")
+        raise UserError(f"--save_samples={path} holds {printable(other)}, which is no sample; name a new folder")
+
+
+def _is_sample(file: Path) -> bool:
+    """Whether `SampleWriter` may have written the file, and may replace it."""
+    return bool(re.fullmatch(r"\d{6,}\.png", file.name)) and file.is_file() and not file.is_symlink()
 
 
 def _open_npz(path: Path, flag: str) -> Samples:
     try:
-        with zipfile.ZipFile(path) as archive:
-            headers = {name: _read_array_header(archive, name) for name in archive.namelist()}
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        headers = read_npz_headers(path)
+    except BadFileError as error:
         raise UserError(
             f"{flag} is not a whole npz of images ({error}); write it with eval_fid.py --save_samples"
         ) from None
@@ -101,43 +108,26 @@ def _open_npz(path: Path, flag: str) -> Samples:
         )
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
-        with zipfile.ZipFile(path) as archive, archive.open(name) as file:
-            _read_header(file)
-            for start in range(0, shape[0], batch_size):
-                count = min(batch_size, shape[0] - start)
-                content = file.read(count * int(np.prod(shape[1:])))
-                if len(content) < count * np.prod(shape[1:]):
-                    raise UserError(f"{flag} ends before image {start + count} of {shape[0]}; write it again")
-                yield np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
+        try:
+            yield from read_rows(path, name, batch_size)
+        except BadFileError as error:
+            raise UserError(f"{flag}: {error}; write it again") from None
 
     return Samples(shape[0], tuple(shape[1:]), partial(_warn_if_dark, read, flag))
 
 
-def _choose_images(headers: dict[str, tuple], flag: str) -> str:
+def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
     """The name of the array that holds the images; UserError where it cannot be told."""
-    if "arr_0.npy" in headers or len(headers) == 1:
-        return "arr_0.npy" if "arr_0.npy" in headers else next(iter(headers))
+    if "arr_0" in headers or len(headers) == 1:
+        return "arr_0" if "arr_0" in headers else next(iter(headers))
     candidates = [name for name, (shape, _, dtype) in headers.items() if len(shape) == 4 and dtype == np.uint8]
     if len(candidates) == 1:
         return candidates[0]
-    arrays = ", ".join(f"{name.removesuffix('.npy')} {dtype} {shape}" for name, (shape, _, dtype) in headers.items())
+    arrays = ", ".join(f"{name} {dtype} {shape}" for name, (shape, _, dtype) in headers.items())
     raise UserError(
         f"{flag} holds {len(candidates) or 'no'} arrays that may be uint8 images ({arrays or 'nothing at all'}); save "
         "the images (n, height, width, 1 or 3) as arr_0"
     )
-
-
-def _read_array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-    with archive.open(name) as file:
-        return _read_header(file)
-
-
-def _read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    version = npy.read_magic(file)
-    if version not in readers:
-        raise ValueError(f"npy format {version}")
-    return readers[version](file)
 
 
 def _warn_if_dark(read: Callable, flag: str, batch_size: int) -> Iterator[np.ndarray]:
@@ -227,15 +217,18 @@ class SampleWriter:
     def __init__(self, path: str | Path, num_samples: int):
         check_sample_path(path)
         self.path, self.num_samples, self.labels = Path(path), num_samples, []
-        self.temporary = self.path.with_name(self.path.name + ".tmp")
         self.archive = self.file = None
+        self.closing = contextlib.ExitStack()
 
     def __enter__(self) -> "SampleWriter":
         if self.path.suffix == ".npz":
-            self.archive = zipfile.ZipFile(self.temporary, "w")
+            temporary = self.closing.enter_context(atomic_write(self.path))
+            self.archive = self.closing.enter_context(zipfile.ZipFile(temporary, "w"))
         else:
-            shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            for file in self.path.iterdir():
+                if _is_sample(file):
+                    file.unlink()
         return self
 
     def write(self, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"]) -> None:
@@ -243,7 +236,9 @@ class SampleWriter:
         self.labels.append(labels)
         if self.archive is None:
             for number, image in enumerate(images, first):
-                Image.fromarray(image.squeeze()).save(self.path / f"{number:06d}.png")
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+                    self.path / f"{number:06d}.png"
+                )
             return
         if self.file is None:
             self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
@@ -252,14 +247,8 @@ class SampleWriter:
         self.file.write(np.ascontiguousarray(images).data)
 
     def __exit__(self, kind, error, trace) -> None:
-        if self.archive is None:
-            return
         if self.file is not None:
             self.file.close()
             with self.archive.open("arr_1.npy", "w") as file:
                 npy.write_array(file, np.concatenate(self.labels))
-        self.archive.close()
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink()
+        self.closing.__exit__(kind, error, trace)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -25,8 +26,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
 from utils.errors import UserError
+from utils.external import BadFileError, read_json, read_safetensors, read_safetensors_shapes
 from utils.products import attention
 
+MAX_LATENT_CHANNELS = 256
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
@@ -96,7 +99,41 @@ class VAEConfig:
             for name, value in content.items()
             if name in names and not (value is None and name == "scaling_factor")
         }
-        return cls(**values)
+        config = cls(**values)
+        config.check(path)
+        return config
+
+    def check(self, path: str) -> None:
+        """UserError, naming `path`, for values that no VAE in use comes near, before anything is made of them."""
+
+        def is_number(value, low, high):
+            return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+        def are(values, test):
+            return isinstance(values, tuple) and 0 < len(values) <= MAX_LATENT_CHANNELS and all(map(test, values))
+
+        def is_count(most):
+            return lambda value: type(value) is int and 1 <= value <= most
+
+        rules = {
+            "in_channels": is_count(4),
+            "out_channels": is_count(4),
+            "block_out_channels": lambda value: are(value, is_count(2048)) and len(value) <= 8,
+            "layers_per_block": is_count(16),
+            "latent_channels": is_count(MAX_LATENT_CHANNELS),
+            "norm_num_groups": is_count(2048),
+            "mid_block_add_attention": lambda value: isinstance(value, bool),
+            "use_quant_conv": lambda value: isinstance(value, bool),
+            "use_post_quant_conv": lambda value: isinstance(value, bool),
+            "scaling_factor": lambda value: is_number(value, 1e-6, 1e6),
+            "shift_factor": lambda value: value is None or is_number(value, -1e6, 1e6),
+            "latents_mean": lambda value: value is None or are(value, lambda x: is_number(x, -1e6, 1e6)),
+            "latents_std": lambda value: value is None or are(value, lambda x: is_number(x, 1e-6, 1e6)),
+        }
+        for name, is_good in rules.items():
+            if not is_good(getattr(self, name)):
+                value = str(getattr(self, name))[:100]
+                raise UserError(f"--vae: no VAE has the sizes in {path} ({name} {value}); fetch it again")
 
     @property
     def downsampling(self) -> int:
@@ -257,11 +294,9 @@ class StableVAE(flax.struct.PyTreeNode):
         """
         config_file, weights_file = _find_files(path)
         try:
-            content = json.loads(config_file.read_text())
-        except ValueError as error:
-            raise UserError(f"--vae={path}: {config_file} is no JSON ({error}); fetch it again") from None
-        if not isinstance(content, dict):
-            raise UserError(f"--vae={path}: {config_file} is no JSON object; fetch it again")
+            content = read_json(config_file)
+        except BadFileError as error:
+            raise UserError(f"--vae={path}: {config_file} is no configuration ({error}); fetch it again") from None
         config = VAEConfig.from_dict(content, str(config_file))
         try:
             shapes = _param_shapes(config)
@@ -269,8 +304,10 @@ class StableVAE(flax.struct.PyTreeNode):
         except (TypeError, ValueError, ArithmeticError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"--vae={path}: no VAE has the sizes in {config_file} ({reason}); fetch it again") from None
-        params = _convert(_read_tensors(weights_file), shapes, str(weights_file))
-        return cls(params, config, jnp.dtype(dtype), hashlib.sha256(weights_file.read_bytes()).hexdigest(), path)
+        params = _read_params(weights_file, shapes)
+        with weights_file.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(params, config, jnp.dtype(dtype), sha256, path)
 
     @classmethod
     def random(cls, seed: int, config: VAEConfig | None = None, dtype: Any = jnp.float32) -> "StableVAE":
@@ -363,7 +400,7 @@ def _param_shapes(config: VAEConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStru
 
 def _find_files(path: str) -> tuple[Path, Path]:
     """(config.json, weights) in a folder or its subfolder `vae`, or fetched from the hub."""
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return _fetch_files(path)
     if not folder.is_dir():
@@ -406,21 +443,6 @@ def _fetch_files(hub_id: str) -> tuple[Path, Path]:
     )
 
 
-def _read_tensors(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as float32, attention named as in newer files."""
-    from safetensors import SafetensorError
-    from safetensors.flax import load_file  # numpy's has no bfloat16
-
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"--vae: {file} cannot be read ({error}); fetch it again") from None
-    newer = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    names = {name: re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{newer[m[1]]}.", name) for name in tensors}
-    twice = tensors.keys() & {new for name, new in names.items() if new != name}  # then the older one is left over
-    return {name if new in twice else new: np.asarray(tensors[name], np.float32) for name, new in names.items()}
-
-
 def _tensor_name(path: tuple[str, ...]) -> str:
     """('encoder', 'down_blocks_0', 'conv1', 'kernel') -> 'encoder.down_blocks.0.conv1.weight'."""
     *modules, leaf = path
@@ -433,20 +455,43 @@ def _to_torch_layout(value: np.ndarray) -> np.ndarray:
     return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
-def _convert(tensors: dict[str, np.ndarray], shapes: Mapping[tuple[str, ...], Any], file: str) -> PyTree:
-    """Parameters of those shapes from tensors by name; UserError where one is missing, left over or misshapen."""
+def _read_params(file: Path, likes: Mapping[tuple[str, ...], Any]) -> PyTree:
+    """Parameters of the shapes of `likes`, float32, from a safetensors file. UserError, before a tensor is read, where
+    one is missing, left over or misshapen."""
+    try:
+        found = read_safetensors_shapes(file)
+        wanted = _match_tensors(found, likes, file)
+        tensors = read_safetensors(file, {name: found[name] for name in wanted})
+    except (BadFileError, OSError) as error:
+        raise UserError(f"--vae: {file} cannot be read ({error}); fetch it again") from None
     params = {}
-    for path, like in shapes.items():
-        name = _tensor_name(path)
-        if name not in tensors:
-            raise UserError(f"--vae: {file} has no tensor {name}, which its {CONFIG} asks for; fetch both again")
-        value = tensors.pop(name)
-        if len(like.shape) == 2 and value.shape[2:] == (1, 1):  # attention written as convolutions of side 1
+    for name, path in wanted.items():
+        value = tensors[name]
+        if len(likes[path].shape) == 2 and value.ndim == 4:
             value = value[:, :, 0, 0]
-        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        if value.shape != like.shape:
-            raise UserError(f"--vae: {file} has {name} of another shape than its {CONFIG} asks for; fetch both again")
-        params[path] = jnp.asarray(value)
-    if tensors:
-        raise UserError(f"--vae: {file} has a tensor {min(tensors)} that its {CONFIG} does not know; fetch both again")
+        params[path] = jnp.asarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T)
     return unflatten_dict(params)
+
+
+def _match_tensors(
+    found: Mapping[str, tuple[int, ...]], likes: Mapping[tuple[str, ...], Any], file: Path
+) -> dict[str, tuple[str, ...]]:
+    """{name in the file: path of the parameter}, attention under its older names too."""
+    newer = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    names = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{newer[m[1]]}.", name): name for name in found}
+    names |= {name: name for name in found if name in names}  # where a file has both, the older one is left over
+    matched = {}
+    for path, like in likes.items():
+        wanted = _tensor_name(path)
+        if wanted not in names:
+            raise UserError(f"--vae: {file} has no tensor {wanted}, which its {CONFIG} asks for; fetch both again")
+        shape = tuple(like.shape)
+        shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+        # Attention may be written as convolutions of side 1.
+        if found[names[wanted]] not in (shape, (*shape, 1, 1) if len(shape) == 2 else shape):
+            raise UserError(f"--vae: {file} has {wanted} of another shape than its {CONFIG} asks for; fetch both again")
+        matched[names[wanted]] = path
+    left = sorted(found.keys() - matched.keys())
+    if left:
+        raise UserError(f"--vae: {file} has a tensor {left[0]} that its {CONFIG} does not know; fetch both again")
+    return matched
