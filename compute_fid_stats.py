@@ -50,6 +50,7 @@ def main(config: ConfigDict) -> None:
         dataset = load_dataset(config.dataset_name, config.split, *options)
         if dataset.latents:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
+    cfg.check_batch_memory(config.batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
     extractor = inception.load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
     statistics, label_counts = ImageStatistics(config.num_features), None
     if samples:

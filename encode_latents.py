@@ -89,6 +89,7 @@ def main(config: ConfigDict) -> None:
     train = datasets["train"]
     if train.latents:
         raise UserError(f"--dataset_name={config.dataset_name} holds latents already; give a data set of images")
+    cfg.check_batch_memory(config.batch_size, train.image_shape)
     codec = evaluation.load_codec(True, vae, mesh, train.image_shape)
     manifest = latents.Manifest(
         dataset_name=config.dataset_name,

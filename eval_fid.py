@@ -96,15 +96,15 @@ def find_statistics(config: ConfigDict, dataset_name: str | None) -> Path:
 def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[Sampler]:
     """A sampler for every guidance scale and step count of the command line. UserError where it asks for guidance that
     a model trained with `class_dropout_prob` does not have; without asking there is none, which is said."""
-    steps = cfg.read_numbers(config.denoise_timesteps, "denoise_timesteps", int, lowest=1)
-    scales = cfg.read_numbers(config.cfg_scale, "cfg_scale", float) if config.use_cfg else [-1.0]
+    steps = cfg.read_numbers(config.denoise_timesteps, "denoise_timesteps", int, cfg.MAX_STEPS, lowest=1)
+    scales = cfg.read_numbers(config.cfg_scale, "cfg_scale", float, cfg.MAX_SCALE) if config.use_cfg else [-1.0]
     if not cfg.can_guide(class_dropout_prob) and any(map(cfg.guides, scales)):
         reason = cfg.explain_no_guidance(class_dropout_prob)
         if cfg.is_explicit("cfg_scale"):
             raise UserError(f"--cfg_scale={','.join(config.cfg_scale)}: {reason}; use --cfg_scale 1")
         print(f"{reason}: samples are drawn without guidance")
         scales = [-1.0]
-    interval = tuple(cfg.read_numbers(config.cfg_interval, "cfg_interval", float))
+    interval = tuple(cfg.read_numbers(config.cfg_interval, "cfg_interval", float, 1, lowest=0))
     if len(interval) != 2 or interval[0] > interval[1]:
         raise UserError(f"--cfg_interval={','.join(config.cfg_interval)}: give first and last time, such as 0.1,0.9")
     for scale in scales:
@@ -132,6 +132,7 @@ class Scoring:
             cfg.check_writable(Path(config.save_samples).parent, "save_samples")
         self.convention = evaluation.find_convention(self.reference, config.convention)
         self.logits = inception.load_logits(config.inception_logits) if config.inception_logits else None
+        cfg.check_batch_memory(self.batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
         self.extractor = inception.load_feature_extractor(
             config.inception_weights, self.convention, replicated(self.mesh)
         )

@@ -101,6 +101,7 @@ class Run:
         options = (config.data_dir, config.image_size, config.broken_images, config.max_megapixels)
         self.datasets = {split: load_dataset(config.dataset_name, split, *options) for split in SPLITS}
         dataset = self.datasets["train"]
+        cfg.check_batch_memory(config.batch_size, dataset.image_shape)
         if config.debug_overfit:
             dataset = first_examples(dataset, config.batch_size)
         latents = dataset.latents

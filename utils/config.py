@@ -4,6 +4,7 @@ Flags are registered when a program calls `define_*`, read once by `run_program`
 Legacy spellings of jax-flow (log-normal, target_update_rate, --wandb.offline) end in this file.
 """
 
+import math
 import os
 import re
 import signal
@@ -43,6 +44,9 @@ FIXED = (*(f"model.{name}" for name in (*ARCHITECTURE, *OBJECTIVE)), "batch_size
 # Told apart by the content of the data instead (utils/fingerprint.py), or by rules of their own.
 COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir")
 
+# More than any sampler has use for.
+MAX_STEPS, MAX_SCALE = 10**6, 1000
+
 NEW_RUN = "another --wandb.name or --save_dir starts a new run"
 
 
@@ -71,9 +75,9 @@ def define_data_flags() -> None:
     """Registers which images are read, and how."""
     define_path("dataset_name", "imagenet256", "Data set; README.md lists what is read.")
     define_path("data_dir", None, "Where prepared data sets are; gs://... too.")
-    flags.DEFINE_integer("image_size", None, "Side to which images of any size are resized.", lower_bound=1)
+    flags.DEFINE_integer("image_size", None, "Side to which images of any size are resized.", 1, 2**13)
     flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What is done about broken files of folder:PATH.")
-    flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH that is decoded.", lower_bound=0)
+    flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH that is decoded.", 0, 10_000)
 
 
 def define_vae_flag() -> None:
@@ -87,13 +91,13 @@ def define_model_flags() -> None:
     """Registers --model.*: the network, its objective and optimizer, and how samples are drawn."""
     debug = PRESETS["debug"]
     flags.DEFINE_enum("model.preset", "debug", list(PRESETS), "Sizes for the --model.* flags left unset.")
-    flags.DEFINE_integer("model.hidden_size", debug["hidden_size"], "Width of the transformer.", lower_bound=4)
-    flags.DEFINE_integer("model.patch_size", debug["patch_size"], "Side of a patch.", lower_bound=1)
-    flags.DEFINE_integer("model.depth", debug["depth"], "Transformer blocks.", lower_bound=1)
-    flags.DEFINE_integer("model.num_heads", debug["num_heads"], "Attention heads.", lower_bound=1)
-    flags.DEFINE_float("model.mlp_ratio", debug["mlp_ratio"], "Width of the MLP over --model.hidden_size.")
+    flags.DEFINE_integer("model.hidden_size", debug["hidden_size"], "Width of the transformer.", 4, 2**16)
+    flags.DEFINE_integer("model.patch_size", debug["patch_size"], "Side of a patch.", 1, 2**12)
+    flags.DEFINE_integer("model.depth", debug["depth"], "Transformer blocks.", 1, 1000)
+    flags.DEFINE_integer("model.num_heads", debug["num_heads"], "Attention heads.", 1, 2**16)
+    flags.DEFINE_float("model.mlp_ratio", debug["mlp_ratio"], "Width of the MLP over --model.hidden_size.", 0, 100)
     flags.DEFINE_enum("model.dtype", "bfloat16", ["bfloat16", "float32"], "Compute type; parameters stay float32.")
-    flags.DEFINE_integer("model.num_classes", 1000, "Labels; one more row stands for no label.", lower_bound=1)
+    flags.DEFINE_integer("model.num_classes", 1000, "Labels; one more row stands for no label.", 1, 10**8)
     flags.DEFINE_float("model.class_dropout_prob", 0.1, "Share of labels dropped in training.", 0, 1)
     flags.DEFINE_float("model.lr", 1e-4, "Adam's learning rate.", lower_bound=0)
     flags.DEFINE_float("model.beta1", 0.9, "Adam's first decay.", 0, 1)
@@ -105,8 +109,10 @@ def define_model_flags() -> None:
         "model.t_sampler", "log-normal", ["log-normal", "uniform"], "Training times: sigmoid of a normal, or uniform."
     )
     flags.DEFINE_integer("model.t_conditioning", 1, "0 feeds zeros to the model instead of t.", 0, 1)
-    flags.DEFINE_integer("model.denoise_timesteps", 32, "Euler steps of training-time samples.", lower_bound=1)
-    flags.DEFINE_float("model.cfg_scale", 4.0, "Guidance scale of training-time samples; -1: no guidance.")
+    flags.DEFINE_integer("model.denoise_timesteps", 32, "Euler steps of training-time samples.", 1, MAX_STEPS)
+    flags.DEFINE_float(
+        "model.cfg_scale", 4.0, "Guidance scale of training-time samples; -1: no guidance.", -1, MAX_SCALE
+    )
     flags.DEFINE_integer("model.use_stable_vae", 1, "1 trains on the latents of a VAE, 0 on pixels.", 0, 1)
     flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
 
@@ -188,15 +194,29 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
         *group, leaf = name.split(".")
         if group and group[0] not in config:
             config[group[0]] = ConfigDict()
-        value = FLAGS[name].value
-        if name in _path_flags and value is not None:
-            value = expand_path(value, name)
+        value = check_value(name, FLAGS[name].value)
         (config[group[0]] if group else config)[leaf] = value
     if "model.preset" in names:
         resolve_model(config)
     if "wandb.mode" in names:
         resolve_wandb(config)
     return config
+
+
+def check_value(name: str, value: Any) -> Any:
+    """The value of flag `name` as the programs use it; UserError for what no flag can be: numbers that are not finite
+    or beyond 32 bits, names that no file can have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name}={value} is no finite number; give one")
+    if name == "seed" and not 0 <= value < 2**32:
+        raise UserError(f"--seed={value}: use a number from 0 to {2**32 - 1}")
+    if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
+        raise UserError(f"--{name}={value} is too large; use a number below {2**31}")
+    if name in _path_flags and value is not None:
+        value = expand_path(value, name)
+        if not value or any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in value.split("/")):
+            raise UserError(f"--{name}={value[:60]}: a name of 1 to 255 bytes is needed")
+    return value
 
 
 def is_explicit(name: str) -> bool:
@@ -278,7 +298,10 @@ def resolve_wandb(config: ConfigDict) -> None:
 
 def run_folder(config: ConfigDict) -> Path:
     """Where a run keeps everything: --save_dir, or runs/<--wandb.name>, made fit for a file name."""
-    return Path(config.save_dir or Path("runs") / re.sub(r"[^\w.=+-]+", "_", config.wandb.name))
+    name = re.sub(r"[^\w.=+-]+", "_", config.wandb.name)
+    if not config.save_dir and (not name.strip(".") or len(name.encode()) > 255):
+        raise UserError(f"--wandb.name={config.wandb.name[:60]} is no name for a folder; choose another, or --save_dir")
+    return Path(config.save_dir or Path("runs") / name)
 
 
 def guides(cfg_scale: float) -> bool:
@@ -296,14 +319,18 @@ def ema_decay(target_update_rate: float) -> float:
     return 0.0 if target_update_rate == 1 else target_update_rate
 
 
-def read_numbers(words: list[str], flag: str, kind: type, lowest: float | None = None) -> list:
-    """The numbers of a flag that takes several; UserError where one is none, or below `lowest`."""
+def read_numbers(words: list[str], flag: str, kind: type, highest: float, lowest: float | None = None) -> list:
+    """The numbers of a flag that takes several; UserError where one is none, not finite, or out of bounds."""
     try:
         numbers = [kind(word) for word in words]
     except ValueError:
         example = "100,20,5" if kind is int else "1,4"
         raise UserError(f"--{flag}={','.join(words)}: give numbers separated by commas, such as {example}") from None
-    if not numbers or (lowest is not None and min(numbers) < lowest):
+    if not numbers:
+        raise UserError(f"--{flag}= is empty: give numbers separated by commas")
+    if not all(map(math.isfinite, numbers)) or max(numbers) > highest:
+        raise UserError(f"--{flag}={','.join(words)}: give numbers up to {highest}")
+    if lowest is not None and min(numbers) < lowest:
         raise UserError(f"--{flag}={','.join(words)}: give numbers of {lowest} or more")
     return numbers
 
@@ -330,11 +357,44 @@ def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
         )
     if int(model.mlp_ratio * model.hidden_size) < 1:
         raise UserError(f"--model.mlp_ratio={model.mlp_ratio} leaves the MLP no width; use 4, for example")
+    num_params, limit = count_parameters(model, latent_shape), memory_limit()
+    if 16 * num_params > limit:  # float32 parameters, EMA and two moments
+        raise UserError(
+            f"a model of --model.hidden_size={model.hidden_size}, --model.depth={model.depth}, --model.mlp_ratio="
+            f"{model.mlp_ratio:g} and --model.num_classes={model.num_classes} has {num_params:,} parameters; with "
+            f"optimizer they need {16 * num_params / 2**30:,.0f} GiB, of which there are {limit / 2**30:,.0f}; use less"
+        )
     if model.cfg_scale < 0 and model.cfg_scale != -1:
         raise UserError(f"--model.cfg_scale={model.cfg_scale}: use a scale of 0 or more, or -1 for no guidance")
     for beta in ("beta1", "beta2"):
         if model[beta] >= 1:
             raise UserError(f"--model.{beta}={model[beta]} must be below 1; use 0.99, for example")
+
+
+def count_parameters(model: ConfigDict, latent_shape: tuple[int, int, int]) -> int:
+    """Parameters of the DiT, but for biases; and its table of positions, a constant as large as a parameter."""
+    height, width, channels = latent_shape
+    d, p = model.hidden_size, model.patch_size
+    block = (10 + 2 * model.mlp_ratio) * d * d
+    ends = (3 * d + 256 + 2 * p * p * channels + model.num_classes) * d
+    return int(model.depth * block + ends + (height // p) * (width // p) * d)
+
+
+def memory_limit() -> int:
+    """Bytes of this machine's memory, or of all devices if those have more."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    of_devices = sum(stat.get("bytes_limit", 0) for stat in stats) * jax.process_count()
+    return max(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), of_devices)
+
+
+def check_batch_memory(batch_size: int, image_shape: tuple[int, ...], copies: int = 6) -> None:
+    """UserError where the machine cannot hold that many images: a batch, those read ahead, and work on it."""
+    needed, limit = copies * batch_size * math.prod(image_shape) // jax.process_count(), memory_limit()
+    if needed > limit:
+        raise UserError(
+            f"--batch_size={batch_size} of {'x'.join(map(str, image_shape))} images needs {needed / 2**30:,.0f} GiB, "
+            f"but there are {limit / 2**30:,.0f}; use a smaller one"
+        )
 
 
 def _nearest_divisor(number: int, near: int) -> int:
@@ -345,7 +405,9 @@ def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1) -> 
     """Raises UserError where a global batch does not spread evenly over the devices of all processes, in every one of
     `grad_accum` parts."""
     divisor = num_devices * grad_accum
-    if batch_size < 1 or batch_size % divisor:
+    if batch_size < 1:
+        raise UserError(f"--batch_size={batch_size}: use {divisor} or a multiple of it")
+    if batch_size % divisor:
         parts = f" in --grad_accum={grad_accum} parts" if grad_accum > 1 else ""
         raise UserError(
             f"--batch_size={batch_size} does not divide over {num_devices} device{'s' * (num_devices > 1)}{parts}; "
