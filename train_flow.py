@@ -5,6 +5,7 @@
 The same command again continues a run from its newest checkpoint. README.md has the flags and the recipes.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 import jax
 import numpy as np
+import optax
 from absl import flags
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from diffusion_transformer import REMAT_POLICIES
 from utils import config as cfg
 from utils import evaluation, inception
-from utils.checkpoint import Checkpoints, Saver, open_checkpoint
+from utils.checkpoint import Checkpoints, DamagedCheckpointError, Saver, open_checkpoint
 from utils.console import TolerantStream, say
 from utils.datasets import SPLITS, describe_data, first_examples, load_dataset, training_batches
 from utils.errors import DataError, UserError
@@ -47,7 +49,7 @@ from utils.sharding import (
     to_devices,
 )
 from utils.throughput import StepTrace, Throughput
-from utils.tracking import Tracker
+from utils.tracking import Tracker, read_metrics
 from utils.train_state import TrainState, create_train_state, make_optimizer
 from utils.train_step import INIT, VALIDATION, train_step, validation_step
 
@@ -181,7 +183,11 @@ class Run:
 
         def read(step):
             differences = self.compare_with(self.checkpoints.restore_config(step))
-            return differences, *self.checkpoints.restore(step, like)
+            state, position = self.checkpoints.restore(step, like)
+            next_index = position.get("next_index") if isinstance(position, dict) else None
+            if type(next_index) is not int or next_index < 0:
+                raise DamagedCheckpointError(f"checkpoint of step {step} is damaged: it is of no place in the data")
+            return differences, state, position
 
         step, (differences, state, position) = self.checkpoints.restore_newest(read, steps)
         for damaged in steps[: steps.index(step)]:
@@ -223,6 +229,25 @@ class Run:
         for path in (history / f"{time.strftime('%Y%m%d-%H%M%S')}_step{step}.json", self.folder / "config.json"):
             write_json(path, self.saved_config)
         write_listing(self.folder, {split: dataset.fingerprint for split, dataset in self.datasets.items()})
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """Whether pictures are drawn, and FID computed, after this step."""
+        interval, is_end = self.config.eval_interval, step == self.config.max_steps
+        return bool(step and interval and (step % interval == 0 or step == 1000 or is_end))
+
+    def is_evaluation_missing(self, step: int) -> bool:
+        """Whether the evaluation due after the step from which this run continues is not in its log: a kill or a signal
+        has ended it."""
+        if not self.is_evaluation_due(step):
+            return False
+        lines = read_metrics(self.folder / "metrics.jsonl") if jax.process_index() == 0 else []
+        is_there = any(line["step"] == step and "validation_loss_t/mean" in line for line in lines)
+        return not multihost_utils.broadcast_one_to_all(np.bool_(is_there)) if jax.process_count() > 1 else not is_there
+
+    def last_batch(self) -> PyTree:
+        """The batch before the one that comes next."""
+        self.batches.set_state({"next_index": self.batches.get_state()["next_index"] - 1})
+        return to_devices(next_batch(self.batches), self.mesh)
 
     def compile_train_step(self, state: TrainState):
         """train_step(state, batch, codec) compiled for this run's shapes; it takes over the state's memory."""
@@ -270,6 +295,10 @@ class Run:
         return compare(statistics, self.reference)["fid"]
 
 
+class Interrupted(Exception):
+    """What a signal raises where it may."""
+
+
 class StopRequest:
     """Whether Ctrl-C or SIGTERM asked for an end; a second Ctrl-C interrupts at once.
 
@@ -278,15 +307,28 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.is_interruptible = None, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
     def _note(self, number, frame):
         self.signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if number == signal.SIGINT and jax.process_count() > 1:
+        if number == signal.SIGINT and jax.distributed.is_initialized():
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.is_interruptible:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Lets a signal raise Interrupted in the block. Not in a run of several processes, which have to agree."""
+        self.is_interruptible = jax.process_count() == 1
+        if self.is_interruptible and self.signal is not None:
+            raise Interrupted
+        try:
+            yield
+        finally:
+            self.is_interruptible = False
 
     def is_due(self, step: int) -> bool:
         """The answer on which all processes of the run agree at this step."""
@@ -305,9 +347,17 @@ def refuse_ignored(config: ConfigDict) -> None:
         cfg.refuse_ignored(("broken_images", "max_megapixels"), f"on {config.dataset_name}, only on folder:PATH")
 
 
-def check_finite(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints) -> None:
+tree_norm = jax.jit(optax.tree.norm)
+
+
+def check_finite(
+    metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints, ema_params: PyTree | None = None
+) -> None:
     """Ends a run that has diverged, before its state is saved over a good one."""
-    if not np.isfinite([metrics["l2_loss"], metrics["param_norm"]]).all():
+    values = [metrics["l2_loss"], metrics["param_norm"]]
+    if ema_params is not None:
+        values.append(tree_norm(ema_params))
+    if not np.isfinite(values).all():
         checkpoints.wait()
         saved = checkpoints.steps()
         way = f"the same command continues from step {saved[0]}: run it" if saved else "start again"
@@ -317,14 +367,20 @@ def check_finite(metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoi
         )
 
 
-def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, object]], step: int) -> None:
+def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, object]], step: int, stop: StopRequest) -> bool:
+    """Whether all results were logged; a signal ends it, and the same evaluation is made when the run continues."""
     numbers = {}
-    for name, value in results:
-        if isinstance(value, Figure):
-            tracker.log_figure(name, value, step)
-        else:
-            numbers[name] = value
+    try:
+        with stop.interrupting():
+            for name, value in results:
+                if isinstance(value, Figure):
+                    tracker.log_figure(name, value, step)
+                else:
+                    numbers[name] = value
+    except Interrupted:
+        return False
     tracker.log(numbers, step)
+    return True
 
 
 class Progress:
@@ -373,6 +429,12 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
     """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last step."""
     config, codec, step = run.config, run.context.codec, int(state.step)
     metrics = position = None  # of the last step
+    if run.is_evaluation_missing(step):
+        say(f"the evaluation of step {step} was not finished: making it now")
+        if not log_evaluation(tracker, run.evaluate(state, run.last_batch()), step, stop):
+            return step
+    if step >= config.max_steps:
+        return step
     compiled_step = run.compile_train_step(state)
     validate = jax.jit(partial(validation_step, **run.parts))
     saver = Saver(run.checkpoints, run.saved_config, config.save_interval, config.save_minutes, step)
@@ -395,16 +457,18 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
             is_last = is_end or stop.is_due(step)
             is_logged = step % config.log_interval == 0 or step == 1 or is_end
             progress.add(step, metrics, validate(state, run.validation_batch, codec) if is_logged else None)
-            is_evaluated = config.eval_interval and (step % config.eval_interval == 0 or step == 1000 or is_end)
+            is_evaluated = run.is_evaluation_due(step)
             is_saved = saver.is_due(step) or is_last
             if is_evaluated or is_saved:
                 progress.flush()
-                check_finite(metrics, step, run.checkpoints)
+                check_finite(metrics, step, run.checkpoints, state.ema_params)
             if is_saved:  # before the pictures, which take their time
                 (saver.save_last if is_last else saver.save)(state, position)
             if is_evaluated:
                 progress.bar.set_description_str("drawing pictures")
-                log_evaluation(tracker, run.evaluate(state, batch), step)
+                if not log_evaluation(tracker, run.evaluate(state, batch), step, stop) and not is_last:
+                    saver.save_last(state, position)
+                    is_last = True
                 progress.bar.set_description_str("")
             if is_evaluated or is_saved:
                 progress.throughput.restart()
@@ -427,7 +491,7 @@ def main(config: ConfigDict) -> None:
     initialize_processes(config.coordinator_address, config.num_processes, config.process_id)
     run = Run(config)
     state = run.first_state()
-    if state.step >= config.max_steps:
+    if state.step >= config.max_steps and not run.is_evaluation_missing(int(state.step)):
         say(f"nothing to do: {run.folder} is at step {state.step} already; raise --max_steps to go on")
         return
     say(cfg.to_text(config))
@@ -435,10 +499,11 @@ def main(config: ConfigDict) -> None:
     run.keep_config(int(state.step))
     tracker = Tracker(run.folder, config, int(state.step))
     last_step = train(run, state, tracker, stop)
+    run.checkpoints.wait()
     run.checkpoints.close()
     tracker.close()
     run.lock.release()
-    if last_step < config.max_steps:
+    if last_step < config.max_steps or run.is_evaluation_missing(last_step):
         say(f"stopped at step {last_step} and saved; the same command continues from there")
 
 

@@ -36,6 +36,12 @@ from utils.errors import UserError
 from utils.files import set_aside
 from utils.train_state import TrainState
 
+# What a model cannot be made without.
+MODEL_SETTINGS = (
+    "hidden_size", "patch_size", "depth", "num_heads", "mlp_ratio", "num_classes", "use_stable_vae", "dtype",
+    "class_dropout_prob", "t_sampler", "t_conditioning",
+)  # fmt: skip
+
 FOLDER = "checkpoints"
 DAMAGED = "damaged_checkpoints"
 
@@ -204,13 +210,22 @@ class Checkpoints:
         state = like.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
         return state, items["data"]["position"]
 
+    def restore_position(self, step: int) -> Any:
+        """The data position of `step` alone."""
+        return self._read(step, {}, ("data",))["data"]["position"]
+
     def restore_config(self, step: int) -> dict[str, Any]:
         """The configuration kept with `step`. DamagedCheckpointError where it cannot be read."""
-        config = self._read(step, {}, ("config",))["config"]
-        with _readable(self.folder / str(step)):
+        config, path = self._read(step, {}, ("config",))["config"], self.folder / str(step)
+        with _readable(path):
             # What runs of before the VAE did not save.
             absent = {"name": config["dataset_name"], "vae": None, "vae_sha256": None}
-            return config | {"dataset": absent | config["dataset"]}
+            config |= {"dataset": absent | config["dataset"]}
+            missing = [name for name in MODEL_SETTINGS if name not in config["model"]]
+            missing += [name for name in ("image_shape", "class_names") if name not in config["dataset"]]
+        if missing:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: its configuration has no {missing[0]}")
+        return config
 
     def restore_params(self, step: int, like: PyTree, names: tuple[str, ...]) -> list[PyTree]:
         """The parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract tree `like` says.

@@ -8,6 +8,7 @@ training flips, its mirror image; 2: mean and log-variance.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float16
 
 from utils.errors import UserError
+from utils.external import read_json
 from utils.files import atomic_write
 from utils.fingerprint import Fingerprint, compare_data, read_listing
 
@@ -40,6 +42,27 @@ class Manifest:
     vae_sha256: str
     format: int = FORMAT
     splits: dict[str, dict[str, Any]] | None = None  # {split: fingerprint of its images}; latents of before have none
+
+    def check(self) -> None:
+        """ValueError where a value is not of its kind, or beyond what latents are."""
+
+        def is_count(value, lowest, highest):
+            return type(value) is int and lowest <= value <= highest
+
+        shapes = {"image_shape": self.image_shape, "latent_shape": self.latent_shape}
+        for name, shape in shapes.items():
+            if len(shape) != 3 or not all(is_count(size, 1, 2**14) for size in shape):
+                raise ValueError(f"{name} {_short(shape)}")
+        for name, counts, highest in (("num_examples", self.num_examples, 2**40), ("num_views", self.num_views, 2)):
+            if not isinstance(counts, dict) or counts.keys() != {"train", "validation"}:
+                raise ValueError(f"{name} {_short(counts)}")
+            if not all(is_count(count, 1, highest) for count in counts.values()):
+                raise ValueError(f"{name} {_short(counts)}")
+        if not is_count(self.shard_size, 1, 2**40) or max(self.num_examples.values()) / self.shard_size > 10**6:
+            raise ValueError(f"shard_size {_short(self.shard_size)}")
+        texts = (*self.class_names, self.dataset_name, self.vae, self.vae_sha256)
+        if not self.class_names or not all(isinstance(text, str) for text in texts):
+            raise ValueError("names that are no texts")
 
     def shards(self, split: str) -> list[tuple[str, range]]:
         """(file name, numbers of its examples) of a split."""
@@ -69,10 +92,11 @@ def load_manifest(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
         for name in ("image_shape", "latent_shape", "class_names"):
             content[name] = tuple(content[name])
         manifest = Manifest(**content)
+        manifest.check()
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no manifest of latents ({error}); make them again with encode_latents.py") from None
     if manifest.format != FORMAT:
@@ -126,7 +150,12 @@ class LatentRecords:
                 f"--dataset_name=latents:{folder} is not complete: {len(missing)} of the {len(shards)} files of split "
                 f"{split} are missing, such as {missing[0]}; run the same encode_latents.py command again to finish it"
             )
-        self.records = ArrayRecordDataSource([str(folder / name) for name, _ in shards])
+        self.num_classes, self.folder = len(manifest.class_names), folder
+        try:
+            self.records = ArrayRecordDataSource([str(folder / name) for name, _ in shards])
+        except Exception as error:  # of the library, which has no type of its own
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--dataset_name=latents:{folder} cannot be read ({reason}); make it again") from None
         if len(self.records) != manifest.num_examples[split]:
             raise UserError(
                 f"--dataset_name=latents:{folder} holds {len(self.records)} examples of split {split}, but its "
@@ -138,5 +167,11 @@ class LatentRecords:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         record = self.records[index]
-        moments = np.frombuffer(record, "<f2", offset=4).reshape(self.shape)
-        return {"moments": moments, "label": np.frombuffer(record, "<i4", 1)[0]}
+        if len(record) != 4 + 2 * math.prod(self.shape):
+            raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the latents again")
+        moments, label = np.frombuffer(record, "<f2", offset=4).reshape(self.shape), np.frombuffer(record, "<i4", 1)[0]
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"{self.folder}: record {index} has the label {label}, but there are {self.num_classes} classes"
+            )
+        return {"moments": moments, "label": label}

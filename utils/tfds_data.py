@@ -21,6 +21,7 @@ PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself
     "{command}",
     "celebahq256": "run `python data/celebahq256.py --source korexyz/celeba-hq-256x256 --data_dir {root}`",
 }
+FEATURE_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 HELD_OUT_SHARE = 0.02  # of a data set that brings no validation split
 
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
@@ -46,8 +47,13 @@ class PreparedSplit:
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise UserError(f"{flag} needs another package ({error}): `pip install {PACKAGES}`") from error
+        _check_features(flag, folder)
         # From the folder, not by name: that needs no builder's code and finds array_record beside another format.
-        self.builder = tfds.builder_from_directory(folder)
+        try:
+            self.builder = tfds.builder_from_directory(folder)
+        except Exception as error:  # of its JSON, its protocol buffers and its features
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{flag}: {folder} is no prepared data set ({reason}); prepare it again") from None
         self.origin = f"{self.builder.info.full_name} in {folder}"
         features, splits = dict(self.builder.info.features.items()), self.builder.info.splits
         image, label = (features.get(key) for key in ("image", "label"))
@@ -95,6 +101,26 @@ class PreparedSplit:
         return RecordStream(self)
 
 
+def _check_features(flag: str, folder: epath.Path) -> None:
+    """UserError where features.json names a class outside of TFDS's own features: it would import that module."""
+
+    def names(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from (str(value[key]) for key in ("pythonClassName", "type") if isinstance(value.get(key), str))
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from names(item)
+
+    try:
+        content = json.loads((folder / "features.json").read_text())
+        other = next((name for name in names(content) if "." in name and not FEATURE_CLASS.fullmatch(name)), None)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{flag}: {folder}/features.json is damaged ({error}); prepare the data set again") from None
+    if other is not None:
+        raise UserError(
+            f"{flag}: {folder}/features.json names {other[:100]}, which is no feature of TFDS; it is not read"
+        )
+
+
 def _find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) -> tuple[epath.Path, str]:
     """(folder of the newest version of `builder`, 'array_record' where it is prepared as that, else 'tfrecord')."""
     root = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
@@ -111,8 +137,13 @@ def _find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) 
             "`make demo` (--dataset_name digits) shows the suite at work now"
         )
     folder = max(folders, key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
-    info = json.loads((folder / "dataset_info.json").read_text())
-    formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
+    try:
+        info = json.loads((folder / "dataset_info.json").read_text())
+        formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{flag}: {folder}/dataset_info.json is damaged ({error}); prepare the data set again"
+        ) from None
     known = [name for name in ("array_record", "tfrecord") if name in formats]
     if not known:
         raise UserError(
@@ -316,8 +347,9 @@ class StreamIterator:
             self._batches = self._start(self._next_index)
         try:
             batch = next(self._batches)
-        except import_tensorflow().errors.InvalidArgumentError as error:  # of the decoder
-            raise UserError(f"an image of {self._origin} cannot be decoded: {str(error).splitlines()[0]}") from error
+        except import_tensorflow().errors.OpError as error:  # of the decoder, or of files that are cut or gone
+            reason = " ".join(str(error).partition("[Op:")[0].split())[-200:]
+            raise UserError(f"an image of {self._origin} cannot be read: {reason}") from error
         self._next_index += 1
         return batch
 
