@@ -17,7 +17,7 @@ from utils.sharding import abstract, make_mesh, replicated, state_sharding
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
 
 FACTS = {"image_shape": [8, 8, 1], "class_names": ["a"]}
-OLD_CONFIG = {"model": {"depth": 2}, "dataset_name": "digits", "dataset": FACTS}
+OLD_CONFIG = {"model": dict.fromkeys(checkpoint.MODEL_SETTINGS, 2), "dataset_name": "digits", "dataset": FACTS}
 CONFIG = {**OLD_CONFIG, "dataset": {**FACTS, "name": "digits", "vae": None, "vae_sha256": None}}
 OPTIMIZER = make_optimizer(1e-3, 0.9, 0.99)
 
@@ -198,6 +198,15 @@ def test_a_checkpoint_of_another_model_is_not_called_damaged(tmp_path, state):
         shutil.rmtree(
             tmp_path / "checkpoints" / "1" / "checksums", ignore_errors=True
         )  # then once more as one of before
+
+
+def test_a_configuration_that_lacks_a_setting_is_damaged(tmp_path, state):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    model = {name: 2 for name in checkpoint.MODEL_SETTINGS if name != "num_heads"}
+    checkpoints.save(state, {**CONFIG, "model": model}, None)
+    checkpoints.wait()
+    with pytest.raises(checkpoint.DamagedCheckpointError, match="its configuration has no num_heads"):
+        checkpoints.restore_config(1)
 
 
 def test_checkpoints_without_checksums_load(tmp_path, state):

@@ -141,8 +141,11 @@ def test_the_one_before_a_damaged_checkpoint_is_continued(run_dir, data, to_step
     largest = max(files, key=lambda path: path.stat().st_size)
     content = largest.read_bytes()
     if damage == "flip":
-        middle = len(content) // 2
-        largest.write_bytes(content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :])
+        for file in (newest / "params").rglob("*"):  # some are copies that are not read
+            if file.is_file() and file.parent.name == "d":
+                content = bytearray(file.read_bytes())
+                content[len(content) // 2] ^= 16
+                file.write_bytes(content)
     elif damage == "cut":
         largest.write_bytes(content[:50])
     elif damage == "missing":
