@@ -137,17 +137,13 @@ def test_runs_of_before_go_on_and_say_what_cannot_be_told(run_dir, data, to_step
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "json"])
 def test_the_one_before_a_damaged_checkpoint_is_continued(run_dir, data, to_step_8, damage):
     newest = run_dir / "checkpoints" / "4"
-    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
-    largest = max(files, key=lambda path: path.stat().st_size)
-    content = largest.read_bytes()
-    if damage == "flip":
-        for file in (newest / "params").rglob("*"):  # some are copies that are not read
-            if file.is_file() and file.parent.name == "d":
-                content = bytearray(file.read_bytes())
-                content[len(content) // 2] ^= 16
-                file.write_bytes(content)
-    elif damage == "cut":
-        largest.write_bytes(content[:50])
+    # Of all data files, since some are copies that are not read.
+    files = [path for path in (newest / "params").rglob("*") if path.is_file() and path.parent.name == "d"]
+    if damage in ("flip", "cut"):
+        for file in files:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 16
+            file.write_bytes(content if damage == "flip" else content[:50])
     elif damage == "missing":
         shutil.rmtree(newest / "ema_params")
     else:

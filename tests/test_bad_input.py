@@ -1,0 +1,189 @@
+"""Bad input to every program: one line that names the flag and the value, before anything compiles. In-process, so that
+a line of the tables costs next to nothing: add yours."""
+
+import json
+
+import numpy as np
+import pytest
+
+import compute_fid_stats
+import encode_latents
+import eval_fid
+import train_flow
+from utils.errors import UserError
+
+PROGRAMS = {
+    "train": (train_flow, "--dataset_name digits --use_stable_vae 0 --model.patch_size 2 --model.num_classes 10"),
+    "eval": (eval_fid, ""),
+    "encode": (encode_latents, "--out OUT --dataset_name digits"),
+    "stats": (compute_fid_stats, "--out OUT/s.npz --dataset_name digits"),
+}
+FLOATS = ("lr", "beta1", "beta2", "target_update_rate", "class_dropout_prob", "mlp_ratio", "cfg_scale")
+COUNTS = ("hidden_size", "patch_size", "depth", "num_heads", "num_classes", "denoise_timesteps")
+NO_FLOATS = ("nan", "inf", "-inf", "x")
+NO_COUNTS = (0, -1, 3_000_000_000, "x")
+
+BAD = [
+    *(("train", f"--model.{name} {value}", f"model.{name}") for name in FLOATS for value in NO_FLOATS),
+    *(("train", f"--model.{name} {value}", f"model.{name}") for name in COUNTS for value in NO_COUNTS),
+    *(("train", f"--{name} nan", name) for name in ("save_minutes", "peak_tflops")),
+    *(("train", f"--{name} 0", name) for name in ("log_interval", "save_interval", "keep_last", "grad_accum")),
+    ("train", "--batch_size 0", "--batch_size=0: use 1"),
+    *(("train", f"--{name} 2147483648", name) for name in ("max_steps", "batch_size", "save_interval", "fid_samples")),
+    ("train", "--seed -1", "--seed=-1"),
+    ("train", "--seed 4294967296", "--seed=4294967296: use a number from 0 to 4294967295"),
+    ("train", "--batch_size 2000000000", "--batch_size=2000000000 of 8x8x1 images needs"),
+    ("train", "--batch_size -4", "--batch_size=-4: use 1"),
+    ("train", "--model.hidden_size 65536 --model.depth 1000", "--model.hidden_size=65536.*GiB"),
+    ("train", "--model.num_classes 100000000 --model.hidden_size 4096", "--model.num_classes=100000000 has .*GiB"),
+    ("train", "--model.mlp_ratio 0", "--model.mlp_ratio=0"),
+    ("train", "--model.mlp_ratio -3", "model.mlp_ratio"),
+    ("train", "--wandb.name ..", "--wandb.name=.. is no name for a folder"),
+    ("train", "--wandb.name .", "--wandb.name=. is no name"),
+    ("train", f"--wandb.name {'n' * 300}", "--wandb.name=n+ is no name"),
+    ("train", f"--save_dir /tmp/{'n' * 300}", "--save_dir=/tmp/n+: a name of 1 to 255 bytes"),
+    ("train", "--save_dir=", "--save_dir=: a name of 1"),
+    ("train", "--save_dir /proc/x/y", "--save_dir=/proc/x/y cannot be written"),
+    ("train", "--load_dir /no/such", "--load_dir=/no/such holds no checkpoint"),
+    ("train", "--dataset_name folder:/no/such", "there is no folder"),
+    ("train", "--dataset_name latents:/no/such", "holds no cached latents"),
+    ("train", "--dataset_name tfds:no_such --data_dir /no/such", "no data set no_such under --data_dir=/no/such"),
+    ("train", "--dataset_name folder", "--dataset_name=folder is unknown"),
+    ("train", "--image_size 16", "--image_size=16: the images of digits are 8x8"),
+    ("train", "--image_size 100000", "image_size"),
+    ("train", "--fid_stats /no/such", "--fid_stats=/no/such is not a file"),
+    ("train", "--fid_stats OUT", "--fid_stats=.* is not a file"),
+    ("train", "--vae x", "--vae=x has no effect on pixels"),
+    ("train", "--model.preset huge", "model.preset"),
+    ("train", "--sharding x", "sharding"),
+    ("train", "--no_such_flag 3", "no_such_flag"),
+    ("train", "word", "unexpected argument 'word'"),
+    ("eval", "", "give one of --load_dir .* and --samples"),
+    ("eval", "--load_dir /no/such", "--load_dir=/no/such holds no checkpoint"),
+    ("eval", "--load_dir x --samples y", "give one of"),
+    ("eval", "--samples /no/such --fid_stats STATS", "--samples=/no/such is neither a file nor a folder"),
+    ("eval", "--samples OUT --fid_stats STATS", "holds no images"),
+    ("eval", "--samples GOOD", "--fid_stats is not given"),
+    ("eval", "--samples GOOD --num_samples 99 --fid_stats x", "--num_samples=99"),
+    ("eval", "--samples GOOD --fid_stats /no/such", "--fid_stats=/no/such"),
+    ("eval", "--samples GOOD --fid_stats STATS --out README.md", "--out=README.md cannot be written"),
+    ("eval", "--samples GOOD --fid_stats STATS --batch_size 0 --out OUT", "--batch_size=0"),
+    ("eval", "--samples GOOD --fid_stats STATS --inception_weights /no --out OUT", "--inception_weights=/no"),
+    ("eval", "--samples GOOD --fid_stats STATS --inception_logits /no --out OUT", "--inception_logits=/no"),
+    *(("eval", f"--num_samples {value}", "num_samples") for value in (0, 1, -5, 3_000_000_000, "x")),
+    ("eval", "--seed -1", "--seed=-1"),
+    ("eval", "--solver rk4", "solver"),
+    ("eval", "--labels all", "labels"),
+    ("eval", "--use_cfg 2", "use_cfg"),
+    ("encode", "", "give|grey"),
+    ("encode", "--batch_size 0", "--batch_size=0"),
+    ("encode", "--shard_size 0", "shard_size"),
+    ("encode", "--out=", "--out=: a name"),
+    ("encode", "--dataset_name nothing", "--dataset_name=nothing is unknown"),
+    ("encode", "--dataset_name folder:/no/such", "there is no folder"),
+    ("stats", "--out OUT", "--out=.* is a folder"),
+    ("stats", "--out /proc/x/y.npz", "--out=/proc/x cannot be written"),
+    ("stats", "--batch_size 0", "--batch_size=0"),
+    ("stats", "--batch_size 1000000000", "--batch_size=1000000000 of 299x299x3 images needs"),
+    ("stats", "--num_features 2000000", "num_features"),
+    ("stats", "--images /no/such", "has no effect with --images|neither a file"),
+    ("stats", "--inception_weights /no/such", "--inception_weights=/no/such is not a file"),
+    ("stats", "--split test", "split"),
+]  # fmt: skip
+SWEEPS = [
+    ("--denoise_timesteps 3000000000", "--denoise_timesteps=3000000000: give numbers up to"),
+    ("--denoise_timesteps 1.5", "--denoise_timesteps=1.5: give numbers"),
+    ("--denoise_timesteps=", "--denoise_timesteps= is empty|give numbers"),
+    ("--cfg_scale nan", "--cfg_scale=nan: give numbers up to"),
+    ("--cfg_scale 1,inf", "--cfg_scale=1,inf: give numbers up to"),
+    ("--cfg_scale 1e30", "--cfg_scale=1e30: give numbers up to"),
+    ("--cfg_interval nan,1", "--cfg_interval=nan,1"),
+    ("--cfg_interval 0,2", "--cfg_interval=0,2"),
+    ("--cfg_interval -1,1", "--cfg_interval=-1,1"),
+]
+PROCESSES = [
+    ("--num_processes 2", "need --coordinator_address"),
+    ("--process_id 0", "need --coordinator_address"),
+    ("--coordinator_address localhost:1", "needs --num_processes and --process_id"),
+    ("--coordinator_address localhost:1 --num_processes 0 --process_id 0", "--process_id=0 is not one of"),
+    ("--coordinator_address localhost:1 --num_processes 2 --process_id 2", "--process_id=2 is not one of"),
+    ("--coordinator_address localhost:1 --num_processes 2 --process_id -1", "--process_id=-1 is not one of"),
+    ("--coordinator_address localhost --num_processes 2 --process_id 0", "no host:port"),
+    ("--coordinator_address localhost:x --num_processes 2 --process_id 0", "no host:port"),
+    ("--coordinator_address localhost:70000 --num_processes 2 --process_id 0", "no host:port"),
+    ("--coordinator_address no.such.host.invalid:1 --num_processes 2 --process_id 0", "no host:port"),
+]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """Paths for the words of the tables; programs neither start on wandb nor take the signals over."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(train_flow, "StopRequest", lambda: None)
+    (tmp_path / "out").mkdir()
+    np.savez(tmp_path / "good.npz", np.zeros((4, 8, 8, 3), np.uint8))
+    return {
+        "STATS": "data/fid_stats_digits.npz",
+        "OUT": str(tmp_path / "out"),
+        "GOOD": str(tmp_path / "good.npz"),
+        "RUN": str(tmp_path / "run"),
+    }
+
+
+def run(read_flags, files, name, line) -> None:
+    program, common = PROGRAMS[name]
+    words = [*common.split(), *(["--save_dir", "RUN"] if name == "train" and "wandb.name" not in line else [])]
+    for word, path in files.items():
+        line = line.replace(word, path)
+        words = [each.replace(word, path) for each in words]
+    program.main(read_flags(program, [*words, *line.split()]))
+
+
+@pytest.mark.parametrize(("name", "line", "message"), BAD)
+def test_bad_input_is_one_line(read_flags, files, name, line, message):
+    with pytest.raises(UserError, match=message) as error:
+        run(read_flags, files, name, line)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("line", "message"), SWEEPS)
+def test_bad_sweeps_are_one_line(read_flags, line, message):
+    with pytest.raises(UserError, match=message):
+        eval_fid.read_samplers(read_flags(eval_fid, line.split()), 0.1)
+
+
+@pytest.mark.parametrize(("line", "message"), PROCESSES)
+def test_bad_processes_are_one_line(read_flags, files, line, message):
+    with pytest.raises(UserError, match=message):
+        run(read_flags, files, "train", line)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"format": 1}', b'{"shard_size": NaN}'])
+def test_damaged_manifests_are_one_line(read_flags, files, tmp_path, content):
+    (tmp_path / "out" / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match="no manifest of latents"):
+        run(read_flags, files, "train", f"--dataset_name latents:{files['OUT']} --use_stable_vae 1")
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'"text"', b"null"])
+def test_damaged_tfds_metadata_are_one_line(read_flags, files, tmp_path, file, content):
+    folder = tmp_path / "tfds" / "x" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text('{"fileFormat": "array_record", "name": "x", "version": "1.0.0"}')
+    (folder / "features.json").write_text("{}")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=r"--dataset_name=tfds:x: .*prepare"):
+        run(read_flags, files, "train", f"--dataset_name tfds:x --data_dir {tmp_path / 'tfds'}")
+
+
+def test_features_of_other_modules_are_not_imported(read_flags, files, tmp_path):
+    folder = tmp_path / "tfds" / "x" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text('{"fileFormat": "array_record", "name": "x", "version": "1.0.0"}')
+    for key in ("pythonClassName", "type"):
+        features = {"featuresDict": {"features": {"image": {key: "antigravity.Image"}}}}
+        (folder / "features.json").write_text(json.dumps(features))
+        with pytest.raises(UserError, match=r"names antigravity\.Image, which is no feature of TFDS"):
+            run(read_flags, files, "train", f"--dataset_name tfds:x --data_dir {tmp_path / 'tfds'}")
