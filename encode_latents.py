@@ -21,7 +21,7 @@ from utils import config as cfg
 from utils import evaluation, latents
 from utils.datasets import SPLITS, ImageDataset, epoch_batches, load_dataset
 from utils.errors import UserError
-from utils.files import FolderLock, write_json
+from utils.files import FolderLock, remove_temporaries, write_json
 from utils.fingerprint import Fingerprint, write_listing
 from utils.sharding import batch_sharding, gather, make_mesh, spread
 from utils.stable_vae import StableVAE, images_from_uint8
@@ -106,6 +106,7 @@ def main(config: ConfigDict) -> None:
     cfg.check_writable(out, "out")
     lock = FolderLock(out)
     lock.acquire("out")
+    remove_temporaries(out)
     prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
     with tqdm(total=sum(manifest.num_examples.values()), unit="image") as bar:
         for split, dataset in datasets.items():

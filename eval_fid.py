@@ -29,7 +29,7 @@ from utils import evaluation, inception, plotting
 from utils.checkpoint import open_checkpoint
 from utils.errors import UserError
 from utils.fid import ImageStatistics, ReferenceStatistics, compare, load_statistics, save_statistics
-from utils.files import atomic_write, locked, set_aside, write_json
+from utils.files import atomic_write, locked, remove_temporaries, set_aside, write_json
 from utils.samples import Samples, SampleWriter, check_sample_path, holds_images, open_samples
 from utils.sampling import LABELS, SOLVERS, Sampler
 from utils.sharding import abstract, free_memory, gather, make_mesh, replicated
@@ -274,6 +274,7 @@ class Results:
 
     def __init__(self, out: Path):
         self.path = out / "fid.json"
+        remove_temporaries(out)
         with locked(self.path):
             self._read()
 

@@ -33,7 +33,7 @@ from utils.console import TolerantStream, say
 from utils.datasets import SPLITS, describe_data, first_examples, load_dataset, training_batches
 from utils.errors import DataError, UserError
 from utils.fid import ImageStatistics, compare, load_statistics
-from utils.files import FolderLock, write_json
+from utils.files import FolderLock, remove_temporaries, write_json
 from utils.fingerprint import compare_data, read_listing, write_listing
 from utils.sampling import Sampler
 from utils.sharding import (
@@ -132,6 +132,7 @@ class Run:
         self.optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
         self.checkpoints = Checkpoints(self.folder, config.keep_last, config.keep_every)
         self.checkpoints.remove_unfinished()
+        remove_temporaries(self.folder)
         facts = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
         self.saved_config = {**config.to_dict(), "dataset": describe_data(self.datasets) | facts}
 

@@ -14,7 +14,15 @@ import pytest
 from tests.conftest import ROOT
 from utils import files
 from utils.errors import UserError
-from utils.files import FolderLock, atomic_write, cache_folder, read_bytes, set_aside, write_json
+from utils.files import (
+    FolderLock,
+    atomic_write,
+    cache_folder,
+    read_bytes,
+    remove_temporaries,
+    set_aside,
+    write_json,
+)
 
 
 def test_what_fails_leaves_what_was_there(tmp_path):
@@ -58,6 +66,16 @@ def test_a_read_that_works_again_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", read)
     monkeypatch.setattr(files, "READ_PAUSES", (0, 0, 0))
     assert read_bytes(tmp_path / "x") == b"content"
+
+
+def test_temporaries_of_killed_writers_are_removed_once_they_are_old(tmp_path):
+    names = (".fid.json.123.tmp", ".new.json.123.tmp", ".notes.tmp", "mine.123.tmp")
+    for name in names:
+        (tmp_path / name).touch()
+        if "new" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    remove_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
 
 
 def test_what_is_set_aside_is_kept(tmp_path):

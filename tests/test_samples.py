@@ -162,7 +162,13 @@ def test_nothing_but_earlier_samples_is_removed(tmp_path):
     write(tmp_path / "home" / "holiday.png", IMAGES[0])
     (tmp_path / "file").touch()
     (tmp_path / "folder.npz").mkdir()
-    for name, message in {"home": "holds holiday.png", "file": "is a file", "folder.npz": "is a folder"}.items():
+    (tmp_path / "nested" / "000000.png").mkdir(parents=True)
+    (tmp_path / "nested" / "000000.png" / "mine.txt").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "000001.png").symlink_to(tmp_path / "file")
+    messages = {"home": "holds holiday.png", "file": "is a file", "folder.npz": "is a folder"}
+    messages |= {"nested": "holds 000000.png, which is no sample", "linked": "holds 000001.png, which is no sample"}
+    for name, message in messages.items():
         with pytest.raises(UserError, match=f"--save_samples={tmp_path / name} {message}"):
             SampleWriter(tmp_path / name, 3)
     assert (tmp_path / "home" / "holiday.png").exists()

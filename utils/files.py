@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import tempfile
 import time
@@ -58,6 +59,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed `atomic_write`s have left in a folder: their own names, an hour old."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.lstat().st_mtime > 3600:
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
