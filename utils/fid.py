@@ -362,40 +362,21 @@ def load_statistics(path: str | Path, num_features: int = POOL_FEATURES, optiona
     try:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if path.suffix == ".pkl":
-            content = read_pickled_arrays(path)
-            content = content.get("fid") if isinstance(content, dict) else None
-            content = content if isinstance(content, dict) else {}
-            shapes = {name: array.shape for name, array in content.items() if isinstance(array, np.ndarray)}
-        else:
-            headers = read_npz_headers(path)
-            shapes = {name: header.shape for name, header in headers.items()}
-        if optional and "mu" not in shapes:
+        content = _read_statistics(path, num_features, optional)
+        if content is None:
             return ReferenceStatistics(None, None, sha256, path)
-        if not {"mu", "sigma"} <= shapes.keys():
-            fix = fix.replace("--dataset_name NAME", f"--images {path} (if it holds images)")
-            raise UserError(f"--fid_stats={path} holds no `mu` and `sigma`; {fix}")
-        if shapes["mu"] != (num_features,) or shapes["sigma"] != (num_features, num_features):
-            found = f"mu {shapes['mu']}, sigma {shapes['sigma']}"
-            raise UserError(f"--fid_stats={path} is not of {num_features} features ({found}); {fix}")
-        _check_sizes(shapes, num_features)
-        if path.suffix != ".pkl":
-            wanted = {"mu", "sigma", *_FACTS, *_ARRAYS.values()}
-            content = read_npz(path, {name: header for name, header in headers.items() if name in wanted})
-            texts = [key for key in wanted - set(_FACTS) if key in content and content[key].dtype.kind == "U"]
-            if texts:
-                raise BadFileError(f"`{texts[0]}` is a text")
         mu, sigma = (content[key].astype(np.float64) for key in ("mu", "sigma"))
         facts = {key: content[key].item() for key in _FACTS if key in content}
         arrays = {field: content[key] for field, key in _ARRAYS.items() if key in content}
         kinds = {field: np.float32 if field == "features" else np.float64 for field in arrays}
         arrays = {field: array.astype(kinds[field], copy=False) for field, array in arrays.items()}
+    except KeyError:
+        fix = fix.replace("--dataset_name NAME", f"--images {path} (if it holds images)")
+        raise UserError(f"--fid_stats={path} holds no `mu` and `sigma`; {fix}") from None
     except (BadFileError, OSError, TypeError) as error:
         raise UserError(f"--fid_stats={path} is not a whole npz (or pickle) of numbers ({error}); {fix}") from error
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--fid_stats={path}: {error}; {fix}") from None
+        raise UserError(f"--fid_stats={path}{error}; {fix}") from None
     if not all(np.isfinite(array).all() for array in (mu, sigma, *arrays.values())):
         raise UserError(f"--fid_stats={path} holds NaN or infinity; {fix}")
     try:
@@ -407,20 +388,47 @@ def load_statistics(path: str | Path, num_features: int = POOL_FEATURES, optiona
     return ReferenceStatistics(mu, sigma, sha256, path, **facts, **arrays)
 
 
+def _read_statistics(path: Path, num_features: int, optional: bool) -> dict[str, np.ndarray] | None:
+    """The arrays of a statistics file by their names in it, their shapes found good before any is read; None where an
+    `optional` mean is not there. KeyError without mean and covariance, BadFileError, or ValueError for other shapes."""
+    if path.suffix == ".pkl":
+        content = read_pickled_arrays(path)
+        content = content.get("fid") if isinstance(content, dict) else None
+        content = content if isinstance(content, dict) else {}
+        shapes = {name: array.shape for name, array in content.items() if isinstance(array, np.ndarray)}
+    else:
+        headers = read_npz_headers(path)
+        shapes = {name: header.shape for name, header in headers.items()}
+    if optional and "mu" not in shapes:
+        return None
+    found = f"mu {shapes['mu']}, sigma {shapes['sigma']}"
+    if shapes["mu"] != (num_features,) or shapes["sigma"] != (num_features, num_features):
+        raise ValueError(f" is not of {num_features} features ({found})")
+    _check_sizes(shapes, num_features)
+    if path.suffix == ".pkl":
+        return content
+    wanted = {"mu", "sigma", *_FACTS, *_ARRAYS.values()}
+    content = read_npz(path, {name: header for name, header in headers.items() if name in wanted})
+    texts = [key for key in wanted - set(_FACTS) if key in content and content[key].dtype.kind == "U"]
+    if texts:
+        raise BadFileError(f"`{texts[0]}` is a text")
+    return content
+
+
 def _check_sizes(shapes: dict[str, tuple[int, ...]], num_features: int) -> None:
     """ValueError for shapes, as a file states them, of which no metric could be made, or that no memory holds."""
     for name in _FACTS:
         if shapes.get(name, ()) != ():
-            raise ValueError(f"`{name}` has the shape {shapes[name]}, not ()")
+            raise ValueError(f": `{name}` has the shape {shapes[name]}, not ()")
     if num_features == POOL_FEATURES and {"mu_s", "sigma_s"} <= shapes.keys():
         for name, shape in {"mu_s": (SPATIAL_FEATURES,), "sigma_s": (SPATIAL_FEATURES,) * 2}.items():
             if shapes[name] != shape:
-                raise ValueError(f"`{name}` has the shape {shapes[name]}, not {shape}")
+                raise ValueError(f": `{name}` has the shape {shapes[name]}, not {shape}")
     features, counts = shapes.get("features"), shapes.get("label_counts")
     if features is not None and (features[1:] != (num_features,) or not 2 <= features[0] <= MAX_FEATURES):
-        raise ValueError(f"`features` has the shape {features}, not (2 to {MAX_FEATURES:,}, {num_features})")
+        raise ValueError(f": `features` has the shape {features}, not (2 to {MAX_FEATURES:,}, {num_features})")
     if counts is not None and (len(counts) != 1 or not 1 <= counts[0] <= 10**6):
-        raise ValueError(f"`label_counts` has the shape {counts}, not (classes,)")
+        raise ValueError(f": `label_counts` has the shape {counts}, not (classes,)")
 
 
 def _check_extras(arrays: dict[str, np.ndarray]) -> None:
