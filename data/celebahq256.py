@@ -236,10 +236,10 @@ def main(config: ConfigDict) -> None:
         found = builder.info.file_format.value if builder.is_prepared() else "something incomplete"
         if found != config.file_format:
             raise UserError(
-                f"--file_format={config.file_format}: {builder.data_path} is there as {found}; remove it, or "
+                f"--file_format={config.file_format}: {builder.data_path} is there as {found}; move it away, or "
                 "give another --data_dir"
             )
-        print(f"prepared already: {builder.data_path} (remove it to prepare it again); {train}")
+        print(f"prepared already: {builder.data_path} (move it away to prepare it again); {train}")
         return
     if config.file_format == "tfrecord":
         try:
