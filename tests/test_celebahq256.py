@@ -394,7 +394,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, read_flags, monkeypa
         ([], "--source is not given: .*korexyz"),
         (["--source", ".", "--data_dir", "gs://bucket/sets"], "--data_dir=gs://bucket/sets is not on this machine"),
         (["--source", ".", "--data_dir", "{file}/x"], "--data_dir={file}/x cannot be written"),
-        (["--source", ".", "--data_dir", "{tmp}", "--file_format", "tfrecord"], "is there as array_record; move it away"),
+        (["--source", ".", "--data_dir", "{tmp}", "--file_format", "tfrecord"], "as array_record; move it away"),
         (["--source", ".", "--file_format", "csv"], "--file_format=csv: .*array_record"),
     ],
 )
