@@ -209,6 +209,17 @@ def test_a_configuration_that_lacks_a_setting_is_damaged(tmp_path, state):
         checkpoints.restore_config(1)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("x [OS error 5: Input/output error]"), OSError(24, "x")])
+def test_what_the_system_refuses_is_no_damage(tmp_path, error):
+    def read():
+        with checkpoint._readable(tmp_path):
+            raise error
+
+    with pytest.raises(UserError, match=r"cannot be read .*it may be whole") as raised:
+        read()
+    assert not isinstance(raised.value, checkpoint.DamagedCheckpointError)
+
+
 def test_checkpoints_without_checksums_load(tmp_path, state):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(state, CONFIG, None)

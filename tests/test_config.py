@@ -200,6 +200,7 @@ def test_a_tilde_is_expanded_once_in_every_path(parse, monkeypatch, tmp_path):
     }.items():
         config = parse(" ".join(f"--{name} ~/x" for name in names), program)
         assert {config[name] for name in names} == {f"{tmp_path}/x"}
+    assert parse("--dataset_name folder:~/a:b").dataset_name == f"folder:{tmp_path}/a:b"
     assert parse("--save_dir runs/a~b --dataset_name tfds:x").save_dir == "runs/a~b"
     with pytest.raises(UserError, match=r"--save_dir=~nobody-here/x: there is no home folder for ~nobody-here"):
         parse("--save_dir ~nobody-here/x")

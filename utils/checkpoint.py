@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import threading
@@ -80,10 +79,14 @@ def _readable(path: Path) -> Iterator[None]:
     _check_permissions(path)
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:  # the devices' memory too
+        raise UserError(f"checkpoint {path} cannot be read ({str(error)[:100]}); it may be whole") from error
     except Exception as error:  # the libraries below share no exception type
         logging.debug("%s", error, exc_info=True)
+        if reason := _system_reason(error):
+            raise UserError(f"checkpoint {path} cannot be read ({reason}); it may be whole: try again") from error
         raise DamagedCheckpointError(
             f"checkpoint {path} is damaged: files of it are missing, cut or changed"
         ) from error
@@ -186,10 +189,10 @@ class Checkpoints:
             step, self.writing = self.writing, None
             self.remove_unfinished()
             logging.debug("%s", error, exc_info=True)
-            safe = self.steps()
+            reason, safe = _system_reason(error) or type(error).__name__, self.steps()
             safe = f"step {safe[0]} is safe" if safe else "no earlier one is there"
             raise SaveError(
-                f"checkpoint of step {step} could not be written to {self.folder} ({_reason(error)}); {safe}"
+                f"checkpoint of step {step} could not be written to {self.folder} ({reason}); {safe}"
             ) from error
 
     def remove_unfinished(self) -> None:
@@ -209,10 +212,6 @@ class Checkpoints:
         key = jax.random.wrap_key_data(optimizer.pop("key_data"))
         state = like.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
         return state, items["data"]["position"]
-
-    def restore_position(self, step: int) -> Any:
-        """The data position of `step` alone."""
-        return self._read(step, {}, ("data",))["data"]["position"]
 
     def restore_config(self, step: int) -> dict[str, Any]:
         """The configuration kept with `step`. DamagedCheckpointError where it cannot be read."""
@@ -395,14 +394,17 @@ def _array_items(state: TrainState) -> dict[str, PyTree]:
     return {"params": state.params, "ema_params": state.ema_params, "optimizer": optimizer}
 
 
-def _reason(error: Exception) -> str:
-    """Why a file could not be written, without the library's internals."""
-    text = str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG):
-        if os.strerror(code) in text or getattr(error, "errno", None) == code:
-            return os.strerror(code)
-    found = re.search(r"\[OS error \d+: (.*?)\]|OS error (?:code )?\d+: ([^\[\]]*)", text)
-    return next(filter(None, found.groups())) if found else type(error).__name__
+# What the system says that is no verdict on a file's content.
+SYSTEM_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ESTALE, errno.EMFILE,
+    errno.ENFILE, errno.ENOMEM,
+)  # fmt: skip
+
+
+def _system_reason(error: Exception) -> str:
+    """What the system refused, without the libraries' internals; empty where it is something else."""
+    codes = (code for code in SYSTEM_ERRORS if os.strerror(code) in str(error) or getattr(error, "errno", None) == code)
+    return next(map(os.strerror, codes), "")
 
 
 def _all_processes_agree(is_fine: bool) -> bool:

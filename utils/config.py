@@ -62,7 +62,7 @@ def define_path(name: str, default: str | None, help: str) -> None:
 
 def expand_path(path: str, flag: str) -> str:
     """The path with a leading ~ or ~user, also of folder:~/x, replaced; UserError where there is no such home."""
-    prefix, colon, rest = path.rpartition(":") if path.startswith(("folder:", "latents:")) else ("", "", path)
+    prefix, colon, rest = path.partition(":") if path.startswith(("folder:", "latents:")) else ("", "", path)
     if not rest.startswith("~"):
         return path
     expanded = os.path.expanduser(rest)

@@ -291,7 +291,10 @@ def check_images(folder: Path, paths: tuple[Path, ...], max_megapixels: float) -
 
 
 @functools.lru_cache(maxsize=4)  # the splits of one folder are asked for one after the other
-def _check_images(folder: Path, paths: tuple[Path, ...], stamps: tuple[str | None, ...], max_megapixels: float):
+def _check_images(
+    folder: Path, paths: tuple[Path, ...], stamps: tuple[str | None, ...], max_megapixels: float
+) -> dict[Path, CheckedImage]:
+    """`check_images` of files whose sizes and times are `stamps`."""
     kept = cache_folder() / f"checked-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:32]}.json"
     version = f"{CHECK_VERSION}, Pillow {PIL.__version__}, up to {max_megapixels:g} megapixels"
     remembered = _read_kept(kept, version)
