@@ -309,6 +309,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal, self.is_interruptible = None, False
+        self.num_asked, self.is_agreed = 0, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -331,11 +332,13 @@ class StopRequest:
         finally:
             self.is_interruptible = False
 
-    def is_due(self, step: int) -> bool:
-        """The answer on which all processes of the run agree at this step."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.signal is not None
+    def is_due(self) -> bool:
+        """The answer on which all processes of the run agree; each has to ask as often as the others."""
+        if jax.process_count() == 1:
+            return self.signal is not None
+        self.num_asked += 1
+        self.is_agreed = self.is_agreed or multihost_utils.reached_preemption_sync_point(self.num_asked)
+        return self.is_agreed
 
 
 def refuse_ignored(config: ConfigDict) -> None:
@@ -378,6 +381,8 @@ def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, object]], step
                     tracker.log_figure(name, value, step)
                 else:
                     numbers[name] = value
+                if jax.process_count() > 1 and stop.is_due():
+                    return False
     except Interrupted:
         return False
     tracker.log(numbers, step)
@@ -455,7 +460,7 @@ def train(run: Run, state: TrainState, tracker: Tracker, stop: StopRequest) -> i
             state, metrics = compiled_step(state, batch, codec)
             trace.after(step, metrics)
             is_end = step == config.max_steps
-            is_last = is_end or stop.is_due(step)
+            is_last = is_end or stop.is_due()
             is_logged = step % config.log_interval == 0 or step == 1 or is_end
             progress.add(step, metrics, validate(state, run.validation_batch, codec) if is_logged else None)
             is_evaluated = run.is_evaluation_due(step)

@@ -13,7 +13,9 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -30,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils/ is,
 
 from utils import config as cfg
 from utils.errors import UserError
+from utils.external import read_json
+from utils.files import write_json
 from utils.image_folder import IMAGE_SUFFIXES
 from utils.images import UPRIGHT, read_image, read_orientation
 from utils.tfds_data import import_tensorflow
@@ -38,6 +42,8 @@ SIZE = 256
 CLASS_NAMES = ("female", "male")
 SPLITS = {"train": ("train",), "validation": ("val", "validation")}  # and how they are named
 HELD_OUT_SHARE = 1 / 15
+SOURCE_FILE = "source.json"
+INCOMPLETE_SECONDS = 24 * 3600
 ON_THE_HUB = "korexyz/celeba-hq-256x256"
 LAYOUT = "train*.parquet, {female,male}/IMAGE or IMAGE, the first also below data, the others below train"
 
@@ -215,6 +221,30 @@ def list_files(flag: str, folder: Path) -> Listed:
     return keys, read
 
 
+def absolute(source: str) -> str:
+    """A folder by its absolute path, a data set on the hub by its id."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else source
+
+
+def describe_source(builder: Celebahq256, source: str) -> str:
+    """What to say of the source of a set that is prepared already, where it is not known to be `source`."""
+    path = builder.data_path / SOURCE_FILE
+    prepared_from = read_json(path).get("source") if path.exists() else None
+    if prepared_from == absolute(source):
+        return ""
+    origin = f"from {prepared_from}" if prepared_from else "from an unknown source"
+    return f", {origin}, which was not compared with --source={source} (move it away to prepare it again)"
+
+
+def remove_incomplete(builder: Celebahq256) -> None:
+    """Removes what preparations that were killed have left, if nothing was written to it for a day."""
+    for folder in Path(builder.data_path.parent).glob(f"incomplete.*_{builder.data_path.name}"):
+        newest = max((path.stat().st_mtime for path in folder.rglob("*")), default=folder.stat().st_mtime)
+        if time.time() - newest > INCOMPLETE_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def define_flags() -> None:
     flags.DEFINE_string("source", None, f"Folder, or data set on the Hugging Face hub such as {ON_THE_HUB}.")
     flags.DEFINE_string("data_dir", None, "Where to prepare it; default: $TFDS_DATA_DIR or ~/tensorflow_datasets.")
@@ -239,7 +269,7 @@ def main(config: ConfigDict) -> None:
                 f"--file_format={config.file_format}: {builder.data_path} is there as {found}; move it away, or "
                 "give another --data_dir"
             )
-        print(f"prepared already: {builder.data_path} (move it away to prepare it again); {train}")
+        print(f"prepared already: {builder.data_path}{describe_source(builder, config.source)}; {train}")
         return
     if config.file_format == "tfrecord":
         try:
@@ -249,6 +279,7 @@ def main(config: ConfigDict) -> None:
                 "--file_format=tfrecord needs TensorFlow: `pip install tensorflow`, or leave the flag out"
             ) from None
     cfg.check_writable(data_dir, "data_dir")
+    remove_incomplete(builder)
     try:
         builder.download_and_prepare(file_format=config.file_format)
     except OSError as error:
@@ -256,6 +287,7 @@ def main(config: ConfigDict) -> None:
             f"--source={config.source} cannot be prepared in --data_dir={data_dir} ({error}); "
             "check that the one can be read and that the other has space"
         ) from error
+    write_json(builder.data_path / SOURCE_FILE, {"source": absolute(config.source)})
     counts = ", ".join(f"{info.num_examples} {split}" for split, info in builder.info.splits.items())
     print(f"prepared: {builder.data_path} ({config.file_format}, {counts}); {train}")
 

@@ -116,3 +116,14 @@ def test_unknown_rows_are_refused():
     done = run_program("benchmarks/train_step.py", *SMALL, "--rows", "theirs", check=False)
     assert done.returncode == 1
     assert "error: --rows=theirs is not measured here; there are as published, ours" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_is_promised_of_a_run_holds_in_a_small_campaign():
+    """`python benchmarks/campaigns.py` is the whole one. Full disks want root, and are left out here."""
+    counts = ["--kill_runs", 2, "--kills", 3, "--signals", 4, "--flips", 60, "--full_disks", 0]
+    done = run_program("benchmarks/campaigns.py", *counts)
+    assert "60 flipped bits: " in done.stdout
+    assert "silent" not in done.stdout
+    assert "SIGTERM and SIGINT to either: 4 stopped and saved" in done.stdout
+    assert re.search(r"2 runs, \d kills: 2 final states and 2 whole logs equal", done.stdout)

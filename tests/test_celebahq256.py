@@ -2,8 +2,10 @@
 
 import fnmatch
 import io
+import os
 import pickle
 import sys
+import time
 import unittest
 
 import numpy as np
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
 from PIL import Image
 
 from data import celebahq256
@@ -286,13 +289,27 @@ def test_the_program_needs_no_tensorflow(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: --file_format=tfrecord needs TensorFlow")
 
 
-def test_the_program_says_when_there_is_nothing_to_do(tmp_path):
+def test_the_program_says_when_there_is_nothing_to_do(tmp_path, monkeypatch, capsys):
     write_small_set(tmp_path / "source")
-    prepare(tmp_path / "source", tmp_path)
-    done = run_program("data/celebahq256.py", "--source", "gone", env={"TFDS_DATA_DIR": str(tmp_path)})
-    assert done.stdout.startswith(f"prepared already: {tmp_path}/celebahq256/1.0.0")
-    assert f"--dataset_name celebahq256 --data_dir {tmp_path}" in done.stdout
-    assert not done.stderr
+    left = tmp_path / "celebahq256" / "incomplete.ABC_1.0.0"
+    for folder in (left, left.with_name("incomplete.DEF_1.0.0")):
+        write(folder / "part", b"x")
+    old = time.time() - 2 * 24 * 3600
+    os.utime(left / "part", (old, old))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    for source, words in (
+        ("source", "prepared: {}/celebahq256/1.0.0 (array_record"),
+        ("source", "prepared already: {}/celebahq256/1.0.0; train on it"),
+        ("other", "prepared already: {0}/celebahq256/1.0.0, from {0}/source, which was not compared with --source="),
+    ):
+        celebahq256.main(
+            ConfigDict({"source": str(tmp_path / source), "data_dir": None, "file_format": "array_record"})
+        )
+        output = capsys.readouterr().out.splitlines()[-1]
+        assert output.startswith(words.format(tmp_path))
+        assert f"--dataset_name celebahq256 --data_dir {tmp_path}" in output
+    left_now = sorted(path.name for path in (tmp_path / "celebahq256").iterdir())
+    assert left_now == ["1.0.0", "incomplete.DEF_1.0.0"]  # that of a day ago is gone, that of now may be in use
 
 
 def one_image(folder):

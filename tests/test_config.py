@@ -1,5 +1,8 @@
 """Flags, presets and the refusals of impossible values, each naming value, flag and fix."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import pytest
 from ml_collections import ConfigDict
@@ -148,6 +151,12 @@ def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--save_dir"):
         cfg.check_writable(tmp_path / "file" / "run", "save_dir")
+
+
+def test_processes_that_look_at_one_folder_do_not_disturb_each_other(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: cfg.check_writable(tmp_path / "run", "save_dir"), range(400)))
+    assert not os.listdir(tmp_path / "run")
 
 
 def test_run_folder_is_named_after_the_run(parse):

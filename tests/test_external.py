@@ -1,16 +1,27 @@
 """Files of others: read as what they should be, and refused, in one line and little memory, where they are not."""
 
 import contextlib
+import io
 import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.numpy import save as safetensors_bytes
 from safetensors.numpy import save_file
 
+from tests.conftest import ROOT
+from utils import images
+from utils.errors import UserError
 from utils.external import (
     BadFileError,
     read_json,
@@ -21,6 +32,7 @@ from utils.external import (
     read_safetensors,
     read_safetensors_shapes,
 )
+from utils.fid import load_statistics
 
 SETS = {
     "fid": {"mu": np.arange(5.0), "sigma": np.eye(5, dtype=np.float32)},
@@ -86,10 +98,10 @@ def test_pickles_that_are_no_arrays_are_refused_by_name(tmp_path):
     assert not ran.exists()
 
 
-def write_bomb(path, shape, dtype="<f8") -> None:
-    """A small npz whose array has that shape, all zeros."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.npy", "w") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+def write_bomb(path, shape, name="a") -> None:
+    """A small npz whose array `name` has that shape, all zeros."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{name}.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
         for _ in range(int(np.prod(shape)) * 8 // 2**20 + 1):
             file.write(bytes(2**20))
 
@@ -135,27 +147,132 @@ def test_an_npz_that_is_none_is_refused(tmp_path):
         read_npz(tmp_path / "objects.npz", read_npz_headers(tmp_path / "objects.npz"))
 
 
-def test_random_bytes_are_refused_by_every_reader(tmp_path):
-    rng, path = np.random.default_rng(0), tmp_path / "x"
-    np.savez(tmp_path / "good.npz", a=np.arange(50.0), b=np.eye(3))
-    save_file({"a": np.eye(3)}, tmp_path / "good.safetensors")
-    seeds = [(tmp_path / "good.npz").read_bytes(), (tmp_path / "good.safetensors").read_bytes()]
-    seeds += [pickle.dumps(SETS, protocol) for protocol in (0, 2, 5)] + [json.dumps({"a": [1, {"b": 2}]}).encode()]
-    readers = (
-        read_json,
-        read_pickled_arrays,
-        read_safetensors_shapes,
-        lambda path: read_npz(path, read_npz_headers(path)),
-        lambda path: read_safetensors(path, {"a": (3, 3)}),
+def content_of(save, *args, **arrays) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *args, **arrays)
+    return buffer.getvalue()
+
+
+READERS = (
+    read_json,
+    read_pickled_arrays,
+    read_safetensors_shapes,
+    lambda path: read_npz(path, read_npz_headers(path)),
+    lambda path: list(read_rows(path, "a", 8)),
+    lambda path: read_safetensors(path, {"a": (3, 3)}),
+    load_statistics,
+    lambda path: images.read_image(path.read_bytes(), "x", 8),
+)
+WHOLE_FILES = (
+    content_of(np.savez, a=np.arange(50.0), b=np.eye(3)),
+    content_of(np.savez_compressed, mu=np.zeros(4), sigma=np.eye(4)),
+    safetensors_bytes({"a": np.eye(3)}),
+    *(pickle.dumps(SETS, protocol) for protocol in (0, 2, 5)),
+    json.dumps({"a": [1, {"b": 2}]}).encode(),
+    *(content_of(Image.new("RGB", (5, 4)).save, kind) for kind in ("png", "jpeg", "webp")),
+)
+EDITS = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=6)
+
+
+@settings(max_examples=400, deadline=None, database=None, derandomize=True)
+@given(
+    st.binary(max_size=400) | st.tuples(st.sampled_from(WHOLE_FILES), EDITS, st.none() | st.integers(0, 2**16)),
+)
+def test_readers_raise_nothing_but_their_own_error(tmp_path_factory, content):
+    """Of random bytes, and of whole files with bytes changed and, perhaps, their end cut off."""
+    if not isinstance(content, bytes):
+        whole, edits, end = content
+        content = bytearray(whole)
+        for place, byte in edits:
+            content[place % len(content)] = byte
+        content = content[: end and end % len(content)]
+    path = tmp_path_factory.getbasetemp() / "content"
+    path.write_bytes(content)
+    for read in READERS:
+        with contextlib.suppress(BadFileError, UserError):
+            read(path)
+
+
+HOSTILE = """
+import resource, sys
+from pathlib import Path
+from etils import epath
+from utils import fid, images, inception, samples, stable_vae, tfds_data
+from utils.errors import UserError
+
+def memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+folder, before = Path(sys.argv[1]), memory()
+read = {
+    "statistics": fid.load_statistics,
+    "samples": samples.open_samples,
+    "vae": stable_vae.StableVAE.load,
+    "logits": inception.load_logits,
+    "image": lambda path: images.read_image(path.read_bytes(), path.name, 64),
+    "features": lambda path: tfds_data._check_features("--dataset_name=x", epath.Path(path)),
+}
+for path in sorted(folder.iterdir()):
+    try:
+        read[path.name.partition("_")[0]](path)
+    except (UserError, images.BrokenImageError) as error:
+        print(f"{path.name}: {memory() - before} MB: {error}")
+"""
+
+
+def forged_shape(number: int) -> bytes:
+    """Statistics whose first array says that it has `number` values."""
+    content = pickle.dumps({"fid": {"mu": np.arange(1.0), "sigma": np.eye(1)}}, 2)
+    return content.replace(b"K\x01\x85", b"J" + struct.pack("<i", number) + b"\x85", 1)
+
+
+def nested_lists(depth: int) -> bytes:
+    """2^depth lists in some five bytes each level."""
+    return (
+        b"\x80\x02]q\x00"
+        + b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1]) for i in range(depth))
+        + b"."
     )
-    for _ in range(300):
-        content = bytearray(seeds[rng.integers(len(seeds))])
-        for _ in range(rng.integers(1, 6)):
-            content[rng.integers(len(content))] = rng.integers(256)
-        path.write_bytes(content[: rng.integers(len(content) + 1)] if rng.random() < 0.3 else content)
-        for read in readers:
-            with contextlib.suppress(BadFileError):  # nothing else may come of them
-                read(path)
+
+
+def png_bomb(side: int) -> bytes:
+    """A PNG of side x side pixels with hardly any content."""
+    content = bytearray(content_of(Image.new("L", (1, 1)).save, "png"))
+    content[16:24] = struct.pack(">II", side, side)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+def test_hostile_files_take_little_memory(tmp_path):
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name, content in {
+        "statistics_shape.pkl": forged_shape(2_000_000_000),
+        "statistics_nested.pkl": nested_lists(60),
+        "statistics_dtype.pkl": forged_dtype(),
+        "image_bomb.png": png_bomb(60_000),
+        "logits_header.safetensors": struct.pack("<Q", 2**40) + b"{}",
+    }.items():
+        (folder / name).write_bytes(content)
+    write_bomb(folder / "statistics_bomb.npz", (200_000_000,), "mu")
+    write_bomb(folder / "statistics_features.npz", (100_000, 2048), "features")
+    write_bomb(folder / "samples_bomb.npz", (200_000_000,), "arr_0")
+    write_bomb(folder / "logits_bomb.npz", (200_000, 1008), "fc.weight")
+    config = {"block_out_channels": [2048] * 15, "down_block_types": ["DownEncoderBlock2D"] * 15}
+    for name, written in {
+        "vae_stages": config,
+        "vae_channels": {"block_out_channels": [10**7, 10**7]},
+        "features_module": {"pythonClassName": "os.path.Feature"},
+    }.items():
+        (folder / name).mkdir()
+        (folder / name / ("features.json" if "features" in name else "config.json")).write_text(json.dumps(written))
+    command = [sys.executable, "-c", HOSTILE, folder]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == sorted(os.listdir(folder)), done.stdout
+    for line in lines:
+        assert int(line.split(": ")[1].removesuffix(" MB")) < 500, line
 
 
 def test_json_is_an_object_of_finite_numbers(tmp_path):

@@ -15,9 +15,10 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from logging import getLogger
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,15 +60,22 @@ def _silence_orbax() -> None:
     """Keeps what Orbax logs before it raises it, hundreds of lines from several threads, off the screen; and what is
     left of the reads or writes beside the first that fails, which report to an event loop that is closed by then."""
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-    getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())  # of reads not waited for
+    getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))  # of reads and writes not waited for
     previous, previous_unraisable = threading.excepthook, sys.unraisablehook
     threading.excepthook = lambda args: None if "orbax" in type(args.thread).__module__ else previous(args)
 
     def ignore_late_answers(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value) and "async_serialize" not in str(unraisable.object):
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        if "Event loop is closed" not in str(unraisable.exc_value) and (not code or "orbax" not in code.co_filename):
             previous_unraisable(unraisable)
 
     sys.unraisablehook = ignore_late_answers
+
+
+def _is_of_orbax(record: LogRecord) -> bool:
+    error = record.exc_info and record.exc_info[1]
+    frames = traceback.walk_tb(error.__traceback__) if error else ()
+    return "orbax" in record.getMessage() or any("orbax" in frame.f_code.co_filename for frame, _ in frames)
 
 
 _silence_orbax()

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -417,11 +418,10 @@ def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1) -> 
 
 def check_writable(folder: Path, flag: str) -> None:
     """Creates `folder` and proves that files can be written there; UserError otherwise."""
-    probe = folder / ".write-test"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: the processes of a run try at the same time
+            pass
     except OSError as error:
         raise UserError(f"--{flag}={folder} cannot be written ({error.strerror}); choose another folder") from None
 

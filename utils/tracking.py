@@ -58,7 +58,7 @@ class Tracker:
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if not path.exists() or path.read_bytes() != text.encode():
             write_text(path, text)
-        self.file, self.unwritten = path.open("ab", buffering=0), b""
+        self.file, self.unwritten, self.has_warned = path.open("ab", buffering=0), b"", False
         if config.wandb.mode != "disabled":
             self.wandb_run = start_wandb(self.run_dir, config)
 
@@ -70,8 +70,11 @@ class Tracker:
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+            self.has_warned = False
         except OSError as error:
-            warn(f"{self.file.name} cannot be written ({error.strerror}); its lines wait until it can")
+            if not self.has_warned:
+                warn(f"{self.file.name} cannot be written ({error.strerror}); its lines wait until it can")
+            self.has_warned = True
         if self.wandb_run:
             self.wandb_run.log(values, step=step)
 
