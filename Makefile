@@ -15,7 +15,7 @@ $(STAMP): requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, not {sys.version}"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "$(JAX)"
-	$(BIN)/python -m utils.inception
+	$(BIN)/python -m utils.metrics.inception
 	touch $@
 
 DEMO := runs/demo
@@ -30,7 +30,7 @@ demo: $(STAMP)
 	test $(DEMO)/fid.json -nt $(DEMO)/checkpoints/$(DEMO_STEPS) || $(BIN)/python eval_fid.py --load_dir $(DEMO) \
 	  --denoise_timesteps 64 --cfg_scale 2 --num_samples 500 --batch_size 25 --save_samples $(DEMO)/samples.npz \
 	  --wandb.mode disabled
-	$(BIN)/python tests/recognise.py $(DEMO)/samples.npz
+	$(BIN)/python benchmarks/recognise_digits.py $(DEMO)/samples.npz
 	@echo "pictures: $(DEMO)/samples_64_2.png and $(DEMO)/images/; FID: $(DEMO)/fid.json; metrics: $(DEMO)/metrics.jsonl"
 
 test: $(STAMP)

@@ -10,26 +10,31 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils import config as cfg
-from utils import evaluation, inception
-from utils.datasets import Batch, epoch_batches, load_dataset
+from utils import checks, cli
+from utils.console import log
+from utils.data.batches import epoch_batches
+from utils.data.dataset import Batch
+from utils.data.registry import load_dataset
 from utils.errors import UserError
-from utils.fid import MAX_FEATURES, ImageStatistics, save_statistics
-from utils.samples import open_samples
+from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor
+from utils.metrics.measure import measure_images, pad_and_shard
+from utils.metrics.reference import MAX_FEATURES, save_statistics
+from utils.metrics.samples import open_samples
+from utils.metrics.statistics import ImageStatistics
 from utils.sharding import make_mesh, replicated
 
 
 def define_flags() -> None:
-    cfg.define_data_flags()
-    cfg.define_path("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
+    cli.define_data_flags()
+    cli.define_path("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
     flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
-    cfg.define_path("out", None, "The .npz to write.")
+    cli.define_path("out", None, "The .npz to write.")
     flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
     flags.DEFINE_integer(
         "num_features", 10_000, "Images whose features are kept, for KID, precision...", 0, MAX_FEATURES
     )
-    flags.DEFINE_enum("convention", "adm", list(inception.CONVENTIONS), "Resize and scaling before Inception.")
-    cfg.define_path("inception_weights", None, "Local copy of the Inception weights.")
+    flags.DEFINE_enum("convention", "adm", list(CONVENTIONS), "Resize and scaling before Inception.")
+    cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
 
 
 def main(config: ConfigDict) -> None:
@@ -40,18 +45,17 @@ def main(config: ConfigDict) -> None:
         raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'stats.npz'}")
     if config.images:
         data_flags = ("dataset_name", "split", "data_dir", "image_size", "broken_images", "max_megapixels")
-        cfg.refuse_ignored(data_flags, "with --images, which are taken as they are")
-    cfg.check_writable(out.parent, "out")
+        cli.refuse_ignored(data_flags, "with --images, which are taken as they are")
+    checks.check_writable(out.parent, "out")
     mesh = make_mesh()
-    cfg.check_batch_size(config.batch_size, mesh.size)
+    checks.check_batch_size(config.batch_size, mesh.size)
     samples = open_samples(config.images, "images") if config.images else None
     if samples is None:
-        options = (config.data_dir, config.image_size, config.broken_images, config.max_megapixels)
-        dataset = load_dataset(config.dataset_name, config.split, *options)
+        dataset = load_dataset(config.dataset_name, config.split, cli.read_data_options(config))
         if dataset.latents:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
-    cfg.check_batch_memory(config.batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
-    extractor = inception.load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
+    checks.check_batch_memory(config.batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
+    extractor = load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
     statistics, label_counts = ImageStatistics(config.num_features), None
     if samples:
         batches, total, source, split = samples.read(config.batch_size), samples.num_samples, config.images, None
@@ -59,9 +63,7 @@ def main(config: ConfigDict) -> None:
         label_counts = np.zeros(dataset.num_classes, np.int64)
         batches = count_labels(epoch_batches(dataset, config.batch_size), label_counts)
         total, source, split = len(dataset.source), dataset.name, config.split
-    placed = evaluation.place_images(batches, config.batch_size, mesh)
-    for _ in evaluation.measure_images(extractor, placed, statistics, total):
-        pass
+    measure_images(extractor, pad_and_shard(batches, config.batch_size, mesh), statistics, total)
     save_statistics(
         out,
         statistics,
@@ -69,9 +71,9 @@ def main(config: ConfigDict) -> None:
         dataset=source,
         split=split,
         label_counts=label_counts,
-        inception_sha256=inception.INCEPTION_SHA256,
+        inception_sha256=INCEPTION_SHA256,
     )
-    print(f"written: {out} ({statistics.num_samples} images of {source}{f', {split}' * bool(split)})")
+    log(f"written: {out} ({statistics.num_samples} images of {source}{f', {split}' * bool(split)})")
 
 
 def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator[np.ndarray]:
@@ -82,4 +84,4 @@ def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator
 
 
 if __name__ == "__main__":
-    cfg.run_program(define_flags, main)
+    cli.run_program(define_flags, main)

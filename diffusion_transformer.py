@@ -1,11 +1,13 @@
 """The Diffusion Transformer (DiT, Peebles & Xie, arXiv:2212.09748) as a velocity model v(x_t, t, label), in Flax.
 
-No flags, no configuration, no I/O. Parameters and their gradients, normalisation, softmax, the sums inside products and
-the timestep features are float32 whatever the compute type `dtype`. Shape comments use b = batch, n = tokens,
-d = hidden size, h/w/c = image axes, p = patch.
+No flags, no I/O. Parameters and their gradients, normalisation, softmax, the sums inside matmuls and the timestep
+features are float32 whatever the compute dtype. Shape comments use b = batch, n = tokens, d = hidden size,
+h/w/c = image axes, p = patch.
 """
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,16 +17,72 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from utils.products import affine, attention
+from utils.ops import attention, dense
 
 TIMESTEP_FEATURES = 256
 TIMESTEP_SCALE = 10_000.0  # t in [0, 1] is stretched to the range that the sinusoids were made for
 
-# What of a block is kept for its backward pass; the rest is computed again (rematerialisation, arXiv:1604.06174).
+# What a block saves for its backward pass; the rest is recomputed (rematerialisation, arXiv:1604.06174).
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("affine"),  # products with parameters, not attention's
+    "dots": jax.checkpoint_policies.save_only_these_names("dense"),  # matmuls with parameters, not attention's
     "blocks": jax.checkpoint_policies.nothing_saveable,  # its input alone
+}
+
+
+def setting(
+    default: Any,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    is_fixed: bool = True,
+) -> Any:
+    """A field of DiTConfig: its default, the help text and bounds of its flag, and whether a trained model fixes it."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "is_fixed": is_fixed}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """The architecture. This is its only list: --model.* flags, presets and the resume check derive from the fields.
+
+    `patch_size` divides the image sides, `num_heads` divides `hidden_size`, and `hidden_size` is a multiple of 4 (sines
+    and cosines of two axes).
+    """
+
+    patch_size: int = setting(8, "Side of a patch.", 1, 2**12)
+    hidden_size: int = setting(64, "Width of the transformer.", 4, 2**16)
+    depth: int = setting(2, "Transformer blocks.", 1, 1000)
+    num_heads: int = setting(2, "Attention heads.", 1, 2**16)
+    mlp_ratio: float = setting(1.0, "Width of the MLP over --model.hidden_size.", 0, 100)
+    class_dropout_prob: float = setting(0.1, "Fraction of labels dropped in training, for guidance.", 0, 1)
+    num_classes: int = setting(1000, 'Number of labels; one more embedding stands for "no label".', 1, 10**8)
+    t_conditioning: int = setting(1, "0 feeds zeros to the model instead of t.", 0, 1)
+    dtype: str = setting(
+        "bfloat16", "Compute dtype; parameters stay float32.", choices=("bfloat16", "float32"), is_fixed=False
+    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "DiTConfig":
+        """The configuration among the --model.* values of a run."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+
+SIZE_FIELDS = ("hidden_size", "patch_size", "depth", "num_heads", "mlp_ratio")
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
+# The recipe's presets, then the field's. A preset fills what the user left unset.
+PRESETS = {
+    "debug": dict(zip(SIZE_FIELDS, (64, 8, 2, 2, 1.0), strict=True)),
+    "big": dict(zip(SIZE_FIELDS, (768, 2, 12, 12, 4.0), strict=True)),
+    "semilarge": dict(zip(SIZE_FIELDS, (1024, 2, 22, 16, 4.0), strict=True)),
+    "large": dict(zip(SIZE_FIELDS, (1024, 2, 24, 16, 4.0), strict=True)),
+    "xlarge": dict(zip(SIZE_FIELDS, (1152, 2, 28, 16, 4.0), strict=True)),
+} | {
+    f"DiT-{name}/{patch}": dict(zip(SIZE_FIELDS, (width, patch, depth, heads, 4.0), strict=True))
+    for name, (width, depth, heads) in SIZES.items()
+    for patch in (2, 4, 8)
 }
 
 normal_init = nn.initializers.normal(0.02)
@@ -58,7 +116,7 @@ def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[
 
 
 class Dense(nn.Module):
-    """`affine` of the last axis, with its parameters; computes in `dtype`."""
+    """`dense` with its parameters; computes in `dtype`."""
 
     features: int
     dtype: Any
@@ -69,11 +127,11 @@ class Dense(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
-        return checkpoint_name(affine(x.astype(self.dtype), kernel, bias), "affine")
+        return checkpoint_name(dense(x.astype(self.dtype), kernel, bias), "dense")
 
 
 class PatchEmbed(nn.Module):
-    """Images (b, h, w, c) -> tokens (b, n, d): a convolution with kernel = stride = patch, written as one product."""
+    """Images (b, h, w, c) -> tokens (b, n, d): a convolution with kernel = stride = patch, written as one matmul."""
 
     patch_size: int
     hidden_size: int
@@ -86,7 +144,7 @@ class PatchEmbed(nn.Module):
         kernel = self.param("kernel", xavier_uniform, (p, p, c, d))
         bias = self.param("bias", zeros_init, (d,))
         patches = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)  # (b, h/p, w/p, p, p, c)
-        return affine(patches.reshape(b, -1, p * p * c), kernel.reshape(-1, d), bias)
+        return dense(patches.reshape(b, -1, p * p * c), kernel.reshape(-1, d), bias)
 
 
 class TimestepEmbed(nn.Module):
@@ -102,11 +160,9 @@ class TimestepEmbed(nn.Module):
 
 
 class LabelEmbed(nn.Module):
-    """Labels (b,) in [0, num_classes] -> (b, d); row `num_classes` stands for "no label".
+    """Labels (b,) in [0, num_classes] -> (b, d); row `num_classes` means "no label" (arXiv:2207.12598).
 
-    In training a label is dropped with probability `dropout_prob` (classifier-free guidance, arXiv:2207.12598), by the
-    random stream "label_dropout"; `force_drop_ids` (b,), 1 = drop, replaces the draw. With `dropout_prob` 1 labels are
-    dropped always, after training too: no row of theirs has been learned.
+    A model whose labels are always dropped in training sees none after it either: no row of theirs has been learned.
     """
 
     num_classes: int
@@ -115,23 +171,19 @@ class LabelEmbed(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, labels, train, force_drop_ids):
+    def __call__(self, labels):
         if self.dropout_prob == 1:
             labels = jnp.full_like(labels, self.num_classes)
-        elif force_drop_ids is not None:
-            labels = jnp.where(jnp.asarray(force_drop_ids) == 1, self.num_classes, labels)
-        elif train and self.dropout_prob > 0:
-            drop = jax.random.bernoulli(self.make_rng("label_dropout"), self.dropout_prob, labels.shape)
-            labels = jnp.where(drop, self.num_classes, labels)
         table = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_init, dtype=self.dtype)
         return table(labels)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases; query, key and value come from one product."""
+    """Multi-head self-attention with biases; query, key and value come from one matmul."""
 
     num_heads: int
     dtype: Any
+    form: str
 
     @nn.compact
     def __call__(self, x):
@@ -139,7 +191,7 @@ class Attention(nn.Module):
         # Three kernels (d, d) side by side, each of which starts as Xavier would have it.
         qkv_init = nn.initializers.variance_scaling(2, "fan_avg", "uniform")
         qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x).reshape(b, n, 3, self.num_heads, head_dim)
-        x = attention(*jnp.moveaxis(qkv, 2, 0))
+        x = attention(*jnp.moveaxis(qkv, 2, 0), self.form)
         return Dense(d, self.dtype, xavier_uniform, name="out")(x.reshape(b, n, d))
 
 
@@ -168,7 +220,7 @@ class AdaLayerNorm(nn.Module):
 
 
 def layer_norm(x: Float[Array, "b n d"], dtype) -> Float[Array, "b n d"]:
-    """x normalised over its last axis in float32, without scale or bias (eps 1e-6), in the compute type."""
+    """x normalised over its last axis in float32, without scale or bias (eps 1e-6), in the compute dtype."""
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)).astype(dtype)
@@ -180,13 +232,15 @@ class DiTBlock(nn.Module):
     num_heads: int
     mlp_ratio: float
     dtype: Any
+    attention_form: str
 
     @nn.compact
     def __call__(self, x, c):
         modulations = AdaLayerNorm(6, self.dtype, name="ada_ln")(c)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulations
         y = modulate(layer_norm(x, self.dtype), shift_attention, scale_attention)
-        x = x + gate_attention[:, None] * Attention(self.num_heads, self.dtype, name="attention")(y)
+        attended = Attention(self.num_heads, self.dtype, self.attention_form, name="attention")(y)
+        x = x + gate_attention[:, None] * attended
         y = modulate(layer_norm(x, self.dtype), shift_mlp, scale_mlp)
         width = int(self.mlp_ratio * x.shape[-1])
         return x + gate_mlp[:, None] * Mlp(width, self.dtype, name="mlp")(y)
@@ -208,68 +262,66 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Velocity model of the same output shape as its input; `init` needs only the "params" random stream.
 
-    Sizes: `patch_size` divides the image sides, `num_heads` divides `hidden_size`, `hidden_size` is a multiple of 4
-    (two axes of sines and cosines). Without `t_conditioning` the model sees t = 0 always. `dtype` is the compute type;
-    the output is float32. `remat` names what a block recomputes in its backward pass: 'none'; 'dots', all but products
-    with parameters; 'blocks', everything.
+    The output is float32. `remat` names what a block recomputes in its backward pass: 'none'; 'dots', all but matmuls
+    with parameters; 'blocks', everything. `attention_form` is one of ops.ATTENTION_FORMS.
     """
 
-    patch_size: int
-    hidden_size: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
-    class_dropout_prob: float
-    num_classes: int
-    dtype: Any = jnp.float32
-    t_conditioning: bool = True
+    config: DiTConfig
     remat: str = "none"
+    attention_form: str = "by_head"
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        y: Int[Array, " b"],
-        train: bool = False,
-        force_drop_ids: Int[Array, " b"] | None = None,
+        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], labels: Int[Array, " b"]
     ) -> Float[Array, "b h w c"]:
-        """Velocity at x_t (noise at t = 0, data at t = 1) for labels y; y = num_classes means "no label"."""
+        """Velocity at x_t (noise at t = 0, data at t = 1); the label num_classes means "no label"."""
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
         b, h, w, c = x.shape
-        p = self.patch_size
-        tokens = PatchEmbed(p, self.hidden_size, self.dtype, name="patch_embed")(x)
-        table = position_table(h // p, w // p, self.hidden_size)
+        p = config.patch_size
+
+        # Tokens with their positions.
+        tokens = PatchEmbed(p, config.hidden_size, dtype, name="patch_embed")(x)
+        table = position_table(h // p, w // p, config.hidden_size)
         if self.has_variable("params", "pos_embed"):  # a jax-flow checkpoint's, which training has moved
             table = self.get_variable("params", "pos_embed")
-        tokens = tokens + table.astype(self.dtype)
+        tokens = tokens + table.astype(dtype)
 
-        t = t if self.t_conditioning else jnp.zeros_like(t)
-        condition = TimestepEmbed(self.hidden_size, self.dtype, name="timestep_embed")(t)
-        condition += LabelEmbed(
-            self.num_classes, self.hidden_size, self.class_dropout_prob, self.dtype, name="label_embed"
-        )(y, train, force_drop_ids)
+        # What every block is conditioned on.
+        t = t if config.t_conditioning else jnp.zeros_like(t)
+        condition = TimestepEmbed(config.hidden_size, dtype, name="timestep_embed")(t)
+        label_embed = LabelEmbed(
+            config.num_classes, config.hidden_size, config.class_dropout_prob, dtype, name="label_embed"
+        )
+        condition += label_embed(labels)
 
         tokens = self.apply_blocks(tokens, condition)
-        patches = FinalLayer(p * p * c, self.dtype, name="final_layer")(tokens, condition)
 
+        # Back to an image.
+        patches = FinalLayer(p * p * c, dtype, name="final_layer")(tokens, condition)
         image = patches.reshape(b, h // p, w // p, p, p, c).swapaxes(2, 3)  # (b, h/p, p, w/p, p, c)
         return image.reshape(b, h, w, c).astype(jnp.float32)
 
     def apply_blocks(self, tokens: Float[Array, "b n d"], condition: Float[Array, "b d"]) -> Float[Array, "b n d"]:
-        # Written out rather than scanned over: see benchmarks/train_step.py for what that costs and gains.
+        # Unrolled rather than scanned over: benchmarks/train_step.py measures what that costs and gains.
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
         Block = DiTBlock if self.remat == "none" else nn.remat(DiTBlock, policy=REMAT_POLICIES[self.remat])
-        for i in range(self.depth):
-            tokens = Block(self.num_heads, self.mlp_ratio, self.dtype, name=f"block_{i}")(tokens, condition)
+        for i in range(config.depth):
+            block = Block(config.num_heads, config.mlp_ratio, dtype, self.attention_form, name=f"block_{i}")
+            tokens = block(tokens, condition)
         return tokens
 
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
-        """Floating-point operations of one forward pass on one (h, w, c) image, matrix products only (2 per MAC).
+        """Floating-point operations of one forward pass on one (h, w, c) image, matmuls only (2 per MAC).
 
         A training step costs three times this per image; the usual basis of model FLOPs utilisation (MFU).
         """
+        config = self.config
         h, w, c = image_shape
-        d, p = self.hidden_size, self.patch_size
+        d = config.hidden_size
+        p = config.patch_size
         n = (h // p) * (w // p)
-        block = n * (4 * d * d + 2 * int(self.mlp_ratio * d) * d) + 2 * n * n * d + 6 * d * d
+        block = n * (4 * d * d + 2 * int(config.mlp_ratio * d) * d) + 2 * n * n * d + 6 * d * d
         ends = 2 * n * p * p * c * d + 2 * d * d + TIMESTEP_FEATURES * d + d * d
-        return 2 * (self.depth * block + ends)
+        return 2 * (config.depth * block + ends)

@@ -17,23 +17,27 @@ from jaxtyping import Array, Float16, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from utils import config as cfg
-from utils import evaluation, latents
-from utils.datasets import SPLITS, ImageDataset, epoch_batches, load_dataset
+from utils import checks, cli
+from utils.codecs.codec import images_from_uint8
+from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.codecs.vae import StableVAE
+from utils.console import log
+from utils.data import latents
+from utils.data.batches import epoch_batches
+from utils.data.dataset import SPLITS, ImageDataset
+from utils.data.fingerprint import Fingerprint, write_listing
+from utils.data.registry import load_dataset
 from utils.errors import UserError
 from utils.files import FolderLock, remove_temporaries, write_json
-from utils.fingerprint import Fingerprint, write_listing
-from utils.sharding import batch_sharding, gather, make_mesh, spread
-from utils.stable_vae import StableVAE, images_from_uint8
+from utils.sharding import batch_sharding, gather, make_mesh, shard_replicated
 
 
 def define_flags() -> None:
-    cfg.define_data_flags()
-    cfg.define_vae_flag()
-    cfg.define_path("out", None, "Folder to write.")
+    cli.define_data_flags()
+    cli.define_vae_flag()
+    cli.define_path("out", None, "Folder to write.")
     flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
     flags.DEFINE_integer("shard_size", 4096, "Images a file.", lower_bound=1)
-    flags.adopt_module_key_flags(cfg)  # so that --help lists them
 
 
 def encode_views(
@@ -82,15 +86,15 @@ def prepare_folder(out: Path, manifest: latents.Manifest, fingerprints: dict[str
 def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the folder to write, such as latents/imagenet256")
-    out, mesh, vae = Path(config.out), make_mesh(), config.vae or cfg.VAE
-    cfg.check_batch_size(config.batch_size, mesh.size)
-    options = (config.data_dir, config.image_size, config.broken_images, config.max_megapixels)
-    datasets = {split: load_dataset(config.dataset_name, split, *options) for split in SPLITS}
+    out, mesh, vae = Path(config.out), make_mesh(), config.vae or DEFAULT_HUB_ID
+    checks.check_batch_size(config.batch_size, mesh.size)
+    options = cli.read_data_options(config)
+    datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
     train = datasets["train"]
     if train.latents:
         raise UserError(f"--dataset_name={config.dataset_name} holds latents already; give a data set of images")
-    cfg.check_batch_memory(config.batch_size, train.image_shape)
-    codec = evaluation.load_codec(True, vae, mesh, train.image_shape)
+    checks.check_batch_memory(config.batch_size, train.image_shape)
+    codec = load_codec(True, vae, mesh, train.image_shape)
     manifest = latents.Manifest(
         dataset_name=config.dataset_name,
         image_shape=train.image_shape,
@@ -103,7 +107,7 @@ def main(config: ConfigDict) -> None:
         vae_sha256=codec.sha256,
         splits={split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
     )
-    cfg.check_writable(out, "out")
+    checks.check_writable(out, "out")
     lock = FolderLock(out)
     lock.acquire("out")
     remove_temporaries(out)
@@ -111,18 +115,18 @@ def main(config: ConfigDict) -> None:
     with tqdm(total=sum(manifest.num_examples.values()), unit="image") as bar:
         for split, dataset in datasets.items():
             num_views = manifest.num_views[split]
-            program = jax.jit(partial(encode_views, num_views=num_views), out_shardings=batch_sharding(mesh))
+            encode = jax.jit(partial(encode_views, num_views=num_views), out_shardings=batch_sharding(mesh))
             for name, rows in manifest.shards(split):
                 if (out / name).exists():
                     bar.update(len(rows))
                     continue
                 examples = encode_examples(
-                    dataset, rows, config.batch_size, lambda images, f=program: f(codec, spread(images, mesh))
+                    dataset, rows, config.batch_size, lambda images, f=encode: f(codec, shard_replicated(images, mesh))
                 )
                 latents.write_shard(out / name, counted(examples, bar))
     lock.release()
-    print(f"written: {out}; train on it: python train_flow.py --dataset_name latents:{out}")
+    log(f"written: {out}; train on it: python train_flow.py --dataset_name latents:{out}")
 
 
 if __name__ == "__main__":
-    cfg.run_program(define_flags, main)
+    cli.run_program(define_flags, main)

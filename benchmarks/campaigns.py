@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.checkpoint import Checkpoints, open_checkpoint  # noqa: E402
-from utils.sharding import abstract, make_mesh, replicated  # noqa: E402
+from utils.sharding import make_mesh, replicated, shape_structs  # noqa: E402
 from utils.train_state import TrainState, create_train_state, make_optimizer  # noqa: E402
 
 MAX_STEPS = 120
@@ -151,7 +151,7 @@ def try_flips(root: Path, rng: random.Random, number: int) -> str:
     for step, state in states.items():
         checkpoints.save(state, {"dataset_name": "digits", "dataset": {}}, {"next_index": step})
     checkpoints.close()
-    target = abstract(states[1], replicated(make_mesh()))
+    target = shape_structs(states[1], replicated(make_mesh()))
     # Orbax keeps arrays as OCDBT: their bytes are the files in the folders named d.
     files = [path for path in (root / "flips" / "checkpoints" / "2").rglob("*") if path.is_file()]
     files = [path for path in files if path.parent.name == "d" and path.stat().st_size]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: works taken in turns, the rate of plain matrix products, tables."""
+"""What the benchmarks share: interleaved measurements, the rate of plain matmuls, tables."""
 
 import importlib.util
 import json
@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from diffusion_transformer import DiT
+from diffusion_transformer import DiT, DiTConfig
 from utils.errors import UserError
+from utils.ops import choose_attention_for
 from utils.throughput import PEAK_TFLOPS
 
 # Hidden size, depth, heads: DiT-S to DiT-XL of arXiv:2212.09748, table 1, and one to try a benchmark with.
@@ -31,7 +32,7 @@ Work = Callable[[], Any]  # does one unit of work; what it returns is waited for
 
 
 def define_model_flags() -> None:
-    """Registers the model that `compare` is about."""
+    """Registers the model to `compare`."""
     flags.DEFINE_enum("model", "B", list(SIZES), "Size of the DiT.")
     flags.DEFINE_integer("patch_size", 2, "Side of its patches, of latents of 32x32x4.", lower_bound=1)
     flags.DEFINE_float("peak_tflops", None, "Of one device, where its kind is not known, for the MFU.", lower_bound=0)
@@ -46,26 +47,28 @@ def define_measurement_flags(batch: int, repeats: int = 1) -> None:
     flags.DEFINE_string("json", None, "File for the figures.")
 
 
-def make_model(config: ConfigDict, dtype: str, **options) -> DiT:
+def make_model(config: ConfigDict, dtype: str, remat: str = "none") -> DiT:
     hidden, depth, heads = SIZES[config.model]
-    return DiT(config.patch_size, hidden, depth, heads, 4.0, 0.1, NUM_CLASSES, dtype=jnp.dtype(dtype), **options)
+    dit_config = DiTConfig(config.patch_size, hidden, depth, heads, 4.0, 0.1, NUM_CLASSES, dtype=dtype)
+    form = choose_attention_for(jax.devices()[0], hidden // heads, dtype)
+    return DiT(dit_config, remat, form)
 
 
 def describe_device() -> str:
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
-def choose(known: Iterable[str], given: Sequence[str]) -> list[str]:
+def choose(known: Iterable[str], requested: Sequence[str]) -> list[str]:
     """The known rows that --rows gives, all if it gives none; UserError for one that is not known."""
     known = list(known)
-    unknown = [name for name in given if name not in known]
+    unknown = [name for name in requested if name not in known]
     if unknown:
         raise UserError(f"--rows={unknown[0]} is not measured here; there are {', '.join(known)}")
-    return [name for name in known if not given or name in given]
+    return [name for name in known if not requested or name in requested]
 
 
-def seconds_in_turns(works: Mapping[str, Work], rounds: int, repeats: int = 1) -> dict[str, float]:
-    """Median seconds of each work over `rounds`. All take turns, so that what slows the machine slows all of them.
+def measure_interleaved(works: Mapping[str, Work], rounds: int, repeats: int = 1) -> dict[str, float]:
+    """Median seconds of each work over `rounds`. Interleaved, so that what slows the machine slows all of them.
 
     Each is done once beforehand, uncounted, to compile. A measurement is of `repeats` dispatched one after the other.
     """
@@ -84,10 +87,10 @@ def seconds_in_turns(works: Mapping[str, Work], rounds: int, repeats: int = 1) -
 
 
 def matmul_flops(dtype: str, rows: int, width: int) -> float:
-    """Operations a second of (rows, width) x (width, 4 width), a DiT's largest product, summed in float32."""
+    """Operations a second of (rows, width) x (width, 4 width), a DiT's largest matmul, summed in float32."""
     x, y = jnp.ones((rows, width), dtype), jnp.ones((width, 4 * width), dtype)
-    product = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
-    (seconds,) = seconds_in_turns({f"{dtype} product": lambda: product(x, y)}, rounds=10, repeats=10).values()
+    matmul = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
+    (seconds,) = measure_interleaved({f"{dtype} matmul": lambda: matmul(x, y)}, rounds=10, repeats=10).values()
     return 2 * rows * width * 4 * width / seconds
 
 
@@ -102,14 +105,14 @@ def has_torch() -> bool:
 def compare(
     title: str, works: Mapping[str, tuple[str, Work]], flops: float, config: ConfigDict, reference: str
 ) -> None:
-    """Measures works, each (compute type, work) of `flops` operations a time on --batch images, and reports them.
+    """Measures works, each (compute dtype, work) of `flops` operations a time on --batch images, and reports them.
 
-    "roofline" is the time that the operations would take at the rate of one plain product of the compute type, measured
-    in the same run; "share" is that over the work's time; "ratio" is the time of row `reference` over the row's.
+    "roofline" is the time that the operations would take at the rate of one plain matmul of the compute dtype, measured
+    in the same run; "fraction" is that over the work's time; "ratio" is the time of row `reference` over the row's.
     """
     tokens = config.batch * LATENT_SHAPE[0] * LATENT_SHAPE[1] // config.patch_size**2
     rates = {dtype: matmul_flops(dtype, tokens, SIZES[config.model][0]) for dtype, _ in works.values()}
-    seconds = seconds_in_turns({name: work for name, (_, work) in works.items()}, config.rounds, config.repeats)
+    seconds = measure_interleaved({name: work for name, (_, work) in works.items()}, config.rounds, config.repeats)
     peak = config.peak_tflops or PEAK_TFLOPS.get(jax.devices()[0].device_kind)
     rows = []
     for name, (dtype, work) in works.items():
@@ -119,12 +122,12 @@ def compare(
             "images/s": config.batch / seconds[name],
             "TFLOP/s": flops / seconds[name] / 1e12,
             "roofline ms": 1e3 * flops / rates[dtype],
-            "share": f"{flops / rates[dtype] / seconds[name]:.0%}",
+            "fraction": f"{flops / rates[dtype] / seconds[name]:.0%}",
             "ratio": seconds[reference] / seconds[name] if reference in seconds else None,
         }
         if peak:
             row["MFU"] = f"{flops / seconds[name] / peak / 1e12:.0%}"
-        rows.append(row | getattr(work, "facts", {}))
+        rows.append(row | getattr(work, "metadata", {}))
     report(title, rows, config.json)
 
 

@@ -19,8 +19,8 @@ from absl import flags
 from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
-from utils import config as cfg
-from utils import inception
+from utils import cli
+from utils.metrics import inception
 
 REFERENCE, BFLOAT16, CONSTANTS, TORCH = "ours", "ours: bfloat16", "ours: weights as constants", "PyTorch"
 
@@ -91,7 +91,7 @@ def main(config: ConfigDict) -> None:
     if common.has_torch():
         makers[TORCH] = lambda: torch_work(path, images)
     works = {name: makers[name]() for name in common.choose(makers, config.rows)}
-    seconds = common.seconds_in_turns(works, config.rounds, config.repeats)
+    seconds = common.measure_interleaved(works, config.rounds, config.repeats)
 
     reference = np.asarray(ours(on_device).pool)
     slowest, rows = max(seconds.values()), []
@@ -106,4 +106,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cfg.run_program(define_flags, main)
+    cli.run_program(define_flags, main)

@@ -1,4 +1,4 @@
-"""Training on cached latents against encoding on the fly: images per second of both, taken in turns in one run.
+"""Training on cached latents against encoding on the fly: images per second of both, interleaved in one run.
 
     python benchmarks/latents.py --model.preset big --batch_size 4
 
@@ -20,10 +20,10 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import config as cfg
-from utils import evaluation
-from utils.sharding import make_mesh, replicated, to_devices
-from utils.stable_vae import StableVAE
+from utils import checks, cli
+from utils.codecs.vae import StableVAE
+from utils.models import init_params, make_model
+from utils.sharding import make_mesh, replicated, shard_batch
 from utils.train_state import create_train_state, make_optimizer
 from utils.train_step import train_step
 
@@ -33,36 +33,35 @@ def define_flags() -> None:
     flags.DEFINE_integer("image_size", 256, "Side of the images.", lower_bound=8)
     flags.DEFINE_integer("rounds", 5, "Times that each of the two is measured.", lower_bound=1)
     flags.DEFINE_integer("steps", 1, "Steps a measurement.", lower_bound=1)
-    cfg.define_model_flags()
-    flags.adopt_module_key_flags(cfg)
+    cli.define_model_flags()
 
 
 def main(config: ConfigDict) -> None:
     mesh, size = make_mesh(), config.image_size
-    cfg.check_batch_size(config.batch_size, mesh.size)
+    checks.check_batch_size(config.batch_size, mesh.size)
     codec = jax.device_put(StableVAE.random(1), replicated(mesh))
     names = tuple(map(str, range(config.model.num_classes)))
-    context = evaluation.make_context(config.model, codec, mesh, (size, size, 3), names)
+    image_model = make_model(config.model, codec, mesh, (size, size, 3), names)
     optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
     key = jax.random.key(0)
-    state = create_train_state(evaluation.init_params(context, key), optimizer, key)
+    state = create_train_state(init_params(image_model, key), optimizer, key)
     state = jax.device_put(state, replicated(mesh))
-    parts = {
-        "model": context.model,
+    static = {
+        "model": image_model.network,
         "optimizer": optimizer,
-        "t_sampler": config.model.t_sampler,
+        "objective": image_model.objective,
         "ema_decay": 0.9999,
         "grad_accum": 1,
     }
-    step = jax.jit(partial(train_step, **parts), donate_argnums=0)
+    step = jax.jit(partial(train_step, **static), donate_argnums=0)
 
     rng = np.random.default_rng(0)
     labels = rng.integers(0, len(names), config.batch_size, dtype=np.int32)
     images = rng.integers(0, 256, (config.batch_size, size, size, 3), dtype=np.uint8)
-    moments = rng.normal(size=(config.batch_size, 2, *context.latent_shape)).astype(np.float16)
+    moments = rng.normal(size=(config.batch_size, 2, *image_model.latent_shape)).astype(np.float16)
     batches = {
-        "encoding on the fly": to_devices({"image": images, "label": labels}, mesh),
-        "cached latents": to_devices({"moments": moments, "label": labels}, mesh),
+        "encoding on the fly": shard_batch({"image": images, "label": labels}, mesh),
+        "cached latents": shard_batch({"moments": moments, "label": labels}, mesh),
     }
 
     seconds = {name: [] for name in batches}
@@ -85,4 +84,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cfg.run_program(define_flags, main)
+    cli.run_program(define_flags, main)

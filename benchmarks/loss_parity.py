@@ -12,8 +12,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils import config as cfg
-from utils import plotting
+from utils import checks, cli, plotting
 from utils.errors import UserError
 from utils.tracking import read_metrics
 
@@ -43,7 +42,7 @@ def main(config: ConfigDict) -> None:
     runs, out = [Path(run) for run in config.runs], Path(config.out)
     if len(runs) != 2:
         raise UserError(f"--runs={','.join(config.runs)}: give two folders, separated by a comma")
-    cfg.check_writable(out, "out")
+    checks.check_writable(out, "out")
     curves = {}
     for name in ("training/l2_loss", "validation/l2_loss"):
         losses = [read_losses(run, name) for run in runs]
@@ -68,4 +67,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cfg.run_program(define_flags, main)
+    cli.run_program(define_flags, main)

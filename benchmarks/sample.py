@@ -1,4 +1,4 @@
-"""Sampling side by side: ours, the recipe as published, PyTorch where it is installed; in one run, in turns.
+"""Sampling side by side: ours, the jax-flow baseline, PyTorch where it is installed; interleaved in one run.
 
     python benchmarks/sample.py --model B --batch 4 --steps 8
 
@@ -11,17 +11,19 @@ from typing import Any
 import common
 import jax
 import jax.numpy as jnp
-import published
+import jax_flow_baseline
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils import config as cfg
-from utils import evaluation
-from utils.sampling import Sampler
+from utils import cli
+from utils.codecs.pixels import PixelCodec
+from utils.generate import ImageGenerator
+from utils.models import ImageModel, init_params
+from utils.objectives.flow_matching import FlowMatching
+from utils.sampling import SamplerConfig
 from utils.sharding import make_mesh
-from utils.stable_vae import PixelCodec
 
-PUBLISHED = "as published"
+BASELINE = "jax-flow baseline"
 OURS = {"ours": "bfloat16", "ours: float32": "float32"}
 TORCH = {"PyTorch": "bfloat16", "PyTorch: float32": "float32"}
 
@@ -36,19 +38,19 @@ def define_flags() -> None:
 def our_sampler(config: ConfigDict, dtype: str) -> common.Work:
     classes = tuple(map(str, range(common.NUM_CLASSES)))
     model = common.make_model(config, dtype)
-    context = evaluation.Context(model, PixelCodec(), make_mesh(), common.LATENT_SHAPE, classes)
-    params = jax.jit(lambda key: evaluation.init_params(context, key))(jax.random.key(0))
-    generator = evaluation.Generator(context, params, seed=0)
-    sampler = Sampler(config.steps, config.cfg_scale)
+    image_model = ImageModel(model, FlowMatching(), PixelCodec(), make_mesh(), common.LATENT_SHAPE, classes)
+    params = jax.jit(lambda key: init_params(image_model, key))(jax.random.key(0))
+    generator = ImageGenerator(image_model, params, seed=0)
+    sampler = SamplerConfig(config.steps, config.cfg_scale)
     return lambda: [batch.images for batch in generator.generate(sampler, config.batch, config.batch)]
 
 
-def published_sampler(config: ConfigDict) -> common.Work:
+def baseline_sampler(config: ConfigDict) -> common.Work:
     model = common.make_model(config, "float32")
-    params = published.create_params(model, common.LATENT_SHAPE)
+    params = jax_flow_baseline.create_params(model, common.LATENT_SHAPE)
     noise = jax.random.normal(jax.random.key(0), (config.batch, *common.LATENT_SHAPE))
     labels = jnp.zeros(config.batch, jnp.int32)
-    return lambda: published.sample(params, noise, labels, config.cfg_scale, config.steps, model=model)
+    return lambda: jax_flow_baseline.sample(params, noise, labels, config.cfg_scale, config.steps, model=model)
 
 
 def torch_sampler(config: ConfigDict, dtype: str) -> common.Work:
@@ -59,7 +61,7 @@ def torch_sampler(config: ConfigDict, dtype: str) -> common.Work:
 
 
 def make_works(config: ConfigDict) -> dict[str, tuple[str, Callable[[], Any]]]:
-    makers = {PUBLISHED: ("float32", lambda: published_sampler(config))}
+    makers = {BASELINE: ("float32", lambda: baseline_sampler(config))}
     makers |= {name: (dtype, lambda dtype=dtype: our_sampler(config, dtype)) for name, dtype in OURS.items()}
     if common.has_torch():
         makers |= {name: (dtype, lambda dtype=dtype: torch_sampler(config, dtype)) for name, dtype in TORCH.items()}
@@ -71,8 +73,8 @@ def main(config: ConfigDict) -> None:
     model = common.make_model(config, "float32")
     flops = config.steps * 2 * config.batch * model.count_flops(common.LATENT_SHAPE)
     title = f"DiT-{config.model}/{config.patch_size}, batch {config.batch}, {config.steps} guided Euler steps"
-    common.compare(title, works, flops, config, reference=PUBLISHED)
+    common.compare(title, works, flops, config, reference=BASELINE)
 
 
 if __name__ == "__main__":
-    cfg.run_program(define_flags, main)
+    cli.run_program(define_flags, main)

@@ -1,5 +1,5 @@
 """The same DiT in PyTorch as its users run it: torch.compile, bfloat16 autocast, scaled-dot-product attention, fused
-AdamW, an averaged copy. Written from the paper (arXiv:2212.09748); it computes what `diffusion_transformer.DiT` does.
+AdamW, an EMA. Written from the paper (arXiv:2212.09748); it computes what `diffusion_transformer.DiT` does.
 """
 
 import math
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffusion_transformer import DiT as OurDiT
-from diffusion_transformer import position_table
+from diffusion_transformer import DiTConfig, position_table
 
 
 def modulate(x, shift, scale):
@@ -37,7 +37,7 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """Latents (b, c, h, w), times (b,) and labels (b,) -> velocity, float32."""
 
-    def __init__(self, sizes: OurDiT, latent_shape: tuple[int, int, int]):
+    def __init__(self, sizes: DiTConfig, latent_shape: tuple[int, int, int]):
         super().__init__()
         (h, w, c), p, d = latent_shape, sizes.patch_size, sizes.hidden_size
         self.patch_size, self.grid = p, (h // p, w // p)
@@ -62,14 +62,15 @@ class DiT(nn.Module):
 
 
 class Run:
-    """A model with its optimizer and average on the GPU, if there is one, else on the CPU."""
+    """A model with its optimizer and EMA on the GPU, if there is one, else on the CPU."""
 
-    def __init__(self, sizes: OurDiT, latent_shape: tuple[int, int, int], batch: int, dtype: str):
+    def __init__(self, model: OurDiT, latent_shape: tuple[int, int, int], batch: int, dtype: str):
+        sizes = model.config
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_float32_matmul_precision("high")  # as DiT's and its followers' scripts do
         self.autocast = torch.autocast(self.device, torch.bfloat16, enabled=dtype == "bfloat16")
         self.model = DiT(sizes, latent_shape).to(self.device)
-        self.average = [p.detach().clone() for p in self.model.parameters()]
+        self.ema = [p.detach().clone() for p in self.model.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0, fused=True
         )
@@ -83,13 +84,13 @@ class Run:
         t = torch.randn(len(x_1), device=self.device).sigmoid()
         is_dropped = torch.rand(len(x_1), device=self.device) < self.sizes.class_dropout_prob
         labels = self.labels.masked_fill(is_dropped, self.sizes.num_classes)
-        share = t.clamp(max=0.99)[:, None, None, None]
+        fraction = t.clamp(max=0.99)[:, None, None, None]
         with self.autocast:
-            prediction = self.compiled(torch.lerp(noise, x_1, share), t, labels)
+            prediction = self.compiled(torch.lerp(noise, x_1, fraction), t, labels)
         F.mse_loss(prediction, x_1 - noise).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        torch._foreach_lerp_(self.average, list(self.model.parameters()), 1e-4)
+        torch._foreach_lerp_(self.ema, list(self.model.parameters()), 1e-4)
         self.wait()
 
     @torch.no_grad()

@@ -1,15 +1,13 @@
-"""The training step side by side: ours, the recipe as published, PyTorch where it is installed; in one run, in turns.
+"""The training step side by side: ours, the jax-flow baseline, PyTorch where it is installed; interleaved in one run.
 
     python benchmarks/train_step.py --model B --batch 4
 
-"roofline" is the time that the step's operations would take at the rate of one plain product of the row's compute
-type, measured in the same run, and "share" is that over the step's own time: the MFU, with the measured rate as peak.
-"MFU" is against the data sheet's peak, where the device is known. Operations are the model's, whatever a row computes
-again.
-"GiB" is the compiled program's own analysis.
+"roofline" is the time that the step's operations would take at the rate of one plain matmul in the row's compute dtype,
+measured in the same run, and "fraction" is that over the step's own time: the MFU, with the measured rate as peak.
+"MFU" is against the data sheet's peak, where the device is known. Operations are the model's, whatever a row
+recomputes. "GiB" is the compiler's own analysis.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,19 +17,20 @@ import common
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jax_flow_baseline
 import numpy as np
-import published
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiT, DiTBlock
-from utils import config as cfg
-from utils.sharding import compile_program, memory_of
-from utils.stable_vae import StableVAE, VAEConfig
+from utils import cli
+from utils.codecs.vae import StableVAE, VAEConfig
+from utils.objectives.flow_matching import FlowMatching
+from utils.sharding import compile_step, memory_needed
 from utils.train_state import create_train_state, make_optimizer
 from utils.train_step import train_step
 
-PUBLISHED = "as published"
-VARIANTS = {  # of our step: compute type, rematerialisation, parts of the batch
+BASELINE = "jax-flow baseline"
+VARIANTS = {  # of our step: compute dtype, rematerialisation, microbatches
     "ours": ("bfloat16", "none", 1),
     "ours: float32": ("float32", "none", 1),
     "ours: --remat dots": ("bfloat16", "dots", 1),
@@ -49,11 +48,14 @@ def define_flags() -> None:
 
 
 class ScannedDiT(DiT):
-    """DiT with its blocks as one that is scanned over: a program of one block's size."""
+    """DiT with its blocks as one that is scanned over: compiled code of one block's size."""
 
     def apply_blocks(self, tokens, condition):
-        block = DiTBlock(self.num_heads, self.mlp_ratio, self.dtype, name="blocks")
-        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": self.depth}
+        config = self.config
+        block = DiTBlock(
+            config.num_heads, config.mlp_ratio, jnp.dtype(config.dtype), self.attention_form, name="blocks"
+        )
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": config.depth}
         scan = nn.scan(lambda block, x, c: (block(x, c), None), in_axes=nn.broadcast, **options)
         return scan(block, tokens, condition)[0]
 
@@ -65,8 +67,8 @@ class Step:
         self.states, self.kind, self.arguments = states, kind, arguments
         started = time.perf_counter()
         step = jax.jit(function, donate_argnums=0 if donate else ())
-        self.compiled = compile_program(step, states[kind], *arguments)
-        self.facts = {"GiB": memory_of(self.compiled) / 2**30, "compiled in s": time.perf_counter() - started}
+        self.compiled = compile_step(step, states[kind], *arguments, platform=jax.default_backend())
+        self.metadata = {"GiB": memory_needed(self.compiled) / 2**30, "compiled in s": time.perf_counter() - started}
 
     def __call__(self) -> Any:
         self.states[self.kind], metrics = self.compiled(self.states[self.kind], *self.arguments)
@@ -77,8 +79,7 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
     dtype, remat, grad_accum = VARIANTS[name]
     model, kind = common.make_model(config, dtype, remat=remat), "ours"
     if name == "ours: blocks scanned":
-        fields = {field.name for field in dataclasses.fields(DiT)} - {"name", "parent"}
-        model, kind = ScannedDiT(**{field: getattr(model, field) for field in fields}), "scanned"
+        model, kind = ScannedDiT(model.config, model.remat, model.attention_form), "scanned"
 
     @jax.jit
     def init(key):
@@ -90,25 +91,31 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
     # Latents come as cached moments do, of no variance.
     moments = np.stack([latents, np.full_like(latents, -30)], axis=1).astype(np.float16)
     codec = StableVAE.random(0, VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=8))
-    options = {"t_sampler": "logit_normal", "grad_accum": grad_accum, "ema_decay": 0.9999}
-    step = partial(train_step, model=model, optimizer=OPTIMIZER, **options)
+    step = partial(
+        train_step,
+        model=model,
+        objective=FlowMatching(),
+        optimizer=OPTIMIZER,
+        grad_accum=grad_accum,
+        ema_decay=0.9999,
+    )
     return Step(step, states, kind, {"moments": moments, "label": labels}, codec, donate=True)
 
 
-def published_step(config: ConfigDict, states: dict[str, Any], latents: np.ndarray, labels: np.ndarray) -> Step:
+def baseline_step(config: ConfigDict, states: dict[str, Any], latents: np.ndarray, labels: np.ndarray) -> Step:
     model = common.make_model(config, "float32")
-    states[PUBLISHED] = published.create_state(model, OPTIMIZER, latents.shape[1:])
-    step = partial(published.train_step, model=model, optimizer=OPTIMIZER)
-    return Step(step, states, PUBLISHED, latents, labels, donate=False)
+    states[BASELINE] = jax_flow_baseline.create_state(model, OPTIMIZER, latents.shape[1:])
+    step = partial(jax_flow_baseline.train_step, model=model, optimizer=OPTIMIZER)
+    return Step(step, states, BASELINE, latents, labels, donate=False)
 
 
 def make_work(config: ConfigDict, name: str, states: dict[str, Any]) -> tuple[str, common.Work]:
-    """(compute type, training step) of a row."""
+    """(compute dtype, training step) of a row."""
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(config.batch, *common.LATENT_SHAPE)).astype(np.float32)
     labels = rng.integers(0, common.NUM_CLASSES, config.batch, dtype=np.int32)
-    if name == PUBLISHED:
-        return "float32", published_step(config, states, latents, labels)
+    if name == BASELINE:
+        return "float32", baseline_step(config, states, latents, labels)
     if name in VARIANTS:
         return VARIANTS[name][0], our_step(config, name, states, latents, labels)
     import torch_dit
@@ -118,12 +125,12 @@ def make_work(config: ConfigDict, name: str, states: dict[str, Any]) -> tuple[st
 
 
 def main(config: ConfigDict) -> None:
-    states, names = {}, [PUBLISHED, *VARIANTS, *(TORCH if common.has_torch() else ())]
+    states, names = {}, [BASELINE, *VARIANTS, *(TORCH if common.has_torch() else ())]
     works = {name: make_work(config, name, states) for name in common.choose(names, config.rows)}
     flops = 3 * config.batch * common.make_model(config, "float32").count_flops(common.LATENT_SHAPE)
     title = f"Training step of DiT-{config.model}/{config.patch_size}, batch {config.batch}, latents of 32x32x4"
-    common.compare(title, works, flops, config, reference=PUBLISHED)
+    common.compare(title, works, flops, config, reference=BASELINE)
 
 
 if __name__ == "__main__":
-    cfg.run_program(define_flags, main)
+    cli.run_program(define_flags, main)

@@ -30,13 +30,13 @@ from tensorflow_datasets.core import shuffle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils/ is, which a program in data/ does not see
 
-from utils import config as cfg
+from utils import checks, cli
+from utils.data.image_folder import IMAGE_SUFFIXES
+from utils.data.images import UPRIGHT, read_image, read_orientation
+from utils.data.tfds import import_tensorflow
 from utils.errors import UserError
 from utils.external import read_json
 from utils.files import write_json
-from utils.image_folder import IMAGE_SUFFIXES
-from utils.images import UPRIGHT, read_image, read_orientation
-from utils.tfds_data import import_tensorflow
 
 SIZE = 256
 CLASS_NAMES = ("female", "male")
@@ -278,7 +278,7 @@ def main(config: ConfigDict) -> None:
             raise UserError(
                 "--file_format=tfrecord needs TensorFlow: `pip install tensorflow`, or leave the flag out"
             ) from None
-    cfg.check_writable(data_dir, "data_dir")
+    checks.check_writable(data_dir, "data_dir")
     remove_incomplete(builder)
     try:
         builder.download_and_prepare(file_format=config.file_format)
@@ -293,4 +293,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cfg.run_program(define_flags, main)
+    cli.run_program(define_flags, main)

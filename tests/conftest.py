@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from absl import flags
 
-from utils.config import parse_flags
+from utils.cli import parse_flags
 from utils.errors import UserError
-from utils.inception import inception_weights_path
+from utils.metrics.inception import inception_weights_path
 
 ROOT = Path(__file__).resolve().parents[1]
 

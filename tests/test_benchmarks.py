@@ -10,25 +10,25 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from diffusion_transformer import DiT
+from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import ROOT, run_program
-from utils.checkpoint import import_jax_flow_params
+from utils.convert.jax_flow import import_jax_flow_params
 
 SMALL = ["--model", "debug", "--patch_size", 8, "--batch", 2, "--rounds", 1]
 
 
 @pytest.fixture
-def published(monkeypatch):
+def baseline(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import published
+    import jax_flow_baseline
 
-    yield published
-    del sys.modules["published"]
+    yield jax_flow_baseline
+    del sys.modules["jax_flow_baseline"]
 
 
-def test_the_published_model_is_the_same_function(published):
-    model = DiT(2, 32, 1, 4, 4.0, 0.1, 10)
-    params = published.create_params(model, (8, 8, 4))
+def test_the_baseline_model_is_the_same_function(baseline):
+    model = DiT(DiTConfig(2, 32, 1, 4, 4.0, 0.1, 10, dtype="float32"))
+    params = baseline.create_params(model, (8, 8, 4))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), params)
     names = {
@@ -50,7 +50,7 @@ def test_the_published_model_is_the_same_function(published):
     x, t = jax.random.normal(jax.random.key(0), (3, 8, 8, 4)), jnp.array([0.0, 0.3, 0.9])
     labels = jnp.array([1, 5, 10])
     expected = jax.jit(model.apply)({"params": import_jax_flow_params(flat)}, x, t, labels)
-    found = jax.jit(published.DiT(model).apply)(params, x, t, labels)
+    found = jax.jit(baseline.DiT(model.config).apply)(params, x, t, labels)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(expected).max() > 0.1
 
@@ -68,8 +68,8 @@ def measure(program: str, path, *args) -> list[dict]:
 @pytest.mark.parametrize(
     ("program", "names"),
     [
-        ("train_step.py", ["as published", "ours"]),
-        ("sample.py", ["as published", "ours"]),
+        ("train_step.py", ["jax-flow baseline", "ours"]),
+        ("sample.py", ["jax-flow baseline", "ours"]),
     ],
 )
 def test_models_side_by_side(program, names, tmp_path):
@@ -82,8 +82,8 @@ def test_models_side_by_side(program, names, tmp_path):
 
 def test_feeds_side_by_side(shared, tmp_path):
     args = ["--dataset_name", "cifar10", "--data_dir", shared / "data" / "tfds", "--batch", 8, "--repeats", 2]
-    rows = measure("feed.py", tmp_path / "figures.json", *args, "--published_buffer", 50, "--step_ms", 1)
-    assert [row["feed"] for row in rows] == ["ours", "as published"]
+    rows = measure("batches.py", tmp_path / "figures.json", *args, "--baseline_buffer", 50, "--step_ms", 1)
+    assert [row["pipeline"] for row in rows] == ["ours", "jax-flow baseline"]
     assert [row["MB to the device an image"] for row in rows] == pytest.approx([0.0031, 0.0123], abs=1e-3)
 
 
@@ -115,7 +115,7 @@ def test_runs_side_by_side(tmp_path):
 def test_unknown_rows_are_refused():
     done = run_program("benchmarks/train_step.py", *SMALL, "--rows", "theirs", check=False)
     assert done.returncode == 1
-    assert "error: --rows=theirs is not measured here; there are as published, ours" in done.stderr
+    assert "error: --rows=theirs is not measured here; there are jax-flow baseline, ours" in done.stderr
 
 
 @pytest.mark.slow

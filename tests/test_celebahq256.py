@@ -19,7 +19,7 @@ from PIL import Image
 from data import celebahq256
 from data.celebahq256 import Celebahq256, fit
 from tests.conftest import run_program
-from utils.datasets import load_dataset
+from tests.data_sets import load
 from utils.errors import UserError
 
 pytestmark = pytest.mark.xdist_group("celebahq256")  # one worker imports TensorFlow, not both
@@ -83,7 +83,7 @@ def stored(builder: Celebahq256, split: str) -> list[tuple[bytes, int]]:
 
 def examples(data_dir, split: str) -> list[tuple[np.ndarray, int]]:
     """(pixels, label) of every example, as training reads them."""
-    dataset = load_dataset("celebahq256", split, data_dir=data_dir)
+    dataset = load("celebahq256", split, data_dir=data_dir)
     assert dataset.class_names == ("female", "male")
     assert dataset.image_shape == (256, 256, 3)
     return [(dataset.source[i]["image"], int(dataset.source[i]["label"])) for i in range(len(dataset.source))]
@@ -391,7 +391,7 @@ def test_what_cannot_be_prepared_is_one_line_and_leaves_nothing(tmp_path, read_f
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "out" / "celebahq256").iterdir())
     with pytest.raises(UserError, match="no data set celebahq256"):
-        load_dataset("celebahq256", data_dir=tmp_path / "out")
+        load("celebahq256", data_dir=tmp_path / "out")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, read_flags, monkeypatch):

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffusion_transformer import DiT, position_table
+from diffusion_transformer import DiT, DiTConfig, position_table
 from utils import checkpoint
+from utils.convert.jax_flow import import_jax_flow_params
 from utils.errors import UserError
-from utils.sharding import abstract, make_mesh, replicated, state_sharding
+from utils.sharding import make_mesh, replicated, shape_structs, state_sharding
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
 
 FACTS = {"image_shape": [8, 8, 1], "class_names": ["a"]}
@@ -41,12 +42,12 @@ def test_everything_comes_back(tmp_path, state):
     checkpoints.save(state, CONFIG, {"next_index": 12})
     checkpoints.close()
     checkpoints, (step,) = checkpoint.open_checkpoint(tmp_path)
-    restored, position = checkpoints.restore(step, abstract(state, replicated(make_mesh())))
+    restored, position = checkpoints.restore(step, shape_structs(state, replicated(make_mesh())))
     assert step == 1
     assert position == {"next_index": 12}
     assert_equal(restored, state)
     assert checkpoints.restore_config(1) == CONFIG
-    (ema_params,) = checkpoints.restore_params(1, abstract(state.params, replicated(make_mesh())), ("ema_params",))
+    (ema_params,) = checkpoints.restore_params(1, shape_structs(state.params, replicated(make_mesh())), ("ema_params",))
     jax.tree.map(np.testing.assert_array_equal, ema_params, state.ema_params)
 
 
@@ -62,7 +63,7 @@ def test_a_state_donated_right_after_the_save_is_saved_as_it_was(tmp_path, state
     checkpoints = checkpoint.Checkpoints(tmp_path)
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     checkpoints.save(state, CONFIG, None)
-    like = abstract(state, replicated(make_mesh()))
+    like = shape_structs(state, replicated(make_mesh()))
     overwritten = state.params
     for _ in range(5):
         overwritten = jax.block_until_ready(overwrite(overwritten))
@@ -106,7 +107,7 @@ def test_truncated_checkpoint_is_one_line(tmp_path, state):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     checkpoints, (step,) = checkpoint.open_checkpoint(tmp_path)
     with pytest.raises(UserError) as error:
-        checkpoints.restore(step, abstract(state, replicated(make_mesh())))
+        checkpoints.restore(step, shape_structs(state, replicated(make_mesh())))
     assert "\n" not in str(error.value)
     assert str(tmp_path / "checkpoints" / "1") in str(error.value)
 
@@ -119,7 +120,7 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(state, CONFIG, {"next_index": 1200})
     checkpoints.close()
-    like, rng, noticed = abstract(state, replicated(make_mesh())), np.random.default_rng(0), 0
+    like, rng, noticed = shape_structs(state, replicated(make_mesh())), np.random.default_rng(0), 0
     files = files_of(tmp_path / "checkpoints" / "1")
     for file in [*files, *rng.choice(files, 20)]:
         content = file.read_bytes()
@@ -157,7 +158,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used_and_nothing_is_removed(tmp_
     for step in (1, 2, 3):
         checkpoints.save(state.replace(step=jnp.int32(step)), CONFIG, step)
     checkpoints.close()
-    like = abstract(state, replicated(make_mesh()))
+    like = shape_structs(state, replicated(make_mesh()))
     damaged = files_of(tmp_path / "checkpoints" / "3" / "config")[-1]
     damaged.write_bytes(b"")
     checkpoints, steps = checkpoint.open_checkpoint(tmp_path)
@@ -192,7 +193,7 @@ def test_a_checkpoint_of_another_model_is_not_called_damaged(tmp_path, state):
     for _ in range(2):
         checkpoints = checkpoint.Checkpoints(tmp_path)
         with pytest.raises(UserError, match=r"is of another model: .* here; give the --model flags") as error:
-            checkpoints.restore_params(1, abstract(other, replicated(make_mesh())), ("params",))
+            checkpoints.restore_params(1, shape_structs(other, replicated(make_mesh())), ("params",))
         assert not isinstance(error.value, checkpoint.DamagedCheckpointError)
         assert "delet" not in str(error.value)
         shutil.rmtree(
@@ -225,7 +226,7 @@ def test_checkpoints_without_checksums_load(tmp_path, state):
     checkpoints.save(state, CONFIG, None)
     checkpoints.close()
     shutil.rmtree(tmp_path / "checkpoints" / "1" / "checksums")
-    like = abstract(state, replicated(make_mesh()))
+    like = shape_structs(state, replicated(make_mesh()))
     assert_equal(checkpoint.Checkpoints(tmp_path).restore(1, like)[0], state)
 
 
@@ -286,18 +287,18 @@ def jax_flow_params(golden):
 def test_import_has_the_shapes_of_the_model(golden):
     meta = {name.removeprefix("meta/"): int(value) for name, value in golden.items() if name.startswith("meta/")}
     image = jnp.zeros((1, meta.pop("image_size"), meta["patch_size"] * 4, meta.pop("channels")))
-    model = DiT(class_dropout_prob=0.1, **meta)
+    model = DiT(DiTConfig(class_dropout_prob=0.1, dtype="float32", **meta))
     shapes = jax.eval_shape(model.init, jax.random.key(0), image, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
-    imported = checkpoint.import_jax_flow_params(jax_flow_params(golden))
+    imported = import_jax_flow_params(jax_flow_params(golden))
     assert jax.tree.map(jnp.shape, imported) == jax.tree.map(lambda x: x.shape, shapes)
 
 
 def test_import_refuses_other_trees(golden):
     flat = jax_flow_params(golden)
     with pytest.raises(ValueError, match="DiTBlock_0/Dense_0/bias is missing"):
-        checkpoint.import_jax_flow_params({k: v for k, v in flat.items() if k != "DiTBlock_0/Dense_0/bias"})
+        import_jax_flow_params({k: v for k, v in flat.items() if k != "DiTBlock_0/Dense_0/bias"})
     with pytest.raises(ValueError, match="Extra/kernel has no counterpart"):
-        checkpoint.import_jax_flow_params({**flat, "Extra/kernel": np.zeros(1)})
+        import_jax_flow_params({**flat, "Extra/kernel": np.zeros(1)})
 
 
 def test_import_keeps_a_position_table_that_training_moved(golden, monkeypatch):
@@ -305,11 +306,14 @@ def test_import_keeps_a_position_table_that_training_moved(golden, monkeypatch):
     flat["pos_embed"] = flat["pos_embed"] * 2
     meta = {name.removeprefix("meta/"): int(value) for name, value in golden.items() if name.startswith("meta/")}
     del meta["image_size"], meta["channels"]
-    model, inputs = DiT(class_dropout_prob=0.1, **meta), (golden["x_1"], golden["t"], golden["labels"])
-    moved = model.apply({"params": checkpoint.import_jax_flow_params(flat)}, *inputs)
+    model, inputs = (
+        DiT(DiTConfig(class_dropout_prob=0.1, dtype="float32", **meta)),
+        (golden["x_1"], golden["t"], golden["labels"]),
+    )
+    moved = model.apply({"params": import_jax_flow_params(flat)}, *inputs)
     # The same model with its constant moved instead.
     flat["pos_embed"] = flat["pos_embed"] / 2
-    params = checkpoint.import_jax_flow_params(flat)
+    params = import_jax_flow_params(flat)
     assert "pos_embed" not in params
     monkeypatch.setattr("diffusion_transformer.position_table", lambda *size: 2 * position_table(*size))
     np.testing.assert_allclose(moved, model.apply({"params": params}, *inputs), atol=1e-5)

@@ -11,11 +11,15 @@ import compute_fid_stats
 import encode_latents
 import eval_fid
 import train_flow
-from utils import config as cfg
-from utils import evaluation
+from diffusion_transformer import PRESETS
+from utils import checks, cli
+from utils.codecs.pixels import PixelCodec
 from utils.errors import UserError
-from utils.sampling import Sampler
-from utils.stable_vae import PixelCodec
+from utils.generate import RECIPE_BATCH_SIZE
+from utils.models import init_params, make_model
+from utils.resume import check_settings
+from utils.sampling import SamplerConfig
+from utils.sharding import make_mesh
 
 DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4"
 
@@ -27,8 +31,8 @@ def parse(read_flags):
 
 
 def count_parameters(model: ConfigDict, shape=(32, 32, 4)) -> int:
-    context = evaluation.make_context(model, PixelCodec(), None, shape, ("a",))
-    shapes = jax.eval_shape(lambda key: evaluation.init_params(context, key), jax.random.key(0))
+    image_model = make_model(model, PixelCodec(), make_mesh(), shape, ("a",))
+    shapes = jax.eval_shape(lambda key: init_params(image_model, key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
@@ -41,7 +45,7 @@ def test_defaults_are_the_recipe(parse):
     recipe_model = {
         "lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "hidden_size": 64, "patch_size": 8, "depth": 2, "num_heads": 2,
         "mlp_ratio": 1, "class_dropout_prob": 0.1, "num_classes": 1000, "denoise_timesteps": 32, "cfg_scale": 4.0,
-        "target_update_rate": 0.9999, "t_sampler": "log-normal", "t_conditioning": 1, "preset": "debug",
+        "target_update_rate": 0.9999, "t_sampler": "logit_normal", "t_conditioning": 1, "preset": "debug",
         "use_stable_vae": 1,
     }  # fmt: skip
     assert recipe.items() <= config.to_dict().items()
@@ -49,8 +53,8 @@ def test_defaults_are_the_recipe(parse):
     assert config.wandb.project == "flow"
     assert config.wandb.name == "flow_imagenet256"
     assert {"use_cfg": 1, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
-    assert evaluation.RECIPE_BATCH_SIZE == 128
-    assert eval_fid.read_samplers(parse("", eval_fid), 0.1) == [Sampler(500, 4.0)]
+    assert RECIPE_BATCH_SIZE == 128
+    assert eval_fid.read_samplers(parse("", eval_fid), 0.1) == [SamplerConfig(500, 4.0)]
 
 
 # Parameters without the position table, which jax-flow counts (n * hidden) and which is a constant here.
@@ -60,7 +64,7 @@ def test_defaults_are_the_recipe(parse):
 )
 def test_presets(parse, preset, parameters):
     model = parse(f"--model.preset {preset}").model
-    assert {name: model[name] for name in cfg.PRESETS[preset]} == cfg.PRESETS[preset]
+    assert {name: model[name] for name in PRESETS[preset]} == PRESETS[preset]
     if parameters:
         assert count_parameters(model) == parameters
 
@@ -137,47 +141,47 @@ def test_unreadable_flags_are_refused_in_one_line(parse, line, words):
 )
 def test_impossible_models_are_refused(parse, line, words):
     with pytest.raises(UserError) as error:
-        cfg.check_model(parse(line).model, (32, 32, 4))
+        checks.check_model(parse(line).model, (32, 32, 4))
     assert all(word in str(error.value) for word in words), error.value
 
 
 def test_batch_size_must_divide():
     with pytest.raises(UserError, match=r"--batch_size=10 does not divide over 4 devices; use a multiple of 4"):
-        cfg.check_batch_size(10, 4)
-    cfg.check_batch_size(12, 4)
+        checks.check_batch_size(10, 4)
+    checks.check_batch_size(12, 4)
 
 
 def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--save_dir"):
-        cfg.check_writable(tmp_path / "file" / "run", "save_dir")
+        checks.check_writable(tmp_path / "file" / "run", "save_dir")
 
 
 def test_processes_that_look_at_one_folder_do_not_disturb_each_other(tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: cfg.check_writable(tmp_path / "run", "save_dir"), range(400)))
+        list(pool.map(lambda _: checks.check_writable(tmp_path / "run", "save_dir"), range(400)))
     assert not os.listdir(tmp_path / "run")
 
 
 def test_run_folder_is_named_after_the_run(parse):
-    assert str(cfg.run_folder(parse("--dataset_name folder:/data/cats"))) == "runs/flow_folder_data_cats"
-    assert str(cfg.run_folder(parse("--save_dir /tmp/x"))) == "/tmp/x"
+    assert str(cli.run_folder(parse("--dataset_name folder:/data/cats"))) == "runs/flow_folder_data_cats"
+    assert str(cli.run_folder(parse("--save_dir /tmp/x"))) == "/tmp/x"
 
 
 def test_legacy_values_end_at_the_flags():
-    assert cfg.guidance_scale(-1) is None
-    assert cfg.guidance_scale(1) is None
-    assert cfg.guidance_scale(0) == 0
-    assert cfg.ema_decay(0.9999) == 0.9999
-    assert cfg.ema_decay(1) == 0
+    assert cli.guidance_scale(-1) is None
+    assert cli.guidance_scale(1) is None
+    assert cli.guidance_scale(0) == 0
+    assert cli.ema_decay(0.9999) == 0.9999
+    assert cli.ema_decay(1) == 0
 
 
 def test_sweeps_are_every_scale_and_step_count_once(parse):
     line = "--denoise_timesteps 20,5,20 --cfg_scale 1,4,-1 --solver heun --cfg_interval 0.1,0.9"
     common = {"cfg_interval": (0.1, 0.9), "solver": "heun"}
-    expected = [Sampler(steps, scale, **common) for scale in (None, 4.0) for steps in (20, 5)]
+    expected = [SamplerConfig(steps, scale, **common) for scale in (None, 4.0) for steps in (20, 5)]
     assert eval_fid.read_samplers(parse(line, eval_fid), 0.1) == expected
-    assert eval_fid.read_samplers(parse("--use_cfg 0 --cfg_scale 4", eval_fid), 0.1) == [Sampler(500, None)]
+    assert eval_fid.read_samplers(parse("--use_cfg 0 --cfg_scale 4", eval_fid), 0.1) == [SamplerConfig(500, None)]
 
 
 @pytest.mark.parametrize(
@@ -247,37 +251,37 @@ def test_eval_takes_the_models_values_from_the_run(parse, line):
     saved = parse("").model.to_dict()
     parse(line, eval_fid)
     with pytest.raises(UserError, match=f"{line.replace(' ', '=')}.*, but the run of --load_dir has .*; leave "):
-        cfg.override_model(saved)
+        cli.override_model(saved)
     parse("--model.dtype float32 --model.depth 2", eval_fid)
-    assert cfg.override_model(saved).dtype == "float32"
+    assert cli.override_model(saved).dtype == "float32"
 
 
 def test_guidance_needs_both_kinds_of_labels(parse, capsys):
-    assert [cfg.can_guide(prob) for prob in (0, 0.1, 1)] == [False, True, False]
-    assert eval_fid.read_samplers(parse("", eval_fid), 0) == [Sampler(500, None)]
+    assert [checks.can_guide(prob) for prob in (0, 0.1, 1)] == [False, True, False]
+    assert eval_fid.read_samplers(parse("", eval_fid), 0) == [SamplerConfig(500, None)]
     assert "drawn without guidance" in capsys.readouterr().out
-    assert eval_fid.read_samplers(parse("--cfg_scale 1,-1", eval_fid), 1) == [Sampler(500, None)]
+    assert eval_fid.read_samplers(parse("--cfg_scale 1,-1", eval_fid), 1) == [SamplerConfig(500, None)]
     with pytest.raises(UserError, match=r"--cfg_scale=1,4: with --model.class_dropout_prob=0 the model"):
         eval_fid.read_samplers(parse("--cfg_scale 1,4", eval_fid), 0)
 
 
 def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):
-    facts = {"dataset": {"vae": "some/vae", "vae_sha256": "0"}}
-    saved = parse("--save_dir x").to_dict() | facts
-    cfg.check_resumable(parse("--save_dir x --max_steps 5 --model.lr 1").to_dict() | facts, saved, tmp_path)
+    recorded = {"dataset": {"vae": "some/vae", "vae_sha256": "0"}}
+    saved = parse("--save_dir x").to_dict() | recorded
+    check_settings(parse("--save_dir x --max_steps 5 --model.lr 1").to_dict() | recorded, saved, tmp_path)
     for line, name in (
         ("--model.depth 5", "model.depth=2"),
         ("--batch_size 8", "batch_size=256"),
         ("--seed 1", "seed=0"),
         ("--debug_overfit 1", "debug_overfit=0"),
-        ("--model.t_sampler uniform", "model.t_sampler=log-normal"),
+        ("--model.t_sampler uniform", "model.t_sampler=logit_normal"),
         ("--model.t_conditioning 0", "model.t_conditioning=1"),
         ("--model.class_dropout_prob 0.9", "model.class_dropout_prob=0.1"),
         ("--load_dir another/run", "load_dir=another/run"),
     ):
         with pytest.raises(UserError, match=name):
-            cfg.check_resumable(parse(line).to_dict() | facts, saved, tmp_path)
+            check_settings(parse(line).to_dict() | recorded, saved, tmp_path)
     other = {"dataset": {"vae": "other/vae", "vae_sha256": "1"}}
     with pytest.raises(UserError, match="--vae=some/vae, which is not other/vae"):
-        cfg.check_resumable(parse("--save_dir x").to_dict() | other, saved, tmp_path)
-    cfg.check_resumable(parse("").to_dict() | {"dataset": {"vae": "copy", "vae_sha256": "0"}}, saved, tmp_path)
+        check_settings(parse("--save_dir x").to_dict() | other, saved, tmp_path)
+    check_settings(parse("").to_dict() | {"dataset": {"vae": "copy", "vae_sha256": "0"}}, saved, tmp_path)

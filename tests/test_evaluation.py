@@ -6,51 +6,55 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from utils import evaluation, sampling
-from utils.config import PRESETS
-from utils.fid import ImageStatistics
-from utils.inception import Features
-from utils.sampling import Sampler
+from diffusion_transformer import PRESETS
+from utils import sampling
+from utils.codecs.pixels import PixelCodec
+from utils.generate import ImageBatch, ImageGenerator, _generate
+from utils.metrics.inception import Features
+from utils.metrics.measure import measure_images, pad_and_shard
+from utils.metrics.statistics import ImageStatistics
+from utils.models import init_params, make_model
+from utils.panels import loss_by_time, reconstruction_panel, sample_panels, sample_stages
+from utils.sampling import SamplerConfig
 from utils.sharding import make_mesh
-from utils.stable_vae import PixelCodec
 
 MODEL = {
     **PRESETS["debug"], "patch_size": 2, "num_classes": 10, "class_dropout_prob": 0.1, "use_stable_vae": 0,
-    "t_conditioning": 1, "dtype": "float32", "cfg_scale": 4.0, "beta1": 0.9, "beta2": 0.99,
+    "t_conditioning": 1, "dtype": "float32", "t_sampler": "logit_normal", "cfg_scale": 4.0, "beta1": 0.9, "beta2": 0.99,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def context():
-    return evaluation.make_context(ConfigDict(MODEL), PixelCodec(), make_mesh(), (8, 8, 1), tuple("0123456789"))
+def model():
+    return make_model(ConfigDict(MODEL), PixelCodec(), make_mesh(), (8, 8, 1), tuple("0123456789"))
 
 
 @pytest.fixture(scope="module")
-def params(context):
+def params(model):
     @jax.jit
     def init(key):
-        params = evaluation.init_params(context, key)
+        params = init_params(model, key)
         # The last layers start at zero; here the output is to depend on the input.
         return jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params)
 
     return init(jax.random.key(0))
 
 
-def generate(context, params, batch_size, num_samples=1003, seed=0, **changes):
-    sampler = Sampler(3, 2.0)._replace(**changes)
-    batches = evaluation.Generator(context, params, seed=seed).generate(sampler, num_samples, batch_size)
+def generate(model, params, batch_size, num_samples=1003, seed=0, **changes):
+    sampler = SamplerConfig(3, 2.0)._replace(**changes)
+    batches = ImageGenerator(model, params, seed=seed).generate(sampler, num_samples, batch_size)
     images, labels = zip(*(batch.to_host() for batch in batches), strict=True)
     return np.concatenate(images), np.concatenate(labels)
 
 
-def test_exactly_the_number_asked_for_and_the_same_for_every_batch_size(context, params):
-    images, labels = generate(context, params, 128)
+def test_exactly_the_number_asked_for_and_the_same_for_every_batch_size(model, params):
+    images, labels = generate(model, params, 128)
     assert images.shape == (1003, 8, 8, 1)
     assert images.dtype == np.uint8
     assert images.std() > 20
     assert set(labels) == set(range(10))
     for batch_size in (1003, 40):
-        others, other_labels = generate(context, params, batch_size)
+        others, other_labels = generate(model, params, batch_size)
         np.testing.assert_array_equal(labels, other_labels)
         # Programs of other shapes round differently: a value at the edge between two grey levels may fall to either.
         difference = np.abs(images.astype(int) - others)
@@ -58,23 +62,23 @@ def test_exactly_the_number_asked_for_and_the_same_for_every_batch_size(context,
         assert (difference > 0).mean() < 1e-4
 
 
-def test_the_first_samples_do_not_depend_on_how_many_follow(context, params):
-    np.testing.assert_array_equal(generate(context, params, 64, 10)[0], generate(context, params, 64, 100)[0][:10])
-    assert not np.array_equal(generate(context, params, 64, 10)[0], generate(context, params, 64, 10, seed=1)[0])
+def test_the_first_samples_do_not_depend_on_how_many_follow(model, params):
+    np.testing.assert_array_equal(generate(model, params, 64, 10)[0], generate(model, params, 64, 100)[0][:10])
+    assert not np.array_equal(generate(model, params, 64, 10)[0], generate(model, params, 64, 10, seed=1)[0])
 
 
-def test_guidance_scale_and_steps_compile_one_program(context, params):
-    generate(context, params, 32, 32, cfg_scale=2.0, num_steps=3)
-    compiled = evaluation._generate._cache_size()
-    generate(context, params, 32, 32, cfg_scale=0.5, num_steps=9)
-    assert evaluation._generate._cache_size() == compiled
+def test_guidance_scale_and_steps_compile_one_program(model, params):
+    generate(model, params, 32, 32, cfg_scale=2.0, num_steps=3)
+    compiled = _generate._cache_size()
+    generate(model, params, 32, 32, cfg_scale=0.5, num_steps=9)
+    assert _generate._cache_size() == compiled
 
 
-def test_the_batch_is_what_fits_the_memory(context, params):
-    generator = evaluation.Generator(context, params, seed=0)
+def test_the_batch_is_what_fits_the_memory(model, params):
+    generator = ImageGenerator(model, params, seed=0)
 
     def fit(free_memory, num_samples=10**7):
-        return generator.fitting_batch_size(Sampler(3, 2.0), num_samples, free_memory)
+        return generator.fitting_batch_size(SamplerConfig(3, 2.0), num_samples, free_memory)
 
     assert fit(None) == 128
     assert fit(None, num_samples=10) == 10
@@ -85,7 +89,7 @@ def test_the_batch_is_what_fits_the_memory(context, params):
     assert fit(2**40, num_samples=100) == 100
 
 
-def test_grey_images_are_three_equal_channels_and_padding_does_not_count(context):
+def test_grey_images_are_three_equal_channels_and_padding_does_not_count(model):
     seen = []
 
     def extractor(images):
@@ -94,9 +98,10 @@ def test_grey_images_are_three_equal_channels_and_padding_does_not_count(context
         return Features(means, 2 * means[:, :2])
 
     images = np.random.default_rng(0).integers(0, 256, (13, 8, 8, 1), np.uint8)
-    batches = evaluation.place_images([images[:8], images[8:]], 8, context.mesh)
+    batches = pad_and_shard([images[:8], images[8:]], 8, model.mesh)
     statistics = ImageStatistics()
-    measured = list(evaluation.measure_images(extractor, batches, statistics))
+    measured = []
+    measure_images(extractor, batches, statistics, on_batch=measured.append)
     assert [batch.count for batch in measured] == [8, 5]
     assert [rows.shape for rows in seen] == [(8, 8, 8, 3)] * 2
     assert all((rows == rows[..., :1]).all() for rows in seen)
@@ -106,7 +111,7 @@ def test_grey_images_are_three_equal_channels_and_padding_does_not_count(context
     assert statistics.num_samples == 13
 
 
-def test_the_devices_have_the_next_batch_while_the_host_waits(context):
+def test_the_devices_have_the_next_batch_while_the_host_waits(model):
     """Features of batch k are fetched after batch k + 1 has been made and sent to the network."""
     events = []
 
@@ -121,57 +126,57 @@ def test_the_devices_have_the_next_batch_while_the_host_waits(context):
     def make():
         for number in range(3):
             events.append(f"make {number}")
-            yield evaluation.ImageBatch(jnp.zeros((2, 4, 4, 3), jnp.uint8), None, 2)
+            yield ImageBatch(jnp.zeros((2, 4, 4, 3), jnp.uint8), None, 2)
 
     def extractor(images):
         number = sum(event.startswith("extract") for event in events)
         events.append(f"extract {number}")
         return Features(Rows(number), np.zeros((2, 0)))
 
-    list(evaluation.measure_images(extractor, make(), ImageStatistics()))
+    measure_images(extractor, make(), ImageStatistics())
     assert events == [
         "make 0", "extract 0", "make 1", "extract 1", "fetch 0", "make 2", "extract 2", "fetch 1", "fetch 2",
     ]  # fmt: skip
 
 
-def test_loss_by_time_of_a_zero_model_is_known(context, params):
+def test_loss_by_time_of_a_zero_model_is_known(model, params):
     zero = jax.tree.map(jnp.zeros_like, params)
     images = np.zeros((64, 8, 8, 1), np.uint8)  # x_1 = -1 everywhere: the loss is E (x_1 - x_0)^2 = 2 at every t
     batch = {"image": images, "label": np.zeros(64, np.int32)}
-    losses = evaluation.loss_by_time(context, zero, batch, jax.random.key(1))
+    losses = loss_by_time(model, zero, batch, jax.random.key(1))
     assert list(losses) == [*(f"{i / 10:.1f}" for i in range(11)), "mean"]
     np.testing.assert_allclose(list(losses.values()), 2, rtol=0.1)
 
 
-def test_panels(context, params):
+def test_panels(model, params):
     labels = np.arange(3) % 10
     batch = {"image": np.full((3, 8, 8, 1), 200, np.uint8), "label": labels}  # fewer images than the panel has columns
-    figure = evaluation.reconstruction_panel(context, params, batch, jax.random.key(0))
+    figure = reconstruction_panel(model, params, batch, jax.random.key(0))
     assert [axis.get_title() for axis in figure.axes[:3]] == ["t = 0\n0", "t = 0.125\n1", "t = 0.25\n2"]
-    panels = dict(evaluation.sample_panels(context, params, jax.random.key(0), Sampler(8, 2.0)))
+    panels = dict(sample_panels(model, params, jax.random.key(0), SamplerConfig(8, 2.0)))
     assert list(panels) == [*(f"sample_cfg_{s}" for s in (0, 0.1, 1, 4, 10)), *(f"sample_N/{n}" for n in (1, 4, 32))]
     stages = [axis.images[0].get_array() for axis in panels["sample_cfg_4"].axes]
     assert len(stages) == 64
     assert not np.array_equal(stages[0], stages[7])
 
 
-def test_one_step_panel_goes_the_whole_way(context, params):
+def test_one_step_panel_goes_the_whole_way(model, params):
     """`sample_N/1` is x_0 + v(x_0, 0), not 1/32 of it."""
     noise = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     labels = jnp.arange(8)
-    (last,) = evaluation.sample_stages(context, params, noise, labels, None, 1)[:, -1:].swapaxes(0, 1)
-    v = jax.jit(context.model.apply)({"params": params}, noise, jnp.zeros(8), labels)
+    (last,) = sample_stages(model, params, noise, labels, None, 1)[:, -1:].swapaxes(0, 1)
+    v = jax.jit(model.network.apply)({"params": params}, noise, jnp.zeros(8), labels)
     expected = np.round((np.clip(noise + v, -1, 1) + 1) * 127.5)
     assert np.abs(last - expected).max() <= 1
 
 
-def test_generated_images_are_clipped_and_rounded_once(context, params):
+def test_generated_images_are_clipped_and_rounded_once(model, params):
     """Inception is given uint8 pixels of what lies in [-1, 1]: not scaled again, not cut off, not wrapped around."""
-    images, labels = generate(context, params, 16, 16, cfg_scale=None, num_steps=2)
+    images, labels = generate(model, params, 16, 16, cfg_scale=None, num_steps=2)
     noise_key, _ = jax.random.split(jax.random.key(0))
     x = sampling.sample_noise(noise_key, jnp.arange(16), (8, 8, 1))
     for t in (0, 0.5):
-        x = x + jax.jit(context.model.apply)({"params": params}, x, jnp.full(16, t), labels) / 2
+        x = x + jax.jit(model.network.apply)({"params": params}, x, jnp.full(16, t), labels) / 2
     x = np.asarray(x)
     assert (x < -1.1).any()
     assert (x > 1.1).any()

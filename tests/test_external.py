@@ -20,7 +20,7 @@ from safetensors.numpy import save as safetensors_bytes
 from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
-from utils import images
+from utils.data import images
 from utils.errors import UserError
 from utils.external import (
     BadFileError,
@@ -32,7 +32,7 @@ from utils.external import (
     read_safetensors,
     read_safetensors_shapes,
 )
-from utils.fid import load_statistics
+from utils.metrics.reference import load_statistics
 
 SETS = {
     "fid": {"mu": np.arange(5.0), "sigma": np.eye(5, dtype=np.float32)},
@@ -197,7 +197,9 @@ HOSTILE = """
 import resource, sys
 from pathlib import Path
 from etils import epath
-from utils import fid, images, inception, samples, stable_vae, tfds_data
+from utils.codecs import vae
+from utils.data import images, tfds
+from utils.metrics import inception, reference, samples
 from utils.errors import UserError
 
 def memory():
@@ -205,12 +207,12 @@ def memory():
 
 folder, before = Path(sys.argv[1]), memory()
 read = {
-    "statistics": fid.load_statistics,
+    "statistics": reference.load_statistics,
     "samples": samples.open_samples,
-    "vae": stable_vae.StableVAE.load,
+    "vae": vae.StableVAE.load,
     "logits": inception.load_logits,
     "image": lambda path: images.read_image(path.read_bytes(), path.name, 64),
-    "features": lambda path: tfds_data._check_features("--dataset_name=x", epath.Path(path)),
+    "features": lambda path: tfds._check_features("--dataset_name=x", epath.Path(path)),
 }
 for path in sorted(folder.iterdir()):
     try:

@@ -9,18 +9,13 @@ import scipy.linalg
 import scipy.stats
 
 from utils.errors import UserError
-from utils.fid import (
-    FeatureStatistics,
-    ImageStatistics,
-    InceptionScore,
-    ReferenceStatistics,
-    compare,
-    frechet_distance,
-    kernel_distance,
-    load_statistics,
-    manifold_metrics,
-    save_statistics,
-)
+from utils.metrics.fid import frechet_distance
+from utils.metrics.inception_score import InceptionScore
+from utils.metrics.kid import kid
+from utils.metrics.prdc import prdc
+from utils.metrics.reference import ReferenceStatistics, load_statistics, save_statistics
+from utils.metrics.registry import compute_metrics
+from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 
 
 @pytest.fixture
@@ -343,19 +338,19 @@ def test_every_metric_that_the_reference_allows(rng, tmp_path):
     samples = images_of(fake, fake_s, max_features=30)
     save_statistics(tmp_path / "all", images_of(real, real_s, 100), convention="adm", dataset="x")
     write_arrays(tmp_path / "few.npz", mu=real.mean(axis=0), sigma=np.cov(real, rowvar=False))
-    metrics = compare(samples, load_statistics(tmp_path / "all", num_features=4))
-    few = compare(samples, load_statistics(tmp_path / "few.npz", num_features=4))
+    metrics = compute_metrics(samples, load_statistics(tmp_path / "all", num_features=4))
+    few = compute_metrics(samples, load_statistics(tmp_path / "few.npz", num_features=4))
     assert list(few) == ["fid"]
 
     def distance(x, y):
         return frechet_distance(x.mean(axis=0), np.cov(x.T), y.mean(axis=0), np.cov(y.T))
 
     expected = {"fid": distance(fake, real), "sfid": distance(fake_s, real_s)}
-    expected["kid"], expected["kid_error"] = kernel_distance(fake[:30], real)
-    expected |= manifold_metrics(real, fake[:30])
+    expected["kid"], expected["kid_error"] = kid(fake[:30], real)
+    expected |= prdc(real, fake[:30])
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert few["fid"] == pytest.approx(expected["fid"], rel=1e-9)
-    five = compare(images_of(fake[:5], fake_s[:5], 30), load_statistics(tmp_path / "all", num_features=4))
+    five = compute_metrics(images_of(fake[:5], fake_s[:5], 30), load_statistics(tmp_path / "all", num_features=4))
     assert list(five) == ["fid", "sfid", "kid", "kid_error"]  # no image has five others as its neighbours
 
 
@@ -368,7 +363,7 @@ def test_the_inception_score_needs_logits(rng):
     score = InceptionScore()
     score.update(exponentials / exponentials.sum(axis=1, keepdims=True))
     reference = ReferenceStatistics(np.zeros(4), np.eye(4), "", Path("x"))
-    metrics = compare(statistics, reference)
+    metrics = compute_metrics(statistics, reference)
     assert (metrics["inception_score"], metrics["inception_score_std"]) == pytest.approx(score.mean_and_std)
 
 
@@ -395,7 +390,7 @@ def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def test_kernel_distance_is_its_definition():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 7)), rng.normal(0.3, 1.2, size=(20, 7))
-    value, error = kernel_distance(x, y)  # sets below a subset are taken whole: every subset is the same
+    value, error = kid(x, y)  # sets below a subset are taken whole: every subset is the same
     assert value == pytest.approx(polynomial_mmd(x, y), rel=1e-10)
     assert error == pytest.approx(0, abs=1e-12)
 
@@ -405,14 +400,14 @@ def test_kernel_distance_draws_the_subsets_of_torch_fidelity():
     x, y = rng.normal(size=(60, 5)), rng.normal(0.5, 1, size=(50, 5))
     draw = np.random.RandomState(2020)
     values = [polynomial_mmd(x[draw.choice(60, 12, False)], y[draw.choice(50, 12, False)]) for _ in range(8)]
-    value, error = kernel_distance(x, y, num_subsets=8, subset_size=12)
+    value, error = kid(x, y, num_subsets=8, subset_size=12)
     assert value == pytest.approx(np.mean(values), rel=1e-10)
     assert error == pytest.approx(np.std(values) / 8**0.5, rel=1e-8)
 
 
 def test_kernel_distance_of_one_distribution_is_unbiased():
     rng = np.random.default_rng(2)
-    values = [kernel_distance(*rng.normal(size=(2, 40, 6)), num_subsets=1)[0] for _ in range(300)]
+    values = [kid(*rng.normal(size=(2, 40, 6)), num_subsets=1)[0] for _ in range(300)]
     assert min(values) < 0 < max(values)
     assert abs(np.mean(values)) < 5 * np.std(values) / 300**0.5
 
@@ -434,24 +429,24 @@ def test_manifold_metrics_are_their_definitions():
         "coverage": inside.any(axis=0).mean(),
     }
     assert 0 < expected["recall"] < expected["precision"] < 1
-    assert manifold_metrics(real, fake) == pytest.approx(expected, rel=1e-12)
+    assert prdc(real, fake) == pytest.approx(expected, rel=1e-12)
 
 
 def test_manifold_metrics_of_the_set_itself_and_of_one_far_away():
     real = np.random.default_rng(4).normal(size=(2100, 2))  # more than one block
-    itself = manifold_metrics(real, real)
+    itself = prdc(real, real)
     assert {name: itself[name] for name in ("precision", "recall", "coverage")} == dict.fromkeys(
         ("precision", "recall", "coverage"), 1
     )
     assert itself["density"] == pytest.approx((5 + 1) / 5, abs=0.2)  # a ball holds its centre and five neighbours
-    assert manifold_metrics(real, real + 100) == dict.fromkeys(("precision", "recall", "density", "coverage"), 0)
+    assert prdc(real, real + 100) == dict.fromkeys(("precision", "recall", "density", "coverage"), 0)
 
 
 def test_sets_that_are_too_small_or_of_another_width_are_refused():
     with pytest.raises(ValueError, match="more than 5"):
-        manifold_metrics(np.zeros((5, 2)), np.zeros((9, 2)))
+        prdc(np.zeros((5, 2)), np.zeros((9, 2)))
     with pytest.raises(ValueError, match="cannot be compared"):
-        kernel_distance(np.zeros((5, 2)), np.zeros((5, 3)))
+        kid(np.zeros((5, 2)), np.zeros((5, 3)))
 
 
 def test_inception_score_is_its_definition_over_parts():

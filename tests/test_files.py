@@ -14,15 +14,7 @@ import pytest
 from tests.conftest import ROOT
 from utils import files
 from utils.errors import UserError
-from utils.files import (
-    FolderLock,
-    atomic_write,
-    cache_folder,
-    read_bytes,
-    remove_temporaries,
-    set_aside,
-    write_json,
-)
+from utils.files import FolderLock, atomic_write, cache_folder, read_bytes, remove_temporaries, set_aside, write_json
 
 
 def test_what_fails_leaves_what_was_there(tmp_path):

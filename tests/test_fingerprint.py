@@ -5,10 +5,11 @@ import shutil
 import numpy as np
 import pytest
 
+from tests.data_sets import load
 from tests.pictures import make_classes, noise, write
-from utils.datasets import describe_data, load_dataset
+from utils.data.dataset import describe_data
+from utils.data.fingerprint import LISTING, Fingerprint, Row, compare_data, read_listing, write_listing
 from utils.errors import UserError
-from utils.fingerprint import LISTING, Fingerprint, Row, compare_data, read_listing, write_listing
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +17,8 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
-def load(folder) -> dict:
-    return {split: load_dataset(f"folder:{folder}", split, image_size=2) for split in ("train", "validation")}
+def load_splits(folder) -> dict:
+    return {split: load(f"folder:{folder}", split, image_size=2) for split in ("train", "validation")}
 
 
 def fingerprints(datasets) -> dict[str, Fingerprint]:
@@ -32,10 +33,10 @@ def compare(tmp_path):
         folder = tmp_path / "data"
         make_classes(folder / "train", {"cat": 3, "dog": 3})
         make_classes(folder / "valid", {"cat": 1, "dog": 1})
-        before = load(folder)
+        before = load_splits(folder)
         if keep_listing:
             write_listing(tmp_path, fingerprints(before))
-        after = load(change(folder) or folder)
+        after = load_splits(change(folder) or folder)
         return compare_data(describe_data(before), read_listing(tmp_path), describe_data(after), fingerprints(after))
 
     return run
@@ -86,14 +87,14 @@ def test_the_name_of_the_only_class_may_change(tmp_path):
     for name in ("faces", "copy"):
         for i in range(3):
             write(tmp_path / name / f"{i}.png", noise(i, 2, 2, 3))
-    before, after = load(tmp_path / "faces"), load(tmp_path / "copy")
+    before, after = load_splits(tmp_path / "faces"), load_splits(tmp_path / "copy")
     remarks = compare_data(describe_data(before), {}, describe_data(after), fingerprints(after))
     assert remarks == ["label 0 is class 'copy', which was 'faces'"]
 
 
 def test_another_size_or_format_is_refused(tmp_path):
     make_classes(tmp_path, {"cat": 3, "dog": 3})
-    datasets = load(tmp_path)
+    datasets = load_splits(tmp_path)
     saved = describe_data(datasets)
     with pytest.raises(UserError, match="its images were 4x4x3, not 2x2x3"):
         compare_data(saved | {"image_shape": [4, 4, 3]}, {}, saved, fingerprints(datasets))
@@ -104,7 +105,7 @@ def test_another_size_or_format_is_refused(tmp_path):
 
 def test_runs_that_did_not_keep_fingerprints_say_what_cannot_be_told(tmp_path):
     make_classes(tmp_path, {"cat": 3, "dog": 3})
-    datasets = load(tmp_path)
+    datasets = load_splits(tmp_path)
     found = describe_data(datasets)
     saved = {name: found[name] for name in ("name", "image_shape", "class_names")}
     (remark,) = compare_data(saved, {}, found, fingerprints(datasets))

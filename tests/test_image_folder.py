@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data_sets import load
 from tests.pictures import make_classes, noise, resize_by_formula, write, write_png_16_bit
-from utils import image_folder
-from utils.datasets import epoch_batches, load_dataset, training_batches
+from utils.data import image_folder
+from utils.data.batches import epoch_batches, training_batches
+from utils.data.images import decode_image
 from utils.errors import UserError
-from utils.images import decode_image
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def read_one(folder, path, size) -> np.ndarray:
     (folder / "train" / "a").mkdir(parents=True, exist_ok=True)
     (folder / "validation" / "a").mkdir(parents=True, exist_ok=True)
     path.rename(folder / "train" / "a" / path.name)
-    dataset = load_dataset(f"folder:{folder}", image_size=size)
+    dataset = load(f"folder:{folder}", image_size=size)
     assert len(dataset.source) == 1
     image = dataset.source[0]["image"]
     assert image.shape == dataset.image_shape == (size, size, 3)
@@ -90,7 +91,7 @@ def test_reads_every_kind_of_file_as_rgb(tmp_path):
 
 def contents(name, split) -> list[tuple[int, int]]:
     """(value of the first pixel, label) of every image."""
-    batch = next(epoch_batches(load_dataset(name, split, image_size=2), 1000))
+    batch = next(epoch_batches(load(name, split, image_size=2), 1000))
     return list(zip(batch["image"][:, 0, 0, 0].tolist(), batch["label"].tolist(), strict=True))
 
 
@@ -101,11 +102,11 @@ def test_folders_are_classes_and_a_part_is_held_out(tmp_path):
     (tmp_path / ".cache").mkdir()
     name = f"folder:{tmp_path}"
     train, validation = contents(name, "train"), contents(name, "validation")
-    dataset = load_dataset(name)
+    dataset = load(name)
     assert dataset.class_names == ("Zebra", "cat", "dog")
     assert dataset.image_shape == (256, 256, 3)
     assert dataset.random_flip
-    assert not load_dataset(name, "validation").random_flip
+    assert not load(name, "validation").random_flip
     assert (len(train), len(validation)) == (23, 1)
     values = {"cat": range(9), "dog": range(10, 18), "Zebra": range(20, 27)}
     expected = [(v, dataset.class_names.index(c)) for c in values for v in values[c]]
@@ -125,7 +126,7 @@ def test_a_flat_folder_is_one_class(tmp_path):
     for i in range(5):
         write(tmp_path / "faces" / f"{i}.png", np.full((2, 2, 3), i, np.uint8))
     name = f"folder:{tmp_path / 'faces'}"
-    assert load_dataset(name).class_names == ("faces",)
+    assert load(name).class_names == ("faces",)
     assert sorted(contents(name, "train") + contents(name, "validation")) == [(i, 0) for i in range(5)]
 
 
@@ -138,12 +139,12 @@ def test_splits_may_be_folders(tmp_path, validation):
     assert contents(name, "validation") == [(0, 0), (10, 2)]
     make_classes(tmp_path / validation, {"d": 1})
     with pytest.raises(UserError, match="class 'd'"):
-        load_dataset(name, "validation")
+        load(name, "validation")
 
 
 def test_a_class_may_be_called_train(tmp_path):
     make_classes(tmp_path, {"bus": 3, "train": 3})
-    assert load_dataset(f"folder:{tmp_path}").class_names == ("bus", "train")
+    assert load(f"folder:{tmp_path}").class_names == ("bus", "train")
 
 
 def test_folders_without_images_are_refused(tmp_path):
@@ -158,7 +159,7 @@ def test_folders_without_images_are_refused(tmp_path):
         ("mixed", "stray.png beside folders"),
     ]:
         with pytest.raises(UserError, match=f"--dataset_name=folder:.*{message}"):
-            load_dataset(f"folder:{tmp_path / folder}", image_size=2)
+            load(f"folder:{tmp_path / folder}", image_size=2)
 
 
 @pytest.fixture
@@ -180,16 +181,16 @@ def zoo(tmp_path):
 
 def test_broken_files_and_empty_classes_are_refused_by_name_before_training(zoo):
     with pytest.raises(UserError, match=r"3 of 11 images cannot be read: .*text.png.*--broken_images skip") as error:
-        load_dataset(f"folder:{zoo}", image_size=8)
+        load(f"folder:{zoo}", image_size=8)
     assert [name for name in ("truncated.jpg", "nothing.webp") if name not in str(error.value)] == []
     for name in ("cat/truncated.jpg", "cat/text.png", "dog/nothing.webp"):
         (zoo / name).unlink()
     with pytest.raises(UserError, match=r"the folder .*empty of a class holds no images; .*--broken_images skip"):
-        load_dataset(f"folder:{zoo}", image_size=8)
+        load(f"folder:{zoo}", image_size=8)
 
 
 def test_broken_files_and_empty_classes_are_skipped_by_name(zoo, capfd):
-    splits = [load_dataset(f"folder:{zoo}", split, None, 8, "skip") for split in ("train", "validation")]
+    splits = [load(f"folder:{zoo}", split, None, 8, "skip") for split in ("train", "validation")]
     told = capfd.readouterr().err
     named = [
         "truncated.jpg",
@@ -214,24 +215,24 @@ def test_broken_files_and_empty_classes_are_skipped_by_name(zoo, capfd):
 
 def test_the_check_is_remembered_until_a_file_changes(zoo, monkeypatch):
     name = f"folder:{zoo}"
-    assert len(load_dataset(name, "train", None, 8, "skip").source) == 7
+    assert len(load(name, "train", None, 8, "skip").source) == 7
     checked = []
     decode = image_folder.decode_image
     monkeypatch.setattr(
         image_folder, "decode_image", lambda *args, **kwargs: checked.append(1) or decode(*args, **kwargs)
     )
     image_folder._check_images.cache_clear()
-    assert len(load_dataset(name, "train", None, 8, "skip").source) == 7
+    assert len(load(name, "train", None, 8, "skip").source) == 7
     assert not checked
     image_folder._check_images.cache_clear()
     (zoo / "cat" / "0.png").write_bytes(b"broken since")
-    assert len(load_dataset(name, "train", None, 8, "skip").source) == 6
+    assert len(load(name, "train", None, 8, "skip").source) == 6
     assert len(checked) == 1  # the others are not decoded again
 
 
 def test_a_file_that_breaks_after_the_check_is_named_when_it_is_read(tmp_path):
     make_classes(tmp_path, {"a": 4})
-    dataset = load_dataset(f"folder:{tmp_path}", image_size=2)
+    dataset = load(f"folder:{tmp_path}", image_size=2)
     for path in (tmp_path / "a").iterdir():
         path.write_bytes(b"gone")
     with pytest.raises(UserError, match=r"a/\d.png is not a readable image"):
@@ -247,7 +248,7 @@ def test_ilsvrc_as_it_is_unpacked(tmp_path, shared):
                 images.extractall(folder, filter="data")
     with tarfile.open(shared / "data" / "imagenet2012_sample" / "ILSVRC2012_img_val.tar") as images:
         images.extractall(tmp_path / "val", filter="data")
-    train, validation = (load_dataset(f"folder:{tmp_path}", split) for split in ("train", "validation"))
+    train, validation = (load(f"folder:{tmp_path}", split) for split in ("train", "validation"))
     assert (len(train.source), len(validation.source)) == (980, 20)
     assert train.class_names[207] == "golden retriever"
     path, label = train.source.files[500]
@@ -269,7 +270,7 @@ def test_known_names_of_splits_are_splits_and_what_was_taken_is_said(tmp_path, c
         root = tmp_path / str(number)
         for folder in layout:
             make_classes(root / folder, {"cat": 5, "dog": 5})
-        datasets = [load_dataset(f"folder:{root}", split, image_size=2) for split in ("train", "validation")]
+        datasets = [load(f"folder:{root}", split, image_size=2) for split in ("train", "validation")]
         assert datasets[0].class_names == ("cat", "dog")
         read = {path.relative_to(root).parts[0] for dataset in datasets for path, _ in dataset.source.files}
         assert read == {train, validation} - {None}
@@ -285,7 +286,7 @@ def test_flat_splits_of_one_class(tmp_path):
     for folder, count in (("train", 4), ("valid", 2), ("test", 3)):
         for i in range(count):
             write(tmp_path / folder / f"{i}.png", noise(i, 2, 2, 3))
-    train, validation = (load_dataset(f"folder:{tmp_path}", split, image_size=2) for split in ("train", "validation"))
+    train, validation = (load(f"folder:{tmp_path}", split, image_size=2) for split in ("train", "validation"))
     assert train.class_names == validation.class_names == (tmp_path.name,)
     assert (len(train.source), len(validation.source)) == (4, 2)
 
@@ -293,7 +294,7 @@ def test_flat_splits_of_one_class(tmp_path):
 def test_folders_wrapped_in_their_own_name_are_unwrapped(tmp_path):
     make_classes(tmp_path / "training_set" / "training_set", {"cat": 3, "dog": 3})
     make_classes(tmp_path / "test_set" / "test_set", {"cat": 1, "dog": 1})
-    assert load_dataset(f"folder:{tmp_path}", image_size=2).class_names == ("cat", "dog")
+    assert load(f"folder:{tmp_path}", image_size=2).class_names == ("cat", "dog")
 
 
 AMBIGUOUS = {
@@ -313,19 +314,19 @@ def test_what_may_be_splits_or_classes_is_refused(tmp_path, case):
         write(tmp_path / folder / "0.png", noise(0, 2, 2, 3))
         write(tmp_path / folder / "1.png", noise(1, 2, 2, 3))
     with pytest.raises(UserError, match=f"--dataset_name=folder:.*{message}"):
-        load_dataset(f"folder:{tmp_path}", image_size=2)
+        load(f"folder:{tmp_path}", image_size=2)
 
 
 def test_images_at_any_depth_belong_to_their_class(tmp_path, capfd):
     make_classes(tmp_path / "cat", {"2019": 3, "2020/may": 2})
     make_classes(tmp_path, {"dog": 2})
     (tmp_path / "cat" / "2019" / "back").symlink_to(tmp_path / "cat")  # a circle
-    dataset = load_dataset(f"folder:{tmp_path}", image_size=2)
+    dataset = load(f"folder:{tmp_path}", image_size=2)
     assert dataset.class_names == ("cat", "dog")
-    held_out = load_dataset(f"folder:{tmp_path}", "validation", image_size=2)
+    held_out = load(f"folder:{tmp_path}", "validation", image_size=2)
     assert len(dataset.source) + len(held_out.source) == 7
     make_classes(tmp_path / "wrapped" / "all", {"a": 2, "b": 2})
-    assert load_dataset(f"folder:{tmp_path / 'wrapped'}", image_size=2).class_names == ("all",)
+    assert load(f"folder:{tmp_path / 'wrapped'}", image_size=2).class_names == ("all",)
     assert re.search("one class, all, .*if a/, b/ are classes, give folder:.*wrapped/all", capfd.readouterr().err)
 
 
@@ -337,11 +338,11 @@ def test_what_is_no_file_is_named_or_skipped(tmp_path, capfd):
     with pytest.raises(
         UserError, match=r"2 of 7 images .*gone.png \(a link to nothing\); .*pipe.png \(no regular file\)"
     ):
-        load_dataset(name, image_size=2)
-    assert len(load_dataset(name, "train", None, 2, "skip").source) == 4
+        load(name, image_size=2)
+    assert len(load(name, "train", None, 2, "skip").source) == 4
     assert "gone.png" in capfd.readouterr().err
     write(tmp_path / ".nowhere.png", noise(0, 2, 2, 3))  # what the system could not read is not remembered as broken
-    assert len(load_dataset(name, "train", None, 2, "skip").source) == 5
+    assert len(load(name, "train", None, 2, "skip").source) == 5
 
 
 def test_a_verdict_of_the_system_is_not_remembered(tmp_path, monkeypatch):
@@ -353,20 +354,20 @@ def test_a_verdict_of_the_system_is_not_remembered(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(image_folder, "read_bytes", fail)
         with pytest.raises(UserError, match=r"5 of 5 images cannot be read: .*Input/output error"):
-            load_dataset(f"folder:{tmp_path}", image_size=2)
+            load(f"folder:{tmp_path}", image_size=2)
     image_folder._check_images.cache_clear()
-    assert len(load_dataset(f"folder:{tmp_path}", image_size=2).source) == 4
+    assert len(load(f"folder:{tmp_path}", image_size=2).source) == 4
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"version": 1}', b"\xff\0", b'{"files": {"a": 3}}'])
 def test_a_damaged_memory_of_checks_is_made_anew(tmp_path, content, cache):
     make_classes(tmp_path, {"cat": 3})
-    load_dataset(f"folder:{tmp_path}", image_size=2)
+    load(f"folder:{tmp_path}", image_size=2)
     (kept,) = (cache / "flow-matching").glob("checked-*.json")
     whole = kept.read_bytes()
     kept.write_bytes(content)
     image_folder._check_images.cache_clear()
-    load_dataset(f"folder:{tmp_path}", image_size=2)
+    load(f"folder:{tmp_path}", image_size=2)
     assert kept.read_bytes() == whole
 
 
@@ -376,7 +377,7 @@ def test_names_that_are_no_utf8(tmp_path, capfd):
         for i in range(2):
             Image.fromarray(noise(i, 2, 2, 3)).save(tmp_path / os.fsdecode(folder) / f"{i}.png")
     (tmp_path / os.fsdecode(b"caf\xe9") / os.fsdecode(b"\xff.txt")).touch()
-    dataset = load_dataset(f"folder:{tmp_path}", image_size=2)
+    dataset = load(f"folder:{tmp_path}", image_size=2)
     assert dataset.class_names == (r"caf\xe9", "cats")
     json.dumps(dataset.class_names).encode()
     assert r"\xff.txt" in capfd.readouterr().err
@@ -406,6 +407,6 @@ def test_large_photographs_pass_up_to_a_limit(tmp_path):
     make_classes(tmp_path, {"cat": 2})
     Image.new("L", (20_000, 9_800)).save(tmp_path / "cat" / "photo.png")  # 196 megapixels
     name = f"folder:{tmp_path}"
-    assert len(load_dataset(name, image_size=2).source) == 2
+    assert len(load(name, image_size=2).source) == 2
     with pytest.raises(UserError, match=r"photo\.png .196 megapixels are above --max_megapixels=100"):
-        load_dataset(name, image_size=2, max_megapixels=100)
+        load(name, image_size=2, max_megapixels=100)

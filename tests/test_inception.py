@@ -17,9 +17,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
-from utils import inception
 from utils.errors import UserError
-from utils.fid import FeatureStatistics, frechet_distance, load_statistics
+from utils.metrics import inception
+from utils.metrics.fid import frechet_distance
+from utils.metrics.reference import load_statistics
+from utils.metrics.statistics import FeatureStatistics
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,7 @@ def test_fetched_weights_that_are_not_the_published_ones_stay_out_of_the_cache(t
 
 
 def run_module(**environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "utils.inception"]
+    command = [sys.executable, "-m", "utils.metrics.inception"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, run_program
-from utils.stable_vae import StableVAE, VAEConfig
+from utils.codecs.vae import StableVAE, VAEConfig
 from utils.tracking import read_metrics
 
 pytestmark = pytest.mark.xdist_group("latents")

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from utils.datasets import epoch_batches, load_dataset, training_batches
+from tests.data_sets import load
+from utils.data.batches import epoch_batches, training_batches
+from utils.data.latents import MANIFEST, Manifest, check_same, load_manifest, write_shard
 from utils.errors import UserError
-from utils.latents import MANIFEST, Manifest, check_same, load_manifest, write_shard
 
 MOMENTS = (
     np.random.default_rng(0).normal(size=(10, 2, 2, 3, 3, 4)).astype(np.float16)
@@ -51,7 +52,7 @@ def test_a_manifest_comes_back(folder):
 
 
 def test_moments_come_back_in_order(folder):
-    dataset = load_dataset(f"latents:{folder}", "validation")
+    dataset = load(f"latents:{folder}", "validation")
     assert (dataset.name, dataset.image_shape, dataset.class_names) == ("folder:/pictures", (24, 24, 3), ("cat", "dog"))
     assert not dataset.random_flip
     (batch,) = epoch_batches(dataset, 5)
@@ -61,7 +62,7 @@ def test_moments_come_back_in_order(folder):
 
 
 def test_training_takes_either_view_of_every_image(folder):
-    dataset = load_dataset(f"latents:{folder}")
+    dataset = load(f"latents:{folder}")
     batches = training_batches(dataset, 10, 0)
     views = {
         moments.tobytes(): (image, view) for image, pair in enumerate(MOMENTS) for view, moments in enumerate(pair)
@@ -95,19 +96,19 @@ def test_an_interrupted_shard_leaves_no_file_of_its_name(tmp_path):
 def test_what_is_missing_is_told(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(UserError, match=f"{empty} holds no cached latents; .*encode_latents.py"):
-        load_dataset(f"latents:{empty}")
+        load(f"latents:{empty}")
     with pytest.raises(UserError, match=r"--image_size=32: the images of latents:.* are 24x24"):
-        load_dataset(f"latents:{folder}", image_size=32)
+        load(f"latents:{folder}", image_size=32)
     (folder / "train-00001-of-00003.array_record").unlink()
     with pytest.raises(UserError, match="1 of the 3 files of split train are missing, such as train-00001"):
-        load_dataset(f"latents:{folder}")
+        load(f"latents:{folder}")
     (folder / "validation-00000-of-00001.array_record").write_bytes(b"")
     write_shard(folder / "validation-00000-of-00001.array_record", [(0, MOMENTS[0, :1])])
     with pytest.raises(UserError, match="holds 1 examples of split validation, but its manifest says 3"):
-        load_dataset(f"latents:{folder}", "validation")
+        load(f"latents:{folder}", "validation")
     (folder / MANIFEST).write_text('{"format": 1}')
     with pytest.raises(UserError, match="no manifest of latents"):
-        load_dataset(f"latents:{folder}")
+        load(f"latents:{folder}")
 
 
 @pytest.mark.parametrize(

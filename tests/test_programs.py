@@ -17,8 +17,9 @@ import pytest
 
 from tests.conftest import ROOT, run_program
 from tests.runs import SCALARS, losses, start, wait_for_step
-from utils.fid import frechet_distance, load_statistics
-from utils.samples import SampleWriter
+from utils.metrics.fid import frechet_distance
+from utils.metrics.reference import load_statistics
+from utils.metrics.samples import SampleWriter
 from utils.tracking import read_metrics
 
 TINY = """
@@ -91,16 +92,16 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
 @finished_run
 def test_the_run_says_what_it_does(finished):
     folder, output = finished
-    assert re.search(r"[\d,]+ parameters, [\d.,]+ GFLOP a step", output)
+    assert re.search(r"[\d,]+ parameters, [\d.,]+ GFLOP per step", output)
     rates = r"loss \d\.\d+, [\d,.]+ images/s, .* TFLOP/s \(\d+% MFU\), \d+% waiting for data"
     assert re.search(r"20/20 .*s(tep)?/s(tep)?, " + rates, output)
-    assert re.search(r"compiled in [\d.]+ s; it needs [\d.]+ GiB a device", output)
+    assert re.search(r"compiled in [\d.]+ s; it needs [\d.]+ GiB per device", output)
     assert "hidden_size: 32" in output
     saved = json.loads((folder / "config.json").read_text())
     assert saved["model"]["hidden_size"] == 32
-    facts = {"name": "digits", "image_shape": [8, 8, 1], "class_names": list("0123456789")}
-    facts |= {"vae": None, "vae_sha256": None}
-    assert facts.items() <= saved["dataset"].items()
+    recorded = {"name": "digits", "image_shape": [8, 8, 1], "class_names": list("0123456789")}
+    recorded |= {"vae": None, "vae_sha256": None}
+    assert recorded.items() <= saved["dataset"].items()
     train, validation = (saved["dataset"]["splits"][split] for split in ("train", "validation"))
     assert (train["format"], train["num_examples"], validation["num_examples"]) == ("arrays", 1500, 297)
     (start,) = (folder / "configs").iterdir()
@@ -316,8 +317,8 @@ def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_pa
     assert done.stderr.count("Compiling jit(_extract)") == 1
     found = cells(tmp_path / "sweep")
     assert list(found) == [(4, 4), (2, 4), (4, None), (2, None)]
-    facts = {"num_samples": 7, "seed": 0, "checkpoint_step": 20, "labels": "uniform", "solver": "euler"}
-    assert all(facts.items() <= cell.items() and len(cell["fid_stats_sha256"]) == 64 for cell in found.values())
+    recorded = {"num_samples": 7, "seed": 0, "checkpoint_step": 20, "labels": "uniform", "solver": "euler"}
+    assert all(recorded.items() <= cell.items() and len(cell["fid_stats_sha256"]) == 64 for cell in found.values())
     assert f"| 4 | 4 | 7 | {found[4, 4]['fid']:.3f} |" in done.stdout
     assert f"| 2 | none | 7 | {found[2, None]['fid']:.3f} |" in done.stdout
     assert all(cell["fid"] > 1 for cell in found.values())
@@ -382,8 +383,8 @@ def test_shipped_statistics_are_made_again(weights, tmp_path):
     np.testing.assert_allclose(made.mu, shipped.mu, atol=1e-4)
     np.testing.assert_allclose(made.sigma, shipped.sigma, atol=1e-4)
     assert frechet_distance(made.mu, made.sigma, shipped.mu, shipped.sigma) < 1e-2
-    facts = ("num_images", "convention", "dataset")
-    assert [getattr(made, name) for name in facts] == [getattr(shipped, name) for name in facts]
+    recorded = ("num_images", "convention", "dataset")
+    assert [getattr(made, name) for name in recorded] == [getattr(shipped, name) for name in recorded]
 
 
 @finished_run

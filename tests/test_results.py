@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from eval_fid import Results, to_markdown, write_csv
+from utils.results import Results, to_markdown, write_csv
 
 SETTINGS = {"num_steps": 2, "cfg_scale": None, "num_samples": 8, "fid_stats": "a", "inception_logits_sha256": None}
 WITH_LOGITS = SETTINGS | {"inception_logits_sha256": "0f"}
@@ -19,9 +19,9 @@ def test_a_row_without_an_inception_score_is_not_taken_for_one_with(tmp_path):
     assert results.find(WITH_LOGITS) is None
     results.add(WITH_LOGITS, {"fid": 1.0, "inception_score": 3.0})
     assert Results(tmp_path).find(WITH_LOGITS)["inception_score"] == 3
-    assert len(Results(tmp_path).cells) == 2
+    assert len(Results(tmp_path).rows) == 2
     results.add(SETTINGS, {"fid": 2.0})  # scored again: the other row stays
-    assert [cell["fid"] for cell in Results(tmp_path).cells] == [1, 2]
+    assert [row["fid"] for row in Results(tmp_path).rows] == [1, 2]
 
 
 def test_a_row_with_an_inception_score_serves_where_none_is_asked_for(tmp_path):
@@ -31,14 +31,14 @@ def test_a_row_with_an_inception_score_serves_where_none_is_asked_for(tmp_path):
 
 
 def test_tables_have_the_columns_of_all_rows(tmp_path):
-    cells = [SETTINGS | {"fid": 1.0}, SETTINGS | {"fid": 2.0, "inception_score": 3.0}]
-    assert to_markdown(cells).splitlines() == [
+    rows = [SETTINGS | {"fid": 1.0}, SETTINGS | {"fid": 2.0, "inception_score": 3.0}]
+    assert to_markdown(rows).splitlines() == [
         "| steps | guidance | samples | FID | IS |",
         "|---:|---:|---:|---:|---:|",
         "| 2 | none | 8 | 1.000 |  |",
         "| 2 | none | 8 | 2.000 | 3.000 |",
     ]
-    write_csv(tmp_path / "fid.csv", cells)
+    write_csv(tmp_path / "fid.csv", rows)
     with (tmp_path / "fid.csv").open() as file:
         assert [row["inception_score"] for row in csv.DictReader(file)] == ["", "3.0"]
 
@@ -64,4 +64,4 @@ def test_programs_on_one_folder_keep_each_others_rows(tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(add, range(4)))
-    assert len(Results(tmp_path).cells) == 40
+    assert len(Results(tmp_path).rows) == 40

@@ -94,7 +94,7 @@ def test_the_same_data_elsewhere_go_on_bit_for_bit(run_dir, data, to_step_8, tmp
 
 def test_changed_settings_are_said_and_another_objective_is_refused(run_dir, data):
     error = refused(train(run_dir, data, "--model.t_sampler", "uniform", check=False))
-    assert "holds a run with --model.t_sampler=log-normal, not uniform" in error
+    assert "holds a run with --model.t_sampler=logit_normal, not uniform" in error
     assert "holds a run already" in refused(train(run_dir, data, "--load_dir", "no/such/run", check=False))
     done = train(run_dir, data, "--model.lr", 0.01, "--model.target_update_rate", 0.99, max_steps=5)
     said = [line for line in done.stdout.splitlines() if line.startswith("since step 4")]

@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.pictures import noise, write
 from utils.errors import UserError
-from utils.samples import SampleWriter, open_samples
+from utils.metrics.samples import SampleWriter, open_samples
 
 IMAGES, LABELS = noise(0, 10, 6, 5, 3), np.arange(10, dtype=np.int32)
 

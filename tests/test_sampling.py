@@ -18,14 +18,16 @@ def model_fn(x, t, labels):
 def test_euler_is_exact_on_a_constant_field():
     x = jax.random.normal(KEY, (4, 3))
     for steps in (1, 7, 32):
-        np.testing.assert_allclose(sampling.ode_sample(lambda x, t: jnp.full_like(x, 2), x, steps), x + 2, rtol=1e-5)
+        np.testing.assert_allclose(
+            sampling.ode_sample(lambda x, t, t_next: jnp.full_like(x, 2), x, steps), x + 2, rtol=1e-5
+        )
 
 
 def test_euler_evaluates_at_the_left_ends():
     # v = t: the left Riemann sum of t over N steps is (N - 1) / 2N.
     x = jnp.zeros((2, 3))
     for steps in (1, 2, 10):
-        end = sampling.ode_sample(lambda x, t: jnp.broadcast_to(t[:, None], x.shape), x, steps)
+        end = sampling.ode_sample(lambda x, t, t_next: jnp.broadcast_to(t[:, None], x.shape), x, steps)
         np.testing.assert_allclose(end, (steps - 1) / (2 * steps), rtol=1e-6, atol=1e-7)
 
 
@@ -33,7 +35,7 @@ def test_euler_evaluates_at_the_left_ends():
 def test_solvers_have_their_order(solver, order):
     """On v = x + t, whose path from 1 ends at 2 e - 2."""
 
-    def velocity_fn(x, t):
+    def velocity_fn(x, t, t_next):
         return x + t[:, None]
 
     with jax.enable_x64(True):
@@ -48,7 +50,7 @@ def test_solvers_have_their_order(solver, order):
 def test_solvers_take_the_velocities_that_they_say(solver):
     times = []
 
-    def velocity_fn(x, t):
+    def velocity_fn(x, t, t_next):
         jax.debug.callback(lambda t: times.append(float(t[0])), t)
         return x
 
@@ -56,7 +58,7 @@ def test_solvers_take_the_velocities_that_they_say(solver):
     jax.effects_barrier()
     second = {"euler": [], "midpoint": [1 / 8, 3 / 8, 5 / 8, 7 / 8], "heun": [1 / 4, 1 / 2, 3 / 4, 1]}[solver]
     assert sorted(times) == sorted([0, 1 / 4, 1 / 2, 3 / 4, *second])
-    assert len(times) == sampling.Sampler(4, None, solver=solver).num_evaluations
+    assert len(times) == sampling.SamplerConfig(4, None, solver=solver).nfe
 
 
 def test_guidance_is_on_in_its_interval_alone():
@@ -69,11 +71,11 @@ def test_guidance_is_on_in_its_interval_alone():
 
     @jax.jit
     def velocity(t, low, high):
-        return sampling.guided_velocity(counting, labels, 10, 4.0, (low, high))(x, jnp.full(2, t))
+        return sampling.guide(counting, 10, 4.0, (low, high))(x, jnp.full(2, t), labels)
 
     for t, on in ((0.0, False), (0.25, True), (0.5, True), (0.75, True), (0.8, False)):
         passes.clear()
-        expected = sampling.guided_velocity(model_fn, labels, 10, 4.0 if on else None)(x, jnp.full(2, t))
+        expected = sampling.guide(model_fn, 10, 4.0 if on else None)(x, jnp.full(2, t), labels)
         np.testing.assert_allclose(velocity(t, 0.25, 0.75), expected, rtol=1e-6)
         jax.effects_barrier()
         assert passes == [4 if on else 2]  # no second pass outside
@@ -81,15 +83,15 @@ def test_guidance_is_on_in_its_interval_alone():
 
 
 def test_a_sampler_says_what_it_does():
-    assert str(sampling.Sampler(1, None)) == "1 Euler step, no guidance"
-    assert str(sampling.Sampler(20, 1.5, (0.1, 1), "heun")) == "20 Heun steps, guidance 1.5 for t in [0.1, 1]"
+    assert str(sampling.SamplerConfig(1, None)) == "1 Euler step, no guidance"
+    assert str(sampling.SamplerConfig(20, 1.5, (0.1, 1), "heun")) == "20 Heun steps, guidance 1.5 for t in [0.1, 1]"
 
 
 def test_stages_of_a_path_make_the_whole():
     x = jax.random.normal(KEY, (4, 3))
-    whole = sampling.ode_sample(lambda x, t: jnp.sin(x) + t[:, None], x, 12)
+    whole = sampling.ode_sample(lambda x, t, t_next: jnp.sin(x) + t[:, None], x, 12)
     for first, last in ((0, 5), (5, 6), (6, 12)):
-        x = sampling.ode_steps(lambda x, t: jnp.sin(x) + t[:, None], x, first, last, 12)
+        x = sampling.ode_steps(lambda x, t, t_next: jnp.sin(x) + t[:, None], x, first, last, 12)
     np.testing.assert_allclose(x, whole, rtol=1e-6)
 
 
@@ -100,7 +102,8 @@ def test_step_count_and_scale_compile_nothing_anew():
     def sample(x, scale, steps):
         traces.append(1)
         labels = jnp.zeros(4, jnp.int32)
-        return sampling.ode_sample(sampling.guided_velocity(model_fn, labels, 10, scale), x, steps)
+        guided = sampling.guide(model_fn, 10, scale)
+        return sampling.ode_sample(lambda x, t, t_next: guided(x, t, labels), x, steps)
 
     for scale, steps in ((4.0, 1), (1.5, 7), (0.0, 500)):
         sample(jnp.zeros((4, 3)), scale, steps)
@@ -112,7 +115,7 @@ def test_guidance_is_the_formula(scale):
     x, t = jax.random.normal(KEY, (5, 3)), jnp.linspace(0, 1, 5)
     labels = jnp.array([0, 3, 9, 1, 2])
     v_uncond, v_cond = model_fn(x, t, jnp.full(5, 10)), model_fn(x, t, labels)
-    v = sampling.guided_velocity(model_fn, labels, 10, scale)(x, t)
+    v = sampling.guide(model_fn, 10, scale)(x, t, labels)
     np.testing.assert_allclose(v, v_uncond + scale * (v_cond - v_uncond), rtol=1e-5)
 
 
@@ -124,7 +127,7 @@ def test_no_guidance_is_one_conditional_pass():
         batches.append(len(x))
         return model_fn(x, t, labels)
 
-    v = sampling.guided_velocity(counting, labels, 10, None)(x, t)
+    v = sampling.guide(counting, 10, None)(x, t, labels)
     assert batches == [5]
     np.testing.assert_array_equal(v, model_fn(x, t, labels))
 
@@ -141,19 +144,19 @@ def test_noise_and_labels_depend_on_seed_and_index_alone(mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "counts", "shares"),
+    ("mode", "counts", "fractions"),
     [
         ("uniform", [5, 5, 90], [1 / 3, 1 / 3, 1 / 3]),
         ("dataset", [10, 0, 30, 60], [0.1, 0, 0.3, 0.6]),
     ],
 )
-def test_labels_are_drawn_with_the_shares_of_their_mode(mode, counts, shares):
+def test_labels_are_drawn_with_the_fractions_of_their_mode(mode, counts, fractions):
     labels = sampling.sample_labels(KEY, jnp.arange(10_000), jnp.array(counts), mode)
     found = np.bincount(labels, minlength=len(counts)) / 10_000
-    np.testing.assert_allclose(found, shares, atol=5 * 0.5 / 100)  # five standard deviations of a fair coin
-    assert found[np.equal(shares, 0)].sum() == 0
+    np.testing.assert_allclose(found, fractions, atol=5 * 0.5 / 100)  # five standard deviations of a fair coin
+    assert found[np.equal(fractions, 0)].sum() == 0
 
 
-def test_balanced_labels_take_turns():
+def test_balanced_labels_are_interleaved():
     labels = sampling.sample_labels(KEY, jnp.arange(7), jnp.array([5, 5, 90]), "balanced")
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]

@@ -1,4 +1,4 @@
-"""The feed's positions, and where the state lives; eight virtual devices in a subprocess."""
+"""The positions of prefetched batches, and where the state lives; eight virtual devices in a subprocess."""
 
 import itertools
 
@@ -27,14 +27,14 @@ class Counting:
 
 def test_each_batch_comes_with_the_position_just_after_it():
     batches = Counting()
-    for batch, position in itertools.islice(sharding.feed(batches, sharding.make_mesh(), ahead=2), 5):
+    for batch, position in itertools.islice(sharding.prefetch(batches, sharding.make_mesh(), buffer_size=2), 5):
         assert position == {"next_index": int(batch["image"][0, 0])}
-    assert batches.taken == 7  # the feed runs ahead
+    assert batches.taken == 7  # the others are on their way
 
 
-def test_gather_and_spread_are_inverse():
+def test_gather_and_shard_are_inverse():
     rows = np.arange(12.0).reshape(4, 3)
-    np.testing.assert_array_equal(sharding.gather(sharding.spread(rows, sharding.make_mesh())), rows)
+    np.testing.assert_array_equal(sharding.gather(sharding.shard_replicated(rows, sharding.make_mesh())), rows)
 
 
 def test_incomplete_process_flags_are_refused():
@@ -47,13 +47,13 @@ def test_incomplete_process_flags_are_refused():
 
 LAYOUT = """
 import jax, jax.numpy as jnp
-from utils.sharding import make_mesh, spread, state_sharding
+from utils.sharding import make_mesh, shard_replicated, state_sharding
 mesh = make_mesh()
 tree = {"kernel": jnp.zeros((16, 64)), "odd": jnp.zeros((3, 5)), "scalar": jnp.zeros(())}
 for mode in ("dp", "fsdp"):
     placed = jax.device_put(tree, state_sharding(tree, mesh, mode))
     print(mode, {name: leaf.addressable_shards[0].data.shape for name, leaf in placed.items()})
-print(spread(jnp.arange(16), mesh).addressable_shards[3].data)
+print(shard_replicated(jnp.arange(16), mesh).addressable_shards[3].data)
 """
 
 

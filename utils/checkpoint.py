@@ -6,6 +6,7 @@ of these, which are compared on reading. Checkpoints of before have no checksums
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -30,17 +31,15 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, UInt32
 
-from diffusion_transformer import position_table
-from utils.console import say
+from diffusion_transformer import DiTConfig
+from utils.console import log
 from utils.errors import UserError
 from utils.files import set_aside
+from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.train_state import TrainState
 
-# What a model cannot be made without.
-MODEL_SETTINGS = (
-    "hidden_size", "patch_size", "depth", "num_heads", "mlp_ratio", "num_classes", "use_stable_vae", "dtype",
-    "class_dropout_prob", "t_sampler", "t_conditioning",
-)  # fmt: skip
+# Settings without which a model cannot be made.
+MODEL_SETTINGS = (*(field.name for field in dataclasses.fields(DiTConfig)), "use_stable_vae", "t_sampler")
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged_checkpoints"
@@ -228,6 +227,9 @@ class Checkpoints:
             # What runs of before the VAE did not save.
             absent = {"name": config["dataset_name"], "vae": None, "vae_sha256": None}
             config |= {"dataset": absent | config["dataset"]}
+            t_sampler = config["model"].get("t_sampler")
+            if t_sampler in LEGACY_T_SAMPLERS:
+                config["model"]["t_sampler"] = LEGACY_T_SAMPLERS[t_sampler]
             missing = [name for name in MODEL_SETTINGS if name not in config["model"]]
             missing += [name for name in ("image_shape", "class_names") if name not in config["dataset"]]
         if missing:
@@ -261,7 +263,7 @@ class Checkpoints:
                 return step, content
             problems.append(problem or f"checkpoint {self.folder / str(step)} is damaged for another process")
             if step != steps[-1]:
-                say(f"{problems[-1]}; going back to the one before it")
+                log(f"{problems[-1]}; going back to the one before it")
         others = f" (as are those of steps {', '.join(map(str, steps[:-1]))})" if len(steps) > 1 else ""
         raise UserError(f"{problems[-1]}{others}; restore it from a copy")
 
@@ -269,7 +271,7 @@ class Checkpoints:
         """Moves the damaged checkpoint of `step` to RUN/damaged_checkpoints, so that its step can be saved again."""
         if jax.process_index() == 0:
             target = set_aside(self.folder / str(step), self.run_dir / DAMAGED)
-            say(f"moved {self.folder / str(step)} to {target}")
+            log(f"moved {self.folder / str(step)} to {target}")
         _all_processes_agree(True)
         self.manager.reload()
 
@@ -371,7 +373,7 @@ class Saver:
     def _note(self, error: SaveError, step: int) -> None:
         if jax.process_count() > 1:
             raise error
-        say(f"{error}; training goes on and saves again in a minute")
+        log(f"{error}; training goes on and saves again in a minute")
         self._wait(step, self.RETRY_SECONDS)
 
     def _wait(self, step: int, seconds: float) -> None:
@@ -442,59 +444,3 @@ def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
         found = f"found steps {', '.join(map(str, sorted(steps)))}" if steps else "no checkpoint was finished there"
         raise UserError(f"--load_dir={load_dir} holds no such checkpoint ({found})")
     return checkpoints, steps if step is None else [step]
-
-
-def import_jax_flow_params(flat: Mapping[str, np.ndarray]) -> PyTree:
-    """DiT parameters from those of a jax-flow checkpoint, `flat` = {'DiTBlock_0/Dense_0/kernel': array, ...}.
-
-    Query, key and value become one kernel. jax-flow trained its position table, which is a constant here: a `pos_embed`
-    that has left the constant is kept as a parameter of that name, and DiT then uses it, so that the imported model
-    computes what the old one did. Raises ValueError for a tree that is not a jax-flow DiT's.
-    """
-    flat = {name: np.asarray(value) for name, value in flat.items()}
-    depth = sum(name.startswith("DiTBlock_") and name.endswith("/MlpBlock_0/Dense_0/kernel") for name in flat)
-
-    def take(path):
-        return {leaf: flat.pop(f"{path}/{leaf}") for leaf in ("kernel", "bias")}
-
-    def take_pair(path):
-        return {f"dense_{i}": take(f"{path}/Dense_{i}") for i in range(2)}
-
-    def take_block(path):
-        attention = f"{path}/MultiHeadDotProductAttention_0"
-        query, key, value, out = (take(f"{attention}/{name}") for name in ("query", "key", "value", "out"))
-        width = len(query["kernel"])
-        return {
-            "ada_ln": {"dense": take(f"{path}/Dense_0")},
-            "attention": {
-                "qkv": {
-                    "kernel": np.concatenate([part["kernel"].reshape(width, width) for part in (query, key, value)], 1),
-                    "bias": np.concatenate([part["bias"].reshape(width) for part in (query, key, value)]),
-                },
-                "out": {"kernel": out["kernel"].reshape(width, width), "bias": out["bias"]},
-            },
-            "mlp": take_pair(f"{path}/MlpBlock_0"),
-        }
-
-    try:
-        params = {
-            "patch_embed": take("PatchEmbed_0/Conv_0"),
-            "timestep_embed": take_pair("TimestepEmbedder_0"),
-            "label_embed": {"Embed_0": {"embedding": flat.pop("LabelEmbedder_0/Embed_0/embedding")}},
-            **{f"block_{i}": take_block(f"DiTBlock_{i}") for i in range(depth)},
-            "final_layer": {
-                "ada_ln": {"dense": take("FinalLayer_0/Dense_0")},
-                "dense": take("FinalLayer_0/Dense_1"),
-            },
-        }
-    except KeyError as error:
-        raise ValueError(f"not the parameter tree of a jax-flow DiT: {error.args[0]} is missing") from None
-    pos_embed = flat.pop("pos_embed", None)
-    if flat:
-        raise ValueError(f"not the parameter tree of a jax-flow DiT: {sorted(flat)[0]} has no counterpart")
-    if pos_embed is not None:
-        _, tokens, width = pos_embed.shape
-        side = int(tokens**0.5)
-        if np.abs(pos_embed[0] - position_table(side, side, width)).max() > 1e-5:
-            params["pos_embed"] = pos_embed
-    return params

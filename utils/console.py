@@ -16,7 +16,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """A line on the standard output."""
     _print(text, sys.stdout)
 

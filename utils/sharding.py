@@ -1,7 +1,7 @@
-"""The device mesh, where each array lives on it, and the feed from host batches to devices.
+"""The device mesh, where each array lives on it, and the way of batches from host to devices.
 
-One axis, `data`, over every device of every process. Batches are split over it. Parameters, their average and the
-optimizer state are replicated (`dp`) or split as well (`fsdp`); XLA inserts the collectives (arXiv:2105.04663).
+One axis, `data`, over every device of every process. Batches are sharded over it. Parameters, their EMA and the
+optimizer state are replicated (`dp`) or sharded as well (`fsdp`); XLA inserts the collectives (arXiv:2105.04663).
 """
 
 import collections
@@ -51,7 +51,7 @@ def initialize_processes(coordinator_address: str | None, num_processes: int | N
 
 
 def make_mesh() -> Mesh:
-    """A mesh with one axis, `data`, over all devices of all processes. Programs compiled for it are kept on disk."""
+    """A mesh with one axis, `data`, over all devices of all processes. What is compiled for it is cached on disk."""
     devices = jax.devices()
     # Not by default on CPUs, where a home shared by unlike machines would hand one the instructions of another.
     if jax.config.jax_compilation_cache_dir is None and devices[0].platform != "cpu":
@@ -59,16 +59,17 @@ def make_mesh() -> Mesh:
     return Mesh(np.array(devices), ("data",))
 
 
-def compile_program(function: Callable, *arguments: Any) -> jax.stages.Compiled:
-    """The program of a jitted function for arguments of such shapes and places."""
+def compile_step(function: Callable, *arguments: Any, platform: str) -> jax.stages.Compiled:
+    """A jitted function compiled for arguments of these shapes and shardings."""
     # XLA's default order on CPUs starts all that can start. On few cores that gains no time, and it brings forward what
     # rematerialisation puts off to save memory.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    return function.lower(*arguments).compile(compiler_options=options if jax.default_backend() == "cpu" else {})
+    lowered = function.lower(*arguments)
+    return lowered.compile(compiler_options=options if platform == "cpu" else {})
 
 
-def memory_of(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a program needs on each device, arguments included, by the compiler's own analysis."""
+def memory_needed(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a compiled function needs on each device, arguments included, by the compiler's own analysis."""
     sizes = compiled.memory_analysis()
     arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return arguments + sizes.temp_size_in_bytes
@@ -105,20 +106,20 @@ def state_sharding(state: PyTree, mesh: Mesh, mode: str) -> PyTree:
     return jax.tree.map(split, state)
 
 
-def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
+def shape_structs(tree: PyTree, shardings: PyTree) -> PyTree:
     """Shapes and types of a tree (of arrays or shapes), to be placed as `shardings` (a tree, or one for all) says."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
-def to_devices(batch: PyTree, mesh: Mesh) -> PyTree:
+def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     """Global arrays split over `data`, from each process's own rows (numpy, first axis = batch)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
-def spread(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+def shard_replicated(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """The global array whose value, the same on every process, is `rows`, split over `data`."""
     return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), rows.__getitem__)
 
@@ -128,8 +129,8 @@ def gather(x: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
 
 
-def feed(batches: Iterator[PyTree], mesh: Mesh, ahead: int = 2) -> Iterator[tuple[PyTree, Any]]:
-    """(batch on the devices, position of `batches` just after it), transfers running `ahead` batches in front.
+def prefetch(batches: Iterator[PyTree], mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple[PyTree, Any]]:
+    """(batch on the devices, position of `batches` just after it), with `buffer_size` batches more on their way.
 
     `batches` has `get_state()`; pairing each batch with its position keeps a checkpoint exact although the iterator
     itself is already further on. Where the next batch cannot be read, the ones before it are yielded first; then
@@ -137,13 +138,13 @@ def feed(batches: Iterator[PyTree], mesh: Mesh, ahead: int = 2) -> Iterator[tupl
     """
     queue, failure = collections.deque(), None
     while True:
-        while len(queue) <= ahead and failure is None:
+        while len(queue) <= buffer_size and failure is None:
             try:
                 batch = next_batch(batches)
             except DataError as error:
                 failure = error
             else:
-                queue.append((to_devices(batch, mesh), batches.get_state()))
+                queue.append((shard_batch(batch, mesh), batches.get_state()))
         if not queue:
             raise failure
         yield queue.popleft()

@@ -1,82 +1,92 @@
-"""One step of training and of validation: pure functions of state, batch and codec, their other parts static.
+"""One step of training and of validation: pure functions of state, batch and codec, for every objective.
 
-What is random in a step is a function of (state.key, state.step) and of the example's place in the global batch, so
-that neither the number of devices nor that of the parts of a batch changes it.
+All randomness of a step is a function of (state.key, state.step) and of the example's place in the global batch, so
+that neither the number of devices nor that of microbatches changes it.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
 from diffusion_transformer import DiT
-from utils import flow
-from utils.stable_vae import PixelCodec, StableVAE, encode_batch
+from utils.codecs.codec import Codec, encode_batch
+from utils.models import model_fn
+from utils.objectives.objective import Objective
 from utils.train_state import TrainState, apply_gradients
 
-Codec = PixelCodec | StableVAE
+# Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key.
+INIT = 2**31 - 1
+VALIDATION = 2**31 - 2
 
-# Streams of randomness beside the training steps', which fold 0, 1, 2, ... into the seed's key.
-INIT, VALIDATION = 2**31 - 1, 2**31 - 2
 
-
-def mean_over_parts(function: Callable[[PyTree], PyTree], examples: PyTree, num_parts: int) -> PyTree:
-    """The mean of function(part) over `num_parts` parts of the examples' rows, computed one after the other."""
-    if num_parts == 1:
+def accumulate_microbatches(function: Callable[[PyTree], PyTree], examples: PyTree, grad_accum: int) -> PyTree:
+    """The mean of function(microbatch) over `grad_accum` microbatches of the examples' rows, one after the other."""
+    if grad_accum == 1:
         return function(examples)
-    # Every num_parts-th row: whatever rows a device has, it has as many of each part.
-    parts = jax.tree.map(lambda rows: rows.reshape(-1, num_parts, *rows.shape[1:]).swapaxes(0, 1), examples)
-    shapes = jax.eval_shape(function, jax.tree.map(lambda rows: rows[0], parts))
+    # Every grad_accum-th row: whatever rows a device has, it has as many of each microbatch.
+    batches = jax.tree.map(lambda rows: rows.reshape(-1, grad_accum, *rows.shape[1:]).swapaxes(0, 1), examples)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda rows: rows[0], batches))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None), zeros, parts)
-    return jax.tree.map(lambda x: x / num_parts, total)
+    total, _ = jax.lax.scan(lambda total, batch: (jax.tree.map(jnp.add, total, function(batch)), None), zeros, batches)
+    return jax.tree.map(lambda x: x / grad_accum, total)
 
 
-def loss_and_gradients(
-    params: PyTree,
-    key: jax.Array,
+def draw_examples(
+    key: Key[Array, ""], batch: PyTree, objective: Objective, class_dropout_prob: float
+) -> dict[str, PyTree]:
+    """The batch with all that is random in its loss, per example: keys for the codec, the objective's draws, and which
+    labels are dropped (classifier-free guidance, arXiv:2207.12598)."""
+    codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
+    num_examples = len(batch["label"])
+    return {
+        "batch": batch,
+        "codec_key": jax.random.split(codec_key, num_examples),
+        "draws": objective.draw(time_key, noise_key, num_examples),
+        "is_dropped": jax.random.bernoulli(dropout_key, class_dropout_prob, (num_examples,)),
+    }
+
+
+def example_losses(
+    params: PyTree, ema_params: PyTree, codec: Codec, examples: dict[str, PyTree], *, model: DiT, objective: Objective
+) -> tuple[Array, dict[str, Array]]:
+    """(losses, metrics) of the examples, each (b,)."""
+    x_1 = encode_batch(codec, examples["codec_key"], examples["batch"])
+    labels = jnp.where(examples["is_dropped"], model.config.num_classes, examples["batch"]["label"])
+    functions = (model_fn(model, params), model_fn(model, ema_params))
+    return objective.loss(*functions, x_1, labels, examples["draws"])
+
+
+def compute_gradients(
+    state: TrainState,
+    key: Key[Array, ""],
     batch: PyTree,
     codec: Codec,
     *,
     model: DiT,
-    t_sampler: str,
-    train: bool,
+    objective: Objective,
     grad_accum: int,
-) -> tuple[PyTree, dict[str, jax.Array]]:
-    """(gradients, mean metrics) of the flow-matching loss on a global batch; labels are dropped only if `train`.
-
-    All that is random is drawn by example, so that `grad_accum`, the number of parts, changes nothing but rounding.
-    """
-    codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
-    count = len(batch["label"])
-    examples = {
-        "batch": batch,
-        "codec_key": jax.random.split(codec_key, count),
-        "noise_key": jax.random.split(noise_key, count),
-        "t": flow.sample_times(time_key, count, t_sampler),
-        "is_dropped": jax.random.bernoulli(dropout_key, model.class_dropout_prob if train else 0.0, (count,)),
-    }
+    class_dropout_prob: float,
+) -> tuple[PyTree, dict[str, Array]]:
+    """(gradients, mean metrics) of the objective's loss on a global batch."""
 
     def gradients(examples):
-        labels, is_dropped = examples["batch"]["label"], examples["is_dropped"]
-        x_1 = encode_batch(codec, examples["codec_key"], examples["batch"])
-        x_0 = jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(examples["noise_key"])
-
         def loss_fn(params):
-            def velocity_fn(x_t, t):
-                return model.apply({"params": params}, x_t, t, labels, train, force_drop_ids=is_dropped)
+            losses, metrics = example_losses(
+                params, state.ema_params, codec, examples, model=model, objective=objective
+            )
+            return losses.mean(), jax.tree.map(jnp.mean, metrics)
 
-            metrics = jax.tree.map(jnp.mean, flow.flow_matching_terms(velocity_fn, x_0, x_1, examples["t"]))
-            return metrics["l2_loss"], metrics
+        return jax.grad(loss_fn, has_aux=True)(state.params)
 
-        return jax.grad(loss_fn, has_aux=True)(params)
-
-    return mean_over_parts(gradients, examples, grad_accum)
+    examples = draw_examples(key, batch, objective, class_dropout_prob)
+    return accumulate_microbatches(gradients, examples, grad_accum)
 
 
-def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, jax.Array]:
+def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, Array]:
     trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
     return {name: optax.tree.norm(tree) for name, tree in trees.items()}
 
@@ -87,15 +97,22 @@ def train_step(
     codec: Codec,
     *,
     model: DiT,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    t_sampler: str,
     grad_accum: int,
     ema_decay: float,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, Array]]:
     """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
-    key = jax.random.fold_in(state.key, state.step)
-    options = {"model": model, "t_sampler": t_sampler, "grad_accum": grad_accum, "train": True}
-    grads, metrics = loss_and_gradients(state.params, key, batch, codec, **options)
+    grads, metrics = compute_gradients(
+        state,
+        jax.random.fold_in(state.key, state.step),
+        batch,
+        codec,
+        model=model,
+        objective=objective,
+        grad_accum=grad_accum,
+        class_dropout_prob=model.config.class_dropout_prob,
+    )
     new_state, updates = apply_gradients(state, grads, optimizer, ema_decay)
     return new_state, metrics | norms(grads, updates, new_state.params)
 
@@ -106,14 +123,39 @@ def validation_step(
     codec: Codec,
     *,
     model: DiT,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    t_sampler: str,
     grad_accum: int,
-) -> dict[str, jax.Array]:
-    """Metrics of a batch without label dropout, with the same noise and times whatever the step; the norms are those of
+) -> dict[str, Array]:
+    """Metrics of a batch with all labels kept, and the same noise and times whatever the step; the norms are those of
     the update that this batch would cause, which is not applied."""
-    key = jax.random.fold_in(state.key, VALIDATION)
-    options = {"model": model, "t_sampler": t_sampler, "grad_accum": grad_accum, "train": False}
-    grads, metrics = loss_and_gradients(state.params, key, batch, codec, **options)
+    grads, metrics = compute_gradients(
+        state,
+        jax.random.fold_in(state.key, VALIDATION),
+        batch,
+        codec,
+        model=model,
+        objective=objective,
+        grad_accum=grad_accum,
+        class_dropout_prob=0.0,
+    )
     updates, _ = optimizer.update(grads, state.opt_state, state.params)
     return metrics | norms(grads, updates, state.params)
+
+
+@partial(jax.jit, static_argnames=("model", "objective"))
+def loss_at_time(
+    params: PyTree,
+    codec: Codec,
+    key: Key[Array, ""],
+    batch: PyTree,
+    t: Array,
+    *,
+    model: DiT,
+    objective: Objective,
+) -> Array:
+    """Mean loss of a batch, all labels kept, with every time set to `t` and the same noise at every t."""
+    examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
+    examples["draws"] |= {"t": jnp.full_like(examples["draws"]["t"], t)}
+    losses, _ = example_losses(params, params, codec, examples, model=model, objective=objective)
+    return losses.mean()

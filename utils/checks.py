@@ -1,0 +1,112 @@
+"""Refusals of impossible requests, before anything compiles: each names the value, the flag and the fix."""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from utils.errors import UserError
+
+
+def memory_limit() -> int:
+    """Bytes of this machine's memory, or of all devices if those have more."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    of_devices = sum(stat.get("bytes_limit", 0) for stat in stats) * jax.process_count()
+    return max(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), of_devices)
+
+
+def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
+    """Raises UserError where no DiT of this configuration can work on latents (h, w, c)."""
+    height, width, _ = latent_shape
+    patch = model.patch_size
+    if height % patch or width % patch:
+        fits = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
+        raise UserError(
+            f"--model.patch_size={patch} does not divide the {height}x{width} input of the model; "
+            f"use one of {', '.join(map(str, fits))}"
+        )
+    if model.hidden_size % model.num_heads:
+        raise UserError(
+            f"--model.num_heads={model.num_heads} does not divide --model.hidden_size={model.hidden_size}; "
+            f"use {_nearest_divisor(model.hidden_size, model.num_heads)} heads, for example"
+        )
+    if model.hidden_size % 4:
+        raise UserError(
+            f"--model.hidden_size={model.hidden_size} must be a multiple of 4 (sines and cosines of two axes); "
+            f"use {-(-model.hidden_size // 4) * 4}"
+        )
+    if int(model.mlp_ratio * model.hidden_size) < 1:
+        raise UserError(f"--model.mlp_ratio={model.mlp_ratio} leaves the MLP no width; use 4, for example")
+    num_params, limit = count_parameters(model, latent_shape), memory_limit()
+    if 16 * num_params > limit:  # float32 parameters, EMA and two moments
+        raise UserError(
+            f"a model of --model.hidden_size={model.hidden_size}, --model.depth={model.depth}, --model.mlp_ratio="
+            f"{model.mlp_ratio:g} and --model.num_classes={model.num_classes} has {num_params:,} parameters; with "
+            f"optimizer they need {16 * num_params / 2**30:,.0f} GiB, of which there are {limit / 2**30:,.0f}; use less"
+        )
+    if model.cfg_scale < 0 and model.cfg_scale != -1:
+        raise UserError(f"--model.cfg_scale={model.cfg_scale}: use a scale of 0 or more, or -1 for no guidance")
+    for beta in ("beta1", "beta2"):
+        if model[beta] >= 1:
+            raise UserError(f"--model.{beta}={model[beta]} must be below 1; use 0.99, for example")
+
+
+def count_parameters(model: ConfigDict, latent_shape: tuple[int, int, int]) -> int:
+    """Parameters of the DiT, but for biases; and its table of positions, a constant as large as a parameter."""
+    height, width, channels = latent_shape
+    d, p = model.hidden_size, model.patch_size
+    block = (10 + 2 * model.mlp_ratio) * d * d
+    ends = (3 * d + 256 + 2 * p * p * channels + model.num_classes) * d
+    return int(model.depth * block + ends + (height // p) * (width // p) * d)
+
+
+def check_batch_memory(batch_size: int, image_shape: tuple[int, ...], copies: int = 6) -> None:
+    """UserError where the machine cannot hold that many images: a batch, those prefetched, and work on it."""
+    needed, limit = copies * batch_size * math.prod(image_shape) // jax.process_count(), memory_limit()
+    if needed > limit:
+        raise UserError(
+            f"--batch_size={batch_size} of {'x'.join(map(str, image_shape))} images needs {needed / 2**30:,.0f} GiB, "
+            f"but there are {limit / 2**30:,.0f}; use a smaller one"
+        )
+
+
+def _nearest_divisor(number: int, near: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
+
+
+def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1) -> None:
+    """Raises UserError where a global batch cannot be sharded evenly over the devices of all processes, in every one of
+    `grad_accum` microbatches."""
+    divisor = num_devices * grad_accum
+    if batch_size < 1:
+        raise UserError(f"--batch_size={batch_size}: use {divisor} or a multiple of it")
+    if batch_size % divisor:
+        microbatches = f" in --grad_accum={grad_accum} microbatches" if grad_accum > 1 else ""
+        raise UserError(
+            f"--batch_size={batch_size} does not divide over {num_devices} device{'s' * (num_devices > 1)}"
+            f"{microbatches}; "
+            f"use a multiple of {divisor}"
+        )
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Creates `folder` and proves that files can be written there; UserError otherwise."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: the processes of a run try at the same time
+            pass
+    except OSError as error:
+        raise UserError(f"--{flag}={folder} cannot be written ({error.strerror}); choose another folder") from None
+
+
+def can_guide(class_dropout_prob: float) -> bool:
+    """Whether a model trained so knows both sides of classifier-free guidance: the label dropped, and given."""
+    return 0 < class_dropout_prob < 1
+
+
+def explain_no_guidance(class_dropout_prob: float) -> str:
+    what = 'has no meaning for "no label"' if class_dropout_prob == 0 else "knows no labels"
+    return f"with --model.class_dropout_prob={class_dropout_prob:g} the model {what}, which guidance needs"

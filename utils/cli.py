@@ -1,0 +1,332 @@
+"""Flags: registered when a program calls `define_*`, read once by `run_program`, plain values from there on.
+
+The names and defaults are jax-flow's. Some of its spellings are translated here (log-normal, --wandb.offline,
+--use_stable_vae); target_update_rate and the guidance scale -1 go on, and are translated by the functions below.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import yaml
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from diffusion_transformer import PRESETS, DiTConfig
+from utils.codecs.registry import DEFAULT_HUB_ID
+from utils.data.dataset import DataOptions
+from utils.data.images import MAX_MEGAPIXELS
+from utils.errors import UserError
+from utils.objectives.flow_matching import LEGACY_T_SAMPLERS, T_SAMPLERS
+
+FLAGS = flags.FLAGS
+
+BROKEN_IMAGES = ("refuse", "skip")
+
+# More than any sampler has use for.
+MAX_STEPS = 10**6
+MAX_SCALE = 1000
+
+# Flags whose value is a path, or a data set or a VAE that may be one.
+_path_flags: set[str] = set()
+
+
+def define_path(name: str, default: str | None, help: str) -> None:
+    """Registers a flag whose value is a path: a leading ~ stands for a home folder, wherever the flag is used."""
+    _path_flags.add(name)
+    flags.DEFINE_string(name, default, help)
+
+
+def expand_path(path: str, flag: str) -> str:
+    """The path with a leading ~ or ~user, also of folder:~/x, replaced; UserError where there is no such home."""
+    prefix, colon, rest = path.partition(":") if path.startswith(("folder:", "latents:")) else ("", "", path)
+    if not rest.startswith("~"):
+        return path
+    expanded = os.path.expanduser(rest)
+    if expanded == rest:
+        raise UserError(f"--{flag}={path}: there is no home folder for {rest.split('/')[0]}; give the whole path")
+    return f"{prefix}{colon}{expanded}"
+
+
+def define_data_flags() -> None:
+    """Registers which images are read, and how; see `read_data_options`."""
+    define_path("dataset_name", "imagenet256", "Data set; docs/data.md lists them.")
+    define_path("data_dir", None, "Where TFDS keeps prepared data sets; gs://... too.")
+    flags.DEFINE_integer("image_size", None, "Side to which images of any size are cropped and resized.", 1, 2**13)
+    flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What to do about broken files of folder:PATH.")
+    flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH to decode.", 0, 10_000)
+
+
+def read_data_options(config: ConfigDict) -> DataOptions:
+    """The values of the flags of `define_data_flags`."""
+    return DataOptions(config.data_dir, config.image_size, config.broken_images, config.max_megapixels)
+
+
+def define_setting(name: str, field: dataclasses.Field) -> None:
+    """Registers the flag of a field of DiTConfig."""
+    metadata, default = field.metadata, field.default
+    if metadata["choices"]:
+        flags.DEFINE_enum(name, default, metadata["choices"], metadata["help"])
+    elif isinstance(default, float):
+        flags.DEFINE_float(name, default, metadata["help"], metadata["low"], metadata["high"])
+    else:
+        flags.DEFINE_integer(name, default, metadata["help"], metadata["low"], metadata["high"])
+
+
+def define_vae_flag() -> None:
+    """Registers --vae."""
+    define_path(
+        "vae", None, f"Hub id or folder of the VAE; default: the run's or the cached latents', else {DEFAULT_HUB_ID}."
+    )
+
+
+def define_model_flags() -> None:
+    """Registers --model.*: the network, its objective and optimizer, and how samples are drawn."""
+    flags.DEFINE_enum("model.preset", "debug", list(PRESETS), "Sizes for the --model.* flags left unset.")
+    for field in dataclasses.fields(DiTConfig):
+        define_setting(f"model.{field.name}", field)
+    flags.DEFINE_float("model.lr", 1e-4, "Adam's learning rate.", lower_bound=0)
+    flags.DEFINE_float("model.beta1", 0.9, "Adam's first decay.", 0, 1)
+    flags.DEFINE_float("model.beta2", 0.99, "Adam's second decay.", 0, 1)
+    flags.DEFINE_float("model.target_update_rate", 0.9999, "Decay of the EMA of the parameters; 1: no EMA.", 0, 1)
+    flags.DEFINE_enum(
+        "model.t_sampler",
+        "logit_normal",
+        [*T_SAMPLERS, *LEGACY_T_SAMPLERS],
+        "Training times: sigmoid of a normal (log-normal means the same), or uniform.",
+    )
+    flags.DEFINE_integer("model.denoise_timesteps", 32, "Euler steps of training-time samples.", 1, MAX_STEPS)
+    flags.DEFINE_float(
+        "model.cfg_scale", 4.0, "Guidance scale of training-time samples; -1: no guidance.", -1, MAX_SCALE
+    )
+    flags.DEFINE_integer("model.use_stable_vae", 1, "1 trains on the latents of a VAE, 0 on pixels.", 0, 1)
+    flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
+
+
+def define_wandb_flags(name: str = "flow_{dataset_name}") -> None:
+    """Registers --wandb.*, --wandb.name with that default."""
+    flags.DEFINE_enum("wandb.mode", None, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
+    flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
+    flags.DEFINE_string("wandb.project", "flow", "Project.")
+    flags.DEFINE_string("wandb.entity", None, "User or team.")
+    flags.DEFINE_string("wandb.group", None, "Group of runs.")
+    flags.DEFINE_string("wandb.name", name, "Name of the run, and of its folder under runs/.")
+    flags.DEFINE_string("wandb.notes", None, "A longer description.")
+    flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas.")
+
+
+def define_device_flags() -> None:
+    """Registers how several processes find each other."""
+    flags.DEFINE_string(
+        "coordinator_address", None, "host:port of process 0 where a run has several; 'auto' on TPU pods, SLURM."
+    )
+    flags.DEFINE_integer("num_processes", None, "Processes in the run, with --coordinator_address.")
+    flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator_address.")
+
+
+def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], None]) -> None:
+    """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
+    try:
+        app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
+    except UserError as error:
+        _end(str(error))
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            raise
+        _end(f"{error.filename}: {error.strerror}")
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        _end(
+            f"process {jax.process_index()} of the run has lost another one ({reason}); give all their commands again, "
+            "and they continue from the last checkpoint"
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _end(message: str) -> NoReturn:
+    """Ends the program with one line and status 1."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(1)  # an ordinary end would wait for the other processes, which wait for this one
+    sys.exit(1)
+
+
+def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict:
+    """The configuration that a command line (argv[0] = the program) asks for; UserError where it cannot be read."""
+    builtin = set(FLAGS)
+    define_flags()
+    for name in set(FLAGS) - builtin:
+        FLAGS.register_key_flag_for_module(argv[0], FLAGS[name])  # so that --help lists all of them
+    try:
+        extra = FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
+    return read_flags(set(FLAGS) - builtin)
+
+
+def read_flags(names: Iterable[str]) -> ConfigDict:
+    """The values of flags `names`, those named `group.name` in a ConfigDict of their own, presets filled in.
+
+    Raises UserError where two spellings of one flag contradict each other.
+    """
+    names, config = set(names), ConfigDict()
+    for name in sorted(names, key=lambda name: ("." in name, name)):
+        *group, leaf = name.split(".")
+        if group and group[0] not in config:
+            config[group[0]] = ConfigDict()
+        value = check_value(name, FLAGS[name].value)
+        (config[group[0]] if group else config)[leaf] = value
+    if "model.preset" in names:
+        resolve_model(config)
+    if "wandb.mode" in names:
+        resolve_wandb(config)
+    return config
+
+
+def check_value(name: str, value: Any) -> Any:
+    """The value of flag `name` as the programs use it; UserError for what no flag can be: numbers that are not finite
+    or beyond 32 bits, names that no file can have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name}={value} is no finite number; give one")
+    if name == "seed" and not 0 <= value < 2**32:
+        raise UserError(f"--seed={value}: use a number from 0 to {2**32 - 1}")
+    if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
+        raise UserError(f"--{name}={value} is too large; use a number below {2**31}")
+    if name in _path_flags and value is not None:
+        value = expand_path(value, name)
+        if not value or any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in value.split("/")):
+            raise UserError(f"--{name}={value[:60]}: a name of 1 to 255 bytes is needed")
+    return value
+
+
+def is_explicit(name: str) -> bool:
+    """Whether the user gave flag `name`."""
+    return bool(FLAGS[name].present)
+
+
+def resolve_model(config: ConfigDict) -> None:
+    """Fills the preset's sizes into what the user left unset, and translates legacy spellings."""
+    model = config.model
+    model.t_sampler = LEGACY_T_SAMPLERS.get(model.t_sampler, model.t_sampler)
+    for name, value in PRESETS[model.preset].items():
+        if not is_explicit(f"model.{name}"):
+            model[name] = value
+    use_stable_vae = FLAGS["use_stable_vae"].value
+    del config.use_stable_vae
+    if use_stable_vae is not None:
+        if is_explicit("model.use_stable_vae") and model.use_stable_vae != use_stable_vae:
+            raise UserError(
+                f"--use_stable_vae={use_stable_vae} contradicts --model.use_stable_vae={model.use_stable_vae}; give one"
+            )
+        model.use_stable_vae = use_stable_vae
+
+
+def override_model(saved: dict[str, Any]) -> ConfigDict:
+    """The --model.* values `saved` with a run, with the compute dtype of this command line, if it gives one.
+
+    UserError where it gives another value for what a trained model has settled.
+    """
+    model = ConfigDict(saved)
+    for name in saved:
+        if not is_explicit(f"model.{name}"):
+            continue
+        requested = FLAGS[f"model.{name}"].value
+        requested = LEGACY_T_SAMPLERS.get(requested, requested)
+        if name == "dtype":
+            model.dtype = requested
+        elif requested != model[name]:
+            raise UserError(
+                f"--model.{name}={requested}, but the run of --load_dir has {model[name]}; leave the flag out"
+            )
+    use_stable_vae = FLAGS["use_stable_vae"].value
+    if use_stable_vae not in (None, model.use_stable_vae):
+        raise UserError(
+            f"--use_stable_vae={use_stable_vae}, but the run of --load_dir has {model.use_stable_vae}; leave it out"
+        )
+    return model
+
+
+def model_flags() -> list[str]:
+    """The names of all --model.* flags."""
+    return [name for name in FLAGS if name.startswith("model.")]
+
+
+def refuse_ignored(names: Iterable[str], reason: str) -> None:
+    """UserError for a flag among `names` that the user gave although it has no effect here."""
+    for name in names:
+        if name in FLAGS and is_explicit(name):
+            value = FLAGS[name].value
+            value = ",".join(value) if isinstance(value, list) else value
+            raise UserError(f"--{name}={value} has no effect {reason}; leave it out")
+
+
+def resolve_wandb(config: ConfigDict) -> None:
+    """Settles mode and name."""
+    wandb = config.wandb
+    if wandb.offline and wandb.mode not in (None, "offline"):
+        raise UserError(f"--wandb.offline contradicts --wandb.mode={wandb.mode}; give one")
+    if wandb.mode is None:
+        wandb.mode = "offline" if wandb.offline else os.environ.get("WANDB_MODE", "online")
+    if wandb.mode not in ("online", "offline", "disabled"):
+        raise UserError(f"WANDB_MODE={wandb.mode}: use online, offline or disabled, or give --wandb.mode")
+    del wandb.offline
+    wandb.name = wandb.name.replace("{dataset_name}", str(config.dataset_name))
+
+
+def run_folder(config: ConfigDict) -> Path:
+    """Where a run keeps everything: --save_dir, or runs/<--wandb.name>, made fit for a file name."""
+    name = re.sub(r"[^\w.=+-]+", "_", config.wandb.name)
+    if not config.save_dir and (not name.strip(".") or len(name.encode()) > 255):
+        raise UserError(f"--wandb.name={config.wandb.name[:60]} is no name for a folder; choose another, or --save_dir")
+    return Path(config.save_dir or Path("runs") / name)
+
+
+def guides(cfg_scale: float) -> bool:
+    """Whether a guidance scale takes a second pass of the model."""
+    return guidance_scale(cfg_scale) is not None
+
+
+def guidance_scale(cfg_scale: float) -> float | None:
+    """None (no guidance, one pass a step) for the flag's -1 and for 1, which equals it; otherwise the scale."""
+    return None if cfg_scale in (-1, 1) else cfg_scale
+
+
+def ema_decay(target_update_rate: float) -> float:
+    """The decay of the EMA; the recipe's rate 1 means "no EMA" (decay 0), not "frozen"."""
+    return 0.0 if target_update_rate == 1 else target_update_rate
+
+
+def read_numbers(words: list[str], flag: str, kind: type, highest: float, lowest: float | None = None) -> list:
+    """The numbers of a flag that takes several; UserError where one is none, not finite, or out of bounds."""
+    try:
+        numbers = [kind(word) for word in words]
+    except ValueError:
+        example = "100,20,5" if kind is int else "1,4"
+        raise UserError(f"--{flag}={','.join(words)}: give numbers separated by commas, such as {example}") from None
+    if not numbers:
+        raise UserError(f"--{flag}= is empty: give numbers separated by commas")
+    if not all(map(math.isfinite, numbers)) or max(numbers) > highest:
+        raise UserError(f"--{flag}={','.join(words)}: give numbers up to {highest}")
+    if lowest is not None and min(numbers) < lowest:
+        raise UserError(f"--{flag}={','.join(words)}: give numbers of {lowest} or more")
+    return numbers
+
+
+def to_text(config: ConfigDict) -> str:
+    """The configuration as YAML, groups last, for a person to read."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip()

@@ -1,0 +1,44 @@
+"""The interface of codecs, between images and what the model learns: nothing else asks which one is in use."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, UInt8
+
+
+class Codec(Protocol):
+    """A pytree: its parameters, if any, are arguments of the compiled functions."""
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the weights; None of a codec without."""
+
+    def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Latents of images in [-1, 1]. `key` is one for each example, or one to be split among them."""
+
+    def decode(self, latents: Float[Array, "b h2 w2 c2"]) -> Float[Array, "b h w c"]:
+        """Images, about in [-1, 1]."""
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(h2, w2, c2) of images (h, w, c); UserError where the codec does not take them."""
+
+
+def images_from_uint8(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Images in [-1, 1]: x / 127.5 - 1."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def images_to_uint8(images: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
+    """Images in [-1, 1] clipped and rounded to 0 .. 255, as they would be written to a file."""
+    return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def encode_batch(codec: Codec, key: Key[Array, "*b"], batch: Mapping[str, Array]) -> Float[Array, "b h w c"]:
+    """Latents of a batch {'image': uint8 (b, h, w, c)}, or {'moments': float16 (b, 2, h, w, c)} of cached latents.
+
+    The same key draws the same posterior noise for both.
+    """
+    if "moments" in batch:
+        return codec.sample_latents(key, batch["moments"][:, 0], batch["moments"][:, 1])
+    return codec.encode(key, images_from_uint8(batch["image"]))

@@ -1,0 +1,35 @@
+"""The codec of a run. One more codec is one file, and one line here."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from utils.codecs.codec import Codec
+from utils.codecs.pixels import PixelCodec
+from utils.codecs.vae import StableVAE
+from utils.errors import UserError
+from utils.sharding import replicated
+
+DEFAULT_HUB_ID = "stabilityai/sd-vae-ft-mse"
+
+
+def load_codec(
+    use_stable_vae: bool, vae: str, mesh: Mesh, image_shape: Sequence[int], expected_sha256: str | None = None
+) -> Codec:
+    """The codec of a run, replicated over the mesh. UserError where the VAE does not take images of that shape, or its
+    weights do not have `expected_sha256`."""
+    if not use_stable_vae:
+        if expected_sha256:
+            raise UserError("--model.use_stable_vae=0, but the data set is of latents; leave the flag out")
+        return PixelCodec()
+    if image_shape[-1] != 3:
+        raise UserError("--model.use_stable_vae=1, but the images are grey; train on pixels with --use_stable_vae 0")
+    codec = StableVAE.load(vae)
+    if expected_sha256 not in (None, codec.sha256):
+        raise UserError(
+            f"--vae={vae} is another VAE (sha256 {codec.sha256[:12]}...) than the one that made the latents "
+            f"({expected_sha256[:12]}...); name that one"
+        )
+    codec.latent_shape(tuple(image_shape))
+    return jax.device_put(codec, replicated(mesh))

@@ -1,0 +1,354 @@
+"""The KL autoencoder of latent diffusion (Rombach et al., arXiv:2112.10752) as a codec.
+
+Stable Diffusion's, SDXL's, SD3's and FLUX's are read from the Hugging Face layout: config.json and
+diffusion_pytorch_model.safetensors.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, Key, PyTree
+
+from utils.codecs.vae_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
+from utils.errors import UserError
+from utils.external import BadFileError, read_json
+from utils.ops import attention
+
+MAX_LATENT_CHANNELS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """What config.json says; the defaults are those of files that leave a key out."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], path: str) -> "VAEConfig":
+        """The configuration in a config.json; UserError, naming `path`, where it is of another network."""
+        kinds = {
+            "_class_name": {"AutoencoderKL"},
+            "down_block_types": {"DownEncoderBlock2D"},
+            "up_block_types": {"UpDecoderBlock2D"},
+            "act_fn": {"silu"},
+        }
+        for name, known in kinds.items():
+            found = content.get(name) or []
+            unknown = set([found] if isinstance(found, str) else found) - known
+            if unknown:
+                raise UserError(f"--vae: {path} has {name} {min(unknown)}, but only {min(known)} is known here")
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in content.items()
+            if name in names and not (value is None and name == "scaling_factor")
+        }
+        config = cls(**values)
+        config.check(path)
+        return config
+
+    def check(self, path: str) -> None:
+        """UserError, naming `path`, for values that no VAE in use comes near, before anything is made of them."""
+
+        def is_number(value, low, high):
+            return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+        def are(values, test):
+            return isinstance(values, tuple) and 0 < len(values) <= MAX_LATENT_CHANNELS and all(map(test, values))
+
+        def is_count(most):
+            return lambda value: type(value) is int and 1 <= value <= most
+
+        rules = {
+            "in_channels": is_count(4),
+            "out_channels": is_count(4),
+            "block_out_channels": lambda value: are(value, is_count(2048)) and len(value) <= 8,
+            "layers_per_block": is_count(16),
+            "latent_channels": is_count(MAX_LATENT_CHANNELS),
+            "norm_num_groups": is_count(2048),
+            "mid_block_add_attention": lambda value: isinstance(value, bool),
+            "use_quant_conv": lambda value: isinstance(value, bool),
+            "use_post_quant_conv": lambda value: isinstance(value, bool),
+            "scaling_factor": lambda value: is_number(value, 1e-6, 1e6),
+            "shift_factor": lambda value: value is None or is_number(value, -1e6, 1e6),
+            "latents_mean": lambda value: value is None or are(value, lambda x: is_number(x, -1e6, 1e6)),
+            "latents_std": lambda value: value is None or are(value, lambda x: is_number(x, 1e-6, 1e6)),
+        }
+        for name, is_good in rules.items():
+            if not is_good(getattr(self, name)):
+                value = str(getattr(self, name))[:100]
+                raise UserError(f"--vae: no VAE has the sizes in {path} ({name} {value}); fetch it again")
+
+    @property
+    def downsampling(self) -> int:
+        """Image side over latent side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def shift(self) -> np.ndarray:
+        """What is taken from latents before `scale` multiplies them: one number, or one for every channel."""
+        return np.array((self.shift_factor or 0) if self.latents_mean is None else self.latents_mean, np.float32)
+
+    @property
+    def scale(self) -> np.ndarray:
+        return np.float32(self.scaling_factor) / np.array(self.latents_std or 1, np.float32)
+
+
+# The modules below are named as the tensors in the weights file are, so that one rule converts all of them.
+
+
+class VAEModule(nn.Module):
+    """Layers as the VAE has them; statistics of the normalisation are float32 in any compute type."""
+
+    config: VAEConfig
+    dtype: Any
+
+    def conv(self, channels: int, name: str, side: int = 3, **kwargs) -> nn.Conv:
+        return nn.Conv(channels, (side, side), dtype=self.dtype, name=name, **kwargs)
+
+    def norm(self, name: str) -> nn.GroupNorm:
+        return nn.GroupNorm(self.config.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name=name)
+
+
+class ResnetBlock(VAEModule):
+    """(b, h, w, c) -> (b, h, w, channels)."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x):
+        y = self.conv(self.channels, "conv1")(nn.silu(self.norm("norm1")(x)))
+        y = self.conv(self.channels, "conv2")(nn.silu(self.norm("norm2")(y)))
+        return y + (x if x.shape[-1] == self.channels else self.conv(self.channels, "conv_shortcut", side=1)(x))
+
+
+class AttentionBlock(VAEModule):
+    """Self-attention of one head over all places."""
+
+    @nn.compact
+    def __call__(self, x):
+        b, h, w, c = x.shape
+        y = self.norm("group_norm")(x).reshape(b, h * w, 1, c)
+        query, key, value = (nn.Dense(c, dtype=self.dtype, name=f"to_{name}")(y) for name in "qkv")
+        y = attention(query, key, value)
+        return x + nn.Dense(c, dtype=self.dtype, name="to_out_0")(y).reshape(x.shape)
+
+
+class MidBlock(VAEModule):
+    @nn.compact
+    def __call__(self, x):
+        x = ResnetBlock(self.config, self.dtype, x.shape[-1], name="resnets_0")(x)
+        if self.config.mid_block_add_attention:
+            x = AttentionBlock(self.config, self.dtype, name="attentions_0")(x)
+        return ResnetBlock(self.config, self.dtype, x.shape[-1], name="resnets_1")(x)
+
+
+class Downsampler(VAEModule):
+    @nn.compact
+    def __call__(self, x):
+        return self.conv(x.shape[-1], "conv", strides=2, padding=((0, 1), (0, 1)))(x)  # right and bottom only
+
+
+class Upsampler(VAEModule):
+    @nn.compact
+    def __call__(self, x):
+        return self.conv(x.shape[-1], "conv")(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class Stage(VAEModule):
+    """`depth` residual blocks of one width, then, if `resample` names one, a change of size."""
+
+    channels: int
+    depth: int
+    resample: str | None  # 'downsamplers_0' or 'upsamplers_0'
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.depth):
+            x = ResnetBlock(self.config, self.dtype, self.channels, name=f"resnets_{i}")(x)
+        if self.resample is None:
+            return x
+        kind = Downsampler if self.resample.startswith("down") else Upsampler
+        return kind(self.config, self.dtype, name=self.resample)(x)
+
+
+class Encoder(VAEModule):
+    """Images (b, h, w, 3) in [-1, 1] -> (b, h/f, w/f, 2 c): mean and log-variance before the last 1x1 convolution."""
+
+    @nn.compact
+    def __call__(self, x):
+        widths, depth = self.config.block_out_channels, self.config.layers_per_block
+        x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
+        for i, width in enumerate(widths):
+            resample = "downsamplers_0" if i < len(widths) - 1 else None
+            x = Stage(self.config, self.dtype, width, depth, resample, name=f"down_blocks_{i}")(x)
+        x = MidBlock(self.config, self.dtype, name="mid_block")(x)
+        return self.conv(2 * self.config.latent_channels, "conv_out")(nn.silu(self.norm("conv_norm_out")(x)))
+
+
+class Decoder(VAEModule):
+    """Latents (b, h, w, c) -> images (b, f h, f w, 3)."""
+
+    @nn.compact
+    def __call__(self, x):
+        widths, depth = self.config.block_out_channels[::-1], self.config.layers_per_block + 1
+        x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
+        x = MidBlock(self.config, self.dtype, name="mid_block")(x)
+        for i, width in enumerate(widths):
+            resample = "upsamplers_0" if i < len(widths) - 1 else None
+            x = Stage(self.config, self.dtype, width, depth, resample, name=f"up_blocks_{i}")(x)
+        return self.conv(self.config.out_channels, "conv_out")(nn.silu(self.norm("conv_norm_out")(x)))
+
+
+class AutoencoderKL(VAEModule):
+    """The whole network; `encode` and `decode` without the scale and shift of latents."""
+
+    def setup(self):
+        self.encoder = Encoder(self.config, self.dtype)
+        self.decoder = Decoder(self.config, self.dtype)
+        one = {"kernel_size": (1, 1), "dtype": self.dtype}
+        self.quant_conv = nn.Conv(2 * self.config.latent_channels, **one) if self.config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv(self.config.latent_channels, **one) if self.config.use_post_quant_conv else None
+
+    def encode(self, images):
+        x = self.encoder(images)
+        return self.quant_conv(x) if self.quant_conv else x
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z.astype(self.dtype)) if self.post_quant_conv else z)
+
+    def __call__(self, images):
+        return self.decode(jnp.split(self.encode(images), 2, axis=-1)[0])
+
+
+class StableVAE(flax.struct.PyTreeNode):
+    """The codec of latent models. Parameters float32; `dtype` is the compute type; results are float32."""
+
+    params: PyTree
+    config: VAEConfig = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
+    sha256: str | None = flax.struct.field(pytree_node=False)  # of the weights file; None of random weights
+    name: str = flax.struct.field(pytree_node=False, default="random weights")  # the folder or hub id it came from
+
+    @classmethod
+    def load(cls, path: str, dtype: Any = jnp.float32) -> "StableVAE":
+        """The VAE in a folder (or in its subfolder `vae`), else of that id on the Hugging Face hub.
+
+        UserError, naming --vae and what to do, where it is not there, broken, or of another architecture.
+        """
+        config_file, weights_file = find_files(path)
+        try:
+            content = read_json(config_file)
+        except BadFileError as error:
+            raise UserError(f"--vae={path}: {config_file} is no configuration ({error}); fetch it again") from None
+        config = VAEConfig.from_dict(content, str(config_file))
+        try:
+            shapes = _param_shapes(config)
+            np.broadcast_to(config.scale * config.shift, config.latent_channels)
+        except (TypeError, ValueError, ArithmeticError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"--vae={path}: no VAE has the sizes in {config_file} ({reason}); fetch it again") from None
+        params = read_params(weights_file, shapes)
+        with weights_file.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(params, config, jnp.dtype(dtype), sha256, path)
+
+    @classmethod
+    def random(cls, seed: int, config: VAEConfig | None = None, dtype: Any = jnp.float32) -> "StableVAE":
+        """Random weights that keep the size of what passes; default: Stable Diffusion's sizes. To test and measure."""
+        config, rng = config or VAEConfig(), np.random.default_rng(seed)
+        draw = {
+            "kernel": lambda shape: rng.standard_normal(shape, np.float32) / np.prod(shape[:-1]) ** 0.5,
+            "scale": lambda shape: np.ones(shape),
+            "bias": lambda shape: np.zeros(shape),
+        }
+        shapes = _param_shapes(config)
+        params = {path: jnp.asarray(draw[path[-1]](like.shape), jnp.float32) for path, like in shapes.items()}
+        return cls(unflatten_dict(params), config, jnp.dtype(dtype), None)
+
+    def save(self, folder: Path) -> None:
+        """Writes the Hugging Face layout, as `load` reads it."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"_class_name": "AutoencoderKL", **dataclasses.asdict(self.config)}
+        (folder / CONFIG).write_text(json.dumps(content, indent=2))
+        tensors = {
+            tensor_name(path): np.ascontiguousarray(to_torch_layout(np.asarray(value)))
+            for path, value in flatten_dict(self.params).items()
+        }
+        save_file(tensors, folder / WEIGHTS)
+
+    def encode_moments(
+        self, images: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, "b h2 w2 c"]]:
+        """(mean, log-variance) of the posterior of images in [-1, 1], neither scaled nor shifted."""
+        moments = self._apply(images, "encode").astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.clip(logvar, -30, 20)
+
+    def sample_latents(
+        self, key: Key[Array, "*b"], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w c"]:
+        """Scaled latents: a posterior sample, brought to about unit variance. `key` is one for each example, or one to
+        be split among them."""
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        keys = key if key.ndim else jax.random.split(key, len(mean))
+        z = mean + jnp.exp(logvar / 2) * jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        return (z - self.config.shift) * self.config.scale
+
+    def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
+        """Scaled latents of images in [-1, 1]; `key` as `sample_latents` has it."""
+        return self.sample_latents(key, *self.encode_moments(images))
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
+        """Images, about in [-1, 1], of scaled latents."""
+        return self._apply(latents / self.config.scale + self.config.shift, "decode").astype(jnp.float32)
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        height, width, channels = image_shape
+        factor = self.config.downsampling
+        if channels != self.config.in_channels:
+            raise UserError(
+                f"the VAE takes images of {self.config.in_channels} channels, not {channels}; "
+                "train on pixels with --use_stable_vae 0"
+            )
+        if height % factor or width % factor:
+            raise UserError(
+                f"the VAE takes images whose sides are multiples of {factor}, not {height}x{width}; "
+                f"use --image_size {max(1, height // factor) * factor}, or pixels with --use_stable_vae 0"
+            )
+        return height // factor, width // factor, self.config.latent_channels
+
+    def _apply(self, x, method):
+        return AutoencoderKL(self.config, self.dtype).apply({"params": self.params}, x, method=method)
+
+
+def _param_shapes(config: VAEConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    image = jnp.zeros((1, config.downsampling, config.downsampling, config.in_channels))
+    init = partial(AutoencoderKL(config, jnp.float32).init, jax.random.key(0))
+    return flatten_dict(jax.eval_shape(init, image)["params"])

@@ -1,0 +1,120 @@
+"""Files of a VAE in the Hugging Face layout: found or fetched, and read against the expected shapes."""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jaxtyping import PyTree
+
+from utils.errors import UserError
+from utils.external import BadFileError, read_safetensors, read_safetensors_shapes
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def find_files(path: str) -> tuple[Path, Path]:
+    """(config.json, weights) in a folder or its subfolder `vae`, or fetched from the hub."""
+    folder = Path(path)
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
+        return _fetch_files(path)
+    if not folder.is_dir():
+        raise UserError(f"--vae={path} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
+    found = next((place for place in (folder, folder / "vae") if (place / CONFIG).is_file()), None)
+    if found is None:
+        raise UserError(f"--vae={path}: the folder has no {CONFIG}; give a folder of a VAE in the Hugging Face layout")
+    if not (found / WEIGHTS).is_file():
+        raise UserError(
+            f"--vae={path}: {found} has no {WEIGHTS}; fetch it beside {CONFIG} "
+            "(a .bin file is not read: save the model again with safetensors)"
+        )
+    return found / CONFIG, found / WEIGHTS
+
+
+def _fetch_files(hub_id: str) -> tuple[Path, Path]:
+    """(config.json, weights) out of the hub's cache, else fetched into it."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    reason = f"it has no {CONFIG}, nor has its folder vae"
+    places = (None, "vae")  # a VAE's own repository, a whole pipeline's
+    try:
+        for place in places:
+            find = partial(hub.hf_hub_download, hub_id, subfolder=place, local_files_only=True)
+            with contextlib.suppress(LocalEntryNotFoundError):
+                return Path(find(CONFIG)), Path(find(WEIGHTS))
+        for place in places:
+            with contextlib.suppress(RemoteEntryNotFoundError):
+                # Asks once: without a network a download by itself would try again for half a minute.
+                hub.get_hf_file_metadata(hub.hf_hub_url(hub_id, CONFIG, subfolder=place))
+                config = hub.hf_hub_download(hub_id, CONFIG, subfolder=place)
+                reason = f"it has no {WEIGHTS} beside its {CONFIG}; other files, such as .bin, are not read"
+                return Path(config), Path(hub.hf_hub_download(hub_id, WEIGHTS, subfolder=place))
+    except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
+        reason = " ".join(str(error).split()) or type(error).__name__
+    raise UserError(
+        f"--vae={hub_id} is no folder and cannot be fetched from the hub ({reason}); fetch {CONFIG} and {WEIGHTS} "
+        "elsewhere and give --vae their folder, or train on pixels with --use_stable_vae 0"
+    )
+
+
+def tensor_name(path: tuple[str, ...]) -> str:
+    """('encoder', 'down_blocks_0', 'conv1', 'kernel') -> 'encoder.down_blocks.0.conv1.weight'."""
+    *modules, leaf = path
+    leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
+    return ".".join([*(re.sub(r"_(\d+)$", r".\1", module) for module in modules), leaf])
+
+
+def to_torch_layout(value: np.ndarray) -> np.ndarray:
+    """Kernels (h, w, in, out) -> (out, in, h, w) and (in, out) -> (out, in)."""
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+
+
+def read_params(file: Path, targets: Mapping[tuple[str, ...], Any]) -> PyTree:
+    """Parameters of the shapes of `targets`, float32, from a safetensors file. UserError, before a
+    tensor is read, where one is missing, left over or misshapen."""
+    try:
+        found = read_safetensors_shapes(file)
+        requested = _match_tensors(found, targets, file)
+        tensors = read_safetensors(file, {name: found[name] for name in requested})
+    except (BadFileError, OSError) as error:
+        raise UserError(f"--vae: {file} cannot be read ({error}); fetch it again") from None
+    params = {}
+    for name, path in requested.items():
+        value = tensors[name]
+        if len(targets[path].shape) == 2 and value.ndim == 4:
+            value = value[:, :, 0, 0]
+        params[path] = jnp.asarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T)
+    return unflatten_dict(params)
+
+
+def _match_tensors(
+    found: Mapping[str, tuple[int, ...]], targets: Mapping[tuple[str, ...], Any], file: Path
+) -> dict[str, tuple[str, ...]]:
+    """{name in the file: path of the parameter}, attention under its older names too."""
+    newer = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    names = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{newer[m[1]]}.", name): name for name in found}
+    names |= {name: name for name in found if name in names}  # where a file has both, the older one is left over
+    matched = {}
+    for path, target in targets.items():
+        requested = tensor_name(path)
+        if requested not in names:
+            raise UserError(f"--vae: {file} has no tensor {requested}, which its {CONFIG} asks for; fetch both again")
+        shape = tuple(target.shape)
+        shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+        # Attention may be written as convolutions of side 1.
+        if found[names[requested]] not in (shape, (*shape, 1, 1) if len(shape) == 2 else shape):
+            raise UserError(
+                f"--vae: {file} has {requested} of another shape than its {CONFIG} asks for; fetch both again"
+            )
+        matched[names[requested]] = path
+    left = sorted(found.keys() - matched.keys())
+    if left:
+        raise UserError(f"--vae: {file} has a tensor {left[0]} that its {CONFIG} does not know; fetch both again")
+    return matched

@@ -1,0 +1,158 @@
+"""Batches of a data set, in training order or in reading order."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grain
+import numpy as np
+
+from utils.data.dataset import ArraySource, Batch, Batches, Example, ImageDataset, Source, StreamSource
+from utils.errors import UserError
+
+
+def training_batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    seed: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int | None = None,
+    prefetch: int = 2,
+) -> Batches:
+    """Endless shuffled batches {'image': uint8 (b, h, w, c), 'label': int32 (b,)}, b = batch_size / process_count.
+
+    Every epoch is a new order that has each image exactly once; batches run on across its end. Order and flips are
+    functions of (seed, position in the endless stream) alone. Host `process_index` gets its part of each global batch,
+    so that the k-th batches of all hosts, one after the other, are the k-th batch of a single host. (What is read as a
+    stream promises less: see `RecordStream.training_batches`.)
+
+    `get_state()` is {'next_index': number of batches taken}, the same on every host; after `set_state` of it the
+    stream goes on exactly. `num_threads` read images (default: a thread per core, 32 at most), up to `prefetch`
+    batches ahead; prefetch=0 reads when asked. What a thread raises, `next` raises.
+    UserError where batch_size does not divide over the hosts or the seed is negative.
+    """
+    _check_batch_size(batch_size, process_count)
+    if seed < 0:
+        raise UserError(f"--seed={seed} is negative; use 0, for example")
+    num_images, local_size = len(dataset.source), batch_size // process_count
+    if isinstance(dataset.source, StreamSource):
+        hosts = {"process_index": process_index, "process_count": process_count}
+        return dataset.source.training_batches(batch_size, seed, dataset.random_flip, **hosts, prefetch=prefetch)
+
+    # Not Grain's shuffle: it orders epoch e of seed s as epoch 0 of seed s + e, so that runs under neighbouring seeds
+    # see the same orders, and it takes a millisecond an image where there are few.
+    @functools.lru_cache(maxsize=2)
+    def epoch_order(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([seed, epoch])
+        order, flips = rng.permutation(num_images), rng.random(num_images) < 0.5
+        return order, flips & dataset.random_flip
+
+    reader = _BatchReader(dataset, num_threads)
+
+    def read(batch: int) -> Batch:
+        indices, flips = [], []
+        first = batch * batch_size + process_index * local_size
+        for position in range(first, first + local_size):
+            epoch, place = divmod(position, num_images)
+            order, is_flipped = epoch_order(epoch)
+            indices.append(order[place])
+            flips.append(is_flipped[place])
+        return reader(indices, flips)
+
+    # As many batches as a float64, such as JSON's numbers, can count: endless.
+    return _in_order(grain.MapDataset.range(2**53).map(read), prefetch)
+
+
+def epoch_batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int | None = None,
+    prefetch: int = 2,
+) -> Iterator[Batch]:
+    """The images start .. stop - 1 (default: all) once, in the split's own order and unflipped; batches as
+    `training_batches` has them, the last may be short.
+
+    Hosts see disjoint images that are together the whole split, in equally many batches, so that they can take them
+    in step: of a short last batch a host may get no rows. UserError where batch_size does not divide over the hosts.
+    """
+    _check_batch_size(batch_size, process_count)
+    stop = len(dataset.source) if stop is None else stop
+    if isinstance(dataset.source, StreamSource):
+        hosts = {"process_index": process_index, "process_count": process_count}
+        return dataset.source.epoch_batches(batch_size, start, stop, **hosts, prefetch=prefetch)
+    reader = _BatchReader(dataset, num_threads)
+
+    def read(first: int) -> Batch:
+        indices = range(first + process_index, min(first + batch_size, stop), process_count)
+        return reader(indices, [False] * len(indices))
+
+    return _in_order(grain.MapDataset.range(start, stop, batch_size).map(read), prefetch)
+
+
+def first_examples(dataset: ImageDataset, num_examples: int) -> ImageDataset:
+    """The data set cut to its first `num_examples` images (all, if it has fewer), never flipped: to be overfitted."""
+    num_examples = min(num_examples, len(dataset.source))
+    source = _Subset(dataset.source, range(num_examples))
+    if isinstance(dataset.source, StreamSource):
+        (batch,) = epoch_batches(dataset, num_examples, stop=num_examples)
+        source = ArraySource(batch["image"], batch["label"])
+    return dataclasses.replace(dataset, source=source, random_flip=False)
+
+
+def _check_batch_size(batch_size: int, process_count: int) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"--batch_size={batch_size} does not divide over {process_count} process{'es' * (process_count > 1)}; "
+            f"use a multiple of {process_count}"
+        )
+
+
+def _in_order(batches: grain.MapDataset, prefetch: int) -> grain.DatasetIterator[Batch]:
+    # Two batches in work at a time, so that the reading threads have the next one's images while one is finished.
+    options = grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)
+    return iter(batches.to_iter_dataset(options))
+
+
+class _BatchReader:
+    """reader(indices, flips) -> batch, its images read on threads straight into the batch's memory."""
+
+    def __init__(self, dataset: ImageDataset, num_threads: int | None):
+        self.dataset = dataset
+        self.num_threads = num_threads or min(32, os.cpu_count() or 1)
+        self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="read-images")
+
+    def __call__(self, indices: Sequence[int], flips: Sequence[bool]) -> Batch:
+        batch = self.dataset.empty_rows(len(indices))
+
+        def fill(rows: range) -> None:
+            for row in rows:
+                for name, value in self.dataset.row(int(indices[row]), bool(flips[row])).items():
+                    batch[name][row] = value
+
+        # Some pieces for every thread evens out slow images; single rows would cost more than a small image itself.
+        piece = max(1, len(indices) // (4 * self.num_threads))
+        pieces = [range(row, min(row + piece, len(indices))) for row in range(0, len(indices), piece)]
+        for _ in self.pool.map(fill, pieces):
+            pass
+        return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subset:
+    source: Source
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[self.rows[index]]

@@ -1,0 +1,405 @@
+"""Folders of image files: their classes and splits, and a check of every file before training starts.
+
+A folder holds a subfolder for each class, its images at any depth below it, or images of one class; either of them also
+below folders named after splits (`train`, `valid`, `test` and the like). The check decodes every image once, so that no
+file ends an epoch halfway; its results are kept in the cache folder, file by file, until a file changes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+from tqdm import tqdm
+
+from utils.console import printable, warn, warn_once
+from utils.data.class_names import imagenet_class_names
+from utils.data.dataset import SPLITS, DataOptions, ImageDataset, hold_out, num_held_out
+from utils.data.fingerprint import Fingerprint, Row
+from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, decode_image, read_image
+from utils.errors import UserError
+from utils.files import cache_folder, read_bytes, write_text
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+CHECK_VERSION = 2  # of what is decoded how; raise it when utils/data/images.py takes other files for broken
+MAX_LISTED = 3  # files named in a message
+DEFAULT_SIZE = 256
+
+# Names that folders of splits go by, also as train2017, training_set, seg_test, valid-images.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "val", "valid", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("masks", "annotations", "segmentations"), "no images to learn"),
+}
+SPLIT_PATTERN = re.compile(rf"(?:seg[_-])?({'|'.join(SPLIT_NAMES)})(?:[_ -]?(?:set|images?|imgs?|data|split|\d+))*")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+    """Source of image files, turned upright and brought to RGB of `size` x `size`."""
+
+    files: Sequence[tuple[Path, int]]  # and their labels
+    size: int
+    max_megapixels: float = MAX_MEGAPIXELS
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        path, label = self.files[index]
+        try:
+            content = read_bytes(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read any more ({error.strerror}); bring it back") from error
+        image = read_image(content, str(path), self.size, max_megapixels=self.max_megapixels)
+        return {"image": image, "label": np.int32(label)}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderSplit:
+    """The readable images of one split, sorted by class and name."""
+
+    class_names: tuple[str, ...]
+    files: list[tuple[Path, int]]  # and their labels
+    keys: list[str]  # names that stay the same wherever the folder is
+    digests: list[str]  # of the files' contents
+
+    def take(self, rows: Sequence[int]) -> "FolderSplit":
+        parts = ([column[row] for row in rows] for column in (self.files, self.keys, self.digests))
+        return FolderSplit(self.class_names, *parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How image files are read: --broken_images ('refuse' or 'skip'), --max_megapixels, and the side to which they will
+    be brought, for a message."""
+
+    broken_images: str
+    max_megapixels: float
+    size: int
+
+
+def list_folder(root: Path, split: str, reading: Reading) -> tuple[FolderSplit, bool]:
+    """(images of `split` below `root`, whether they are the whole data set, of which a part is to be held out).
+
+    Broken files and classes without images raise UserError naming them, or are left out with a message, as
+    `reading.broken_images` says. UserError too where folders may be splits or classes.
+    """
+    flag = f"--dataset_name=folder:{root}"
+    if not root.is_dir():
+        raise UserError(f"{flag}: there is no folder {root}; {_layout(root)}")
+    train_folder, validation_folder = _find_splits(root)
+    train = _list_split(train_folder, root, reading)
+    if validation_folder is None:
+        return train, True
+    if len(train.class_names) > 1 and not _scan(validation_folder).folders:
+        warn(
+            f"{validation_folder} has no folders of classes: part of {train_folder} is held out for validation instead"
+        )
+        return train, True
+    if split == "train":
+        return train, False
+    validation = _list_split(validation_folder, root, reading)
+    unknown = sorted(set(validation.class_names) - set(train.class_names))
+    if unknown:
+        raise UserError(
+            f"{flag}: {validation_folder} has a class {unknown[0]!r} that {train_folder} lacks; move it out"
+        )
+    labels = [train.class_names.index(name) for name in validation.class_names]
+    files = [(path, labels[label]) for path, label in validation.files]
+    return dataclasses.replace(validation, class_names=train.class_names, files=files), False
+
+
+def split_of(folder_name: str) -> str | None:
+    """The split that a folder's name stands for: 'train', 'validation', 'test' or 'no images to learn'; None: none."""
+    match = SPLIT_PATTERN.fullmatch(folder_name.lower())
+    return match and SPLIT_NAMES[match[1]]
+
+
+def _find_splits(root: Path) -> tuple[Path, Path | None]:
+    """(folder of the training split, folder of the validation split or None where it is to be held out).
+
+    UserError where the names of splits stand beside other folders, or without one for training.
+    """
+    flag = f"--dataset_name=folder:{root}"
+    scanned = _scan(root)
+    splits = {folder: split_of(folder.name) for folder in scanned.folders}
+    named = [folder for folder in scanned.folders if splits[folder]]
+    others = [folder for folder in scanned.folders if not splits[folder]]
+    # Pictures of trains beside pictures of busses: a class like the others, without classes of its own.
+    is_class = [folder.name.lower() for folder in named] == ["train"] and others and not _scan(named[0]).folders
+    if not named or is_class:
+        return root, None
+    if others:
+        raise UserError(
+            f"{flag}: {_names(named)} may be splits rather than classes, unlike {_names(others)} beside them; move the "
+            f"classes into {root}/train, or rename {named[0].name}/ if it is a class"
+        )
+    by_split = {split: [folder for folder in named if splits[folder] == split] for split in ("train", "validation")}
+    for split, found in by_split.items():
+        if len(found) > 1:
+            raise UserError(f"{flag}: {_names(found)} could each be the {split} split; leave one of them there")
+    if not by_split["train"]:
+        fix = (
+            f"move them into {root}/train"
+            if scanned.images
+            else "name the folder to train on, or rename what is a class"
+        )
+        beside = "images beside it" if scanned.images else "no train/"
+        raise UserError(f"{flag}: {root} holds {_names(named)} but {beside}; {fix}")
+    (train,), validation = by_split["train"], next(iter(by_split["validation"]), None)
+    unused = [folder for folder in named if folder not in (train, validation)]
+    warn_once(
+        f"{root}: training on {train.name}/, validating on {f'{validation.name}/' if validation else 'a part of it'}"
+        + f"; not read: {_names(unused)}" * bool(unused)
+    )
+    return _unwrap(train), validation and _unwrap(validation)
+
+
+def _unwrap(split_folder: Path) -> Path:
+    """The folder of a split, or the one below it where that is all it holds and has the same split's name, as archives
+    unpacked into a folder of their own name leave it."""
+    scanned = _scan(split_folder)
+    if len(scanned.folders) == 1 and not scanned.images:
+        (below,) = scanned.folders
+        if split_of(below.name) == split_of(split_folder.name):
+            return _unwrap(below)
+    return split_folder
+
+
+def _names(folders: Sequence[Path]) -> str:
+    listed = ", ".join(f"{printable(folder.name)}/" for folder in folders[:MAX_LISTED])
+    return listed + ", ..." * (len(folders) > MAX_LISTED)
+
+
+def _layout(root: Path) -> str:
+    suffixes = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+    return f"expected are {root}/CLASS/IMAGE or {root}/IMAGE (or the same below {root}/train), images being {suffixes}"
+
+
+def _list_split(folder: Path, root: Path, reading: Reading) -> FolderSplit:
+    flag = f"--dataset_name=folder:{root}"
+    top = _scan(folder)
+    classes = {subfolder: _scan_below(subfolder, flag) for subfolder in top.folders}
+    if not any(scanned.images for scanned in classes.values()):
+        if not top.images:
+            raise UserError(f"{flag}: {folder} holds no images; {_layout(root)}")
+        classes = {root.resolve(): top}
+    elif top.images:
+        raise UserError(f"{flag}: {folder} holds {top.images[0].name} beside folders of classes; move it into one")
+    others = [path for scanned in classes.values() for path in scanned.others]
+    if others:
+        warn(f"{folder}: ignored {_some(others, 'file')} that no suffix marks as an image")
+    if len(classes) == 1 and len(below := _scan(next(iter(classes))).folders) > 1 and not top.images:
+        name = next(iter(classes))
+        warn_once(
+            f"{folder}: one class, {name.name}, of all images below it; "
+            f"if {_names(below)} are classes, give folder:{name}"
+        )
+
+    paths = tuple(path for scanned in classes.values() for path in scanned.images)
+    checked = check_images(folder, paths, reading.max_megapixels)
+    _say_smallest(folder, checked, reading.size)
+    broken = {path: image.reason for path, image in checked.items() if image.reason}
+    if broken:
+        reasons = "; ".join(f"{path} ({reason})" for path, reason in list(broken.items())[:MAX_LISTED])
+        what = f"{len(broken)} of {len(paths)} images cannot be read: {reasons}{'; ...' * (len(broken) > MAX_LISTED)}"
+        if reading.broken_images == "refuse":
+            raise UserError(f"{flag}: {what}. Put good copies in their place, or give --broken_images skip")
+        warn(f"{folder}: skipped: {what}")
+    names, files = [], []
+    for subfolder, scanned in classes.items():
+        readable = [path for path in scanned.images if path not in broken]
+        if not readable:
+            what = f"the folder {subfolder} of a class holds no {'readable ' * bool(scanned.images)}images"
+            if reading.broken_images == "refuse":
+                raise UserError(f"{flag}: {what}; fill it or move it out, or give --broken_images skip")
+            warn(f"skipped: {what}")
+            continue
+        files += [(path, len(names)) for path in readable]
+        names.append(printable(subfolder.name))
+    if not files:
+        raise UserError(f"{flag}: {folder} holds no readable images; {_layout(root)}")
+    keys = [printable(path.relative_to(folder).as_posix()) for path, _ in files]
+    return FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scanned:
+    """What lies in a folder, sorted by name, hidden things left out. An image may turn out to be no file."""
+
+    images: list[Path]
+    others: list[Path]
+    folders: list[Path]
+
+
+def _scan(folder: Path) -> _Scanned:
+    scanned = _Scanned([], [], [])
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
+            kind = scanned.folders if entry.is_dir() else scanned.images if is_image else scanned.others
+            kind.append(Path(entry.path))
+    return scanned
+
+
+def _scan_below(folder: Path, flag: str) -> _Scanned:
+    """All that lies at any depth below the folder of a class, links followed. UserError for splits inside of it."""
+    found, seen = _Scanned([], [], []), set()
+
+    def visit(folder: Path) -> None:
+        identity = (folder.stat().st_dev, folder.stat().st_ino)
+        if identity in seen:  # a link back to a folder above
+            return
+        seen.add(identity)
+        scanned = _scan(folder)
+        splits = [below for below in scanned.folders if split_of(below.name)]
+        if splits:
+            raise UserError(
+                f"{flag}: the class {folder} holds {_names(splits)} as if there were splits in it; put them into "
+                "a folder for each split instead, PATH/train/CLASS"
+            )
+        found.images.extend(scanned.images)
+        found.others.extend(scanned.others)
+        for below in scanned.folders:
+            visit(below)
+
+    visit(folder)
+    return found
+
+
+class CheckedImage(NamedTuple):
+    """What the check of one file found."""
+
+    side: int  # its shorter side, in pixels; 0 if it cannot be read
+    digest: str  # the first 16 hex digits of its content's sha256
+    reason: str  # why it cannot be read, or ''
+
+
+def check_images(folder: Path, paths: tuple[Path, ...], max_megapixels: float) -> dict[Path, CheckedImage]:
+    """What decoding each file found, now or when it was last checked with the same size and times.
+
+    Only what a file's bytes have shown is remembered, never that the system could not read it.
+    """
+    return _check_images(folder, paths, tuple(map(_stamp, paths)), max_megapixels)
+
+
+@functools.lru_cache(maxsize=4)  # the splits of one folder are asked for one after the other
+def _check_images(
+    folder: Path, paths: tuple[Path, ...], stamps: tuple[str | None, ...], max_megapixels: float
+) -> dict[Path, CheckedImage]:
+    """`check_images` of files whose sizes and times are `stamps`."""
+    kept = cache_folder() / f"checked-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:32]}.json"
+    version = f"{CHECK_VERSION}, Pillow {PIL.__version__}, up to {max_megapixels:g} megapixels"
+    remembered = _read_kept(kept, version)
+    keys = {path: str(path.relative_to(folder)) for path in paths}
+    stamps = dict(zip(paths, stamps, strict=True))
+    checked = {
+        path: CheckedImage(*remembered[keys[path]][1:])
+        for path in paths
+        if stamps[path] and remembered.get(keys[path], [None])[0] == stamps[path]
+    }
+    unknown = [path for path in paths if path not in checked]
+    lasting = set(checked)
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        results = pool.map(functools.partial(_check_file, max_megapixels=max_megapixels), unknown)
+        # A bar only where it takes more than a moment.
+        bar = tqdm(results, "checking every image, once", len(unknown), unit="image", delay=5)
+        for path, (image, is_lasting) in zip(unknown, bar, strict=True):
+            checked[path] = image
+            if is_lasting:
+                lasting.add(path)
+    if unknown:
+        files = {keys[path]: [stamps[path], *checked[path]] for path in paths if path in lasting and stamps[path]}
+        _keep(kept, {"version": version, "files": files})
+    return {path: checked[path] for path in paths}
+
+
+def _stamp(path: Path) -> str | None:
+    """What changes whenever a file's content does; None where there is no file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
+    """(what is found, whether the bytes have shown it)."""
+    try:
+        if not path.is_file():
+            what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
+            return CheckedImage(0, "", what), False
+        content = read_bytes(path)
+    except OSError as error:
+        return CheckedImage(0, "", error.strerror or str(error)), False
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    try:
+        return CheckedImage(min(decode_image(content, max_megapixels=max_megapixels).size), digest, ""), True
+    except BrokenImageError as error:
+        return CheckedImage(0, digest, str(error)), True
+
+
+def _read_kept(file: Path, version: str) -> dict[str, list]:
+    """{path: [stamp, side, digest, reason]} of an earlier check; empty where there is none that can be understood."""
+    try:
+        content = json.loads(file.read_text())
+        files = content["files"] if content["version"] == version else {}
+        return {path: row for path, row in files.items() if [type(x) for x in row] == [str, int, str, str]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _keep(file: Path, content: dict) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(content))
+    except OSError:
+        pass  # what cannot be kept is checked again next time
+
+
+def _say_smallest(folder: Path, checked: dict[Path, CheckedImage], size: int) -> None:
+    sides = {path: image.side for path, image in checked.items() if not image.reason}
+    smallest = min(sides, key=sides.get, default=None)
+    if smallest is not None and sides[smallest] < size:
+        side = sides[smallest]
+        warn_once(f"{folder}: images below {size} pixels are enlarged; the smallest, {smallest}, has a side of {side}")
+
+
+def _some(paths: Sequence[Path], noun: str) -> str:
+    """'3 files (a/x.txt, ...)'."""
+    names = ", ".join(str(path) for path in paths[:MAX_LISTED]) + ", ..." * (len(paths) > MAX_LISTED)
+    return f"{len(paths)} {noun}{'s' * (len(paths) > 1)} ({names})"
+
+
+def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
+    size = options.image_size or DEFAULT_SIZE
+    root = Path(name.removeprefix("folder:"))
+    reading = Reading(options.broken_images, options.max_megapixels, size)
+    listed, is_whole = list_folder(root, split, reading)
+    if is_whole:
+        if len(listed.files) < 2:
+            raise UserError(f"--dataset_name={name}: {root} holds 1 image; 2 are needed, one of them to hold out")
+        listed = listed.take(hold_out(listed.keys, num_held_out(len(listed.files)))[SPLITS.index(split)])
+    names = listed.class_names
+    if len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        names = imagenet_class_names()
+    source = ImageFiles(listed.files, size, options.max_megapixels)
+    return ImageDataset(name, split, source, (size, size, 3), names, split == "train", _fingerprint_files(listed))
+
+
+def _fingerprint_files(listed: FolderSplit) -> Fingerprint:
+    labels = (label for _, label in listed.files)
+    rows = [Row(*values) for values in zip(listed.keys, labels, listed.digests, strict=True)]
+    return Fingerprint.of_rows("files", rows)

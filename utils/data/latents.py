@@ -1,0 +1,194 @@
+"""Cached latents: posterior moments of every image of a data set, computed once and stored in ArrayRecord files.
+
+DIR/manifest.json says what they are made from; DIR/SPLIT-00000-of-00010.array_record hold them in the order of the data
+set. A record is an int32 label, then float16 moments (views, 2, h, w, c), little-endian; views: the image and, where
+training flips, its mirror image; 2: mean and log-variance.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Float16
+
+from utils.data.dataset import DataOptions, ImageDataset, check_own_size
+from utils.data.fingerprint import Fingerprint, compare_data, read_listing
+from utils.errors import UserError
+from utils.external import read_json
+from utils.files import atomic_write
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of latents holds; the same for every machine that makes it from the same data and VAE."""
+
+    dataset_name: str
+    image_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    num_examples: dict[str, int]  # by split
+    num_views: dict[str, int]  # 2 where mirror images are stored
+    shard_size: int  # examples a file
+    vae: str  # hub id or folder it was loaded from
+    vae_sha256: str
+    format: int = FORMAT
+    splits: dict[str, dict[str, Any]] | None = None  # {split: fingerprint of its images}; latents of before have none
+
+    def check(self) -> None:
+        """ValueError where a value is not of its kind, or beyond what latents are."""
+
+        def is_count(value, lowest, highest):
+            return type(value) is int and lowest <= value <= highest
+
+        shapes = {"image_shape": self.image_shape, "latent_shape": self.latent_shape}
+        for name, shape in shapes.items():
+            if len(shape) != 3 or not all(is_count(size, 1, 2**14) for size in shape):
+                raise ValueError(f"{name} {_short(shape)}")
+        for name, counts, highest in (("num_examples", self.num_examples, 2**40), ("num_views", self.num_views, 2)):
+            if not isinstance(counts, dict) or counts.keys() != {"train", "validation"}:
+                raise ValueError(f"{name} {_short(counts)}")
+            if not all(is_count(count, 1, highest) for count in counts.values()):
+                raise ValueError(f"{name} {_short(counts)}")
+        if not is_count(self.shard_size, 1, 2**40) or max(self.num_examples.values()) / self.shard_size > 10**6:
+            raise ValueError(f"shard_size {_short(self.shard_size)}")
+        texts = (*self.class_names, self.dataset_name, self.vae, self.vae_sha256)
+        if not self.class_names or not all(isinstance(text, str) for text in texts):
+            raise ValueError("names that are no texts")
+
+    def shards(self, split: str) -> list[tuple[str, range]]:
+        """(file name, numbers of its examples) of a split."""
+        total = self.num_examples[split]
+        starts = range(0, total, self.shard_size)
+        return [
+            (
+                f"{split}-{i:05d}-of-{len(starts):05d}.array_record",
+                range(start, min(start + self.shard_size, total)),
+            )
+            for i, start in enumerate(starts)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def fingerprint(self, folder: Path, split: str) -> Fingerprint:
+        """Of the latents in `folder`: what they were made from, and how."""
+        facts = [(self.splits or {}).get(split), self.vae_sha256, self.num_views[split], self.latent_shape]
+        sha256 = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return Fingerprint("latents", self.num_examples[split], sha256, read_listing(folder).get(split))
+
+
+def load_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder of latents, None where it has none; UserError where it cannot be understood."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path)
+        for name in ("image_shape", "latent_shape", "class_names"):
+            content[name] = tuple(content[name])
+        manifest = Manifest(**content)
+        manifest.check()
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no manifest of latents ({error}); make them again with encode_latents.py") from None
+    if manifest.format != FORMAT:
+        raise UserError(f"{path}: latents of format {manifest.format}, not {FORMAT}; make them again")
+    return manifest
+
+
+def check_same(folder: Path, found: Manifest, wanted: Manifest, fingerprints: Mapping[str, Fingerprint]) -> None:
+    """UserError where latents in `folder` are of something else than what is wanted: a VAE is told by its weights,
+    images by their `fingerprints` ({split: of the images}); where the latents do not say, neither can this."""
+    for field in dataclasses.fields(Manifest):
+        old, new = getattr(found, field.name), getattr(wanted, field.name)
+        if field.name not in ("vae", "dataset_name", "splits") and old != new:
+            raise UserError(
+                f"--out={folder} holds latents with {field.name} {_short(old)}, not {_short(new)}; use another folder"
+            )
+    if found.splits is None:
+        print(f"{folder} does not say which images its latents are of: whether they have changed cannot be told")
+        return
+    try:
+        remarks = compare_data(found.to_json(), read_listing(folder), wanted.to_json(), fingerprints)
+        if remarks:
+            raise UserError(remarks[0])
+    except UserError as difference:
+        raise UserError(f"--out={folder} holds latents of other images ({difference}); choose another folder") from None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def write_shard(path: Path, examples: Iterable[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]) -> None:
+    """Writes (label, moments) pairs; a kill leaves no file of that name behind."""
+    with atomic_write(path) as temporary:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # noise does not compress
+        for label, moments in examples:
+            writer.write(np.asarray(label, "<i4").tobytes() + moments.astype("<f2").tobytes())
+        writer.close()
+
+
+class LatentRecords:
+    """Source of cached moments: item i is {'moments': float16 (views, 2, h, w, c), 'label': int32}."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str):
+        self.shape = (manifest.num_views[split], 2, *manifest.latent_shape)
+        shards = manifest.shards(split)
+        missing = [name for name, _ in shards if not (folder / name).exists()]
+        if missing:
+            raise UserError(
+                f"--dataset_name=latents:{folder} is not complete: {len(missing)} of the {len(shards)} files of split "
+                f"{split} are missing, such as {missing[0]}; run the same encode_latents.py command again to finish it"
+            )
+        self.num_classes, self.folder = len(manifest.class_names), folder
+        try:
+            self.records = ArrayRecordDataSource([str(folder / name) for name, _ in shards])
+        except Exception as error:  # of the library, which has no type of its own
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--dataset_name=latents:{folder} cannot be read ({reason}); make it again") from None
+        if len(self.records) != manifest.num_examples[split]:
+            raise UserError(
+                f"--dataset_name=latents:{folder} holds {len(self.records)} examples of split {split}, but its "
+                f"manifest says {manifest.num_examples[split]}; make it again with encode_latents.py"
+            )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self.records[index]
+        if len(record) != 4 + 2 * math.prod(self.shape):
+            raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the latents again")
+        moments, label = np.frombuffer(record, "<f2", offset=4).reshape(self.shape), np.frombuffer(record, "<i4", 1)[0]
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"{self.folder}: record {index} has the label {label}, but there are {self.num_classes} classes"
+            )
+        return {"moments": moments, "label": label}
+
+
+def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
+    folder = Path(name.removeprefix("latents:"))
+    manifest = load_manifest(folder)
+    if manifest is None:
+        raise UserError(
+            f"--dataset_name={name}: {folder} holds no cached latents; make them: "
+            f"python encode_latents.py --dataset_name imagenet256 --out {folder}"
+        )
+    check_own_size(name, manifest.image_shape[0], options)
+    source = LatentRecords(folder, manifest, split)
+    flips = split == "train" and manifest.num_views[split] == 2
+    shape, names = manifest.image_shape, manifest.class_names
+    fingerprint = manifest.fingerprint(folder, split)
+    return ImageDataset(manifest.dataset_name, split, source, shape, names, flips, fingerprint, manifest)

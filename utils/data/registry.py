@@ -1,0 +1,55 @@
+"""Data sets by name. One more is one loader and one line of DATASETS or PREFIXES."""
+
+import difflib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.data.dataset import SPLITS, DataOptions, ImageDataset
+from utils.data.digits import load_digits
+from utils.data.image_folder import load_folder
+from utils.data.latents import load_latents
+from utils.data.tfds import load_celebahq, load_imagenet, load_tfds
+from utils.errors import UserError
+
+Loader = Callable[[str, str, DataOptions], ImageDataset]
+DATASETS: dict[str, Loader] = {
+    "digits": load_digits,
+    "imagenet256": functools.partial(load_imagenet, size=256),
+    "imagenet128": functools.partial(load_imagenet, size=128),
+    "celebahq256": load_celebahq,
+    "cifar10": functools.partial(load_tfds, builder="cifar10", flip=True),
+}
+PREFIXES: dict[str, Loader] = {"folder": load_folder, "tfds": load_tfds, "latents": load_latents}
+PLACEHOLDERS = {"folder": "PATH", "tfds": "NAME", "latents": "DIR"}
+
+
+def load_dataset(name: str, split: str = "train", options: DataOptions | None = None) -> ImageDataset:
+    """The `split` ('train' or 'validation') of data set `name`; only 'train' ever flips.
+
+    digits          1,797 real handwritten digits, 8x8, grey, shipped with scikit-learn
+    imagenet256     ImageNet in square crops; imagenet128 likewise
+    celebahq256     CelebA-HQ, 256x256
+    cifar10         CIFAR-10, 32x32
+    tfds:NAME       any labelled images of TensorFlow Datasets, such as tfds:oxford_flowers102
+    folder:PATH     image files, in a folder for each class or in one folder
+    latents:DIR     what encode_latents.py made of one of these
+
+    The middle four are read from what TFDS prepared, in any version: array_record at random and without TensorFlow,
+    else tfrecord as a stream. Sizes of folder:PATH default to 256, of cifar10 and tfds:NAME to the images' own.
+    UserError, with what to do, where the data are missing or the name is unknown.
+    """
+    if split not in SPLITS:
+        raise UserError(f"--split={split} is unknown; use train or validation")
+    prefix, colon, rest = name.partition(":")
+    load = DATASETS.get(name) or (PREFIXES.get(prefix) if colon and rest else None)
+    if load is None:
+        raise UserError(_unknown_name(name))
+    return load(name, split, options or DataOptions())
+
+
+def _unknown_name(name: str) -> str:
+    known = [*sorted(DATASETS), *(f"{prefix}:{word}" for prefix, word in PLACEHOLDERS.items())]
+    guess = [f"folder:{name}"] if Path(name).is_dir() else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {guess[0]}?" if guess else "."
+    return f"--dataset_name={name} is unknown{hint} Known are {', '.join(known)}"

@@ -1,0 +1,175 @@
+"""Reference statistics: the files samples are compared with, read with care and written whole."""
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from utils.errors import UserError
+from utils.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays
+from utils.files import atomic_write
+from utils.metrics.fid import check_covariance, covariance_root
+from utils.metrics.statistics import ImageStatistics
+
+# Of the network in utils/metrics/inception.py: pool3, and seven channels at 17x17 places.
+POOL_FEATURES = 2048
+SPATIAL_FEATURES = 2023
+MAX_FEATURES = 50_000  # rows that a statistics file may hold: 0.4 GB
+
+# Names in a statistics file of what it may hold beside `mu` and `sigma`, by field of ReferenceStatistics.
+_METADATA = ("num_images", "convention", "dataset")
+_ARRAYS = {"spatial_mu": "mu_s", "spatial_sigma": "sigma_s", "features": "features", "label_counts": "label_counts"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceStatistics:
+    """Statistics of the images that samples are compared with; None where the file does not have them."""
+
+    mu: Float[np.ndarray, " d"] | None
+    sigma: Float[np.ndarray, "d d"] | None
+    sha256: str
+    path: Path
+    num_images: int | None = None
+    convention: str | None = None
+    dataset: str | None = None
+    spatial_mu: Float[np.ndarray, " s"] | None = None
+    spatial_sigma: Float[np.ndarray, "s s"] | None = None
+    features: Float[np.ndarray, "n d"] | None = None  # pool3, of the first images
+    label_counts: Int[np.ndarray, " classes"] | None = None
+
+    @functools.cached_property
+    def root(self) -> Float[np.ndarray, "d d"]:
+        """Of the covariance, for any number of distances from it."""
+        return covariance_root(self.sigma)
+
+    @functools.cached_property
+    def spatial_root(self) -> Float[np.ndarray, "s s"]:
+        return covariance_root(self.spatial_sigma)
+
+
+def load_statistics(path: str | Path, num_features: int = POOL_FEATURES, optional: bool = False) -> ReferenceStatistics:
+    """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d): those of TTUR, pytorch-fid,
+    jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what `save_statistics` writes; or from EDM2's
+    pickle of {"fid": {"mu", "sigma"}}.
+
+    Everything else is read where the file has it; with `optional`, mean and covariance too are None where they are not
+    there. UserError for a file that is missing, broken, incomplete, of another
+    network or not finite.
+    """
+    path = Path(path)
+    fix = "make it: compute_fid_stats.py --dataset_name NAME --out FILE.npz"
+    if not path.is_file():
+        raise UserError(f"--fid_stats={path} is not a file; {fix}")
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        content = _read_statistics(path, num_features, optional)
+        if content is None:
+            return ReferenceStatistics(None, None, sha256, path)
+        mu, sigma = (content[key].astype(np.float64) for key in ("mu", "sigma"))
+        metadata = {key: content[key].item() for key in _METADATA if key in content}
+        arrays = {field: content[key] for field, key in _ARRAYS.items() if key in content}
+        kinds = {field: np.float32 if field == "features" else np.float64 for field in arrays}
+        arrays = {field: array.astype(kinds[field], copy=False) for field, array in arrays.items()}
+    except KeyError:
+        fix = fix.replace("--dataset_name NAME", f"--images {path} (if it holds images)")
+        raise UserError(f"--fid_stats={path} holds no `mu` and `sigma`; {fix}") from None
+    except (BadFileError, OSError, TypeError) as error:
+        raise UserError(f"--fid_stats={path} is not a whole npz (or pickle) of numbers ({error}); {fix}") from error
+    except ValueError as error:
+        raise UserError(f"--fid_stats={path}{error}; {fix}") from None
+    if not all(np.isfinite(array).all() for array in (mu, sigma, *arrays.values())):
+        raise UserError(f"--fid_stats={path} holds NaN or infinity; {fix}")
+    try:
+        check_covariance(mu, sigma, "`sigma`")
+        _check_extras(arrays)
+    except ValueError as error:
+        hint = " (covariances need float32 at least)" if "eigenvalue" in str(error) else ""
+        raise UserError(f"--fid_stats={path}: {error}{hint}; {fix}") from None
+    return ReferenceStatistics(mu, sigma, sha256, path, **metadata, **arrays)
+
+
+def _read_statistics(path: Path, num_features: int, optional: bool) -> dict[str, np.ndarray] | None:
+    """The arrays of a statistics file by their names in it, their shapes found good before any is read; None where an
+    `optional` mean is not there. KeyError without mean and covariance, BadFileError, or ValueError for other shapes."""
+    if path.suffix == ".pkl":
+        content = read_pickled_arrays(path)
+        content = content.get("fid") if isinstance(content, dict) else None
+        content = content if isinstance(content, dict) else {}
+        shapes = {name: array.shape for name, array in content.items() if isinstance(array, np.ndarray)}
+    else:
+        headers = read_npz_headers(path)
+        shapes = {name: header.shape for name, header in headers.items()}
+    if optional and "mu" not in shapes:
+        return None
+    found = f"mu {shapes['mu']}, sigma {shapes['sigma']}"
+    if shapes["mu"] != (num_features,) or shapes["sigma"] != (num_features, num_features):
+        raise ValueError(f" is not of {num_features} features ({found})")
+    _check_sizes(shapes, num_features)
+    if path.suffix == ".pkl":
+        return content
+    wanted = {"mu", "sigma", *_METADATA, *_ARRAYS.values()}
+    content = read_npz(path, {name: header for name, header in headers.items() if name in wanted})
+    texts = [key for key in wanted - set(_METADATA) if key in content and content[key].dtype.kind == "U"]
+    if texts:
+        raise BadFileError(f"`{texts[0]}` is a text")
+    return content
+
+
+def _check_sizes(shapes: dict[str, tuple[int, ...]], num_features: int) -> None:
+    """ValueError for shapes, as a file states them, of which no metric could be made, or that no memory holds."""
+    for name in _METADATA:
+        if shapes.get(name, ()) != ():
+            raise ValueError(f": `{name}` has the shape {shapes[name]}, not ()")
+    if num_features == POOL_FEATURES and {"mu_s", "sigma_s"} <= shapes.keys():
+        for name, shape in {"mu_s": (SPATIAL_FEATURES,), "sigma_s": (SPATIAL_FEATURES,) * 2}.items():
+            if shapes[name] != shape:
+                raise ValueError(f": `{name}` has the shape {shapes[name]}, not {shape}")
+    features, counts = shapes.get("features"), shapes.get("label_counts")
+    if features is not None and (features[1:] != (num_features,) or not 2 <= features[0] <= MAX_FEATURES):
+        raise ValueError(f": `features` has the shape {features}, not (2 to {MAX_FEATURES:,}, {num_features})")
+    if counts is not None and (len(counts) != 1 or not 1 <= counts[0] <= 10**6):
+        raise ValueError(f": `label_counts` has the shape {counts}, not (classes,)")
+
+
+def _check_extras(arrays: dict[str, np.ndarray]) -> None:
+    """ValueError for spatial statistics or label counts that metrics could not be made of."""
+    if {"spatial_mu", "spatial_sigma"} <= arrays.keys():
+        check_covariance(arrays["spatial_mu"], arrays["spatial_sigma"], "`sigma_s`")
+    counts = arrays.get("label_counts")
+    if counts is not None and ((counts < 0).any() or counts.sum() < 1 or (counts % 1).any()):
+        raise ValueError("`label_counts` are not numbers of images")
+
+
+def save_statistics(
+    path: str | Path,
+    statistics: ImageStatistics,
+    *,
+    convention: str,
+    dataset: str,
+    split: str | None = None,
+    label_counts: Int[np.ndarray, " classes"] | None = None,
+    inception_sha256: str | None = None,
+) -> None:
+    """Writes statistics and where they come from as a compressed npz; the file appears whole or not at all.
+
+    Means are float64. Covariances are float32, half the size: that moves an FID by less than 1e-6 of itself where there
+    are more samples than features; with fewer, where an FID says little anyway, rounding fills the null space and moves
+    it by up to 1e-3. UserError below two samples.
+    """
+    path, pool, spatial = Path(path), statistics.pool, statistics.spatial
+    content = {"mu": pool.mu, "sigma": pool.sigma.astype(np.float32)}
+    if spatial.num_samples and spatial.mu.size:
+        content |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma.astype(np.float32)}
+    if statistics.max_features:
+        content["features"] = statistics.features
+    if label_counts is not None:
+        content["label_counts"] = label_counts
+    content |= {"num_images": statistics.num_samples, "convention": convention, "dataset": dataset}
+    content |= {"split": split or "", "inception_sha256": inception_sha256 or ""}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **content)

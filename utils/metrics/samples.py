@@ -1,0 +1,254 @@
+"""Sampled images as files: ADM's npz (`arr_0` uint8 NHWC, `arr_1` labels) or a folder of PNGs. Both are written and
+read a batch at a time, so that any number of samples fits in memory."""
+
+import contextlib
+import dataclasses
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from numpy.lib import format as npy
+from PIL import Image
+
+from utils.console import printable, warn
+from utils.data.images import BrokenImageError, check_size
+from utils.errors import UserError
+from utils.external import ArrayHeader, BadFileError, read_npz_headers, read_rows
+from utils.files import atomic_write
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Images of one shape, in a fixed order; `read(batch_size)` yields them, the last batch perhaps short."""
+
+    num_samples: int
+    image_shape: tuple[int, int, int]
+    read: Callable[[int], Iterator[UInt8[np.ndarray, "b h w c"]]]
+
+    def first(self, num_samples: int) -> "Samples":
+        """The first of them alone."""
+
+        def read(batch_size: int) -> Iterator[np.ndarray]:
+            left = num_samples
+            for batch in self.read(batch_size):
+                yield batch[:left]
+                left -= len(batch)
+                if left <= 0:
+                    return
+
+        return dataclasses.replace(self, num_samples=num_samples, read=read)
+
+
+def open_samples(path: str | Path, flag: str = "samples") -> Samples:
+    """The samples in an npz or in a folder of images (at any depth, as EDM writes them, sorted by path).
+
+    In an npz they are `arr_0` or the only array that can be images. UserError, naming --`flag`, where there are none,
+    or they are not uint8 images (n, h, w, 1 or 3) of one size. Reading them warns where no value is above 1, as in
+    images that were in [0, 1] before.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, f"--{flag}={path}")
+    if not path.is_file():
+        raise UserError(f"--{flag}={path} is neither a file nor a folder; give an npz of images or a folder of PNGs")
+    return _open_npz(path, f"--{flag}={path}")
+
+
+def holds_images(path: str | Path) -> bool:
+    """Whether `path` is an npz with ADM's array of images, `arr_0`."""
+    try:
+        return "arr_0" in read_npz_headers(Path(path))
+    except BadFileError:
+        return False
+
+
+def check_sample_path(path: str | Path) -> None:
+    """UserError where `SampleWriter` would have to remove something else than earlier samples."""
+    path = Path(path)
+    if path.suffix == ".npz" and path.is_dir():
+        raise UserError(f"--save_samples={path} is a folder; name a file, or a folder without .npz")
+    if path.suffix == ".npz" or not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"--save_samples={path} is a file; name an .npz or a folder")
+    other = next((file.name for file in path.iterdir() if not _is_sample(file)), None)
+    if other is not None:
+        raise UserError(f"--save_samples={path} holds {printable(other)}, which is no sample; name a new folder")
+
+
+def _is_sample(file: Path) -> bool:
+    """Whether `SampleWriter` may have written the file, and may replace it."""
+    return bool(re.fullmatch(r"\d{6,}\.png", file.name)) and file.is_file() and not file.is_symlink()
+
+
+def _open_npz(path: Path, flag: str) -> Samples:
+    try:
+        headers = read_npz_headers(path)
+    except BadFileError as error:
+        raise UserError(
+            f"{flag} is not a whole npz of images ({error}); write it with eval_fid.py --save_samples"
+        ) from None
+    name = _choose_images(headers, flag)
+    shape, is_fortran, dtype = headers[name]
+    if dtype != np.uint8:
+        raise UserError(
+            f"{flag} holds {dtype} images; FID is of uint8 pixels: clip, round and convert them to uint8 first"
+        )
+    if len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]:
+        raise UserError(f"{flag} holds an array of shape {shape}; images are (n, height, width, 1 or 3)")
+    if is_fortran:
+        raise UserError(
+            f"{flag} holds its images in Fortran order, last axis first; save numpy.ascontiguousarray(images) instead"
+        )
+
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        try:
+            yield from read_rows(path, name, batch_size)
+        except BadFileError as error:
+            raise UserError(f"{flag}: {error}; write it again") from None
+
+    return Samples(shape[0], tuple(shape[1:]), partial(_warn_if_dark, read, flag))
+
+
+def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
+    """The name of the array that holds the images; UserError where it cannot be told."""
+    if "arr_0" in headers or len(headers) == 1:
+        return "arr_0" if "arr_0" in headers else next(iter(headers))
+    candidates = [name for name, (shape, _, dtype) in headers.items() if len(shape) == 4 and dtype == np.uint8]
+    if len(candidates) == 1:
+        return candidates[0]
+    arrays = ", ".join(f"{name} {dtype} {shape}" for name, (shape, _, dtype) in headers.items())
+    raise UserError(
+        f"{flag} holds {len(candidates) or 'no'} arrays that may be uint8 images ({arrays or 'nothing at all'}); save "
+        "the images (n, height, width, 1 or 3) as arr_0"
+    )
+
+
+def _warn_if_dark(read: Callable, flag: str, batch_size: int) -> Iterator[np.ndarray]:
+    """The batches of `read`; a warning at the end if there were no values but 0 and 1."""
+    highest = 0
+    for batch in read(batch_size):
+        highest = max(highest, batch.max(initial=0))
+        yield batch
+    if highest == 1:
+        warn(
+            f"{flag}: no value is above 1, so these images are black: were they in [0, 1] when they became uint8? "
+            "Multiply by 255 and round first"
+        )
+
+
+def _open_folder(path: Path, flag: str) -> Samples:
+    files = sorted(_find_images(path, set()), key=lambda file: file.relative_to(path).parts)
+    if not files:
+        raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
+    shapes = [_image_shape(file, flag) for file in files]
+    other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if other is not None:
+        first, second = (file.relative_to(path) for file in (files[0], files[other]))
+        raise UserError(
+            f"{flag}: {first} is {_size(shapes[0])} but {second} is {_size(shapes[other])}; samples are of one size"
+        )
+
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(files), batch_size):
+            images = [_read_pixels(file, flag) for file in files[start : start + batch_size]]
+            yield np.stack(images).reshape(-1, *shapes[0])
+
+    return Samples(len(files), shapes[0], partial(_warn_if_dark, read, flag))
+
+
+def _find_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """Image files at any depth, links followed but not in circles, hidden ones left out."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _find_images(path, seen)
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
+
+
+def _size(shape: tuple[int, int, int]) -> str:
+    return f"{shape[1]}x{shape[0]} {'grey' if shape[2] == 1 else 'RGB'}"
+
+
+def _image_shape(file: Path, flag: str) -> tuple[int, int, int]:
+    with _opened(file, flag) as image:
+        mode, (width, height) = image.mode, image.size
+    if mode not in ("L", "RGB"):
+        raise UserError(f"{flag}: {file.name} has the pixels {mode}; samples are RGB or grey of 8 bits")
+    return height, width, 1 if mode == "L" else 3
+
+
+def _read_pixels(file: Path, flag: str) -> np.ndarray:
+    with _opened(file, flag) as image:
+        return np.asarray(image)
+
+
+@contextlib.contextmanager
+def _opened(file: Path, flag: str) -> Iterator[Image.Image]:
+    """The image, not decoded yet; UserError for what opening or decoding it raises."""
+    if not file.is_file():
+        raise UserError(f"{flag}: {file.name} is no regular file")
+    try:
+        with Image.open(file) as image:
+            check_size(image)
+            yield image
+    except (OSError, SyntaxError, ValueError, BrokenImageError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{flag}: {file.name} is not a readable image ({error})") from None
+
+
+class SampleWriter:
+    """Writes batches to `path`, an npz if that is its suffix, else a folder of PNGs (000000.png, ...), in which earlier
+    samples are replaced; the npz appears when it is whole. To be used in a `with` statement. UserError where the folder
+    holds anything else."""
+
+    def __init__(self, path: str | Path, num_samples: int):
+        check_sample_path(path)
+        self.path, self.num_samples, self.labels = Path(path), num_samples, []
+        self.archive = self.file = None
+        self.closing = contextlib.ExitStack()
+
+    def __enter__(self) -> "SampleWriter":
+        if self.path.suffix == ".npz":
+            temporary = self.closing.enter_context(atomic_write(self.path))
+            self.archive = self.closing.enter_context(zipfile.ZipFile(temporary, "w"))
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for file in self.path.iterdir():
+                if _is_sample(file):
+                    file.unlink()
+        return self
+
+    def write(self, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"]) -> None:
+        first = sum(map(len, self.labels))
+        self.labels.append(labels)
+        if self.archive is None:
+            for number, image in enumerate(images, first):
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+                    self.path / f"{number:06d}.png"
+                )
+            return
+        if self.file is None:
+            self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
+            shape = (self.num_samples, *images.shape[1:])
+            npy.write_array_header_1_0(self.file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        self.file.write(np.ascontiguousarray(images).data)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.file is not None:
+            self.file.close()
+            with self.archive.open("arr_1.npy", "w") as file:
+                npy.write_array(file, np.concatenate(self.labels))
+        self.closing.__exit__(kind, error, trace)

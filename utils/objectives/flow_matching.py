@@ -1,0 +1,100 @@
+"""Flow matching on straight paths from noise x_0 (t = 0) to data x_1 (t = 1).
+
+Rectified flow (Liu et al., arXiv:2209.03003), flow matching (Lipman et al., arXiv:2210.02747).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from utils.objectives.objective import Draws, ModelFn, VelocityFn
+
+# The path stops just short of the data: x_t keeps at least this fraction of noise. The model sees the unclipped t.
+MAX_PATH_TIME = 0.99
+T_SAMPLERS = ("logit_normal", "uniform")
+LEGACY_T_SAMPLERS = {"log-normal": "logit_normal"}  # jax-flow's spelling
+
+
+def expand_times(t: Float[Array, " b"], target: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """t with as many axes as `target`, to broadcast over its examples."""
+    return t.reshape(t.shape + (1,) * (target.ndim - 1))
+
+
+def interpolate(x_0: Float[Array, "b ..."], x_1: Float[Array, "b ..."], t: Float[Array, " b"]) -> Float[Array, "b ..."]:
+    """x_t = (1 - t) x_0 + t x_1, with t clipped to [0, 0.99]."""
+    t = expand_times(jnp.clip(t, 0, MAX_PATH_TIME), x_0)
+    return (1 - t) * x_0 + t * x_1
+
+
+def sample_times(key: Key[Array, ""], num_examples: int, t_sampler: str) -> Float[Array, " b"]:
+    """Times in (0, 1), float32.
+
+    `t_sampler`: 'logit_normal', the sigmoid of a standard normal (arXiv:2403.03206, section 3.1), or 'uniform'.
+    ValueError for any other.
+    """
+    if t_sampler == "logit_normal":
+        return jax.nn.sigmoid(jax.random.normal(key, (num_examples,)))
+    if t_sampler == "uniform":
+        return jax.random.uniform(key, (num_examples,))
+    raise ValueError(f"unknown t sampler {t_sampler!r}; use one of {', '.join(T_SAMPLERS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatching:
+    """The network predicts the velocity x_1 - x_0 of the straight path at x_t."""
+
+    t_sampler: str = "logit_normal"
+
+    def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
+        """`t` (b,) and `noise_key` (b,), from which x_0 is drawn."""
+        return {
+            "t": sample_times(time_key, num_examples, self.t_sampler),
+            "noise_key": jax.random.split(noise_key, num_examples),
+        }
+
+    def draw_noise(self, draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """x_0, standard normal, of the shape of x_1."""
+        return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
+
+    def loss(
+        self,
+        model_fn: ModelFn,
+        ema_model_fn: ModelFn,
+        x_1: Float[Array, "b ..."],
+        labels: Int[Array, " b"],
+        draws: Draws,
+    ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+        """Mean squared error of the velocity at x_t.
+
+        Metrics: `l2_loss` (the same), `v_abs_mean` and `v_pred_abs_mean` of the true and the predicted velocity.
+        """
+        x_0 = self.draw_noise(draws, x_1)
+        t = draws["t"]
+        velocity = (x_1 - x_0).astype(jnp.float32)
+        prediction = model_fn(interpolate(x_0, x_1, t), t, labels).astype(jnp.float32)
+
+        def mean(x):
+            return x.mean(axis=tuple(range(1, x.ndim)))
+
+        loss = mean(jnp.square(prediction - velocity))
+        return loss, {
+            "l2_loss": loss,
+            "v_abs_mean": mean(jnp.abs(velocity)),
+            "v_pred_abs_mean": mean(jnp.abs(prediction)),
+        }
+
+    def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
+        """x_t of `draws`."""
+        return interpolate(self.draw_noise(draws, x_1), x_1, draws["t"])
+
+    def predict_data(
+        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]
+    ) -> Float[Array, "b ..."]:
+        """Where one straight step from x_t along the predicted velocity ends: x_t + (1 - t) v."""
+        return x_t + (1 - expand_times(t, x_t)) * model_fn(x_t, t, labels)
+
+    def velocity(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+        """The network itself: an instantaneous field, so that t_next has no effect."""
+        return lambda x, t, t_next: model_fn(x, t, labels)

@@ -1,0 +1,283 @@
+"""The matmuls of a transformer, in the form that is fast on what computes them: `dense` and `attention`.
+
+Both take any compute dtype and sum in float32; the gradients of dense's parameters are left in float32. XLA's CPU
+kernels for bfloat16 are twice as fast as those for float32 where they write float32 and find their operands as rows of
+a matrix; NVIDIA devices have cuDNN's fused attention. Elsewhere this is what JAX makes of the formulas. Derivatives
+are written out for both modes: forward (jax.jvp) and reverse (jax.grad), of any order.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float, PyTree
+
+ATTENTION_FORMS = ("auto", "by_head", "xla", "cudnn")
+
+# --- Derivatives by hand, in both modes ---
+#
+# jax.custom_vjp forbids forward mode, and jax.custom_jvp leaves reverse mode to JAX's transposition. Here the tangent
+# is one primitive, linear in the tangents of the arguments, that brings its own transpose.
+
+_linear_p = Primitive("linear_with_transpose")
+_linear_p.multiple_results = True
+
+
+def define_derivatives(
+    function: Callable[..., tuple[Array, PyTree]],
+    tangent: Callable[[Sequence[Array], Sequence[Array]], Array],
+    cotangents: Callable[[Sequence[Array], PyTree, Array], Sequence[Array]],
+) -> Callable[..., Array]:
+    """A function of arrays with both its derivatives.
+
+    `function(*arguments)` returns (output, anything to save for reverse mode). `tangent(arguments, tangents)` is the
+    output's tangent, in operations that JAX can differentiate. `cotangents(arguments, saved, cotangent)` are those of
+    the arguments: the transpose of `tangent`.
+    """
+    with_saved = jax.custom_jvp(function)
+
+    @with_saved.defjvp
+    def derivative(arguments, tangents):
+        output, saved = with_saved(*arguments)
+        leaves, tree = jax.tree.flatten(saved)
+        (output_tangent,) = _linear_p.bind(
+            *arguments, *leaves, *tangents,
+            tangent=tangent, cotangents=cotangents, count=len(arguments), saved_tree=tree,
+        )  # fmt: skip
+        return (output, saved), (output_tangent, jax.tree.map(_zero_tangent, saved))
+
+    return lambda *arguments: with_saved(*arguments)[0]
+
+
+def _zero_tangent(x: Array) -> Array:
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.zeros_like(x) if is_float else np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _apply_linear(*operands, tangent, cotangents, count, saved_tree):
+    return [tangent(operands[:count], operands[-count:])]
+
+
+def _linear_jvp(primals, tangents, *, count, **params):
+    """Order 2: `tangent` is differentiated by JAX, in its arguments and in the tangents."""
+
+    def differentiable(arguments, argument_tangents):
+        return params["tangent"](arguments, argument_tangents)
+
+    tangents = [ad.instantiate_zeros(x) for x in tangents]
+    parts = [(operands[:count], operands[-count:]) for operands in (primals, tangents)]
+    _, tangent_out = jax.jvp(differentiable, *parts)
+    return _linear_p.bind(*primals, count=count, **params), [tangent_out]
+
+
+def _linear_transpose(output_cotangents, *operands, tangent, cotangents, count, saved_tree):
+    (cotangent,) = output_cotangents
+    results = [None] * len(operands)
+    if type(cotangent) is ad.Zero:
+        return results
+    arguments = operands[:count]
+    saved = jax.tree.unflatten(saved_tree, operands[count:-count])
+    found = cotangents(arguments, saved, cotangent)
+    are_wanted = [ad.is_undefined_primal(x) for x in operands[-count:]]
+    results[-count:] = [x if is_wanted else None for x, is_wanted in zip(found, are_wanted, strict=True)]
+    return results
+
+
+def _linear_batch(operands, axes, **params):
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not batching.not_mapped)
+    moved = [
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is batching.not_mapped else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    ]
+    count, tangent, cotangents = params["count"], params["tangent"], params["cotangents"]
+    tree = params["saved_tree"]
+    batched = {
+        "tangent": jax.vmap(tangent),
+        "cotangents": jax.vmap(cotangents),
+        "count": count,
+        "saved_tree": tree,
+    }
+    return _linear_p.bind(*moved, **batched), [0]
+
+
+_linear_p.def_impl(_apply_linear)
+_linear_p.def_abstract_eval(
+    lambda *operands, **params: [
+        jax.core.ShapedArray(x.shape, x.dtype)
+        for x in jax.eval_shape(lambda *xs: _apply_linear(*xs, **params), *operands)
+    ]
+)
+mlir.register_lowering(_linear_p, mlir.lower_fun(_apply_linear, multiple_results=True))
+ad.primitive_jvps[_linear_p] = _linear_jvp
+ad.primitive_transposes[_linear_p] = _linear_transpose
+batching.primitive_batchers[_linear_p] = _linear_batch
+
+# --- Matmuls ---
+
+
+def matmul(x: Array, y: Array, axes: tuple[int, int], dtype: Any = None) -> Array:
+    """Sum of products over one axis of each, taken in float32; of dtype `dtype`, if given, else that of x."""
+    dtype = dtype or x.dtype
+    dimensions = (([axes[0] % x.ndim], [axes[1]]), ([], []))
+
+    def written_as(written):
+        return lambda x, y: jax.lax.dot_general(x, y, dimensions, preferred_element_type=written).astype(dtype)
+
+    # An accelerator is as fast with either.
+    return jax.lax.platform_dependent(x, y, cpu=written_as(jnp.float32), default=written_as(dtype))
+
+
+def transpose(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
+    """x.T to be contracted over n. Folded into the matmul, it would cost a CPU's fast kernels."""
+    if x.dtype != jnp.bfloat16:
+        return x.T
+    # A concatenation of two pieces is not folded.
+    return jax.lax.platform_dependent(x, cpu=lambda x: jnp.concatenate(jnp.array_split(x.T, 2)), default=jnp.transpose)
+
+
+def _dense(x, kernel, bias):
+    return matmul(x, kernel.astype(x.dtype), (-1, 0)) + bias.astype(x.dtype), ()
+
+
+def _dense_tangent(arguments, tangents):
+    (x, kernel, _), (dx, dkernel, dbias) = arguments, tangents
+    from_x = matmul(dx, kernel.astype(x.dtype), (-1, 0))
+    from_kernel = matmul(x, dkernel.astype(x.dtype), (-1, 0))
+    return from_x + from_kernel + dbias.astype(x.dtype)
+
+
+def _dense_cotangents(arguments, saved, cotangent):
+    """JAX's own would round the parameters' gradients to the compute dtype before Adam sees them, and would contract
+    batch and tokens as two axes, which on a CPU takes half as long again."""
+    x, kernel, _ = arguments
+    rows = x.reshape(-1, x.shape[-1])
+    cotangents = cotangent.reshape(-1, cotangent.shape[-1])
+    dx = matmul(cotangents, kernel.astype(x.dtype), (1, 1)).reshape(x.shape)
+    dkernel = matmul(transpose(rows), cotangents, (1, 0), kernel.dtype)
+    return dx, dkernel, cotangents.sum(axis=0, dtype=kernel.dtype)
+
+
+_differentiable_dense = define_derivatives(_dense, _dense_tangent, _dense_cotangents)
+
+
+def dense(x: Float[Array, "*rows k"], kernel: Float[Array, "k m"], bias: Float[Array, " m"]) -> Float[Array, "*rows m"]:
+    """x @ kernel + bias in the dtype of x; the gradients of kernel and bias in theirs."""
+    return _differentiable_dense(x, kernel, bias)
+
+
+# --- Attention ---
+
+
+def choose_attention(platform: str, head_dim: int, dtype: Any, compute_capability: float = 0.0) -> str:
+    """The form of `attention` for devices of a platform ('cpu', 'gpu', 'tpu'); cuDNN's takes bfloat16 and heads of up
+    to 128 channels on NVIDIA's Ampere (compute capability 8) or newer."""
+    if platform == "cpu":
+        return "by_head"
+    is_supported = jnp.dtype(dtype) == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if is_supported and compute_capability >= 8 else "xla"
+
+
+def choose_attention_for(device: jax.Device, head_dim: int, dtype: Any) -> str:
+    """`choose_attention` for a device, which may be one that is only described."""
+    is_nvidia = "nvidia" in device.device_kind.lower()
+    capability = float(getattr(device, "compute_capability", 0) or 0) if is_nvidia else 0.0
+    return choose_attention(device.platform, head_dim, dtype, capability)
+
+
+def attention(
+    query: Float[Array, "b n h d"], key: Float[Array, "b n h d"], value: Float[Array, "b n h d"], form: str = "auto"
+) -> Float[Array, "b n h d"]:
+    """softmax(query key^T / sqrt(d)) value of each head, in the dtype of the query; the softmax in float32.
+
+    `form`: 'by_head' takes the heads in turn, so that only one head's weights are in memory, and recomputes them for
+    derivatives (arXiv:2205.14135); 'cudnn' is NVIDIA's fused kernel; 'xla' the plain formula. 'auto' is 'by_head' on
+    CPUs and 'xla' elsewhere, by the platform that is compiled for: good without derivatives, whose memory would be that
+    of both.
+    """
+    if form == "auto":
+        forms = {name: partial(attention, form=name) for name in ("by_head", "xla")}
+        return jax.lax.platform_dependent(query, key, value, cpu=forms["by_head"], default=forms["xla"])
+    if form == "by_head":
+        heads = (jnp.moveaxis(x, 2, 0) for x in (query, key, value))
+        return jnp.moveaxis(_attention_by_head(*heads), 0, 2)
+    if form == "cudnn":
+        return _attention_by_cudnn(query, key, value)
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+
+
+def _over_heads(function: Callable, *arrays: Float[Array, "h b n d"]) -> PyTree:
+    """function(n d, ...) mapped over images at once and over heads in turn: what one head's n x n weights take stays
+    small, and its memory is used again for the next."""
+    dtype = arrays[0].dtype
+
+    # XLA's CPU would convert a whole bfloat16 array to float32 and back for each slice that is taken or written.
+    def to_bits(x):
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if dtype == jnp.bfloat16 else x
+
+    def from_bits(x):
+        return jax.lax.bitcast_convert_type(x, dtype)
+
+    found = jax.lax.map(
+        lambda head: jax.tree.map(to_bits, jax.vmap(function)(*map(from_bits, head))), tuple(map(to_bits, arrays))
+    )
+    return jax.tree.map(from_bits, found)
+
+
+def _weights(query: Float[Array, "n d"], key: Float[Array, "n d"]) -> Float[Array, "n n"]:
+    return jax.nn.softmax(matmul(query, key, (1, 1), jnp.float32) * query.shape[-1] ** -0.5)
+
+
+def _attend(query, key, value):
+    return matmul(_weights(query, key).astype(value.dtype), value, (1, 0))
+
+
+def _attend_tangent(query, key, value, dquery, dkey, dvalue):
+    weights = _weights(query, key)
+    dscores = matmul(dquery, key, (1, 1), jnp.float32) + matmul(query, dkey, (1, 1), jnp.float32)
+    dscores = dscores * query.shape[-1] ** -0.5
+    dweights = weights * (dscores - (weights * dscores).sum(axis=-1, keepdims=True))
+    return matmul(dweights.astype(value.dtype), value, (1, 0)) + matmul(weights.astype(value.dtype), dvalue, (1, 0))
+
+
+def _attend_cotangents(query, key, value, cotangent):
+    weights = _weights(query, key)
+    dweights = matmul(cotangent, value, (1, 1), jnp.float32)
+    dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True)) * query.shape[-1] ** -0.5
+    weights, dscores = weights.astype(value.dtype), dscores.astype(value.dtype)
+    dquery = matmul(dscores, key, (1, 0))
+    dkey = matmul(transpose(dscores), query, (1, 0))
+    return dquery, dkey, matmul(transpose(weights), cotangent, (1, 0))
+
+
+# Outside of a compiled function, it compiles once.
+_by_head = jax.jit(lambda *heads: _over_heads(_attend, *heads), inline=True)
+_by_head_tangent = jax.jit(lambda *heads: jax.vmap(jax.vmap(_attend_tangent))(*heads), inline=True)
+_by_head_cotangents = jax.jit(lambda *heads: _over_heads(_attend_cotangents, *heads), inline=True)
+
+_attention_by_head = define_derivatives(
+    lambda *heads: (_by_head(*heads), ()),
+    lambda heads, tangents: _by_head_tangent(*heads, *tangents),
+    lambda heads, saved, cotangent: _by_head_cotangents(*heads, cotangent),
+)
+
+
+def _cudnn(query, key, value):
+    def fused(*arrays):
+        return jax.nn.dot_product_attention(*arrays, implementation="cudnn")
+
+    return jax.vjp(fused, query, key, value)
+
+
+def _tangent_over_heads(arguments, tangents):
+    heads = [jnp.moveaxis(x, 2, 0) for x in (*arguments, *tangents)]
+    return jnp.moveaxis(_by_head_tangent(*heads), 0, 2)
+
+
+_attention_by_cudnn = define_derivatives(
+    _cudnn, _tangent_over_heads, lambda arguments, pullback, cotangent: pullback(cotangent)
+)

@@ -1,0 +1,111 @@
+"""What training looks at: loss by t, reconstructions, and samples by guidance scale and by step count.
+
+Parameters, codec, guidance scale, step count and times are arguments of the compiled functions, so that a new value of
+any of them compiles nothing anew; the network and the shapes are static.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PyTree, UInt8
+from matplotlib.figure import Figure
+
+from utils import plotting
+from utils.checks import can_guide
+from utils.codecs.codec import encode_batch, images_to_uint8
+from utils.models import ImageModel, model_fn
+from utils.sampling import SamplerConfig, guide, ode_steps, sample_noise
+from utils.sharding import gather
+from utils.train_step import draw_examples, loss_at_time
+
+PANEL_SIZE = 8
+LOSS_TIMES = tuple(i / 10 for i in range(11))
+PANEL_GUIDANCE = (0, 0.1, 1, 4, 10)
+PANEL_STEPS = (1, 4, 32)
+
+
+def loss_by_time(model: ImageModel, params: PyTree, batch: PyTree, key: Key[Array, ""]) -> dict[str, float]:
+    """Loss of `batch`, all labels kept, at t = 0.0, 0.1, ..., 1.0, and `mean` over 0.1 .. 0.9; one noise for all t."""
+    static = {"model": model.network, "objective": model.objective}
+    losses = [float(loss_at_time(params, model.codec, key, batch, t, **static)) for t in LOSS_TIMES]
+    named = {f"{t:.1f}": loss for t, loss in zip(LOSS_TIMES, losses, strict=True)}
+    return {**named, "mean": float(np.mean(losses[1:-1]))}
+
+
+@partial(jax.jit, static_argnames=("network", "objective"))
+def _reconstruct(params, codec, key, batch, t, *, network, objective):
+    """uint8 images (3, b, h, w, c): clean, noised to t, and predicted from that in one step."""
+    examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
+    x_1 = encode_batch(codec, examples["codec_key"], batch)
+    x_t = objective.corrupt(x_1, examples["draws"] | {"t": t})
+    predicted = objective.predict_data(model_fn(network, params), x_t, t, batch["label"])
+    clean = batch["image"] if "image" in batch else images_to_uint8(codec.decode(x_1))
+    return jnp.stack([clean, *(images_to_uint8(codec.decode(x)) for x in (x_t, predicted))])
+
+
+def reconstruction_panel(model: ImageModel, params: PyTree, batch: PyTree, key: Key[Array, ""]) -> Figure:
+    """Eight images of `batch` noised to t = 0, 1/8, ..., 7/8 and denoised in one step: clean, noised, predicted."""
+    rows = {name: np.resize(gather(values), (PANEL_SIZE, *values.shape[1:])) for name, values in batch.items()}
+    t = np.arange(PANEL_SIZE, dtype=np.float32) / PANEL_SIZE
+    images = _reconstruct(params, model.codec, key, rows, t, network=model.network, objective=model.objective)
+    titles = [f"t = {value:.3g}\n{model.class_names[label]}" for value, label in zip(t, rows["label"], strict=True)]
+    return plotting.image_table(gather(images), ("clean", "noised", "predicted"), titles)
+
+
+@partial(jax.jit, static_argnames=("network", "objective", "is_guided"))
+def _advance(params, x, labels, cfg_scale, first, last, num_steps, *, network, objective, is_guided):
+    guided = guide(model_fn(network, params), network.config.num_classes, cfg_scale if is_guided else None)
+    return ode_steps(objective.velocity(guided, labels), x, first, last, num_steps)
+
+
+@jax.jit
+def _decode(codec, latents):
+    return images_to_uint8(codec.decode(latents))
+
+
+def sample_stages(
+    model: ImageModel, params: PyTree, noise: Array, labels: Array, cfg_scale: float | None, num_steps: int
+) -> UInt8[np.ndarray, "rows stages h w c"]:
+    """Decoded states of an Euler path of `num_steps` after 1/8, 2/8, ..., 8/8 of its steps."""
+    static = {"network": model.network, "objective": model.objective, "is_guided": cfg_scale is not None}
+    x, stages = noise, []
+    cuts = [num_steps * i // PANEL_SIZE for i in range(PANEL_SIZE + 1)]
+    for first, last in itertools.pairwise(cuts):
+        x = _advance(params, x, labels, 0.0 if cfg_scale is None else cfg_scale, first, last, num_steps, **static)
+        stages.append(gather(_decode(model.codec, x)))
+    return np.stack(stages, axis=1)
+
+
+def sample_panels(
+    model: ImageModel, params: PyTree, key: Key[Array, ""], sampler: SamplerConfig
+) -> Iterator[tuple[str, Figure]]:
+    """(`sample_cfg_S`, panel) for each guidance scale and (`sample_N/N`, panel) for each step count; of a model that
+    cannot be guided, scale 1 alone.
+
+    Every panel starts from the same noise and labels, so that scales and step counts can be compared by eye.
+    """
+    indices = jnp.arange(PANEL_SIZE)
+    labels = indices % len(model.class_names)
+    noise = sample_noise(key, indices, model.latent_shape)
+    names = [model.class_names[label] for label in np.asarray(labels)]
+    stage_titles = [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]
+
+    @functools.cache
+    def stages(scale, num_steps):
+        # Scales of 0 and 1 leave one of guidance's two passes without effect, so they go without it.
+        shown = jnp.full_like(labels, model.network.config.num_classes) if scale == 0 else labels
+        return sample_stages(model, params, noise, shown, None if scale in (0, 1) else scale, num_steps)
+
+    for scale in PANEL_GUIDANCE if can_guide(model.network.config.class_dropout_prob) else (1,):
+        images = stages(scale, sampler.num_steps)
+        title = f"{sampler._replace(cfg_scale=scale)}, by fraction of the path"
+        yield f"sample_cfg_{scale}", plotting.image_table(images, names, stage_titles, title)
+    for num_steps in PANEL_STEPS:
+        final = stages(1 if sampler.cfg_scale is None else sampler.cfg_scale, num_steps)[None, :, -1]
+        title = str(sampler._replace(num_steps=num_steps))
+        yield f"sample_N/{num_steps}", plotting.image_table(final, (), names, title)

@@ -1,0 +1,58 @@
+"""What a run shows of its steps."""
+
+import sys
+from collections.abc import Callable
+
+import jax
+from tqdm import tqdm
+
+from utils.console import TolerantStream
+from utils.throughput import Throughput
+from utils.tracking import Tracker
+
+
+class Progress:
+    """A progress bar, and metrics at the steps that are logged.
+
+    A step is reported once the next one is dispatched, so that its numbers are read without leaving the devices idle
+    (and, as that waits for it, no more than two are ever in flight). `flush` reports what is left.
+    """
+
+    def __init__(self, throughput: Throughput, tracker: Tracker, check: Callable, step: int, max_steps: int):
+        """`check(metrics, step)` is called before metrics are logged."""
+        self.throughput = throughput
+        self.tracker = tracker
+        self.check = check
+        self.pending = None
+        self.bar = tqdm(
+            total=max_steps,
+            initial=step,
+            unit="step",
+            mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
+            disable=jax.process_index() > 0,
+            file=TolerantStream(),
+        )
+
+    def add(self, step: int, metrics: dict[str, jax.Array], validation: dict[str, jax.Array] | None) -> None:
+        """Reports the step before; then step `step` is the one to be reported, and logged if it has `validation`."""
+        self.flush()
+        self.pending = (step, metrics, validation)
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (step, metrics, validation), self.pending = self.pending, None
+        loss = float(metrics["l2_loss"])
+        self.throughput.num_steps += 1
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.throughput}", refresh=False)
+        self.bar.update()
+        if validation is not None:
+            self.check(metrics, step)
+            groups = {"training": metrics | self.throughput.read(), "validation": validation}
+            named = {f"{group}/{name}": x for group, values in groups.items() for name, x in values.items()}
+            self.tracker.log(named, step)
+            self.throughput.restart()
+
+    def is_idle(self) -> bool:
+        """Whether the devices have finished all that was dispatched."""
+        return self.pending is None or self.pending[1]["l2_loss"].is_ready()

@@ -1,0 +1,93 @@
+"""What an evaluation leaves: fid.json, fid.csv, a table and a plot. The rows of fid.json are its `cells`."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from utils import plotting
+from utils.console import log
+from utils.files import atomic_write, locked, remove_temporaries, set_aside, write_json
+from utils.metrics.registry import COLUMNS
+
+
+class Results:
+    """fid.json: a list of rows, each its settings and its metrics, written after every one.
+
+    Several processes may add to one file; one that cannot be understood is set aside.
+    """
+
+    def __init__(self, out: Path):
+        self.path = out / "fid.json"
+        remove_temporaries(out)
+        with locked(self.path):
+            self._read()
+
+    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished row of these settings; files are identified by their hash, wherever they are. One that also has
+        an Inception Score will do where none is requested."""
+        requested = {name: value for name, value in settings.items() if name not in ("fid_stats", "checkpoint")}
+        if requested["inception_logits_sha256"] is None:
+            del requested["inception_logits_sha256"]
+        return next((row for row in self.rows if requested.items() <= row.items()), None)
+
+    def add(self, settings: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+        """The row, which replaces an earlier one of the same settings."""
+        with locked(self.path):
+            self._read()  # another process may have added some
+            self.rows = [row for row in self.rows if not settings.items() <= row.items()]
+            self.rows.append(settings | metrics)
+            write_json(self.path, {"cells": self.rows})
+        return self.rows[-1]
+
+    def _read(self) -> None:
+        self.rows = []
+        if not self.path.exists():
+            return
+        try:
+            rows = json.loads(self.path.read_bytes())["cells"]
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise TypeError("no list of rows")
+            self.rows = rows
+        except (ValueError, KeyError, TypeError):
+            log(f"{self.path} cannot be understood (damaged?); it is kept as {set_aside(self.path)}")
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of the rows: step count, guidance and every metric that one of them has."""
+    columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | COLUMNS
+    columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(to_text(name, row) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def to_text(name: str, row: dict[str, Any]) -> str:
+    if name not in row:
+        return ""
+    value = row[name]
+    if name == "kid":
+        return f"{value:.5f} ± {row['kid_error']:.5f}"
+    if name in COLUMNS:
+        return f"{value:.3f}"
+    return "none" if value is None else f"{value:g}"
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_fid(rows: list[dict[str, Any]]) -> Figure:
+    """FID against steps, a curve for each guidance scale."""
+    curves = {}
+    for row in rows:
+        name = "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
+        curves.setdefault(name, []).append((row["num_steps"], row["fid"]))
+    return plotting.curves(curves, "steps", "FID")

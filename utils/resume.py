@@ -1,0 +1,88 @@
+"""Whether a run may go on from its checkpoint, or start from another's: data and settings compared."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion_transformer import DiTConfig
+from utils.data.dataset import ImageDataset
+from utils.data.fingerprint import compare_data, read_listing
+from utils.errors import UserError
+
+NEW_RUN = "another --wandb.name or --save_dir starts a new run"
+
+# What a trained model fixes, and what it has learned.
+_SETTINGS = dataclasses.fields(DiTConfig)
+ARCHITECTURE = (*(field.name for field in _SETTINGS if field.metadata["is_fixed"]), "use_stable_vae")
+OBJECTIVE = ("t_sampler",)
+# A run is continued only under the same values of these; the rest may change, and is reported.
+FIXED = (*(f"model.{name}" for name in (*ARCHITECTURE, *OBJECTIVE)), "batch_size", "seed", "debug_overfit")
+# Parameters fit another run's model whatever these are.
+NOT_OF_PARAMETERS = ("class_dropout_prob", "t_conditioning")
+# Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
+COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir")
+
+
+def compare_with_saved(
+    config: dict[str, Any], saved: dict[str, Any], datasets: Mapping[str, ImageDataset], folder: Path
+) -> list[str]:
+    """What differs between `config` and the configuration `saved` with a checkpoint of the run in `folder`, in words.
+
+    UserError where the run is of other data, or would learn something else.
+    """
+    name, changed = config["dataset_name"], check_settings(config, saved, folder)
+    if "splits" not in saved["dataset"] and saved["dataset_name"] != name:
+        old = saved["dataset_name"]
+        raise UserError(f"{folder} holds a run with --dataset_name={old}, not {name}: give it, or {NEW_RUN}")
+    fingerprints = {split: dataset.fingerprint for split, dataset in datasets.items()}
+    try:
+        remarks = compare_data(saved["dataset"], read_listing(folder), config["dataset"], fingerprints)
+    except UserError as difference:
+        raise UserError(
+            f"--dataset_name={name} is not what {folder} was trained on: {difference}; give the same data, or {NEW_RUN}"
+        ) from None
+    settings = [f"--{flag}={new}, was {old}" for flag, (old, new) in changed.items()]
+    return settings + [f"of the data: {remark}" for remark in remarks]
+
+
+def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:
+    """{flag: (old, new)} of what differs between the run in `folder`, of configuration `saved`, and `config`; UserError
+    where it cannot be continued so. Data are compared by compare_with_saved."""
+    if saved["dataset"]["vae_sha256"] != config["dataset"]["vae_sha256"]:
+        raise UserError(
+            f"{folder} holds a run on the latents of --vae={saved['dataset']['vae']}, which is not "
+            f"{config['dataset']['vae']}; give that one, or {NEW_RUN}"
+        )
+    old, new = _flatten(saved), _flatten(config)
+    changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
+    for name in FIXED:
+        if name in changed:
+            before, now = changed[name]
+            raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")
+    if new["load_dir"] is not None and new["load_dir"] != old.get("load_dir"):
+        raise UserError(
+            f"--load_dir={new['load_dir']}: {folder} holds a run already, which did not start from there; leave the "
+            f"flag out to continue it, or {NEW_RUN}"
+        )
+    return {name: values for name, values in changed.items() if name not in COMPARED_ELSEWHERE}
+
+
+def check_architecture(model: ConfigDict, saved: dict[str, Any], load_dir: str) -> None:
+    """UserError where the parameters of a run with the --model.* values `saved` do not fit the `model`."""
+    for name in ARCHITECTURE:
+        if name not in NOT_OF_PARAMETERS and model[name] != saved[name]:
+            raise UserError(f"--model.{name}={model[name]}, but --load_dir={load_dir} has {saved[name]}; give that")
+
+
+def _flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """{flag: value} of a configuration, groups as group.name, without what is known of the data."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()} if name != "dataset" else {}
+        else:
+            flat[name] = value
+    return flat
