@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from utils.ops import attention, dense
+from utils.settings import setting
 
 TIMESTEP_FEATURES = 256
 TIMESTEP_SCALE = 10_000.0  # t in [0, 1] is stretched to the range that the sinusoids were made for
@@ -28,20 +29,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names("dense"),  # matmuls with parameters, not attention's
     "blocks": jax.checkpoint_policies.nothing_saveable,  # its input alone
 }
-
-
-def setting(
-    default: Any,
-    help: str,
-    low: float | None = None,
-    high: float | None = None,
-    *,
-    choices: tuple[str, ...] = (),
-    is_fixed: bool = True,
-) -> Any:
-    """A field of DiTConfig: its default, the help text and bounds of its flag, and whether a trained model fixes it."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices, "is_fixed": is_fixed}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ from utils.metrics.registry import COLUMNS, compute_metrics
 from utils.metrics.samples import Samples, SampleWriter, check_sample_path, holds_images, open_samples
 from utils.metrics.statistics import ImageStatistics
 from utils.models import init_params, make_model
+from utils.objectives.registry import make_objective
 from utils.results import Results, plot_fid, to_markdown, write_csv
 from utils.sampling import LABELS, SOLVERS, SamplerConfig
 from utils.sharding import free_memory, gather, make_mesh, replicated, shape_structs
@@ -68,6 +69,7 @@ def define_flags() -> None:
     cli.define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
     cli.define_vae_flag()
     cli.define_model_flags()
+    cli.define_objective_flags()
     cli.define_wandb_flags(name="eval")
 
 
@@ -182,9 +184,12 @@ class RunEvaluation(Scoring):
         if config.save_samples and len(self.samplers) > 1:
             raise UserError(f"--save_samples={config.save_samples} is of one step count and guidance scale; give one")
         model = cli.override_model(saved["model"])
+        cli.refuse_other_objective(saved["objective"])
         vae, sha256 = config.vae or data["vae"], data["vae_sha256"]
         codec = load_codec(model.use_stable_vae, vae, self.mesh, data["image_shape"], sha256)
-        self.model = make_model(model, codec, self.mesh, data["image_shape"], data["class_names"])
+        self.model = make_model(
+            model, make_objective(saved), codec, self.mesh, data["image_shape"], data["class_names"]
+        )
         shapes = jax.eval_shape(partial(init_params, self.model), jax.random.key(0))
         target = shape_structs(shapes, replicated(self.mesh))
         self.step, (params,) = checkpoints.restore_newest(

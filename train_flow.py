@@ -39,6 +39,7 @@ from utils.metrics.reference import load_statistics
 from utils.metrics.registry import compute_fid
 from utils.metrics.statistics import ImageStatistics
 from utils.models import init_params, make_model
+from utils.objectives.registry import make_objective
 from utils.panels import loss_by_time, reconstruction_panel, sample_panels
 from utils.progress import Progress
 from utils.resume import check_architecture, compare_with_saved
@@ -98,6 +99,7 @@ def define_flags() -> None:
     )
     cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
     cli.define_model_flags()
+    cli.define_objective_flags()
     cli.define_wandb_flags()
     cli.define_device_flags()
 
@@ -145,7 +147,13 @@ class Trainer:
         sha256 = latents.vae_sha256 if latents else None
         codec = load_codec(config.model.use_stable_vae, vae, self.mesh, dataset.image_shape, sha256)
         self.model = make_model(
-            config.model, codec, self.mesh, dataset.image_shape, dataset.class_names, remat=config.remat
+            config.model,
+            make_objective(config),
+            codec,
+            self.mesh,
+            dataset.image_shape,
+            dataset.class_names,
+            remat=config.remat,
         )
         if not checks.can_guide(config.model.class_dropout_prob):
             log(f"{checks.explain_no_guidance(config.model.class_dropout_prob)}: samples are drawn without guidance")

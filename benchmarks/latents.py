@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils import checks, cli
 from utils.codecs.vae import StableVAE
 from utils.models import init_params, make_model
+from utils.objectives.flow_matching import FlowMatching
 from utils.sharding import make_mesh, replicated, shard_batch
 from utils.train_state import create_train_state, make_optimizer
 from utils.train_step import train_step
@@ -41,7 +42,7 @@ def main(config: ConfigDict) -> None:
     checks.check_batch_size(config.batch_size, mesh.size)
     codec = jax.device_put(StableVAE.random(1), replicated(mesh))
     names = tuple(map(str, range(config.model.num_classes)))
-    image_model = make_model(config.model, codec, mesh, (size, size, 3), names)
+    image_model = make_model(config.model, FlowMatching(), codec, mesh, (size, size, 3), names)
     optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
     key = jax.random.key(0)
     state = create_train_state(init_params(image_model, key), optimizer, key)

@@ -17,6 +17,7 @@ from utils.codecs.pixels import PixelCodec
 from utils.errors import UserError
 from utils.generate import RECIPE_BATCH_SIZE
 from utils.models import init_params, make_model
+from utils.objectives.flow_matching import FlowMatching
 from utils.resume import check_settings
 from utils.sampling import SamplerConfig
 from utils.sharding import make_mesh
@@ -31,7 +32,7 @@ def parse(read_flags):
 
 
 def count_parameters(model: ConfigDict, shape=(32, 32, 4)) -> int:
-    image_model = make_model(model, PixelCodec(), make_mesh(), shape, ("a",))
+    image_model = make_model(model, FlowMatching(), PixelCodec(), make_mesh(), shape, ("a",))
     shapes = jax.eval_shape(lambda key: init_params(image_model, key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 

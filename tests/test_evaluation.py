@@ -14,6 +14,7 @@ from utils.metrics.inception import Features
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.statistics import ImageStatistics
 from utils.models import init_params, make_model
+from utils.objectives.flow_matching import FlowMatching
 from utils.panels import loss_by_time, reconstruction_panel, sample_panels, sample_stages
 from utils.sampling import SamplerConfig
 from utils.sharding import make_mesh
@@ -26,7 +27,7 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(ConfigDict(MODEL), PixelCodec(), make_mesh(), (8, 8, 1), tuple("0123456789"))
+    return make_model(ConfigDict(MODEL), FlowMatching(), PixelCodec(), make_mesh(), (8, 8, 1), tuple("0123456789"))
 
 
 @pytest.fixture(scope="module")

@@ -227,6 +227,7 @@ class Checkpoints:
             # What runs of before the VAE did not save.
             absent = {"name": config["dataset_name"], "vae": None, "vae_sha256": None}
             config |= {"dataset": absent | config["dataset"]}
+            config.setdefault("objective", {"name": "flow_matching"})
             t_sampler = config["model"].get("t_sampler")
             if t_sampler in LEGACY_T_SAMPLERS:
                 config["model"]["t_sampler"] = LEGACY_T_SAMPLERS[t_sampler]

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +24,8 @@ from utils.codecs.registry import DEFAULT_HUB_ID
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
-from utils.objectives.flow_matching import LEGACY_T_SAMPLERS, T_SAMPLERS
+from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
+from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
 
 FLAGS = flags.FLAGS
 
@@ -69,12 +70,12 @@ def read_data_options(config: ConfigDict) -> DataOptions:
     return DataOptions(config.data_dir, config.image_size, config.broken_images, config.max_megapixels)
 
 
-def define_setting(name: str, field: dataclasses.Field) -> None:
-    """Registers the flag of a field of DiTConfig."""
-    metadata, default = field.metadata, field.default
+def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
+    """Registers the flag of a `setting`, with the field's default or another."""
+    metadata, default = field.metadata, changes.get("default", field.default)
     if metadata["choices"]:
         flags.DEFINE_enum(name, default, metadata["choices"], metadata["help"])
-    elif isinstance(default, float):
+    elif isinstance(field.default, float):
         flags.DEFINE_float(name, default, metadata["help"], metadata["low"], metadata["high"])
     else:
         flags.DEFINE_integer(name, default, metadata["help"], metadata["low"], metadata["high"])
@@ -96,18 +97,23 @@ def define_model_flags() -> None:
     flags.DEFINE_float("model.beta1", 0.9, "Adam's first decay.", 0, 1)
     flags.DEFINE_float("model.beta2", 0.99, "Adam's second decay.", 0, 1)
     flags.DEFINE_float("model.target_update_rate", 0.9999, "Decay of the EMA of the parameters; 1: no EMA.", 0, 1)
-    flags.DEFINE_enum(
-        "model.t_sampler",
-        "logit_normal",
-        [*T_SAMPLERS, *LEGACY_T_SAMPLERS],
-        "Training times: sigmoid of a normal (log-normal means the same), or uniform.",
-    )
     flags.DEFINE_integer("model.denoise_timesteps", 32, "Euler steps of training-time samples.", 1, MAX_STEPS)
     flags.DEFINE_float(
         "model.cfg_scale", 4.0, "Guidance scale of training-time samples; -1: no guidance.", -1, MAX_SCALE
     )
     flags.DEFINE_integer("model.use_stable_vae", 1, "1 trains on the latents of a VAE, 0 on pixels.", 0, 1)
     flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
+
+
+def define_objective_flags() -> None:
+    """Registers --objective.*: what is learned, and the fields of every objective."""
+    flags.DEFINE_enum("objective.name", "flow_matching", list(OBJECTIVES), "What the model learns.")
+    for field in objective_fields():
+        name = flag_of(field)
+        if name.startswith("objective."):  # of one objective among several: it has the default
+            define_setting(name, field, default=None)
+        else:
+            define_setting(name, field)
 
 
 def define_wandb_flags(name: str = "flow_{dataset_name}") -> None:
@@ -261,9 +267,17 @@ def override_model(saved: dict[str, Any]) -> ConfigDict:
     return model
 
 
+def refuse_other_objective(saved: Mapping[str, Any]) -> None:
+    """UserError where the command line gives another value for an --objective.* flag than a run was trained with."""
+    for flag in (flag for flag in FLAGS if flag.startswith("objective.") and is_explicit(flag)):
+        requested, trained = FLAGS[flag].value, saved.get(flag.removeprefix("objective."))
+        if requested != trained:
+            raise UserError(f"--{flag}={requested}, but the run of --load_dir has {trained}; leave the flag out")
+
+
 def model_flags() -> list[str]:
-    """The names of all --model.* flags."""
-    return [name for name in FLAGS if name.startswith("model.")]
+    """The names of all flags about a model: --model.* and --objective.*."""
+    return [name for name in FLAGS if name.startswith(("model.", "objective."))]
 
 
 def refuse_ignored(names: Iterable[str], reason: str) -> None:

@@ -12,7 +12,6 @@ from diffusion_transformer import DiT, DiTConfig
 from utils.checks import check_model
 from utils.codecs.codec import Codec
 from utils.errors import UserError
-from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.objective import ModelFn, Objective
 from utils.ops import choose_attention_for
 
@@ -34,6 +33,7 @@ class ImageModel(NamedTuple):
 
 def make_model(
     config: ConfigDict,
+    objective: Objective,
     codec: Codec,
     mesh: Mesh,
     image_shape: Sequence[int],
@@ -50,7 +50,6 @@ def make_model(
     head_dim = config.hidden_size // config.num_heads
     attention_form = choose_attention_for(mesh.devices.flat[0], head_dim, config.dtype)
     network = DiT(DiTConfig.from_mapping(config), remat, attention_form)
-    objective = FlowMatching(t_sampler=config.t_sampler)
     return ImageModel(network, objective, codec, mesh, tuple(image_shape), tuple(class_names))
 
 

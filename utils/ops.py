@@ -40,6 +40,18 @@ def define_derivatives(
     the arguments: the transpose of `tangent`.
     """
     with_saved = jax.custom_jvp(function)
+    pull = jax.custom_jvp(cotangents)
+
+    @pull.defjvp
+    def derivative_of_cotangents(operands, tangents):
+        """Order 2 goes by the formula, of which what was saved is no variable."""
+        (arguments, saved, cotangent), (argument_tangents, _, cotangent_tangent) = operands, tangents
+
+        def by_formula(arguments, cotangent):
+            return jax.linear_transpose(partial(tangent, arguments), arguments)(cotangent)[0]
+
+        parts = (arguments, cotangent), (argument_tangents, cotangent_tangent)
+        return pull(arguments, saved, cotangent), jax.jvp(by_formula, *parts)[1]
 
     @with_saved.defjvp
     def derivative(arguments, tangents):
@@ -47,7 +59,7 @@ def define_derivatives(
         leaves, tree = jax.tree.flatten(saved)
         (output_tangent,) = _linear_p.bind(
             *arguments, *leaves, *tangents,
-            tangent=tangent, cotangents=cotangents, count=len(arguments), saved_tree=tree,
+            tangent=tangent, cotangents=pull, count=len(arguments), saved_tree=tree,
         )  # fmt: skip
         return (output, saved), (output_tangent, jax.tree.map(_zero_tangent, saved))
 
@@ -60,7 +72,7 @@ def _zero_tangent(x: Array) -> Array:
 
 
 def _apply_linear(*operands, tangent, cotangents, count, saved_tree):
-    return [tangent(operands[:count], operands[-count:])]
+    return [tangent(tuple(operands[:count]), tuple(operands[-count:]))]
 
 
 def _linear_jvp(primals, tangents, *, count, **params):
@@ -70,7 +82,7 @@ def _linear_jvp(primals, tangents, *, count, **params):
         return params["tangent"](arguments, argument_tangents)
 
     tangents = [ad.instantiate_zeros(x) for x in tangents]
-    parts = [(operands[:count], operands[-count:]) for operands in (primals, tangents)]
+    parts = [(tuple(operands[:count]), tuple(operands[-count:])) for operands in (primals, tangents)]
     _, tangent_out = jax.jvp(differentiable, *parts)
     return _linear_p.bind(*primals, count=count, **params), [tangent_out]
 
@@ -80,7 +92,7 @@ def _linear_transpose(output_cotangents, *operands, tangent, cotangents, count, 
     results = [None] * len(operands)
     if type(cotangent) is ad.Zero:
         return results
-    arguments = operands[:count]
+    arguments = tuple(operands[:count])
     saved = jax.tree.unflatten(saved_tree, operands[count:-count])
     found = cotangents(arguments, saved, cotangent)
     are_wanted = [ad.is_undefined_primal(x) for x in operands[-count:]]
@@ -89,9 +101,9 @@ def _linear_transpose(output_cotangents, *operands, tangent, cotangents, count, 
 
 
 def _linear_batch(operands, axes, **params):
-    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not batching.not_mapped)
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
     moved = [
-        jnp.broadcast_to(x, (size, *x.shape)) if axis is batching.not_mapped else jnp.moveaxis(x, axis, 0)
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(operands, axes, strict=True)
     ]
     count, tangent, cotangents = params["count"], params["tangent"], params["cotangents"]
@@ -266,11 +278,18 @@ _attention_by_head = define_derivatives(
 )
 
 
-def _cudnn(query, key, value):
-    def fused(*arrays):
-        return jax.nn.dot_product_attention(*arrays, implementation="cudnn")
+def save_pullback(function: Callable[..., Array]) -> tuple[Callable, Callable]:
+    """(function, cotangents) for `define_derivatives` of a function that has a custom VJP: what that saves is saved."""
 
-    return jax.vjp(fused, query, key, value)
+    def with_saved(*arguments):
+        output, pullback = jax.vjp(function, *arguments)
+        return output, jax.tree.leaves(pullback)
+
+    def cotangents(arguments, saved, cotangent):
+        pullback = jax.eval_shape(lambda *arguments: jax.vjp(function, *arguments)[1], *arguments)
+        return jax.tree.unflatten(jax.tree.structure(pullback), saved)(cotangent)
+
+    return with_saved, cotangents
 
 
 def _tangent_over_heads(arguments, tangents):
@@ -278,6 +297,5 @@ def _tangent_over_heads(arguments, tangents):
     return jnp.moveaxis(_by_head_tangent(*heads), 0, 2)
 
 
-_attention_by_cudnn = define_derivatives(
-    _cudnn, _tangent_over_heads, lambda arguments, pullback, cotangent: pullback(cotangent)
-)
+_cudnn, _cudnn_cotangents = save_pullback(partial(jax.nn.dot_product_attention, implementation="cudnn"))
+_attention_by_cudnn = define_derivatives(_cudnn, _tangent_over_heads, _cudnn_cotangents)

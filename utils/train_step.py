@@ -71,14 +71,15 @@ def compute_gradients(
     grad_accum: int,
     class_dropout_prob: float,
 ) -> tuple[PyTree, dict[str, Array]]:
-    """(gradients, mean metrics) of the objective's loss on a global batch."""
+    """(gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is the loss, whatever it is."""
 
     def gradients(examples):
         def loss_fn(params):
             losses, metrics = example_losses(
                 params, state.ema_params, codec, examples, model=model, objective=objective
             )
-            return losses.mean(), jax.tree.map(jnp.mean, metrics)
+            means = jax.tree.map(jnp.mean, {"l2_loss": losses, **metrics})
+            return means["l2_loss"], means
 
         return jax.grad(loss_fn, has_aux=True)(state.params)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from utils.objectives.objective import Draws, ModelFn, VelocityFn
+from utils.settings import setting
 
 # The path stops just short of the data: x_t keeps at least this fraction of noise. The model sees the unclipped t.
 MAX_PATH_TIME = 0.99
@@ -45,7 +46,12 @@ def sample_times(key: Key[Array, ""], num_examples: int, t_sampler: str) -> Floa
 class FlowMatching:
     """The network predicts the velocity x_1 - x_0 of the straight path at x_t."""
 
-    t_sampler: str = "logit_normal"
+    t_sampler: str = setting(
+        "logit_normal",
+        "Training times: sigmoid of a normal (log-normal means the same), or uniform.",
+        choices=(*T_SAMPLERS, *LEGACY_T_SAMPLERS),
+        flag="model.t_sampler",
+    )
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
         """`t` (b,) and `noise_key` (b,), from which x_0 is drawn."""
@@ -68,7 +74,7 @@ class FlowMatching:
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
         """Mean squared error of the velocity at x_t.
 
-        Metrics: `l2_loss` (the same), `v_abs_mean` and `v_pred_abs_mean` of the true and the predicted velocity.
+        Metrics: `v_abs_mean` and `v_pred_abs_mean` of the true and the predicted velocity.
         """
         x_0 = self.draw_noise(draws, x_1)
         t = draws["t"]
@@ -79,11 +85,7 @@ class FlowMatching:
             return x.mean(axis=tuple(range(1, x.ndim)))
 
         loss = mean(jnp.square(prediction - velocity))
-        return loss, {
-            "l2_loss": loss,
-            "v_abs_mean": mean(jnp.abs(velocity)),
-            "v_pred_abs_mean": mean(jnp.abs(prediction)),
-        }
+        return loss, {"v_abs_mean": mean(jnp.abs(velocity)), "v_pred_abs_mean": mean(jnp.abs(prediction))}
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """x_t of `draws`."""

@@ -34,7 +34,7 @@ class Objective(Protocol):
         labels: Int[Array, " b"],
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-        """(loss, metrics to log), both per example and float32. `ema_model_fn` is for targets from the EMA."""
+        """(loss, other metrics to log), all per example and float32. `ema_model_fn` is for targets from the EMA."""
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """What the network sees of x_1 at the times and with the noise of `draws`."""

@@ -1,8 +1,32 @@
 """The objectives. One more is one file that implements `Objective`, and one line here."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.objective import Objective
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"flow_matching": FlowMatching}
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """The flag of an objective's field."""
+    return field.metadata["flag"] or f"objective.{field.name}"
+
+
+def objective_fields() -> Iterator[dataclasses.Field]:
+    """The fields of all objectives, each flag once."""
+    fields = [field for objective in OBJECTIVES.values() for field in dataclasses.fields(objective)]
+    yield from {flag_of(field): field for field in fields}.values()
+
+
+def make_objective(config: Mapping[str, Any]) -> Objective:
+    """The objective of a run's configuration: `config["objective"]["name"]`, its fields from their flags' values."""
+    objective = OBJECTIVES[config["objective"]["name"]]
+    values = {}
+    for field in dataclasses.fields(objective):
+        group, _, name = flag_of(field).partition(".")
+        if config[group].get(name) is not None:
+            values[field.name] = config[group][name]
+    return objective(**values)

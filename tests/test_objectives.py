@@ -1,0 +1,94 @@
+"""An objective is one file and one line: a toy is registered, trained, evaluated, resumed and sampled."""
+
+import dataclasses
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import eval_fid
+import train_flow
+from utils.errors import UserError
+from utils.objectives.flow_matching import FlowMatching, expand_times
+from utils.objectives.registry import OBJECTIVES, make_objective
+from utils.settings import setting
+from utils.tracking import read_metrics
+
+RUN = """
+    --dataset_name digits --use_stable_vae 0 --model.hidden_size 16 --model.depth 1 --model.num_heads 2
+    --model.patch_size 4 --model.num_classes 10 --model.denoise_timesteps 2 --batch_size 8 --log_interval 1
+    --wandb.mode disabled --model.class_dropout_prob 0 --objective.name data_prediction
+""".split()  # noqa: SIM905
+
+
+EVALUATE = [
+    "--fid_stats",
+    "data/fid_stats_digits.npz",
+    "--num_samples",
+    "4",
+    "--cfg_scale",
+    "1",
+    "--inception_weights",
+    "WEIGHTS",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPrediction(FlowMatching):
+    """The network predicts x_1; the loss is weighted."""
+
+    weight: float = setting(2.0, "Factor of the loss.", 0, 10)
+
+    def loss(self, model_fn, ema_model_fn, x_1, labels, draws):
+        x_t = self.corrupt(x_1, draws)
+        error = jnp.square(model_fn(x_t, draws["t"], labels) - x_1).mean((1, 2, 3))
+        return self.weight * error, {
+            "ema_error": jnp.square(ema_model_fn(x_t, draws["t"], labels) - x_1).mean((1, 2, 3))
+        }
+
+    def predict_data(self, model_fn, x_t, t, labels):
+        return model_fn(x_t, t, labels)
+
+    def velocity(self, model_fn, labels):
+        return lambda x, t, t_next: (model_fn(x, t, labels) - x) / expand_times(1 - t, x)
+
+
+@pytest.fixture
+def train(monkeypatch, read_flags, tmp_path):
+    """train(*words): a run in this process."""
+    monkeypatch.setitem(OBJECTIVES, "data_prediction", DataPrediction)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda *words: train_flow.main(read_flags(train_flow, [*RUN, "--save_dir", str(tmp_path), *words]))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_new_objective_is_trained_evaluated_and_resumed(train, read_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_fid, "load_feature_extractor", lambda *arguments: None)
+    train("--max_steps", "2", "--objective.weight", "3")
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    # The network starts at zero: three times the mean square of x_1, whose values are mostly -1.
+    assert lines[0]["training/l2_loss"] == pytest.approx(3 * lines[0]["training/ema_error"])
+    assert 0.5 < lines[0]["training/ema_error"] < 1
+    panels = {path.name for path in (tmp_path / "images").iterdir()}
+    assert panels == {"reconstruction_n", "sample_cfg_1", "sample_N_1", "sample_N_4", "sample_N_32"}
+    with pytest.raises(UserError, match=r"with --objective.weight=3.0, not 5.0"):
+        train("--max_steps", "3", "--objective.weight", "5")
+    with pytest.raises(UserError, match=r"with --objective.name=data_prediction, not flow_matching"):
+        train("--max_steps", "3", "--objective.name", "flow_matching")
+    train("--max_steps", "3", "--eval_interval", "0", "--objective.weight", "3")
+    with pytest.raises(UserError, match=r"--objective.weight=1.0, but the run of --load_dir has 3.0"):
+        eval_fid.main(read_flags(eval_fid, ["--load_dir", str(tmp_path), *EVALUATE, "--objective.weight", "1"]))
+
+
+def test_objectives_are_made_from_their_flags(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "data_prediction", DataPrediction)
+    config = {"objective": {"name": "data_prediction", "weight": None}, "model": {"t_sampler": "uniform"}}
+    assert make_objective(config) == DataPrediction("uniform", 2.0)
+    config["objective"]["weight"] = 0.5
+    assert make_objective(config) == DataPrediction("uniform", 0.5)
+    config["objective"]["name"] = "flow_matching"
+    assert make_objective(config) == FlowMatching("uniform")
+    assert jax.tree.leaves(make_objective(config)) == [FlowMatching("uniform")]  # no pytree: a static argument
