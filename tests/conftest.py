@@ -1,4 +1,4 @@
-"""What the tests share: the folder of golden files and real data beside the checkout, and how programs are run."""
+"""What the tests share: golden files, the folder of larger real data beside the checkout, how programs are run."""
 
 import functools
 import itertools
@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from absl import flags
 
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, whatever the machine has
+
 from utils.cli import parse_flags
 from utils.errors import UserError
 from utils.metrics.inception import inception_weights_path
 
 ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def pytest_addoption(parser):
@@ -36,13 +39,14 @@ def pytest_collection_modifyitems(config, items):
 def shared() -> Path:
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("no folder `shared` with golden files and real data beside the checkout")
+        pytest.skip("no folder `shared` with larger real data beside the checkout")
     return folder
 
 
 @pytest.fixture(scope="session", params=["dit_latent_small", "dit_pixel_patch4"])
-def golden(request, shared) -> dict[str, np.ndarray]:
-    return dict(np.load(shared / "golden" / f"{request.param}.npz"))
+def golden(request) -> dict[str, np.ndarray]:
+    """Outputs of the published DiT, see tests/golden/README.md."""
+    return dict(np.load(GOLDEN / f"{request.param}.npz"))
 
 
 @pytest.fixture(scope="session")

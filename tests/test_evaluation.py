@@ -15,7 +15,7 @@ from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.statistics import ImageStatistics
 from utils.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
-from utils.panels import loss_by_time, reconstruction_panel, sample_panels, sample_stages
+from utils.panels import sample_stages
 from utils.sampling import SamplerConfig
 from utils.sharding import make_mesh
 
@@ -138,27 +138,6 @@ def test_the_devices_have_the_next_batch_while_the_host_waits(model):
     assert events == [
         "make 0", "extract 0", "make 1", "extract 1", "fetch 0", "make 2", "extract 2", "fetch 1", "fetch 2",
     ]  # fmt: skip
-
-
-def test_loss_by_time_of_a_zero_model_is_known(model, params):
-    zero = jax.tree.map(jnp.zeros_like, params)
-    images = np.zeros((64, 8, 8, 1), np.uint8)  # x_1 = -1 everywhere: the loss is E (x_1 - x_0)^2 = 2 at every t
-    batch = {"image": images, "label": np.zeros(64, np.int32)}
-    losses = loss_by_time(model, zero, batch, jax.random.key(1))
-    assert list(losses) == [*(f"{i / 10:.1f}" for i in range(11)), "mean"]
-    np.testing.assert_allclose(list(losses.values()), 2, rtol=0.1)
-
-
-def test_panels(model, params):
-    labels = np.arange(3) % 10
-    batch = {"image": np.full((3, 8, 8, 1), 200, np.uint8), "label": labels}  # fewer images than the panel has columns
-    figure = reconstruction_panel(model, params, batch, jax.random.key(0))
-    assert [axis.get_title() for axis in figure.axes[:3]] == ["t = 0\n0", "t = 0.125\n1", "t = 0.25\n2"]
-    panels = dict(sample_panels(model, params, jax.random.key(0), SamplerConfig(8, 2.0)))
-    assert list(panels) == [*(f"sample_cfg_{s}" for s in (0, 0.1, 1, 4, 10)), *(f"sample_N/{n}" for n in (1, 4, 32))]
-    stages = [axis.images[0].get_array() for axis in panels["sample_cfg_4"].axes]
-    assert len(stages) == 64
-    assert not np.array_equal(stages[0], stages[7])
 
 
 def test_one_step_panel_goes_the_whole_way(model, params):

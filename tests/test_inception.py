@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from tests.conftest import ROOT
+from tests.conftest import GOLDEN, ROOT
 from utils.errors import UserError
 from utils.metrics import inception
 from utils.metrics.fid import frechet_distance
@@ -25,8 +25,8 @@ from utils.metrics.statistics import FeatureStatistics
 
 
 @pytest.fixture(scope="module")
-def golden(shared) -> dict[str, np.ndarray]:
-    return dict(np.load(shared / "golden" / "inception_features.npz"))
+def golden() -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / "inception_features.npz"))
 
 
 @pytest.fixture(scope="module", params=inception.CONVENTIONS)

@@ -6,13 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
 
-from tests.conftest import ROOT, run_program
+from tests.conftest import GOLDEN, ROOT, run_program
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.tracking import read_metrics
 
@@ -25,22 +26,25 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def vae(shared):
-    return shared / "golden" / "vae_tiny"
+def vae():
+    return GOLDEN / "vae_tiny"
 
 
 @pytest.fixture(scope="module")
-def pictures(shared, tmp_path_factory):
-    """Flags of a data set: a folder of 40 real photographs, at 64x64."""
+def photographs(tmp_path_factory):
+    """Flags of a data set: 40 pieces of scikit-learn's two photographs, at 64x64."""
     folder = tmp_path_factory.mktemp("photographs")
-    with tarfile.open(shared / "data" / "imagenet2012_sample" / "ILSVRC2012_img_val.tar") as archive:
-        archive.extractall(folder, archive.getmembers()[:40], filter="data")
+    for name, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        for number in range(20):
+            top, left = 100 * (number // 5), 120 * (number % 5)
+            piece = Image.fromarray(photograph[top : top + 100, left : left + 120])
+            piece.save(folder / f"{name}_{number:02d}.jpg", quality=95)
     return ["--dataset_name", f"folder:{folder}", "--image_size", 64]
 
 
 @pytest.fixture(scope="module")
-def encoding(pictures, vae):
-    return ["encode_latents.py", *pictures, "--vae", vae, "--batch_size", 4, "--shard_size", 6]
+def encoding(photographs, vae):
+    return ["encode_latents.py", *photographs, "--vae", vae, "--batch_size", 4, "--shard_size", 6]
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +103,14 @@ def test_two_devices_encode_what_one_does(encoding, latents, tmp_path):
     np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
-def test_cached_latents_give_the_losses_of_encoding_on_the_fly(pictures, vae, cached_run, tmp_path):
-    args = [*pictures, "--vae", vae, *MODEL, "--max_steps", STEPS, "--eval_interval", 0, "--save_dir", tmp_path]
+def test_cached_latents_give_the_losses_of_encoding_on_the_fly(photographs, vae, cached_run, tmp_path):
+    args = [*photographs, "--vae", vae, *MODEL, "--max_steps", STEPS, "--eval_interval", 0, "--save_dir", tmp_path]
     run_program("train_flow.py", *args)
     assert losses(tmp_path).shape == (STEPS, 2)
     np.testing.assert_allclose(losses(cached_run), losses(tmp_path), rtol=1e-3)  # float16 has eleven bits
 
 
-def test_pictures_of_latents_are_decoded(cached_run):
+def test_photographs_of_latents_are_decoded(cached_run):
     for name in ("reconstruction_n", "sample_cfg_4", "sample_N_32"):
         assert (cached_run / "images" / name / f"{STEPS:08d}.png").stat().st_size > 20_000  # noise of 64x64 in colour
 

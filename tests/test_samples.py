@@ -14,7 +14,8 @@ IMAGES, LABELS = noise(0, 10, 6, 5, 3), np.arange(10, dtype=np.int32)
 def write_samples(path, images=IMAGES, batch_size=4):
     with SampleWriter(path, len(images)) as writer:
         for start in range(0, len(images), batch_size):
-            writer.write(images[start : start + batch_size], LABELS[start : start + batch_size])
+            stop = min(start + batch_size, len(images))
+            writer.write(images[start:stop], LABELS[start:stop])
     return path
 
 
@@ -61,6 +62,15 @@ def test_an_interrupted_npz_does_not_appear(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_all()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("num_images", "num_labels"), [(3, 4), (9, 9), (11, 11)])
+def test_no_npz_of_fewer_samples_or_other_labels_appears(tmp_path, num_images, num_labels):
+    images, labels = np.resize(IMAGES, (num_images, *IMAGES.shape[1:])), np.zeros(num_labels, np.int32)
+    expected = pytest.raises(ValueError, match=r"labels of|samples were written")
+    with expected, SampleWriter(tmp_path / "samples.npz", 10) as writer:
+        writer.write(images, labels)
     assert list(tmp_path.iterdir()) == []
 
 

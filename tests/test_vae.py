@@ -16,6 +16,7 @@ import pytest
 from safetensors.flax import save_file as save_jax_file
 from safetensors.numpy import load_file, save_file
 
+from tests.conftest import GOLDEN
 from utils.codecs import vae
 from utils.codecs.codec import encode_batch, images_from_uint8
 from utils.codecs.pixels import PixelCodec
@@ -27,14 +28,14 @@ TINY = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups
 
 
 @pytest.fixture(scope="module")
-def golden(shared):
-    return dict(np.load(shared / "golden" / "vae_tiny" / "golden.npz"))
+def golden():
+    return dict(np.load(GOLDEN / "vae_tiny" / "golden.npz"))
 
 
 @pytest.fixture(scope="module")
-def published(shared):
+def published():
     """The small VAE whose outputs under the published implementation are the golden numbers."""
-    return StableVAE.load(str(shared / "golden" / "vae_tiny"))
+    return StableVAE.load(str(GOLDEN / "vae_tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """The interface of codecs, between images and what the model learns: nothing else asks which one is in use."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
 
+@runtime_checkable
 class Codec(Protocol):
     """A pytree: its parameters, if any, are arguments of the compiled functions."""
 

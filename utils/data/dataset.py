@@ -27,12 +27,14 @@ SPLITS = ("train", "validation")
 HELD_OUT_FRACTION = 0.02  # of a data set that brings no validation split
 
 
+@runtime_checkable
 class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Endless batches with a position that JSON can hold."""
 
@@ -58,6 +60,7 @@ class StreamSource(Protocol):
     ) -> Iterator[Batch]: ...
 
 
+@runtime_checkable
 class LatentMetadata(Protocol):
     """What is known of cached latents (utils/data/latents.py)."""
 

@@ -211,8 +211,10 @@ def _opened(file: Path, flag: str) -> Iterator[Image.Image]:
 
 class SampleWriter:
     """Writes batches to `path`, an npz if that is its suffix, else a folder of PNGs (000000.png, ...), in which earlier
-    samples are replaced; the npz appears when it is whole. To be used in a `with` statement. UserError where the folder
-    holds anything else."""
+    samples are replaced; the npz appears when it is whole. To be used in a `with` statement.
+
+    UserError where the folder holds anything else; ValueError for other numbers of samples or labels.
+    """
 
     def __init__(self, path: str | Path, num_samples: int):
         check_sample_path(path)
@@ -232,6 +234,8 @@ class SampleWriter:
         return self
 
     def write(self, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"]) -> None:
+        if len(images) != len(labels):
+            raise ValueError(f"{len(labels)} labels of {len(images)} images")
         first = sum(map(len, self.labels))
         self.labels.append(labels)
         if self.archive is None:
@@ -247,8 +251,13 @@ class SampleWriter:
         self.file.write(np.ascontiguousarray(images).data)
 
     def __exit__(self, kind, error, trace) -> None:
-        if self.file is not None:
-            self.file.close()
-            with self.archive.open("arr_1.npy", "w") as file:
-                npy.write_array(file, np.concatenate(self.labels))
-        self.closing.__exit__(kind, error, trace)
+        with self.closing:  # leaves nothing behind where an error is on its way, or is raised here
+            if self.file is not None:
+                self.file.close()
+                with self.archive.open("arr_1.npy", "w") as file:
+                    npy.write_array(file, np.concatenate(self.labels))
+            if error is not None:
+                raise error
+            count = sum(map(len, self.labels))
+            if count != self.num_samples:
+                raise ValueError(f"{count} samples were written to {self.path}, not {self.num_samples}")

@@ -5,7 +5,7 @@ learns. Time runs from noise x_0 at t = 0 to data x_1 at t = 1.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, Key
 
@@ -17,6 +17,7 @@ VelocityFn = Callable[[Float[Array, "b ..."], Float[Array, " b"], Float[Array, "
 Draws = dict[str, Array]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Immutable and hashable: a static argument of the compiled steps."""
 
