@@ -8,7 +8,7 @@ BIN := .venv/bin
 JAX := jax$(if $(filter-out cpu,$(DEVICE)),[$(DEVICE)])
 STAMP := .venv/.installed-$(DEVICE)
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint docs
 setup: $(STAMP)
 
 $(STAMP): requirements.txt
@@ -39,3 +39,6 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(STAMP)
+	JAX_PLATFORMS=cpu $(BIN)/python docs/make_flags.py

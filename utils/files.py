@@ -22,14 +22,14 @@ LASTING_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno
 
 
 def cache_folder() -> Path:
-    """`flow-matching/` in $XDG_CACHE_HOME or ~/.cache, or for a user without a home one of the user's own in the folder
+    """`jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache, or for a user without a home one of the user's own in the folder
     of temporary files; it need not exist yet."""
     if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base).expanduser() / "flow-matching"
+        return Path(base).expanduser() / "jax-flow-matching"
     try:
-        return Path.home() / ".cache" / "flow-matching"
+        return Path.home() / ".cache" / "jax-flow-matching"
     except RuntimeError:
-        return Path(tempfile.gettempdir()) / f"flow-matching-{os.getuid()}"
+        return Path(tempfile.gettempdir()) / f"jax-flow-matching-{os.getuid()}"
 
 
 def read_bytes(path: Path) -> bytes:

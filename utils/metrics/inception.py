@@ -235,7 +235,7 @@ def load_logits(path: str | Path) -> Float[np.ndarray, "2048 1008"]:
 def inception_weights_path(weights: str | Path | None = None) -> Path:
     """Path of the weights: the one given, else the cache, into which they are fetched (81 MB) where it is empty.
 
-    The cache is `flow-matching/` in $XDG_CACHE_HOME or ~/.cache. UserError where the file given is missing or the
+    The cache is `jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache. UserError where the file given is missing or the
     fetch fails. The content is checked when it is loaded.
     """
     if weights is not None:
