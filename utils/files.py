@@ -22,7 +22,7 @@ LASTING_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno
 
 
 def cache_folder() -> Path:
-    """`jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache, or for a user without a home one of the user's own in the folder
+    """`jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache, or for a user without a home one of their own in the folder
     of temporary files; it need not exist yet."""
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base).expanduser() / "jax-flow-matching"
