@@ -3,9 +3,9 @@
     python benchmarks/campaigns.py                                  # all of it, half an hour on two cores
     python benchmarks/campaigns.py --kill_runs 0 --signals 0 --full_disks 0 --flips 300
 
-kills        A run is killed with -9 `kills` times, at random moments of its start, steps, saving or pictures, and then
-             finished. Equal: parameters, EMA, optimizer, step and place in the data of its last checkpoint, by their
-             checksums, and all of metrics.jsonl but for rates, are those of a run that nothing disturbed.
+kills        A run is killed with -9 `kills` times, at random moments of its start, steps, saves or evaluation, and
+             then finished. Equal: parameters, EMA, optimizer, step and place in the data of its last checkpoint, by
+             their checksums, and all of metrics.jsonl but for rates, are those of a run that nothing disturbed.
 signals      A run of two processes gets SIGTERM or SIGINT at one of them. Both have to exit 0, at one saved step.
 flips        One bit of a checkpoint's arrays is flipped. It has to change nothing, or the checkpoint before it is used,
              with one line that says so.
@@ -117,8 +117,10 @@ def try_signals(root: Path, rng: random.Random, number: int) -> str:
     good = 0
     for trial in range(number):
         folder, address = root / f"signal{trial}", f"--coordinator_address=localhost:{free_port()}"
-        pictures = (0, 5)[trial // 4 % 2]  # in every other four trials the signal mostly comes while they are drawn
-        endless = ("--max_steps=1000000", f"--eval_interval={pictures}", address, "--num_processes=2")
+        eval_interval = (0, 5)[
+            trial // 4 % 2
+        ]  # in every other four trials the signal mostly comes during an evaluation
+        endless = ("--max_steps=1000000", f"--eval_interval={eval_interval}", address, "--num_processes=2")
         processes = [start(folder, *endless, f"--process_id={index}") for index in range(2)]
         while not (folder / "metrics.jsonl").exists() and processes[0].poll() is None:
             time.sleep(0.1)

@@ -5,7 +5,7 @@
 --source is a data set on the hub, or a folder: of train*.parquet and validation*.parquet with the columns image and
 label (in it or in its folder `data`), or of images in folders `female` and `male`, or of images without labels; either
 of the last two also below `train` and `validation`. Where validation is missing, one fifteenth of the images is held
-out, the share of the usual split: 2,000 of 30,000.
+out, the fraction of the usual split: 2,000 of 30,000.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ from utils.files import write_json
 SIZE = 256
 CLASS_NAMES = ("female", "male")
 SPLITS = {"train": ("train",), "validation": ("val", "validation")}  # and how they are named
-HELD_OUT_SHARE = 1 / 15
+HELD_OUT_FRACTION = 1 / 15
 SOURCE_FILE = "source.json"
 INCOMPLETE_SECONDS = 24 * 3600
-ON_THE_HUB = "korexyz/celeba-hq-256x256"
+DEFAULT_HUB_ID = "korexyz/celeba-hq-256x256"
 LAYOUT = "train*.parquet, {female,male}/IMAGE or IMAGE, the first also below data, the others below train"
 
 Record = tuple[str, str, bytes, int]  # key, where it is from, encoded image, label
@@ -56,7 +56,7 @@ class Celebahq256(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = f"""
-    Put the parquet files of https://huggingface.co/datasets/{ON_THE_HUB}, or images in folders `female` and `male`,
+    Put the parquet files of https://huggingface.co/datasets/{DEFAULT_HUB_ID}, or images in folders `female` and `male`,
     into a folder `celebahq256` in manual_dir; or name the source: `python data/celebahq256.py --source PATH_OR_HUB_ID`.
     """
 
@@ -139,7 +139,7 @@ def local_folder(source: str) -> Path:
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise UserError(f"--source={source}: there is no such folder; give one, or a hub id such as {ON_THE_HUB}")
+        raise UserError(f"--source={source}: there is no such folder; give one, or a hub id such as {DEFAULT_HUB_ID}")
     patterns = [f"{folder}{name}*.parquet" for folder in ("", "data/") for names in SPLITS.values() for name in names]
     try:
         from huggingface_hub import snapshot_download
@@ -149,7 +149,7 @@ def local_folder(source: str) -> Path:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"--source={source}: there is no such folder, and the hub gives no data set of that name ({reason}); "
-            f"check the name (such as {ON_THE_HUB}) and the network, or give a folder that holds the files"
+            f"check the name (such as {DEFAULT_HUB_ID}) and the network, or give a folder that holds the files"
         ) from error
 
 
@@ -158,7 +158,7 @@ def held_out(flag: str, keys: list[str]) -> set[str]:
     if len(keys) < 2:
         raise UserError(f"{flag} holds {len(keys)} image; 2 are needed, one of them to hold out")
     by_hash = sorted(keys, key=lambda key: hashlib.sha256(key.rpartition("/")[2].encode()).digest())
-    return set(by_hash[: max(1, round(HELD_OUT_SHARE * len(keys)))])
+    return set(by_hash[: max(1, round(HELD_OUT_FRACTION * len(keys)))])
 
 
 def list_rows(flag: str, files: list[Path]) -> Listed:
@@ -246,7 +246,7 @@ def remove_incomplete(builder: Celebahq256) -> None:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("source", None, f"Folder, or data set on the Hugging Face hub such as {ON_THE_HUB}.")
+    flags.DEFINE_string("source", None, f"Folder, or data set on the Hugging Face hub such as {DEFAULT_HUB_ID}.")
     flags.DEFINE_string("data_dir", None, "Where to prepare it; default: $TFDS_DATA_DIR or ~/tensorflow_datasets.")
     flags.DEFINE_enum(
         "file_format", "array_record", ["array_record", "tfrecord"], "tfrecord needs TensorFlow, array_record does not."
@@ -255,7 +255,7 @@ def define_flags() -> None:
 
 def main(config: ConfigDict) -> None:
     if config.source is None:
-        raise UserError(f"--source is not given: name a folder, or a data set on the hub such as {ON_THE_HUB}")
+        raise UserError(f"--source is not given: name a folder, or a data set on the hub such as {DEFAULT_HUB_ID}")
     data_dir = config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in data_dir:
         raise UserError(f"--data_dir={data_dir} is not on this machine; prepare in a local folder and copy it there")

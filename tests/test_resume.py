@@ -130,7 +130,7 @@ def test_runs_of_before_go_on_and_say_what_cannot_be_told(run_dir, data, to_step
         file.write_text(json.dumps(config))
     (run_dir / "examples.tsv.gz").unlink()
     done = train(run_dir, data, max_steps=8)
-    assert re.search("since step 4: of the data: .*cannot be told", done.stdout)
+    assert re.search("since step 4: of the data: .*is not known", done.stdout)
     assert losses(run_dir) == losses(to_step_8)
 
 

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/STEP/ holds the items `params`, `ema_params`, `optimizer` (its state, the step and the random key),
 `config` (the run's resolved flags and what its data are), `data` (the data iterator's position) and `checksums` of all
-of these, which are compared on reading. Checkpoints of before have no checksums.
+of these, which are compared on reading. Older checkpoints have no checksums.
 """
 
 import contextlib
@@ -209,22 +209,22 @@ class Checkpoints:
             for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, Any]:
-        """(state placed as the abstract state `like` says, data position) of `step`.
+    def restore(self, step: int, target: TrainState) -> tuple[TrainState, Any]:
+        """(state placed as the abstract state `target` says, data position) of `step`.
 
         DamagedCheckpointError where files are missing or not as they were written.
         """
-        items = self._read(step, _array_items(like), ("data",))
+        items = self._read(step, _array_items(target), ("data",))
         optimizer = dict(items["optimizer"])
         key = jax.random.wrap_key_data(optimizer.pop("key_data"))
-        state = like.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
+        state = target.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
         return state, items["data"]["position"]
 
     def restore_config(self, step: int) -> dict[str, Any]:
         """The configuration kept with `step`. DamagedCheckpointError where it cannot be read."""
         config, path = self._read(step, {}, ("config",))["config"], self.folder / str(step)
         with _readable(path):
-            # What runs of before the VAE did not save.
+            # What older runs did not save.
             absent = {"name": config["dataset_name"], "vae": None, "vae_sha256": None}
             config |= {"dataset": absent | config["dataset"]}
             config.setdefault("objective", {"name": "flow_matching"})
@@ -237,14 +237,14 @@ class Checkpoints:
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: its configuration has no {missing[0]}")
         return config
 
-    def restore_params(self, step: int, like: PyTree, names: tuple[str, ...]) -> list[PyTree]:
-        """The parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract tree `like` says.
+    def restore_params(self, step: int, target: PyTree, names: tuple[str, ...]) -> list[PyTree]:
+        """The parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract tree `target` says.
 
         DamagedCheckpointError where files are missing or not as they were written; UserError where the checkpoint is of
         another model.
         """
-        self._check_shapes(step, like, names[0])
-        items = self._read(step, dict.fromkeys(names, like), ())
+        self._check_shapes(step, target, names[0])
+        items = self._read(step, dict.fromkeys(names, target), ())
         return [items[name] for name in names]
 
     def restore_newest(self, read: Callable[[int], Content], steps: list[int]) -> tuple[int, Content]:
@@ -279,7 +279,7 @@ class Checkpoints:
     def close(self) -> None:
         self.manager.close()
 
-    def _read(self, step: int, likes: Mapping[str, PyTree], json_names: tuple[str, ...]) -> dict[str, Any]:
+    def _read(self, step: int, targets: Mapping[str, PyTree], json_names: tuple[str, ...]) -> dict[str, Any]:
         """The items of `step`, each compared with its checksum."""
         path = self.folder / str(step)
         expected = self._read_checksums(step)
@@ -287,11 +287,11 @@ class Checkpoints:
             items = self.manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    **{name: ocp.args.StandardRestore(like) for name, like in likes.items()},
+                    **{name: ocp.args.StandardRestore(target) for name, target in targets.items()},
                     **{name: ocp.args.JsonRestore() for name in json_names},
                 ),
             )
-            found = {name: checksums(items[name]) for name in likes}
+            found = {name: checksums(items[name]) for name in targets}
             found |= {name: _text_checksum(items[name]) for name in json_names}
         wrong = [name for name in found if expected is not None and found[name] != expected.get(name)]
         if wrong:
@@ -299,7 +299,7 @@ class Checkpoints:
         return dict(items.items())
 
     def _read_checksums(self, step: int) -> dict[str, Any] | None:
-        """The item of that name; None in checkpoints of before."""
+        """The item of that name; None in older checkpoints."""
         path = self.folder / str(step)
         if not (path / "checksums").is_dir():
             return None
@@ -310,8 +310,8 @@ class Checkpoints:
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: its checksums are not what was written")
         return sums
 
-    def _check_shapes(self, step: int, like: PyTree, name: str) -> None:
-        """UserError where the parameters of `step` are not of the shapes of `like`."""
+    def _check_shapes(self, step: int, target: PyTree, name: str) -> None:
+        """UserError where the parameters of `step` are not of the shapes of `target`."""
         path, sums = self.folder / str(step), self._read_checksums(step)
         with _readable(path):
             if sums is not None:
@@ -319,10 +319,10 @@ class Checkpoints:
             else:
                 metadata = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
                 found = _shapes(metadata.item_metadata.tree)
-        wanted = _shapes(like)
-        for leaf in sorted(found.keys() | wanted.keys()):
-            if found.get(leaf) != wanted.get(leaf):
-                old, new = (str(shapes.get(leaf, "absent")) for shapes in (found, wanted))
+        expected_shapes = _shapes(target)
+        for leaf in sorted(found.keys() | expected_shapes.keys()):
+            if found.get(leaf) != expected_shapes.get(leaf):
+                old, new = (str(shapes.get(leaf, "absent")) for shapes in (found, expected_shapes))
                 raise UserError(
                     f"checkpoint {path} is of another model: {leaf} is {old} there, {new} here; give the --model flags "
                     f"of its run, which are in {self.run_dir / 'config.json'}"

@@ -1,5 +1,5 @@
-"""How fast a run goes: images and floating-point operations a second, the share of the peak, the time spent waiting for
-data; and traces of where the time goes."""
+"""How fast a run goes: images and floating-point operations a second, the fraction of the peak, the time spent waiting
+for data; and traces of where the time goes."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ import jax
 
 Item = TypeVar("Item")
 
-# Dense bfloat16 matrix products of one device, TFLOP/s, by jax.Device.device_kind; from the makers' data sheets.
+# Dense bfloat16 matmuls of one device, TFLOP/s, by jax.Device.device_kind; from the makers' data sheets.
 PEAK_TFLOPS = {
     "NVIDIA B200": 2250,
     "NVIDIA H200": 989,
@@ -31,7 +31,7 @@ PEAK_TFLOPS = {
 class Throughput:
     """Rates since the last `restart`, of steps that all devices share.
 
-    `flops_per_step` are the model's (not those that rematerialisation adds), so that their share of the peak is the
+    `flops_per_step` are the model's (not those that rematerialisation adds), so that their fraction of the peak is the
     model FLOPs utilisation (MFU, arXiv:2204.02311, appendix B). `peak_tflops` is that of one device; None: by its kind.
     """
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: always RUN/metrics.jsonl and RUN/images/, and wandb unless it is disabled.
+"""Where a run's numbers and images go: always RUN/metrics.jsonl and RUN/images/, and wandb unless it is disabled.
 
 Silent on every process but the first.
 """
@@ -44,7 +44,7 @@ def _parse_line(text: bytes) -> dict[str, float] | None:
 class Tracker:
     """Logs scalars and figures of one run by step. `first_step` is where this process starts: later lines of an
     earlier, killed process are dropped, because their steps are about to be run again. While the disk is full, lines
-    wait in memory and pictures are left out; the run goes on."""
+    wait in memory and images are left out; the run goes on."""
 
     def __init__(self, run_dir: Path, config: ConfigDict, first_step: int):
         self.run_dir = Path(run_dir)

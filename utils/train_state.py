@@ -1,4 +1,4 @@
-"""What a run carries from step to step: step count, parameters, their moving average, optimizer state, random key."""
+"""What a run carries from step to step: step count, parameters, their EMA, optimizer state, random key."""
 
 import flax.struct
 import jax
@@ -23,7 +23,7 @@ def make_optimizer(lr: float, beta1: float, beta2: float) -> optax.GradientTrans
 
 
 def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
-    """A state at step 0 whose moving average starts as the parameters themselves (a copy: the state is donated)."""
+    """A state at step 0 whose EMA starts as the parameters themselves (a copy: the state is donated)."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

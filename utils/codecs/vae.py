@@ -122,7 +122,7 @@ class VAEConfig:
 
 
 class VAEModule(nn.Module):
-    """Layers as the VAE has them; statistics of the normalisation are float32 in any compute type."""
+    """Layers as the VAE has them; statistics of the normalisation are float32 in any compute dtype."""
 
     config: VAEConfig
     dtype: Any
@@ -246,7 +246,7 @@ class AutoencoderKL(VAEModule):
 
 
 class StableVAE(flax.struct.PyTreeNode):
-    """The codec of latent models. Parameters float32; `dtype` is the compute type; results are float32."""
+    """The codec of latent models. Parameters float32; `dtype` is the compute dtype; results are float32."""
 
     params: PyTree
     config: VAEConfig = flax.struct.field(pytree_node=False)
@@ -287,7 +287,7 @@ class StableVAE(flax.struct.PyTreeNode):
             "bias": lambda shape: np.zeros(shape),
         }
         shapes = _param_shapes(config)
-        params = {path: jnp.asarray(draw[path[-1]](like.shape), jnp.float32) for path, like in shapes.items()}
+        params = {path: jnp.asarray(draw[path[-1]](target.shape), jnp.float32) for path, target in shapes.items()}
         return cls(unflatten_dict(params), config, jnp.dtype(dtype), None)
 
     def save(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the examples of a data set are, told by their content rather than by a name or a path.
+"""What the examples of a data set are, identified by their content rather than by a name or a path.
 
 Runs and cached latents keep the fingerprints of what they were made from, and compare them with what is there when they
 are continued: other labels or another order would go on silently with other data.
@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 LISTING = "examples.tsv.gz"
-UNKNOWN = "saved before runs kept track of their images: whether some were added or replaced cannot be told"
+UNKNOWN = "saved before runs kept track of their images: whether some were added or replaced is not known"
 
 
 class Row(NamedTuple):
@@ -86,7 +86,7 @@ def compare_data(
     labels or the order of training would change.
 
     `saved` and `found`: {'image_shape', 'class_names', 'splits': {split: Fingerprint.to_json()}}, `saved` perhaps
-    without 'splits', as runs of before have it. `saved_rows`: the listing kept with it.
+    without 'splits', as older runs have it. `saved_rows`: the listing kept with it.
     """
     if list(saved["image_shape"]) != list(found["image_shape"]):
         raise UserError(f"its images were {_size(saved['image_shape'])}, not {_size(found['image_shape'])}")

@@ -42,7 +42,7 @@ class Manifest:
     vae: str  # hub id or folder it was loaded from
     vae_sha256: str
     format: int = FORMAT
-    splits: dict[str, dict[str, Any]] | None = None  # {split: fingerprint of its images}; latents of before have none
+    splits: dict[str, dict[str, Any]] | None = None  # {split: fingerprint of its images}; older latents have none
 
     def check(self) -> None:
         """ValueError where a value is not of its kind, or beyond what latents are."""
@@ -82,8 +82,8 @@ class Manifest:
 
     def fingerprint(self, folder: Path, split: str) -> Fingerprint:
         """Of the latents in `folder`: what they were made from, and how."""
-        facts = [(self.splits or {}).get(split), self.vae_sha256, self.num_views[split], self.latent_shape]
-        sha256 = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        metadata = [(self.splits or {}).get(split), self.vae_sha256, self.num_views[split], self.latent_shape]
+        sha256 = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
         return Fingerprint("latents", self.num_examples[split], sha256, read_listing(folder).get(split))
 
 
@@ -105,20 +105,20 @@ def load_manifest(folder: Path) -> Manifest | None:
     return manifest
 
 
-def check_same(folder: Path, found: Manifest, wanted: Manifest, fingerprints: Mapping[str, Fingerprint]) -> None:
-    """UserError where latents in `folder` are of something else than what is wanted: a VAE is told by its weights,
-    images by their `fingerprints` ({split: of the images}); where the latents do not say, neither can this."""
+def check_same(folder: Path, found: Manifest, requested: Manifest, fingerprints: Mapping[str, Fingerprint]) -> None:
+    """UserError where latents in `folder` are of something else than what is requested: a VAE is identified by its
+    weights, images by their `fingerprints` ({split: of the images}); where the latents do not say, neither can this."""
     for field in dataclasses.fields(Manifest):
-        old, new = getattr(found, field.name), getattr(wanted, field.name)
+        old, new = getattr(found, field.name), getattr(requested, field.name)
         if field.name not in ("vae", "dataset_name", "splits") and old != new:
             raise UserError(
                 f"--out={folder} holds latents with {field.name} {_short(old)}, not {_short(new)}; use another folder"
             )
     if found.splits is None:
-        print(f"{folder} does not say which images its latents are of: whether they have changed cannot be told")
+        print(f"{folder} does not say which images its latents are of: whether they have changed is not known")
         return
     try:
-        remarks = compare_data(found.to_json(), read_listing(folder), wanted.to_json(), fingerprints)
+        remarks = compare_data(found.to_json(), read_listing(folder), requested.to_json(), fingerprints)
         if remarks:
             raise UserError(remarks[0])
     except UserError as difference:

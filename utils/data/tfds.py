@@ -77,8 +77,8 @@ class PreparedSplit:
     def fingerprint(self) -> Fingerprint:
         """Version, shards, sizes and the start of the first file: telling enough, without reading the data set."""
         info = self.builder.info.splits[self.split]
-        facts = [self.builder.info.full_name, self.split, self.start, self.stop, info.shard_lengths, info.num_bytes]
-        digest = hashlib.sha256(json.dumps([*map(str, facts), self.class_names]).encode())
+        metadata = [self.builder.info.full_name, self.split, self.start, self.stop, info.shard_lengths, info.num_bytes]
+        digest = hashlib.sha256(json.dumps([*map(str, metadata), self.class_names]).encode())
         files = self.folder.glob(f"*-{self.split}.{self.format}*")
         for file in sorted(files, key=str)[:1]:
             with file.open("rb") as content:
@@ -193,7 +193,7 @@ class Records:
 class RecordStream:
     """A split of tfrecord files, read in sequence through tf.data.
 
-    Memory of `training_batches`: SHUFFLE_BYTES (1 GiB, or the split's share of the host where that is less) of encoded
+    Memory of `training_batches`: SHUFFLE_BYTES (1 GiB, or the host's part of the split where that is less) of encoded
     images, READ_BYTES for each of FILES_AT_A_TIME files, and decoded images for `prefetch` + 2 batches and one for each
     core; `memory_bound` adds it up. TensorFlow itself takes some 400 MiB.
     """
@@ -387,7 +387,7 @@ def load_celebahq(name: str, split: str, options: DataOptions) -> ImageDataset:
 def load_tfds(
     name: str, split: str, options: DataOptions, *, builder: str | None = None, flip: bool = False
 ) -> ImageDataset:
-    """A data set that TFDS prepared, never flipped unless told. `builder`: default, name's NAME."""
+    """A data set that TFDS prepared, never flipped unless asked for. `builder`: default, name's NAME."""
     flag = f"--dataset_name={name}"
     prepared = PreparedSplit(flag, options.data_dir, builder or name.removeprefix("tfds:"), split, options.image_size)
     flips = flip and split == "train"

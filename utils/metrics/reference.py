@@ -111,9 +111,9 @@ def _read_statistics(path: Path, num_features: int, optional: bool) -> dict[str,
     _check_sizes(shapes, num_features)
     if path.suffix == ".pkl":
         return content
-    wanted = {"mu", "sigma", *_METADATA, *_ARRAYS.values()}
-    content = read_npz(path, {name: header for name, header in headers.items() if name in wanted})
-    texts = [key for key in wanted - set(_METADATA) if key in content and content[key].dtype.kind == "U"]
+    names = {"mu", "sigma", *_METADATA, *_ARRAYS.values()}
+    content = read_npz(path, {name: header for name, header in headers.items() if name in names})
+    texts = [key for key in names - set(_METADATA) if key in content and content[key].dtype.kind == "U"]
     if texts:
         raise BadFileError(f"`{texts[0]}` is a text")
     return content

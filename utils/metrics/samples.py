@@ -117,7 +117,7 @@ def _open_npz(path: Path, flag: str) -> Samples:
 
 
 def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
-    """The name of the array that holds the images; UserError where it cannot be told."""
+    """The name of the array that holds the images; UserError where that is not clear."""
     if "arr_0" in headers or len(headers) == 1:
         return "arr_0" if "arr_0" in headers else next(iter(headers))
     candidates = [name for name, (shape, _, dtype) in headers.items() if len(shape) == 4 and dtype == np.uint8]
