@@ -362,12 +362,16 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
     """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last step."""
     config, codec, step = trainer.config, trainer.model.codec, int(state.step)
     metrics = position = None  # of the last step
+
+    # What a kill or a signal left undone.
     if trainer.is_evaluation_missing(step):
         log(f"the evaluation of step {step} was not finished: making it now")
         if not log_evaluation(tracker, trainer.evaluate(state, trainer.last_batch()), step, stop):
             return step
     if step >= config.max_steps:
         return step
+
+    # Compiled steps, and what saves, reports and traces.
     compiled_step = trainer.compile_train_step(state)
     validate = jax.jit(partial(validation_step, **trainer.static))
     saver = Saver(trainer.checkpoints, trainer.saved_config, config.save_interval, config.save_minutes, step)
@@ -384,6 +388,8 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
                 if position is not None:
                     check(metrics, step)
                 end_without_data(error, step, saver, state, position)
+
+            # Train; metrics are read while the next step runs.
             step += 1
             trace.before(step)
             state, metrics = compiled_step(state, batch, codec)
@@ -392,12 +398,14 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
             is_last = is_end or stop.is_due()
             is_logged = step % config.log_interval == 0 or step == 1 or is_end
             progress.add(step, metrics, validate(state, trainer.validation_batch, codec) if is_logged else None)
+
+            # Save, then evaluate, which takes its time.
             is_evaluated = trainer.is_evaluation_due(step)
             is_saved = saver.is_due(step) or is_last
             if is_evaluated or is_saved:
                 progress.flush()
                 check(metrics, step, ema_params=state.ema_params)
-            if is_saved:  # before the evaluation, which takes its time
+            if is_saved:
                 (saver.save_last if is_last else saver.save)(state, position)
             if is_evaluated:
                 progress.bar.set_description_str("evaluating")
