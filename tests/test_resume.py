@@ -206,6 +206,14 @@ def test_output_that_cannot_be_written_ends_no_run(data, tmp_path):
     assert list(losses(tmp_path)) == [1, 2]
 
 
+def test_what_still_waits_to_be_written_at_the_end_is_no_failure():
+    program = "from utils.console import finish_output; print('a line that waits in the buffer')"
+    for end, status in (("", 120), ("; finish_output()", 0)):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", program + end], cwd=ROOT, stdout=full, check=False)
+        assert done.returncode == status
+
+
 @pytest.mark.parametrize("prob", [0, 1])
 def test_without_both_sides_of_guidance_there_is_none(data, tmp_path, weights, prob):
     words = ["--model.class_dropout_prob", prob, "--eval_interval", 2, "--model.denoise_timesteps", 2]

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from diffusion_transformer import PRESETS, DiTConfig
 from utils.codecs.registry import DEFAULT_HUB_ID
+from utils.console import finish_output
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
@@ -159,6 +160,8 @@ def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        finish_output()
 
 
 def _end(message: str) -> NoReturn:

@@ -5,6 +5,7 @@ Output that cannot be written, to a full disk or a closed terminal, ends no run.
 
 import contextlib
 import functools
+import os
 import sys
 from typing import TextIO
 
@@ -36,6 +37,15 @@ def _print(text: str, file: TextIO) -> None:
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
             print(printable(text), file=file, flush=True)
+
+
+def finish_output() -> None:
+    """Drops what cannot be written any more, so that Python's own last flush does not turn success into status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class TolerantStream:
