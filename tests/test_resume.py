@@ -207,10 +207,11 @@ def test_output_that_cannot_be_written_ends_no_run(data, tmp_path):
 
 
 def test_what_still_waits_to_be_written_at_the_end_is_no_failure():
+    # -E: with PYTHONUNBUFFERED nothing would wait.
     program = "from utils.console import finish_output; print('a line that waits in the buffer')"
     for end, status in (("", 120), ("; finish_output()", 0)):
         with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, "-c", program + end], cwd=ROOT, stdout=full, check=False)
+            done = subprocess.run([sys.executable, "-E", "-c", program + end], cwd=ROOT, stdout=full, check=False)
         assert done.returncode == status
 
 
