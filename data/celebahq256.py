@@ -35,7 +35,7 @@ from utils.data.image_folder import IMAGE_SUFFIXES
 from utils.data.images import UPRIGHT, read_image, read_orientation
 from utils.data.tfds import import_tensorflow
 from utils.errors import UserError
-from utils.external import read_json
+from utils.external import BadFileError, read_json
 from utils.files import write_json
 
 SIZE = 256
@@ -230,7 +230,10 @@ def absolute(source: str) -> str:
 def describe_source(builder: Celebahq256, source: str) -> str:
     """What to say of the source of a set that is prepared already, where it is not known to be `source`."""
     path = builder.data_path / SOURCE_FILE
-    prepared_from = read_json(path).get("source") if path.exists() else None
+    try:
+        prepared_from = read_json(path).get("source")
+    except BadFileError:  # missing, or damaged
+        prepared_from = None
     if prepared_from == absolute(source):
         return ""
     origin = f"from {prepared_from}" if prepared_from else "from an unknown source"

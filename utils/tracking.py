@@ -15,7 +15,7 @@ import jax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from utils.console import warn
+from utils.console import log, warn
 from utils.files import atomic_write, set_aside, write_text
 
 
@@ -111,7 +111,7 @@ def start_wandb(run_dir: Path, config: ConfigDict):
     options = config.wandb.to_dict()
     mode = options.pop("mode")
     if mode == "online" and not has_wandb_account(wandb.Settings().base_url):
-        print(f"wandb: no account is set up (`wandb login` does it); logging offline under {run_dir / 'wandb'}")
+        log(f"wandb: no account is set up (`wandb login` does it); logging offline under {run_dir / 'wandb'}")
         mode = "offline"
     id_file = run_dir / "wandb_id.txt"  # so that a resumed run goes on in the same curve
     known_id = _read_wandb_id(id_file)

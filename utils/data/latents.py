@@ -18,6 +18,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float16
 
+from utils.console import log
 from utils.data.dataset import DataOptions, ImageDataset, check_own_size
 from utils.data.fingerprint import Fingerprint, compare_data, read_listing
 from utils.errors import UserError
@@ -115,7 +116,7 @@ def check_same(folder: Path, found: Manifest, requested: Manifest, fingerprints:
                 f"--out={folder} holds latents with {field.name} {_short(old)}, not {_short(new)}; use another folder"
             )
     if found.splits is None:
-        print(f"{folder} does not say which images its latents are of: whether they have changed is not known")
+        log(f"{folder} does not say which images its latents are of: whether they have changed is not known")
         return
     try:
         remarks = compare_data(found.to_json(), read_listing(folder), requested.to_json(), fingerprints)
