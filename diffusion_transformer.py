@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from utils.ops import attention, dense
 from utils.settings import setting
@@ -52,7 +53,7 @@ class DiTConfig:
     )
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> "DiTConfig":
+    def from_mapping(cls, values: Mapping[str, Any] | ConfigDict) -> "DiTConfig":
         """The configuration among the --model.* values of a run."""
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 

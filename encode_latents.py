@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from utils import checks, cli
 from utils.codecs.codec import images_from_uint8
-from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.codecs.registry import DEFAULT_HUB_ID, load_vae
 from utils.codecs.vae import StableVAE
 from utils.console import log
 from utils.data import latents
@@ -64,7 +64,8 @@ def encode_examples(
         if waiting:
             yield from finish(*waiting)
         waiting = (batch["label"], moments)
-    yield from finish(*waiting)
+    if waiting:
+        yield from finish(*waiting)
 
 
 def counted(examples: Iterator, bar: tqdm) -> Iterator:
@@ -94,7 +95,7 @@ def main(config: ConfigDict) -> None:
     if train.latents:
         raise UserError(f"--dataset_name={config.dataset_name} holds latents already; give a data set of images")
     checks.check_batch_memory(config.batch_size, train.image_shape)
-    codec = load_codec(True, vae, mesh, train.image_shape)
+    codec = load_vae(vae, mesh, train.image_shape)
     manifest = latents.Manifest(
         dataset_name=config.dataset_name,
         image_shape=train.image_shape,

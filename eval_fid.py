@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,10 +27,11 @@ from utils.checkpoint import open_checkpoint
 from utils.codecs.registry import load_codec
 from utils.console import log
 from utils.errors import UserError
+from utils.files import file_sha256
 from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor, load_logits
 from utils.metrics.measure import find_convention, measure_images, pad_and_shard
-from utils.metrics.reference import ReferenceStatistics, load_statistics, save_statistics
+from utils.metrics.reference import ReferenceStatistics, has_statistics, load_statistics, save_statistics
 from utils.metrics.registry import COLUMNS, compute_metrics
 from utils.metrics.samples import Samples, SampleWriter, check_sample_path, holds_images, open_samples
 from utils.metrics.statistics import ImageStatistics
@@ -119,20 +121,23 @@ class Scoring:
         self.batch_size = config.batch_size or -(-RECIPE_BATCH_SIZE // self.mesh.size) * self.mesh.size
         path = find_statistics(config, config.dataset_name or dataset_name)
         images = open_samples(path, "fid_stats") if holds_images(path) else None
-        self.reference = load_statistics(path, optional=images is not None)
+        stated = None if images and not has_statistics(path) else load_statistics(path)
         self.out = Path(config.out or default_out)
         checks.check_writable(self.out, "out")
         if config.save_samples:
             check_sample_path(config.save_samples)
             checks.check_writable(Path(config.save_samples).parent, "save_samples")
-        self.convention = find_convention(self.reference, config.convention)
+        self.convention = find_convention(path, stated.convention if stated else None, config.convention)
         self.logits = load_logits(config.inception_logits) if config.inception_logits else None
         # Images in float32, and the outputs of the first layers.
         checks.check_batch_memory(self.batch_size, (299, 299, 3), copies=40)
         self.extractor = load_feature_extractor(config.inception_weights, self.convention, replicated(self.mesh))
-        if images and self.reference.features is None:
-            self.reference = self.measure_reference(images)
-        self.settings = {
+        if images and (stated is None or stated.features is None):
+            self.reference = self.measure_reference(path, images, stated)
+        else:
+            assert stated is not None
+            self.reference = stated
+        self.settings: dict[str, Any] = {
             "fid_stats": str(self.reference.path),
             "fid_stats_sha256": self.reference.sha256,
             "convention": self.convention,
@@ -144,18 +149,19 @@ class Scoring:
         batches = pad_and_shard(samples.read(self.batch_size), self.batch_size, self.mesh)
         measure_images(self.extractor, batches, statistics, samples.num_samples, title)
 
-    def measure_reference(self, images: Samples) -> ReferenceStatistics:
-        """The reference with what its file's images add: features, and statistics where it has none. They are kept."""
-        reference = self.reference
-        path = self.out / f"reference_{reference.sha256[:12]}_{self.convention}.npz"
-        if not path.exists():
+    def measure_reference(self, path: Path, images: Samples, stated: ReferenceStatistics | None) -> ReferenceStatistics:
+        """The statistics `stated` in the file of the images with the images' features, or all of the images' own. What
+        is measured is kept in --out."""
+        sha256 = file_sha256(path)
+        measured_path = self.out / f"reference_{sha256[:12]}_{self.convention}.npz"
+        if not measured_path.exists():
             statistics = ImageStatistics()
-            self.measure_samples(images, statistics, f"images of {reference.path.name}")
-            save_statistics(path, statistics, convention=self.convention, dataset=str(reference.path))
-        measured = load_statistics(path)
-        if reference.mu is None:
-            return dataclasses.replace(measured, sha256=reference.sha256, path=reference.path)
-        return dataclasses.replace(reference, features=measured.features)
+            self.measure_samples(images, statistics, f"images of {path.name}")
+            save_statistics(measured_path, statistics, convention=self.convention, dataset=str(path))
+        measured = load_statistics(measured_path)
+        if stated is None:
+            return dataclasses.replace(measured, sha256=sha256, path=path)
+        return dataclasses.replace(stated, features=measured.features)
 
     def warn_of_few(self, num_samples: int) -> None:
         num_features = self.reference.mu.size
@@ -186,7 +192,7 @@ class RunEvaluation(Scoring):
         model = cli.override_model(saved["model"])
         cli.refuse_other_objective(saved["objective"])
         vae, sha256 = config.vae or data["vae"], data["vae_sha256"]
-        codec = load_codec(model.use_stable_vae, vae, self.mesh, data["image_shape"], sha256)
+        codec = load_codec(bool(model.use_stable_vae), vae, self.mesh, data["image_shape"], sha256)
         self.model = make_model(
             model, make_objective(saved), codec, self.mesh, data["image_shape"], data["class_names"]
         )

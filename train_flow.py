@@ -145,7 +145,7 @@ class Trainer:
         latents = dataset.latents
         vae = config.vae or (latents.vae if latents else DEFAULT_HUB_ID)
         sha256 = latents.vae_sha256 if latents else None
-        codec = load_codec(config.model.use_stable_vae, vae, self.mesh, dataset.image_shape, sha256)
+        codec = load_codec(bool(config.model.use_stable_vae), vae, self.mesh, dataset.image_shape, sha256)
         self.model = make_model(
             config.model,
             make_objective(config),
@@ -164,7 +164,7 @@ class Trainer:
         config = self.config
         self.reference = load_statistics(config.fid_stats) if config.fid_stats else None
         if self.reference is not None:
-            convention = find_convention(self.reference, config.convention)
+            convention = find_convention(self.reference.path, self.reference.convention, config.convention)
             self.extractor = load_feature_extractor(config.inception_weights, convention, replicated(self.mesh))
             if not config.eval_interval:
                 cli.refuse_ignored(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation")
@@ -302,6 +302,7 @@ class Trainer:
 
     def compute_fid(self, state: TrainState, sampler: SamplerConfig) -> float:
         config = self.config
+        assert self.reference is not None
         generator = ImageGenerator(self.model, state.ema_params, seed=config.seed)
         needed = -(-config.fid_samples // self.mesh.size) * self.mesh.size
         samples = generator.generate(sampler, config.fid_samples, min(config.batch_size, needed))
@@ -340,9 +341,9 @@ def check_finite(
         )
 
 
-def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, object]], step: int, stop: StopRequest) -> bool:
+def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, Any]], step: int, stop: StopRequest) -> bool:
     """Whether all results were logged; a signal ends it, and the same evaluation is made when the run continues."""
-    numbers = {}
+    numbers: dict[str, float] = {}
     try:
         with stop.interrupting():
             for name, value in results:
@@ -385,7 +386,7 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
                 batch, position = next(batches)
             except DataError as error:
                 progress.flush()
-                if position is not None:
+                if metrics is not None:
                     check(metrics, step)
                 end_without_data(error, step, saver, state, position)
 

@@ -229,7 +229,7 @@ def absolute(source: str) -> str:
 
 def describe_source(builder: Celebahq256, source: str) -> str:
     """What to say of the source of a set that is prepared already, where it is not known to be `source`."""
-    path = builder.data_path / SOURCE_FILE
+    path = Path(builder.data_path) / SOURCE_FILE
     try:
         prepared_from = read_json(path).get("source")
     except BadFileError:  # missing, or damaged
@@ -290,7 +290,7 @@ def main(config: ConfigDict) -> None:
             f"--source={config.source} cannot be prepared in --data_dir={data_dir} ({error}); "
             "check that the one can be read and that the other has space"
         ) from error
-    write_json(builder.data_path / SOURCE_FILE, {"source": absolute(config.source)})
+    write_json(Path(builder.data_path) / SOURCE_FILE, {"source": absolute(config.source)})
     counts = ", ".join(f"{info.num_examples} {split}" for split, info in builder.info.splits.items())
     print(f"prepared: {builder.data_path} ({config.file_format}, {counts}); {train}")
 

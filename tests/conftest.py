@@ -13,8 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from absl import flags
+from jaxtyping import Array, install_import_hook
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, whatever the machine has
+
+import jax.numpy as jnp
+
+from tests import typecheck  # noqa: F401  the hook below imports it by name
+
+# Shapes, dtypes and types of every annotated function are checked while the suite runs.
+install_import_hook(["diffusion_transformer", "utils"], "tests.typecheck.check")
 
 from utils.cli import parse_flags
 from utils.errors import UserError
@@ -44,9 +52,9 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", params=["dit_latent_small", "dit_pixel_patch4"])
-def golden(request) -> dict[str, np.ndarray]:
+def golden(request) -> dict[str, Array]:
     """Outputs of the published DiT, see tests/golden/README.md."""
-    return dict(np.load(GOLDEN / f"{request.param}.npz"))
+    return {name: jnp.asarray(value) for name, value in np.load(GOLDEN / f"{request.param}.npz").items()}
 
 
 @pytest.fixture(scope="session")

@@ -315,11 +315,11 @@ def test_import_keeps_a_position_table_that_training_moved(golden, monkeypatch):
         DiT(DiTConfig(class_dropout_prob=0.1, dtype="float32", **meta)),
         (golden["x_1"], golden["t"], golden["labels"]),
     )
-    moved = model.apply({"params": import_jax_flow_params(flat)}, *inputs)
+    moved = jax.jit(model.apply)({"params": import_jax_flow_params(flat)}, *inputs)
     # The same model with its constant moved instead.
     flat["pos_embed"] = flat["pos_embed"] / 2
     params = import_jax_flow_params(flat)
     assert "pos_embed" not in params
     monkeypatch.setattr("diffusion_transformer.position_table", lambda *size: 2 * position_table(*size))
-    np.testing.assert_allclose(moved, model.apply({"params": params}, *inputs), atol=1e-5)
+    np.testing.assert_allclose(moved, jax.jit(model.apply)({"params": params}, *inputs), atol=1e-5)
     assert np.abs(moved - golden["v_of_x1"]).max() > 1e-3

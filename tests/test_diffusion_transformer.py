@@ -34,7 +34,7 @@ def model(golden) -> DiT:
 @pytest.fixture(scope="session")
 def params(golden):
     flat = {name.removeprefix("params/"): value for name, value in golden.items() if name.startswith("params/")}
-    return import_jax_flow_params(flat)
+    return jax.tree.map(jnp.asarray, import_jax_flow_params(flat))
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def test_output_equals_published(golden, model, params):
 
 
 def test_label_drop_equals_published(golden, model, params):
-    labels = np.where(golden["drop_ids"] == 1, model.config.num_classes, golden["labels"])
+    labels = jnp.where(golden["drop_ids"] == 1, model.config.num_classes, golden["labels"])
     v = model.apply({"params": params}, golden["x_1"], golden["t"], labels)
     on_x_t = model.apply({"params": params}, golden["x_t"], golden["t"], labels)
     assert min(np.abs(v - golden["v_dropped"]).max(), np.abs(on_x_t - golden["v_dropped"]).max()) < TOLERANCE

@@ -17,7 +17,7 @@ X_0 = OBJECTIVE.draw_noise(DRAWS, X_1)
 
 
 def losses(model_fn, t):
-    return OBJECTIVE.loss(model_fn, None, X_1, LABELS, DRAWS | {"t": t})
+    return OBJECTIVE.loss(model_fn, model_fn, X_1, LABELS, DRAWS | {"t": t})
 
 
 def test_noise_is_standard_normal_and_drawn_per_example():

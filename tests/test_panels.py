@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_transformer import DiTConfig
 from utils.codecs.pixels import PixelCodec
-from utils.models import ImageModel
+from utils.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching
 from utils.panels import loss_by_time, reconstruction_panel, sample_panels
 from utils.sampling import SamplerConfig
@@ -16,7 +16,7 @@ from utils.sharding import make_mesh
 NUM_CLASSES = 10
 
 
-class Probe:
+class Probe(Network):
     """A network with v = 0.2 label / 10 - 0.1 + 0.25 t everywhere; "no label" is the label 10."""
 
     config = DiTConfig(num_classes=NUM_CLASSES)

@@ -24,6 +24,9 @@ class Counting:
     def get_state(self):
         return {"next_index": self.taken}
 
+    def set_state(self, state):
+        self.taken = state["next_index"]
+
 
 def test_each_batch_comes_with_the_position_just_after_it():
     batches = Counting()

@@ -7,6 +7,7 @@ import pytest
 
 from diffusion_transformer import DiTConfig
 from utils.codecs.pixels import PixelCodec
+from utils.models import Network
 from utils.objectives.flow_matching import FlowMatching
 from utils.train_state import create_train_state, make_optimizer
 from utils.train_step import accumulate_microbatches, draw_examples, train_step, validation_step
@@ -15,7 +16,7 @@ OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)
 LABELS = np.arange(200, dtype=np.int32) % 10
 
 
-class Probe:
+class Probe(Network):
     """A network that answers with its input, and shows what it was asked."""
 
     config = DiTConfig(class_dropout_prob=0.3, num_classes=10)

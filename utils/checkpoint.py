@@ -164,7 +164,7 @@ class Checkpoints:
         self.wait()
         self.remove_unfinished()
         items, data = _array_items(state), {"position": data_position}
-        sums = {name: checksums(tree) for name, tree in items.items()}
+        sums: dict[str, Any] = {name: checksums(tree) for name, tree in items.items()}
         sums |= {"config": _text_checksum(config), "data": _text_checksum(data)}
         json_items = {"config": config, "data": data, "checksums": sums | {"checksums": _text_checksum(sums)}}
         self.writing = step
@@ -254,12 +254,12 @@ class Checkpoints:
         """
         problems = []
         for step in steps:
+            content: Any = None
+            problem = ""
             try:
                 content = read(step)
             except DamagedCheckpointError as error:
-                problem, content = str(error), None
-            else:
-                problem = ""
+                problem = str(error)
             if _all_processes_agree(not problem):
                 return step, content
             problems.append(problem or f"checkpoint {self.folder / str(step)} is damaged for another process")
@@ -291,7 +291,7 @@ class Checkpoints:
                     **{name: ocp.args.JsonRestore() for name in json_names},
                 ),
             )
-            found = {name: checksums(items[name]) for name in targets}
+            found: dict[str, Any] = {name: checksums(items[name]) for name in targets}
             found |= {name: _text_checksum(items[name]) for name in json_names}
         wrong = [name for name in found if expected is not None and found[name] != expected.get(name)]
         if wrong:
@@ -304,7 +304,8 @@ class Checkpoints:
         if not (path / "checksums").is_dir():
             return None
         with _readable(path):
-            sums = self.manager.restore(step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore())).checksums
+            restored: Any = self.manager.restore(step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore()))
+            sums = restored.checksums
             own = sums.pop("checksums")
         if own != _text_checksum(sums):
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: its checksums are not what was written")
@@ -317,7 +318,7 @@ class Checkpoints:
             if sums is not None:
                 found = {leaf: tuple(shape) for leaf, (_, *shape) in sums[name].items()}
             else:
-                metadata = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
+                metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
                 found = _shapes(metadata.item_metadata.tree)
         expected_shapes = _shapes(target)
         for leaf in sorted(found.keys() | expected_shapes.keys()):

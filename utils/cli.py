@@ -5,6 +5,7 @@ The names and defaults are jax-flow's. Some of its spellings are translated here
 """
 
 import dataclasses
+import io
 import math
 import os
 import re
@@ -140,7 +141,8 @@ def define_device_flags() -> None:
 
 def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], None]) -> None:
     """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     try:
         app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
     except UserError as error:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import sys
-from typing import TextIO
+from typing import Any
 
 import jax
 
@@ -33,7 +33,7 @@ def warn_once(text: str) -> None:
     warn(text)
 
 
-def _print(text: str, file: TextIO) -> None:
+def _print(text: str, file: Any) -> None:
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
             print(printable(text), file=file, flush=True)

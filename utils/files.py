@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,12 @@ from utils.errors import UserError
 READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
 # What another try cannot change: nothing is there, it is no file, or it may not be opened.
 LASTING_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:

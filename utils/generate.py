@@ -59,7 +59,7 @@ class ImageGenerator:
         *,
         seed: int,
         label_mode: str = "uniform",
-        class_counts: Sequence[int] | None = None,
+        class_counts: Sequence[int] | Int[np.ndarray, " classes"] | None = None,
     ):
         self.model = model
         self.params = params

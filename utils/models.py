@@ -1,7 +1,7 @@
 """From a configuration to a model: the network, its objective, its codec and the data it is about."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -16,10 +16,26 @@ from utils.objectives.objective import ModelFn, Objective
 from utils.ops import choose_attention_for
 
 
+@runtime_checkable
+class Network(Protocol):
+    """What is trained and sampled, as flax modules have it; DiT is one. Immutable and hashable: a static argument."""
+
+    config: DiTConfig
+
+    def init(self, rngs: Any, x: Any, t: Any, labels: Any) -> Any:
+        """{"params": fresh parameters}."""
+
+    def apply(self, variables: Any, x: Any, t: Any, labels: Any) -> Any:
+        """The output for x_t (b, h, w, c), times (b,) and labels (b,), of the shape of x_t."""
+
+    def count_flops(self, image_shape: tuple[int, int, int]) -> int:
+        """Of one forward pass on one image, matmuls only (2 per MAC)."""
+
+
 class ImageModel(NamedTuple):
     """Everything about a model but its parameters; constant through a run."""
 
-    network: DiT
+    network: Network
     objective: Objective
     codec: Codec
     mesh: Mesh
@@ -41,7 +57,9 @@ def make_model(
     remat: str = "none",
 ) -> ImageModel:
     """The model of the --model.* values `config` for a data set; UserError where they do not fit."""
-    check_model(config, codec.latent_shape(tuple(image_shape)))
+    height, width, channels = image_shape
+    shape = (height, width, channels)
+    check_model(config, codec.latent_shape(shape))
     if len(class_names) > config.num_classes:
         raise UserError(
             f"--model.num_classes={config.num_classes} is fewer than the {len(class_names)} classes of the data set; "
@@ -50,7 +68,7 @@ def make_model(
     head_dim = config.hidden_size // config.num_heads
     attention_form = choose_attention_for(mesh.devices.flat[0], head_dim, config.dtype)
     network = DiT(DiTConfig.from_mapping(config), remat, attention_form)
-    return ImageModel(network, objective, codec, mesh, tuple(image_shape), tuple(class_names))
+    return ImageModel(network, objective, codec, mesh, shape, tuple(class_names))
 
 
 def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
@@ -59,6 +77,11 @@ def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
     return model.network.init(key, latents, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
 
 
-def model_fn(network: DiT, params: PyTree) -> ModelFn:
+def model_fn(network: Network, params: PyTree) -> ModelFn:
     """The network as objectives, guidance and solvers call it."""
-    return lambda x, t, labels: network.apply({"params": params}, x, t, labels)
+
+    def apply(x, t, labels):
+        output: Any = network.apply({"params": params}, x, t, labels)
+        return output
+
+    return apply

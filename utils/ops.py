@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
@@ -66,7 +67,7 @@ def define_derivatives(
     return lambda *arguments: with_saved(*arguments)[0]
 
 
-def _zero_tangent(x: Array) -> Array:
+def _zero_tangent(x: Array) -> Array | np.ndarray:
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     return jnp.zeros_like(x) if is_float else np.zeros(x.shape, jax.dtypes.float0)
 
@@ -83,7 +84,7 @@ def _linear_jvp(primals, tangents, *, count, **params):
 
     tangents = [ad.instantiate_zeros(x) for x in tangents]
     parts = [(tuple(operands[:count]), tuple(operands[-count:])) for operands in (primals, tangents)]
-    _, tangent_out = jax.jvp(differentiable, *parts)
+    _, tangent_out = jax.jvp(differentiable, parts[0], parts[1])
     return _linear_p.bind(*primals, count=count, **params), [tangent_out]
 
 
@@ -120,8 +121,7 @@ def _linear_batch(operands, axes, **params):
 _linear_p.def_impl(_apply_linear)
 _linear_p.def_abstract_eval(
     lambda *operands, **params: [
-        jax.core.ShapedArray(x.shape, x.dtype)
-        for x in jax.eval_shape(lambda *xs: _apply_linear(*xs, **params), *operands)
+        ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(lambda *xs: _apply_linear(*xs, **params), *operands)
     ]
 )
 mlir.register_lowering(_linear_p, mlir.lower_fun(_apply_linear, multiple_results=True))

@@ -73,10 +73,11 @@ def sample_stages(
 ) -> UInt8[np.ndarray, "rows stages h w c"]:
     """Decoded states of an Euler path of `num_steps` after 1/8, 2/8, ..., 8/8 of its steps."""
     static = {"network": model.network, "objective": model.objective, "is_guided": cfg_scale is not None}
+    scale = float(cfg_scale or 0)  # one type: a function compiled for 4 would not serve 0.1
     x, stages = noise, []
     cuts = [num_steps * i // PANEL_SIZE for i in range(PANEL_SIZE + 1)]
     for first, last in itertools.pairwise(cuts):
-        x = _advance(params, x, labels, 0.0 if cfg_scale is None else cfg_scale, first, last, num_steps, **static)
+        x = _advance(params, x, labels, scale, first, last, num_steps, **static)
         stages.append(gather(_decode(model.codec, x)))
     return np.stack(stages, axis=1)
 

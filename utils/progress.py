@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -33,7 +34,7 @@ class Progress:
             file=TolerantStream(),
         )
 
-    def add(self, step: int, metrics: dict[str, jax.Array], validation: dict[str, jax.Array] | None) -> None:
+    def add(self, step: int, metrics: dict[str, Any], validation: dict[str, Any] | None) -> None:
         """Reports the step before; then step `step` is the one to be reported, and logged if it has `validation`."""
         self.flush()
         self.pending = (step, metrics, validation)

@@ -29,14 +29,16 @@ def guide(
     `cfg_interval` (first and last time with guidance, arXiv:2404.07724), if one is given; t is then one for all.
     """
 
+    if cfg_scale is None:
+        return model_fn
+    scale = cfg_scale
+
     def guided(x, t, labels):
         both_labels = jnp.concatenate([jnp.full_like(labels, num_classes), labels])
         v = model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels)
         v_uncond, v_cond = jnp.split(v, 2)
-        return v_uncond + cfg_scale * (v_cond - v_uncond)
+        return v_uncond + scale * (v_cond - v_uncond)
 
-    if cfg_scale is None:
-        return model_fn
     if cfg_interval is None:
         return guided
     low, high = cfg_interval

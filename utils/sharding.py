@@ -6,7 +6,7 @@ optimizer state are replicated (`dp`) or sharded as well (`fsdp`); XLA inserts t
 
 import collections
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from utils.data.dataset import Batches
 from utils.errors import DataError, UserError
 from utils.files import cache_folder
 
@@ -54,12 +55,12 @@ def make_mesh() -> Mesh:
     """A mesh with one axis, `data`, over all devices of all processes. What is compiled for it is cached on disk."""
     devices = jax.devices()
     # Not by default on CPUs, where a home shared by unlike machines would hand one the instructions of another.
-    if jax.config.jax_compilation_cache_dir is None and devices[0].platform != "cpu":
+    if jax.config.values["jax_compilation_cache_dir"] is None and devices[0].platform != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     return Mesh(np.array(devices), ("data",))
 
 
-def compile_step(function: Callable, *arguments: Any, platform: str) -> jax.stages.Compiled:
+def compile_step(function: jax.stages.Wrapped, *arguments: Any, platform: str) -> jax.stages.Compiled:
     """A jitted function compiled for arguments of these shapes and shardings."""
     # XLA's default order on CPUs starts all that can start. On few cores that gains no time, and it brings forward what
     # rematerialisation puts off to save memory.
@@ -70,7 +71,7 @@ def compile_step(function: Callable, *arguments: Any, platform: str) -> jax.stag
 
 def memory_needed(compiled: jax.stages.Compiled) -> int:
     """Bytes that a compiled function needs on each device, arguments included, by the compiler's own analysis."""
-    sizes = compiled.memory_analysis()
+    sizes: Any = compiled.memory_analysis()
     arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return arguments + sizes.temp_size_in_bytes
 
@@ -124,12 +125,12 @@ def shard_replicated(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), rows.__getitem__)
 
 
-def gather(x: jax.Array) -> np.ndarray:
+def gather(x: jax.Array | np.ndarray) -> np.ndarray:
     """The whole of a global array as numpy, on every process."""
     return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
 
 
-def prefetch(batches: Iterator[PyTree], mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple[PyTree, Any]]:
+def prefetch(batches: Batches, mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple[PyTree, Any]]:
     """(batch on the devices, position of `batches` just after it), with `buffer_size` batches more on their way.
 
     `batches` has `get_state()`; pairing each batch with its position keeps a checkpoint exact although the iterator
@@ -146,11 +147,12 @@ def prefetch(batches: Iterator[PyTree], mesh: Mesh, buffer_size: int = 2) -> Ite
             else:
                 queue.append((shard_batch(batch, mesh), batches.get_state()))
         if not queue:
+            assert failure is not None
             raise failure
         yield queue.popleft()
 
 
-def next_batch(batches: Iterator[PyTree]) -> PyTree:
+def next_batch(batches: Batches) -> PyTree:
     """The next batch; DataError, in one line, for whatever keeps its source from reading it."""
     try:
         return next(batches)

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import SupportsFloat
 from urllib.parse import urlparse
 
 import jax
@@ -62,7 +63,7 @@ class Tracker:
         if config.wandb.mode != "disabled":
             self.wandb_run = start_wandb(self.run_dir, config)
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
+    def log(self, metrics: Mapping[str, SupportsFloat], step: int) -> None:
         if not self.enabled:
             return
         values = {name: float(value) for name, value in metrics.items()}
@@ -149,4 +150,4 @@ def has_wandb_account(base_url: str) -> bool:
         entries = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
-    return entries.authenticators(urlparse(base_url).hostname) is not None
+    return entries.authenticators(urlparse(base_url).hostname or "") is not None

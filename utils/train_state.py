@@ -4,17 +4,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 
 class TrainState(flax.struct.PyTreeNode):
     """`step` counts finished steps; `key` never changes: step i draws from fold_in(key, i)."""
 
-    step: Int[Array, ""]
+    # Trees of arrays, or of their shapes or shardings.
+    step: PyTree  # int32 ()
     params: PyTree
     ema_params: PyTree
     opt_state: PyTree
-    key: Key[Array, ""]
+    key: PyTree  # a typed key ()
 
 
 def make_optimizer(lr: float, beta1: float, beta2: float) -> optax.GradientTransformation:

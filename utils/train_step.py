@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key, PyTree
 
-from diffusion_transformer import DiT
 from utils.codecs.codec import Codec, encode_batch
-from utils.models import model_fn
+from utils.models import Network, model_fn
 from utils.objectives.objective import Objective
 from utils.train_state import TrainState, apply_gradients
 
@@ -51,7 +50,13 @@ def draw_examples(
 
 
 def example_losses(
-    params: PyTree, ema_params: PyTree, codec: Codec, examples: dict[str, PyTree], *, model: DiT, objective: Objective
+    params: PyTree,
+    ema_params: PyTree,
+    codec: Codec,
+    examples: dict[str, PyTree],
+    *,
+    model: Network,
+    objective: Objective,
 ) -> tuple[Array, dict[str, Array]]:
     """(losses, metrics) of the examples, each (b,)."""
     x_1 = encode_batch(codec, examples["codec_key"], examples["batch"])
@@ -66,7 +71,7 @@ def compute_gradients(
     batch: PyTree,
     codec: Codec,
     *,
-    model: DiT,
+    model: Network,
     objective: Objective,
     grad_accum: int,
     class_dropout_prob: float,
@@ -97,7 +102,7 @@ def train_step(
     batch: PyTree,
     codec: Codec,
     *,
-    model: DiT,
+    model: Network,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     grad_accum: int,
@@ -123,7 +128,7 @@ def validation_step(
     batch: PyTree,
     codec: Codec,
     *,
-    model: DiT,
+    model: Network,
     objective: Objective,
     optimizer: optax.GradientTransformation,
     grad_accum: int,
@@ -152,7 +157,7 @@ def loss_at_time(
     batch: PyTree,
     t: Array,
     *,
-    model: DiT,
+    model: Network,
     objective: Objective,
 ) -> Array:
     """Mean loss of a batch, all labels kept, with every time set to `t` and the same noise at every t."""

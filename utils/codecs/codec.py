@@ -25,6 +25,16 @@ class Codec(Protocol):
         """(h2, w2, c2) of images (h, w, c); UserError where the codec does not take them."""
 
 
+@runtime_checkable
+class MomentCodec(Codec, Protocol):
+    """A codec of which the mean and log-variance of the latents can be cached."""
+
+    def sample_latents(
+        self, key: Key[Array, "*b"], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
+    ) -> Float[Array, "b h w c"]:
+        """Latents drawn from the posterior, scaled as those of `encode`."""
+
+
 def images_from_uint8(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Images in [-1, 1]: x / 127.5 - 1."""
     return images.astype(jnp.float32) / 127.5 - 1
@@ -41,5 +51,6 @@ def encode_batch(codec: Codec, key: Key[Array, "*b"], batch: Mapping[str, Array]
     The same key draws the same posterior noise for both.
     """
     if "moments" in batch:
+        assert isinstance(codec, MomentCodec)
         return codec.sample_latents(key, batch["moments"][:, 0], batch["moments"][:, 1])
     return codec.encode(key, images_from_uint8(batch["image"]))

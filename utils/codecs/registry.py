@@ -23,13 +23,19 @@ def load_codec(
         if expected_sha256:
             raise UserError("--model.use_stable_vae=0, but the data set is of latents; leave the flag out")
         return PixelCodec()
-    if image_shape[-1] != 3:
+    return load_vae(vae, mesh, image_shape, expected_sha256)
+
+
+def load_vae(vae: str, mesh: Mesh, image_shape: Sequence[int], expected_sha256: str | None = None) -> StableVAE:
+    """The VAE `vae` (Hub id or folder), as `load_codec` has it."""
+    height, width, channels = image_shape
+    if channels != 3:
         raise UserError("--model.use_stable_vae=1, but the images are grey; train on pixels with --use_stable_vae 0")
     codec = StableVAE.load(vae)
-    if expected_sha256 not in (None, codec.sha256):
+    if expected_sha256 is not None and expected_sha256 != codec.sha256:
         raise UserError(
             f"--vae={vae} is another VAE (sha256 {codec.sha256[:12]}...) than the one that made the latents "
             f"({expected_sha256[:12]}...); name that one"
         )
-    codec.latent_shape(tuple(image_shape))
+    codec.latent_shape((height, width, channels))
     return jax.device_put(codec, replicated(mesh))

@@ -5,7 +5,6 @@ diffusion_pytorch_model.safetensors.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from utils.codecs.vae_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
 from utils.errors import UserError
 from utils.external import BadFileError, read_json
+from utils.files import file_sha256
 from utils.ops import attention
 
 MAX_LATENT_CHANNELS = 256
@@ -62,7 +62,7 @@ class VAEConfig:
             if unknown:
                 raise UserError(f"--vae: {path} has {name} {min(unknown)}, but only {min(known)} is known here")
         names = {field.name for field in dataclasses.fields(cls)}
-        values = {
+        values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in content.items()
             if name in names and not (value is None and name == "scaling_factor")
@@ -115,7 +115,7 @@ class VAEConfig:
 
     @property
     def scale(self) -> np.ndarray:
-        return np.float32(self.scaling_factor) / np.array(self.latents_std or 1, np.float32)
+        return np.asarray(np.float32(self.scaling_factor) / np.array(self.latents_std or 1, np.float32))
 
 
 # The modules below are named as the tensors in the weights file are, so that one rule converts all of them.
@@ -230,9 +230,12 @@ class AutoencoderKL(VAEModule):
     def setup(self):
         self.encoder = Encoder(self.config, self.dtype)
         self.decoder = Decoder(self.config, self.dtype)
-        one = {"kernel_size": (1, 1), "dtype": self.dtype}
-        self.quant_conv = nn.Conv(2 * self.config.latent_channels, **one) if self.config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv(self.config.latent_channels, **one) if self.config.use_post_quant_conv else None
+        channels = self.config.latent_channels
+        self.quant_conv = self.pointwise_conv(2 * channels) if self.config.use_quant_conv else None
+        self.post_quant_conv = self.pointwise_conv(channels) if self.config.use_post_quant_conv else None
+
+    def pointwise_conv(self, channels: int) -> nn.Conv:
+        return nn.Conv(channels, kernel_size=(1, 1), dtype=self.dtype)
 
     def encode(self, images):
         x = self.encoder(images)
@@ -251,7 +254,7 @@ class StableVAE(flax.struct.PyTreeNode):
     params: PyTree
     config: VAEConfig = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
-    sha256: str | None = flax.struct.field(pytree_node=False)  # of the weights file; None of random weights
+    sha256: str = flax.struct.field(pytree_node=False)  # of the weights file; empty for random weights
     name: str = flax.struct.field(pytree_node=False, default="random weights")  # the folder or hub id it came from
 
     @classmethod
@@ -273,9 +276,7 @@ class StableVAE(flax.struct.PyTreeNode):
             reason = str(error).partition("\n")[0]
             raise UserError(f"--vae={path}: no VAE has the sizes in {config_file} ({reason}); fetch it again") from None
         params = read_params(weights_file, shapes)
-        with weights_file.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return cls(params, config, jnp.dtype(dtype), sha256, path)
+        return cls(params, config, jnp.dtype(dtype), file_sha256(weights_file), path)
 
     @classmethod
     def random(cls, seed: int, config: VAEConfig | None = None, dtype: Any = jnp.float32) -> "StableVAE":
@@ -288,7 +289,7 @@ class StableVAE(flax.struct.PyTreeNode):
         }
         shapes = _param_shapes(config)
         params = {path: jnp.asarray(draw[path[-1]](target.shape), jnp.float32) for path, target in shapes.items()}
-        return cls(unflatten_dict(params), config, jnp.dtype(dtype), None)
+        return cls(unflatten_dict(params), config, jnp.dtype(dtype), "")
 
     def save(self, folder: Path) -> None:
         """Writes the Hugging Face layout, as `load` reads it."""

@@ -3,23 +3,23 @@
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from diffusion_transformer import position_table
 
 
-def import_jax_flow_params(flat: Mapping[str, np.ndarray]) -> PyTree:
+def import_jax_flow_params(flat: Mapping[str, Array | np.ndarray]) -> PyTree:
     """DiT parameters from those of a jax-flow checkpoint, `flat` = {'DiTBlock_0/Dense_0/kernel': array, ...}.
 
     Query, key and value become one kernel. jax-flow trained its position table, which is a constant here: a `pos_embed`
     that has left the constant is kept as a parameter of that name, and DiT then uses it, so that the imported model
     computes what the old one did. Raises ValueError for a tree that is not a jax-flow DiT's.
     """
-    flat = {name: np.asarray(value) for name, value in flat.items()}
-    depth = sum(name.startswith("DiTBlock_") and name.endswith("/MlpBlock_0/Dense_0/kernel") for name in flat)
+    left = {name: np.asarray(value) for name, value in flat.items()}
+    depth = sum(name.startswith("DiTBlock_") and name.endswith("/MlpBlock_0/Dense_0/kernel") for name in left)
 
     def take(path):
-        return {leaf: flat.pop(f"{path}/{leaf}") for leaf in ("kernel", "bias")}
+        return {leaf: left.pop(f"{path}/{leaf}") for leaf in ("kernel", "bias")}
 
     def take_pair(path):
         return {f"dense_{i}": take(f"{path}/Dense_{i}") for i in range(2)}
@@ -44,7 +44,7 @@ def import_jax_flow_params(flat: Mapping[str, np.ndarray]) -> PyTree:
         params = {
             "patch_embed": take("PatchEmbed_0/Conv_0"),
             "timestep_embed": take_pair("TimestepEmbedder_0"),
-            "label_embed": {"Embed_0": {"embedding": flat.pop("LabelEmbedder_0/Embed_0/embedding")}},
+            "label_embed": {"Embed_0": {"embedding": left.pop("LabelEmbedder_0/Embed_0/embedding")}},
             **{f"block_{i}": take_block(f"DiTBlock_{i}") for i in range(depth)},
             "final_layer": {
                 "ada_ln": {"dense": take("FinalLayer_0/Dense_0")},
@@ -53,9 +53,9 @@ def import_jax_flow_params(flat: Mapping[str, np.ndarray]) -> PyTree:
         }
     except KeyError as error:
         raise ValueError(f"not the parameter tree of a jax-flow DiT: {error.args[0]} is missing") from None
-    pos_embed = flat.pop("pos_embed", None)
-    if flat:
-        raise ValueError(f"not the parameter tree of a jax-flow DiT: {sorted(flat)[0]} has no counterpart")
+    pos_embed = left.pop("pos_embed", None)
+    if left:
+        raise ValueError(f"not the parameter tree of a jax-flow DiT: {sorted(left)[0]} has no counterpart")
     if pos_embed is not None:
         _, tokens, width = pos_embed.shape
         side = int(tokens**0.5)

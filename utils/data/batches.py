@@ -59,8 +59,8 @@ def training_batches(
         for position in range(first, first + local_size):
             epoch, place = divmod(position, num_images)
             order, is_flipped = epoch_order(epoch)
-            indices.append(order[place])
-            flips.append(is_flipped[place])
+            indices.append(int(order[place]))
+            flips.append(bool(is_flipped[place]))
         return reader(indices, flips)
 
     # As many batches as a float64, such as JSON's numbers, can count: endless.
@@ -101,10 +101,11 @@ def epoch_batches(
 def first_examples(dataset: ImageDataset, num_examples: int) -> ImageDataset:
     """The data set cut to its first `num_examples` images (all, if it has fewer), never flipped: to be overfitted."""
     num_examples = min(num_examples, len(dataset.source))
-    source = _Subset(dataset.source, range(num_examples))
     if isinstance(dataset.source, StreamSource):
         (batch,) = epoch_batches(dataset, num_examples, stop=num_examples)
         source = ArraySource(batch["image"], batch["label"])
+    else:
+        source = _Subset(dataset.source, range(num_examples))
     return dataclasses.replace(dataset, source=source, random_flip=False)
 
 
@@ -135,7 +136,7 @@ class _BatchReader:
 
         def fill(rows: range) -> None:
             for row in rows:
-                for name, value in self.dataset.row(int(indices[row]), bool(flips[row])).items():
+                for name, value in self.dataset.row(indices[row], flips[row]).items():
                     batch[name][row] = value
 
         # Some pieces for every thread evens out slow images; single rows would cost more than a small image itself.

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -19,7 +19,7 @@ from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
 
 # "image": uint8 (h, w, c), or "moments": float16 (views, 2, h, w, c); "label": int32 ()
-Example = dict[str, np.ndarray]
+Example = dict[str, Any]
 # "image": uint8 (b, h, w, c), or "moments": float16 (b, 2, h, w, c); "label": int32 (b,)
 Batch = dict[str, np.ndarray]
 
@@ -64,9 +64,14 @@ class StreamSource(Protocol):
 class LatentMetadata(Protocol):
     """What is known of cached latents (utils/data/latents.py)."""
 
-    latent_shape: tuple[int, int, int]
-    vae: str
-    vae_sha256: str
+    @property
+    def latent_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def vae(self) -> str: ...
+
+    @property
+    def vae_sha256(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +100,7 @@ class ImageDataset:
 
     def row(self, index: int, flip: bool) -> Example:
         """Example `index`, mirrored left to right if `flip`, as a batch holds it."""
-        example = self.source[index]
+        example = cast(Source, self.source)[index]  # a stream has no rows
         if self.latents:
             return {"moments": example["moments"][int(flip)], "label": example["label"]}
         return {"image": example["image"][:, ::-1] if flip else example["image"], "label": example["label"]}
@@ -147,10 +152,10 @@ def num_held_out(num_images: int) -> int:
     return max(1, round(HELD_OUT_FRACTION * num_images))
 
 
-def hold_out(keys: Sequence[str], numhold_out: int) -> tuple[list[int], list[int]]:
+def hold_out(keys: Sequence[str], num_held_out: int) -> tuple[list[int], list[int]]:
     """(rows left for training, rows held out), each ascending. Which ones depends on the keys alone, for ever."""
     by_hash = sorted(range(len(keys)), key=lambda row: hashlib.sha256(keys[row].encode()).digest())
-    return sorted(by_hash[numhold_out:]), sorted(by_hash[:numhold_out])
+    return sorted(by_hash[num_held_out:]), sorted(by_hash[:num_held_out])
 
 
 def check_own_size(name: str, own: int, options: DataOptions, instead: str = "") -> None:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from utils.console import printable, warn, warn_once
 from utils.data.class_names import imagenet_class_names
-from utils.data.dataset import SPLITS, DataOptions, ImageDataset, hold_out, num_held_out
+from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row
 from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, decode_image, read_image
 from utils.errors import UserError
@@ -54,7 +54,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Example:
         path, label = self.files[index]
         try:
             content = read_bytes(path)
@@ -74,8 +74,10 @@ class FolderSplit:
     digests: list[str]  # of the files' contents
 
     def take(self, rows: Sequence[int]) -> "FolderSplit":
-        parts = ([column[row] for row in rows] for column in (self.files, self.keys, self.digests))
-        return FolderSplit(self.class_names, *parts)
+        def take(column):
+            return [column[row] for row in rows]
+
+        return FolderSplit(self.class_names, take(self.files), take(self.keys), take(self.digests))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,11 +306,11 @@ def _check_images(
     version = f"{CHECK_VERSION}, Pillow {PIL.__version__}, up to {max_megapixels:g} megapixels"
     remembered = _read_kept(kept, version)
     keys = {path: str(path.relative_to(folder)) for path in paths}
-    stamps = dict(zip(paths, stamps, strict=True))
+    stamp_of = dict(zip(paths, stamps, strict=True))
     checked = {
         path: CheckedImage(*remembered[keys[path]][1:])
         for path in paths
-        if stamps[path] and remembered.get(keys[path], [None])[0] == stamps[path]
+        if stamp_of[path] and remembered.get(keys[path], [None])[0] == stamp_of[path]
     }
     unknown = [path for path in paths if path not in checked]
     lasting = set(checked)
@@ -321,7 +323,7 @@ def _check_images(
             if is_lasting:
                 lasting.add(path)
     if unknown:
-        files = {keys[path]: [stamps[path], *checked[path]] for path in paths if path in lasting and stamps[path]}
+        files = {keys[path]: [stamp_of[path], *checked[path]] for path in paths if path in lasting and stamp_of[path]}
         _keep(kept, {"version": version, "files": files})
     return {path: checked[path] for path in paths}
 
@@ -371,7 +373,7 @@ def _keep(file: Path, content: dict) -> None:
 
 def _say_smallest(folder: Path, checked: dict[Path, CheckedImage], size: int) -> None:
     sides = {path: image.side for path, image in checked.items() if not image.reason}
-    smallest = min(sides, key=sides.get, default=None)
+    smallest = min(sides, key=lambda path: sides[path], default=None)
     if smallest is not None and sides[smallest] < size:
         side = sides[smallest]
         warn_once(f"{folder}: images below {size} pixels are enlarged; the smallest, {smallest}, has a side of {side}")

@@ -19,7 +19,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float16
 
 from utils.console import log
-from utils.data.dataset import DataOptions, ImageDataset, check_own_size
+from utils.data.dataset import DataOptions, Example, ImageDataset, check_own_size
 from utils.data.fingerprint import Fingerprint, compare_data, read_listing
 from utils.errors import UserError
 from utils.external import read_json
@@ -167,7 +167,7 @@ class LatentRecords:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Example:
         record = self.records[index]
         if len(record) != 4 + 2 * math.prod(self.shape):
             raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the latents again")

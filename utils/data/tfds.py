@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from utils.data.class_names import imagenet_class_names
-from utils.data.dataset import DataOptions, ImageDataset, check_own_size, num_held_out
+from utils.data.dataset import DataOptions, Example, ImageDataset, check_own_size, num_held_out
 from utils.data.fingerprint import Fingerprint
 from utils.data.images import read_image
 from utils.errors import UserError
@@ -150,7 +150,7 @@ def _find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) 
     return folder, known[0]
 
 
-def _prepare_command(builder: str, root: epath.Path) -> str:
+def _prepare_command(builder: str, root: os.PathLike[str]) -> str:
     # Not `tfds build`, which does not start without apache-beam and mlcroissant.
     return (
         f'`python -c "import tensorflow_datasets as tfds; '
@@ -173,7 +173,8 @@ class Records:
         import tensorflow_datasets as tfds
 
         self.prepared = prepared
-        self.records = prepared.builder.as_data_source(
+        builder: Any = prepared.builder  # decorators hide its type
+        self.records = builder.as_data_source(
             prepared.split,
             decoders={"image": tfds.decode.SkipDecoding()},  # its decoder is Pillow or OpenCV, whichever is installed
             file_format="array_record",
@@ -182,7 +183,7 @@ class Records:
     def __len__(self) -> int:
         return self.prepared.stop - self.prepared.start
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Example:
         record = self.records[self.prepared.start + index]
         size, _, channels = self.prepared.image_shape
         mode = "L" if channels == 1 else "RGB"

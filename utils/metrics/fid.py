@@ -49,13 +49,14 @@ def covariance_root(sigma: Float[np.ndarray, "d d"], name: str = "covariance") -
 
 
 def frechet_distance(
-    mu_1: Float[np.ndarray, " d"],
-    sigma_1: Float[np.ndarray, "d d"],
-    mu_2: Float[np.ndarray, " d"],
-    sigma_2: Float[np.ndarray, "d d"],
+    mu_1: np.ndarray,
+    sigma_1: np.ndarray,
+    mu_2: np.ndarray,
+    sigma_2: np.ndarray,
     root_2: Float[np.ndarray, "d d"] | None = None,
 ) -> float:
-    """Squared Fréchet distance of two Gaussians, in [0, inf); of Inception features, the FID.
+    """Squared Fréchet distance of two Gaussians, means (d,) and covariances (d, d), in [0, inf); of Inception features,
+    the FID.
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., arXiv:1706.08500, eq. 6), in float64. With
     S_2 = L L^T the product S_1 S_2 has the eigenvalues of the symmetric L^T S_1 L, so that no square root of an

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -175,7 +175,8 @@ def _extract(params: PyTree, images: UInt8[Array, "n h w 3"], convention: Conven
     )
     x = jnp.einsum("ph,nhwc->npwc", rows, images.astype(jnp.float32), precision=HIGHEST)
     x = jnp.einsum("qw,npwc->npqc", columns, x, precision=HIGHEST)
-    return InceptionV3().apply({"params": params}, (x - convention.mean) / convention.scale)
+    features: Any = InceptionV3().apply({"params": params}, (x - convention.mean) / convention.scale)
+    return features
 
 
 def load_feature_extractor(

@@ -1,19 +1,18 @@
 """Kernel Inception Distance (Binkowski et al., arXiv:1801.01401)."""
 
 import numpy as np
-from jaxtyping import Float
 
 from utils.metrics.prdc import check_feature_sets
 
 
 def kid(
-    features_1: Float[np.ndarray, "n d"],
-    features_2: Float[np.ndarray, "m d"],
+    features_1: np.ndarray,
+    features_2: np.ndarray,
     num_subsets: int = 100,
     subset_size: int = 1000,
     seed: int = 2020,
 ) -> tuple[float, float]:
-    """(Kernel Inception Distance, its standard error) of two sets of features.
+    """(Kernel Inception Distance, its standard error) of two sets of features, (n, d) and (m, d).
 
     The squared maximum mean discrepancy under the kernel (x.y / d + 1)^3, without bias, hence around 0 and perhaps
     below it for equal distributions (Binkowski et al., arXiv:1801.01401, eq. 4), averaged over random subsets of both

@@ -1,6 +1,7 @@
 """From batches of images to statistics of their Inception features."""
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,6 @@ from utils.console import log
 from utils.errors import UserError
 from utils.generate import ImageBatch
 from utils.metrics.inception import Features
-from utils.metrics.reference import ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
 from utils.sharding import gather, shard_replicated
 
@@ -57,11 +57,10 @@ def measure_images(
     bar.close()
 
 
-def find_convention(reference: ReferenceStatistics, requested: str | None) -> str:
-    """The convention under which the statistics were made; 'adm', saying so, where neither they nor the user tell."""
-    recorded = reference.convention
+def find_convention(path: Path, recorded: str | None, requested: str | None) -> str:
+    """The convention `recorded` in the statistics of `path`; 'adm', saying so, where neither they nor the user tell."""
     if recorded and requested and recorded != requested:
-        raise UserError(f"--convention={requested}, but {reference.path} was made under {recorded}; leave the flag out")
+        raise UserError(f"--convention={requested}, but {path} was made under {recorded}; leave the flag out")
     if not (recorded or requested):
-        log(f"{reference.path} does not say its convention: taking adm (--convention pytorch_fid for the other)")
+        log(f"{path} does not say its convention: taking adm (--convention pytorch_fid for the other)")
     return recorded or requested or "adm"

@@ -2,15 +2,15 @@
 
 import dataclasses
 import functools
-import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from utils.errors import UserError
 from utils.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays
-from utils.files import atomic_write
+from utils.files import atomic_write, file_sha256
 from utils.metrics.fid import check_covariance, covariance_root
 from utils.metrics.statistics import ImageStatistics
 
@@ -28,8 +28,8 @@ _ARRAYS = {"spatial_mu": "mu_s", "spatial_sigma": "sigma_s", "features": "featur
 class ReferenceStatistics:
     """Statistics of the images that samples are compared with; None where the file does not have them."""
 
-    mu: Float[np.ndarray, " d"] | None
-    sigma: Float[np.ndarray, "d d"] | None
+    mu: Float[np.ndarray, " d"]
+    sigma: Float[np.ndarray, "d d"]
     sha256: str
     path: Path
     num_images: int | None = None
@@ -38,7 +38,7 @@ class ReferenceStatistics:
     spatial_mu: Float[np.ndarray, " s"] | None = None
     spatial_sigma: Float[np.ndarray, "s s"] | None = None
     features: Float[np.ndarray, "n d"] | None = None  # pool3, of the first images
-    label_counts: Int[np.ndarray, " classes"] | None = None
+    label_counts: Num[np.ndarray, " classes"] | None = None
 
     @functools.cached_property
     def root(self) -> Float[np.ndarray, "d d"]:
@@ -47,16 +47,16 @@ class ReferenceStatistics:
 
     @functools.cached_property
     def spatial_root(self) -> Float[np.ndarray, "s s"]:
+        assert self.spatial_sigma is not None
         return covariance_root(self.spatial_sigma)
 
 
-def load_statistics(path: str | Path, num_features: int = POOL_FEATURES, optional: bool = False) -> ReferenceStatistics:
+def load_statistics(path: str | Path, num_features: int = POOL_FEATURES) -> ReferenceStatistics:
     """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d): those of TTUR, pytorch-fid,
     jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what `save_statistics` writes; or from EDM2's
     pickle of {"fid": {"mu", "sigma"}}.
 
-    Everything else is read where the file has it; with `optional`, mean and covariance too are None where they are not
-    there. UserError for a file that is missing, broken, incomplete, of another
+    Everything else is read where the file has it. UserError for a file that is missing, broken, incomplete, of another
     network or not finite.
     """
     path = Path(path)
@@ -64,11 +64,8 @@ def load_statistics(path: str | Path, num_features: int = POOL_FEATURES, optiona
     if not path.is_file():
         raise UserError(f"--fid_stats={path} is not a file; {fix}")
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        content = _read_statistics(path, num_features, optional)
-        if content is None:
-            return ReferenceStatistics(None, None, sha256, path)
+        sha256 = file_sha256(path)
+        content = _read_statistics(path, num_features)
         mu, sigma = (content[key].astype(np.float64) for key in ("mu", "sigma"))
         metadata = {key: content[key].item() for key in _METADATA if key in content}
         arrays = {field: content[key] for field, key in _ARRAYS.items() if key in content}
@@ -92,9 +89,17 @@ def load_statistics(path: str | Path, num_features: int = POOL_FEATURES, optiona
     return ReferenceStatistics(mu, sigma, sha256, path, **metadata, **arrays)
 
 
-def _read_statistics(path: Path, num_features: int, optional: bool) -> dict[str, np.ndarray] | None:
-    """The arrays of a statistics file by their names in it, their shapes found good before any is read; None where an
-    `optional` mean is not there. KeyError without mean and covariance, BadFileError, or ValueError for other shapes."""
+def has_statistics(path: Path) -> bool:
+    """Whether a file of images, an npz, holds a mean too."""
+    try:
+        return "mu" in read_npz_headers(path)
+    except BadFileError:
+        return True  # which `load_statistics` refuses, with the reason
+
+
+def _read_statistics(path: Path, num_features: int) -> dict[str, np.ndarray]:
+    """The arrays of a statistics file by their names in it, their shapes found good before any is read. KeyError
+    without mean and covariance, BadFileError, or ValueError for other shapes."""
     if path.suffix == ".pkl":
         content = read_pickled_arrays(path)
         content = content.get("fid") if isinstance(content, dict) else None
@@ -103,8 +108,6 @@ def _read_statistics(path: Path, num_features: int, optional: bool) -> dict[str,
     else:
         headers = read_npz_headers(path)
         shapes = {name: header.shape for name, header in headers.items()}
-    if optional and "mu" not in shapes:
-        return None
     found = f"mu {shapes['mu']}, sigma {shapes['sigma']}"
     if shapes["mu"] != (num_features,) or shapes["sigma"] != (num_features, num_features):
         raise ValueError(f" is not of {num_features} features ({found})")
@@ -161,7 +164,7 @@ def save_statistics(
     it by up to 1e-3. UserError below two samples.
     """
     path, pool, spatial = Path(path), statistics.pool, statistics.spatial
-    content = {"mu": pool.mu, "sigma": pool.sigma.astype(np.float32)}
+    content: dict[str, Any] = {"mu": pool.mu, "sigma": pool.sigma.astype(np.float32)}
     if spatial.num_samples and spatial.mu.size:
         content |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma.astype(np.float32)}
     if statistics.max_features:

@@ -17,11 +17,10 @@ def compute_fid(samples: ImageStatistics, reference: ReferenceStatistics) -> dic
 
 def compute_sfid(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[str, float]:
     """FID of the spatial features (Nash et al., arXiv:2103.03841), where the reference has their statistics."""
-    if reference.spatial_sigma is None:
+    spatial, mu, sigma = samples.spatial, reference.spatial_mu, reference.spatial_sigma
+    if mu is None or sigma is None:
         return {}
-    spatial = samples.spatial
-    gaussian = (reference.spatial_mu, reference.spatial_sigma, reference.spatial_root)
-    return {"sfid": frechet_distance(spatial.mu, spatial.sigma, *gaussian)}
+    return {"sfid": frechet_distance(spatial.mu, spatial.sigma, mu, sigma, reference.spatial_root)}
 
 
 def compute_kid(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[str, float]:

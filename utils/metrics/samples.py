@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -219,7 +220,8 @@ class SampleWriter:
     def __init__(self, path: str | Path, num_samples: int):
         check_sample_path(path)
         self.path, self.num_samples, self.labels = Path(path), num_samples, []
-        self.archive = self.file = None
+        self.archive: zipfile.ZipFile | None = None
+        self.file: IO[bytes] | None = None
         self.closing = contextlib.ExitStack()
 
     def __enter__(self) -> "SampleWriter":
@@ -233,7 +235,7 @@ class SampleWriter:
                     file.unlink()
         return self
 
-    def write(self, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " b"]) -> None:
+    def write(self, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " labels"]) -> None:
         if len(images) != len(labels):
             raise ValueError(f"{len(labels)} labels of {len(images)} images")
         first = sum(map(len, self.labels))
@@ -252,7 +254,7 @@ class SampleWriter:
 
     def __exit__(self, kind, error, trace) -> None:
         with self.closing:  # leaves nothing behind where an error is on its way, or is raised here
-            if self.file is not None:
+            if self.archive is not None and self.file is not None:
                 self.file.close()
                 with self.archive.open("arr_1.npy", "w") as file:
                     npy.write_array(file, np.concatenate(self.labels))

@@ -20,8 +20,8 @@ class FeatureStatistics:
         self._mean = np.zeros(0)
         self._scatter = np.zeros((0, 0))  # sum of (x - mean)(x - mean)^T
 
-    def update(self, features: Float[np.ndarray, "n d"]) -> None:
-        """Adds n >= 0 rows. UserError where they are NaN or infinite, ValueError where the shape does not fit."""
+    def update(self, features: np.ndarray) -> None:
+        """Adds n >= 0 rows (n, d). UserError where they are NaN or infinite, ValueError for another shape."""
         features = np.asarray(features, np.float64)
         if features.ndim != 2 or (self.num_samples and features.shape[1] != self._mean.size):
             expected = f"(n, {self._mean.size or 'd'})"

@@ -1,13 +1,15 @@
 """The objectives. One more is one file that implements `Objective`, and one line here."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.objective import Objective
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"flow_matching": FlowMatching}
+OBJECTIVES: dict[str, Any] = {"flow_matching": FlowMatching}  # frozen dataclasses that implement Objective
 
 
 def flag_of(field: dataclasses.Field) -> str:
@@ -21,7 +23,7 @@ def objective_fields() -> Iterator[dataclasses.Field]:
     yield from {flag_of(field): field for field in fields}.values()
 
 
-def make_objective(config: Mapping[str, Any]) -> Objective:
+def make_objective(config: Mapping[str, Any] | ConfigDict) -> Objective:
     """The objective of a run's configuration: `config["objective"]["name"]`, its fields from their flags' values."""
     objective = OBJECTIVES[config["objective"]["name"]]
     values = {}
