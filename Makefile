@@ -1,4 +1,4 @@
-# make demo   trains on real digits, leaves pictures and a FID in runs/demo
+# make demo   trains on real digits, leaves images and a FID in runs/demo
 # make test   runs the whole suite
 # Both make .venv first. For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.
 
@@ -8,7 +8,7 @@ BIN := .venv/bin
 JAX := jax$(if $(filter-out cpu,$(DEVICE)),[$(DEVICE)])
 STAMP := .venv/.installed-$(DEVICE)
 
-.PHONY: setup demo test lint docs
+.PHONY: setup demo test lint docs pins
 setup: $(STAMP)
 
 $(STAMP): requirements.txt
@@ -31,14 +31,21 @@ demo: $(STAMP)
 	  --denoise_timesteps 64 --cfg_scale 2 --num_samples 500 --batch_size 25 --save_samples $(DEMO)/samples.npz \
 	  --wandb.mode disabled
 	$(BIN)/python benchmarks/recognise_digits.py $(DEMO)/samples.npz
-	@echo "pictures: $(DEMO)/samples_64_2.png and $(DEMO)/images/; FID: $(DEMO)/fid.json; metrics: $(DEMO)/metrics.jsonl"
+	@echo "images: $(DEMO)/samples_64_2.png and $(DEMO)/images/; FID: $(DEMO)/fid.json; metrics: $(DEMO)/metrics.jsonl"
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 3 --dist loadgroup --cov --cov-report=term
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python .venv
+
+# The versions that everybody installs, from the ranges in pyproject.toml.
+pins: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip compile pyproject.toml --extra tfds --extra dev --universal --python-version 3.11 --no-annotate \
+	  --quiet --custom-compile-command "make pins" $(PINS_FLAGS) --output-file requirements.txt
 
 docs: $(STAMP)
 	JAX_PLATFORMS=cpu $(BIN)/python docs/make_flags.py

@@ -44,10 +44,12 @@ class DiTConfig:
     hidden_size: int = setting(64, "Width of the transformer.", 4, 2**16)
     depth: int = setting(2, "Transformer blocks.", 1, 1000)
     num_heads: int = setting(2, "Attention heads.", 1, 2**16)
-    mlp_ratio: float = setting(1.0, "Width of the MLP over --model.hidden_size.", 0, 100)
-    class_dropout_prob: float = setting(0.1, "Fraction of labels dropped in training, for guidance.", 0, 1)
+    mlp_ratio: float = setting(1.0, "MLP width divided by --model.hidden_size.", 0, 100)
+    class_dropout_prob: float = setting(
+        0.1, "Probability of dropping a label in training, for classifier-free guidance.", 0, 1
+    )
     num_classes: int = setting(1000, 'Number of labels; one more embedding stands for "no label".', 1, 10**8)
-    t_conditioning: int = setting(1, "0 feeds zeros to the model instead of t.", 0, 1)
+    t_conditioning: int = setting(1, "0: the model is not conditioned on t.", 0, 1)
     dtype: str = setting(
         "bfloat16", "Compute dtype; parameters stay float32.", choices=("bfloat16", "float32"), is_fixed=False
     )

@@ -55,18 +55,20 @@ def define_flags() -> None:
     cli.define_path("samples", None, "Instead of a run: npz (arr_0, uint8 NHWC) or folder of images to score.")
     flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
     cli.define_path("fid_stats", None, "Reference statistics, as compute_fid_stats.py writes them.")
-    cli.define_path("out", None, "Folder of what is written; default: --load_dir's run, or that of --samples.")
+    cli.define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")
     cli.define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
     flags.DEFINE_list("cfg_scale", ["4"], "Guidance scales, separated by commas; -1 or 1: no guidance.")
     flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
     flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
     flags.DEFINE_list("denoise_timesteps", ["500"], "Step counts, separated by commas.")
-    flags.DEFINE_enum("solver", "euler", list(SOLVERS), "heun and midpoint take two velocities a step.")
+    flags.DEFINE_enum("solver", "euler", list(SOLVERS), "heun and midpoint evaluate the model twice per step.")
     flags.DEFINE_enum("labels", "uniform", list(LABELS), "How labels are drawn; dataset: as often as in --fid_stats.")
     flags.DEFINE_integer("num_samples", 50_000, "Samples, exactly; of --samples the first, default all.", lower_bound=2)
     flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: what fits, 128 on CPUs.")
     flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
-    flags.DEFINE_enum("convention", None, list(CONVENTIONS), "Of --fid_stats, where the file does not say.")
+    flags.DEFINE_enum(
+        "convention", None, list(CONVENTIONS), "Inception preprocessing, if --fid_stats does not record it."
+    )
     cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
     cli.define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
     cli.define_vae_flag()
@@ -92,7 +94,7 @@ def find_statistics(config: ConfigDict, dataset_name: str | None) -> Path:
 
 def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[SamplerConfig]:
     """A sampler for every guidance scale and step count of the command line. UserError where it asks for guidance that
-    a model trained with `class_dropout_prob` does not have; without asking there is none, which is said."""
+    a model trained with `class_dropout_prob` does not have; without asking there is none, which is logged."""
     steps = cli.read_numbers(config.denoise_timesteps, "denoise_timesteps", int, cli.MAX_STEPS, lowest=1)
     scales = cli.read_numbers(config.cfg_scale, "cfg_scale", float, cli.MAX_SCALE) if config.use_cfg else [-1.0]
     if not checks.can_guide(class_dropout_prob) and any(map(cli.guides, scales)):

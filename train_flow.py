@@ -336,7 +336,7 @@ def check_finite(
         saved = checkpoints.steps()
         way = f"the same command continues from step {saved[0]}: run it" if saved else "start again"
         raise UserError(
-            f"loss or parameters are not finite any more at step {step}; {way} with a lower --model.lr, "
+            f"loss or parameters are no longer finite at step {step}; {way} with a lower --model.lr, "
             "or with --model.dtype float32"
         )
 
@@ -366,7 +366,7 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
 
     # What a kill or a signal left undone.
     if trainer.is_evaluation_missing(step):
-        log(f"the evaluation of step {step} was not finished: making it now")
+        log(f"the evaluation of step {step} was not finished: running it now")
         if not log_evaluation(tracker, trainer.evaluate(state, trainer.last_batch()), step, stop):
             return step
     if step >= config.max_steps:

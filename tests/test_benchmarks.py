@@ -80,7 +80,7 @@ def test_models_side_by_side(program, names, tmp_path):
     assert all(row["TFLOP/s"] > 0 and row["MFU"].endswith("%") for row in rows)
 
 
-def test_feeds_side_by_side(shared, tmp_path):
+def test_pipelines_side_by_side(shared, tmp_path):
     args = ["--dataset_name", "cifar10", "--data_dir", shared / "data" / "tfds", "--batch", 8, "--repeats", 2]
     rows = measure("batches.py", tmp_path / "figures.json", *args, "--baseline_buffer", 50, "--step_ms", 1)
     assert [row["pipeline"] for row in rows] == ["ours", "jax-flow baseline"]

@@ -1,4 +1,4 @@
-"""Data told by their content: what would shift labels or order is refused by its first difference, the rest is said."""
+"""Data identified by content: what would shift labels or order is refused by its first difference, the rest logged."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data_sets import load
-from tests.pictures import make_classes, noise, write
+from tests.image_files import make_classes, noise, write
 from utils.data.dataset import describe_data
 from utils.data.fingerprint import LISTING, Fingerprint, Row, compare_data, read_listing, write_listing
 from utils.errors import UserError

@@ -1,4 +1,4 @@
-"""Folders of images: their layouts, every kind of file, and what is said about broken ones."""
+"""Folders of images: their layouts, every kind of file, and what is reported about broken ones."""
 
 import errno
 import io
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.data_sets import load
-from tests.pictures import make_classes, noise, resize_by_formula, write, write_png_16_bit
+from tests.image_files import make_classes, noise, resize_by_formula, write, write_png_16_bit
 from utils.data import image_folder
 from utils.data.batches import epoch_batches, training_batches
 from utils.data.images import decode_image

@@ -19,7 +19,7 @@ SHA256 = "0" * 64
 
 def manifest(**changes) -> Manifest:
     values = {
-        "dataset_name": "folder:/pictures",
+        "dataset_name": "folder:/images",
         "image_shape": (24, 24, 3),
         "latent_shape": (3, 3, 4),
         "class_names": ("cat", "dog"),
@@ -53,7 +53,7 @@ def test_a_manifest_comes_back(folder):
 
 def test_moments_come_back_in_order(folder):
     dataset = load(f"latents:{folder}", "validation")
-    assert (dataset.name, dataset.image_shape, dataset.class_names) == ("folder:/pictures", (24, 24, 3), ("cat", "dog"))
+    assert (dataset.name, dataset.image_shape, dataset.class_names) == ("folder:/images", (24, 24, 3), ("cat", "dog"))
     assert not dataset.random_flip
     (batch,) = epoch_batches(dataset, 5)
     np.testing.assert_array_equal(batch["moments"], MOMENTS[:3, 0])

@@ -73,17 +73,17 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
     times = [*(f"{i / 10:.1f}" for i in range(11)), "mean"]
     scalars += [f"{split}_loss_t/{t}" for split in ("training", "validation") for t in times] + ["fid"]
     scalars += [f"training/{name}" for name in ("images_per_second", "tflops_per_second", "mfu", "data_wait_fraction")]
-    pictures = ["reconstruction_n", *(f"sample_cfg_{s}" for s in ("0", "0.1", "1", "4", "10"))]
-    pictures += [f"sample_N/{n}" for n in (1, 4, 32)]
+    images = ["reconstruction_n", *(f"sample_cfg_{s}" for s in ("0", "0.1", "1", "4", "10"))]
+    images += [f"sample_N/{n}" for n in (1, 4, 32)]
     lines = read_metrics(folder / "metrics.jsonl")
     logged = {name for line in lines for name in line}
     assert set(scalars) <= logged
     assert all(np.isfinite(value) for line in lines for value in line.values())
-    for name in pictures:
+    for name in images:
         assert (folder / "images" / name.replace("/", "_") / "00000020.png").stat().st_size > 2000
     (run_file,) = [path for path in (folder / "wandb").rglob("*.wandb") if not path.parent.is_symlink()]
     content = run_file.read_bytes()
-    assert [name for name in scalars + pictures if name.encode() not in content] == []
+    assert [name for name in scalars + images if name.encode() not in content] == []
     by_time = [line for line in lines if "training_loss_t/0.0" in line][-1]
     mean = np.mean([by_time[f"training_loss_t/{i / 10:.1f}"] for i in range(1, 10)])
     assert by_time["training_loss_t/mean"] == pytest.approx(mean)

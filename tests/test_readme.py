@@ -93,7 +93,7 @@ def test_help_lists_every_flag(program):
     ] == []
 
 
-def test_pictures_and_pages_named_are_there():
+def test_images_and_pages_named_are_there():
     for page, text in PAGES.items():
         for path in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / path).exists(), f"{page.name}: {path}"

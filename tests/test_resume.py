@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, run_program
-from tests.pictures import noise
+from tests.image_files import noise
 from tests.runs import losses, start, wait_for_step
 
 pytestmark = pytest.mark.xdist_group("resume")
@@ -220,8 +220,8 @@ def test_without_both_sides_of_guidance_there_is_none(data, tmp_path, weights, p
     words = ["--model.class_dropout_prob", prob, "--eval_interval", 2, "--model.denoise_timesteps", 2]
     done = train(tmp_path / "run", data, *words, max_steps=2)
     assert "samples are drawn without guidance" in done.stdout
-    pictures = {path.name for path in (tmp_path / "run" / "images").iterdir()}
-    assert pictures == {"reconstruction_n", "sample_cfg_1", *(f"sample_N_{n}" for n in (1, 4, 32))}
+    images = {path.name for path in (tmp_path / "run" / "images").iterdir()}
+    assert images == {"reconstruction_n", "sample_cfg_1", *(f"sample_N_{n}" for n in (1, 4, 32))}
     evaluate = ["eval_fid.py", "--load_dir", tmp_path / "run", "--fid_stats", "data/fid_stats_digits.npz"]
     evaluate += ["--num_samples", 4, "--denoise_timesteps", 2, "--batch_size", 4, "--wandb.mode", "disabled"]
     evaluate += ["--inception_weights", weights]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pictures import noise, write
+from tests.image_files import noise, write
 from utils.errors import UserError
 from utils.metrics.samples import SampleWriter, open_samples
 

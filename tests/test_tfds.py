@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.conftest import run_program
 from tests.data_sets import load
-from tests.pictures import encoded, make_classes, noise, resize_by_formula
+from tests.image_files import encoded, make_classes, noise, resize_by_formula
 from utils.data import tfds
 from utils.data.batches import epoch_batches, first_examples, training_batches
 from utils.errors import UserError

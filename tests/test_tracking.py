@@ -1,4 +1,4 @@
-"""Local metrics and pictures, and wandb in its three modes."""
+"""Local metrics and images, and wandb in its three modes."""
 
 import json
 import re

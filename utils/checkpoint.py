@@ -118,7 +118,7 @@ def _checksum(x: Array) -> UInt32[Array, ""]:
     return jnp.sum(bits.astype(jnp.uint32) * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)
 
 
-@jax.jit  # one program: several that communicate at once can get stuck on virtual CPU devices
+@jax.jit  # one compiled function: several that communicate at once can get stuck on virtual CPU devices
 def _checksums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
     return [_checksum(leaf) for leaf in leaves]
 
@@ -333,7 +333,7 @@ class Checkpoints:
 class Saver:
     """Saves a run on its way: every `interval` steps, and where `minutes` have passed since it last did (0: never).
 
-    A save that fails, because the disk is full for example, is said in one line, and tried again a minute later while
+    A save that fails, because the disk is full for example, is reported in one line and tried again a minute later;
     the run goes on.
     """
 

@@ -62,7 +62,7 @@ def define_data_flags() -> None:
     """Registers which images are read, and how; see `read_data_options`."""
     define_path("dataset_name", "imagenet256", "Data set; docs/data.md lists them.")
     define_path("data_dir", None, "Where TFDS keeps prepared data sets; gs://... too.")
-    flags.DEFINE_integer("image_size", None, "Side to which images of any size are cropped and resized.", 1, 2**13)
+    flags.DEFINE_integer("image_size", None, "Images are centre-cropped and resized to this side.", 1, 2**13)
     flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What to do about broken files of folder:PATH.")
     flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH to decode.", 0, 10_000)
 
@@ -86,7 +86,9 @@ def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
 def define_vae_flag() -> None:
     """Registers --vae."""
     define_path(
-        "vae", None, f"Hub id or folder of the VAE; default: the run's or the cached latents', else {DEFAULT_HUB_ID}."
+        "vae",
+        None,
+        f"Hub id or folder of the VAE; default: that of the run or of the cached latents, else {DEFAULT_HUB_ID}.",
     )
 
 
@@ -125,7 +127,9 @@ def define_wandb_flags(name: str = "flow_{dataset_name}") -> None:
     flags.DEFINE_string("wandb.project", "flow", "Project.")
     flags.DEFINE_string("wandb.entity", None, "User or team.")
     flags.DEFINE_string("wandb.group", None, "Group of runs.")
-    flags.DEFINE_string("wandb.name", name, "Name of the run, and of its folder under runs/.")
+    flags.DEFINE_string(
+        "wandb.name", name, "Name of the wandb run; train_flow.py names its folder under runs/ after it too."
+    )
     flags.DEFINE_string("wandb.notes", None, "A longer description.")
     flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas.")
 
@@ -133,7 +137,7 @@ def define_wandb_flags(name: str = "flow_{dataset_name}") -> None:
 def define_device_flags() -> None:
     """Registers how several processes find each other."""
     flags.DEFINE_string(
-        "coordinator_address", None, "host:port of process 0 where a run has several; 'auto' on TPU pods, SLURM."
+        "coordinator_address", None, "host:port of process 0 in a multi-process run; 'auto' on TPU pods and SLURM."
     )
     flags.DEFINE_integer("num_processes", None, "Processes in the run, with --coordinator_address.")
     flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator_address.")

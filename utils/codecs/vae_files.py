@@ -42,7 +42,7 @@ def _fetch_files(hub_id: str) -> tuple[Path, Path]:
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-    reason = f"it has no {CONFIG}, nor has its folder vae"
+    reason = f"neither it nor its folder vae has a {CONFIG}"
     places = (None, "vae")  # a VAE's own repository, a whole pipeline's
     try:
         for place in places:

@@ -17,7 +17,7 @@ from utils.errors import UserError
 # Above any photograph's (a 200-megapixel phone, 400 by sensor shift); three bytes each while it is decoded.
 MAX_MEGAPIXELS = 500.0
 
-# Larger pictures are refused here, by the limit in force, rather than by Pillow's own.
+# Larger images are refused here, by the limit in force, rather than by Pillow's own.
 Image.MAX_IMAGE_PIXELS = None
 # Malformed metadata, which nothing here needs, is no reason to write a line for each of a million files.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")

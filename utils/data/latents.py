@@ -64,7 +64,7 @@ class Manifest:
             raise ValueError(f"shard_size {_short(self.shard_size)}")
         texts = (*self.class_names, self.dataset_name, self.vae, self.vae_sha256)
         if not self.class_names or not all(isinstance(text, str) for text in texts):
-            raise ValueError("names that are no texts")
+            raise ValueError("names that are not strings")
 
     def shards(self, split: str) -> list[tuple[str, range]]:
         """(file name, numbers of its examples) of a split."""
@@ -100,7 +100,9 @@ def load_manifest(folder: Path) -> Manifest | None:
         manifest = Manifest(**content)
         manifest.check()
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no manifest of latents ({error}); make them again with encode_latents.py") from None
+        raise UserError(
+            f"{path} is not a valid latents manifest ({error}); make them again with encode_latents.py"
+        ) from None
     if manifest.format != FORMAT:
         raise UserError(f"{path}: latents of format {manifest.format}, not {FORMAT}; make them again")
     return manifest

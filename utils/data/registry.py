@@ -35,8 +35,9 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     folder:PATH     image files, in a folder for each class or in one folder
     latents:DIR     what encode_latents.py made of one of these
 
-    The middle four are read from what TFDS prepared, in any version: array_record at random and without TensorFlow,
-    else tfrecord as a stream. Sizes of folder:PATH default to 256, of cifar10 and tfds:NAME to the images' own.
+    imagenet256, celebahq256, cifar10 and tfds:NAME are read from what TFDS prepared, in any version: array_record at
+    random and without TensorFlow, else tfrecord as a stream. Sizes of folder:PATH default to 256, of cifar10 and
+    tfds:NAME to the images' own.
     UserError, with what to do, where the data are missing or the name is unknown.
     """
     if split not in SPLITS:
