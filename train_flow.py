@@ -359,17 +359,21 @@ def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, Any]], step: i
     return True
 
 
+def finish_evaluation(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopRequest) -> bool:
+    """Makes the evaluation that a kill or a signal left undone; False where it is interrupted again."""
+    step = int(state.step)
+    if not trainer.is_evaluation_missing(step):
+        return True
+    log(f"the evaluation of step {step} was not finished: running it now")
+    return log_evaluation(tracker, trainer.evaluate(state, trainer.last_batch()), step, stop)
+
+
 def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopRequest) -> int:
     """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last step."""
     config, codec, step = trainer.config, trainer.model.codec, int(state.step)
     metrics = position = None  # of the last step
 
-    # What a kill or a signal left undone.
-    if trainer.is_evaluation_missing(step):
-        log(f"the evaluation of step {step} was not finished: running it now")
-        if not log_evaluation(tracker, trainer.evaluate(state, trainer.last_batch()), step, stop):
-            return step
-    if step >= config.max_steps:
+    if not finish_evaluation(trainer, state, tracker, stop) or step >= config.max_steps:
         return step
 
     # Compiled steps, and what saves, reports and traces.
@@ -423,7 +427,7 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
 
 def end_without_data(error: DataError, step: int, saver: Saver, state: TrainState, position: object) -> NoReturn:
     """Ends a run whose data cannot be read any more, after saving what it has learned."""
-    # Of several processes the others cannot be told in time: they wait for this one's share of a step.
+    # Of several processes the others cannot be notified in time: they wait for this one in the middle of a step.
     if position is None or jax.process_count() > 1:
         raise error
     saver.save_last(state, position)

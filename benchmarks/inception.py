@@ -4,7 +4,7 @@
 
 "bfloat16" has parameters and activations of half the size, the resize before them in float32. "PyTorch" runs the very
 file that our weights are read from. The largest difference is that of the pool features from "ours", which is float32,
-as a share of the largest of these.
+as a fraction of the largest of these.
 """
 
 from collections.abc import Callable

@@ -113,7 +113,7 @@ def test_flips_half_of_the_images_anew_each_epoch():
     stream = take(training_batches(numbered(200), 200, 0), 20)
     flipped = np.array([batch["image"][np.argsort(batch["label"]), 0, 0, 0] == 0 for batch in stream])
     assert abs(flipped.mean() - 0.5) < 0.04  # five standard deviations of a fair coin
-    assert all(0 < share < 1 for share in flipped.mean(axis=0))
+    assert all(0 < fraction < 1 for fraction in flipped.mean(axis=0))
     unflipped = labels(take(training_batches(numbered(200, random_flip=False), 200, 0), 20))
     assert unflipped == labels(stream)
     assert all(batch["image"][0, 0, 0, 0] for batch in take(training_batches(numbered(9, random_flip=False), 4, 0), 9))

@@ -301,7 +301,10 @@ def test_the_program_says_when_there_is_nothing_to_do(tmp_path, monkeypatch, cap
         ("source", "prepared: {}/celebahq256/1.0.0 (array_record"),
         ("source", "prepared already: {}/celebahq256/1.0.0; train on it"),
         ("other", "prepared already: {0}/celebahq256/1.0.0, from {0}/source, which was not compared with --source="),
+        ("damaged", "prepared already: {}/celebahq256/1.0.0, from an unknown source, which was not compared with"),
     ):
+        if source == "damaged":
+            (tmp_path / "celebahq256" / "1.0.0" / celebahq256.SOURCE_FILE).write_bytes(b"{\0")
         celebahq256.main(
             ConfigDict({"source": str(tmp_path / source), "data_dir": None, "file_format": "array_record"})
         )

@@ -17,12 +17,12 @@ from utils.errors import UserError
 from utils.sharding import make_mesh, replicated, shape_structs, state_sharding
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
 
-FACTS = {"image_shape": [8, 8, 1], "class_names": ["a"]}
-OLD_CONFIG = {"model": dict.fromkeys(checkpoint.MODEL_SETTINGS, 2), "dataset_name": "digits", "dataset": FACTS}
+METADATA = {"image_shape": [8, 8, 1], "class_names": ["a"]}
+OLD_CONFIG = {"model": dict.fromkeys(checkpoint.MODEL_SETTINGS, 2), "dataset_name": "digits", "dataset": METADATA}
 CONFIG = {
     **OLD_CONFIG,
     "objective": {"name": "flow_matching"},
-    "dataset": {**FACTS, "name": "digits", "vae": None, "vae_sha256": None},
+    "dataset": {**METADATA, "name": "digits", "vae": None, "vae_sha256": None},
 }
 OPTIMIZER = make_optimizer(1e-3, 0.9, 0.99)
 

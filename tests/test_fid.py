@@ -1,4 +1,4 @@
-"""Distances and scores of features against closed forms and definitions written out; streaming; files."""
+"""Distances and scores of features against closed forms and definitions spelled out; streaming; files."""
 
 import pickle
 from pathlib import Path
@@ -203,8 +203,8 @@ def test_saved_statistics_load_back(rng, tmp_path, num_samples):
     features = rng.normal(size=(num_samples, 20)) @ random_covariance(20, rng)
     spatial, counts, path = rng.normal(size=(num_samples, 6)), np.array([3, 0, 7]), tmp_path / "new" / "stats"
     statistics = images_of(features, spatial, max_features=10)
-    facts = {"convention": "adm", "dataset": "digits", "split": "train", "inception_sha256": "7ff4"}
-    save_statistics(path, statistics, **facts, label_counts=counts)
+    metadata = {"convention": "adm", "dataset": "digits", "split": "train", "inception_sha256": "7ff4"}
+    save_statistics(path, statistics, **metadata, label_counts=counts)
     loaded = load_statistics(path, num_features=20)
     for mu, sigma, rows in ((loaded.mu, loaded.sigma, features), (loaded.spatial_mu, loaded.spatial_sigma, spatial)):
         np.testing.assert_allclose(mu, rows.mean(axis=0), atol=1e-12)

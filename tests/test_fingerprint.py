@@ -98,7 +98,7 @@ def test_another_size_or_format_is_refused(tmp_path):
     saved = describe_data(datasets)
     with pytest.raises(UserError, match="its images were 4x4x3, not 2x2x3"):
         compare_data(saved | {"image_shape": [4, 4, 3]}, {}, saved, fingerprints(datasets))
-    other = {split: facts | {"format": "tfrecord"} for split, facts in saved["splits"].items()}
+    other = {split: metadata | {"format": "tfrecord"} for split, metadata in saved["splits"].items()}
     with pytest.raises(UserError, match="read from tfrecord, now from files, in another order"):
         compare_data(saved | {"splits": other}, {}, saved, fingerprints(datasets))
 

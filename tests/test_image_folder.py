@@ -191,7 +191,7 @@ def test_broken_files_and_empty_classes_are_refused_by_name_before_training(zoo)
 
 def test_broken_files_and_empty_classes_are_skipped_by_name(zoo, capfd):
     splits = [load(f"folder:{zoo}", split, None, 8, "skip") for split in ("train", "validation")]
-    told = capfd.readouterr().err
+    output = capfd.readouterr().err
     named = [
         "truncated.jpg",
         "text.png",
@@ -202,7 +202,7 @@ def test_broken_files_and_empty_classes_are_skipped_by_name(zoo, capfd):
         "side of 1",
         "empty",
     ]
-    assert [name for name in named if name not in told] == []
+    assert [name for name in named if name not in output] == []
     assert [len(dataset.source) for dataset in splits] == [7, 1]
     assert splits[0].class_names == ("cat", "dog")
     images = [batch["image"] for dataset in splits for batch in epoch_batches(dataset, 4)]

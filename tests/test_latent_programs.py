@@ -154,7 +154,7 @@ def test_latents_are_no_images(latents, tmp_path):
 
 
 def test_the_moved_vae_is_named_by_a_flag(latents, cached_run, vae, tmp_path):
-    """Latents and runs remember where their VAE was; a copy elsewhere does as well, told by its hash."""
+    """Latents and runs remember where their VAE was; a copy elsewhere does as well, identified by its hash."""
     copy = shutil.copytree(vae, tmp_path / "copy")
     args = [
         "--dataset_name",

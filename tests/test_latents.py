@@ -34,7 +34,7 @@ def manifest(**changes) -> Manifest:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Latents of ten training images, labelled by turns, and of three for validation."""
+    """Latents of ten training images, labels alternating, and of three for validation."""
     made = manifest()
     (tmp_path / MANIFEST).write_text(json.dumps(made.to_json()))
     for split, views in made.num_views.items():

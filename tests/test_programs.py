@@ -300,10 +300,10 @@ def assert_refused(done, words) -> None:
     assert "compiling" not in done.stdout
 
 
-def cells(folder) -> dict[tuple, dict]:
-    """{(steps, guidance): cell} of a fid.json."""
+def rows(folder) -> dict[tuple, dict]:
+    """{(steps, guidance): row} of a fid.json."""
     found = json.loads((folder / "fid.json").read_text())["cells"]
-    return {(cell["num_steps"], cell["cfg_scale"]): cell for cell in found}
+    return {(row["num_steps"], row["cfg_scale"]): row for row in found}
 
 
 @finished_run
@@ -315,21 +315,21 @@ def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_pa
     # Two programs make all samples, with guidance and without; one network scores them.
     assert done.stderr.count("Compiling jit(_generate)") == 2
     assert done.stderr.count("Compiling jit(_extract)") == 1
-    found = cells(tmp_path / "sweep")
+    found = rows(tmp_path / "sweep")
     assert list(found) == [(4, 4), (2, 4), (4, None), (2, None)]
     recorded = {"num_samples": 7, "seed": 0, "checkpoint_step": 20, "labels": "uniform", "solver": "euler"}
-    assert all(recorded.items() <= cell.items() and len(cell["fid_stats_sha256"]) == 64 for cell in found.values())
+    assert all(recorded.items() <= row.items() and len(row["fid_stats_sha256"]) == 64 for row in found.values())
     assert f"| 4 | 4 | 7 | {found[4, 4]['fid']:.3f} |" in done.stdout
     assert f"| 2 | none | 7 | {found[2, None]['fid']:.3f} |" in done.stdout
-    assert all(cell["fid"] > 1 for cell in found.values())
+    assert all(row["fid"] > 1 for row in found.values())
     names = {path.name for path in (tmp_path / "sweep").iterdir()}
     assert {"fid.csv", "fid.png", "samples_4_4.png", "samples_2_4.png", "samples_4_none.png"} <= names
     assert len((tmp_path / "sweep" / "fid.csv").read_text().splitlines()) == 5
 
-    # The last cell by itself, on two devices, is the sweep's; its samples score the same from a file and as PNGs.
+    # The last row by itself, on two devices, is the sweep's; its samples score the same from a file and as PNGs.
     single = ["--load_dir", folder, "--denoise_timesteps", 2, "--use_cfg", 0, "--out", tmp_path / "single"]
     run_program("eval_fid.py", *common, *single, "--save_samples", tmp_path / "samples.npz", devices=2)
-    alone = cells(tmp_path / "single")[2, None]["fid"]
+    alone = rows(tmp_path / "single")[2, None]["fid"]
     assert alone == pytest.approx(found[2, None]["fid"], rel=1e-3)
     samples = np.load(tmp_path / "samples.npz")
     assert (samples["arr_0"].shape, samples["arr_0"].dtype, samples["arr_1"].shape) == ((7, 8, 8, 1), np.uint8, (7,))
@@ -345,12 +345,12 @@ def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_pa
 
 def score_samples(common, samples, reference, out) -> dict:
     run_program("eval_fid.py", *common, "--samples", samples, "--fid_stats", reference, "--out", out)
-    (cell,) = json.loads((out / "fid.json").read_text())["cells"]
-    return cell
+    (row,) = json.loads((out / "fid.json").read_text())["cells"]
+    return row
 
 
 @finished_run
-def test_a_killed_sweep_does_not_score_a_cell_twice(finished, weights, tmp_path):
+def test_a_killed_sweep_does_not_score_a_row_twice(finished, weights, tmp_path):
     folder, _ = finished
     args = ["eval_fid.py", "--load_dir", folder, "--num_samples", 8, "--batch_size", 8, "--wandb.mode", "disabled"]
     args += ["--inception_weights", weights, "--denoise_timesteps", "3,2,1", "--out", tmp_path]
@@ -362,11 +362,11 @@ def test_a_killed_sweep_does_not_score_a_cell_twice(finished, weights, tmp_path)
         time.sleep(0.01)
     process.kill()
     process.wait()
-    before = cells(tmp_path)
+    before = rows(tmp_path)
     assert 0 < len(before) < 3
     stamped = {name: (tmp_path / f"samples_{name[0]}_4.png").stat().st_mtime_ns for name in before}
     done = run_program(*args)
-    after = cells(tmp_path)
+    after = rows(tmp_path)
     assert list(after) == [(3, 4), (2, 4), (1, 4)]
     assert len(json.loads((tmp_path / "fid.json").read_text())["cells"]) == 3
     assert {name: after[name] for name in before} == before

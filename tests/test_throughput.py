@@ -11,7 +11,7 @@ from utils.throughput import StepTrace, Throughput
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that goes when it is told to: clock.append(seconds)."""
+    """A clock that advances on request: clock.append(seconds)."""
     ticks = [100.0]
     monkeypatch.setattr(throughput.time, "monotonic", lambda: sum(ticks))
     return ticks

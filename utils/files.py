@@ -15,6 +15,7 @@ from typing import Any
 
 import filelock
 
+from utils.console import warn
 from utils.errors import UserError
 
 READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
@@ -115,7 +116,7 @@ class FolderLock:
                 "another folder"
             ) from None
         except OSError as error:  # a file system without locks
-            print(f"{self.folder} cannot be locked ({error.strerror}): let no second process work in it", flush=True)
+            warn(f"{self.folder} cannot be locked ({error.strerror}): make sure that no other process writes there")
         own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(self.holder, own)
 

@@ -211,6 +211,8 @@ def attention(
     CPUs and 'xla' elsewhere, by the platform that is compiled for: good without derivatives, whose memory would be that
     of both.
     """
+    if form not in ATTENTION_FORMS:
+        raise ValueError(f"unknown form of attention {form!r}; use one of {', '.join(ATTENTION_FORMS)}")
     if form == "auto":
         forms = {name: partial(attention, form=name) for name in ("by_head", "xla")}
         return jax.lax.platform_dependent(query, key, value, cpu=forms["by_head"], default=forms["xla"])

@@ -16,10 +16,10 @@ def image_table(
 ) -> Figure:
     """A figure of images (grey or RGB) in rows and columns, titled on the left and on top."""
     rows, columns, height, _, _ = images.shape
-    cell = 0.65 if height < 32 else 1.15  # inches; tiny images are easier to recognise small
+    size = 0.65 if height < 32 else 1.15  # inches; tiny images are easier to recognise small
     left = 0.1 + 0.085 * max([len(name) for name in row_titles], default=0)  # inches for the longest row title
     top = 0.1 + 0.3 * bool(title) + 0.16 * max([1 + name.count("\n") for name in column_titles], default=0)
-    width, total = left + columns * cell, top + rows * cell
+    width, total = left + columns * size, top + rows * size
     figure = Figure(figsize=(width, total), dpi=100 if height < 128 else 160)
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(left / width, 0.02 / rows, 1, 1 - top / total, wspace=0.04, hspace=0.04)

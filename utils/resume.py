@@ -18,9 +18,8 @@ NEW_RUN = "another --wandb.name or --save_dir starts a new run"
 # What a trained model fixes, and what it has learned.
 _SETTINGS = dataclasses.fields(DiTConfig)
 ARCHITECTURE = (*(field.name for field in _SETTINGS if field.metadata["is_fixed"]), "use_stable_vae")
-OBJECTIVE = tuple(flag for flag in map(flag_of, objective_fields()) if not flag.startswith("objective."))
 # A run is continued only under the same values of these; the rest may change, and is reported.
-FIXED = (*(f"model.{name}" for name in ARCHITECTURE), *OBJECTIVE, "batch_size", "seed", "debug_overfit")
+FIXED = (*(f"model.{name}" for name in ARCHITECTURE), "objective.name", "batch_size", "seed", "debug_overfit")
 # Parameters fit another run's model whatever these are.
 NOT_OF_PARAMETERS = ("class_dropout_prob", "t_conditioning")
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
@@ -59,7 +58,7 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
         )
     old, new = _flatten(saved), _flatten(config)
     changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-    for name in (*FIXED, *(name for name in new if name.startswith("objective."))):
+    for name in (*FIXED, *(flag_of(field) for field in objective_fields() if field.metadata["is_fixed"])):
         if name in changed:
             before, now = changed[name]
             raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")

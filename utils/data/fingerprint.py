@@ -162,8 +162,8 @@ def _count(keys: Sequence[str]) -> str:
     return f"{len(keys)} image{'s are' if len(keys) > 1 else ' is'}"
 
 
-def _list(keys: Sequence[str], few: int = 3) -> str:
-    return ", ".join(keys[:few]) + ", ..." * (len(keys) > few)
+def _list(keys: Sequence[str], limit: int = 3) -> str:
+    return ", ".join(keys[:limit]) + ", ..." * (len(keys) > limit)
 
 
 def _size(image_shape: Sequence[int]) -> str:

