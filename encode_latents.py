@@ -34,6 +34,7 @@ from utils.sharding import batch_sharding, gather, make_mesh, shard_replicated
 
 def define_flags() -> None:
     cli.define_data_flags()
+    cli.define_flip_flag()
     cli.define_vae_flag()
     cli.define_path("out", None, "Folder to write.")
     flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")

@@ -29,6 +29,7 @@ from utils.console import log
 from utils.errors import UserError
 from utils.files import file_sha256
 from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator
+from utils.memory import free_memory
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor, load_logits
 from utils.metrics.measure import find_convention, measure_images, pad_and_shard
 from utils.metrics.reference import ReferenceStatistics, has_statistics, load_statistics, save_statistics
@@ -39,7 +40,7 @@ from utils.models import init_params, make_model
 from utils.objectives.registry import make_objective
 from utils.results import Results, plot_fid, to_markdown, write_csv
 from utils.sampling import LABELS, SOLVERS, SamplerConfig
-from utils.sharding import free_memory, gather, make_mesh, replicated, shape_structs
+from utils.sharding import gather, make_mesh, replicated, shape_structs
 from utils.tracking import Tracker
 
 GRID_IMAGES = 64

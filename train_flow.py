@@ -6,6 +6,7 @@ The same command again continues a run from its newest checkpoint. docs/training
 flags.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -27,12 +28,14 @@ from utils.checkpoint import Checkpoints, DamagedCheckpointError, Saver, open_ch
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.console import log
 from utils.data.batches import first_examples, training_batches
-from utils.data.dataset import SPLITS, describe_data
+from utils.data.dataset import SPLITS, describe_data, summarize_data
 from utils.data.fingerprint import write_listing
 from utils.data.registry import load_dataset
 from utils.errors import DataError, UserError
 from utils.files import FolderLock, remove_temporaries, write_json
 from utils.generate import ImageGenerator
+from utils.hints import ema_hints, model_hints
+from utils.memory import device_memory, explaining_out_of_memory, format_bytes, memory_needed, out_of_memory
 from utils.metrics.inception import CONVENTIONS, load_feature_extractor
 from utils.metrics.measure import find_convention, measure_images
 from utils.metrics.reference import load_statistics
@@ -48,7 +51,6 @@ from utils.sharding import (
     compile_step,
     initialize_processes,
     make_mesh,
-    memory_needed,
     next_batch,
     prefetch,
     replicated,
@@ -59,12 +61,19 @@ from utils.sharding import (
 from utils.signals import Interrupted, StopRequest
 from utils.throughput import StepTrace, Throughput
 from utils.tracking import Tracker, read_metrics
-from utils.train_state import TrainState, create_train_state, make_optimizer
+from utils.train_state import EmaSchedule, TrainState, create_train_state, make_optimizer
 from utils.train_step import INIT, VALIDATION, train_step, validation_step
+
+EXIT_STOPPED = 75  # by a signal, and saved: EX_TEMPFAIL of sysexits.h, "try again"
+MEMORY_FLAGS = (
+    "a smaller --batch_size or --image_size, a larger --model.patch_size, --remat dots (or blocks), or --grad_accum 2 "
+    "(or more)"
+)
 
 
 def define_flags() -> None:
     cli.define_data_flags()
+    cli.define_flip_flag()
     cli.define_vae_flag()
     cli.define_path("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
     cli.define_path("load_dir", None, "Run whose parameters and EMA this run starts from.")
@@ -89,6 +98,9 @@ def define_flags() -> None:
         "none",
         list(REMAT_POLICIES),
         "What the backward pass recomputes, to save memory: dots is everything but matmuls.",
+    )
+    flags.DEFINE_integer(
+        "ema_warmup", 0, "1: the EMA's decay grows as (1 + n) / (10 + n) up to --model.target_update_rate.", 0, 1
     )
     flags.DEFINE_float("peak_tflops", None, "Peak of one device, for the MFU of unknown kinds.", lower_bound=0)
     cli.define_path("profile", None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.")
@@ -123,6 +135,7 @@ class Trainer:
             "optimizer": self.optimizer,
             "grad_accum": config.grad_accum,
         }
+        self.ema = EmaSchedule(cli.ema_decay(config.model.target_update_rate), bool(config.ema_warmup))
         self.flops_per_step = 3 * config.batch_size * self.model.network.count_flops(self.model.latent_shape)
 
     def _load_data(self) -> None:
@@ -138,6 +151,7 @@ class Trainer:
         # Always the same validation images, so that two points of a curve differ by the model alone.
         validation_batches = training_batches(self.datasets["validation"], config.batch_size, config.seed, **hosts)
         self.validation_batch = shard_batch(next_batch(validation_batches), self.mesh)
+        log(summarize_data(self.datasets, config.batch_size))
 
     def _load_model(self) -> None:
         config = self.config
@@ -155,6 +169,8 @@ class Trainer:
             dataset.class_names,
             remat=config.remat,
         )
+        for hint in model_hints(config.model, self.model.latent_shape, dataset, config.batch_size):
+            log(f"note: {hint}")
         if not checks.can_guide(config.model.class_dropout_prob):
             log(f"{checks.explain_no_guidance(config.model.class_dropout_prob)}: samples are drawn without guidance")
         recorded = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
@@ -263,19 +279,25 @@ class Trainer:
         self.batches.set_state({"next_index": self.batches.get_state()["next_index"] - 1})
         return shard_batch(next_batch(self.batches), self.mesh)
 
-    def compile_train_step(self, state: TrainState) -> Callable:
-        """train_step(state, batch, codec) compiled for this run's shapes; it donates the state's memory."""
-        ema_decay = cli.ema_decay(self.config.model.target_update_rate)
+    def compile_steps(self, state: TrainState) -> tuple[Callable, Callable]:
+        """(train_step, validation_step), both of (state, batch, codec), compiled for this run's shapes; the first
+        donates the state's memory. UserError where that takes more memory than there is."""
         shardings = (jax.tree.map(lambda x: x.sharding, state), replicated(self.mesh))
-        step = partial(train_step, **self.static, ema_decay=ema_decay)
+        step = partial(train_step, **self.static, ema=self.ema)
         step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        arguments = (state, self.validation_batch, self.model.codec)
+        compiled = partial(compile_step, platform=self.mesh.devices.flat[0].platform)
         log("compiling the training step ...")
         started = time.monotonic()
-        platform = self.mesh.devices.flat[0].platform
-        compiled = compile_step(step, state, self.validation_batch, self.model.codec, platform=platform)
-        seconds, needed = time.monotonic() - started, memory_needed(compiled)
-        log(f"compiled in {seconds:.1f} s; it needs {needed / 2**30:.2f} GiB per device")
-        return compiled
+        with explaining_out_of_memory("the training step", MEMORY_FLAGS):
+            train = compiled(step, *arguments)
+            validate = compiled(jax.jit(partial(validation_step, **self.static)), *arguments)
+        needed = memory_needed(train)
+        if needed > device_memory():
+            raise out_of_memory("the training step", MEMORY_FLAGS, needed)
+        seconds, there = time.monotonic() - started, format_bytes(device_memory())
+        log(f"compiled in {seconds:.1f} s; it needs {format_bytes(needed)} of {there} per device")
+        return train, validate
 
     def summary(self, state: TrainState) -> str:
         model, shape = self.config.model, self.model.latent_shape
@@ -287,7 +309,8 @@ class Trainer:
         )
 
     def evaluate(self, state: TrainState, batch: PyTree) -> Iterator[tuple[str, Any]]:
-        """(name, number or figure) of what is looked at every --eval_interval; images and FID use the EMA."""
+        """(name, number or figure) of what is looked at every --eval_interval; images and FID use the EMA, and while
+        that is mostly the initial parameters, images are drawn from the parameters too."""
         config, model, key = self.config, self.model, jax.random.fold_in(state.key, VALIDATION)
         for name, data in (("training", batch), ("validation", self.validation_batch)):
             for t, loss in loss_by_time(model, state.params, data, key).items():
@@ -296,7 +319,12 @@ class Trainer:
         can_guide = checks.can_guide(config.model.class_dropout_prob)
         scale = cli.guidance_scale(config.model.cfg_scale) if can_guide else None
         sampler = SamplerConfig(config.model.denoise_timesteps, scale)
-        yield from sample_panels(model, state.ema_params, key, sampler)
+        weight = self.ema.initial_weight(int(state.step))
+        note = f"EMA, {weight:.0%} of it initial parameters" if weight > 0.005 else "EMA"
+        yield from sample_panels(model, state.ema_params, key, sampler, note=note)
+        if weight > 0.5:
+            raw = {"name": "sample_raw", "note": "parameters without EMA", "step_counts": ()}
+            yield from sample_panels(model, state.params, key, sampler, scales=(1 if scale is None else scale,), **raw)
         if self.reference is not None:
             yield "fid", self.compute_fid(state, sampler)
 
@@ -377,8 +405,7 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
         return step
 
     # Compiled steps, and what saves, reports and traces.
-    compiled_step = trainer.compile_train_step(state)
-    validate = jax.jit(partial(validation_step, **trainer.static))
+    compiled_step, validate = trainer.compile_steps(state)
     saver = Saver(trainer.checkpoints, trainer.saved_config, config.save_interval, config.save_minutes, step)
     throughput = Throughput(config.batch_size, trainer.flops_per_step, config.peak_tflops)
     check = partial(check_finite, checkpoints=trainer.checkpoints)
@@ -411,15 +438,14 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
                 progress.flush()
                 check(metrics, step, ema_params=state.ema_params)
             if is_saved:
-                (saver.save_last if is_last else saver.save)(state, position)
+                with progress.pausing("saving"):
+                    (saver.save_last if is_last else saver.save)(state, position)
             if is_evaluated:
-                progress.bar.set_description_str("evaluating")
-                if not log_evaluation(tracker, trainer.evaluate(state, batch), step, stop) and not is_last:
-                    saver.save_last(state, position)
-                    is_last = True
-                progress.bar.set_description_str("")
-            if is_evaluated or is_saved:
-                progress.throughput.restart()
+                with progress.pausing("evaluating"):
+                    is_whole = log_evaluation(tracker, trainer.evaluate(state, batch), step, stop)
+                    if not (is_whole or is_last):
+                        saver.save_last(state, position)
+                        is_last = True
             if is_last:
                 trace.close(metrics)
                 return step
@@ -442,17 +468,24 @@ def main(config: ConfigDict) -> None:
     if state.step >= config.max_steps and not trainer.is_evaluation_missing(int(state.step)):
         log(f"nothing to do: {trainer.folder} is at step {state.step} already; raise --max_steps to go on")
         return
-    log(cli.to_text(config))
+    log(f"settings: {cli.explicit_flags() or 'the defaults'}; all are in {trainer.folder / 'config.json'}")
     log(trainer.summary(state))
+    if config.eval_interval:
+        for hint in ema_hints(trainer.ema, min(1000, config.eval_interval), config.max_steps):
+            log(f"note: {hint}")
     trainer.write_config(int(state.step))
-    tracker = Tracker(trainer.folder, config, int(state.step))
-    last_step = train(trainer, state, tracker, stop)
+    tracker = Tracker(trainer.folder, config, int(state.step), {"dataset": trainer.saved_config["dataset"]})
+    with explaining_out_of_memory("training", MEMORY_FLAGS):
+        last_step = train(trainer, state, tracker, stop)
     trainer.checkpoints.wait()
     trainer.checkpoints.close()
     tracker.close()
     trainer.lock.release()
     if last_step < config.max_steps or trainer.is_evaluation_missing(last_step):
         log(f"stopped at step {last_step} and saved; the same command continues from there")
+        sys.exit(EXIT_STOPPED)
+    log(f"done: images, metrics.jsonl and checkpoints are in {trainer.folder}")
+    log(f"samples and FID: python eval_fid.py --load_dir {trainer.folder}")
 
 
 if __name__ == "__main__":

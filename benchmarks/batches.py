@@ -124,9 +124,10 @@ def make_pipelines(config: ConfigDict, dataset: ImageDataset, mesh: Mesh) -> dic
 def wait_fraction(batches: Iterator[PyTree], count: int, step_ms: float) -> float:
     """Fraction of the time of `count` batches, each followed by a step, that goes into waiting for them."""
     rates = Throughput(1, 0.0)
+    started = time.monotonic()
     for _ in itertools.islice(rates.waiting(map(jax.block_until_ready, batches), lambda: True), count):
         time.sleep(step_ms / 1e3)  # leaves the cores to whoever reads, as a step on an accelerator does
-    return rates.read()["data_wait_fraction"]
+    return rates.waited / (time.monotonic() - started)
 
 
 def main(config: ConfigDict) -> None:

@@ -24,9 +24,10 @@ from ml_collections import ConfigDict
 from diffusion_transformer import DiT, DiTBlock
 from utils import cli
 from utils.codecs.vae import StableVAE, VAEConfig
+from utils.memory import memory_needed
 from utils.objectives.flow_matching import FlowMatching
-from utils.sharding import compile_step, memory_needed
-from utils.train_state import create_train_state, make_optimizer
+from utils.sharding import compile_step
+from utils.train_state import EmaSchedule, create_train_state, make_optimizer
 from utils.train_step import train_step
 
 BASELINE = "jax-flow baseline"
@@ -97,7 +98,7 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
         objective=FlowMatching(),
         optimizer=OPTIMIZER,
         grad_accum=grad_accum,
-        ema_decay=0.9999,
+        ema=EmaSchedule(0.9999),
     )
     return Step(step, states, kind, {"moments": moments, "label": labels}, codec, donate=True)
 

@@ -12,9 +12,10 @@ import diffusion_transformer
 from diffusion_transformer import DiT, DiTConfig
 from utils import sampling
 from utils.convert.jax_flow import import_jax_flow_params
+from utils.memory import memory_needed
 from utils.models import model_fn
 from utils.objectives.flow_matching import FlowMatching
-from utils.sharding import compile_step, memory_needed
+from utils.sharding import compile_step
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
 
 TOLERANCE = 2e-4

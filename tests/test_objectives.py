@@ -73,7 +73,8 @@ def test_a_new_objective_is_trained_evaluated_and_resumed(train, read_flags, tmp
     assert lines[0]["training/l2_loss"] == pytest.approx(3 * lines[0]["training/ema_error"])
     assert 0.5 < lines[0]["training/ema_error"] < 1
     panels = {path.name for path in (tmp_path / "images").iterdir()}
-    assert panels == {"reconstruction_n", "sample_cfg_1", "sample_N_1", "sample_N_4", "sample_N_32"}
+    samples = {"sample_cfg_1", "sample_raw_cfg_1", "sample_N_1", "sample_N_4", "sample_N_32"}
+    assert panels == {"reconstruction_n"} | samples
     with pytest.raises(UserError, match=r"with --objective.weight=3.0, not 5.0"):
         train("--max_steps", "3", "--objective.weight", "5")
     with pytest.raises(UserError, match=r"with --objective.name=data_prediction, not flow_matching"):

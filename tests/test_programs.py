@@ -74,7 +74,7 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
     scalars += [f"{split}_loss_t/{t}" for split in ("training", "validation") for t in times] + ["fid"]
     scalars += [f"training/{name}" for name in ("images_per_second", "tflops_per_second", "mfu", "data_wait_fraction")]
     images = ["reconstruction_n", *(f"sample_cfg_{s}" for s in ("0", "0.1", "1", "4", "10"))]
-    images += [f"sample_N/{n}" for n in (1, 4, 32)]
+    images += [f"sample_N/{n}" for n in (1, 4, 32)] + ["sample_raw_cfg_4"]  # the EMA is mostly initial parameters
     lines = read_metrics(folder / "metrics.jsonl")
     logged = {name for line in lines for name in line}
     assert set(scalars) <= logged
@@ -92,11 +92,16 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
 @finished_run
 def test_the_run_says_what_it_does(finished):
     folder, output = finished
+    assert "data: digits, 1,500 images to train on and 297 held out, 8x8x1, 10 classes, 23.4 steps per epoch" in output
+    assert "the EMA, of which 100% is initial parameters at the first evaluation (step 20)" in output
     assert re.search(r"[\d,]+ parameters, [\d.,]+ GFLOP per step", output)
     rates = r"loss \d\.\d+, [\d,.]+ images/s, .* TFLOP/s \(\d+% MFU\), \d+% waiting for data"
     assert re.search(r"20/20 .*s(tep)?/s(tep)?, " + rates, output)
-    assert re.search(r"compiled in [\d.]+ s; it needs [\d.]+ GiB per device", output)
-    assert "hidden_size: 32" in output
+    assert re.search(r"compiled in [\d.]+ s; it needs [\d.]+ MiB of [\d.]+ GiB per device", output)
+    assert re.search(r"settings: .*--batch_size=64 .*--model.hidden_size=32 .*all are in .*config.json", output)
+    assert "--model.beta1" not in output
+    assert f"done: images, metrics.jsonl and checkpoints are in {folder}" in output
+    assert re.search(r"wandb sync .*/wandb/offline-run-", output)
     saved = json.loads((folder / "config.json").read_text())
     assert saved["model"]["hidden_size"] == 32
     recorded = {"name": "digits", "image_shape": [8, 8, 1], "class_names": list("0123456789")}
@@ -177,7 +182,7 @@ def test_two_processes_give_the_losses_of_one_and_obey_a_signal_to_either(uninte
     wait_for_step(processes[0], tmp_path, 12)
     processes[random.randrange(2)].send_signal(random.choice([signal.SIGINT, signal.SIGTERM]))
     outputs = [process.communicate(timeout=100)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
+    assert [process.returncode for process in processes] == [75, 75], outputs[0][-2000:] + outputs[1][-2000:]
     assert "parameters" in outputs[0]
     assert "parameters" not in outputs[1]  # process 0 speaks for both
     (step,) = re.findall(r"stopped at step (\d+) and saved", outputs[0])
@@ -231,7 +236,7 @@ def test_signals_save_and_exit_cleanly(uninterrupted, tmp_path, number):
     wait_for_step(process, tmp_path, 4)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.returncode == 75, output
     (step,) = re.findall(r"stopped at step (\d+) and saved", output)
     assert os.listdir(tmp_path / "checkpoints") == [step]
     expected = losses(uninterrupted(1))

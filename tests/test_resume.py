@@ -221,7 +221,7 @@ def test_without_both_sides_of_guidance_there_is_none(data, tmp_path, weights, p
     done = train(tmp_path / "run", data, *words, max_steps=2)
     assert "samples are drawn without guidance" in done.stdout
     images = {path.name for path in (tmp_path / "run" / "images").iterdir()}
-    assert images == {"reconstruction_n", "sample_cfg_1", *(f"sample_N_{n}" for n in (1, 4, 32))}
+    assert images == {"reconstruction_n", "sample_cfg_1", "sample_raw_cfg_1", *(f"sample_N_{n}" for n in (1, 4, 32))}
     evaluate = ["eval_fid.py", "--load_dir", tmp_path / "run", "--fid_stats", "data/fid_stats_digits.npz"]
     evaluate += ["--num_samples", 4, "--denoise_timesteps", 2, "--batch_size", 4, "--wandb.mode", "disabled"]
     evaluate += ["--inception_weights", weights]

@@ -17,15 +17,36 @@ def clock(monkeypatch):
     return ticks
 
 
-def test_rates_are_of_the_steps_since_the_restart(clock):
+def finish(meter, clock, *seconds):
+    for each in seconds:
+        clock.append(each)
+        meter.finish_step()
+
+
+def test_rates_are_of_three_steps_at_least_and_of_no_pause(clock):
     meter = Throughput(images_per_step=8, flops_per_step=3e12, peak_tflops=12)
-    clock.append(5)
-    meter.restart()
-    clock.append(2)
-    meter.num_steps += 4
-    expected = {"images_per_second": 16, "tflops_per_second": 6, "mfu": 0.5, "data_wait_fraction": 0}
-    assert meter.read() == pytest.approx(expected)
-    assert str(meter) == "16.00 images/s, 6 TFLOP/s (50% MFU), 0% waiting for data"
+    finish(meter, clock, 100, 1, 1)  # the first has compiled something, or waited for data
+    assert (meter.read(), str(meter)) == ({}, "measuring speed")
+    finish(meter, clock, 0.25)
+    expected = {"images_per_second": 8 * 3 / 2.25, "tflops_per_second": 4, "mfu": 1 / 3, "data_wait_fraction": 0}
+    assert meter.read_window() == pytest.approx(expected)
+    assert str(meter) == "10.67 images/s, 4 TFLOP/s (33% MFU), 0% waiting for data"
+    clock.append(50)  # logging, saving, evaluating
+    meter.pause()
+    finish(meter, clock, 1e-6, 2, 2)
+    assert meter.read_window() == pytest.approx(expected)  # of the window before, as this one is too short
+    finish(meter, clock, 2)
+    assert meter.read()["images_per_second"] == 4
+
+
+def test_where_every_step_is_logged_each_counts_from_the_end_of_the_logging(clock):
+    meter = Throughput(images_per_step=8, flops_per_step=1)
+    for _ in range(3):
+        assert meter.read_window() == {}
+        finish(meter, clock, 2)
+        clock.append(7)
+        meter.pause()
+    assert meter.read_window()["images_per_second"] == 4
 
 
 def test_the_peak_is_that_of_all_devices_or_not_told(monkeypatch):
@@ -45,8 +66,9 @@ def test_only_waiting_with_idle_devices_is_a_stall(clock):
             yield seconds
 
     idle = iter([True, False, True])
-    taken = list(itertools.islice(meter.waiting(batches(), lambda: next(idle)), 3))
-    assert taken == [1, 2, 4]
+    meter.finish_step()
+    for _ in itertools.islice(meter.waiting(batches(), lambda: next(idle)), 3):
+        meter.finish_step()
     assert meter.read()["data_wait_fraction"] == pytest.approx(5 / 7)
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,6 +74,21 @@ def test_while_the_disk_is_full_lines_wait(tmp_path, capsys):
     assert [line["a"] for line in tracking.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert capsys.readouterr().err.count("its lines wait until it can") == 1
     assert not list((tmp_path / "images").rglob("*.png"))
+
+
+def test_a_resumed_offline_run_has_all_steps_in_its_newest_folder(tmp_path, capfd):
+    for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        tracker = tracking.Tracker(tmp_path, config("offline"), first, {"dataset": {"name": "digits"}}, axis="epoch")
+        for step in steps:
+            tracker.log({f"loss_{step}": step}, step)
+        tracker.log_table("scores", [{"fid": 3.5}, {"steps": 4}])
+        tracker.close()
+        output = capfd.readouterr()
+    (folder,) = re.findall(r"wandb sync (\S+)`", output.out)
+    assert output.err == ""
+    (file,) = Path(folder).glob("*.wandb")
+    names = [b"loss_1", b"loss_2", b"loss_3", b"loss_4", b"digits", b"scores", b"epoch"]
+    assert [name for name in names if name not in file.read_bytes()] == []
 
 
 @pytest.mark.parametrize("mode", ["disabled", "offline", "online"])

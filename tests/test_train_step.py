@@ -9,7 +9,7 @@ from diffusion_transformer import DiTConfig
 from utils.codecs.pixels import PixelCodec
 from utils.models import Network
 from utils.objectives.flow_matching import FlowMatching
-from utils.train_state import create_train_state, make_optimizer
+from utils.train_state import EmaSchedule, create_train_state, make_optimizer
 from utils.train_step import accumulate_microbatches, draw_examples, train_step, validation_step
 
 OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)
@@ -46,7 +46,7 @@ def run(function, probe, **changes):
 
 
 def train(*arguments, **static):
-    return train_step(*arguments, **static, ema_decay=0.9)
+    return train_step(*arguments, **static, ema=EmaSchedule(0.9))
 
 
 def test_training_drops_labels_and_draws_anew_each_step(probe):

@@ -1,7 +1,6 @@
 """Refusals of impossible requests, before anything compiles: each names the value, the flag and the fix."""
 
 import math
-import os
 import tempfile
 from pathlib import Path
 
@@ -9,13 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from utils.errors import UserError
-
-
-def memory_limit() -> int:
-    """Bytes of this machine's memory, or of all devices if those have more."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    of_devices = sum(stat.get("bytes_limit", 0) for stat in stats) * jax.process_count()
-    return max(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), of_devices)
+from utils.memory import total_memory
 
 
 def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
@@ -40,7 +33,7 @@ def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
         )
     if int(model.mlp_ratio * model.hidden_size) < 1:
         raise UserError(f"--model.mlp_ratio={model.mlp_ratio} leaves the MLP no width; use 4, for example")
-    num_params, limit = count_parameters(model, latent_shape), memory_limit()
+    num_params, limit = count_parameters(model, latent_shape), total_memory()
     if 16 * num_params > limit:  # float32 parameters, EMA and two moments
         raise UserError(
             f"a model of --model.hidden_size={model.hidden_size}, --model.depth={model.depth}, --model.mlp_ratio="
@@ -65,7 +58,7 @@ def count_parameters(model: ConfigDict, latent_shape: tuple[int, int, int]) -> i
 
 def check_batch_memory(batch_size: int, image_shape: tuple[int, ...], copies: int = 6) -> None:
     """UserError where the machine cannot hold that many images: a batch, those prefetched, and work on it."""
-    needed, limit = copies * batch_size * math.prod(image_shape) // jax.process_count(), memory_limit()
+    needed, limit = copies * batch_size * math.prod(image_shape) // jax.process_count(), total_memory()
     if needed > limit:
         raise UserError(
             f"--batch_size={batch_size} of {'x'.join(map(str, image_shape))} images needs {needed / 2**30:,.0f} GiB, "

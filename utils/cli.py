@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import yaml
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
@@ -67,9 +66,27 @@ def define_data_flags() -> None:
     flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH to decode.", 0, 10_000)
 
 
+def define_flip_flag() -> None:
+    """Registers --random_flip, of programs that train."""
+    flags.DEFINE_integer(
+        "random_flip",
+        None,
+        "1 mirrors half of the training images left to right, 0 none; default: 1 for imagenet*, cifar10, folder:PATH.",
+        0,
+        1,
+    )
+
+
 def read_data_options(config: ConfigDict) -> DataOptions:
-    """The values of the flags of `define_data_flags`."""
-    return DataOptions(config.data_dir, config.image_size, config.broken_images, config.max_megapixels)
+    """The values of the flags of `define_data_flags` and, where the program has it, `define_flip_flag`."""
+    flip = config.get("random_flip")
+    return DataOptions(
+        config.data_dir,
+        config.image_size,
+        config.broken_images,
+        config.max_megapixels,
+        None if flip is None else bool(flip),
+    )
 
 
 def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
@@ -234,6 +251,15 @@ def is_explicit(name: str) -> bool:
     return bool(FLAGS[name].present)
 
 
+def explicit_flags() -> str:
+    """The flags that the user gave, as on the command line."""
+    names = [name for name in FLAGS if is_explicit(name)]
+    values = {name: FLAGS[name].value for name in names}
+    return " ".join(
+        f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in values.items()
+    )
+
+
 def resolve_model(config: ConfigDict) -> None:
     """Fills the preset's sizes into what the user left unset, and translates legacy spellings."""
     model = config.model
@@ -348,8 +374,3 @@ def read_numbers(words: list[str], flag: str, kind: type, highest: float, lowest
     if lowest is not None and min(numbers) < lowest:
         raise UserError(f"--{flag}={','.join(words)}: give numbers of {lowest} or more")
     return numbers
-
-
-def to_text(config: ConfigDict) -> str:
-    """The configuration as YAML, groups last, for a person to read."""
-    return yaml.safe_dump(config.to_dict(), sort_keys=False).rstrip()

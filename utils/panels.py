@@ -6,7 +6,7 @@ any of them compiles nothing anew; the network and the shapes are static.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -83,10 +83,18 @@ def sample_stages(
 
 
 def sample_panels(
-    model: ImageModel, params: PyTree, key: Key[Array, ""], sampler: SamplerConfig
+    model: ImageModel,
+    params: PyTree,
+    key: Key[Array, ""],
+    sampler: SamplerConfig,
+    *,
+    name: str = "sample",
+    note: str = "",
+    scales: Sequence[float] = PANEL_GUIDANCE,
+    step_counts: Sequence[int] = PANEL_STEPS,
 ) -> Iterator[tuple[str, Figure]]:
-    """(`sample_cfg_S`, panel) for each guidance scale and (`sample_N/N`, panel) for each step count; of a model that
-    cannot be guided, scale 1 alone.
+    """(`NAME_cfg_S`, panel) for each guidance scale and (`NAME_N/N`, panel) for each step count; of a model that cannot
+    be guided, scale 1 alone. `note` ends every title.
 
     Every panel starts from the same noise and labels, so that scales and step counts can be compared by eye.
     """
@@ -102,11 +110,12 @@ def sample_panels(
         shown = jnp.full_like(labels, model.network.config.num_classes) if scale == 0 else labels
         return sample_stages(model, params, noise, shown, None if scale in (0, 1) else scale, num_steps)
 
-    for scale in PANEL_GUIDANCE if can_guide(model.network.config.class_dropout_prob) else (1,):
+    note = note and f"; {note}"
+    for scale in scales if can_guide(model.network.config.class_dropout_prob) else (1,):
         images = stages(scale, sampler.num_steps)
-        title = f"{sampler._replace(cfg_scale=scale)}, by fraction of the path"
-        yield f"sample_cfg_{scale}", plotting.image_table(images, names, stage_titles, title)
-    for num_steps in PANEL_STEPS:
+        title = f"{sampler._replace(cfg_scale=scale)}, by fraction of the path{note}"
+        yield f"{name}_cfg_{scale:g}", plotting.image_table(images, names, stage_titles, title)
+    for num_steps in step_counts:
         final = stages(1 if sampler.cfg_scale is None else sampler.cfg_scale, num_steps)[None, :, -1]
-        title = str(sampler._replace(num_steps=num_steps))
-        yield f"sample_N/{num_steps}", plotting.image_table(final, (), names, title)
+        title = f"{sampler._replace(num_steps=num_steps)}{note}"
+        yield f"{name}_N/{num_steps}", plotting.image_table(final, (), names, title)

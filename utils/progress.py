@@ -1,7 +1,9 @@
 """What a run shows of its steps."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -44,15 +46,28 @@ class Progress:
             return
         (step, metrics, validation), self.pending = self.pending, None
         loss = float(metrics["l2_loss"])
-        self.throughput.num_steps += 1
+        self.throughput.finish_step()
         self.bar.set_postfix_str(f"loss {loss:.4f}, {self.throughput}", refresh=False)
         self.bar.update()
         if validation is not None:
             self.check(metrics, step)
-            groups = {"training": metrics | self.throughput.read(), "validation": validation}
+            groups = {"training": metrics | self.throughput.read_window(), "validation": validation}
             named = {f"{group}/{name}": x for group, values in groups.items() for name, x in values.items()}
             self.tracker.log(named, step)
-            self.throughput.restart()
+            self.throughput.pause()
+
+    @contextlib.contextmanager
+    def pausing(self, what: str) -> Iterator[None]:
+        """Between two training steps: neither the rates nor the bar's estimate count the time of the block."""
+        started = time.monotonic()
+        self.bar.set_description_str(what, refresh=sys.stderr.isatty())
+        yield
+        self.bar.set_description_str("", refresh=False)
+        self.throughput.pause()
+        if not self.bar.disable:
+            seconds = time.monotonic() - started
+            self.bar.start_t += seconds
+            self.bar.last_print_t += seconds
 
     def is_idle(self) -> bool:
         """Whether the devices have finished all that was dispatched."""

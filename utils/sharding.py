@@ -69,22 +69,6 @@ def compile_step(function: jax.stages.Wrapped, *arguments: Any, platform: str) -
     return lowered.compile(compiler_options=options if platform == "cpu" else {})
 
 
-def memory_needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a compiled function needs on each device, arguments included, by the compiler's own analysis."""
-    sizes: Any = compiled.memory_analysis()
-    arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return arguments + sizes.temp_size_in_bytes
-
-
-def free_memory() -> int | None:
-    """Bytes free on the fullest of the devices, the same on every process; None where devices do not tell, as CPUs."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    if not all(stats):
-        return None
-    free = min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
-    return int(np.min(multihost_utils.process_allgather(np.int64(free))))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 

@@ -1,6 +1,7 @@
 """How fast a run goes: images and floating-point operations a second, the fraction of the peak, the time spent waiting
 for data; and traces of where the time goes."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -28,21 +29,54 @@ PEAK_TFLOPS = {
 }
 
 
-class Throughput:
-    """Rates since the last `restart`, of steps that all devices share.
+@dataclasses.dataclass
+class Window:
+    """Steps, the seconds between their ends, and those of them spent waiting for data."""
 
-    `flops_per_step` are the model's (not those that rematerialisation adds), so that their fraction of the peak is the
-    model FLOPs utilisation (MFU, arXiv:2204.02311, appendix B). `peak_tflops` is that of one device; None: by its kind.
+    num_steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, seconds: float, waited: float) -> None:
+        self.num_steps += 1
+        self.seconds += seconds
+        self.waited += waited
+
+
+class Throughput:
+    """Rates of steps that all devices share, over a window of MIN_STEPS at least.
+
+    A step counts from the end of the one before it, so that compilation, logging, saving and evaluating are left out:
+    after `pause`, the next step only starts the clock. (Where every step is followed by a pause, each counts from its
+    end.) `flops_per_step` are the model's (not those that rematerialisation adds), so that their fraction of the peak
+    is the model FLOPs utilisation (MFU, arXiv:2204.02311, appendix B). `peak_tflops` is that of one device; None: by
+    its kind.
     """
 
+    MIN_STEPS = 3
+
     def __init__(self, images_per_step: int, flops_per_step: float, peak_tflops: float | None = None):
-        self.images_per_step, self.flops_per_step = images_per_step, flops_per_step
+        self.images_per_step = images_per_step
+        self.flops_per_step = flops_per_step
         peak = peak_tflops or PEAK_TFLOPS.get(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * 1e12 * jax.device_count()
-        self.restart()
+        self.rates: dict[str, float] = {}  # of the last window that was long enough
+        self.waited = 0.0  # in the present step
+        self.start_window()
+        self.pause()
 
-    def restart(self) -> None:
-        self.started, self.num_steps, self.waited = time.monotonic(), 0, 0.0
+    def start_window(self) -> None:
+        self.steady, self.resumed = Window(), Window()
+
+    def pause(self) -> None:
+        """Ends a pause: the time since the last step is no part of the next."""
+        self.last, self.is_steady = time.monotonic(), False
+
+    def finish_step(self) -> None:
+        now = time.monotonic()
+        window = self.steady if self.is_steady else self.resumed
+        window.add(now - self.last, self.waited)
+        self.last, self.is_steady, self.waited = now, True, 0.0
 
     def waiting(self, batches: Iterator[Item], is_idle: Callable[[], bool]) -> Iterator[Item]:
         """The batches; the time that each takes to come counts as waited if `is_idle()` once it is there."""
@@ -54,18 +88,33 @@ class Throughput:
             yield batch
 
     def read(self) -> dict[str, float]:
-        """`images_per_second`, `tflops_per_second`, `data_wait_fraction`, and `mfu` where the peak is known."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        flops = self.num_steps * self.flops_per_step / seconds
-        rates = {
-            "images_per_second": self.num_steps * self.images_per_step / seconds,
+        """`images_per_second`, `tflops_per_second`, `data_wait_fraction`, and `mfu` where the peak is known: of the
+        present window, or the one before while that is too short; nothing before the first."""
+        window = self.steady if self.steady.num_steps >= self.MIN_STEPS else self.resumed
+        if window.num_steps < self.MIN_STEPS:
+            return self.rates
+        seconds = max(window.seconds, 1e-9)
+        flops = window.num_steps * self.flops_per_step / seconds
+        self.rates = {
+            "images_per_second": window.num_steps * self.images_per_step / seconds,
             "tflops_per_second": flops / 1e12,
-            "data_wait_fraction": self.waited / seconds,
+            "data_wait_fraction": window.waited / seconds,
         }
-        return rates | ({"mfu": flops / self.peak_flops} if self.peak_flops else {})
+        if self.peak_flops:
+            self.rates["mfu"] = flops / self.peak_flops
+        return self.rates
+
+    def read_window(self) -> dict[str, float]:
+        """`read`, and the next window begins, if this one was long enough."""
+        rates = self.read()
+        if max(self.steady.num_steps, self.resumed.num_steps) >= self.MIN_STEPS:
+            self.start_window()
+        return rates
 
     def __str__(self) -> str:
         rates = self.read()
+        if not rates:
+            return "measuring speed"
         mfu = f" ({rates['mfu']:.0%} MFU)" if "mfu" in rates else ""
         images = rates["images_per_second"]
         return (

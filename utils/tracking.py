@@ -7,9 +7,9 @@ import json
 import netrc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 from urllib.parse import urlparse
 
 import jax
@@ -45,11 +45,21 @@ def _parse_line(text: bytes) -> dict[str, float] | None:
 class Tracker:
     """Logs scalars and figures of one run by step. `first_step` is where this process starts: later lines of an
     earlier, killed process are dropped, because their steps are about to be run again. While the disk is full, lines
-    wait in memory and images are left out; the run goes on."""
+    wait in memory and images are left out; the run goes on.
 
-    def __init__(self, run_dir: Path, config: ConfigDict, first_step: int):
+    `metadata` goes into wandb's configuration beside `config`. `axis` names a metric against which wandb shows the
+    others, instead of the step."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: ConfigDict,
+        first_step: int,
+        metadata: Mapping[str, Any] | None = None,
+        axis: str | None = None,
+    ):
         self.run_dir = Path(run_dir)
-        self.wandb_run = None
+        self.wandb_run: Any = None
         self.enabled = jax.process_index() == 0
         if not self.enabled:
             return
@@ -61,7 +71,12 @@ class Tracker:
             write_text(path, text)
         self.file, self.unwritten, self.has_warned = path.open("ab", buffering=0), b"", False
         if config.wandb.mode != "disabled":
-            self.wandb_run = start_wandb(self.run_dir, config)
+            self.wandb_run = start_wandb(self.run_dir, config, metadata or {})
+            if axis:
+                self.wandb_run.define_metric("*", step_metric=axis)
+            if self.wandb_run.offline:  # a folder of its own for each start: the newest has all steps
+                for line in kept:
+                    self.wandb_run.log({name: value for name, value in line.items() if name != "step"}, line["step"])
 
     def log(self, metrics: Mapping[str, SupportsFloat], step: int) -> None:
         if not self.enabled:
@@ -96,16 +111,28 @@ class Tracker:
 
             self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
 
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table on wandb; empty where a row has no such column."""
+        if self.wandb_run:
+            import wandb
+
+            columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
+            data = [[row.get(str(column)) for column in columns] for row in rows]
+            self.wandb_run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+
     def close(self) -> None:
         if self.enabled:
             if self.unwritten:
                 warn(f"lost, as {self.file.name} cannot be written: {self.unwritten.decode()}")
             self.file.close()
         if self.wandb_run:
+            folder, is_offline = Path(self.wandb_run.dir).parent, self.wandb_run.offline
             self.wandb_run.finish()
+            if is_offline:
+                log(f"wandb: offline; upload with `wandb sync {folder}` (the newest folder there has all steps)")
 
 
-def start_wandb(run_dir: Path, config: ConfigDict):
+def start_wandb(run_dir: Path, config: ConfigDict, metadata: Mapping[str, Any]) -> Any:
     """The wandb run; offline, saying so in one line, where --wandb.mode is online but no account is set up."""
     import wandb  # takes seconds, and nothing may touch it when it is disabled
 
@@ -122,9 +149,11 @@ def start_wandb(run_dir: Path, config: ConfigDict):
         dir=run_dir,
         id=known_id,
         resume="allow" if mode == "online" else None,
-        config=config.to_dict(),
-        settings=wandb.Settings(quiet=True, console="off"),
+        config={**config.to_dict(), **metadata},
+        settings=wandb.Settings(silent=True, console="off"),
     )
+    if not run.offline:
+        log(f"wandb: {run.url}")
     if run.id != known_id:
         write_text(id_file, run.id)
     return run

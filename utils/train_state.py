@@ -1,10 +1,13 @@
 """What a run carries from step to step: step count, parameters, their EMA, optimizer state, random key."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -34,13 +37,35 @@ def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, 
     )
 
 
-def update_ema(ema_params: PyTree, params: PyTree, ema_decay: float) -> PyTree:
+@dataclasses.dataclass(frozen=True)
+class EmaSchedule:
+    """The decay of the EMA at update n = 0, 1, ...: `decay`, but with `has_warmup` no more than (1 + n) / (10 + n)."""
+
+    decay: float
+    has_warmup: bool = False
+
+    def decay_at(self, step: Int[Array, ""]) -> float | Float[Array, ""]:
+        return jnp.minimum(self.decay, (1 + step) / (10 + step)) if self.has_warmup else self.decay
+
+    def initial_weight(self, num_steps: int) -> float:
+        """Weight in [0, 1] of the initial parameters after `num_steps` updates: the product of the decays."""
+        steps = np.arange(num_steps, dtype=np.float64)
+        decays = np.full(num_steps, self.decay)
+        if self.has_warmup:
+            decays = np.minimum(decays, (1 + steps) / (10 + steps))
+        return float(np.prod(decays))
+
+
+def update_ema(ema_params: PyTree, params: PyTree, ema_decay: float | Float[Array, ""]) -> PyTree:
     """Exponential moving average: decay * ema + (1 - decay) * params, of the parameters just updated."""
     return jax.tree.map(lambda ema, new: ema_decay * ema + (1 - ema_decay) * new, ema_params, params)
 
 
 def apply_gradients(
-    state: TrainState, grads: PyTree, optimizer: optax.GradientTransformation, ema_decay: float
+    state: TrainState,
+    grads: PyTree,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | Float[Array, ""],
 ) -> tuple[TrainState, PyTree]:
     """(state one step on, the parameter updates that were added)."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key, PyTree
 from utils.codecs.codec import Codec, encode_batch
 from utils.models import Network, model_fn
 from utils.objectives.objective import Objective
-from utils.train_state import TrainState, apply_gradients
+from utils.train_state import EmaSchedule, TrainState, apply_gradients
 
 # Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key.
 INIT = 2**31 - 1
@@ -106,7 +106,7 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     grad_accum: int,
-    ema_decay: float,
+    ema: EmaSchedule,
 ) -> tuple[TrainState, dict[str, Array]]:
     """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
     grads, metrics = compute_gradients(
@@ -119,7 +119,7 @@ def train_step(
         grad_accum=grad_accum,
         class_dropout_prob=model.config.class_dropout_prob,
     )
-    new_state, updates = apply_gradients(state, grads, optimizer, ema_decay)
+    new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step))
     return new_state, metrics | norms(grads, updates, new_state.params)
 
 

@@ -112,13 +112,15 @@ class DataOptions:
 
     `data_dir` is where TFDS keeps prepared data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets). `image_size`
     is the side to which images are cropped and resized. `broken_images` ('refuse' or 'skip') and `max_megapixels`, the
-    largest image decoded, are of folder:PATH.
+    largest image decoded, are of folder:PATH. `random_flip` mirrors half of the training images left to right (None: as
+    usual for the data set).
     """
 
     data_dir: str | Path | None = None
     image_size: int | None = None
     broken_images: str = "refuse"
     max_megapixels: float = MAX_MEGAPIXELS
+    random_flip: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,17 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
         "class_names": list(dataset.class_names),
         "splits": {split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
     }
+
+
+def summarize_data(datasets: Mapping[str, ImageDataset], batch_size: int) -> str:
+    """What was found, in a line, to see at once whether it is what was meant."""
+    train, validation = (datasets[split] for split in SPLITS)
+    num_images, num_classes = len(train.source), train.num_classes
+    return (
+        f"data: {train.name}, {num_images:,} images to train on and {len(validation.source):,} held out, "
+        f"{'x'.join(map(str, train.image_shape))}, {num_classes} class{'es' * (num_classes != 1)}, "
+        f"{num_images / batch_size:,.1f} steps per epoch, {'half of them' if train.random_flip else 'none'} mirrored"
+    )
 
 
 def num_held_out(num_images: int) -> int:

@@ -1,5 +1,6 @@
 """Data sets by name. One more is one loader and one line of DATASETS or PREFIXES."""
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Callable
@@ -46,7 +47,16 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     load = DATASETS.get(name) or (PREFIXES.get(prefix) if colon and rest else None)
     if load is None:
         raise UserError(_unknown_name(name))
-    return load(name, split, options or DataOptions())
+    options = options or DataOptions()
+    dataset = load(name, split, options)
+    if options.random_flip is None or split != "train":
+        return dataset
+    if options.random_flip and dataset.latents and not dataset.random_flip:
+        raise UserError(
+            f"--random_flip=1: {name} holds no latents of mirrored images; make them with encode_latents.py "
+            "--random_flip 1, or leave the flag out"
+        )
+    return dataclasses.replace(dataset, random_flip=options.random_flip)
 
 
 def _unknown_name(name: str) -> str:
