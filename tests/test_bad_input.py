@@ -162,7 +162,7 @@ def test_bad_processes_are_one_line(read_flags, files, line, message):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"format": 1}', b'{"shard_size": NaN}'])
 def test_damaged_manifests_are_one_line(read_flags, files, tmp_path, content):
     (tmp_path / "out" / "manifest.json").write_bytes(content)
-    with pytest.raises(UserError, match="no manifest of latents"):
+    with pytest.raises(UserError, match="not a valid latents manifest"):
         run(read_flags, files, "train", f"--dataset_name latents:{files['OUT']} --use_stable_vae 1")
 
 

@@ -142,6 +142,16 @@ def test_initial_parameters_are_the_recipes():
         assert np.abs(kernel).max() == pytest.approx(np.sqrt(6 / fans), rel=0.01), name
 
 
+def test_a_model_that_never_saw_labels_ignores_them(golden, model, params):
+    blind = with_config(model, class_dropout_prob=1.0)
+    outputs = [
+        blind.apply({"params": params}, golden["x_1"], golden["t"], labels)
+        for labels in (golden["labels"], jnp.full_like(golden["labels"], model.config.num_classes))
+    ]
+    np.testing.assert_array_equal(*outputs)
+    assert np.abs(outputs[0] - golden["v_of_x1"]).max() > 1e-3
+
+
 def test_without_t_conditioning_times_do_not_matter(golden, model, params):
     blind = with_config(model, t_conditioning=0)
     x, labels = golden["x_1"], golden["labels"]

@@ -107,7 +107,7 @@ def test_what_is_missing_is_told(folder, tmp_path_factory):
     with pytest.raises(UserError, match="holds 1 examples of split validation, but its manifest says 3"):
         load(f"latents:{folder}", "validation")
     (folder / MANIFEST).write_text('{"format": 1}')
-    with pytest.raises(UserError, match="no manifest of latents"):
+    with pytest.raises(UserError, match="not a valid latents manifest"):
         load(f"latents:{folder}")
 
 

@@ -160,3 +160,79 @@ def test_labels_are_drawn_with_the_fractions_of_their_mode(mode, counts, fractio
 def test_balanced_labels_are_interleaved():
     labels = sampling.sample_labels(KEY, jnp.arange(7), jnp.array([5, 5, 90]), "balanced")
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+GAUSSIAN = (jnp.array([0.7, -0.3]), 0.5)
+
+
+def gaussian_field(labels):
+    """The velocity of data N(m, s^2 I), whose path from x_0 ends at m + s x_0."""
+    mean, std = GAUSSIAN
+
+    def velocity_fn(x, t, t_next):
+        t = t[:, None]
+        variance = (1 - t) ** 2 + t**2 * std**2
+        return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
+
+    return velocity_fn
+
+
+def solve_gaussian(x, tolerance, **times):
+    return sampling.adaptive_sample(
+        gaussian_field, x, jnp.zeros(len(x), jnp.int32), **times, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_the_adaptive_solver_keeps_its_tolerance_and_counts_its_evaluations():
+    mean, std = GAUSSIAN
+    x = jax.random.normal(KEY, (5, 2))
+    evaluations = []
+    for tolerance in (1e-3, 1e-4, 1e-5, 1e-6):
+        x_1, nfe = jax.jit(solve_gaussian, static_argnums=1)(x, tolerance)
+        assert np.abs(x_1 - (mean + std * x)).max() < max(tolerance, 1e-5)  # float32
+        evaluations.append(int(nfe.max()))
+    assert 30 < evaluations[0] < evaluations[-1] < 100
+    back, _ = solve_gaussian(x_1, 1e-5, t_start=1.0, t_end=0.0)
+    np.testing.assert_allclose(back, x, atol=1e-3)
+
+
+def test_adaptive_steps_are_each_samples_own():
+    x = jnp.array([[0.1, 0.1], [3.0, -3.0], [0.5, 2.0]])
+    together, nfe = solve_gaussian(x, 1e-4)
+    for row in range(3):
+        alone, its_nfe = solve_gaussian(x[row : row + 1], 1e-4)
+        np.testing.assert_allclose(alone[0], together[row], rtol=1e-5)
+        assert its_nfe[0] == nfe[row]
+
+
+def test_adaptive_evaluations_are_those_that_are_made():
+    calls = []
+
+    def counted(labels):
+        def velocity_fn(x, t, t_next):
+            jax.debug.callback(lambda t: calls.append(t), t)
+            return gaussian_field(labels)(x, t, t_next)
+
+        return velocity_fn
+
+    _, nfe = sampling.adaptive_sample(counted, jnp.ones((1, 2)), jnp.zeros(1, jnp.int32), rtol=1e-3, atol=1e-3)
+    jax.effects_barrier()
+    assert len(calls) == nfe[0]
+
+
+def test_times_are_uniform_or_shifted_as_those_of_sd3():
+    for steps in (3, 7, 32):
+        uniform = [float(sampling.time_at(i, steps)) for i in range(steps + 1)]
+        assert uniform == [float(np.float32(i / steps)) for i in range(steps + 1)]
+        # SD3's noise level is 1 - t, which it shifts to S u / (1 + (S - 1) u).
+        noise_levels = [3 * u / (1 + 2 * u) for u in (1 - i / steps for i in range(steps + 1))]
+        shifted = [1 - float(sampling.time_at(i, steps, 3.0)) for i in range(steps + 1)]
+        np.testing.assert_allclose(shifted, noise_levels, atol=1e-6)
+
+
+def test_guidance_of_some_channels_leaves_the_others_conditional():
+    x, t, labels = jax.random.normal(KEY, (4, 3)), jnp.full(4, 0.3), jnp.arange(4)
+    whole = sampling.guide(model_fn, 10, 3.0)(x, t, labels)
+    part = sampling.guide(model_fn, 10, 3.0, cfg_channels=2)(x, t, labels)
+    np.testing.assert_array_equal(part[:, :2], whole[:, :2])
+    np.testing.assert_array_equal(part[:, 2:], model_fn(x, t, labels)[:, 2:])

@@ -1,19 +1,34 @@
-"""From parameters to images: the one way samples are made."""
+"""From a trained model to images: the one way samples are made, and a model as Python calls it.
 
+generator = load_generator("runs/demo")
+images = generator.sample(labels=[3, 7], num_steps=64, cfg_scale=2.0, seed=0)  # uint8 (2, 8, 8, 1)
+"""
+
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree, UInt8
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key, Num, PyTree, UInt8
+from ml_collections import ConfigDict
 
-from utils.codecs.codec import images_to_uint8
-from utils.models import ImageModel, model_fn
-from utils.sampling import SamplerConfig, guide, ode_sample, sample_labels, sample_noise
-from utils.sharding import gather, shard_replicated
+from utils.checkpoint import open_checkpoint
+from utils.codecs.codec import images_from_uint8, images_to_uint8
+from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.errors import UserError
+from utils.models import ImageModel, init_params, make_model, model_fn
+from utils.objectives.registry import make_objective
+from utils.sampling import SamplerConfig, adaptive_sample, guide, ode_steps, sample_labels, sample_noise
+from utils.sharding import gather, make_mesh, replicated, shape_structs, shard_replicated
 
 RECIPE_BATCH_SIZE = 128
+Labels = Sequence[int] | np.ndarray | Array
 
 
 class ImageBatch(NamedTuple):
@@ -22,6 +37,7 @@ class ImageBatch(NamedTuple):
     images: UInt8[Array, "b h w c"]
     labels: Int[Array, " b"] | None
     count: int
+    nfe: Int[Array, " b"] | None = None  # velocities that each took, of an adaptive solver
 
     def to_host(self) -> tuple[UInt8[np.ndarray, "count h w c"], Int[np.ndarray, " count"]]:
         """(images, labels) of generated samples."""
@@ -30,26 +46,98 @@ class ImageBatch(NamedTuple):
         return gather(self.images)[: self.count], gather(self.labels)[: self.count]
 
 
-@partial(jax.jit, static_argnames=("network", "objective", "latent_shape", "label_mode", "solver", "is_guided"))
-def _generate(
-    params, codec, key, indices, class_counts, cfg_scale, cfg_interval, num_steps, *,
-    network, objective, latent_shape, label_mode, solver, is_guided,
-):  # fmt: skip
-    noise_key, label_key = jax.random.split(key)
-    noise = sample_noise(noise_key, indices, latent_shape)
-    labels = sample_labels(label_key, indices, class_counts, label_mode)
-    scale = cfg_scale if is_guided else None
-    guided = guide(model_fn(network, params), network.config.num_classes, scale, cfg_interval)
-    latents = ode_sample(objective.velocity(guided, labels), noise, num_steps, solver)
-    return images_to_uint8(codec.decode(latents)), labels
+class _Settings(NamedTuple):
+    """What of a sampler may change without compiling anew. Numbers are of one type each: a function compiled for 4
+    would not serve 1.5."""
+
+    cfg_scale: float
+    cfg_interval: tuple[float, float]
+    time_shift: float
+    rtol: float
+    atol: float
+
+    @classmethod
+    def of(cls, sampler: SamplerConfig) -> "_Settings":
+        low, high = sampler.cfg_interval
+        numbers = (sampler.time_shift, sampler.rtol, sampler.atol)
+        return cls(float(sampler.cfg_scale or 0), (float(low), float(high)), *map(float, numbers))
+
+
+class _Static(NamedTuple):
+    """What a compiled function is bound to."""
+
+    network: Any
+    objective: Any
+    solver: str
+    is_guided: bool
+    cfg_channels: int | None
+
+    def velocity(self, params: PyTree, settings: _Settings, labels: Int[Array, " b"]) -> Callable:
+        scale = settings.cfg_scale if self.is_guided else None
+        num_classes = self.network.config.num_classes
+        model = model_fn(self.network, params)
+        guided = guide(model, num_classes, scale, settings.cfg_interval, self.cfg_channels)
+        return self.objective.velocity(guided, labels)
+
+
+@partial(jax.jit, static_argnames=("label_mode",))
+def _draw_labels(key, indices, class_counts, *, label_mode):
+    return sample_labels(key, indices, class_counts, label_mode)
+
+
+@partial(jax.jit, static_argnames=("shape",))
+def _draw_noise(key, indices, *, shape):
+    return sample_noise(key, indices, shape)
+
+
+@partial(jax.jit, static_argnames=("static",))
+def _integrate(params, x, labels, settings, first, last, num_steps, *, static):
+    """x after some of the steps of a fixed-step solver."""
+    velocity_fn = static.velocity(params, settings, labels)
+    return ode_steps(velocity_fn, x, first, last, num_steps, static.solver, settings.time_shift)
+
+
+@partial(jax.jit, static_argnames=("static", "latent_shape", "is_adaptive"))
+def _generate(params, codec, key, indices, labels, settings, num_steps, *, static, latent_shape, is_adaptive):
+    """(images, evaluations of the velocity for each, or None) of the samples `indices`."""
+    noise = sample_noise(key, indices, latent_shape)
+    if is_adaptive:
+        velocity_of = partial(static.velocity, params, settings)
+        latents, nfe = adaptive_sample(velocity_of, noise, labels, rtol=settings.rtol, atol=settings.atol)
+    else:
+        velocity_fn = static.velocity(params, settings, labels)
+        latents = ode_steps(velocity_fn, noise, 0, num_steps, num_steps, static.solver, settings.time_shift)
+        nfe = None
+    return images_to_uint8(codec.decode(latents)), nfe
+
+
+@partial(jax.jit, static_argnames=("static", "t_start", "t_end"))
+def _solve(params, x, labels, settings, *, static, t_start, t_end):
+    velocity_of = partial(static.velocity, params, settings)
+    return adaptive_sample(velocity_of, x, labels, t_start, t_end, rtol=settings.rtol, atol=settings.atol)
+
+
+@partial(jax.jit, static_argnames=("network",))
+def _apply(params, x, t, labels, *, network):
+    return model_fn(network, params)(x, t, labels)
+
+
+@jax.jit
+def _decode(codec, latents):
+    return images_to_uint8(codec.decode(latents))
+
+
+@jax.jit
+def _encode(codec, key, images):
+    return codec.encode(key, images_from_uint8(images))
 
 
 class ImageGenerator:
-    """A compiled function that samples `batch_size` images at a time, sharded over the devices.
+    """Samples of a model with parameters, sharded over the devices.
 
-    Sample i (noise, and label as `label_mode` and `class_counts` say, see `sampling.sample_labels`) is a function of
-    (seed, i) alone, whatever the batch size or the number of devices. Guidance scale, interval and step count compile
-    nothing anew; with and without guidance are two compiled functions.
+    Sample i (its noise, and its label as `label_mode` and `class_counts` say, see `sampling.sample_labels`) is a
+    function of (seed, i) alone, whatever the batch size or the number of devices. Guidance scale, interval, step count
+    and time shift compile nothing anew; with and without guidance are two compiled functions.
     """
 
     def __init__(
@@ -57,39 +145,61 @@ class ImageGenerator:
         model: ImageModel,
         params: PyTree,
         *,
-        seed: int,
+        seed: int = 0,
         label_mode: str = "uniform",
-        class_counts: Sequence[int] | Int[np.ndarray, " classes"] | None = None,
+        class_counts: Sequence[int] | Num[np.ndarray, " classes"] | None = None,
     ):
         self.model = model
         self.params = params
-        self.key = jax.random.key(seed)
+        self.seed = seed
         self.label_mode = label_mode
         self.counts = np.ones(len(model.class_names)) if class_counts is None else np.asarray(class_counts, float)
 
-    def _call(self, function: Callable, sampler: SamplerConfig, start: int, batch_size: int):
-        """function(*arguments, **static arguments) of `_generate` for samples start .. start + batch_size - 1."""
-        static = {
-            "network": self.model.network,
-            "objective": self.model.objective,
-            "latent_shape": self.model.latent_shape,
-            "label_mode": self.label_mode,
-            "solver": sampler.solver,
-            "is_guided": sampler.cfg_scale is not None,
-        }
-        # Python numbers become one type each: a function compiled for 4 would not serve 1.5.
-        scale = float(sampler.cfg_scale or 0)
-        interval = tuple(map(float, sampler.cfg_interval))
-        indices = shard_replicated(np.arange(start, start + batch_size, dtype=np.int32), self.model.mesh)
-        arguments = (self.key, indices, self.counts, scale, interval, sampler.num_steps)
-        return function(self.params, self.model.codec, *arguments, **static)
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.model.class_names
 
-    def generate(self, sampler: SamplerConfig, num_samples: int, batch_size: int) -> Iterator[ImageBatch]:
-        """Batches of `batch_size` rows until exactly `num_samples` are made."""
+    # --- Many samples, in batches ---
+
+    def generate(
+        self, sampler: SamplerConfig, num_samples: int, batch_size: int, labels: Labels | None = None
+    ) -> Iterator[ImageBatch]:
+        """Batches of `batch_size` rows until exactly `num_samples` are made, with these labels (n,) or drawn ones."""
+        if labels is not None and len(labels) != num_samples:
+            raise ValueError(f"{len(labels)} labels for {num_samples} samples")
         for start in range(0, num_samples, batch_size):
-            images, labels = self._call(_generate, sampler, start, batch_size)
             # The last batch is computed whole: another shape would compile.
-            yield ImageBatch(images, labels, min(batch_size, num_samples - start))
+            indices = np.arange(start, start + batch_size, dtype=np.int32)
+            rows = None if labels is None else np.resize(np.asarray(labels, np.int32)[start:][:batch_size], batch_size)
+            drawn, images, nfe = self._call(_generate, sampler, indices, rows)
+            yield ImageBatch(images, drawn, min(batch_size, num_samples - start), nfe)
+
+    def _call(self, function: Callable, sampler: SamplerConfig, indices: np.ndarray, labels: np.ndarray | None) -> Any:
+        """(labels, *function(...)) of `_generate` for the samples `indices`."""
+        noise_key, label_key = self._keys(self.seed)
+        placed = shard_replicated(indices, self.model.mesh)
+        if labels is None:
+            drawn = _draw_labels(label_key, placed, self.counts, label_mode=self.label_mode)
+        else:
+            drawn = shard_replicated(labels, self.model.mesh)
+        static = {
+            "static": self._static(sampler),
+            "latent_shape": self.model.latent_shape,
+            "is_adaptive": sampler.is_adaptive,
+        }
+        arguments = (noise_key, placed, drawn, _Settings.of(sampler), sampler.num_steps)
+        result = function(self.params, self.model.codec, *arguments, **static)
+        return result if function is not _generate else (drawn, *result)
+
+    def _static(self, sampler: SamplerConfig) -> _Static:
+        model, is_guided = self.model, sampler.cfg_scale is not None
+        return _Static(model.network, model.objective, sampler.solver, is_guided, sampler.cfg_channels)
+
+    @staticmethod
+    def _keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""]]:
+        """(of noise, of labels)."""
+        noise_key, label_key = jax.random.split(jax.random.key(seed))
+        return noise_key, label_key
 
     def fitting_batch_size(self, sampler: SamplerConfig, num_samples: int, free_memory: int | None) -> int:
         """A batch for devices with that many bytes free, by the compiler's analysis of one sample for each: a power of
@@ -98,7 +208,140 @@ class ImageGenerator:
         most = -(-num_samples // num_devices)
         if free_memory is None:
             return min(most, max(1, RECIPE_BATCH_SIZE // num_devices)) * num_devices
-        compiled = self._call(_generate.lower, sampler, 0, num_devices).compile()
+        indices = np.arange(num_devices, dtype=np.int32)
+        compiled = self._call(_generate.lower, sampler, indices, None).compile()
         # A quarter is left for the Inception network, and for fragmentation.
         fitting = 0.75 * free_memory / max(1, compiled.memory_analysis().temp_size_in_bytes)
         return min(most, 2 ** int(np.log2(max(1, fitting)))) * num_devices
+
+    # --- A few samples, at once ---
+
+    def sample(
+        self,
+        labels: Labels | int | None = None,
+        *,
+        num_samples: int | None = None,
+        num_steps: int = 64,
+        cfg_scale: float | None = None,
+        seed: int | None = None,
+        **sampler: Any,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """Images uint8 (n, h, w, c), in one batch: one for each of `labels`, or `num_samples` with drawn ones.
+
+        `cfg_scale` None is no guidance. `seed`: default, the generator's. `sampler`: further fields of SamplerConfig,
+        such as solver="heun". Raises ValueError for labels that the model does not have.
+        """
+        generator = self if seed is None else self.with_seed(seed)
+        if labels is not None:
+            labels = self.check_labels(np.atleast_1d(np.asarray(labels)))
+            num_samples = len(labels)
+        count = 1 if num_samples is None else num_samples
+        size = -(-count // self.model.mesh.size) * self.model.mesh.size
+        config = SamplerConfig(num_steps, cfg_scale, **sampler)
+        (batch,) = generator.generate(config, count, size, labels)
+        return batch.to_host()[0]
+
+    def with_seed(self, seed: int) -> "ImageGenerator":
+        return ImageGenerator(self.model, self.params, seed=seed, label_mode=self.label_mode, class_counts=self.counts)
+
+    def check_labels(self, labels: np.ndarray) -> Int[np.ndarray, " n"]:
+        """The labels, if the model has them; `num_classes`, "no label", is one of them. ValueError otherwise."""
+        no_label = self.model.network.config.num_classes
+        for label in labels:
+            if not (float(label).is_integer() and (0 <= label < len(self.class_names) or label == no_label)):
+                raise ValueError(f"there is no label {label}; use 0 to {len(self.class_names) - 1}")
+        return labels.astype(np.int32)
+
+    def noise(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Float[Array, "n h w c"]:
+        """The noise, of latents, from which the samples `indices` start."""
+        noise_key, _ = self._keys(self.seed)
+        return _draw_noise(noise_key, np.asarray(indices, np.int32), shape=self.model.latent_shape)
+
+    def labels(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """The drawn labels of the samples `indices`."""
+        _, label_key = self._keys(self.seed)
+        drawn = _draw_labels(label_key, np.asarray(indices, np.int32), self.counts, label_mode=self.label_mode)
+        return gather(drawn)
+
+    def sample_latents(
+        self, noise: Float[Array, "n h w c"], labels: Labels, sampler: SamplerConfig
+    ) -> Float[Array, "n h w c"]:
+        """Latents at t = 1 of the path that starts at `noise`."""
+        *_, latents = self.path(noise, labels, sampler, 1)
+        return latents
+
+    def path(
+        self, noise: Float[Array, "n h w c"], labels: Labels, sampler: SamplerConfig, num_stages: int
+    ) -> Iterator[Float[Array, "n h w c"]]:
+        """The latents at `num_stages` + 1 times of the path, from `noise` itself to t = 1, equally many steps apart (or
+        as near as the step count allows)."""
+        labels = jnp.asarray(labels, jnp.int32)
+        settings, static = _Settings.of(sampler), self._static(sampler)
+        yield noise
+        if sampler.is_adaptive:
+            for first, last in itertools.pairwise(np.linspace(0, 1, num_stages + 1).tolist()):
+                noise, _ = _solve(self.params, noise, labels, settings, static=static, t_start=first, t_end=last)
+                yield noise
+            return
+        cuts = [sampler.num_steps * i // num_stages for i in range(num_stages + 1)]
+        for first, last in itertools.pairwise(cuts):
+            noise = _integrate(self.params, noise, labels, settings, first, last, sampler.num_steps, static=static)
+            yield noise
+
+    def model_fn(self, x: ArrayLike, t: ArrayLike, labels: ArrayLike) -> Float[Array, "n h w c"]:
+        """What the network answers, float32, to latents (n, h, w, c), times (n,) and labels (n,), without guidance: the
+        velocity, of a flow-matching model."""
+        return _apply(self.params, x, t, labels, network=self.model.network)
+
+    def encode(self, images: UInt8[np.ndarray | Array, "n h w c"], seed: int = 0) -> Float[Array, "n h2 w2 c2"]:
+        """Latents of images; drawn from the posterior of a VAE."""
+        return _encode(self.model.codec, jax.random.key(seed), images)
+
+    def decode(self, latents: Float[Array, "n h2 w2 c2"]) -> UInt8[np.ndarray, "n h w c"]:
+        """Images of latents."""
+        return gather(_decode(self.model.codec, latents))
+
+
+def load_generator(
+    run: str | Path,
+    *,
+    params: str = "ema",
+    seed: int = 0,
+    dtype: str | None = None,
+    vae: str | None = None,
+    mesh: Mesh | None = None,
+) -> ImageGenerator:
+    """The generator of a run: its folder, or RUN/checkpoints/STEP for another checkpoint than the newest.
+
+    `params` is 'ema' or 'raw'; `dtype` another compute dtype than in training; `vae` where the VAE is now, if not where
+    it was. UserError where there is no whole checkpoint or the VAE is another.
+    """
+    if params not in ("ema", "raw"):
+        raise UserError(f"--params={params} is unknown; use ema or raw")
+    mesh = mesh or make_mesh()
+    checkpoints, steps = open_checkpoint(str(run))
+    newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
+    model = load_model(saved, mesh, dtype=dtype, vae=vae)
+    _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, params)
+    return ImageGenerator(model, loaded, seed=seed)
+
+
+def load_model(saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, vae: str | None = None) -> ImageModel:
+    """The model of the configuration saved with a checkpoint, without parameters."""
+    config, data = ConfigDict(saved["model"]), saved["dataset"]
+    if dtype:
+        config.dtype = dtype
+    shape = data["image_shape"]
+    codec = load_codec(
+        bool(config.use_stable_vae), vae or data["vae"] or DEFAULT_HUB_ID, mesh, shape, data["vae_sha256"]
+    )
+    return make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"])
+
+
+def restore_params(checkpoints: Any, steps: list[int], model: ImageModel, which: str = "ema") -> tuple[int, PyTree]:
+    """(step, parameters) of the first whole checkpoint of `steps`, on every device; `which` is 'ema' or 'raw'."""
+    shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    target = shape_structs(shapes, replicated(model.mesh))
+    names = ("ema_params",) if which == "ema" else ("params",)
+    step, (params,) = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, target, names), steps)
+    return step, params

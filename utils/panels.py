@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from utils import plotting
 from utils.checks import can_guide
 from utils.codecs.codec import encode_batch, images_to_uint8
+from utils.generate import ImageGenerator
 from utils.models import ImageModel, model_fn
-from utils.sampling import SamplerConfig, guide, ode_steps, sample_noise
+from utils.sampling import SamplerConfig, sample_noise
 from utils.sharding import gather
 from utils.train_step import draw_examples, loss_at_time
 
@@ -57,29 +58,13 @@ def reconstruction_panel(model: ImageModel, params: PyTree, batch: PyTree, key: 
     return plotting.image_table(gather(images), ("clean", "noised", "predicted"), titles)
 
 
-@partial(jax.jit, static_argnames=("network", "objective", "is_guided"))
-def _advance(params, x, labels, cfg_scale, first, last, num_steps, *, network, objective, is_guided):
-    guided = guide(model_fn(network, params), network.config.num_classes, cfg_scale if is_guided else None)
-    return ode_steps(objective.velocity(guided, labels), x, first, last, num_steps)
-
-
-@jax.jit
-def _decode(codec, latents):
-    return images_to_uint8(codec.decode(latents))
-
-
 def sample_stages(
     model: ImageModel, params: PyTree, noise: Array, labels: Array, cfg_scale: float | None, num_steps: int
 ) -> UInt8[np.ndarray, "rows stages h w c"]:
     """Decoded states of an Euler path of `num_steps` after 1/8, 2/8, ..., 8/8 of its steps."""
-    static = {"network": model.network, "objective": model.objective, "is_guided": cfg_scale is not None}
-    scale = float(cfg_scale or 0)  # one type: a function compiled for 4 would not serve 0.1
-    x, stages = noise, []
-    cuts = [num_steps * i // PANEL_SIZE for i in range(PANEL_SIZE + 1)]
-    for first, last in itertools.pairwise(cuts):
-        x = _advance(params, x, labels, scale, first, last, num_steps, **static)
-        stages.append(gather(_decode(model.codec, x)))
-    return np.stack(stages, axis=1)
+    generator = ImageGenerator(model, params)
+    stages = generator.path(noise, labels, SamplerConfig(num_steps, cfg_scale), PANEL_SIZE)
+    return np.stack([generator.decode(latents) for latents in itertools.islice(stages, 1, None)], axis=1)
 
 
 def sample_panels(

@@ -21,8 +21,10 @@ def guide(
     num_classes: int,
     cfg_scale: float | Float[Array, ""] | None,
     cfg_interval: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
+    cfg_channels: int | None = None,
 ) -> ModelFn:
-    """model_fn with classifier-free guidance (arXiv:2207.12598): v_uncond + s (v_cond - v_uncond), all channels.
+    """model_fn with classifier-free guidance (arXiv:2207.12598): v_uncond + s (v_cond - v_uncond), of all channels or,
+    as DiT and SiT have it, of the first `cfg_channels`; the others are conditional.
 
     Label `num_classes` means "no label"; both halves go through the network in one batch of 2b. `cfg_scale` None turns
     guidance off: the conditional prediction, at half the cost (equal to s = 1 up to rounding). So it does outside
@@ -37,7 +39,10 @@ def guide(
         both_labels = jnp.concatenate([jnp.full_like(labels, num_classes), labels])
         v = model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels)
         v_uncond, v_cond = jnp.split(v, 2)
-        return v_uncond + scale * (v_cond - v_uncond)
+        v = v_uncond + scale * (v_cond - v_uncond)
+        if cfg_channels is None:
+            return v
+        return jnp.concatenate([v[..., :cfg_channels], v_cond[..., cfg_channels:]], axis=-1)
 
     if cfg_interval is None:
         return guided
@@ -87,6 +92,8 @@ class Solver(NamedTuple):
 
 # One more solver is one function and one line.
 SOLVERS = {"euler": Solver(euler_step, 1), "heun": Solver(heun_step, 2), "midpoint": Solver(midpoint_step, 2)}
+ADAPTIVE_SOLVERS = ("dopri5",)
+MAX_ADAPTIVE_STEP = 1 / 4  # the error estimate of a longer one does not see what lies between
 
 
 class SamplerConfig(NamedTuple):
@@ -96,18 +103,42 @@ class SamplerConfig(NamedTuple):
     cfg_scale: float | None  # None: no guidance
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # times, ends included, at which guidance is on
     solver: str = "euler"
+    cfg_channels: int | None = None  # how many channels are guided; None: all
+    time_shift: float = 1.0  # see `time_at`
+    rtol: float = 1e-5  # of adaptive solvers, which take no step count
+    atol: float = 1e-5
 
     @property
-    def nfe(self) -> int:
-        """Velocities that a sample takes; a guided one is two passes of the network."""
-        return self.num_steps * SOLVERS[self.solver].nfe
+    def is_adaptive(self) -> bool:
+        return self.solver in ADAPTIVE_SOLVERS
+
+    @property
+    def nfe(self) -> int | None:
+        """Velocities that a sample takes; a guided one is two passes of the network. None: the solver chooses."""
+        return None if self.is_adaptive else self.num_steps * SOLVERS[self.solver].nfe
 
     def __str__(self) -> str:
+        steps = f"{self.num_steps} {self.solver.capitalize()} step{'s' * (self.num_steps > 1)}"
+        if self.is_adaptive:
+            steps = f"{self.solver} (rtol {self.rtol:g}, atol {self.atol:g})"
+        shift = f" on times shifted by {self.time_shift:g}" if self.time_shift != 1 else ""
         guidance = "no guidance" if self.cfg_scale is None else f"guidance {self.cfg_scale:g}"
         low, high = self.cfg_interval
         if self.cfg_scale is not None and (low > 0 or high < 1):
             guidance += f" for t in [{low:g}, {high:g}]"
-        return f"{self.num_steps} {self.solver.capitalize()} step{'s' * (self.num_steps > 1)}, {guidance}"
+        if self.cfg_scale is not None and self.cfg_channels is not None:
+            guidance += f" of {self.cfg_channels} channels"
+        return f"{steps}{shift}, {guidance}"
+
+
+def time_at(step: int | Int[Array, ""], num_steps: int | Int[Array, ""], time_shift: float | Float[Array, ""] = 1.0):
+    """Time in [0, 1] before step `step` of `num_steps`: u = step / num_steps, shifted to u / (u + S (1 - u)).
+
+    S = 1 is the uniform grid. S > 1 spends more steps on noise, as SD3 (arXiv:2403.03206, section 5.3.2, where noise is
+    at t = 1) and LightningDiT do.
+    """
+    u = jnp.float32(step / num_steps)
+    return jnp.where(time_shift == 1, u, u / (u + time_shift * (1 - u)))
 
 
 def ode_steps(
@@ -117,16 +148,17 @@ def ode_steps(
     last: int | Int[Array, ""],
     num_steps: int | Int[Array, ""],
     solver: str = "euler",
+    time_shift: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "b ..."]:
-    """x after the steps i = first .. last - 1 of `num_steps`, from t = i / num_steps to t = (i + 1) / num_steps.
+    """x after the steps i = first .. last - 1 of `num_steps`, each from `time_at` i to that at i + 1.
 
     `solver` is a key of SOLVERS. All three counts may be traced, so that one compiled function serves every step count
-    and every stage of a path.
+    and every stage of a path; so may the shift.
     """
     step = SOLVERS[solver].step
 
     def body(i, x):
-        return step(velocity_fn, x, jnp.float32(i / num_steps), jnp.float32((i + 1) / num_steps))
+        return step(velocity_fn, x, time_at(i, num_steps, time_shift), time_at(i + 1, num_steps, time_shift))
 
     return jax.lax.fori_loop(first, last, body, x)
 
@@ -136,6 +168,49 @@ def ode_sample(
 ) -> Float[Array, "b ..."]:
     """Samples: `noise` carried from t = 0 to t = 1 by `num_steps` steps."""
     return ode_steps(velocity_fn, noise, 0, num_steps, num_steps, solver)
+
+
+def adaptive_sample(
+    velocity_of: Callable[[Int[Array, " b"]], VelocityFn],
+    x: Float[Array, "b ..."],
+    labels: Int[Array, " b"],
+    t_start: float = 0.0,
+    t_end: float = 1.0,
+    *,
+    rtol: float | Float[Array, ""] = 1e-5,
+    atol: float | Float[Array, ""] = 1e-5,
+) -> tuple[Float[Array, "b ..."], Int[Array, " b"]]:
+    """(x carried from `t_start` to `t_end`, evaluations of the velocity for each) on the field `velocity_of(labels)`.
+
+    Dormand and Prince's method of order 5 with error control (diffrax's Dopri5): the error of each step is kept below
+    atol + rtol |x|, root mean square over a sample. Each sample has steps of its own, so that it does not depend on
+    its batch.
+    """
+    # Its solvers are all that is needed of it: seconds to import.
+    import diffrax
+
+    def field(t, x, label):
+        times = jnp.full((1,), t, jnp.float32)
+        return velocity_of(label[None])(x[None], times, times)[0]
+
+    def solve(x, label):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Dopri5(),
+            t_start,
+            t_end,
+            dt0=None,
+            y0=x,
+            args=label,
+            saveat=diffrax.SaveAt(t1=True),
+            stepsize_controller=diffrax.PIDController(rtol, atol, dtmax=MAX_ADAPTIVE_STEP),
+            max_steps=None,
+            adjoint=diffrax.ForwardMode(),
+        )
+        # Six evaluations a step, of which the last serves the next; and one to begin with.
+        return solution.ys[0], 6 * solution.stats["num_steps"] + 1
+
+    return jax.vmap(solve)(x, labels)
 
 
 def sample_noise(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:

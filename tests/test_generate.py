@@ -1,0 +1,86 @@
+"""A trained model as Python calls it: samples by label and seed, paths, the network, the codec."""
+
+import tarfile
+
+import numpy as np
+import pytest
+
+from tests.conftest import GOLDEN
+from utils.errors import UserError
+from utils.generate import load_generator
+from utils.sampling import SamplerConfig
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with tarfile.open(GOLDEN / "run.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def generator(run):
+    return load_generator(run, seed=3)
+
+
+def test_images_are_of_the_labels_and_the_seed(generator):
+    images = generator.sample([3, 7, 3], num_steps=4, cfg_scale=2.0)
+    assert (images.shape, images.dtype) == ((3, 8, 8, 1), np.uint8)
+    np.testing.assert_array_equal(images, generator.sample([3, 7, 3], num_steps=4, cfg_scale=2.0, seed=3))
+    assert not np.array_equal(images, generator.sample([3, 7, 3], num_steps=4, cfg_scale=2.0, seed=4))
+    other = generator.sample([3, 8, 3], num_steps=4, cfg_scale=2.0)
+    assert [bool((a == b).all()) for a, b in zip(images, other, strict=True)] == [True, False, True]
+
+
+def test_without_labels_they_are_those_that_an_evaluation_draws(generator):
+    (batch,) = generator.generate(SamplerConfig(4, None), 5, 5)
+    expected, labels = batch.to_host()
+    np.testing.assert_array_equal(generator.labels(range(5)), labels)
+    np.testing.assert_array_equal(generator.sample(num_samples=5, num_steps=4), expected)
+    np.testing.assert_array_equal(generator.sample(labels, num_steps=4), expected)
+
+
+@pytest.mark.parametrize("label", [-1, 9.5, 11])
+def test_labels_that_are_not_there_are_refused(generator, label):
+    with pytest.raises(ValueError, match=f"no label {label}; use 0 to 9"):
+        generator.sample(np.array([label]))
+
+
+@pytest.mark.parametrize("sampler", [SamplerConfig(6, 2.0), SamplerConfig(0, None, solver="dopri5", rtol=1e-3)])
+def test_a_path_leads_from_the_noise_to_the_sample(generator, sampler):
+    noise = generator.noise([0, 1])
+    stages = list(generator.path(noise, [3, 7], sampler, 3))
+    assert len(stages) == 4
+    np.testing.assert_array_equal(stages[0], noise)
+    fields = sampler._asdict()
+    images = generator.sample([3, 7], **fields).astype(int)
+    assert np.abs(generator.decode(stages[-1]) - images).max() <= (3 if sampler.is_adaptive else 1)
+    distances = [float(np.square(x - stages[-1]).mean()) for x in stages]
+    assert distances == sorted(distances, reverse=True)
+    np.testing.assert_array_equal(generator.sample_latents(noise, [3, 7], SamplerConfig(6, 2.0)).shape, noise.shape)
+
+
+def test_one_euler_step_is_the_network_itself(generator):
+    noise = generator.noise([0, 1])
+    latents = generator.sample_latents(noise, [3, 7], SamplerConfig(1, None))
+    velocity = generator.model_fn(noise, np.zeros(2, np.float32), np.array([3, 7], np.int32))
+    assert velocity.dtype == np.float32
+    np.testing.assert_allclose(latents, noise + velocity, atol=2e-3)
+
+
+def test_pixels_are_encoded_and_decoded(generator):
+    images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    latents = generator.encode(images)
+    np.testing.assert_allclose(latents, images / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(generator.decode(latents), images)
+
+
+def test_parameters_with_and_without_ema(run, generator):
+    assert generator.class_names == tuple("0123456789")
+    raw = load_generator(run, params="raw", seed=3)
+    assert not np.array_equal(raw.sample([3], num_steps=2), generator.sample([3], num_steps=2))
+    with pytest.raises(UserError, match="--params=best is unknown; use ema or raw"):
+        load_generator(run, params="best")
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_generator(run / "images")
