@@ -1,6 +1,7 @@
 # make demo   trains on real digits, leaves images and a FID in runs/demo
 # make test   runs the whole suite
-# Both make .venv first. For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.
+# make plot RUNS=runs/a,runs/b   draws their metrics into runs/curves.png
+# All make .venv first. For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.
 
 PYTHON ?= python3
 DEVICE ?= cpu
@@ -8,7 +9,7 @@ BIN := .venv/bin
 JAX := jax$(if $(filter-out cpu,$(DEVICE)),[$(DEVICE)])
 STAMP := .venv/.installed-$(DEVICE)
 
-.PHONY: setup demo test lint docs pins
+.PHONY: setup demo plot test lint docs pins
 setup: $(STAMP)
 
 $(STAMP): requirements.txt
@@ -32,6 +33,11 @@ demo: $(STAMP)
 	  --wandb.mode disabled
 	$(BIN)/python benchmarks/recognise_digits.py $(DEMO)/samples.npz
 	@echo "images: $(DEMO)/samples_64_2.png and $(DEMO)/images/; FID: $(DEMO)/fid.json; metrics: $(DEMO)/metrics.jsonl"
+
+RUNS := $(DEMO)
+PLOT_FLAGS :=
+plot: $(STAMP)
+	$(BIN)/python plot_metrics.py --runs $(RUNS) $(PLOT_FLAGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 3 --dist loadgroup --cov --cov-report=term

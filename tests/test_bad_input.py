@@ -9,6 +9,7 @@ import pytest
 import compute_fid_stats
 import encode_latents
 import eval_fid
+import plot_metrics
 import train_flow
 from utils.errors import UserError
 
@@ -17,6 +18,7 @@ PROGRAMS = {
     "eval": (eval_fid, ""),
     "encode": (encode_latents, "--out OUT --dataset_name digits"),
     "stats": (compute_fid_stats, "--out OUT/s.npz --dataset_name digits"),
+    "plot": (plot_metrics, "--out OUT/curves.png"),
 }
 FLOATS = ("lr", "beta1", "beta2", "target_update_rate", "class_dropout_prob", "mlp_ratio", "cfg_scale")
 COUNTS = ("hidden_size", "patch_size", "depth", "num_heads", "num_classes", "denoise_timesteps")
@@ -89,6 +91,21 @@ BAD = [
     ("stats", "--images /no/such", "has no effect with --images|neither a file"),
     ("stats", "--inception_weights /no/such", "--inception_weights=/no/such is not a file"),
     ("stats", "--split test", "split"),
+    ("plot", "", "--runs is not given: name run folders"),
+    ("plot", "--runs LOG,", "--runs=.*, has an empty name"),
+    ("plot", "--runs /no/such", "--runs=/no/such is not there; give the folder of a run"),
+    ("plot", "--runs OUT", "--runs=.*out holds no metrics; give .*: there are .*logged"),
+    ("plot", "--runs LOG/metrics.json", "metrics.json is not there; "),
+    ("plot", "--runs README.md", "--runs=README.md holds no metrics"),
+    ("plot", "--runs ~no_such_user/x", "--runs=~no_such_user/x: there is no home folder"),
+    ("plot", "--runs LOG --metrics l2_loss", "--metrics=l2_loss matches no .*; there are fid, training/l2_loss, x_t/*"),
+    ("plot", "--runs LOG --metrics fid,f?", "--metrics=f.? matches no logged metric"),
+    ("plot", "--runs LOG --metrics=", "--metrics= matches no"),
+    ("plot", "--runs LOG --smooth 0", "smooth"),
+    ("plot", "--runs LOG --out=", "--out=: a name of 1"),
+    ("plot", "--runs LOG --out OUT", "--out=.*out: name a .png file, such as .*curves.png"),
+    ("plot", "--runs LOG --out OUT/curves.pdf", "--out=.*curves.pdf: name a .png file"),
+    ("plot", "--runs LOG --out /proc/x/y.png", "--out=/proc/x cannot be written"),
 ]  # fmt: skip
 SWEEPS = [
     ("--denoise_timesteps 3000000000", "--denoise_timesteps=3000000000: give numbers up to"),
@@ -122,12 +139,16 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(train_flow, "StopRequest", lambda: None)
     (tmp_path / "out").mkdir()
+    (tmp_path / "logged").mkdir()
+    line = {"step": 1, "training/l2_loss": 1.5, "x_t/0.1": 1.0, "x_t/0.2": 1.0, "fid": 2}
+    (tmp_path / "logged" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     np.savez(tmp_path / "good.npz", np.zeros((4, 8, 8, 3), np.uint8))
     return {
         "STATS": "data/fid_stats_digits.npz",
         "OUT": str(tmp_path / "out"),
         "GOOD": str(tmp_path / "good.npz"),
         "RUN": str(tmp_path / "run"),
+        "LOG": str(tmp_path / "logged"),
     }
 
 

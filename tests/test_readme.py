@@ -8,6 +8,7 @@ import pytest
 import compute_fid_stats
 import encode_latents
 import eval_fid
+import plot_metrics
 import train_flow
 from data import celebahq256
 from tests.conftest import ROOT, run_program
@@ -19,6 +20,7 @@ PROGRAMS = {
     "eval_fid.py": eval_fid,
     "encode_latents.py": encode_latents,
     "compute_fid_stats.py": compute_fid_stats,
+    "plot_metrics.py": plot_metrics,
     "data/celebahq256.py": celebahq256,
 }
 BLOCKS = [

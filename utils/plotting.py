@@ -1,11 +1,14 @@
 """Arrays -> figures. Knows no model, no file and no wandb."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
+from matplotlib import color_sequences
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, ScalarFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 
 
 def image_table(
@@ -82,4 +85,48 @@ def curves(
     axes.set_ylabel(y_title)
     axes.grid(alpha=0.3)
     axes.legend()
+    return figure
+
+
+def running_mean(values: Sequence[float], window: int) -> Float[np.ndarray, " n"]:
+    """Mean of each value and those before it, `window` in all, or as many as there are."""
+    return np.array([np.mean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)])
+
+
+def metric_curves(
+    points: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], smooth: int = 1, log_y: bool = False
+) -> Figure:
+    """A figure of {metric: {run: (step, value) points}}: an axis for each metric, a colour for each run.
+
+    With `smooth` above 1, the running mean of that many values is drawn over the values themselves.
+    """
+    runs = list(dict.fromkeys(run for curves in points.values() for run in curves))
+    palette = color_sequences["tab10" if len(runs) <= 10 else "tab20"]
+    colours = {run: palette[i % len(palette)] for i, run in enumerate(runs)}
+    columns = len(points) if len(points) <= 3 else min(4, math.ceil(math.sqrt(len(points))))
+    rows = -(-len(points) // columns)
+    figure = Figure(figsize=(1 + 3.6 * columns, 0.6 + 2.5 * rows), dpi=120, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, (metric, curves) in zip(axes, points.items(), strict=False):
+        for run in (run for run in curves if curves[run]):
+            steps, values = zip(*curves[run], strict=True)
+            marker = "." if len(steps) <= 30 else None  # a single point makes no line
+            if smooth > 1:
+                axis.plot(steps, values, color=colours[run], alpha=0.25)
+                values = running_mean(values, smooth)
+            axis.plot(steps, values, color=colours[run], marker=marker)
+        if log_y and any(value > 0 for curve in curves.values() for _, value in curve):
+            axis.set_yscale("log", nonpositive="mask")
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.minorticks_off()
+        axis.set_title(metric, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(points) :]:
+        axis.set_axis_off()
+    lines = [Line2D([], [], color=colour) for colour in colours.values()]
+    figure.legend(lines, runs, loc="outside upper center", ncols=min(len(runs), columns + 1), fontsize=8)
     return figure

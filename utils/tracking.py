@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from utils.console import log, warn
+from utils.errors import UserError
 from utils.files import atomic_write, set_aside, write_text
 
 
@@ -40,6 +41,36 @@ def _parse_line(text: bytes) -> dict[str, float] | None:
     except ValueError:  # also for bytes that are no UTF-8
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
+    """{metric: {step: value}} of a run's folder or of a metrics.jsonl, steps ascending.
+
+    UserError, naming --`flag` and the runs beside it, if there are no metrics.
+    """
+    curves: dict[str, dict[int, float]] = {}
+    for line in sorted(read_metrics(run / "metrics.jsonl" if run.is_dir() else run), key=lambda line: line["step"]):
+        for name, value in line.items():
+            if name != "step" and type(value) in (int, float):
+                curves.setdefault(name, {})[int(line["step"])] = value
+    if not curves:
+        bases = (run, run.parent) if run.is_dir() else (run.parent,)
+        others = sorted(str(file.parent) for base in bases for file in base.glob("*/metrics.jsonl") if file != run)
+        there = f"there are {', '.join(others)}" if others else f"{run.parent} has none"
+        raise UserError(
+            f"--{flag}={run} {'holds no metrics' if run.exists() else 'is not there'}; "
+            f"give the folder of a run, or a metrics.jsonl: {there}"
+        )
+    return curves
+
+
+def name_runs(runs: Sequence[Path]) -> list[str]:
+    """What to call each run: the name of its folder or file, or all of its path where two names are the same."""
+    names = []
+    for run in runs:
+        whole = Path(os.path.abspath(run))
+        names.append(whole.parent.name if whole.name == "metrics.jsonl" else whole.name.removesuffix(".jsonl"))
+    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
 
 
 class Tracker:
