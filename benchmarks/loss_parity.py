@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from utils import checks, cli, plotting
 from utils.errors import UserError
-from utils.tracking import read_metrics
+from utils.external import BadFileError, read_npz, read_npz_headers
+from utils.tracking import name_runs, read_curves
 
 NUM_SAMPLES = 8
 
@@ -25,45 +26,77 @@ def define_flags() -> None:
     flags.DEFINE_integer("window", 10, "Logged steps over which a loss is averaged.", lower_bound=1)
 
 
-def read_losses(run: Path, name: str) -> dict[int, float]:
-    """{step: value} of one metric; UserError where the run has none."""
-    losses = {line["step"]: line[name] for line in read_metrics(run / "metrics.jsonl") if name in line}
-    if not losses:
-        raise UserError(f"--runs={run} has logged no {name}; give the folder of a run of train_flow.py")
-    return losses
+def read_losses(runs: list[Path], name: str, window: int) -> tuple[list[int], list[np.ndarray]]:
+    """(steps, losses of each run) of the steps that both have logged; UserError if they are fewer than a window."""
+    curves = [read_curves(run, "runs").get(name, {}) for run in runs]
+    for run, curve in zip(runs, curves, strict=True):
+        if not curve:
+            raise UserError(f"--runs={run} has logged no {name}; give the folder of a run of train_flow.py")
+    steps = sorted(curves[0].keys() & curves[1].keys())
+    if not steps:
+        raise UserError(f"--runs={runs[0]},{runs[1]} have logged {name} at no step in common; use one --log_interval")
+    if len(steps) < window:
+        raise UserError(f"--window={window} logged steps, but the runs share {len(steps)} of {name}; use less")
+    return steps, [np.array([curve[step] for step in steps]) for curve in curves]
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of each value and those before it, `window` in all."""
-    return np.convolve(values, np.ones(window) / window, mode="valid")
+def read_samples(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(images, labels) of a run, (n, h, w, c) and (n,); UserError where it has none."""
+    path = run / "samples.npz"
+    if not path.exists():
+        raise UserError(f"{path} is not there; eval_fid.py --save_samples {path} writes it")
+    try:
+        headers = read_npz_headers(path)
+        arrays = read_npz(path, {name: headers[name] for name in ("arr_0", "arr_1")})
+    except (BadFileError, KeyError):
+        arrays = {}
+    if [array.ndim for array in arrays.values()] != [4, 1]:
+        raise UserError(f"{path} is no npz of labelled images; eval_fid.py --save_samples {path} writes one")
+    return arrays["arr_0"], arrays["arr_1"]
+
+
+def compare_samples(runs: list[Path], names: list[str], out: Path) -> None:
+    """Draws the same samples of both runs, and prints how far all of them are apart; UserError where they differ in
+    more than the model."""
+    (first, labels), (second, other_labels) = (read_samples(run) for run in runs)
+    if first.shape != second.shape or not np.array_equal(labels, other_labels):
+        raise UserError("they differ in number, size or labels; draw both with the same flags")
+    titles = [f"{label}" for label in labels[:NUM_SAMPLES]]
+    images = np.stack([first[:NUM_SAMPLES], second[:NUM_SAMPLES]])
+    plotting.image_table(images, names, titles).savefig(out / "samples_parity.png")
+    difference = np.abs(first.astype(int) - second)
+    print(f"samples of the same noise: {difference.mean():.1f} grey levels apart on average, of {len(difference)}")
+    print(f"written: {out / 'samples_parity.png'}")
 
 
 def main(config: ConfigDict) -> None:
-    runs, out = [Path(run) for run in config.runs], Path(config.out)
-    if len(runs) != 2:
+    if len(config.runs) != 2:
         raise UserError(f"--runs={','.join(config.runs)}: give two folders, separated by a comma")
+    runs, out = [Path(cli.expand_path(run, "runs")) for run in config.runs], Path(config.out)
+    names, window = name_runs(runs), config.window
+    losses = {name: read_losses(runs, name, window) for name in ("training/l2_loss", "validation/l2_loss")}
     checks.check_writable(out, "out")
+
+    # Losses.
     curves = {}
-    for name in ("training/l2_loss", "validation/l2_loss"):
-        losses = [read_losses(run, name) for run in runs]
-        steps = sorted(losses[0].keys() & losses[1].keys())
-        pair = [smooth(np.array([loss[step] for step in steps]), config.window) for loss in losses]
+    for name, (steps, values) in losses.items():
+        steps = steps[window - 1 :]  # those with a whole window
+        pair = [plotting.running_mean(list(each), window)[window - 1 :] for each in values]
         apart = np.abs(pair[0] / pair[1] - 1)
         print(
-            f"{name}, {len(steps)} logged steps, mean of {config.window}: at most {apart.max():.2%} apart "
-            f"(at step {steps[apart.argmax() + config.window - 1]}), {apart[-1]:.2%} at the end"
+            f"{name}, {len(values[0])} logged steps, mean of {window}: at most {apart.max():.2%} apart "
+            f"(at step {steps[apart.argmax()]}), {apart[-1]:.2%} at the end"
         )
-        for run, values in zip(runs, pair, strict=True):
-            points = zip(steps[config.window - 1 :], values, strict=True)
-            curves[f"{name.partition('/')[0]}, {run.name}"] = list(points)
-    plotting.curves(curves, "steps", f"loss, mean of {config.window}", markers=False).savefig(out / "loss_parity.png")
-    samples = [np.load(run / "samples.npz") for run in runs]
-    rows = np.stack([archive["arr_0"][:NUM_SAMPLES] for archive in samples])
-    titles = [f"{label}" for label in samples[0]["arr_1"][:NUM_SAMPLES]]
-    plotting.image_table(rows, [run.name for run in runs], titles).savefig(out / "samples_parity.png")
-    difference = np.abs(samples[0]["arr_0"].astype(int) - samples[1]["arr_0"])
-    print(f"samples of the same noise: {difference.mean():.1f} grey levels apart on average, of {len(difference)}")
-    print(f"written: {out / 'loss_parity.png'}, samples_parity.png")
+        for run, means in zip(names, pair, strict=True):
+            curves[f"{name.partition('/')[0]}, {run}"] = list(zip(steps, means, strict=True))
+    plotting.curves(curves, "steps", f"loss, mean of {window}", markers=False).savefig(out / "loss_parity.png")
+    print(f"written: {out / 'loss_parity.png'}")
+
+    # Samples, where both runs have them.
+    try:
+        compare_samples(runs, names, out)
+    except UserError as error:
+        print(f"samples are not compared: {error}")
 
 
 if __name__ == "__main__":

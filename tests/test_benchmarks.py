@@ -94,22 +94,73 @@ def test_networks_side_by_side(weights, tmp_path):
     assert 1e-6 < low["largest difference"] < 0.1
 
 
+def write_losses(run, steps, difference=0.0) -> None:
+    """Metrics of a run whose losses fall from 2 by 0.01 a step, plus a difference."""
+    run.mkdir(parents=True)
+    lines = [{"step": s, f"{g}/l2_loss": 2 - s / 100 + difference} for s in steps for g in ("training", "validation")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_runs_side_by_side(tmp_path):
-    for number, run in enumerate(("a", "b")):
-        (tmp_path / run).mkdir()
-        losses = [
-            {"step": s, f"{g}/l2_loss": 2 - s / 100 + number / 100}
-            for s in range(30)
-            for g in ("training", "validation")
-        ]
-        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in losses))
+    for number, run in enumerate((tmp_path / "a", tmp_path / "b")):
+        write_losses(run, range(30), number / 100)
         images = np.full((9, 8, 8, 1), 10 * number, np.uint8)
-        np.savez(tmp_path / run / "samples.npz", arr_0=images, arr_1=np.arange(9))
+        np.savez(run / "samples.npz", arr_0=images, arr_1=np.arange(9))
     runs = f"{tmp_path / 'a'},{tmp_path / 'b'}"
     done = run_program("benchmarks/loss_parity.py", "--runs", runs, "--out", tmp_path / "out", "--window", 5)
     assert "training/l2_loss, 30 logged steps, mean of 5: at most 0.57% apart (at step 29)" in done.stdout
     assert "10.0 grey levels apart" in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"loss_parity.png", "samples_parity.png"}
+
+
+def test_runs_of_few_steps_in_common_and_without_samples(tmp_path):
+    a, b, c, d = (tmp_path / folder / "run" for folder in "abcd")  # all of one name
+    for run, steps in ((a, range(1, 8)), (b, range(4, 12)), (c, range(20, 30))):
+        write_losses(run, steps)
+    (d / "checkpoints").mkdir(parents=True)
+    command = ["benchmarks/loss_parity.py", "--out", tmp_path / "out", "--window"]
+
+    def refuse(runs, window=2) -> str:
+        done = run_program(*command, window, "--runs", ",".join(map(str, runs)), check=False)
+        assert done.returncode == 1
+        assert not (tmp_path / "out").exists()
+        (line,) = done.stderr.splitlines()
+        return line
+
+    assert refuse([a, b], 5) == "error: --window=5 logged steps, but the runs share 4 of training/l2_loss; use less"
+    assert "logged training/l2_loss at no step in common; use one --log_interval" in refuse([a, c])
+    assert f"--runs={d} holds no metrics" in refuse([a, d])
+    assert "give two folders" in refuse([a])
+
+    done = run_program(*command, 4, "--runs", f"{a},{b}")
+    assert "validation/l2_loss, 4 logged steps, mean of 4: at most 0.00% apart (at step 7)" in done.stdout
+    assert f"samples are not compared: {a / 'samples.npz'} is not there" in done.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["loss_parity.png"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((2, 8, 8, 1), np.uint8), "arr_1": np.zeros(2)}, "they differ in number, size or labels"),
+        ({"arr_0": np.zeros((3, 8, 8, 1), np.uint8), "arr_1": np.ones(3)}, "they differ in number, size or labels"),
+        ({"arr_0": np.zeros((3, 4, 4, 3), np.uint8), "arr_1": np.zeros(3)}, "they differ in number, size or labels"),
+        ({"arr_0": np.zeros((3, 8, 8, 1), np.uint8)}, "is no npz of labelled images"),
+        ({"arr_0": np.uint8(3), "arr_1": np.zeros(3)}, "is no npz of labelled images"),
+        (None, "is no npz of labelled images"),
+    ],
+)
+def test_samples_that_cannot_be_compared_leave_the_losses(tmp_path, arrays, message):
+    for name in ("a", "b"):
+        write_losses(tmp_path / name, range(10))
+        np.savez(tmp_path / name / "samples.npz", arr_0=np.zeros((3, 8, 8, 1), np.uint8), arr_1=np.zeros(3))
+    if arrays is None:
+        (tmp_path / "b" / "samples.npz").write_bytes(b"PK")
+    else:
+        np.savez(tmp_path / "b" / "samples.npz", **arrays)
+    runs = f"{tmp_path / 'a'},{tmp_path / 'b'}"
+    done = run_program("benchmarks/loss_parity.py", "--runs", runs, "--out", tmp_path / "out")
+    assert re.search(f"samples are not compared: .*{message}", done.stdout)
+    assert done.stdout.splitlines()[2] == f"written: {tmp_path / 'out' / 'loss_parity.png'}"
 
 
 def test_unknown_rows_are_refused():
