@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from utils import checks, cli
-from utils.console import log
+from utils.console import configure_output, log
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch
 from utils.data.registry import load_dataset
@@ -35,9 +35,11 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum("convention", "adm", list(CONVENTIONS), "Resize and scaling before Inception.")
     cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
+    flags.DEFINE_bool("quiet", False, "Errors alone.")
 
 
 def main(config: ConfigDict) -> None:
+    configure_output(is_apart=True, is_quiet=config.quiet)
     if config.out is None:
         raise UserError("--out is not given: name the file to write, such as stats.npz")
     out = Path(config.out)
@@ -59,10 +61,12 @@ def main(config: ConfigDict) -> None:
     statistics, label_counts = ImageStatistics(config.num_features), None
     if samples:
         batches, total, source, split = samples.read(config.batch_size), samples.num_samples, config.images, None
+        shape = samples.image_shape
     else:
         label_counts = np.zeros(dataset.num_classes, np.int64)
         batches = count_labels(epoch_batches(dataset, config.batch_size), label_counts)
         total, source, split = len(dataset.source), dataset.name, config.split
+        shape = dataset.image_shape
     measure_images(extractor, pad_and_shard(batches, config.batch_size, mesh), statistics, total)
     save_statistics(
         out,
@@ -70,6 +74,7 @@ def main(config: ConfigDict) -> None:
         convention=config.convention,
         dataset=source,
         split=split,
+        image_shape=shape,
         label_counts=label_counts,
         inception_sha256=INCEPTION_SHA256,
     )

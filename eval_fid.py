@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +23,55 @@ from ml_collections import ConfigDict
 
 from utils import checks, cli, plotting
 from utils.checkpoint import open_checkpoint
-from utils.codecs.registry import load_codec
-from utils.console import log
+from utils.console import configure_output, log, show_result
 from utils.errors import UserError
-from utils.files import file_sha256
-from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator
-from utils.memory import free_memory
+from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, load_model, restore_params
+from utils.memory import explaining_out_of_memory, free_memory
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor, load_logits
-from utils.metrics.measure import find_convention, measure_images, pad_and_shard
-from utils.metrics.reference import ReferenceStatistics, has_statistics, load_statistics, save_statistics
-from utils.metrics.registry import COLUMNS, compute_metrics
-from utils.metrics.samples import Samples, SampleWriter, check_sample_path, holds_images, open_samples
-from utils.metrics.statistics import ImageStatistics
-from utils.models import init_params, make_model
-from utils.objectives.registry import make_objective
-from utils.results import Results, plot_fid, to_markdown, write_csv
-from utils.sampling import LABELS, SOLVERS, SamplerConfig
-from utils.sharding import gather, make_mesh, replicated, shape_structs
+from utils.metrics.measure import Convention, find_convention, measure_images, pad_and_shard
+from utils.metrics.reference import (
+    ReferenceStatistics,
+    has_statistics,
+    load_statistics,
+    save_statistics,
+    warn_of_other_shape,
+)
+from utils.metrics.registry import COLUMNS, caveats, compute_metrics
+from utils.metrics.samples import (
+    Samples,
+    SampleWriter,
+    check_sample_path,
+    content_sha256,
+    holds_images,
+    open_samples,
+)
+from utils.metrics.statistics import MAX_SAMPLE_FEATURES, ImageStatistics
+from utils.results import Results, plot_fid, to_markdown, write_csv, write_json_rows
+from utils.sampling import LABELS, SamplerConfig
+from utils.sharding import gather, make_mesh, replicated
 from utils.tracking import Tracker
 
 GRID_IMAGES = 64
 # Flags without effect on --samples.
 OF_RUNS = (
-    "cfg_scale", "cfg_interval", "use_cfg", "denoise_timesteps", "solver", "labels", "seed", "save_samples", "vae",
-    "dataset_name", "use_stable_vae",
+    "cfg_scale", "cfg_interval", "cfg_channels", "use_cfg", "denoise_timesteps", "time_grid", "solver", "rtol", "atol",
+    "labels", "seed", "save_samples", "vae", "dataset_name", "use_stable_vae",
 )  # fmt: skip
+# Flags of training, without effect on any evaluation.
+OF_TRAINING = ("model.preset", "model.lr", "model.beta1", "model.beta2", "model.target_update_rate")
 
 
 def define_flags() -> None:
     cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
-    cli.define_path("samples", None, "Instead of a run: npz (arr_0, uint8 NHWC) or folder of images to score.")
+    cli.define_path("samples", None, "Instead of a run: npz or .npy (uint8 NHWC) or folder of images to score.")
     flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
-    cli.define_path("fid_stats", None, "Reference statistics, as compute_fid_stats.py writes them.")
+    cli.define_path("fid_stats", None, "Reference: statistics, as compute_fid_stats.py writes them, or images.")
     cli.define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")
     cli.define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
-    flags.DEFINE_list("cfg_scale", ["4"], "Guidance scales, separated by commas; -1 or 1: no guidance.")
-    flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
+    cli.define_path("json", None, "Write the rows as JSON here too; - is the standard output, instead of the table.")
+    flags.DEFINE_bool("quiet", False, "Results and errors alone.")
+    cli.define_sampler_flags(cfg_scale="4", denoise_timesteps="500")
     flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
-    flags.DEFINE_list("denoise_timesteps", ["500"], "Step counts, separated by commas.")
-    flags.DEFINE_enum("solver", "euler", list(SOLVERS), "heun and midpoint evaluate the model twice per step.")
     flags.DEFINE_enum("labels", "uniform", list(LABELS), "How labels are drawn; dataset: as often as in --fid_stats.")
     flags.DEFINE_integer("num_samples", 50_000, "Samples, exactly; of --samples the first, default all.", lower_bound=2)
     flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: what fits, 128 on CPUs.")
@@ -78,25 +87,33 @@ def define_flags() -> None:
     cli.define_wandb_flags(name="eval")
 
 
-def find_statistics(config: ConfigDict, dataset_name: str | None) -> Path:
-    """The file of --fid_stats, or that which ships for the data set; UserError where there is none."""
+def find_statistics(config: ConfigDict, dataset_name: str | None, data_flags: str = "") -> Path:
+    """The file of --fid_stats, or that which ships for the data set; UserError where there is none, with the command
+    that makes it from the same images (`data_flags`)."""
     if config.fid_stats is not None:
         return Path(config.fid_stats)
     if dataset_name is None:
-        raise UserError("--fid_stats is not given: name the statistics with which --samples are compared")
+        raise UserError("--fid_stats is not given: name the statistics or images with which --samples are compared")
     path = Path(__file__).parent / "data" / f"fid_stats_{dataset_name}.npz"
     if not path.exists():
         raise UserError(
             f"--fid_stats is not given and no statistics ship for {dataset_name}; make them: "
-            f"python compute_fid_stats.py --dataset_name {dataset_name} --out stats.npz"
+            f"python compute_fid_stats.py --dataset_name {dataset_name}{data_flags} --out stats.npz"
         )
     return path
+
+
+def data_flags(saved: dict[str, Any]) -> str:
+    """The flags, beside --dataset_name, that find the images of a run as it was trained on them."""
+    side, name = saved["dataset"]["image_shape"][0], saved["dataset"]["name"]
+    is_resized = saved.get("image_size") is not None or name.startswith("folder:")
+    folder = saved.get("data_dir")
+    return (f" --image_size {side}" if is_resized else "") + (f" --data_dir {folder}" if folder else "")
 
 
 def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[SamplerConfig]:
     """A sampler for every guidance scale and step count of the command line. UserError where it asks for guidance that
     a model trained with `class_dropout_prob` does not have; without asking there is none, which is logged."""
-    steps = cli.read_numbers(config.denoise_timesteps, "denoise_timesteps", int, cli.MAX_STEPS, lowest=1)
     scales = cli.read_numbers(config.cfg_scale, "cfg_scale", float, cli.MAX_SCALE) if config.use_cfg else [-1.0]
     if not checks.can_guide(class_dropout_prob) and any(map(cli.guides, scales)):
         reason = checks.explain_no_guidance(class_dropout_prob)
@@ -104,49 +121,66 @@ def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[Sampler
             raise UserError(f"--cfg_scale={','.join(config.cfg_scale)}: {reason}; use --cfg_scale 1")
         log(f"{reason}: samples are drawn without guidance")
         scales = [-1.0]
-    interval = tuple(cli.read_numbers(config.cfg_interval, "cfg_interval", float, 1, lowest=0))
-    if len(interval) != 2 or interval[0] > interval[1]:
-        raise UserError(f"--cfg_interval={','.join(config.cfg_interval)}: give first and last time, such as 0.1,0.9")
-    for scale in scales:
-        if scale < 0 and scale != -1:
-            raise UserError(f"--cfg_scale={scale:g}: use scales of 0 or more, or -1 for no guidance")
-    scales = dict.fromkeys(map(cli.guidance_scale, scales))  # -1 and 1 are the same
-    return [SamplerConfig(n, scale, interval, config.solver) for scale in scales for n in dict.fromkeys(steps)]
+    return cli.read_samplers(config, scales)
 
 
 class Scoring:
     """What all evaluations need: the reference, the Inception network and where results go."""
 
-    def __init__(self, config: ConfigDict, dataset_name: str | None, default_out: Path):
+    def __init__(
+        self,
+        config: ConfigDict,
+        reference: Path,
+        image_shape: tuple[int, ...],
+        num_samples: int,
+        default_out: Path,
+    ):
         self.config, self.mesh = config, make_mesh()
-        if config.batch_size is not None:
-            checks.check_batch_size(config.batch_size, self.mesh.size)
-        self.batch_size = config.batch_size or -(-RECIPE_BATCH_SIZE // self.mesh.size) * self.mesh.size
-        path = find_statistics(config, config.dataset_name or dataset_name)
-        images = open_samples(path, "fid_stats") if holds_images(path) else None
-        stated = None if images and not has_statistics(path) else load_statistics(path)
         self.out = Path(config.out or default_out)
         checks.check_writable(self.out, "out")
-        if config.save_samples:
-            check_sample_path(config.save_samples)
-            checks.check_writable(Path(config.save_samples).parent, "save_samples")
-        self.convention = find_convention(path, stated.convention if stated else None, config.convention)
+        self.batch_size = self._choose_batch_size(num_samples)
         self.logits = load_logits(config.inception_logits) if config.inception_logits else None
+        self._load_reference(reference)
+        warn_of_other_shape(self.reference, image_shape)
+        for caveat in caveats(num_samples, self.reference, self.logits is not None):
+            log(f"note: {caveat}")
+        self.settings: dict[str, Any] = {
+            "fid_stats": str(self.reference.path),
+            "fid_stats_sha256": self.reference.sha256,
+            "convention": self.convention.name,
+            "convention_source": self.convention.source,
+            "inception_sha256": INCEPTION_SHA256,
+            "inception_logits_sha256": None if self.logits is None else hash_params(self.logits),
+        }
+
+    def _choose_batch_size(self, num_samples: int) -> int:
+        """--batch_size or the recipe's, but no more than the samples need."""
+        num_devices = self.mesh.size
+        requested = RECIPE_BATCH_SIZE if self.config.batch_size is None else self.config.batch_size
+        if self.config.batch_size is not None:
+            checks.check_batch_size(requested, num_devices)
+        batch_size = -(-min(requested, num_samples) // num_devices) * num_devices
         # Images in float32, and the outputs of the first layers.
-        checks.check_batch_memory(self.batch_size, (299, 299, 3), copies=40)
-        self.extractor = load_feature_extractor(config.inception_weights, self.convention, replicated(self.mesh))
+        checks.check_batch_memory(batch_size, (299, 299, 3), copies=40)
+        return batch_size
+
+    def _load_reference(self, path: Path) -> None:
+        """Statistics from a file; of images, those that the file does not have are measured."""
+        images = open_samples(path, "fid_stats") if holds_images(path) else None
+        stated = None if images and not has_statistics(path) else load_statistics(path)
+        requested = self.config.convention
+        if stated is not None:
+            self.convention = find_convention(stated, requested)
+        else:  # both sides are measured here
+            self.convention = Convention(requested or "adm", "flag" if requested else "default")
+        self.extractor = load_feature_extractor(
+            self.config.inception_weights, self.convention.name, replicated(self.mesh)
+        )
         if images and (stated is None or stated.features is None):
             self.reference = self.measure_reference(path, images, stated)
         else:
             assert stated is not None
             self.reference = stated
-        self.settings: dict[str, Any] = {
-            "fid_stats": str(self.reference.path),
-            "fid_stats_sha256": self.reference.sha256,
-            "convention": self.convention,
-            "inception_sha256": INCEPTION_SHA256,
-            "inception_logits_sha256": None if self.logits is None else hash_params(self.logits),
-        }
 
     def measure_samples(self, samples: Samples, statistics: ImageStatistics, title: str) -> None:
         batches = pad_and_shard(samples.read(self.batch_size), self.batch_size, self.mesh)
@@ -155,24 +189,29 @@ class Scoring:
     def measure_reference(self, path: Path, images: Samples, stated: ReferenceStatistics | None) -> ReferenceStatistics:
         """The statistics `stated` in the file of the images with the images' features, or all of the images' own. What
         is measured is kept in --out."""
-        sha256 = file_sha256(path)
-        measured_path = self.out / f"reference_{sha256[:12]}_{self.convention}.npz"
+        sha256 = content_sha256(path)
+        measured_path = self.out / f"reference_{sha256[:12]}_{self.convention.name}.npz"
         if not measured_path.exists():
             statistics = ImageStatistics()
             self.measure_samples(images, statistics, f"images of {path.name}")
-            save_statistics(measured_path, statistics, convention=self.convention, dataset=str(path))
+            save_statistics(
+                measured_path,
+                statistics,
+                convention=self.convention.name,
+                dataset=str(path),
+                image_shape=images.image_shape,
+            )
         measured = load_statistics(measured_path)
         if stated is None:
             return dataclasses.replace(measured, sha256=sha256, path=path)
         return dataclasses.replace(stated, features=measured.features)
 
-    def warn_of_few(self, num_samples: int) -> None:
-        num_features = self.reference.mu.size
-        if num_samples < num_features:
-            log(f"{num_samples} samples are fewer than the {num_features} features: the FID comes out far too high")
+    def compute(self, statistics: ImageStatistics) -> dict[str, float]:
+        log("computing the distances ...")
+        return compute_metrics(statistics, self.reference)
 
-    def statistics(self) -> ImageStatistics:
-        return ImageStatistics(0 if self.reference.features is None else 10_000, self.logits)
+    def new_statistics(self) -> ImageStatistics:
+        return ImageStatistics(0 if self.reference.features is None else MAX_SAMPLE_FEATURES, self.logits)
 
 
 class RunEvaluation(Scoring):
@@ -181,30 +220,16 @@ class RunEvaluation(Scoring):
     def __init__(self, config: ConfigDict):
         checkpoints, steps = open_checkpoint(config.load_dir)
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
-        data = saved["dataset"]
+        data, run_dir = saved["dataset"], checkpoints.folder.parent
         self.samplers = read_samplers(config, saved["model"]["class_dropout_prob"])
-        super().__init__(config, data["name"], checkpoints.folder.parent)
-        class_counts = self.reference.label_counts
-        if config.labels == "dataset" and (class_counts is None or len(class_counts) != len(data["class_names"])):
-            raise UserError(
-                f"--labels=dataset: {self.reference.path} does not say how often each of the run's classes is; "
-                "make it with compute_fid_stats.py from the run's data set"
-            )
-        if config.save_samples and len(self.samplers) > 1:
-            raise UserError(f"--save_samples={config.save_samples} is of one step count and guidance scale; give one")
-        model = cli.override_model(saved["model"])
+        check_save_samples(config, self.samplers)
+        overridden = cli.override_model(saved["model"])
         cli.refuse_other_objective(saved["objective"])
-        vae, sha256 = config.vae or data["vae"], data["vae_sha256"]
-        codec = load_codec(bool(model.use_stable_vae), vae, self.mesh, data["image_shape"], sha256)
-        self.model = make_model(
-            model, make_objective(saved), codec, self.mesh, data["image_shape"], data["class_names"]
-        )
-        shapes = jax.eval_shape(partial(init_params, self.model), jax.random.key(0))
-        target = shape_structs(shapes, replicated(self.mesh))
-        self.step, (params,) = checkpoints.restore_newest(
-            lambda step: checkpoints.restore_params(step, target, ("ema_params",)), steps[steps.index(newest) :]
-        )
-        counts = class_counts if config.labels == "dataset" else None
+        reference = find_statistics(config, config.dataset_name or data["name"], data_flags(saved))
+        super().__init__(config, reference, data["image_shape"], config.num_samples, run_dir)
+        self.model = load_model(saved, self.mesh, dtype=overridden.dtype, vae=config.vae)
+        self.step, params = restore_params(checkpoints, steps[steps.index(newest) :], self.model)
+        counts = self._class_counts() if config.labels == "dataset" else None
         self.generator = ImageGenerator(
             self.model, params, seed=config.seed, label_mode=config.labels, class_counts=counts
         )
@@ -212,6 +237,20 @@ class RunEvaluation(Scoring):
             costliest = max(self.samplers, key=lambda sampler: sampler.cfg_scale is not None)
             self.batch_size = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
             log(f"--batch_size {self.batch_size}")
+        self._describe(params, overridden, data)
+
+    def _class_counts(self) -> np.ndarray:
+        counts = self.reference.label_counts
+        if counts is None or len(counts) != len(self.model.class_names):
+            raise UserError(
+                f"--labels=dataset: {self.reference.path} does not say how often each of the run's classes is; "
+                "make it with compute_fid_stats.py from the run's data set"
+            )
+        return counts
+
+    def _describe(self, params: PyTree, model: ConfigDict, data: dict[str, Any]) -> None:
+        """Adds to the settings all that enters the numbers of a run."""
+        config = self.config
         self.settings |= {
             "checkpoint": str(Path(config.load_dir).absolute()),
             "image_shape": list(data["image_shape"]),
@@ -219,26 +258,27 @@ class RunEvaluation(Scoring):
             "num_heads": model.num_heads,
             "checkpoint_step": self.step,
             "params_sha256": hash_params(params),
-            "vae_sha256": sha256,
+            "vae_sha256": data["vae_sha256"],
             "dtype": model.dtype,
             "t_conditioning": model.t_conditioning,
             "num_samples": config.num_samples,
             "seed": config.seed,
             "labels": config.labels,
-            "solver": config.solver,
-            "cfg_interval": [float(end) for end in self.samplers[0].cfg_interval],
         }
 
-    def evaluate(self, sampler: SamplerConfig) -> dict[str, float]:
+    def evaluate(self, sampler: SamplerConfig) -> dict[str, float | None]:
         """The metrics of one sampler; its grid is written on the way, and its samples, if asked for."""
-        config, statistics = self.config, self.statistics()
+        config, statistics = self.config, self.new_statistics()
         grid_images: list[tuple[np.ndarray, np.ndarray]] = []
+        evaluations: list[np.ndarray] = []  # of an adaptive solver
         batches = self.generator.generate(sampler, config.num_samples, self.batch_size)
 
         saving = SampleWriter(config.save_samples, config.num_samples) if config.save_samples else nullcontext()
         with saving as writer:
 
             def collect(batch: ImageBatch) -> None:
+                if batch.nfe is not None:
+                    evaluations.append(gather(batch.nfe)[: batch.count])
                 if writer is None and count_images(grid_images) == GRID_IMAGES:
                     return
                 images, labels = batch.to_host()
@@ -250,7 +290,18 @@ class RunEvaluation(Scoring):
         images, labels = (np.concatenate(parts) for parts in zip(*grid_images, strict=True))
         title = f"{sampler}, checkpoint of step {self.step}"
         plotting.sample_grid(images, labels, self.model.class_names, title).savefig(self.out / grid_name(sampler))
-        return compute_metrics(statistics, self.reference)
+        nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
+        return {"nfe": nfe, **self.compute(statistics)}
+
+
+def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> None:
+    """UserError where --save_samples cannot be written, or is of several samplers."""
+    if not config.save_samples:
+        return
+    if len(samplers) > 1:
+        raise UserError(f"--save_samples={config.save_samples} is of one step count and guidance scale; give one")
+    check_sample_path(config.save_samples)
+    checks.check_writable(Path(config.save_samples).parent, "save_samples")
 
 
 def count_images(grid_images: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
@@ -273,34 +324,66 @@ def hash_params(params: PyTree) -> str:
 
 
 def grid_name(sampler: SamplerConfig) -> str:
-    return f"samples_{sampler.num_steps}_{'none' if sampler.cfg_scale is None else f'{sampler.cfg_scale:g}'}.png"
+    steps = sampler.solver if sampler.is_adaptive else sampler.num_steps
+    return f"samples_{steps}_{guidance_name(sampler)}.png"
+
+
+def guidance_name(sampler: SamplerConfig) -> str:
+    return "none" if sampler.cfg_scale is None else f"{sampler.cfg_scale:g}"
+
+
+def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
+    """What enters a row of a sampler: of what was added later, only what is not the default."""
+    settings = {
+        "num_steps": None if sampler.is_adaptive else sampler.num_steps,
+        "cfg_scale": sampler.cfg_scale,
+        "solver": sampler.solver,
+        "cfg_interval": [float(end) for end in sampler.cfg_interval],
+    }
+    if sampler.is_adaptive:
+        settings |= {"rtol": sampler.rtol, "atol": sampler.atol}
+    if sampler.time_shift != 1:
+        settings["time_shift"] = sampler.time_shift
+    if sampler.cfg_channels is not None:
+        settings["cfg_channels"] = sampler.cfg_channels
+    return settings
 
 
 def evaluate_run(config: ConfigDict) -> None:
     run = RunEvaluation(config)
-    run.warn_of_few(config.num_samples)
     results, rows = Results(run.out), []
-    tracker = Tracker(run.out / "evaluation", config, 0) if config.wandb.mode != "disabled" else None
+    tracker = None
+    if config.wandb.mode != "disabled":
+        tracker = Tracker(run.out / "evaluation", config, 0, axis="num_steps")
     for number, sampler in enumerate(run.samplers):
-        settings = {"num_steps": sampler.num_steps, "cfg_scale": sampler.cfg_scale, **run.settings}
+        settings = {**sampler_settings(sampler), **run.settings}
         row = None if config.save_samples else results.find(settings)
         if row is None:
-            row = results.add(settings, run.evaluate(sampler))
+            with explaining_out_of_memory("sampling", "a smaller --batch_size"):
+                row = results.add(settings, run.evaluate(sampler))
         rows.append(row)
         if tracker:
-            name = f"guidance_{'none' if sampler.cfg_scale is None else f'{sampler.cfg_scale:g}'}"
-            tracker.log({f"{key}/{name}": row[key] for key in COLUMNS if key in row}, number)
-    write_csv(run.out / "fid.csv", rows)
+            scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in COLUMNS if key in row}
+            tracker.log(scores | {"num_steps": row["num_steps"] or row["nfe"]}, number)
+    write_csv(run.out / "fid.csv", results.rows)
     if len(rows) > 1:
         figure = plot_fid(rows)
         figure.savefig(run.out / "fid.png")
         if tracker:
             tracker.log_figure("fid", figure, len(rows))
     if tracker:
+        tracker.log_table("scores", rows)
         tracker.close()
     log(f"step {run.step} of {config.load_dir}, labels {config.labels}, against {run.reference.path}")
-    log(to_markdown(rows))
-    log(f"written: {run.out / 'fid.json'}, fid.csv, {', '.join(map(grid_name, run.samplers))}")
+    show_rows(config, rows)
+    log(f"written in {run.out}: fid.json, fid.csv, {', '.join(map(grid_name, run.samplers))}")
+
+
+def show_rows(config: ConfigDict, rows: list[dict[str, Any]]) -> None:
+    if config.json != "-":
+        show_result(to_markdown(rows))
+    if config.json:
+        write_json_rows(config.json, rows)
 
 
 def evaluate_samples(config: ConfigDict) -> None:
@@ -312,18 +395,28 @@ def evaluate_samples(config: ConfigDict) -> None:
             )
         samples = samples.first(config.num_samples)
     path = Path(config.samples)
-    scoring = Scoring(config, None, path.parent if path.is_file() else path.with_name(f"{path.name}_fid"))
-    scoring.warn_of_few(samples.num_samples)
-    statistics = scoring.statistics()
-    scoring.measure_samples(samples, statistics, "scoring")
-    settings = {"samples": str(config.samples), "num_samples": samples.num_samples, **scoring.settings}
-    row = Results(scoring.out).add(settings, compute_metrics(statistics, scoring.reference))
-    write_csv(scoring.out / "fid.csv", [row])
-    log(to_markdown([row]))
-    log(f"written: {scoring.out / 'fid.json'}, fid.csv")
+    # A folder of its own: others' files may lie beside the samples.
+    default_out = path.with_name(f"{path.stem if path.is_file() else path.name}_fid")
+    reference = find_statistics(config, None)
+    scoring = Scoring(config, reference, samples.image_shape, samples.num_samples, default_out)
+    settings = {
+        "samples": str(config.samples),
+        "samples_sha256": content_sha256(path),
+        "num_samples": samples.num_samples,
+        **scoring.settings,
+    }
+    statistics = scoring.new_statistics()
+    with explaining_out_of_memory("Inception", "a smaller --batch_size"):
+        scoring.measure_samples(samples, statistics, "scoring")
+    results = Results(scoring.out)
+    row = results.add(settings, scoring.compute(statistics))
+    write_csv(scoring.out / "fid.csv", results.rows)
+    show_rows(config, [row])
+    log(f"written in {scoring.out}: fid.json, fid.csv")
 
 
 def main(config: ConfigDict) -> None:
+    configure_output(is_apart=True, is_quiet=config.quiet)
     if bool(config.load_dir) == bool(config.samples):
         raise UserError(
             "give one of --load_dir (the folder of a run, such as runs/demo) and --samples (images to score)"
@@ -336,6 +429,7 @@ def refuse_ignored(config: ConfigDict) -> None:
     """UserError for flags that would have no effect on this evaluation."""
     if config.samples:
         cli.refuse_ignored((*OF_RUNS, *cli.model_flags()), "on --samples, which are scored as they are")
+    cli.refuse_ignored(OF_TRAINING, "in an evaluation")
     for name in ("cfg_scale", "denoise_timesteps"):
         cli.refuse_ignored((f"model.{name}",), f"here, where --{name} says it")
     if config.fid_stats:

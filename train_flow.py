@@ -180,7 +180,7 @@ class Trainer:
         config = self.config
         self.reference = load_statistics(config.fid_stats) if config.fid_stats else None
         if self.reference is not None:
-            convention = find_convention(self.reference.path, self.reference.convention, config.convention)
+            convention = find_convention(self.reference, config.convention).name
             self.extractor = load_feature_extractor(config.inception_weights, convention, replicated(self.mesh))
             if not config.eval_interval:
                 cli.refuse_ignored(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation")

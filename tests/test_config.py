@@ -301,3 +301,30 @@ def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):
     with pytest.raises(UserError, match="--vae=some/vae, which is not other/vae"):
         check_settings(parse("--save_dir x").to_dict() | other, saved, tmp_path)
     check_settings(parse("").to_dict() | {"dataset": {"vae": "copy", "vae_sha256": "0"}}, saved, tmp_path)
+
+
+def samplers(words: str, parse):
+    config = parse(words, eval_fid)
+    return eval_fid.read_samplers(config, 0.1)
+
+
+def test_adaptive_solvers_and_time_grids_are_read(parse):
+    (adaptive,) = samplers("--solver dopri5 --rtol 1e-3 --cfg_scale 2 --cfg_channels 3", parse)
+    assert (adaptive.is_adaptive, adaptive.rtol, adaptive.cfg_channels, adaptive.nfe) == (True, 1e-3, 3, None)
+    (shifted,) = samplers("--time_grid shift:3 --denoise_timesteps 8", parse)
+    assert (shifted.time_shift, shifted.nfe) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--solver dopri5 --denoise_timesteps 8", r"--denoise_timesteps=8 has no effect with --solver=dopri5"),
+        ("--rtol 1e-3", r"--rtol=0.001 has no effect with --solver=euler"),
+        ("--cfg_scale 1 --cfg_channels 3", r"--cfg_channels=3 has no effect without guidance"),
+        ("--time_grid shift", r"--time_grid=shift: use uniform, or shift:S"),
+        ("--time_grid shift:0", r"--time_grid=shift:0: use uniform"),
+    ],
+)
+def test_flags_of_other_solvers_are_refused(parse, words, message):
+    with pytest.raises(UserError, match=message):
+        samplers(words, parse)

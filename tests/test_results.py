@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from utils.results import Results, to_markdown, write_csv
+from utils.results import Results, to_markdown, write_csv, write_json_rows
 
 SETTINGS = {"num_steps": 2, "cfg_scale": None, "num_samples": 8, "fid_stats": "a", "inception_logits_sha256": None}
 WITH_LOGITS = SETTINGS | {"inception_logits_sha256": "0f"}
@@ -65,3 +65,23 @@ def test_programs_on_one_folder_keep_each_others_rows(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(add, range(4)))
     assert len(Results(tmp_path).rows) == 40
+
+
+def test_what_is_recorded_only_where_it_is_not_usual_is_compared_too(tmp_path):
+    results = Results(tmp_path)
+    usual = {"num_steps": 4, "inception_logits_sha256": None}
+    results.add(usual | {"time_shift": 3.0}, {"fid": 1.0})
+    assert results.find(usual) is None
+    results.add(usual, {"fid": 2.0})
+    assert results.find(usual)["fid"] == 2
+    assert results.find(usual | {"time_shift": 3.0})["fid"] == 1
+    assert results.find(usual | {"convention_source": "flag"})["fid"] == 2  # older rows do not have it
+
+
+def test_rows_are_written_as_json_and_tables_know_adaptive_solvers(tmp_path, capsys):
+    rows = [{"num_steps": None, "nfe": 26.5, "cfg_scale": None, "num_samples": 8, "fid": 3.0, "kid": 0.5}]
+    write_json_rows("-", rows)
+    assert json.loads(capsys.readouterr().out) == rows
+    write_json_rows(str(tmp_path / "rows.json"), rows)
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert to_markdown(rows).splitlines()[2] == "| 26.5 | adaptive | none | 8 | 3.000 | 0.50000 |"

@@ -6,7 +6,7 @@ from PIL import Image
 
 from tests.image_files import noise, write
 from utils.errors import UserError
-from utils.metrics.samples import SampleWriter, open_samples
+from utils.metrics.samples import SampleWriter, content_sha256, open_samples
 
 IMAGES, LABELS = noise(0, 10, 6, 5, 3), np.arange(10, dtype=np.int32)
 
@@ -89,7 +89,10 @@ def test_what_is_no_samples_is_refused_by_name(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "mixed" / "0.png", IMAGES[0])
     write(tmp_path / "mixed" / "1.png", IMAGES[0][:4])
-    write(tmp_path / "alpha" / "0.png", noise(1, 4, 4, 4))
+    (tmp_path / "cmyk").mkdir()
+    Image.fromarray(IMAGES[0]).convert("CMYK").save(tmp_path / "cmyk" / "0.jpg")
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY")
+    np.save(tmp_path / "float.npy", IMAGES / 255)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "0.png").write_text("no image")
     for name, message in {
@@ -99,8 +102,10 @@ def test_what_is_no_samples_is_refused_by_name(tmp_path):
         "text.npz": "not a whole npz",
         "cut.npz": "not a whole npz",
         "empty": "holds no images",
-        "mixed": "0.png is 5x6 RGB but 1.png is 5x4 RGB",
-        "alpha": "0.png has the pixels RGBA",
+        "mixed": "0.png is 5x6 but 1.png is 5x4",
+        "cmyk": "0.jpg has the pixels CMYK",
+        "cut.npy": "not a whole .npy",
+        "float.npy": "holds float64 images; .*uint8",
         "broken": "0.png is not a readable image",
     }.items():
         with pytest.raises(UserError, match=f"--samples={tmp_path / name}.*{message}"):
@@ -114,8 +119,35 @@ def test_folders_are_read_at_any_depth(tmp_path):
     (tmp_path / "edm" / "000000" / "back").symlink_to(tmp_path / "edm")
     np.testing.assert_array_equal(read_all(tmp_path / "edm", 4), IMAGES)
     write(tmp_path / "edm" / "grid.png", np.concatenate(IMAGES[:2]))
-    with pytest.raises(UserError, match=r"000000/000000.png is 5x6 RGB but grid.png is 5x12 RGB"):
+    with pytest.raises(UserError, match=r"000000/000000.png is 5x6 but grid.png is 5x12"):
         open_samples(tmp_path / "edm")
+
+
+def test_npy_files_are_read_as_they_are(tmp_path):
+    np.save(tmp_path / "images.npy", IMAGES)
+    np.testing.assert_array_equal(read_all(tmp_path / "images.npy", 4), IMAGES)
+
+
+def test_alpha_is_left_out_with_a_warning_and_mixed_grey_is_rgb(tmp_path, capsys):
+    rgba = noise(1, 4, 4, 4)
+    write(tmp_path / "alpha" / "0.png", rgba)
+    write(tmp_path / "alpha" / "1.png", rgba[..., :3])
+    write(tmp_path / "alpha" / "2.png", rgba[..., 0])
+    grey = np.repeat(rgba[..., :1], 3, axis=-1)
+    np.testing.assert_array_equal(read_all(tmp_path / "alpha", 2), [rgba[..., :3], rgba[..., :3], grey])
+    assert "1 of 3 images have an alpha channel, which is left out" in capsys.readouterr().err
+
+
+def test_content_is_identified_wherever_it_is(tmp_path):
+    for name in ("a", "b"):
+        for i, image in enumerate(IMAGES[:3]):
+            write(tmp_path / name / f"{i}.png", image)
+    assert content_sha256(tmp_path / "a") == content_sha256(tmp_path / "b")
+    before = content_sha256(tmp_path / "b")
+    (tmp_path / "b" / "2.png").rename(tmp_path / "b" / "3.png")
+    assert content_sha256(tmp_path / "b") != before
+    write(tmp_path / "a" / "2.png", IMAGES[5])
+    assert content_sha256(tmp_path / "a") != before
 
 
 def test_the_array_of_images_is_found_by_what_it_is(tmp_path):

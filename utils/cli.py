@@ -27,6 +27,7 @@ from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
+from utils.sampling import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig
 
 FLAGS = flags.FLAGS
 
@@ -98,6 +99,66 @@ def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
         flags.DEFINE_float(name, default, metadata["help"], metadata["low"], metadata["high"])
     else:
         flags.DEFINE_integer(name, default, metadata["help"], metadata["low"], metadata["high"])
+
+
+def define_sampler_flags(cfg_scale: str, denoise_timesteps: str) -> None:
+    """Registers how samples are drawn, with these defaults; see `read_samplers`."""
+    flags.DEFINE_list("cfg_scale", [cfg_scale], "Guidance scales, separated by commas; -1 or 1: no guidance.")
+    flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
+    flags.DEFINE_integer("cfg_channels", None, "Channels that are guided, the first; default: all.", lower_bound=1)
+    flags.DEFINE_list("denoise_timesteps", [denoise_timesteps], "Step counts, separated by commas.")
+    flags.DEFINE_string("time_grid", "uniform", "Times of the steps: uniform, or shift:S (S > 1: more at noise).")
+    flags.DEFINE_enum(
+        "solver",
+        "euler",
+        [*SOLVERS, *ADAPTIVE_SOLVERS],
+        "heun and midpoint evaluate the model twice per step; dopri5 chooses its steps by --rtol and --atol.",
+    )
+    flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
+    flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
+
+
+def read_samplers(config: ConfigDict, scales: list[float]) -> list[SamplerConfig]:
+    """A sampler for every one of the guidance scales and of --denoise_timesteps, by the flags of
+    `define_sampler_flags`. UserError for values that cannot be, and for flags that the solver does not take."""
+    steps = read_numbers(config.denoise_timesteps, "denoise_timesteps", int, MAX_STEPS, lowest=1)
+    interval = tuple(read_numbers(config.cfg_interval, "cfg_interval", float, 1, lowest=0))
+    if len(interval) != 2 or interval[0] > interval[1]:
+        raise UserError(f"--cfg_interval={','.join(config.cfg_interval)}: give first and last time, such as 0.1,0.9")
+    for scale in scales:
+        if scale < 0 and scale != -1:
+            raise UserError(f"--cfg_scale={scale:g}: use scales of 0 or more, or -1 for no guidance")
+    guidance = list(dict.fromkeys(map(guidance_scale, scales)))  # -1 and 1 are the same
+    if not any(scale is not None for scale in guidance):
+        refuse_ignored(("cfg_interval", "cfg_channels"), "without guidance")
+    common = SamplerConfig(
+        num_steps=0,
+        cfg_scale=None,
+        cfg_interval=interval,
+        solver=config.solver,
+        cfg_channels=config.cfg_channels,
+        time_shift=read_time_shift(config.time_grid),
+        rtol=config.rtol,
+        atol=config.atol,
+    )
+    if common.is_adaptive:
+        refuse_ignored(("denoise_timesteps", "time_grid"), f"with --solver={config.solver}, which chooses its steps")
+        steps = [0]
+    else:
+        refuse_ignored(("rtol", "atol"), f"with --solver={config.solver}, which takes --denoise_timesteps")
+    return [common._replace(num_steps=n, cfg_scale=scale) for scale in guidance for n in dict.fromkeys(steps)]
+
+
+def read_time_shift(time_grid: str) -> float:
+    """S of --time_grid=shift:S, 1 of 'uniform'; UserError for anything else."""
+    kind, _, shift = time_grid.partition(":")
+    try:
+        value = 1.0 if time_grid == "uniform" else float(shift)
+    except ValueError:
+        value = math.nan
+    if kind not in ("uniform", "shift") or not 0.01 <= value <= 100:
+        raise UserError(f"--time_grid={time_grid}: use uniform, or shift:S with S from 0.01 to 100, such as shift:3")
+    return value
 
 
 def define_vae_flag() -> None:

@@ -17,14 +17,38 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+class _Output:
+    """Where lines of progress go: with results on the standard output, or apart from them, or nowhere."""
+
+    is_apart = False
+    is_quiet = False
+
+
+def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
+    """`is_apart`: only results go to the standard output, all else to the standard error output. `is_quiet`: results
+    and errors alone."""
+    _Output.is_apart, _Output.is_quiet = is_apart, is_quiet
+
+
+def is_quiet() -> bool:
+    return _Output.is_quiet
+
+
 def log(text: str) -> None:
-    """A line on the standard output."""
-    _print(text, sys.stdout)
+    """A line about what is done."""
+    if not _Output.is_quiet:
+        _print(text, sys.stderr if _Output.is_apart else sys.stdout)
 
 
 def warn(text: str) -> None:
-    """A line on the standard error output, where results go elsewhere."""
-    _print(text, sys.stderr)
+    """A line on the standard error output about what may be wrong."""
+    if not _Output.is_quiet:
+        _print(text, sys.stderr)
+
+
+def show_result(text: str) -> None:
+    """What the program is for, on the standard output."""
+    _print(text, sys.stdout)
 
 
 @functools.cache

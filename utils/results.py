@@ -2,15 +2,19 @@
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from utils import plotting
-from utils.console import log
+from utils.console import log, show_result
 from utils.files import atomic_write, locked, remove_temporaries, set_aside, write_json
 from utils.metrics.registry import COLUMNS
+
+NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
+OPTIONAL = ("rtol", "atol", "time_shift", "cfg_channels")
 
 
 class Results:
@@ -28,17 +32,17 @@ class Results:
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The finished row of these settings; files are identified by their hash, wherever they are. One that also has
         an Inception Score will do where none is requested."""
-        requested = {name: value for name, value in settings.items() if name not in ("fid_stats", "checkpoint")}
+        requested = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
         if requested["inception_logits_sha256"] is None:
             del requested["inception_logits_sha256"]
-        return next((row for row in self.rows if requested.items() <= row.items()), None)
+        return next((row for row in self.rows if _is_of(row, requested)), None)
 
-    def add(self, settings: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+    def add(self, settings: dict[str, Any], metrics: Mapping[str, float | None]) -> dict[str, Any]:
         """The row, which replaces an earlier one of the same settings."""
         with locked(self.path):
             self._read()  # another process may have added some
-            self.rows = [row for row in self.rows if not settings.items() <= row.items()]
-            self.rows.append(settings | metrics)
+            self.rows = [row for row in self.rows if not _is_of(row, settings)]
+            self.rows.append({**settings, **metrics})
             write_json(self.path, {"cells": self.rows})
         return self.rows[-1]
 
@@ -55,9 +59,16 @@ class Results:
             log(f"{self.path} cannot be understood (damaged?); it is kept as {set_aside(self.path)}")
 
 
+def _is_of(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a row has these settings, and none of OPTIONAL beside them."""
+    return settings.items() <= row.items() and all(row.get(name) == settings.get(name) for name in OPTIONAL)
+
+
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """A table of the rows: step count, guidance and every metric that one of them has."""
     columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | COLUMNS
+    if any(row.get("num_steps", 0) is None for row in rows):  # an adaptive solver
+        columns = {"nfe": "NFE"} | columns
     columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
     for row in rows:
@@ -70,10 +81,12 @@ def to_text(name: str, row: dict[str, Any]) -> str:
         return ""
     value = row[name]
     if name == "kid":
-        return f"{value:.5f} ± {row['kid_error']:.5f}"
+        return f"{value:.5f} ± {row['kid_error']:.5f}" if "kid_error" in row else f"{value:.5f}"
     if name in COLUMNS:
         return f"{value:.3f}"
-    return "none" if value is None else f"{value:g}"
+    if value is None:
+        return "adaptive" if name == "num_steps" else "none"
+    return f"{value:g}"
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -84,10 +97,18 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
+    """The rows as JSON into the file `target`, or on the standard output for '-'."""
+    if target == "-":
+        show_result(json.dumps(rows, indent=2))
+    else:
+        write_json(Path(target), rows)
+
+
 def plot_fid(rows: list[dict[str, Any]]) -> Figure:
     """FID against steps, a curve for each guidance scale."""
     curves = {}
     for row in rows:
         name = "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
-        curves.setdefault(name, []).append((row["num_steps"], row["fid"]))
+        curves.setdefault(name, []).append((row["num_steps"] or row["nfe"], row["fid"]))
     return plotting.curves(curves, "steps", "FID")

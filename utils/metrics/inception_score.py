@@ -6,13 +6,15 @@ from jaxtyping import Float
 
 from utils.errors import UserError
 
+SPLIT_SIZE = 5000
+
 
 class InceptionScore:
     """Inception Score (Salimans et al., arXiv:1606.03498, section 4) of class probabilities, in memory that does not
     grow: exp of the mean divergence of each sample's probabilities from their average, over parts of `split_size`
     samples as ADM's evaluator takes them; then mean and standard deviation over the parts."""
 
-    def __init__(self, split_size: int = 5000):
+    def __init__(self, split_size: int = SPLIT_SIZE):
         self.split_size = split_size
         self._counts, self._sums, self._negative_entropies = [], [], []
 

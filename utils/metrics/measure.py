@@ -1,7 +1,7 @@
 """From batches of images to statistics of their Inception features."""
 
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from utils.console import log
+from utils.console import is_quiet, log
 from utils.errors import UserError
 from utils.generate import ImageBatch
 from utils.metrics.inception import Features
+from utils.metrics.reference import ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
 from utils.sharding import gather, shard_replicated
 
@@ -37,7 +38,7 @@ def measure_images(
     While the host waits for the features of one batch, the devices already have the next one's work. With `total`, the
     number of images, a progress bar is shown. `on_batch` gets every batch once it is measured.
     """
-    bar = tqdm(total=total, unit="image", desc=title, disable=total is None)
+    bar = tqdm(total=total, unit="image", desc=title, disable=total is None or is_quiet())
 
     def finish(batch: ImageBatch, features: Features) -> None:
         statistics.update(*(gather(rows)[: batch.count] for rows in features))
@@ -46,6 +47,8 @@ def measure_images(
             on_batch(batch)
 
     in_flight = None
+    if total is not None:
+        log("compiling the Inception network, unless it is cached ...")
     for batch in batches:
         images = batch.images if batch.images.shape[-1] == 3 else jnp.repeat(batch.images, 3, axis=-1)
         features = extractor(images)
@@ -57,10 +60,32 @@ def measure_images(
     bar.close()
 
 
-def find_convention(path: Path, recorded: str | None, requested: str | None) -> str:
-    """The convention `recorded` in the statistics of `path`; 'adm', saying so, where neither they nor the user tell."""
+class Convention(NamedTuple):
+    """How images enter Inception (see inception.CONVENTIONS), and how that is known."""
+
+    name: str
+    source: str  # 'file', 'known file', 'flag' or 'default'
+
+
+# Statistics in use that do not record their convention, by the SHA-256 of the file.
+KNOWN_FILES = {
+    # CIFAR-10's 50,000 training images, by pytorch-fid.
+    "e804fcd35bc1333c1b25fdcc048ad3a96cf1b9f795a97d46cab9f4830ff7b57e": "pytorch_fid",
+}
+
+
+def find_convention(reference: ReferenceStatistics, requested: str | None) -> Convention:
+    """The convention under which statistics were made. UserError where neither they nor the user tell, or both do and
+    differ: under another one, the FID would be wrong without a sign of it."""
+    known = KNOWN_FILES.get(reference.sha256)
+    recorded = reference.convention or known
     if recorded and requested and recorded != requested:
-        raise UserError(f"--convention={requested}, but {path} was made under {recorded}; leave the flag out")
-    if not (recorded or requested):
-        log(f"{path} does not say its convention: taking adm (--convention pytorch_fid for the other)")
-    return recorded or requested or "adm"
+        raise UserError(f"--convention={requested}, but {reference.path} was made under {recorded}; leave the flag out")
+    if requested and not recorded:
+        return Convention(requested, "flag")
+    if not recorded:
+        raise UserError(
+            f"--fid_stats={reference.path} does not record how its images entered Inception: give --convention "
+            "pytorch_fid for files that pytorch-fid made, adm for those of TTUR, ADM, DiT, EDM and jax-flow"
+        )
+    return Convention(recorded, "file" if reference.convention else "known file")

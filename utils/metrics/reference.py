@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from utils.console import warn
 from utils.errors import UserError
 from utils.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays
 from utils.files import atomic_write, file_sha256
@@ -20,7 +22,7 @@ SPATIAL_FEATURES = 2023
 MAX_FEATURES = 50_000  # rows that a statistics file may hold: 0.4 GB
 
 # Names in a statistics file of what it may hold beside `mu` and `sigma`, by field of ReferenceStatistics.
-_METADATA = ("num_images", "convention", "dataset")
+_METADATA = ("num_images", "convention", "dataset", "image_shape")
 _ARRAYS = {"spatial_mu": "mu_s", "spatial_sigma": "sigma_s", "features": "features", "label_counts": "label_counts"}
 
 
@@ -35,6 +37,7 @@ class ReferenceStatistics:
     num_images: int | None = None
     convention: str | None = None
     dataset: str | None = None
+    image_shape: str | None = None  # such as '32x32x3'
     spatial_mu: Float[np.ndarray, " s"] | None = None
     spatial_sigma: Float[np.ndarray, "s s"] | None = None
     features: Float[np.ndarray, "n d"] | None = None  # pool3, of the first images
@@ -87,6 +90,21 @@ def load_statistics(path: str | Path, num_features: int = POOL_FEATURES) -> Refe
         hint = " (covariances need float32 at least)" if "eigenvalue" in str(error) else ""
         raise UserError(f"--fid_stats={path}: {error}{hint}; {fix}") from None
     return ReferenceStatistics(mu, sigma, sha256, path, **metadata, **arrays)
+
+
+def format_shape(image_shape: Sequence[int]) -> str:
+    """(height, width, channels) as in '32x32x3'."""
+    return "x".join(map(str, image_shape))
+
+
+def warn_of_other_shape(reference: ReferenceStatistics, image_shape: Sequence[int]) -> None:
+    """Warns where samples are not of the size of the reference's images."""
+    shape = format_shape(image_shape)
+    if reference.image_shape not in (None, shape):
+        warn(
+            f"{reference.path} is of {reference.image_shape} images, the samples are {shape}: Inception resizes both, "
+            "but the result says nothing about a model at either size"
+        )
 
 
 def has_statistics(path: Path) -> bool:
@@ -154,6 +172,7 @@ def save_statistics(
     convention: str,
     dataset: str,
     split: str | None = None,
+    image_shape: tuple[int, ...] | None = None,
     label_counts: Int[np.ndarray, " classes"] | None = None,
     inception_sha256: str | None = None,
 ) -> None:
@@ -173,6 +192,8 @@ def save_statistics(
         content["label_counts"] = label_counts
     content |= {"num_images": statistics.num_samples, "convention": convention, "dataset": dataset}
     content |= {"split": split or "", "inception_sha256": inception_sha256 or ""}
+    if image_shape is not None:
+        content["image_shape"] = format_shape(image_shape)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **content)

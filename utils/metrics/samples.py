@@ -3,6 +3,7 @@ read a batch at a time, so that any number of samples fits in memory."""
 
 import contextlib
 import dataclasses
+import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,9 +20,13 @@ from utils.console import printable, warn
 from utils.data.images import BrokenImageError, check_size
 from utils.errors import UserError
 from utils.external import ArrayHeader, BadFileError, read_npz_headers, read_rows
-from utils.files import atomic_write
+from utils.files import atomic_write, file_sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Pillow's names of pixels of 8 bits.
+GREY_MODES = ("L", "LA", "1")
+ALPHA_MODES = ("RGBA", "LA")
+MODES = ("RGB", "RGBA", "P", *GREY_MODES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Samples:
 
 
 def open_samples(path: str | Path, flag: str = "samples") -> Samples:
-    """The samples in an npz or in a folder of images (at any depth, as EDM writes them, sorted by path).
+    """The samples in an npz or .npy or in a folder of images (at any depth, as EDM writes them, sorted by path).
 
     In an npz they are `arr_0` or the only array that can be images. UserError, naming --`flag`, where there are none,
     or they are not uint8 images (n, h, w, 1 or 3) of one size. Reading them warns where no value is above 1, as in
@@ -57,14 +62,28 @@ def open_samples(path: str | Path, flag: str = "samples") -> Samples:
     if path.is_dir():
         return _open_folder(path, f"--{flag}={path}")
     if not path.is_file():
-        raise UserError(f"--{flag}={path} is neither a file nor a folder; give an npz of images or a folder of PNGs")
-    return _open_npz(path, f"--{flag}={path}")
+        raise UserError(f"--{flag}={path} is neither a file nor a folder; give an npz or .npy, or a folder of PNGs")
+    return (_open_npy if path.suffix == ".npy" else _open_npz)(path, f"--{flag}={path}")
+
+
+def content_sha256(path: str | Path) -> str:
+    """Of a file, or of the names and contents of all images in a folder."""
+    path = Path(path)
+    if path.is_file():
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    for file in sorted(_find_images(path, set()), key=lambda file: file.relative_to(path).parts):
+        digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def holds_images(path: str | Path) -> bool:
-    """Whether `path` is an npz with ADM's array of images, `arr_0`."""
+    """Whether `path` is a folder, a .npy, or an npz with ADM's array of images, `arr_0`."""
+    path = Path(path)
+    if path.is_dir() or path.suffix == ".npy":
+        return True
     try:
-        return "arr_0" in read_npz_headers(Path(path))
+        return "arr_0" in read_npz_headers(path)
     except BadFileError:
         return False
 
@@ -96,7 +115,36 @@ def _open_npz(path: Path, flag: str) -> Samples:
             f"{flag} is not a whole npz of images ({error}); write it with eval_fid.py --save_samples"
         ) from None
     name = _choose_images(headers, flag)
-    shape, is_fortran, dtype = headers[name]
+    shape = _check_array(headers[name], flag)
+
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        try:
+            yield from read_rows(path, name, batch_size)
+        except BadFileError as error:
+            raise UserError(f"{flag}: {error}; write it again") from None
+
+    return Samples(shape[0], shape[1:], partial(_warn_if_dark, read, flag))
+
+
+def _open_npy(path: Path, flag: str) -> Samples:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{flag} is not a whole .npy of images ({reason}); write it with numpy.save") from None
+    is_fortran = array.ndim > 1 and array.flags.f_contiguous and not array.flags.c_contiguous
+    shape = _check_array(ArrayHeader(array.shape, is_fortran, array.dtype), flag)
+
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(array), batch_size):
+            yield np.array(array[start : start + batch_size])
+
+    return Samples(shape[0], shape[1:], partial(_warn_if_dark, read, flag))
+
+
+def _check_array(header: ArrayHeader, flag: str) -> tuple[int, int, int, int]:
+    """The shape (n, h, w, c) of uint8 images; UserError for any other array."""
+    shape, is_fortran, dtype = header
     if dtype != np.uint8:
         raise UserError(
             f"{flag} holds {dtype} images; FID is of uint8 pixels: clip, round and convert them to uint8 first"
@@ -108,13 +156,8 @@ def _open_npz(path: Path, flag: str) -> Samples:
             f"{flag} holds its images in Fortran order, last axis first; save numpy.ascontiguousarray(images) instead"
         )
 
-    def read(batch_size: int) -> Iterator[np.ndarray]:
-        try:
-            yield from read_rows(path, name, batch_size)
-        except BadFileError as error:
-            raise UserError(f"{flag}: {error}; write it again") from None
-
-    return Samples(shape[0], tuple(shape[1:]), partial(_warn_if_dark, read, flag))
+    count, height, width, channels = shape
+    return count, height, width, channels
 
 
 def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
@@ -148,20 +191,28 @@ def _open_folder(path: Path, flag: str) -> Samples:
     files = sorted(_find_images(path, set()), key=lambda file: file.relative_to(path).parts)
     if not files:
         raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
-    shapes = [_image_shape(file, flag) for file in files]
-    other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+    headers = [_image_header(file, flag) for file in files]
+    sizes = [size for size, _ in headers]
+    other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
     if other is not None:
-        first, second = (file.relative_to(path) for file in (files[0], files[other]))
-        raise UserError(
-            f"{flag}: {first} is {_size(shapes[0])} but {second} is {_size(shapes[other])}; samples are of one size"
+        first, second = (
+            f"{file.relative_to(path)} is {'x'.join(map(str, size))}"
+            for file, size in ((files[0], sizes[0]), (files[other], sizes[other]))
         )
+        raise UserError(f"{flag}: {first} but {second}; samples are of one size")
+    num_alpha = sum(mode in ALPHA_MODES for _, mode in headers)
+    if num_alpha:
+        warn(f"{flag}: {num_alpha} of {len(files)} images have an alpha channel, which is left out, as in pytorch-fid")
+    is_grey = all(mode in GREY_MODES for _, mode in headers)  # a mixture is RGB
+    width, height = sizes[0]
+    shape = (height, width, 1 if is_grey else 3)
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(files), batch_size):
-            images = [_read_pixels(file, flag) for file in files[start : start + batch_size]]
-            yield np.stack(images).reshape(-1, *shapes[0])
+            images = [_read_pixels(file, flag, "L" if is_grey else "RGB") for file in files[start : start + batch_size]]
+            yield np.stack(images).reshape(-1, *shape)
 
-    return Samples(len(files), shapes[0], partial(_warn_if_dark, read, flag))
+    return Samples(len(files), shape, partial(_warn_if_dark, read, flag))
 
 
 def _find_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -178,21 +229,18 @@ def _find_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
             yield path
 
 
-def _size(shape: tuple[int, int, int]) -> str:
-    return f"{shape[1]}x{shape[0]} {'grey' if shape[2] == 1 else 'RGB'}"
-
-
-def _image_shape(file: Path, flag: str) -> tuple[int, int, int]:
+def _image_header(file: Path, flag: str) -> tuple[tuple[int, int], str]:
+    """((width, height), mode of the pixels)."""
     with _opened(file, flag) as image:
-        mode, (width, height) = image.mode, image.size
-    if mode not in ("L", "RGB"):
+        mode, size = image.mode, image.size
+    if mode not in MODES:
         raise UserError(f"{flag}: {file.name} has the pixels {mode}; samples are RGB or grey of 8 bits")
-    return height, width, 1 if mode == "L" else 3
+    return size, mode
 
 
-def _read_pixels(file: Path, flag: str) -> np.ndarray:
+def _read_pixels(file: Path, flag: str, mode: str) -> np.ndarray:
     with _opened(file, flag) as image:
-        return np.asarray(image)
+        return np.asarray(image if image.mode == mode else image.convert(mode))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from utils.errors import UserError
 from utils.metrics.inception_score import InceptionScore
 
+MAX_SAMPLE_FEATURES = 10_000  # rows of which the features themselves are kept
+
 
 class FeatureStatistics:
     """Mean and covariance of feature rows seen so far, in float64, at a memory cost that does not grow with them.
@@ -67,7 +69,7 @@ class ImageStatistics:
     ones, and the pool3 features themselves of the first `max_features` (80 MB for 10,000). With `logits`, the matrix
     from pool3 features to class logits, also the Inception Score."""
 
-    def __init__(self, max_features: int = 10_000, logits: Float[np.ndarray, "d classes"] | None = None):
+    def __init__(self, max_features: int = MAX_SAMPLE_FEATURES, logits: Float[np.ndarray, "d classes"] | None = None):
         self.pool, self.spatial, self.max_features = FeatureStatistics(), FeatureStatistics(), max_features
         self.logits, self.inception_score = logits, InceptionScore()
         self._features = []
