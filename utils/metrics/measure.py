@@ -38,6 +38,8 @@ def measure_images(
     While the host waits for the features of one batch, the devices already have the next one's work. With `total`, the
     number of images, a progress bar is shown. `on_batch` gets every batch once it is measured.
     """
+    if total is not None:
+        log("compiling the Inception network, unless it is cached ...")
     bar = tqdm(total=total, unit="image", desc=title, disable=total is None or is_quiet())
 
     def finish(batch: ImageBatch, features: Features) -> None:
@@ -47,8 +49,6 @@ def measure_images(
             on_batch(batch)
 
     in_flight = None
-    if total is not None:
-        log("compiling the Inception network, unless it is cached ...")
     for batch in batches:
         images = batch.images if batch.images.shape[-1] == 3 else jnp.repeat(batch.images, 3, axis=-1)
         features = extractor(images)

@@ -108,7 +108,9 @@ def warn_of_other_shape(reference: ReferenceStatistics, image_shape: Sequence[in
 
 
 def has_statistics(path: Path) -> bool:
-    """Whether a file of images, an npz, holds a mean too."""
+    """Whether what holds images, an npz perhaps, holds a mean too."""
+    if path.is_dir() or path.suffix == ".npy":
+        return False
     try:
         return "mu" in read_npz_headers(path)
     except BadFileError:
