@@ -1,11 +1,20 @@
 """What holds for any size, seed and number of hosts: every image once, hosts in step, positions, shards, splits."""
 
+import dataclasses
+import functools
 import itertools
 import json
+import tempfile
+from pathlib import Path
 
-from hypothesis import given, settings
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
+from tests.data_sets import load
+from tests.image_files import encoded
 from tests.test_batches import labels, numbered, take
 from tests.test_latents import manifest
 from utils.data.batches import epoch_batches, training_batches
@@ -103,3 +112,108 @@ def test_what_is_held_out_depends_on_the_names_alone(keys, data):
     assert len(out) == count
     _, out_of_shuffled = hold_out(shuffled, count)
     assert {keys[row] for row in out} == {shuffled[row] for row in out_of_shuffled}
+
+
+@functools.cache
+def record(number: int) -> bytes:
+    """A serialized example labelled `number`, that number left and zeros right in its image, so that a flip shows."""
+    tf = pytest.importorskip("tensorflow", reason="TensorFlow, which writes records, is not installed")
+    pixel = tf.train.Feature(
+        bytes_list=tf.train.BytesList(value=[encoded(np.array([[number, 0]] * 2, np.uint8)).getvalue()])
+    )
+    label = tf.train.Feature(int64_list=tf.train.Int64List(value=[number]))
+    example = tf.train.Example(features=tf.train.Features(feature={"image": pixel, "label": label}))
+    return example.SerializeToString()
+
+
+def prepare(root: str, file_format: str, shard_lengths: list[int]) -> None:
+    """A TFDS data set `shards` with one split, its records numbered from 0 through the shards."""
+    tf = pytest.importorskip("tensorflow", reason="TensorFlow, which writes records, is not installed")
+    pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+    folder = Path(root) / "shards" / "1.0.0"
+    folder.mkdir(parents=True)
+    train = {
+        "name": "train",
+        "shardLengths": list(map(str, shard_lengths)),
+        "numBytes": "2000",
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    }
+    info = {"name": "shards", "version": "1.0.0", "fileFormat": file_format, "splits": [train]}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    package = "tensorflow_datasets.core.features."
+    image = {
+        "pythonClassName": f"{package}image_feature.Image",
+        "image": {"shape": {"dimensions": ["2", "2", "1"]}, "dtype": "uint8", "encodingFormat": "png"},
+    }
+    label = {"pythonClassName": f"{package}class_label_feature.ClassLabel", "classLabel": {"numClasses": "64"}}
+    features = {
+        "pythonClassName": f"{package}features_dict.FeaturesDict",
+        "featuresDict": {"features": {"image": image, "label": label}},
+    }
+    (folder / "features.json").write_text(json.dumps(features))
+    numbers = itertools.count()
+    for shard, length in enumerate(shard_lengths):
+        path = str(folder / f"shards-train.{file_format}-{shard:05d}-of-{len(shard_lengths):05d}")
+        writer = tf.io.TFRecordWriter(path) if file_format == "tfrecord" else ArrayRecordWriter(path, "group_size:1")
+        for number in itertools.islice(numbers, length):
+            writer.write(record(number))
+        writer.close()
+
+
+shard_lists = st.lists(st.integers(0, 4), min_size=1, max_size=6).filter(lambda lengths: sum(lengths) >= 5)
+positions = st.integers(0, 23)
+# Each example builds pipelines of TensorFlow, so that there are few and they are not shrunk.
+slow = settings(max_examples=2, deadline=None, phases=(Phase.explicit, Phase.generate))
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+@slow
+@given(lengths=shard_lists, local_size=st.integers(1, 4), num_hosts=st.integers(1, 3), start=positions, stop=positions)
+@example(lengths=[0, 3, 0, 5, 2, 0], local_size=2, num_hosts=2, start=1, stop=7)
+def test_any_shards_are_one_split_that_hosts_read_in_step(file_format, lengths, local_size, num_hosts, start, stop):
+    num_train = sum(lengths) - 1  # of so few, the first image is held out
+    start, stop = min(start, num_train - 1), min(max(start + 1, stop), num_train)
+    with tempfile.TemporaryDirectory() as root:
+        prepare(root, file_format, lengths)
+        train, validation = (load("tfds:shards", split, root) for split in ("train", "validation"))
+        assert len(train.source) == num_train
+        assert labels(epoch_batches(validation, 3)) == [0]
+        batch_size = local_size * num_hosts
+        hosts = [
+            list(epoch_batches(train, batch_size, start=start, stop=stop, process_index=host, process_count=num_hosts))
+            for host in range(num_hosts)
+        ]
+    read = [sorted(rows(parts)) for parts in zip(*hosts, strict=True)]
+    assert list(itertools.chain.from_iterable(read)) == [(i, bytes([i, 0, i, 0])) for i in range(start + 1, stop + 1)]
+    assert all(len(batch) == batch_size for batch in read[:-1])
+
+
+@slow
+@given(lengths=shard_lists, local_size=st.integers(1, 3), num_hosts=st.integers(1, 2), seed=seeds, position=positions)
+@example(lengths=[0, 3, 0, 5, 2, 0], local_size=2, num_hosts=2, seed=0, position=3)
+def test_a_stream_of_any_shards_has_every_image_once_an_epoch_and_goes_on(
+    lengths, local_size, num_hosts, seed, position
+):
+    num_train = sum(lengths) - 1
+    batch_size, count = local_size * num_hosts, -(-2 * num_train // local_size)
+    position = min(position, count - 1)
+    parts = []
+    with tempfile.TemporaryDirectory() as root:
+        prepare(root, "tfrecord", lengths)
+        train = dataclasses.replace(load("tfds:shards", "train", root), random_flip=True)
+        for host in range(num_hosts):
+            hosts = {"process_index": host, "process_count": num_hosts}
+            stopped = training_batches(train, batch_size, seed, **hosts)
+            stream = labels(take(stopped, position))
+            state = json.loads(json.dumps(stopped.get_state()))
+            rest = take(stopped, count - position)
+            stream += labels(rest)
+            part = sorted(set(stream))
+            for epoch in range(len(stream) // len(part)):
+                assert sorted(stream[epoch * len(part) :][: len(part)]) == part
+            parts.append(part)
+        resumed = training_batches(train, batch_size, seed, **hosts)
+        resumed.set_state(state)
+        assert rows(take(resumed, count - position)) == rows(rest)
+    assert sorted(itertools.chain.from_iterable(parts)) == list(range(1, num_train + 1))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

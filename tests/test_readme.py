@@ -9,6 +9,7 @@ import compute_fid_stats
 import encode_latents
 import eval_fid
 import plot_metrics
+import sample
 import train_flow
 from data import celebahq256
 from tests.conftest import ROOT, run_program
@@ -21,6 +22,7 @@ PROGRAMS = {
     "encode_latents.py": encode_latents,
     "compute_fid_stats.py": compute_fid_stats,
     "plot_metrics.py": plot_metrics,
+    "sample.py": sample,
     "data/celebahq256.py": celebahq256,
 }
 BLOCKS = [
@@ -47,7 +49,7 @@ RECIPE = [
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python ")])
 def test_python_commands_are_understood(command, read_flags):
-    words = shlex.split(command, comments=True)
+    words = shlex.split(command.partition(" | ")[0], comments=True)
     if words[1] == "-c":
         compile(words[2], "README.md", "exec")
         return

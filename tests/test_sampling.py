@@ -236,3 +236,11 @@ def test_guidance_of_some_channels_leaves_the_others_conditional():
     part = sampling.guide(model_fn, 10, 3.0, cfg_channels=2)(x, t, labels)
     np.testing.assert_array_equal(part[:, :2], whole[:, :2])
     np.testing.assert_array_equal(part[:, 2:], model_fn(x, t, labels)[:, 2:])
+
+
+def test_spherical_interpolation_keeps_the_length_of_noise():
+    x, y = jax.random.normal(KEY, (2, 3, 8, 8, 4))
+    between = sampling.slerp(x, y, jnp.array([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(between[:, 0], x, atol=1e-5)
+    np.testing.assert_allclose(between[:, 2], y, atol=1e-5)
+    np.testing.assert_allclose(between.std(axis=(2, 3, 4)), 1, atol=0.1)  # that of the mean is 0.7

@@ -198,9 +198,9 @@ def define_objective_flags() -> None:
             define_setting(name, field)
 
 
-def define_wandb_flags(name: str = "flow_{dataset_name}") -> None:
-    """Registers --wandb.*, --wandb.name with that default."""
-    flags.DEFINE_enum("wandb.mode", None, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
+def define_wandb_flags(name: str = "flow_{dataset_name}", mode: str | None = None) -> None:
+    """Registers --wandb.*, --wandb.name and --wandb.mode with these defaults."""
+    flags.DEFINE_enum("wandb.mode", mode, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
     flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
     flags.DEFINE_string("wandb.project", "flow", "Project.")
     flags.DEFINE_string("wandb.entity", None, "User or team.")
@@ -388,14 +388,16 @@ def refuse_ignored(names: Iterable[str], reason: str) -> None:
 def resolve_wandb(config: ConfigDict) -> None:
     """Settles mode and name."""
     wandb = config.wandb
-    if wandb.offline and wandb.mode not in (None, "offline"):
+    if wandb.offline and is_explicit("wandb.mode") and wandb.mode != "offline":
         raise UserError(f"--wandb.offline contradicts --wandb.mode={wandb.mode}; give one")
+    if wandb.offline:
+        wandb.mode = "offline"
     if wandb.mode is None:
-        wandb.mode = "offline" if wandb.offline else os.environ.get("WANDB_MODE", "online")
+        wandb.mode = os.environ.get("WANDB_MODE", "online")
     if wandb.mode not in ("online", "offline", "disabled"):
         raise UserError(f"WANDB_MODE={wandb.mode}: use online, offline or disabled, or give --wandb.mode")
     del wandb.offline
-    wandb.name = wandb.name.replace("{dataset_name}", str(config.dataset_name))
+    wandb.name = wandb.name.replace("{dataset_name}", str(config.get("dataset_name")))
 
 
 def run_folder(config: ConfigDict) -> Path:

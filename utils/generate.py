@@ -111,8 +111,8 @@ def _generate(params, codec, key, indices, labels, settings, num_steps, *, stati
     return images_to_uint8(codec.decode(latents)), nfe
 
 
-@partial(jax.jit, static_argnames=("static", "t_start", "t_end"))
-def _solve(params, x, labels, settings, *, static, t_start, t_end):
+@partial(jax.jit, static_argnames=("static",))
+def _solve(params, x, labels, settings, t_start, t_end, *, static):
     velocity_of = partial(static.velocity, params, settings)
     return adaptive_sample(velocity_of, x, labels, t_start, t_end, rtol=settings.rtol, atol=settings.atol)
 
@@ -280,7 +280,7 @@ class ImageGenerator:
         yield noise
         if sampler.is_adaptive:
             for first, last in itertools.pairwise(np.linspace(0, 1, num_stages + 1).tolist()):
-                noise, _ = _solve(self.params, noise, labels, settings, static=static, t_start=first, t_end=last)
+                noise, _ = _solve(self.params, noise, labels, settings, first, last, static=static)
                 yield noise
             return
         cuts = [sampler.num_steps * i // num_stages for i in range(num_stages + 1)]

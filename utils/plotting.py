@@ -1,7 +1,8 @@
-"""Arrays -> figures. Knows no model, no file and no wandb."""
+"""Arrays -> figures and animations. Knows no model and no wandb."""
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -9,6 +10,7 @@ from matplotlib import color_sequences
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
+from PIL import Image
 
 
 def image_table(
@@ -59,6 +61,35 @@ def sample_grid(
         axis.text(0.03, 0.97, text, transform=axis.transAxes, va="top", fontsize=6, color="white",
                   bbox={"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0})  # fmt: skip
     return figure
+
+
+def tile_images(images: UInt8[np.ndarray, "n h w c"], least_side: int = 64) -> UInt8[np.ndarray, "height width 3"]:
+    """One RGB image of all, in a near-square grid with a border; tiny images are enlarged to `least_side` pixels."""
+    count, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    factor = max(1, least_side // max(height, width))
+    cells = np.full((rows * columns, height * factor + 2, width * factor + 2, 3), 255, np.uint8)
+    enlarged = images.repeat(factor, axis=1).repeat(factor, axis=2)
+    cells[:count, 1:-1, 1:-1] = enlarged if channels == 3 else enlarged.repeat(3, axis=-1)
+    table = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
+    return table.reshape(rows * cells.shape[1], columns * cells.shape[2], 3)
+
+
+def save_film(path: Path, frames: UInt8[np.ndarray, "frames n h w c"], file_format: str, seconds: float) -> None:
+    """An animation of the frames, each a grid of all images; the first is held for half a second, the last for two."""
+    pages = [Image.fromarray(tile_images(images)) for images in frames]
+    durations = [max(20, round(1000 * seconds / len(pages)))] * len(pages)
+    durations[0], durations[-1] = 500, 2000
+    pages[0].save(
+        path,
+        format=file_format.upper(),
+        save_all=True,
+        append_images=pages[1:],
+        duration=durations,
+        loop=0,
+        **({"quality": 90} if file_format == "webp" else {}),
+    )
 
 
 def curves(

@@ -174,8 +174,8 @@ def adaptive_sample(
     velocity_of: Callable[[Int[Array, " b"]], VelocityFn],
     x: Float[Array, "b ..."],
     labels: Int[Array, " b"],
-    t_start: float = 0.0,
-    t_end: float = 1.0,
+    t_start: float | Float[Array, ""] = 0.0,
+    t_end: float | Float[Array, ""] = 1.0,
     *,
     rtol: float | Float[Array, ""] = 1e-5,
     atol: float | Float[Array, ""] = 1e-5,
@@ -216,6 +216,21 @@ def adaptive_sample(
 def sample_noise(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Standard normal noise (b, *shape); row j is a function of (key, indices[j]) alone."""
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
+
+
+def slerp(
+    x: Float[Array, "n h w c"], y: Float[Array, "n h w c"], fractions: Float[Array, " k"]
+) -> Float[Array, "n k h w c"]:
+    """Spherical interpolation (Shoemake 1985) from each x to its y: noise in between has the length of noise, too."""
+    axes = (-3, -2, -1)
+
+    def norm(z):
+        return jnp.sqrt(jnp.square(z).sum(axes, keepdims=True))
+
+    x, y, fraction = x[:, None], y[:, None], fractions[None, :, None, None, None]
+    cosine = (x * y).sum(axes, keepdims=True) / (norm(x) * norm(y))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    return (jnp.sin((1 - fraction) * angle) * x + jnp.sin(fraction * angle) * y) / jnp.sin(angle)
 
 
 def sample_labels(

@@ -142,6 +142,15 @@ class Tracker:
 
             self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
 
+    def log_image_files(self, paths: Sequence[Path]) -> None:
+        """Image files on wandb, each under the name of its file."""
+        if self.wandb_run:
+            import wandb
+
+            suffixes = (".png", ".webp", ".gif")
+            images = {path.stem: wandb.Image(str(path)) for path in paths if path.suffix in suffixes}
+            self.wandb_run.log(images)
+
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table on wandb; empty where a row has no such column."""
         if self.wandb_run:

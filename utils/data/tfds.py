@@ -73,6 +73,8 @@ class PreparedSplit:
         if own is None:  # records are in an order that TFDS has shuffled
             cut = num_held_out(count)
             self.start, self.stop = (0, cut) if split == "validation" else (cut, count)
+        if self.stop <= self.start or not count:
+            raise UserError(f"{flag}: {folder} holds {count} images, of which none is left to train on; use more")
 
     def fingerprint(self) -> Fingerprint:
         """Version, shards, sizes and the start of the first file: telling enough, without reading the data set."""
@@ -226,6 +228,8 @@ class RecordStream:
             self.prepared.start + len(self) * host // process_count for host in (process_index, process_index + 1)
         ]
         local_size = batch_size // process_count
+        if bounds[0] == bounds[1]:
+            raise UserError(f"{len(self)} training images cannot be divided over {process_count} processes; use fewer")
 
         def start(next_index: int) -> Iterator[dict[str, np.ndarray]]:
             epoch, place = divmod(next_index * local_size, bounds[1] - bounds[0])

@@ -1,0 +1,229 @@
+"""Draws images from a trained model: of classes by name or number, as a grid, as files, as a film of their path.
+
+    python sample.py --load_dir runs/demo --classes 3,7 --num_samples 16 --cfg_scale 2 --denoise_timesteps 64
+    python sample.py --load_dir runs/demo --film --cfg_scale 2 --out images
+    python sample.py --load_dir runs/demo --interpolate 8 --classes 3
+
+No statistics, no Inception network. Sample i is the sample i of eval_fid.py with the same seed and labels.
+"""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from utils import checks, cli, plotting
+from utils.console import configure_output, is_quiet, log, show_result
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.generate import RECIPE_BATCH_SIZE, load_generator
+from utils.memory import explaining_out_of_memory
+from utils.metrics.samples import SampleWriter, check_sample_path
+from utils.sampling import SamplerConfig, slerp
+from utils.tracking import Tracker
+
+NUM_STAGES = 8
+MAX_FILM_SAMPLES = 64
+MAX_SHOWN = 400  # samples in the grid
+FILM_SECONDS = 3.0
+
+
+def define_flags() -> None:
+    cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+    flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, taken in turn; or all.")
+    flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn without --classes.")
+    flags.DEFINE_integer("num_samples", 16, "Samples.", 1, 10**7)
+    flags.DEFINE_integer("seed", 0, "Sample i depends on this, on i and on its class alone.")
+    cli.define_sampler_flags(cfg_scale="4", denoise_timesteps="64")
+    flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
+    cli.define_vae_flag()
+    flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: 128 at most.")
+    cli.define_path("out", None, "Folder for what is drawn; default: samples/ in the folder of the run.")
+    cli.define_path("save_samples", None, "Also write each sample: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
+    flags.DEFINE_bool("film", False, "Also an animation of the path from noise to image, and a strip of eight stages.")
+    flags.DEFINE_integer("film_frames", 32, "Frames of the film beside the noise; no more than steps.", 1, 1000)
+    flags.DEFINE_enum("film_format", "webp", ["webp", "gif"], "Format of the film.")
+    flags.DEFINE_integer(
+        "interpolate", None, "Instead: rows of so many images between the noise of two samples (spherical).", 2, 100
+    )
+    flags.DEFINE_bool("quiet", False, "Paths of what is written and errors alone.")
+    cli.define_wandb_flags(name="sample", mode="disabled")
+
+
+def read_classes(text: str | None, class_names: tuple[str, ...]) -> list[int] | None:
+    """The labels that --classes names, in its order; None without it. UserError for what is no class."""
+    if text is None:
+        return None
+    if text.strip() == "all":
+        return list(range(len(class_names)))
+    by_name = {name.lower(): label for label, name in reversed(list(enumerate(class_names)))}
+    labels = []
+    for word in (word.strip() for word in text.split(",")):
+        if word.lower() in by_name:  # before numbers: classes may be named by digits
+            labels.append(by_name[word.lower()])
+        elif word.isdigit() and int(word) < len(class_names):
+            labels.append(int(word))
+        elif word.lstrip("-").isdigit():
+            raise UserError(f"--classes={text}: there is no class {word}; use 0 to {len(class_names) - 1}, or names")
+        else:
+            near = difflib.get_close_matches(word.lower(), by_name, n=3, cutoff=0.4)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(class_names[:5])}, ..."
+            raise UserError(f"--classes={text}: {word!r} is no class of this run; {hint}")
+    return labels
+
+
+def read_sampler(config: ConfigDict, class_dropout_prob: float) -> SamplerConfig:
+    """The one sampler of the command line."""
+    scales = cli.read_numbers(config.cfg_scale, "cfg_scale", float, cli.MAX_SCALE)
+    if not checks.can_guide(class_dropout_prob) and any(map(cli.guides, scales)):
+        reason = checks.explain_no_guidance(class_dropout_prob)
+        if cli.is_explicit("cfg_scale"):
+            raise UserError(f"--cfg_scale={','.join(config.cfg_scale)}: {reason}; use --cfg_scale 1")
+        scales = [-1.0]
+    samplers = cli.read_samplers(config, scales)
+    if len(samplers) > 1:
+        raise UserError("--cfg_scale and --denoise_timesteps: give one of each; eval_fid.py compares several")
+    return samplers[0]
+
+
+class Drawing:
+    """The samples of one command: which they are, and what is made of them."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.generator = load_generator(
+            config.load_dir, params=config.params, seed=config.seed, dtype=config.dtype, vae=config.vae
+        )
+        model = self.generator.model
+        self.sampler = read_sampler(config, model.network.config.class_dropout_prob)
+        self.generator.label_mode = config.labels
+        classes = read_classes(config.classes, model.class_names)
+        if classes is None:
+            self.labels = self.generator.labels(range(config.num_samples))
+        else:
+            self.labels = np.resize(np.array(classes, np.int32), config.num_samples)
+        run = Path(config.load_dir)
+        self.out = Path(config.out or (run.parent.parent if run.parent.name == "checkpoints" else run) / "samples")
+        checks.check_writable(self.out, "out")
+        self.written: list[Path] = []
+
+    @property
+    def title(self) -> str:
+        return f"{self.sampler}, seed {self.config.seed}"
+
+    def save_figure(self, name: str, figure) -> None:
+        with atomic_write(self.out / name) as temporary:
+            figure.savefig(temporary, format="png")
+        self.written.append(self.out / name)
+
+    def draw(self) -> None:
+        """The grid, and each sample by itself on demand."""
+        config, num_devices = self.config, self.generator.model.mesh.size
+        requested = config.batch_size or min(RECIPE_BATCH_SIZE, config.num_samples)
+        batch_size = -(-requested // num_devices) * num_devices
+        shown: list[UInt8[np.ndarray, "b h w c"]] = []
+        batches = self.generator.generate(self.sampler, config.num_samples, batch_size, self.labels)
+        bar = tqdm(total=config.num_samples, unit="image", desc=str(self.sampler), disable=is_quiet())
+        saving = SampleWriter(config.save_samples, config.num_samples) if config.save_samples else nullcontext()
+        with bar, saving as writer:
+            for batch in batches:
+                images, labels = batch.to_host()
+                if sum(map(len, shown)) < MAX_SHOWN:
+                    shown.append(images)
+                if writer is not None:
+                    writer.write(images, labels)
+                bar.update(len(images))
+        images = np.concatenate(shown)[:MAX_SHOWN]
+        names = self.generator.class_names
+        self.save_figure("grid.png", plotting.sample_grid(images, self.labels[: len(images)], names, self.title))
+        if config.save_samples:
+            self.written.append(Path(config.save_samples))
+
+    def film(self) -> None:
+        """The path of the first samples: an animation of all of them, and a strip of eight stages of eight."""
+        config, count = self.config, min(self.config.num_samples, MAX_FILM_SAMPLES)
+        num_frames = config.film_frames if self.sampler.is_adaptive else min(config.film_frames, self.sampler.num_steps)
+        noise, labels = self.generator.noise(range(count)), self.labels[:count]
+        path = self.generator.path(noise, labels, self.sampler, num_frames)
+        bar = tqdm(path, "film", num_frames + 1, unit="frame", disable=is_quiet())
+        frames = np.stack([self.generator.decode(latents) for latents in bar])
+        with atomic_write(self.out / f"film.{config.film_format}") as temporary:
+            plotting.save_film(temporary, frames, config.film_format, FILM_SECONDS)
+        self.written.append(self.out / f"film.{config.film_format}")
+        stages = np.linspace(0, num_frames, min(NUM_STAGES, num_frames) + 1).round().astype(int)
+        rows = np.swapaxes(frames[stages, :NUM_STAGES], 0, 1)
+        names = [self.generator.class_names[label] for label in labels[:NUM_STAGES]]
+        titles = [f"{stage / num_frames:.0%}" for stage in stages]
+        self.save_figure(
+            "strip.png", plotting.image_table(rows, names, titles, f"{self.title}, by fraction of the path")
+        )
+
+    def interpolate(self) -> None:
+        """Rows of images whose noise lies between that of samples 2k and 2k + 1, of the class of the first."""
+        columns, rows = self.config.interpolate, max(1, self.config.num_samples // 2)
+        ends = self.generator.noise(range(2 * rows))
+        noise = slerp(ends[0::2], ends[1::2], jnp.linspace(0, 1, columns))
+        labels = np.repeat(self.labels[0::2][:rows], columns)
+        images = np.concatenate(list(self._solve(noise.reshape(-1, *noise.shape[2:]), labels)))
+        table = images.reshape(rows, columns, *images.shape[1:])
+        names = [self.generator.class_names[label] for label in labels[::columns]]
+        self.save_figure(
+            "interpolation.png", plotting.image_table(table, names, (), f"{self.title}, between two noises")
+        )
+
+    def _solve(
+        self, noise: Float[Array, "n h w c"], labels: Int[np.ndarray, " n"]
+    ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+        size = self.config.batch_size or RECIPE_BATCH_SIZE
+        for start in tqdm(range(0, len(noise), size), "interpolation", unit="batch", disable=is_quiet()):
+            rows = slice(start, start + size)
+            yield self.generator.decode(self.generator.sample_latents(noise[rows], labels[rows], self.sampler))
+
+
+def refuse_ignored(config: ConfigDict) -> None:
+    """UserError for flags that would have no effect."""
+    if config.classes is not None:
+        cli.refuse_ignored(("labels",), "beside --classes")
+    if not config.film:
+        cli.refuse_ignored(("film_frames", "film_format"), "without --film")
+    if config.interpolate is not None:
+        cli.refuse_ignored(("film", "save_samples"), "with --interpolate, which draws rows of images alone")
+
+
+def main(config: ConfigDict) -> None:
+    configure_output(is_apart=True, is_quiet=config.quiet)
+    if not config.load_dir:
+        raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
+    refuse_ignored(config)
+    if config.batch_size is not None and config.batch_size < 1:
+        raise UserError(f"--batch_size={config.batch_size}: use 1 or more")
+    if config.save_samples:
+        check_sample_path(config.save_samples)
+        checks.check_writable(Path(config.save_samples).parent, "save_samples")
+    drawing = Drawing(config)
+    log(f"{config.num_samples} samples of {config.load_dir}, {drawing.title}")
+    with explaining_out_of_memory("sampling", "a smaller --batch_size"):
+        if config.interpolate is not None:
+            drawing.interpolate()
+        else:
+            drawing.draw()
+            if config.film:
+                drawing.film()
+    if config.wandb.mode != "disabled":
+        tracker = Tracker(drawing.out, config, 0)
+        tracker.log_image_files(drawing.written)
+        tracker.close()
+    for path in drawing.written:
+        show_result(str(path))
+
+
+if __name__ == "__main__":
+    cli.run_program(define_flags, main)
