@@ -1,16 +1,22 @@
-# make demo   trains on real digits, leaves images and a FID in runs/demo
-# make test   runs the whole suite
-# make plot RUNS=runs/a,runs/b   draws their metrics into runs/curves.png
-# All make .venv first. For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.
+# `make help` lists the targets. All of them make .venv first, with JAX for DEVICE.
 
 PYTHON ?= python3
 DEVICE ?= cpu
+DEVICES := cpu cuda12 cuda13 tpu
 BIN := .venv/bin
 JAX := jax$(if $(filter-out cpu,$(DEVICE)),[$(DEVICE)])
 STAMP := .venv/.installed-$(DEVICE)
 
-.PHONY: setup demo plot test lint docs pins
-setup: $(STAMP)
+ifeq ($(filter $(DEVICE),$(DEVICES)),)
+$(error DEVICE=$(DEVICE) is unknown; use one of $(DEVICES))
+endif
+
+.PHONY: help setup demo plot test lint docs pins
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 8
+	@echo 'For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.'
+
+setup: $(STAMP)  ## .venv from pinned requirements
 
 $(STAMP): requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, not {sys.version}"'
@@ -22,7 +28,7 @@ $(STAMP): requirements.txt
 DEMO := runs/demo
 DEMO_STEPS := 1500
 DEMO_FLAGS :=
-demo: $(STAMP)
+demo: $(STAMP)  ## train on real digits; leaves images, a film and a FID in runs/demo
 	$(BIN)/python train_flow.py --dataset_name digits --use_stable_vae 0 --save_dir $(DEMO) --wandb.name demo \
 	  --wandb.mode disabled --model.hidden_size 128 --model.depth 4 --model.num_heads 4 --model.mlp_ratio 4 \
 	  --model.patch_size 2 --model.num_classes 10 --model.lr 1e-3 --model.target_update_rate 0.998 \
@@ -36,22 +42,22 @@ demo: $(STAMP)
 
 RUNS := $(DEMO)
 PLOT_FLAGS :=
-plot: $(STAMP)
+plot: $(STAMP)  ## metrics of runs as curves: make plot RUNS=runs/a,runs/b
 	$(BIN)/python plot_metrics.py --runs $(RUNS) $(PLOT_FLAGS)
 
-test: $(STAMP)
+test: $(STAMP)  ## the whole suite
 	$(BIN)/python -m pytest -q -n 3 --dist loadgroup --cov --cov-report=term
 
-lint: $(STAMP)
+lint: $(STAMP)  ## ruff and ty
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python .venv
 
 # The versions that everybody installs, from the ranges in pyproject.toml.
-pins: $(STAMP)
+pins: $(STAMP)  ## requirements.txt from pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile pyproject.toml --extra tfds --extra dev --universal --python-version 3.11 --no-annotate \
 	  --quiet --custom-compile-command "make pins" $(PINS_FLAGS) --output-file requirements.txt
 
-docs: $(STAMP)
+docs: $(STAMP)  ## docs/flags.md from the flags
 	JAX_PLATFORMS=cpu $(BIN)/python docs/make_flags.py

@@ -26,6 +26,7 @@ from utils.checkpoint import open_checkpoint
 from utils.console import configure_output, log, show_result
 from utils.errors import UserError
 from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, load_model, restore_params
+from utils.help import topic
 from utils.memory import explaining_out_of_memory, free_memory
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor, load_logits
 from utils.metrics.measure import Convention, find_convention, measure_images, pad_and_shard
@@ -62,28 +63,37 @@ OF_TRAINING = ("model.preset", "model.lr", "model.beta1", "model.beta2", "model.
 
 
 def define_flags() -> None:
-    cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
-    cli.define_path("samples", None, "Instead of a run: npz or .npy (uint8 NHWC) or folder of images to score.")
-    flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
-    cli.define_path("fid_stats", None, "Reference: statistics, as compute_fid_stats.py writes them, or images.")
-    cli.define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")
-    cli.define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
-    cli.define_path("json", None, "Write the rows as JSON here too; - is the standard output, instead of the table.")
-    flags.DEFINE_bool("quiet", False, "Results and errors alone.")
+    with topic("What is scored"):
+        cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        cli.define_path("samples", None, "Instead of a run: npz or .npy (uint8 NHWC) or folder of images to score.")
+        flags.DEFINE_integer(
+            "num_samples", 50_000, "Samples, exactly; of --samples the first, default all.", lower_bound=2
+        )
+        flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
+        flags.DEFINE_enum(
+            "labels", "uniform", list(LABELS), "How labels are drawn; dataset: as often as in --fid_stats."
+        )
+        flags.DEFINE_integer(
+            "batch_size", None, "Samples at a time, over all devices; default: what fits, 128 on CPUs."
+        )
+    with topic("Reference"):
+        cli.define_path("fid_stats", None, "Reference: statistics, as compute_fid_stats.py writes them, or images.")
+        flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
+        flags.DEFINE_enum(
+            "convention", None, list(CONVENTIONS), "Inception preprocessing, if --fid_stats does not record it."
+        )
+        cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
+        cli.define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
+    with topic("Output"):
+        cli.define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")
+        cli.define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
+        cli.define_path("json", None, "Write the rows as JSON here; - is the standard output, instead of the table.")
+        flags.DEFINE_bool("quiet", False, "Results and errors alone.")
     cli.define_sampler_flags(cfg_scale="4", denoise_timesteps="500")
-    flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
-    flags.DEFINE_enum("labels", "uniform", list(LABELS), "How labels are drawn; dataset: as often as in --fid_stats.")
-    flags.DEFINE_integer("num_samples", 50_000, "Samples, exactly; of --samples the first, default all.", lower_bound=2)
-    flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: what fits, 128 on CPUs.")
-    flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
-    flags.DEFINE_enum(
-        "convention", None, list(CONVENTIONS), "Inception preprocessing, if --fid_stats does not record it."
-    )
-    cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
-    cli.define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
+    with topic("Sampling"):
+        flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
     cli.define_vae_flag()
-    cli.define_model_flags()
-    cli.define_objective_flags()
+    cli.define_saved_model_flags()
     cli.define_wandb_flags(name="eval")
 
 

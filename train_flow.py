@@ -34,6 +34,7 @@ from utils.data.registry import load_dataset
 from utils.errors import DataError, UserError
 from utils.files import FolderLock, remove_temporaries, write_json
 from utils.generate import ImageGenerator
+from utils.help import topic
 from utils.hints import ema_hints, model_hints
 from utils.memory import device_memory, explaining_out_of_memory, format_bytes, memory_needed, out_of_memory
 from utils.metrics.inception import CONVENTIONS, load_feature_extractor
@@ -72,46 +73,55 @@ MEMORY_FLAGS = (
 
 
 def define_flags() -> None:
+    with topic("Run"):
+        cli.define_path("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
+        cli.define_path("load_dir", None, "Run whose parameters and EMA this run starts from.")
+        flags.DEFINE_integer("seed", 0, "Seed of parameters, data order, noise and samples.")
+        flags.DEFINE_integer("batch_size", 256, "Global batch size.")
+        flags.DEFINE_integer("max_steps", 1_000_000, "Training steps.", lower_bound=0)
+        flags.DEFINE_integer(
+            "ema_warmup", 0, "1: the EMA's decay grows as (1 + n) / (10 + n) up to --model.target_update_rate.", 0, 1
+        )
+        flags.DEFINE_integer("debug_overfit", 0, "1 trains on one repeated batch.", 0, 1)
     cli.define_data_flags()
     cli.define_flip_flag()
     cli.define_vae_flag()
-    cli.define_path("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
-    cli.define_path("load_dir", None, "Run whose parameters and EMA this run starts from.")
-    flags.DEFINE_integer("seed", 0, "Seed of parameters, data order, noise and samples.")
-    flags.DEFINE_integer("batch_size", 256, "Global batch size.")
-    flags.DEFINE_integer("max_steps", 1_000_000, "Training steps.", lower_bound=0)
-    flags.DEFINE_integer(
-        "log_interval", 1000, "Steps between logged metrics; also at the first and last.", lower_bound=1
-    )
-    flags.DEFINE_integer(
-        "eval_interval", 50_000, "Steps between evaluations; also at step 1000 and at the end. 0: none.", lower_bound=0
-    )
-    flags.DEFINE_integer("save_interval", 200_000, "Steps between checkpoints; also at the end.", lower_bound=1)
-    flags.DEFINE_float("save_minutes", 15, "Minutes between checkpoints, whatever the step; 0: never.", lower_bound=0)
-    flags.DEFINE_integer("keep_last", 2, "Newest checkpoints to keep.", lower_bound=1)
-    flags.DEFINE_integer("keep_every", 1_000_000, "Also keep checkpoints at multiples of this step.", lower_bound=1)
-    flags.DEFINE_integer("debug_overfit", 0, "1 trains on one repeated batch.", 0, 1)
-    flags.DEFINE_enum("sharding", "dp", ["dp", "fsdp"], "dp replicates the state over the devices, fsdp shards it.")
-    flags.DEFINE_integer("grad_accum", 1, "Microbatches per step, to save memory.", lower_bound=1)
-    flags.DEFINE_enum(
-        "remat",
-        "none",
-        list(REMAT_POLICIES),
-        "What the backward pass recomputes, to save memory: dots is everything but matmuls.",
-    )
-    flags.DEFINE_integer(
-        "ema_warmup", 0, "1: the EMA's decay grows as (1 + n) / (10 + n) up to --model.target_update_rate.", 0, 1
-    )
-    flags.DEFINE_float("peak_tflops", None, "Peak of one device, for the MFU of unknown kinds.", lower_bound=0)
-    cli.define_path("profile", None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.")
-    cli.define_path("fid_stats", None, "Reference statistics; with them, `fid` is logged at every evaluation.")
-    flags.DEFINE_integer("fid_samples", 10_000, "Samples of a training-time FID.", lower_bound=2)
-    flags.DEFINE_enum(
-        "convention", None, list(CONVENTIONS), "Inception preprocessing, if --fid_stats does not record it."
-    )
-    cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
     cli.define_model_flags()
     cli.define_objective_flags()
+    with topic("Logging and evaluation"):
+        flags.DEFINE_integer(
+            "log_interval", 1000, "Steps between logged metrics; also at the first and last.", lower_bound=1
+        )
+        flags.DEFINE_integer(
+            "eval_interval",
+            50_000,
+            "Steps between evaluations; also at step 1000 and at the end. 0: none.",
+            lower_bound=0,
+        )
+        cli.define_path("fid_stats", None, "Reference statistics; with them, `fid` is logged at every evaluation.")
+        flags.DEFINE_integer("fid_samples", 10_000, "Samples of a training-time FID.", lower_bound=2)
+        flags.DEFINE_enum(
+            "convention", None, list(CONVENTIONS), "Inception preprocessing, if --fid_stats does not record it."
+        )
+        cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
+        flags.DEFINE_float("peak_tflops", None, "Peak of one device, for the MFU of unknown kinds.", lower_bound=0)
+        cli.define_path("profile", None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.")
+    with topic("Checkpoints"):
+        flags.DEFINE_integer("save_interval", 200_000, "Steps between checkpoints; also at the end.", lower_bound=1)
+        flags.DEFINE_float(
+            "save_minutes", 15, "Minutes between checkpoints, whatever the step; 0: never.", lower_bound=0
+        )
+        flags.DEFINE_integer("keep_last", 2, "Newest checkpoints to keep.", lower_bound=1)
+        flags.DEFINE_integer("keep_every", 1_000_000, "Also keep checkpoints at multiples of this step.", lower_bound=1)
+    with topic("Memory and devices"):
+        flags.DEFINE_integer("grad_accum", 1, "Microbatches per step, to save memory.", lower_bound=1)
+        flags.DEFINE_enum(
+            "remat",
+            "none",
+            list(REMAT_POLICIES),
+            "What the backward pass recomputes, to save memory: dots is everything but matmuls.",
+        )
+        flags.DEFINE_enum("sharding", "dp", ["dp", "fsdp"], "dp replicates the state over the devices, fsdp shards it.")
     cli.define_wandb_flags()
     cli.define_device_flags()
 

@@ -1,6 +1,7 @@
 """Flags, presets and the refusals of impossible values, each naming value, flag and fix."""
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -328,3 +329,38 @@ def test_adaptive_solvers_and_time_grids_are_read(parse):
 def test_flags_of_other_solvers_are_refused(parse, words, message):
     with pytest.raises(UserError, match=message):
         samplers(words, parse)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr 1e-3", r"--lr is not a flag here: the learning rate is --model.lr"),
+        ("--epochs=3", r"--epochs .* use --max_steps"),
+        ("--learning-rate 1", r"--model.lr"),
+        ("--resume", r"the same command again continues a run"),
+        ("--max_steps 1.5", r"1.5 is no whole number"),
+        ("--max_steps many", r"many is no whole number"),
+        ("--model.depht 3", r"model.depth"),
+    ],
+)
+def test_what_others_call_it_is_answered_with_the_flag(parse, words, message):
+    with pytest.raises(UserError, match=message):
+        parse(words)
+
+
+def test_numbers_are_understood_as_people_write_them(parse):
+    config = parse("--max_steps 1e3 --debug_overfit True --use_stable_vae False --random_flip=false")
+    assert (config.max_steps, config.debug_overfit, config.model.use_stable_vae, config.random_flip) == (1000, 1, 0, 0)
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_is_by_topic_and_hides_what_is_only_refused(read_flags, capsys, word):
+    with pytest.raises(SystemExit) as end:
+        read_flags(eval_fid, [word])
+    assert end.value.code == 0
+    output = capsys.readouterr().out
+    titles = re.findall(r"^(\w.*):$", output, re.MULTILINE)
+    assert titles[:4] == ["What is scored", "Reference", "Output", "Sampling"]
+    assert "--model.dtype:" in output
+    assert "--model.lr:" not in output
+    assert max(map(len, output.splitlines())) <= 120

@@ -109,3 +109,11 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_ends(tmp
     assert json.loads((tmp_path / "running.json").read_text())["pid"] == os.getpid()
     lock.release()
     assert not (tmp_path / "running.json").exists()
+
+
+def test_make_lists_its_targets_and_refuses_unknown_devices():
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {"demo", "test", "lint", "setup"} <= {line.split()[0] for line in done.stdout.splitlines()}
+    done = subprocess.run(["make", "-n", "setup", "DEVICE=foo"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "DEVICE=foo is unknown; use one of cpu cuda12 cuda13 tpu" in done.stderr

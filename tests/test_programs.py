@@ -224,7 +224,7 @@ def test_divergence_ends_the_run_with_a_way_on(tmp_path):
     done = run_program("train_flow.py", *SHORT, "--model.lr", "1e30", "--save_dir", tmp_path, check=False)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "not finite" in error
+    assert "no longer finite" in error
     assert "--model.lr" in error
     assert "Traceback" not in done.stderr
 

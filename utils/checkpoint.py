@@ -427,12 +427,13 @@ def _all_processes_agree(is_fine: bool) -> bool:
 
 
 def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
-    """(checkpoints, steps to be tried, newest first) of a run folder, or of one checkpoint RUN/checkpoints/STEP.
+    """(checkpoints, steps to be tried, newest first) of a run folder (or its checkpoints/), or of one checkpoint
+    RUN/checkpoints/STEP.
 
     Raises UserError naming --load_dir where there is none.
     """
     path = Path(load_dir).absolute()
-    run_dir, step = path, None
+    run_dir, step = path.parent if path.name == FOLDER else path, None
     if path.parent.name == FOLDER and path.name.isdigit():
         run_dir, step = path.parent.parent, int(path.name)
     if not (run_dir / FOLDER).is_dir():

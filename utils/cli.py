@@ -25,6 +25,7 @@ from utils.console import finish_output
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
+from utils.help import hide, refuse_habits, show_help, to_integer, topic
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
 from utils.sampling import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig
@@ -58,6 +59,7 @@ def expand_path(path: str, flag: str) -> str:
     return f"{prefix}{colon}{expanded}"
 
 
+@topic("Data")
 def define_data_flags() -> None:
     """Registers which images are read, and how; see `read_data_options`."""
     define_path("dataset_name", "imagenet256", "Data set; docs/data.md lists them.")
@@ -67,6 +69,7 @@ def define_data_flags() -> None:
     flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH to decode.", 0, 10_000)
 
 
+@topic("Data")
 def define_flip_flag() -> None:
     """Registers --random_flip, of programs that train."""
     flags.DEFINE_integer(
@@ -101,6 +104,7 @@ def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
         flags.DEFINE_integer(name, default, metadata["help"], metadata["low"], metadata["high"])
 
 
+@topic("Sampling")
 def define_sampler_flags(cfg_scale: str, denoise_timesteps: str) -> None:
     """Registers how samples are drawn, with these defaults; see `read_samplers`."""
     flags.DEFINE_list("cfg_scale", [cfg_scale], "Guidance scales, separated by commas; -1 or 1: no guidance.")
@@ -161,6 +165,7 @@ def read_time_shift(time_grid: str) -> float:
     return value
 
 
+@topic("Model")
 def define_vae_flag() -> None:
     """Registers --vae."""
     define_path(
@@ -170,6 +175,7 @@ def define_vae_flag() -> None:
     )
 
 
+@topic("Model")
 def define_model_flags() -> None:
     """Registers --model.*: the network, its objective and optimizer, and how samples are drawn."""
     flags.DEFINE_enum("model.preset", "debug", list(PRESETS), "Sizes for the --model.* flags left unset.")
@@ -187,6 +193,7 @@ def define_model_flags() -> None:
     flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
 
 
+@topic("Objective")
 def define_objective_flags() -> None:
     """Registers --objective.*: what is learned, and the fields of every objective."""
     flags.DEFINE_enum("objective.name", "flow_matching", list(OBJECTIVES), "What the model learns.")
@@ -198,6 +205,16 @@ def define_objective_flags() -> None:
             define_setting(name, field)
 
 
+def define_saved_model_flags() -> None:
+    """Registers --model.* and --objective.* of a program that loads a run: only the compute dtype can be another. The
+    others are not in --help, but so that training's command line may be told what to leave out."""
+    before = set(FLAGS)
+    define_model_flags()
+    define_objective_flags()
+    hide(name for name in set(FLAGS) - before if name != "model.dtype")
+
+
+@topic("Logging to wandb")
 def define_wandb_flags(name: str = "flow_{dataset_name}", mode: str | None = None) -> None:
     """Registers --wandb.*, --wandb.name and --wandb.mode with these defaults."""
     flags.DEFINE_enum("wandb.mode", mode, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
@@ -212,6 +229,7 @@ def define_wandb_flags(name: str = "flow_{dataset_name}", mode: str | None = Non
     flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas.")
 
 
+@topic("Several processes")
 def define_device_flags() -> None:
     """Registers how several processes find each other."""
     flags.DEFINE_string(
@@ -229,6 +247,8 @@ def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], N
         app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
     except UserError as error:
         _end(str(error))
+    except BrokenPipeError:
+        pass  # who reads the output has left
     except OSError as error:
         if error.errno is None or error.filename is None:
             raise
@@ -260,8 +280,15 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
     """The configuration that a command line (argv[0] = the program) asks for; UserError where it cannot be read."""
     builtin = set(FLAGS)
     define_flags()
-    for name in set(FLAGS) - builtin:
-        FLAGS.register_key_flag_for_module(argv[0], FLAGS[name])  # so that --help lists all of them
+    names = [name for name in FLAGS if name not in builtin]
+    if {"-h", "-help", "--help"} & set(argv[1:]):
+        show_help(names)
+        sys.exit(0)
+    for name in names:
+        parser: Any = FLAGS[name].parser
+        if isinstance(parser, flags.IntegerParser):
+            parser.convert = to_integer
+    refuse_habits(argv[1:])
     try:
         extra = FLAGS(argv)[1:]
     except flags.Error as error:
