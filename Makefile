@@ -38,7 +38,8 @@ demo: $(STAMP)  ## train on real digits; leaves images, a film and a FID in runs
 	  --denoise_timesteps 64 --cfg_scale 2 --num_samples 500 --batch_size 25 --save_samples $(DEMO)/samples.npz \
 	  --wandb.mode disabled
 	$(BIN)/python benchmarks/recognise_digits.py $(DEMO)/samples.npz
-	@echo "images: $(DEMO)/samples_64_2.png and $(DEMO)/images/; FID: $(DEMO)/fid.json; metrics: $(DEMO)/metrics.jsonl"
+	$(BIN)/python sample.py --load_dir $(DEMO) --classes all --num_samples 20 --cfg_scale 2 --film --quiet
+	@echo "images: $(DEMO)/samples_64_2.png, $(DEMO)/samples/ and $(DEMO)/images/; FID: $(DEMO)/fid.json; metrics: $(DEMO)/metrics.jsonl"
 
 RUNS := $(DEMO)
 PLOT_FLAGS :=

@@ -1,11 +1,12 @@
 """A trained model as Python calls it: samples by label and seed, paths, the network, the codec."""
 
+import re
 import tarfile
 
 import numpy as np
 import pytest
 
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, ROOT
 from utils.errors import UserError
 from utils.generate import load_generator
 from utils.sampling import SamplerConfig
@@ -84,3 +85,11 @@ def test_parameters_with_and_without_ema(run, generator):
         load_generator(run, params="best")
     with pytest.raises(UserError, match="no checkpoint"):
         load_generator(run / "images")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
+def test_the_documented_lines_run(run, page):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    names = {}
+    exec(code.replace("runs/demo", str(run)), names)
+    assert names["images"].shape == (2, 8, 8, 1)

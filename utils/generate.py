@@ -288,9 +288,10 @@ class ImageGenerator:
             noise = _integrate(self.params, noise, labels, settings, first, last, sampler.num_steps, static=static)
             yield noise
 
-    def model_fn(self, x: ArrayLike, t: ArrayLike, labels: ArrayLike) -> Float[Array, "n h w c"]:
+    def model_fn(self, x: ArrayLike, t: Any, labels: Any) -> Float[Array, "n h w c"]:
         """What the network answers, float32, to latents (n, h, w, c), times (n,) and labels (n,), without guidance: the
         velocity, of a flow-matching model."""
+        t, labels = jnp.asarray(t, jnp.float32), jnp.asarray(labels, jnp.int32)
         return _apply(self.params, x, t, labels, network=self.model.network)
 
     def encode(self, images: UInt8[np.ndarray | Array, "n h w c"], seed: int = 0) -> Float[Array, "n h2 w2 c2"]:
