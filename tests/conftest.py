@@ -25,6 +25,7 @@ from tests import typecheck  # noqa: F401  the hook below imports it by name
 install_import_hook(["diffusion_transformer", "utils"], "tests.typecheck.check")
 
 from utils.cli import parse_flags
+from utils.console import configure_output
 from utils.errors import UserError
 from utils.metrics.inception import inception_weights_path
 
@@ -112,6 +113,13 @@ def compilation_cache(tmp_path_factory):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture(autouse=True)
+def output():
+    """Programs that run in this process say where their lines go; the next test starts anew."""
+    yield
+    configure_output(is_apart=False, is_quiet=False)
 
 
 @functools.cache

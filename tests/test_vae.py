@@ -337,7 +337,9 @@ def test_repositories_without_the_files_are_refused(hub, folder):
     with pytest.raises(UserError, match=rf"--vae=owner/name .*it has no {WEIGHTS} beside .*\.bin.*{ways_on}"):
         StableVAE.load("owner/name")
     hub({"model.ckpt": b"pickle"})
-    with pytest.raises(UserError, match=rf"--vae=owner/other .*it has no {CONFIG}.*{ways_on}"):
+    with pytest.raises(
+        UserError, match=rf"--vae=owner/other .*neither it nor its folder vae has a {CONFIG}.*{ways_on}"
+    ):
         StableVAE.load("owner/other")
 
 

@@ -5,11 +5,11 @@ nothing anew. Nothing here knows the network.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, Float, Int, Key, Num, PyTree
 
 from utils.objectives.objective import ModelFn, VelocityFn
 
@@ -186,31 +186,47 @@ def adaptive_sample(
     atol + rtol |x|, root mean square over a sample. Each sample has steps of its own, so that it does not depend on
     its batch.
     """
-    # Its solvers are all that is needed of it: seconds to import.
-    import diffrax
 
     def field(t, x, label):
         times = jnp.full((1,), t, jnp.float32)
         return velocity_of(label[None])(x[None], times, times)[0]
 
-    def solve(x, label):
+    return solve_adaptively(field, x, labels, t_start, t_end, rtol=rtol, atol=atol)
+
+
+def solve_adaptively(
+    field: Callable[[Any, PyTree, PyTree], PyTree],
+    state: PyTree,
+    args: PyTree,
+    t_start: float | Float[Array, ""],
+    t_end: float | Float[Array, ""],
+    *,
+    rtol: float | Float[Array, ""],
+    atol: float | Float[Array, ""],
+) -> tuple[PyTree, Int[Array, " b"]]:
+    """(state at `t_end`, evaluations) of d state / dt = field(t, state, args) for each example, the first axis of the
+    leaves of `state` and `args`; see `adaptive_sample`."""
+    # Its solvers are all that is needed of it: seconds to import.
+    import diffrax
+
+    def solve(state, args):
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(field),
             diffrax.Dopri5(),
             t_start,
             t_end,
             dt0=None,
-            y0=x,
-            args=label,
+            y0=state,
+            args=args,
             saveat=diffrax.SaveAt(t1=True),
             stepsize_controller=diffrax.PIDController(rtol, atol, dtmax=MAX_ADAPTIVE_STEP),
             max_steps=None,
             adjoint=diffrax.ForwardMode(),
         )
         # Six evaluations a step, of which the last serves the next; and one to begin with.
-        return solution.ys[0], 6 * solution.stats["num_steps"] + 1
+        return jax.tree.map(lambda leaf: leaf[0], solution.ys), 6 * solution.stats["num_steps"] + 1
 
-    return jax.vmap(solve)(x, labels)
+    return jax.vmap(solve)(state, args)
 
 
 def sample_noise(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:

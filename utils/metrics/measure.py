@@ -18,7 +18,7 @@ from utils.metrics.statistics import ImageStatistics
 from utils.sharding import gather, shard_replicated
 
 
-def pad_and_shard(batches: Iterable[UInt8[np.ndarray, "b h w c"]], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
+def pad_and_shard(batches: Iterable[UInt8[np.ndarray, "_ h w c"]], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
     """Batches of up to `batch_size` images on the devices, padded to that size."""
     for images in batches:
         padded = np.resize(images, (batch_size, *images.shape[1:]))

@@ -1,0 +1,101 @@
+"""Likelihoods against closed forms, the published solver's numbers and the exact trace."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import GOLDEN
+from utils import likelihood
+from utils.likelihood import adaptive_log_likelihood, bits_per_dim, divergence, draw_probes, midpoint_log_likelihood
+
+MEAN, STD = jnp.array([2.0409191, -2.555665, 0.4180988, -0.5677696]), 0.5
+
+
+def gaussian_field(labels=None):
+    """The velocity of data N(m, s^2 I)."""
+
+    def velocity_fn(x, t, t_next):
+        t = t[:, None]
+        variance = (1 - t) ** 2 + t**2 * STD**2
+        return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)
+
+    return velocity_fn
+
+
+def gaussian_log_p(x):
+    return -0.5 * (((x - MEAN) / STD) ** 2).sum(axis=1) - 4 * np.log(STD * np.sqrt(2 * np.pi))
+
+
+X = MEAN + STD * jax.random.normal(jax.random.key(0), (6, 4))
+LABELS = jnp.zeros(6, jnp.int32)
+
+
+def test_of_a_gaussian_it_is_the_closed_form_to_a_thousandth_of_a_bit():
+    found = adaptive_log_likelihood(gaussian_field, X, LABELS, None)
+    np.testing.assert_allclose(found.log_p, gaussian_log_p(X), atol=4e-3 * np.log(2))  # of four elements
+    np.testing.assert_allclose(found.x_0, (X - MEAN) / STD, atol=1e-4)
+    assert 30 < found.nfe.min() <= found.nfe.max() < 100
+
+
+def test_hutchinson_is_exact_where_the_jacobian_is_diagonal_up_to_signs():
+    probes = draw_probes(jax.random.key(1), jnp.arange(6), (4,), 2)
+    assert set(np.unique(probes)) == {-1.0, 1.0}
+    exact, estimated = (adaptive_log_likelihood(gaussian_field, X, LABELS, p) for p in (None, probes))
+    np.testing.assert_allclose(estimated.log_p, exact.log_p, atol=1e-4)
+
+
+def test_hutchinson_is_unbiased_within_its_standard_error():
+    matrix = jax.random.normal(jax.random.key(2), (4, 4))
+
+    def velocity_fn(x, t, t_next):
+        return jnp.sin(x @ matrix)
+
+    _, exact = divergence(velocity_fn, X, jnp.zeros(6), None)
+    jacobians = jax.vmap(jax.jacobian(lambda x: jnp.sin(x @ matrix)))(X)
+    np.testing.assert_allclose(exact, np.trace(jacobians, axis1=1, axis2=2), rtol=1e-4)
+    probes = draw_probes(jax.random.key(3), jnp.arange(6), (4,), 500)
+    estimates = np.array([divergence(velocity_fn, X, jnp.zeros(6), probes[i : i + 1])[1] for i in range(500)])
+    errors = estimates.std(axis=0) / np.sqrt(len(estimates))
+    assert (np.abs(estimates.mean(axis=0) - exact) < 4 * errors).all()
+    np.testing.assert_allclose(divergence(velocity_fn, X, jnp.zeros(6), probes)[1], estimates.mean(axis=0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dit", ["dit_latent_small"])
+def test_through_the_network_it_is_that_of_the_published_solver(dit, shared):
+    """Midpoint rule of flow_matching in float64, around the golden DiT; nats."""
+    from tests.test_diffusion_transformer import DiT, DiTConfig, import_jax_flow_params, model_fn
+
+    golden = dict(np.load(GOLDEN / f"{dit}.npz"))
+    published = np.load(shared / "golden" / "next" / "likelihood_dit.npz")
+    names = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes")
+    sizes = {name: int(golden[f"meta/{name}"]) for name in names}
+    network = DiT(DiTConfig(class_dropout_prob=0.1, dtype="float32", **sizes))
+    flat = {name.removeprefix("params/"): value for name, value in golden.items() if name.startswith("params/")}
+    function = model_fn(network, jax.tree.map(jnp.asarray, import_jax_flow_params(flat)))
+    count = int(published["num_examples"])
+    x_1, labels = jnp.asarray(golden["x_1"][:count]), jnp.asarray(golden["labels"][:count])
+    signs = jnp.asarray(published["signs"], jnp.float32)[None]
+
+    def velocity_fn(x, t, t_next):
+        return function(x, t, labels)
+
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(lambda x, e: midpoint_log_likelihood(velocity_fn, x, e, int(published["num_steps"])))(
+            x_1, signs
+        )
+        t = jnp.full(count, published["divergence_t"], jnp.float32)
+        _, exact = jax.jit(lambda x: divergence(velocity_fn, x, t, None))(x_1)
+    np.testing.assert_allclose(found.log_p, published["hutchinson_log_p"], atol=1e-3)
+    np.testing.assert_allclose(found.x_0, published["hutchinson_x_0"], atol=1e-4)
+    np.testing.assert_allclose(exact, published["divergence_at_x_1"], atol=1e-3)
+
+
+def test_dequantised_levels_stay_apart_and_bits_count_them():
+    images = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+    x = likelihood.dequantise(jax.random.key(0), jnp.arange(1), images)
+    np.testing.assert_array_equal(jnp.round((x + 1) * 127.5), images)
+    assert np.abs((x + 1) * 127.5 - images).mean() == pytest.approx(0.25, abs=0.03)
+    # Uniform noise over the 256 levels has the density 1 / (256 / 127.5) in each element: eight bits.
+    log_p = jnp.array([-256 * np.log(256 / 127.5)])
+    np.testing.assert_allclose(bits_per_dim(log_p, 256), 8, rtol=1e-5)
