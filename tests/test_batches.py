@@ -9,8 +9,9 @@ import pytest
 from tests.data_sets import load
 from utils.data.batches import epoch_batches, first_examples, training_batches
 from utils.data.class_names import IMAGENET_LABELS
-from utils.data.dataset import ImageDataset
+from utils.data.dataset import ImageDataset, array_dataset, iterable_dataset, split_rows
 from utils.data.fingerprint import Fingerprint
+from utils.data.registry import DATASETS
 from utils.errors import UserError
 
 NOTHING_KNOWN = Fingerprint("arrays", 0, "")
@@ -212,6 +213,70 @@ def test_a_bare_path_is_guessed_to_be_a_folder(tmp_path):
 def test_sizes_that_a_name_fixes_are_not_overridden(name, size):
     with pytest.raises(UserError, match=f"--image_size={size}.*leave it out"):
         load(name, image_size=size)
+
+
+IMAGES = np.arange(5 * 4 * 4, dtype=np.uint8).reshape(5, 4, 4, 1)
+LABELS = np.array([0, 2, 1, 2, 1])
+
+
+def test_arrays_and_iterables_are_the_same_data_set():
+    examples = [{"image": image, "label": label} for image, label in zip(IMAGES, LABELS.tolist(), strict=True)]
+    of_arrays, of_iterable = array_dataset("mine", IMAGES, LABELS), iterable_dataset("mine", iter(examples))
+    for dataset in (of_arrays, of_iterable):
+        assert dataset.image_shape == (4, 4, 1)
+        assert dataset.class_names == ("0", "1", "2")
+        (batch,) = epoch_batches(dataset, 5)
+        np.testing.assert_array_equal(batch["image"], IMAGES)
+        np.testing.assert_array_equal(batch["label"], LABELS)
+    # A view in another memory order is the same data; one image or label changed is not.
+    reordered = array_dataset("mine", np.asfortranarray(IMAGES), LABELS.astype(np.uint8))
+    others = [array_dataset("mine", IMAGES ^ 1, LABELS), array_dataset("mine", IMAGES, LABELS[::-1])]
+    assert of_arrays.fingerprint == of_iterable.fingerprint == reordered.fingerprint
+    assert of_arrays.fingerprint not in [other.fingerprint for other in others]
+
+
+def test_arrays_flip_in_training_alone():
+    splits = [array_dataset("mine", IMAGES, LABELS, split=split, random_flip=True) for split in ("train", "validation")]
+    assert [dataset.random_flip for dataset in splits] == [True, False]
+
+
+def test_rows_are_split_once_and_for_all():
+    splits = [split_rows(200, split) for split in ("train", "validation")]
+    assert [len(rows) for rows in splits] == [196, 4]
+    assert sorted(itertools.chain(*splits)) == list(range(200))
+    assert len(split_rows(200, "validation", 50)) == 50
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "names", "message"),
+    [
+        (IMAGES / 255, LABELS, None, r"images must be uint8 \(n, h, w, c\).*not float64 \(5, 4, 4, 1\)"),
+        (IMAGES[..., 0], LABELS, None, r"not uint8 \(5, 4, 4\)"),
+        (IMAGES[:0], LABELS[:0], None, r"not uint8 \(0, 4, 4, 1\)"),
+        (IMAGES, LABELS[:3], None, r"labels must be integers \(5,\).*not int64 \(3,\)"),
+        (IMAGES, LABELS / 1, None, r"not float64 \(5,\)"),
+        (IMAGES, LABELS - 1, None, r"labels are -1 to 1, but must be 0 to 1"),
+        (IMAGES, LABELS, ["cat", "dog"], r"labels are 0 to 2, but must be 0 to 1"),
+    ],
+)
+def test_arrays_that_are_no_images_or_labels_are_refused(images, labels, names, message):
+    with pytest.raises(UserError, match=f"mine: .*{message}"):
+        array_dataset("mine", images, labels, names)
+
+
+def test_iterables_of_several_shapes_or_nothing_are_refused():
+    examples = [{"image": IMAGES[0], "label": 0}, {"image": IMAGES[0, :2], "label": 1}]
+    with pytest.raises(UserError, match=r"one shape are needed; there are \(2, 4, 1\), \(4, 4, 1\)"):
+        iterable_dataset("mine", examples)
+    with pytest.raises(UserError, match="there are none"):
+        iterable_dataset("mine", [])
+
+
+def test_a_registered_loader_need_not_know_the_image_size(monkeypatch):
+    monkeypatch.setitem(DATASETS, "mine", lambda name, split, options: array_dataset(name, IMAGES, LABELS))
+    assert load("mine", image_size=4).image_shape == (4, 4, 1)
+    with pytest.raises(UserError, match="--image_size=8: the images of mine are 4x4; leave it out"):
+        load("mine", image_size=8)
 
 
 def test_unknown_splits_are_refused():

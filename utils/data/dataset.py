@@ -1,13 +1,14 @@
 """What a data set is: one contract over every source.
 
-A random-access source has `len(source)` and `source[i] -> {"image": uint8 (h, w, c), "label": int32}`, all images of
-one shape; shuffling, flips, hosts and resuming are shared code. Cached latents have `"moments"` in place of `"image"`.
-A stream (TFDS's tfrecord files) makes its batches itself.
+Arrays and iterables become data sets by `array_dataset` and `iterable_dataset`. Any other random-access source has
+`len(source)` and `source[i] -> {"image": uint8 (h, w, c), "label": int32}`, all images of one shape; shuffling, flips,
+hosts and resuming are shared code. Cached latents have `"moments"` in place of `"image"`. A stream (TFDS's tfrecord
+files) makes its batches itself.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -137,6 +138,58 @@ class ArraySource:
         return {"image": self.images[index], "label": self.labels[index]}
 
 
+def array_dataset(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str] | None = None,
+    split: str = "train",
+    random_flip: bool = False,
+) -> ImageDataset:
+    """One split of a data set, from images uint8 (n, h, w, c) in memory, grey (c = 1) or colour (c = 3), and integer
+    labels (n,).
+
+    `class_names` (default: "0", "1", ... up to the largest label) must be the same for both splits; `split_rows` holds
+    out a part of data without a validation split. Only 'train' flips. UserError where the arrays are something else.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+        raise UserError(
+            f"{name}: images must be uint8 (n, h, w, c) with 1 or 3 channels, not {images.dtype} {images.shape}"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{name}: labels must be integers ({len(images)},), one for each image, not {labels.dtype} {labels.shape}"
+        )
+    lowest, highest = int(labels.min()), int(labels.max())
+    names = tuple(map(str, range(highest + 1))) if class_names is None else tuple(class_names)
+    if lowest < 0 or highest >= len(names):
+        raise UserError(f"{name}: labels are {lowest} to {highest}, but must be 0 to {len(names) - 1}, one for a class")
+    source = ArraySource(np.ascontiguousarray(images), np.ascontiguousarray(labels, np.int32))
+    digest = hashlib.sha256(source.images.data)
+    digest.update(source.labels.data)
+    fingerprint = Fingerprint("arrays", len(source), digest.hexdigest())
+    _, height, width, channels = images.shape
+    is_flipped = random_flip and split == "train"
+    return ImageDataset(name, split, source, (height, width, channels), names, is_flipped, fingerprint)
+
+
+def iterable_dataset(
+    name: str,
+    examples: Iterable[Mapping[str, Any]],
+    class_names: Sequence[str] | None = None,
+    split: str = "train",
+    random_flip: bool = False,
+) -> ImageDataset:
+    """`array_dataset` of {"image": uint8 (h, w, c), "label": int}, all read into memory here."""
+    rows = [(np.asarray(example["image"]), example["label"]) for example in examples]
+    shapes = {image.shape for image, _ in rows}
+    if len(shapes) != 1:
+        found = ", ".join(map(str, sorted(shapes)[:3])) or "none"
+        raise UserError(f"{name}: images of one shape are needed; there are {found}")
+    images, labels = zip(*rows, strict=True)
+    return array_dataset(name, np.stack(images), np.asarray(labels), class_names, split, random_flip)
+
+
 def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
     """What is kept with a run of its data ({split: data set}): enough to sample without them, and to tell whether they
     are the same when the run is continued (see utils/data/fingerprint.py)."""
@@ -169,6 +222,13 @@ def hold_out(keys: Sequence[str], num_held_out: int) -> tuple[list[int], list[in
     """(rows left for training, rows held out), each ascending. Which ones depends on the keys alone, for ever."""
     by_hash = sorted(range(len(keys)), key=lambda row: hashlib.sha256(keys[row].encode()).digest())
     return sorted(by_hash[num_held_out:]), sorted(by_hash[:num_held_out])
+
+
+def split_rows(num_examples: int, split: str, count: int | None = None) -> list[int]:
+    """The rows of `split` in data without a validation split, of which `count` (default: 2 %) are held out. Which ones
+    depends on `num_examples` alone."""
+    count = num_held_out(num_examples) if count is None else count
+    return hold_out([str(row) for row in range(num_examples)], count)[SPLITS.index(split)]
 
 
 def check_own_size(name: str, own: int, options: DataOptions, instead: str = "") -> None:

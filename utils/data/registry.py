@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.data.dataset import SPLITS, DataOptions, ImageDataset
+from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
 from utils.data.digits import load_digits
 from utils.data.image_folder import load_folder
 from utils.data.latents import load_latents
@@ -49,6 +49,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
         raise UserError(_unknown_name(name))
     options = options or DataOptions()
     dataset = load(name, split, options)
+    check_own_size(name, dataset.image_shape[0], options)  # of loaders that have no use for the option
     if options.random_flip is None or split != "train":
         return dataset
     if options.random_flip and dataset.latents and not dataset.random_flip:
