@@ -7,7 +7,7 @@ h/w/c = image axes, p = patch.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +31,10 @@ REMAT_POLICIES = {
     "blocks": jax.checkpoint_policies.nothing_saveable,  # its input alone
 }
 
+# Networks by the names of --model.network: called with (config, remat, attention_form), as DiT is, which is entered
+# below. Another one is a `Network` (utils/models.py) and takes of these what it has use for.
+NETWORKS: dict[str, Callable[..., Any]] = {}
+
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
@@ -53,11 +57,12 @@ class DiTConfig:
     dtype: str = setting(
         "bfloat16", "Compute dtype; parameters stay float32.", choices=("bfloat16", "float32"), is_fixed=False
     )
+    network: str = setting("dit", "The network; docs/change_this.md adds one.", choices=NETWORKS)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any] | ConfigDict) -> "DiTConfig":
-        """The configuration among the --model.* values of a run."""
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+        """The configuration among the --model.* values of a run. What they lack (of older runs) has its default."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
 
 SIZE_FIELDS = ("hidden_size", "patch_size", "depth", "num_heads", "mlp_ratio")
@@ -315,3 +320,6 @@ class DiT(nn.Module):
         block = n * (4 * d * d + 2 * int(config.mlp_ratio * d) * d) + 2 * n * n * d + 6 * d * d
         ends = 2 * n * p * p * c * d + 2 * d * d + TIMESTEP_FEATURES * d + d * d
         return 2 * (config.depth * block + ends)
+
+
+NETWORKS["dit"] = DiT

@@ -231,6 +231,7 @@ class Checkpoints:
             t_sampler = config["model"].get("t_sampler")
             if t_sampler in LEGACY_T_SAMPLERS:
                 config["model"]["t_sampler"] = LEGACY_T_SAMPLERS[t_sampler]
+            config["model"].setdefault("network", "dit")  # saved before there were others
             missing = [name for name in MODEL_SETTINGS if name not in config["model"]]
             missing += [name for name in ("image_shape", "class_names") if name not in config["dataset"]]
         if missing:

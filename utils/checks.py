@@ -12,7 +12,17 @@ from utils.memory import total_memory
 
 
 def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
-    """Raises UserError where no DiT of this configuration can work on latents (h, w, c)."""
+    """Raises UserError where no model of this configuration can be trained on latents (h, w, c)."""
+    if model.get("network", "dit") == "dit":
+        _check_dit(model, latent_shape)
+    if model.cfg_scale < 0 and model.cfg_scale != -1:
+        raise UserError(f"--model.cfg_scale={model.cfg_scale}: use a scale of 0 or more, or -1 for no guidance")
+    for beta in ("beta1", "beta2"):
+        if model[beta] >= 1:
+            raise UserError(f"--model.{beta}={model[beta]} must be below 1; use 0.99, for example")
+
+
+def _check_dit(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
     height, width, _ = latent_shape
     patch = model.patch_size
     if height % patch or width % patch:
@@ -40,11 +50,6 @@ def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
             f"{model.mlp_ratio:g} and --model.num_classes={model.num_classes} has {num_params:,} parameters; with "
             f"optimizer they need {16 * num_params / 2**30:,.0f} GiB, of which there are {limit / 2**30:,.0f}; use less"
         )
-    if model.cfg_scale < 0 and model.cfg_scale != -1:
-        raise UserError(f"--model.cfg_scale={model.cfg_scale}: use a scale of 0 or more, or -1 for no guidance")
-    for beta in ("beta1", "beta2"):
-        if model[beta] >= 1:
-            raise UserError(f"--model.{beta}={model[beta]} must be below 1; use 0.99, for example")
 
 
 def count_parameters(model: ConfigDict, latent_shape: tuple[int, int, int]) -> int:

@@ -21,7 +21,7 @@ def model_hints(
         )
     if batch_size > num_images:
         hints.append(f"--batch_size={batch_size} is more than the {num_images} training images: some come twice a step")
-    if model.patch_size == height == width:
+    if model.get("network", "dit") == "dit" and model.patch_size == height == width:
         hints.append(
             f"--model.patch_size={model.patch_size} makes one token of each {height}x{width} input, which leaves "
             "attention nothing to attend to; use a smaller one"

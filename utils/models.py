@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 from ml_collections import ConfigDict
 
-from diffusion_transformer import DiT, DiTConfig
+from diffusion_transformer import NETWORKS, DiTConfig
 from utils.checks import check_model
 from utils.codecs.codec import Codec
 from utils.errors import UserError
@@ -18,9 +18,12 @@ from utils.ops import choose_attention_for
 
 @runtime_checkable
 class Network(Protocol):
-    """What is trained and sampled, as flax modules have it; DiT is one. Immutable and hashable: a static argument."""
+    """What is trained and sampled, as flax modules have it; DiT is one. Immutable and hashable: a static argument.
 
-    config: DiTConfig
+    One more is an entry of `diffusion_transformer.NETWORKS`.
+    """
+
+    config: DiTConfig  # of which guidance and training use `num_classes` and `class_dropout_prob`
 
     def init(self, rngs: Any, x: Any, t: Any, labels: Any) -> Any:
         """{"params": fresh parameters}."""
@@ -59,6 +62,12 @@ def make_model(
     """The model of the --model.* values `config` for a data set; UserError where they do not fit."""
     height, width, channels = image_shape
     shape = (height, width, channels)
+    dit_config = DiTConfig.from_mapping(config)
+    if dit_config.network not in NETWORKS:
+        raise UserError(
+            f"--model.network={dit_config.network} is unknown; known are {', '.join(NETWORKS)}. Register it "
+            "first (docs/change_this.md)"
+        )
     check_model(config, codec.latent_shape(shape))
     if len(class_names) > config.num_classes:
         raise UserError(
@@ -67,7 +76,7 @@ def make_model(
         )
     head_dim = config.hidden_size // config.num_heads
     attention_form = choose_attention_for(mesh.devices.flat[0], head_dim, config.dtype)
-    network = DiT(DiTConfig.from_mapping(config), remat, attention_form)
+    network = NETWORKS[dit_config.network](dit_config, remat, attention_form)
     return ImageModel(network, objective, codec, mesh, shape, tuple(class_names))
 
 

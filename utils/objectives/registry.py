@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from utils.errors import UserError
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.objective import Objective
 
@@ -24,8 +25,15 @@ def objective_fields() -> Iterator[dataclasses.Field]:
 
 
 def make_objective(config: Mapping[str, Any] | ConfigDict) -> Objective:
-    """The objective of a run's configuration: `config["objective"]["name"]`, its fields from their flags' values."""
-    objective = OBJECTIVES[config["objective"]["name"]]
+    """The objective of a run's configuration: `config["objective"]["name"]`, its fields from their flags' values.
+    UserError where it is not registered."""
+    name = config["objective"]["name"]
+    if name not in OBJECTIVES:
+        raise UserError(
+            f"--objective.name={name} is unknown; known are {', '.join(OBJECTIVES)}. Register it first "
+            "(docs/change_this.md)"
+        )
+    objective = OBJECTIVES[name]
     values = {}
     for field in dataclasses.fields(objective):
         group, _, name = flag_of(field).partition(".")
