@@ -1,0 +1,170 @@
+"""The blocks of docs/change_this.md are run as they stand, each against what it promises."""
+
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffusion_transformer import NETWORKS
+from tests.conftest import GOLDEN, ROOT
+from utils.data.batches import training_batches
+from utils.data.registry import DATASETS, load_dataset
+from utils.errors import UserError
+from utils.generate import load_generator
+from utils.metrics import registry
+from utils.metrics.reference import ReferenceStatistics
+from utils.metrics.statistics import ImageStatistics
+from utils.objectives.flow_matching import FlowMatching
+from utils.objectives.registry import OBJECTIVES
+from utils.tracking import read_metrics
+
+PAGE = (ROOT / "docs" / "change_this.md").read_text()
+BLOCKS = dict(re.findall(r"^```python\n# (\w+)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE))
+COMMANDS = re.findall(r"^PYTHONPATH=\S+ python mine.py (.*)$", PAGE, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(*blocks) -> their names, in a folder with mine.npz; what they register is gone again afterwards."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(100) % 2
+    images = rng.integers(0, 100, (100, 8, 8, 1)) + 150 * labels[:, None, None, None]  # cats dark, dogs bright
+    np.savez(tmp_path / "mine.npz", images=images.astype(np.uint8), labels=labels)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "METRICS", registry.METRICS)
+    registries = (DATASETS, NETWORKS, OBJECTIVES, registry.COLUMNS)
+    before = [dict(entries) for entries in registries]
+
+    def run_blocks(*names: str) -> dict:
+        namespace: dict = {"__name__": "page"}
+        for name in names:
+            exec(compile(BLOCKS[name], f"docs/change_this.md, {name}", "exec"), namespace)
+        return namespace
+
+    yield run_blocks
+    for entries, old in zip(registries, before, strict=True):
+        entries.clear()
+        entries.update(old)
+
+
+def test_every_block_has_a_test():
+    assert PAGE.count("```python\n") == len(BLOCKS)
+    assert set(BLOCKS) == {"data", "iterable", "network", "loss", "metric", "programs", "loop", "fit", "sample"}
+    source = Path(__file__).read_text()
+    assert [name for name in BLOCKS if not re.search(rf'(run|script)\(.*"{name}"', source)] == []
+
+
+def test_arrays_are_a_data_set(run):
+    run("data")
+    train, validation = (load_dataset("mine", split) for split in ("train", "validation"))
+    assert (len(train.source), len(validation.source)) == (98, 2)
+    assert train.class_names == ("cat", "dog")
+    batch = next(training_batches(train, 16, seed=0))
+    assert {name: (rows.shape, rows.dtype) for name, rows in batch.items()} == {
+        "image": ((16, 8, 8, 1), np.uint8),
+        "label": ((16,), np.int32),
+    }
+    np.testing.assert_array_equal(batch["image"].mean((1, 2, 3)) > 125, batch["label"])
+
+
+def test_an_iterable_is_a_data_set(run):
+    from sklearn.datasets import load_sample_images
+
+    run("iterable")
+    train, validation = (load_dataset("photos", split) for split in ("train", "validation"))
+    assert train.image_shape == validation.image_shape == (320, 320, 3)
+    batch = next(training_batches(train, 4, seed=0))
+    assert sorted(batch["label"]) == [0, 0, 1, 1]
+    for image, label in zip(batch["image"], batch["label"], strict=True):
+        np.testing.assert_array_equal(image, load_sample_images().images[label][:320, :320])
+
+
+def test_an_own_network_and_loss_learn_in_an_own_loop(run):
+    names = run("data", "network", "loss", "loop", "fit")
+    losses = names["losses"]
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    assert (names["images"].shape, names["images"].dtype) == ((2, 8, 8, 1), np.uint8)
+    cat, dog = names["images"].mean((1, 2, 3))
+    assert cat < dog
+
+
+def test_the_loss_is_quadratic_for_small_errors_and_linear_for_large_ones(run):
+    huber = run("loss")["Huber"]
+    x_1, labels = jnp.ones((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
+    draws = FlowMatching().draw(jax.random.key(0), jax.random.key(1), 4)
+
+    def losses(objective):  # of a network that answers 0
+        return objective.loss(lambda x, t, labels: 0 * x, lambda x, t, labels: 0 * x, x_1, labels, draws)
+
+    squared, _ = losses(FlowMatching())
+    np.testing.assert_allclose(losses(huber(delta=30.0))[0], squared, rtol=0.01)
+    linear, metrics = losses(huber(delta=0.001))
+    np.testing.assert_allclose(linear, 2 * 0.001 * metrics["abs_error"], rtol=0.01)
+
+
+def test_a_metric_is_a_result_and_a_column(run):
+    run("metric")
+    samples, features = ImageStatistics(0), np.random.default_rng(0).normal(size=(50, 3))
+    samples.update(features + np.array([3, 0, 4]), features)
+    reference = ReferenceStatistics(features.mean(0), np.cov(features, rowvar=False), "", Path("mine_stats.npz"))
+    results = registry.compute_metrics(samples, reference)
+    assert results["mean_distance"] == pytest.approx(5)
+    assert results["fid"] == pytest.approx(25)
+    assert registry.COLUMNS["mean_distance"] == "mean distance"
+
+
+def test_samples_of_a_run(run, tmp_path):
+    with tarfile.open(GOLDEN / "run.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "run").rename(tmp_path / "runs" / "demo")
+    names = run("sample")
+    assert (names["images"].shape, names["images"].dtype) == ((2, 8, 8, 1), np.uint8)
+    assert len(names["stages"]) == 5
+    assert np.abs(names["stages"][-1].astype(int) - names["images"]).max() <= 1  # the same samples, in four parts
+    assert names["velocity"].shape == names["noise"].shape == (2, 8, 8, 1)
+
+
+def test_commands_are_understood(run, read_flags):
+    run("data", "network", "loss")
+    assert len(COMMANDS) == 3
+    for command in COMMANDS:
+        program, *words = shlex.split(command)
+        read_flags(importlib.import_module(program), words)
+
+
+def test_a_script_trains_with_own_data_network_and_loss(run, tmp_path):
+    script(tmp_path / "mine.py", "data", "network", "loss", "metric", "programs")
+    small = shlex.split("--max_steps 3 --batch_size 8 --eval_interval 0 --log_interval 1 --wandb.mode disabled")
+    command = [sys.executable, "mine.py", *shlex.split(COMMANDS[0]), *small]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "runs" / "flow_mine" / "metrics.jsonl")
+    assert lines[0]["training/abs_error"] > 0
+    with pytest.raises(UserError, match=r"--objective.name=huber is unknown; known are flow_matching. Register it"):
+        load_generator("runs/flow_mine")
+    run("loss")
+    with pytest.raises(UserError, match=r"--model.network=convnet is unknown; known are dit. Register it"):
+        load_generator("runs/flow_mine")
+    run("network")
+    generator = load_generator("runs/flow_mine")
+    assert generator.model.objective.delta == 0.5
+    assert generator.class_names == ("cat", "dog")
+    assert generator.sample([0, 1], num_steps=2).shape == (2, 8, 8, 1)
+
+
+def script(path: Path, *names: str) -> None:
+    """Writes a script of these blocks."""
+    path.write_text("\n\n".join(BLOCKS[name] for name in names))
