@@ -313,8 +313,8 @@ class Trainer:
         model, shape = self.config.model, self.model.latent_shape
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         return (
-            f"DiT {model.hidden_size} wide, {model.depth} deep, {model.num_heads} heads, patch {model.patch_size} on "
-            f"{'x'.join(map(str, shape))}: {count:,} parameters, {self.flops_per_step / 1e9:,.1f} GFLOP per step of "
+            f"{model.network} {model.hidden_size} wide, {model.depth} deep, {model.num_heads} heads, patch "
+            f"{model.patch_size} on {'x'.join(map(str, shape))}: {count:,} parameters, {self.flops_per_step / 1e9:,.1f} GFLOP per step of "
             f"{self.config.batch_size} images, on {self.mesh.size} x {jax.devices()[0].device_kind}"
         )
 
