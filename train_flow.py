@@ -314,8 +314,9 @@ class Trainer:
         count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         return (
             f"{model.network} {model.hidden_size} wide, {model.depth} deep, {model.num_heads} heads, patch "
-            f"{model.patch_size} on {'x'.join(map(str, shape))}: {count:,} parameters, {self.flops_per_step / 1e9:,.1f} GFLOP per step of "
-            f"{self.config.batch_size} images, on {self.mesh.size} x {jax.devices()[0].device_kind}"
+            f"{model.patch_size} on {'x'.join(map(str, shape))}: {count:,} parameters, "
+            f"{self.flops_per_step / 1e9:,.1f} GFLOP per step of {self.config.batch_size} images, on "
+            f"{self.mesh.size} x {jax.devices()[0].device_kind}"
         )
 
     def evaluate(self, state: TrainState, batch: PyTree) -> Iterator[tuple[str, Any]]:
