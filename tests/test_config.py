@@ -337,9 +337,13 @@ def test_flags_of_other_solvers_are_refused(parse, words, message):
         ("--lr 1e-3", r"--lr is not a flag here: the learning rate is --model.lr"),
         ("--epochs=3", r"--epochs .* use --max_steps"),
         ("--learning-rate 1", r"--model.lr"),
+        ("--nowandb", r"use --wandb.mode online, offline or disabled"),
+        ("--depth 3", r"--depth is not a flag here: use --model.depth"),
         ("--resume", r"the same command again continues a run"),
         ("--max_steps 1.5", r"1.5 is no whole number"),
         ("--max_steps many", r"many is no whole number"),
+        ("--max_steps 1e300", r"1e300 is no whole number"),
+        ("--batch_size True", r"True is no whole number"),
         ("--model.depht 3", r"model.depth"),
     ],
 )
@@ -351,6 +355,7 @@ def test_what_others_call_it_is_answered_with_the_flag(parse, words, message):
 def test_numbers_are_understood_as_people_write_them(parse):
     config = parse("--max_steps 1e3 --debug_overfit True --use_stable_vae False --random_flip=false")
     assert (config.max_steps, config.debug_overfit, config.model.use_stable_vae, config.random_flip) == (1000, 1, 0, 0)
+    assert [sampler.num_steps for sampler in samplers("--denoise_timesteps 1e2,20", parse)] == [100, 20]
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])

@@ -25,7 +25,7 @@ from utils.console import finish_output
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
-from utils.help import hide, refuse_habits, show_help, to_integer, topic
+from utils.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
 from utils.sampling import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig
@@ -287,7 +287,8 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
     for name in names:
         parser: Any = FLAGS[name].parser
         if isinstance(parser, flags.IntegerParser):
-            parser.convert = to_integer
+            is_switch = (parser.lower_bound, parser.upper_bound) == (0, 1)
+            parser.convert = to_switch if is_switch else to_integer
     refuse_habits(argv[1:])
     try:
         extra = FLAGS(argv)[1:]
@@ -453,7 +454,7 @@ def ema_decay(target_update_rate: float) -> float:
 def read_numbers(words: list[str], flag: str, kind: type, highest: float, lowest: float | None = None) -> list:
     """The numbers of a flag that takes several; UserError where one is none, not finite, or out of bounds."""
     try:
-        numbers = [kind(word) for word in words]
+        numbers = [to_integer(word) if kind is int else kind(word) for word in words]
     except ValueError:
         example = "100,20,5" if kind is int else "1,4"
         raise UserError(f"--{flag}={','.join(words)}: give numbers separated by commas, such as {example}") from None

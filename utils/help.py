@@ -30,7 +30,7 @@ _MEANINGS = {
     "model arch preset": "use --model.preset, such as DiT-B/2",
     "class class_labels prompt": "use --classes with sample.py",
     "gpus devices num_gpus": "all devices are used; CUDA_VISIBLE_DEVICES chooses among GPUs",
-    "wandb no_wandb": "use --wandb.mode online, offline or disabled",
+    "wandb no_wandb nowandb": "use --wandb.mode online, offline or disabled",
 }
 HABITS = {name: meaning for names, meaning in _MEANINGS.items() for name in names.split()}
 
@@ -64,20 +64,28 @@ def _set_topic(name: str, title: str) -> None:
 
 
 def refuse_habits(words: Iterable[str]) -> None:
-    """UserError, with the flag to use, for a word of the command line that is another tool's."""
+    """UserError, with the flag to use, for a word of the command line that is another tool's, or lacks its group."""
     for word in words:
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
-        if word.startswith("-") and name in HABITS and name not in FLAGS:
-            raise UserError(f"--{name} is not a flag here: {HABITS[name]} (--help lists the flags)")
+        if not word.startswith("-") or name in FLAGS:
+            continue
+        grouped = next((flag for flag in sorted(FLAGS) if flag.endswith(f".{name}")), None)
+        meaning = HABITS.get(name) or (grouped and f"use --{grouped}")
+        if meaning:
+            raise UserError(f"--{name} is not a flag here: {meaning} (--help lists the flags)")
+
+
+def to_switch(value: str | int) -> int:
+    """The value of an integer flag that is 0 or 1: 'True' and 'False' are these. ValueError for other texts."""
+    text = str(value).strip().lower()
+    return int(text == "true") if text in ("true", "false") else to_integer(value)
 
 
 def to_integer(value: str | int) -> int:
-    """An integer flag's value: 'True' and 'False' are 1 and 0, '1e3' is 1000. ValueError for other texts."""
+    """An integer flag's value: '1e3' is 1000. ValueError for other texts."""
     if not isinstance(value, str):
         return value
     text = value.strip().lower()
-    if text in ("true", "false"):
-        return int(text == "true")
     try:
         return int(text)
     except ValueError:
@@ -86,7 +94,7 @@ def to_integer(value: str | int) -> int:
         number = float(text)
     except ValueError:
         number = math.nan
-    if number % 1 != 0:
+    if not abs(number) <= 2**53 or number % 1 != 0:  # beyond 2^53 digits would be made up
         raise ValueError(f"{value} is no whole number")
     return int(number)
 
