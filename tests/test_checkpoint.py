@@ -98,6 +98,10 @@ def test_one_checkpoint_of_several_can_be_named(tmp_path, state):
     checkpoints.close()
     assert checkpoint.open_checkpoint(tmp_path)[1] == [2, 1]
     assert checkpoint.open_checkpoint(tmp_path / "checkpoints" / "1")[1] == [1]
+    assert checkpoint.open_checkpoint(tmp_path / "checkpoints")[1] == [2, 1]
+    run = shutil.copytree(tmp_path / "checkpoints", tmp_path / "new" / "checkpoints" / "checkpoints").parent
+    assert checkpoint.open_checkpoint(run)[1] == [2, 1]  # a run of that name
+    assert checkpoint.open_checkpoint(run / "checkpoints")[1] == [2, 1]
     with pytest.raises(UserError, match="found steps 1, 2"):
         checkpoint.open_checkpoint(tmp_path / "checkpoints" / "5")
 

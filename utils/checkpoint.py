@@ -434,7 +434,8 @@ def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
     Raises UserError naming --load_dir where there is none.
     """
     path = Path(load_dir).absolute()
-    run_dir, step = path.parent if path.name == FOLDER else path, None
+    is_inside = path.name == FOLDER and not (path / FOLDER).is_dir()  # rather than a run of that name
+    run_dir, step = path.parent if is_inside else path, None
     if path.parent.name == FOLDER and path.name.isdigit():
         run_dir, step = path.parent.parent, int(path.name)
     if not (run_dir / FOLDER).is_dir():
