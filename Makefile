@@ -7,7 +7,7 @@ BIN := .venv/bin
 JAX := jax$(if $(filter-out cpu,$(DEVICE)),[$(DEVICE)])
 STAMP := .venv/.installed-$(DEVICE)
 
-ifeq ($(filter $(DEVICE),$(DEVICES)),)
+ifneq ($(words $(DEVICE)) $(filter-out $(DEVICES),$(DEVICE)),1 )
 $(error DEVICE=$(DEVICE) is unknown; use one of $(DEVICES))
 endif
 

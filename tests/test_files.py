@@ -114,6 +114,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone_however_it_ends(tmp
 def test_make_lists_its_targets_and_refuses_unknown_devices():
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {"demo", "test", "lint", "setup"} <= {line.split()[0] for line in done.stdout.splitlines()}
-    done = subprocess.run(["make", "-n", "setup", "DEVICE=foo"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "DEVICE=foo is unknown; use one of cpu cuda12 cuda13 tpu" in done.stderr
+    for device in ("foo", "", "cpu tpu", "%"):
+        command = ["make", "-n", "setup", f"DEVICE={device}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert f"DEVICE={device} is unknown; use one of cpu cuda12 cuda13 tpu" in done.stderr
