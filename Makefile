@@ -47,7 +47,7 @@ plot: $(STAMP)  ## metrics of runs as curves: make plot RUNS=runs/a,runs/b
 	$(BIN)/python plot_metrics.py --runs $(RUNS) $(PLOT_FLAGS)
 
 test: $(STAMP)  ## the whole suite
-	$(BIN)/python -m pytest -q -n 3 --dist loadgroup --cov --cov-report=term
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --cov --cov-report=term
 
 lint: $(STAMP)  ## ruff and ty
 	$(BIN)/ruff check .

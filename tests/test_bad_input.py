@@ -11,6 +11,7 @@ import encode_latents
 import eval_fid
 import plot_metrics
 import train_flow
+from utils import cli
 from utils.errors import UserError
 
 PROGRAMS = {
@@ -171,7 +172,7 @@ def test_bad_input_is_one_line(read_flags, files, name, line, message):
 @pytest.mark.parametrize(("line", "message"), SWEEPS)
 def test_bad_sweeps_are_one_line(read_flags, line, message):
     with pytest.raises(UserError, match=message):
-        eval_fid.read_samplers(read_flags(eval_fid, line.split()), 0.1)
+        cli.read_samplers(read_flags(eval_fid, line.split()), 0.1)
 
 
 @pytest.mark.parametrize(("line", "message"), PROCESSES)
@@ -190,6 +191,7 @@ def test_damaged_manifests_are_one_line(read_flags, files, tmp_path, content):
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json"])
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'"text"', b"null"])
 def test_damaged_tfds_metadata_are_one_line(read_flags, files, tmp_path, file, content):
+    pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
     folder = tmp_path / "tfds" / "x" / "1.0.0"
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text('{"fileFormat": "array_record", "name": "x", "version": "1.0.0"}')
@@ -200,6 +202,7 @@ def test_damaged_tfds_metadata_are_one_line(read_flags, files, tmp_path, file, c
 
 
 def test_features_of_other_modules_are_not_imported(read_flags, files, tmp_path):
+    pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
     folder = tmp_path / "tfds" / "x" / "1.0.0"
     folder.mkdir(parents=True)
     (folder / "dataset_info.json").write_text('{"fileFormat": "array_record", "name": "x", "version": "1.0.0"}')

@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 from PIL import Image
+
+tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
 
 from data import celebahq256
 from data.celebahq256 import Celebahq256, fit

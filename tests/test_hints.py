@@ -80,7 +80,10 @@ def test_memory_that_runs_out_is_one_line_with_the_flags_to_use():
 
 def test_steps_that_need_more_than_there_is_are_refused(monkeypatch, read_flags, tmp_path):
     monkeypatch.setattr(train_flow, "device_memory", lambda: 1000)
-    words = "--dataset_name digits --use_stable_vae 0 --batch_size 8 --wandb.mode disabled --model.num_classes 10"
+    words = (
+        "--dataset_name digits --use_stable_vae 0 --batch_size 8 --wandb.mode disabled --model.num_classes 10 "
+        "--model.depth 1 --model.hidden_size 16"
+    )
     config = read_flags(train_flow, [*words.split(), "--save_dir", str(tmp_path)])
     with pytest.raises(UserError, match=r"out of memory: the training step needs .* MiB.*--grad_accum"):
         train_flow.main(config)

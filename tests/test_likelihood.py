@@ -55,7 +55,7 @@ def test_hutchinson_is_unbiased_within_its_standard_error():
     jacobians = jax.vmap(jax.jacobian(lambda x: jnp.sin(x @ matrix)))(X)
     np.testing.assert_allclose(exact, np.trace(jacobians, axis1=1, axis2=2), rtol=1e-4)
     probes = draw_probes(jax.random.key(3), jnp.arange(6), (4,), 500)
-    estimates = np.array([divergence(velocity_fn, X, jnp.zeros(6), probes[i : i + 1])[1] for i in range(500)])
+    estimates = jax.jit(jax.vmap(lambda probe: divergence(velocity_fn, X, jnp.zeros(6), probe[None])[1]))(probes)
     errors = estimates.std(axis=0) / np.sqrt(len(estimates))
     assert (np.abs(estimates.mean(axis=0) - exact) < 4 * errors).all()
     np.testing.assert_allclose(divergence(velocity_fn, X, jnp.zeros(6), probes)[1], estimates.mean(axis=0), rtol=1e-3)
