@@ -121,19 +121,6 @@ def data_flags(saved: dict[str, Any]) -> str:
     return (f" --image_size {side}" if is_resized else "") + (f" --data_dir {folder}" if folder else "")
 
 
-def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[SamplerConfig]:
-    """A sampler for every guidance scale and step count of the command line. UserError where it asks for guidance that
-    a model trained with `class_dropout_prob` does not have; without asking there is none, which is logged."""
-    scales = cli.read_numbers(config.cfg_scale, "cfg_scale", float, cli.MAX_SCALE) if config.use_cfg else [-1.0]
-    if not checks.can_guide(class_dropout_prob) and any(map(cli.guides, scales)):
-        reason = checks.explain_no_guidance(class_dropout_prob)
-        if cli.is_explicit("cfg_scale"):
-            raise UserError(f"--cfg_scale={','.join(config.cfg_scale)}: {reason}; use --cfg_scale 1")
-        log(f"{reason}: samples are drawn without guidance")
-        scales = [-1.0]
-    return cli.read_samplers(config, scales)
-
-
 class Scoring:
     """What all evaluations need: the reference, the Inception network and where results go."""
 
@@ -231,7 +218,7 @@ class RunEvaluation(Scoring):
         checkpoints, steps = open_checkpoint(config.load_dir)
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
         data, run_dir = saved["dataset"], checkpoints.folder.parent
-        self.samplers = read_samplers(config, saved["model"]["class_dropout_prob"])
+        self.samplers = cli.read_samplers(config, saved["model"]["class_dropout_prob"])
         check_save_samples(config, self.samplers)
         overridden = cli.override_model(saved["model"])
         cli.refuse_other_objective(saved["objective"])
@@ -364,7 +351,7 @@ def evaluate_run(config: ConfigDict) -> None:
     results, rows = Results(run.out), []
     tracker = None
     if config.wandb.mode != "disabled":
-        tracker = Tracker(run.out / "evaluation", config, 0, axis="num_steps")
+        tracker = Tracker(run.out / "evaluation", config, first_step=-1, axis="num_steps")
     for number, sampler in enumerate(run.samplers):
         settings = {**sampler_settings(sampler), **run.settings}
         row = None if config.save_samples else results.find(settings)

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from utils import checks, cli, plotting
+from utils.checkpoint import split_load_dir
 from utils.console import configure_output, is_quiet, log, show_result
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -82,13 +83,7 @@ def read_classes(text: str | None, class_names: tuple[str, ...]) -> list[int] | 
 
 def read_sampler(config: ConfigDict, class_dropout_prob: float) -> SamplerConfig:
     """The one sampler of the command line."""
-    scales = cli.read_numbers(config.cfg_scale, "cfg_scale", float, cli.MAX_SCALE)
-    if not checks.can_guide(class_dropout_prob) and any(map(cli.guides, scales)):
-        reason = checks.explain_no_guidance(class_dropout_prob)
-        if cli.is_explicit("cfg_scale"):
-            raise UserError(f"--cfg_scale={','.join(config.cfg_scale)}: {reason}; use --cfg_scale 1")
-        scales = [-1.0]
-    samplers = cli.read_samplers(config, scales)
+    samplers = cli.read_samplers(config, class_dropout_prob)
     if len(samplers) > 1:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each; eval_fid.py compares several")
     return samplers[0]
@@ -100,18 +95,21 @@ class Drawing:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.generator = load_generator(
-            config.load_dir, params=config.params, seed=config.seed, dtype=config.dtype, vae=config.vae
+            config.load_dir,
+            params=config.params,
+            seed=config.seed,
+            label_mode=config.labels,
+            dtype=config.dtype,
+            vae=config.vae,
         )
         model = self.generator.model
         self.sampler = read_sampler(config, model.network.config.class_dropout_prob)
-        self.generator.label_mode = config.labels
         classes = read_classes(config.classes, model.class_names)
         if classes is None:
             self.labels = self.generator.labels(range(config.num_samples))
         else:
             self.labels = np.resize(np.array(classes, np.int32), config.num_samples)
-        run = Path(config.load_dir)
-        self.out = Path(config.out or (run.parent.parent if run.parent.name == "checkpoints" else run) / "samples")
+        self.out = Path(config.out or split_load_dir(config.load_dir)[0] / "samples")
         checks.check_writable(self.out, "out")
         self.written: list[Path] = []
 
@@ -127,7 +125,7 @@ class Drawing:
     def draw(self) -> None:
         """The grid, and each sample by itself on demand."""
         config, num_devices = self.config, self.generator.model.mesh.size
-        requested = config.batch_size or min(RECIPE_BATCH_SIZE, config.num_samples)
+        requested = min(config.batch_size or RECIPE_BATCH_SIZE, config.num_samples)
         batch_size = -(-requested // num_devices) * num_devices
         shown: list[UInt8[np.ndarray, "b h w c"]] = []
         batches = self.generator.generate(self.sampler, config.num_samples, batch_size, self.labels)

@@ -39,7 +39,7 @@ from utils.hints import ema_hints, model_hints
 from utils.memory import device_memory, explaining_out_of_memory, format_bytes, memory_needed, out_of_memory
 from utils.metrics.inception import CONVENTIONS, load_feature_extractor
 from utils.metrics.measure import find_convention, measure_images
-from utils.metrics.reference import load_statistics
+from utils.metrics.reference import load_statistics, warn_of_other_shape
 from utils.metrics.registry import compute_fid
 from utils.metrics.statistics import ImageStatistics
 from utils.models import init_params, make_model
@@ -191,6 +191,7 @@ class Trainer:
         self.reference = load_statistics(config.fid_stats) if config.fid_stats else None
         if self.reference is not None:
             convention = find_convention(self.reference, config.convention).name
+            warn_of_other_shape(self.reference, self.datasets["train"].image_shape)
             self.extractor = load_feature_extractor(config.inception_weights, convention, replicated(self.mesh))
             if not config.eval_interval:
                 cli.refuse_ignored(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation")
@@ -301,10 +302,10 @@ class Trainer:
         started = time.monotonic()
         with explaining_out_of_memory("the training step", MEMORY_FLAGS):
             train = compiled(step, *arguments)
+            needed = memory_needed(train)
+            if needed > device_memory():
+                raise out_of_memory("the training step", MEMORY_FLAGS, needed)
             validate = compiled(jax.jit(partial(validation_step, **self.static)), *arguments)
-        needed = memory_needed(train)
-        if needed > device_memory():
-            raise out_of_memory("the training step", MEMORY_FLAGS, needed)
         seconds, there = time.monotonic() - started, format_bytes(device_memory())
         log(f"compiled in {seconds:.1f} s; it needs {format_bytes(needed)} of {there} per device")
         return train, validate

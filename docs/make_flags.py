@@ -14,7 +14,7 @@ import eval_fid  # noqa: E402
 import plot_metrics  # noqa: E402
 import sample  # noqa: E402
 import train_flow  # noqa: E402
-from utils.help import HIDDEN, TOPIC  # noqa: E402
+from utils.help import is_hidden  # noqa: E402
 
 PROGRAMS = (train_flow, sample, eval_fid, encode_latents, compute_fid_stats, plot_metrics)
 HEAD = """# Flags
@@ -31,8 +31,9 @@ def describe(program) -> list[str]:
     rows = []
     for name in names:
         flag = flags.FLAGS[name]
+        hidden = is_hidden(name)
         delattr(flags.FLAGS, name)
-        if getattr(flag, TOPIC, None) == HIDDEN:
+        if hidden:
             continue
         default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
         shown = "" if default in (None, "") else f"`{default}`"

@@ -55,7 +55,7 @@ def test_defaults_are_the_recipe(parse):
     assert config.wandb.name == "flow_imagenet256"
     assert {"use_cfg": 1, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
     assert RECIPE_BATCH_SIZE == 128
-    assert eval_fid.read_samplers(parse("", eval_fid), 0.1) == [SamplerConfig(500, 4.0)]
+    assert cli.read_samplers(parse("", eval_fid), 0.1) == [SamplerConfig(500, 4.0)]
 
 
 # Width, patch, depth, heads, MLP ratio of the recipe and of arXiv:2212.09748, table 1, with that table's millions of
@@ -197,8 +197,8 @@ def test_sweeps_are_every_scale_and_step_count_once(parse):
     line = "--denoise_timesteps 20,5,20 --cfg_scale 1,4,-1 --solver heun --cfg_interval 0.1,0.9"
     common = {"cfg_interval": (0.1, 0.9), "solver": "heun"}
     expected = [SamplerConfig(steps, scale, **common) for scale in (None, 4.0) for steps in (20, 5)]
-    assert eval_fid.read_samplers(parse(line, eval_fid), 0.1) == expected
-    assert eval_fid.read_samplers(parse("--use_cfg 0 --cfg_scale 4", eval_fid), 0.1) == [SamplerConfig(500, None)]
+    assert cli.read_samplers(parse(line, eval_fid), 0.1) == expected
+    assert cli.read_samplers(parse("--use_cfg 0 --cfg_scale 4", eval_fid), 0.1) == [SamplerConfig(500, None)]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_sweeps_are_every_scale_and_step_count_once(parse):
 )
 def test_sweeps_that_make_no_sense_are_refused(parse, line, message):
     with pytest.raises(UserError, match=message):
-        eval_fid.read_samplers(parse(line, eval_fid), 0.1)
+        cli.read_samplers(parse(line, eval_fid), 0.1)
 
 
 def test_a_tilde_is_expanded_once_in_every_path(parse, monkeypatch, tmp_path):
@@ -275,11 +275,11 @@ def test_eval_takes_the_models_values_from_the_run(parse, line):
 
 def test_guidance_needs_both_kinds_of_labels(parse, capsys):
     assert [checks.can_guide(prob) for prob in (0, 0.1, 1)] == [False, True, False]
-    assert eval_fid.read_samplers(parse("", eval_fid), 0) == [SamplerConfig(500, None)]
+    assert cli.read_samplers(parse("", eval_fid), 0) == [SamplerConfig(500, None)]
     assert "drawn without guidance" in capsys.readouterr().out
-    assert eval_fid.read_samplers(parse("--cfg_scale 1,-1", eval_fid), 1) == [SamplerConfig(500, None)]
+    assert cli.read_samplers(parse("--cfg_scale 1,-1", eval_fid), 1) == [SamplerConfig(500, None)]
     with pytest.raises(UserError, match=r"--cfg_scale=1,4: with --model.class_dropout_prob=0 the model"):
-        eval_fid.read_samplers(parse("--cfg_scale 1,4", eval_fid), 0)
+        cli.read_samplers(parse("--cfg_scale 1,4", eval_fid), 0)
 
 
 def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):
@@ -306,7 +306,7 @@ def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):
 
 def samplers(words: str, parse):
     config = parse(words, eval_fid)
-    return eval_fid.read_samplers(config, 0.1)
+    return cli.read_samplers(config, 0.1)
 
 
 def test_adaptive_solvers_and_time_grids_are_read(parse):
@@ -369,3 +369,12 @@ def test_help_is_by_topic_and_hides_what_is_only_refused(read_flags, capsys, wor
     assert "--model.dtype:" in output
     assert "--model.lr:" not in output
     assert max(map(len, output.splitlines())) <= 120
+
+
+def test_a_loaded_run_is_the_same_however_it_is_written(parse, tmp_path):
+    recorded = {"dataset": {"vae_sha256": None, "vae": None}}
+    saved = parse("--load_dir runs/a").to_dict() | recorded
+    for same in ("runs/a/", "runs/a/checkpoints", "./runs/a"):
+        assert check_settings(parse(f"--load_dir {same}").to_dict() | recorded, saved, tmp_path) == {}
+    with pytest.raises(UserError, match="did not start from there"):
+        check_settings(parse("--load_dir runs/a/checkpoints/20").to_dict() | recorded, saved, tmp_path)

@@ -427,17 +427,22 @@ def _all_processes_agree(is_fine: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.bool_(is_fine))))
 
 
+def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
+    """(folder of the run, step or None for the newest) that --load_dir names: RUN, RUN/checkpoints or
+    RUN/checkpoints/STEP."""
+    path = Path(load_dir).absolute()
+    if path.parent.name == FOLDER and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    is_inside = path.name == FOLDER and not (path / FOLDER).is_dir()  # rather than a run of that name
+    return path.parent if is_inside else path, None
+
+
 def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
-    """(checkpoints, steps to be tried, newest first) of a run folder (or its checkpoints/), or of one checkpoint
-    RUN/checkpoints/STEP.
+    """(checkpoints, steps to be tried, newest first) of what --load_dir names.
 
     Raises UserError naming --load_dir where there is none.
     """
-    path = Path(load_dir).absolute()
-    is_inside = path.name == FOLDER and not (path / FOLDER).is_dir()  # rather than a run of that name
-    run_dir, step = path.parent if is_inside else path, None
-    if path.parent.name == FOLDER and path.name.isdigit():
-        run_dir, step = path.parent.parent, int(path.name)
+    run_dir, step = split_load_dir(load_dir)
     if not (run_dir / FOLDER).is_dir():
         raise UserError(
             f"--load_dir={load_dir} holds no checkpoint (no folder {run_dir / FOLDER}); "

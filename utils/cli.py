@@ -20,8 +20,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from diffusion_transformer import PRESETS, DiTConfig
+from utils import checks
 from utils.codecs.registry import DEFAULT_HUB_ID
-from utils.console import finish_output
+from utils.console import finish_output, log
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
@@ -122,9 +123,17 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str) -> None:
     flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
 
 
-def read_samplers(config: ConfigDict, scales: list[float]) -> list[SamplerConfig]:
-    """A sampler for every one of the guidance scales and of --denoise_timesteps, by the flags of
-    `define_sampler_flags`. UserError for values that cannot be, and for flags that the solver does not take."""
+def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[SamplerConfig]:
+    """A sampler for every guidance scale and step count of the flags of `define_sampler_flags`. UserError for values
+    that cannot be, for flags that the solver does not take, and for guidance that a model trained with
+    `class_dropout_prob` does not have; where none was asked for, there is none, which is logged."""
+    scales = read_numbers(config.cfg_scale, "cfg_scale", float, MAX_SCALE) if config.get("use_cfg", 1) else [-1.0]
+    if not checks.can_guide(class_dropout_prob) and any(map(guides, scales)):
+        reason = checks.explain_no_guidance(class_dropout_prob)
+        if is_explicit("cfg_scale"):
+            raise UserError(f"--cfg_scale={','.join(config.cfg_scale)}: {reason}; use --cfg_scale 1")
+        log(f"{reason}: samples are drawn without guidance")
+        scales = [-1.0]
     steps = read_numbers(config.denoise_timesteps, "denoise_timesteps", int, MAX_STEPS, lowest=1)
     interval = tuple(read_numbers(config.cfg_interval, "cfg_interval", float, 1, lowest=0))
     if len(interval) != 2 or interval[0] > interval[1]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key, Num, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from utils.checkpoint import open_checkpoint
@@ -24,7 +24,16 @@ from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.errors import UserError
 from utils.models import ImageModel, init_params, make_model, model_fn
 from utils.objectives.registry import make_objective
-from utils.sampling import SamplerConfig, adaptive_sample, guide, ode_steps, sample_labels, sample_noise
+from utils.sampling import (
+    ADAPTIVE_SOLVERS,
+    SamplerConfig,
+    adaptive_sample,
+    guide,
+    ode_sample,
+    ode_steps,
+    sample_labels,
+    sample_noise,
+)
 from utils.sharding import gather, make_mesh, replicated, shape_structs, shard_replicated
 
 RECIPE_BATCH_SIZE = 128
@@ -97,17 +106,16 @@ def _integrate(params, x, labels, settings, first, last, num_steps, *, static):
     return ode_steps(velocity_fn, x, first, last, num_steps, static.solver, settings.time_shift)
 
 
-@partial(jax.jit, static_argnames=("static", "latent_shape", "is_adaptive"))
-def _generate(params, codec, key, indices, labels, settings, num_steps, *, static, latent_shape, is_adaptive):
+@partial(jax.jit, static_argnames=("static", "latent_shape"))
+def _generate(params, codec, key, indices, labels, settings, num_steps, *, static, latent_shape):
     """(images, evaluations of the velocity for each, or None) of the samples `indices`."""
     noise = sample_noise(key, indices, latent_shape)
-    if is_adaptive:
+    if static.solver in ADAPTIVE_SOLVERS:
         velocity_of = partial(static.velocity, params, settings)
         latents, nfe = adaptive_sample(velocity_of, noise, labels, rtol=settings.rtol, atol=settings.atol)
     else:
         velocity_fn = static.velocity(params, settings, labels)
-        latents = ode_steps(velocity_fn, noise, 0, num_steps, num_steps, static.solver, settings.time_shift)
-        nfe = None
+        latents, nfe = ode_sample(velocity_fn, noise, num_steps, static.solver, settings.time_shift), None
     return images_to_uint8(codec.decode(latents)), nfe
 
 
@@ -151,7 +159,7 @@ class ImageGenerator:
     ):
         self.model = model
         self.params = params
-        self.seed = seed
+        self.noise_key, self.label_key = jax.random.split(jax.random.key(seed))
         self.label_mode = label_mode
         self.counts = np.ones(len(model.class_names)) if class_counts is None else np.asarray(class_counts, float)
 
@@ -171,35 +179,26 @@ class ImageGenerator:
             # The last batch is computed whole: another shape would compile.
             indices = np.arange(start, start + batch_size, dtype=np.int32)
             rows = None if labels is None else np.resize(np.asarray(labels, np.int32)[start:][:batch_size], batch_size)
-            drawn, images, nfe = self._call(_generate, sampler, indices, rows)
-            yield ImageBatch(images, drawn, min(batch_size, num_samples - start), nfe)
+            arguments, static = self._arguments(sampler, indices, rows)
+            images, nfe = _generate(*arguments, **static)
+            yield ImageBatch(images, arguments[4], min(batch_size, num_samples - start), nfe)
 
-    def _call(self, function: Callable, sampler: SamplerConfig, indices: np.ndarray, labels: np.ndarray | None) -> Any:
-        """(labels, *function(...)) of `_generate` for the samples `indices`."""
-        noise_key, label_key = self._keys(self.seed)
+    def _arguments(
+        self, sampler: SamplerConfig, indices: np.ndarray, labels: np.ndarray | None
+    ) -> tuple[tuple, dict[str, Any]]:
+        """(arguments, static arguments) of `_generate` for the samples `indices`."""
         placed = shard_replicated(indices, self.model.mesh)
         if labels is None:
-            drawn = _draw_labels(label_key, placed, self.counts, label_mode=self.label_mode)
+            drawn = _draw_labels(self.label_key, placed, self.counts, label_mode=self.label_mode)
         else:
             drawn = shard_replicated(labels, self.model.mesh)
-        static = {
-            "static": self._static(sampler),
-            "latent_shape": self.model.latent_shape,
-            "is_adaptive": sampler.is_adaptive,
-        }
-        arguments = (noise_key, placed, drawn, _Settings.of(sampler), sampler.num_steps)
-        result = function(self.params, self.model.codec, *arguments, **static)
-        return result if function is not _generate else (drawn, *result)
+        settings = _Settings.of(sampler)
+        arguments = (self.params, self.model.codec, self.noise_key, placed, drawn, settings, sampler.num_steps)
+        return arguments, {"static": self._static(sampler), "latent_shape": self.model.latent_shape}
 
     def _static(self, sampler: SamplerConfig) -> _Static:
         model, is_guided = self.model, sampler.cfg_scale is not None
         return _Static(model.network, model.objective, sampler.solver, is_guided, sampler.cfg_channels)
-
-    @staticmethod
-    def _keys(seed: int) -> tuple[Key[Array, ""], Key[Array, ""]]:
-        """(of noise, of labels)."""
-        noise_key, label_key = jax.random.split(jax.random.key(seed))
-        return noise_key, label_key
 
     def fitting_batch_size(self, sampler: SamplerConfig, num_samples: int, free_memory: int | None) -> int:
         """A batch for devices with that many bytes free, by the compiler's analysis of one sample for each: a power of
@@ -209,9 +208,10 @@ class ImageGenerator:
         if free_memory is None:
             return min(most, max(1, RECIPE_BATCH_SIZE // num_devices)) * num_devices
         indices = np.arange(num_devices, dtype=np.int32)
-        compiled = self._call(_generate.lower, sampler, indices, None).compile()
+        arguments, static = self._arguments(sampler, indices, None)
+        sizes: Any = _generate.lower(*arguments, **static).compile().memory_analysis()
         # A quarter is left for the Inception network, and for fragmentation.
-        fitting = 0.75 * free_memory / max(1, compiled.memory_analysis().temp_size_in_bytes)
+        fitting = 0.75 * free_memory / max(1, sizes.temp_size_in_bytes)
         return min(most, 2 ** int(np.log2(max(1, fitting)))) * num_devices
 
     # --- A few samples, at once ---
@@ -254,13 +254,11 @@ class ImageGenerator:
 
     def noise(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Float[Array, "n h w c"]:
         """The noise, of latents, from which the samples `indices` start."""
-        noise_key, _ = self._keys(self.seed)
-        return _draw_noise(noise_key, np.asarray(indices, np.int32), shape=self.model.latent_shape)
+        return _draw_noise(self.noise_key, np.asarray(indices, np.int32), shape=self.model.latent_shape)
 
     def labels(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """The drawn labels of the samples `indices`."""
-        _, label_key = self._keys(self.seed)
-        drawn = _draw_labels(label_key, np.asarray(indices, np.int32), self.counts, label_mode=self.label_mode)
+        drawn = _draw_labels(self.label_key, np.asarray(indices, np.int32), self.counts, label_mode=self.label_mode)
         return gather(drawn)
 
     def sample_latents(
@@ -308,14 +306,16 @@ def load_generator(
     *,
     params: str = "ema",
     seed: int = 0,
+    label_mode: str = "uniform",
     dtype: str | None = None,
     vae: str | None = None,
     mesh: Mesh | None = None,
 ) -> ImageGenerator:
     """The generator of a run: its folder, or RUN/checkpoints/STEP for another checkpoint than the newest.
 
-    `params` is 'ema' or 'raw'; `dtype` another compute dtype than in training; `vae` where the VAE is now, if not where
-    it was. UserError where there is no whole checkpoint or the VAE is another.
+    `params` is 'ema' or 'raw'; `label_mode` says how labels are drawn where none are given; `dtype` is another compute
+    dtype than in training; `vae` is where the VAE is now, if not where it was. UserError where there is no whole
+    checkpoint or the VAE is another.
     """
     if params not in ("ema", "raw"):
         raise UserError(f"--params={params} is unknown; use ema or raw")
@@ -324,7 +324,7 @@ def load_generator(
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     model = load_model(saved, mesh, dtype=dtype, vae=vae)
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, params)
-    return ImageGenerator(model, loaded, seed=seed)
+    return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode)
 
 
 def load_model(saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, vae: str | None = None) -> ImageModel:

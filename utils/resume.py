@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiTConfig
+from utils.checkpoint import split_load_dir
 from utils.data.dataset import ImageDataset
 from utils.data.fingerprint import compare_data, read_listing
 from utils.errors import UserError
@@ -62,7 +63,7 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
         if name in changed:
             before, now = changed[name]
             raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")
-    if new["load_dir"] is not None and new["load_dir"] != old.get("load_dir"):
+    if new["load_dir"] is not None and not _is_same_place(new["load_dir"], old.get("load_dir")):
         raise UserError(
             f"--load_dir={new['load_dir']}: {folder} holds a run already, which did not start from there; leave the "
             f"flag out to continue it, or {NEW_RUN}"
@@ -75,6 +76,10 @@ def check_architecture(model: ConfigDict, saved: dict[str, Any], load_dir: str) 
     for name in ARCHITECTURE:
         if name not in NOT_OF_PARAMETERS and model[name] != saved[name]:
             raise UserError(f"--model.{name}={model[name]}, but --load_dir={load_dir} has {saved[name]}; give that")
+
+
+def _is_same_place(load_dir: str, saved: str | None) -> bool:
+    return saved is not None and split_load_dir(load_dir) == split_load_dir(saved)
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:

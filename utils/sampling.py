@@ -164,10 +164,14 @@ def ode_steps(
 
 
 def ode_sample(
-    velocity_fn: VelocityFn, noise: Float[Array, "b ..."], num_steps: int | Int[Array, ""], solver: str = "euler"
+    velocity_fn: VelocityFn,
+    noise: Float[Array, "b ..."],
+    num_steps: int | Int[Array, ""],
+    solver: str = "euler",
+    time_shift: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "b ..."]:
     """Samples: `noise` carried from t = 0 to t = 1 by `num_steps` steps."""
-    return ode_steps(velocity_fn, noise, 0, num_steps, num_steps, solver)
+    return ode_steps(velocity_fn, noise, 0, num_steps, num_steps, solver, time_shift)
 
 
 def adaptive_sample(
