@@ -1,5 +1,6 @@
 """Local metrics and images, and wandb in its three modes."""
 
+import io
 import json
 import re
 import resource
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
+from PIL import Image
 
 from utils import plotting, tracking
 
@@ -128,18 +130,46 @@ def test_an_account_in_netrc_is_found(tmp_path, monkeypatch):
     assert not tracking.has_wandb_account("https://other.example")
 
 
+def render(figure) -> np.ndarray:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return np.asarray(Image.open(buffer).convert("RGB"))
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.texts]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
-def test_figures_show_every_image(tmp_path, channels):
-    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 8, channels), np.uint8)
-    figure = plotting.image_table(images, ("a", "b", "c"), [f"t = {i}" for i in range(8)], "title")
-    assert sum(bool(axis.images) for axis in figure.axes) == 24
-    np.testing.assert_array_equal(figure.axes[9].images[0].get_array(), images[1, 1].squeeze())
-    figure.savefig(tmp_path / "a.png")
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (16, 24), (130, 130)])
+def test_figures_show_every_image_and_every_title(channels, height, width):
+    colours = np.random.default_rng(0).integers(0, 256, (3, 5, 1, 1, channels), np.uint8)
+    images = np.broadcast_to(colours, (3, 5, height, width, channels))
+    figure = plotting.image_table(images, ("a", "b", "c"), [f"t = {i}" for i in range(5)], "title", ["x", "y"])
+    assert texts(figure) == [*(f"t = {i}" for i in range(5)), "a", "b", "c", "x", "y", "title"]
+    drawn = render(figure)
+    cell = plotting._Cell.of(height, width)
+    for row in range(3):  # from the lower right, where the margins are one gap
+        bottom = drawn.shape[0] - plotting.GAP - (2 - row) * (cell.height + plotting.GAP)
+        for column in range(5):
+            right = drawn.shape[1] - plotting.GAP - (4 - column) * (cell.width + plotting.GAP)
+            shown = drawn[bottom - cell.height // 2 : bottom, right - cell.width // 2 : right]
+            np.testing.assert_array_equal(shown, np.broadcast_to(images[row, column, 0, 0], shown.shape))
+    assert drawn[-1].min() == drawn[:, -1].min() == 255  # the gaps
 
 
-def test_grid_is_ordered_by_label_and_titled(tmp_path):
-    images = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 1), np.uint8)
-    labels = np.array([2, 0, 1, 2, 0, 1, 2])
-    figure = plotting.sample_grid(images, labels, ("zero", "one", "two"))
-    assert [axis.texts[0].get_text() for axis in figure.axes[:7]] == ["zero"] * 2 + ["one"] * 2 + ["two"] * 3
-    assert [axis.images[0].get_array()[0, 0] for axis in figure.axes[:7]] == [1, 4, 2, 5, 0, 3, 6]
+def test_pixels_are_enlarged_by_a_whole_factor():
+    images = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 32, 3), np.uint8)
+    gap, drawn = plotting.GAP, render(plotting.image_table(images))
+    np.testing.assert_array_equal(drawn[-gap - 128 : -gap, -gap - 128 : -gap][::4, ::4], images[0, 0])
+
+
+def test_grid_is_ordered_by_label_and_titled():
+    images = (40 * np.arange(5, dtype=np.uint8))[:, None, None, None] * np.ones((1, 16, 16, 1), np.uint8)
+    figure = plotting.sample_grid(images, np.array([2, 0, 1, 2, 0]), ("zero", "one", "two"))
+    assert texts(figure) == ["zero"] * 2 + ["one", "two", "two"]
+    cell, gap, drawn = plotting._Cell.of(16, 16), plotting.GAP, render(figure)
+    bottoms = [drawn.shape[0] - gap - row * (cell.height + gap) - 5 for row in (1, 0)]
+    rights = [drawn.shape[1] - gap - column * (cell.width + gap) - 5 for column in (2, 1, 0)]
+    shown = [[int(drawn[bottom, right, 0]) for right in rights] for bottom in bottoms]
+    assert shown == [[40, 160, 80], [0, 120, 255]]
