@@ -17,6 +17,7 @@ import jax
 import compute_fid_stats  # noqa: F401 (for all that they import)
 import encode_latents  # noqa: F401
 import eval_fid  # noqa: F401
+import likelihood  # noqa: F401
 import plot_metrics  # noqa: F401
 import sample  # noqa: F401
 import train_flow  # noqa: F401

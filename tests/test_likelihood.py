@@ -1,12 +1,20 @@
 """Likelihoods against closed forms, the published solver's numbers and the exact trace."""
 
+import csv
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+import likelihood as likelihood_program
 from tests.conftest import GOLDEN
+from tests.test_generate import run  # noqa: F401 (fixture)
 from utils import likelihood
+from utils.data.registry import load_dataset
+from utils.errors import UserError
 from utils.likelihood import adaptive_log_likelihood, bits_per_dim, divergence, draw_probes, midpoint_log_likelihood
 
 MEAN, STD = jnp.array([2.0409191, -2.555665, 0.4180988, -0.5677696]), 0.5
@@ -99,3 +107,64 @@ def test_dequantised_levels_stay_apart_and_bits_count_them():
     # Uniform noise over the 256 levels has the density 1 / (256 / 127.5) in each element: eight bits.
     log_p = jnp.array([-256 * np.log(256 / 127.5)])
     np.testing.assert_allclose(bits_per_dim(log_p, 256), 8, rtol=1e-5)
+
+
+@pytest.fixture
+def measure(read_flags, run, tmp_path, capsys):  # noqa: F811
+    """measure('--flag value ...') -> what the program prints as JSON."""
+
+    def start(line):
+        likelihood_program.main(read_flags(likelihood_program, ["--load_dir", str(run), "--json", "-", *line.split()]))
+        (result,) = json.loads(capsys.readouterr().out)
+        return result
+
+    return start
+
+
+def test_the_program_measures_images_one_by_one(measure, run, tmp_path):  # noqa: F811
+    words = "--solver midpoint --denoise_timesteps 4 --num_images 6 --seed 2"
+    result = measure(f"{words} --per_image {tmp_path}/a.csv --batch_size 6")
+    with (tmp_path / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    values = np.array([float(row["bits_per_dim"]) for row in rows])
+    dataset = load_dataset("digits", "validation")
+    assert [int(row["label"]) for row in rows] == [int(dataset.row(i, False)["label"]) for i in range(6)]
+    assert result["bits_per_dim"] == pytest.approx(values.mean())
+    assert result["standard_error"] == pytest.approx(values.std(ddof=1) / np.sqrt(6))
+    assert (result["nfe"], result["num_images"], result["labels"]) == (8, 6, "data")
+    # Image i depends on its number, not on its batch.
+    measure(f"{words} --per_image {tmp_path}/b.csv --batch_size 4")
+    with (tmp_path / "b.csv").open() as file:
+        again = np.array([float(row["bits_per_dim"]) for row in csv.DictReader(file)])
+    np.testing.assert_allclose(again, values, atol=1e-3)
+    # Hutchinson's estimate and the exact trace agree; the noise of dequantisation is the same.
+    exact = measure(f"{words} --num_probes 0")
+    many = measure(f"{words} --num_probes 64")
+    assert many["bits_per_dim"] == pytest.approx(exact["bits_per_dim"], abs=0.02)
+    assert measure(f"{words} --labels none")["bits_per_dim"] != result["bits_per_dim"]
+
+
+def test_other_images_are_fitted_to_the_run(measure, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    words = f"--dataset_name folder:{tmp_path} --solver midpoint --denoise_timesteps 2 --split train"
+    result = measure(words)
+    assert (result["num_images"], result["labels"], result["nfe"]) == (2, "none", 4)
+    with pytest.raises(UserError, match="--labels=data: the classes of the data set are not the run's"):
+        measure(f"{words} --labels data")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num_images 400", r"--num_images=400: the split holds 297; use 297 or fewer"),
+        ("--denoise_timesteps 5", r"--denoise_timesteps=5 has no effect with --solver=dopri5"),
+        ("--solver midpoint --rtol 1e-3", r"--rtol=0.001 has no effect with --solver=midpoint"),
+        ("--batch_size 0", r"--batch_size=0: use 1 or a multiple of it"),
+        ("--dataset_name folder:/nowhere", r"there is no folder /nowhere"),
+    ],
+)
+def test_bad_input_of_the_program_is_one_line(measure, words, message):
+    with pytest.raises(UserError, match=message):
+        measure(words)

@@ -9,6 +9,7 @@ import pytest
 import compute_fid_stats
 import encode_latents
 import eval_fid
+import likelihood
 import plot_metrics
 import sample
 import train_flow
@@ -22,6 +23,7 @@ PROGRAMS = {
     "encode_latents.py": encode_latents,
     "compute_fid_stats.py": compute_fid_stats,
     "plot_metrics.py": plot_metrics,
+    "likelihood.py": likelihood,
     "sample.py": sample,
     "data/celebahq256.py": None,  # needs TFDS
 }

@@ -61,9 +61,10 @@ def expand_path(path: str, flag: str) -> str:
 
 
 @topic("Data")
-def define_data_flags() -> None:
-    """Registers which images are read, and how; see `read_data_options`."""
-    define_path("dataset_name", "imagenet256", "Data set; docs/data.md lists them.")
+def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
+    """Registers which images are read, and how; see `read_data_options`. `dataset_name` None: the run's."""
+    default = "" if dataset_name else "; default: the run's"
+    define_path("dataset_name", dataset_name, f"Data set; docs/data.md lists them{default}.")
     define_path("data_dir", None, "Where TFDS keeps prepared data sets; gs://... too.")
     flags.DEFINE_integer("image_size", None, "Images are centre-cropped and resized to this side.", 1, 2**13)
     flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What to do about broken files of folder:PATH.")

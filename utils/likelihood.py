@@ -5,18 +5,30 @@ t = 1 to z at t = 0.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from utils.objectives.objective import VelocityFn
+from utils.codecs.codec import Codec, encode_batch
+from utils.models import Network, model_fn
+from utils.objectives.objective import Objective, VelocityFn
 from utils.sampling import solve_adaptively
 
 # Of images in [-1, 1]: grey levels per unit, as a density of x has to be turned into one of levels.
 BITS_OFFSET = math.log2(127.5)
+
+
+class LikelihoodConfig(NamedTuple):
+    """How likelihoods are computed."""
+
+    num_probes: int = 1  # of Hutchinson's estimate; 0: the exact trace
+    num_steps: int | None = None  # of the midpoint rule; None: Dopri5
+    rtol: float = 1e-5
+    atol: float = 1e-5
 
 
 class LogLikelihood(NamedTuple):
@@ -116,3 +128,42 @@ def dequantise(
 def bits_per_dim(log_p: Float[Array, " b"], num_elements: int) -> Float[Array, " b"]:
     """Of 8-bit images, from the log density (nats) of what `dequantise` makes of them."""
     return -log_p / (math.log(2) * num_elements) + BITS_OFFSET
+
+
+@partial(jax.jit, static_argnames=("network", "objective", "config", "is_pixels"))
+def measure_batch(
+    params: PyTree,
+    codec: Codec,
+    key: Key[Array, ""],
+    batch: Mapping[str, Array],
+    *,
+    network: Network,
+    objective: Objective,
+    config: LikelihoodConfig,
+    is_pixels: bool,
+) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
+    """(bits per dimension, or nats per element of the latents where not `is_pixels`; NFE) of each image of a batch.
+
+    `batch` has "image" or "moments" and "label" (`num_classes`: no label), and "index", the images' numbers: all that
+    is random of image i is a function of (key, i) alone.
+    """
+    image_key, probe_key = jax.random.split(key)
+    indices, labels = batch["index"], batch["label"]
+    if is_pixels:
+        x_1 = dequantise(image_key, indices, batch["image"])
+    else:
+        keys = jax.vmap(partial(jax.random.fold_in, image_key))(indices)
+        x_1 = encode_batch(codec, keys, batch)
+    probes = draw_probes(probe_key, indices, x_1.shape[1:], config.num_probes) if config.num_probes else None
+
+    def velocity_of(labels):
+        return objective.velocity(model_fn(network, params), labels)
+
+    if config.num_steps is None:
+        found = adaptive_log_likelihood(velocity_of, x_1, labels, probes, rtol=config.rtol, atol=config.atol)
+    else:
+        found = midpoint_log_likelihood(velocity_of(labels), x_1, probes, config.num_steps)
+    num_elements = math.prod(x_1.shape[1:])
+    if is_pixels:
+        return bits_per_dim(found.log_p, num_elements), found.nfe
+    return -found.log_p / num_elements, found.nfe

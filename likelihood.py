@@ -1,0 +1,246 @@
+"""How likely a trained model finds images: bits per dimension, with their standard error over the images.
+
+    python likelihood.py --load_dir runs/demo --num_images 100
+    python likelihood.py --load_dir runs/demo --dataset_name folder:/data/cats --labels none --json -
+
+Of pixel models these are bits per dimension of 8-bit images, uniformly dequantised: an upper bound of their negative
+log-likelihood. Of latent models they are nats per element of the latents, which say nothing about pixels.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from utils import checks, cli
+from utils.checkpoint import open_checkpoint
+from utils.codecs.pixels import PixelCodec
+from utils.console import configure_output, is_quiet, log, show_result
+from utils.data.batches import epoch_batches
+from utils.data.dataset import Batch, ImageDataset
+from utils.data.registry import load_dataset
+from utils.errors import UserError
+from utils.generate import load_model, restore_params
+from utils.help import topic
+from utils.likelihood import LikelihoodConfig, measure_batch
+from utils.memory import explaining_out_of_memory
+from utils.results import write_csv, write_json_rows
+from utils.sharding import gather, make_mesh, shard_replicated
+
+# Data options of the run, where the images are its own and no flag says otherwise.
+RUN_OPTIONS = ("image_size", "data_dir", "broken_images", "max_megapixels")
+MAX_EXACT = 3 * 32 * 32  # elements: the exact trace takes a backward pass for each
+
+
+def define_flags() -> None:
+    cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+    flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+    flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Compute dtype.")
+    cli.define_vae_flag()
+    cli.define_data_flags(dataset_name=None)
+    with topic("Data"):
+        flags.DEFINE_enum("split", "validation", ["train", "validation"], "Split of the data set.")
+        flags.DEFINE_integer("num_images", None, "Images, the first of the split; default: all.", 1)
+    flags.DEFINE_enum(
+        "labels", None, ["data", "none"], "Condition on the images' labels, or on none; default: data, if of the run."
+    )
+    flags.DEFINE_integer(
+        "num_probes", 1, "Random signs per image for the trace (Hutchinson); 0: the exact trace.", 0, 10_000
+    )
+    flags.DEFINE_integer("seed", 0, "Dequantisation and signs of image i depend on this and on i alone.", 0)
+    flags.DEFINE_enum("solver", "dopri5", ["dopri5", "midpoint"], "midpoint takes --denoise_timesteps steps.")
+    flags.DEFINE_integer("denoise_timesteps", 100, "Steps of the midpoint rule, two velocities each.", 1, 10**6)
+    flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
+    flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
+    flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
+    cli.define_path("per_image", None, "Also write a CSV with a line for each image: index, label, value, NFE.")
+    cli.define_path("json", None, "Also write the result as JSON into this file; - prints it, in place of the table.")
+    flags.DEFINE_bool("quiet", False, "The result and errors alone.")
+
+
+class Measurement:
+    """The likelihoods of one command. Wrong input ends here, uncompiled."""
+
+    def __init__(self, config: ConfigDict):
+        self.config, self.mesh = config, make_mesh()
+        checkpoints, steps = open_checkpoint(config.load_dir)
+        newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
+        self.dataset = self._load_dataset(saved)
+        self.model = load_model(saved, self.mesh, dtype=config.dtype, vae=config.vae)
+        self.is_pixels = isinstance(self.model.codec, PixelCodec)
+        self.num_elements = math.prod(self.model.latent_shape)
+        self.check_shape()
+        self.is_conditional = self._choose_labels()
+        self.num_images = self._count_images()
+        checks.check_batch_size(config.batch_size, self.mesh.size)
+        if config.num_probes == 0 and self.num_elements > MAX_EXACT:
+            raise UserError(
+                f"--num_probes=0: the exact trace takes a backward pass for each of {self.num_elements:,} elements; "
+                "use --num_probes 1 or more"
+            )
+        num_steps = config.denoise_timesteps if config.solver == "midpoint" else None
+        self.settings = LikelihoodConfig(config.num_probes, num_steps, config.rtol, config.atol)
+        remaining = steps[steps.index(newest) :]
+        self.step, self.params = restore_params(checkpoints, remaining, self.model, config.params)
+
+    def _load_dataset(self, saved: dict[str, Any]) -> ImageDataset:
+        config, own = self.config, self.config.dataset_name is None
+        for name in RUN_OPTIONS:
+            if own and not cli.is_explicit(name):
+                config[name] = saved.get(name, config[name])
+        name = config.dataset_name or saved["dataset_name"]
+        if not own and config.image_size is None and name.partition(":")[0] in ("folder", "tfds"):
+            config.image_size = saved["dataset"]["image_shape"][0]
+        return load_dataset(name, config.split, cli.read_data_options(config))
+
+    def check_shape(self) -> None:
+        """UserError where the model does not take the images; grey and colour are converted, which is logged."""
+        ours, theirs = self.dataset.image_shape, self.model.image_shape
+        name = self.config.dataset_name or self.dataset.name
+        if ours[:2] != theirs[:2]:
+            sizes = [f"{height}x{width}" for height, width, _ in (ours, theirs)]
+            raise UserError(f"--dataset_name={name}: its images are {sizes[0]}, the run's {sizes[1]}; give others")
+        if self.dataset.latents is not None and self.is_pixels:
+            raise UserError(f"--dataset_name={name} holds latents, but the run is of pixels; give the images")
+        if ours[2] != theirs[2] and not self.dataset.latents:
+            log(f"the images of {name} are made {'grey' if theirs[2] == 1 else 'RGB'}, as the run's")
+
+    def _choose_labels(self) -> bool:
+        """Whether the images' labels are conditioned on."""
+        is_own = self.dataset.class_names == self.model.class_names
+        choice = self.config.labels or ("data" if is_own else "none")
+        dropout = self.model.network.config.class_dropout_prob
+        if choice == "data" and not is_own:
+            raise UserError("--labels=data: the classes of the data set are not the run's; use --labels none")
+        if choice == "none" and dropout == 0:
+            hint = "use --labels data" if is_own else "give images of the run's classes"
+            raise UserError(f"--labels={choice}: the model was trained without dropping labels; {hint}")
+        return choice == "data"
+
+    def _count_images(self) -> int:
+        there = len(self.dataset.source)
+        if self.config.num_images is not None and self.config.num_images > there:
+            raise UserError(f"--num_images={self.config.num_images}: the split holds {there}; use {there} or fewer")
+        return self.config.num_images or there
+
+    def batches(self) -> Iterator[Batch]:
+        """Batches of one size, the last padded, with the images' numbers; labels as they are conditioned on."""
+        size, first = self.config.batch_size, 0
+        for batch in epoch_batches(self.dataset, size, stop=self.num_images):
+            count = len(batch["label"])
+            if not self.is_conditional:
+                batch["label"] = np.full_like(batch["label"], self.model.network.config.num_classes)
+            if "image" in batch:
+                batch["image"] = match_channels(batch["image"], self.model.image_shape[2])
+            padded = {name: np.resize(rows, (size, *rows.shape[1:])) for name, rows in batch.items()}
+            yield padded | {"index": np.resize(np.arange(first, first + count, dtype=np.int32), size)}
+            first += count
+
+    def measure(self) -> list[dict[str, Any]]:
+        """A row for each image."""
+        unit, rows = self.unit, []
+        bar = tqdm(total=self.num_images, desc="likelihood", unit="image", disable=is_quiet())
+        key, model = jax.random.key(self.config.seed), self.model
+        for batch in self.batches():
+            placed = {name: shard_replicated(values, self.mesh) for name, values in batch.items()}
+            values, nfe = measure_batch(
+                self.params, model.codec, key, placed, network=model.network, objective=model.objective,
+                config=self.settings, is_pixels=self.is_pixels,
+            )  # fmt: skip
+            values, nfe = gather(values), gather(nfe)
+            for i in range(min(len(values), self.num_images - len(rows))):
+                label = int(batch["label"][i]) if self.is_conditional else None
+                rows.append({"index": len(rows), "label": label, unit: float(values[i]), "nfe": int(nfe[i])})
+                bar.update()
+        bar.close()
+        return rows
+
+    @property
+    def unit(self) -> str:
+        return "bits_per_dim" if self.is_pixels else "nats_per_latent_element"
+
+    def summarize(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        values = np.array([row[self.unit] for row in rows])
+        config = self.config
+        error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+        return {
+            self.unit: float(values.mean()),
+            "standard_error": error,
+            "num_images": len(rows),
+            "dataset": self.dataset.name,
+            "split": config.split,
+            "labels": "data" if self.is_conditional else "none",
+            "num_probes": config.num_probes,
+            "solver": config.solver,
+            "num_steps": self.settings.num_steps,
+            "rtol": None if self.settings.num_steps else config.rtol,
+            "atol": None if self.settings.num_steps else config.atol,
+            "nfe": float(np.mean([row["nfe"] for row in rows])),
+            "seed": config.seed,
+            "params": config.params,
+            "dtype": config.dtype,
+            "checkpoint": str(Path(config.load_dir).absolute()),
+            "checkpoint_step": self.step,
+        }
+
+
+def match_channels(images: UInt8[np.ndarray, "b h w c"], channels: int) -> UInt8[np.ndarray, "b h w c2"]:
+    """Colour images made grey (ITU-R 601 luma, as Pillow has it), grey ones three equal channels, or as they are."""
+    if images.shape[-1] == channels:
+        return images
+    if channels == 1:
+        return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
+    return np.repeat(images, 3, axis=-1)
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    unit = "bits/dim" if "bits_per_dim" in result else "nats per element of the latents"
+    value = result.get("bits_per_dim", result.get("nats_per_latent_element"))
+    error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
+    return (
+        f"| {unit} | images | data | labels | NFE |\n|---:|---:|---|---|---:|\n"
+        f"| {value:.4f}{error} | {result['num_images']} | {result['dataset']}, {result['split']} | "
+        f"{result['labels']} | {result['nfe']:.1f} |"
+    )
+
+
+def refuse_ignored(config: ConfigDict) -> None:
+    """UserError for flags that would have no effect."""
+    if config.solver == "midpoint":
+        cli.refuse_ignored(("rtol", "atol"), "with --solver=midpoint, which takes --denoise_timesteps")
+    else:
+        cli.refuse_ignored(("denoise_timesteps",), f"with --solver={config.solver}, which chooses its steps")
+
+
+def main(config: ConfigDict) -> None:
+    configure_output(is_apart=True, is_quiet=config.quiet)
+    if not config.load_dir:
+        raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
+    refuse_ignored(config)
+    for flag in ("per_image", "json"):
+        if config[flag] and config[flag] != "-":
+            checks.check_writable(Path(config[flag]).parent, flag)
+    measurement = Measurement(config)
+    trace = f"{config.num_probes} probes an image" if config.num_probes else "the exact trace"
+    log(f"{measurement.num_images} images of {measurement.dataset.name}, {config.split}, with {trace}")
+    with explaining_out_of_memory("the likelihood", "a smaller --batch_size"):
+        rows = measurement.measure()
+    if config.per_image:
+        write_csv(Path(config.per_image), rows)
+    result = measurement.summarize(rows)
+    if config.json != "-":
+        show_result(to_markdown(result))
+    if config.json:
+        write_json_rows(config.json, [result])
+
+
+if __name__ == "__main__":
+    cli.run_program(define_flags, main)
