@@ -1,8 +1,11 @@
-"""Draws images from a trained model: of classes by name or number, as a grid, as files, as a film of their path.
+"""Draws images from a trained model: of classes by name or number, as a grid, as files, as a film of their path; and
+changes given ones: to another class, or within a mask.
 
     python sample.py --load_dir runs/demo --classes 3,7 --num_samples 16 --cfg_scale 2 --denoise_timesteps 64
     python sample.py --load_dir runs/demo --film --cfg_scale 2 --out images
     python sample.py --load_dir runs/demo --interpolate 8 --classes 3
+    python sample.py --load_dir runs/demo --invert photos --edit 3 --solver heun
+    python sample.py --load_dir runs/demo --inpaint photos --mask mask.png
 
 No statistics, no Inception network. Sample i is the sample i of eval_fid.py with the same seed and labels.
 """
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -22,12 +26,15 @@ from tqdm import tqdm
 from utils import checks, cli, plotting
 from utils.checkpoint import split_load_dir
 from utils.console import configure_output, is_quiet, log, show_result
+from utils.editing import labels_from_folders, read_images, read_mask
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.generate import RECIPE_BATCH_SIZE, load_generator
+from utils.generate import RECIPE_BATCH_SIZE, ClassMix, load_generator
+from utils.help import topic
 from utils.memory import explaining_out_of_memory
 from utils.metrics.samples import SampleWriter, check_sample_path
-from utils.sampling import SamplerConfig, slerp
+from utils.sampling import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig, slerp
+from utils.sharding import gather
 from utils.tracking import Tracker
 
 NUM_STAGES = 8
@@ -52,14 +59,23 @@ def define_flags() -> None:
     flags.DEFINE_bool("film", False, "Also an animation of the path from noise to image, and a strip of eight stages.")
     flags.DEFINE_integer("film_frames", 32, "Frames of the film beside the noise; no more than steps.", 1, 1000)
     flags.DEFINE_enum("film_format", "webp", ["webp", "gif"], "Format of the film.")
-    flags.DEFINE_integer(
-        "interpolate", None, "Instead: rows of so many images between the noise of two samples (spherical).", 2, 100
+    flags.DEFINE_integer("interpolate", None, "Instead: rows of so many images between two samples.", 2, 100)
+    flags.DEFINE_enum(
+        "between", "noise", ["noise", "classes"], "What --interpolate varies: the noise, on the sphere, or the class."
     )
+    with topic("Images of your own"):
+        cli.define_path("invert", None, "Instead: folder of images whose noise is found; they are resized as needed.")
+        flags.DEFINE_string("edit", None, "With --invert: classes under which the images are made again.")
+        cli.define_path("inpaint", None, "Instead: folder of images in which the hole of --mask is filled.")
+        cli.define_path("mask", None, "With --inpaint: image of the run's size; white is filled, black is kept.")
+        flags.DEFINE_integer(
+            "inpaint_repeats", 5, "How often each step of --inpaint is taken (RePaint); more fit better.", 1, 1000
+        )
     flags.DEFINE_bool("quiet", False, "Paths of what is written and errors alone.")
     cli.define_wandb_flags(name="sample", mode="disabled")
 
 
-def read_classes(text: str | None, class_names: tuple[str, ...]) -> list[int] | None:
+def read_classes(text: str | None, class_names: tuple[str, ...], flag: str = "classes") -> list[int] | None:
     """The labels that --classes names, in its order; None without it. UserError for what is no class."""
     if text is None:
         return None
@@ -73,11 +89,11 @@ def read_classes(text: str | None, class_names: tuple[str, ...]) -> list[int] | 
         elif word.isdigit() and int(word) < len(class_names):
             labels.append(int(word))
         elif word.lstrip("-").isdigit():
-            raise UserError(f"--classes={text}: there is no class {word}; use 0 to {len(class_names) - 1}, or names")
+            raise UserError(f"--{flag}={text}: there is no class {word}; use 0 to {len(class_names) - 1}, or names")
         else:
             near = difflib.get_close_matches(word.lower(), by_name, n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(class_names[:5])}, ..."
-            raise UserError(f"--classes={text}: {word!r} is no class of this run; {hint}")
+            raise UserError(f"--{flag}={text}: {word!r} is no class of this run; {hint}")
     return labels
 
 
@@ -165,35 +181,127 @@ class Drawing:
         )
 
     def interpolate(self) -> None:
-        """Rows of images whose noise lies between that of samples 2k and 2k + 1, of the class of the first."""
-        columns, rows = self.config.interpolate, max(1, self.config.num_samples // 2)
-        ends = self.generator.noise(range(2 * rows))
-        noise = slerp(ends[0::2], ends[1::2], jnp.linspace(0, 1, columns))
-        labels = np.repeat(self.labels[0::2][:rows], columns)
-        images = np.concatenate(list(self._solve(noise.reshape(-1, *noise.shape[2:]), labels)))
+        """Rows of images between samples 2k and 2k + 1: of the class of the first, from noise between; or from the
+        noise of the first, of classes between."""
+        config, rows = self.config, max(1, self.config.num_samples // 2)
+        columns, names = config.interpolate, self.generator.class_names
+        first, second = self.labels[0::2][:rows], np.resize(self.labels, 2 * rows)[1::2]
+        ends, fractions = self.generator.noise(range(2 * rows)), jnp.linspace(0, 1, columns)
+        if config.between == "noise":
+            noise = slerp(ends[0::2], ends[1::2], fractions).reshape(-1, *ends.shape[1:])
+            labels = np.repeat(first, columns)
+            titles = [names[label] for label in first]
+        else:
+            noise = jnp.repeat(ends[0::2], columns, axis=0)
+            labels = ClassMix(*(np.repeat(side, columns) for side in (first, second)), np.tile(fractions, rows))
+            titles = [f"{names[a]} to {names[b]}" for a, b in zip(first, second, strict=True)]
+        images = np.concatenate(list(self._solve(noise, labels)))
         table = images.reshape(rows, columns, *images.shape[1:])
-        names = [self.generator.class_names[label] for label in labels[::columns]]
+        what = "two noises" if config.between == "noise" else "two classes"
+        self.save_figure("interpolation.png", plotting.image_table(table, titles, (), f"{self.title}, between {what}"))
+
+    def invert(self) -> None:
+        """The noise of given images, what it leads back to, and what to under other classes."""
+        config, generator = self.config, self.generator
+        images, files, labels = self._read_own(config.invert, "invert")
+        plain = self.sampler._replace(cfg_scale=None)
+        latents = generator.encode(images)
+        noise = generator.invert(latents, labels, plain)
+        again = generator.sample_latents(noise, labels, plain)
+        columns = [images, generator.decode(noise), generator.decode(again)]
+        titles = ["image", "its noise", "again"]
+        edits = read_classes(config.edit, generator.class_names, "edit") or []
+        for label in edits:
+            columns.append(generator.decode(generator.sample_latents(noise, np.full_like(labels, label), self.sampler)))
+            titles.append(generator.class_names[label])
+        error = float(jnp.sqrt(jnp.square(again - latents).mean()))
+        log(f"round trip: root mean square error {error:.2g} of latents whose own is {float(latents.std()):.2g}")
+        guidance = f", to other classes with {self.title}" if edits else ""
+        table = np.stack(columns, axis=1)
+        names = [file.stem for file in files]
+        self.save_figure("inversion.png", plotting.image_table(table, names, titles, f"{plain}{guidance}"))
+        with atomic_write(self.out / "noise.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, noise=gather(noise), labels=labels, files=[str(path) for path in files])
+        self.written.append(self.out / "noise.npz")
+        if config.save_samples:
+            edited = np.stack(columns[3:], axis=1).reshape(-1, *images.shape[1:])
+            self._save_samples(edited, np.tile(edits, len(images)))
+
+    def inpaint(self) -> None:
+        """Given images with the hole of a mask filled."""
+        config, generator = self.config, self.generator
+        is_hole = read_mask(config.mask, generator.model.image_shape)
+        images, files, labels = self._read_own(config.inpaint, "inpaint")
+        filled = generator.inpaint(images, is_hole, labels, self.sampler, config.inpaint_repeats)
+        masked = np.where(is_hole[..., None], np.uint8(127), images)
+        table, names = np.stack([images, masked, filled], axis=1), [file.stem for file in files]
         self.save_figure(
-            "interpolation.png", plotting.image_table(table, names, (), f"{self.title}, between two noises")
+            "inpainting.png", plotting.image_table(table, names, ("image", "with the hole", "filled"), self.title)
         )
+        if config.save_samples:
+            self._save_samples(filled, labels)
+
+    def _read_own(
+        self, folder: str, flag: str
+    ) -> tuple[UInt8[np.ndarray, "n h w c"], list[Path], Int[np.ndarray, " n"]]:
+        """(images, files, labels) of a folder: of --classes, of the classes that its subfolders are named after, or of
+        none."""
+        model = self.generator.model
+        images, files = read_images(folder, model.image_shape, self.config.num_samples, flag)
+        if self.config.classes is not None:
+            return images, files, self.labels[: len(files)]
+        labels = labels_from_folders(folder, files, model.class_names)
+        if labels is None and len(model.class_names) == 1:
+            labels = [0] * len(files)
+        if labels is None and model.network.config.class_dropout_prob == 0:
+            raise UserError(f"--{flag}={folder}: of which classes are the images? Give --classes")
+        no_label = model.network.config.num_classes
+        return images, files, np.array([no_label] * len(files) if labels is None else labels, np.int32)
+
+    def _save_samples(self, images: UInt8[np.ndarray, "n h w c"], labels: np.ndarray) -> None:
+        with SampleWriter(self.config.save_samples, len(images)) as writer:
+            writer.write(images, labels)
+        self.written.append(Path(self.config.save_samples))
 
     def _solve(
-        self, noise: Float[Array, "n h w c"], labels: Int[np.ndarray, " n"]
+        self, noise: Float[Array, "n h w c"], labels: Int[np.ndarray, " n"] | ClassMix
     ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
         size = self.config.batch_size or RECIPE_BATCH_SIZE
         for start in tqdm(range(0, len(noise), size), "interpolation", unit="batch", disable=is_quiet()):
             rows = slice(start, start + size)
-            yield self.generator.decode(self.generator.sample_latents(noise[rows], labels[rows], self.sampler))
+            batch = jax.tree.map(lambda values, rows=rows: values[rows], labels)
+            yield self.generator.decode(self.generator.sample_latents(noise[rows], batch, self.sampler))
 
 
 def refuse_ignored(config: ConfigDict) -> None:
-    """UserError for flags that would have no effect."""
+    """UserError for flags that would have no effect, and for what cannot be had at once."""
+    modes = [name for name in ("interpolate", "invert", "inpaint") if config[name] is not None]
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]}: give one of them")
+    if modes:
+        cli.refuse_ignored(("film",), f"with --{modes[0]}")
     if config.classes is not None:
         cli.refuse_ignored(("labels",), "beside --classes")
     if not config.film:
         cli.refuse_ignored(("film_frames", "film_format"), "without --film")
-    if config.interpolate is not None:
-        cli.refuse_ignored(("film", "save_samples"), "with --interpolate, which draws rows of images alone")
+    if config.interpolate is None:
+        cli.refuse_ignored(("between",), "without --interpolate")
+    else:
+        cli.refuse_ignored(("save_samples",), "with --interpolate, which draws rows of images alone")
+    if config.invert is None:
+        cli.refuse_ignored(("edit",), "without --invert")
+    elif config.edit is None:
+        cli.refuse_ignored(("cfg_scale", "save_samples"), "with --invert but without --edit: it is without guidance")
+    if config.invert is not None or config.inpaint is not None:
+        cli.refuse_ignored(("labels",), "on images of your own; --classes names theirs")
+    if config.inpaint is None:
+        cli.refuse_ignored(("mask", "inpaint_repeats"), "without --inpaint")
+    elif config.mask is None:
+        raise UserError(
+            "--inpaint: --mask is not given; name an image of the run's size, white where it is to be filled"
+        )
+    elif config.solver in ADAPTIVE_SOLVERS:
+        raise UserError(f"--solver={config.solver} cannot inpaint; use one of {', '.join(SOLVERS)}")
 
 
 def main(config: ConfigDict) -> None:
@@ -207,10 +315,15 @@ def main(config: ConfigDict) -> None:
         check_sample_path(config.save_samples)
         checks.check_writable(Path(config.save_samples).parent, "save_samples")
     drawing = Drawing(config)
-    log(f"{config.num_samples} samples of {config.load_dir}, {drawing.title}")
+    if config.invert is None and config.inpaint is None:
+        log(f"{config.num_samples} samples of {config.load_dir}, {drawing.title}")
     with explaining_out_of_memory("sampling", "a smaller --batch_size"):
         if config.interpolate is not None:
             drawing.interpolate()
+        elif config.invert is not None:
+            drawing.invert()
+        elif config.inpaint is not None:
+            drawing.inpaint()
         else:
             drawing.draw()
             if config.film:

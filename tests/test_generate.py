@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import GOLDEN, ROOT
 from utils.errors import UserError
-from utils.generate import load_generator
+from utils.generate import ClassMix, load_generator
 from utils.sampling import SamplerConfig
 
 
@@ -68,6 +68,35 @@ def test_one_euler_step_is_the_network_itself(generator):
     velocity = generator.model_fn(noise, np.zeros(2, np.float32), np.array([3, 7], np.int32))
     assert velocity.dtype == np.float32
     np.testing.assert_allclose(latents, noise + velocity, atol=2e-3)
+
+
+@pytest.mark.parametrize("sampler", [SamplerConfig(20, None, solver="heun"), SamplerConfig(0, None, solver="dopri5")])
+def test_inversion_finds_the_noise_of_a_sample(generator, sampler):
+    noise = generator.noise([0, 1])
+    latents = generator.sample_latents(noise, [3, 7], sampler)
+    found = generator.invert(latents, [3, 7], sampler)
+    assert np.abs(found - noise).max() < 0.05 < np.abs(latents - noise).max()
+
+
+def test_inpainting_changes_the_hole_alone(generator):
+    images = np.arange(128, dtype=np.uint8).reshape(2, 8, 8, 1)
+    is_hole = np.zeros((8, 8), bool)
+    is_hole[2:5, 3:] = True
+    filled = generator.inpaint(images, is_hole, [3, 7], SamplerConfig(3, 2.0), num_repeats=2)
+    np.testing.assert_array_equal(filled[:, ~is_hole], images[:, ~is_hole])
+    assert (filled[:, is_hole] != images[:, is_hole]).mean() > 0.5
+    with pytest.raises(ValueError, match="dopri5 cannot inpaint"):
+        generator.inpaint(images, is_hole, [3, 7], SamplerConfig(0, None, solver="dopri5"))
+
+
+@pytest.mark.parametrize("sampler", [SamplerConfig(3, 50.0), SamplerConfig(0, 50.0, solver="dopri5", rtol=1e-2)])
+def test_between_two_classes_the_ends_are_those_of_the_classes(generator, sampler):
+    noise = generator.noise([0, 0, 0])
+    mixed = generator.sample_latents(noise, ClassMix([3] * 3, [7] * 3, [0.0, 0.5, 1.0]), sampler)
+    for row, label in ((0, 3), (2, 7)):
+        alone = generator.sample_latents(noise, [label] * 3, sampler)
+        np.testing.assert_allclose(mixed[row], alone[row], atol=0.02)
+    assert np.abs(mixed[1] - mixed[0]).max() > 0.01
 
 
 def test_pixels_are_encoded_and_decoded(generator):

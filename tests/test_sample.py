@@ -1,5 +1,6 @@
 """The sampling program: classes by name, the same images as an evaluation's, films from noise to image."""
 
+import re
 import shutil
 
 import numpy as np
@@ -89,6 +90,77 @@ def test_interpolations_begin_and_end_at_the_samples(draw, generator):  # noqa: 
     drawing = draw("--interpolate 5 --num_samples 4 --denoise_timesteps 2 --seed 3")
     assert (drawing / "interpolation.png").stat().st_size > 1000
     assert not (drawing / "grid.png").exists()
+
+
+def test_between_two_classes(draw):
+    out = draw("--interpolate 3 --between classes --num_samples 2 --classes 3,7 --denoise_timesteps 2")
+    assert (out / "interpolation.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of two larger images in folders of classes, and a mask of the run's size."""
+    rng = np.random.default_rng(0)
+    for label in ("3", "7"):
+        (tmp_path / "own" / label).mkdir(parents=True)
+        pixels = rng.integers(0, 256, (20, 16), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "own" / label / "a.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path
+
+
+def test_images_of_ones_own_are_inverted_and_made_again(draw, own, capsys):
+    samples = own / "samples.npz"
+    out = draw(
+        f"--invert {own}/own --edit 1,8 --denoise_timesteps 8 --solver midpoint --cfg_scale 2 --save_samples {samples}"
+    )
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [str(out / "inversion.png"), str(out / "noise.npz"), str(samples)]
+    (error,) = re.findall(r"round trip: root mean square error (\S+) of", printed.err)
+    assert float(error) < 0.01
+    with np.load(out / "noise.npz") as saved:
+        assert saved["noise"].shape == (2, 8, 8, 1)
+        assert list(saved["labels"]) == [3, 7]
+    with np.load(samples) as saved:
+        assert saved["arr_0"].shape == (4, 8, 8, 1)
+        assert list(saved["arr_1"]) == [1, 8, 1, 8]
+
+
+@pytest.mark.parametrize("classes", ["", "--classes 5"])
+def test_a_hole_is_filled(draw, own, classes):
+    draw(f"--inpaint {own}/own --mask {own}/mask.png --denoise_timesteps 2 {classes} --save_samples {own}/filled.npz")
+    with np.load(own / "filled.npz") as saved:
+        assert list(saved["arr_1"]) == ([5, 5] if classes else [3, 7])
+        assert saved["arr_0"].shape == (2, 8, 8, 1)
+    flat = own / "own" / "3"  # the images of which no folder is named after a class
+    draw(f"--inpaint {flat} --mask {own}/mask.png --denoise_timesteps 2 --save_samples {own}/filled.npz")
+    with np.load(own / "filled.npz") as saved:
+        assert list(saved["arr_1"]) == [10]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--invert OWN/nowhere", r"--invert=\S+nowhere is no folder"),
+        ("--invert OWN --edit 12", r"--edit=12: there is no class 12; use 0 to 9"),
+        ("--inpaint OWN/own", r"--mask is not given"),
+        ("--inpaint OWN/own --mask OWN/nothing.png", r"--mask=\S+nothing.png cannot be read"),
+        ("--inpaint OWN/own --mask OWN/own/3/a.png", r"--mask=\S+a.png is 20x16, but the images of the run are 8x8"),
+        ("--inpaint OWN/own --mask OWN/white.png", r"--mask=\S+ is white throughout: white is filled"),
+        ("--inpaint OWN/own --mask OWN/mask.png --solver dopri5", r"--solver=dopri5 cannot inpaint; use one of euler"),
+        ("--inpaint OWN/own --invert OWN/own", r"--invert and --inpaint: give one of them"),
+        ("--invert OWN/own --film", r"--film=True has no effect with --invert"),
+        ("--invert OWN/own --cfg_scale 3", r"--cfg_scale=3 has no effect with --invert but without --edit"),
+        ("--edit 3", r"--edit=3 has no effect without --invert"),
+        ("--between classes", r"--between=classes has no effect without --interpolate"),
+    ],
+)
+def test_bad_input_about_ones_own_images_is_one_line(draw, own, words, message):
+    Image.new("L", (8, 8), 255).save(own / "white.png")
+    with pytest.raises(UserError, match=message):
+        draw(words.replace("OWN", str(own)))
 
 
 @pytest.mark.parametrize(

@@ -244,3 +244,50 @@ def test_spherical_interpolation_keeps_the_length_of_noise():
     np.testing.assert_allclose(between[:, 0], x, atol=1e-5)
     np.testing.assert_allclose(between[:, 2], y, atol=1e-5)
     np.testing.assert_allclose(between.std(axis=(2, 3, 4)), 1, atol=0.1)  # that of the mean is 0.7
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
+def test_the_error_of_a_round_trip_falls_with_the_solvers_order(solver, order):
+    mean, std = GAUSSIAN
+    x_0 = jax.random.normal(KEY, (6, 2))
+    field, errors = gaussian_field(None), []
+    for steps in (20, 40):
+        noise = sampling.ode_invert(field, mean + std * x_0, steps, solver)
+        errors.append(float(np.abs(noise - x_0).max()))
+    assert errors[1] < 0.1
+    assert np.log2(errors[0] / errors[1]) > order - 0.25  # midpoint gains an order here, as the field is linear
+
+
+@pytest.mark.parametrize("num_repeats", [1, 4])
+def test_inpainting_keeps_what_is_known_and_the_law_of_the_rest(num_repeats):
+    """Of elements that are independent, the unknown one keeps its own distribution."""
+    mean, std = GAUSSIAN
+    noise, count = jax.random.normal(KEY, (4000, 2)), 4000
+    keys = jax.random.split(jax.random.key(1), count)
+    x_known, is_known = jnp.full((count, 2), 9.0), jnp.array([True, False])
+    filled = jax.jit(sampling.ode_inpaint, static_argnums=(0, 6))(
+        gaussian_field(None), keys, noise, x_known, is_known, 40, "heun", 1.0, num_repeats
+    )
+    np.testing.assert_array_equal(filled[:, 0], 9.0)
+    # Four standard errors.
+    assert filled[:, 1].mean() == pytest.approx(mean[1], abs=4 * std / np.sqrt(count))
+    assert filled[:, 1].std() == pytest.approx(std, abs=4 * std / np.sqrt(2 * count))
+    assert (np.abs(filled[:, 1] - (mean[1] + std * noise[:, 1])).max() < 0.01) == (num_repeats == 1)
+
+
+def test_inpainting_sees_the_known_elements_on_their_path():
+    """The field carries the known element's place to the unknown one: the left sum of t over N steps."""
+
+    def velocity_fn(x, t, t_next):
+        return jnp.stack([jnp.zeros(len(x)), x[:, 0]], axis=1)
+
+    filled = sampling.ode_inpaint(
+        velocity_fn, jax.random.split(KEY, 1), jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.array([True, False]), 10
+    )
+    np.testing.assert_allclose(filled, [[1, (10 - 1) / 20]], rtol=1e-5)
+
+
+def test_a_mixture_of_fields_leads_from_one_to_the_other():
+    first, second = (lambda x, t, t_next, v=v: jnp.full_like(x, v) for v in (1.0, 3.0))
+    mixed = sampling.mix(first, second, jnp.array([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(sampling.ode_sample(mixed, jnp.zeros((3, 2)), 4), [[1, 1], [2, 2], [3, 3]])

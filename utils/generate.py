@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from utils.checkpoint import open_checkpoint
@@ -29,6 +29,9 @@ from utils.sampling import (
     SamplerConfig,
     adaptive_sample,
     guide,
+    mix,
+    ode_inpaint,
+    ode_invert,
     ode_sample,
     ode_steps,
     sample_labels,
@@ -53,6 +56,14 @@ class ImageBatch(NamedTuple):
         if self.labels is None:
             raise ValueError("the labels of these images are not known")
         return gather(self.images)[: self.count], gather(self.labels)[: self.count]
+
+
+class ClassMix(NamedTuple):
+    """In place of labels, for samples between two classes: velocities (1 - fraction) v(first) + fraction v(second)."""
+
+    first: Any  # (n,) int
+    second: Any  # (n,) int
+    fraction: Any  # (n,) float in [0, 1]
 
 
 class _Settings(NamedTuple):
@@ -81,11 +92,14 @@ class _Static(NamedTuple):
     is_guided: bool
     cfg_channels: int | None
 
-    def velocity(self, params: PyTree, settings: _Settings, labels: Int[Array, " b"]) -> Callable:
+    def velocity(self, params: PyTree, settings: _Settings, labels: Int[Array, " b"] | ClassMix) -> Callable:
         scale = settings.cfg_scale if self.is_guided else None
         num_classes = self.network.config.num_classes
         model = model_fn(self.network, params)
         guided = guide(model, num_classes, scale, settings.cfg_interval, self.cfg_channels)
+        if isinstance(labels, ClassMix):
+            first, second = (self.objective.velocity(guided, side) for side in (labels.first, labels.second))
+            return mix(first, second, labels.fraction)
         return self.objective.velocity(guided, labels)
 
 
@@ -123,6 +137,32 @@ def _generate(params, codec, key, indices, labels, settings, num_steps, *, stati
 def _solve(params, x, labels, settings, t_start, t_end, *, static):
     velocity_of = partial(static.velocity, params, settings)
     return adaptive_sample(velocity_of, x, labels, t_start, t_end, rtol=settings.rtol, atol=settings.atol)
+
+
+@partial(jax.jit, static_argnames=("static",))
+def _invert(params, x, labels, settings, num_steps, *, static):
+    """The noise that leads to x."""
+    if static.solver in ADAPTIVE_SOLVERS:
+        velocity_of = partial(static.velocity, params, settings)
+        return adaptive_sample(velocity_of, x, labels, 1.0, 0.0, rtol=settings.rtol, atol=settings.atol)[0]
+    velocity_fn = static.velocity(params, settings, labels)
+    return ode_invert(velocity_fn, x, num_steps, static.solver, settings.time_shift)
+
+
+@partial(jax.jit, static_argnames=("static",))
+def _inpaint(params, codec, key, images, is_hole, noise, labels, settings, num_steps, num_repeats, *, static):
+    """Images whose hole (h, w) is filled; their other pixels are those of `images`."""
+    encode_key, noise_key = jax.random.split(key)
+    x_known = codec.encode(encode_key, images_from_uint8(images))
+    # A latent is known where all of its pixels are.
+    factors = (images.shape[1] // x_known.shape[1], images.shape[2] // x_known.shape[2])
+    is_known = ~is_hole.reshape(x_known.shape[1], factors[0], x_known.shape[2], factors[1]).any(axis=(1, 3))[..., None]
+    velocity_fn = static.velocity(params, settings, labels)
+    keys = jax.vmap(partial(jax.random.fold_in, noise_key))(jnp.arange(len(images)))
+    latents = ode_inpaint(
+        velocity_fn, keys, noise, x_known, is_known, num_steps, static.solver, settings.time_shift, num_repeats
+    )
+    return jnp.where(is_hole[..., None], images_to_uint8(codec.decode(latents)), images)
 
 
 @partial(jax.jit, static_argnames=("network",))
@@ -262,18 +302,18 @@ class ImageGenerator:
         return gather(drawn)
 
     def sample_latents(
-        self, noise: Float[Array, "n h w c"], labels: Labels, sampler: SamplerConfig
+        self, noise: Float[Array, "n h w c"], labels: Labels | ClassMix, sampler: SamplerConfig
     ) -> Float[Array, "n h w c"]:
         """Latents at t = 1 of the path that starts at `noise`."""
         *_, latents = self.path(noise, labels, sampler, 1)
         return latents
 
     def path(
-        self, noise: Float[Array, "n h w c"], labels: Labels, sampler: SamplerConfig, num_stages: int
+        self, noise: Float[Array, "n h w c"], labels: Labels | ClassMix, sampler: SamplerConfig, num_stages: int
     ) -> Iterator[Float[Array, "n h w c"]]:
         """The latents at `num_stages` + 1 times of the path, from `noise` itself to t = 1, equally many steps apart (or
         as near as the step count allows)."""
-        labels = jnp.asarray(labels, jnp.int32)
+        labels = _as_arrays(labels)
         settings, static = _Settings.of(sampler), self._static(sampler)
         yield noise
         if sampler.is_adaptive:
@@ -285,6 +325,34 @@ class ImageGenerator:
         for first, last in itertools.pairwise(cuts):
             noise = _integrate(self.params, noise, labels, settings, first, last, sampler.num_steps, static=static)
             yield noise
+
+    def invert(
+        self, latents: Float[Array, "n h w c"], labels: Labels | ClassMix, sampler: SamplerConfig
+    ) -> Float[Array, "n h w c"]:
+        """The noise from which the ODE leads to `latents`: `sample_latents` backwards, up to the solver's error."""
+        arguments = (self.params, latents, _as_arrays(labels), _Settings.of(sampler), sampler.num_steps)
+        return _invert(*arguments, static=self._static(sampler))
+
+    def inpaint(
+        self,
+        images: UInt8[np.ndarray, "n h w c"],
+        is_hole: Bool[np.ndarray, "h w"],
+        labels: Labels | ClassMix,
+        sampler: SamplerConfig,
+        num_repeats: int = 1,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """The images with the hole filled; every other pixel as it was. Hole i starts at the noise of sample i.
+
+        For the method, and what `num_repeats` is good for, see `sampling.ode_inpaint`. The hole of a latent model is
+        widened to whole latents. ValueError for an adaptive solver, which takes no steps of one length.
+        """
+        if sampler.is_adaptive:
+            raise ValueError(f"{sampler.solver} cannot inpaint: use a solver of fixed steps")
+        filled = _inpaint(
+            self.params, self.model.codec, self.noise_key, images, is_hole, self.noise(range(len(images))),
+            _as_arrays(labels), _Settings.of(sampler), sampler.num_steps, num_repeats, static=self._static(sampler),
+        )  # fmt: skip
+        return gather(filled)
 
     def model_fn(self, x: ArrayLike, t: Any, labels: Any) -> Float[Array, "n h w c"]:
         """What the network answers, float32, to latents (n, h, w, c), times (n,) and labels (n,), without guidance: the
@@ -299,6 +367,13 @@ class ImageGenerator:
     def decode(self, latents: Float[Array, "n h2 w2 c2"]) -> UInt8[np.ndarray, "n h w c"]:
         """Images of latents."""
         return gather(_decode(self.model.codec, latents))
+
+
+def _as_arrays(labels: Labels | ClassMix) -> Array | ClassMix:
+    if isinstance(labels, ClassMix):
+        first, second = (jnp.asarray(side, jnp.int32) for side in (labels.first, labels.second))
+        return ClassMix(first, second, jnp.asarray(labels.fraction, jnp.float32))
+    return jnp.asarray(labels, jnp.int32)
 
 
 def load_generator(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Num, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
 
 from utils.objectives.objective import ModelFn, VelocityFn
 
@@ -48,6 +48,16 @@ def guide(
         return guided
     low, high = cfg_interval
     return lambda x, t, labels: jax.lax.cond((low <= t[0]) & (t[0] <= high), guided, model_fn, x, t, labels)
+
+
+def mix(first: VelocityFn, second: VelocityFn, fractions: Float[Array, " b"]) -> VelocityFn:
+    """(1 - fraction) of the first field, and the fraction of each example of the second: between two classes."""
+
+    def velocity_fn(x, t, t_next):
+        fraction = fractions.reshape(-1, *[1] * (x.ndim - 1))
+        return (1 - fraction) * first(x, t, t_next) + fraction * second(x, t, t_next)
+
+    return velocity_fn
 
 
 StepFn = Callable[[VelocityFn, Float[Array, "b ..."], Float[Array, ""], Float[Array, ""]], Float[Array, "b ..."]]
@@ -174,10 +184,75 @@ def ode_sample(
     return ode_steps(velocity_fn, noise, 0, num_steps, num_steps, solver, time_shift)
 
 
+def ode_invert(
+    velocity_fn: VelocityFn,
+    x_1: Float[Array, "b ..."],
+    num_steps: int | Int[Array, ""],
+    solver: str = "euler",
+    time_shift: float | Float[Array, ""] = 1.0,
+) -> Float[Array, "b ..."]:
+    """The noise from which `ode_sample` leads to `x_1`, up to the solver's error: its steps from t = 1 to t = 0."""
+    step = SOLVERS[solver].step
+
+    def body(i, x):
+        t, t_next = (time_at(num_steps - j, num_steps, time_shift) for j in (i, i + 1))
+        return step(velocity_fn, x, t, t_next)
+
+    return jax.lax.fori_loop(0, num_steps, body, x_1)
+
+
+def ode_inpaint(
+    velocity_fn: VelocityFn,
+    keys: Key[Array, " b"],
+    noise: Float[Array, "b ..."],
+    x_known: Float[Array, "b ..."],
+    is_known: Bool[Array, "..."],
+    num_steps: int | Int[Array, ""],
+    solver: str = "euler",
+    time_shift: float | Float[Array, ""] = 1.0,
+    num_repeats: int | Int[Array, ""] = 1,
+) -> Float[Array, "b ..."]:
+    """Samples that are `x_known` where `is_known`, of the shape of one example.
+
+    After every step the known elements are put on their own path, t x_known + (1 - t) x_0. So that the others fit them,
+    each step is taken `num_repeats` times, as RePaint does (arXiv:2201.09865): between two, x goes back from t' to t by
+    fresh noise e, x_t = (t / t') x_t' + sqrt((1 - t)^2 - (t (1 - t') / t')^2) e. `keys` draw that of each example.
+    """
+    step = SOLVERS[solver].step
+
+    def on_path(x, x_0, t):
+        return jnp.where(is_known, t * x_known + (1 - t) * x_0, x)
+
+    def body(i, carried):
+        x, x_0 = carried
+        t, t_next = time_at(i, num_steps, time_shift), time_at(i + 1, num_steps, time_shift)
+
+        def again(repeat, carried):
+            x, _ = carried
+            fresh = jax.vmap(lambda key: jax.random.normal(_fold(key, i, repeat), x.shape[1:]))(keys)
+            ratio = t / t_next
+            x = ratio * x + jnp.sqrt((1 - t) ** 2 - (ratio * (1 - t_next)) ** 2) * fresh
+            return forward(on_path(x, fresh, t), fresh)
+
+        def forward(x, x_0):
+            return on_path(step(velocity_fn, x, t, t_next), x_0, t_next), x_0
+
+        return jax.lax.fori_loop(1, num_repeats, again, forward(x, x_0))
+
+    x, _ = jax.lax.fori_loop(0, num_steps, body, (noise, noise))
+    return jnp.where(is_known, x_known, x)
+
+
+def _fold(key: Key[Array, ""], *numbers: Int[Array, ""]) -> Key[Array, ""]:
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
 def adaptive_sample(
-    velocity_of: Callable[[Int[Array, " b"]], VelocityFn],
+    velocity_of: Callable[[PyTree], VelocityFn],
     x: Float[Array, "b ..."],
-    labels: Int[Array, " b"],
+    labels: PyTree,
     t_start: float | Float[Array, ""] = 0.0,
     t_end: float | Float[Array, ""] = 1.0,
     *,
@@ -193,7 +268,7 @@ def adaptive_sample(
 
     def field(t, x, label):
         times = jnp.full((1,), t, jnp.float32)
-        return velocity_of(label[None])(x[None], times, times)[0]
+        return velocity_of(jax.tree.map(lambda leaf: leaf[None], label))(x[None], times, times)[0]
 
     return solve_adaptively(field, x, labels, t_start, t_end, rtol=rtol, atol=atol)
 

@@ -72,7 +72,7 @@ def content_sha256(path: str | Path) -> str:
     if path.is_file():
         return file_sha256(path)
     digest = hashlib.sha256()
-    for file in sorted(_find_images(path, set()), key=lambda file: file.relative_to(path).parts):
+    for file in sorted(find_images(path, set()), key=lambda file: file.relative_to(path).parts):
         digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -188,7 +188,7 @@ def _warn_if_dark(read: Callable, flag: str, batch_size: int) -> Iterator[np.nda
 
 
 def _open_folder(path: Path, flag: str) -> Samples:
-    files = sorted(_find_images(path, set()), key=lambda file: file.relative_to(path).parts)
+    files = sorted(find_images(path, set()), key=lambda file: file.relative_to(path).parts)
     if not files:
         raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
     headers = [_image_header(file, flag) for file in files]
@@ -215,7 +215,7 @@ def _open_folder(path: Path, flag: str) -> Samples:
     return Samples(len(files), shape, partial(_warn_if_dark, read, flag))
 
 
-def _find_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
+def find_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
     """Image files at any depth, links followed but not in circles, hidden ones left out."""
     if folder.resolve() in seen:
         return
@@ -224,7 +224,7 @@ def _find_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _find_images(path, seen)
+            yield from find_images(path, seen)
         elif path.suffix.lower() in SUFFIXES:
             yield path
 
