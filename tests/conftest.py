@@ -16,7 +16,10 @@ from absl import flags
 from jaxtyping import Array, install_import_hook
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, whatever the machine has
+# Most of the suite's time is XLA's; what is compared with golden numbers is compiled in full, see `optimised`.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import jax
 import jax.numpy as jnp
 
 from tests import typecheck  # noqa: F401  the hook below imports it by name
@@ -113,6 +116,15 @@ def compilation_cache(tmp_path_factory):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """XLA compiles as it does for users."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0")
 
 
 @pytest.fixture(autouse=True)

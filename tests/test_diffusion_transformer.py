@@ -18,6 +18,8 @@ from utils.objectives.flow_matching import FlowMatching
 from utils.sharding import compile_step
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 TOLERANCE = 2e-4
 
 

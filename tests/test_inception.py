@@ -23,6 +23,8 @@ from utils.metrics.fid import frechet_distance
 from utils.metrics.reference import load_statistics
 from utils.metrics.statistics import FeatureStatistics
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:

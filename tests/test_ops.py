@@ -8,6 +8,8 @@ import pytest
 from diffusion_transformer import DiT, DiTConfig
 from utils.ops import attention, choose_attention, define_derivatives, dense, save_pullback
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 def test_dense_has_the_derivative_of_its_formula():
     """In float32 that of autodiff; in bfloat16 the parameters' gradients are float32 sums of the same matmul."""

@@ -1,13 +1,17 @@
 """The sampling program: classes by name, the same images as an evaluation's, films from noise to image."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import sample
+from tests.conftest import ROOT
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
 from utils.errors import UserError
 from utils.plotting import tile_images
@@ -61,6 +65,19 @@ def test_the_images_are_those_of_an_evaluation(draw, generator, tmp_path, capsys
     draw(f"{words} --classes 3,7 --save_samples {tmp_path / 'chosen.npz'}")
     with np.load(tmp_path / "chosen.npz") as saved:
         assert list(saved["arr_1"]) == [3, 7, 3, 7, 3]
+
+
+def test_eight_devices_and_another_working_directory_change_no_image(run, generator, tmp_path):  # noqa: F811
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    words = "--num_samples 5 --denoise_timesteps 4 --cfg_scale 2 --seed 3 --save_samples samples.npz --quiet"
+    command = [sys.executable, ROOT / "sample.py", "--load_dir", run, "--out", ".", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["grid.png", "samples.npz"]
+    (batch,) = generator.generate(SamplerConfig(4, 2.0), 5, 5)
+    with np.load(tmp_path / "samples.npz") as saved:
+        # Rounding to bfloat16 depends on the batch that a device has.
+        assert np.abs(saved["arr_0"].astype(int) - batch.to_host()[0]).max() <= 1
 
 
 @pytest.mark.parametrize("options", ["--film_format webp", "--film_format gif --solver dopri5 --rtol 1e-2"])

@@ -24,6 +24,8 @@ from utils.codecs.vae import StableVAE, VAEConfig
 from utils.codecs.vae_files import CONFIG, WEIGHTS
 from utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 TINY = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
 
 
