@@ -16,6 +16,7 @@ from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch
 from utils.data.registry import load_dataset
 from utils.errors import UserError
+from utils.help import topic
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.reference import MAX_FEATURES, save_statistics
@@ -26,16 +27,18 @@ from utils.sharding import make_mesh, replicated
 
 def define_flags() -> None:
     cli.define_data_flags()
-    cli.define_path("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
-    flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
-    cli.define_path("out", None, "The .npz to write.")
-    flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
-    flags.DEFINE_integer(
-        "num_features", 10_000, "Images whose features are kept, for KID, precision...", 0, MAX_FEATURES
-    )
-    flags.DEFINE_enum("convention", "adm", list(CONVENTIONS), "Resize and scaling before Inception.")
-    cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
-    flags.DEFINE_bool("quiet", False, "Errors alone.")
+    with topic("Data"):
+        cli.define_path("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
+        flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
+    with topic("Statistics"):
+        cli.define_path("out", None, "The .npz to write.")
+        flags.DEFINE_integer(
+            "num_features", 10_000, "Images whose features are kept, for KID, precision...", 0, MAX_FEATURES
+        )
+        flags.DEFINE_enum("convention", "adm", list(CONVENTIONS), "Resize and scaling before Inception.")
+        cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
+        flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
+        flags.DEFINE_bool("quiet", False, "Errors alone.")
 
 
 def main(config: ConfigDict) -> None:

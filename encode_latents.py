@@ -29,6 +29,7 @@ from utils.data.fingerprint import Fingerprint, write_listing
 from utils.data.registry import load_dataset
 from utils.errors import UserError
 from utils.files import FolderLock, remove_temporaries, write_json
+from utils.help import topic
 from utils.sharding import batch_sharding, gather, make_mesh, shard_replicated
 
 
@@ -36,9 +37,10 @@ def define_flags() -> None:
     cli.define_data_flags()
     cli.define_flip_flag()
     cli.define_vae_flag()
-    cli.define_path("out", None, "Folder to write.")
-    flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
-    flags.DEFINE_integer("shard_size", 4096, "Images a file.", lower_bound=1)
+    with topic("Latents"):
+        cli.define_path("out", None, "Folder to write.")
+        flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
+        flags.DEFINE_integer("shard_size", 4096, "Images per file.", lower_bound=1)
 
 
 def encode_views(

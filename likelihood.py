@@ -41,29 +41,33 @@ MAX_EXACT = 3 * 32 * 32  # elements: the exact trace takes a backward pass for e
 
 
 def define_flags() -> None:
-    cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
-    flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
-    flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Compute dtype.")
-    cli.define_vae_flag()
+    with topic("Model"):
+        cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+        cli.define_vae_flag()
     cli.define_data_flags(dataset_name=None)
     with topic("Data"):
         flags.DEFINE_enum("split", "validation", ["train", "validation"], "Split of the data set.")
         flags.DEFINE_integer("num_images", None, "Images, the first of the split; default: all.", 1)
-    flags.DEFINE_enum(
-        "labels", None, ["data", "none"], "Condition on the images' labels, or on none; default: data, if of the run."
-    )
-    flags.DEFINE_integer(
-        "num_probes", 1, "Random signs per image for the trace (Hutchinson); 0: the exact trace.", 0, 10_000
-    )
-    flags.DEFINE_integer("seed", 0, "Dequantisation and signs of image i depend on this and on i alone.", 0)
-    flags.DEFINE_enum("solver", "dopri5", ["dopri5", "midpoint"], "midpoint takes --denoise_timesteps steps.")
-    flags.DEFINE_integer("denoise_timesteps", 100, "Steps of the midpoint rule, two velocities each.", 1, 10**6)
-    flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
-    flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
-    flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
-    cli.define_path("per_image", None, "Also write a CSV with a line for each image: index, label, value, NFE.")
-    cli.define_path("json", None, "Also write the result as JSON into this file; - prints it, in place of the table.")
-    flags.DEFINE_bool("quiet", False, "The result and errors alone.")
+        flags.DEFINE_enum(
+            "labels", None, ["data", "none"], "Condition on the images' labels or on none; default: data, if the run's."
+        )
+    with topic("Likelihood"):
+        flags.DEFINE_integer(
+            "num_probes", 1, "Random signs per image for the trace (Hutchinson); 0: the exact trace.", 0, 10_000
+        )
+        flags.DEFINE_integer("seed", 0, "Dequantisation and signs of image i depend on this and on i alone.", 0)
+        flags.DEFINE_enum("solver", "dopri5", ["dopri5", "midpoint"], "midpoint takes --denoise_timesteps steps.")
+        flags.DEFINE_integer("denoise_timesteps", 100, "Steps of the midpoint rule, two velocities each.", 1, 10**6)
+        flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
+        flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
+    with topic("Compute"):
+        flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Compute dtype.")
+        flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
+    with topic("Output"):
+        cli.define_path("per_image", None, "Also write a CSV with a line for each image: index, label, value, NFE.")
+        cli.define_path("json", None, "Also write the result as JSON into this file; - prints it instead of the table.")
+        flags.DEFINE_bool("quiet", False, "The result and errors alone.")
 
 
 class Measurement:

@@ -44,25 +44,25 @@ FILM_SECONDS = 3.0
 
 
 def define_flags() -> None:
-    cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
-    flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, taken in turn; or all.")
-    flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn without --classes.")
-    flags.DEFINE_integer("num_samples", 16, "Samples.", 1, 10**7)
-    flags.DEFINE_integer("seed", 0, "Sample i depends on this, on i and on its class alone.")
-    cli.define_sampler_flags(cfg_scale="4", denoise_timesteps="64")
-    flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
-    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
-    cli.define_vae_flag()
-    flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: 128 at most.")
-    cli.define_path("out", None, "Folder for what is drawn; default: samples/ in the folder of the run.")
-    cli.define_path("save_samples", None, "Also write each sample: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
-    flags.DEFINE_bool("film", False, "Also an animation of the path from noise to image, and a strip of eight stages.")
-    flags.DEFINE_integer("film_frames", 32, "Frames of the film beside the noise; no more than steps.", 1, 1000)
-    flags.DEFINE_enum("film_format", "webp", ["webp", "gif"], "Format of the film.")
-    flags.DEFINE_integer("interpolate", None, "Instead: rows of so many images between two samples.", 2, 100)
-    flags.DEFINE_enum(
-        "between", "noise", ["noise", "classes"], "What --interpolate varies: the noise, on the sphere, or the class."
-    )
+    with topic("What is drawn"):
+        cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, in turn; or all.")
+        flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn without --classes.")
+        flags.DEFINE_integer("num_samples", 16, "Samples.", 1, 10**7)
+        flags.DEFINE_integer("seed", 0, "Sample i depends on this, on i and on its class alone.")
+        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+    with topic("Output"):
+        cli.define_path("out", None, "Folder for what is drawn; default: samples/ in the folder of the run.")
+        cli.define_path("save_samples", None, "Also write each sample: .npz (arr_0 uint8 NHWC, arr_1 labels), or PNGs.")
+        flags.DEFINE_bool("quiet", False, "Paths of what is written and errors alone.")
+    with topic("Films and interpolations"):
+        flags.DEFINE_bool("film", False, "Also an animation from noise to image, and a strip of eight stages.")
+        flags.DEFINE_integer("film_frames", 32, "Frames of the film beside the noise; no more than steps.", 1, 1000)
+        flags.DEFINE_enum("film_format", "webp", ["webp", "gif"], "Format of the film.")
+        flags.DEFINE_integer("interpolate", None, "Instead: rows of so many images between two samples.", 2, 100)
+        flags.DEFINE_enum(
+            "between", "noise", ["noise", "classes"], "What --interpolate varies: noise, on the sphere, or the class."
+        )
     with topic("Images of your own"):
         cli.define_path("invert", None, "Instead: folder of images whose noise is found; they are resized as needed.")
         flags.DEFINE_string("edit", None, "With --invert: classes under which the images are made again.")
@@ -71,8 +71,16 @@ def define_flags() -> None:
         flags.DEFINE_integer(
             "inpaint_repeats", 5, "How often each step of --inpaint is taken (RePaint); more fit better.", 1, 1000
         )
-    flags.DEFINE_bool("quiet", False, "Paths of what is written and errors alone.")
+    cli.define_sampler_flags(cfg_scale="4", denoise_timesteps="64")
+    define_compute_flags()
     cli.define_wandb_flags(name="sample", mode="disabled")
+
+
+@topic("Compute")
+def define_compute_flags() -> None:
+    flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
+    flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: 128 at most.")
+    cli.define_vae_flag()
 
 
 def read_classes(text: str | None, class_names: tuple[str, ...], flag: str = "classes") -> list[int] | None:
