@@ -1,9 +1,11 @@
 """What the tests share: golden files, the folder of larger real data beside the checkout, how programs are run."""
 
+import atexit
 import functools
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,6 +20,12 @@ from jaxtyping import Array, install_import_hook
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, whatever the machine has
 # Most of the suite's time is XLA's; what is compared with golden numbers is compiled in full, see `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# One cache for the workers and all programs that they start: most of them compile what another has compiled.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import jax.numpy as jnp
@@ -106,16 +114,6 @@ def read_flags():
 
     yield read
     forget()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """One cache for all programs that the tests start: most of them compile what another has compiled."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder  # shared by the workers
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,16 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import eval_fid
 from tests.conftest import ROOT, run_program
 from tests.runs import SCALARS, losses, start, wait_for_step
 from utils.metrics.fid import frechet_distance
+from utils.metrics.inception import Features
 from utils.metrics.reference import load_statistics
 from utils.metrics.samples import SampleWriter
 from utils.tracking import read_metrics
@@ -312,7 +312,7 @@ def rows(folder) -> dict[tuple, dict]:
 
 
 @finished_run
-def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_path):
+def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, read_flags, tmp_path):
     folder, _ = finished
     common = ["--num_samples", 7, "--batch_size", 8, "--wandb.mode", "disabled", "--inception_weights", weights]
     sweep = ["--load_dir", folder, "--denoise_timesteps", "4,2", "--cfg_scale", "4,1", "--out", tmp_path / "sweep"]
@@ -332,51 +332,64 @@ def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, tmp_pa
     assert len((tmp_path / "sweep" / "fid.csv").read_text().splitlines()) == 5
 
     # The last row by itself is the sweep's; its samples score the same from a file and as PNGs.
-    single = ["--load_dir", folder, "--denoise_timesteps", 2, "--use_cfg", 0, "--out", tmp_path / "single"]
-    run_program("eval_fid.py", *common, *single, "--save_samples", tmp_path / "samples.npz")
-    alone = rows(tmp_path / "single")[2, None]["fid"]
+    def evaluate(*words) -> dict:
+        eval_fid.main(read_flags(eval_fid, [str(word) for word in (*common, *words)]))
+        (row,) = json.loads((tmp_path / "single" / "fid.json").read_text())["cells"][-1:]
+        return row
+
+    common += ["--out", tmp_path / "single"]
+    single = ["--load_dir", folder, "--denoise_timesteps", 2, "--use_cfg", 0]
+    alone = evaluate(*single, "--save_samples", tmp_path / "samples.npz")["fid"]
     assert alone == pytest.approx(found[2, None]["fid"], rel=1e-3)
     samples = np.load(tmp_path / "samples.npz")
     assert (samples["arr_0"].shape, samples["arr_0"].dtype, samples["arr_1"].shape) == ((7, 8, 8, 1), np.uint8, (7,))
     with SampleWriter(tmp_path / "pngs", 7) as writer:
         writer.write(samples["arr_0"], samples["arr_1"])
-    of_file = score_samples(common, tmp_path / "samples.npz", "data/fid_stats_digits.npz", tmp_path / "of_file")
+    of_file = evaluate("--samples", tmp_path / "samples.npz", "--fid_stats", "data/fid_stats_digits.npz")
     assert of_file["fid"] == pytest.approx(alone, rel=1e-4)
     # The reference may be images: here the samples themselves.
-    of_pngs = score_samples(common, tmp_path / "pngs", tmp_path / "samples.npz", tmp_path / "of_pngs")
+    of_pngs = evaluate("--samples", tmp_path / "pngs", "--fid_stats", tmp_path / "samples.npz")
     assert of_pngs["fid"] == pytest.approx(0, abs=1e-3)
     assert (of_pngs["precision"], of_pngs["recall"], of_pngs["coverage"]) == (1, 1, 1)
 
 
-def score_samples(common, samples, reference, out) -> dict:
-    run_program("eval_fid.py", *common, "--samples", samples, "--fid_stats", reference, "--out", out)
-    (row,) = json.loads((out / "fid.json").read_text())["cells"]
-    return row
+def features_of_pixels(images) -> Features:
+    """In place of Inception's: pool (b, 2048) and spatial (b, 2023), mostly zeros."""
+    pixels = jnp.asarray(images[:, :8, :8, 0], jnp.float32).reshape(len(images), -1)
+    return Features(*(jnp.pad(pixels, ((0, 0), (0, size - 64))) for size in (2048, 2023)))
 
 
 @finished_run
-def test_a_killed_sweep_does_not_score_a_row_twice(finished, weights, tmp_path):
+def test_an_interrupted_sweep_does_not_score_a_row_twice(finished, read_flags, tmp_path, monkeypatch, capsys):
     folder, _ = finished
-    args = ["eval_fid.py", "--load_dir", folder, "--num_samples", 8, "--batch_size", 8, "--wandb.mode", "disabled"]
-    args += ["--inception_weights", weights, "--denoise_timesteps", "3,2,1", "--out", tmp_path]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, *map(str, args)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "fid.json").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    monkeypatch.setattr(eval_fid, "load_feature_extractor", lambda *arguments: features_of_pixels)
+    words = ["--load_dir", str(folder), "--num_samples", "8", "--batch_size", "8", "--wandb.mode", "disabled"]
+    words += ["--denoise_timesteps", "3,2,1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_fid.RunEvaluation, "evaluate", stop_at_second(eval_fid.RunEvaluation.evaluate))
+        with pytest.raises(KeyboardInterrupt):
+            eval_fid.main(read_flags(eval_fid, words))
     before = rows(tmp_path)
-    assert 0 < len(before) < 3
-    stamped = {name: (tmp_path / f"samples_{name[0]}_4.png").stat().st_mtime_ns for name in before}
-    done = run_program(*args)
+    assert list(before) == [(3, 4)]
+    stamp = (tmp_path / "samples_3_4.png").stat().st_mtime_ns
+    eval_fid.main(read_flags(eval_fid, words))
     after = rows(tmp_path)
     assert list(after) == [(3, 4), (2, 4), (1, 4)]
-    assert len(json.loads((tmp_path / "fid.json").read_text())["cells"]) == 3
-    assert {name: after[name] for name in before} == before
-    assert {name: (tmp_path / f"samples_{name[0]}_4.png").stat().st_mtime_ns for name in before} == stamped
-    assert done.stdout.count("| 4 | 8 |") == 3
+    assert after[3, 4] == before[3, 4]
+    assert (tmp_path / "samples_3_4.png").stat().st_mtime_ns == stamp
+    assert capsys.readouterr().out.count("| 4 | 8 |") == 3
+
+
+def stop_at_second(evaluate):
+    calls = []
+
+    def evaluate_once(self, sampler):
+        calls.append(sampler)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(self, sampler)
+
+    return evaluate_once
 
 
 @pytest.mark.slow
