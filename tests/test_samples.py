@@ -123,6 +123,12 @@ def test_folders_are_read_at_any_depth(tmp_path):
         open_samples(tmp_path / "edm")
 
 
+def test_every_lossless_format_that_pytorch_fid_reads_counts(tmp_path):
+    for i, suffix in enumerate(("png", "bmp", "tif", "tiff", "ppm")):
+        write(tmp_path / "images" / f"{i}.{suffix}", IMAGES[i])
+    np.testing.assert_array_equal(read_all(tmp_path / "images", 4), IMAGES[:5])
+
+
 def test_npy_files_are_read_as_they_are(tmp_path):
     np.save(tmp_path / "images.npy", IMAGES)
     np.testing.assert_array_equal(read_all(tmp_path / "images.npy", 4), IMAGES)

@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.external import ArrayHeader, BadFileError, read_npz_headers, read_rows
 from utils.files import atomic_write, file_sha256
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those of pytorch-fid
 # Pillow's names of pixels of 8 bits.
 GREY_MODES = ("L", "LA", "1")
 ALPHA_MODES = ("RGBA", "LA")
