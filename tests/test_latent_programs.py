@@ -1,5 +1,6 @@
 """Training on latents as a user does it: encoded on the fly, encoded once and killed on the way, evaluated."""
 
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import likelihood
+import sample
 from tests.conftest import GOLDEN, ROOT, run_program
 from utils.codecs.vae import StableVAE, VAEConfig
+from utils.editing import read_images
 from utils.tracking import read_metrics
 
 pytestmark = pytest.mark.xdist_group("latents")
@@ -123,6 +127,35 @@ def test_a_run_on_latents_is_evaluated_through_the_same_vae(cached_run, weights,
     samples = np.load(tmp_path / "samples.npz")["arr_0"]
     assert samples.shape == (4, 64, 64, 3)
     assert samples.std() > 5
+
+
+def test_a_run_on_latents_is_filmed_inverted_filled_and_measured(cached_run, photographs, read_flags, tmp_path, capsys):
+    folder, out = photographs[1].removeprefix("folder:"), tmp_path / "out"
+
+    def draw(*words):
+        words = ["--load_dir", cached_run, "--out", out, "--num_samples", 2, *words]
+        sample.main(read_flags(sample, list(map(str, words))))
+
+    draw("--film", "--denoise_timesteps", 1)  # one step: noise and image alone
+    with Image.open(out / "film.webp") as film:
+        assert film.size == (2 * 66, 66)
+    draw("--invert", folder, "--denoise_timesteps", 4, "--solver", "midpoint")
+    (error,) = re.findall(r"round trip: root mean square error (\S+) of latents", capsys.readouterr().err)
+    assert float(error) < 0.05
+    is_hole = np.zeros((64, 64), bool)
+    is_hole[10:30, 20:50] = True
+    Image.fromarray(is_hole).save(tmp_path / "mask.png")
+    draw("--inpaint", folder, "--mask", tmp_path / "mask.png", "--denoise_timesteps", 2, "--save_samples",
+         tmp_path / "filled.npz")  # fmt: skip
+    filled, (images, _) = np.load(tmp_path / "filled.npz")["arr_0"], read_images(folder, (64, 64, 3), 2, "inpaint")
+    np.testing.assert_array_equal(filled[:, ~is_hole], images[:, ~is_hole])
+    assert (filled[:, is_hole] != images[:, is_hole]).mean() > 0.5
+    capsys.readouterr()
+    words = ["--load_dir", str(cached_run), "--num_images", "1", "--json", "-", "--batch_size", "1"]
+    likelihood.main(read_flags(likelihood, [*words, "--solver", "midpoint", "--denoise_timesteps", "2"]))
+    (result,) = json.loads(capsys.readouterr().out)
+    assert 0.5 < result["nats_per_latent_element"] < 5  # standard normal latents have 1.42
+    assert "bits_per_dim" not in result
 
 
 def refused(*args) -> str:
