@@ -131,7 +131,9 @@ def test_the_same_command_again_has_nothing_to_do(finished):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("devices", [pytest.param(8, marks=eight_devices), pytest.param(1, marks=one_device)])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(8, marks=eight_devices), pytest.param(1, marks=[one_device, pytest.mark.slow])]
+)
 def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, devices):
     args = [*SHORT, "--max_steps", STEPS[devices], "--save_dir", tmp_path]
     process = start(*args, devices=devices)
