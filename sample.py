@@ -113,6 +113,11 @@ def read_sampler(config: ConfigDict, class_dropout_prob: float) -> SamplerConfig
     return samplers[0]
 
 
+def short_names(files: list[Path]) -> list[str]:
+    """FOLDER/NAME of each, as much as fits beside an image."""
+    return ["/".join(file.with_suffix("").parts[-2:])[-24:] for file in files]
+
+
 class Drawing:
     """The samples of one command: which they are, and what is made of them."""
 
@@ -226,8 +231,7 @@ class Drawing:
         log(f"round trip: root mean square error {error:.2g} of latents whose own is {float(latents.std()):.2g}")
         guidance = f", to other classes with {self.title}" if edits else ""
         table = np.stack(columns, axis=1)
-        names = [file.stem for file in files]
-        self.save_figure("inversion.png", plotting.image_table(table, names, titles, f"{plain}{guidance}"))
+        self.save_figure("inversion.png", plotting.image_table(table, short_names(files), titles, f"{plain}{guidance}"))
         with atomic_write(self.out / "noise.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, noise=gather(noise), labels=labels, files=[str(path) for path in files])
         self.written.append(self.out / "noise.npz")
@@ -242,10 +246,8 @@ class Drawing:
         images, files, labels = self._read_own(config.inpaint, "inpaint")
         filled = generator.inpaint(images, is_hole, labels, self.sampler, config.inpaint_repeats)
         masked = np.where(is_hole[..., None], np.uint8(127), images)
-        table, names = np.stack([images, masked, filled], axis=1), [file.stem for file in files]
-        self.save_figure(
-            "inpainting.png", plotting.image_table(table, names, ("image", "with the hole", "filled"), self.title)
-        )
+        table, titles = np.stack([images, masked, filled], axis=1), ("image", "hole", "filled")
+        self.save_figure("inpainting.png", plotting.image_table(table, short_names(files), titles, self.title))
         if config.save_samples:
             self._save_samples(filled, labels)
 
