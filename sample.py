@@ -216,6 +216,7 @@ class Drawing:
     def invert(self) -> None:
         """The noise of given images, what it leads back to, and what to under other classes."""
         config, generator = self.config, self.generator
+        edits = read_classes(config.edit, generator.class_names, "edit") or []
         images, files, labels = self._read_own(config.invert, "invert")
         plain = self.sampler._replace(cfg_scale=None)
         latents = generator.encode(images)
@@ -223,7 +224,6 @@ class Drawing:
         again = generator.sample_latents(noise, labels, plain)
         columns = [images, generator.decode(noise), generator.decode(again)]
         titles = ["image", "its noise", "again"]
-        edits = read_classes(config.edit, generator.class_names, "edit") or []
         for label in edits:
             columns.append(generator.decode(generator.sample_latents(noise, np.full_like(labels, label), self.sampler)))
             titles.append(generator.class_names[label])
