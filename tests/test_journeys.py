@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
+from tests.test_packaging import copy_checkout
 from utils.tracking import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("journeys")]
@@ -103,8 +104,8 @@ def test_an_engineer_compares_two_folders(photographs, tmp_path):
 
 
 def test_a_developer_installs_the_suite_and_uses_it_elsewhere(student, tmp_path):
-    environment = tmp_path / "environment"
-    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", environment, ROOT)
+    environment, checkout = tmp_path / "environment", copy_checkout(tmp_path / "checkout")
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", environment, checkout)
     folder, _ = student
     script = f"""
         import sys

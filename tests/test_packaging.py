@@ -14,9 +14,14 @@ from tests.conftest import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_a_wheel_has_all_modules_even_beside_runs(tmp_path):
+def copy_checkout(folder):
+    """What is to be packaged, in a folder of its own: setuptools leaves files behind."""
     names = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__", "tests", "wandb")
-    shutil.copytree(ROOT, tmp_path / "checkout", ignore=names)
+    return shutil.copytree(ROOT, folder, ignore=names)
+
+
+def test_a_wheel_has_all_modules_even_beside_runs(tmp_path):
+    copy_checkout(tmp_path / "checkout")
     (tmp_path / "checkout" / "runs").mkdir()  # a second top-level folder stops setuptools from guessing
     command = [
         sys.executable,
