@@ -256,10 +256,10 @@ def test_hostile_files_take_little_memory(tmp_path):
         "logits_header.safetensors": struct.pack("<Q", 2**40) + b"{}",
     }.items():
         (folder / name).write_bytes(content)
-    write_bomb(folder / "statistics_bomb.npz", (200_000_000,), "mu")
-    write_bomb(folder / "statistics_features.npz", (100_000, 2048), "features")
-    write_bomb(folder / "samples_bomb.npz", (200_000_000,), "arr_0")
-    write_bomb(folder / "logits_bomb.npz", (200_000, 1008), "fc.weight")
+    write_bomb(folder / "statistics_bomb.npz", (90_000_000,), "mu")
+    write_bomb(folder / "statistics_features.npz", (45_000, 2048), "features")
+    write_bomb(folder / "samples_bomb.npz", (90_000_000,), "arr_0")
+    write_bomb(folder / "logits_bomb.npz", (90_000, 1008), "fc.weight")
     config = {"block_out_channels": [2048] * 15, "down_block_types": ["DownEncoderBlock2D"] * 15}
     for name, written in {
         "vae_stages": config,

@@ -30,6 +30,7 @@ STEPS = {1: 60, 8: 12}  # by devices: eight virtual ones are slow, one is too fa
 # In float32, so that one device and eight, say, differ by rounding that is small enough to tell from a fault.
 SHORT = [*TINY, "--model.dtype", "float32", "--log_interval", "1", "--save_interval", "4", "--eval_interval", "0"]
 SHORT += ["--wandb.mode", "disabled"]
+NO_SAVES = ["--save_interval", "1000"]  # but that at the end
 
 
 # Tests that share a run stay on one worker, so that it is made once.
@@ -46,7 +47,7 @@ def uninterrupted(tmp_path_factory):
     def run(devices: int):
         if devices not in folders:
             folders[devices] = tmp_path_factory.mktemp(f"devices{devices}")
-            args = [*SHORT, "--max_steps", STEPS[devices], "--save_dir", folders[devices]]
+            args = [*SHORT, *NO_SAVES, "--max_steps", STEPS[devices], "--save_dir", folders[devices]]
             run_program("train_flow.py", *args, devices=devices)
         return folders[devices]
 
@@ -155,7 +156,7 @@ def test_eight_devices_give_the_losses_of_one(uninterrupted, tmp_path, options):
     folder = uninterrupted(8)
     if options:
         folder = tmp_path
-        args = [*SHORT, "--max_steps", STEPS[8], *options.split(), "--save_dir", folder]
+        args = [*SHORT, *NO_SAVES, "--max_steps", STEPS[8], *options.split(), "--save_dir", folder]
         run_program("train_flow.py", *args, devices=8)
     assert_close(losses(folder), losses(uninterrupted(1)), STEPS[8])
 
@@ -163,7 +164,7 @@ def test_eight_devices_give_the_losses_of_one(uninterrupted, tmp_path, options):
 @one_device
 def test_what_saves_memory_changes_no_loss(uninterrupted, tmp_path):
     options = ["--remat", "dots", "--grad_accum", 4]
-    run_program("train_flow.py", *SHORT, "--max_steps", 12, *options, "--save_dir", tmp_path)
+    run_program("train_flow.py", *SHORT, *NO_SAVES, "--max_steps", 12, *options, "--save_dir", tmp_path)
     assert_close(losses(tmp_path), losses(uninterrupted(1)), 12)
 
 
@@ -258,7 +259,7 @@ def test_load_dir_starts_from_another_runs_parameters(finished, tmp_path):
 
 
 def test_overfitting_one_batch(tmp_path):
-    args = [*SHORT, "--debug_overfit", 1, "--batch_size", 8, "--max_steps", 60, "--model.lr", "3e-3"]
+    args = [*SHORT, *NO_SAVES, "--debug_overfit", 1, "--batch_size", 8, "--max_steps", 60, "--model.lr", "3e-3"]
     run_program("train_flow.py", *args, "--save_dir", tmp_path)
     values = [line[0] for line in losses(tmp_path).values()]
     assert np.mean(values[-10:]) < 0.8 * np.mean(values[:10])
