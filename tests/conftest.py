@@ -20,13 +20,6 @@ from jaxtyping import Array, install_import_hook
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, whatever the machine has
 # Most of the suite's time is XLA's; what is compared with golden numbers is compiled in full, see `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# One cache for the workers and all programs that they start: most of them compile what another has compiled.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import jax
 import jax.numpy as jnp
 
@@ -40,19 +33,27 @@ from utils.console import configure_output
 from utils.errors import UserError
 from utils.metrics.inception import inception_weights_path
 
+# One cache for all programs that the workers start: most of them compile what another has compiled. The tests' own
+# process, which has imported JAX already, is without: it seldom compiles a thing twice.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--slow", action="store_true", help="also run the tests that take long")
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+                item.add_marker(pytest.mark.skip(reason="takes long: run with --slow"))
 
 
 @pytest.fixture(scope="session")

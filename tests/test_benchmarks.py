@@ -65,6 +65,7 @@ def measure(program: str, path, *args) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "names"),
     [
@@ -80,6 +81,7 @@ def test_models_side_by_side(program, names, tmp_path):
     assert all(row["TFLOP/s"] > 0 and row["MFU"].endswith("%") for row in rows)
 
 
+@pytest.mark.slow
 def test_pipelines_side_by_side(shared, tmp_path):
     args = ["--dataset_name", "cifar10", "--data_dir", shared / "data" / "tfds", "--batch", 8, "--repeats", 2]
     rows = measure("batches.py", tmp_path / "figures.json", *args, "--baseline_buffer", 50, "--step_ms", 1)
@@ -87,6 +89,7 @@ def test_pipelines_side_by_side(shared, tmp_path):
     assert [row["MB to the device an image"] for row in rows] == pytest.approx([0.0031, 0.0123], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_networks_side_by_side(weights, tmp_path):
     args = ["--inception_weights", weights, "--batch", 1, "--image_size", 32, "--rows", "ours,ours: bfloat16"]
     ours, low = measure("inception.py", tmp_path / "figures.json", *args)

@@ -161,6 +161,7 @@ def test_eight_devices_give_the_losses_of_one(uninterrupted, tmp_path, options):
     assert_close(losses(folder), losses(uninterrupted(1)), STEPS[8])
 
 
+@pytest.mark.slow
 @one_device
 def test_what_saves_memory_changes_no_loss(uninterrupted, tmp_path):
     options = ["--remat", "dots", "--grad_accum", 4]
@@ -194,6 +195,7 @@ def test_two_processes_give_the_losses_of_one_and_obey_a_signal_to_either(uninte
     assert_close({step: logged[step] for step in range(1, 13)}, losses(uninterrupted(1)), 12)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_that_is_killed_ends_the_other_with_one_line(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -258,6 +260,7 @@ def test_load_dir_starts_from_another_runs_parameters(finished, tmp_path):
     assert losses(tmp_path)[1][param_norm] == pytest.approx(losses(folder)[20][param_norm], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_overfitting_one_batch(tmp_path):
     args = [*SHORT, *NO_SAVES, "--debug_overfit", 1, "--batch_size", 8, "--max_steps", 60, "--model.lr", "3e-3"]
     run_program("train_flow.py", *args, "--save_dir", tmp_path)
@@ -315,43 +318,47 @@ def rows(folder) -> dict[tuple, dict]:
 
 
 @finished_run
-def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, read_flags, tmp_path):
+def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, read_flags, tmp_path, capsys):
     folder, _ = finished
     common = ["--num_samples", 7, "--batch_size", 8, "--wandb.mode", "disabled", "--inception_weights", weights]
+
+    def evaluate(*words) -> str:
+        """What the program prints; in this process, which compiles the Inception network once."""
+        capsys.readouterr()
+        eval_fid.main(read_flags(eval_fid, [str(word) for word in (*common, *words)]))
+        return capsys.readouterr().out
+
     sweep = ["--load_dir", folder, "--denoise_timesteps", "4,2", "--cfg_scale", "4,1", "--out", tmp_path / "sweep"]
-    done = run_program("eval_fid.py", *common, *sweep, env={"JAX_LOG_COMPILES": "true"})
-    # Two programs make all samples, with guidance and without; one network scores them.
-    assert done.stderr.count("Compiling jit(_generate)") == 2
-    assert done.stderr.count("Compiling jit(_extract)") == 1
+    printed = evaluate(*sweep)
     found = rows(tmp_path / "sweep")
     assert list(found) == [(4, 4), (2, 4), (4, None), (2, None)]
     recorded = {"num_samples": 7, "seed": 0, "checkpoint_step": 20, "labels": "uniform", "solver": "euler"}
     assert all(recorded.items() <= row.items() and len(row["fid_stats_sha256"]) == 64 for row in found.values())
-    assert f"| 4 | 4 | 7 | {found[4, 4]['fid']:.3f} |" in done.stdout
-    assert f"| 2 | none | 7 | {found[2, None]['fid']:.3f} |" in done.stdout
+    assert f"| 4 | 4 | 7 | {found[4, 4]['fid']:.3f} |" in printed
+    assert f"| 2 | none | 7 | {found[2, None]['fid']:.3f} |" in printed
     assert all(row["fid"] > 1 for row in found.values())
     names = {path.name for path in (tmp_path / "sweep").iterdir()}
     assert {"fid.csv", "fid.png", "samples_4_4.png", "samples_2_4.png", "samples_4_none.png"} <= names
     assert len((tmp_path / "sweep" / "fid.csv").read_text().splitlines()) == 5
 
     # The last row by itself is the sweep's; its samples score the same from a file and as PNGs.
-    def evaluate(*words) -> dict:
-        eval_fid.main(read_flags(eval_fid, [str(word) for word in (*common, *words)]))
-        (row,) = json.loads((tmp_path / "single" / "fid.json").read_text())["cells"][-1:]
-        return row
-
     common += ["--out", tmp_path / "single"]
+
+    def score(*words) -> dict:
+        evaluate(*words)
+        return json.loads((tmp_path / "single" / "fid.json").read_text())["cells"][-1]
+
     single = ["--load_dir", folder, "--denoise_timesteps", 2, "--use_cfg", 0]
-    alone = evaluate(*single, "--save_samples", tmp_path / "samples.npz")["fid"]
+    alone = score(*single, "--save_samples", tmp_path / "samples.npz")["fid"]
     assert alone == pytest.approx(found[2, None]["fid"], rel=1e-3)
     samples = np.load(tmp_path / "samples.npz")
     assert (samples["arr_0"].shape, samples["arr_0"].dtype, samples["arr_1"].shape) == ((7, 8, 8, 1), np.uint8, (7,))
     with SampleWriter(tmp_path / "pngs", 7) as writer:
         writer.write(samples["arr_0"], samples["arr_1"])
-    of_file = evaluate("--samples", tmp_path / "samples.npz", "--fid_stats", "data/fid_stats_digits.npz")
+    of_file = score("--samples", tmp_path / "samples.npz", "--fid_stats", "data/fid_stats_digits.npz")
     assert of_file["fid"] == pytest.approx(alone, rel=1e-4)
     # The reference may be images: here the samples themselves.
-    of_pngs = evaluate("--samples", tmp_path / "pngs", "--fid_stats", tmp_path / "samples.npz")
+    of_pngs = score("--samples", tmp_path / "pngs", "--fid_stats", tmp_path / "samples.npz")
     assert of_pngs["fid"] == pytest.approx(0, abs=1e-3)
     assert (of_pngs["precision"], of_pngs["recall"], of_pngs["coverage"]) == (1, 1, 1)
 

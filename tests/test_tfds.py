@@ -406,6 +406,7 @@ print(peak[0] - before, bound)
 """
 
 
+@pytest.mark.slow
 def test_a_stream_holds_no_more_memory_than_it_says(shared):
     """30,000 of CIFAR-10's training images, 70 MB encoded and 92 MB decoded, through a buffer of 8 MiB."""
     done = run_program("-c", MEMORY, shared / "data" / "tfds")
