@@ -135,10 +135,8 @@ def output():
 
 @functools.cache
 def fork_server() -> subprocess.Popen:
-    """The process in which `run_program` starts scripts; it ends with this one. Coverage, which would take half as long
-    again, leaves them out; it has those that `tests.runs.start` starts."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    """The process in which `run_program` starts scripts; it ends with this one."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "tests" / "fork_server.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)

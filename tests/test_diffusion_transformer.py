@@ -186,6 +186,7 @@ def test_rematerialisation_changes_no_gradient(remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rematerialisation_saves_memory_by_the_compilers_analysis():
     def memory(remat):
         model = DiT(DiTConfig(2, 64, 4, 2, 4.0, 0.1, 10, dtype="bfloat16"), remat)

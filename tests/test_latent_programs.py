@@ -129,7 +129,7 @@ def test_a_run_on_latents_is_evaluated_through_the_same_vae(cached_run, weights,
     assert samples.std() > 5
 
 
-def test_a_run_on_latents_is_filmed_inverted_filled_and_measured(cached_run, photographs, read_flags, tmp_path, capsys):
+def test_a_run_on_latents_is_filmed_filled_and_measured(cached_run, photographs, read_flags, tmp_path, capsys):
     folder, out = photographs[1].removeprefix("folder:"), tmp_path / "out"
 
     def draw(*words):
@@ -139,9 +139,6 @@ def test_a_run_on_latents_is_filmed_inverted_filled_and_measured(cached_run, pho
     draw("--film", "--denoise_timesteps", 1)  # one step: noise and image alone
     with Image.open(out / "film.webp") as film:
         assert film.size == (2 * 66, 66)
-    draw("--invert", folder, "--denoise_timesteps", 4, "--solver", "midpoint")
-    (error,) = re.findall(r"round trip: root mean square error (\S+) of latents", capsys.readouterr().err)
-    assert float(error) < 0.05
     is_hole = np.zeros((64, 64), bool)
     is_hole[10:30, 20:50] = True
     Image.fromarray(is_hole).save(tmp_path / "mask.png")

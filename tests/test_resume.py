@@ -215,7 +215,7 @@ def test_what_still_waits_to_be_written_at_the_end_is_no_failure():
         assert done.returncode == status
 
 
-@pytest.mark.parametrize("prob", [0, 1])
+@pytest.mark.parametrize("prob", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_without_both_sides_of_guidance_there_is_none(data, tmp_path, weights, prob):
     words = ["--model.class_dropout_prob", prob, "--eval_interval", 2, "--model.denoise_timesteps", 2]
     done = train(tmp_path / "run", data, *words, max_steps=2)
