@@ -304,6 +304,7 @@ def refuse_ignored(config: ConfigDict) -> None:
         cli.refuse_ignored(("cfg_scale", "save_samples"), "with --invert but without --edit: it is without guidance")
     if config.invert is not None or config.inpaint is not None:
         cli.refuse_ignored(("labels",), "on images of your own; --classes names theirs")
+        cli.refuse_ignored(("batch_size",), "on images of your own, which are one batch; --num_samples limits them")
     if config.inpaint is None:
         cli.refuse_ignored(("mask", "inpaint_repeats"), "without --inpaint")
     elif config.mask is None:

@@ -168,6 +168,7 @@ def test_a_hole_is_filled(draw, own, classes):
         ("--inpaint OWN/own --invert OWN/own", r"--invert and --inpaint: give one of them"),
         ("--invert OWN/own --film", r"--film=True has no effect with --invert"),
         ("--invert OWN/own --cfg_scale 3", r"--cfg_scale=3 has no effect with --invert but without --edit"),
+        ("--invert OWN/own --batch_size 2", r"--batch_size=2 has no effect on images of your own"),
         ("--edit 3", r"--edit=3 has no effect without --invert"),
         ("--between classes", r"--between=classes has no effect without --interpolate"),
     ],

@@ -23,7 +23,7 @@ def read_images(
     height, width, channels = image_shape
     if height != width:
         raise UserError(f"--{flag}: images are read as squares, but those of the run are {height}x{width}")
-    files = sorted(find_images(folder, set()), key=lambda file: file.relative_to(folder).parts)[:limit]
+    files = find_images(folder)[:limit]
     if not files:
         raise UserError(f"--{flag}={folder} holds no images ({', '.join(SUFFIXES)})")
     mode = "L" if channels == 1 else "RGB"

@@ -72,7 +72,7 @@ def content_sha256(path: str | Path) -> str:
     if path.is_file():
         return file_sha256(path)
     digest = hashlib.sha256()
-    for file in sorted(find_images(path, set()), key=lambda file: file.relative_to(path).parts):
+    for file in find_images(path):
         digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -188,7 +188,7 @@ def _warn_if_dark(read: Callable, flag: str, batch_size: int) -> Iterator[np.nda
 
 
 def _open_folder(path: Path, flag: str) -> Samples:
-    files = sorted(find_images(path, set()), key=lambda file: file.relative_to(path).parts)
+    files = find_images(path)
     if not files:
         raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
     headers = [_image_header(file, flag) for file in files]
@@ -215,8 +215,12 @@ def _open_folder(path: Path, flag: str) -> Samples:
     return Samples(len(files), shape, partial(_warn_if_dark, read, flag))
 
 
-def find_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Image files at any depth, links followed but not in circles, hidden ones left out."""
+def find_images(folder: Path) -> list[Path]:
+    """Image files at any depth, sorted by path; links are followed but not in circles, hidden files left out."""
+    return sorted(_walk(folder, set()), key=lambda file: file.relative_to(folder).parts)
+
+
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())
@@ -224,7 +228,7 @@ def find_images(folder: Path, seen: set[Path]) -> Iterator[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from find_images(path, seen)
+            yield from _walk(path, seen)
         elif path.suffix.lower() in SUFFIXES:
             yield path
 
