@@ -8,6 +8,7 @@ h/w/c = image axes, p = patch.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,6 @@ from utils.ops import attention, dense
 from utils.settings import setting
 
 TIMESTEP_FEATURES = 256
-TIMESTEP_SCALE = 10_000.0  # t in [0, 1] is stretched to the range that the sinusoids were made for
 
 # What a block saves for its backward pass; the rest is recomputed (rematerialisation, arXiv:1604.06174).
 REMAT_POLICIES = {
@@ -54,6 +54,17 @@ class DiTConfig:
     )
     num_classes: int = setting(1000, 'Number of labels; one more embedding stands for "no label".', 1, 10**8)
     t_conditioning: int = setting(1, "0: the model is not conditioned on t.", 0, 1)
+    timestep_scale: float = setting(
+        10_000.0, "Factor of the time before its sinusoids: 10000 as jax-flow has it, 1 as SiT and DiT.", 1e-3, 1e6
+    )
+    learned_positions: int = setting(0, "1: the position table is a parameter, as jax-flow has it.", 0, 1)
+    learn_sigma: int = setting(0, "1: as many outputs again, the variance of a DiT's diffusion.", 0, 1)
+    norm: str = setting(
+        "layer", "layer: LayerNorm; rms: RMSNorm with a scale (LightningDiT).", choices=("layer", "rms")
+    )
+    mlp: str = setting("gelu", "gelu, or swiglu of as many parameters (LightningDiT).", choices=("gelu", "swiglu"))
+    rope: int = setting(0, "1: rotary positions in attention, too (LightningDiT).", 0, 1)
+    qk_norm: int = setting(0, "1: queries and keys are RMS-normalised.", 0, 1)
     dtype: str = setting(
         "bfloat16", "Compute dtype; parameters stay float32.", choices=("bfloat16", "float32"), is_fixed=False
     )
@@ -63,6 +74,12 @@ class DiTConfig:
     def from_mapping(cls, values: Mapping[str, Any] | ConfigDict) -> "DiTConfig":
         """The configuration among the --model.* values of a run. What they lack (of older runs) has its default."""
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+
+    @property
+    def mlp_width(self) -> int:
+        """Of the hidden layer; two thirds for SwiGLU, which has three matrices."""
+        width = int(self.mlp_ratio * self.hidden_size)
+        return int(2 / 3 * width) if self.mlp == "swiglu" else width
 
 
 SIZE_FIELDS = ("hidden_size", "patch_size", "depth", "num_heads", "mlp_ratio")
@@ -98,11 +115,33 @@ def position_table(rows: int, columns: int, width: int) -> np.ndarray:
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-def timestep_features(t: Float[Array, " b"]) -> Float[Array, "b 256"]:
-    """Cosines then sines of 10000 t at 128 geometric frequencies; float32, because the arguments reach 10,000."""
+def rope_angles(rows: int, columns: int, head_dim: int) -> np.ndarray:
+    """Angles of rotary positions (arXiv:2104.09864) on a grid, float32 (rows * columns, head_dim), as LightningDiT has.
+
+    The first half of a head's channels turns by row, the second by column, at 10000^(-2j / (head_dim / 2)); neighbours
+    2i and 2i + 1 are one pair, and have the same angle.
+    """
+    half = head_dim // 2
+    frequencies = 10_000.0 ** (-np.arange(0, half, 2) / half)
+    angles = [
+        np.repeat(np.outer(position, frequencies), 2, axis=1) for position in np.divmod(range(rows * columns), columns)
+    ]
+    return np.concatenate(angles, axis=1).astype(np.float32)
+
+
+def rotate(x: Float[Array, "b n heads h"], angles: np.ndarray) -> Float[Array, "b n heads h"]:
+    """Each pair (a, b) of neighbouring channels turned: (a cos - b sin, b cos + a sin), in float32."""
+    cos, sin = (jnp.asarray(f(angles))[:, None] for f in (np.cos, np.sin))
+    y = x.astype(jnp.float32)
+    turned = jnp.stack([-y[..., 1::2], y[..., ::2]], axis=-1).reshape(y.shape)
+    return (y * cos + turned * sin).astype(x.dtype)
+
+
+def timestep_features(t: Float[Array, " b"], scale: float = 10_000.0) -> Float[Array, "b 256"]:
+    """Cosines then sines of `scale` t at 128 geometric frequencies; float32, because the arguments reach 10,000."""
     half = TIMESTEP_FEATURES // 2
     frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = TIMESTEP_SCALE * t.astype(jnp.float32)[:, None] * frequencies
+    angles = scale * t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -143,14 +182,16 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbed(nn.Module):
-    """Times (b,) in [0, 1] -> (b, d)."""
+    """Times (b,) -> (b, d)."""
 
     hidden_size: int
+    scale: float
     dtype: Any
 
     @nn.compact
     def __call__(self, t):
-        x = Dense(self.hidden_size, self.dtype, normal_init, name="dense_0")(timestep_features(t))
+        features = timestep_features(t, self.scale)
+        x = Dense(self.hidden_size, self.dtype, normal_init, name="dense_0")(features)
         return Dense(self.hidden_size, self.dtype, normal_init, name="dense_1")(nn.silu(x))
 
 
@@ -173,31 +214,61 @@ class LabelEmbed(nn.Module):
         return table(labels)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with biases; query, key and value come from one matmul."""
+class RMSNorm(nn.Module):
+    """x over the root mean square of its last axis, in float32 (eps 1e-6), times a scale (arXiv:1910.07467)."""
 
-    num_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        return (x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6) * scale).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases on tokens of an image of `grid` = (rows, columns) patches; query, key and
+    value come from one matmul."""
+
+    config: DiTConfig
+    grid: tuple[int, int]
     dtype: Any
     form: str
 
     @nn.compact
     def __call__(self, x):
-        (b, n, d), head_dim = x.shape, x.shape[-1] // self.num_heads
+        num_heads = self.config.num_heads
+        (b, n, d), head_dim = x.shape, x.shape[-1] // num_heads
         # Three kernels (d, d) side by side, each of which starts as Xavier would have it.
         qkv_init = nn.initializers.variance_scaling(2, "fan_avg", "uniform")
-        qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x).reshape(b, n, 3, self.num_heads, head_dim)
-        x = attention(*jnp.moveaxis(qkv, 2, 0), self.form)
+        qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x).reshape(b, n, 3, num_heads, head_dim)
+        query, key, value = jnp.moveaxis(qkv, 2, 0)
+        if self.config.qk_norm:
+            query, key = RMSNorm(self.dtype, name="q_norm")(query), RMSNorm(self.dtype, name="k_norm")(key)
+        if self.config.rope:
+            angles = rope_angles(*self.grid, head_dim)
+            query, key = rotate(query, angles), rotate(key, angles)
+        x = attention(query, key, value, self.form)
         return Dense(d, self.dtype, xavier_uniform, name="out")(x.reshape(b, n, d))
 
 
 class Mlp(nn.Module):
+    """GELU, or SwiGLU (arXiv:2002.05202), whose first matmul gives gate and values side by side."""
+
     width: int
+    kind: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x):
         bias_init = nn.initializers.normal(1e-6)
-        hidden = nn.gelu(Dense(self.width, self.dtype, xavier_uniform, bias_init, name="dense_0")(x), approximate=True)
+        if self.kind == "swiglu":
+            hidden = Dense(2 * self.width, self.dtype, xavier_uniform, bias_init, name="dense_0")(x)
+            gate, values = jnp.split(hidden, 2, axis=-1)
+            hidden = nn.silu(gate) * values
+        else:
+            hidden = Dense(self.width, self.dtype, xavier_uniform, bias_init, name="dense_0")(x)
+            hidden = nn.gelu(hidden, approximate=True)
         return Dense(x.shape[-1], self.dtype, xavier_uniform, bias_init, name="dense_1")(hidden)
 
 
@@ -221,44 +292,51 @@ def layer_norm(x: Float[Array, "b n d"], dtype) -> Float[Array, "b n d"]:
     return (x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)).astype(dtype)
 
 
+def make_norm(kind: str, dtype: Any, name: str) -> Callable:
+    """The normalisation of tokens: without parameters, or RMSNorm as a submodule `name`."""
+    return RMSNorm(dtype, name=name) if kind == "rms" else partial(layer_norm, dtype=dtype)
+
+
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated before and gated after by the condition c (adaLN-Zero)."""
 
-    num_heads: int
-    mlp_ratio: float
+    config: DiTConfig
+    grid: tuple[int, int]
     dtype: Any
     attention_form: str
 
     @nn.compact
     def __call__(self, x, c):
-        modulations = AdaLayerNorm(6, self.dtype, name="ada_ln")(c)
+        config, dtype = self.config, self.dtype
+        modulations = AdaLayerNorm(6, dtype, name="ada_ln")(c)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulations
-        y = modulate(layer_norm(x, self.dtype), shift_attention, scale_attention)
-        attended = Attention(self.num_heads, self.dtype, self.attention_form, name="attention")(y)
+        y = modulate(make_norm(config.norm, dtype, "norm1")(x), shift_attention, scale_attention)
+        attended = Attention(config, self.grid, dtype, self.attention_form, name="attention")(y)
         x = x + gate_attention[:, None] * attended
-        y = modulate(layer_norm(x, self.dtype), shift_mlp, scale_mlp)
-        width = int(self.mlp_ratio * x.shape[-1])
-        return x + gate_mlp[:, None] * Mlp(width, self.dtype, name="mlp")(y)
+        y = modulate(make_norm(config.norm, dtype, "norm2")(x), shift_mlp, scale_mlp)
+        return x + gate_mlp[:, None] * Mlp(config.mlp_width, config.mlp, dtype, name="mlp")(y)
 
 
 class FinalLayer(nn.Module):
     """Tokens (b, n, d) -> patches (b, n, p * p * c), zero-initialised."""
 
     out_features: int
+    norm: str
     dtype: Any
 
     @nn.compact
     def __call__(self, x, c):
         shift, scale = AdaLayerNorm(2, self.dtype, name="ada_ln")(c)
-        x = modulate(layer_norm(x, self.dtype), shift, scale)
+        x = modulate(make_norm(self.norm, self.dtype, "norm")(x), shift, scale)
         return Dense(self.out_features, self.dtype, zeros_init, name="dense")(x)
 
 
 class DiT(nn.Module):
     """Velocity model of the same output shape as its input; `init` needs only the "params" random stream.
 
-    The output is float32. `remat` names what a block recomputes in its backward pass: 'none'; 'dots', all but matmuls
-    with parameters; 'blocks', everything. `attention_form` is one of ops.ATTENTION_FORMS.
+    The output is float32; with `learn_sigma` it has twice the channels of its input, predictions first. `remat` names
+    what a block recomputes in its backward pass: 'none'; 'dots', all but matmuls with parameters; 'blocks', everything.
+    `attention_form` is one of ops.ATTENTION_FORMS.
     """
 
     config: DiTConfig
@@ -268,7 +346,7 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], t: Float[Array, " b"], labels: Int[Array, " b"]
-    ) -> Float[Array, "b h w c"]:
+    ) -> Float[Array, "b h w c_out"]:
         """Velocity at x_t (noise at t = 0, data at t = 1); the label num_classes means "no label"."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -277,33 +355,37 @@ class DiT(nn.Module):
 
         # Tokens with their positions.
         tokens = PatchEmbed(p, config.hidden_size, dtype, name="patch_embed")(x)
-        table = position_table(h // p, w // p, config.hidden_size)
-        if self.has_variable("params", "pos_embed"):  # a jax-flow checkpoint's, which training has moved
-            table = self.get_variable("params", "pos_embed")
+        table = jnp.asarray(position_table(h // p, w // p, config.hidden_size))[None]
+        # A checkpoint's that training has moved is used whatever the configuration says.
+        if config.learned_positions or self.has_variable("params", "pos_embed"):
+            table = self.param("pos_embed", lambda key: table)
         tokens = tokens + table.astype(dtype)
 
         # What every block is conditioned on.
         t = t if config.t_conditioning else jnp.zeros_like(t)
-        condition = TimestepEmbed(config.hidden_size, dtype, name="timestep_embed")(t)
+        condition = TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="timestep_embed")(t)
         label_embed = LabelEmbed(
             config.num_classes, config.hidden_size, config.class_dropout_prob, dtype, name="label_embed"
         )
         condition += label_embed(labels)
 
-        tokens = self.apply_blocks(tokens, condition)
+        tokens = self.apply_blocks(tokens, condition, (h // p, w // p))
 
         # Back to an image.
-        patches = FinalLayer(p * p * c, dtype, name="final_layer")(tokens, condition)
-        image = patches.reshape(b, h // p, w // p, p, p, c).swapaxes(2, 3)  # (b, h/p, p, w/p, p, c)
-        return image.reshape(b, h, w, c).astype(jnp.float32)
+        c_out = 2 * c if config.learn_sigma else c
+        patches = FinalLayer(p * p * c_out, config.norm, dtype, name="final_layer")(tokens, condition)
+        image = patches.reshape(b, h // p, w // p, p, p, c_out).swapaxes(2, 3)  # (b, h/p, p, w/p, p, c_out)
+        return image.reshape(b, h, w, c_out).astype(jnp.float32)
 
-    def apply_blocks(self, tokens: Float[Array, "b n d"], condition: Float[Array, "b d"]) -> Float[Array, "b n d"]:
+    def apply_blocks(
+        self, tokens: Float[Array, "b n d"], condition: Float[Array, "b d"], grid: tuple[int, int]
+    ) -> Float[Array, "b n d"]:
         # Unrolled rather than scanned over: benchmarks/train_step.py measures what that costs and gains.
         config = self.config
         dtype = jnp.dtype(config.dtype)
         Block = DiTBlock if self.remat == "none" else nn.remat(DiTBlock, policy=REMAT_POLICIES[self.remat])
         for i in range(config.depth):
-            block = Block(config.num_heads, config.mlp_ratio, dtype, self.attention_form, name=f"block_{i}")
+            block = Block(config, grid, dtype, self.attention_form, name=f"block_{i}")
             tokens = block(tokens, condition)
         return tokens
 
@@ -317,8 +399,10 @@ class DiT(nn.Module):
         d = config.hidden_size
         p = config.patch_size
         n = (h // p) * (w // p)
-        block = n * (4 * d * d + 2 * int(config.mlp_ratio * d) * d) + 2 * n * n * d + 6 * d * d
-        ends = 2 * n * p * p * c * d + 2 * d * d + TIMESTEP_FEATURES * d + d * d
+        mlp = (3 if config.mlp == "swiglu" else 2) * config.mlp_width * d
+        block = n * (4 * d * d + mlp) + 2 * n * n * d + 6 * d * d
+        c_out = 2 * c if config.learn_sigma else c
+        ends = n * p * p * (c + c_out) * d + 2 * d * d + TIMESTEP_FEATURES * d + d * d
         return 2 * (config.depth * block + ends)
 
 

@@ -47,8 +47,9 @@ from utils.metrics.samples import (
     open_samples,
 )
 from utils.metrics.statistics import MAX_SAMPLE_FEATURES, ImageStatistics
+from utils.objectives.registry import make_objective
 from utils.results import Results, plot_fid, to_markdown, write_csv, write_json_rows
-from utils.sampling import LABELS, SamplerConfig
+from utils.sampling import LABELS, SOLVERS, SamplerConfig
 from utils.sharding import gather, make_mesh, replicated
 from utils.tracking import Tracker
 
@@ -218,7 +219,7 @@ class RunEvaluation(Scoring):
         checkpoints, steps = open_checkpoint(config.load_dir)
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
         data, run_dir = saved["dataset"], checkpoints.folder.parent
-        self.samplers = cli.read_samplers(config, saved["model"]["class_dropout_prob"])
+        self.samplers = cli.read_samplers(config, saved["model"]["class_dropout_prob"], make_objective(saved))
         check_save_samples(config, self.samplers)
         overridden = cli.override_model(saved["model"])
         cli.refuse_other_objective(saved["objective"])
@@ -341,6 +342,8 @@ def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
         settings |= {"rtol": sampler.rtol, "atol": sampler.atol}
     if sampler.time_shift != 1:
         settings["time_shift"] = sampler.time_shift
+    if SOLVERS.get(sampler.solver, SOLVERS["euler"]).grid == "diffusion":
+        settings["spacing"] = sampler.spacing
     if sampler.cfg_channels is not None:
         settings["cfg_channels"] = sampler.cfg_channels
     return settings

@@ -33,7 +33,8 @@ from utils.generate import RECIPE_BATCH_SIZE, ClassMix, load_generator
 from utils.help import topic
 from utils.memory import explaining_out_of_memory
 from utils.metrics.samples import SampleWriter, check_sample_path
-from utils.sampling import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig, slerp
+from utils.models import ImageModel
+from utils.sampling import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SamplerConfig, slerp
 from utils.sharding import gather
 from utils.tracking import Tracker
 
@@ -105,9 +106,9 @@ def read_classes(text: str | None, class_names: tuple[str, ...], flag: str = "cl
     return labels
 
 
-def read_sampler(config: ConfigDict, class_dropout_prob: float) -> SamplerConfig:
+def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
     """The one sampler of the command line."""
-    samplers = cli.read_samplers(config, class_dropout_prob)
+    samplers = cli.read_samplers(config, model.network.config.class_dropout_prob, model.objective)
     if len(samplers) > 1:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each; eval_fid.py compares several")
     return samplers[0]
@@ -132,7 +133,7 @@ class Drawing:
             vae=config.vae,
         )
         model = self.generator.model
-        self.sampler = read_sampler(config, model.network.config.class_dropout_prob)
+        self.sampler = read_sampler(config, model)
         classes = read_classes(config.classes, model.class_names)
         if classes is None:
             self.labels = self.generator.labels(range(config.num_samples))
@@ -311,8 +312,19 @@ def refuse_ignored(config: ConfigDict) -> None:
         raise UserError(
             "--inpaint: --mask is not given; name an image of the run's size, white where it is to be filled"
         )
-    elif config.solver in ADAPTIVE_SOLVERS:
-        raise UserError(f"--solver={config.solver} cannot inpaint; use one of {', '.join(SOLVERS)}")
+    if modes:
+        check_solver(config.solver, modes[0])
+
+
+def check_solver(solver: str, mode: str) -> None:
+    """UserError for a solver that cannot do what --interpolate, --invert or --inpaint asks for."""
+    fitting = {
+        "interpolate": [name for name in SOLVERS if not SOLVERS[name].is_stochastic] + list(ADAPTIVE_SOLVERS),
+        "invert": [*ODE_SOLVERS, *ADAPTIVE_SOLVERS],
+        "inpaint": ODE_SOLVERS,
+    }[mode]
+    if solver not in fitting:
+        raise UserError(f"--solver={solver} cannot {mode}; use one of {', '.join(fitting)}")
 
 
 def main(config: ConfigDict) -> None:

@@ -184,6 +184,7 @@ class Trainer:
         if not checks.can_guide(config.model.class_dropout_prob):
             log(f"{checks.explain_no_guidance(config.model.class_dropout_prob)}: samples are drawn without guidance")
         recorded = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
+        recorded["latent_shape"] = list(self.model.latent_shape)
         self.saved_config = {**config.to_dict(), "dataset": describe_data(self.datasets) | recorded}
 
     def _load_reference(self) -> None:

@@ -51,11 +51,9 @@ def define_flags() -> None:
 class ScannedDiT(DiT):
     """DiT with its blocks as one that is scanned over: compiled code of one block's size."""
 
-    def apply_blocks(self, tokens, condition):
+    def apply_blocks(self, tokens, condition, grid):
         config = self.config
-        block = DiTBlock(
-            config.num_heads, config.mlp_ratio, jnp.dtype(config.dtype), self.attention_form, name="blocks"
-        )
+        block = DiTBlock(config, grid, jnp.dtype(config.dtype), self.attention_form, name="blocks")
         options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": config.depth}
         scan = nn.scan(lambda block, x, c: (block(x, c), None), in_axes=nn.broadcast, **options)
         return scan(block, tokens, condition)[0]

@@ -15,6 +15,7 @@ import traceback
 import jax
 
 import compute_fid_stats  # noqa: F401 (for all that they import)
+import convert_checkpoint  # noqa: F401
 import encode_latents  # noqa: F401
 import eval_fid  # noqa: F401
 import likelihood  # noqa: F401

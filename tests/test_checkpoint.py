@@ -22,7 +22,7 @@ OLD_CONFIG = {"model": dict.fromkeys(checkpoint.MODEL_SETTINGS, 2), "dataset_nam
 CONFIG = {
     **OLD_CONFIG,
     "objective": {"name": "flow_matching"},
-    "dataset": {**METADATA, "name": "digits", "vae": None, "vae_sha256": None},
+    "dataset": {**METADATA, "name": "digits", "vae": None, "vae_sha256": None, "latent_shape": None},
 }
 OPTIMIZER = make_optimizer(1e-3, 0.9, 0.99)
 

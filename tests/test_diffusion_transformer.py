@@ -110,7 +110,7 @@ def test_samples_equal_published(golden, model, params, case):
 
     guided = sampling.guide(model_fn(model, params), model.config.num_classes, cfg_scale)
     velocity_fn = FlowMatching().velocity(guided, golden["sample_labels"])
-    samples = sampling.ode_sample(velocity_fn, golden["noise"], int(num_steps))
+    samples = sampling.sample(velocity_fn, golden["noise"], int(num_steps))
     np.testing.assert_allclose(samples, golden[f"sample_steps{case}"], atol=TOLERANCE)
 
 

@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 import compute_fid_stats
+import convert_checkpoint
 import encode_latents
 import eval_fid
 import likelihood
@@ -23,6 +24,7 @@ PROGRAMS = {
     "encode_latents.py": encode_latents,
     "compute_fid_stats.py": compute_fid_stats,
     "plot_metrics.py": plot_metrics,
+    "convert_checkpoint.py": convert_checkpoint,
     "likelihood.py": likelihood,
     "sample.py": sample,
     "data/celebahq256.py": None,  # needs TFDS

@@ -19,7 +19,7 @@ def test_euler_is_exact_on_a_constant_field():
     x = jax.random.normal(KEY, (4, 3))
     for steps in (1, 7, 32):
         np.testing.assert_allclose(
-            sampling.ode_sample(lambda x, t, t_next: jnp.full_like(x, 2), x, steps), x + 2, rtol=1e-5
+            sampling.sample(lambda x, t, t_next: jnp.full_like(x, 2), x, steps), x + 2, rtol=1e-5
         )
 
 
@@ -27,7 +27,7 @@ def test_euler_evaluates_at_the_left_ends():
     # v = t: the left Riemann sum of t over N steps is (N - 1) / 2N.
     x = jnp.zeros((2, 3))
     for steps in (1, 2, 10):
-        end = sampling.ode_sample(lambda x, t, t_next: jnp.broadcast_to(t[:, None], x.shape), x, steps)
+        end = sampling.sample(lambda x, t, t_next: jnp.broadcast_to(t[:, None], x.shape), x, steps)
         np.testing.assert_allclose(end, (steps - 1) / (2 * steps), rtol=1e-6, atol=1e-7)
 
 
@@ -41,12 +41,12 @@ def test_solvers_have_their_order(solver, order):
     with jax.enable_x64(True):
         x, exact = jnp.ones((1, 1)), 2 * np.e - 2
         counts = (16, 32, 64) if order == 2 else (64, 128, 256)  # before float32 rounding of t shows
-        errors = [abs(float(sampling.ode_sample(velocity_fn, x, n, solver)[0, 0]) - exact) for n in counts]
+        errors = [abs(float(sampling.sample(velocity_fn, x, n, solver)[0, 0]) - exact) for n in counts]
     orders = np.log2(np.divide(errors[:-1], errors[1:]))
     np.testing.assert_allclose(orders, order, atol=0.1)
 
 
-@pytest.mark.parametrize("solver", sampling.SOLVERS)
+@pytest.mark.parametrize("solver", sampling.ODE_SOLVERS)
 def test_solvers_take_the_velocities_that_they_say(solver):
     times = []
 
@@ -54,7 +54,7 @@ def test_solvers_take_the_velocities_that_they_say(solver):
         jax.debug.callback(lambda t: times.append(float(t[0])), t)
         return x
 
-    jax.block_until_ready(sampling.ode_sample(velocity_fn, jnp.ones((2, 1)), 4, solver))
+    jax.block_until_ready(sampling.sample(velocity_fn, jnp.ones((2, 1)), 4, solver))
     jax.effects_barrier()
     second = {"euler": [], "midpoint": [1 / 8, 3 / 8, 5 / 8, 7 / 8], "heun": [1 / 4, 1 / 2, 3 / 4, 1]}[solver]
     assert sorted(times) == sorted([0, 1 / 4, 1 / 2, 3 / 4, *second])
@@ -71,7 +71,9 @@ def test_guidance_is_on_in_its_interval_alone():
 
     @jax.jit
     def velocity(t, low, high):
-        return sampling.guide(counting, 10, 4.0, (low, high))(x, jnp.full(2, t), labels)
+        fields = (lambda x, t, t_next, f=f: f(x, t, labels) for f in (sampling.guide(counting, 10, 4.0), counting))
+        times = jnp.full(2, t)
+        return sampling.within(*fields, low, high)(x, times, times)
 
     for t, on in ((0.0, False), (0.25, True), (0.5, True), (0.75, True), (0.8, False)):
         passes.clear()
@@ -89,9 +91,9 @@ def test_a_sampler_says_what_it_does():
 
 def test_stages_of_a_path_make_the_whole():
     x = jax.random.normal(KEY, (4, 3))
-    whole = sampling.ode_sample(lambda x, t, t_next: jnp.sin(x) + t[:, None], x, 12)
+    whole = sampling.sample(lambda x, t, t_next: jnp.sin(x) + t[:, None], x, 12)
     for first, last in ((0, 5), (5, 6), (6, 12)):
-        x = sampling.ode_steps(lambda x, t, t_next: jnp.sin(x) + t[:, None], x, first, last, 12)
+        x = sampling.take_steps(lambda x, t, t_next: jnp.sin(x) + t[:, None], x, first, last, 12)
     np.testing.assert_allclose(x, whole, rtol=1e-6)
 
 
@@ -103,7 +105,7 @@ def test_step_count_and_scale_compile_nothing_anew():
         traces.append(1)
         labels = jnp.zeros(4, jnp.int32)
         guided = sampling.guide(model_fn, 10, scale)
-        return sampling.ode_sample(lambda x, t, t_next: guided(x, t, labels), x, steps)
+        return sampling.sample(lambda x, t, t_next: guided(x, t, labels), x, steps)
 
     for scale, steps in ((4.0, 1), (1.5, 7), (0.0, 500)):
         sample(jnp.zeros((4, 3)), scale, steps)
@@ -252,7 +254,7 @@ def test_the_error_of_a_round_trip_falls_with_the_solvers_order(solver, order):
     x_0 = jax.random.normal(KEY, (6, 2))
     field, errors = gaussian_field(None), []
     for steps in (20, 40):
-        noise = sampling.ode_invert(field, mean + std * x_0, steps, solver)
+        noise = sampling.invert(field, mean + std * x_0, steps, solver)
         errors.append(float(np.abs(noise - x_0).max()))
     assert errors[1] < 0.1
     assert np.log2(errors[0] / errors[1]) > order - 0.25  # midpoint gains an order here, as the field is linear
@@ -265,8 +267,8 @@ def test_inpainting_keeps_what_is_known_and_the_law_of_the_rest(num_repeats):
     noise, count = jax.random.normal(KEY, (4000, 2)), 4000
     keys = jax.random.split(jax.random.key(1), count)
     x_known, is_known = jnp.full((count, 2), 9.0), jnp.array([True, False])
-    filled = jax.jit(sampling.ode_inpaint, static_argnums=(0, 6))(
-        gaussian_field(None), keys, noise, x_known, is_known, 40, "heun", 1.0, num_repeats
+    filled = jax.jit(sampling.inpaint, static_argnums=(0, 6, 7))(
+        gaussian_field(None), keys, noise, x_known, is_known, 40, "heun", sampling.time_at, num_repeats
     )
     np.testing.assert_array_equal(filled[:, 0], 9.0)
     # Four standard errors.
@@ -281,7 +283,7 @@ def test_inpainting_sees_the_known_elements_on_their_path():
     def velocity_fn(x, t, t_next):
         return jnp.stack([jnp.zeros(len(x)), x[:, 0]], axis=1)
 
-    filled = sampling.ode_inpaint(
+    filled = sampling.inpaint(
         velocity_fn, jax.random.split(KEY, 1), jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.array([True, False]), 10
     )
     np.testing.assert_allclose(filled, [[1, (10 - 1) / 20]], rtol=1e-5)
@@ -290,4 +292,4 @@ def test_inpainting_sees_the_known_elements_on_their_path():
 def test_a_mixture_of_fields_leads_from_one_to_the_other():
     first, second = (lambda x, t, t_next, v=v: jnp.full_like(x, v) for v in (1.0, 3.0))
     mixed = sampling.mix(first, second, jnp.array([0.0, 0.5, 1.0]))
-    np.testing.assert_allclose(sampling.ode_sample(mixed, jnp.zeros((3, 2)), 4), [[1, 1], [2, 2], [3, 3]])
+    np.testing.assert_allclose(sampling.sample(mixed, jnp.zeros((3, 2)), 4), [[1, 1], [2, 2], [3, 3]])

@@ -2,7 +2,8 @@
 
 RUN/checkpoints/STEP/ holds the items `params`, `ema_params`, `optimizer` (its state, the step and the random key),
 `config` (the run's resolved flags and what its data are), `data` (the data iterator's position) and `checksums` of all
-of these, which are compared on reading. Older checkpoints have no checksums.
+of these, which are compared on reading. Older checkpoints have no checksums. An imported model has `ema_params`,
+`config` and `checksums` alone: it is sampled, and started from, but not continued.
 """
 
 import contextlib
@@ -40,6 +41,11 @@ from utils.train_state import TrainState
 
 # Settings without which a model cannot be made.
 MODEL_SETTINGS = (*(field.name for field in dataclasses.fields(DiTConfig)), "use_stable_vae", "t_sampler")
+
+# Those that older runs did not save, and had the default of.
+ADDED_SETTINGS = (
+    "network", "timestep_scale", "learned_positions", "learn_sigma", "norm", "mlp", "rope", "qk_norm",
+)  # fmt: skip
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged_checkpoints"
@@ -158,15 +164,21 @@ class Checkpoints:
 
         SaveError where this, or what is still being written of the save before, fails.
         """
-        step = int(state.step)
+        self._save(int(state.step), _array_items(state), {"config": config, "data": {"position": data_position}})
+
+    def save_params(self, params: PyTree, config: dict[str, Any]) -> None:
+        """Writes parameters alone, as step 0, once; returns when they are on disk. SaveError where they cannot be."""
+        self._save(0, {"ema_params": params}, {"config": config})
+        self.wait()
+
+    def _save(self, step: int, items: Mapping[str, PyTree], texts: Mapping[str, Any]) -> None:
         if step in self.manager.all_steps():
             return
         self.wait()
         self.remove_unfinished()
-        items, data = _array_items(state), {"position": data_position}
         sums: dict[str, Any] = {name: checksums(tree) for name, tree in items.items()}
-        sums |= {"config": _text_checksum(config), "data": _text_checksum(data)}
-        json_items = {"config": config, "data": data, "checksums": sums | {"checksums": _text_checksum(sums)}}
+        sums |= {name: _text_checksum(content) for name, content in texts.items()}
+        json_items = {**texts, "checksums": sums | {"checksums": _text_checksum(sums)}}
         self.writing = step
         with self._reporting():
             self.manager.save(
@@ -212,26 +224,37 @@ class Checkpoints:
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, Any]:
         """(state placed as the abstract state `target` says, data position) of `step`.
 
-        DamagedCheckpointError where files are missing or not as they were written.
+        DamagedCheckpointError where files are missing or not as they were written; UserError for an imported model.
         """
+        if self.is_imported(step):
+            raise UserError(
+                f"{self.run_dir} holds an imported model, which has no optimizer to continue with; train from it with "
+                f"--load_dir {self.run_dir} and another --save_dir"
+            )
         items = self._read(step, _array_items(target), ("data",))
         optimizer = dict(items["optimizer"])
         key = jax.random.wrap_key_data(optimizer.pop("key_data"))
         state = target.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
         return state, items["data"]["position"]
 
+    def is_imported(self, step: int) -> bool:
+        """Whether `step` holds parameters alone, as `save_params` writes them."""
+        sums = self._read_checksums(step)
+        return sums is not None and "ema_params" in sums and "params" not in sums
+
     def restore_config(self, step: int) -> dict[str, Any]:
         """The configuration kept with `step`. DamagedCheckpointError where it cannot be read."""
         config, path = self._read(step, {}, ("config",))["config"], self.folder / str(step)
         with _readable(path):
             # What older runs did not save.
-            absent = {"name": config["dataset_name"], "vae": None, "vae_sha256": None}
+            absent = {"name": config["dataset_name"], "vae": None, "vae_sha256": None, "latent_shape": None}
             config |= {"dataset": absent | config["dataset"]}
             config.setdefault("objective", {"name": "flow_matching"})
             t_sampler = config["model"].get("t_sampler")
             if t_sampler in LEGACY_T_SAMPLERS:
                 config["model"]["t_sampler"] = LEGACY_T_SAMPLERS[t_sampler]
-            config["model"].setdefault("network", "dit")  # saved before there were others
+            for name in ADDED_SETTINGS:
+                config["model"].setdefault(name, getattr(DiTConfig, name))
             missing = [name for name in MODEL_SETTINGS if name not in config["model"]]
             missing += [name for name in ("image_shape", "class_names") if name not in config["dataset"]]
         if missing:
@@ -242,11 +265,29 @@ class Checkpoints:
         """The parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract tree `target` says.
 
         DamagedCheckpointError where files are missing or not as they were written; UserError where the checkpoint is of
-        another model.
+        another model. An imported one has the EMA's alone, which are then both.
         """
-        self._check_shapes(step, target, names[0])
-        items = self._read(step, dict.fromkeys(names, target), ())
-        return [items[name] for name in names]
+        stored = {name: "ema_params" if self.is_imported(step) else name for name in names}
+        self._check_shapes(step, target, stored[names[0]])
+        items = self._read(step, dict.fromkeys(stored.values(), target), ())
+        return [items[stored[name]] for name in names]
+
+    def restore_stored(self, step: int, name: str) -> PyTree:
+        """The parameters `name` ('params' or 'ema_params') of `step`, whatever model they are of, on this device.
+
+        DamagedCheckpointError where files are missing or not as they were written.
+        """
+        name = "ema_params" if self.is_imported(step) else name
+        return self._read(step, {name: self.stored_shapes(step, name)}, ())[name]
+
+    def stored_shapes(self, step: int, name: str) -> PyTree:
+        """The shapes of an item of `step`, to be restored on this device."""
+        path = self.folder / str(step)
+        with _readable(path):
+            metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
+            tree = metadata.item_metadata.tree
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     def restore_newest(self, read: Callable[[int], Content], steps: list[int]) -> tuple[int, Content]:
         """(step, read(step)) of the first of `steps` that is not damaged; the others are named.
@@ -319,8 +360,7 @@ class Checkpoints:
             if sums is not None:
                 found = {leaf: tuple(shape) for leaf, (_, *shape) in sums[name].items()}
             else:
-                metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
-                found = _shapes(metadata.item_metadata.tree)
+                found = _shapes(self.stored_shapes(step, name))
         expected_shapes = _shapes(target)
         for leaf in sorted(found.keys() | expected_shapes.keys()):
             if found.get(leaf) != expected_shapes.get(leaf):

@@ -23,13 +23,16 @@ from diffusion_transformer import PRESETS, DiTConfig
 from utils import checks
 from utils.codecs.registry import DEFAULT_HUB_ID
 from utils.console import finish_output, log
+from utils.convert.runs import local_run
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
 from utils.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
+from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
+from utils.objectives.objective import Objective
 from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
-from utils.sampling import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig
+from utils.sampling import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
 
 FLAGS = flags.FLAGS
 
@@ -113,21 +116,29 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str) -> None:
     flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
     flags.DEFINE_integer("cfg_channels", None, "Channels that are guided, the first; default: all.", lower_bound=1)
     flags.DEFINE_list("denoise_timesteps", [denoise_timesteps], "Step counts, separated by commas.")
-    flags.DEFINE_string("time_grid", "uniform", "Times of the steps: uniform, or shift:S (S > 1: more at noise).")
+    flags.DEFINE_string(
+        "time_grid",
+        "uniform",
+        "Times of the steps: uniform, or shift:S (S > 1: more at noise); of ddim and ddpm: linspace, or leading.",
+    )
     flags.DEFINE_enum(
         "solver",
         "euler",
         [*SOLVERS, *ADAPTIVE_SOLVERS],
-        "heun and midpoint evaluate the model twice per step; dopri5 chooses its steps by --rtol and --atol.",
+        "heun and midpoint evaluate the model twice per step; dopri5 chooses its steps by --rtol and --atol; sde is "
+        "SiT's stochastic sampler; ddim and ddpm are of models trained as diffusions.",
     )
     flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
     flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
 
 
-def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[SamplerConfig]:
+def read_samplers(
+    config: ConfigDict, class_dropout_prob: float, objective: Objective | None = None
+) -> list[SamplerConfig]:
     """A sampler for every guidance scale and step count of the flags of `define_sampler_flags`. UserError for values
-    that cannot be, for flags that the solver does not take, and for guidance that a model trained with
-    `class_dropout_prob` does not have; where none was asked for, there is none, which is logged."""
+    that cannot be, for flags that the solver does not take, for a solver that a model of this objective does not have
+    (None: flow matching), and for guidance that one trained with `class_dropout_prob` does not have; where none was
+    asked for, there is none, which is logged."""
     scales = read_numbers(config.cfg_scale, "cfg_scale", float, MAX_SCALE) if config.get("use_cfg", 1) else [-1.0]
     if not checks.can_guide(class_dropout_prob) and any(map(guides, scales)):
         reason = checks.explain_no_guidance(class_dropout_prob)
@@ -151,7 +162,7 @@ def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[Sampler
         cfg_interval=interval,
         solver=config.solver,
         cfg_channels=config.cfg_channels,
-        time_shift=read_time_shift(config.time_grid),
+        **read_time_grid(config, steps, objective),
         rtol=config.rtol,
         atol=config.atol,
     )
@@ -163,6 +174,31 @@ def read_samplers(config: ConfigDict, class_dropout_prob: float) -> list[Sampler
     return [common._replace(num_steps=n, cfg_scale=scale) for scale in guidance for n in dict.fromkeys(steps)]
 
 
+def read_time_grid(config: ConfigDict, step_counts: list[int], objective: Objective | None) -> dict[str, Any]:
+    """What of a SamplerConfig --time_grid says; UserError where the solver cannot take it, or so many steps, or is not
+    one of the objective's."""
+    solver, grid = config.solver, config.time_grid
+    kind = "any" if solver in ADAPTIVE_SOLVERS else SOLVERS[solver].grid
+    if kind == "diffusion":
+        if not isinstance(objective, Diffusion):
+            others = [*ODE_SOLVERS, "sde", *ADAPTIVE_SOLVERS]
+            raise UserError(f"--solver={solver} is of models trained as diffusions; use one of {', '.join(others)}")
+        if is_explicit("time_grid") and grid not in SPACINGS:
+            raise UserError(f"--time_grid={grid}: with --solver={solver} use one of {', '.join(SPACINGS)}")
+        if max(step_counts) > objective.num_levels:
+            raise UserError(
+                f"--denoise_timesteps={max(step_counts)}: the model has {objective.num_levels} noise levels, which is "
+                f"the most that --solver={solver} can take"
+            )
+        return {"spacing": grid if grid in SPACINGS else SPACINGS[0]}
+    if kind == "sde":
+        refuse_ignored(("time_grid",), f"with --solver={solver}, which has its own times")
+        if min(step_counts) < 2:
+            raise UserError(f"--denoise_timesteps={min(step_counts)}: --solver={solver} takes 2 or more")
+        return {}
+    return {"time_shift": read_time_shift(grid)}
+
+
 def read_time_shift(time_grid: str) -> float:
     """S of --time_grid=shift:S, 1 of 'uniform'; UserError for anything else."""
     kind, _, shift = time_grid.partition(":")
@@ -171,7 +207,10 @@ def read_time_shift(time_grid: str) -> float:
     except ValueError:
         value = math.nan
     if kind not in ("uniform", "shift") or not 0.01 <= value <= 100:
-        raise UserError(f"--time_grid={time_grid}: use uniform, or shift:S with S from 0.01 to 100, such as shift:3")
+        what = ", which is of --solver ddim and ddpm" if time_grid in SPACINGS else ""
+        raise UserError(
+            f"--time_grid={time_grid}{what}: use uniform, or shift:S with S from 0.01 to 100, such as shift:3"
+        )
     return value
 
 
@@ -340,6 +379,8 @@ def check_value(name: str, value: Any) -> Any:
         raise UserError(f"--{name}={value} is too large; use a number below {2**31}")
     if name in _path_flags and value is not None:
         value = expand_path(value, name)
+        if name == "load_dir":
+            value = local_run(value)
         if not value or any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in value.split("/")):
             raise UserError(f"--{name}={value[:60]}: a name of 1 to 255 bytes is needed")
     return value

@@ -5,7 +5,7 @@ images = generator.sample(labels=[3, 7], num_steps=64, cfg_scale=2.0, seed=0)  #
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,28 +18,28 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 from ml_collections import ConfigDict
 
+from utils import sampling
 from utils.checkpoint import open_checkpoint
 from utils.codecs.codec import images_from_uint8, images_to_uint8
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.convert.runs import local_run
 from utils.errors import UserError
 from utils.models import ImageModel, init_params, make_model, model_fn
+from utils.objectives.objective import ModelFn, VelocityFn
 from utils.objectives.registry import make_objective
 from utils.sampling import (
     ADAPTIVE_SOLVERS,
+    ODE_SOLVERS,
+    SOLVERS,
     SamplerConfig,
     adaptive_sample,
-    guide,
-    mix,
-    ode_inpaint,
-    ode_invert,
-    ode_sample,
-    ode_steps,
     sample_labels,
     sample_noise,
 )
 from utils.sharding import gather, make_mesh, replicated, shape_structs, shard_replicated
 
 RECIPE_BATCH_SIZE = 128
+STEPS = 2**31 - 1  # a random stream beside the samples', which fold 0, 1, 2, ... into the noise key
 Labels = Sequence[int] | np.ndarray | Array
 
 
@@ -89,18 +89,39 @@ class _Static(NamedTuple):
     network: Any
     objective: Any
     solver: str
+    spacing: str
     is_guided: bool
     cfg_channels: int | None
 
-    def velocity(self, params: PyTree, settings: _Settings, labels: Int[Array, " b"] | ClassMix) -> Callable:
-        scale = settings.cfg_scale if self.is_guided else None
-        num_classes = self.network.config.num_classes
+    def times(self, settings: _Settings) -> sampling.TimeGrid:
+        """The times of the solver's steps."""
+        grid = SOLVERS[self.solver].grid
+        if grid == "sde":
+            return sampling.sde_time_at
+        if grid == "diffusion":
+            return partial(self.objective.time_at, spacing=self.spacing)
+        return partial(sampling.time_at, time_shift=settings.time_shift)
+
+    def step_keys(self, noise_key: Any, indices: Int[Array, " b"]) -> Any:
+        """Keys of the samples' fresh noise; None where the solver draws none."""
+        if not SOLVERS[self.solver].is_stochastic:
+            return None
+        return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(noise_key, STEPS)))(indices)
+
+    def velocity(self, params: PyTree, settings: _Settings, labels: Int[Array, " b"] | ClassMix) -> VelocityFn:
+        """The field with guidance, in its interval."""
         model = model_fn(self.network, params)
-        guided = guide(model, num_classes, scale, settings.cfg_interval, self.cfg_channels)
         if isinstance(labels, ClassMix):
-            first, second = (self.objective.velocity(guided, side) for side in (labels.first, labels.second))
-            return mix(first, second, labels.fraction)
-        return self.objective.velocity(guided, labels)
+            fields = (self._guided(model, settings, side) for side in (labels.first, labels.second))
+            return sampling.mix(*fields, labels.fraction)
+        return self._guided(model, settings, labels)
+
+    def _guided(self, model: ModelFn, settings: _Settings, labels: Int[Array, " b"]) -> VelocityFn:
+        plain = self.objective.velocity(model, labels)
+        if not self.is_guided:
+            return plain
+        guided = sampling.guide(model, self.network.config.num_classes, settings.cfg_scale, self.cfg_channels)
+        return sampling.within(self.objective.velocity(guided, labels), plain, *settings.cfg_interval)
 
 
 @partial(jax.jit, static_argnames=("label_mode",))
@@ -114,10 +135,12 @@ def _draw_noise(key, indices, *, shape):
 
 
 @partial(jax.jit, static_argnames=("static",))
-def _integrate(params, x, labels, settings, first, last, num_steps, *, static):
-    """x after some of the steps of a fixed-step solver."""
-    velocity_fn = static.velocity(params, settings, labels)
-    return ode_steps(velocity_fn, x, first, last, num_steps, static.solver, settings.time_shift)
+def _integrate(params, key, x, labels, settings, first, last, num_steps, *, static):
+    """x after some of the steps of a fixed-step solver; before the first of them it is noise."""
+    velocity_fn, times = static.velocity(params, settings, labels), static.times(settings)
+    x = jnp.where(first == 0, sampling.start_path(x, num_steps, times), x)
+    keys = static.step_keys(key, jnp.arange(len(x)))
+    return sampling.take_steps(velocity_fn, x, first, last, num_steps, static.solver, times, keys)
 
 
 @partial(jax.jit, static_argnames=("static", "latent_shape"))
@@ -128,8 +151,9 @@ def _generate(params, codec, key, indices, labels, settings, num_steps, *, stati
         velocity_of = partial(static.velocity, params, settings)
         latents, nfe = adaptive_sample(velocity_of, noise, labels, rtol=settings.rtol, atol=settings.atol)
     else:
-        velocity_fn = static.velocity(params, settings, labels)
-        latents, nfe = ode_sample(velocity_fn, noise, num_steps, static.solver, settings.time_shift), None
+        velocity_fn, times = static.velocity(params, settings, labels), static.times(settings)
+        keys = static.step_keys(key, indices)
+        latents, nfe = sampling.sample(velocity_fn, noise, num_steps, static.solver, times, keys), None
     return images_to_uint8(codec.decode(latents)), nfe
 
 
@@ -146,7 +170,7 @@ def _invert(params, x, labels, settings, num_steps, *, static):
         velocity_of = partial(static.velocity, params, settings)
         return adaptive_sample(velocity_of, x, labels, 1.0, 0.0, rtol=settings.rtol, atol=settings.atol)[0]
     velocity_fn = static.velocity(params, settings, labels)
-    return ode_invert(velocity_fn, x, num_steps, static.solver, settings.time_shift)
+    return sampling.invert(velocity_fn, x, num_steps, static.solver, static.times(settings))
 
 
 @partial(jax.jit, static_argnames=("static",))
@@ -159,15 +183,15 @@ def _inpaint(params, codec, key, images, is_hole, noise, labels, settings, num_s
     is_known = ~is_hole.reshape(x_known.shape[1], factors[0], x_known.shape[2], factors[1]).any(axis=(1, 3))[..., None]
     velocity_fn = static.velocity(params, settings, labels)
     keys = jax.vmap(partial(jax.random.fold_in, noise_key))(jnp.arange(len(images)))
-    latents = ode_inpaint(
-        velocity_fn, keys, noise, x_known, is_known, num_steps, static.solver, settings.time_shift, num_repeats
+    latents = sampling.inpaint(
+        velocity_fn, keys, noise, x_known, is_known, num_steps, static.solver, static.times(settings), num_repeats
     )
     return jnp.where(is_hole[..., None], images_to_uint8(codec.decode(latents)), images)
 
 
-@partial(jax.jit, static_argnames=("network",))
-def _apply(params, x, t, labels, *, network):
-    return model_fn(network, params)(x, t, labels)
+@partial(jax.jit, static_argnames=("network", "objective"))
+def _velocity(params, x, t, labels, *, network, objective):
+    return objective.velocity(model_fn(network, params), labels)(x, t, t)
 
 
 @jax.jit
@@ -238,7 +262,7 @@ class ImageGenerator:
 
     def _static(self, sampler: SamplerConfig) -> _Static:
         model, is_guided = self.model, sampler.cfg_scale is not None
-        return _Static(model.network, model.objective, sampler.solver, is_guided, sampler.cfg_channels)
+        return _Static(model.network, model.objective, sampler.solver, sampler.spacing, is_guided, sampler.cfg_channels)
 
     def fitting_batch_size(self, sampler: SamplerConfig, num_samples: int, free_memory: int | None) -> int:
         """A batch for devices with that many bytes free, by the compiler's analysis of one sample for each: a power of
@@ -312,7 +336,7 @@ class ImageGenerator:
         self, noise: Float[Array, "n h w c"], labels: Labels | ClassMix, sampler: SamplerConfig, num_stages: int
     ) -> Iterator[Float[Array, "n h w c"]]:
         """The latents at `num_stages` + 1 times of the path, from `noise` itself to t = 1, equally many steps apart (or
-        as near as the step count allows)."""
+        as near as the step count allows). Row j has the fresh noise of sample j, if the solver draws any."""
         labels = _as_arrays(labels)
         settings, static = _Settings.of(sampler), self._static(sampler)
         yield noise
@@ -323,13 +347,18 @@ class ImageGenerator:
             return
         cuts = [sampler.num_steps * i // num_stages for i in range(num_stages + 1)]
         for first, last in itertools.pairwise(cuts):
-            noise = _integrate(self.params, noise, labels, settings, first, last, sampler.num_steps, static=static)
+            steps = (first, last, sampler.num_steps)
+            noise = _integrate(self.params, self.noise_key, noise, labels, settings, *steps, static=static)
             yield noise
 
     def invert(
         self, latents: Float[Array, "n h w c"], labels: Labels | ClassMix, sampler: SamplerConfig
     ) -> Float[Array, "n h w c"]:
-        """The noise from which the ODE leads to `latents`: `sample_latents` backwards, up to the solver's error."""
+        """The noise from which the ODE leads to `latents`: `sample_latents` backwards, up to the solver's error.
+
+        ValueError for a solver that is none of ODEs on times from 0 to 1.
+        """
+        self._check_ode(sampler, "invert")
         arguments = (self.params, latents, _as_arrays(labels), _Settings.of(sampler), sampler.num_steps)
         return _invert(*arguments, static=self._static(sampler))
 
@@ -343,22 +372,29 @@ class ImageGenerator:
     ) -> UInt8[np.ndarray, "n h w c"]:
         """The images with the hole filled; every other pixel as it was. Hole i starts at the noise of sample i.
 
-        For the method, and what `num_repeats` is good for, see `sampling.ode_inpaint`. The hole of a latent model is
-        widened to whole latents. ValueError for an adaptive solver, which takes no steps of one length.
+        For the method, and what `num_repeats` is good for, see `sampling.inpaint`. The hole of a latent model is
+        widened to whole latents. ValueError for an adaptive solver, which takes no fixed steps, and for one that is
+        none of ODEs.
         """
         if sampler.is_adaptive:
             raise ValueError(f"{sampler.solver} cannot inpaint: use a solver of fixed steps")
+        self._check_ode(sampler, "inpaint")
         filled = _inpaint(
             self.params, self.model.codec, self.noise_key, images, is_hole, self.noise(range(len(images))),
             _as_arrays(labels), _Settings.of(sampler), sampler.num_steps, num_repeats, static=self._static(sampler),
         )  # fmt: skip
         return gather(filled)
 
+    def _check_ode(self, sampler: SamplerConfig, verb: str) -> None:
+        if not sampler.is_adaptive and sampler.solver not in ODE_SOLVERS:
+            raise ValueError(f"{sampler.solver} cannot {verb}: use one of {', '.join(ODE_SOLVERS)}")
+
     def model_fn(self, x: ArrayLike, t: Any, labels: Any) -> Float[Array, "n h w c"]:
-        """What the network answers, float32, to latents (n, h, w, c), times (n,) and labels (n,), without guidance: the
-        velocity, of a flow-matching model."""
+        """The velocity, float32, without guidance, at x (n, h, w, c) on the straight path from noise (t = 0) to data
+        (t = 1), times (n,) and labels (n,); whatever the network predicts."""
         t, labels = jnp.asarray(t, jnp.float32), jnp.asarray(labels, jnp.int32)
-        return _apply(self.params, x, t, labels, network=self.model.network)
+        static = {"network": self.model.network, "objective": self.model.objective}
+        return _velocity(self.params, x, t, labels, **static)
 
     def encode(self, images: UInt8[np.ndarray | Array, "n h w c"], seed: int = 0) -> Float[Array, "n h2 w2 c2"]:
         """Latents of images; drawn from the posterior of a VAE."""
@@ -386,7 +422,7 @@ def load_generator(
     vae: str | None = None,
     mesh: Mesh | None = None,
 ) -> ImageGenerator:
-    """The generator of a run: its folder, or RUN/checkpoints/STEP for another checkpoint than the newest.
+    """The generator of a run: its folder, RUN/checkpoints/STEP for another checkpoint than the newest, or hf:USER/NAME.
 
     `params` is 'ema' or 'raw'; `label_mode` says how labels are drawn where none are given; `dtype` is another compute
     dtype than in training; `vae` is where the VAE is now, if not where it was. UserError where there is no whole
@@ -395,7 +431,7 @@ def load_generator(
     if params not in ("ema", "raw"):
         raise UserError(f"--params={params} is unknown; use ema or raw")
     mesh = mesh or make_mesh()
-    checkpoints, steps = open_checkpoint(str(run))
+    checkpoints, steps = open_checkpoint(local_run(str(run)))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     model = load_model(saved, mesh, dtype=dtype, vae=vae)
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, params)
@@ -411,7 +447,14 @@ def load_model(saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, v
     codec = load_codec(
         bool(config.use_stable_vae), vae or data["vae"] or DEFAULT_HUB_ID, mesh, shape, data["vae_sha256"]
     )
-    return make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"])
+    model = make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"])
+    if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
+        theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))
+        raise UserError(
+            f"--vae={vae or data['vae'] or DEFAULT_HUB_ID} makes latents {theirs} of images "
+            f"{'x'.join(map(str, shape))}, but the model takes {ours}; give the VAE with which it was trained"
+        )
+    return model
 
 
 def restore_params(checkpoints: Any, steps: list[int], model: ImageModel, which: str = "ema") -> tuple[int, PyTree]:

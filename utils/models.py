@@ -29,7 +29,7 @@ class Network(Protocol):
         """{"params": fresh parameters}."""
 
     def apply(self, variables: Any, x: Any, t: Any, labels: Any) -> Any:
-        """The output for x_t (b, h, w, c), times (b,) and labels (b,), of the shape of x_t."""
+        """The output for x_t (b, h, w, c), times (b,) and labels (b,): of the shape of x_t, or with more channels."""
 
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
         """Of one forward pass on one image, matmuls only (2 per MAC)."""

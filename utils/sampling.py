@@ -1,4 +1,4 @@
-"""Samples from a velocity field: guidance, ODE solvers, and the noise and label of sample i.
+"""Samples from a velocity field: guidance, solvers, and the noise and label of sample i.
 
 The number of steps and the guidance scale are ordinary arguments of the compiled function: changing them compiles
 nothing anew. Nothing here knows the network.
@@ -20,15 +20,14 @@ def guide(
     model_fn: ModelFn,
     num_classes: int,
     cfg_scale: float | Float[Array, ""] | None,
-    cfg_interval: tuple[float | Float[Array, ""], float | Float[Array, ""]] | None = None,
     cfg_channels: int | None = None,
 ) -> ModelFn:
     """model_fn with classifier-free guidance (arXiv:2207.12598): v_uncond + s (v_cond - v_uncond), of all channels or,
-    as DiT and SiT have it, of the first `cfg_channels`; the others are conditional.
+    as DiT and SiT have it, of the first `cfg_channels`; the others are conditional. So are outputs beyond the channels
+    of x, a learned variance.
 
     Label `num_classes` means "no label"; both halves go through the network in one batch of 2b. `cfg_scale` None turns
-    guidance off: the conditional prediction, at half the cost (equal to s = 1 up to rounding). So it does outside
-    `cfg_interval` (first and last time with guidance, arXiv:2404.07724), if one is given; t is then one for all.
+    guidance off: the conditional prediction, at half the cost (equal to s = 1 up to rounding).
     """
 
     if cfg_scale is None:
@@ -40,14 +39,20 @@ def guide(
         v = model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels)
         v_uncond, v_cond = jnp.split(v, 2)
         v = v_uncond + scale * (v_cond - v_uncond)
-        if cfg_channels is None:
+        num_guided = x.shape[-1] if cfg_channels is None else cfg_channels
+        if num_guided >= v.shape[-1]:
             return v
-        return jnp.concatenate([v[..., :cfg_channels], v_cond[..., cfg_channels:]], axis=-1)
+        return jnp.concatenate([v[..., :num_guided], v_cond[..., num_guided:]], axis=-1)
 
-    if cfg_interval is None:
-        return guided
-    low, high = cfg_interval
-    return lambda x, t, labels: jax.lax.cond((low <= t[0]) & (t[0] <= high), guided, model_fn, x, t, labels)
+    return guided
+
+
+def within(
+    guided: VelocityFn, plain: VelocityFn, low: float | Float[Array, ""], high: float | Float[Array, ""]
+) -> VelocityFn:
+    """The first field at times from `low` to `high`, and the second, at half the cost, before and after
+    (arXiv:2404.07724); t is one for all examples."""
+    return lambda x, t, t_next: jax.lax.cond((low <= t[0]) & (t[0] <= high), guided, plain, x, t, t_next)
 
 
 def mix(first: VelocityFn, second: VelocityFn, fractions: Float[Array, " b"]) -> VelocityFn:
@@ -60,7 +65,9 @@ def mix(first: VelocityFn, second: VelocityFn, fractions: Float[Array, " b"]) ->
     return velocity_fn
 
 
-StepFn = Callable[[VelocityFn, Float[Array, "b ..."], Float[Array, ""], Float[Array, ""]], Float[Array, "b ..."]]
+StepFn = Callable[..., Float[Array, "b ..."]]
+# grid(step, num_steps): the time before step `step` of `num_steps`, and at its end after the last.
+TimeGrid = Callable[[int | Int[Array, ""], int | Int[Array, ""]], Float[Array, ""]]
 
 
 def _times(t: Float[Array, ""], x: Float[Array, "b ..."]) -> Float[Array, " b"]:
@@ -93,17 +100,71 @@ def midpoint_step(
     return x + (t_next - t) * v
 
 
+def euler_maruyama_step(
+    velocity_fn: VelocityFn,
+    x: Float[Array, "b ..."],
+    t: Float[Array, ""],
+    t_next: Float[Array, ""],
+    fresh_noise: Float[Array, "b ..."],
+) -> Float[Array, "b ..."]:
+    """Order 1 of the SDE with the same marginals (SiT, arXiv:2401.08740, its diffusion coefficient 1 - t).
+
+    On the straight path the score is (t v - x) / (1 - t), so that dx = (v + (t v - x)) dt + sqrt(2 (1 - t)) dW. The
+    step that ends at t = 1 takes the mean alone.
+    """
+    v = velocity_fn(x, _times(t, x), _times(t_next, x))
+    drift = v + (t * v - x)
+    deviation = jnp.where(t_next < 1, jnp.sqrt(2 * (1 - t) * (t_next - t)), 0)
+    return x + (t_next - t) * drift + deviation * fresh_noise
+
+
+def ancestral_step(
+    velocity_fn: VelocityFn,
+    x: Float[Array, "b ..."],
+    t: Float[Array, ""],
+    t_next: Float[Array, ""],
+    fresh_noise: Float[Array, "b ..."],
+) -> Float[Array, "b ..."]:
+    """The posterior of DDPM (arXiv:2006.11239, eq. 6 and 7) between two times of the straight path.
+
+    With s = 1 - t, s' = 1 - t' and x_1 = x + s v predicted, its mean is a x_1 + b x for a = c / (t' s^2),
+    b = (t / t') (s' / s)^2 and c = (t' - t) (t' s + t s'), and its variance s'^2 - (b s)^2 = c (s' / (t' s))^2. No two
+    numbers that are nearly equal are subtracted but the times, so that float32 keeps the digits.
+    """
+    x_1 = x + (1 - t) * velocity_fn(x, _times(t, x), _times(t_next, x))
+    s, s_next = 1 - t, 1 - t_next
+    common = (t_next - t) * (t_next * s + t * s_next)
+    mean = common / (t_next * s**2) * x_1 + (t / t_next) * (s_next / s) ** 2 * x
+    return mean + jnp.sqrt(common) * s_next / (t_next * s) * fresh_noise
+
+
 class Solver(NamedTuple):
-    """One step, and the velocities it takes (NFE: number of function evaluations)."""
+    """One step, and the velocities it takes (NFE: number of function evaluations).
+
+    A stochastic one takes standard normal noise (b, ...) as its last argument. `grid` names its times: 'any' of
+    --time_grid; 'sde', `sde_time_at`; 'diffusion', those of the noise levels that a diffusion objective trains.
+    """
 
     step: StepFn
     nfe: int
+    is_stochastic: bool = False
+    grid: str = "any"
 
 
 # One more solver is one function and one line.
-SOLVERS = {"euler": Solver(euler_step, 1), "heun": Solver(heun_step, 2), "midpoint": Solver(midpoint_step, 2)}
+SOLVERS = {
+    "euler": Solver(euler_step, 1),
+    "heun": Solver(heun_step, 2),
+    "midpoint": Solver(midpoint_step, 2),
+    "sde": Solver(euler_maruyama_step, 1, is_stochastic=True, grid="sde"),
+    "ddim": Solver(euler_step, 1, grid="diffusion"),  # the straight path makes it Euler's
+    "ddpm": Solver(ancestral_step, 1, is_stochastic=True, grid="diffusion"),
+}
 ADAPTIVE_SOLVERS = ("dopri5",)
+ODE_SOLVERS = tuple(name for name, solver in SOLVERS.items() if solver.grid == "any")
 MAX_ADAPTIVE_STEP = 1 / 4  # the error estimate of a longer one does not see what lies between
+SPACINGS = ("linspace", "leading")  # of the noise levels of a diffusion, see `Diffusion.time_at`
+SDE_LAST_STEP = 0.04  # where the score is not to be trusted; SiT's
 
 
 class SamplerConfig(NamedTuple):
@@ -115,6 +176,7 @@ class SamplerConfig(NamedTuple):
     solver: str = "euler"
     cfg_channels: int | None = None  # how many channels are guided; None: all
     time_shift: float = 1.0  # see `time_at`
+    spacing: str = SPACINGS[0]  # of ddim and ddpm
     rtol: float = 1e-5  # of adaptive solvers, which take no step count
     atol: float = 1e-5
 
@@ -128,10 +190,13 @@ class SamplerConfig(NamedTuple):
         return None if self.is_adaptive else self.num_steps * SOLVERS[self.solver].nfe
 
     def __str__(self) -> str:
-        steps = f"{self.num_steps} {self.solver.capitalize()} step{'s' * (self.num_steps > 1)}"
+        name = self.solver.capitalize() if self.solver in ODE_SOLVERS else self.solver.upper()
+        steps = f"{self.num_steps} {name} step{'s' * (self.num_steps > 1)}"
         if self.is_adaptive:
             steps = f"{self.solver} (rtol {self.rtol:g}, atol {self.atol:g})"
         shift = f" on times shifted by {self.time_shift:g}" if self.time_shift != 1 else ""
+        if self.spacing != SPACINGS[0]:
+            shift = f" with {self.spacing} spacing"
         guidance = "no guidance" if self.cfg_scale is None else f"guidance {self.cfg_scale:g}"
         low, high = self.cfg_interval
         if self.cfg_scale is not None and (low > 0 or high < 1):
@@ -151,57 +216,76 @@ def time_at(step: int | Int[Array, ""], num_steps: int | Int[Array, ""], time_sh
     return jnp.where(time_shift == 1, u, u / (u + time_shift * (1 - u)))
 
 
-def ode_steps(
+def sde_time_at(step: int | Int[Array, ""], num_steps: int | Int[Array, ""]) -> Float[Array, ""]:
+    """SiT's times for its SDE: `num_steps` from 0 to 0.96, ends included, and 1 after the last step."""
+    u = jnp.float32(step / jnp.maximum(num_steps - 1, 1)) * (1 - SDE_LAST_STEP)
+    return jnp.where(step < num_steps, u, 1)
+
+
+def start_path(
+    noise: Float[Array, "b ..."], num_steps: int | Int[Array, ""], times: TimeGrid = time_at
+) -> Float[Array, "b ..."]:
+    """Standard normal noise as it is at the first time t of the grid: times sqrt(t^2 + (1 - t)^2), 1 at t = 0."""
+    t = times(0, num_steps)
+    return noise * jnp.hypot(t, 1 - t)
+
+
+def take_steps(
     velocity_fn: VelocityFn,
     x: Float[Array, "b ..."],
     first: int | Int[Array, ""],
     last: int | Int[Array, ""],
     num_steps: int | Int[Array, ""],
     solver: str = "euler",
-    time_shift: float | Float[Array, ""] = 1.0,
+    times: TimeGrid = time_at,
+    keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "b ..."]:
-    """x after the steps i = first .. last - 1 of `num_steps`, each from `time_at` i to that at i + 1.
+    """x after the steps i = first .. last - 1 of `num_steps`, each from times(i, num_steps) to that of i + 1.
 
-    `solver` is a key of SOLVERS. All three counts may be traced, so that one compiled function serves every step count
-    and every stage of a path; so may the shift.
+    `solver` is a key of SOLVERS; a stochastic one draws the noise of example j at step i from (keys[j], i). All three
+    counts may be traced, so that one compiled function serves every step count and every stage of a path.
     """
-    step = SOLVERS[solver].step
+    step, _, is_stochastic, _ = SOLVERS[solver]
 
     def body(i, x):
-        return step(velocity_fn, x, time_at(i, num_steps, time_shift), time_at(i + 1, num_steps, time_shift))
+        t, t_next = times(i, num_steps), times(i + 1, num_steps)
+        if is_stochastic:
+            fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:]))(keys)
+            return step(velocity_fn, x, t, t_next, fresh)
+        return step(velocity_fn, x, t, t_next)
 
     return jax.lax.fori_loop(first, last, body, x)
 
 
-def ode_sample(
+def sample(
     velocity_fn: VelocityFn,
     noise: Float[Array, "b ..."],
     num_steps: int | Int[Array, ""],
     solver: str = "euler",
-    time_shift: float | Float[Array, ""] = 1.0,
+    times: TimeGrid = time_at,
+    keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "b ..."]:
-    """Samples: `noise` carried from t = 0 to t = 1 by `num_steps` steps."""
-    return ode_steps(velocity_fn, noise, 0, num_steps, num_steps, solver, time_shift)
+    """Samples: `noise` carried to t = 1 by `num_steps` steps; see `take_steps`."""
+    x = start_path(noise, num_steps, times)
+    return take_steps(velocity_fn, x, 0, num_steps, num_steps, solver, times, keys)
 
 
-def ode_invert(
+def invert(
     velocity_fn: VelocityFn,
     x_1: Float[Array, "b ..."],
     num_steps: int | Int[Array, ""],
     solver: str = "euler",
-    time_shift: float | Float[Array, ""] = 1.0,
+    times: TimeGrid = time_at,
 ) -> Float[Array, "b ..."]:
-    """The noise from which `ode_sample` leads to `x_1`, up to the solver's error: its steps from t = 1 to t = 0."""
-    step = SOLVERS[solver].step
+    """The noise from which `sample` leads to `x_1`, up to the solver's error: its steps from t = 1 to t = 0."""
 
-    def body(i, x):
-        t, t_next = (time_at(num_steps - j, num_steps, time_shift) for j in (i, i + 1))
-        return step(velocity_fn, x, t, t_next)
+    def backwards(step, num_steps):
+        return times(num_steps - step, num_steps)
 
-    return jax.lax.fori_loop(0, num_steps, body, x_1)
+    return take_steps(velocity_fn, x_1, 0, num_steps, num_steps, solver, backwards)
 
 
-def ode_inpaint(
+def inpaint(
     velocity_fn: VelocityFn,
     keys: Key[Array, " b"],
     noise: Float[Array, "b ..."],
@@ -209,7 +293,7 @@ def ode_inpaint(
     is_known: Bool[Array, "..."],
     num_steps: int | Int[Array, ""],
     solver: str = "euler",
-    time_shift: float | Float[Array, ""] = 1.0,
+    times: TimeGrid = time_at,
     num_repeats: int | Int[Array, ""] = 1,
 ) -> Float[Array, "b ..."]:
     """Samples that are `x_known` where `is_known`, of the shape of one example.
@@ -225,7 +309,7 @@ def ode_inpaint(
 
     def body(i, carried):
         x, x_0 = carried
-        t, t_next = time_at(i, num_steps, time_shift), time_at(i + 1, num_steps, time_shift)
+        t, t_next = times(i, num_steps), times(i + 1, num_steps)
 
         def again(repeat, carried):
             x, _ = carried

@@ -7,10 +7,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from utils.errors import UserError
+from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.objective import Objective
 
-OBJECTIVES: dict[str, Any] = {"flow_matching": FlowMatching}  # frozen dataclasses that implement Objective
+# Frozen dataclasses that implement Objective.
+OBJECTIVES: dict[str, Any] = {"flow_matching": FlowMatching, "diffusion": Diffusion}
 
 
 def flag_of(field: dataclasses.Field) -> str:

@@ -1,0 +1,117 @@
+"""Makes runs of published checkpoints, and published checkpoints of runs.
+
+    python convert_checkpoint.py --source SiT-XL-2-256.pt --family sit --out runs/sit-xl
+    python convert_checkpoint.py --source facebook/DiT-XL-2-256 --out runs/dit-xl
+    python convert_checkpoint.py --load_dir runs/demo --out demo.safetensors
+    python convert_checkpoint.py --load_dir runs/demo --out demo --push USER/demo
+
+No pickle is executed, and PyTorch is not needed. docs/checkpoints.md says which files are read, and how to score them.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from utils import cli
+from utils.console import log, show_result
+from utils.convert.published import FAMILIES
+from utils.convert.runs import export_run, import_run, push
+from utils.convert.sources import read_source
+from utils.errors import UserError
+from utils.external import BadFileError, read_bounded
+from utils.help import hide, topic
+
+OF_IMPORT = ("family", "num_heads", "class_names", "vae")
+OF_EXPORT = ("params", "push", "private")
+MAX_NAMES_BYTES = 2**24
+
+
+def define_flags() -> None:
+    cli.define_path("out", None, "Folder of the new run; of --load_dir: a file X.safetensors, or a folder for the hub.")
+    with topic("Published to run"):
+        cli.define_path(
+            "source", None, "Published checkpoint: .pt, .bin or .safetensors; a folder of diffusers; a hub id."
+        )
+        flags.DEFINE_enum("family", None, list(FAMILIES), "Whose checkpoint it is, where the file does not say.")
+        flags.DEFINE_integer("num_heads", None, "Attention heads; default: those of the published model that wide.", 1)
+        cli.define_path("class_names", None, "Text file with a class name a line; default: ImageNet's of 1,000.")
+        cli.define_path("vae", None, "Hub id or folder of the VAE of its latents; default: that of the publication.")
+    with topic("Run to published"):
+        cli.define_path("load_dir", None, "Run to export; RUN/checkpoints/STEP for one of its checkpoints.")
+        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+        flags.DEFINE_string("push", None, "Also upload the folder --out to this repository of the hub, USER/NAME.")
+        flags.DEFINE_bool("private", False, "With --push: only you may read the repository.")
+    cli.define_saved_model_flags()  # what a checkpoint does not say has their defaults
+    hide(["model.dtype"])
+
+
+def read_class_names(path: str) -> list[str]:
+    """The lines of a text file. UserError where there is none, or one is empty or there twice."""
+    try:
+        names = read_bounded(Path(path), MAX_NAMES_BYTES).decode().splitlines()
+    except (BadFileError, UnicodeDecodeError) as error:
+        raise UserError(f"--class_names={path}: {error}; give a text file with a name a line") from None
+    if not names or not all(map(str.strip, names)) or len(set(names)) != len(names):
+        raise UserError(f"--class_names={path}: every line must hold a name of its own")
+    return names
+
+
+def import_checkpoint(config: ConfigDict) -> None:
+    source = read_source(config.source)
+    if source.run is not None:
+        cli.refuse_ignored(OF_IMPORT, f"on {config.source}, which says it itself")
+    saved = import_run(
+        config.source,
+        source,
+        Path(config.out),
+        config.model.to_dict(),
+        family=config.family,
+        num_heads=config.num_heads,
+        class_names=read_class_names(config.class_names) if config.class_names else None,
+        vae=config.vae,
+    )
+    model, data = saved["model"], saved["dataset"]
+    log(
+        f"{model['hidden_size']} wide, {model['depth']} deep, {model['num_heads']} heads, patch {model['patch_size']} "
+        f"on {'x'.join(map(str, data['latent_shape']))}, {len(data['class_names'])} classes, objective "
+        f"{saved['objective']['name']}, time times {model['timestep_scale']:g}"
+    )
+    if model["learned_positions"]:
+        log("its position table has been trained: it is kept")
+    if model["use_stable_vae"]:
+        log(f"latents of {data['vae'] or 'a VAE that is not read here: give --vae'}")
+    guidance = "--cfg_scale 1.5 --cfg_channels 3 " if model["use_stable_vae"] else ""
+    log(f"samples: python sample.py --load_dir {config.out} {guidance}--num_samples 4")
+    show_result(config.out)
+
+
+def export_checkpoint(config: ConfigDict) -> None:
+    out = Path(config.out)
+    if config.push and out.suffix == ".safetensors":
+        raise UserError(f"--push={config.push}: --out={out} is a file; give a folder")
+    written = export_run(config.load_dir, out, config.params)
+    for path in written:
+        show_result(str(path))
+    if config.push:
+        show_result(push(out, config.push, config.private))
+
+
+def main(config: ConfigDict) -> None:
+    if bool(config.source) == bool(config.load_dir):
+        raise UserError("give one of --source (a published checkpoint) and --load_dir (a run to export)")
+    if not config.out:
+        raise UserError("--out is not given: name a folder for the run, or a file X.safetensors for the export")
+    cli.refuse_ignored(cli.model_flags(), "here: a checkpoint has its own")
+    if config.source:
+        cli.refuse_ignored(OF_EXPORT, "with --source")
+        import_checkpoint(config)
+    else:
+        cli.refuse_ignored(OF_IMPORT, "with --load_dir")
+        if not config.push:
+            cli.refuse_ignored(("private",), "without --push")
+        export_checkpoint(config)
+
+
+if __name__ == "__main__":
+    cli.run_program(define_flags, main)

@@ -1,0 +1,368 @@
+"""Published DiT-family checkpoints: their tensors by name, and the parameters of this DiT that they are.
+
+DiT (arXiv:2212.09748), SiT (arXiv:2401.08740) and LightningDiT (arXiv:2501.01423) share one layout; diffusers' names
+are rewritten to it first. One table of names serves both directions.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
+
+from diffusion_transformer import SIZES, DiTConfig, position_table
+from utils.external import BadFileError
+
+HEADS = {width: heads for width, _, heads in SIZES.values()}
+TABLE_TOLERANCE = 1e-5  # up to which a position table is the constant one
+State = Mapping[str, np.ndarray]
+
+
+class Family(NamedTuple):
+    """What the tensors do not say: they have the same names and shapes in all of a family's models."""
+
+    title: str
+    objective: dict[str, Any]  # --objective.* of a run
+    settings: dict[str, Any]  # --model.* of a run
+    vae: str | None
+    keeps_sigma: bool  # whether the second half of the outputs is used
+
+
+FAMILIES = {
+    "sit": Family(
+        "SiT",
+        {"name": "flow_matching"},
+        {"timestep_scale": 1.0, "t_sampler": "uniform"},
+        "stabilityai/sd-vae-ft-ema",
+        keeps_sigma=False,
+    ),
+    "dit": Family(
+        "DiT",
+        {"name": "diffusion", "diffusion_timesteps": 1000},
+        {"timestep_scale": 1.0},
+        "stabilityai/sd-vae-ft-ema",
+        keeps_sigma=True,
+    ),
+    "lightningdit": Family(
+        "LightningDiT",
+        {"name": "flow_matching"},
+        {"timestep_scale": 1.0, "t_sampler": "logit_normal"},
+        None,
+        keeps_sigma=False,
+    ),
+}
+
+
+class Tensor(NamedTuple):
+    """One tensor of a published file, and the parameter that it is."""
+
+    name: str
+    path: tuple[str, ...]
+    load: Callable[[np.ndarray], np.ndarray]
+    store: Callable[[np.ndarray], np.ndarray]
+
+
+def _same(value: np.ndarray) -> np.ndarray:
+    return value
+
+
+def _transposed(value: np.ndarray) -> np.ndarray:
+    return value.T
+
+
+# Kernels (d, c, p, p) of a convolution there, (p, p, c, d) here.
+def _load_patches(value: np.ndarray) -> np.ndarray:
+    return value.transpose(2, 3, 1, 0)
+
+
+def _store_patches(value: np.ndarray) -> np.ndarray:
+    return value.transpose(3, 2, 0, 1)
+
+
+def _linear(name: str, *path: str) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.weight", (*path, "kernel"), _transposed, _transposed)
+    yield Tensor(f"{name}.bias", (*path, "bias"), _same, _same)
+
+
+def tensor_table(config: DiTConfig) -> list[Tensor]:
+    """The tensors of a model, but for `pos_embed`, which is a constant in most."""
+    table = [
+        Tensor("x_embedder.proj.weight", ("patch_embed", "kernel"), _load_patches, _store_patches),
+        Tensor("x_embedder.proj.bias", ("patch_embed", "bias"), _same, _same),
+        *_linear("t_embedder.mlp.0", "timestep_embed", "dense_0"),
+        *_linear("t_embedder.mlp.2", "timestep_embed", "dense_1"),
+        Tensor("y_embedder.embedding_table.weight", ("label_embed", "Embed_0", "embedding"), _same, _same),
+    ]
+    for i in range(config.depth):
+        theirs, ours = f"blocks.{i}", f"block_{i}"
+        table += _linear(f"{theirs}.attn.qkv", ours, "attention", "qkv")
+        table += _linear(f"{theirs}.attn.proj", ours, "attention", "out")
+        for name, layer in zip(_mlp_names(config), ("dense_0", "dense_1"), strict=True):
+            table += _linear(f"{theirs}.mlp.{name}", ours, "mlp", layer)
+        table += _linear(f"{theirs}.adaLN_modulation.1", ours, "ada_ln", "dense")
+        table += [_scale(f"{theirs}.{norm}", ours, norm) for norm in ("norm1", "norm2") if config.norm == "rms"]
+        if config.qk_norm:
+            table += [_scale(f"{theirs}.attn.{norm}", ours, "attention", norm) for norm in ("q_norm", "k_norm")]
+    table += _linear("final_layer.adaLN_modulation.1", "final_layer", "ada_ln", "dense")
+    table += _linear("final_layer.linear", "final_layer", "dense")
+    if config.norm == "rms":
+        table.append(_scale("final_layer.norm_final", "final_layer", "norm"))
+    return table
+
+
+def _scale(name: str, *path: str) -> Tensor:
+    return Tensor(f"{name}.weight", (*path, "scale"), _same, _same)
+
+
+def _mlp_names(config: DiTConfig) -> tuple[str, str]:
+    return ("w12", "w3") if config.mlp == "swiglu" else ("fc1", "fc2")
+
+
+# --- From a file to parameters ---
+
+
+def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, int, int]) -> PyTree:
+    """Parameters (NumPy arrays, float32) of a checkpoint in the published names; see `find_config`.
+
+    Raises BadFileError, naming it, for a tensor that is missing, left over or misshapen, or holds no finite numbers.
+    """
+    state = dict(state)
+    height, width, channels = latent_shape
+    pos_embed = _take(state, "pos_embed", 3)
+    del state["pos_embed"]
+    if config.rope:
+        _drop_rope_table(state, config, height * width // config.patch_size**2)
+    table = tensor_table(config)
+    _check_names(state, [tensor.name for tensor in table])
+
+    outputs = channels * (2 if config.learn_sigma else 1)
+    flat = {}
+    for tensor in table:
+        value = tensor.load(_to_float32(tensor.name, state[tensor.name]))
+        if tensor.path[:2] == ("final_layer", "dense"):
+            # Outputs are (row, column, channel) of a patch; a half that nothing uses is left out.
+            value = value.reshape(*value.shape[:-1], config.patch_size**2, -1)[..., :outputs]
+            value = value.reshape(*value.shape[:-2], -1)
+        if tensor.path[0] == "label_embed" and len(value) == config.num_classes:
+            value = np.concatenate([value, np.zeros_like(value[:1])])  # "no label", which it was trained without
+        flat[tensor.path] = value
+    if config.learned_positions:
+        flat["pos_embed",] = _to_float32("pos_embed", pos_embed)
+    _check_shapes(flat, config, latent_shape)
+    return unflatten_dict(flat)
+
+
+def find_config(
+    state: State, family: str, num_heads: int | None = None, num_classes: int | None = None
+) -> tuple[DiTConfig, tuple[int, int, int]]:
+    """(configuration, latent shape (h, w, c)) of a checkpoint in the published names, from its tensors' shapes.
+
+    `family` is a key of FAMILIES. `num_heads`: by default that of the published model of this width. `num_classes`
+    tells a table of labels without a row for "no label", of a model trained without dropout, from one with it. Raises
+    BadFileError, naming it, for a tensor without which nothing is known, and for what does not fit the family.
+    """
+    kernel = _take(state, "x_embedder.proj.weight", 4)
+    hidden_size, channels, patch_size, _ = kernel.shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if "blocks.0.mlp.w12.weight" in state or "blocks.0.norm1.weight" in state:
+        if family != "lightningdit":
+            raise BadFileError("it is a LightningDiT's (it has its norms and MLP); use --family lightningdit")
+    elif family == "lightningdit":
+        raise BadFileError("it is no LightningDiT's, which has blocks.0.mlp.w12 or blocks.0.norm1")
+
+    is_swiglu = "blocks.0.mlp.w12.weight" in state
+    mlp_width = _take(state, f"blocks.0.mlp.{'w3' if is_swiglu else 'fc2'}.weight", 2).shape[1]
+    num_rows = len(_take(state, "y_embedder.embedding_table.weight", 2))
+    has_no_label = num_rows != num_classes
+    num_outputs = len(_take(state, "final_layer.linear.weight", 2)) // patch_size**2
+    if num_outputs not in (channels, 2 * channels):
+        raise BadFileError(f"it has {num_outputs} output channels for {channels} of its input")
+    rows, columns = _grid_of(state)
+
+    config = DiTConfig(
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        depth=depth,
+        num_heads=_choose_heads(state, hidden_size, num_heads),
+        mlp_ratio=_mlp_ratio(hidden_size, mlp_width, is_swiglu),
+        class_dropout_prob=0.1 if has_no_label else 0.0,
+        num_classes=num_rows - 1 if has_no_label else num_rows,
+        timestep_scale=FAMILIES[family].settings["timestep_scale"],
+        learned_positions=int(_has_moved(state, rows, columns, hidden_size)),
+        learn_sigma=int(FAMILIES[family].keeps_sigma and num_outputs == 2 * channels),
+        dtype="float32",
+        norm="rms" if "blocks.0.norm1.weight" in state else "layer",
+        mlp="swiglu" if is_swiglu else "gelu",
+        rope=int("feat_rope.freqs_cos" in state),
+        qk_norm=int("blocks.0.attn.q_norm.weight" in state),
+    )
+    return config, (rows * patch_size, columns * patch_size, channels)
+
+
+def _take(state: State, name: str, ndim: int) -> np.ndarray:
+    if name not in state:
+        raise BadFileError(f"it has no tensor {name}, which every model of these families has")
+    if state[name].ndim != ndim or 0 in state[name].shape:
+        raise BadFileError(f"its tensor {name} has the shape {state[name].shape}")
+    return state[name]
+
+
+def _grid_of(state: State) -> tuple[int, int]:
+    """Rows and columns of patches. A file without a table of positions, diffusers', says it by `sample_size`."""
+    tokens = state["pos_embed"].shape[1] if "pos_embed" in state and state["pos_embed"].ndim == 3 else 0
+    side = round(tokens**0.5)
+    if side == 0 or side**2 != tokens:
+        raise BadFileError("it has no pos_embed (1, tokens, width) of a square image, from which its size is read")
+    return side, side
+
+
+def _has_moved(state: State, rows: int, columns: int, width: int) -> bool:
+    """Whether the position table is another than the constant one."""
+    table, expected = state["pos_embed"], position_table(rows, columns, width)
+    if table.shape != (1, *expected.shape):
+        raise BadFileError(f"its tensor pos_embed has the shape {table.shape}, not {(1, *expected.shape)}")
+    return bool(np.abs(np.asarray(table[0], np.float32) - expected).max() >= TABLE_TOLERANCE)
+
+
+def _choose_heads(state: State, hidden_size: int, num_heads: int | None) -> int:
+    if "blocks.0.attn.q_norm.weight" in state:  # as wide as a head
+        found = hidden_size // len(state["blocks.0.attn.q_norm.weight"])
+    elif "feat_rope.freqs_cos" in state:
+        found = hidden_size // state["feat_rope.freqs_cos"].shape[-1]
+    else:
+        found = HEADS.get(hidden_size)
+    heads = num_heads or found
+    if heads is None:
+        raise BadFileError(f"no published model is {hidden_size} wide: give the number of heads with --num_heads")
+    if hidden_size % heads:
+        raise BadFileError(f"--num_heads={heads} does not divide its width {hidden_size}")
+    return heads
+
+
+def _mlp_ratio(hidden_size: int, width: int, is_swiglu: bool) -> float:
+    """The ratio that gives an MLP of this width (see `DiTConfig.mlp_width`)."""
+    scale = 1.5 if is_swiglu else 1.0
+    candidates = (4.0, scale * width / hidden_size, scale * (width + 0.5) / hidden_size)
+    for ratio in candidates:
+        mlp = "swiglu" if is_swiglu else "gelu"
+        if DiTConfig(hidden_size=hidden_size, mlp_ratio=ratio, mlp=mlp).mlp_width == width:
+            return ratio
+    raise BadFileError(f"its MLP is {width} wide, which no --model.mlp_ratio gives")
+
+
+def _drop_rope_table(state: dict[str, np.ndarray], config: DiTConfig, num_tokens: int) -> None:
+    """The angles are constants; UserError where they are not those of this position."""
+    for name in ("feat_rope.freqs_cos", "feat_rope.freqs_sin"):
+        table = state.pop(name, None)
+        if table is not None and table.shape != (num_tokens, config.hidden_size // config.num_heads):
+            raise BadFileError(f"its tensor {name} has the shape {table.shape}, which is of another image size")
+
+
+def _check_names(state: State, expected: list[str]) -> None:
+    missing = [name for name in expected if name not in state]
+    if missing:
+        raise BadFileError(f"it has no tensor {missing[0]} ({len(missing)} are missing)")
+    surplus = sorted(state.keys() - set(expected))
+    if surplus:
+        raise BadFileError(f"it has a tensor {surplus[0]} that no such model has ({len(surplus)} are left over)")
+
+
+def _check_shapes(flat: Mapping[tuple[str, ...], np.ndarray], config: DiTConfig, latent_shape: tuple) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from diffusion_transformer import DiT
+
+    arguments = (jnp.zeros((1, *latent_shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    shapes = flatten_dict(jax.eval_shape(DiT(config).init, jax.random.key(0), *arguments)["params"])
+    for path, shape in shapes.items():
+        if flat[path].shape != shape.shape:
+            raise BadFileError(f"its {'/'.join(path)} has the shape {flat[path].shape}, not {shape.shape}")
+
+
+def _to_float32(name: str, value: np.ndarray) -> np.ndarray:
+    value = np.asarray(value)
+    if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
+        raise BadFileError(f"its tensor {name} holds {value.dtype}")
+    value = value.astype(np.float32, copy=False)
+    if not np.isfinite(value).all():
+        raise BadFileError(f"its tensor {name} holds NaN or infinity")
+    return value
+
+
+# --- From parameters to a file ---
+
+
+def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """{published name: tensor} of parameters: the inverse of `import_published`, bit for bit."""
+    flat = flatten_dict(params)
+    height, width, _ = latent_shape
+    p = config.patch_size
+    table = flat.pop(("pos_embed",), None)
+    if table is None:
+        table = position_table(height // p, width // p, config.hidden_size)[None]
+    state = {"pos_embed": np.asarray(table, np.float32)}
+    for tensor in tensor_table(config):
+        value = np.asarray(flat.pop(tensor.path))
+        if tensor.path[0] == "label_embed" and config.class_dropout_prob == 0:
+            value = value[: config.num_classes]
+        state[tensor.name] = np.ascontiguousarray(tensor.store(value))
+    if flat:
+        raise ValueError(f"no published model has {'/'.join(min(flat))}")
+    if config.rope:
+        from diffusion_transformer import rope_angles
+
+        angles = rope_angles(height // p, width // p, config.hidden_size // config.num_heads)
+        state["feat_rope.freqs_cos"], state["feat_rope.freqs_sin"] = np.cos(angles), np.sin(angles)
+    return state
+
+
+# --- diffusers' names ---
+
+_DIFFUSERS = {
+    r"pos_embed\.proj": "x_embedder.proj",
+    r"transformer_blocks\.(\d+)\.norm1\.linear": r"blocks.\1.adaLN_modulation.1",
+    r"transformer_blocks\.(\d+)\.attn1\.to_out\.0": r"blocks.\1.attn.proj",
+    r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj": r"blocks.\1.mlp.fc1",
+    r"transformer_blocks\.(\d+)\.ff\.net\.2": r"blocks.\1.mlp.fc2",
+    r"proj_out_1": "final_layer.adaLN_modulation.1",
+    r"proj_out_2": "final_layer.linear",
+}
+# Repeated in every block.
+_DIFFUSERS_EMBEDDINGS = {
+    "timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "class_embedder.embedding_table": "y_embedder.embedding_table",
+}
+
+
+def rename_diffusers(state: State, sample_size: int, hidden_size: int, patch_size: int) -> dict[str, np.ndarray]:
+    """The tensors of diffusers' DiTTransformer2DModel under the published names.
+
+    The position table, which is not in its files, is added. Raises BadFileError where a block's copy of the embeddings
+    is not that of the others.
+    """
+    renamed: dict[str, np.ndarray] = {}
+    projections: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for name, value in state.items():
+        stem, _, leaf = name.rpartition(".")
+        if match := re.fullmatch(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)", stem):
+            published = f"{_DIFFUSERS_EMBEDDINGS.get(match[2], match[2])}.{leaf}"
+            if published in renamed and not np.array_equal(renamed[published], value):
+                raise BadFileError(f"its tensor {name} is another than that of the first block")
+            renamed[published] = value
+        elif match := re.fullmatch(r"transformer_blocks\.(\d+)\.attn1\.to_([qkv])", stem):
+            projections.setdefault((match[1], leaf), {})[match[2]] = value
+        else:
+            for pattern, replacement in _DIFFUSERS.items():
+                stem = re.sub(f"^{pattern}$", replacement, stem)
+            renamed[f"{stem}.{leaf}"] = value
+    for (block, leaf), parts in projections.items():
+        if parts.keys() != set("qkv"):
+            raise BadFileError(f"it has no whole to_q, to_k and to_v of block {block}")
+        renamed[f"blocks.{block}.attn.qkv.{leaf}"] = np.concatenate([parts[part] for part in "qkv"])
+    side = sample_size // patch_size
+    renamed["pos_embed"] = position_table(side, side, hidden_size)[None]
+    return renamed

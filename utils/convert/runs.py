@@ -1,0 +1,271 @@
+"""Runs made of published checkpoints, and published checkpoints made of runs.
+
+An imported run holds its parameters once, and the configuration that train_flow.py would have written. An exported
+file holds the same tensors under the published names, and the run's configuration in its metadata, so that importing it
+again gives the same run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffusion_transformer import DiTConfig
+from utils.checkpoint import Checkpoints, open_checkpoint, split_load_dir
+from utils.checks import check_writable
+from utils.codecs.vae import StableVAE
+from utils.console import log
+from utils.convert.published import FAMILIES, export_published, find_config, import_published
+from utils.convert.sources import EXPORTED, METADATA_KEY, PublishedSource, fetch, read_source
+from utils.data.class_names import imagenet_class_names
+from utils.errors import UserError
+from utils.external import BadFileError
+from utils.files import FolderLock, atomic_write, write_json, write_text
+
+VAE_FACTOR = 8  # of Stable Diffusion's: image side over latent side
+HUB_PREFIX = "hf:"
+HUB_RUNS = Path("runs")
+
+
+def import_run(
+    source_name: str,
+    source: PublishedSource,
+    out: Path,
+    model: Mapping[str, Any],
+    *,
+    family: str | None = None,
+    num_heads: int | None = None,
+    class_names: Sequence[str] | None = None,
+    vae: str | None = None,
+) -> dict[str, Any]:
+    """Writes the run of a published checkpoint to the folder `out`; returns its configuration.
+
+    `model` has the --model.* values of what a checkpoint does not say (how it would be trained). `vae` is that of its
+    latents, if not the family's usual one. UserError where something is missing, contradicts, or does not fit, and
+    where `out` holds a run; nothing is written then.
+    """
+    if (out / "checkpoints").is_dir():
+        raise UserError(f"--out={out} holds a run already; choose another folder")
+    try:
+        if source.run is not None:
+            config = _exported_config(source.run)
+            architecture = DiTConfig.from_mapping(config["model"])
+            latent_shape = tuple(config["dataset"]["latent_shape"])
+        else:
+            family = _choose_family(source, family)
+            names = class_names or source.class_names
+            num_classes = len(names) if names else source.num_classes
+            heads = num_heads or source.num_heads
+            architecture, latent_shape = find_config(source.state, family, heads, num_classes)
+            config = _new_config(source_name, source, family, architecture, latent_shape, model, names, vae)
+        params = import_published(source.state, architecture, latent_shape)
+    except BadFileError as error:
+        raise UserError(f"--source={source_name}: {error}") from None
+
+    check_writable(out, "out")
+    lock = FolderLock(out)
+    lock.acquire("out")
+    checkpoints = Checkpoints(out)
+    checkpoints.save_params(jax.tree.map(jnp.asarray, params), config)
+    checkpoints.close()
+    write_json(out / "config.json", config)
+    lock.release()
+    return config
+
+
+def _choose_family(source: PublishedSource, family: str | None) -> str:
+    if family is None and source.family is None:
+        raise BadFileError("no tensor tells DiT from SiT: give --family dit or --family sit (or lightningdit)")
+    if family and source.family and family != source.family:
+        raise BadFileError(f"it is a {FAMILIES[source.family].title}'s, not {FAMILIES[family].title}'s")
+    return family or source.family or ""
+
+
+def _exported_config(run: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in an exported file, which may be of anyone. BadFileError where it lacks what a run needs."""
+    data = run["dataset"]
+    lists = [data.get(key) for key in ("image_shape", "latent_shape", "class_names")]
+    fields = {name: type(value) for name, value in DiTConfig().__dict__.items()}
+    model = run["model"]
+    wrong = [name for name, kind in fields.items() if name in model and not isinstance(model[name], (kind, int))]
+    is_whole = all(isinstance(value, list) for value in lists) and isinstance(run.get("objective"), dict)
+    if not is_whole or wrong or len(data["latent_shape"]) != 3:
+        raise BadFileError(f"its metadata {METADATA_KEY} are no configuration of a run")
+    return run
+
+
+def _new_config(
+    source_name: str,
+    source: PublishedSource,
+    family: str,
+    architecture: DiTConfig,
+    latent_shape: tuple[int, int, int],
+    model: Mapping[str, Any],
+    class_names: Sequence[str] | None,
+    vae: str | None,
+) -> dict[str, Any]:
+    """The configuration of a run for a checkpoint of others."""
+    known = FAMILIES[family]
+    height, width, channels = latent_shape
+    # Pixels are what has the channels of pixels.
+    is_latent = vae is not None or channels not in (1, 3)
+    factor, sha256 = VAE_FACTOR, None
+    if vae is not None:
+        codec = StableVAE.load(vae)
+        factor, sha256 = codec.config.downsampling, codec.sha256
+        if codec.config.latent_channels != channels:
+            raise UserError(
+                f"--vae={vae} has latents of {codec.config.latent_channels} channels, the model {channels}; give the "
+                "VAE with which it was trained"
+            )
+    shape = [height * factor, width * factor, 3] if is_latent else list(latent_shape)
+    names = _check_class_names(class_names, architecture.num_classes)
+    is_imagenet = architecture.num_classes == 1000 and shape[:2] == [256, 256]
+    return {
+        "dataset_name": "imagenet256" if is_imagenet else "published",
+        "seed": 0,
+        "model": {
+            **dict(model),
+            **known.settings,
+            **architecture.__dict__,
+            "use_stable_vae": int(is_latent),
+        },
+        "objective": dict(known.objective),
+        "dataset": {
+            "name": "imagenet256" if is_imagenet else "published",
+            "image_shape": shape,
+            "latent_shape": list(latent_shape),
+            "class_names": list(names),
+            "vae": (vae or known.vae) if is_latent else None,
+            "vae_sha256": sha256,
+        },
+        "imported": {"source": source_name, "family": family, "tensors": len(source.state)},
+    }
+
+
+def _check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
+    if names is None:
+        return imagenet_class_names() if num_classes == 1000 else [str(label) for label in range(num_classes)]
+    if len(names) != num_classes:
+        raise BadFileError(f"it has {num_classes} classes, but --class_names names {len(names)}")
+    return names
+
+
+# --- Export ---
+
+
+def export_run(load_dir: str, out: Path, which: str = "ema") -> list[Path]:
+    """Writes a run's parameters under the published names: `out` is a file *.safetensors, or a folder for the hub with
+    model.safetensors, config.json and a model card. Returns what was written. UserError where the run cannot be read or
+    `out` cannot be written."""
+    checkpoints, steps = open_checkpoint(load_dir)
+    newest, config = checkpoints.restore_newest(checkpoints.restore_config, steps)
+    name = "ema_params" if which == "ema" else "params"
+    step, params = checkpoints.restore_newest(
+        lambda step: checkpoints.restore_stored(step, name), steps[steps.index(newest) :]
+    )
+    architecture = DiTConfig.from_mapping(config["model"])
+    if architecture.network != "dit":
+        raise UserError(f"--load_dir={load_dir} is of --model.network={architecture.network}; only dit is exported")
+    config["dataset"]["latent_shape"] = list(find_latent_shape(config))
+    try:
+        state = export_published(params, architecture, tuple(config["dataset"]["latent_shape"]))
+    except ValueError as error:
+        raise UserError(f"--load_dir={load_dir} cannot be exported: {error}") from None
+
+    is_file = out.suffix == ".safetensors"
+    check_writable(out.parent if is_file else out, "out")
+    file = out if is_file else out / EXPORTED
+    write_safetensors(file, state, config)
+    log(f"exported {which} parameters of step {step} of {load_dir}: {len(state)} tensors")
+    if is_file:
+        return [file]
+    write_json(out / "config.json", config)
+    write_text(out / "README.md", model_card(config, out.name, step))
+    return [file, out / "config.json", out / "README.md"]
+
+
+def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
+    """A safetensors file whose metadata hold the configuration of its run."""
+    from safetensors.numpy import save_file
+
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(config)}
+    with atomic_write(path) as temporary:
+        save_file(dict(state), temporary, metadata=metadata)
+
+
+def find_latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Of the configuration saved with a run. Runs of before it was recorded had a VAE of factor 8 and 4 channels."""
+    data = config["dataset"]
+    if data.get("latent_shape"):
+        height, width, channels = data["latent_shape"]
+    else:
+        height, width, channels = data["image_shape"]
+        if config["model"]["use_stable_vae"]:
+            height, width, channels = height // VAE_FACTOR, width // VAE_FACTOR, 4
+    return height, width, channels
+
+
+def model_card(config: Mapping[str, Any], name: str, step: int) -> str:
+    """README.md of a hub repository, with the metadata that the hub reads."""
+    model, data = config["model"], config["dataset"]
+    shape = "x".join(map(str, data["image_shape"]))
+    latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of `{data['vae']}`" if data["vae"] else ""
+    return f"""---
+library_name: jax-flow-matching
+pipeline_tag: unconditional-image-generation
+tags: [diffusion-transformer, {config["objective"]["name"].replace("_", "-")}]
+---
+# {name}
+
+A diffusion transformer, {model["hidden_size"]} wide, {model["depth"]} deep, {model["num_heads"]} heads, patch
+{model["patch_size"]}, trained with the objective `{config["objective"]["name"]}` on images {shape} of `{data["name"]}`
+({len(data["class_names"])} classes){latents}. These are the parameters of step {step:,}.
+
+`model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {model["timestep_scale"]:g}.
+
+    python sample.py --load_dir hf:USER/{name}
+    python train_flow.py --load_dir hf:USER/{name} --dataset_name folder:PATH
+"""
+
+
+# --- The hub ---
+
+
+def push(folder: Path, hub_id: str, is_private: bool = False) -> str:
+    """Uploads an exported folder to a model repository, which is made where there is none; returns its address.
+    UserError where the hub refuses."""
+    import huggingface_hub as hub
+
+    try:
+        hub.create_repo(hub_id, private=is_private, exist_ok=True)
+        hub.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Upload a model")
+    except Exception as error:  # the hub's and its HTTP client's share no type
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"--push={hub_id} failed ({reason}); {folder} holds what was to be pushed. Log in with `hf auth login`"
+        ) from None
+    return f"{hub.constants.ENDPOINT}/{hub_id}"
+
+
+def local_run(load_dir: str) -> str:
+    """What --load_dir names, as a folder here: hf:USER/NAME, or hf:USER/NAME@REVISION, is fetched to
+    runs/USER--NAME[@REVISION] once. UserError where it cannot be."""
+    if not load_dir.startswith(HUB_PREFIX):
+        return load_dir
+    hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
+    folder = HUB_RUNS / load_dir.removeprefix(HUB_PREFIX).replace("/", "--")
+    if not (split_load_dir(folder)[0] / "checkpoints").is_dir():
+        source = read_source(str(fetch(hub_id, revision or None)))
+        if source.run is None:
+            raise UserError(
+                f"--load_dir={load_dir} is no model of this suite; make a run of it: python convert_checkpoint.py "
+                f"--source {hub_id} --family sit --out {folder} (or --family dit)"
+            )
+        import_run(load_dir, source, folder, {})
+    log(f"{load_dir} is in {folder}")
+    return str(folder)

@@ -1,0 +1,146 @@
+"""Diffusion with discrete noise levels (DDPM, Ho et al., arXiv:2006.11239), on the same network and the same paths.
+
+Level k = 0 .. T - 1 is x_k = a_k x_1 + s_k x_0 with a_k^2 + s_k^2 = 1; k = 0 is the least noise. x_k / (a_k + s_k) lies
+on the straight path from noise to data at the time t_k = a_k / (a_k + s_k), so that every ODE solver serves a network
+that predicts noise, and DDIM is Euler's method over the times t_k.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from utils.objectives.flow_matching import expand_times
+from utils.objectives.objective import Draws, ModelFn, VelocityFn
+from utils.settings import setting
+
+
+@functools.cache
+def path_times(num_levels: int) -> np.ndarray:
+    """t_k for k = 0 .. T - 1, float64, descending, for betas that rise linearly from 0.1 / T to 20 / T.
+
+    With T = 1000 these are DDPM's and DiT's betas 1e-4 to 0.02.
+    """
+    betas = np.linspace(0.1 / num_levels, 20 / num_levels, num_levels)
+    log_abar = np.cumsum(np.log1p(-betas))
+    a, s = np.exp(log_abar / 2), np.sqrt(-np.expm1(log_abar))
+    return a / (a + s)
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion:
+    """The network predicts the noise x_0 in x_k, of a level k that it is given as its time."""
+
+    num_levels: int = setting(
+        500, "T, the noise levels of a diffusion; DiT's is 1000.", 21, 10_000, flag="objective.diffusion_timesteps"
+    )
+
+    def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
+        """`t` (b,), the times of levels drawn uniformly, and `noise_key` (b,), from which x_0 is drawn."""
+        levels = jax.random.randint(time_key, (num_examples,), 0, self.num_levels)
+        return {"t": self.time_of(levels), "noise_key": jax.random.split(noise_key, num_examples)}
+
+    def time_of(self, levels: Int[Array, "..."]) -> Float[Array, "..."]:
+        """t_k of each level."""
+        return jnp.asarray(path_times(self.num_levels), jnp.float32)[levels]
+
+    def level_at(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
+        """k of each time, exact at every t_k and linear in between; 0 and T - 1 beyond the first and last."""
+        times = jnp.asarray(path_times(self.num_levels)[::-1], jnp.float32)
+        return jnp.interp(t, times, jnp.arange(self.num_levels - 1, -1, -1, dtype=jnp.float32))
+
+    def time_at(
+        self, step: int | Int[Array, ""], num_steps: int | Int[Array, ""], spacing: str = "linspace"
+    ) -> Float[Array, ""]:
+        """The time before step `step` of `num_steps` no more than T, and 1 after the last, for ddim and ddpm.
+
+        `spacing` 'linspace' takes the levels round(i (T - 1) / (N - 1)), both ends included, as DiT's DDPM does;
+        'leading' the multiples of T // N, as DiT's DDIM and diffusers do.
+        """
+        place = jnp.clip(num_steps - 1 - step, 0)  # among the levels in ascending order
+        if spacing == "leading":
+            level = place * (self.num_levels // num_steps)
+        else:
+            intervals = jnp.maximum(num_steps - 1, 1)
+            level, rest = jnp.divmod(place * (self.num_levels - 1), intervals)
+            # Halves are rounded to even. One step starts from the noisiest level.
+            level += (2 * rest > intervals) | ((2 * rest == intervals) & (level % 2 == 1))
+            level = jnp.where(num_steps == 1, self.num_levels - 1, level)
+        return jnp.where(step < num_steps, self.time_of(level), 1)
+
+    def _clip(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
+        times = path_times(self.num_levels).astype(np.float32)
+        return jnp.clip(t, times[-1], times[0])
+
+    def draw_noise(self, draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """x_0, standard normal, of the shape of x_1."""
+        return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
+
+    def loss(
+        self,
+        model_fn: ModelFn,
+        ema_model_fn: ModelFn,
+        x_1: Float[Array, "b ..."],
+        labels: Int[Array, " b"],
+        draws: Draws,
+    ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+        """Mean squared error of the noise, every level weighing the same.
+
+        Metrics: `v_abs_mean` and `v_pred_abs_mean` of the true and the predicted noise, under flow matching's names.
+        """
+        x_0 = self.draw_noise(draws, x_1)
+        x_k, level = self._diffuse(x_0, x_1, draws["t"])
+        prediction = self._predict_noise(model_fn, x_k, level, labels)
+
+        def mean(x):
+            return x.mean(axis=tuple(range(1, x.ndim)))
+
+        loss = mean(jnp.square(prediction - x_0))
+        return loss, {"v_abs_mean": mean(jnp.abs(x_0)), "v_pred_abs_mean": mean(jnp.abs(prediction))}
+
+    def _diffuse(
+        self, x_0: Float[Array, "b ..."], x_1: Float[Array, "b ..."], t: Float[Array, " b"]
+    ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+        """(x_k, k) at the times t, which are moved into those of the levels."""
+        t = self._clip(t)
+        level = self.level_at(t)
+        t = expand_times(t, x_1)
+        return (t * x_1 + (1 - t) * x_0) / jnp.hypot(t, 1 - t), level
+
+    def _predict_noise(
+        self, model_fn: ModelFn, x_k: Float[Array, "b ..."], level: Float[Array, " b"], labels: Int[Array, " b"]
+    ) -> Float[Array, "b ..."]:
+        # A network that also predicts a variance has twice the channels.
+        return model_fn(x_k, level, labels)[..., : x_k.shape[-1]].astype(jnp.float32)
+
+    def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
+        """x_k of `draws`."""
+        return self._diffuse(self.draw_noise(draws, x_1), x_1, draws["t"])[0]
+
+    def predict_data(
+        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]
+    ) -> Float[Array, "b ..."]:
+        """(x_k - s_k eps) / a_k."""
+        t = self._clip(t)
+        noise = self._predict_noise(model_fn, x_t, self.level_at(t), labels)
+        t = expand_times(t, x_t)
+        return (x_t * jnp.hypot(t, 1 - t) - (1 - t) * noise) / t
+
+    def velocity(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+        """(x - eps) / t at x on the straight path, the field of the probability-flow ODE (arXiv:2011.13456).
+
+        Before t_(T-1) and after t_0 the network sees x as noisy as there, which is all it knows.
+        """
+
+        def velocity_fn(x, t, t_next):
+            inside = self._clip(t)
+            level = self.level_at(inside)
+            t, inside = expand_times(t, x), expand_times(inside, x)
+            x_k = x / jnp.hypot(t, 1 - t)
+            noise = self._predict_noise(model_fn, x_k, level, labels)
+            return (x_k * jnp.hypot(inside, 1 - inside) - noise) / inside
+
+        return velocity_fn
