@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from diffusion_transformer import REMAT_POLICIES
 from utils import checks, cli
-from utils.checkpoint import Checkpoints, DamagedCheckpointError, Saver, open_checkpoint
+from utils.checkpoint import Checkpoints, DamagedCheckpointError, Saver
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.console import log
 from utils.data.batches import first_examples, training_batches
@@ -33,9 +33,11 @@ from utils.data.fingerprint import write_listing
 from utils.data.registry import load_dataset
 from utils.errors import DataError, UserError
 from utils.files import FolderLock, remove_temporaries, write_json
+from utils.fine_tune import Source, adapt_params, frozen_beside_lora, read_frozen, read_started_from
 from utils.generate import ImageGenerator
 from utils.help import topic
 from utils.hints import ema_hints, model_hints
+from utils.lora import add_lora
 from utils.memory import device_memory, explaining_out_of_memory, format_bytes, memory_needed, out_of_memory
 from utils.metrics.inception import CONVENTIONS, load_feature_extractor
 from utils.metrics.measure import find_convention, measure_images
@@ -53,6 +55,7 @@ from utils.sharding import (
     initialize_processes,
     make_mesh,
     next_batch,
+    place,
     prefetch,
     replicated,
     shape_structs,
@@ -62,7 +65,7 @@ from utils.sharding import (
 from utils.signals import Interrupted, StopRequest
 from utils.throughput import StepTrace, Throughput
 from utils.tracking import Tracker, read_metrics
-from utils.train_state import EmaSchedule, TrainState, create_train_state, make_optimizer
+from utils.train_state import EmaSchedule, TrainState, create_train_state, freeze_parts, make_optimizer
 from utils.train_step import INIT, VALIDATION, train_step, validation_step
 
 EXIT_STOPPED = 75  # by a signal, and saved: EX_TEMPFAIL of sysexits.h, "try again"
@@ -75,7 +78,7 @@ MEMORY_FLAGS = (
 def define_flags() -> None:
     with topic("Run"):
         cli.define_path("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
-        cli.define_path("load_dir", None, "Run whose parameters and EMA this run starts from.")
+        cli.define_path("load_dir", None, "Run, or hf:USER/NAME, whose parameters and EMA this run starts from.")
         flags.DEFINE_integer("seed", 0, "Seed of parameters, data order, noise and samples.")
         flags.DEFINE_integer("batch_size", 256, "Global batch size.")
         flags.DEFINE_integer("max_steps", 1_000_000, "Training steps.", lower_bound=0)
@@ -122,8 +125,19 @@ def define_flags() -> None:
             "What the backward pass recomputes, to save memory: dots is everything but matmuls.",
         )
         flags.DEFINE_enum("sharding", "dp", ["dp", "fsdp"], "dp replicates the state over the devices, fsdp shards it.")
+    define_tuning_flags()
     cli.define_wandb_flags()
     cli.define_device_flags()
+
+
+@topic("Fine-tuning, and what differs from Adam at a constant rate")
+def define_tuning_flags() -> None:
+    flags.DEFINE_list("freeze", [], "Parts of --load_dir that are not trained: blocks.0-5, label_embed, ...")
+    flags.DEFINE_integer("lora_rank", 0, "Above 0: of --load_dir, train low-rank factors and labels alone.", 0, 4096)
+    flags.DEFINE_integer("warmup_steps", 0, "Steps in which the learning rate rises from 0.", lower_bound=0)
+    flags.DEFINE_enum("lr_schedule", "constant", ["constant", "cosine"], "cosine: to 0 at --max_steps.")
+    flags.DEFINE_float("weight_decay", 0.0, "AdamW's decay of matrices.", 0, 100)
+    flags.DEFINE_float("grad_clip", None, "Bound of the norm of the gradients.", 1e-6)
 
 
 class Trainer:
@@ -133,20 +147,48 @@ class Trainer:
         self.config = config
         self.mesh = make_mesh()
         checks.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum)
+        self._find_source()
         refuse_ignored(config)
+        if not self.started_from:
+            cli.refuse_ignored(("freeze", "lora_rank"), "without --load_dir")
         self._load_data()
         self._load_model()
         self._load_reference()
         self._open_folder()
-        self.optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
+        self.start, self.frozen = self._prepare_start()
+        self.saved_config["frozen"] = list(self.frozen)
+        self.optimizer = freeze_parts(self._make_optimizer(), self.frozen)
         self.static = {
             "model": self.model.network,
             "objective": self.model.objective,
             "optimizer": self.optimizer,
             "grad_accum": config.grad_accum,
+            "frozen": self.frozen,
         }
         self.ema = EmaSchedule(cli.ema_decay(config.model.target_update_rate), bool(config.ema_warmup))
         self.flops_per_step = 3 * config.batch_size * self.model.network.count_flops(self.model.latent_shape)
+
+    def _find_source(self) -> None:
+        """The run to start from; what the command line leaves open is as there. One that started from another and is
+        continued without --load_dir has it in its own configuration."""
+        config = self.config
+        self.source = Source.open(config.load_dir) if config.load_dir else None
+        saved = self.source.saved if self.source else read_started_from(cli.run_folder(config))
+        self.started_from = saved and (config.load_dir or saved["load_dir"])
+        if saved is not None:
+            cli.inherit_settings(config, saved)
+
+    def _make_optimizer(self) -> optax.GradientTransformation:
+        config = self.config
+        return make_optimizer(
+            config.model.lr,
+            config.model.beta1,
+            config.model.beta2,
+            warmup_steps=config.warmup_steps,
+            decay_steps=config.max_steps if config.lr_schedule == "cosine" else None,
+            weight_decay=config.weight_decay,
+            grad_clip=config.grad_clip,
+        )
 
     def _load_data(self) -> None:
         config = self.config
@@ -170,6 +212,8 @@ class Trainer:
         vae = config.vae or (latents.vae if latents else DEFAULT_HUB_ID)
         sha256 = latents.vae_sha256 if latents else None
         codec = load_codec(bool(config.model.use_stable_vae), vae, self.mesh, dataset.image_shape, sha256)
+        if self.source and not cli.is_explicit("model.num_classes"):
+            config.model.num_classes = dataset.num_classes
         self.model = make_model(
             config.model,
             make_objective(config),
@@ -185,7 +229,8 @@ class Trainer:
             log(f"{checks.explain_no_guidance(config.model.class_dropout_prob)}: samples are drawn without guidance")
         recorded = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
         recorded["latent_shape"] = list(self.model.latent_shape)
-        self.saved_config = {**config.to_dict(), "dataset": describe_data(self.datasets) | recorded}
+        data = describe_data(self.datasets) | recorded
+        self.saved_config = {**config.to_dict(), "dataset": data, "load_dir": self.started_from}
 
     def _load_reference(self) -> None:
         config = self.config
@@ -217,8 +262,7 @@ class Trainer:
         """
 
         def init(key):
-            params = init_params(self.model, jax.random.fold_in(key, INIT))
-            return create_train_state(params, self.optimizer, key)
+            return create_train_state(self._fresh_params(key), self.optimizer, key)
 
         key = jax.random.key(self.config.seed)
         shapes = jax.eval_shape(init, key)
@@ -227,18 +271,42 @@ class Trainer:
         steps = self.checkpoints.steps()
         if steps:
             return self._restore(steps, target)
-        loaded = self._load_parameters(target.params) if self.config.load_dir else {}
-        return jax.jit(init, out_shardings=shardings)(key).replace(**loaded)
+        state = jax.jit(init, out_shardings=shardings)(key)
+        if self.start is None:
+            return state
+        params, ema_params = (jax.tree.map(place, tree, shardings.params) for tree in self.start)
+        return state.replace(params=params, ema_params=ema_params)
 
-    def _load_parameters(self, target: PyTree) -> dict[str, PyTree]:
-        """`params` and `ema_params` of the run --load_dir."""
-        names = ("params", "ema_params")
-        source, steps = open_checkpoint(self.config.load_dir)
-        _, saved = source.restore_newest(source.restore_config, steps)
-        check_architecture(self.config.model, saved["model"], self.config.load_dir)
-        step, trees = source.restore_newest(lambda step: source.restore_params(step, target, names), steps)
-        log(f"starting from the parameters of {self.config.load_dir}, step {step}")
-        return dict(zip(names, trees, strict=True))
+    def _fresh_params(self, key: jax.Array) -> PyTree:
+        """The parameters of step 0 of a run that starts from no other; with LoRA's factors, if it has them."""
+        params = init_params(self.model, jax.random.fold_in(key, INIT))
+        return add_lora(params, self.config.lora_rank, key) if self.config.lora_rank else params
+
+    def _prepare_start(self) -> tuple[tuple[PyTree, PyTree] | None, tuple[str, ...]]:
+        """((parameters, EMA) to start from, if from another run, as NumPy arrays; the parts that are not trained)."""
+        config, steps = self.config, self.checkpoints.steps()
+        if steps:  # a run that is continued has its own parameters, and goes on as it began
+            _, saved = self.checkpoints.restore_newest(self.checkpoints.restore_config, steps)
+            return None, tuple(saved.get("frozen", ()))
+        if self.source is None:
+            return None, ()
+        check_architecture(config.model, self.source.saved["model"], config.load_dir)
+        key = jax.random.key(config.seed)
+        fresh = jax.tree.map(np.asarray, init_params(self.model, jax.random.fold_in(key, INIT)))
+        step, trees = self.source.restore(replicated(self.mesh))
+        classes = self.source.saved["dataset"]["class_names"], self.model.class_names
+        adapted = [adapt_params(tree, fresh, *classes, config.model.patch_size) for tree in trees]
+        remarks, new = adapted[0].remarks, adapted[0].new
+        log(f"starting from {config.load_dir}, step {step}: {remarks[0]}")
+        for remark in remarks[1:]:
+            log(remark)
+        start = [tree.params for tree in adapted]
+        if config.lora_rank:
+            start = [jax.tree.map(np.asarray, add_lora(tree, config.lora_rank, key)) for tree in start]
+        frozen = read_frozen(config.freeze, tuple(start[0]))
+        if config.lora_rank:
+            frozen = frozen_beside_lora(tuple(start[0]), new)
+        return (start[0], start[1]), frozen
 
     def _restore(self, steps: list[int], target: TrainState) -> TrainState:
         """The state of the newest checkpoint that is whole, with the data moved to its position. What has changed since
@@ -313,10 +381,12 @@ class Trainer:
 
     def summary(self, state: TrainState) -> str:
         model, shape = self.config.model, self.model.latent_shape
-        count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in state.params.items()}
+        count, trained = sum(counts.values()), sum(counts[part] for part in counts if part not in self.frozen)
+        training = f" ({trained:,}, or {trained / count:.1%}, are trained)" if self.frozen else ""
         return (
             f"{model.network} {model.hidden_size} wide, {model.depth} deep, {model.num_heads} heads, patch "
-            f"{model.patch_size} on {'x'.join(map(str, shape))}: {count:,} parameters, "
+            f"{model.patch_size} on {'x'.join(map(str, shape))}: {count:,} parameters{training}, "
             f"{self.flops_per_step / 1e9:,.1f} GFLOP per step of {self.config.batch_size} images, on "
             f"{self.mesh.size} x {jax.devices()[0].device_kind}"
         )
@@ -358,6 +428,16 @@ def refuse_ignored(config: ConfigDict) -> None:
         cli.refuse_ignored(("fid_samples", "convention", "inception_weights"), "without --fid_stats")
     if not config.model.use_stable_vae:
         cli.refuse_ignored(("vae",), "on pixels (--use_stable_vae 0)")
+    if config.lr_schedule == "cosine" and config.warmup_steps >= max(1, config.max_steps):
+        raise UserError(
+            f"--warmup_steps={config.warmup_steps}: --lr_schedule=cosine ends at --max_steps={config.max_steps}; use "
+            "fewer"
+        )
+    if config.lora_rank and config.freeze:
+        raise UserError(
+            f"--freeze={','.join(config.freeze)}: with --lora_rank the whole network is frozen but for its labels; "
+            "leave one of the two out"
+        )
     if not config.dataset_name.startswith("folder:"):
         cli.refuse_ignored(("broken_images", "max_megapixels"), f"on {config.dataset_name}, only on folder:PATH")
 

@@ -36,6 +36,7 @@ from diffusion_transformer import DiTConfig
 from utils.console import log
 from utils.errors import UserError
 from utils.files import set_aside
+from utils.lora import KEY as LORA
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.train_state import TrainState
 
@@ -272,22 +273,30 @@ class Checkpoints:
         items = self._read(step, dict.fromkeys(stored.values(), target), ())
         return [items[stored[name]] for name in names]
 
-    def restore_stored(self, step: int, name: str) -> PyTree:
-        """The parameters `name` ('params' or 'ema_params') of `step`, whatever model they are of, on this device.
+    def restore_stored(self, step: int, name: str, sharding: Any = None) -> PyTree:
+        """The parameters `name` ('params' or 'ema_params') of `step`, whatever model they are of, on this device or as
+        `sharding` places them.
 
         DamagedCheckpointError where files are missing or not as they were written.
         """
         name = "ema_params" if self.is_imported(step) else name
-        return self._read(step, {name: self.stored_shapes(step, name)}, ())[name]
+        return self._read(step, {name: self.stored_shapes(step, name, sharding)}, ())[name]
 
-    def stored_shapes(self, step: int, name: str) -> PyTree:
-        """The shapes of an item of `step`, to be restored on this device."""
+    def stored_shapes(self, step: int, name: str, sharding: Any = None) -> PyTree:
+        """The shapes of an item of `step`, to be restored on this device or as `sharding` places them."""
         path = self.folder / str(step)
         with _readable(path):
             metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
             tree = metadata.item_metadata.tree
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    def stored_lora(self, step: int, name: str, sharding: Any) -> PyTree:
+        """{"lora": shapes} of the factors in an item of `step`, nothing where it has none."""
+        sums, name = self._read_checksums(step), "ema_params" if self.is_imported(step) else name
+        if sums is None or not any(leaf.startswith(f"['{LORA}']") for leaf in sums[name]):
+            return {}
+        return {LORA: self.stored_shapes(step, name, sharding)[LORA]}
 
     def restore_newest(self, read: Callable[[int], Content], steps: list[int]) -> tuple[int, Content]:
         """(step, read(step)) of the first of `steps` that is not damaged; the others are named.

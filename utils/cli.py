@@ -417,6 +417,26 @@ def resolve_model(config: ConfigDict) -> None:
         model.use_stable_vae = use_stable_vae
 
 
+def inherit_settings(config: ConfigDict, saved: Mapping[str, Any]) -> None:
+    """Takes what this command line leaves open from the run it starts from, of configuration `saved`: architecture,
+    objective, VAE and, of images that can be resized, their size."""
+    model, theirs = config.model, saved["model"]
+    by_preset = PRESETS[model.preset] if is_explicit("model.preset") else {}
+    own = ("class_dropout_prob", "dtype")  # how this run trains and computes
+    names = [field.name for field in dataclasses.fields(DiTConfig) if field.name not in own]
+    for name in [*names, "t_sampler", "use_stable_vae"]:
+        is_open = not is_explicit(f"model.{name}") and name not in by_preset
+        if is_open and not (name == "use_stable_vae" and is_explicit("use_stable_vae")):
+            model[name] = theirs[name]
+    for name, value in saved["objective"].items():
+        if not is_explicit(f"objective.{name}"):
+            config.objective[name] = value
+    if config.vae is None and model.use_stable_vae and not config.dataset_name.startswith("latents:"):
+        config.vae = saved["dataset"]["vae"]
+    if config.image_size is None and config.dataset_name.startswith(("folder:", "tfds:")):
+        config.image_size = saved["dataset"]["image_shape"][0]
+
+
 def override_model(saved: dict[str, Any]) -> ConfigDict:
     """The --model.* values `saved` with a run, with the compute dtype of this command line, if it gives one.
 

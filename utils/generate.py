@@ -24,6 +24,7 @@ from utils.codecs.codec import images_from_uint8, images_to_uint8
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.convert.runs import local_run
 from utils.errors import UserError
+from utils.lora import merge_lora
 from utils.models import ImageModel, init_params, make_model, model_fn
 from utils.objectives.objective import ModelFn, VelocityFn
 from utils.objectives.registry import make_objective
@@ -461,6 +462,11 @@ def restore_params(checkpoints: Any, steps: list[int], model: ImageModel, which:
     """(step, parameters) of the first whole checkpoint of `steps`, on every device; `which` is 'ema' or 'raw'."""
     shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
     target = shape_structs(shapes, replicated(model.mesh))
-    names = ("ema_params",) if which == "ema" else ("params",)
-    step, (params,) = checkpoints.restore_newest(lambda step: checkpoints.restore_params(step, target, names), steps)
-    return step, params
+    name = "ema_params" if which == "ema" else "params"
+
+    def read(step):
+        factors = checkpoints.stored_lora(step, name, replicated(model.mesh))
+        (params,) = checkpoints.restore_params(step, target | factors, (name,))
+        return merge_lora(params)
+
+    return checkpoints.restore_newest(read, steps)

@@ -12,6 +12,7 @@ from diffusion_transformer import NETWORKS, DiTConfig
 from utils.checks import check_model
 from utils.codecs.codec import Codec
 from utils.errors import UserError
+from utils.lora import merge_lora
 from utils.objectives.objective import ModelFn, Objective
 from utils.ops import choose_attention_for
 
@@ -87,7 +88,8 @@ def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
 
 
 def model_fn(network: Network, params: PyTree) -> ModelFn:
-    """The network as objectives, guidance and solvers call it."""
+    """The network as objectives, guidance and solvers call it; LoRA's factors are merged into its kernels."""
+    params = merge_lora(params)
 
     def apply(x, t, labels):
         output: Any = network.apply({"params": params}, x, t, labels)

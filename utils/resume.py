@@ -21,8 +21,12 @@ _SETTINGS = dataclasses.fields(DiTConfig)
 ARCHITECTURE = (*(field.name for field in _SETTINGS if field.metadata["is_fixed"]), "use_stable_vae")
 # A run is continued only under the same values of these; the rest may change, and is reported.
 FIXED = (*(f"model.{name}" for name in ARCHITECTURE), "objective.name", "batch_size", "seed", "debug_overfit")
-# Parameters fit another run's model whatever these are.
-NOT_OF_PARAMETERS = ("class_dropout_prob", "t_conditioning")
+FIXED += ("freeze", "lora_rank", "warmup_steps", "weight_decay", "grad_clip", "lr_schedule")
+# Parameters mean something else under another value of these, whatever their shapes are.
+OF_PARAMETERS = (
+    "network", "hidden_size", "num_heads", "mlp_ratio", "norm", "mlp", "rope", "qk_norm", "timestep_scale",
+    "use_stable_vae",
+)  # fmt: skip
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
 COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir")
 
@@ -72,10 +76,13 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
 
 
 def check_architecture(model: ConfigDict, saved: dict[str, Any], load_dir: str) -> None:
-    """UserError where the parameters of a run with the --model.* values `saved` do not fit the `model`."""
-    for name in ARCHITECTURE:
-        if name not in NOT_OF_PARAMETERS and model[name] != saved[name]:
-            raise UserError(f"--model.{name}={model[name]}, but --load_dir={load_dir} has {saved[name]}; give that")
+    """UserError where the parameters of a run with the --model.* values `saved` mean something else in the `model`."""
+    for name in OF_PARAMETERS:
+        if model[name] != saved[name]:
+            raise UserError(
+                f"--model.{name}={model[name]}, but --load_dir={load_dir} has {saved[name]}; give that, or leave the "
+                "flag out"
+            )
 
 
 def _is_same_place(load_dir: str, saved: str | None) -> bool:

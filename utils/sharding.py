@@ -104,9 +104,14 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
+def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The global array whose value, the same on every process, is `value`, placed as the sharding says."""
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+
 def shard_replicated(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """The global array whose value, the same on every process, is `rows`, split over `data`."""
-    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), rows.__getitem__)
+    return place(rows, batch_sharding(mesh))
 
 
 def gather(x: jax.Array | np.ndarray) -> np.ndarray:

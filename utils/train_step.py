@@ -15,7 +15,7 @@ from jaxtyping import Array, Key, PyTree
 from utils.codecs.codec import Codec, encode_batch
 from utils.models import Network, model_fn
 from utils.objectives.objective import Objective
-from utils.train_state import EmaSchedule, TrainState, apply_gradients
+from utils.train_state import EmaSchedule, TrainState, apply_gradients, select_parts
 
 # Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key.
 INIT = 2**31 - 1
@@ -75,11 +75,16 @@ def compute_gradients(
     objective: Objective,
     grad_accum: int,
     class_dropout_prob: float,
+    frozen: tuple[str, ...] = (),
 ) -> tuple[PyTree, dict[str, Array]]:
-    """(gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is the loss, whatever it is."""
+    """(gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is the loss, whatever it is.
+
+    The gradients of `frozen` parts of the parameters are zero, and are not computed.
+    """
 
     def gradients(examples):
         def loss_fn(params):
+            params = select_parts(params, frozen, jax.lax.stop_gradient(params))
             losses, metrics = example_losses(
                 params, state.ema_params, codec, examples, model=model, objective=objective
             )
@@ -107,6 +112,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     grad_accum: int,
     ema: EmaSchedule,
+    frozen: tuple[str, ...] = (),
 ) -> tuple[TrainState, dict[str, Array]]:
     """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
     grads, metrics = compute_gradients(
@@ -118,8 +124,9 @@ def train_step(
         objective=objective,
         grad_accum=grad_accum,
         class_dropout_prob=model.config.class_dropout_prob,
+        frozen=frozen,
     )
-    new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step))
+    new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step), frozen)
     return new_state, metrics | norms(grads, updates, new_state.params)
 
 
@@ -132,6 +139,7 @@ def validation_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     grad_accum: int,
+    frozen: tuple[str, ...] = (),
 ) -> dict[str, Array]:
     """Metrics of a batch with all labels kept, and the same noise and times whatever the step; the norms are those of
     the update that this batch would cause, which is not applied."""
@@ -144,6 +152,7 @@ def validation_step(
         objective=objective,
         grad_accum=grad_accum,
         class_dropout_prob=0.0,
+        frozen=frozen,
     )
     updates, _ = optimizer.update(grads, state.opt_state, state.params)
     return metrics | norms(grads, updates, state.params)

@@ -25,6 +25,7 @@ from utils.data.class_names import imagenet_class_names
 from utils.errors import UserError
 from utils.external import BadFileError
 from utils.files import FolderLock, atomic_write, write_json, write_text
+from utils.lora import merge_lora
 
 VAE_FACTOR = 8  # of Stable Diffusion's: image side over latent side
 HUB_PREFIX = "hf:"
@@ -168,10 +169,12 @@ def export_run(load_dir: str, out: Path, which: str = "ema") -> list[Path]:
     step, params = checkpoints.restore_newest(
         lambda step: checkpoints.restore_stored(step, name), steps[steps.index(newest) :]
     )
+    params = merge_lora(params)
     architecture = DiTConfig.from_mapping(config["model"])
     if architecture.network != "dit":
         raise UserError(f"--load_dir={load_dir} is of --model.network={architecture.network}; only dit is exported")
     config["dataset"]["latent_shape"] = list(find_latent_shape(config))
+    config["lora_rank"] = 0  # merged
     try:
         state = export_published(params, architecture, tuple(config["dataset"]["latent_shape"]))
     except ValueError as error:
