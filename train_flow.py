@@ -286,7 +286,8 @@ class Trainer:
         """((parameters, EMA) to start from, if from another run, as NumPy arrays; the parts that are not trained)."""
         config, steps = self.config, self.checkpoints.steps()
         if steps:  # a run that is continued has its own parameters, and goes on as it began
-            _, saved = self.checkpoints.restore_newest(self.checkpoints.restore_config, steps)
+            step, saved = self.checkpoints.restore_newest(self.checkpoints.restore_config, steps)
+            self.checkpoints.refuse_imported(step)
             return None, tuple(saved.get("frozen", ()))
         if self.source is None:
             return None, ()

@@ -227,16 +227,20 @@ class Checkpoints:
 
         DamagedCheckpointError where files are missing or not as they were written; UserError for an imported model.
         """
-        if self.is_imported(step):
-            raise UserError(
-                f"{self.run_dir} holds an imported model, which has no optimizer to continue with; train from it with "
-                f"--load_dir {self.run_dir} and another --save_dir"
-            )
+        self.refuse_imported(step)
         items = self._read(step, _array_items(target), ("data",))
         optimizer = dict(items["optimizer"])
         key = jax.random.wrap_key_data(optimizer.pop("key_data"))
         state = target.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
         return state, items["data"]["position"]
+
+    def refuse_imported(self, step: int) -> None:
+        """UserError where `step` is of an imported model."""
+        if self.is_imported(step):
+            raise UserError(
+                f"{self.run_dir} holds an imported model, which has no optimizer to continue with; train from it with "
+                f"--load_dir {self.run_dir} and another --save_dir"
+            )
 
     def is_imported(self, step: int) -> bool:
         """Whether `step` holds parameters alone, as `save_params` writes them."""

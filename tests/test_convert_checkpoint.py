@@ -1,0 +1,310 @@
+"""convert_checkpoint.py as a user runs it: published files of all kinds in, runs and files out, the hub on loopback."""
+
+import json
+import pickle
+import shutil
+import zipfile
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import convert_checkpoint
+from tests.conftest import GOLDEN, run_program
+from tests.torch_writer import save_torch
+from utils.checkpoint import Checkpoints
+from utils.convert.sources import METADATA_KEY, read_source
+from utils.convert.torch_files import read_torch_file
+from utils.errors import UserError
+from utils.external import BadFileError
+from utils.generate import load_generator, load_model
+from utils.metrics.samples import open_samples
+from utils.sharding import make_mesh
+
+FILES = GOLDEN / "checkpoints"
+VAE = GOLDEN / "vae_tiny"
+SIT = ["--source", FILES / "sit_small_train.pt", "--family", "sit", "--num_heads", "2"]
+
+
+@pytest.fixture
+def convert(read_flags):
+    def run(*words):
+        convert_checkpoint.main(read_flags(convert_checkpoint, list(map(str, words))))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def state():
+    return read_source(str(FILES / "sit_small_train.pt")).state
+
+
+def outputs(folder):
+    generator = load_generator(folder)
+    golden = np.load(FILES / "sit_small_golden.npz")
+    with jax.default_matmul_precision("highest"):
+        found = generator.model_fn(np.moveaxis(golden["x"], 1, -1), golden["t"], golden["y"])
+    return np.moveaxis(np.asarray(found), -1, 1), golden["out"]
+
+
+def test_an_imported_run_holds_its_parameters_once_and_is_a_run(convert, tmp_path, capsys):
+    run = tmp_path / "run"
+    convert(*SIT, "--vae", VAE, "--out", run)
+    printed = capsys.readouterr()
+    assert "24 wide, 1 deep, 2 heads, patch 4 on 8x8x4, 7 classes, objective flow_matching" in printed.out + printed.err
+    items = {path.name for path in (run / "checkpoints" / "0").iterdir() if path.is_dir()}
+    assert items == {"ema_params", "config", "checksums"}
+    found, expected = outputs(run)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    out = tmp_path / "images"
+    run_program("sample.py", "--load_dir", run, "--num_samples", 3, "--solver", "sde", "--denoise_timesteps", 4,
+                "--cfg_scale", 1.5, "--cfg_channels", 3, "--out", out, "--save_samples", out / "s.npz")  # fmt: skip
+    assert open_samples(out / "s.npz").image_shape == (64, 64, 3)
+    with pytest.raises(UserError, match="holds a run already; choose another folder"):
+        convert(*SIT, "--vae", VAE, "--out", run)
+    done = run_program("train_flow.py", "--dataset_name", "digits", "--use_stable_vae", 0, "--save_dir", run,
+                       "--model.num_classes", 10, "--model.patch_size", 2, check=False)  # fmt: skip
+    assert "imported model, which has no optimizer to continue with; train from it with --load_dir" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["fp16.pt", "bf16.safetensors", "module.pt", "float32.bin", "ema.pt"])
+def test_half_precision_prefixes_and_other_files_are_read(convert, tmp_path, state, kind):
+    name, suffix = kind.split(".")
+    dtype = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}.get(name, np.float32)
+    tensors = {key: np.ascontiguousarray(value).astype(dtype) for key, value in state.items()}
+    if name == "module":
+        tensors = {f"module.{key}": value for key, value in tensors.items()}
+    path = tmp_path / kind
+    if suffix == "safetensors":
+        save_file(tensors, path)
+    elif name == "ema":
+        others = {key: np.zeros_like(value) for key, value in tensors.items()}
+        save_torch(path, {"model": others, "ema": tensors, "opt": {"state": {0: {"step": 3}}}, "lr": 1e-4})
+    else:
+        save_torch(path, tensors)
+    convert("--source", path, "--family", "sit", "--num_heads", 2, "--vae", VAE, "--out", tmp_path / "run")
+    found, expected = outputs(tmp_path / "run")
+    tolerance = {"fp16": 2e-3, "bf16": 2e-2}.get(name, 1e-5)
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < tolerance
+    if dtype != np.float32:  # what is read is what was written
+        stored = Checkpoints(tmp_path / "run").restore_stored(0, "ema_params")
+        kernel = np.asarray(stored["block_0"]["mlp"]["dense_0"]["kernel"])
+        np.testing.assert_array_equal(kernel, tensors["blocks.0.mlp.fc1.weight"].astype(np.float32).T)
+
+
+def test_diffusers_says_what_it_is(convert, tmp_path):
+    convert("--source", FILES / "dit_tiny_diffusers", "--vae", VAE, "--out", tmp_path / "a")
+    convert(
+        "--source", FILES / "dit_tiny.pt", "--family", "dit", "--num_heads", 4, "--vae", VAE, "--out", tmp_path / "b"
+    )
+    trees = [Checkpoints(tmp_path / name).restore_stored(0, "ema_params") for name in "ab"]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+    saved = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert saved["dataset"]["class_names"] == [f"class {i}" for i in range(10)]
+    assert saved["objective"] == {"name": "diffusion", "diffusion_timesteps": 1000}
+
+
+class Runs:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import pathlib
+
+        return pathlib.Path.touch, (self.path,)
+
+
+def copy_diffusers(tmp_path):
+    return shutil.copytree(FILES / "dit_tiny_diffusers", tmp_path / "copy")
+
+
+def write_evil(tmp_path, state):
+    save_torch(tmp_path / "evil.pt", {}, pickle.dumps({"a": Runs(tmp_path / "ran")}, 2))
+    return tmp_path / "evil.pt"
+
+
+def write_legacy(tmp_path, state):
+    (tmp_path / "old.pt").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.")
+    return tmp_path / "old.pt"
+
+
+def write_cut(tmp_path, state):
+    content = (FILES / "dit_tiny.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
+    return tmp_path / "cut.pt"
+
+
+def write_cut_safetensors(tmp_path, state):
+    save_file({"a": np.zeros(1000, np.float32)}, tmp_path / "cut.safetensors")
+    content = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:2000])
+    return tmp_path / "cut.safetensors"
+
+
+def write_without_weights(tmp_path, state):
+    folder = copy_diffusers(tmp_path)
+    next((folder / "transformer").glob("*.safetensors")).unlink()
+    return folder
+
+
+def write_other_schedule(tmp_path, state):
+    folder = copy_diffusers(tmp_path)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    return folder
+
+
+def write_missing(tmp_path, state):
+    left = {key: np.ascontiguousarray(value) for key, value in state.items() if key != "blocks.0.attn.proj.weight"}
+    save_file(left, tmp_path / "missing.safetensors")
+    return tmp_path / "missing.safetensors"
+
+
+def write_compressed(tmp_path, state):
+    with (
+        zipfile.ZipFile(FILES / "dit_tiny.pt") as old,
+        zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return tmp_path / "c.pt"
+
+
+def write_text(tmp_path, state):
+    (tmp_path / "a.pt").write_text("no checkpoint")
+    return tmp_path / "a.pt"
+
+
+def write_no_model(tmp_path, state):
+    save_torch(tmp_path / "n.pt", {"opt": {"lr": 1.0}})
+    return tmp_path / "n.pt"
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_evil, r"it asks for (pathlib|__builtin__|builtins)\.\w+, which no tensor needs; it was not run"),
+        (write_legacy, "PyTorch before 1.6 wrote it; read it there and save it again"),
+        (write_cut, "cut short"),
+        (write_cut_safetensors, "no whole safetensors file"),
+        (write_without_weights, "the folder holds no weights"),
+        (write_other_schedule, "its scheduler has prediction_type v_prediction"),
+        (write_missing, r"no tensor blocks\.0\.attn\.proj\.weight"),
+        (write_compressed, "is compressed"),
+        (write_text, "no whole zip"),
+        (write_no_model, "neither ema nor model"),
+        (lambda *_: FILES / "lightningdit_tiny.pt", "LightningDiT"),
+        (lambda *_: "/no/such.pt", "there is no such file"),
+        (lambda tmp_path, _: tmp_path, "the folder holds no weights"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused_and_leaves_nothing(convert, tmp_path, state, write, message):
+    source, out = write(tmp_path, state), tmp_path / "run"
+    with pytest.raises(UserError, match=message) as error:
+        convert("--source", source, "--family", "sit", "--num_heads", 2, "--vae", VAE, "--out", out)
+    assert "\n" not in str(error.value)
+    assert "--source=" in str(error.value)
+    assert not out.exists()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--source", FILES / "dit_tiny.pt", "--num_heads", "4"], "no tensor tells DiT from SiT: give --family"),
+        (["--source", FILES / "dit_tiny_diffusers", "--family", "sit"], "it is a DiT's, not SiT's"),
+        (["--source", FILES / "sit_small_train.pt", "--family", "dit", "--num_heads", "2"], "it is a SiT's, not DiT's"),
+        (["--source", FILES / "sit_small_train.pt"], "no published model is 24 wide: give .* --num_heads"),
+        (["--source", FILES / "sit_small_train.pt", "--num_heads", "7"], "--num_heads=7 does not divide"),
+        ([*SIT, "--class_names", "NAMES"], "it has 7 classes, but --class_names names 2"),
+        ([*SIT, "--class_names", "/no/such"], "--class_names=/no/such: there is no such file"),
+        ([*SIT, "--push", "a/b"], "--push=a/b has no effect with --source"),
+        ([*SIT, "--model.depth", "3"], "--model.depth=3 has no effect"),
+        ([*SIT, "--load_dir", "x"], "give one of --source"),
+        ([], "give one of --source"),
+        (["--load_dir", "/no/such"], "--load_dir=/no/such holds no checkpoint"),
+        (["--load_dir", "x", "--family", "dit"], "--family=dit has no effect with --load_dir"),
+    ],
+)
+def test_flags_that_cannot_be_are_one_line(convert, tmp_path, words, message):
+    (tmp_path / "names").write_text("cat\ndog\n")
+    words = [str(tmp_path / "names") if word == "NAMES" else word for word in words]
+    with pytest.raises(UserError, match=message) as error:
+        convert(*words, "--out", tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="--out is not given"):
+        convert("--source", FILES / "dit_tiny.pt")
+
+
+def test_a_vae_of_other_latents_is_refused(convert, tmp_path):
+    convert("--source", FILES / "lightningdit_tiny.pt", "--family", "lightningdit", "--out", tmp_path / "run")
+    saved = Checkpoints(tmp_path / "run").restore_config(0)
+    with pytest.raises(UserError, match="makes latents 4x4x4 of images 32x32x3, but the model takes 4x4x8"):
+        load_model(saved, make_mesh(), vae=str(VAE))
+    with pytest.raises(UserError, match="has latents of 4 channels, the model 8"):
+        convert(
+            "--source",
+            FILES / "lightningdit_tiny.pt",
+            "--family",
+            "lightningdit",
+            "--vae",
+            VAE,
+            "--out",
+            tmp_path / "b",
+        )
+
+
+def test_a_run_is_exported_and_comes_back_bit_for_bit(convert, tmp_path):
+    convert(*SIT, "--vae", VAE, "--out", tmp_path / "run")
+    convert("--load_dir", tmp_path / "run", "--out", tmp_path / "x.safetensors")
+    convert("--source", tmp_path / "x.safetensors", "--out", tmp_path / "again")
+    trees = [Checkpoints(tmp_path / name).restore_stored(0, "ema_params") for name in ("run", "again")]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+    configs = [Checkpoints(tmp_path / name).restore_config(0) for name in ("run", "again")]
+    assert configs[0] == {key: value for key, value in configs[1].items() if key != "lora_rank"}
+    convert("--load_dir", tmp_path / "again", "--out", tmp_path / "y.safetensors")
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in "xy")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name])
+    with pytest.raises(UserError, match=r"--family=sit has no effect on .*, which says it itself"):
+        convert("--source", tmp_path / "x.safetensors", "--family", "sit", "--out", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"model": {}, "dataset": {}}', '{"model": {"depth": "x"}, "dataset": {}}']
+)
+def test_metadata_that_are_no_run_are_refused(convert, tmp_path, state, text):
+    tensors = {name: np.ascontiguousarray(value) for name, value in state.items()}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={METADATA_KEY: text})
+    with pytest.raises(UserError, match="are no configuration of a run"):
+        convert("--source", tmp_path / "x.safetensors", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensors_stay_within_their_storage(tmp_path):
+    save_torch(tmp_path / "a.pt", {"a": np.arange(4, dtype=np.float32)})
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files["a/data.pkl"].count(b"K\x04") == 2  # the storage's size, and the shape
+    reasons = []
+    for place in range(len(files["a/data.pkl"])):
+        if files["a/data.pkl"][place : place + 2] == b"K\x04":
+            changed = files | {"a/data.pkl": files["a/data.pkl"][:place] + b"K\x05" + files["a/data.pkl"][place + 2 :]}
+            with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:
+                for name, content in changed.items():
+                    archive.writestr(name, content)
+            # A larger storage is said, or a tensor of five of its four numbers.
+            reason = None
+            try:
+                np.testing.assert_array_equal(read_torch_file(tmp_path / "b.pt")["a"], np.arange(4))
+            except BadFileError as error:
+                reason = str(error)
+            reasons.append(reason)
+    assert reasons == [None, "it holds a tensor that reaches beyond its storage"]
