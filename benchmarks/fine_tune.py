@@ -65,7 +65,8 @@ def score(run_dir: Path, statistics: Path, num_samples: int) -> tuple[float, flo
         "--num_samples", num_samples, "--save_samples", samples, "--json", result,
     )  # fmt: skip
     arrays = np.load(samples)
-    return json.loads(result.read_text())[0]["fid"], recognised_fraction(arrays["arr_0"], arrays["arr_1"] + 5)
+    images = arrays["arr_0"].mean(axis=-1)  # PNGs are read as RGB
+    return json.loads(result.read_text())[0]["fid"], recognised_fraction(images, arrays["arr_1"] + 5)
 
 
 def main(config: ConfigDict) -> None:

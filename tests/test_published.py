@@ -167,6 +167,28 @@ def test_ddim_of_a_dit_is_euler_on_the_straight_path(dit):
     assert error(samples, golden["ddim4"]) < TOLERANCE
 
 
+def test_ddpm_of_a_dit_has_its_learned_variance(dit):
+    golden = dit.golden
+    # One step of the process with all 1,000 levels, from each of four; no noise is added after the last.
+    labels, levels = golden["y"].astype(jnp.int32), golden["t"]
+    field = dit.objective.velocity_with_variance(dit.network, labels)
+    for i, level in enumerate(levels.tolist()):
+        t = dit.objective.time_of(jnp.int32(level))
+        t_next = dit.objective.time_of(jnp.int32(level - 1)) if level else jnp.float32(1)
+        x = golden["x"] * jnp.hypot(t, 1 - t)
+        found = SOLVERS["ddpm"].step(field, x, t, t_next, golden["step_noise"])[i] / jnp.hypot(t_next, 1 - t_next)
+        assert error(found, golden["step_ddpm"][i]) < 2 * TOLERANCE
+    for name, cfg_scale in (("ddpm4", float(golden["sample_cfg"])), ("ddpm4_nocfg", None)):
+        guided = sampling.guide(dit.network, dit.config.num_classes, cfg_scale, 3)
+        field = dit.objective.velocity_with_variance(guided, golden["sample_y"].astype(jnp.int32))
+        times = dit.objective.time_at
+        assert [round(float(dit.objective.level_at(times(i, 4)))) for i in range(4)] == [999, 666, 333, 0]
+        x = sampling.start_path(golden["sample_z"], 4, times)
+        for i in range(4):
+            x = SOLVERS["ddpm"].step(field, x, times(i, 4), times(i + 1, 4), golden["sample_noises"][i])
+        assert error(x, golden[name]) < 2 * TOLERANCE
+
+
 def test_a_lightningdit_computes_what_the_published_one_does():
     model = load("lightningdit_tiny.pt")
     golden = model.golden

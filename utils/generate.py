@@ -118,11 +118,13 @@ class _Static(NamedTuple):
         return self._guided(model, settings, labels)
 
     def _guided(self, model: ModelFn, settings: _Settings, labels: Int[Array, " b"]) -> VelocityFn:
-        plain = self.objective.velocity(model, labels)
+        has_variance = self.solver == "ddpm" and self.network.config.learn_sigma
+        velocity = self.objective.velocity_with_variance if has_variance else self.objective.velocity
+        plain = velocity(model, labels)
         if not self.is_guided:
             return plain
         guided = sampling.guide(model, self.network.config.num_classes, settings.cfg_scale, self.cfg_channels)
-        return sampling.within(self.objective.velocity(guided, labels), plain, *settings.cfg_interval)
+        return sampling.within(velocity(guided, labels), plain, *settings.cfg_interval)
 
 
 @partial(jax.jit, static_argnames=("label_mode",))

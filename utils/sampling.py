@@ -130,12 +130,24 @@ def ancestral_step(
     With s = 1 - t, s' = 1 - t' and x_1 = x + s v predicted, its mean is a x_1 + b x for a = c / (t' s^2),
     b = (t / t') (s' / s)^2 and c = (t' - t) (t' s + t s'), and its variance s'^2 - (b s)^2 = c (s' / (t' s))^2. No two
     numbers that are nearly equal are subtracted but the times, so that float32 keeps the digits.
+
+    A field of twice the channels of x has a learned variance in its second half (arXiv:2102.09672, eq. 15): 1 is the
+    forward process's, c h' / (h t'^2) with h = t^2 + s^2, and -1 that of the posterior.
     """
-    x_1 = x + (1 - t) * velocity_fn(x, _times(t, x), _times(t_next, x))
+    field = velocity_fn(x, _times(t, x), _times(t_next, x))
+    velocity, learned = field[..., : x.shape[-1]], field[..., x.shape[-1] :]
+    x_1 = x + (1 - t) * velocity
     s, s_next = 1 - t, 1 - t_next
     common = (t_next - t) * (t_next * s + t * s_next)
     mean = common / (t_next * s**2) * x_1 + (t / t_next) * (s_next / s) ** 2 * x
-    return mean + jnp.sqrt(common) * s_next / (t_next * s) * fresh_noise
+    deviation = jnp.sqrt(common) / t_next
+    if learned.shape[-1]:
+        fraction = (learned + 1) / 2
+        forward = jnp.hypot(t_next, s_next) / jnp.hypot(t, s)
+        ratio = forward**fraction * (s_next / s) ** (1 - fraction)
+    else:
+        ratio = s_next / s
+    return mean + jnp.where(t_next < 1, deviation * ratio, 0) * fresh_noise
 
 
 class Solver(NamedTuple):

@@ -263,7 +263,7 @@ def local_run(load_dir: str) -> str:
     hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
     folder = HUB_RUNS / load_dir.removeprefix(HUB_PREFIX).replace("/", "--")
     if not (split_load_dir(folder)[0] / "checkpoints").is_dir():
-        source = read_source(str(fetch(hub_id, revision or None)))
+        source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")
         if source.run is None:
             raise UserError(
                 f"--load_dir={load_dir} is no model of this suite; make a run of it: python convert_checkpoint.py "

@@ -35,10 +35,10 @@ class PublishedSource(NamedTuple):
     run: dict[str, Any] | None = None  # the configuration of the run that was exported
 
 
-def read_source(source: str) -> PublishedSource:
+def read_source(source: str, flag: str | None = None) -> PublishedSource:
     """The checkpoint in a file (.pt, .bin, .safetensors), in a folder (of diffusers, or exported here), or of a hub id.
 
-    No pickle is executed. UserError, naming --source, where there is none or it cannot be read.
+    No pickle is executed. UserError, naming --source (or another `flag`), where there is none or it cannot be read.
     """
     path = Path(source)
     if not path.exists() and re.fullmatch(HUB_ID, source):
@@ -48,7 +48,7 @@ def read_source(source: str) -> PublishedSource:
             return _read_folder(path)
         return _read_file(path)
     except BadFileError as error:
-        raise UserError(f"--source={source}: {error}") from None
+        raise UserError(f"{flag or f'--source={source}'}: {error}") from None
 
 
 def fetch(hub_id: str, revision: str | None = None) -> Path:

@@ -135,12 +135,19 @@ class Diffusion:
         Before t_(T-1) and after t_0 the network sees x as noisy as there, which is all it knows.
         """
 
+        with_variance = self.velocity_with_variance(model_fn, labels)
+        return lambda x, t, t_next: with_variance(x, t, t_next)[..., : x.shape[-1]]
+
+    def velocity_with_variance(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+        """`velocity`, and behind it what the network says of the variance of an ancestral step, if it does."""
+
         def velocity_fn(x, t, t_next):
             inside = self._clip(t)
             level = self.level_at(inside)
             t, inside = expand_times(t, x), expand_times(inside, x)
             x_k = x / jnp.hypot(t, 1 - t)
-            noise = self._predict_noise(model_fn, x_k, level, labels)
-            return (x_k * jnp.hypot(inside, 1 - inside) - noise) / inside
+            noise, variance = jnp.split(model_fn(x_k, level, labels).astype(jnp.float32), [x.shape[-1]], axis=-1)
+            velocity = (x_k * jnp.hypot(inside, 1 - inside) - noise) / inside
+            return jnp.concatenate([velocity, variance], axis=-1)
 
         return velocity_fn

@@ -1,0 +1,77 @@
+"""Runs on the hub: pushed, and sampled from elsewhere by name."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import GOLDEN, ROOT
+from tests.fake_hub import fake_hub
+from utils.convert.runs import import_run
+from utils.convert.sources import read_source
+from utils.errors import UserError
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with fake_hub() as server:
+        yield server
+
+
+def run(hub, cwd, *args, check=True):
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_x", "HF_HOME": str(cwd / "hub"),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    command = [sys.executable, ROOT / args[0], *args[1:]]
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path):
+    source = read_source(str(GOLDEN / "checkpoints" / "sit_small_train.pt"))
+    vae = str(GOLDEN / "vae_tiny")
+    model = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "cfg_scale": 4.0, "denoise_timesteps": 32, "preset": "debug"}
+    import_run("sit_small_train.pt", source, tmp_path / "run", model, num_heads=2, vae=vae)
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    push = ["convert_checkpoint.py", "--load_dir", tmp_path / "run", "--out", here / "faces", "--push", "someone/faces"]
+    done = run(hub, here, *push, "--private")
+    assert f"{hub.address}/someone/faces" in done.stdout
+    assert hub.created[0]["visibility"] == "private"
+    files = hub.repositories["someone/faces"]
+    assert files.keys() == {"README.md", "config.json", "model.safetensors"}
+    card = files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name:")
+    assert "trained with the objective `flow_matching`" in card
+    assert json.loads(files["config.json"])["imported"]["family"] == "sit"
+
+    # Elsewhere, by name; the second time from what is there.
+    words = ["sample.py", "--load_dir", "hf:someone/faces", "--num_samples", 2, "--denoise_timesteps", 2]
+    words += ["--save_samples", "a.npz"]
+    done = run(hub, there, *words)
+    assert (there / "runs" / "someone--faces" / "samples" / "grid.png").is_file()
+    run(hub, tmp_path, *["sample.py", "--load_dir", "run", *words[3:-1], tmp_path / "b.npz"])
+    np.testing.assert_array_equal(*(np.load(path)["arr_0"] for path in (there / "a.npz", tmp_path / "b.npz")))
+    count = len(hub.downloads)
+    run(hub, there, *words)
+    assert len(hub.downloads) == count
+
+    done = run(hub, there, "sample.py", "--load_dir", "hf:someone/nothing", check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "someone/nothing is no file or folder here and cannot be fetched from the hub" in done.stderr
+
+
+def test_a_hub_id_that_is_none_is_refused(tmp_path):
+    for source in ("a/b/c", "no such", "../x"):
+        with pytest.raises(UserError, match=f"--source={source}: there is no such file"):
+            read_source(source)
