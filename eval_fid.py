@@ -236,6 +236,8 @@ class RunEvaluation(Scoring):
             self.batch_size = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
             log(f"--batch_size {self.batch_size}")
         self._describe(params, overridden, data)
+        if saved["objective"]["name"] != "flow_matching":  # of what was added later, only what is not the default
+            self.settings["objective"] = saved["objective"]["name"]
 
     def _class_counts(self) -> np.ndarray:
         counts = self.reference.label_counts

@@ -1,5 +1,6 @@
 """The diffusion objective against published numbers (tests/golden/README.md) and against theory."""
 
+import json
 from types import SimpleNamespace
 
 import jax
@@ -8,14 +9,18 @@ import numpy as np
 import optax
 import pytest
 
+import eval_fid
 from diffusion_transformer import DiT, DiTConfig
-from tests.conftest import GOLDEN
-from utils import sampling
+from tests.conftest import GOLDEN, run_program
+from utils import cli, sampling
 from utils.convert.jax_flow import import_jax_flow_params
+from utils.errors import UserError
+from utils.generate import load_generator
 from utils.models import model_fn
 from utils.objectives.diffusion import Diffusion, path_times
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling import SOLVERS, ancestral_step
+from utils.tracking import read_metrics
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
 
 
@@ -195,3 +200,46 @@ def test_step_noise_is_a_function_of_seed_sample_and_step():
         x = sampling.take_steps(field, x, first, last, 6, "sde", sampling.sde_time_at, keys)
     np.testing.assert_allclose(whole, x, rtol=1e-6)
     assert len(np.unique(np.asarray(whole))) == 8
+
+
+def test_a_run_learns_noise_and_is_sampled_by_every_solver(tmp_path):
+    folder = tmp_path / "run"
+    words = f"""
+        --dataset_name digits --use_stable_vae 0 --save_dir {folder} --model.patch_size 2 --model.num_classes 10
+        --model.hidden_size 32 --model.depth 1 --model.denoise_timesteps 2 --batch_size 16 --max_steps 8
+        --eval_interval 8 --wandb.mode disabled --objective.name diffusion --objective.diffusion_timesteps 100
+    """
+    run_program("train_flow.py", *words.split())
+    saved = json.loads((folder / "config.json").read_text())
+    assert (saved["objective"]["diffusion_timesteps"], saved["model"]["timestep_scale"]) == (100, 1.0)
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert 0.5 < lines[0]["training/l2_loss"] < 2  # of noise of unit variance, of which nothing is known
+    assert lines[0]["training/v_abs_mean"] == pytest.approx((2 / np.pi) ** 0.5, rel=0.05)
+    generator = load_generator(folder)
+    for solver in ("euler", "sde", "ddim", "ddpm", "dopri5"):
+        images = generator.sample([3, 7], num_steps=3, cfg_scale=2.0, solver=solver, rtol=0.1, atol=0.1)
+        assert images.shape == (2, 8, 8, 1)
+    with pytest.raises(ValueError, match="ddim cannot invert"):
+        generator.invert(generator.noise([0]), [3], sampling.SamplerConfig(2, None, solver="ddim"))
+
+
+def test_solvers_that_do_not_fit_are_refused(read_flags):
+    cases = {
+        "--solver ddim": "--solver=ddim is of models trained as diffusions; use one of euler, heun, ",
+        "--solver sde --denoise_timesteps 1": "--denoise_timesteps=1: --solver=sde takes 2 or more",
+        "--solver sde --time_grid shift:3": "--time_grid=shift:3 has no effect with --solver=sde",
+        "--time_grid leading": "--time_grid=leading, which is of --solver ddim and ddpm",
+    }
+    for line, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            cli.read_samplers(read_flags(eval_fid, line.split()), 0.1, FlowMatching())
+    cases = {
+        "--solver ddim --denoise_timesteps 501": "the model has 500 noise levels",
+        "--solver ddim --time_grid shift:3": "--time_grid=shift:3: with --solver=ddim use one of linspace, leading",
+    }
+    for line, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            cli.read_samplers(read_flags(eval_fid, line.split()), 0.1, Diffusion())
+    config = read_flags(eval_fid, ["--solver", "ddim", "--time_grid", "leading"])
+    (sampler,) = cli.read_samplers(config, 0.1, Diffusion())
+    assert (sampler.spacing, sampler.time_shift) == ("leading", 1.0)

@@ -363,6 +363,8 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
         (config[group[0]] if group else config)[leaf] = value
     if "model.preset" in names:
         resolve_model(config)
+        if "objective.name" in names:
+            resolve_objective(config)
     if "wandb.mode" in names:
         resolve_wandb(config)
     return config
@@ -435,6 +437,14 @@ def inherit_settings(config: ConfigDict, saved: Mapping[str, Any]) -> None:
         config.vae = saved["dataset"]["vae"]
     if config.image_size is None and config.dataset_name.startswith(("folder:", "tfds:")):
         config.image_size = saved["dataset"]["image_shape"][0]
+
+
+def resolve_objective(config: ConfigDict) -> None:
+    """Fills what the objective has another default of into what the user left unset."""
+    defaults = getattr(OBJECTIVES[config.objective.name], "MODEL_DEFAULTS", {})
+    for name, value in defaults.items():
+        if not is_explicit(f"model.{name}"):
+            config.model[name] = value
 
 
 def override_model(saved: dict[str, Any]) -> ConfigDict:

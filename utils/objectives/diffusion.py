@@ -7,6 +7,7 @@ that predicts noise, and DDIM is Euler's method over the times t_k.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,9 @@ def path_times(num_levels: int) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
     """The network predicts the noise x_0 in x_k, of a level k that it is given as its time."""
+
+    # --model.* whose default is another for this objective: its times are levels, up to T - 1.
+    MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0}
 
     num_levels: int = setting(
         500, "T, the noise levels of a diffusion; DiT's is 1000.", 21, 10_000, flag="objective.diffusion_timesteps"
