@@ -275,6 +275,7 @@ class Trainer:
         if self.start is None:
             return state
         params, ema_params = (jax.tree.map(place, tree, shardings.params) for tree in self.start)
+        self.start = None  # as large as the state
         return state.replace(params=params, ema_params=ema_params)
 
     def _fresh_params(self, key: jax.Array) -> PyTree:
@@ -295,11 +296,13 @@ class Trainer:
         key = jax.random.key(config.seed)
         fresh = jax.tree.map(np.asarray, init_params(self.model, jax.random.fold_in(key, INIT)))
         step, trees = self.source.restore(replicated(self.mesh))
+        if config.freeze or config.lora_rank:  # what is frozen has one value: that of the EMA, which samples best
+            trees = [trees[1], trees[1]]
         classes = self.source.saved["dataset"]["class_names"], self.model.class_names
         adapted = [adapt_params(tree, fresh, *classes, config.model.patch_size) for tree in trees]
         remarks, new = adapted[0].remarks, adapted[0].new
         log(f"starting from {config.load_dir}, step {step}: {remarks[0]}")
-        for remark in remarks[1:]:
+        for remark in [*remarks[1:], *self.source.differences(self.saved_config)]:
             log(remark)
         start = [tree.params for tree in adapted]
         if config.lora_rank:

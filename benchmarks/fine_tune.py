@@ -82,7 +82,7 @@ def main(config: ConfigDict) -> None:
         base = out / f"base{seed}"
         run(
             "train_flow.py", *shared, *SIZES.split(), "--dataset_name", f"folder:{out / 'low'}",
-            "--model.num_classes", 5, "--model.lr", 1e-3, "--model.target_update_rate", 0.998,
+            "--model.num_classes", 5, "--model.lr", 1e-3, "--model.target_update_rate", 0.99,
             "--max_steps", config.base_steps, "--save_dir", base,
         )  # fmt: skip
         for name, words in VARIANTS.items():

@@ -217,7 +217,7 @@ def test_a_run_is_fine_tuned_frozen_and_resumed(digits, base, tmp_path):
     assert "are trained)" in done.stdout
     run_program("train_flow.py", *words, "--max_steps", "3", "--keep_last", "9")
     run_program("train_flow.py", *words, "--max_steps", "4", "--keep_last", "9")
-    before, moved = params_of(base, 6), set()
+    before, moved = params_of(base, 6, "ema_params"), set()
     for path, value in params_of(tmp_path / "run", 4).items():
         if path[0] == "block_0":
             np.testing.assert_array_equal(value, before[path], err_msg="/".join(path))
@@ -240,10 +240,11 @@ def test_lora_is_trained_sampled_exported_and_continued_without_its_source(digit
     run_program("train_flow.py", *words, "--load_dir", base, "--max_steps", "2")
     done = run_program("train_flow.py", *words, "--max_steps", "4")  # what it does not say is as in its own run
     assert "resuming" in done.stdout
-    before, after = params_of(base, 6), params_of(tmp_path / "run", 4)
+    before, after = params_of(base, 6, "ema_params"), params_of(tmp_path / "run", 4)
     for path, value in after.items():
         if path[0] not in ("lora", "label_embed"):
             np.testing.assert_array_equal(value, before[path])
+            np.testing.assert_array_equal(params_of(tmp_path / "run", 4, "ema_params")[path], before[path])
     assert np.abs(after["lora", "block_0", "mlp", "dense_1", "kernel", "b"]).max() > 0
     generator = load_generator(tmp_path / "run")
     export_run(str(tmp_path / "run"), tmp_path / "merged.safetensors")

@@ -129,6 +129,7 @@ def test_a_run_on_latents_is_evaluated_through_the_same_vae(cached_run, weights,
     assert samples.std() > 5
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_is_filmed_filled_and_measured(cached_run, photographs, read_flags, tmp_path, capsys):
     folder, out = photographs[1].removeprefix("folder:"), tmp_path / "out"
 

@@ -133,7 +133,7 @@ def test_the_same_command_again_has_nothing_to_do(finished):
 
 
 @pytest.mark.parametrize(
-    "devices", [pytest.param(8, marks=eight_devices), pytest.param(1, marks=[one_device, pytest.mark.slow])]
+    "devices", [pytest.param(1, marks=one_device), pytest.param(8, marks=[eight_devices, pytest.mark.slow])]
 )
 def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, devices):
     args = [*SHORT, "--max_steps", STEPS[devices], "--save_dir", tmp_path]
@@ -213,6 +213,7 @@ def test_one_of_two_processes_that_is_killed_ends_the_other_with_one_line(tmp_pa
     assert "process 0 of the run has lost another one" in error
 
 
+@pytest.mark.slow
 def test_a_streamed_run_continues_as_if_it_had_not_stopped(shared, tmp_path):
     args = [*SHORT, "--dataset_name", "cifar10", "--data_dir", shared / "data" / "tfds", "--model.patch_size", 4]
     args += ["--max_steps", 6, "--save_interval", 3, "--save_dir"]

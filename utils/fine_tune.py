@@ -48,6 +48,17 @@ class Source(NamedTuple):
 
         return self.checkpoints.restore_newest(read, self.steps)
 
+    def differences(self, config: dict[str, Any]) -> list[str]:
+        """What a run of this configuration has to learn anew, in words."""
+        remarks = []
+        ours, theirs = config["objective"]["name"], self.saved["objective"]["name"]
+        if ours != theirs:
+            remarks.append(f"note: --load_dir has learned {theirs}, which this run unlearns: its objective is {ours}")
+        vaes = [settings["dataset"]["vae_sha256"] for settings in (config, self.saved)]
+        if all(vaes) and vaes[0] != vaes[1]:
+            remarks.append("note: the latents are of another VAE than those of --load_dir")
+        return remarks
+
 
 def _to_host(x: jax.Array) -> np.ndarray:
     return np.asarray(x.addressable_data(0))

@@ -8,11 +8,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
-from diffusion_transformer import SIZES, DiTConfig, position_table
+from diffusion_transformer import SIZES, DiT, DiTConfig, position_table, rope_angles
 from utils.external import BadFileError
 
 HEADS = {width: heads for width, _, heads in SIZES.values()}
@@ -149,7 +151,7 @@ def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, i
             value = np.concatenate([value, np.zeros_like(value[:1])])  # "no label", which it was trained without
         flat[tensor.path] = value
     if config.learned_positions:
-        flat["pos_embed",] = _to_float32("pos_embed", pos_embed)
+        flat[("pos_embed",)] = _to_float32("pos_embed", pos_embed)
     _check_shapes(flat, config, latent_shape)
     return unflatten_dict(flat)
 
@@ -253,7 +255,7 @@ def _mlp_ratio(hidden_size: int, width: int, is_swiglu: bool) -> float:
 
 
 def _drop_rope_table(state: dict[str, np.ndarray], config: DiTConfig, num_tokens: int) -> None:
-    """The angles are constants; UserError where they are not those of this position."""
+    """Removes the tables of angles, which are constants; BadFileError where they are of another image size."""
     for name in ("feat_rope.freqs_cos", "feat_rope.freqs_sin"):
         table = state.pop(name, None)
         if table is not None and table.shape != (num_tokens, config.hidden_size // config.num_heads):
@@ -270,11 +272,6 @@ def _check_names(state: State, expected: list[str]) -> None:
 
 
 def _check_shapes(flat: Mapping[tuple[str, ...], np.ndarray], config: DiTConfig, latent_shape: tuple) -> None:
-    import jax
-    import jax.numpy as jnp
-
-    from diffusion_transformer import DiT
-
     arguments = (jnp.zeros((1, *latent_shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     shapes = flatten_dict(jax.eval_shape(DiT(config).init, jax.random.key(0), *arguments)["params"])
     for path, shape in shapes.items():
@@ -312,8 +309,6 @@ def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int,
     if flat:
         raise ValueError(f"no published model has {'/'.join(min(flat))}")
     if config.rope:
-        from diffusion_transformer import rope_angles
-
         angles = rope_angles(height // p, width // p, config.hidden_size // config.num_heads)
         state["feat_rope.freqs_cos"], state["feat_rope.freqs_sin"] = np.cos(angles), np.sin(angles)
     return state
