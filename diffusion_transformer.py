@@ -57,6 +57,7 @@ class DiTConfig:
     timestep_scale: float = setting(
         10_000.0, "Factor of the time before its sinusoids: 10000 as jax-flow has it, 1 as SiT and DiT.", 1e-3, 1e6
     )
+    step_conditioning: int = setting(0, "1: the model is also given the length of the step that it is asked for.", 0, 1)
     learned_positions: int = setting(0, "1: the position table is a parameter, as jax-flow has it.", 0, 1)
     learn_sigma: int = setting(0, "1: as many outputs again, the variance of a DiT's diffusion.", 0, 1)
     norm: str = setting(
@@ -345,9 +346,16 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], t: Float[Array, " b"], labels: Int[Array, " b"]
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        labels: Int[Array, " b"],
+        step: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c_out"]:
-        """Velocity at x_t (noise at t = 0, data at t = 1); the label num_classes means "no label"."""
+        """Velocity at x_t (noise at t = 0, data at t = 1); the label num_classes means "no label".
+
+        With `step_conditioning`, `step` says of which step the velocity is the average, in the objective's own units.
+        """
         config = self.config
         dtype = jnp.dtype(config.dtype)
         b, h, w, c = x.shape
@@ -368,6 +376,9 @@ class DiT(nn.Module):
             config.num_classes, config.hidden_size, config.class_dropout_prob, dtype, name="label_embed"
         )
         condition += label_embed(labels)
+        if config.step_conditioning:
+            step = jnp.zeros_like(t) if step is None else step
+            condition += TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="step_embed")(step)
 
         tokens = self.apply_blocks(tokens, condition, (h // p, w // p))
 

@@ -45,6 +45,7 @@ from utils.metrics.reference import load_statistics, warn_of_other_shape
 from utils.metrics.registry import compute_fid
 from utils.metrics.statistics import ImageStatistics
 from utils.models import init_params, make_model
+from utils.objectives.objective import has_guidance, row_period
 from utils.objectives.registry import make_objective
 from utils.panels import loss_by_time, reconstruction_panel, sample_panels
 from utils.progress import Progress
@@ -146,8 +147,9 @@ class Trainer:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.mesh = make_mesh()
-        checks.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum)
         self._find_source()
+        period = row_period(make_objective(config))
+        checks.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum, period)
         refuse_ignored(config)
         if not self.started_from:
             cli.refuse_ignored(("freeze", "lora_rank"), "without --load_dir")
@@ -403,8 +405,8 @@ class Trainer:
             for t, loss in loss_by_time(model, state.params, data, key).items():
                 yield f"{name}_loss_t/{t}", loss
         yield "reconstruction_n", reconstruction_panel(model, state.ema_params, self.validation_batch, key)
-        can_guide = checks.can_guide(config.model.class_dropout_prob)
-        scale = cli.guidance_scale(config.model.cfg_scale) if can_guide else None
+        is_guided = has_guidance(model.objective) and checks.can_guide(config.model.class_dropout_prob)
+        scale = cli.guidance_scale(config.model.cfg_scale) if is_guided else None
         sampler = SamplerConfig(config.model.denoise_timesteps, scale)
         weight = self.ema.initial_weight(int(state.step))
         note = f"EMA, {weight:.0%} of it initial parameters" if weight > 0.005 else "EMA"

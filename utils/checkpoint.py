@@ -45,7 +45,8 @@ MODEL_SETTINGS = (*(field.name for field in dataclasses.fields(DiTConfig)), "use
 
 # Those that older runs did not save, and had the default of.
 ADDED_SETTINGS = (
-    "network", "timestep_scale", "learned_positions", "learn_sigma", "norm", "mlp", "rope", "qk_norm",
+    "network", "timestep_scale", "step_conditioning", "learned_positions", "learn_sigma", "norm", "mlp", "rope",
+    "qk_norm",
 )  # fmt: skip
 
 FOLDER = "checkpoints"

@@ -75,14 +75,16 @@ def _nearest_divisor(number: int, near: int) -> int:
     return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))
 
 
-def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1) -> None:
+def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1, period: int = 1) -> None:
     """Raises UserError where a global batch cannot be sharded evenly over the devices of all processes, in every one of
-    `grad_accum` microbatches."""
-    divisor = num_devices * grad_accum
+    `grad_accum` microbatches, by `period` rows at a time."""
+    divisor = num_devices * grad_accum * period
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size}: use {divisor} or a multiple of it")
     if batch_size % divisor:
         microbatches = f" in --grad_accum={grad_accum} microbatches" if grad_accum > 1 else ""
+        if period > 1:
+            microbatches += f" by the {period} rows of which the objective treats one apart"
         raise UserError(
             f"--batch_size={batch_size} does not divide over {num_devices} device{'s' * (num_devices > 1)}"
             f"{microbatches}; "

@@ -30,7 +30,7 @@ from utils.errors import UserError
 from utils.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
-from utils.objectives.objective import Objective
+from utils.objectives.objective import Objective, has_guidance
 from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
 from utils.sampling import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
 
@@ -140,6 +140,13 @@ def read_samplers(
     (None: flow matching), and for guidance that one trained with `class_dropout_prob` does not have; where none was
     asked for, there is none, which is logged."""
     scales = read_numbers(config.cfg_scale, "cfg_scale", float, MAX_SCALE) if config.get("use_cfg", 1) else [-1.0]
+    if objective is not None and not has_guidance(objective) and any(map(guides, scales)):
+        if is_explicit("cfg_scale"):
+            raise UserError(
+                f"--cfg_scale={','.join(config.cfg_scale)}: guidance is part of what the model has learned; use "
+                "--cfg_scale 1"
+            )
+        scales = [-1.0]
     if not checks.can_guide(class_dropout_prob) and any(map(guides, scales)):
         reason = checks.explain_no_guidance(class_dropout_prob)
         if is_explicit("cfg_scale"):
@@ -179,10 +186,15 @@ def read_time_grid(config: ConfigDict, step_counts: list[int], objective: Object
     one of the objective's."""
     solver, grid = config.solver, config.time_grid
     kind = "any" if solver in ADAPTIVE_SOLVERS else SOLVERS[solver].grid
+    fitting = getattr(objective, "SOLVERS", (*ODE_SOLVERS, "sde", *ADAPTIVE_SOLVERS))
+    if solver not in fitting:
+        what = "is of models trained as diffusions" if kind == "diffusion" else "does not fit what the model learned"
+        raise UserError(f"--solver={solver} {what}; use one of {', '.join(fitting)}")
+    problem = next(filter(None, map(getattr(objective, "check_steps", lambda _: ""), step_counts)), "")
+    if problem:
+        raise UserError(f"--denoise_timesteps={','.join(map(str, step_counts))}: {problem}")
     if kind == "diffusion":
-        if not isinstance(objective, Diffusion):
-            others = [*ODE_SOLVERS, "sde", *ADAPTIVE_SOLVERS]
-            raise UserError(f"--solver={solver} is of models trained as diffusions; use one of {', '.join(others)}")
+        assert isinstance(objective, Diffusion)
         if is_explicit("time_grid") and grid not in SPACINGS:
             raise UserError(f"--time_grid={grid}: with --solver={solver} use one of {', '.join(SPACINGS)}")
         if max(step_counts) > objective.num_levels:
@@ -433,6 +445,8 @@ def inherit_settings(config: ConfigDict, saved: Mapping[str, Any]) -> None:
     for name, value in saved["objective"].items():
         if not is_explicit(f"objective.{name}"):
             config.objective[name] = value
+    if config.objective.name != saved["objective"]["name"]:
+        resolve_objective(config)
     if config.vae is None and model.use_stable_vae and not config.dataset_name.startswith("latents:"):
         config.vae = saved["dataset"]["vae"]
     if config.image_size is None and config.dataset_name.startswith(("folder:", "tfds:")):

@@ -30,7 +30,8 @@ class Network(Protocol):
         """{"params": fresh parameters}."""
 
     def apply(self, variables: Any, x: Any, t: Any, labels: Any) -> Any:
-        """The output for x_t (b, h, w, c), times (b,) and labels (b,): of the shape of x_t, or with more channels."""
+        """The output for x_t (b, h, w, c), times (b,) and labels (b,): of the shape of x_t, or with more channels. With
+        `config.step_conditioning`, a fourth argument is the step (b,)."""
 
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
         """Of one forward pass on one image, matmuls only (2 per MAC)."""
@@ -91,8 +92,10 @@ def model_fn(network: Network, params: PyTree) -> ModelFn:
     """The network as objectives, guidance and solvers call it; LoRA's factors are merged into its kernels."""
     params = merge_lora(params)
 
-    def apply(x, t, labels):
-        output: Any = network.apply({"params": params}, x, t, labels)
+    def apply(x, t, labels, *step):
+        if labels is None:
+            labels = jnp.full(t.shape, network.config.num_classes)
+        output: Any = network.apply({"params": params}, x, t, labels, *step)
         return output
 
     return apply

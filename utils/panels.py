@@ -20,6 +20,7 @@ from utils.checks import can_guide
 from utils.codecs.codec import encode_batch, images_to_uint8
 from utils.generate import ImageGenerator
 from utils.models import ImageModel, model_fn
+from utils.objectives.objective import has_guidance
 from utils.sampling import SamplerConfig, sample_noise
 from utils.sharding import gather
 from utils.train_step import draw_examples, loss_at_time
@@ -96,7 +97,8 @@ def sample_panels(
         return sample_stages(model, params, noise, shown, None if scale in (0, 1) else scale, num_steps)
 
     note = note and f"; {note}"
-    for scale in scales if can_guide(model.network.config.class_dropout_prob) else (1,):
+    is_guided = has_guidance(model.objective) and can_guide(model.network.config.class_dropout_prob)
+    for scale in scales if is_guided else (1,):
         images = stages(scale, sampler.num_steps)
         title = f"{sampler._replace(cfg_scale=scale)}, by fraction of the path{note}"
         yield f"{name}_cfg_{scale:g}", plotting.image_table(images, names, stage_titles, title)

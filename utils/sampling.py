@@ -34,9 +34,9 @@ def guide(
         return model_fn
     scale = cfg_scale
 
-    def guided(x, t, labels):
+    def guided(x, t, labels, *step):
         both_labels = jnp.concatenate([jnp.full_like(labels, num_classes), labels])
-        v = model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels)
+        v = model_fn(*(jnp.concatenate([rows, rows]) for rows in (x, t)), both_labels, *(jnp.tile(s, 2) for s in step))
         v_uncond, v_cond = jnp.split(v, 2)
         v = v_uncond + scale * (v_cond - v_uncond)
         num_guided = x.shape[-1] if cfg_channels is None else cfg_channels

@@ -14,7 +14,7 @@ from jaxtyping import Array, Key, PyTree
 
 from utils.codecs.codec import Codec, encode_batch
 from utils.models import Network, model_fn
-from utils.objectives.objective import Objective
+from utils.objectives.objective import Objective, row_period
 from utils.train_state import EmaSchedule, TrainState, apply_gradients, select_parts
 
 # Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key.
@@ -22,12 +22,21 @@ INIT = 2**31 - 1
 VALIDATION = 2**31 - 2
 
 
-def accumulate_microbatches(function: Callable[[PyTree], PyTree], examples: PyTree, grad_accum: int) -> PyTree:
-    """The mean of function(microbatch) over `grad_accum` microbatches of the examples' rows, one after the other."""
+def accumulate_microbatches(
+    function: Callable[[PyTree], PyTree], examples: PyTree, grad_accum: int, period: int = 1
+) -> PyTree:
+    """The mean of function(microbatch) over `grad_accum` microbatches of the examples' rows, one after the other.
+
+    Rows go to microbatches in turn, `period` at a time."""
     if grad_accum == 1:
         return function(examples)
-    # Every grad_accum-th row: whatever rows a device has, it has as many of each microbatch.
-    batches = jax.tree.map(lambda rows: rows.reshape(-1, grad_accum, *rows.shape[1:]).swapaxes(0, 1), examples)
+
+    # In turn: whatever rows a device has, it has as many of each microbatch.
+    def split(rows):
+        blocks = rows.reshape(-1, grad_accum, period, *rows.shape[1:]).swapaxes(0, 1)
+        return blocks.reshape(grad_accum, -1, *rows.shape[1:])
+
+    batches = jax.tree.map(split, examples)
     shapes = jax.eval_shape(function, jax.tree.map(lambda rows: rows[0], batches))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(lambda total, batch: (jax.tree.map(jnp.add, total, function(batch)), None), zeros, batches)
@@ -62,7 +71,7 @@ def example_losses(
     x_1 = encode_batch(codec, examples["codec_key"], examples["batch"])
     labels = jnp.where(examples["is_dropped"], model.config.num_classes, examples["batch"]["label"])
     functions = (model_fn(model, params), model_fn(model, ema_params))
-    return objective.loss(*functions, x_1, labels, examples["draws"])
+    return objective.loss(*functions, x_1, labels, examples["draws"] | {"is_dropped": examples["is_dropped"]})
 
 
 def compute_gradients(
@@ -94,7 +103,7 @@ def compute_gradients(
         return jax.grad(loss_fn, has_aux=True)(state.params)
 
     examples = draw_examples(key, batch, objective, class_dropout_prob)
-    return accumulate_microbatches(gradients, examples, grad_accum)
+    return accumulate_microbatches(gradients, examples, grad_accum, row_period(objective))
 
 
 def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, Array]:

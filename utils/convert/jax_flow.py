@@ -53,6 +53,8 @@ def import_jax_flow_params(flat: Mapping[str, Array | np.ndarray]) -> PyTree:
         }
     except KeyError as error:
         raise ValueError(f"not the parameter tree of a jax-flow DiT: {error.args[0]} is missing") from None
+    if "TimestepEmbedder_1/Dense_0/kernel" in left:  # of shortcut models and MeanFlow
+        params["step_embed"] = take_pair("TimestepEmbedder_1")
     pos_embed = left.pop("pos_embed", None)
     if left:
         raise ValueError(f"not the parameter tree of a jax-flow DiT: {sorted(left)[0]} has no counterpart")

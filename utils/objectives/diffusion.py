@@ -37,6 +37,7 @@ class Diffusion:
 
     # --model.* whose default is another for this objective: its times are levels, up to T - 1.
     MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0}
+    SOLVERS: ClassVar = ("euler", "heun", "midpoint", "sde", "ddim", "ddpm", "dopri5")
 
     num_levels: int = setting(
         500, "T, the noise levels of a diffusion; DiT's is 1000.", 21, 10_000, flag="objective.diffusion_timesteps"

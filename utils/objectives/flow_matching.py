@@ -7,7 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from utils.objectives.objective import Draws, ModelFn, VelocityFn
 from utils.settings import setting
@@ -18,7 +18,7 @@ T_SAMPLERS = ("logit_normal", "uniform")
 LEGACY_T_SAMPLERS = {"log-normal": "logit_normal"}  # jax-flow's spelling
 
 
-def expand_times(t: Float[Array, " b"], target: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+def expand_times(t: Shaped[Array, " b"], target: Float[Array, "b ..."]) -> Shaped[Array, "b ..."]:
     """t with as many axes as `target`, to broadcast over its examples."""
     return t.reshape(t.shape + (1,) * (target.ndim - 1))
 

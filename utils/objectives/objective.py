@@ -9,17 +9,36 @@ from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, Key
 
-# The network without label dropout: model_fn(x_t, t, labels).
-ModelFn = Callable[[Float[Array, "b ..."], Float[Array, " b"], Int[Array, " b"]], Float[Array, "b ..."]]
+# The network without label dropout: model_fn(x_t, t, labels), where labels None are "no label" for all; of objectives
+# whose network is given the step, too: model_fn(x_t, t, labels, step).
+ModelFn = Callable[..., Float[Array, "b ..."]]
 # velocity_fn(x, t, t_next): the average velocity from t to t_next, of which an instantaneous field uses t alone.
 VelocityFn = Callable[[Float[Array, "b ..."], Float[Array, " b"], Float[Array, " b"]], Float[Array, "b ..."]]
 # Per example, first axis = batch; "t" is always there.
 Draws = dict[str, Array]
 
 
+def row_period(objective: "Objective") -> int:
+    """Rows of a batch after which their roles repeat; 1 where they have none."""
+    return getattr(objective, "row_period", 1)
+
+
+def has_guidance(objective: "Objective") -> bool:
+    """Whether samples can be guided."""
+    return getattr(objective, "HAS_GUIDANCE", True)
+
+
 @runtime_checkable
 class Objective(Protocol):
-    """Immutable and hashable: a static argument of the compiled steps."""
+    """Immutable and hashable: a static argument of the compiled steps.
+
+    What an objective may also have:
+    - `MODEL_DEFAULTS` {name: value}: --model.* whose default is another for it.
+    - `row_period`: rows of a batch have roles that repeat after so many; microbatches and devices get whole periods.
+    - `SOLVERS`: the solvers that fit its velocity; default, all of ODEs and the SDE's.
+    - `check_steps(num_steps)`: what is wrong with a number of sampling steps, in words; empty where nothing is.
+    - `HAS_GUIDANCE`: whether its samples can be guided; False where that is part of what is learned.
+    """
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
         """Everything random in the loss of `num_examples` examples, as small as possible: keys rather than noise.
@@ -35,7 +54,8 @@ class Objective(Protocol):
         labels: Int[Array, " b"],
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-        """(loss, other metrics to log), all per example and float32. `ema_model_fn` is for targets from the EMA."""
+        """(loss, other metrics to log), all per example and float32. `ema_model_fn` is for targets from the EMA; in
+        training, `draws` also say which labels are dropped, "is_dropped" (b,)."""
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """What the network sees of x_1 at the times and with the noise of `draws`."""

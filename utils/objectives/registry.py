@@ -9,10 +9,17 @@ from ml_collections import ConfigDict
 from utils.errors import UserError
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
+from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objective import Objective
+from utils.objectives.shortcut import Shortcut
 
 # Frozen dataclasses that implement Objective.
-OBJECTIVES: dict[str, Any] = {"flow_matching": FlowMatching, "diffusion": Diffusion}
+OBJECTIVES: dict[str, Any] = {
+    "flow_matching": FlowMatching,
+    "diffusion": Diffusion,
+    "shortcut": Shortcut,
+    "mean_flow": MeanFlow,
+}
 
 
 def flag_of(field: dataclasses.Field) -> str:
@@ -41,4 +48,7 @@ def make_objective(config: Mapping[str, Any] | ConfigDict) -> Objective:
         group, _, name = flag_of(field).partition(".")
         if config[group].get(name) is not None:
             values[field.name] = config[group][name]
-    return objective(**values)
+    try:
+        return objective(**values)
+    except ValueError as error:  # values that do not go together; the message names the flag
+        raise UserError(str(error)) from None

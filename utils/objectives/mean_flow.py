@@ -1,0 +1,160 @@
+"""MeanFlow (Geng et al., arXiv:2505.13447): the network is the average velocity of any step, so that one is enough.
+
+u(x, t, r) = (x(r) - x) / (r - t) along the path through x at t satisfies u = v + (r - t) du/dt, where du/dt is the
+derivative along the path with r fixed: one Jacobian-vector product. That is the target, with v of the straight path.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from utils.objectives.flow_matching import expand_times
+from utils.objectives.objective import Draws, ModelFn, VelocityFn
+from utils.settings import setting
+
+TIME_MEAN = 0.4  # of the normal whose sigmoid the times are
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanFlow:
+    """The network predicts the average velocity from t to r = t + h at x_t, given t and h."""
+
+    # --model.* whose default is another for this objective; a time embedding that is not smooth has huge derivatives.
+    MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0, "step_conditioning": 1}
+    SOLVERS: ClassVar = ("euler", "dopri5")
+    HAS_GUIDANCE: ClassVar = False  # it is in the targets
+
+    step_every: int = setting(4, "One row of so many learns a step of MeanFlow, the others r = t.", 2, 4096)
+    omega: float = setting(1.0, "MeanFlow's guidance: weight of the path's velocity.", 0, 1000)
+    kappa: float = setting(
+        0.5, "MeanFlow's guidance: weight of the network's own; the scale is omega / (1 - kappa).", 0, 0.99
+    )
+    guidance_start: float = setting(0.0, "First time t with MeanFlow's guidance.", 0, 1)
+    guidance_end: float = setting(1.0, "Last time t with MeanFlow's guidance.", 0, 1)
+    norm_p: float = setting(1.0, "Power of MeanFlow's adaptive weight; 0: squared error.", 0, 2)
+    norm_eps: float = setting(0.01, "What MeanFlow's adaptive weight adds to the squared error.", 1e-8, 1e3)
+
+    @property
+    def row_period(self) -> int:
+        """Rows after which the roles of a batch's rows repeat."""
+        return self.step_every
+
+    def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
+        """`t` and `h` (b,), the start and length of a step, h = 0 in most rows; `noise_key` (b,)."""
+        times = jax.nn.sigmoid(TIME_MEAN + jax.random.normal(time_key, (num_examples, 2)))
+        t = times.min(axis=1)
+        is_step = jnp.arange(num_examples) % self.step_every == 0
+        return {
+            "t": t,
+            "h": jnp.where(is_step, times.max(axis=1) - t, 0.0),
+            "noise_key": jax.random.split(noise_key, num_examples),
+        }
+
+    def draw_noise(self, draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """x_0, standard normal, of the shape of x_1."""
+        return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
+
+    def loss(
+        self,
+        model_fn: ModelFn,
+        ema_model_fn: ModelFn,
+        x_1: Float[Array, "b ..."],
+        labels: Int[Array, " b"],
+        draws: Draws,
+    ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+        """Squared error over its own power, which keeps outliers from leading (the paper's adaptive weight).
+
+        Metrics: `v_abs_mean` and `v_pred_abs_mean` of the targets and the predictions, `sum_of_squares` of the error,
+        and `du_dt_abs_mean`, which is zero where h is. The loss itself is nearly constant with norm_p 1.
+        """
+        x_0 = self.draw_noise(draws, x_1)
+        is_dropped = draws.get("is_dropped", jnp.zeros(len(labels), bool))
+        t = draws["t"]
+        h = jnp.where(is_dropped, 0, jnp.clip(draws["h"], 0, 1 - t))  # "no label" is learned at r = t
+        x_t = expand_times(1 - t, x_1) * x_0 + expand_times(t, x_1) * x_1
+        velocity = self.guided_velocity(model_fn, x_t, t, labels, is_dropped, x_1 - x_0)
+
+        # Rows that learn a step have a derivative along the path; the others are plain evaluations.
+        stepping = slice(None, None, self.step_every)
+        u_step, du_dt = self.derivative(
+            model_fn, x_t[stepping], t[stepping], h[stepping], labels[stepping], velocity[stepping]
+        )
+        u_rest = model_fn(*map(self._others, (x_t, t, labels, h))).astype(jnp.float32)
+        prediction = self._interleave(u_step, u_rest)
+        derivative = self._interleave(du_dt, jnp.zeros_like(u_rest))
+        target = jax.lax.stop_gradient(velocity + expand_times(h, x_t) * derivative)
+
+        axes = tuple(range(1, x_1.ndim))
+        squares = jnp.square(prediction - target).sum(axis=axes)
+        weight = jax.lax.stop_gradient((squares + self.norm_eps) ** self.norm_p)
+        return squares / weight, {
+            "v_abs_mean": jnp.abs(target).mean(axis=axes),
+            "v_pred_abs_mean": jnp.abs(prediction).mean(axis=axes),
+            "sum_of_squares": squares,
+            "du_dt_abs_mean": jnp.abs(derivative).mean(axis=axes),
+        }
+
+    def guided_velocity(
+        self,
+        model_fn: ModelFn,
+        x_t: Float[Array, "b ..."],
+        t: Float[Array, " b"],
+        labels: Int[Array, " b"],
+        is_dropped: Array,
+        velocity: Float[Array, "b ..."],
+    ) -> Float[Array, "b ..."]:
+        """omega v + (1 - omega - kappa) u(no label) + kappa u(label), both at r = t and without gradient.
+
+        Where the label is dropped, and outside of the guidance's times, v itself.
+        """
+        if (self.omega, self.kappa) == (1, 0):
+            return velocity
+        still = jnp.zeros_like(t)
+        parts = self.omega * velocity + (1 - self.omega - self.kappa) * model_fn(x_t, t, None, still)
+        if self.kappa:
+            parts += self.kappa * model_fn(x_t, t, labels, still)
+        is_guided = (self.guidance_start <= t) & (t <= self.guidance_end) & ~is_dropped
+        return jax.lax.stop_gradient(jnp.where(expand_times(is_guided, x_t), parts, velocity))
+
+    def derivative(
+        self,
+        model_fn: ModelFn,
+        x_t: Float[Array, "n ..."],
+        t: Float[Array, " n"],
+        h: Float[Array, " n"],
+        labels: Int[Array, " n"],
+        velocity: Float[Array, "n ..."],
+    ) -> tuple[Float[Array, "n ..."], Float[Array, "n ..."]]:
+        """(u, du/dt along the path with r = t + h fixed; the latter without gradient)."""
+        u, du_dt = jax.jvp(
+            lambda x, t, h: model_fn(x, t, labels, h), (x_t, t, h), (velocity, jnp.ones_like(t), -jnp.ones_like(h))
+        )
+        return u.astype(jnp.float32), jax.lax.stop_gradient(du_dt.astype(jnp.float32))
+
+    def _others(self, rows: Array) -> Array:
+        """The rows of a batch that learn no step."""
+        return rows.reshape(-1, self.step_every, *rows.shape[1:])[:, 1:].reshape(-1, *rows.shape[1:])
+
+    def _interleave(self, first: Float[Array, "n ..."], rest: Float[Array, "m ..."]) -> Float[Array, "b ..."]:
+        """Rows of a batch from those that learn a step and the others, in their places."""
+        shape = first.shape[1:]
+        blocks = [first.reshape(-1, 1, *shape), rest.reshape(-1, self.step_every - 1, *shape)]
+        return jnp.concatenate(blocks, axis=1).reshape(-1, *shape)
+
+    def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
+        """x_t of `draws`."""
+        t = expand_times(draws["t"], x_1)
+        return (1 - t) * self.draw_noise(draws, x_1) + t * x_1
+
+    def predict_data(
+        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]
+    ) -> Float[Array, "b ..."]:
+        """Where one step from x_t to t = 1 leads: x_t + (1 - t) u(x_t, t, 1)."""
+        return x_t + expand_times(1 - t, x_t) * model_fn(x_t, t, labels, 1 - t)
+
+    def velocity(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+        """The average velocity from t to t_next; the instantaneous one where they are equal."""
+        return lambda x, t, t_next: model_fn(x, t, labels, t_next - t)

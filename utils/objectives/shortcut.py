@@ -1,0 +1,161 @@
+"""Shortcut models (Frans et al., arXiv:2410.12557): one network for steps of 1, 1/2, 1/4, ... of the path.
+
+The network is told the level d of the step that it is asked for, of size 2^-d, and learns the average velocity of it:
+at the finest level that is flow matching, and at every other one the average of two steps of the next finer level, by
+the EMA of the network itself. So a sample can be drawn in any power of two of steps, down to one.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from utils.objectives.flow_matching import expand_times
+from utils.objectives.objective import Draws, ModelFn, VelocityFn
+from utils.settings import setting
+
+MIN_NOISE = 1e-5  # what is left of the noise at t = 1
+MAX_LATENT = 4.0  # targets and points that they are computed at are clipped there
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortcut:
+    """The network predicts the average velocity of a step of size 2^-d at x_t, for d = 0 .. log2 of the finest steps.
+
+    Every `bootstrap_every`-th row of a batch learns from the EMA, the levels taking turns; the others learn the
+    velocity of the straight path. All rows are used once, and labels are dropped at every level.
+    """
+
+    # --model.* whose default is another for this objective.
+    MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0, "step_conditioning": 1, "target_update_rate": 0.999}
+    SOLVERS: ClassVar = ("euler",)
+
+    finest_steps: int = setting(
+        128, "Steps of the finest level of a shortcut model, a power of two.", 2, 4096, flag="objective.finest_steps"
+    )
+    bootstrap_every: int = setting(
+        8, "Every so manieth row of a batch bootstraps a shortcut model.", 2, 4096, flag="objective.bootstrap_every"
+    )
+    bootstrap_guidance: float = setting(
+        1.0,
+        "Guidance scale baked into a shortcut model's coarser levels; 1: none.",
+        0,
+        1000,
+        flag="objective.bootstrap_guidance",
+    )
+
+    def __post_init__(self):
+        if self.finest_steps & (self.finest_steps - 1):
+            raise ValueError(f"--objective.finest_steps={self.finest_steps} is no power of two; use 128, for example")
+
+    @property
+    def num_levels(self) -> int:
+        """L: levels 0 .. L - 1 are bootstrapped, level L is flow matching."""
+        return int(math.log2(self.finest_steps))
+
+    @property
+    def row_period(self) -> int:
+        """Rows after which the roles of a batch's rows repeat."""
+        return self.bootstrap_every
+
+    def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
+        """`t` (b,), multiples of the step, `level` (b,), float, and `noise_key` (b,), from which x_0 is drawn."""
+        rows = jnp.arange(num_examples)
+        turn = (rows // self.bootstrap_every) % self.num_levels
+        level = jnp.where(rows % self.bootstrap_every == 0, self.num_levels - 1 - turn, self.num_levels)
+        steps = 2.0**level
+        t = jnp.floor(jax.random.uniform(time_key, (num_examples,)) * steps) / steps
+        noise_keys = jax.random.split(noise_key, num_examples)
+        return {"t": t, "level": level.astype(jnp.float32), "noise_key": noise_keys}
+
+    def draw_noise(self, draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        """x_0, standard normal, of the shape of x_1."""
+        return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
+
+    def loss(
+        self,
+        model_fn: ModelFn,
+        ema_model_fn: ModelFn,
+        x_1: Float[Array, "b ..."],
+        labels: Int[Array, " b"],
+        draws: Draws,
+    ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+        """Mean squared error of the average velocity.
+
+        Metrics: `v_abs_mean` and `v_pred_abs_mean` of the targets and the predictions.
+        """
+        x_0 = self.draw_noise(draws, x_1)
+        t, level = draws["t"], draws["level"]
+        x_t = self._interpolate(x_0, x_1, t)
+        velocity = x_1 - (1 - MIN_NOISE) * x_0
+
+        every = self.bootstrap_every
+        bootstrapped = self.bootstrap_targets(ema_model_fn, x_t[::every], t[::every], labels[::every], level[::every])
+        targets = velocity.at[::every].set(bootstrapped)
+        prediction = model_fn(x_t, t, labels, level).astype(jnp.float32)
+
+        def mean(x):
+            return x.mean(axis=tuple(range(1, x.ndim)))
+
+        loss = mean(jnp.square(prediction - targets))
+        return loss, {"v_abs_mean": mean(jnp.abs(targets)), "v_pred_abs_mean": mean(jnp.abs(prediction))}
+
+    def bootstrap_targets(
+        self,
+        ema_model_fn: ModelFn,
+        x_t: Float[Array, "n ..."],
+        t: Float[Array, " n"],
+        labels: Int[Array, " n"],
+        level: Float[Array, " n"],
+    ) -> Float[Array, "n ..."]:
+        """The average velocity of two steps of the next finer level, guided where that is the finest."""
+        half = 2.0 ** -(level + 1)
+
+        def velocity(x, t):
+            conditional = ema_model_fn(x, t, labels, level + 1)
+            if self.bootstrap_guidance == 1:
+                return conditional
+            unconditional = ema_model_fn(x, t, None, level + 1)
+            guided = unconditional + self.bootstrap_guidance * (conditional - unconditional)
+            return jnp.where(expand_times(level == self.num_levels - 1, x), guided, conditional)
+
+        first = velocity(x_t, t)
+        halfway = jnp.clip(x_t + expand_times(half, x_t) * first, -MAX_LATENT, MAX_LATENT)
+        second = velocity(halfway, t + half)
+        return jax.lax.stop_gradient(jnp.clip((first + second) / 2, -MAX_LATENT, MAX_LATENT).astype(jnp.float32))
+
+    def _interpolate(
+        self, x_0: Float[Array, "b ..."], x_1: Float[Array, "b ..."], t: Float[Array, " b"]
+    ) -> Float[Array, "b ..."]:
+        t = expand_times(t, x_1)
+        return (1 - (1 - MIN_NOISE) * t) * x_0 + t * x_1
+
+    def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
+        """x_t of `draws`."""
+        return self._interpolate(self.draw_noise(draws, x_1), x_1, draws["t"])
+
+    def predict_data(
+        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]
+    ) -> Float[Array, "b ..."]:
+        """Where one straight step from x_t along the velocity of the finest level ends."""
+        velocity = model_fn(x_t, t, labels, jnp.full_like(t, self.num_levels))
+        return x_t + (1 - expand_times(t, x_t)) * velocity
+
+    def velocity(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+        """The average velocity from t to t_next, whose distance is that of a level; the finest where there is none."""
+
+        def velocity_fn(x, t, t_next):
+            size = jnp.abs(t_next - t)
+            level = jnp.round(-jnp.log2(jnp.maximum(size, 1 / self.finest_steps)))
+            return model_fn(x, t, labels, level)
+
+        return velocity_fn
+
+    def check_steps(self, num_steps: int) -> str:
+        """What is wrong with a number of sampling steps; empty where nothing is."""
+        if num_steps > self.finest_steps or num_steps & (num_steps - 1):
+            return f"a shortcut model takes a power of two up to {self.finest_steps} steps"
+        return ""
