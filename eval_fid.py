@@ -9,13 +9,11 @@ number is among its settings.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from jaxtyping import PyTree
@@ -25,7 +23,7 @@ from utils import checks, cli, plotting
 from utils.checkpoint import open_checkpoint
 from utils.console import configure_output, log, show_result
 from utils.errors import UserError
-from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, load_model, restore_params
+from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, hash_params, load_model, restore_params
 from utils.help import topic
 from utils.memory import explaining_out_of_memory, free_memory
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor, load_logits
@@ -313,14 +311,6 @@ def collect_grid(grid_images: list[tuple[np.ndarray, np.ndarray]], images: np.nd
     missing = GRID_IMAGES - count_images(grid_images)
     if missing > 0:
         grid_images.append((images[:missing], labels[:missing]))
-
-
-def hash_params(params: PyTree) -> str:
-    """The sha256 of all parameters' bytes, in the tree's order."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(gather(leaf)).data)
-    return digest.hexdigest()
 
 
 def grid_name(sampler: SamplerConfig) -> str:

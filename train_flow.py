@@ -414,6 +414,7 @@ class Trainer:
         if weight > 0.5:
             raw = {"name": "sample_raw", "note": "parameters without EMA", "step_counts": ()}
             yield from sample_panels(model, state.params, key, sampler, scales=(1 if scale is None else scale,), **raw)
+        yield "straightness", ImageGenerator(model, state.ema_params, seed=config.seed).straightness()
         if self.reference is not None:
             yield "fid", self.compute_fid(state, sampler)
 

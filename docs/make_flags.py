@@ -13,13 +13,15 @@ import convert_checkpoint  # noqa: E402
 import encode_latents  # noqa: E402
 import eval_fid  # noqa: E402
 import likelihood  # noqa: E402
+import make_pairs  # noqa: E402
 import plot_metrics  # noqa: E402
 import sample  # noqa: E402
 import train_flow  # noqa: E402
 from utils.help import is_hidden  # noqa: E402
 
 PROGRAMS = (
-    train_flow, sample, eval_fid, likelihood, convert_checkpoint, encode_latents, compute_fid_stats, plot_metrics,
+    train_flow, sample, eval_fid, likelihood, convert_checkpoint, make_pairs, encode_latents, compute_fid_stats,
+    plot_metrics,
 )  # fmt: skip
 HEAD = """# Flags
 

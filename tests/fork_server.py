@@ -19,6 +19,7 @@ import convert_checkpoint  # noqa: F401
 import encode_latents  # noqa: F401
 import eval_fid  # noqa: F401
 import likelihood  # noqa: F401
+import make_pairs  # noqa: F401
 import plot_metrics  # noqa: F401
 import sample  # noqa: F401
 import train_flow  # noqa: F401

@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.generate import load_generator
 from utils.models import model_fn
 from utils.objectives.mean_flow import MeanFlow
+from utils.objectives.objective import draw_noise
 from utils.objectives.shortcut import Shortcut
 from utils.train_state import create_train_state, make_optimizer
 from utils.train_step import compute_gradients
@@ -33,11 +34,6 @@ def _highest_precision():
 
 
 # --- Shortcut models ---
-
-
-class GoldenShortcut(Shortcut):
-    def draw_noise(self, draws, x_1):
-        return jnp.asarray(draws["x_0"])
 
 
 # The file has its bootstrap rows first; here they are every eighth.
@@ -63,7 +59,7 @@ def scaled(params, factor):
     ("case", "guidance", "has_ema"), [("plain", 1.0, True), ("cfg", 1.5, True), ("no_ema", 1.0, False)]
 )
 def test_targets_losses_and_gradients_of_shortcuts_equal_published(shortcut, case, guidance, has_ema):
-    golden, objective = shortcut.numbers, GoldenShortcut(bootstrap_guidance=guidance)
+    golden, objective = shortcut.numbers, Shortcut(bootstrap_guidance=guidance)
     x_1, labels, draws = shortcut_batch(golden)
     ema_params = scaled(shortcut.params, float(golden["meta/ema_factor"])) if has_ema else shortcut.params
     ema_model = model_fn(shortcut.network, ema_params)
@@ -116,11 +112,6 @@ def test_levels_take_turns_whatever_the_batch_is_split_into():
 # --- MeanFlow ---
 
 
-class GoldenMeanFlow(MeanFlow):
-    def draw_noise(self, draws, x_1):
-        return jnp.asarray(draws["x_0"])
-
-
 # The file has its rows with r = t first; here every second row learns a step.
 MEAN_FLOW_ROWS = np.array([4, 0, 5, 1, 6, 2, 7, 3])
 
@@ -148,7 +139,7 @@ def test_targets_losses_and_gradients_of_mean_flow_equal_published(mean_flow, ca
     if not golden[f"{case}/guided"]:
         settings |= {"omega": 1.0, "kappa": 0.0}
     times = {"guidance_start": 1 - float(golden[f"{case}/t_end"]), "guidance_end": 1 - float(golden[f"{case}/t_start"])}
-    objective = GoldenMeanFlow(step_every=2, **settings, **times)
+    objective = MeanFlow(step_every=2, **settings, **times)
     x_1, x_0, labels = golden["x"], golden["e"], golden["labels"]
     t, h = 1 - golden["t"], golden["t"] - golden["r"]
     assert (golden[f"{case}/num_dropped"], h[1::2].tolist()) == (0, [0, 0, 0, 0])
@@ -196,7 +187,7 @@ def test_dropped_labels_are_learned_without_a_step():
     x_1, labels = jnp.ones((8, 2, 2, 1)), jnp.arange(8)
     draws = objective.draw(jax.random.key(0), jax.random.key(1), 8) | {"is_dropped": jnp.arange(8) == 4}
     _, metrics = objective.loss(network, network, x_1, labels, draws)
-    x_0 = objective.draw_noise(draws, x_1)
+    x_0 = draw_noise(draws, x_1)
     expected = 3 * (1 - x_0) + 0.2 * 1
     expected = expected.at[4].set((1 - x_0)[4])
     np.testing.assert_allclose(metrics["v_abs_mean"], np.abs(expected).mean((1, 2, 3)), rtol=1e-5)

@@ -7,13 +7,14 @@ import pytest
 from scipy import stats
 
 from utils.objectives.flow_matching import FlowMatching, interpolate, sample_times
+from utils.objectives.objective import draw_noise
 
 KEY = jax.random.key(0)
 X_1 = jax.random.normal(KEY, (5, 4, 4, 3))
 LABELS = jnp.arange(5)
 OBJECTIVE = FlowMatching()
 DRAWS = OBJECTIVE.draw(jax.random.key(1), jax.random.key(2), 5)
-X_0 = OBJECTIVE.draw_noise(DRAWS, X_1)
+X_0 = draw_noise(DRAWS, X_1)
 
 
 def losses(model_fn, t):
@@ -22,10 +23,10 @@ def losses(model_fn, t):
 
 def test_noise_is_standard_normal_and_drawn_per_example():
     draws = OBJECTIVE.draw(jax.random.key(1), jax.random.key(2), 200)
-    noise = OBJECTIVE.draw_noise(draws, jnp.zeros((200, 8, 8)))
+    noise = draw_noise(draws, jnp.zeros((200, 8, 8)))
     assert stats.kstest(np.ravel(noise), "norm").pvalue > 0.01
     half = {name: values[100:] for name, values in draws.items()}
-    np.testing.assert_array_equal(OBJECTIVE.draw_noise(half, jnp.zeros((100, 8, 8))), noise[100:])
+    np.testing.assert_array_equal(draw_noise(half, jnp.zeros((100, 8, 8))), noise[100:])
 
 
 def test_path_starts_at_noise_and_ends_just_short_of_data():

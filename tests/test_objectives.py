@@ -87,9 +87,9 @@ def test_a_new_objective_is_trained_evaluated_and_resumed(train, read_flags, tmp
 def test_objectives_are_made_from_their_flags(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "data_prediction", DataPrediction)
     config = {"objective": {"name": "data_prediction", "weight": None}, "model": {"t_sampler": "uniform"}}
-    assert make_objective(config) == DataPrediction("uniform", 2.0)
+    assert make_objective(config) == DataPrediction("uniform", weight=2.0)
     config["objective"]["weight"] = 0.5
-    assert make_objective(config) == DataPrediction("uniform", 0.5)
+    assert make_objective(config) == DataPrediction("uniform", weight=0.5)
     config["objective"]["name"] = "flow_matching"
     assert make_objective(config) == FlowMatching("uniform")
     assert jax.tree.leaves(make_objective(config)) == [FlowMatching("uniform")]  # no pytree: a static argument

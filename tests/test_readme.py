@@ -11,6 +11,7 @@ import convert_checkpoint
 import encode_latents
 import eval_fid
 import likelihood
+import make_pairs
 import plot_metrics
 import sample
 import train_flow
@@ -26,6 +27,7 @@ PROGRAMS = {
     "plot_metrics.py": plot_metrics,
     "convert_checkpoint.py": convert_checkpoint,
     "likelihood.py": likelihood,
+    "make_pairs.py": make_pairs,
     "sample.py": sample,
     "data/celebahq256.py": None,  # needs TFDS
 }

@@ -49,6 +49,9 @@ ADDED_SETTINGS = (
     "qk_norm",
 )  # fmt: skip
 
+# --load_dir of a run on the hub, and where that is kept.
+HUB_PREFIX = "hf:"
+HUB_RUNS = Path("runs")
 FOLDER = "checkpoints"
 DAMAGED = "damaged_checkpoints"
 
@@ -482,8 +485,10 @@ def _all_processes_agree(is_fine: bool) -> bool:
 
 
 def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
-    """(folder of the run, step or None for the newest) that --load_dir names: RUN, RUN/checkpoints or
-    RUN/checkpoints/STEP."""
+    """(folder of the run, step or None for the newest) that --load_dir names: RUN, RUN/checkpoints,
+    RUN/checkpoints/STEP, or hf:USER/NAME, which is kept in runs/USER--NAME."""
+    if str(load_dir).startswith(HUB_PREFIX):
+        load_dir = HUB_RUNS / str(load_dir).removeprefix(HUB_PREFIX).replace("/", "--")
     path = Path(load_dir).absolute()
     if path.parent.name == FOLDER and path.name.isdigit():
         return path.parent.parent, int(path.name)
@@ -492,11 +497,15 @@ def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
 
 
 def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
-    """(checkpoints, steps to be tried, newest first) of what --load_dir names.
+    """(checkpoints, steps to be tried, newest first) of what --load_dir names; what is on the hub is fetched.
 
     Raises UserError naming --load_dir where there is none.
     """
     run_dir, step = split_load_dir(load_dir)
+    if str(load_dir).startswith(HUB_PREFIX) and not (run_dir / FOLDER).is_dir():
+        from utils.convert.runs import fetch_run  # which makes runs, by what is above
+
+        fetch_run(str(load_dir), run_dir)
     if not (run_dir / FOLDER).is_dir():
         raise UserError(
             f"--load_dir={load_dir} holds no checkpoint (no folder {run_dir / FOLDER}); "

@@ -23,7 +23,6 @@ from diffusion_transformer import PRESETS, DiTConfig
 from utils import checks
 from utils.codecs.registry import DEFAULT_HUB_ID
 from utils.console import finish_output, log
-from utils.convert.runs import local_run
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
@@ -393,8 +392,6 @@ def check_value(name: str, value: Any) -> Any:
         raise UserError(f"--{name}={value} is too large; use a number below {2**31}")
     if name in _path_flags and value is not None:
         value = expand_path(value, name)
-        if name == "load_dir":
-            value = local_run(value)
         if not value or any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in value.split("/")):
             raise UserError(f"--{name}={value[:60]}: a name of 1 to 255 bytes is needed")
     return value

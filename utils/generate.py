@@ -4,6 +4,7 @@ generator = load_generator("runs/demo")
 images = generator.sample(labels=[3, 7], num_steps=64, cfg_scale=2.0, seed=0)  # uint8 (2, 8, 8, 1)
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,7 +23,6 @@ from utils import sampling
 from utils.checkpoint import open_checkpoint
 from utils.codecs.codec import images_from_uint8, images_to_uint8
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
-from utils.convert.runs import local_run
 from utils.errors import UserError
 from utils.lora import merge_lora
 from utils.models import ImageModel, init_params, make_model, model_fn
@@ -164,6 +164,11 @@ def _generate(params, codec, key, indices, labels, settings, num_steps, *, stati
 def _solve(params, x, labels, settings, t_start, t_end, *, static):
     velocity_of = partial(static.velocity, params, settings)
     return adaptive_sample(velocity_of, x, labels, t_start, t_end, rtol=settings.rtol, atol=settings.atol)
+
+
+@partial(jax.jit, static_argnames=("static",))
+def _straightness(params, noise, labels, settings, *, static):
+    return sampling.straightness(static.velocity(params, settings, labels), noise)
 
 
 @partial(jax.jit, static_argnames=("static",))
@@ -354,6 +359,13 @@ class ImageGenerator:
             noise = _integrate(self.params, self.noise_key, noise, labels, settings, *steps, static=static)
             yield noise
 
+    def straightness(self, num_samples: int = 64, cfg_scale: float | None = None) -> float:
+        """Of the paths of the first samples, see `sampling.straightness`."""
+        sampler = SamplerConfig(1, cfg_scale)
+        noise, labels = self.noise(range(num_samples)), _as_arrays(self.labels(range(num_samples)))
+        values = _straightness(self.params, noise, labels, _Settings.of(sampler), static=self._static(sampler))
+        return float(gather(values).mean())
+
     def invert(
         self, latents: Float[Array, "n h w c"], labels: Labels | ClassMix, sampler: SamplerConfig
     ) -> Float[Array, "n h w c"]:
@@ -434,7 +446,7 @@ def load_generator(
     if params not in ("ema", "raw"):
         raise UserError(f"--params={params} is unknown; use ema or raw")
     mesh = mesh or make_mesh()
-    checkpoints, steps = open_checkpoint(local_run(str(run)))
+    checkpoints, steps = open_checkpoint(str(run))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     model = load_model(saved, mesh, dtype=dtype, vae=vae)
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, params)
@@ -472,3 +484,11 @@ def restore_params(checkpoints: Any, steps: list[int], model: ImageModel, which:
         return merge_lora(params)
 
     return checkpoints.restore_newest(read, steps)
+
+
+def hash_params(params: PyTree) -> str:
+    """The sha256 of all parameters' bytes, in the tree's order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(gather(leaf)).data)
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Key, PyTree
 
 from utils.codecs.codec import Codec, encode_batch
+from utils.data.pairs import pair_noise
 from utils.models import Network, model_fn
 from utils.objectives.objective import Objective, row_period
 from utils.train_state import EmaSchedule, TrainState, apply_gradients, select_parts
@@ -50,10 +51,13 @@ def draw_examples(
     labels are dropped (classifier-free guidance, arXiv:2207.12598)."""
     codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
     num_examples = len(batch["label"])
+    draws = objective.draw(time_key, noise_key, num_examples)
+    if "pair" in batch:  # the noise that belongs to each sample
+        draws |= {"x_0": pair_noise(batch["pair"], batch["x_1"].shape[1:])}
     return {
         "batch": batch,
         "codec_key": jax.random.split(codec_key, num_examples),
-        "draws": objective.draw(time_key, noise_key, num_examples),
+        "draws": draws,
         "is_dropped": jax.random.bernoulli(dropout_key, class_dropout_prob, (num_examples,)),
     }
 

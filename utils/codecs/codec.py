@@ -50,6 +50,8 @@ def encode_batch(codec: Codec, key: Key[Array, "*b"], batch: Mapping[str, Array]
 
     The same key draws the same posterior noise for both.
     """
+    if "x_1" in batch:  # of pairs: latents already
+        return batch["x_1"]
     if "moments" in batch:
         assert isinstance(codec, MomentCodec)
         return codec.sample_latents(key, batch["moments"][:, 0], batch["moments"][:, 1])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_transformer import DiTConfig
-from utils.checkpoint import Checkpoints, open_checkpoint, split_load_dir
+from utils.checkpoint import HUB_PREFIX, Checkpoints, open_checkpoint
 from utils.checks import check_writable
 from utils.codecs.vae import StableVAE
 from utils.console import log
@@ -28,8 +28,6 @@ from utils.files import FolderLock, atomic_write, write_json, write_text
 from utils.lora import merge_lora
 
 VAE_FACTOR = 8  # of Stable Diffusion's: image side over latent side
-HUB_PREFIX = "hf:"
-HUB_RUNS = Path("runs")
 
 
 def import_run(
@@ -255,20 +253,14 @@ def push(folder: Path, hub_id: str, is_private: bool = False) -> str:
     return f"{hub.constants.ENDPOINT}/{hub_id}"
 
 
-def local_run(load_dir: str) -> str:
-    """What --load_dir names, as a folder here: hf:USER/NAME, or hf:USER/NAME@REVISION, is fetched to
-    runs/USER--NAME[@REVISION] once. UserError where it cannot be."""
-    if not load_dir.startswith(HUB_PREFIX):
-        return load_dir
+def fetch_run(load_dir: str, folder: Path) -> None:
+    """Makes a run in `folder` of what hf:USER/NAME, or hf:USER/NAME@REVISION, names. UserError where it cannot be."""
     hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
-    folder = HUB_RUNS / load_dir.removeprefix(HUB_PREFIX).replace("/", "--")
-    if not (split_load_dir(folder)[0] / "checkpoints").is_dir():
-        source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")
-        if source.run is None:
-            raise UserError(
-                f"--load_dir={load_dir} is no model of this suite; make a run of it: python convert_checkpoint.py "
-                f"--source {hub_id} --family sit --out {folder} (or --family dit)"
-            )
-        import_run(load_dir, source, folder, {})
+    source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")
+    if source.run is None:
+        raise UserError(
+            f"--load_dir={load_dir} is no model of this suite; make a run of it: python convert_checkpoint.py "
+            f"--source {hub_id} --family sit --out {folder} (or --family dit)"
+        )
+    import_run(load_dir, source, folder, {})
     log(f"{load_dir} is in {folder}")
-    return str(folder)

@@ -21,7 +21,8 @@ from utils.errors import UserError
 
 # "image": uint8 (h, w, c), or "moments": float16 (views, 2, h, w, c); "label": int32 ()
 Example = dict[str, Any]
-# "image": uint8 (b, h, w, c), or "moments": float16 (b, 2, h, w, c); "label": int32 (b,)
+# "image": uint8 (b, h, w, c), or "moments": float16 (b, 2, h, w, c); "label": int32 (b,). Of pairs "x_1": float32
+# (b, h, w, c) and "pair": uint32 (b, 2), the seed and number that their noise is drawn from.
 Batch = dict[str, np.ndarray]
 
 SPLITS = ("train", "validation")
@@ -87,6 +88,7 @@ class ImageDataset:
     random_flip: bool  # whether training batches mirror half of the images left to right
     fingerprint: Fingerprint  # of the examples, all of them
     latents: LatentMetadata | None = None  # what the moments are of, where they stand in for the images
+    pair_shape: tuple[int, int, int] | None = None  # of samples that come with their noise (utils/data/pairs.py)
 
     @property
     def num_classes(self) -> int:
@@ -95,6 +97,9 @@ class ImageDataset:
     def empty_rows(self, count: int) -> Batch:
         """A batch to be filled."""
         labels = np.empty(count, np.int32)
+        if self.pair_shape:
+            x_1 = np.empty((count, *self.pair_shape), np.float32)
+            return {"x_1": x_1, "label": labels, "pair": np.empty((count, 2), np.uint32)}
         if self.latents:
             return {"moments": np.empty((count, 2, *self.latents.latent_shape), np.float16), "label": labels}
         return {"image": np.empty((count, *self.image_shape), np.uint8), "label": labels}
@@ -102,6 +107,8 @@ class ImageDataset:
     def row(self, index: int, flip: bool) -> Example:
         """Example `index`, mirrored left to right if `flip`, as a batch holds it."""
         example = cast(Source, self.source)[index]  # a stream has no rows
+        if self.pair_shape:
+            return example
         if self.latents:
             return {"moments": example["moments"][int(flip)], "label": example["label"]}
         return {"image": example["image"][:, ::-1] if flip else example["image"], "label": example["label"]}

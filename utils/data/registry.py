@@ -10,6 +10,7 @@ from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
 from utils.data.digits import load_digits
 from utils.data.image_folder import load_folder
 from utils.data.latents import load_latents
+from utils.data.pairs import load_pairs
 from utils.data.tfds import load_celebahq, load_imagenet, load_tfds
 from utils.errors import UserError
 
@@ -21,8 +22,13 @@ DATASETS: dict[str, Loader] = {
     "celebahq256": load_celebahq,
     "cifar10": functools.partial(load_tfds, builder="cifar10", flip=True),
 }
-PREFIXES: dict[str, Loader] = {"folder": load_folder, "tfds": load_tfds, "latents": load_latents}
-PLACEHOLDERS = {"folder": "PATH", "tfds": "NAME", "latents": "DIR"}
+PREFIXES: dict[str, Loader] = {
+    "folder": load_folder,
+    "tfds": load_tfds,
+    "latents": load_latents,
+    "pairs": load_pairs,
+}
+PLACEHOLDERS = {"folder": "PATH", "tfds": "NAME", "latents": "DIR", "pairs": "DIR"}
 
 
 def load_dataset(name: str, split: str = "train", options: DataOptions | None = None) -> ImageDataset:
@@ -35,6 +41,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     tfds:NAME       any labelled images of TensorFlow Datasets, such as tfds:oxford_flowers102
     folder:PATH     image files, in a folder for each class or in one folder
     latents:DIR     what encode_latents.py made of one of these
+    pairs:DIR       samples of a model, and their noise, that make_pairs.py made
 
     imagenet256, celebahq256, cifar10 and tfds:NAME are read from what TFDS prepared, in any version: array_record at
     random and without TensorFlow, else tfrecord as a stream. Sizes of folder:PATH default to 256, of cifar10 and

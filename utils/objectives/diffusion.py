@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from utils.objectives.flow_matching import expand_times
-from utils.objectives.objective import Draws, ModelFn, VelocityFn
+from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise
 from utils.settings import setting
 
 
@@ -80,10 +80,6 @@ class Diffusion:
         times = path_times(self.num_levels).astype(np.float32)
         return jnp.clip(t, times[-1], times[0])
 
-    def draw_noise(self, draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """x_0, standard normal, of the shape of x_1."""
-        return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
-
     def loss(
         self,
         model_fn: ModelFn,
@@ -96,7 +92,7 @@ class Diffusion:
 
         Metrics: `v_abs_mean` and `v_pred_abs_mean` of the true and the predicted noise, under flow matching's names.
         """
-        x_0 = self.draw_noise(draws, x_1)
+        x_0 = draw_noise(draws, x_1)
         x_k, level = self._diffuse(x_0, x_1, draws["t"])
         prediction = self._predict_noise(model_fn, x_k, level, labels)
 
@@ -123,7 +119,7 @@ class Diffusion:
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """x_k of `draws`."""
-        return self._diffuse(self.draw_noise(draws, x_1), x_1, draws["t"])[0]
+        return self._diffuse(draw_noise(draws, x_1), x_1, draws["t"])[0]
 
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from utils.objectives.objective import Draws, ModelFn, VelocityFn
+from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise
 from utils.settings import setting
 
 # The path stops just short of the data: x_t keeps at least this fraction of noise. The model sees the unclipped t.
@@ -53,16 +53,17 @@ class FlowMatching:
         flag="model.t_sampler",
     )
 
+    distill: int = setting(
+        0, "1: every training time is 0, to learn one step from pairs:DIR.", 0, 1, flag="objective.distill"
+    )
+
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
         """`t` (b,) and `noise_key` (b,), from which x_0 is drawn."""
+        t = jnp.zeros(num_examples) if self.distill else sample_times(time_key, num_examples, self.t_sampler)
         return {
-            "t": sample_times(time_key, num_examples, self.t_sampler),
+            "t": t,
             "noise_key": jax.random.split(noise_key, num_examples),
         }
-
-    def draw_noise(self, draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """x_0, standard normal, of the shape of x_1."""
-        return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
 
     def loss(
         self,
@@ -76,7 +77,7 @@ class FlowMatching:
 
         Metrics: `v_abs_mean` and `v_pred_abs_mean` of the true and the predicted velocity.
         """
-        x_0 = self.draw_noise(draws, x_1)
+        x_0 = draw_noise(draws, x_1)
         t = draws["t"]
         velocity = (x_1 - x_0).astype(jnp.float32)
         prediction = model_fn(interpolate(x_0, x_1, t), t, labels).astype(jnp.float32)
@@ -89,7 +90,7 @@ class FlowMatching:
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """x_t of `draws`."""
-        return interpolate(self.draw_noise(draws, x_1), x_1, draws["t"])
+        return interpolate(draw_noise(draws, x_1), x_1, draws["t"])
 
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]

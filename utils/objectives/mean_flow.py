@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from utils.objectives.flow_matching import expand_times
-from utils.objectives.objective import Draws, ModelFn, VelocityFn
+from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise
 from utils.settings import setting
 
 TIME_MEAN = 0.4  # of the normal whose sigmoid the times are
@@ -53,10 +53,6 @@ class MeanFlow:
             "noise_key": jax.random.split(noise_key, num_examples),
         }
 
-    def draw_noise(self, draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """x_0, standard normal, of the shape of x_1."""
-        return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
-
     def loss(
         self,
         model_fn: ModelFn,
@@ -70,7 +66,7 @@ class MeanFlow:
         Metrics: `v_abs_mean` and `v_pred_abs_mean` of the targets and the predictions, `sum_of_squares` of the error,
         and `du_dt_abs_mean`, which is zero where h is. The loss itself is nearly constant with norm_p 1.
         """
-        x_0 = self.draw_noise(draws, x_1)
+        x_0 = draw_noise(draws, x_1)
         is_dropped = draws.get("is_dropped", jnp.zeros(len(labels), bool))
         t = draws["t"]
         h = jnp.where(is_dropped, 0, jnp.clip(draws["h"], 0, 1 - t))  # "no label" is learned at r = t
@@ -147,7 +143,7 @@ class MeanFlow:
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """x_t of `draws`."""
         t = expand_times(draws["t"], x_1)
-        return (1 - t) * self.draw_noise(draws, x_1) + t * x_1
+        return (1 - t) * draw_noise(draws, x_1) + t * x_1
 
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]

@@ -7,6 +7,7 @@ learns. Time runs from noise x_0 at t = 0 to data x_1 at t = 1.
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, Float, Int, Key
 
 # The network without label dropout: model_fn(x_t, t, labels), where labels None are "no label" for all; of objectives
@@ -16,6 +17,13 @@ ModelFn = Callable[..., Float[Array, "b ..."]]
 VelocityFn = Callable[[Float[Array, "b ..."], Float[Array, " b"], Float[Array, " b"]], Float[Array, "b ..."]]
 # Per example, first axis = batch; "t" is always there.
 Draws = dict[str, Array]
+
+
+def draw_noise(draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """x_0 of the shape of x_1: that of `draws`, of pairs, else standard normal from its `noise_key`."""
+    if "x_0" in draws:
+        return draws["x_0"]
+    return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
 
 
 def row_period(objective: "Objective") -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from utils.objectives.flow_matching import expand_times
-from utils.objectives.objective import Draws, ModelFn, VelocityFn
+from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise
 from utils.settings import setting
 
 MIN_NOISE = 1e-5  # what is left of the noise at t = 1
@@ -71,10 +71,6 @@ class Shortcut:
         noise_keys = jax.random.split(noise_key, num_examples)
         return {"t": t, "level": level.astype(jnp.float32), "noise_key": noise_keys}
 
-    def draw_noise(self, draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-        """x_0, standard normal, of the shape of x_1."""
-        return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
-
     def loss(
         self,
         model_fn: ModelFn,
@@ -87,7 +83,7 @@ class Shortcut:
 
         Metrics: `v_abs_mean` and `v_pred_abs_mean` of the targets and the predictions.
         """
-        x_0 = self.draw_noise(draws, x_1)
+        x_0 = draw_noise(draws, x_1)
         t, level = draws["t"], draws["level"]
         x_t = self._interpolate(x_0, x_1, t)
         velocity = x_1 - (1 - MIN_NOISE) * x_0
@@ -135,7 +131,7 @@ class Shortcut:
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """x_t of `draws`."""
-        return self._interpolate(self.draw_noise(draws, x_1), x_1, draws["t"])
+        return self._interpolate(draw_noise(draws, x_1), x_1, draws["t"])
 
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]

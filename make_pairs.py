@@ -1,0 +1,106 @@
+"""Makes pairs of noise and sample from a trained model, for reflow and distillation.
+
+    python make_pairs.py --load_dir runs/digits --num_pairs 5000 --cfg_scale 2 --denoise_timesteps 64 --out pairs/digits
+    python train_flow.py --load_dir runs/digits --dataset_name pairs:pairs/digits --wandb.name reflow
+
+The same command again continues after the last finished file.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from utils import checks, cli
+from utils.console import log
+from utils.data import pairs
+from utils.errors import UserError
+from utils.files import FolderLock, remove_temporaries, write_json
+from utils.generate import RECIPE_BATCH_SIZE, ImageGenerator, hash_params, load_generator
+from utils.help import topic
+from utils.memory import explaining_out_of_memory
+from utils.sampling import SamplerConfig
+from utils.sharding import gather
+
+
+def define_flags() -> None:
+    with topic("Pairs"):
+        cli.define_path("load_dir", None, "Run whose model makes the pairs.")
+        cli.define_path("out", None, "Folder to write.")
+        flags.DEFINE_integer("num_pairs", 50_000, "Pairs.", 100, 10**9)
+        flags.DEFINE_integer("seed", 0, "Pair i depends on this and on i alone.")
+        flags.DEFINE_enum("labels", "balanced", ["uniform", "balanced"], "How labels are drawn.")
+        flags.DEFINE_integer("shard_size", 4096, "Pairs per file.", lower_bound=1)
+        flags.DEFINE_integer("batch_size", RECIPE_BATCH_SIZE, "Pairs at a time, over all devices.")
+        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+        flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
+        cli.define_vae_flag()
+    cli.define_sampler_flags(cfg_scale="1", denoise_timesteps="100")
+
+
+def make(
+    generator: ImageGenerator, sampler: SamplerConfig, rows: range, batch_size: int, bar: tqdm
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(label, x_1) of the pairs `rows`."""
+    for start in range(rows.start, rows.stop, batch_size):
+        # The last batch is computed whole: another shape would compile.
+        indices = np.arange(start, start + batch_size, dtype=np.int32)
+        labels = generator.labels(indices)
+        latents = gather(generator.sample_latents(generator.noise(indices), labels, sampler))
+        for label, x_1 in list(zip(labels, latents, strict=True))[: rows.stop - start]:
+            yield int(label), np.asarray(x_1, np.float32)
+            bar.update()
+
+
+def main(config: ConfigDict) -> None:
+    for name, what in {"load_dir": "a run", "out": "the pairs"}.items():
+        if config[name] is None:
+            raise UserError(f"--{name} is not given: name the folder of {what}")
+    generator = load_generator(
+        config.load_dir, params=config.params, seed=config.seed, label_mode=config.labels, dtype=config.dtype,
+        vae=config.vae,
+    )  # fmt: skip
+    model, out = generator.model, Path(config.out)
+    checks.check_batch_size(config.batch_size, model.mesh.size)
+    samplers = cli.read_samplers(config, model.network.config.class_dropout_prob, model.objective)
+    if len(samplers) > 1:
+        raise UserError("--cfg_scale and --denoise_timesteps: give one of each")
+    codec = model.codec
+    manifest = pairs.PairsManifest(
+        dataset_name=f"pairs of {config.load_dir}",
+        params_sha256=hash_params(generator.params),
+        sampler=f"{samplers[0]}, {config.labels} labels",
+        seed=config.seed,
+        num_pairs=config.num_pairs,
+        shard_size=config.shard_size,
+        image_shape=model.image_shape,
+        latent_shape=model.latent_shape,
+        class_names=model.class_names,
+        vae=getattr(codec, "name", None) if codec.sha256 else None,
+        vae_sha256=codec.sha256,
+    )
+    checks.check_writable(out, "out")
+    lock = FolderLock(out)
+    lock.acquire("out")
+    remove_temporaries(out)
+    found = pairs.load_manifest(out)
+    if found is None:
+        write_json(out / pairs.MANIFEST, manifest.to_json())
+    elif found != manifest:
+        raise UserError(f"--out={out} holds pairs of another model or sampler ({found.sampler}); choose another folder")
+    explaining = explaining_out_of_memory("sampling", "a smaller --batch_size")
+    with tqdm(total=config.num_pairs, unit="pair") as bar, explaining:
+        for name, rows in manifest.shards():
+            if (out / name).exists():
+                bar.update(len(rows))
+            else:
+                pairs.write_shard(out / name, make(generator, samplers[0], rows, config.batch_size, bar))
+    lock.release()
+    log(f"written: {out}; train on it: python train_flow.py --load_dir {config.load_dir} --dataset_name pairs:{out}")
+
+
+if __name__ == "__main__":
+    cli.run_program(define_flags, main)

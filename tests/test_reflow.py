@@ -1,0 +1,148 @@
+"""Pairs of noise and sample, training on them, and how straight paths are."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import make_pairs
+from tests.conftest import GOLDEN, run_program
+from utils.data import pairs
+from utils.data.dataset import DataOptions
+from utils.data.registry import load_dataset
+from utils.errors import UserError
+from utils.generate import load_generator
+from utils.sampling import SamplerConfig, sample, straightness
+from utils.tracking import read_metrics
+
+MEAN, STD = 0.4, 0.5
+reflow = pytest.mark.xdist_group("reflow")
+
+
+def marginal_velocity(x, t, t_next):
+    """Of Gaussian data N(MEAN, STD^2)."""
+    t = t[:, None]
+    return MEAN + (t * STD**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * STD**2) * (x - t * MEAN)
+
+
+def straight_velocity(x, t, t_next):
+    """Of the same data after reflow."""
+    t = t[:, None]
+    return MEAN + (STD - 1) * (x - t * MEAN) / (1 + (STD - 1) * t)
+
+
+def test_straightness_is_that_of_theory():
+    noise = jax.random.normal(jax.random.key(0), (4000, 1))
+    expected = STD * (2 - np.pi / 2)
+    found = jax.jit(lambda noise: straightness(marginal_velocity, noise, 2000))(noise)
+    # It is expected times z^2, whose mean over 4,000 has a standard error of 2.2 %.
+    np.testing.assert_allclose(found.mean() / jnp.square(noise).mean(), expected, rtol=2e-3)
+    straight = jax.jit(lambda noise: straightness(straight_velocity, noise))(noise)
+    assert np.abs(straight).max() < 1e-6
+    np.testing.assert_allclose(sample(straight_velocity, noise, 1), MEAN + STD * noise, atol=1e-6)
+
+
+def test_straightness_equals_the_closed_form_of_few_steps():
+    golden = {
+        name: value for name, value in np.load(GOLDEN / "closed_form.npz").items() if name.startswith("gaussian/")
+    }
+    mean, std = (jnp.asarray(golden[f"gaussian/{name}"], jnp.float32) for name in ("mean", "std"))
+
+    def velocity(x, t, t_next):
+        t = t[:, None]
+        return mean + (t * std**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * std**2) * (x - t * mean)
+
+    noise = jnp.asarray(golden["gaussian/x_0"], jnp.float32)
+    for steps in (1, 2, 4, 16):
+        found = straightness(velocity, noise, steps) * noise.shape[1]
+        np.testing.assert_allclose(found, golden[f"gaussian/euler{steps}_straightness_sum"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow") / "run"
+    line = f"""
+        --dataset_name digits --use_stable_vae 0 --save_dir {folder} --model.patch_size 2 --model.num_classes 10
+        --model.hidden_size 32 --model.depth 1 --batch_size 32 --max_steps 20 --eval_interval 0 --wandb.mode disabled
+        --model.dtype float32 --model.lr 1e-2 --model.target_update_rate 0.5
+    """
+    run_program("train_flow.py", *line.split())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pairs") / "pairs"
+    words = f"--load_dir {run} --num_pairs 110 --shard_size 50 --batch_size 32 --denoise_timesteps 4 --out {out}"
+    run_program("make_pairs.py", *words.split())
+    return out, words
+
+
+@reflow
+def test_a_pair_is_a_sample_and_its_noise(run, made):
+    generator = load_generator(run)
+    labels = np.arange(110) % 10
+    expected = generator.sample_latents(generator.noise(range(110)), labels, SamplerConfig(4, None))
+    source = pairs.Pairs(made[0], pairs.load_manifest(made[0]))
+    for i in (0, 49, 50, 109):
+        example = source[i]
+        np.testing.assert_allclose(example["x_1"], expected[i], atol=1e-5)
+        assert (example["label"], example["pair"].tolist()) == (labels[i], [0, i])
+        noise = pairs.pair_noise(jnp.asarray(example["pair"])[None], (8, 8, 1))
+        np.testing.assert_array_equal(noise, generator.noise([i]))
+    splits = [load_dataset(f"pairs:{made[0]}", split, DataOptions()) for split in ("train", "validation")]
+    assert [len(dataset.source) for dataset in splits] == [108, 2]
+
+
+@reflow
+def test_making_pairs_goes_on_after_the_last_file(made, tmp_path):
+    out, words = made
+    files = sorted(out.glob("*.array_record"))
+    content = [file.read_bytes() for file in files]
+    times = [file.stat().st_mtime_ns for file in files]
+    files[1].unlink()
+    with pytest.raises(UserError, match="is not complete: 1 of its 3 files are missing"):
+        load_dataset(f"pairs:{out}", "train", DataOptions())
+    run_program("make_pairs.py", *words.split())
+    assert [file.read_bytes() for file in files] == content
+    assert [file.stat().st_mtime_ns for file in files][::2] == times[::2]
+    done = run_program("make_pairs.py", *words.split(), "--seed", 1, check=False)
+    assert "holds pairs of another model or sampler" in done.stderr
+
+
+@reflow
+@pytest.mark.parametrize("distill", [0, 1])
+def test_a_run_is_straightened_by_its_pairs(run, made, tmp_path, distill):
+    line = f"""
+        --dataset_name pairs:{made[0]} --load_dir {run} --save_dir {tmp_path / "run"} --use_stable_vae 0 --batch_size 32
+        --max_steps 30 --log_interval 1 --eval_interval 30 --model.denoise_timesteps 2 --wandb.mode disabled
+        --model.dtype float32 --model.lr 1e-2 --model.target_update_rate 0.5 --objective.distill {distill}
+    """
+    run_program("train_flow.py", *line.split())
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [line["training/l2_loss"] for line in lines if "training/l2_loss" in line]
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    (straight,) = [line["straightness"] for line in lines if "straightness" in line]
+    before = load_generator(run).straightness()
+    assert (straight < before) or distill  # distillation learns t = 0 alone
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["objective"]["distill"] == distill
+
+
+def test_bad_input_is_one_line(read_flags, tmp_path):
+    cases = {
+        "": "--load_dir is not given",
+        "--load_dir /no/such": "--out is not given",
+        f"--load_dir /no/such --out {tmp_path}": "--load_dir=/no/such holds no checkpoint",
+    }
+    for line, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            make_pairs.main(read_flags(make_pairs, line.split()))
+    with pytest.raises(UserError, match="holds no pairs; make them"):
+        load_dataset(f"pairs:{tmp_path}", "train", DataOptions())
+    for content in ("", "{}", '{"seed": 1}', "[]"):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match="is not a valid manifest of pairs"):
+            load_dataset(f"pairs:{tmp_path}", "train", DataOptions())

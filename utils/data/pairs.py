@@ -1,0 +1,179 @@
+"""Pairs of noise and the sample that a model makes of it, for reflow and distillation (arXiv:2209.03003).
+
+DIR/manifest.json says which model made them and how; DIR/pairs-00000-of-00010.array_record hold a record for each pair:
+an int32 label, then the sample x_1, float32 (h, w, c), little-endian. The noise is not stored: that of pair i is the
+noise of sample i under the manifest's seed, which is drawn again when it is needed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Array, Float, Float32, UInt32
+
+from utils.data.dataset import DataOptions, Example, ImageDataset, LatentMetadata, check_own_size, split_rows
+from utils.data.fingerprint import Fingerprint
+from utils.errors import UserError
+from utils.external import BadFileError, read_json
+from utils.files import atomic_write
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsManifest:
+    """What a folder of pairs holds; the same for every machine that makes it from the same model."""
+
+    dataset_name: str
+    params_sha256: str
+    sampler: str  # in words
+    seed: int
+    num_pairs: int
+    shard_size: int
+    image_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    vae: str | None
+    vae_sha256: str | None
+    format: int = FORMAT
+
+    def shards(self) -> list[tuple[str, range]]:
+        """(file name, numbers of its pairs)."""
+        starts = range(0, self.num_pairs, self.shard_size)
+        return [
+            (f"pairs-{i:05d}-of-{len(starts):05d}.array_record", range(s, min(s + self.shard_size, self.num_pairs)))
+            for i, s in enumerate(starts)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def fingerprint(self, split: str, num_pairs: int) -> Fingerprint:
+        """Of the pairs of a split: what made them, and how."""
+        content = json.dumps([split, self.to_json()], sort_keys=True)
+        return Fingerprint("pairs", num_pairs, hashlib.sha256(content.encode()).hexdigest())
+
+
+def load_manifest(folder: Path) -> PairsManifest | None:
+    """The manifest of a folder of pairs, None where it has none; UserError where it cannot be understood."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path)
+        for name in ("image_shape", "latent_shape", "class_names"):
+            content[name] = tuple(content[name])
+        manifest = PairsManifest(**content)
+        sizes = (*manifest.image_shape, *manifest.latent_shape, manifest.num_pairs, manifest.shard_size)
+        are_counts = all(type(size) is int and 0 < size < 2**40 for size in sizes)
+        if len(sizes) != 8 or not are_counts or manifest.num_pairs / manifest.shard_size > 10**6:
+            raise ValueError("sizes that no pairs have")
+        if type(manifest.seed) is not int or not 0 <= manifest.seed < 2**32 or manifest.format != FORMAT:
+            raise ValueError(f"seed {manifest.seed}, format {manifest.format}")
+        if not manifest.class_names or not all(isinstance(name, str) for name in manifest.class_names):
+            raise ValueError("names that are not strings")
+    except (BadFileError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a valid manifest of pairs ({error}); make them again elsewhere") from None
+    return manifest
+
+
+def write_shard(path: Path, pairs: Iterable[tuple[int, Float32[np.ndarray, "h w c"]]]) -> None:
+    """Writes (label, x_1); a kill leaves no file of that name behind."""
+    with atomic_write(path) as temporary:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        for label, x_1 in pairs:
+            writer.write(np.asarray(label, "<i4").tobytes() + x_1.astype("<f4").tobytes())
+        writer.close()
+
+
+class Pairs:
+    """Source of pairs: item i is {'x_1': float32 (h, w, c), 'label': int32, 'pair': uint32 (2,)}, seed and number."""
+
+    def __init__(self, folder: Path, manifest: PairsManifest):
+        self.folder, self.manifest = folder, manifest
+        shards = manifest.shards()
+        missing = [name for name, _ in shards if not (folder / name).exists()]
+        if missing:
+            raise UserError(
+                f"--dataset_name=pairs:{folder} is not complete: {len(missing)} of its {len(shards)} files are "
+                f"missing, such as {missing[0]}; run the same make_pairs.py command again to finish it"
+            )
+        try:
+            self.records = ArrayRecordDataSource([str(folder / name) for name, _ in shards])
+        except Exception as error:  # of the library, which has no type of its own
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--dataset_name=pairs:{folder} cannot be read ({reason}); make it again") from None
+        if len(self.records) != manifest.num_pairs:
+            raise UserError(f"--dataset_name=pairs:{folder} holds {len(self.records)} pairs, not {manifest.num_pairs}")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        record, shape = self.records[index], self.manifest.latent_shape
+        if len(record) != 4 + 4 * math.prod(shape):
+            raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the pairs again")
+        label = np.frombuffer(record, "<i4", 1)[0]
+        if not 0 <= label < len(self.manifest.class_names):
+            raise UserError(f"{self.folder}: record {index} has the label {label}, which is of no class")
+        x_1 = np.frombuffer(record, "<f4", offset=4).reshape(shape)
+        return {"x_1": x_1, "label": label, "pair": np.array([self.manifest.seed, index], np.uint32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Some of the pairs."""
+
+    pairs: Pairs
+    rows: list[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.pairs[self.rows[index]]
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.pairs[row] for row in self.rows)
+
+
+def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
+    folder = Path(name.removeprefix("pairs:"))
+    manifest = load_manifest(folder)
+    if manifest is None:
+        raise UserError(
+            f"--dataset_name={name}: {folder} holds no pairs; make them: "
+            f"python make_pairs.py --load_dir RUN --out {folder}"
+        )
+    check_own_size(name, manifest.image_shape[0], options)
+    rows = split_rows(manifest.num_pairs, split)
+    return ImageDataset(
+        name=manifest.dataset_name,
+        split=split,
+        source=_Split(Pairs(folder, manifest), rows),
+        image_shape=manifest.image_shape,
+        class_names=manifest.class_names,
+        random_flip=False,
+        fingerprint=manifest.fingerprint(split, len(rows)),
+        latents=cast(LatentMetadata, manifest) if manifest.vae_sha256 else None,
+        pair_shape=manifest.latent_shape,
+    )
+
+
+def pair_noise(pairs: UInt32[Array, "b 2"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """x_0 of each pair (seed, number): the noise of that sample of an ImageGenerator with that seed."""
+
+    def draw(pair: UInt32[Array, " 2"]) -> Array:
+        noise_key, _ = jax.random.split(jax.random.key(pair[0]))
+        return jax.random.normal(jax.random.fold_in(noise_key, pair[1]), shape)
+
+    return jax.vmap(draw)(pairs)
