@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from diffusion_transformer import REMAT_POLICIES
 from utils import checks, cli
-from utils.checkpoint import Checkpoints, DamagedCheckpointError, Saver
+from utils.checkpoint import Checkpoints, DamagedCheckpointError, Saver, has_checkpoints
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.console import log
 from utils.data.batches import first_examples, training_batches
@@ -33,7 +33,7 @@ from utils.data.fingerprint import write_listing
 from utils.data.registry import load_dataset
 from utils.errors import DataError, UserError
 from utils.files import FolderLock, remove_temporaries, write_json
-from utils.fine_tune import Source, adapt_params, frozen_beside_lora, read_frozen, read_started_from
+from utils.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
 from utils.generate import ImageGenerator
 from utils.help import topic
 from utils.hints import ema_hints, model_hints
@@ -171,12 +171,13 @@ class Trainer:
         self.flops_per_step = 3 * config.batch_size * self.model.network.count_flops(self.model.latent_shape)
 
     def _find_source(self) -> None:
-        """The run to start from; what the command line leaves open is as there. One that started from another and is
-        continued without --load_dir has it in its own configuration."""
-        config = self.config
-        self.source = Source.open(config.load_dir) if config.load_dir else None
-        saved = self.source.saved if self.source else read_started_from(cli.run_folder(config))
-        self.started_from = saved and (config.load_dir or saved["load_dir"])
+        """The run to start from; what the command line leaves open is as there. A run that goes on has it in its own
+        configuration, and needs its source no more."""
+        config, folder = self.config, cli.run_folder(self.config)
+        is_new = not has_checkpoints(folder)
+        self.source = Source.open(config.load_dir) if config.load_dir and is_new else None
+        saved = self.source.saved if self.source else read_started_from(folder)
+        self.started_from = config.load_dir or (saved and saved["load_dir"])
         if saved is not None:
             cli.inherit_settings(config, saved)
 
@@ -294,25 +295,22 @@ class Trainer:
             return None, tuple(saved.get("frozen", ()))
         if self.source is None:
             return None, ()
-        check_architecture(config.model, self.source.saved["model"], config.load_dir)
+        is_other = config.objective.name != self.source.saved["objective"]["name"]
+        check_architecture(config.model, self.source.saved["model"], config.load_dir, is_other)
         key = jax.random.key(config.seed)
         fresh = jax.tree.map(np.asarray, init_params(self.model, jax.random.fold_in(key, INIT)))
-        step, trees = self.source.restore(replicated(self.mesh))
-        if config.freeze or config.lora_rank:  # what is frozen has one value: that of the EMA, which samples best
-            trees = [trees[1], trees[1]]
-        classes = self.source.saved["dataset"]["class_names"], self.model.class_names
-        adapted = [adapt_params(tree, fresh, *classes, config.model.patch_size) for tree in trees]
-        remarks, new = adapted[0].remarks, adapted[0].new
-        log(f"starting from {config.load_dir}, step {step}: {remarks[0]}")
-        for remark in [*remarks[1:], *self.source.differences(self.saved_config)]:
+        # What is frozen has one value: that of the EMA, which samples best.
+        has_one_value = bool(config.freeze or config.lora_rank)
+        start = start_from(self.source, fresh, self.saved_config, replicated(self.mesh), from_ema=has_one_value)
+        for remark in start.remarks:
             log(remark)
-        start = [tree.params for tree in adapted]
+        trees = [start.params, start.ema_params]
         if config.lora_rank:
-            start = [jax.tree.map(np.asarray, add_lora(tree, config.lora_rank, key)) for tree in start]
-        frozen = read_frozen(config.freeze, tuple(start[0]))
-        if config.lora_rank:
-            frozen = frozen_beside_lora(tuple(start[0]), new)
-        return (start[0], start[1]), frozen
+            trees = [jax.tree.map(np.asarray, add_lora(tree, config.lora_rank, key)) for tree in trees]
+            frozen = frozen_beside_lora(tuple(trees[0]), start.new)
+        else:
+            frozen = read_frozen(config.freeze, tuple(trees[0]))
+        return (trees[0], trees[1]), frozen
 
     def _restore(self, steps: list[int], target: TrainState) -> TrainState:
         """The state of the newest checkpoint that is whole, with the data moved to its position. What has changed since

@@ -1,5 +1,6 @@
 """Shortcut models and MeanFlow against published numbers (tests/golden/README.md) and against theory."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,13 +10,14 @@ import optax
 import pytest
 
 import eval_fid
-from diffusion_transformer import DiTConfig
+from diffusion_transformer import DiTConfig, TimestepEmbed
 from tests.conftest import run_program
 from tests.golden_network import error, load_golden
 from utils import sampling
 from utils.cli import read_samplers
 from utils.codecs.pixels import PixelCodec
 from utils.errors import UserError
+from utils.fine_tune import quiet_steps, refit_times
 from utils.generate import load_generator
 from utils.models import model_fn
 from utils.objectives.mean_flow import MeanFlow
@@ -320,3 +322,63 @@ def test_a_run_learns_few_steps_and_is_sampled(tmp_path, read_flags, words, mess
             read_samplers(read_flags(eval_fid, flags.split()), 0.1, objective)
     done = run_program("train_flow.py", *line.replace("--batch_size 16", "--batch_size 10").split(), check=False)
     assert "--batch_size=10 does not divide" in done.stderr
+
+
+# --- From a flow to few steps ---
+
+
+def test_a_new_step_embedding_changes_nothing_at_first():
+    golden = load_golden("meanflow_small", step_conditioning=1)
+    x, labels, t = golden.numbers["x"], golden.numbers["labels"], golden.numbers["t"]
+    params = quiet_steps(golden.params)
+    network = model_fn(golden.network, jax.tree.map(jnp.asarray, params))
+    plain = golden.network.clone(config=dataclasses.replace(golden.network.config, step_conditioning=0))
+    without = {name: tree for name, tree in golden.params.items() if name != "step_embed"}
+    for h in (0.0, 0.3):
+        expected = model_fn(plain, without)(x, t, labels)
+        np.testing.assert_allclose(network(x, t, labels, jnp.full(8, h)), expected, atol=1e-6)
+
+
+def test_times_are_fitted_at_another_scale():
+    golden = load_golden("meanflow_small", step_conditioning=1)
+    t = jnp.linspace(0, 1, 333)
+
+    def embed(params, scale):
+        weights = jax.tree.map(jnp.asarray, params["timestep_embed"])
+        return TimestepEmbed(32, scale, jnp.float32).apply({"params": weights}, t)
+
+    fitted, left = refit_times(golden.params, 100.0, 1.0)
+    targets = embed(golden.params, 100.0)
+    found = np.sqrt(np.square(embed(fitted, 1.0) - targets).mean() / targets.var(axis=0).mean())
+    assert found == pytest.approx(left, abs=0.02)
+    assert left < 0.3
+    assert np.sqrt(np.square(embed(golden.params, 1.0) - targets).mean() / targets.var(axis=0).mean()) > 2 * left
+    np.testing.assert_array_equal(*(tree["final_layer"]["dense"]["bias"] for tree in (fitted, golden.params)))
+
+
+def test_a_flow_becomes_a_mean_flow(tmp_path):
+    common = [
+        "--dataset_name",
+        "digits",
+        "--use_stable_vae",
+        "0",
+        "--batch_size",
+        "16",
+        "--eval_interval",
+        "0",
+        "--wandb.mode",
+        "disabled",
+        "--model.dtype",
+        "float32",
+    ]
+    sizes = "--model.patch_size 2 --model.num_classes 10 --model.hidden_size 32 --model.depth 1"
+    run_program("train_flow.py", *common, *sizes.split(), "--max_steps", 4, "--save_dir", tmp_path / "flow")
+    words = ["--load_dir", tmp_path / "flow", "--objective.name", "mean_flow", "--save_dir", tmp_path / "mean_flow"]
+    done = run_program("train_flow.py", *common, *words, "--max_steps", 2)
+    assert "made new: step_embed/" in done.stdout
+    assert "time embedding: fitted to that of the source at another scale" in done.stdout
+    assert "has learned flow_matching, which this run unlearns: its objective is mean_flow" in done.stdout
+    saved = json.loads((tmp_path / "mean_flow" / "config.json").read_text())["model"]
+    assert (saved["timestep_scale"], saved["step_conditioning"], saved["hidden_size"]) == (1.0, 1, 32)
+    done = run_program("train_flow.py", *common, *words, "--max_steps", 3)
+    assert "resuming" in done.stdout

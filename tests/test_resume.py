@@ -109,7 +109,7 @@ def test_changed_settings_are_said_and_another_objective_is_refused(run_dir, dat
 
 def test_a_run_that_started_from_another_goes_on_by_the_same_command(to_step_4, data, tmp_path):
     words = ["--load_dir", shutil.copytree(to_step_4, tmp_path / "source")]
-    assert "starting from the parameters" in train(tmp_path / "run", data, *words, max_steps=2).stdout
+    assert "arrays taken as they are" in train(tmp_path / "run", data, *words, max_steps=2).stdout
     shutil.rmtree(tmp_path / "source")
     assert "resuming" in train(tmp_path / "run", data, *words, max_steps=3).stdout
 

@@ -484,6 +484,11 @@ def _all_processes_agree(is_fine: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.bool_(is_fine))))
 
 
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a checkpoint was finished there."""
+    return any(path.name.isdigit() for path in (run_dir / FOLDER).glob("*"))
+
+
 def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
     """(folder of the run, step or None for the newest) that --load_dir names: RUN, RUN/checkpoints,
     RUN/checkpoints/STEP, or hf:USER/NAME, which is kept in runs/USER--NAME."""

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
+from diffusion_transformer import TimestepEmbed
 from utils.checkpoint import Checkpoints, open_checkpoint
 from utils.errors import UserError
 from utils.external import BadFileError, read_json
@@ -153,6 +155,79 @@ def _fit(value: np.ndarray, blank: np.ndarray, axis: int) -> np.ndarray:
     place[axis] = slice(count)
     blank[tuple(place)] = value[tuple(place)]
     return blank
+
+
+class Start(NamedTuple):
+    """What a run starts from that starts from another."""
+
+    params: PyTree
+    ema_params: PyTree
+    remarks: list[str]  # what happened to them, line by line
+    new: tuple[str, ...]  # paths of arrays that are new
+
+
+def start_from(source: Source, fresh: PyTree, config: dict[str, Any], sharding: Any, *, from_ema: bool) -> Start:
+    """The parameters of `source` for a run of this configuration, whose own would be `fresh`, and their EMA; `from_ema`
+    takes both from the source's EMA."""
+    step, trees = source.restore(sharding)
+    if from_ema:
+        trees = [trees[1], trees[1]]
+    classes = source.saved["dataset"]["class_names"], config["dataset"]["class_names"]
+    adapted = [adapt_params(tree, fresh, *classes, config["model"]["patch_size"]) for tree in trees]
+    remarks, new = adapted[0].remarks, adapted[0].new
+    remarks[0] = f"starting from {source.load_dir}, step {step}: {remarks[0]}"
+    params = [tree.params for tree in adapted]
+    if any(path.startswith("step_embed/") for path in new):
+        params = [quiet_steps(tree) for tree in params]
+    scales = [settings["model"]["timestep_scale"] for settings in (source.saved, config)]
+    if scales[0] != scales[1]:
+        fitted = [refit_times(tree, *scales) for tree in params]
+        params = [tree for tree, _ in fitted]
+        remarks.append(
+            f"time embedding: fitted to that of the source at another scale; {fitted[1][1]:.0%} error is left"
+        )
+    return Start(*params, [*remarks, *source.differences(config)], new)
+
+
+def quiet_steps(params: PyTree) -> PyTree:
+    """The embedding of the step made zero: the model computes what it did without."""
+    last = jax.tree.map(np.zeros_like, params["step_embed"]["dense_1"])
+    return {**params, "step_embed": {**params["step_embed"], "dense_1": last}}
+
+
+def refit_times(params: PyTree, old_scale: float, new_scale: float, num_steps: int = 2000) -> tuple[PyTree, float]:
+    """(parameters whose embedding of t at `new_scale` is as near as can be to that at `old_scale`, the error that is
+    left: root mean square, over that of the embedding without its mean).
+
+    Fitted on times in [0, 1] by Adam, from a fresh start. At a smaller scale the embedding cannot follow the old one's
+    fast oscillations, which the network has little use for.
+    """
+    old = jax.tree.map(jnp.asarray, params["timestep_embed"])
+    width = old["dense_1"]["bias"].size
+
+    def embed(weights, scale, t):
+        return TimestepEmbed(width, scale, jnp.float32).apply({"params": weights}, t)
+
+    times = jnp.linspace(0, 1, 1024)
+    targets = embed(old, old_scale, times)
+    fresh = TimestepEmbed(width, new_scale, jnp.float32).init(jax.random.key(0), times[:1])["params"]
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_steps))
+
+    def loss_fn(weights):
+        return jnp.square(embed(weights, new_scale, times) - targets).mean()
+
+    def step(carried, _):
+        weights, state = carried
+        updates, state = optimizer.update(jax.grad(loss_fn)(weights), state)
+        return (optax.apply_updates(weights, updates), state), None
+
+    @jax.jit
+    def fit(weights):
+        (weights, _), _ = jax.lax.scan(step, (weights, optimizer.init(weights)), None, num_steps)
+        return weights, jnp.sqrt(loss_fn(weights) / targets.var(axis=0).mean())
+
+    fitted, left = fit(fresh)
+    return {**params, "timestep_embed": jax.tree.map(np.asarray, fitted)}, float(left)
 
 
 # --- What is trained ---

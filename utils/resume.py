@@ -75,9 +75,14 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
     return {name: values for name, values in changed.items() if name not in COMPARED_ELSEWHERE}
 
 
-def check_architecture(model: ConfigDict, saved: dict[str, Any], load_dir: str) -> None:
-    """UserError where the parameters of a run with the --model.* values `saved` mean something else in the `model`."""
+def check_architecture(model: ConfigDict, saved: dict[str, Any], load_dir: str, is_other: bool = False) -> None:
+    """UserError where the parameters of a run with the --model.* values `saved` mean something else in the `model`.
+
+    The scale of time may differ where the objective `is_other`: the embedding is fitted anew then.
+    """
     for name in OF_PARAMETERS:
+        if is_other and name == "timestep_scale":
+            continue
         if model[name] != saved[name]:
             raise UserError(
                 f"--model.{name}={model[name]}, but --load_dir={load_dir} has {saved[name]}; give that, or leave the "

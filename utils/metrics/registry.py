@@ -6,6 +6,7 @@ from typing import NamedTuple
 from utils.metrics.fid import frechet_distance
 from utils.metrics.inception_score import SPLIT_SIZE as INCEPTION_SCORE_PART
 from utils.metrics.kid import SUBSET_SIZE, kid
+from utils.metrics.mind import mind
 from utils.metrics.prdc import DENSITY_NEIGHBOURS, prdc
 from utils.metrics.reference import ReferenceStatistics
 from utils.metrics.statistics import MAX_SAMPLE_FEATURES, ImageStatistics
@@ -30,6 +31,13 @@ def compute_kid(samples: ImageStatistics, reference: ReferenceStatistics) -> dic
         return {}
     mean, error = kid(samples.features, reference.features)
     return {"kid": mean} | ({} if error is None else {"kid_error": error})
+
+
+def compute_mind(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[str, float]:
+    if reference.features is None:
+        return {}
+    distance, error = mind(samples.features, reference.features)
+    return {"mind": distance, "mind_error": error}
 
 
 def compute_prdc(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[str, float]:
@@ -85,6 +93,7 @@ METRICS = (  # in the order of the tables' columns
         lambda n, reference: None if (mu := reference.spatial_mu) is None else explain_few("sFID", mu.size, n),
     ),
     Metric(compute_kid, {"kid": "KID"}, explain_kid),
+    Metric(compute_mind, {"mind": "MIND"}),
     Metric(compute_prdc, {name: name for name in ("precision", "recall", "density", "coverage")}, explain_neighbours),
     Metric(compute_inception_score, {"inception_score": "IS"}),
 )

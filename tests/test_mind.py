@@ -1,0 +1,30 @@
+"""MIND against theory."""
+
+import numpy as np
+import pytest
+
+from utils.metrics.mind import mind
+
+RNG = np.random.default_rng(0)
+
+
+def test_a_shift_counts_three_times_its_square():
+    x, shift = RNG.standard_normal((300, 64)), RNG.standard_normal(64)
+    value, error = mind(x, x + shift)
+    assert value == pytest.approx(3 * np.square(shift).sum(), abs=4 * error)
+    assert 0 < error < 0.1 * value
+    assert mind(x, x)[0] == 0
+
+
+def test_a_scale_counts_by_the_wasserstein_distance_of_its_projections():
+    """Of normal laws of deviations 1 and 2 the squared distance is (2 - 1)^2 in every direction: 3 d."""
+    x = RNG.standard_normal((2000, 16))
+    assert mind(x, 2 * x)[0] == pytest.approx(3 * 16, rel=0.05)
+
+
+def test_sets_of_other_sizes_are_cut_and_other_widths_refused():
+    x, y = RNG.standard_normal((500, 8)), RNG.standard_normal((200, 8))
+    assert mind(x, y) == mind(x, y)
+    assert mind(x, y)[0] < 3
+    with pytest.raises(ValueError, match="cannot be compared"):
+        mind(x, y[:, :4])
