@@ -70,6 +70,9 @@ def test_targets_losses_and_gradients_of_shortcuts_equal_published(shortcut, cas
     assert error(rows[0], golden["x_t_first8"]) < TOLERANCE
     assert error(objective.bootstrap_targets(ema_model, *rows), golden[f"v_target_{case}"]) < TOLERANCE
 
+    if case == "no_ema":  # what differs are the targets alone
+        return
+
     def loss_fn(params):
         losses, _ = objective.loss(model_fn(shortcut.network, params), ema_model, x_1, labels, draws)
         return losses.mean(), losses
@@ -156,6 +159,9 @@ def test_targets_losses_and_gradients_of_mean_flow_equal_published(mean_flow, ca
     assert error(u, -golden[f"{case}/u"][::2]) < TOLERANCE
     assert error(du_dt, golden[f"{case}/du_dt"][::2]) < TOLERANCE
     assert error(velocity[::2] + h[::2, None, None, None] * du_dt, -golden[f"{case}/u_tgt"][::2]) < TOLERANCE
+
+    if case == "cfg_kappa0":  # what differs is the velocity alone
+        return
 
     def loss_fn(params):
         network = in_our_convention(mean_flow.network, params)
@@ -301,7 +307,11 @@ def test_microbatches_change_nothing(objective):
     ("words", "message"),
     [
         ("--objective.name shortcut --objective.finest_steps 8", "a power of two up to 8 steps"),
-        ("--objective.name mean_flow", "--cfg_scale=2: guidance is part of what the model has learned"),
+        pytest.param(
+            "--objective.name mean_flow",
+            "--cfg_scale=2: guidance is part of what the model has learned",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_learns_few_steps_and_is_sampled(tmp_path, read_flags, words, message):
@@ -309,7 +319,7 @@ def test_a_run_learns_few_steps_and_is_sampled(tmp_path, read_flags, words, mess
     line = f"""
         --dataset_name digits --use_stable_vae 0 --save_dir {folder} --model.patch_size 2 --model.num_classes 10
         --model.hidden_size 32 --model.depth 1 --model.denoise_timesteps 2 --batch_size 16 --max_steps 6
-        --eval_interval 6 --wandb.mode disabled {words}
+        --eval_interval {6 * ("mean_flow" in words)} --wandb.mode disabled {words}
     """
     run_program("train_flow.py", *line.split())
     saved = json.loads((folder / "config.json").read_text())
@@ -347,13 +357,17 @@ def test_times_are_fitted_at_another_scale():
         weights = jax.tree.map(jnp.asarray, params["timestep_embed"])
         return TimestepEmbed(32, scale, jnp.float32).apply({"params": weights}, t)
 
-    fitted, left = refit_times(golden.params, 100.0, 1.0)
-    targets = embed(golden.params, 100.0)
+    fitted, left = refit_times(golden.params, 10.0, 1.0)
+    targets = embed(golden.params, 10.0)
     found = np.sqrt(np.square(embed(fitted, 1.0) - targets).mean() / targets.var(axis=0).mean())
-    assert found == pytest.approx(left, abs=0.02)
-    assert left < 0.3
-    assert np.sqrt(np.square(embed(golden.params, 1.0) - targets).mean() / targets.var(axis=0).mean()) > 2 * left
+    assert found == pytest.approx(left, abs=0.01)
+    assert left < 0.02
     np.testing.assert_array_equal(*(tree["final_layer"]["dense"]["bias"] for tree in (fitted, golden.params)))
+    # What oscillates fast is left out, whatever the old embedding has of it.
+    fast, much = refit_times(golden.params, 10_000.0, 1.0)
+    assert much > 0.3
+    slopes = [np.abs(np.diff(embed(*of), axis=0)).max() for of in ((fast, 1.0), (golden.params, 10_000.0))]
+    assert slopes[0] < 0.2 * slopes[1]
 
 
 def test_a_flow_becomes_a_mean_flow(tmp_path):
@@ -380,5 +394,3 @@ def test_a_flow_becomes_a_mean_flow(tmp_path):
     assert "has learned flow_matching, which this run unlearns: its objective is mean_flow" in done.stdout
     saved = json.loads((tmp_path / "mean_flow" / "config.json").read_text())["model"]
     assert (saved["timestep_scale"], saved["step_conditioning"], saved["hidden_size"]) == (1.0, 1, 32)
-    done = run_program("train_flow.py", *common, *words, "--max_steps", 3)
-    assert "resuming" in done.stdout

@@ -14,6 +14,7 @@ from utils.metrics.fid import frechet_distance
 from utils.metrics.inception_score import InceptionScore
 from utils.metrics.kid import kid
 from utils.metrics.measure import find_convention
+from utils.metrics.mind import mind
 from utils.metrics.prdc import prdc
 from utils.metrics.reference import ReferenceStatistics, load_statistics, save_statistics, warn_of_other_shape
 from utils.metrics.registry import caveats, compute_metrics
@@ -349,11 +350,12 @@ def test_every_metric_that_the_reference_allows(rng, tmp_path):
 
     expected = {"fid": distance(fake, real), "sfid": distance(fake_s, real_s)}
     expected["kid"], _ = kid(fake[:30], real)
+    expected["mind"], expected["mind_error"] = mind(fake[:30], real)
     expected |= prdc(real, fake[:30])
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert few["fid"] == pytest.approx(expected["fid"], rel=1e-9)
     five = compute_metrics(images_of(fake[:5], fake_s[:5], 30), load_statistics(tmp_path / "all", num_features=4))
-    assert list(five) == ["fid", "sfid", "kid"]  # no image has five others as its neighbours
+    assert list(five) == ["fid", "sfid", "kid", "mind", "mind_error"]  # no image has five others as its neighbours
 
 
 def test_each_metric_of_few_samples_has_its_caveat(tmp_path, rng):

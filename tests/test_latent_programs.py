@@ -119,6 +119,7 @@ def test_photographs_of_latents_are_decoded(cached_run):
         assert (cached_run / "images" / name / f"{STEPS:08d}.png").stat().st_size > 20_000  # noise of 64x64 in colour
 
 
+@pytest.mark.slow
 def test_a_run_on_latents_is_evaluated_through_the_same_vae(cached_run, weights, tmp_path):
     args = ["--load_dir", cached_run, "--fid_stats", "data/fid_stats_digits.npz", "--num_samples", 4]
     args += ["--batch_size", 4, "--denoise_timesteps", 2, "--out", tmp_path, "--inception_weights", weights]

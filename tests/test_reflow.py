@@ -113,20 +113,21 @@ def test_making_pairs_goes_on_after_the_last_file(made, tmp_path):
 
 
 @reflow
-@pytest.mark.parametrize("distill", [0, 1])
+@pytest.mark.parametrize("distill", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_is_straightened_by_its_pairs(run, made, tmp_path, distill):
     line = f"""
         --dataset_name pairs:{made[0]} --load_dir {run} --save_dir {tmp_path / "run"} --use_stable_vae 0 --batch_size 32
-        --max_steps 30 --log_interval 1 --eval_interval 30 --model.denoise_timesteps 2 --wandb.mode disabled
+        --max_steps 30 --log_interval 1 --eval_interval {0 if distill else 30} --model.denoise_timesteps 2
+        --wandb.mode disabled
         --model.dtype float32 --model.lr 1e-2 --model.target_update_rate 0.5 --objective.distill {distill}
     """
     run_program("train_flow.py", *line.split())
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     losses = [line["training/l2_loss"] for line in lines if "training/l2_loss" in line]
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
-    (straight,) = [line["straightness"] for line in lines if "straightness" in line]
-    before = load_generator(run).straightness()
-    assert (straight < before) or distill  # distillation learns t = 0 alone
+    if not distill:  # which learns t = 0 alone
+        (straight,) = [line["straightness"] for line in lines if "straightness" in line]
+        assert straight < load_generator(run).straightness()
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["objective"]["distill"] == distill
 

@@ -1,5 +1,6 @@
 """Starting from another run: what fits of its parameters is taken, the rest is made new; and which are trained."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
-from diffusion_transformer import TimestepEmbed
+from diffusion_transformer import TIMESTEP_FEATURES, TimestepEmbed, timestep_features
 from utils.checkpoint import Checkpoints, open_checkpoint
 from utils.errors import UserError
 from utils.external import BadFileError, read_json
@@ -24,6 +24,7 @@ POSITIONS = ("pos_embed",)
 PATCHES = ("patch_embed", "kernel")
 OUTPUTS = (("final_layer", "dense", "kernel"), ("final_layer", "dense", "bias"))
 MAX_LISTED = 3
+SHARPNESS = 16.0  # of a time embedding that is fitted to another
 
 
 class Source(NamedTuple):
@@ -195,39 +196,32 @@ def quiet_steps(params: PyTree) -> PyTree:
     return {**params, "step_embed": {**params["step_embed"], "dense_1": last}}
 
 
-def refit_times(params: PyTree, old_scale: float, new_scale: float, num_steps: int = 2000) -> tuple[PyTree, float]:
-    """(parameters whose embedding of t at `new_scale` is as near as can be to that at `old_scale`, the error that is
-    left: root mean square, over that of the embedding without its mean).
+def refit_times(params: PyTree, old_scale: float, new_scale: float) -> tuple[PyTree, float]:
+    """(parameters whose embedding of t at `new_scale` is near that at `old_scale`, the error that is left: root mean
+    square, over that of the embedding without its mean).
 
-    Fitted on times in [0, 1] by Adam, from a fresh start. At a smaller scale the embedding cannot follow the old one's
-    fast oscillations, which the network has little use for.
+    The new hidden units switch on one after the other over [0, 1], softly, and the last layer is fitted to the old
+    embedding by least squares. What oscillates faster than about SHARPNESS is left out: a derivative by t, which
+    MeanFlow takes, would be led by it.
     """
     old = jax.tree.map(jnp.asarray, params["timestep_embed"])
     width = old["dense_1"]["bias"].size
-
-    def embed(weights, scale, t):
-        return TimestepEmbed(width, scale, jnp.float32).apply({"params": weights}, t)
-
     times = jnp.linspace(0, 1, 1024)
-    targets = embed(old, old_scale, times)
-    fresh = TimestepEmbed(width, new_scale, jnp.float32).init(jax.random.key(0), times[:1])["params"]
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, num_steps))
+    targets = np.asarray(TimestepEmbed(width, old_scale, jnp.float32).apply({"params": old}, times), np.float64)
 
-    def loss_fn(weights):
-        return jnp.square(embed(weights, new_scale, times) - targets).mean()
-
-    def step(carried, _):
-        weights, state = carried
-        updates, state = optimizer.update(jax.grad(loss_fn)(weights), state)
-        return (optax.apply_updates(weights, updates), state), None
-
-    @jax.jit
-    def fit(weights):
-        (weights, _), _ = jax.lax.scan(step, (weights, optimizer.init(weights)), None, num_steps)
-        return weights, jnp.sqrt(loss_fn(weights) / targets.var(axis=0).mean())
-
-    fitted, left = fit(fresh)
-    return {**params, "timestep_embed": jax.tree.map(np.asarray, fitted)}, float(left)
+    # Hidden unit j is silu(SHARPNESS (sin(s t) - sin(s c_j)) / sin(s)), s being the scale: one feature, and the bias.
+    slope = SHARPNESS / math.sin(min(new_scale, 1))
+    kernel = np.zeros(old["dense_0"]["kernel"].shape, np.float32)
+    kernel[TIMESTEP_FEATURES // 2] = slope  # sin(s t)
+    centres = np.linspace(-0.1, 1.1, width)
+    hidden = {"kernel": kernel, "bias": np.float32(-slope * np.sin(min(new_scale, 1) * centres))}
+    units = np.asarray(timestep_features(times, new_scale), np.float64) @ hidden["kernel"] + hidden["bias"]
+    units = np.append(units / (1 + np.exp(-units)), np.ones((len(times), 1)), axis=1)
+    gram = units.T @ units + 1e-6 * len(times) * np.eye(width + 1)
+    last = np.linalg.solve(gram, units.T @ targets)
+    left = np.sqrt(np.square(units @ last - targets).mean() / targets.var(axis=0).mean())
+    fitted = {"dense_0": hidden, "dense_1": {"kernel": np.float32(last[:-1]), "bias": np.float32(last[-1])}}
+    return {**params, "timestep_embed": fitted}, float(left)
 
 
 # --- What is trained ---
