@@ -61,7 +61,7 @@ def main(config: ConfigDict) -> None:
             raise UserError(f"--{name} is not given: name the folder of {what}")
     generator = load_generator(
         config.load_dir, params=config.params, seed=config.seed, label_mode=config.labels, dtype=config.dtype,
-        vae=config.vae,
+        vae=config.vae, needs_images=True,
     )  # fmt: skip
     model, out = generator.model, Path(config.out)
     checks.check_batch_size(config.batch_size, model.mesh.size)

@@ -131,6 +131,7 @@ class Drawing:
             label_mode=config.labels,
             dtype=config.dtype,
             vae=config.vae,
+            needs_images=True,
         )
         model = self.generator.model
         self.sampler = read_sampler(config, model)

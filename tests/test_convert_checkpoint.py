@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.external import BadFileError
 from utils.generate import load_generator, load_model
 from utils.metrics.samples import open_samples
+from utils.sampling import SamplerConfig
 from utils.sharding import make_mesh
 
 FILES = GOLDEN / "checkpoints"
@@ -308,3 +309,23 @@ def test_tensors_stay_within_their_storage(tmp_path):
                 reason = str(error)
             reasons.append(reason)
     assert reasons == [None, "it holds a tensor that reaches beyond its storage"]
+
+
+def test_latents_need_no_vae(convert, tmp_path):
+    """Without the VAE, latents are sampled from Python, and what needs images says what is missing."""
+    saved = GOLDEN / "checkpoints" / "dit_tiny.pt"
+    convert("--source", saved, "--family", "dit", "--num_heads", 4, "--out", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["dataset"]["vae"] == "stabilityai/sd-vae-ft-ema"
+    config["dataset"]["vae"] = "no/such/vae"
+    params = Checkpoints(tmp_path / "run").restore_stored(0, "ema_params")
+    Checkpoints(tmp_path / "other").save_params(params, config)
+    generator = load_generator(tmp_path / "other")
+    assert generator.model.latent_shape == (8, 8, 4)
+    sampler = SamplerConfig(2, 1.5, solver="ddim", cfg_channels=3)
+    latents = generator.sample_latents(generator.noise([0]), [3], sampler)
+    assert latents.shape == (1, 8, 8, 4)
+    with pytest.raises(UserError, match="--vae=no/such/vae is neither a folder nor a hub id"):
+        generator.decode(latents)
+    with pytest.raises(UserError, match="--vae=no/such/vae"):
+        load_generator(tmp_path / "other", needs_images=True)

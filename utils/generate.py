@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 
 from utils import sampling
 from utils.checkpoint import open_checkpoint
+from utils.codecs.absent import AbsentVAE
 from utils.codecs.codec import images_from_uint8, images_to_uint8
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
-from utils.errors import UserError
+from utils.errors import AbsentVAEError, UserError
 from utils.lora import merge_lora
 from utils.models import ImageModel, init_params, make_model, model_fn
 from utils.objectives.objective import ModelFn, VelocityFn
@@ -436,37 +437,45 @@ def load_generator(
     dtype: str | None = None,
     vae: str | None = None,
     mesh: Mesh | None = None,
+    needs_images: bool = False,
 ) -> ImageGenerator:
     """The generator of a run: its folder, RUN/checkpoints/STEP for another checkpoint than the newest, or hf:USER/NAME.
 
     `params` is 'ema' or 'raw'; `label_mode` says how labels are drawn where none are given; `dtype` is another compute
-    dtype than in training; `vae` is where the VAE is now, if not where it was. UserError where there is no whole
-    checkpoint or the VAE is another.
+    dtype than in training; `vae` is where the VAE is now, if not where it was. A VAE that is not at hand is missed
+    where images are asked for, or with `needs_images` here. UserError where there is no whole checkpoint or the VAE is
+    another.
     """
     if params not in ("ema", "raw"):
         raise UserError(f"--params={params} is unknown; use ema or raw")
     mesh = mesh or make_mesh()
     checkpoints, steps = open_checkpoint(str(run))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
-    model = load_model(saved, mesh, dtype=dtype, vae=vae)
+    model = load_model(saved, mesh, dtype=dtype, vae=vae, needs_images=needs_images)
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, params)
     return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode)
 
 
-def load_model(saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, vae: str | None = None) -> ImageModel:
-    """The model of the configuration saved with a checkpoint, without parameters."""
+def load_model(
+    saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, vae: str | None = None, needs_images: bool = True
+) -> ImageModel:
+    """The model of the configuration saved with a checkpoint, without parameters; not `needs_images`: a VAE that is not
+    at hand is missed only where it is used."""
     config, data = ConfigDict(saved["model"]), saved["dataset"]
     if dtype:
         config.dtype = dtype
-    shape = data["image_shape"]
-    codec = load_codec(
-        bool(config.use_stable_vae), vae or data["vae"] or DEFAULT_HUB_ID, mesh, shape, data["vae_sha256"]
-    )
+    shape, name = data["image_shape"], vae or data["vae"] or DEFAULT_HUB_ID
+    try:
+        codec = load_codec(bool(config.use_stable_vae), name, mesh, shape, data["vae_sha256"])
+    except AbsentVAEError as error:
+        if needs_images or vae is not None or not data["latent_shape"]:
+            raise
+        codec = AbsentVAE(str(error), tuple(data["latent_shape"]))
     model = make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"])
     if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))
         raise UserError(
-            f"--vae={vae or data['vae'] or DEFAULT_HUB_ID} makes latents {theirs} of images "
+            f"--vae={name} makes latents {theirs} of images "
             f"{'x'.join(map(str, shape))}, but the model takes {ours}; give the VAE with which it was trained"
         )
     return model

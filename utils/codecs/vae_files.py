@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
-from utils.errors import UserError
+from utils.errors import AbsentVAEError, UserError
 from utils.external import BadFileError, read_safetensors, read_safetensors_shapes
 
 CONFIG = "config.json"
@@ -25,7 +25,7 @@ def find_files(path: str) -> tuple[Path, Path]:
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return _fetch_files(path)
     if not folder.is_dir():
-        raise UserError(f"--vae={path} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
+        raise AbsentVAEError(f"--vae={path} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
     found = next((place for place in (folder, folder / "vae") if (place / CONFIG).is_file()), None)
     if found is None:
         raise UserError(f"--vae={path}: the folder has no {CONFIG}; give a folder of a VAE in the Hugging Face layout")
@@ -58,7 +58,7 @@ def _fetch_files(hub_id: str) -> tuple[Path, Path]:
                 return Path(config), Path(hub.hf_hub_download(hub_id, WEIGHTS, subfolder=place))
     except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
         reason = " ".join(str(error).split()) or type(error).__name__
-    raise UserError(
+    raise AbsentVAEError(
         f"--vae={hub_id} is no folder and cannot be fetched from the hub ({reason}); fetch {CONFIG} and {WEIGHTS} "
         "elsewhere and give --vae their folder, or train on pixels with --use_stable_vae 0"
     )
