@@ -22,7 +22,7 @@ from utils.files import FolderLock, remove_temporaries, write_json
 from utils.generate import RECIPE_BATCH_SIZE, ImageGenerator, hash_params, load_generator
 from utils.help import topic
 from utils.memory import explaining_out_of_memory
-from utils.sampling import SamplerConfig
+from utils.sampling import SOLVERS, SamplerConfig
 from utils.sharding import gather
 
 
@@ -68,6 +68,10 @@ def main(config: ConfigDict) -> None:
     samplers = cli.read_samplers(config, model.network.config.class_dropout_prob, model.objective)
     if len(samplers) > 1:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each")
+    if SOLVERS.get(samplers[0].solver, SOLVERS["euler"]).is_stochastic:
+        raise UserError(
+            f"--solver={samplers[0].solver} draws noise on the way, so that a sample has no one noise; use euler"
+        )
     codec = model.codec
     manifest = pairs.PairsManifest(
         dataset_name=f"pairs of {config.load_dir}",

@@ -17,7 +17,7 @@ from utils import sampling
 from utils.cli import read_samplers
 from utils.codecs.pixels import PixelCodec
 from utils.errors import UserError
-from utils.fine_tune import quiet_steps, refit_times
+from utils.fine_tune import refit_times, zero_step_embed
 from utils.generate import load_generator
 from utils.models import model_fn
 from utils.objectives.mean_flow import MeanFlow
@@ -340,7 +340,7 @@ def test_a_run_learns_few_steps_and_is_sampled(tmp_path, read_flags, words, mess
 def test_a_new_step_embedding_changes_nothing_at_first():
     golden = load_golden("meanflow_small", step_conditioning=1)
     x, labels, t = golden.numbers["x"], golden.numbers["labels"], golden.numbers["t"]
-    params = quiet_steps(golden.params)
+    params = zero_step_embed(golden.params)
     network = model_fn(golden.network, jax.tree.map(jnp.asarray, params))
     plain = golden.network.clone(config=dataclasses.replace(golden.network.config, step_conditioning=0))
     without = {name: tree for name, tree in golden.params.items() if name != "step_embed"}

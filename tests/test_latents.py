@@ -100,11 +100,11 @@ def test_what_is_missing_is_told(folder, tmp_path_factory):
     with pytest.raises(UserError, match=r"--image_size=32: the images of latents:.* are 24x24"):
         load(f"latents:{folder}", image_size=32)
     (folder / "train-00001-of-00003.array_record").unlink()
-    with pytest.raises(UserError, match="1 of the 3 files of split train are missing, such as train-00001"):
+    with pytest.raises(UserError, match="1 of its 3 files are missing, such as train-00001"):
         load(f"latents:{folder}")
     (folder / "validation-00000-of-00001.array_record").write_bytes(b"")
     write_shard(folder / "validation-00000-of-00001.array_record", [(0, MOMENTS[0, :1])])
-    with pytest.raises(UserError, match="holds 1 examples of split validation, but its manifest says 3"):
+    with pytest.raises(UserError, match="holds 1 records, but its manifest says 3"):
         load(f"latents:{folder}", "validation")
     (folder / MANIFEST).write_text('{"format": 1}')
     with pytest.raises(UserError, match="not a valid latents manifest"):

@@ -110,6 +110,8 @@ def test_making_pairs_goes_on_after_the_last_file(made, tmp_path):
     assert [file.stat().st_mtime_ns for file in files][::2] == times[::2]
     done = run_program("make_pairs.py", *words.split(), "--seed", 1, check=False)
     assert "holds pairs of another model or sampler" in done.stderr
+    done = run_program("make_pairs.py", *words.split(), "--solver", "sde", check=False)
+    assert "--solver=sde draws noise on the way" in done.stderr
 
 
 @reflow

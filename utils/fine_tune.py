@@ -179,7 +179,7 @@ def start_from(source: Source, fresh: PyTree, config: dict[str, Any], sharding: 
     remarks[0] = f"starting from {source.load_dir}, step {step}: {remarks[0]}"
     params = [tree.params for tree in adapted]
     if any(path.startswith("step_embed/") for path in new):
-        params = [quiet_steps(tree) for tree in params]
+        params = [zero_step_embed(tree) for tree in params]
     scales = [settings["model"]["timestep_scale"] for settings in (source.saved, config)]
     if scales[0] != scales[1]:
         fitted = [refit_times(tree, *scales) for tree in params]
@@ -190,7 +190,7 @@ def start_from(source: Source, fresh: PyTree, config: dict[str, Any], sharding: 
     return Start(*params, [*remarks, *source.differences(config)], new)
 
 
-def quiet_steps(params: PyTree) -> PyTree:
+def zero_step_embed(params: PyTree) -> PyTree:
     """The embedding of the step made zero: the model computes what it did without."""
     last = jax.tree.map(np.zeros_like, params["step_embed"]["dense_1"])
     return {**params, "step_embed": {**params["step_embed"], "dense_1": last}}

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grain
 import numpy as np
 
-from utils.data.dataset import ArraySource, Batch, Batches, Example, ImageDataset, Source, StreamSource
+from utils.data.dataset import ArraySource, Batch, Batches, ImageDataset, StreamSource, Subset
 from utils.errors import UserError
 
 
@@ -105,7 +105,7 @@ def first_examples(dataset: ImageDataset, num_examples: int) -> ImageDataset:
         (batch,) = epoch_batches(dataset, num_examples, stop=num_examples)
         source = ArraySource(batch["image"], batch["label"])
     else:
-        source = _Subset(dataset.source, range(num_examples))
+        source = Subset(dataset.source, range(num_examples))
     return dataclasses.replace(dataset, source=source, random_flip=False)
 
 
@@ -145,15 +145,3 @@ class _BatchReader:
         for _ in self.pool.map(fill, pieces):
             pass
         return batch
-
-
-@dataclasses.dataclass(frozen=True)
-class _Subset:
-    source: Source
-    rows: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.source[self.rows[index]]

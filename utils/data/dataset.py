@@ -145,6 +145,20 @@ class ArraySource:
         return {"image": self.images[index], "label": self.labels[index]}
 
 
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some rows of a source."""
+
+    source: Source
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[self.rows[index]]
+
+
 def array_dataset(
     name: str,
     images: np.ndarray,

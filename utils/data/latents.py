@@ -142,29 +142,36 @@ def write_shard(path: Path, examples: Iterable[tuple[int, Float16[np.ndarray, "v
         writer.close()
 
 
+def open_records(what: str, folder: Path, names: list[str], num_records: int, program: str) -> ArrayRecordDataSource:
+    """The records in the files `names`; UserError, which begins with `what`, where files are missing or cannot be read,
+    or hold another number of records. `program` makes them."""
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise UserError(
+            f"{what} is not complete: {len(missing)} of its {len(names)} files are missing, such as {missing[0]}; run "
+            f"the same {program} command again to finish it"
+        )
+    try:
+        records = ArrayRecordDataSource([str(folder / name) for name in names])
+    except Exception as error:  # of the library, which has no type of its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what} cannot be read ({reason}); make it again with {program}") from None
+    if len(records) != num_records:
+        raise UserError(
+            f"{what} holds {len(records)} records, but its manifest says {num_records}; make it again with {program}"
+        )
+    return records
+
+
 class LatentRecords:
     """Source of cached moments: item i is {'moments': float16 (views, 2, h, w, c), 'label': int32}."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: str):
         self.shape = (manifest.num_views[split], 2, *manifest.latent_shape)
-        shards = manifest.shards(split)
-        missing = [name for name, _ in shards if not (folder / name).exists()]
-        if missing:
-            raise UserError(
-                f"--dataset_name=latents:{folder} is not complete: {len(missing)} of the {len(shards)} files of split "
-                f"{split} are missing, such as {missing[0]}; run the same encode_latents.py command again to finish it"
-            )
         self.num_classes, self.folder = len(manifest.class_names), folder
-        try:
-            self.records = ArrayRecordDataSource([str(folder / name) for name, _ in shards])
-        except Exception as error:  # of the library, which has no type of its own
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--dataset_name=latents:{folder} cannot be read ({reason}); make it again") from None
-        if len(self.records) != manifest.num_examples[split]:
-            raise UserError(
-                f"--dataset_name=latents:{folder} holds {len(self.records)} examples of split {split}, but its "
-                f"manifest says {manifest.num_examples[split]}; make it again with encode_latents.py"
-            )
+        names = [name for name, _ in manifest.shards(split)]
+        what = f"--dataset_name=latents:{folder}"
+        self.records = open_records(what, folder, names, manifest.num_examples[split], "encode_latents.py")
 
     def __len__(self) -> int:
         return len(self.records)

@@ -9,18 +9,18 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float, Float32, UInt32
 
-from utils.data.dataset import DataOptions, Example, ImageDataset, LatentMetadata, check_own_size, split_rows
+from utils.data.dataset import DataOptions, Example, ImageDataset, LatentMetadata, Subset, check_own_size, split_rows
 from utils.data.fingerprint import Fingerprint
+from utils.data.latents import open_records
 from utils.errors import UserError
 from utils.external import BadFileError, read_json
 from utils.files import atomic_write
@@ -100,20 +100,10 @@ class Pairs:
 
     def __init__(self, folder: Path, manifest: PairsManifest):
         self.folder, self.manifest = folder, manifest
-        shards = manifest.shards()
-        missing = [name for name, _ in shards if not (folder / name).exists()]
-        if missing:
-            raise UserError(
-                f"--dataset_name=pairs:{folder} is not complete: {len(missing)} of its {len(shards)} files are "
-                f"missing, such as {missing[0]}; run the same make_pairs.py command again to finish it"
-            )
-        try:
-            self.records = ArrayRecordDataSource([str(folder / name) for name, _ in shards])
-        except Exception as error:  # of the library, which has no type of its own
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--dataset_name=pairs:{folder} cannot be read ({reason}); make it again") from None
-        if len(self.records) != manifest.num_pairs:
-            raise UserError(f"--dataset_name=pairs:{folder} holds {len(self.records)} pairs, not {manifest.num_pairs}")
+        names = [name for name, _ in manifest.shards()]
+        self.records = open_records(
+            f"--dataset_name=pairs:{folder}", folder, names, manifest.num_pairs, "make_pairs.py"
+        )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -129,23 +119,6 @@ class Pairs:
         return {"x_1": x_1, "label": label, "pair": np.array([self.manifest.seed, index], np.uint32)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """Some of the pairs."""
-
-    pairs: Pairs
-    rows: list[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.pairs[self.rows[index]]
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self.pairs[row] for row in self.rows)
-
-
 def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
     folder = Path(name.removeprefix("pairs:"))
     manifest = load_manifest(folder)
@@ -159,7 +132,7 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
     return ImageDataset(
         name=manifest.dataset_name,
         split=split,
-        source=_Split(Pairs(folder, manifest), rows),
+        source=Subset(Pairs(folder, manifest), rows),
         image_shape=manifest.image_shape,
         class_names=manifest.class_names,
         random_flip=False,

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from utils.objectives.flow_matching import expand_times
-from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise
+from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
 from utils.settings import setting
 
 
@@ -96,11 +96,8 @@ class Diffusion:
         x_k, level = self._diffuse(x_0, x_1, draws["t"])
         prediction = self._predict_noise(model_fn, x_k, level, labels)
 
-        def mean(x):
-            return x.mean(axis=tuple(range(1, x.ndim)))
-
-        loss = mean(jnp.square(prediction - x_0))
-        return loss, {"v_abs_mean": mean(jnp.abs(x_0)), "v_pred_abs_mean": mean(jnp.abs(prediction))}
+        loss = example_mean(jnp.square(prediction - x_0))
+        return loss, {"v_abs_mean": example_mean(jnp.abs(x_0)), "v_pred_abs_mean": example_mean(jnp.abs(prediction))}
 
     def _diffuse(
         self, x_0: Float[Array, "b ..."], x_1: Float[Array, "b ..."], t: Float[Array, " b"]

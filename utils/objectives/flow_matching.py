@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise
+from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
 from utils.settings import setting
 
 # The path stops just short of the data: x_t keeps at least this fraction of noise. The model sees the unclipped t.
@@ -82,11 +82,11 @@ class FlowMatching:
         velocity = (x_1 - x_0).astype(jnp.float32)
         prediction = model_fn(interpolate(x_0, x_1, t), t, labels).astype(jnp.float32)
 
-        def mean(x):
-            return x.mean(axis=tuple(range(1, x.ndim)))
-
-        loss = mean(jnp.square(prediction - velocity))
-        return loss, {"v_abs_mean": mean(jnp.abs(velocity)), "v_pred_abs_mean": mean(jnp.abs(prediction))}
+        loss = example_mean(jnp.square(prediction - velocity))
+        return loss, {
+            "v_abs_mean": example_mean(jnp.abs(velocity)),
+            "v_pred_abs_mean": example_mean(jnp.abs(prediction)),
+        }
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """x_t of `draws`."""

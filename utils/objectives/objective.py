@@ -26,6 +26,11 @@ def draw_noise(draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."
     return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
 
 
+def example_mean(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """The mean over all axes but the first."""
+    return x.mean(axis=tuple(range(1, x.ndim)))
+
+
 def row_period(objective: "Objective") -> int:
     """Rows of a batch after which their roles repeat; 1 where they have none."""
     return getattr(objective, "row_period", 1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from utils.objectives.flow_matching import expand_times
-from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise
+from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
 from utils.settings import setting
 
 MIN_NOISE = 1e-5  # what is left of the noise at t = 1
@@ -37,7 +37,11 @@ class Shortcut:
         128, "Steps of the finest level of a shortcut model, a power of two.", 2, 4096, flag="objective.finest_steps"
     )
     bootstrap_every: int = setting(
-        8, "Every so manieth row of a batch bootstraps a shortcut model.", 2, 4096, flag="objective.bootstrap_every"
+        8,
+        "One row of so many bootstraps a shortcut model; the others learn the flow.",
+        2,
+        4096,
+        flag="objective.bootstrap_every",
     )
     bootstrap_guidance: float = setting(
         1.0,
@@ -93,11 +97,11 @@ class Shortcut:
         targets = velocity.at[::every].set(bootstrapped)
         prediction = model_fn(x_t, t, labels, level).astype(jnp.float32)
 
-        def mean(x):
-            return x.mean(axis=tuple(range(1, x.ndim)))
-
-        loss = mean(jnp.square(prediction - targets))
-        return loss, {"v_abs_mean": mean(jnp.abs(targets)), "v_pred_abs_mean": mean(jnp.abs(prediction))}
+        loss = example_mean(jnp.square(prediction - targets))
+        return loss, {
+            "v_abs_mean": example_mean(jnp.abs(targets)),
+            "v_pred_abs_mean": example_mean(jnp.abs(prediction)),
+        }
 
     def bootstrap_targets(
         self,
