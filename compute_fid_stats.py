@@ -1,6 +1,6 @@
 """Makes reference statistics for FID: Inception features of a data set, exactly as eval_fid.py takes those of samples.
 
-python compute_fid_stats.py --dataset_name digits --out data/fid_stats_digits.npz --num_features 0
+python compute_fid_stats.py --dataset_name digits --out data/fid_stats_digits.npz --compact 1
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,6 +34,9 @@ def define_flags() -> None:
         cli.define_path("out", None, "The .npz to write.")
         flags.DEFINE_integer(
             "num_features", 10_000, "Images whose features are kept, for KID, precision...", 0, MAX_FEATURES
+        )
+        flags.DEFINE_integer(
+            "compact", 0, "1: no covariance where all features are kept; smaller, and for this suite alone.", 0, 1
         )
         flags.DEFINE_enum("convention", "adm", list(CONVENTIONS), "Resize and scaling before Inception.")
         cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
@@ -80,6 +83,7 @@ def main(config: ConfigDict) -> None:
         image_shape=shape,
         label_counts=label_counts,
         inception_sha256=INCEPTION_SHA256,
+        is_compact=bool(config.compact),
     )
     log(f"written: {out} ({statistics.num_samples} images of {source}{f', {split}' * bool(split)})")
 

@@ -9,6 +9,7 @@ number is among its settings.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -52,6 +53,7 @@ from utils.sharding import gather, make_mesh, replicated
 from utils.tracking import Tracker
 
 GRID_IMAGES = 64
+STRAIGHTNESS_SAMPLES = 64
 # Flags without effect on --samples.
 OF_RUNS = (
     "cfg_scale", "cfg_interval", "cfg_channels", "use_cfg", "denoise_timesteps", "time_grid", "solver", "rtol", "atol",
@@ -233,6 +235,7 @@ class RunEvaluation(Scoring):
             costliest = max(self.samplers, key=lambda sampler: sampler.cfg_scale is not None)
             self.batch_size = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
             log(f"--batch_size {self.batch_size}")
+        self.straightness = functools.cache(self.generator.straightness)  # the same for every number of steps
         self._describe(params, overridden, data)
         if saved["objective"]["name"] != "flow_matching":  # of what was added later, only what is not the default
             self.settings["objective"] = saved["objective"]["name"]
@@ -289,7 +292,8 @@ class RunEvaluation(Scoring):
         title = f"{sampler}, checkpoint of step {self.step}"
         plotting.sample_grid(images, labels, self.model.class_names, title).savefig(self.out / grid_name(sampler))
         nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
-        return {"nfe": nfe, **self.compute(statistics)}
+        straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
+        return {"nfe": nfe, "straightness": straightness, **self.compute(statistics)}
 
 
 def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> None:

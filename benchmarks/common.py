@@ -47,9 +47,10 @@ def define_measurement_flags(batch: int, repeats: int = 1) -> None:
     flags.DEFINE_string("json", None, "File for the figures.")
 
 
-def make_model(config: ConfigDict, dtype: str, remat: str = "none") -> DiT:
+def make_model(config: ConfigDict, dtype: str, remat: str = "none", **settings: Any) -> DiT:
+    """The network, with further fields of DiTConfig as `settings`."""
     hidden, depth, heads = SIZES[config.model]
-    dit_config = DiTConfig(config.patch_size, hidden, depth, heads, 4.0, 0.1, NUM_CLASSES, dtype=dtype)
+    dit_config = DiTConfig(config.patch_size, hidden, depth, heads, 4.0, 0.1, NUM_CLASSES, dtype=dtype, **settings)
     form = choose_attention_for(jax.devices()[0], hidden // heads, dtype)
     return DiT(dit_config, remat, form)
 

@@ -11,7 +11,7 @@ recomputes. "GiB" is the compiler's own analysis.
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import flax.linen as nn
@@ -21,23 +21,41 @@ import jax_flow_baseline
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffusion_transformer import DiT, DiTBlock
+from diffusion_transformer import DiT, DiTBlock, DiTConfig
 from utils import cli
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.memory import memory_needed
+from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
+from utils.objectives.mean_flow import MeanFlow
+from utils.objectives.objective import Objective
+from utils.objectives.shortcut import Shortcut
 from utils.sharding import compile_step
 from utils.train_state import EmaSchedule, create_train_state, make_optimizer
 from utils.train_step import train_step
 
 BASELINE = "jax-flow baseline"
-VARIANTS = {  # of our step: compute dtype, rematerialisation, microbatches
-    "ours": ("bfloat16", "none", 1),
-    "ours: float32": ("float32", "none", 1),
-    "ours: --remat dots": ("bfloat16", "dots", 1),
-    "ours: --remat blocks": ("bfloat16", "blocks", 1),
-    "ours: --grad_accum 2": ("bfloat16", "none", 2),
-    "ours: blocks scanned": ("bfloat16", "none", 1),
+
+
+class Variant(NamedTuple):
+    """Of our step."""
+
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    grad_accum: int = 1
+    objective: type[Objective] = FlowMatching
+
+
+VARIANTS = {
+    "ours": Variant(),
+    "ours: float32": Variant("float32"),
+    "ours: --remat dots": Variant(remat="dots"),
+    "ours: --remat blocks": Variant(remat="blocks"),
+    "ours: --grad_accum 2": Variant(grad_accum=2),
+    "ours: blocks scanned": Variant(),
+    "ours: diffusion": Variant(objective=Diffusion),
+    "ours: shortcut": Variant(objective=Shortcut),
+    "ours: mean_flow": Variant(objective=MeanFlow),
 }
 TORCH = {"PyTorch": "bfloat16", "PyTorch: float32": "float32"}
 OPTIMIZER = make_optimizer(1e-4, 0.9, 0.99)
@@ -75,14 +93,22 @@ class Step:
 
 
 def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.ndarray, labels: np.ndarray) -> Step:
-    dtype, remat, grad_accum = VARIANTS[name]
-    model, kind = common.make_model(config, dtype, remat=remat), "ours"
+    variant = VARIANTS[name]
+    # The network as the objective has it, without defaults of training.
+    settings = {
+        name: value
+        for name, value in getattr(variant.objective, "MODEL_DEFAULTS", {}).items()
+        if name in DiTConfig.__dataclass_fields__
+    }
+    model = common.make_model(config, variant.dtype, variant.remat, **settings)
+    kind = variant.objective.__name__
     if name == "ours: blocks scanned":
         model, kind = ScannedDiT(model.config, model.remat, model.attention_form), "scanned"
 
     @jax.jit
     def init(key):
-        params = model.init(key, latents[:1], jnp.zeros(1), labels[:1])["params"]
+        step = jnp.zeros(1) if model.config.step_conditioning else None
+        params = model.init(key, latents[:1], jnp.zeros(1), labels[:1], step)["params"]
         return create_train_state(params, OPTIMIZER, key)
 
     if kind not in states:
@@ -93,9 +119,9 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
     step = partial(
         train_step,
         model=model,
-        objective=FlowMatching(),
+        objective=variant.objective(),
         optimizer=OPTIMIZER,
-        grad_accum=grad_accum,
+        grad_accum=variant.grad_accum,
         ema=EmaSchedule(0.9999),
     )
     return Step(step, states, kind, {"moments": moments, "label": labels}, codec, donate=True)
@@ -116,7 +142,7 @@ def make_work(config: ConfigDict, name: str, states: dict[str, Any]) -> tuple[st
     if name == BASELINE:
         return "float32", baseline_step(config, states, latents, labels)
     if name in VARIANTS:
-        return VARIANTS[name][0], our_step(config, name, states, latents, labels)
+        return VARIANTS[name].dtype, our_step(config, name, states, latents, labels)
     import torch_dit
 
     model = common.make_model(config, "float32")

@@ -18,10 +18,15 @@ from absl import flags
 from jaxtyping import Array, install_import_hook
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, whatever the machine has
-# Most of the suite's time is XLA's; what is compared with golden numbers is compiled in full, see `optimised`.
+# Most of the suite's time is XLA's: compiling takes half as long without these. What is compared with golden numbers is
+# compiled in full, see `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
+XLA_FLAGS = f"--{FUSION_EMITTERS}=false"
+os.environ["XLA_FLAGS"] = XLA_FLAGS
 import jax
 import jax.numpy as jnp
+from jax._src import compiler
 
 from tests import typecheck  # noqa: F401  the hook below imports it by name
 
@@ -120,9 +125,18 @@ def read_flags():
 @pytest.fixture(scope="module")
 def optimised():
     """XLA compiles as it does for users."""
+    get_options = compiler.get_compile_options
+
+    # XLA_FLAGS hold for the whole process; above them are only the options of each compilation.
+    def get_all_options(*args, env_options_overrides, **keywords):
+        options = {FUSION_EMITTERS: True, **(env_options_overrides or {})}
+        return get_options(*args, env_options_overrides=options, **keywords)
+
     jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", get_all_options)
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0")
 
 
@@ -142,9 +156,14 @@ def fork_server() -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
+def xla_flags(devices: int) -> str:
+    """The environment's XLA_FLAGS for a process with so many virtual devices."""
+    return f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
+
+
 def run_program(*args, devices: int = 1, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
     """Runs `python ARGS...` in the checkout on `devices` virtual CPU devices; output captured as text."""
-    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **(env or {})}
+    environment = {"XLA_FLAGS": xla_flags(devices), **(env or {})}
     args = list(map(str, args))
     if args[0].endswith(".py"):
         done = _fork(args, environment)

@@ -1,11 +1,15 @@
 """Runs of train_flow.py in processes of their own, and what they logged."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
 
-from tests.conftest import ROOT
+import numpy as np
+
+from tests.conftest import ROOT, run_program, xla_flags
 from utils.tracking import read_metrics
 
 SCALARS = ("l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm")
@@ -19,8 +23,7 @@ def losses(run_dir) -> dict[int, list[float]]:
 
 
 def start(*args, devices: int = 1) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
     command = [sys.executable, "train_flow.py", *map(str, args)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -33,3 +36,22 @@ def wait_for_step(process: subprocess.Popen, run_dir, step: int) -> None:
         assert process.poll() is None, process.stdout.read()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_and_continue(run_dir, step: int, *args, devices: int = 1) -> None:
+    """Starts a run in `run_dir`, kills it after this step and its first checkpoint, and lets it go on to its end."""
+    args = [*args, "--save_dir", run_dir]
+    process = start(*args, devices=devices)
+    wait_for_step(process, run_dir, step)
+    while not any(path.name.isdigit() for path in (run_dir / "checkpoints").iterdir()):  # they are written behind
+        assert process.poll() is None
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = run_program("train_flow.py", *args, devices=devices)
+    assert re.search(r"resuming .* from step \d+", done.stdout)
+
+
+def assert_close(actual: dict, expected: dict, steps: int) -> None:
+    """The same losses at the first `steps` steps, to float32 rounding."""
+    assert list(actual) == list(range(1, steps + 1))
+    np.testing.assert_allclose(list(actual.values()), [expected[step] for step in actual], rtol=2e-4)

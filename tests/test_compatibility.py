@@ -56,5 +56,4 @@ def test_a_saved_run_is_sampled_and_scored(saved, tmp_path, weights):
     assert (difference > 0).mean() < 1e-2
     scores = [json.loads((folder / "fid.json").read_text())["cells"][0] for folder in (saved, tmp_path)]
     assert scores[1]["fid"] == pytest.approx(scores[0]["fid"], rel=1e-3)
-    assert scores[1].keys() - scores[0].keys() == {"convention_source", "nfe"}  # recorded since then
-    assert not scores[0].keys() - scores[1].keys()
+    assert scores[0].keys() <= scores[1].keys()  # more is recorded since then

@@ -221,6 +221,23 @@ def test_saved_statistics_load_back(rng, tmp_path, num_samples):
     assert list(path.parent.iterdir()) == [path]  # nothing half-written is left beside it
 
 
+def test_compact_statistics_are_those_of_the_features(rng, tmp_path):
+    features = rng.normal(size=(30, 20)).astype(np.float32)
+    statistics, path = images_of(features, max_features=30), tmp_path / "stats.npz"
+    save_statistics(path, statistics, convention="adm", dataset="x", is_compact=True)
+    with np.load(path) as archive:
+        content = dict(archive)
+    assert not {"mu", "sigma"} & set(content)
+    loaded = load_statistics(path, num_features=20)
+    np.testing.assert_allclose(loaded.mu, statistics.pool.mu, rtol=1e-12)
+    np.testing.assert_allclose(loaded.sigma, statistics.pool.sigma, rtol=1e-9, atol=1e-12)
+    np.savez(path, **content | {"num_images": 31})  # of which one is not there
+    with pytest.raises(UserError, match="holds no `mu` and `sigma`"):
+        load_statistics(path, num_features=20)
+    save_statistics(path, images_of(features, max_features=10), convention="adm", dataset="x", is_compact=True)
+    np.testing.assert_allclose(load_statistics(path, num_features=20).mu, statistics.pool.mu, rtol=1e-12)
+
+
 @pytest.mark.parametrize(("num_samples", "cost"), [(30, 1e-3), (60, 1e-3), (120, 1e-6), (1000, 1e-6)])
 def test_storing_statistics_costs_next_to_nothing(rng, tmp_path, num_samples, cost):
     """Below full rank (100) float32 costs more: its rounding fills the null space, and the root magnifies it."""

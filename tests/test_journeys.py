@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("journeys")]
 
 
 def run(*args, cwd=ROOT, **options) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     command = [sys.executable, *map(str, args)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stderr[-3000:]

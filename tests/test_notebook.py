@@ -15,7 +15,7 @@ NOTEBOOK = ROOT / "examples" / "digits.ipynb"
 def test_every_cell_runs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": NOTEBOOK.parent}})
-    client.execute(env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"})
+    client.execute(env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""})
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 7

@@ -15,7 +15,7 @@ import pytest
 
 import eval_fid
 from tests.conftest import ROOT, run_program
-from tests.runs import SCALARS, losses, start, wait_for_step
+from tests.runs import SCALARS, assert_close, kill_and_continue, losses, start, wait_for_step
 from utils.metrics.fid import frechet_distance
 from utils.metrics.inception import Features
 from utils.metrics.reference import load_statistics
@@ -136,15 +136,8 @@ def test_the_same_command_again_has_nothing_to_do(finished):
     "devices", [pytest.param(1, marks=one_device), pytest.param(8, marks=[eight_devices, pytest.mark.slow])]
 )
 def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, devices):
-    args = [*SHORT, "--max_steps", STEPS[devices], "--save_dir", tmp_path]
-    process = start(*args, devices=devices)
-    wait_for_step(process, tmp_path, random.randint(5, STEPS[devices] * 2 // 3))
-    while not any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir()):  # they are written behind
-        assert process.poll() is None
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    done = run_program("train_flow.py", *args, devices=devices)
-    assert re.search(r"resuming .* from step \d+", done.stdout)
+    step = random.randint(5, STEPS[devices] * 2 // 3)
+    kill_and_continue(tmp_path, step, *SHORT, "--max_steps", STEPS[devices], devices=devices)
     expected = losses(uninterrupted(devices))
     assert list(expected) == list(range(1, STEPS[devices] + 1))
     assert losses(tmp_path) == expected  # bit for bit
@@ -155,11 +148,10 @@ def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, 
     "options", [pytest.param("", marks=pytest.mark.slow), "--sharding fsdp --grad_accum 4 --remat blocks"]
 )
 def test_eight_devices_give_the_losses_of_one(uninterrupted, tmp_path, options):
-    folder = uninterrupted(8)
     if options:
-        folder = tmp_path
-        args = [*SHORT, *NO_SAVES, "--max_steps", STEPS[8], *options.split(), "--save_dir", folder]
+        args = [*SHORT, *NO_SAVES, "--max_steps", STEPS[8], *options.split(), "--save_dir", tmp_path]
         run_program("train_flow.py", *args, devices=8)
+    folder = tmp_path if options else uninterrupted(8)
     assert_close(losses(folder), losses(uninterrupted(1)), STEPS[8])
 
 
@@ -169,12 +161,6 @@ def test_what_saves_memory_changes_no_loss(uninterrupted, tmp_path):
     options = ["--remat", "dots", "--grad_accum", 4]
     run_program("train_flow.py", *SHORT, *NO_SAVES, "--max_steps", 12, *options, "--save_dir", tmp_path)
     assert_close(losses(tmp_path), losses(uninterrupted(1)), 12)
-
-
-def assert_close(actual: dict, expected: dict, steps: int) -> None:
-    """The same losses at the first `steps` steps, to float32 rounding."""
-    assert list(actual) == list(range(1, steps + 1))
-    np.testing.assert_allclose(list(actual.values()), [expected[step] for step in actual], rtol=2e-4)
 
 
 @one_device
@@ -410,12 +396,14 @@ def stop_at_second(evaluate):
 
 @pytest.mark.slow
 def test_shipped_statistics_are_made_again(weights, tmp_path):
-    args = ["--dataset_name", "digits", "--out", tmp_path / "stats.npz", "--batch_size", 25, "--num_features", 0]
+    args = ["--dataset_name", "digits", "--out", tmp_path / "stats.npz", "--batch_size", 25, "--compact", 1]
     run_program("compute_fid_stats.py", *args)
     made = load_statistics(tmp_path / "stats.npz")
     shipped = load_statistics(ROOT / "data" / "fid_stats_digits.npz")
     np.testing.assert_allclose(made.mu, shipped.mu, atol=1e-4)
     np.testing.assert_allclose(made.sigma, shipped.sigma, atol=1e-4)
+    np.testing.assert_allclose(made.features, shipped.features, atol=1e-2)
+    np.testing.assert_allclose(made.spatial_mu, shipped.spatial_mu, atol=1e-4)
     assert frechet_distance(made.mu, made.sigma, shipped.mu, shipped.sigma) < 1e-2
     recorded = ("num_images", "convention", "dataset")
     assert [getattr(made, name) for name in recorded] == [getattr(shipped, name) for name in recorded]
@@ -426,6 +414,9 @@ def test_evaluation_refuses_wrong_input(finished, weights, tmp_path):
     folder, _ = finished
     bad_statistics, bad_weights, broken = tmp_path / "bad.npz", tmp_path / "bad.pt", tmp_path / "broken"
     np.savez(bad_statistics, mu=np.zeros(64), sigma=np.eye(64))
+    with np.load(ROOT / "data" / "fid_stats_digits.npz") as shipped:
+        without_counts = tmp_path / "without_counts.npz"
+        np.savez(without_counts, features=shipped["features"], num_images=1500, convention="adm")
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     bad_weights.write_bytes(content)
@@ -441,7 +432,10 @@ def test_evaluation_refuses_wrong_input(finished, weights, tmp_path):
         (["--load_dir", folder, "--model.depth", 7], ["--model.depth=7", "leave the flag out"]),
         (["--load_dir", folder, "--batch_size", 0], ["--batch_size=0"]),
         ([], ["--load_dir", "--samples"]),
-        (["--load_dir", folder, "--labels", "dataset"], ["--labels=dataset", "compute_fid_stats.py"]),
+        (
+            ["--load_dir", folder, "--labels", "dataset", "--fid_stats", without_counts],
+            ["--labels=dataset", "compute_fid_stats.py"],
+        ),
         (["--samples", "none.npz", "--fid_stats", "data/fid_stats_digits.npz"], ["--samples=none.npz"]),
         (["--samples", bad_statistics], ["--samples=", "float64", "uint8"]),
         (["--load_dir", folder, "--save_samples", folder], ["--save_samples=", "no sample"]),

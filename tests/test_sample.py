@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import sample
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
 from utils.errors import UserError
 from utils.plotting import tile_images
@@ -68,7 +68,7 @@ def test_the_images_are_those_of_an_evaluation(draw, generator, tmp_path, capsys
 
 
 def test_eight_devices_and_another_working_directory_change_no_image(run, generator, tmp_path):  # noqa: F811
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(8)}
     words = "--num_samples 5 --denoise_timesteps 4 --cfg_scale 2 --seed 3 --save_samples samples.npz --quiet"
     command = [sys.executable, ROOT / "sample.py", "--load_dir", run, "--out", ".", *words.split()]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

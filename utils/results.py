@@ -67,6 +67,7 @@ def _is_of(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """A table of the rows: step count, guidance and every metric that one of them has."""
     columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | COLUMNS
+    columns["straightness"] = "straightness"
     if any(row.get("num_steps", 0) is None for row in rows):  # an adaptive solver
         columns = {"nfe": "NFE"} | columns
     columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
@@ -82,7 +83,7 @@ def to_text(name: str, row: dict[str, Any]) -> str:
     value = row[name]
     if name == "kid":
         return f"{value:.5f} ± {row['kid_error']:.5f}" if "kid_error" in row else f"{value:.5f}"
-    if name in COLUMNS:
+    if name in COLUMNS or name == "straightness":
         return f"{value:.3f}"
     if value is None:
         return "adaptive" if name == "num_steps" else "none"

@@ -14,7 +14,7 @@ from utils.errors import UserError
 from utils.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays
 from utils.files import atomic_write, file_sha256
 from utils.metrics.fid import check_covariance, covariance_root
-from utils.metrics.statistics import ImageStatistics
+from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 
 # Of the network in utils/metrics/inception.py: pool3, and seven channels at 17x17 places.
 POOL_FEATURES = 2048
@@ -57,7 +57,7 @@ class ReferenceStatistics:
 def load_statistics(path: str | Path, num_features: int = POOL_FEATURES) -> ReferenceStatistics:
     """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d): those of TTUR, pytorch-fid,
     jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what `save_statistics` writes; or from EDM2's
-    pickle of {"fid": {"mu", "sigma"}}.
+    pickle of {"fid": {"mu", "sigma"}}. Both follow from the features where a file has those of all images instead.
 
     Everything else is read where the file has it. UserError for a file that is missing, broken, incomplete, of another
     network or not finite.
@@ -128,6 +128,9 @@ def _read_statistics(path: Path, num_features: int) -> dict[str, np.ndarray]:
     else:
         headers = read_npz_headers(path)
         shapes = {name: header.shape for name, header in headers.items()}
+    is_compact = "features" in shapes and not {"mu", "sigma"} & shapes.keys()
+    if is_compact:
+        shapes |= {"mu": (num_features,), "sigma": (num_features, num_features)}
     found = f"mu {shapes['mu']}, sigma {shapes['sigma']}"
     if shapes["mu"] != (num_features,) or shapes["sigma"] != (num_features, num_features):
         raise ValueError(f" is not of {num_features} features ({found})")
@@ -139,7 +142,16 @@ def _read_statistics(path: Path, num_features: int) -> dict[str, np.ndarray]:
     texts = [key for key in names - set(_METADATA) if key in content and content[key].dtype.kind == "U"]
     if texts:
         raise BadFileError(f"`{texts[0]}` is a text")
-    return content
+    return content | _summarize(content) if is_compact else content
+
+
+def _summarize(content: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Mean and covariance of the features, which must be those of all images; KeyError where they are not."""
+    if int(content["num_images"]) != len(content["features"]):
+        raise KeyError("sigma")
+    statistics = FeatureStatistics()
+    statistics.update(content["features"])
+    return {"mu": statistics.mu, "sigma": statistics.sigma}
 
 
 def _check_sizes(shapes: dict[str, tuple[int, ...]], num_features: int) -> None:
@@ -177,15 +189,21 @@ def save_statistics(
     image_shape: tuple[int, ...] | None = None,
     label_counts: Int[np.ndarray, " classes"] | None = None,
     inception_sha256: str | None = None,
+    is_compact: bool = False,
 ) -> None:
     """Writes statistics and where they come from as a compressed npz; the file appears whole or not at all.
+
+    `is_compact` leaves out the mean and covariance, which follow from the features where those of all images are kept;
+    other suites do not read such a file.
 
     Means are float64. Covariances are float32, half the size: that moves an FID by less than 1e-6 of itself where there
     are more samples than features; with fewer, where an FID says little anyway, rounding fills the null space and moves
     it by up to 1e-3. UserError below two samples.
     """
     path, pool, spatial = Path(path), statistics.pool, statistics.spatial
-    content: dict[str, Any] = {"mu": pool.mu, "sigma": pool.sigma.astype(np.float32)}
+    content: dict[str, Any] = {}
+    if not (is_compact and statistics.num_samples <= statistics.max_features):
+        content |= {"mu": pool.mu, "sigma": pool.sigma.astype(np.float32)}
     if spatial.num_samples and spatial.mu.size:
         content |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma.astype(np.float32)}
     if statistics.max_features:

@@ -78,7 +78,7 @@ class MeanFlow:
         u_step, du_dt = self.derivative(
             model_fn, x_t[stepping], t[stepping], h[stepping], labels[stepping], velocity[stepping]
         )
-        u_rest = model_fn(*map(self._others, (x_t, t, labels, h))).astype(jnp.float32)
+        u_rest = model_fn(*map(self._others, (x_t, t, labels, h))).astype(x_t.dtype)
         prediction = self._interleave(u_step, u_rest)
         derivative = self._interleave(du_dt, jnp.zeros_like(u_rest))
         target = jax.lax.stop_gradient(velocity + expand_times(h, x_t) * derivative)
@@ -128,7 +128,7 @@ class MeanFlow:
         u, du_dt = jax.jvp(
             lambda x, t, h: model_fn(x, t, labels, h), (x_t, t, h), (velocity, jnp.ones_like(t), -jnp.ones_like(h))
         )
-        return u.astype(jnp.float32), jax.lax.stop_gradient(du_dt.astype(jnp.float32))
+        return u.astype(x_t.dtype), jax.lax.stop_gradient(du_dt.astype(x_t.dtype))
 
     def _others(self, rows: Array) -> Array:
         """The rows of a batch that learn no step."""

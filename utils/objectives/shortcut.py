@@ -95,7 +95,7 @@ class Shortcut:
         every = self.bootstrap_every
         bootstrapped = self.bootstrap_targets(ema_model_fn, x_t[::every], t[::every], labels[::every], level[::every])
         targets = velocity.at[::every].set(bootstrapped)
-        prediction = model_fn(x_t, t, labels, level).astype(jnp.float32)
+        prediction = model_fn(x_t, t, labels, level).astype(x_t.dtype)
 
         loss = example_mean(jnp.square(prediction - targets))
         return loss, {
@@ -125,7 +125,8 @@ class Shortcut:
         first = velocity(x_t, t)
         halfway = jnp.clip(x_t + expand_times(half, x_t) * first, -MAX_LATENT, MAX_LATENT)
         second = velocity(halfway, t + half)
-        return jax.lax.stop_gradient(jnp.clip((first + second) / 2, -MAX_LATENT, MAX_LATENT).astype(jnp.float32))
+        average = jnp.clip((first + second) / 2, -MAX_LATENT, MAX_LATENT)
+        return jax.lax.stop_gradient(average.astype(x_t.dtype))
 
     def _interpolate(
         self, x_0: Float[Array, "b ..."], x_1: Float[Array, "b ..."], t: Float[Array, " b"]
