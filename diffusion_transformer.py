@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from utils.ops import attention, dense
+from utils.ops import AttentionForm, attention, dense, packed_attention, split_heads
 from utils.settings import setting
 
 TIMESTEP_FEATURES = 256
@@ -211,8 +211,9 @@ class LabelEmbed(nn.Module):
     def __call__(self, labels):
         if self.dropout_prob == 1:
             labels = jnp.full_like(labels, self.num_classes)
-        table = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_init, dtype=self.dtype)
-        return table(labels)
+        # Rows are rounded after they are taken, so that their gradients are summed in float32.
+        table = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_init, dtype=jnp.float32)
+        return table(labels).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -234,23 +235,28 @@ class Attention(nn.Module):
     config: DiTConfig
     grid: tuple[int, int]
     dtype: Any
-    form: str
+    form: AttentionForm
 
     @nn.compact
     def __call__(self, x):
-        num_heads = self.config.num_heads
-        (b, n, d), head_dim = x.shape, x.shape[-1] // num_heads
+        config, d = self.config, x.shape[-1]
         # Three kernels (d, d) side by side, each of which starts as Xavier would have it.
         qkv_init = nn.initializers.variance_scaling(2, "fan_avg", "uniform")
-        qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x).reshape(b, n, 3, num_heads, head_dim)
-        query, key, value = jnp.moveaxis(qkv, 2, 0)
+        qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x)
+        if config.qk_norm or config.rope:
+            x = self._attend(*split_heads(qkv, config.num_heads)).reshape(x.shape)
+        else:
+            x = packed_attention(qkv, config.num_heads, self.form)
+        return Dense(d, self.dtype, xavier_uniform, name="out")(x)
+
+    def _attend(self, query, key, value):
+        """With what is done to queries and keys beforehand."""
         if self.config.qk_norm:
             query, key = RMSNorm(self.dtype, name="q_norm")(query), RMSNorm(self.dtype, name="k_norm")(key)
         if self.config.rope:
-            angles = rope_angles(*self.grid, head_dim)
+            angles = rope_angles(*self.grid, query.shape[-1])
             query, key = rotate(query, angles), rotate(key, angles)
-        x = attention(query, key, value, self.form)
-        return Dense(d, self.dtype, xavier_uniform, name="out")(x.reshape(b, n, d))
+        return attention(query, key, value, self.form)
 
 
 class Mlp(nn.Module):
@@ -304,7 +310,7 @@ class DiTBlock(nn.Module):
     config: DiTConfig
     grid: tuple[int, int]
     dtype: Any
-    attention_form: str
+    attention_form: AttentionForm
 
     @nn.compact
     def __call__(self, x, c):
@@ -337,12 +343,12 @@ class DiT(nn.Module):
 
     The output is float32; with `learn_sigma` it has twice the channels of its input, predictions first. `remat` names
     what a block recomputes in its backward pass: 'none'; 'dots', all but matmuls with parameters; 'blocks', everything.
-    `attention_form` is one of ops.ATTENTION_FORMS.
+    `attention_form` is a form of `ops.attention`.
     """
 
     config: DiTConfig
     remat: str = "none"
-    attention_form: str = "by_head"
+    attention_form: AttentionForm = "by_head"
 
     @nn.compact
     def __call__(

@@ -52,6 +52,9 @@ from utils.progress import Progress
 from utils.resume import check_architecture, compare_with_saved
 from utils.sampling import SamplerConfig
 from utils.sharding import (
+    SHARD,
+    SHARDING_MODES,
+    choose_num_shards,
     compile_step,
     initialize_processes,
     make_mesh,
@@ -62,6 +65,7 @@ from utils.sharding import (
     shape_structs,
     shard_batch,
     state_sharding,
+    unsplit_fraction,
 )
 from utils.signals import Interrupted, StopRequest
 from utils.throughput import StepTrace, Throughput
@@ -125,7 +129,16 @@ def define_flags() -> None:
             list(REMAT_POLICIES),
             "What the backward pass recomputes, to save memory: dots is everything but matmuls.",
         )
-        flags.DEFINE_enum("sharding", "dp", ["dp", "fsdp"], "dp replicates the state over the devices, fsdp shards it.")
+        flags.DEFINE_enum(
+            "sharding",
+            "dp",
+            list(SHARDING_MODES),
+            "dp: every device has the whole state; zero: the parameters alone; fsdp: a part of everything; hybrid: "
+            "fsdp within replicas.",
+        )
+        flags.DEFINE_integer(
+            "num_shards", None, "Devices of a replica of --sharding hybrid; default: of a slice, up to 16.", 1
+        )
     define_tuning_flags()
     cli.define_wandb_flags()
     cli.define_device_flags()
@@ -146,7 +159,7 @@ class Trainer:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.mesh = make_mesh()
+        self.mesh = make_mesh(choose_num_shards(config.sharding, config.num_shards, jax.devices()))
         self._find_source()
         period = row_period(make_objective(config))
         checks.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum, period)
@@ -392,8 +405,16 @@ class Trainer:
             f"{model.network} {model.hidden_size} wide, {model.depth} deep, {model.num_heads} heads, patch "
             f"{model.patch_size} on {'x'.join(map(str, shape))}: {count:,} parameters{training}, "
             f"{self.flops_per_step / 1e9:,.1f} GFLOP per step of {self.config.batch_size} images, on "
-            f"{self.mesh.size} x {jax.devices()[0].device_kind}"
+            f"{self.mesh.size} x {jax.devices()[0].device_kind}{self._describe_sharding(state)}"
         )
+
+    def _describe_sharding(self, state: TrainState) -> str:
+        mode, num_shards = self.config.sharding, self.mesh.shape[SHARD]
+        if mode == "dp" or self.mesh.size == 1:
+            return ""
+        replicas = f" ({self.mesh.size // num_shards} x {num_shards} shards)" if mode == "hybrid" else ""
+        whole = unsplit_fraction(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+        return f", {mode}{replicas}, {whole:.1%} of the state whole on each"
 
     def evaluate(self, state: TrainState, batch: PyTree) -> Iterator[tuple[str, Any]]:
         """(name, number or figure) of what is looked at every --eval_interval; images and FID use the EMA, and while
@@ -431,6 +452,8 @@ def refuse_ignored(config: ConfigDict) -> None:
     """UserError for flags that would have no effect on this run."""
     if not config.fid_stats:
         cli.refuse_ignored(("fid_samples", "convention", "inception_weights"), "without --fid_stats")
+    if config.sharding != "hybrid":
+        cli.refuse_ignored(("num_shards",), f"with --sharding={config.sharding}, only with hybrid")
     if not config.model.use_stable_vae:
         cli.refuse_ignored(("vae",), "on pixels (--use_stable_vae 0)")
     if config.lr_schedule == "cosine" and config.warmup_steps >= max(1, config.max_steps):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffusion_transformer import DiT, DiTConfig
 from utils.errors import UserError
 from utils.ops import choose_attention_for
+from utils.sharding import make_mesh
 from utils.throughput import PEAK_TFLOPS
 
 # Hidden size, depth, heads: DiT-S to DiT-XL of arXiv:2212.09748, table 1, and one to try a benchmark with.
@@ -51,7 +52,7 @@ def make_model(config: ConfigDict, dtype: str, remat: str = "none", **settings: 
     """The network, with further fields of DiTConfig as `settings`."""
     hidden, depth, heads = SIZES[config.model]
     dit_config = DiTConfig(config.patch_size, hidden, depth, heads, 4.0, 0.1, NUM_CLASSES, dtype=dtype, **settings)
-    form = choose_attention_for(jax.devices()[0], hidden // heads, dtype)
+    form = choose_attention_for(make_mesh(), hidden // heads, dtype)
     return DiT(dit_config, remat, form)
 
 

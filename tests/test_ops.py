@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion_transformer import DiT, DiTConfig
-from utils.ops import attention, choose_attention, define_derivatives, dense, save_pullback
+from utils.derivatives import define_derivatives, save_pullback
+from utils.ops import attention, choose_attention, dense
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

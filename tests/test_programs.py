@@ -143,16 +143,24 @@ def test_killed_and_started_again_equals_uninterrupted(uninterrupted, tmp_path, 
     assert losses(tmp_path) == expected  # bit for bit
 
 
+@pytest.mark.slow
 @eight_devices
-@pytest.mark.parametrize(
-    "options", [pytest.param("", marks=pytest.mark.slow), "--sharding fsdp --grad_accum 4 --remat blocks"]
-)
+@pytest.mark.parametrize("options", ["", "--sharding fsdp --grad_accum 4 --remat blocks", "--sharding zero"])
 def test_eight_devices_give_the_losses_of_one(uninterrupted, tmp_path, options):
     if options:
         args = [*SHORT, *NO_SAVES, "--max_steps", STEPS[8], *options.split(), "--save_dir", tmp_path]
         run_program("train_flow.py", *args, devices=8)
     folder = tmp_path if options else uninterrupted(8)
     assert_close(losses(folder), losses(uninterrupted(1)), STEPS[8])
+
+
+@one_device
+def test_every_sharding_goes_on_with_the_state_of_another(uninterrupted, tmp_path):
+    for number, mode in enumerate(("fsdp", "hybrid --num_shards 4", "zero", "dp"), 1):
+        args = [*SHORT, *NO_SAVES, "--max_steps", 3 * number, "--sharding", *mode.split(), "--save_dir", tmp_path]
+        done = run_program("train_flow.py", *args, devices=8)
+        assert (", hybrid (2 x 4 shards), " in done.stdout + done.stderr) == ("hybrid" in mode)
+    assert_close(losses(tmp_path), losses(uninterrupted(1)), 12)
 
 
 @pytest.mark.slow

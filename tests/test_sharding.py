@@ -50,23 +50,51 @@ def test_incomplete_process_flags_are_refused():
 
 LAYOUT = """
 import jax, jax.numpy as jnp
-from utils.sharding import make_mesh, shard_replicated, state_sharding
-mesh = make_mesh()
-tree = {"kernel": jnp.zeros((16, 64)), "odd": jnp.zeros((3, 5)), "scalar": jnp.zeros(())}
-for mode in ("dp", "fsdp"):
-    placed = jax.device_put(tree, state_sharding(tree, mesh, mode))
-    print(mode, {name: leaf.addressable_shards[0].data.shape for name, leaf in placed.items()})
-print(shard_replicated(jnp.arange(16), mesh).addressable_shards[3].data)
+from utils.sharding import choose_num_shards, make_mesh, shard_replicated, state_sharding, unsplit_fraction
+from utils.train_state import TrainState
+tree = {"kernel": jnp.zeros((16, 64)), "odd": jnp.zeros((3, 12)), "none": jnp.zeros((3, 5)), "scalar": jnp.zeros(())}
+state = TrainState(jnp.zeros(()), tree, tree, (), jax.random.key(0))
+for mode, requested in (("dp", None), ("zero", None), ("fsdp", None), ("hybrid", 4), ("hybrid", None)):
+    mesh = make_mesh(choose_num_shards(mode, requested, jax.devices()))
+    shardings = state_sharding(state, mesh, mode)
+    placed = jax.device_put(state, shardings)
+    print(mode, dict(mesh.shape), f"{unsplit_fraction(state, shardings):.2f}")
+    for part in (placed.params, placed.ema_params):
+        print({name: leaf.addressable_shards[0].data.shape for name, leaf in part.items()})
+    print(shard_replicated(jnp.arange(16), mesh).addressable_shards[3].data)
 """
 
 
 def test_layouts_on_eight_devices():
     lines = run_program("-c", LAYOUT, devices=8).stdout.splitlines()
-    assert lines == [
-        "dp {'kernel': (16, 64), 'odd': (3, 5), 'scalar': ()}",
-        "fsdp {'kernel': (16, 8), 'odd': (3, 5), 'scalar': ()}",
-        "[6 7]",
+    whole = "{'kernel': (16, 64), 'none': (3, 5), 'odd': (3, 12), 'scalar': ()}"
+    of_8 = "{'kernel': (16, 8), 'none': (3, 5), 'odd': (3, 12), 'scalar': ()}"
+    of_4 = "{'kernel': (16, 16), 'none': (3, 5), 'odd': (3, 3), 'scalar': ()}"
+    expected = [
+        ("dp {'replica': 8, 'shard': 1} 1.00", whole, whole),
+        ("zero {'replica': 8, 'shard': 1} 0.52", whole, of_8),
+        ("fsdp {'replica': 1, 'shard': 8} 0.05", of_8, of_8),
+        ("hybrid {'replica': 2, 'shard': 4} 0.02", of_4, of_4),
+        ("hybrid {'replica': 1, 'shard': 8} 0.05", of_8, of_8),
     ]
+    assert lines == [line for mode in expected for line in (*mode, "[6 7]")]
+
+
+class Device:
+    process_index = 0
+
+    def __init__(self, slice_index):
+        self.slice_index = slice_index
+
+
+@pytest.mark.parametrize(
+    ("slices", "size", "expected"), [(1, 8, 8), (1, 64, 16), (2, 16, 16), (4, 4, 4), (1, 12, 12), (1, 24, 12)]
+)
+def test_a_replica_is_a_slice_or_a_part_of_one(slices, size, expected):
+    devices = [Device(number // size) for number in range(slices * size)]
+    assert sharding.choose_num_shards("hybrid", None, devices) == expected
+    with pytest.raises(UserError, match="--num_shards=5 does not divide the"):
+        sharding.choose_num_shards("hybrid", 5, devices)
 
 
 def test_one_device_is_the_default_here():

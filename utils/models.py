@@ -77,7 +77,7 @@ def make_model(
             f"use {len(class_names)} or more"
         )
     head_dim = config.hidden_size // config.num_heads
-    attention_form = choose_attention_for(mesh.devices.flat[0], head_dim, config.dtype)
+    attention_form = choose_attention_for(mesh, head_dim, config.dtype)
     network = NETWORKS[dit_config.network](dit_config, remat, attention_form)
     return ImageModel(network, objective, codec, mesh, shape, tuple(class_names))
 

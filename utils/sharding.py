@@ -1,12 +1,14 @@
 """The device mesh, where each array lives on it, and the way of batches from host to devices.
 
-One axis, `data`, over every device of every process. Batches are sharded over it. Parameters, their EMA and the
-optimizer state are replicated (`dp`) or sharded as well (`fsdp`); XLA inserts the collectives (arXiv:2105.04663).
+Two axes over the devices of all processes: replicas, and the shards of each. Batches are split over both. Parameters,
+their EMA and the optimizer state are replicated, or split over the shards, or part of them over all devices (see
+`state_sharding`); XLA inserts the collectives (arXiv:2105.04663).
 """
 
 import collections
+import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +20,10 @@ from jaxtyping import PyTree
 from utils.data.dataset import Batches
 from utils.errors import DataError, UserError
 from utils.files import cache_folder
+
+SHARDING_MODES = ("dp", "fsdp", "hybrid", "zero")
+REPLICA, SHARD = "replica", "shard"  # the axes of the mesh
+MAX_SHARDS = 16  # beyond, XLA no longer gathers parameters where they are used (docs/speed.md)
 
 
 def initialize_processes(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -51,13 +57,29 @@ def initialize_processes(coordinator_address: str | None, num_processes: int | N
         raise UserError(f"{flag}: the processes of the run could not find each other ({reason})") from error
 
 
-def make_mesh() -> Mesh:
-    """A mesh with one axis, `data`, over all devices of all processes. What is compiled for it is cached on disk."""
-    devices = jax.devices()
+def make_mesh(num_shards: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices of all processes (or of `devices`), replicas of `num_shards` neighbours each. A batch is
+    split over both axes. What is compiled for it is cached on disk."""
+    devices = jax.devices() if devices is None else devices
     # Not by default on CPUs, where a home shared by unlike machines would hand one the instructions of another.
     if jax.config.values["jax_compilation_cache_dir"] is None and devices[0].platform != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
-    return Mesh(np.array(devices), ("data",))
+    return Mesh(np.array(devices).reshape(-1, num_shards), (REPLICA, SHARD))
+
+
+def choose_num_shards(mode: str, requested: int | None, devices: Sequence[Any]) -> int:
+    """The devices that share one copy of the state: all for 'fsdp'; for 'hybrid' as many as requested, or the most up
+    to MAX_SHARDS that divide the devices of a slice (of a host, on GPUs). UserError where they do not divide all."""
+    total = len(devices)
+    if mode != "hybrid":
+        return total if mode == "fsdp" else 1
+    if requested is None:
+        groups = collections.Counter(getattr(device, "slice_index", device.process_index) for device in devices)
+        near = min(groups.values())
+        return max(count for count in range(1, min(near, MAX_SHARDS) + 1) if near % count == 0 == total % count)
+    if total % requested:
+        raise UserError(f"--num_shards={requested} does not divide the {total} devices; use a divisor of {total}")
+    return requested
 
 
 def compile_step(function: jax.stages.Wrapped, *arguments: Any, platform: str) -> jax.stages.Compiled:
@@ -74,21 +96,36 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def state_sharding(state: PyTree, mesh: Mesh, mode: str) -> PyTree:
-    """A sharding for each leaf of a train state (arrays or shapes): all replicated for `mode` 'dp'; for 'fsdp' each
-    leaf is split along its longest axis that the device count divides, and replicated where there is none."""
+def state_sharding(state: Any, mesh: Mesh, mode: str) -> Any:
+    """A sharding for each leaf of a train state (arrays or shapes).
+
+    'dp' replicates it. 'fsdp' and 'hybrid' split every leaf over the shards of a replica (arXiv:2304.11277); 'zero'
+    keeps the parameters whole, and splits the rest of the state over all devices (ZeRO, arXiv:1910.02054, stage 1). A
+    leaf is split along its longest axis that divides, and stays whole where there is none.
+    """
+    whole = replicated(mesh)
+    axes = mesh.axis_names if mode == "zero" else (SHARD,)
+    count = math.prod(mesh.shape[axis] for axis in axes)
 
     def split(leaf):
-        axes = [i for i, size in enumerate(leaf.shape) if size % mesh.size == 0]
-        if mode == "dp" or not axes:
-            return replicated(mesh)
-        longest = max(axes, key=lambda i: leaf.shape[i])
-        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+        divisible = [i for i, size in enumerate(leaf.shape) if size % count == 0]
+        if mode == "dp" or not divisible:
+            return whole
+        longest = max(divisible, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, axes))
 
-    return jax.tree.map(split, state)
+    shardings = jax.tree.map(split, state)
+    return shardings.replace(params=jax.tree.map(lambda _: whole, state.params)) if mode == "zero" else shardings
+
+
+def unsplit_fraction(tree: PyTree, shardings: PyTree) -> float:
+    """The fraction of a tree's elements that every device holds whole."""
+    leaves = list(zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True))
+    whole = sum(leaf.size for leaf, sharding in leaves if sharding.is_fully_replicated)
+    return whole / max(1, sum(leaf.size for leaf, _ in leaves))
 
 
 def shape_structs(tree: PyTree, shardings: PyTree) -> PyTree:

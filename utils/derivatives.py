@@ -1,0 +1,134 @@
+"""Derivatives by hand, in both modes.
+
+jax.custom_vjp forbids forward mode, and jax.custom_jvp leaves reverse mode to JAX's transposition. Here the tangent is
+one primitive, linear in the tangents of the arguments, that brings its own transpose.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, PyTree
+
+_linear_p = Primitive("linear_with_transpose")
+_linear_p.multiple_results = True
+
+
+def define_derivatives(
+    function: Callable[..., tuple[Array, PyTree]],
+    tangent: Callable[[Sequence[Array], Sequence[Array]], Array],
+    cotangents: Callable[[Sequence[Array], PyTree, Array], Sequence[Array]],
+) -> Callable[..., Array]:
+    """A function of arrays with both its derivatives.
+
+    `function(*arguments)` returns (output, anything to save for reverse mode). `tangent(arguments, tangents)` is the
+    output's tangent, in operations that JAX can differentiate. `cotangents(arguments, saved, cotangent)` are those of
+    the arguments: the transpose of `tangent`.
+    """
+    with_saved = jax.custom_jvp(function)
+    pull = jax.custom_jvp(cotangents)
+
+    @pull.defjvp
+    def derivative_of_cotangents(operands, tangents):
+        """Order 2 goes by the formula, of which what was saved is no variable."""
+        (arguments, saved, cotangent), (argument_tangents, _, cotangent_tangent) = operands, tangents
+
+        def by_formula(arguments, cotangent):
+            return jax.linear_transpose(partial(tangent, arguments), arguments)(cotangent)[0]
+
+        parts = (arguments, cotangent), (argument_tangents, cotangent_tangent)
+        return pull(arguments, saved, cotangent), jax.jvp(by_formula, *parts)[1]
+
+    @with_saved.defjvp
+    def derivative(arguments, tangents):
+        output, saved = with_saved(*arguments)
+        leaves, tree = jax.tree.flatten(saved)
+        (output_tangent,) = _linear_p.bind(
+            *arguments, *leaves, *tangents,
+            tangent=tangent, cotangents=pull, count=len(arguments), saved_tree=tree,
+        )  # fmt: skip
+        return (output, saved), (output_tangent, jax.tree.map(_zero_tangent, saved))
+
+    return lambda *arguments: with_saved(*arguments)[0]
+
+
+def _zero_tangent(x: Array) -> Array | np.ndarray:
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.zeros_like(x) if is_float else np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _apply_linear(*operands, tangent, cotangents, count, saved_tree):
+    return [tangent(tuple(operands[:count]), tuple(operands[-count:]))]
+
+
+def _linear_jvp(primals, tangents, *, count, **params):
+    """Order 2: `tangent` is differentiated by JAX, in its arguments and in the tangents."""
+
+    def differentiable(arguments, argument_tangents):
+        return params["tangent"](arguments, argument_tangents)
+
+    tangents = [ad.instantiate_zeros(x) for x in tangents]
+    parts = [(tuple(operands[:count]), tuple(operands[-count:])) for operands in (primals, tangents)]
+    _, tangent_out = jax.jvp(differentiable, parts[0], parts[1])
+    return _linear_p.bind(*primals, count=count, **params), [tangent_out]
+
+
+def _linear_transpose(output_cotangents, *operands, tangent, cotangents, count, saved_tree):
+    (cotangent,) = output_cotangents
+    results = [None] * len(operands)
+    if type(cotangent) is ad.Zero:
+        return results
+    arguments = tuple(operands[:count])
+    saved = jax.tree.unflatten(saved_tree, operands[count:-count])
+    found = cotangents(arguments, saved, cotangent)
+    are_wanted = [ad.is_undefined_primal(x) for x in operands[-count:]]
+    results[-count:] = [x if is_wanted else None for x, is_wanted in zip(found, are_wanted, strict=True)]
+    return results
+
+
+def _linear_batch(operands, axes, **params):
+    size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+    moved = [
+        jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(operands, axes, strict=True)
+    ]
+    count, tangent, cotangents = params["count"], params["tangent"], params["cotangents"]
+    tree = params["saved_tree"]
+    batched = {
+        "tangent": jax.vmap(tangent),
+        "cotangents": jax.vmap(cotangents),
+        "count": count,
+        "saved_tree": tree,
+    }
+    return _linear_p.bind(*moved, **batched), [0]
+
+
+_linear_p.def_impl(_apply_linear)
+_linear_p.def_abstract_eval(
+    lambda *operands, **params: [
+        ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(lambda *xs: _apply_linear(*xs, **params), *operands)
+    ]
+)
+mlir.register_lowering(_linear_p, mlir.lower_fun(_apply_linear, multiple_results=True))
+ad.primitive_jvps[_linear_p] = _linear_jvp
+ad.primitive_transposes[_linear_p] = _linear_transpose
+batching.primitive_batchers[_linear_p] = _linear_batch
+
+
+def save_pullback(function: Callable[..., Array]) -> tuple[Callable, Callable]:
+    """(function, cotangents) for `define_derivatives` of a function that has a custom VJP: what that saves is saved."""
+
+    def with_saved(*arguments):
+        output, pullback = jax.vjp(function, *arguments)
+        return output, jax.tree.leaves(pullback)
+
+    def cotangents(arguments, saved, cotangent):
+        pullback = jax.eval_shape(lambda *arguments: jax.vjp(function, *arguments)[1], *arguments)
+        return jax.tree.unflatten(jax.tree.structure(pullback), saved)(cotangent)
+
+    return with_saved, cotangents
