@@ -48,6 +48,7 @@ from utils.models import init_params, make_model
 from utils.objectives.objective import has_guidance, row_period
 from utils.objectives.registry import make_objective
 from utils.panels import loss_by_time, reconstruction_panel, sample_panels
+from utils.plan import batch_structs, plan_lines
 from utils.progress import Progress
 from utils.resume import check_architecture, compare_with_saved
 from utils.sampling import SamplerConfig
@@ -71,7 +72,7 @@ from utils.signals import Interrupted, StopRequest
 from utils.throughput import StepTrace, Throughput
 from utils.tracking import Tracker, read_metrics
 from utils.train_state import EmaSchedule, TrainState, create_train_state, freeze_parts, make_optimizer
-from utils.train_step import INIT, VALIDATION, train_step, validation_step
+from utils.train_step import INIT, VALIDATION, jit_train_step, validation_step
 
 EXIT_STOPPED = 75  # by a signal, and saved: EX_TEMPFAIL of sysexits.h, "try again"
 MEMORY_FLAGS = (
@@ -91,6 +92,7 @@ def define_flags() -> None:
             "ema_warmup", 0, "1: the EMA's decay grows as (1 + n) / (10 + n) up to --model.target_update_rate.", 0, 1
         )
         flags.DEFINE_integer("debug_overfit", 0, "1 trains on one repeated batch.", 0, 1)
+        flags.DEFINE_integer("plan", 0, "1: says what this training will take (memory, hours), and ends.", 0, 1)
     cli.define_data_flags()
     cli.define_flip_flag()
     cli.define_vae_flag()
@@ -160,6 +162,9 @@ class Trainer:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.mesh = make_mesh(choose_num_shards(config.sharding, config.num_shards, jax.devices()))
+        if config.plan:
+            of_source = ("load_dir", "freeze", "lora_rank")
+            cli.refuse_ignored(of_source, "with --plan, which is of a whole network from scratch")
         self._find_source()
         period = row_period(make_objective(config))
         checks.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum, period)
@@ -169,19 +174,27 @@ class Trainer:
         self._load_data()
         self._load_model()
         self._load_reference()
+        self.ema = EmaSchedule(cli.ema_decay(config.model.target_update_rate), bool(config.ema_warmup))
+        self.flops_per_step = 3 * config.batch_size * self.model.network.count_flops(self.model.latent_shape)
+        self._make_static(frozen=())
+
+    def open_run(self) -> None:
+        """Takes the run's folder, and the parameters of --load_dir."""
         self._open_folder()
-        self.start, self.frozen = self._prepare_start()
-        self.saved_config["frozen"] = list(self.frozen)
-        self.optimizer = freeze_parts(self._make_optimizer(), self.frozen)
+        self.start, frozen = self._prepare_start()
+        self.saved_config["frozen"] = list(frozen)
+        self._make_static(frozen)
+
+    def _make_static(self, frozen: tuple[str, ...]) -> None:
+        """The optimizer, and what both steps are compiled with."""
+        self.frozen, self.optimizer = frozen, freeze_parts(self._make_optimizer(), frozen)
         self.static = {
             "model": self.model.network,
             "objective": self.model.objective,
             "optimizer": self.optimizer,
-            "grad_accum": config.grad_accum,
-            "frozen": self.frozen,
+            "grad_accum": self.config.grad_accum,
+            "frozen": frozen,
         }
-        self.ema = EmaSchedule(cli.ema_decay(config.model.target_update_rate), bool(config.ema_warmup))
-        self.flops_per_step = 3 * config.batch_size * self.model.network.count_flops(self.model.latent_shape)
 
     def _find_source(self) -> None:
         """The run to start from; what the command line leaves open is as there. A run that goes on has it in its own
@@ -277,22 +290,24 @@ class Trainer:
         The state of step 0 is the same on every process and any number of devices.
         """
 
-        def init(key):
-            return create_train_state(self._fresh_params(key), self.optimizer, key)
-
-        key = jax.random.key(self.config.seed)
-        shapes = jax.eval_shape(init, key)
-        shardings = state_sharding(shapes, self.mesh, self.config.sharding)
-        target = shape_structs(shapes, shardings)
-        steps = self.checkpoints.steps()
+        target, steps = self.state_structs(), self.checkpoints.steps()
         if steps:
             return self._restore(steps, target)
-        state = jax.jit(init, out_shardings=shardings)(key)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+        state = jax.jit(self._init_state, out_shardings=shardings)(jax.random.key(self.config.seed))
         if self.start is None:
             return state
         params, ema_params = (jax.tree.map(place, tree, shardings.params) for tree in self.start)
         self.start = None  # as large as the state
         return state.replace(params=params, ema_params=ema_params)
+
+    def state_structs(self) -> TrainState:
+        """The shapes of the state, and where each array lives."""
+        shapes = jax.eval_shape(self._init_state, jax.random.key(self.config.seed))
+        return shape_structs(shapes, state_sharding(shapes, self.mesh, self.config.sharding))
+
+    def _init_state(self, key: jax.Array) -> TrainState:
+        return create_train_state(self._fresh_params(key), self.optimizer, key)
 
     def _fresh_params(self, key: jax.Array) -> PyTree:
         """The parameters of step 0 of a run that starts from no other; with LoRA's factors, if it has them."""
@@ -379,22 +394,43 @@ class Trainer:
     def compile_steps(self, state: TrainState) -> tuple[Callable, Callable]:
         """(train_step, validation_step), both of (state, batch, codec), compiled for this run's shapes; the first
         donates the state's memory. UserError where that takes more memory than there is."""
-        shardings = (jax.tree.map(lambda x: x.sharding, state), replicated(self.mesh))
-        step = partial(train_step, **self.static, ema=self.ema)
-        step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         arguments = (state, self.validation_batch, self.model.codec)
-        compiled = partial(compile_step, platform=self.mesh.devices.flat[0].platform)
         log("compiling the training step ...")
         started = time.monotonic()
         with explaining_out_of_memory("the training step", MEMORY_FLAGS):
-            train = compiled(step, *arguments)
+            train = self.compile_train_step(state, self.validation_batch)
             needed = memory_needed(train)
             if needed > device_memory():
                 raise out_of_memory("the training step", MEMORY_FLAGS, needed)
-            validate = compiled(jax.jit(partial(validation_step, **self.static)), *arguments)
+            validation = jax.jit(partial(validation_step, **self.static))
+            validate = compile_step(validation, *arguments, platform=self.mesh.devices.flat[0].platform)
         seconds, there = time.monotonic() - started, format_bytes(device_memory())
         log(f"compiled in {seconds:.1f} s; it needs {format_bytes(needed)} of {there} per device")
         return train, validate
+
+    def compile_train_step(self, state: TrainState, batch: PyTree) -> jax.stages.Compiled:
+        """Of (state, batch, codec), for arrays or shapes of a state and a batch."""
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        step = jit_train_step(shardings, replicated(self.mesh), **self.static, ema=self.ema)
+        return compile_step(step, state, batch, self.model.codec, platform=self.mesh.devices.flat[0].platform)
+
+    def plan(self) -> Iterator[str]:
+        """What this training will take, in lines, before anything of it is made."""
+        state = self.state_structs()
+        yield self.summary(state)
+
+        def measure(batch_size):
+            return memory_needed(self.compile_train_step(state, batch_structs(self.validation_batch, batch_size)))
+
+        yield from plan_lines(
+            state,
+            measure,
+            batch_size=self.config.batch_size,
+            multiple=self.mesh.size * self.config.grad_accum * row_period(self.model.objective),
+            flops_per_image=self.flops_per_step / self.config.batch_size,
+            num_images=len(self.datasets["train"].source),
+            num_devices=self.mesh.size,
+        )
 
     def summary(self, state: TrainState) -> str:
         model, shape = self.config.model, self.model.latent_shape
@@ -585,6 +621,11 @@ def main(config: ConfigDict) -> None:
     stop = StopRequest()
     initialize_processes(config.coordinator_address, config.num_processes, config.process_id)
     trainer = Trainer(config)
+    if config.plan:
+        for line in trainer.plan():
+            log(line)
+        return
+    trainer.open_run()
     state = trainer.init_or_restore()
     if state.step >= config.max_steps and not trainer.is_evaluation_missing(int(state.step)):
         log(f"nothing to do: {trainer.folder} is at step {state.step} already; raise --max_steps to go on")

@@ -279,7 +279,7 @@ def test_another_size_takes_the_network_as_it_is(digits, base, tmp_path):
 def test_what_does_not_fit_is_one_line(read_flags, digits, base, tmp_path, line, message):
     words = [*TUNE, "--dataset_name", f"folder:{digits / 'high'}", "--load_dir", base, "--save_dir", tmp_path / "run"]
     with pytest.raises(UserError, match=message):
-        train_flow.Trainer(read_flags(train_flow, [*map(str, words), *line.split()]))
+        train_flow.Trainer(read_flags(train_flow, [*map(str, words), *line.split()])).open_run()
     assert not (tmp_path / "run" / "checkpoints").exists() or not Checkpoints(tmp_path / "run").steps()
 
 

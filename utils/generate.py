@@ -38,7 +38,7 @@ from utils.sampling import (
     sample_labels,
     sample_noise,
 )
-from utils.sharding import gather, make_mesh, replicated, shape_structs, shard_replicated
+from utils.sharding import batch_sharding, gather, make_mesh, replicated, shape_structs, shard_replicated
 
 RECIPE_BATCH_SIZE = 128
 STEPS = 2**31 - 1  # a random stream beside the samples', which fold 0, 1, 2, ... into the noise key
@@ -94,6 +94,11 @@ class _Static(NamedTuple):
     spacing: str
     is_guided: bool
     cfg_channels: int | None
+
+    @classmethod
+    def of(cls, model: ImageModel, sampler: SamplerConfig) -> "_Static":
+        is_guided = sampler.cfg_scale is not None
+        return cls(model.network, model.objective, sampler.solver, sampler.spacing, is_guided, sampler.cfg_channels)
 
     def times(self, settings: _Settings) -> sampling.TimeGrid:
         """The times of the solver's steps."""
@@ -159,6 +164,15 @@ def _generate(params, codec, key, indices, labels, settings, num_steps, *, stati
         keys = static.step_keys(key, indices)
         latents, nfe = sampling.sample(velocity_fn, noise, num_steps, static.solver, times, keys), None
     return images_to_uint8(codec.decode(latents)), nfe
+
+
+def lower_sampler(model: ImageModel, params: PyTree, sampler: SamplerConfig, batch_size: int) -> jax.stages.Lowered:
+    """What draws `batch_size` samples, to be compiled; for parameters (or their shapes) on the devices of the model's
+    mesh, which may be only described."""
+    rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(model.mesh))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = (params, model.codec, key, rows, rows, _Settings.of(sampler), sampler.num_steps)
+    return _generate.lower(*arguments, static=_Static.of(model, sampler), latent_shape=model.latent_shape)
 
 
 @partial(jax.jit, static_argnames=("static",))
@@ -270,8 +284,7 @@ class ImageGenerator:
         return arguments, {"static": self._static(sampler), "latent_shape": self.model.latent_shape}
 
     def _static(self, sampler: SamplerConfig) -> _Static:
-        model, is_guided = self.model, sampler.cfg_scale is not None
-        return _Static(model.network, model.objective, sampler.solver, sampler.spacing, is_guided, sampler.cfg_channels)
+        return _Static.of(self.model, sampler)
 
     def fitting_batch_size(self, sampler: SamplerConfig, num_samples: int, free_memory: int | None) -> int:
         """A batch for devices with that many bytes free, by the compiler's analysis of one sample for each: a power of
@@ -280,9 +293,7 @@ class ImageGenerator:
         most = -(-num_samples // num_devices)
         if free_memory is None:
             return min(most, max(1, RECIPE_BATCH_SIZE // num_devices)) * num_devices
-        indices = np.arange(num_devices, dtype=np.int32)
-        arguments, static = self._arguments(sampler, indices, None)
-        sizes: Any = _generate.lower(*arguments, **static).compile().memory_analysis()
+        sizes: Any = lower_sampler(self.model, self.params, sampler, num_devices).compile().memory_analysis()
         # A quarter is left for the Inception network, and for fragmentation.
         fitting = 0.75 * free_memory / max(1, sizes.temp_size_in_bytes)
         return min(most, 2 ** int(np.log2(max(1, fitting)))) * num_devices

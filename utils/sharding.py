@@ -59,11 +59,12 @@ def initialize_processes(coordinator_address: str | None, num_processes: int | N
 
 def make_mesh(num_shards: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices of all processes (or of `devices`), replicas of `num_shards` neighbours each. A batch is
-    split over both axes. What is compiled for it is cached on disk."""
-    devices = jax.devices() if devices is None else devices
-    # Not by default on CPUs, where a home shared by unlike machines would hand one the instructions of another.
-    if jax.config.values["jax_compilation_cache_dir"] is None and devices[0].platform != "cpu":
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+    split over both axes. What is compiled for real devices is cached on disk."""
+    if devices is None:
+        devices = jax.devices()
+        # Not by default on CPUs, where a home shared by unlike machines would hand one the instructions of another.
+        if jax.config.values["jax_compilation_cache_dir"] is None and devices[0].platform != "cpu":
+            jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     return Mesh(np.array(devices).reshape(-1, num_shards), (REPLICA, SHARD))
 
 

@@ -6,10 +6,12 @@ that neither the number of devices nor that of microbatches changes it.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Key, PyTree
 
 from utils.codecs.codec import Codec, encode_batch
@@ -139,8 +141,14 @@ def train_step(
         class_dropout_prob=model.config.class_dropout_prob,
         frozen=frozen,
     )
-    new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step), frozen)
-    return new_state, metrics | norms(grads, updates, new_state.params)
+    with jax.named_scope("optimizer"):
+        new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step), frozen)
+        return new_state, metrics | norms(grads, updates, new_state.params)
+
+
+def jit_train_step(shardings: TrainState, metrics_sharding: NamedSharding, **static: Any) -> jax.stages.Wrapped:
+    """`train_step` with these static arguments; it donates the state's memory, and leaves the next state there."""
+    return jax.jit(partial(train_step, **static), donate_argnums=0, out_shardings=(shardings, metrics_sharding))
 
 
 def validation_step(

@@ -1,0 +1,96 @@
+"""benchmarks/aot.py: what it reads off compiled programs; with libtpu (the extra `aot`), what TPUs would run."""
+
+import importlib.util
+import json
+import re
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, run_program
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+PROGRAM = """
+HloModule jit_train_step
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %fusion.1 = bf16[4,8]{1,0:T(8,128)} fusion(%p), metadata={op_name="block_0/mlp"}, config={"estimated_cycles":"100"}
+}
+
+ENTRY %main.9 (x: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]) while(%t), body=%body.1, config={"known_trip_count":{"n":"3"}}
+  %copy.1 = f32[8]{0} copy(%x), config={"estimated_cycles":"7"}
+  %all-gather-start.1 = (bf16[2,8], bf16[8,8]{1,0}) all-gather-start(%y), dimensions={0}
+  %all-gather-done.1 = bf16[8,8]{1,0} all-gather-done(%all-gather-start.1)
+  %all-reduce.1 = (f32[16]{0}, f32[2,8]{1,0}) all-reduce(%a, %b), to_apply=%add
+  ROOT %fusion.2 = f32[8]{0} fusion(%z), metadata={op_name="optimizer/add"}, config={"estimated_cycles":"11"}
+}
+"""
+
+
+@pytest.fixture
+def aot(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import aot
+
+    yield aot
+    for name in ("aot", "common"):
+        del sys.modules[name]
+
+
+def test_cycles_loops_and_collectives_are_read(aot):
+    operations = list(aot.read_operations(PROGRAM))
+    cycles = {aot.part_of(o): o.cycles * o.times for o in operations if o.cycles}
+    assert cycles == {"MLP": 300, "layout copies": 7, "optimizer, EMA, norms": 11}
+    assert aot.list_collectives(operations) == [
+        "1 all-gather of bf16, 0 MiB a device, asynchronous",
+        "1 all-reduce of f32, 0 MiB a device, synchronous",
+    ]
+    assert aot.count_bytes("(f32[16]{0}, f32[2,8]{1,0})") == 128
+    assert aot.count_bytes("bf16[64,256,768]{2,1,0:T(8,128)(2,1)S(1)}") == 2 * 64 * 256 * 768
+
+
+def compile_program(tmp_path, *args):
+    """(figures, text of the program) of benchmarks/aot.py."""
+    paths = ["--json", tmp_path / "figures.json", "--hlo", tmp_path / "program.txt"]
+    done = run_program("benchmarks/aot.py", *args, *paths)
+    assert "never run" in done.stdout
+    return json.loads((tmp_path / "figures.json").read_text()), (tmp_path / "program.txt").read_text()
+
+
+@needs_libtpu
+def test_no_weights_are_written_by_the_kernel(tmp_path):
+    words = ["--topology", "v5e:2x2", "--model", "debug", "--batch", 8]
+    weights = r"f32\[\d+,\d+,256,256\]"  # images, heads, tokens, tokens
+    figures, text = compile_program(tmp_path, *words)
+    assert not re.search(weights, text)
+    assert 0 < figures["estimated MFU"] < 1
+    _, text = compile_program(tmp_path, *words, "--attention", "xla")
+    assert re.search(weights, text)
+
+
+@needs_libtpu
+def test_parameters_are_gathered_in_the_compute_dtype(tmp_path):
+    words = ["--topology", "v5e:4x4", "--model", "S", "--patch_size", 8, "--batch", 64]
+    for mode, kinds in {"dp": {"all-reduce of f32"}, "hybrid": {"all-gather of bf16"}}.items():
+        figures, _ = compile_program(tmp_path, *words, "--sharding", mode)
+        found = {line.split(" ", 1)[1].split(",")[0] for line in figures["collectives"]}
+        assert kinds <= found
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_memory_of_a_step_stays_within_its_bound(tmp_path):
+    figures, _ = compile_program(tmp_path, "--topology", "v5e:2x2", "--model", "B", "--batch", 256)
+    assert figures["GiB a device"] < 5.6
+    assert figures["estimated MFU"] > 0.48
+
+
+def test_without_libtpu_one_line_says_what_to_install():
+    if importlib.util.find_spec("libtpu") is not None:
+        pytest.skip("libtpu is installed")
+    done = run_program("benchmarks/aot.py", "--topology", "v5e:2x2", check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "pip install -e .[aot]" in line

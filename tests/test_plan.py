@@ -1,0 +1,58 @@
+"""What --plan says is what the compiled program then needs."""
+
+import re
+
+import pytest
+
+import train_flow
+from utils.errors import UserError
+from utils.memory import memory_needed
+from utils.plan import MemoryModel, batch_structs, bytes_on_device
+
+RUN = """
+    --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2
+    --model.patch_size 1 --model.num_classes 10 --batch_size 64 --wandb.mode disabled
+""".split()  # noqa: SIM905 (a command line, as one types it)
+
+
+@pytest.fixture
+def trainer(read_flags, tmp_path):
+    return train_flow.Trainer(read_flags(train_flow, [*RUN, "--plan", "1", "--save_dir", str(tmp_path / "run")]))
+
+
+def test_a_line_through_two_batches():
+    memory = MemoryModel({8: 1000, 16: 1400})
+    assert [memory.bytes_of(size) for size in (8, 16, 100)] == [1000, 1400, 5600]
+    assert memory.largest_batch(5599, multiple=1) == 99
+    assert memory.largest_batch(5599, multiple=8) == 96
+    assert memory.largest_batch(500, multiple=1) == 0
+
+
+def test_the_plan_is_what_the_compiler_says_of_another_batch(trainer, tmp_path, monkeypatch):
+    needed, compile_train_step = {}, trainer.compile_train_step
+
+    def record(state, batch):
+        compiled = compile_train_step(state, batch)
+        needed[len(batch["label"])] = memory_needed(compiled)
+        return compiled
+
+    monkeypatch.setattr(trainer, "compile_train_step", record)
+    lines = list(trainer.plan())
+    assert set(needed) == {32, 64}
+    memory = MemoryModel(needed)
+
+    state = trainer.state_structs()
+    actual = memory_needed(compile_train_step(state, batch_structs(trainer.validation_batch, 128)))
+    assert memory.bytes_of(128) == pytest.approx(actual, rel=0.05)
+    assert " parameters, " in lines[0]
+    assert f"memory at batch 64, on each of 1 devices of this kind: {needed[64] / 2**20:,.0f} MiB" in lines
+    assert bytes_on_device(state.opt_state) == pytest.approx(2 * bytes_on_device(state.params), rel=1e-3)
+    fitting = re.search(r"1 x 24 GiB: ([\d,]+)", "\n".join(lines)).group(1)
+    assert int(fitting.replace(",", "")) == memory.largest_batch(0.95 * 24 * 2**30, 1)
+    assert any("H100" in line and "images/s" in line for line in lines)
+    assert not (tmp_path / "run").exists()  # nothing is made
+
+
+def test_a_plan_is_of_training_from_scratch(read_flags, tmp_path):
+    with pytest.raises(UserError, match=r"--load_dir=.* has no effect with --plan"):
+        train_flow.Trainer(read_flags(train_flow, [*RUN, "--plan", "1", "--load_dir", str(tmp_path / "none")]))
