@@ -7,7 +7,8 @@
 
 What is compiled is what train_flow.py, sample.py and encode_latents.py run. Memory is the compiler's analysis, and
 right. Every time is an estimate: cycles that XLA writes beside its operations (Pallas kernels: instruction bundles of
-one image, times images) at the chip's clock. It knows of no stalls, so that a real chip is slower.
+one image, times images) at the chip's clock. It knows of no stalls, and of collectives only the bytes, so that a real chip
+is slower.
 """
 
 import collections
@@ -195,29 +196,58 @@ class Operation(NamedTuple):
     shape: str  # of its output
     cycles: int
     times: int  # of a loop's body
+    channel: str | None  # of a collective: the same for its start, what it overlaps with, and its end
+    is_overlapped: bool
+
+
+def read_computations(text: str) -> dict[str, list[str]]:
+    """{name: lines} of a program."""
+    computations, lines = {}, []
+    for line in text.splitlines():
+        header = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)
+        if header:
+            computations[header.group(1)] = lines = []
+        elif line.strip():
+            lines.append(line)
+    return computations
+
+
+def count_rounds(computations: dict[str, list[str]]) -> dict[str, int]:
+    """{body: rounds} of the loops: what XLA states, or the bound of the condition over the steps that a body unrolls,
+    of which each sends in both directions."""
+    rounds = {}
+    for line in (line for lines in computations.values() for line in lines if " while(" in line):
+        body = re.search(r"body=%?([\w.\-]+)", line).group(1)
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+        condition = re.search(r"condition=%?([\w.\-]+)", line)
+        bounds = (
+            re.findall(r"constant\((\d+)\)", " ".join(computations.get(condition.group(1), ()))) if condition else []
+        )
+        sends = sum(" collective-permute-start(" in each for each in computations.get(body, ()))
+        rounds[body] = int(known.group(1)) if known else max(1, int((bounds or [1])[-1]) // max(1, sends // 2))
+    return rounds
 
 
 def read_operations(text: str) -> Iterator[Operation]:
-    """All operations of a program, those of a loop with the number of its rounds, where XLA knows it."""
-    rounds = {}
-    for body, count in re.findall(r'body=%?([\w.\-]+).*?"known_trip_count":\{"n":"(\d+)"\}', text):
-        rounds[body] = int(count)
-    times = 1
-    for line in text.splitlines():
-        if line and not line[0].isspace():
-            header = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)
-            times = rounds.get(header.group(1), 1) if header else 1
-            continue
-        found = re.match(r"\s+(?:ROOT )?%\S+ = (.*?) ([a-z][a-z\-]*)\(", line)
-        if found:
+    """All operations of a program, those of a loop with the number of its rounds."""
+    computations = read_computations(text)
+    rounds = count_rounds(computations)
+    for computation, lines in computations.items():
+        for line in lines:
+            found = re.match(r"\s+(?:ROOT )?%\S+ = (.*?) ([a-z][a-z\-]*)\(", line)
+            if not found:
+                continue
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
             name = re.search(r'op_name="([^"]*)"', line)
+            channel = re.search(r"channel_id=(\d+)", line)
             yield Operation(
-                found.group(2),
-                name.group(1) if name else "",
-                found.group(1),
-                int(cycles.group(1)) if cycles else 0,
-                times,
+                opcode=found.group(2),
+                name=name.group(1) if name else "",
+                shape=found.group(1),
+                cycles=int(cycles.group(1)) if cycles else 0,
+                times=rounds.get(computation, 1),
+                channel=channel.group(1) if channel else None,
+                is_overlapped="async" in computation or found.group(2).endswith("-start"),
             )
 
 
@@ -238,17 +268,21 @@ def count_bytes(shape: str) -> int:
 
 def list_collectives(operations: list[Operation]) -> list[str]:
     """One line for each kind and dtype: how many, how many bytes on a device, and whether they overlap with compute."""
+    by_channel = collections.defaultdict(list)
+    for number, operation in enumerate(operations):
+        if operation.opcode.removesuffix("-start") in COLLECTIVES:
+            by_channel[operation.channel or number].append(operation)
     counts, sizes = collections.Counter(), collections.Counter()
-    for operation in operations:
-        kind = operation.opcode.removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
+    for same in by_channel.values():
+        first = same[0]
         # An asynchronous one's output is a tuple of operands and results.
-        parts = re.findall(r"\w+\[[\d,]*\]", operation.shape)
-        shape = parts[-1] if operation.opcode.endswith("-start") else " ".join(parts)
-        key = (kind, shape.split("[")[0], "asynchronous" if operation.opcode.endswith("-start") else "synchronous")
-        counts[key] += operation.times
-        sizes[key] += operation.times * count_bytes(shape)
+        parts = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", first.shape)
+        parts = [part for part in parts if part not in ("u32[]", "s32[2]")] or parts
+        shape = parts[-1] if first.opcode.endswith("-start") else " ".join(parts)
+        how = "overlapped" if any(operation.is_overlapped for operation in same) else "synchronous"
+        key = (first.opcode.removesuffix("-start"), shape.split("[")[0], how)
+        counts[key] += first.times
+        sizes[key] += first.times * count_bytes(shape)
     return [
         f"{count} {kind} of {dtype}, {sizes[kind, dtype, how] / 2**20:,.0f} MiB a device, {how}"
         for (kind, dtype, how), count in sorted(counts.items())

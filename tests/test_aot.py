@@ -18,8 +18,22 @@ HloModule jit_train_step
   %fusion.1 = bf16[4,8]{1,0:T(8,128)} fusion(%p), metadata={op_name="block_0/mlp"}, config={"estimated_cycles":"100"}
 }
 
+%cond.2 (p: (u32[], f32[8])) -> pred[] {
+  %constant.1 = u32[] constant(8)
+  ROOT %compare.1 = pred[] compare(%i, %constant.1), direction=LT
+}
+
+%body.2 (p: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %send.1 = (f32[262144], f32[262144], u32[]) collective-permute-start(%q), channel_id=1
+  %send.2 = (f32[262144], f32[262144], u32[]) collective-permute-start(%q), channel_id=2
+  %send.3 = (f32[262144], f32[262144], u32[]) collective-permute-start(%q), channel_id=3
+  %send.4 = (f32[262144], f32[262144], u32[]) collective-permute-start(%q), channel_id=4
+  %fusion.3 = f32[8]{0} fusion(%q), metadata={op_name="block_0/attention/qkv"}, config={"estimated_cycles":"5"}
+}
+
 ENTRY %main.9 (x: f32[8]) -> f32[8] {
   %while.1 = (s32[], f32[8]) while(%t), body=%body.1, config={"known_trip_count":{"n":"3"}}
+  %while.2 = (u32[], f32[8]) while(%u), condition=%cond.2, body=%body.2
   %copy.1 = f32[8]{0} copy(%x), config={"estimated_cycles":"7"}
   %all-gather-start.1 = (bf16[2,8], bf16[8,8]{1,0}) all-gather-start(%y), dimensions={0}
   %all-gather-done.1 = bf16[8,8]{1,0} all-gather-done(%all-gather-start.1)
@@ -42,10 +56,11 @@ def aot(monkeypatch):
 def test_cycles_loops_and_collectives_are_read(aot):
     operations = list(aot.read_operations(PROGRAM))
     cycles = {aot.part_of(o): o.cycles * o.times for o in operations if o.cycles}
-    assert cycles == {"MLP": 300, "layout copies": 7, "optimizer, EMA, norms": 11}
+    assert cycles == {"MLP": 300, "layout copies": 7, "optimizer, EMA, norms": 11, "attention, qkv and out": 20}
     assert aot.list_collectives(operations) == [
-        "1 all-gather of bf16, 0 MiB a device, asynchronous",
+        "1 all-gather of bf16, 0 MiB a device, overlapped",
         "1 all-reduce of f32, 0 MiB a device, synchronous",
+        "16 collective-permute of f32, 16 MiB a device, overlapped",
     ]
     assert aot.count_bytes("(f32[16]{0}, f32[2,8]{1,0})") == 128
     assert aot.count_bytes("bf16[64,256,768]{2,1,0:T(8,128)(2,1)S(1)}") == 2 * 64 * 256 * 768
