@@ -7,8 +7,8 @@
 
 What is compiled is what train_flow.py, sample.py and encode_latents.py run. Memory is the compiler's analysis, and
 right. Every time is an estimate: cycles that XLA writes beside its operations (Pallas kernels: instruction bundles of
-one image, times images) at the chip's clock. It knows of no stalls, and of collectives only the bytes, so that a real chip
-is slower.
+one image, times images) at the chip's clock. It knows of no stalls, and of collectives only the bytes, so that a real
+chip is slower.
 """
 
 import collections
