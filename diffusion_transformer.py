@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from utils.ops import AttentionForm, attention, dense, packed_attention, split_heads
+from utils.ops import AttentionForm, attention, dense, over_tokens, packed_attention, split_heads
 from utils.settings import setting
 
 TIMESTEP_FEATURES = 256
@@ -147,7 +147,8 @@ def timestep_features(t: Float[Array, " b"], scale: float = 10_000.0) -> Float[A
 
 
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b n d"]:
-    return x * (1 + scale[:, None]) + shift[:, None]
+    num_tokens = x.shape[1]
+    return x * (1 + over_tokens(scale, num_tokens)) + over_tokens(shift, num_tokens)
 
 
 class Dense(nn.Module):
@@ -319,9 +320,9 @@ class DiTBlock(nn.Module):
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulations
         y = modulate(make_norm(config.norm, dtype, "norm1")(x), shift_attention, scale_attention)
         attended = Attention(config, self.grid, dtype, self.attention_form, name="attention")(y)
-        x = x + gate_attention[:, None] * attended
+        x = x + over_tokens(gate_attention, x.shape[1]) * attended
         y = modulate(make_norm(config.norm, dtype, "norm2")(x), shift_mlp, scale_mlp)
-        return x + gate_mlp[:, None] * Mlp(config.mlp_width, config.mlp, dtype, name="mlp")(y)
+        return x + over_tokens(gate_mlp, x.shape[1]) * Mlp(config.mlp_width, config.mlp, dtype, name="mlp")(y)
 
 
 class FinalLayer(nn.Module):

@@ -27,6 +27,7 @@ from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
 from utils.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
+from utils.memory import keep_freed_memory
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objective import Objective, has_guidance
@@ -303,6 +304,7 @@ def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], N
     """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
+    keep_freed_memory()
     try:
         app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
     except UserError as error:

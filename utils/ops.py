@@ -1,4 +1,4 @@
-"""The matmuls of a transformer, in the form that is fast on what computes them: `dense` and `attention`.
+"""What a transformer spends its time on, in the form that is fast on what computes it: `dense` and `attention`.
 
 Both take any compute dtype and sum in float32; the gradients of dense's parameters are left in float32. XLA's CPU
 kernels for bfloat16 are twice as fast as those for float32 where they write float32 and find their operands as rows of
@@ -72,6 +72,33 @@ _differentiable_dense = define_derivatives(_dense, _dense_tangent, _dense_cotang
 def dense(x: Float[Array, "*rows k"], kernel: Float[Array, "k m"], bias: Float[Array, " m"]) -> Float[Array, "*rows m"]:
     """x @ kernel + bias in the dtype of x; the gradients of kernel and bias in theirs."""
     return _differentiable_dense(x, kernel, bias)
+
+
+# --- Broadcasting over tokens ---
+
+
+def _sum_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+    """Summed in float32, in the dtype of x. XLA's CPU would reduce in two passes, each in one thread."""
+
+    def by_matmul(x):
+        ones = jnp.ones((len(x), x.shape[1]), x.dtype)
+        dimensions = (((1,), (1,)), ((0,), (0,)))
+        return jax.lax.dot_general(ones, x, dimensions, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, cpu=by_matmul, default=lambda x: x.sum(axis=1))
+
+
+def over_tokens(x: Float[Array, "b d"], num_tokens: int) -> Float[Array, "b n d"]:
+    """x for each of n tokens."""
+
+    def broadcast(x):
+        return jnp.broadcast_to(x[:, None], (len(x), num_tokens, x.shape[1]))
+
+    return define_derivatives(
+        lambda x: (broadcast(x), ()),
+        lambda _, tangents: broadcast(*tangents),
+        lambda _, saved, cotangent: (_sum_tokens(cotangent),),
+    )(x)
 
 
 # --- Attention ---
