@@ -240,8 +240,10 @@ def read_operations(text: str) -> Iterator[Operation]:
             cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
             name = re.search(r'op_name="([^"]*)"', line)
             channel = re.search(r"channel_id=(\d+)", line)
+            # TPUs have reduce-scatter as a fusion of an all-reduce and a slice.
+            is_scattered = computation.startswith("all-reduce-scatter") and found.group(2).startswith("all-reduce")
             yield Operation(
-                opcode=found.group(2),
+                opcode="reduce-scatter" if is_scattered else found.group(2),
                 name=name.group(1) if name else "",
                 shape=found.group(1),
                 cycles=int(cycles.group(1)) if cycles else 0,
@@ -269,20 +271,22 @@ def count_bytes(shape: str) -> int:
 def list_collectives(operations: list[Operation]) -> list[str]:
     """One line for each kind and dtype: how many, how many bytes on a device, and whether they overlap with compute."""
     by_channel = collections.defaultdict(list)
-    for number, operation in enumerate(operations):
+    for operation in operations:
         if operation.opcode.removesuffix("-start") in COLLECTIVES:
-            by_channel[operation.channel or number].append(operation)
+            by_channel[operation.channel].append(operation)
     counts, sizes = collections.Counter(), collections.Counter()
-    for same in by_channel.values():
-        first = same[0]
-        # An asynchronous one's output is a tuple of operands and results.
-        parts = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", first.shape)
-        parts = [part for part in parts if part not in ("u32[]", "s32[2]")] or parts
-        shape = parts[-1] if first.opcode.endswith("-start") else " ".join(parts)
-        how = "overlapped" if any(operation.is_overlapped for operation in same) else "synchronous"
-        key = (first.opcode.removesuffix("-start"), shape.split("[")[0], how)
-        counts[key] += first.times
-        sizes[key] += first.times * count_bytes(shape)
+    # One that is overlapped appears several times; others may share a channel.
+    is_one = {channel: any(operation.is_overlapped for operation in same) for channel, same in by_channel.items()}
+    for channel, same in by_channel.items():
+        for first in same[:1] if channel and is_one[channel] else same:
+            # An asynchronous one's output is a tuple of operands and results.
+            parts = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", first.shape)
+            parts = [part for part in parts if part not in ("u32[]", "s32[2]")] or parts
+            shape = parts[-1] if first.opcode.endswith("-start") else " ".join(parts)
+            how = "overlapped" if is_one[channel] else "synchronous"
+            key = (first.opcode.removesuffix("-start"), shape.split("[")[0], how)
+            counts[key] += first.times
+            sizes[key] += first.times * count_bytes(shape)
     return [
         f"{count} {kind} of {dtype}, {sizes[kind, dtype, how] / 2**20:,.0f} MiB a device, {how}"
         for (kind, dtype, how), count in sorted(counts.items())

@@ -31,6 +31,11 @@ HloModule jit_train_step
   %fusion.3 = f32[8]{0} fusion(%q), metadata={op_name="block_0/attention/qkv"}, config={"estimated_cycles":"5"}
 }
 
+%all-reduce-scatter.4 (p: f32[1048576]) -> f32[262144] {
+  %all-reduce.2 = f32[1048576]{0} all-reduce(%p), channel_id=9, replica_groups={{0,1,2,3}}
+  ROOT %slice.1 = f32[262144]{0} dynamic-slice(%all-reduce.2, %i), dynamic_slice_sizes={262144}
+}
+
 ENTRY %main.9 (x: f32[8]) -> f32[8] {
   %while.1 = (s32[], f32[8]) while(%t), body=%body.1, config={"known_trip_count":{"n":"3"}}
   %while.2 = (u32[], f32[8]) while(%u), condition=%cond.2, body=%body.2
@@ -61,6 +66,7 @@ def test_cycles_loops_and_collectives_are_read(aot):
         "1 all-gather of bf16, 0 MiB a device, overlapped",
         "1 all-reduce of f32, 0 MiB a device, synchronous",
         "16 collective-permute of f32, 16 MiB a device, overlapped",
+        "1 reduce-scatter of f32, 4 MiB a device, synchronous",
     ]
     assert aot.count_bytes("(f32[16]{0}, f32[2,8]{1,0})") == 128
     assert aot.count_bytes("bf16[64,256,768]{2,1,0:T(8,128)(2,1)S(1)}") == 2 * 64 * 256 * 768

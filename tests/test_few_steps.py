@@ -271,6 +271,17 @@ def test_the_derivative_through_the_network_is_that_of_finite_differences():
     assert error(du_dt, difference) < 1e-3
 
 
+def test_the_derivative_in_bfloat16_is_that_of_float32_within_rounding():
+    golden = load_golden("meanflow_small", step_conditioning=1)
+    x, labels, v = (golden.numbers[name] for name in ("x", "labels", "e"))
+    t, h = jnp.linspace(0.1, 0.6, 8), jnp.full(8, 0.3)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        network = golden.network.clone(config=dataclasses.replace(golden.network.config, dtype=dtype))
+        found.append(MeanFlow().derivative(model_fn(network, golden.params), x, t, h, labels, v)[1])
+    assert 0 < error(found[1], np.asarray(found[0])) < 0.03
+
+
 # --- Training ---
 
 
