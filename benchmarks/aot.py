@@ -270,23 +270,20 @@ def count_bytes(shape: str) -> int:
 
 def list_collectives(operations: list[Operation]) -> list[str]:
     """One line for each kind and dtype: how many, how many bytes on a device, and whether they overlap with compute."""
-    by_channel = collections.defaultdict(list)
-    for operation in operations:
-        if operation.opcode.removesuffix("-start") in COLLECTIVES:
-            by_channel[operation.channel].append(operation)
+    found = [operation for operation in operations if operation.opcode.removesuffix("-start") in COLLECTIVES]
+    # One that is overlapped appears several times, as its start, within what it overlaps with, and as its end.
+    overlapped = {operation.channel: operation for operation in found if operation.is_overlapped and operation.channel}
+    separate = [operation for operation in found if operation.channel not in overlapped]
     counts, sizes = collections.Counter(), collections.Counter()
-    # One that is overlapped appears several times; others may share a channel.
-    is_one = {channel: any(operation.is_overlapped for operation in same) for channel, same in by_channel.items()}
-    for channel, same in by_channel.items():
-        for first in same[:1] if channel and is_one[channel] else same:
-            # An asynchronous one's output is a tuple of operands and results.
-            parts = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", first.shape)
-            parts = [part for part in parts if part not in ("u32[]", "s32[2]")] or parts
-            shape = parts[-1] if first.opcode.endswith("-start") else " ".join(parts)
-            how = "overlapped" if is_one[channel] else "synchronous"
-            key = (first.opcode.removesuffix("-start"), shape.split("[")[0], how)
-            counts[key] += first.times
-            sizes[key] += first.times * count_bytes(shape)
+    for operation in (*overlapped.values(), *separate):
+        # An asynchronous one's output is a tuple of operands and results.
+        parts = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", operation.shape)
+        parts = [part for part in parts if part not in ("u32[]", "s32[2]")] or parts
+        shape = parts[-1] if operation.opcode.endswith("-start") else " ".join(parts)
+        how = "overlapped" if operation.is_overlapped else "synchronous"
+        key = (operation.opcode.removesuffix("-start"), shape.split("[")[0], how)
+        counts[key] += operation.times
+        sizes[key] += operation.times * count_bytes(shape)
     return [
         f"{count} {kind} of {dtype}, {sizes[kind, dtype, how] / 2**20:,.0f} MiB a device, {how}"
         for (kind, dtype, how), count in sorted(counts.items())
