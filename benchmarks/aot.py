@@ -365,8 +365,9 @@ def report(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled, second
         flops = passes * config.batch * model.count_flops(common.LATENT_SHAPE) / mesh.size
         result["estimated MFU"] = flops / (total / 1e3) / PEAK_TFLOPS[device.device_kind] / 1e12
 
-    title = f"{config.program}: DiT-{config.model}/{config.patch_size}, batch {config.batch}, {config.dtype}"
-    print(f"{title}, {config.sharding}, remat {config.remat}, on {mesh.size} x {device.device_kind}, never run\n")
+    network = f"DiT-{config.model}/{config.patch_size}, {config.dtype}, {config.sharding}, remat {config.remat}"
+    what = "Stable Diffusion's VAE on 256x256" if config.program == "encode" else network
+    print(f"{config.program}: {what}, batch {config.batch}, on {mesh.size} x {device.device_kind}, never run\n")
     print("| part | estimated ms | |\n|---|---:|---:|")
     for part, value in milliseconds.items():
         print(f"| {part} | {value:.2f} | {value / total:.0%} |")
