@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import common  # noqa: F401 (puts the project on the path)
+import common
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -25,7 +25,6 @@ from utils import cli, plotting
 from utils.generate import load_generator
 from utils.sampling import SamplerConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 NETWORK = """
     --model.hidden_size 128 --model.depth 4 --model.num_heads 4 --model.mlp_ratio 4 --model.patch_size 2
     --model.num_classes 10
@@ -93,7 +92,7 @@ def define_flags() -> None:
 
 
 def run(program: str, *args: object) -> None:
-    command = [sys.executable, str(ROOT / program), *map(str, args)]
+    command = [sys.executable, str(common.ROOT / program), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{program} {' '.join(map(str, args))}\n{done.stderr[-2000:]}")
@@ -151,7 +150,7 @@ class Comparison:
         run(
             "eval_fid.py", "--load_dir", folder, "--denoise_timesteps", ",".join(map(str, cell.steps)),
             "--cfg_scale", 2 if cell.is_guided else 1, "--num_samples", self.config.num_samples,
-            "--labels", "balanced", "--solver", recipe.solver, "--json", folder / "rows.json",
+            "--fid_stats", common.ROOT / "data" / "fid_stats_digits.npz", "--labels", "balanced", "--solver", recipe.solver, "--json", folder / "rows.json",
             "--wandb.mode", "disabled",
         )  # fmt: skip
         rows = json.loads((folder / "rows.json").read_text())
