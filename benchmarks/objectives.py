@@ -34,6 +34,7 @@ COMMON = """
     --wandb.mode disabled
 """
 FLOW = "flow matching"
+STATISTICS = common.ROOT / "data" / "fid_stats_digits.npz"
 
 
 class Recipe(NamedTuple):
@@ -148,9 +149,9 @@ class Comparison:
         if path.exists():
             return json.loads(path.read_text())
         run(
-            "eval_fid.py", "--load_dir", folder, "--denoise_timesteps", ",".join(map(str, cell.steps)),
-            "--cfg_scale", 2 if cell.is_guided else 1, "--num_samples", self.config.num_samples,
-            "--fid_stats", common.ROOT / "data" / "fid_stats_digits.npz", "--labels", "balanced", "--solver", recipe.solver, "--json", folder / "rows.json",
+            "eval_fid.py", "--load_dir", folder, "--fid_stats", STATISTICS, "--num_samples", self.config.num_samples,
+            "--denoise_timesteps", ",".join(map(str, cell.steps)), "--cfg_scale", 2 if cell.is_guided else 1,
+            "--labels", "balanced", "--solver", recipe.solver, "--json", folder / "rows.json",
             "--wandb.mode", "disabled",
         )  # fmt: skip
         rows = json.loads((folder / "rows.json").read_text())
