@@ -46,13 +46,15 @@ PLOT_FLAGS :=
 plot: $(STAMP)  ## metrics of runs as curves: make plot RUNS=runs/a,runs/b
 	$(BIN)/python plot_metrics.py --runs $(RUNS) $(PLOT_FLAGS)
 
+# Three workers on two cores: tests also wait, for processes and signals.
+WORKERS := 3
 # Coverage costs little where Python can monitor itself (3.12), and a fifth of the time before.
 COVERAGE = $(if $(shell $(BIN)/python -c 'import sys; print(sys.version_info >= (3, 12) or "")'),--cov --cov-report=term)
 test: $(STAMP)  ## the whole suite
-	COVERAGE_CORE=sysmon $(BIN)/python -m pytest -q -n 2 --dist loadgroup $(COVERAGE)
+	COVERAGE_CORE=sysmon $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(COVERAGE)
 
 coverage: $(STAMP)  ## the same, with the lines that it covers
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --cov --cov-report=term
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --cov --cov-report=term
 
 lint: $(STAMP)  ## ruff and ty
 	$(BIN)/ruff check .

@@ -71,7 +71,8 @@ def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path):
     assert "someone/nothing is no file or folder here and cannot be fetched from the hub" in done.stderr
 
 
-def test_a_hub_id_that_is_none_is_refused(tmp_path):
+def test_a_hub_id_that_is_none_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # whatever lies beside the checkout
     for source in ("a/b/c", "no such", "../x"):
         with pytest.raises(UserError, match=f"--source={source}: there is no such file"):
             read_source(source)
