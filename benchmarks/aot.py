@@ -165,7 +165,7 @@ def lower_train_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered
         ema=EmaSchedule(0.9999),
     )
     lowered = step.lower(shape_structs(shapes, shardings), shape_structs(rows, batch_sharding(mesh)), codec)
-    return lowered, {"state whole on every device": f"{unsplit_fraction(shapes, shardings):.1%}"}
+    return lowered, {"state whole on every device": unsplit_fraction(shapes, shardings)}
 
 
 def lower_sampler(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, Any]]:
@@ -331,14 +331,11 @@ def compile_kernels(config: ConfigDict, mesh: Mesh) -> None:
 # --- The report ---
 
 
-def report(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled, seconds: float, facts: dict) -> dict:
-    device = mesh.devices.flat[0]
-    chip = CHIPS[device.device_kind]
-    operations = list(read_operations(compiled.as_text()))
+def count_cycles(config: ConfigDict, operations: list[Operation]) -> collections.Counter:
+    """{part: cycles} of a program, its kernels included."""
     cycles = collections.Counter()
     for operation in operations:
         cycles[part_of(operation)] += operation.cycles * operation.times
-
     # Kernels have no estimate in the text: the larger output is that of the backward pass.
     calls = [o for o in operations if o.opcode == "custom-call" and "shard_map" in o.name]
     if calls:
@@ -347,39 +344,45 @@ def report(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled, second
             rows, _, channels = (int(x) for x in re.findall(r"\[([\d,]*)\]", call.shape)[0].split(","))
             kind = "backward" if channels == 3 * width else "forward"
             cycles["attention, core"] += bundles[kind] * rows * call.times
+    return cycles
 
-    milliseconds = {part: count / chip.gigahertz / 1e6 for part, count in cycles.most_common()}
+
+def analyse(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
+    """The figures of a compiled program."""
+    kind = mesh.devices.flat[0].device_kind
+    operations = list(read_operations(compiled.as_text()))
+    cycles = count_cycles(config, operations)
+    milliseconds = {part: count / CHIPS[kind].gigahertz / 1e6 for part, count in cycles.most_common()}
     total = sum(milliseconds.values())
-    result = {
+    figures: dict[str, Any] = {
         "program": config.program,
         "estimated ms": milliseconds,
         "estimated ms in all": total,
         "GiB a device": memory_needed(compiled) / GIB,
         "collectives": list_collectives(operations),
-        "compiled in s": seconds,
-        **facts,
     }
     if config.program != "encode":
-        model = make_network(config, mesh)
         passes = 3 if config.program == "train" else 2  # guided
-        flops = passes * config.batch * model.count_flops(common.LATENT_SHAPE) / mesh.size
-        result["estimated MFU"] = flops / (total / 1e3) / PEAK_TFLOPS[device.device_kind] / 1e12
+        flops = passes * config.batch * make_network(config, mesh).count_flops(common.LATENT_SHAPE) / mesh.size
+        figures["estimated MFU"] = flops / (total / 1e3) / PEAK_TFLOPS[kind] / 1e12
+    return figures
 
+
+def show(config: ConfigDict, mesh: Mesh, figures: dict[str, Any]) -> None:
+    kind, total = mesh.devices.flat[0].device_kind, figures["estimated ms in all"]
     network = f"DiT-{config.model}/{config.patch_size}, {config.dtype}, {config.sharding}, remat {config.remat}"
     what = "Stable Diffusion's VAE on 256x256" if config.program == "encode" else network
-    print(f"{config.program}: {what}, batch {config.batch}, on {mesh.size} x {device.device_kind}, never run\n")
+    print(f"{config.program}: {what}, batch {config.batch}, on {mesh.size} x {kind}, never run\n")
     print("| part | estimated ms | |\n|---|---:|---:|")
-    for part, value in milliseconds.items():
+    for part, value in figures["estimated ms"].items():
         print(f"| {part} | {value:.2f} | {value / total:.0%} |")
     print(f"| in all | {total:.1f} | |\n")
-    print(f"memory: {result['GiB a device']:.2f} of {chip.gib:g} GiB a device")
-    if "estimated MFU" in result:
-        print(f"estimated MFU: {result['estimated MFU']:.1%}")
-    for name, value in facts.items():
-        print(f"{name}: {value}")
-    print(f"collectives: {'; '.join(result['collectives']) or 'none'}")
-    print(f"jax {jax.__version__}, compiled in {seconds:.0f} s")
-    return result
+    print(f"memory: {figures['GiB a device']:.2f} of {CHIPS[kind].gib:g} GiB a device")
+    for name in ("estimated MFU", "state whole on every device"):
+        if name in figures:
+            print(f"{name}: {figures[name]:.1%}")
+    print(f"collectives: {'; '.join(figures['collectives']) or 'none'}")
+    print(f"jax {jax.__version__}, compiled in {figures['compiled in s']:.0f} s")
 
 
 def main(config: ConfigDict) -> None:
@@ -397,11 +400,13 @@ def main(config: ConfigDict) -> None:
     started = time.monotonic()
     lowered, facts = PROGRAMS[config.program](config, mesh)
     compiled = lowered.compile()
-    result = report(config, mesh, compiled, time.monotonic() - started, facts)
+    seconds = time.monotonic() - started
+    figures = analyse(config, mesh, compiled) | facts | {"compiled in s": seconds}
+    show(config, mesh, figures)
     if config.hlo:
         Path(config.hlo).write_text(compiled.as_text())
     if config.json:
-        Path(config.json).write_text(json.dumps(result, indent=2))
+        Path(config.json).write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
