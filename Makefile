@@ -46,8 +46,7 @@ PLOT_FLAGS :=
 plot: $(STAMP)  ## metrics of runs as curves: make plot RUNS=runs/a,runs/b
 	$(BIN)/python plot_metrics.py --runs $(RUNS) $(PLOT_FLAGS)
 
-# Three workers on two cores: tests also wait, for processes and signals.
-WORKERS := 3
+WORKERS := 2
 # Coverage costs little where Python can monitor itself (3.12), and a fifth of the time before.
 COVERAGE = $(if $(shell $(BIN)/python -c 'import sys; print(sys.version_info >= (3, 12) or "")'),--cov --cov-report=term)
 test: $(STAMP)  ## the whole suite

@@ -43,15 +43,22 @@ def error(found, expected):
     ("num_tokens", "num_heads", "head_dim"), [(64, 4, 64), (256, 2, 72), (300, 2, 96), (1024, 1, 128), (4096, 1, 64)]
 )
 def test_the_kernels_are_the_formula(form, num_tokens, num_heads, head_dim, dtype, tolerance):
-    qkv, cotangent = draw(1 if num_tokens > 1000 else 2, num_tokens, num_heads, head_dim, dtype)
-    found, pull = jax.vjp(jax.jit(lambda qkv: form(qkv, num_heads)), qkv)
-    (gradient,) = pull(cotangent)
-    assert (found.dtype, gradient.dtype) == (qkv.dtype, qkv.dtype)
+    def both(function):
+        """(output, gradient), compiled as one."""
+
+        def of(qkv, cotangent):
+            output, pull = jax.vjp(lambda qkv: function(qkv, num_heads), qkv)
+            return output, pull(cotangent)[0]
+
+        return jax.jit(of)
+
+    arrays = draw(1 if num_tokens > 1000 else 2, num_tokens, num_heads, head_dim, dtype)
+    found = both(form)(*arrays)
+    assert [x.dtype for x in found] == [dtype, dtype]
     with jax.enable_x64(True):
-        exact = [jnp.asarray(np.float64(x)) for x in (qkv, cotangent)]
-        expected, pull = jax.vjp(lambda qkv: plain(qkv, num_heads), exact[0])
-        assert error(found, expected) < tolerance
-        assert error(gradient, pull(exact[1])[0]) < tolerance
+        expected = both(plain)(*(jnp.asarray(np.float64(x)) for x in arrays))
+        assert error(found[0], expected[0]) < tolerance
+        assert error(found[1], expected[1]) < tolerance
 
 
 def test_forward_mode_is_that_of_the_formula(form):
@@ -67,13 +74,19 @@ def test_forward_mode_is_that_of_the_formula(form):
 def test_a_network_computes_the_same_in_this_form(form, settings):
     config = DiTConfig(2, 128, 1, 2, 2.0, 0.1, 10, dtype="float32", **settings)
     x, labels = jax.random.normal(jax.random.key(1), (2, 16, 16, 4)), jnp.array([3, 10])
-    params = DiT(config).init(jax.random.key(0), x, jnp.zeros(2), labels)["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+
+    @jax.jit
+    def init(key):
+        params = DiT(config).init(key, x, jnp.zeros(2), labels)["params"]
+        return jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+
+    params = init(jax.random.key(0))
 
     def loss(params, form):
         return jnp.square(DiT(config, attention_form=form).apply({"params": params}, x, jnp.ones(2), labels)).mean()
 
-    found, expected = (jax.grad(loss)(params, each) for each in (form, "by_head"))
+    gradient = jax.jit(jax.grad(loss), static_argnames="form")
+    found, expected = (gradient(params, form=each) for each in (form, "by_head"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max() + 1e-7), found, expected)
 
 
