@@ -75,7 +75,7 @@ def plan_lines(
     yield f"memory at batch {batch_size}, on each of {num_devices} devices of this kind: {format_bytes(needed)}"
     for part, size in parts.items():
         yield f"  {part}: {format_bytes(size)} ({size / needed:.0%})"
-    yield f"  each further image takes {format_bytes(memory.per_image)} over all devices"
+    yield f"  each further image takes {memory.per_image / 2**20:.2f} MiB"
     yield "largest batch that fits, with a twentieth left free:"
     for gib in DEVICE_GIB:
         largest = memory.largest_batch(0.95 * gib * GIB, multiple)
