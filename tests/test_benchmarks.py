@@ -1,7 +1,9 @@
 """The benchmarks run with one command each, and what they compare with computes what it should."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 
 import jax
@@ -181,3 +183,25 @@ def test_what_is_promised_of_a_run_holds_in_a_small_campaign():
     assert "silent" not in done.stdout
     assert "SIGTERM and SIGINT to either: 4 stopped and saved" in done.stdout
     assert re.search(r"2 runs, \d kills: 2 final states and 2 whole logs equal", done.stdout)
+
+
+def gpu_day(*args: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "SMALL": "1", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    command = ["benchmarks/gpu_day.sh", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_part_that_is_none_is_refused(tmp_path):
+    done = gpu_day("all", tmp_path)
+    assert (done.returncode, done.stderr) == (1, "error: all is none of right, step, sample\n")
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_gpu_day_run_in_small(tmp_path):
+    assert gpu_day("right", tmp_path).returncode == 0
+    rows = json.loads((tmp_path / "right.json").read_text())["rows"]
+    assert {row["is"] for row in rows} == {"right"}
+    assert {"du/dt of MeanFlow", "loss, bfloat16 of float32"} <= {row[""] for row in rows}
+    done = gpu_day("sample", tmp_path)
+    assert "| ours | " in done.stdout
+    assert (tmp_path / "sample_b.json").exists()
