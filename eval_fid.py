@@ -53,7 +53,7 @@ from utils.sharding import gather, make_mesh, replicated
 from utils.tracking import Tracker
 
 GRID_IMAGES = 64
-STRAIGHTNESS_SAMPLES = 64
+STRAIGHTNESS_SAMPLES = 64  # at most
 # Flags without effect on --samples.
 OF_RUNS = (
     "cfg_scale", "cfg_interval", "cfg_channels", "use_cfg", "denoise_timesteps", "time_grid", "solver", "rtol", "atol",

@@ -22,7 +22,7 @@ class MemoryModel:
 
     def __init__(self, measured: Mapping[int, int]):
         (small, low), (large, high) = sorted(measured.items())
-        self.per_image = (high - low) / (large - small)
+        self.per_image = max(1.0, (high - low) / (large - small))  # of tiny networks, alignment may hide it
         self.constant = low - small * self.per_image
 
     def bytes_of(self, batch_size: int) -> int:
