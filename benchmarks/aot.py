@@ -53,6 +53,7 @@ from utils.objectives.flow_matching import FlowMatching
 from utils.ops import choose_attention_for
 from utils.sampling import SamplerConfig
 from utils.sharding import (
+    SHARD,
     SHARDING_MODES,
     batch_sharding,
     choose_num_shards,
@@ -198,6 +199,7 @@ class Operation(NamedTuple):
     times: int  # of a loop's body
     channel: str | None  # of a collective: the same for its start, what it overlaps with, and its end
     is_overlapped: bool
+    group: int  # of a collective: the devices that take part in one; 0: all
 
 
 def read_computations(text: str) -> dict[str, list[str]]:
@@ -228,6 +230,19 @@ def count_rounds(computations: dict[str, list[str]]) -> dict[str, int]:
     return rounds
 
 
+def count_group(line: str) -> int:
+    """Devices in a group of a collective, from any of the forms {{0,1},{2,3}}, [groups,devices]<=[...] and
+    mesh['axis'=size, ...] {'axis', ...}; 0 where none are given: all."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed.group(1).count(",") + 1
+    if shaped := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(shaped.group(1))
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{('[^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named.group(2)))
+    return 0
+
+
 def read_operations(text: str) -> Iterator[Operation]:
     """All operations of a program, those of a loop with the number of its rounds."""
     computations = read_computations(text)
@@ -250,6 +265,7 @@ def read_operations(text: str) -> Iterator[Operation]:
                 times=rounds.get(computation, 1),
                 channel=channel.group(1) if channel else None,
                 is_overlapped="async" in computation or found.group(2).endswith("-start"),
+                group=count_group(line),
             )
 
 
@@ -269,7 +285,8 @@ def count_bytes(shape: str) -> int:
 
 
 def list_collectives(operations: list[Operation]) -> list[str]:
-    """One line for each kind and dtype: how many, how many bytes on a device, and whether they overlap with compute."""
+    """One line for each kind, dtype and size of group: how many, how many bytes on a device (before a reduce-scatter,
+    after any other), and whether they overlap with compute."""
     found = [operation for operation in operations if operation.opcode.removesuffix("-start") in COLLECTIVES]
     # One that is overlapped appears several times, as its start, within what it overlaps with, and as its end.
     overlapped = {operation.channel: operation for operation in found if operation.is_overlapped and operation.channel}
@@ -281,12 +298,13 @@ def list_collectives(operations: list[Operation]) -> list[str]:
         parts = [part for part in parts if part not in ("u32[]", "s32[2]")] or parts
         shape = parts[-1] if operation.opcode.endswith("-start") else " ".join(parts)
         how = "overlapped" if operation.is_overlapped else "synchronous"
-        key = (operation.opcode.removesuffix("-start"), shape.split("[")[0], how)
+        key = (operation.opcode.removesuffix("-start"), shape.split("[")[0], how, operation.group)
         counts[key] += operation.times
         sizes[key] += operation.times * count_bytes(shape)
     return [
-        f"{count} {kind} of {dtype}, {sizes[kind, dtype, how] / 2**20:,.0f} MiB a device, {how}"
-        for (kind, dtype, how), count in sorted(counts.items())
+        f"{count} {kind} of {dtype}{f' over {group}' if group else ''}, "
+        f"{sizes[kind, dtype, how, group] / 2**20:,.0f} MiB a device, {how}"
+        for (kind, dtype, how, group), count in sorted(counts.items())
     ]
 
 
@@ -368,9 +386,14 @@ def analyse(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> di
     return figures
 
 
+def describe_sharding(config: ConfigDict, mesh: Mesh) -> str:
+    return f"{config.sharding} ({mesh.shape[SHARD]} shards)" if config.sharding == "hybrid" else config.sharding
+
+
 def show(config: ConfigDict, mesh: Mesh, figures: dict[str, Any]) -> None:
     kind, total = mesh.devices.flat[0].device_kind, figures["estimated ms in all"]
-    network = f"DiT-{config.model}/{config.patch_size}, {config.dtype}, {config.sharding}, remat {config.remat}"
+    how = f"{config.dtype}, {describe_sharding(config, mesh)}, remat {config.remat}"
+    network = f"DiT-{config.model}/{config.patch_size}, {how}"
     what = "Stable Diffusion's VAE on 256x256" if config.program == "encode" else network
     print(f"{config.program}: {what}, batch {config.batch}, on {mesh.size} x {kind}, never run\n")
     print("| part | estimated ms | |\n|---|---:|---:|")

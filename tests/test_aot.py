@@ -66,10 +66,24 @@ def test_cycles_loops_and_collectives_are_read(aot):
         "1 all-gather of bf16, 0 MiB a device, overlapped",
         "1 all-reduce of f32, 0 MiB a device, synchronous",
         "16 collective-permute of f32, 16 MiB a device, overlapped",
-        "1 reduce-scatter of f32, 4 MiB a device, synchronous",
+        "1 reduce-scatter of f32 over 4, 4 MiB a device, synchronous",
     ]
     assert aot.count_bytes("(f32[16]{0}, f32[2,8]{1,0})") == 128
     assert aot.count_bytes("bf16[64,256,768]{2,1,0:T(8,128)(2,1)S(1)}") == 2 * 64 * 256 * 768
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add", 4),
+        ("replica_groups=[16,4]<=[64], to_apply=%add", 4),
+        ("replica_groups=mesh['a'=16,'b'=4] {'a','b'}, to_apply=%add", 64),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=16], device_ids=([16,4]T(1,0)) {'c'}, to_apply=%add", 16),
+        ("to_apply=%add", 0),
+    ],
+)
+def test_the_devices_of_a_collective_are_counted(aot, groups, expected):
+    assert aot.count_group(f"  %r = f32[8] all-reduce(%p), channel_id=1, {groups}") == expected
 
 
 def compile_program(tmp_path, *args):
@@ -96,7 +110,7 @@ def test_parameters_are_gathered_in_the_compute_dtype(tmp_path):
     words = ["--topology", "v5e:4x4", "--model", "S", "--patch_size", 8, "--batch", 64]
     for mode, kinds in {"dp": {"all-reduce of f32"}, "hybrid": {"all-gather of bf16"}}.items():
         figures, _ = compile_program(tmp_path, *words, "--sharding", mode)
-        found = {line.split(" ", 1)[1].split(",")[0] for line in figures["collectives"]}
+        found = {re.split("^[0-9,]+ |,| over", line)[1] for line in figures["collectives"]}
         assert kinds <= found
 
 

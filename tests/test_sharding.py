@@ -81,20 +81,26 @@ def test_layouts_on_eight_devices():
 
 
 class Device:
-    process_index = 0
-
-    def __init__(self, slice_index):
-        self.slice_index = slice_index
+    def __init__(self, process_index, slice_index=None, platform="tpu"):
+        self.process_index, self.platform = process_index, platform
+        if slice_index is not None:
+            self.slice_index = slice_index
 
 
 @pytest.mark.parametrize(
     ("slices", "size", "expected"), [(1, 8, 8), (1, 64, 16), (2, 16, 16), (4, 4, 4), (1, 12, 12), (1, 24, 12)]
 )
 def test_a_replica_is_a_slice_or_a_part_of_one(slices, size, expected):
-    devices = [Device(number // size) for number in range(slices * size)]
+    devices = [Device(number // 4, number // size) for number in range(slices * size)]
     assert sharding.choose_num_shards("hybrid", None, devices) == expected
     with pytest.raises(UserError, match="--num_shards=5 does not divide the"):
         sharding.choose_num_shards("hybrid", 5, devices)
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("tpu", 16), ("gpu", 4)])
+def test_without_a_slice_number_tpus_are_one_slice_and_gpus_of_hosts(platform, expected):
+    devices = [Device(number // 4, platform=platform) for number in range(64)]
+    assert sharding.choose_num_shards("hybrid", None, devices) == expected
 
 
 def test_one_device_is_the_default_here():

@@ -75,7 +75,11 @@ def choose_num_shards(mode: str, requested: int | None, devices: Sequence[Any]) 
     if mode != "hybrid":
         return total if mode == "fsdp" else 1
     if requested is None:
-        groups = collections.Counter(getattr(device, "slice_index", device.process_index) for device in devices)
+        # A TPU that does not say its slice is of the only one.
+        groups = collections.Counter(
+            getattr(device, "slice_index", 0 if device.platform == "tpu" else device.process_index)
+            for device in devices
+        )
         near = min(groups.values())
         return max(count for count in range(1, min(near, MAX_SHARDS) + 1) if near % count == 0 == total % count)
     if total % requested:
