@@ -5,22 +5,24 @@
     python benchmarks/aot.py --topology v5e:4x4 --model XL --batch 256 --sharding fsdp
     python benchmarks/aot.py --topology v6e:2x2 --model B --batch 32 --program sample
 
+    pip install -e .[cuda12]
+    python benchmarks/aot.py --topology h100:1 --model B --batch 256
+
 What is compiled is what train_flow.py, sample.py and encode_latents.py run. Memory is the compiler's analysis, and
-right. Every time is an estimate: cycles that XLA writes beside its operations (Pallas kernels: instruction bundles of
-one image, times images) at the chip's clock. It knows of no stalls, and of collectives only the bytes, so that a real
-chip is slower.
+right. Every time is an estimate, and a real chip is slower. On TPUs: cycles that XLA writes beside operations (Pallas
+kernels: instruction bundles of one image, times images) at the chip's clock; it knows of no stalls. On GPUs: of every
+kernel its matmuls at the peak, or the bytes of its operands and output at the memory's bandwidth, whichever takes
+longer. Of collectives only the bytes are known.
 """
 
 import collections
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ os.environ |= {
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 
 import common
+import hlo
 import jax
 import jax.numpy as jnp
 from absl import flags
@@ -70,10 +73,11 @@ from utils.train_step import jit_train_step
 
 
 class Chip(NamedTuple):
-    """High-bandwidth memory and clock; makers' data, clocks of v5p and v6e assumed."""
+    """Memory and what times are estimated from; makers' data, clocks of v5p and v6e assumed."""
 
     gib: float
-    gigahertz: float
+    gigahertz: float = 0.0  # of a TPU
+    gigabytes_per_second: float = 0.0  # of a GPU's memory
 
 
 CHIPS = {
@@ -81,22 +85,28 @@ CHIPS = {
     "TPU v5 lite": Chip(16, 1.5),
     "TPU v5": Chip(95, 1.75),
     "TPU v6 lite": Chip(32, 1.75),
+    "NVIDIA H100 80GB HBM3": Chip(80, gigabytes_per_second=3352),
 }
-# Parts of a program by the names of its operations, the first that fits.
-PARTS = {
-    "attention, qkv and out": r"attention/(qkv|out)",
-    "attention, core": r"attention|shard_map",
-    "MLP": r"mlp",
-    "optimizer, EMA, norms": r"optimizer",
-    "norms, modulation, residual": r"block_\d+/(?!attention|mlp)|final_layer",
-    "embeddings": r"embed",
-    "VAE": r"[Ee]ncoder|[Dd]ecoder",
+# What XLA asks of a GPU, by NVIDIA's table of compute capability 9.0 and the H100's data sheet.
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3"
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
+  threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536  registers_per_core_limit: 65536
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
 }
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+"""
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("topology", "v5e:2x2", "Generation and shape: v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1.")
+    flags.DEFINE_string("topology", "v5e:2x2", "What for: v5e:4x4, v6e:2x2, v5p:2x2x1, v4:2x2x1, h100:8.")
     flags.DEFINE_enum("program", "train", ["train", "sample", "encode", "kernels"], "What is compiled.")
     flags.DEFINE_enum("model", "B", list(common.SIZES), "Size of the DiT.")
     flags.DEFINE_integer("patch_size", 2, "Side of its patches, of latents of 32x32x4.", lower_bound=1)
@@ -115,14 +125,19 @@ def define_flags() -> None:
 
 
 def describe_devices(topology: str) -> list[Any]:
-    """Devices of a topology such as v5e:2x2; UserError where libtpu is missing or does not know it."""
+    """Devices of a topology such as v5e:2x2 or h100:8; UserError where the plugin is missing or does not know it."""
+    generation, _, size = topology.partition(":")
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        if generation == "h100":
+            options = {"target_config": H100, "topology": f"1x1x{int(size or 1)}"}
+            description = topologies.get_topology_desc(platform="cuda", topology_name="", **options)
+        else:
+            description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
+        reason, extra = str(error).splitlines()[0][:200], "cuda12" if generation == "h100" else "aot"
         raise UserError(
-            f"--topology={topology}: no such TPUs can be compiled for here ({reason}); pip install -e .[aot], and use "
-            "v5e:2x2, for example"
+            f"--topology={topology}: no such devices can be compiled for here ({reason}); pip install -e .[{extra}], "
+            "and use v5e:2x2 or h100:1, for example"
         ) from error
     return list(description.devices)
 
@@ -186,128 +201,6 @@ def lower_encoder(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, d
 PROGRAMS = {"train": lower_train_step, "sample": lower_sampler, "encode": lower_encoder}
 
 
-# --- What the compiled text says ---
-
-
-class Operation(NamedTuple):
-    """One line of optimised HLO."""
-
-    opcode: str
-    name: str  # in the program, such as jvp(DiT)/block_0/mlp/...
-    shape: str  # of its output
-    cycles: int
-    times: int  # of a loop's body
-    channel: str | None  # of a collective: the same for its start, what it overlaps with, and its end
-    is_overlapped: bool
-    group: int  # of a collective: the devices that take part in one; 0: all
-
-
-def read_computations(text: str) -> dict[str, list[str]]:
-    """{name: lines} of a program."""
-    computations, lines = {}, []
-    for line in text.splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)
-        if header:
-            computations[header.group(1)] = lines = []
-        elif line.strip():
-            lines.append(line)
-    return computations
-
-
-def count_rounds(computations: dict[str, list[str]]) -> dict[str, int]:
-    """{body: rounds} of the loops: what XLA states, or the bound of the condition over the steps that a body unrolls,
-    of which each sends in both directions."""
-    rounds = {}
-    for line in (line for lines in computations.values() for line in lines if " while(" in line):
-        body = re.search(r"body=%?([\w.\-]+)", line).group(1)
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-        condition = re.search(r"condition=%?([\w.\-]+)", line)
-        bounds = (
-            re.findall(r"constant\((\d+)\)", " ".join(computations.get(condition.group(1), ()))) if condition else []
-        )
-        sends = sum(" collective-permute-start(" in each for each in computations.get(body, ()))
-        rounds[body] = int(known.group(1)) if known else max(1, int((bounds or [1])[-1]) // max(1, sends // 2))
-    return rounds
-
-
-def count_group(line: str) -> int:
-    """Devices in a group of a collective, from any of the forms {{0,1},{2,3}}, [groups,devices]<=[...] and
-    mesh['axis'=size, ...] {'axis', ...}; 0 where none are given: all."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return listed.group(1).count(",") + 1
-    if shaped := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(shaped.group(1))
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{('[^}]*)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named.group(2)))
-    return 0
-
-
-def read_operations(text: str) -> Iterator[Operation]:
-    """All operations of a program, those of a loop with the number of its rounds."""
-    computations = read_computations(text)
-    rounds = count_rounds(computations)
-    for computation, lines in computations.items():
-        for line in lines:
-            found = re.match(r"\s+(?:ROOT )?%\S+ = (.*?) ([a-z][a-z\-]*)\(", line)
-            if not found:
-                continue
-            cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-            name = re.search(r'op_name="([^"]*)"', line)
-            channel = re.search(r"channel_id=(\d+)", line)
-            # TPUs have reduce-scatter as a fusion of an all-reduce and a slice.
-            is_scattered = computation.startswith("all-reduce-scatter") and found.group(2).startswith("all-reduce")
-            yield Operation(
-                opcode="reduce-scatter" if is_scattered else found.group(2),
-                name=name.group(1) if name else "",
-                shape=found.group(1),
-                cycles=int(cycles.group(1)) if cycles else 0,
-                times=rounds.get(computation, 1),
-                channel=channel.group(1) if channel else None,
-                is_overlapped="async" in computation or found.group(2).endswith("-start"),
-                group=count_group(line),
-            )
-
-
-def part_of(operation: Operation) -> str:
-    if operation.opcode in ("copy", "transpose", "copy-start", "copy-done"):
-        return "layout copies"
-    return next((part for part, pattern in PARTS.items() if re.search(pattern, operation.name)), "other")
-
-
-def count_bytes(shape: str) -> int:
-    """Of an HLO shape, such as bf16[64,256]{1,0} or a tuple of them."""
-    sizes = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
-    return sum(
-        sizes.get(dtype, 4) * math.prod(int(size) for size in axes.split(",") if size)
-        for dtype, axes in re.findall(r"\b(\w+)\[([\d,]*)\]", shape)
-    )
-
-
-def list_collectives(operations: list[Operation]) -> list[str]:
-    """One line for each kind, dtype and size of group: how many, how many bytes on a device (before a reduce-scatter,
-    after any other), and whether they overlap with compute."""
-    found = [operation for operation in operations if operation.opcode.removesuffix("-start") in COLLECTIVES]
-    # One that is overlapped appears several times, as its start, within what it overlaps with, and as its end.
-    overlapped = {operation.channel: operation for operation in found if operation.is_overlapped and operation.channel}
-    separate = [operation for operation in found if operation.channel not in overlapped]
-    counts, sizes = collections.Counter(), collections.Counter()
-    for operation in (*overlapped.values(), *separate):
-        # An asynchronous one's output is a tuple of operands and results.
-        parts = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", operation.shape)
-        parts = [part for part in parts if part not in ("u32[]", "s32[2]")] or parts
-        shape = parts[-1] if operation.opcode.endswith("-start") else " ".join(parts)
-        how = "overlapped" if operation.is_overlapped else "synchronous"
-        key = (operation.opcode.removesuffix("-start"), shape.split("[")[0], how, operation.group)
-        counts[key] += operation.times
-        sizes[key] += operation.times * count_bytes(shape)
-    return [
-        f"{count} {kind} of {dtype}{f' over {group}' if group else ''}, "
-        f"{sizes[kind, dtype, how, group] / 2**20:,.0f} MiB a device, {how}"
-        for (kind, dtype, how, group), count in sorted(counts.items())
-    ]
-
-
 # --- Pallas kernels ---
 
 
@@ -349,35 +242,45 @@ def compile_kernels(config: ConfigDict, mesh: Mesh) -> None:
 # --- The report ---
 
 
-def count_cycles(config: ConfigDict, operations: list[Operation]) -> collections.Counter:
-    """{part: cycles} of a program, its kernels included."""
+def estimate_gpu(kind: str, operations: list[hlo.Operation]) -> collections.Counter:
+    """{part: milliseconds} of a program whose kernels each run at the matmuls' or at the memory's peak."""
+    milliseconds = collections.Counter()
+    for each in operations:
+        seconds = max(each.flops / PEAK_TFLOPS[kind] / 1e12, each.traffic / CHIPS[kind].gigabytes_per_second / 1e9)
+        milliseconds[hlo.part_of(each)] += 1e3 * seconds * each.times
+    return milliseconds
+
+
+def estimate_tpu(config: ConfigDict, kind: str, operations: list[hlo.Operation]) -> collections.Counter:
+    """{part: milliseconds} of a program by its cycles, its Pallas kernels included."""
     cycles = collections.Counter()
     for operation in operations:
-        cycles[part_of(operation)] += operation.cycles * operation.times
+        cycles[hlo.part_of(operation)] += operation.cycles * operation.times
     # Kernels have no estimate in the text: the larger output is that of the backward pass.
     calls = [o for o in operations if o.opcode == "custom-call" and "shard_map" in o.name]
     if calls:
         bundles, width = measure_kernels(config), common.SIZES[config.model][0]
         for call in calls:
             rows, _, channels = (int(x) for x in re.findall(r"\[([\d,]*)\]", call.shape)[0].split(","))
-            kind = "backward" if channels == 3 * width else "forward"
-            cycles["attention, core"] += bundles[kind] * rows * call.times
-    return cycles
+            direction = "backward" if channels == 3 * width else "forward"
+            cycles["attention, core"] += bundles[direction] * rows * call.times
+    return collections.Counter({part: count / CHIPS[kind].gigahertz / 1e6 for part, count in cycles.items()})
 
 
 def analyse(config: ConfigDict, mesh: Mesh, compiled: jax.stages.Compiled) -> dict[str, Any]:
     """The figures of a compiled program."""
     kind = mesh.devices.flat[0].device_kind
-    operations = list(read_operations(compiled.as_text()))
-    cycles = count_cycles(config, operations)
-    milliseconds = {part: count / CHIPS[kind].gigahertz / 1e6 for part, count in cycles.most_common()}
+    operations = list(hlo.read_operations(compiled.as_text()))
+    is_gpu = mesh.devices.flat[0].platform == "gpu"
+    parts = estimate_gpu(kind, operations) if is_gpu else estimate_tpu(config, kind, operations)
+    milliseconds = {part: value for part, value in parts.most_common() if value}
     total = sum(milliseconds.values())
     figures: dict[str, Any] = {
         "program": config.program,
         "estimated ms": milliseconds,
         "estimated ms in all": total,
         "GiB a device": memory_needed(compiled) / GIB,
-        "collectives": list_collectives(operations),
+        "collectives": hlo.list_collectives(operations),
     }
     if config.program != "encode":
         passes = 3 if config.program == "train" else 2  # guided

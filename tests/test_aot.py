@@ -54,22 +54,27 @@ def aot(monkeypatch):
     import aot
 
     yield aot
-    for name in ("aot", "common"):
+    for name in ("aot", "common", "hlo"):
         del sys.modules[name]
 
 
-def test_cycles_loops_and_collectives_are_read(aot):
-    operations = list(aot.read_operations(PROGRAM))
-    cycles = {aot.part_of(o): o.cycles * o.times for o in operations if o.cycles}
+@pytest.fixture
+def hlo(aot):
+    return aot.hlo
+
+
+def test_cycles_loops_and_collectives_are_read(hlo):
+    operations = list(hlo.read_operations(PROGRAM))
+    cycles = {hlo.part_of(o): o.cycles * o.times for o in operations if o.cycles}
     assert cycles == {"MLP": 300, "layout copies": 7, "optimizer, EMA, norms": 11, "attention, qkv and out": 20}
-    assert aot.list_collectives(operations) == [
+    assert hlo.list_collectives(operations) == [
         "1 all-gather of bf16, 0 MiB a device, overlapped",
         "1 all-reduce of f32, 0 MiB a device, synchronous",
         "16 collective-permute of f32, 16 MiB a device, overlapped",
         "1 reduce-scatter of f32 over 4, 4 MiB a device, synchronous",
     ]
-    assert aot.count_bytes("(f32[16]{0}, f32[2,8]{1,0})") == 128
-    assert aot.count_bytes("bf16[64,256,768]{2,1,0:T(8,128)(2,1)S(1)}") == 2 * 64 * 256 * 768
+    assert hlo.count_bytes("(f32[16]{0}, f32[2,8]{1,0})") == 128
+    assert hlo.count_bytes("bf16[64,256,768]{2,1,0:T(8,128)(2,1)S(1)}") == 2 * 64 * 256 * 768
 
 
 @pytest.mark.parametrize(
@@ -82,8 +87,8 @@ def test_cycles_loops_and_collectives_are_read(aot):
         ("to_apply=%add", 0),
     ],
 )
-def test_the_devices_of_a_collective_are_counted(aot, groups, expected):
-    assert aot.count_group(f"  %r = f32[8] all-reduce(%p), channel_id=1, {groups}") == expected
+def test_the_devices_of_a_collective_are_counted(hlo, groups, expected):
+    assert hlo.count_group(f"  %r = f32[8] all-reduce(%p), channel_id=1, {groups}") == expected
 
 
 def compile_program(tmp_path, *args):
