@@ -39,6 +39,14 @@ one_device = pytest.mark.xdist_group("one device")
 finished_run = pytest.mark.xdist_group("finished run")
 
 
+def two_processes() -> list:
+    """The options of both, up to the number of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return ["--coordinator_address", address, "--num_processes", 2, "--process_id"]
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
     """{devices: folder} of runs of SHORT that nothing disturbed."""
@@ -173,11 +181,7 @@ def test_what_saves_memory_changes_no_loss(uninterrupted, tmp_path):
 
 @one_device
 def test_two_processes_give_the_losses_of_one_and_obey_a_signal_to_either(uninterrupted, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    args = [*SHORT, "--max_steps", 100_000, "--save_interval", 100_000, "--save_dir", tmp_path]
-    args += ["--coordinator_address", address, "--num_processes", 2, "--process_id"]
+    args = [*SHORT, "--max_steps", 100_000, "--save_interval", 100_000, "--save_dir", tmp_path, *two_processes()]
     processes = [start(*args, number) for number in range(2)]
     wait_for_step(processes[0], tmp_path, 12)
     processes[random.randrange(2)].send_signal(random.choice([signal.SIGINT, signal.SIGTERM]))
@@ -192,12 +196,26 @@ def test_two_processes_give_the_losses_of_one_and_obey_a_signal_to_either(uninte
 
 
 @pytest.mark.slow
+@one_device
+def test_two_processes_killed_in_one_sharding_go_on_in_another(uninterrupted, tmp_path):
+    """With four devices each, killed in every sharding; then dp on eight devices of one process."""
+    for mode in ("fsdp", "hybrid --num_shards 4", "zero"):
+        args = [*SHORT, "--max_steps", 100_000, "--sharding", *mode.split(), "--save_interval", 3]
+        args += ["--save_dir", tmp_path, *two_processes()]
+        processes = [start(*args, each, devices=4) for each in range(2)]
+        wait_for_step(processes[0], tmp_path, max(losses(tmp_path), default=0) + 4)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.communicate()
+    last = max(losses(tmp_path)) + 4
+    run_program("train_flow.py", *SHORT, *NO_SAVES, "--max_steps", last, "--save_dir", tmp_path, devices=8)
+    assert_close(losses(tmp_path), losses(uninterrupted(1)), last)
+
+
+@pytest.mark.slow
 def test_one_of_two_processes_that_is_killed_ends_the_other_with_one_line(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    args = [*SHORT, "--max_steps", 100_000, "--save_dir", tmp_path]
-    args += ["--coordinator_address", address, "--num_processes", 2, "--process_id"]
+    args = [*SHORT, "--max_steps", 100_000, "--save_dir", tmp_path, *two_processes()]
     processes = [start(*args, number) for number in range(2)]
     wait_for_step(processes[0], tmp_path, 5)
     processes[1].kill()
