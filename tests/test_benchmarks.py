@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import ROOT, run_program
 from utils.convert.jax_flow import import_jax_flow_params
+from utils.data.registry import load_dataset
 
 SMALL = ["--model", "debug", "--patch_size", 8, "--batch", 2, "--rounds", 1]
 
@@ -185,15 +187,16 @@ def test_what_is_promised_of_a_run_holds_in_a_small_campaign():
     assert re.search(r"2 runs, \d kills: 2 final states and 2 whole logs equal", done.stdout)
 
 
-def gpu_day(*args: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "SMALL": "1", "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+def gpu_day(*args: object, **environment: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "SMALL": "1", **{name: str(value) for name, value in environment.items()}}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment['PATH']}"
     command = ["benchmarks/gpu_day.sh", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_a_part_that_is_none_is_refused(tmp_path):
     done = gpu_day("all", tmp_path)
-    assert (done.returncode, done.stderr) == (1, "error: all is none of right, step, sample\n")
+    assert (done.returncode, done.stderr) == (1, "error: all is none of right, step, sample, train, finish\n")
 
 
 @pytest.mark.slow
@@ -205,3 +208,36 @@ def test_the_parts_of_a_gpu_day_run_in_small(tmp_path):
     done = gpu_day("sample", tmp_path)
     assert "| ours | " in done.stdout
     assert (tmp_path / "sample_b.json").exists()
+
+
+def test_packed_images_are_unpacked_without_loss(tmp_path, weights):
+    words = ["--dataset_name", "digits", "--inception_weights", weights, "--part_mib", 1, "--num_validation", 50]
+    run_program("benchmarks/pack.py", *words, "--to", tmp_path / "parts")
+    unpack = ["benchmarks/pack.py", "--unpack", tmp_path / "parts", "--to", tmp_path / "data"]
+    run_program(*unpack)
+    for split, count in (("train", 1500), ("validation", 50)):
+        ours, packed = (load_dataset(name, split) for name in ("digits", f"npz:{tmp_path / 'data' / 'images.npz'}"))
+        assert (packed.image_shape, packed.class_names, len(packed.source)) == ((8, 8, 1), ours.class_names, count)
+        known = {(row["image"].tobytes(), int(row["label"])) for row in map(ours.source.__getitem__, range(count))}
+        found = {(row["image"].tobytes(), int(row["label"])) for row in map(packed.source.__getitem__, range(count))}
+        assert found == known
+    assert (tmp_path / "data" / "inception.pt").read_bytes() == Path(weights).read_bytes()
+    (tmp_path / "parts" / "part_01").unlink()
+    assert "parts are missing" in run_program(*unpack, check=False).stderr
+
+
+@pytest.mark.slow
+def test_a_gpu_day_trains_in_two_parts_and_scores_the_result(tmp_path, weights):
+    words = ["--dataset_name", "digits", "--inception_weights", weights, "--to", tmp_path / "parts"]
+    run_program("benchmarks/pack.py", *words, "--fid_stats", ROOT / "data" / "fid_stats_digits.npz")
+    places = {"PARTS": tmp_path / "parts", "DATA": tmp_path / "data", "RUN": tmp_path / "run"}
+    outputs = []
+    for part in ("train", "finish"):
+        done = gpu_day(part, tmp_path, **places, TRAIN_MINUTES=0.4, FINISH_MINUTES=0.4)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        outputs.append(done.stdout + done.stderr)
+    stopped = [int(re.search(r"stopped at step (\d+) and saved", output).group(1)) for output in outputs]
+    assert 0 < stopped[0] < stopped[1]
+    assert f"resuming {tmp_path / 'run'} from step {stopped[0]}" in outputs[1]
+    rows = json.loads((tmp_path / "fid.json").read_text())["cells"]
+    assert [(row["num_steps"], row["num_samples"]) for row in rows] == [(50, 8), (1, 8)]

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, PyTree
 from utils.derivatives import define_derivatives, save_pullback
 from utils.tpu_attention import TpuAttention, split_heads
 
+# XLA's CPU, as of jax 0.11, ends with an error in batched bfloat16 matmuls that contract the left side's rows.
+FOLDED_MATMULS_FAIL = jax.__version_info__ >= (0, 11)
 ATTENTION_FORMS = ("auto", "by_head", "xla", "cudnn")
 AttentionForm = str | TpuAttention
 
@@ -40,8 +42,13 @@ def transpose(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
     """x.T to be contracted over n. Folded into the matmul, it would cost a CPU's fast kernels."""
     if x.dtype != jnp.bfloat16:
         return x.T
-    # A concatenation of two pieces is not folded.
-    return jax.lax.platform_dependent(x, cpu=lambda x: jnp.concatenate(jnp.array_split(x.T, 2)), default=jnp.transpose)
+
+    def unfolded(x):
+        if FOLDED_MATMULS_FAIL:
+            return jax.lax.optimization_barrier(x.T)
+        return jnp.concatenate(jnp.array_split(x.T, 2))  # which is not folded, and faster than behind a barrier
+
+    return jax.lax.platform_dependent(x, cpu=unfolded, default=jnp.transpose)
 
 
 def _dense(x, kernel, bias):
@@ -85,7 +92,10 @@ def _sum_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
         dimensions = (((1,), (1,)), ((0,), (0,)))
         return jax.lax.dot_general(ones, x, dimensions, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    return jax.lax.platform_dependent(x, cpu=by_matmul, default=lambda x: x.sum(axis=1))
+    def by_sum(x):
+        return x.sum(axis=1)
+
+    return jax.lax.platform_dependent(x, cpu=by_sum if FOLDED_MATMULS_FAIL else by_matmul, default=by_sum)
 
 
 def over_tokens(x: Float[Array, "b d"], num_tokens: int) -> Float[Array, "b n d"]:

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+from utils.data.array_file import load_array_file
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
 from utils.data.digits import load_digits
 from utils.data.image_folder import load_folder
@@ -24,11 +25,12 @@ DATASETS: dict[str, Loader] = {
 }
 PREFIXES: dict[str, Loader] = {
     "folder": load_folder,
+    "npz": load_array_file,
     "tfds": load_tfds,
     "latents": load_latents,
     "pairs": load_pairs,
 }
-PLACEHOLDERS = {"folder": "PATH", "tfds": "NAME", "latents": "DIR", "pairs": "DIR"}
+PLACEHOLDERS = {"folder": "PATH", "npz": "FILE", "tfds": "NAME", "latents": "DIR", "pairs": "DIR"}
 
 
 def load_dataset(name: str, split: str = "train", options: DataOptions | None = None) -> ImageDataset:
@@ -40,6 +42,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     cifar10         CIFAR-10, 32x32
     tfds:NAME       any labelled images of TensorFlow Datasets, such as tfds:oxford_flowers102
     folder:PATH     image files, in a folder for each class or in one folder
+    npz:FILE        images and labels in one NumPy file
     latents:DIR     what encode_latents.py made of one of these
     pairs:DIR       samples of a model, and their noise, that make_pairs.py made
 
