@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, whatever the mach
 # compiled in full, see `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
-XLA_FLAGS = f"--{FUSION_EMITTERS}=false"
+HAS_EMITTERS = tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 11)  # XLA ends a process at other names
+XLA_FLAGS = f"--{FUSION_EMITTERS}=false" if HAS_EMITTERS else ""
 os.environ["XLA_FLAGS"] = XLA_FLAGS
 import jax
 import jax.numpy as jnp
@@ -129,7 +131,7 @@ def optimised():
 
     # XLA_FLAGS hold for the whole process; above them are only the options of each compilation.
     def get_all_options(*args, env_options_overrides, **keywords):
-        options = {FUSION_EMITTERS: True, **(env_options_overrides or {})}
+        options = {**({FUSION_EMITTERS: True} if HAS_EMITTERS else {}), **(env_options_overrides or {})}
         return get_options(*args, env_options_overrides=options, **keywords)
 
     jax.clear_caches()

@@ -7,7 +7,7 @@ import pytest
 
 from diffusion_transformer import DiT, DiTConfig
 from utils.derivatives import define_derivatives, save_pullback
-from utils.ops import attention, choose_attention, dense, over_tokens
+from utils.ops import FOLDED_MATMULS_FAIL, attention, choose_attention, dense, over_tokens
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -180,7 +180,7 @@ def test_the_form_of_attention_follows_the_device_that_is_compiled_for():
 
 
 def test_dense_compiled_for_another_platform_has_no_trace_of_this_one():
-    """On CPUs the transposed matmul is a concatenation; a TPU's program, lowered here, has none."""
+    """On CPUs the transposed matmul is a concatenation (or behind a barrier); a TPU's program, lowered here, has none."""
 
     def gradient(x, kernel):
         return jax.grad(lambda kernel: dense(x, kernel, jnp.zeros(8)).astype(jnp.float32).sum())(kernel)
@@ -190,5 +190,5 @@ def test_dense_compiled_for_another_platform_has_no_trace_of_this_one():
         platform: jax.jit(gradient).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
         for platform in ("cpu", "tpu")
     }
-    assert "concatenate" in texts["cpu"]
+    assert ("optimization_barrier" if FOLDED_MATMULS_FAIL else "concatenate") in texts["cpu"]
     assert "concatenate" not in texts["tpu"]
