@@ -180,7 +180,7 @@ def test_the_form_of_attention_follows_the_device_that_is_compiled_for():
 
 
 def test_dense_compiled_for_another_platform_has_no_trace_of_this_one():
-    """On CPUs the transposed matmul is a concatenation (or behind a barrier); a TPU's program, lowered here, has none."""
+    """On CPUs the transposed matmul is a concatenation or behind a barrier; a TPU's program, lowered here, has neither."""
 
     def gradient(x, kernel):
         return jax.grad(lambda kernel: dense(x, kernel, jnp.zeros(8)).astype(jnp.float32).sum())(kernel)
@@ -192,3 +192,4 @@ def test_dense_compiled_for_another_platform_has_no_trace_of_this_one():
     }
     assert ("optimization_barrier" if FOLDED_MATMULS_FAIL else "concatenate") in texts["cpu"]
     assert "concatenate" not in texts["tpu"]
+    assert "optimization_barrier" not in texts["tpu"]
