@@ -180,7 +180,7 @@ def test_the_form_of_attention_follows_the_device_that_is_compiled_for():
 
 
 def test_dense_compiled_for_another_platform_has_no_trace_of_this_one():
-    """On CPUs the transposed matmul is a concatenation or behind a barrier; a TPU's program, lowered here, has neither."""
+    """On CPUs the transposed matmul is a concatenation or behind a barrier; a program lowered for TPUs has neither."""
 
     def gradient(x, kernel):
         return jax.grad(lambda kernel: dense(x, kernel, jnp.zeros(8)).astype(jnp.float32).sum())(kernel)
