@@ -136,6 +136,8 @@ class Scoring:
         self.config, self.mesh = config, make_mesh()
         self.out = Path(config.out or default_out)
         checks.check_writable(self.out, "out")
+        if config.json and Path(config.json).resolve() == (self.out / "fid.json").resolve():
+            raise UserError(f"--json={config.json} is the evaluation's own record of its rows; name another file")
         self.batch_size = self._choose_batch_size(num_samples)
         self.logits = load_logits(config.inception_logits) if config.inception_logits else None
         self._load_reference(reference)

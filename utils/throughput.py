@@ -26,6 +26,7 @@ PEAK_TFLOPS = {
     "TPU v5 lite": 197,
     "TPU v5": 459,
     "TPU v6 lite": 918,
+    "TPU7x": 1153,  # a chip is two devices
 }
 
 
