@@ -1,5 +1,6 @@
 """benchmarks/aot.py: what it reads off compiled programs; with libtpu (the extra `aot`), what TPUs would run."""
 
+import collections
 import importlib.util
 import json
 import re
@@ -110,13 +111,27 @@ def test_no_weights_are_written_by_the_kernel(tmp_path):
     assert re.search(weights, text)
 
 
+def sizes_of_collectives(figures) -> dict[str, float]:
+    """{kind and dtype: MiB a device}."""
+    sizes = collections.Counter()
+    for line in figures["collectives"]:
+        name, size = re.match(r"[\d,]+ (\S+ of \S+?)(?: over \d+)?, ([\d,]+) MiB", line).groups()
+        sizes[name] += int(size.replace(",", ""))
+    return sizes
+
+
 @needs_libtpu
-def test_parameters_are_gathered_in_the_compute_dtype(tmp_path):
+def test_parameters_are_gathered_in_the_compute_dtype_and_gradients_are_scattered(tmp_path):
     words = ["--topology", "v5e:4x4", "--model", "S", "--patch_size", 8, "--batch", 64]
-    for mode, kinds in {"dp": {"all-reduce of f32"}, "hybrid": {"all-gather of bf16"}}.items():
-        figures, _ = compile_program(tmp_path, *words, "--sharding", mode)
-        found = {re.split("^[0-9,]+ |,| over", line)[1] for line in figures["collectives"]}
-        assert kinds <= found
+    dp, hybrid = (
+        sizes_of_collectives(compile_program(tmp_path, *words, "--sharding", *mode.split())[0])
+        for mode in ("dp", "hybrid --num_shards 4")
+    )
+    parameters = 4 * 33e6 / 2**20  # in float32
+    assert dp["all-reduce of f32"] > 0.9 * parameters
+    assert hybrid["all-gather of bf16"] > 0.4 * parameters  # half the bytes
+    assert hybrid["reduce-scatter of f32"] > 0.5 * parameters
+    assert hybrid["all-reduce of f32"] < 0.4 * parameters  # of the quarters, over replicas
 
 
 @needs_libtpu
