@@ -130,8 +130,8 @@ def test_parameters_are_gathered_in_the_compute_dtype_and_gradients_are_scattere
     parameters = 4 * 33e6 / 2**20  # in float32
     assert dp["all-reduce of f32"] > 0.9 * parameters
     assert hybrid["all-gather of bf16"] > 0.4 * parameters  # half the bytes
-    assert hybrid["reduce-scatter of f32"] > 0.5 * parameters
-    assert hybrid["all-reduce of f32"] < 0.4 * parameters  # of the quarters, over replicas
+    assert hybrid["reduce-scatter of f32"] > 0.1 * parameters  # the rest in loops that multiply
+    assert hybrid["all-reduce of f32"] < 0.3 * parameters  # of the quarters, over replicas
 
 
 @needs_libtpu
