@@ -30,7 +30,7 @@ measure() {  # NAME PROGRAM WORDS...: the table to the terminal and OUT/NAME.txt
 }
 
 learn() {  # MINUTES: trains on for so long; a run that is stopped saves, and ends with 75
-  timeout --preserve-status --signal INT "$1m" python3 train_flow.py --dataset_name npz:$data/images.npz --use_stable_vae 0 \
+  timeout --preserve-status --signal INT "$1m" python3 train_flow.py --dataset_name "npz:$data/images.npz" --use_stable_vae 0 \
     --random_flip 1 $network --model.target_update_rate 0.9995 --ema_warmup 1 --max_steps 1000000 \
     --log_interval 100 --eval_interval 0 --save_minutes 2 --wandb.mode disabled --save_dir "$run" || [ $? -eq 75 ]
   cp "$run/metrics.jsonl" "$out/metrics.jsonl"
@@ -63,12 +63,12 @@ case $part in
     [ -n "${SMALL:-}" ] || measure latents latents.py --model.preset big --batch_size 64 --steps 10
     ;;
   train)
-    [ -e $data/images.npz ] || python3 benchmarks/pack.py --unpack "${PARTS:-.parts}" --to "$data"
+    [ -e "$data/images.npz" ] || python3 benchmarks/pack.py --unpack "${PARTS:-.parts}" --to "$data"
     learn "${TRAIN_MINUTES:-8}"
     ;;
   finish)
     learn "${FINISH_MINUTES:-4}"
-    python3 eval_fid.py --load_dir "$run" --fid_stats $data/fid_stats.npz --inception_weights $data/inception.pt \
+    python3 eval_fid.py --load_dir "$run" --fid_stats "$data/fid_stats.npz" --inception_weights "$data/inception.pt" \
       --use_cfg 0 --denoise_timesteps 50,1 $samples --wandb.mode disabled --out "$out"
     ;;
   *)

@@ -22,14 +22,14 @@ from PIL import Image
 from utils import cli
 from utils.console import log
 from utils.data.batches import epoch_batches
-from utils.data.dataset import ImageDataset
+from utils.data.dataset import ImageDataset, array_dataset
 from utils.data.registry import load_dataset
 from utils.errors import UserError
 from utils.metrics.inception import inception_weights_path
 
 SHEET = 1024  # images of one, in rows of 32: 1024x1024 pixels of CIFAR-10
 COLUMNS = 32
-PART = "part_{:02d}"
+PART = "part_{:04d}"
 FILES = ("inception.pt", "fid_stats.npz")
 
 
@@ -77,8 +77,8 @@ def add_file(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     archive.addfile(entry, io.BytesIO(data))
 
 
-def hash_images(images: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+def hash_split(images: np.ndarray, labels: np.ndarray) -> str:
+    return array_dataset("packed", images, labels).fingerprint.sha256
 
 
 def add_images(archive: tarfile.TarFile, dataset: ImageDataset, count: int, prefix: str) -> dict[str, np.ndarray]:
@@ -86,7 +86,7 @@ def add_images(archive: tarfile.TarFile, dataset: ImageDataset, count: int, pref
     rows = read_split(dataset, count)
     for number, sheet in enumerate(write_sheets(rows["image"])):
         add_file(archive, f"{prefix}images/{number:04d}.webp", sheet)
-    arrays = {"labels": rows["label"], "shape": dataset.image_shape, "sha256": hash_images(rows["image"])}
+    arrays = {"labels": rows["label"], "shape": dataset.image_shape, "sha256": hash_split(rows["image"], rows["label"])}
     return {f"{prefix}{name}": np.array(value) for name, value in arrays.items()}
 
 
@@ -136,7 +136,7 @@ def unpack(config: ConfigDict) -> None:
         labels, shape = saved[f"{prefix}labels"], tuple(map(int, saved[f"{prefix}shape"]))
         names = sorted(name for name in contents if name.startswith(f"{prefix}images/"))
         images = np.concatenate([read_sheet(contents[name], shape) for name in names])[: len(labels)]
-        if hash_images(images) != str(saved[f"{prefix}sha256"]):
+        if hash_split(images, labels) != str(saved[f"{prefix}sha256"]):
             raise UserError(f"--unpack={source}: unpacked images differ from those packed; is Pillow's WebP whole?")
         arrays |= {f"{prefix}images": images, f"{prefix}labels": labels}
     np.savez(folder / "images.npz", **arrays)

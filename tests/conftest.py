@@ -23,7 +23,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, whatever the mach
 # compiled in full, see `optimised`.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
-HAS_EMITTERS = tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 11)  # XLA ends a process at other names
+HAS_EMITTERS = tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 11)  # XLA aborts on unknown flags
 XLA_FLAGS = f"--{FUSION_EMITTERS}=false" if HAS_EMITTERS else ""
 os.environ["XLA_FLAGS"] = XLA_FLAGS
 import jax

@@ -92,6 +92,37 @@ def test_the_devices_of_a_collective_are_counted(hlo, groups, expected):
     assert hlo.count_group(f"  %r = f32[8] all-reduce(%p), channel_id=1, {groups}") == expected
 
 
+OF_A_GPU = """
+HloModule jit_train_step
+
+%dot.computation (p: bf16[64,32], q: bf16[32,16]) -> bf16[64,16] {
+  %p = bf16[64,32]{1,0} parameter(0)
+  %q = bf16[32,16]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[64,16]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main.1 (x: bf16[64,32], w: bf16[32,16]) -> bf16[64,16] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %w = bf16[32,16]{1,0} parameter(1)
+  %gemm.1 = bf16[64,16]{1,0} fusion(%x, %w), kind=kCustom, calls=%dot.computation, metadata={op_name="block_0/mlp"}
+  %heads.1 = bf16[2,8,2,32]{3,2,1,0} bitcast(%gemm.1)
+  %fmha.1 = (bf16[2,2,8,32]{3,1,2,0}, u8[0]{0}) custom-call(%heads.1, %heads.1, %heads.1), \
+custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="block_0/attention"}
+  ROOT %copy.1 = bf16[64,16]{1,0} copy(%gemm.1)
+}
+"""
+
+
+def test_flops_and_bytes_of_a_gpu_are_counted_once(hlo):
+    found = {hlo.part_of(o): (o.flops, o.traffic) for o in hlo.read_operations(OF_A_GPU) if o.flops or o.traffic}
+    heads = 2 * 2 * 8 * 2 * 32  # bytes
+    assert found == {
+        "MLP": (2 * 64 * 32 * 16, 2 * (64 * 32 + 32 * 16 + 64 * 16)),
+        "attention, core": (2 * 2 * 2 * 2 * 8 * 8 * 32, 4 * heads),  # two matmuls, two images, two heads
+        "layout copies": (0, 2 * 2 * 64 * 16),
+    }
+
+
 def compile_program(tmp_path, *args):
     """(figures, text of the program) of benchmarks/aot.py."""
     paths = ["--json", tmp_path / "figures.json", "--hlo", tmp_path / "program.txt"]

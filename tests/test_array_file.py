@@ -57,8 +57,13 @@ REFUSED = {
     "labels that are none": ({"images": IMAGES, "labels": LABELS / 2}, "labels must be integers"),
     "negative": ({"images": IMAGES, "labels": LABELS - 1}, "labels are -1 to 5, but must be 0 to 5"),
     "too few names": ({"images": IMAGES, "labels": LABELS, "class_names": ["a"]}, "labels are 0 to 6"),
-    "other names": ({"x_train": IMAGES}, "holds nothing.*; needed are images uint8"),
-    "other size": ({"images": IMAGES, "validation_images": IMAGES[:, :2]}, r"but validation_images \(2, 4, 3\)"),
+    "other names": ({"x_train": IMAGES}, "holds x_train; needed are images uint8"),
+    "other size": (
+        {"images": IMAGES, "validation_images": IMAGES[:, :2]},
+        r"images are of one shape in both splits, not .*\(2, 4, 3\)",
+    ),
+    "huge labels": ({"images": IMAGES, "labels": LABELS + 2**40}, "a label is 1099511627782; number the classes"),
+    "one number": ({"images": np.uint8(3)}, "images must be uint8"),
 }
 
 

@@ -222,7 +222,7 @@ def test_packed_images_are_unpacked_without_loss(tmp_path, weights):
         found = {(row["image"].tobytes(), int(row["label"])) for row in map(packed.source.__getitem__, range(count))}
         assert found == known
     assert (tmp_path / "data" / "inception.pt").read_bytes() == Path(weights).read_bytes()
-    (tmp_path / "parts" / "part_01").unlink()
+    (tmp_path / "parts" / "part_0001").unlink()
     assert "parts are missing" in run_program(*unpack, check=False).stderr
 
 

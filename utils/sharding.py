@@ -75,7 +75,7 @@ def choose_num_shards(mode: str, requested: int | None, devices: Sequence[Any]) 
     if mode != "hybrid":
         return total if mode == "fsdp" else 1
     if requested is None:
-        # A TPU that does not say its slice is of the only one.
+        # TPUs without a slice_index are all of one slice.
         groups = collections.Counter(
             getattr(device, "slice_index", 0 if device.platform == "tpu" else device.process_index)
             for device in devices
