@@ -110,6 +110,7 @@ def main(config: ConfigDict) -> None:
         vae=vae,
         vae_sha256=codec.sha256,
         splits={split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
+        empty_classes=train.empty_classes,
     )
     checks.check_writable(out, "out")
     lock = FolderLock(out)

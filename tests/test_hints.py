@@ -1,11 +1,12 @@
 """Hints before training starts, and what is shown where memory runs out."""
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 import train_flow
-from utils.data.dataset import SPLITS, DataOptions, summarize_data
+from utils.data.dataset import SPLITS, DataOptions, array_dataset, describe_data, summarize_data
 from utils.data.registry import load_dataset
 from utils.errors import UserError
 from utils.hints import ema_hints, model_hints
@@ -43,6 +44,15 @@ def test_the_data_are_summed_up_in_a_line(digits):
         "data: digits, 1,500 images to train on and 297 held out, 8x8x1, 10 classes, 10.0 steps per epoch, "
         "none mirrored"
     )
+
+
+def test_classes_without_training_images_are_said_and_recorded():
+    images = np.zeros((6, 8, 8, 1), np.uint8)
+    names = tuple("abcdefghi")
+    train = array_dataset("letters", images, np.array([1, 1, 2, 4, 4, 4]), names)
+    datasets = {"train": train, "validation": array_dataset("letters", images, np.arange(6), names, "validation")}
+    assert "9 classes, 6 of them without images to train on (a, d, f, g, h, ...)" in summarize_data(datasets, 2)
+    assert describe_data(datasets)["empty_classes"] == [0, 3, 5, 6, 7, 8]
 
 
 def test_the_proposed_rate_leaves_a_hundredth(digits):

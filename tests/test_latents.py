@@ -129,3 +129,17 @@ def test_other_latents_are_not_mixed_in(folder, change):
 def test_the_same_vae_and_images_may_lie_elsewhere(folder):
     moved = dataclasses.replace(manifest(), vae="/another/copy", dataset_name="folder:/another")
     check_same(folder, manifest(), moved, {})
+
+
+def test_classes_without_images_come_along_and_older_latents_do_not_say(folder):
+    new = manifest(empty_classes=(0,))
+    check_same(folder, manifest(), new, {})  # an encoding that an older version began goes on
+    (folder / MANIFEST).write_text(json.dumps(new.to_json()))
+    assert [load(f"latents:{folder}", split).empty_classes for split in ("train", "validation")] == [(0,), ()]
+    older = {name: value for name, value in new.to_json().items() if name != "empty_classes"}
+    (folder / MANIFEST).write_text(json.dumps(older))
+    assert load(f"latents:{folder}").empty_classes == ()
+    for wrong in ([2], [-1], ["cat"], 3):
+        (folder / MANIFEST).write_text(json.dumps(older | {"empty_classes": wrong}))
+        with pytest.raises(UserError, match="not a valid latents manifest"):
+            load(f"latents:{folder}")

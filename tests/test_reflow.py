@@ -1,5 +1,6 @@
 """Pairs of noise and sample, training on them, and how straight paths are."""
 
+import hashlib
 import json
 
 import jax
@@ -96,6 +97,24 @@ def test_a_pair_is_a_sample_and_its_noise(run, made):
         np.testing.assert_array_equal(noise, generator.noise([i]))
     splits = [load_dataset(f"pairs:{made[0]}", split, DataOptions()) for split in ("train", "validation")]
     assert [len(dataset.source) for dataset in splits] == [108, 2]
+
+
+def test_classes_without_images_come_along_and_change_no_fingerprint(tmp_path):
+    """Pairs of before are the same pairs, so that a run on them resumes."""
+    older = {
+        "dataset_name": "pairs of run", "params_sha256": "0" * 64, "sampler": "euler", "seed": 0, "num_pairs": 100,
+        "shard_size": 50, "image_shape": [8, 8, 1], "latent_shape": [8, 8, 1], "class_names": ["a", "b"], "vae": None,
+        "vae_sha256": None, "format": 1,
+    }  # fmt: skip
+    expected = hashlib.sha256(json.dumps(["train", older], sort_keys=True).encode()).hexdigest()
+    for content, empty_classes in ((older, ()), (older | {"empty_classes": [1]}, (1,))):
+        (tmp_path / pairs.MANIFEST).write_text(json.dumps(content))
+        manifest = pairs.load_manifest(tmp_path)
+        assert manifest.empty_classes == empty_classes
+        assert manifest.fingerprint("train", 98).sha256 == expected
+    (tmp_path / pairs.MANIFEST).write_text(json.dumps(older | {"empty_classes": [2]}))
+    with pytest.raises(UserError, match="not a valid manifest of pairs"):
+        pairs.load_manifest(tmp_path)
 
 
 @reflow

@@ -27,6 +27,7 @@ Batch = dict[str, np.ndarray]
 
 SPLITS = ("train", "validation")
 HELD_OUT_FRACTION = 0.02  # of a data set that brings no validation split
+MAX_LISTED = 5  # classes named in a message
 
 
 @runtime_checkable
@@ -89,6 +90,7 @@ class ImageDataset:
     fingerprint: Fingerprint  # of the examples, all of them
     latents: LatentMetadata | None = None  # what the moments are of, where they stand in for the images
     pair_shape: tuple[int, int, int] | None = None  # of samples that come with their noise (utils/data/pairs.py)
+    empty_classes: tuple[int, ...] = ()  # labels of which the split has no image, as far as that is known
 
     @property
     def num_classes(self) -> int:
@@ -191,7 +193,9 @@ def array_dataset(
     fingerprint = Fingerprint("arrays", len(source), digest.hexdigest())
     _, height, width, channels = images.shape
     is_flipped = random_flip and split == "train"
-    return ImageDataset(name, split, source, (height, width, channels), names, is_flipped, fingerprint)
+    empty = find_empty_classes(source.labels, len(names))
+    shape = (height, width, channels)
+    return ImageDataset(name, split, source, shape, names, is_flipped, fingerprint, empty_classes=empty)
 
 
 def iterable_dataset(
@@ -211,6 +215,12 @@ def iterable_dataset(
     return array_dataset(name, np.stack(images), np.asarray(labels), class_names, split, random_flip)
 
 
+def find_empty_classes(labels: Sequence[int] | Int32[np.ndarray, " n"], num_classes: int) -> tuple[int, ...]:
+    """Returns the labels below `num_classes` that do not occur in `labels`."""
+    counts = np.bincount(np.asarray(labels, np.int64), minlength=num_classes)
+    return tuple(np.flatnonzero(counts == 0).tolist())
+
+
 def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
     """What is kept with a run of its data ({split: data set}): enough to sample without them, and to tell whether they
     are the same when the run is continued (see utils/data/fingerprint.py)."""
@@ -219,6 +229,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
         "name": dataset.name,
         "image_shape": list(dataset.image_shape),
         "class_names": list(dataset.class_names),
+        "empty_classes": list(dataset.empty_classes),
         "splits": {split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
     }
 
@@ -227,9 +238,14 @@ def summarize_data(datasets: Mapping[str, ImageDataset], batch_size: int) -> str
     """What was found, in a line, to see at once whether it is what was meant."""
     train, validation = (datasets[split] for split in SPLITS)
     num_images, num_classes = len(train.source), train.num_classes
+    empty = ""
+    if train.empty_classes:
+        names = ", ".join(train.class_names[label] for label in train.empty_classes[:MAX_LISTED])
+        more = ", ..." * (len(train.empty_classes) > MAX_LISTED)
+        empty = f", {len(train.empty_classes)} of them without images to train on ({names}{more})"
     return (
         f"data: {train.name}, {num_images:,} images to train on and {len(validation.source):,} held out, "
-        f"{'x'.join(map(str, train.image_shape))}, {num_classes} class{'es' * (num_classes != 1)}, "
+        f"{'x'.join(map(str, train.image_shape))}, {num_classes} class{'es' * (num_classes != 1)}{empty}, "
         f"{num_images / batch_size:,.1f} steps per epoch, {'half of them' if train.random_flip else 'none'} mirrored"
     )
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from utils.console import printable, warn, warn_once
 from utils.data.class_names import imagenet_class_names
-from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, hold_out, num_held_out
+from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row
 from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, decode_image, read_image
 from utils.errors import UserError
@@ -398,7 +398,10 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
     if len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
         names = imagenet_class_names()
     source = ImageFiles(listed.files, size, options.max_megapixels)
-    return ImageDataset(name, split, source, (size, size, 3), names, split == "train", _fingerprint_files(listed))
+    empty = find_empty_classes([label for _, label in listed.files], len(names))
+    fingerprint = _fingerprint_files(listed)
+    shape = (size, size, 3)
+    return ImageDataset(name, split, source, shape, names, split == "train", fingerprint, empty_classes=empty)
 
 
 def _fingerprint_files(listed: FolderSplit) -> Fingerprint:

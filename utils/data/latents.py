@@ -44,6 +44,7 @@ class Manifest:
     vae_sha256: str
     format: int = FORMAT
     splits: dict[str, dict[str, Any]] | None = None  # {split: fingerprint of its images}; older latents have none
+    empty_classes: tuple[int, ...] = ()  # labels without training images; older latents do not say
 
     def check(self) -> None:
         """ValueError where a value is not of its kind, or beyond what latents are."""
@@ -65,6 +66,8 @@ class Manifest:
         texts = (*self.class_names, self.dataset_name, self.vae, self.vae_sha256)
         if not self.class_names or not all(isinstance(text, str) for text in texts):
             raise ValueError("names that are not strings")
+        if not all(is_count(label, 0, len(self.class_names) - 1) for label in self.empty_classes):
+            raise ValueError(f"empty_classes {_short(self.empty_classes)}")
 
     def shards(self, split: str) -> list[tuple[str, range]]:
         """(file name, numbers of its examples) of a split."""
@@ -97,6 +100,7 @@ def load_manifest(folder: Path) -> Manifest | None:
         content = read_json(path)
         for name in ("image_shape", "latent_shape", "class_names"):
             content[name] = tuple(content[name])
+        content["empty_classes"] = tuple(content.get("empty_classes", ()))
         manifest = Manifest(**content)
         manifest.check()
     except (ValueError, KeyError, TypeError) as error:
@@ -113,7 +117,8 @@ def check_same(folder: Path, found: Manifest, requested: Manifest, fingerprints:
     weights, images by their `fingerprints` ({split: of the images}); where the latents do not say, neither can this."""
     for field in dataclasses.fields(Manifest):
         old, new = getattr(found, field.name), getattr(requested, field.name)
-        if field.name not in ("vae", "dataset_name", "splits") and old != new:
+        # What is left out here is compared with the images below, or follows from them.
+        if field.name not in ("vae", "dataset_name", "splits", "empty_classes") and old != new:
             raise UserError(
                 f"--out={folder} holds latents with {field.name} {_short(old)}, not {_short(new)}; use another folder"
             )
@@ -199,6 +204,14 @@ def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
     check_own_size(name, manifest.image_shape[0], options)
     source = LatentRecords(folder, manifest, split)
     flips = split == "train" and manifest.num_views[split] == 2
-    shape, names = manifest.image_shape, manifest.class_names
-    fingerprint = manifest.fingerprint(folder, split)
-    return ImageDataset(manifest.dataset_name, split, source, shape, names, flips, fingerprint, manifest)
+    return ImageDataset(
+        name=manifest.dataset_name,
+        split=split,
+        source=source,
+        image_shape=manifest.image_shape,
+        class_names=manifest.class_names,
+        random_flip=flips,
+        fingerprint=manifest.fingerprint(folder, split),
+        latents=manifest,
+        empty_classes=manifest.empty_classes if split == "train" else (),
+    )

@@ -45,6 +45,7 @@ class PairsManifest:
     vae: str | None
     vae_sha256: str | None
     format: int = FORMAT
+    empty_classes: tuple[int, ...] = ()  # labels that were not drawn as the model's data have no images of them
 
     def shards(self) -> list[tuple[str, range]]:
         """(file name, numbers of its pairs)."""
@@ -59,7 +60,9 @@ class PairsManifest:
 
     def fingerprint(self, split: str, num_pairs: int) -> Fingerprint:
         """Of the pairs of a split: what made them, and how."""
-        content = json.dumps([split, self.to_json()], sort_keys=True)
+        manifest = self.to_json()
+        del manifest["empty_classes"]  # follows from the model; older pairs do not say
+        content = json.dumps([split, manifest], sort_keys=True)
         return Fingerprint("pairs", num_pairs, hashlib.sha256(content.encode()).hexdigest())
 
 
@@ -72,6 +75,7 @@ def load_manifest(folder: Path) -> PairsManifest | None:
         content = read_json(path)
         for name in ("image_shape", "latent_shape", "class_names"):
             content[name] = tuple(content[name])
+        content["empty_classes"] = tuple(content.get("empty_classes", ()))
         manifest = PairsManifest(**content)
         sizes = (*manifest.image_shape, *manifest.latent_shape, manifest.num_pairs, manifest.shard_size)
         are_counts = all(type(size) is int and 0 < size < 2**40 for size in sizes)
@@ -81,6 +85,8 @@ def load_manifest(folder: Path) -> PairsManifest | None:
             raise ValueError(f"seed {manifest.seed}, format {manifest.format}")
         if not manifest.class_names or not all(isinstance(name, str) for name in manifest.class_names):
             raise ValueError("names that are not strings")
+        if not all(type(label) is int and 0 <= label < len(manifest.class_names) for label in manifest.empty_classes):
+            raise ValueError("empty classes that are none")
     except (BadFileError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a valid manifest of pairs ({error}); make them again elsewhere") from None
     return manifest
@@ -139,6 +145,7 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
         fingerprint=manifest.fingerprint(split, len(rows)),
         latents=cast(LatentMetadata, manifest) if manifest.vae_sha256 else None,
         pair_shape=manifest.latent_shape,
+        empty_classes=manifest.empty_classes,
     )
 
 
