@@ -366,13 +366,14 @@ def test_every_metric_that_the_reference_allows(rng, tmp_path):
         return frechet_distance(x.mean(axis=0), np.cov(x.T), y.mean(axis=0), np.cov(y.T))
 
     expected = {"fid": distance(fake, real), "sfid": distance(fake_s, real_s)}
-    expected["kid"], _ = kid(fake[:30], real)
+    expected["kid"], expected["kid_error"] = kid(fake[:30], real)
     expected["mind"], expected["mind_error"] = mind(fake[:30], real)
     expected |= prdc(real, fake[:30])
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert few["fid"] == pytest.approx(expected["fid"], rel=1e-9)
     five = compute_metrics(images_of(fake[:5], fake_s[:5], 30), load_statistics(tmp_path / "all", num_features=4))
-    assert list(five) == ["fid", "sfid", "kid", "mind", "mind_error"]  # no image has five others as its neighbours
+    # No image has five others as its neighbours.
+    assert list(five) == ["fid", "sfid", "kid", "kid_error", "mind", "mind_error"]
 
 
 def test_each_metric_of_few_samples_has_its_caveat(tmp_path, rng):
@@ -453,9 +454,10 @@ def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def test_kernel_distance_is_its_definition():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 7)), rng.normal(0.3, 1.2, size=(20, 7))
-    value, error = kid(x, y)  # sets below a subset are taken whole: every subset is the same
+    value, error = kid(x, y)  # sets below a subset are taken whole
     assert value == pytest.approx(polynomial_mmd(x, y), rel=1e-10)
-    assert error is None
+    assert (value, error) == pytest.approx(kid(x, y, num_subsets=1), rel=1e-10)
+    assert kid(x[:3], y)[1] is None  # too few for an error
 
 
 def test_kernel_distance_draws_the_subsets_of_torch_fidelity():
@@ -463,9 +465,18 @@ def test_kernel_distance_draws_the_subsets_of_torch_fidelity():
     x, y = rng.normal(size=(60, 5)), rng.normal(0.5, 1, size=(50, 5))
     draw = np.random.RandomState(2020)
     values = [polynomial_mmd(x[draw.choice(60, 12, False)], y[draw.choice(50, 12, False)]) for _ in range(8)]
-    value, error = kid(x, y, num_subsets=8, subset_size=12)
+    value, _ = kid(x, y, num_subsets=8, subset_size=12)
     assert value == pytest.approx(np.mean(values), rel=1e-10)
-    assert error == pytest.approx(np.std(values) / 8**0.5, rel=1e-8)
+
+
+@pytest.mark.parametrize("shift", [0, 0.3])
+@pytest.mark.parametrize("sizes", [(40, 60), (20, 400), (150, 120)])
+def test_the_error_of_the_kernel_distance_is_its_deviation_over_draws_of_both_sets(sizes, shift):
+    rng, (n, m) = np.random.default_rng(6), sizes
+    draws = [(rng.normal(shift, 1, size=(n, 16)), rng.normal(size=(m, 16))) for _ in range(250)]
+    values, errors = zip(*(kid(x, y, num_subsets=8, subset_size=50) for x, y in draws), strict=True)
+    # The deviation of 250 values is itself known to 5 to 10 %.
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.2)
 
 
 def test_kernel_distance_of_one_distribution_is_unbiased():

@@ -26,7 +26,7 @@ def compute_sfid(samples: ImageStatistics, reference: ReferenceStatistics) -> di
 
 
 def compute_kid(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[str, float]:
-    """Without `kid_error` where both sets are smaller than a subset."""
+    """Without `kid_error` where a set has fewer than four rows."""
     if reference.features is None:
         return {}
     mean, error = kid(samples.features, reference.features)
