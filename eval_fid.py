@@ -1,4 +1,4 @@
-"""Scores samples: of a run's EMA parameters, for all step counts and guidance scales requested, or of a file.
+"""Scores samples: of a run, for all step counts and guidance scales requested, or of a file.
 
     python eval_fid.py --load_dir runs/demo --denoise_timesteps 64,16,4 --cfg_scale 1,2 --num_samples 1000
     python eval_fid.py --samples samples.npz --fid_stats stats.npz
@@ -57,7 +57,7 @@ STRAIGHTNESS_SAMPLES = 64  # at most
 # Flags without effect on --samples.
 OF_RUNS = (
     "cfg_scale", "cfg_interval", "cfg_channels", "use_cfg", "denoise_timesteps", "time_grid", "solver", "rtol", "atol",
-    "labels", "seed", "save_samples", "vae", "dataset_name", "use_stable_vae",
+    "labels", "params", "seed", "save_samples", "vae", "dataset_name", "use_stable_vae",
 )  # fmt: skip
 # Flags of training, without effect on any evaluation.
 OF_TRAINING = ("model.preset", "model.lr", "model.beta1", "model.beta2", "model.target_update_rate")
@@ -70,6 +70,7 @@ def define_flags() -> None:
         flags.DEFINE_integer(
             "num_samples", 50_000, "Samples, exactly; of --samples the first, default all.", lower_bound=2
         )
+        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
         flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
         flags.DEFINE_enum(
             "labels", "uniform", list(LABELS), "How labels are drawn; dataset: as often as in --fid_stats."
@@ -221,14 +222,17 @@ class RunEvaluation(Scoring):
         checkpoints, steps = open_checkpoint(config.load_dir)
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
         data, run_dir = saved["dataset"], checkpoints.folder.parent
-        self.samplers = cli.read_samplers(config, saved["model"]["class_dropout_prob"], make_objective(saved))
+        channels = (data["latent_shape"] or [None])[-1]  # older runs did not save it
+        dropout, objective = saved["model"]["class_dropout_prob"], make_objective(saved)
+        self.samplers = cli.read_samplers(config, dropout, objective, channels)
         check_save_samples(config, self.samplers)
         overridden = cli.override_model(saved["model"])
         cli.refuse_other_objective(saved["objective"])
         reference = find_statistics(config, config.dataset_name or data["name"], data_flags(saved))
         super().__init__(config, reference, data["image_shape"], config.num_samples, run_dir)
         self.model = load_model(saved, self.mesh, dtype=overridden.dtype, vae=config.vae)
-        self.step, params = restore_params(checkpoints, steps[steps.index(newest) :], self.model)
+        remaining = steps[steps.index(newest) :]
+        self.step, params = restore_params(checkpoints, remaining, self.model, saved, config.params)
         counts = self._class_counts() if config.labels == "dataset" else None
         self.generator = ImageGenerator(
             self.model, params, seed=config.seed, label_mode=config.labels, class_counts=counts
@@ -239,8 +243,13 @@ class RunEvaluation(Scoring):
             log(f"--batch_size {self.batch_size}")
         self.straightness = functools.cache(self.generator.straightness)  # the same for every number of steps
         self._describe(params, overridden, data)
-        if saved["objective"]["name"] != "flow_matching":  # of what was added later, only what is not the default
+        # Of what was added later, only what is not the default: rows of older versions are found again.
+        if saved["objective"]["name"] != "flow_matching":
             self.settings["objective"] = saved["objective"]["name"]
+        if config.params != "ema":
+            self.settings["params"] = config.params
+        if self.model.empty_classes and config.labels != "dataset":
+            self.settings["empty_classes"] = list(self.model.empty_classes)
 
     def _class_counts(self) -> np.ndarray:
         counts = self.reference.label_counts
@@ -372,7 +381,8 @@ def evaluate_run(config: ConfigDict) -> None:
     if tracker:
         tracker.log_table("scores", rows)
         tracker.close()
-    log(f"step {run.step} of {config.load_dir}, labels {config.labels}, against {run.reference.path}")
+    of_params = "" if config.params == "ema" else f", {config.params} parameters"
+    log(f"step {run.step} of {config.load_dir}{of_params}, labels {config.labels}, against {run.reference.path}")
     show_rows(config, rows)
     log(f"written in {run.out}: fid.json, fid.csv, {', '.join(map(grid_name, run.samplers))}")
 

@@ -93,7 +93,7 @@ class Measurement:
         num_steps = config.denoise_timesteps if config.solver == "midpoint" else None
         self.settings = LikelihoodConfig(config.num_probes, num_steps, config.rtol, config.atol)
         remaining = steps[steps.index(newest) :]
-        self.step, self.params = restore_params(checkpoints, remaining, self.model, config.params)
+        self.step, self.params = restore_params(checkpoints, remaining, self.model, saved, config.params)
 
     def _load_dataset(self, saved: dict[str, Any]) -> ImageDataset:
         config, own = self.config, self.config.dataset_name is None

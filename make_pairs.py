@@ -65,7 +65,8 @@ def main(config: ConfigDict) -> None:
     )  # fmt: skip
     model, out = generator.model, Path(config.out)
     checks.check_batch_size(config.batch_size, model.mesh.size)
-    samplers = cli.read_samplers(config, model.network.config.class_dropout_prob, model.objective)
+    dropout = model.network.config.class_dropout_prob
+    samplers = cli.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
     if len(samplers) > 1:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each")
     if SOLVERS.get(samplers[0].solver, SOLVERS["euler"]).is_stochastic:

@@ -10,7 +10,6 @@ changes given ones: to another class, or within a mask.
 No statistics, no Inception network. Sample i is the sample i of eval_fid.py with the same seed and labels.
 """
 
-import difflib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +24,8 @@ from tqdm import tqdm
 
 from utils import checks, cli, plotting
 from utils.checkpoint import split_load_dir
-from utils.console import configure_output, is_quiet, log, show_result
+from utils.console import configure_output, is_quiet, log, show_result, warn
+from utils.data.class_names import read_classes
 from utils.editing import labels_from_folders, read_images, read_mask
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -84,31 +84,26 @@ def define_compute_flags() -> None:
     cli.define_vae_flag()
 
 
-def read_classes(text: str | None, class_names: tuple[str, ...], flag: str = "classes") -> list[int] | None:
+def choose_classes(text: str | None, model: ImageModel, flag: str = "classes") -> list[int] | None:
     """The labels that --classes names, in its order; None without it. UserError for what is no class."""
+    names = model.class_names
     if text is None:
         return None
-    if text.strip() == "all":
-        return list(range(len(class_names)))
-    by_name = {name.lower(): label for label, name in reversed(list(enumerate(class_names)))}
-    labels = []
-    for word in (word.strip() for word in text.split(",")):
-        if word.lower() in by_name:  # before numbers: classes may be named by digits
-            labels.append(by_name[word.lower()])
-        elif word.isdigit() and int(word) < len(class_names):
-            labels.append(int(word))
-        elif word.lstrip("-").isdigit():
-            raise UserError(f"--{flag}={text}: there is no class {word}; use 0 to {len(class_names) - 1}, or names")
-        else:
-            near = difflib.get_close_matches(word.lower(), by_name, n=3, cutoff=0.4)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(class_names[:5])}, ..."
-            raise UserError(f"--{flag}={text}: {word!r} is no class of this run; {hint}")
+    if text.strip() == "all" and "all" not in names:
+        return np.flatnonzero(model.drawn_classes).tolist()
+    try:
+        labels = read_classes(text, names)
+    except UserError as error:
+        raise UserError(f"--{flag}={text}: {error}") from None
+    if empty := [names[label] for label in dict.fromkeys(labels) if label in model.empty_classes]:
+        warn(f"--{flag}={text}: the run had no training images of {', '.join(empty[:5])}; expect noise")
     return labels
 
 
 def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
     """The one sampler of the command line."""
-    samplers = cli.read_samplers(config, model.network.config.class_dropout_prob, model.objective)
+    dropout = model.network.config.class_dropout_prob
+    samplers = cli.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
     if len(samplers) > 1:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each; eval_fid.py compares several")
     return samplers[0]
@@ -135,7 +130,7 @@ class Drawing:
         )
         model = self.generator.model
         self.sampler = read_sampler(config, model)
-        classes = read_classes(config.classes, model.class_names)
+        classes = choose_classes(config.classes, model)
         if classes is None:
             self.labels = self.generator.labels(range(config.num_samples))
         else:
@@ -218,7 +213,7 @@ class Drawing:
     def invert(self) -> None:
         """The noise of given images, what it leads back to, and what to under other classes."""
         config, generator = self.config, self.generator
-        edits = read_classes(config.edit, generator.class_names, "edit") or []
+        edits = choose_classes(config.edit, generator.model, "edit") or []
         images, files, labels = self._read_own(config.invert, "invert")
         plain = self.sampler._replace(cfg_scale=None)
         latents = generator.encode(images)

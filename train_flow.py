@@ -6,6 +6,7 @@ The same command again continues a run from its newest checkpoint. docs/training
 flags.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,11 +47,12 @@ from utils.metrics.registry import compute_fid
 from utils.metrics.statistics import ImageStatistics
 from utils.models import init_params, make_model
 from utils.objectives.objective import has_guidance, row_period
-from utils.objectives.registry import make_objective
+from utils.objectives.registry import OBJECTIVES, flag_of, make_objective, objective_fields
 from utils.panels import loss_by_time, reconstruction_panel, sample_panels
 from utils.plan import batch_structs, plan_lines
 from utils.progress import Progress
 from utils.resume import check_architecture, compare_with_saved
+from utils.samplers import guidance_scale
 from utils.sampling import SamplerConfig
 from utils.sharding import (
     SHARD,
@@ -169,12 +171,14 @@ class Trainer:
         period = row_period(make_objective(config))
         checks.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum, period)
         refuse_ignored(config)
+        if not has_checkpoints(cli.run_folder(config)):  # a run of an earlier version goes on as it began
+            refuse_contradictions(config)
         if not self.started_from:
             cli.refuse_ignored(("freeze", "lora_rank"), "without --load_dir")
         self._load_data()
         self._load_model()
         self._load_reference()
-        self.ema = EmaSchedule(cli.ema_decay(config.model.target_update_rate), bool(config.ema_warmup))
+        self.ema = EmaSchedule.of_run(config)
         self.flops_per_step = 3 * config.batch_size * self.model.network.count_flops(self.model.latent_shape)
         self._make_static(frozen=())
 
@@ -461,7 +465,7 @@ class Trainer:
                 yield f"{name}_loss_t/{t}", loss
         yield "reconstruction_n", reconstruction_panel(model, state.ema_params, self.validation_batch, key)
         is_guided = has_guidance(model.objective) and checks.can_guide(config.model.class_dropout_prob)
-        scale = cli.guidance_scale(config.model.cfg_scale) if is_guided else None
+        scale = guidance_scale(config.model.cfg_scale) if is_guided else None
         sampler = SamplerConfig(config.model.denoise_timesteps, scale)
         weight = self.ema.initial_weight(int(state.step))
         note = f"EMA, {weight:.0%} of it initial parameters" if weight > 0.005 else "EMA"
@@ -504,6 +508,27 @@ def refuse_ignored(config: ConfigDict) -> None:
         )
     if not config.dataset_name.startswith("folder:"):
         cli.refuse_ignored(("broken_images", "max_megapixels"), f"on {config.dataset_name}, only on folder:PATH")
+
+
+def refuse_contradictions(config: ConfigDict) -> None:
+    """UserError for settings of a new run that its objective or its data make pointless."""
+    objective = OBJECTIVES[config.objective.name]
+    fields = [flag_of(field) for field in dataclasses.fields(objective)]
+    others = [flag for flag in map(flag_of, objective_fields()) if flag not in fields]
+    cli.refuse_ignored(others, f"with --objective.name={config.objective.name}")
+    needs_step = getattr(objective, "MODEL_DEFAULTS", {}).get("step_conditioning", 0)
+    if cli.is_explicit("model.step_conditioning") and config.model.step_conditioning != needs_step:
+        raise UserError(
+            f"--model.step_conditioning={config.model.step_conditioning}: --objective.name={config.objective.name} "
+            f"{'needs it' if needs_step else 'gives the network no step'}; leave the flag out"
+        )
+    if config.objective.distill and not config.dataset_name.startswith("pairs:"):
+        raise UserError(
+            f"--objective.distill=1 learns one step from pairs, not from --dataset_name={config.dataset_name}; make "
+            "some with make_pairs.py, and give pairs:DIR"
+        )
+    if config.debug_overfit and config.random_flip:
+        raise UserError("--random_flip=1 has no effect with --debug_overfit=1; leave it out")
 
 
 tree_norm = jax.jit(optax.tree.norm)
@@ -632,9 +657,9 @@ def main(config: ConfigDict) -> None:
         return
     log(f"settings: {cli.explicit_flags() or 'the defaults'}; all are in {trainer.folder / 'config.json'}")
     log(trainer.summary(state))
-    if config.eval_interval:
-        for hint in ema_hints(trainer.ema, min(1000, config.eval_interval), config.max_steps):
-            log(f"note: {hint}")
+    first_evaluation = min(1000, config.eval_interval) if config.eval_interval else None
+    for hint in ema_hints(trainer.ema, first_evaluation, config.max_steps):
+        log(f"note: {hint}")
     trainer.write_config(int(state.step))
     tracker = Tracker(trainer.folder, config, int(state.step), {"dataset": trainer.saved_config["dataset"]})
     with explaining_out_of_memory("training", MEMORY_FLAGS):

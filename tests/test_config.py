@@ -19,8 +19,10 @@ from utils.generate import RECIPE_BATCH_SIZE
 from utils.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
 from utils.resume import check_settings
+from utils.samplers import guidance_scale
 from utils.sampling import SamplerConfig
 from utils.sharding import make_mesh
+from utils.train_state import EmaSchedule
 
 DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4"
 
@@ -186,11 +188,13 @@ def test_run_folder_is_named_after_the_run(parse):
 
 
 def test_legacy_values_end_at_the_flags():
-    assert cli.guidance_scale(-1) is None
-    assert cli.guidance_scale(1) is None
-    assert cli.guidance_scale(0) == 0
-    assert cli.ema_decay(0.9999) == 0.9999
-    assert cli.ema_decay(1) == 0
+    assert guidance_scale(-1) is None
+    assert guidance_scale(1) is None
+    assert guidance_scale(0) == 0
+    assert EmaSchedule.of_run({"model": {"target_update_rate": 0.9999}}) == EmaSchedule(0.9999, has_warmup=False)
+    assert EmaSchedule.of_run({"model": {"target_update_rate": 1}, "ema_warmup": 1}) == EmaSchedule(
+        0.0, has_warmup=True
+    )
 
 
 def test_sweeps_are_every_scale_and_step_count_once(parse):
@@ -205,8 +209,8 @@ def test_sweeps_are_every_scale_and_step_count_once(parse):
     ("line", "message"),
     [
         ("--denoise_timesteps 20,x", "--denoise_timesteps=20,x: give numbers separated by commas, such as 100,20,5"),
-        ("--denoise_timesteps 0", "--denoise_timesteps=0: give numbers of 1 or more"),
-        ("--cfg_scale 1,-3", "--cfg_scale=-3: use scales of 0 or more"),
+        ("--denoise_timesteps 20,0", "--denoise_timesteps=0: use a whole number from 1"),
+        ("--cfg_scale 1,-3", "--cfg_scale=-3: use a scale from 0 to 1000"),
         ("--cfg_interval 0.5", "--cfg_interval=0.5: give first and last time"),
         ("--cfg_interval 0.9,0.1", "--cfg_interval=0.9,0.1: give first and last time"),
     ],
@@ -278,7 +282,7 @@ def test_guidance_needs_both_kinds_of_labels(parse, capsys):
     assert cli.read_samplers(parse("", eval_fid), 0) == [SamplerConfig(500, None)]
     assert "drawn without guidance" in capsys.readouterr().out
     assert cli.read_samplers(parse("--cfg_scale 1,-1", eval_fid), 1) == [SamplerConfig(500, None)]
-    with pytest.raises(UserError, match=r"--cfg_scale=1,4: with --model.class_dropout_prob=0 the model"):
+    with pytest.raises(UserError, match=r"--cfg_scale=4: with --model.class_dropout_prob=0 the model"):
         cli.read_samplers(parse("--cfg_scale 1,4", eval_fid), 0)
 
 

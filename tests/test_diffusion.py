@@ -218,8 +218,8 @@ def test_a_run_learns_noise_and_is_sampled_by_every_solver(tmp_path):
 
 def test_solvers_that_do_not_fit_are_refused(read_flags):
     cases = {
-        "--solver ddim": "--solver=ddim is of models trained as diffusions; use one of euler, heun, ",
-        "--solver sde --denoise_timesteps 1": "--denoise_timesteps=1: --solver=sde takes 2 or more",
+        "--solver ddim": "--solver=ddim: it is of models trained as diffusions; use one of euler, heun, ",
+        "--solver sde --denoise_timesteps 1": "--denoise_timesteps=1: use a whole number from 2",
         "--solver sde --time_grid shift:3": "--time_grid=shift:3 has no effect with --solver=sde",
         "--time_grid leading": "--time_grid=leading, which is of --solver ddim and ddpm",
     }

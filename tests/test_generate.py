@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import GOLDEN, ROOT
 from utils.errors import UserError
-from utils.generate import ClassMix, load_generator
+from utils.generate import ClassMix, ImageGenerator, load_generator
 from utils.sampling import SamplerConfig
 
 
@@ -42,10 +42,66 @@ def test_without_labels_they_are_those_that_an_evaluation_draws(generator):
     np.testing.assert_array_equal(generator.sample(labels, num_steps=4), expected)
 
 
-@pytest.mark.parametrize("label", [-1, 9.5, 11])
+@pytest.mark.parametrize("label", [-1, 9.5, 11, None])
 def test_labels_that_are_not_there_are_refused(generator, label):
     with pytest.raises(ValueError, match=f"no label {label}; use 0 to 9"):
         generator.sample(np.array([label]))
+
+
+def test_labels_may_be_names_of_classes(generator):
+    named = generator.with_seed(3)
+    named.model = generator.model._replace(class_names=("cat", "dog", *generator.class_names[2:]))
+    np.testing.assert_array_equal(named.check_labels(["dog", "CAT", "7"]), [1, 0, 7])
+    np.testing.assert_array_equal(named.check_labels("cat"), [0])
+    np.testing.assert_array_equal(named.sample("dog", num_steps=2), generator.sample(1, num_steps=2))
+    with pytest.raises(UserError, match="'cot' is no class of this run; did you mean cat"):
+        named.sample(["cot"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "num_steps=0: use a whole number"),
+        ({"cfg_scale": float("nan")}, "cfg_scale=nan: use a scale"),
+        ({"solver": "eular"}, "solver=eular: did you mean euler"),
+        ({"cfg_channels": 2, "cfg_scale": 2.0}, "cfg_channels=2: the model has 1 channels"),
+        ({"seed": 2**32}, "seed=4294967296: use a number from 0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_samples": 2}, "num_samples=2, but there are 1 labels"),
+        ({"labels": None, "num_samples": 0}, "num_samples=0: use 1 or more"),
+        ({"labels": []}, "labels is empty"),
+    ],
+)
+def test_the_api_refuses_what_the_flags_refuse(generator, arguments, message):
+    with pytest.raises(UserError, match=message):
+        generator.sample(**{"labels": [3], "num_steps": 2} | arguments)
+
+
+def test_samplers_are_checked_wherever_one_is_given(generator):
+    noise, bad = generator.noise([0]), SamplerConfig(0, None)
+    for draw in (
+        lambda: next(generator.generate(bad, 1, 1)),
+        lambda: next(generator.path(noise, [3], bad, 1)),
+        lambda: generator.sample_latents(noise, [3], bad),
+        lambda: generator.invert(noise, [3], bad),
+        lambda: generator.inpaint(np.zeros((1, 8, 8, 1), np.uint8), np.eye(8, dtype=bool), [3], bad),
+    ):
+        with pytest.raises(UserError, match="num_steps=0"):
+            draw()
+
+
+def test_scales_of_the_flags_for_no_guidance_are_none(generator):
+    plain = generator.sample([3], num_steps=2)
+    for scale in (-1, 1, 1.0):
+        np.testing.assert_array_equal(generator.sample([3], num_steps=2, cfg_scale=scale), plain)
+
+
+def test_no_samples_are_drawn_of_classes_without_images(generator):
+    sparse = ImageGenerator(generator.model._replace(empty_classes=(0, 3, 9)), generator.params, seed=3)
+    labels = sparse.labels(range(200))
+    assert set(labels.tolist()) == {1, 2, 4, 5, 6, 7, 8}
+    balanced = ImageGenerator(sparse.model, generator.params, label_mode="balanced")
+    assert balanced.labels(range(8)).tolist() == [1, 2, 4, 5, 6, 7, 8, 1]
 
 
 @pytest.mark.parametrize("sampler", [SamplerConfig(6, 2.0), SamplerConfig(0, None, solver="dopri5", rtol=1e-3)])
@@ -114,6 +170,15 @@ def test_parameters_with_and_without_ema(run, generator):
         load_generator(run, params="best")
     with pytest.raises(UserError, match="no checkpoint"):
         load_generator(run / "images")
+    with pytest.raises(UserError, match="--dtype=float16 is unknown"):
+        load_generator(run, dtype="float16")
+
+
+def test_an_ema_of_initial_parameters_is_named(run, capsys):
+    load_generator(run)
+    assert "the EMA at step 20 is still" in capsys.readouterr().err
+    load_generator(run, params="raw")
+    assert "EMA" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])

@@ -9,7 +9,7 @@ import train_flow
 from utils.data.dataset import SPLITS, DataOptions, array_dataset, describe_data, summarize_data
 from utils.data.registry import load_dataset
 from utils.errors import UserError
-from utils.hints import ema_hints, model_hints
+from utils.hints import ema_hints, model_hints, young_ema_hint
 from utils.memory import explaining_out_of_memory
 from utils.train_state import EmaSchedule
 
@@ -65,6 +65,20 @@ def test_the_proposed_rate_leaves_a_hundredth(digits):
     assert "target_update_rate" not in long
     assert ema_hints(EmaSchedule(0.995), 1000, 1000) == []
     assert ema_hints(EmaSchedule(0.9999, has_warmup=True), 1000, 1000) == []
+    (without,) = ema_hints(EmaSchedule(0.9999), None, 2000)  # --eval_interval 0
+    assert "of which 82% is initial parameters at --max_steps; --model.target_update_rate" in without
+    assert ema_hints(EmaSchedule(0.9999), None, 40_000) == []
+
+
+def test_an_ema_of_mostly_initial_parameters_is_named_with_its_fraction():
+    """0.9999^2000 = 0.819."""
+    saved = {"model": {"target_update_rate": 0.9999}}
+    hint = young_ema_hint(saved, 2000)
+    assert hint.startswith("the EMA at step 2,000 is still 82% initial parameters, noise; --params raw takes")
+    assert "is still 82% the parameters that the run started from" in young_ema_hint(saved | {"load_dir": "x"}, 2000)
+    assert young_ema_hint(saved, 40_000) is None
+    assert young_ema_hint(saved | {"ema_warmup": 1}, 2000) is None
+    assert young_ema_hint({"model": {"target_update_rate": 1}}, 1) is None
 
 
 @pytest.mark.parametrize("flip", [True, False, None])

@@ -32,25 +32,21 @@ def draw(read_flags, run, tmp_path):  # noqa: F811
     return start
 
 
-def test_classes_are_named_by_names_and_numbers():
-    assert sample.read_classes("goldfish, 3,Tench", NAMES) == [1, 3, 0]
-    assert sample.read_classes("all", NAMES) == [0, 1, 2, 3]
-    assert sample.read_classes(None, NAMES) is None
-    assert sample.read_classes("3,1", ("3", "2", "1")) == [0, 2]  # names go before numbers
+def test_classes_are_named_by_names_and_numbers(generator):  # noqa: F811
+    model = generator.model._replace(class_names=NAMES)
+    assert sample.choose_classes("goldfish, 3,Tench", model) == [1, 3, 0]
+    assert sample.choose_classes("all", model) == [0, 1, 2, 3]
+    assert sample.choose_classes(None, model) is None
+    with pytest.raises(UserError, match="--edit=goldfsh: 'goldfsh' is no class"):
+        sample.choose_classes("goldfsh", model, "edit")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("goldfsh", r"--classes=goldfsh: 'goldfsh' is no class of this run; did you mean goldfish"),
-        ("4", r"there is no class 4; use 0 to 3"),
-        ("-1", r"there is no class -1"),
-        ("tench,", r"'' is no class"),
-    ],
-)
-def test_unknown_classes_are_refused(text, message):
-    with pytest.raises(UserError, match=message):
-        sample.read_classes(text, NAMES)
+def test_classes_without_images_are_not_among_all_and_named_where_asked_for(generator, capsys):  # noqa: F811
+    model = generator.model._replace(class_names=NAMES, empty_classes=(0, 2))
+    assert sample.choose_classes("all", model) == [1, 3]
+    assert capsys.readouterr().err == ""
+    assert sample.choose_classes("tench,3", model) == [0, 3]
+    assert "--classes=tench,3: the run had no training images of tench; expect noise" in capsys.readouterr().err
 
 
 def test_the_images_are_those_of_an_evaluation(draw, generator, tmp_path, capsys):  # noqa: F811
@@ -183,12 +179,15 @@ def test_bad_input_about_ones_own_images_is_one_line(draw, own, words, message):
     ("words", "message"),
     [
         ("--classes 11", r"--classes=11: there is no class 11"),
-        ("--denoise_timesteps 0", r"--denoise_timesteps=0: give numbers of 1 or more"),
+        ("--denoise_timesteps 0", r"--denoise_timesteps=0: use a whole number from 1"),
         ("--denoise_timesteps 4,2", r"give one of each; eval_fid.py compares several"),
         ("--film_frames 9", r"--film_frames=9 has no effect without --film"),
         ("--interpolate 4 --film", r"--film=True has no effect with --interpolate"),
         ("--classes 3 --labels balanced", r"--labels=balanced has no effect beside --classes"),
         ("--batch_size 0", r"--batch_size=0: use 1 or more"),
+        ("--vae x", r"--vae=x has no effect on a run of pixels"),
+        ("--cfg_channels 2", r"--cfg_channels=2: the model has 1 channels"),
+        ("--classes ²", r"--classes=²: '²' is no class of this run"),
     ],
 )
 def test_bad_input_is_one_line(draw, words, message):

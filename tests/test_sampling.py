@@ -149,6 +149,7 @@ def test_noise_and_labels_depend_on_seed_and_index_alone(mode):
     ("mode", "counts", "fractions"),
     [
         ("uniform", [5, 5, 90], [1 / 3, 1 / 3, 1 / 3]),
+        ("uniform", [0, 5, 0, 90], [0, 1 / 2, 0, 1 / 2]),
         ("dataset", [10, 0, 30, 60], [0.1, 0, 0.3, 0.6]),
     ],
 )
@@ -162,6 +163,14 @@ def test_labels_are_drawn_with_the_fractions_of_their_mode(mode, counts, fractio
 def test_balanced_labels_are_interleaved():
     labels = sampling.sample_labels(KEY, jnp.arange(7), jnp.array([5, 5, 90]), "balanced")
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    labels = sampling.sample_labels(KEY, jnp.arange(5), jnp.array([0, 5, 0, 90]), "balanced")
+    assert labels.tolist() == [1, 3, 1, 3, 1]
+
+
+def test_uniform_labels_of_whole_tables_are_those_of_earlier_versions():
+    """Entry i is randint(fold_in(key, i), classes), so that older evaluations are found again."""
+    expected = [int(jax.random.randint(jax.random.fold_in(KEY, i), (), 0, 10)) for i in range(20)]
+    assert sampling.sample_labels(KEY, jnp.arange(20), jnp.ones(10)).tolist() == expected
 
 
 GAUSSIAN = (jnp.array([0.7, -0.3]), 0.5)

@@ -28,19 +28,16 @@ from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
 from utils.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
 from utils.memory import keep_freed_memory
-from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objective import Objective, has_guidance
 from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
-from utils.sampling import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
+from utils.samplers import FLAGS as SAMPLER_FLAGS
+from utils.samplers import MAX_SCALE, MAX_STEPS, check_sampler, guidance_scale
+from utils.sampling import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
 
 FLAGS = flags.FLAGS
 
 BROKEN_IMAGES = ("refuse", "skip")
-
-# More than any sampler has use for.
-MAX_STEPS = 10**6
-MAX_SCALE = 1000
 
 # Flags whose value is a path, or a data set or a VAE that may be one.
 _path_flags: set[str] = set()
@@ -133,80 +130,65 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str) -> None:
 
 
 def read_samplers(
-    config: ConfigDict, class_dropout_prob: float, objective: Objective | None = None
+    config: ConfigDict,
+    class_dropout_prob: float,
+    objective: Objective | None = None,
+    num_channels: int | None = None,
 ) -> list[SamplerConfig]:
-    """A sampler for every guidance scale and step count of the flags of `define_sampler_flags`. UserError for values
-    that cannot be, for flags that the solver does not take, for a solver that a model of this objective does not have
-    (None: flow matching), and for guidance that one trained with `class_dropout_prob` does not have; where none was
-    asked for, there is none, which is logged."""
-    scales = read_numbers(config.cfg_scale, "cfg_scale", float, MAX_SCALE) if config.get("use_cfg", 1) else [-1.0]
-    if objective is not None and not has_guidance(objective) and any(map(guides, scales)):
-        if is_explicit("cfg_scale"):
-            raise UserError(
-                f"--cfg_scale={','.join(config.cfg_scale)}: guidance is part of what the model has learned; use "
-                "--cfg_scale 1"
-            )
-        scales = [-1.0]
-    if not checks.can_guide(class_dropout_prob) and any(map(guides, scales)):
-        reason = checks.explain_no_guidance(class_dropout_prob)
-        if is_explicit("cfg_scale"):
-            raise UserError(f"--cfg_scale={','.join(config.cfg_scale)}: {reason}; use --cfg_scale 1")
-        log(f"{reason}: samples are drawn without guidance")
-        scales = [-1.0]
-    steps = read_numbers(config.denoise_timesteps, "denoise_timesteps", int, MAX_STEPS, lowest=1)
-    interval = tuple(read_numbers(config.cfg_interval, "cfg_interval", float, 1, lowest=0))
-    if len(interval) != 2 or interval[0] > interval[1]:
-        raise UserError(f"--cfg_interval={','.join(config.cfg_interval)}: give first and last time, such as 0.1,0.9")
-    for scale in scales:
-        if scale < 0 and scale != -1:
-            raise UserError(f"--cfg_scale={scale:g}: use scales of 0 or more, or -1 for no guidance")
-    guidance = list(dict.fromkeys(map(guidance_scale, scales)))  # -1 and 1 are the same
+    """A sampler for every guidance scale and step count of the flags of `define_sampler_flags`.
+
+    Models of this objective (None: flow matching), trained with `class_dropout_prob` on `num_channels` channels, are to
+    be sampled. Where they know no guidance and none was asked for, there is none, which is logged. UserError for values
+    that `check_sampler` refuses, and for flags that the solver does not take.
+    """
+    # Guidance.
+    scales = read_numbers(config.cfg_scale, "cfg_scale", float) if config.get("use_cfg", 1) else [-1.0]
+    if not is_explicit("cfg_scale"):
+        if objective is not None and not has_guidance(objective):
+            scales = [-1.0]
+        elif not checks.can_guide(class_dropout_prob) and any(map(guides, scales)):
+            log(f"{checks.explain_no_guidance(class_dropout_prob)}: samples are drawn without guidance")
+            scales = [-1.0]
+    guidance = dict.fromkeys(guidance_scale(scale) for scale in scales)  # -1 and 1 are the same
     if not any(scale is not None for scale in guidance):
         refuse_ignored(("cfg_interval", "cfg_channels"), "without guidance")
-    common = SamplerConfig(
-        num_steps=0,
-        cfg_scale=None,
-        cfg_interval=interval,
-        solver=config.solver,
-        cfg_channels=config.cfg_channels,
-        **read_time_grid(config, steps, objective),
-        rtol=config.rtol,
-        atol=config.atol,
-    )
-    if common.is_adaptive:
+
+    # Steps.
+    steps = read_numbers(config.denoise_timesteps, "denoise_timesteps", int)
+    if config.solver in ADAPTIVE_SOLVERS:
         refuse_ignored(("denoise_timesteps", "time_grid"), f"with --solver={config.solver}, which chooses its steps")
         steps = [0]
     else:
         refuse_ignored(("rtol", "atol"), f"with --solver={config.solver}, which takes --denoise_timesteps")
-    return [common._replace(num_steps=n, cfg_scale=scale) for scale in guidance for n in dict.fromkeys(steps)]
+
+    common = SamplerConfig(
+        num_steps=0,
+        cfg_scale=None,
+        cfg_interval=tuple(read_numbers(config.cfg_interval, "cfg_interval", float)),
+        solver=config.solver,
+        cfg_channels=config.cfg_channels,
+        **read_time_grid(config),
+        rtol=config.rtol,
+        atol=config.atol,
+    )
+    samplers = [common._replace(num_steps=n, cfg_scale=scale) for scale in guidance for n in dict.fromkeys(steps)]
+    for sampler in samplers:
+        check_sampler(
+            sampler, objective, class_dropout_prob=class_dropout_prob, num_channels=num_channels, names=SAMPLER_FLAGS
+        )
+    return samplers
 
 
-def read_time_grid(config: ConfigDict, step_counts: list[int], objective: Objective | None) -> dict[str, Any]:
-    """What of a SamplerConfig --time_grid says; UserError where the solver cannot take it, or so many steps, or is not
-    one of the objective's."""
+def read_time_grid(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a SamplerConfig that --time_grid sets; UserError where the solver does not take its value."""
     solver, grid = config.solver, config.time_grid
     kind = "any" if solver in ADAPTIVE_SOLVERS else SOLVERS[solver].grid
-    fitting = getattr(objective, "SOLVERS", (*ODE_SOLVERS, "sde", *ADAPTIVE_SOLVERS))
-    if solver not in fitting:
-        what = "is of models trained as diffusions" if kind == "diffusion" else "does not fit what the model learned"
-        raise UserError(f"--solver={solver} {what}; use one of {', '.join(fitting)}")
-    problem = next(filter(None, map(getattr(objective, "check_steps", lambda _: ""), step_counts)), "")
-    if problem:
-        raise UserError(f"--denoise_timesteps={','.join(map(str, step_counts))}: {problem}")
     if kind == "diffusion":
-        assert isinstance(objective, Diffusion)
         if is_explicit("time_grid") and grid not in SPACINGS:
             raise UserError(f"--time_grid={grid}: with --solver={solver} use one of {', '.join(SPACINGS)}")
-        if max(step_counts) > objective.num_levels:
-            raise UserError(
-                f"--denoise_timesteps={max(step_counts)}: the model has {objective.num_levels} noise levels, which is "
-                f"the most that --solver={solver} can take"
-            )
         return {"spacing": grid if grid in SPACINGS else SPACINGS[0]}
     if kind == "sde":
         refuse_ignored(("time_grid",), f"with --solver={solver}, which has its own times")
-        if min(step_counts) < 2:
-            raise UserError(f"--denoise_timesteps={min(step_counts)}: --solver={solver} takes 2 or more")
         return {}
     return {"time_shift": read_time_shift(grid)}
 
@@ -454,7 +436,7 @@ def inherit_settings(config: ConfigDict, saved: Mapping[str, Any]) -> None:
 
 def resolve_objective(config: ConfigDict) -> None:
     """Fills what the objective has another default of into what the user left unset."""
-    defaults = getattr(OBJECTIVES[config.objective.name], "MODEL_DEFAULTS", {})
+    defaults = {"step_conditioning": 0, **getattr(OBJECTIVES[config.objective.name], "MODEL_DEFAULTS", {})}
     for name, value in defaults.items():
         if not is_explicit(f"model.{name}"):
             config.model[name] = value
@@ -535,18 +517,8 @@ def guides(cfg_scale: float) -> bool:
     return guidance_scale(cfg_scale) is not None
 
 
-def guidance_scale(cfg_scale: float) -> float | None:
-    """None (no guidance, one pass a step) for the flag's -1 and for 1, which equals it; otherwise the scale."""
-    return None if cfg_scale in (-1, 1) else cfg_scale
-
-
-def ema_decay(target_update_rate: float) -> float:
-    """The decay of the EMA; the recipe's rate 1 means "no EMA" (decay 0), not "frozen"."""
-    return 0.0 if target_update_rate == 1 else target_update_rate
-
-
-def read_numbers(words: list[str], flag: str, kind: type, highest: float, lowest: float | None = None) -> list:
-    """The numbers of a flag that takes several; UserError where one is none, not finite, or out of bounds."""
+def read_numbers(words: list[str], flag: str, kind: type) -> list:
+    """The numbers of a flag that takes several; UserError where one of the words is none."""
     try:
         numbers = [to_integer(word) if kind is int else kind(word) for word in words]
     except ValueError:
@@ -554,8 +526,4 @@ def read_numbers(words: list[str], flag: str, kind: type, highest: float, lowest
         raise UserError(f"--{flag}={','.join(words)}: give numbers separated by commas, such as {example}") from None
     if not numbers:
         raise UserError(f"--{flag}= is empty: give numbers separated by commas")
-    if not all(map(math.isfinite, numbers)) or max(numbers) > highest:
-        raise UserError(f"--{flag}={','.join(words)}: give numbers up to {highest}")
-    if lowest is not None and min(numbers) < lowest:
-        raise UserError(f"--{flag}={','.join(words)}: give numbers of {lowest} or more")
     return numbers

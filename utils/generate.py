@@ -6,7 +6,8 @@ images = generator.sample(labels=[3, 7], num_steps=64, cfg_scale=2.0, seed=0)  #
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,13 +25,18 @@ from utils.checkpoint import open_checkpoint
 from utils.codecs.absent import AbsentVAE
 from utils.codecs.codec import images_from_uint8, images_to_uint8
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.console import warn
+from utils.data.class_names import find_class
 from utils.errors import AbsentVAEError, UserError
+from utils.hints import young_ema_hint
 from utils.lora import merge_lora
 from utils.models import ImageModel, init_params, make_model, model_fn
 from utils.objectives.objective import ModelFn, VelocityFn
 from utils.objectives.registry import make_objective
+from utils.samplers import check_sampler, guidance_scale
 from utils.sampling import (
     ADAPTIVE_SOLVERS,
+    LABELS,
     ODE_SOLVERS,
     SOLVERS,
     SamplerConfig,
@@ -43,6 +49,7 @@ from utils.sharding import batch_sharding, gather, make_mesh, replicated, shape_
 RECIPE_BATCH_SIZE = 128
 STEPS = 2**31 - 1  # a random stream beside the samples', which fold 0, 1, 2, ... into the noise key
 Labels = Sequence[int] | np.ndarray | Array
+Classes = Labels | Sequence[str | int] | str | int  # labels, or names of classes
 
 
 class ImageBatch(NamedTuple):
@@ -233,6 +240,9 @@ class ImageGenerator:
     Sample i (its noise, and its label as `label_mode` and `class_counts` say, see `sampling.sample_labels`) is a
     function of (seed, i) alone, whatever the batch size or the number of devices. Guidance scale, interval, step count
     and time shift compile nothing anew; with and without guidance are two compiled functions.
+
+    UserError, which is a ValueError, for a sampler that the flags would refuse (see `samplers.check_sampler`), a seed
+    outside of 0 .. 2^32 - 1, and labels that the model does not have.
     """
 
     def __init__(
@@ -244,11 +254,13 @@ class ImageGenerator:
         label_mode: str = "uniform",
         class_counts: Sequence[int] | Num[np.ndarray, " classes"] | None = None,
     ):
+        if label_mode not in LABELS:
+            raise UserError(f"label_mode={label_mode!r}: use one of {', '.join(LABELS)}")
         self.model = model
         self.params = params
-        self.noise_key, self.label_key = jax.random.split(jax.random.key(seed))
+        self.noise_key, self.label_key = jax.random.split(jax.random.key(check_seed(seed)))
         self.label_mode = label_mode
-        self.counts = np.ones(len(model.class_names)) if class_counts is None else np.asarray(class_counts, float)
+        self.counts = model.drawn_classes if class_counts is None else np.asarray(class_counts, float)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -260,6 +272,7 @@ class ImageGenerator:
         self, sampler: SamplerConfig, num_samples: int, batch_size: int, labels: Labels | None = None
     ) -> Iterator[ImageBatch]:
         """Batches of `batch_size` rows until exactly `num_samples` are made, with these labels (n,) or drawn ones."""
+        self.check_sampler(sampler)
         if labels is not None and len(labels) != num_samples:
             raise ValueError(f"{len(labels)} labels for {num_samples} samples")
         for start in range(0, num_samples, batch_size):
@@ -302,7 +315,7 @@ class ImageGenerator:
 
     def sample(
         self,
-        labels: Labels | int | None = None,
+        labels: Classes | None = None,
         *,
         num_samples: int | None = None,
         num_steps: int = 64,
@@ -312,29 +325,48 @@ class ImageGenerator:
     ) -> UInt8[np.ndarray, "n h w c"]:
         """Images uint8 (n, h, w, c), in one batch: one for each of `labels`, or `num_samples` with drawn ones.
 
-        `cfg_scale` None is no guidance. `seed`: default, the generator's. `sampler`: further fields of SamplerConfig,
-        such as solver="heun". Raises ValueError for labels that the model does not have.
+        Labels are numbers or names of classes. `cfg_scale` None, -1 or 1 is no guidance. `seed`: default, the
+        generator's. `sampler`: further fields of SamplerConfig, such as solver="heun".
         """
         generator = self if seed is None else self.with_seed(seed)
         if labels is not None:
-            labels = self.check_labels(np.atleast_1d(np.asarray(labels)))
+            labels = self.check_labels(labels)
+            if num_samples not in (None, len(labels)):
+                raise UserError(f"num_samples={num_samples}, but there are {len(labels)} labels; give one of the two")
             num_samples = len(labels)
-        count = 1 if num_samples is None else num_samples
-        size = -(-count // self.model.mesh.size) * self.model.mesh.size
+        count = 1 if num_samples is None else operator.index(num_samples)
+        if count < 1:
+            raise UserError(f"num_samples={count}: use 1 or more")
         config = SamplerConfig(num_steps, cfg_scale, **sampler)
-        (batch,) = generator.generate(config, count, size, labels)
+        self.check_sampler(config)
+        size = -(-count // self.model.mesh.size) * self.model.mesh.size
+        (batch,) = generator.generate(config._replace(cfg_scale=guidance_scale(cfg_scale)), count, size, labels)
         return batch.to_host()[0]
+
+    def check_sampler(self, sampler: SamplerConfig) -> None:
+        """Raises UserError for a sampler that the model cannot be sampled with."""
+        model = self.model
+        dropout, channels = model.network.config.class_dropout_prob, model.latent_shape[-1]
+        check_sampler(sampler, model.objective, class_dropout_prob=dropout, num_channels=channels)
 
     def with_seed(self, seed: int) -> "ImageGenerator":
         return ImageGenerator(self.model, self.params, seed=seed, label_mode=self.label_mode, class_counts=self.counts)
 
-    def check_labels(self, labels: np.ndarray) -> Int[np.ndarray, " n"]:
-        """The labels, if the model has them; `num_classes`, "no label", is one of them. ValueError otherwise."""
+    def check_labels(self, labels: Classes) -> Int[np.ndarray, " n"]:
+        """The labels (n,) of numbers or names of classes; `num_classes`, "no label", is one of them. UserError for what
+        is no class of the model."""
         no_label = self.model.network.config.num_classes
-        for label in labels:
-            if not (float(label).is_integer() and (0 <= label < len(self.class_names) or label == no_label)):
-                raise ValueError(f"there is no label {label}; use 0 to {len(self.class_names) - 1}")
-        return labels.astype(np.int32)
+        found = []
+        for label in [labels] if isinstance(labels, str) else np.atleast_1d(np.asarray(labels)).tolist():
+            if isinstance(label, str):
+                found.append(find_class(label, self.class_names))
+            elif _is_whole(label) and (0 <= label < len(self.class_names) or label == no_label):
+                found.append(int(label))
+            else:
+                raise UserError(f"there is no label {label}; use 0 to {len(self.class_names) - 1}, or names")
+        if not found:
+            raise UserError("labels is empty; give one for each image")
+        return np.array(found, np.int32)
 
     def noise(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Float[Array, "n h w c"]:
         """The noise, of latents, from which the samples `indices` start."""
@@ -357,6 +389,7 @@ class ImageGenerator:
     ) -> Iterator[Float[Array, "n h w c"]]:
         """The latents at `num_stages` + 1 times of the path, from `noise` itself to t = 1, equally many steps apart (or
         as near as the step count allows). Row j has the fresh noise of sample j, if the solver draws any."""
+        self.check_sampler(sampler)
         labels = _as_arrays(labels)
         settings, static = _Settings.of(sampler), self._static(sampler)
         yield noise
@@ -404,7 +437,9 @@ class ImageGenerator:
         none of ODEs.
         """
         if sampler.is_adaptive:
-            raise ValueError(f"{sampler.solver} cannot inpaint: use a solver of fixed steps")
+            raise UserError(f"{sampler.solver} cannot inpaint: use a solver of fixed steps")
+        if num_repeats < 1:
+            raise UserError(f"num_repeats={num_repeats}: use 1 or more")
         self._check_ode(sampler, "inpaint")
         filled = _inpaint(
             self.params, self.model.codec, self.noise_key, images, is_hole, self.noise(range(len(images))),
@@ -413,8 +448,9 @@ class ImageGenerator:
         return gather(filled)
 
     def _check_ode(self, sampler: SamplerConfig, verb: str) -> None:
+        self.check_sampler(sampler)
         if not sampler.is_adaptive and sampler.solver not in ODE_SOLVERS:
-            raise ValueError(f"{sampler.solver} cannot {verb}: use one of {', '.join(ODE_SOLVERS)}")
+            raise UserError(f"{sampler.solver} cannot {verb}: use one of {', '.join(ODE_SOLVERS)}")
 
     def model_fn(self, x: ArrayLike, t: Any, labels: Any) -> Float[Array, "n h w c"]:
         """The velocity, float32, without guidance, at x (n, h, w, c) on the straight path from noise (t = 0) to data
@@ -430,6 +466,17 @@ class ImageGenerator:
     def decode(self, latents: Float[Array, "n h2 w2 c2"]) -> UInt8[np.ndarray, "n h w c"]:
         """Images of latents."""
         return gather(_decode(self.model.codec, latents))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (int, float)) and float(value).is_integer()
+
+
+def check_seed(seed: int) -> int:
+    """The seed; UserError for one beyond 32 bits, which JAX would cut."""
+    if not 0 <= operator.index(seed) < 2**32:
+        raise UserError(f"seed={seed}: use a number from 0 to {2**32 - 1}")
+    return seed
 
 
 def _as_arrays(labels: Labels | ClassMix) -> Array | ClassMix:
@@ -459,11 +506,13 @@ def load_generator(
     """
     if params not in ("ema", "raw"):
         raise UserError(f"--params={params} is unknown; use ema or raw")
+    if dtype not in (None, "bfloat16", "float32"):
+        raise UserError(f"--dtype={dtype} is unknown; use bfloat16 or float32")
     mesh = mesh or make_mesh()
     checkpoints, steps = open_checkpoint(str(run))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     model = load_model(saved, mesh, dtype=dtype, vae=vae, needs_images=needs_images)
-    _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, params)
+    _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, saved, params)
     return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode)
 
 
@@ -475,6 +524,8 @@ def load_model(
     config, data = ConfigDict(saved["model"]), saved["dataset"]
     if dtype:
         config.dtype = dtype
+    if vae is not None and not config.use_stable_vae:
+        raise UserError(f"--vae={vae} has no effect on a run of pixels; leave it out")
     shape, name = data["image_shape"], vae or data["vae"] or DEFAULT_HUB_ID
     try:
         codec = load_codec(bool(config.use_stable_vae), name, mesh, shape, data["vae_sha256"])
@@ -482,7 +533,8 @@ def load_model(
         if needs_images or vae is not None or not data["latent_shape"]:
             raise
         codec = AbsentVAE(str(error), tuple(data["latent_shape"]))
-    model = make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"])
+    empty = data.get("empty_classes", ())
+    model = make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"], empty_classes=empty)
     if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))
         raise UserError(
@@ -492,8 +544,13 @@ def load_model(
     return model
 
 
-def restore_params(checkpoints: Any, steps: list[int], model: ImageModel, which: str = "ema") -> tuple[int, PyTree]:
-    """(step, parameters) of the first whole checkpoint of `steps`, on every device; `which` is 'ema' or 'raw'."""
+def restore_params(
+    checkpoints: Any, steps: list[int], model: ImageModel, saved: Mapping[str, Any], which: str = "ema"
+) -> tuple[int, PyTree]:
+    """(step, parameters) of the first whole checkpoint of `steps`, on every device; `which` is 'ema' or 'raw'.
+
+    Warns of an EMA that is mostly initial parameters, by the run's configuration `saved`.
+    """
     shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
     target = shape_structs(shapes, replicated(model.mesh))
     name = "ema_params" if which == "ema" else "params"
@@ -503,7 +560,10 @@ def restore_params(checkpoints: Any, steps: list[int], model: ImageModel, which:
         (params,) = checkpoints.restore_params(step, target | factors, (name,))
         return merge_lora(params)
 
-    return checkpoints.restore_newest(read, steps)
+    step, params = checkpoints.restore_newest(read, steps)
+    if which == "ema" and not checkpoints.is_imported(step) and (hint := young_ema_hint(saved, step)):
+        warn(hint)
+    return step, params
 
 
 def hash_params(params: PyTree) -> str:

@@ -1,11 +1,15 @@
 """What is possible but hardly meant, and why first images may be noise: lines for the user before training starts."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from utils.data.dataset import ImageDataset
 from utils.train_state import EmaSchedule
+
+YOUNG = 0.1  # initial weight above which an EMA draws other images than the parameters
 
 
 def model_hints(
@@ -29,17 +33,34 @@ def model_hints(
     return hints
 
 
-def ema_hints(ema: EmaSchedule, first_evaluation: int, max_steps: int) -> list[str]:
-    """About the EMA, from which images are drawn and FID is computed, where it is mostly the initial parameters."""
-    first = min(first_evaluation, max_steps)
-    at_first, at_last = ema.initial_weight(first), ema.initial_weight(max_steps)
-    if at_first < 0.1:
+def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) -> list[str]:
+    """About the EMA, from which images are drawn and FID is computed, where it is mostly the initial parameters.
+
+    `first_evaluation` is the step of the run's first one; None: it has none.
+    """
+    at_last = ema.initial_weight(max_steps)
+    share = f"{at_last:.0%} is initial parameters at --max_steps"
+    if first_evaluation is not None:
+        first = min(first_evaluation, max_steps)
+        at_first = ema.initial_weight(first)
+        share = (
+            f"{at_first:.0%} is initial parameters at the first evaluation (step {first:,}) and {at_last:.0%} at "
+            "--max_steps"
+        )
+    if (at_last if first_evaluation is None else at_first) < YOUNG:
         return []
     fixes = ["--ema_warmup 1 follows the parameters from the start"]
     if at_last > 0.02:
         rate = 1 - math.ceil(1e4 * (1 - 0.01 ** (1 / max_steps))) / 1e4
         fixes.insert(0, f"--model.target_update_rate {max(rate, 0.5):g} leaves 1% at the end")
-    return [
-        f"images and FID use the EMA, of which {at_first:.0%} is initial parameters at the first evaluation (step "
-        f"{first:,}) and {at_last:.0%} at --max_steps; {', or '.join(fixes)}"
-    ]
+    return [f"images and FID use the EMA, of which {share}; {', or '.join(fixes)}"]
+
+
+def young_ema_hint(saved: Mapping[str, Any], step: int) -> str | None:
+    """A warning that the EMA at `step` of a run of the configuration `saved` is mostly initial parameters; None where
+    it is not."""
+    weight = EmaSchedule.of_run(saved).initial_weight(step)
+    if weight < YOUNG:
+        return None
+    initial = "the parameters that the run started from" if saved.get("load_dir") else "initial parameters, noise"
+    return f"the EMA at step {step:,} is still {weight:.0%} {initial}; --params raw takes the parameters themselves"

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
 
 from diffusion_transformer import NETWORKS, DiTConfig
@@ -46,6 +47,14 @@ class ImageModel(NamedTuple):
     mesh: Mesh
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    empty_classes: tuple[int, ...] = ()  # labels without training images, of which no samples are drawn
+
+    @property
+    def drawn_classes(self) -> Float[np.ndarray, " classes"]:
+        """1 for each class of which samples are drawn, 0 for the empty ones."""
+        counts = np.ones(len(self.class_names))
+        counts[list(self.empty_classes)] = 0
+        return counts
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -60,6 +69,7 @@ def make_model(
     image_shape: Sequence[int],
     class_names: Sequence[str],
     remat: str = "none",
+    empty_classes: Sequence[int] = (),
 ) -> ImageModel:
     """The model of the --model.* values `config` for a data set; UserError where they do not fit."""
     height, width, channels = image_shape
@@ -79,7 +89,7 @@ def make_model(
     head_dim = config.hidden_size // config.num_heads
     attention_form = choose_attention_for(mesh, head_dim, config.dtype)
     network = NETWORKS[dit_config.network](dit_config, remat, attention_form)
-    return ImageModel(network, objective, codec, mesh, shape, tuple(class_names))
+    return ImageModel(network, objective, codec, mesh, shape, tuple(class_names), tuple(empty_classes))
 
 
 def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:

@@ -14,7 +14,7 @@ from utils.files import atomic_write, locked, remove_temporaries, set_aside, wri
 from utils.metrics.registry import COLUMNS
 
 NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
-OPTIONAL = ("rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective")
+OPTIONAL = ("rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes")
 
 
 class Results:

@@ -447,13 +447,16 @@ def sample_labels(
     """Labels (b,) of samples by number; entry j is a function of (key, indices[j]) alone.
 
     `mode`: 'uniform' draws every class with the same probability, 'balanced' interleaves them, 'dataset' draws them in
-    proportion to `counts`; the first two use only how many there are.
+    proportion to `counts`. Classes whose count is 0 are never drawn.
     """
+    if mode == "dataset":
+        fractions = jnp.cumsum(counts) / jnp.sum(counts)
+        draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(indices)
+        # The last fraction is 1, up to rounding.
+        return jnp.searchsorted(fractions[:-1], draws, side="right").astype(jnp.int32)
+    num_drawn = jnp.count_nonzero(counts)
+    labels = jnp.argsort(counts == 0, stable=True).astype(jnp.int32)  # those that are drawn first, ascending
     if mode == "balanced":
-        return indices % len(counts)
-    if mode == "uniform":
-        return jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, len(counts)))(indices)
-    fractions = jnp.cumsum(counts) / jnp.sum(counts)
-    draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(indices)
-    # The last fraction is 1, up to rounding.
-    return jnp.searchsorted(fractions[:-1], draws, side="right").astype(jnp.int32)
+        return labels[indices % num_drawn]
+    places = jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, num_drawn))(indices)
+    return labels[places]

@@ -1,6 +1,8 @@
 """What a run carries from step to step: step count, parameters, their EMA, optimizer state, random key."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import flax.struct
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
+from ml_collections import ConfigDict
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -88,6 +91,12 @@ class EmaSchedule:
 
     decay: float
     has_warmup: bool = False
+
+    @classmethod
+    def of_run(cls, config: Mapping[str, Any] | ConfigDict) -> "EmaSchedule":
+        """The schedule of a run's configuration. The recipe's rate 1 means "no EMA" (decay 0), not "frozen"."""
+        rate = config["model"]["target_update_rate"]
+        return cls(0.0 if rate == 1 else rate, bool(config.get("ema_warmup")))
 
     def decay_at(self, step: Int[Array, ""]) -> float | Float[Array, ""]:
         return jnp.minimum(self.decay, (1 + step) / (10 + step)) if self.has_warmup else self.decay

@@ -185,6 +185,8 @@ def array_dataset(
         )
     lowest, highest = int(labels.min()), int(labels.max())
     names = tuple(map(str, range(highest + 1))) if class_names is None else tuple(class_names)
+    if len(names) > 1 and len(set(names)) == 1:
+        raise UserError(f"{name}: all {len(names)} class names are {names[0]!r}; give each class a name of its own")
     if lowest < 0 or highest >= len(names):
         raise UserError(f"{name}: labels are {lowest} to {highest}, but must be 0 to {len(names) - 1}, one for a class")
     source = ArraySource(np.ascontiguousarray(images), np.ascontiguousarray(labels, np.int32))

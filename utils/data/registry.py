@@ -62,6 +62,10 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     check_own_size(name, dataset.image_shape[0], options)  # of loaders that have no use for the option
     if options.random_flip is None or split != "train":
         return dataset
+    if options.random_flip and dataset.pair_shape:
+        raise UserError(
+            f"--random_flip=1: {name} holds samples with their noise, which cannot be mirrored; leave it out"
+        )
     if options.random_flip and dataset.latents and not dataset.random_flip:
         raise UserError(
             f"--random_flip=1: {name} holds no latents of mirrored images; make them with encode_latents.py "

@@ -37,6 +37,13 @@ class MeanFlow:
     norm_p: float = setting(1.0, "Power of MeanFlow's adaptive weight; 0: squared error.", 0, 2)
     norm_eps: float = setting(0.01, "What MeanFlow's adaptive weight adds to the squared error.", 1e-8, 1e3)
 
+    def __post_init__(self):
+        if self.guidance_start > self.guidance_end:
+            raise ValueError(
+                f"--objective.guidance_start={self.guidance_start:g} is after --objective.guidance_end="
+                f"{self.guidance_end:g}; swap them"
+            )
+
     @property
     def row_period(self) -> int:
         """Rows after which the roles of a batch's rows repeat."""

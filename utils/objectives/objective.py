@@ -49,6 +49,7 @@ class Objective(Protocol):
     - `MODEL_DEFAULTS` {name: value}: --model.* whose default is another for it.
     - `row_period`: rows of a batch have roles that repeat after so many; microbatches and devices get whole periods.
     - `SOLVERS`: the solvers that fit its velocity; default, all of ODEs and the SDE's.
+    - `NEEDS_UNIFORM_STEPS`: whether steps of equal length are all that it learns; default False.
     - `check_steps(num_steps)`: what is wrong with a number of sampling steps, in words; empty where nothing is.
     - `HAS_GUIDANCE`: whether its samples can be guided; False where that is part of what is learned.
     """

@@ -32,6 +32,7 @@ class Shortcut:
     # --model.* whose default is another for this objective.
     MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0, "step_conditioning": 1, "target_update_rate": 0.999}
     SOLVERS: ClassVar = ("euler",)
+    NEEDS_UNIFORM_STEPS: ClassVar = True
 
     finest_steps: int = setting(
         128, "Steps of the finest level of a shortcut model, a power of two.", 2, 4096, flag="objective.finest_steps"

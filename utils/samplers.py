@@ -1,0 +1,117 @@
+"""Rules for samplers: which steps, guidance and solver a model can be sampled with. Flags and Python share them."""
+
+import difflib
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from utils import checks
+from utils.errors import UserError
+from utils.objectives.diffusion import Diffusion
+from utils.objectives.objective import Objective, has_guidance
+from utils.sampling import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
+
+# Larger values are typing errors.
+MAX_STEPS = 10**6
+MAX_SCALE = 1000
+
+# How a command line writes the fields of a SamplerConfig, up to the value.
+FLAGS = {name: f"--{name}=" for name in SamplerConfig._fields}
+FLAGS |= {"num_steps": "--denoise_timesteps=", "time_shift": "--time_grid=shift:", "spacing": "--time_grid="}
+
+
+def guidance_scale(cfg_scale: float | None) -> float | None:
+    """Returns None (no guidance, one pass a step) for -1 and for 1, which equals it; otherwise the scale."""
+    return None if cfg_scale in (-1, 1) else cfg_scale
+
+
+def check_sampler(
+    sampler: SamplerConfig,
+    objective: Objective | None = None,
+    *,
+    class_dropout_prob: float | None = None,
+    num_channels: int | None = None,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Raises UserError for a sampler that a model cannot be sampled with, or that has impossible values.
+
+    `objective` None stands for flow matching. `class_dropout_prob` and `num_channels` are the model's; None leaves out
+    what depends on them. `names` say how messages write the fields: FLAGS for a command line, by default as in Python.
+    """
+
+    def fail(field: str, fix: str) -> None:
+        value = getattr(sampler, field)
+        text = ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else value
+        text = f"{text:g}" if isinstance(text, float) else text
+        raise UserError(f"{(names or {}).get(field, f'{field}=')}{text}: {fix}")
+
+    # The solver, and whether it fits the objective.
+    known = (*SOLVERS, *ADAPTIVE_SOLVERS)
+    if sampler.solver not in known:
+        near = difflib.get_close_matches(str(sampler.solver), known, n=1)
+        fail("solver", f"{f'did you mean {near[0]}? ' if near else ''}Solvers are {', '.join(known)}")
+    fitting = getattr(objective, "SOLVERS", (*ODE_SOLVERS, "sde", *ADAPTIVE_SOLVERS))
+    grid = "adaptive" if sampler.is_adaptive else SOLVERS[sampler.solver].grid
+    if sampler.solver not in fitting:
+        what = (
+            "it is of models trained as diffusions" if grid == "diffusion" else "it does not fit what the model learned"
+        )
+        fail("solver", f"{what}; use one of {', '.join(fitting)}")
+
+    # Steps.
+    if sampler.is_adaptive:
+        for field in ("rtol", "atol"):
+            if not _is_number(getattr(sampler, field), 1e-7, 1):
+                fail(field, "use a tolerance from 1e-7 to 1")
+    else:
+        fewest = 2 if grid == "sde" else 1
+        if not _is_integer(sampler.num_steps, fewest, MAX_STEPS):
+            of_solver = f" with solver {sampler.solver}" if fewest > 1 else ""
+            fail("num_steps", f"use a whole number from {fewest} to {MAX_STEPS:,}{of_solver}")
+        if problem := getattr(objective, "check_steps", lambda _: "")(sampler.num_steps):
+            fail("num_steps", problem)
+        if grid == "diffusion" and isinstance(objective, Diffusion) and sampler.num_steps > objective.num_levels:
+            fail(
+                "num_steps",
+                f"the model has {objective.num_levels} noise levels, the most that {sampler.solver} can take",
+            )
+
+    # Times.
+    if not _is_number(sampler.time_shift, 0.01, 100):
+        fail("time_shift", "use a shift from 0.01 to 100; 1 is the uniform grid")
+    if sampler.time_shift != 1 and getattr(objective, "NEEDS_UNIFORM_STEPS", False):
+        fail("time_shift", "the model learned steps of equal length; use the uniform grid")
+    if sampler.spacing not in SPACINGS:
+        fail("spacing", f"use one of {', '.join(SPACINGS)}")
+
+    # Guidance.
+    scale = sampler.cfg_scale
+    if scale is not None and scale != -1 and not _is_number(scale, 0, MAX_SCALE):
+        fail("cfg_scale", f"use a scale from 0 to {MAX_SCALE}, or -1 for no guidance")
+    if guidance_scale(scale) is not None:
+        if objective is not None and not has_guidance(objective):
+            fail("cfg_scale", "guidance is part of what the model has learned; use 1")
+        if class_dropout_prob is not None and not checks.can_guide(class_dropout_prob):
+            fail("cfg_scale", f"{checks.explain_no_guidance(class_dropout_prob)}; use 1")
+    interval = sampler.cfg_interval
+    if len(interval) != 2 or not all(_is_number(t, 0, 1) for t in interval) or interval[0] > interval[1]:
+        fail("cfg_interval", "give first and last time from 0 to 1, such as 0.1,0.9")
+    if sampler.cfg_channels is not None:
+        most = num_channels or MAX_STEPS
+        if not _is_integer(sampler.cfg_channels, 1, most):
+            fail("cfg_channels", f"the model has {most} channels; use 1 to {most}" if num_channels else "use 1 or more")
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    try:
+        return bool(math.isfinite(value) and low <= value <= high)
+    except TypeError:
+        return False
+
+
+def _is_integer(value: Any, low: int, high: int) -> bool:
+    try:
+        return low <= operator.index(value) <= high
+    except TypeError:
+        return False
