@@ -179,16 +179,16 @@ class Drawing:
         path = self.generator.path(noise, labels, self.sampler, num_frames)
         bar = tqdm(path, "film", num_frames + 1, unit="frame", disable=is_quiet())
         frames = np.stack([self.generator.decode(latents) for latents in bar])
+        names = self.generator.class_names
         with atomic_write(self.out / f"film.{config.film_format}") as temporary:
-            plotting.save_film(temporary, frames, config.film_format, FILM_SECONDS)
+            plotting.save_film(temporary, frames, labels, names, self.title, config.film_format, FILM_SECONDS)
         self.written.append(self.out / f"film.{config.film_format}")
         stages = np.linspace(0, num_frames, min(NUM_STAGES, num_frames) + 1).round().astype(int)
         rows = np.swapaxes(frames[stages, :NUM_STAGES], 0, 1)
-        names = [self.generator.class_names[label] for label in labels[:NUM_STAGES]]
+        classes = [names[label] for label in labels[:NUM_STAGES]]
         titles = [f"{stage / num_frames:.0%}" for stage in stages]
-        self.save_figure(
-            "strip.png", plotting.image_table(rows, names, titles, f"{self.title}, by fraction of the path")
-        )
+        title = f"{self.title}, by fraction of the path"
+        self.save_figure("strip.png", plotting.image_table(rows, classes, titles, title))
 
     def interpolate(self) -> None:
         """Rows of images between samples 2k and 2k + 1: of the class of the first, from noise between; or from the

@@ -1,19 +1,23 @@
 """Arrays -> figures and animations. Knows no model and no wandb."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib import color_sequences
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 from PIL import Image
 
+from utils.fonts import display_width, draw_text, legible, shorten
+
 GAP = 3  # pixels between images in a table
+MAX_ROW_TITLE = 40  # columns of text
 
 
 class _Cell(NamedTuple):
@@ -42,6 +46,83 @@ class _Cell(NamedTuple):
         return np.asarray(drawn).reshape(self.height, self.width, -1)
 
 
+class _Table:
+    """Images of one size in rows and columns, titled on the left and on top, perhaps with a caption on each. Of
+    Matplotlib it takes texts and one image, no axes: those of 64 images cost half a second."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        image_size: tuple[int, int],
+        row_titles: Sequence[str],
+        column_titles: Sequence[str],
+        title: str,
+        captions: Sequence[str],
+    ):
+        """`shape` is (rows, columns), `image_size` (height, width)."""
+        rows, columns = self.shape = shape
+        cell = self.cell = _Cell.of(*image_size)
+        self.pitch = pitch_y, pitch_x = cell.height + GAP, cell.width + GAP
+        row_titles = [shorten(name, MAX_ROW_TITLE) for name in row_titles]
+
+        def pixels(inches: float) -> int:
+            return round(inches * cell.dpi)
+
+        def fit(text: str, points: int) -> str:
+            """Cut to the width of a cell, at the usual width of a letter."""
+            return shorten(text, max(8, int(pitch_x / cell.dpi / (0.0088 * points))))
+
+        # The margins, as large as the titles.
+        column_titles = ["\n".join(fit(line, 8) for line in name.split("\n")) for name in column_titles]
+        self.left = left = pixels(0.1 + 0.085 * max(map(display_width, row_titles), default=0))
+        num_lines = max([1 + name.count("\n") for name in column_titles], default=0)
+        self.top = top = pixels(0.1 + 0.3 * bool(title) + 0.16 * num_lines)
+        self.width, self.height = left + columns * pitch_x, top + rows * pitch_y
+        self.texts = Figure(figsize=(self.width / cell.dpi, self.height / cell.dpi), dpi=cell.dpi)
+
+        def write(x: float, y: float, text: str, **style: Any) -> None:
+            """At so many pixels from the left and from the top."""
+            draw_text(self.texts, x / self.width, 1 - y / self.height, text, **style)
+
+        for column, name in enumerate(column_titles):
+            write(left + column * pitch_x + cell.width / 2, top - 3, name, fontsize=8, ha="center", va="bottom")
+        for row, name in enumerate(row_titles):
+            write(left - 4, top + row * pitch_y + cell.height / 2, name, fontsize=8, ha="right", va="center")
+        box = {"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0}
+        for place, name in enumerate(captions):
+            row, column = divmod(place, columns)
+            x, y = left + column * pitch_x + 2, top + row * pitch_y + 2
+            write(x, y, fit(name, 6), fontsize=6, va="top", color="white", bbox=box)
+        if title:  # at the points at which it fits a narrow figure
+            fontsize = min(10, 130 * self.width / cell.dpi / display_width(title))
+            write(self.width / 2, pixels(0.08), title, fontsize=fontsize, ha="center", va="top")
+
+    def paste(self, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "height width 3"]:
+        """Returns the images, in reading order, at their places on white."""
+        canvas = np.full((self.height - self.top - GAP, self.width - self.left - GAP, 3), 255, np.uint8)
+        for place, image in enumerate(images):
+            row, column = divmod(place, self.shape[1])
+            top, left = row * self.pitch[0], column * self.pitch[1]
+            canvas[top : top + self.cell.height, left : left + self.cell.width] = self.cell.draw(image)
+        return canvas
+
+    def draw(self, images: UInt8[np.ndarray, "n h w c"]) -> Figure:
+        self.texts.figimage(self.paste(images), self.left, GAP)
+        return self.texts
+
+    def draw_pages(self, frames: Iterable[UInt8[np.ndarray, "n h w c"]]) -> Iterator[Image.Image]:
+        """Yields what `draw` shows, of each frame; the texts are drawn once."""
+        self.texts.patch.set_alpha(0)
+        drawn = FigureCanvasAgg(self.texts)
+        drawn.draw()
+        overlay = Image.fromarray(np.asarray(drawn.buffer_rgba()))
+        for images in frames:
+            page = Image.new("RGB", overlay.size, "white")
+            page.paste(Image.fromarray(self.paste(images)), (self.left, self.top))
+            page.paste(overlay, mask=overlay)
+            yield page
+
+
 def image_table(
     images: UInt8[np.ndarray, "rows columns h w c"],
     row_titles: Sequence[str] = (),
@@ -49,84 +130,51 @@ def image_table(
     title: str = "",
     captions: Sequence[str] = (),
 ) -> Figure:
-    """A figure of images (grey or RGB) in rows and columns, titled on the left and on top; with `captions` (rows *
-    columns at most, in reading order) each bears its own. Of Matplotlib it takes texts and one image, no axes: those of
-    64 images cost half a second.
-    """
+    """Returns a figure of images (grey or RGB) in rows and columns, titled on the left and on top; with `captions`
+    (rows * columns at most, in reading order) each bears its own."""
     rows, columns, height, width, _ = images.shape
-    cell = _Cell.of(height, width)
-    pitch_y, pitch_x = cell.height + GAP, cell.width + GAP
-    canvas = np.full((rows * pitch_y - GAP, columns * pitch_x - GAP, 3), 255, np.uint8)
-    for row, column in np.ndindex(rows, columns):
-        top, left = row * pitch_y, column * pitch_x
-        canvas[top : top + cell.height, left : left + cell.width] = cell.draw(images[row, column])
+    table = _Table((rows, columns), (height, width), row_titles, column_titles, title, captions)
+    return table.draw(images.reshape(-1, *images.shape[2:]))
 
-    def pixels(inches: float) -> int:
-        return round(inches * cell.dpi)
 
-    left = pixels(0.1 + 0.085 * max([len(name) for name in row_titles], default=0))  # for the longest
-    num_lines = max([1 + name.count("\n") for name in column_titles], default=0)
-    top = pixels(0.1 + 0.3 * bool(title) + 0.16 * num_lines)
-    total_width, total_height = left + canvas.shape[1] + GAP, top + canvas.shape[0] + GAP
-    figure = Figure(figsize=(total_width / cell.dpi, total_height / cell.dpi), dpi=cell.dpi)
-    figure.figimage(canvas, left, GAP)
-
-    def write(x: float, y: float, text: str, **style: Any) -> None:
-        """At so many pixels from the left and from the top."""
-        figure.text(x / total_width, 1 - y / total_height, text, **style)
-
-    for column, name in enumerate(column_titles):
-        write(left + column * pitch_x + cell.width / 2, top - 3, name, fontsize=8, ha="center", va="bottom")
-    for row, name in enumerate(row_titles):
-        write(left - 4, top + row * pitch_y + cell.height / 2, name, fontsize=8, ha="right", va="center")
-    box = {"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0}
-    for place, name in enumerate(captions):
-        row, column = divmod(place, columns)
-        x, y = left + column * pitch_x + 2, top + row * pitch_y + 2
-        write(x, y, name, fontsize=6, va="top", color="white", bbox=box)
-    if title:
-        fontsize = min(10, 130 * total_width / cell.dpi / len(title))  # points at which it fits a narrow figure
-        figure.suptitle(title, fontsize=fontsize, y=1 - pixels(0.08) / total_height, va="top")
-    return figure
+def _grid(
+    image_size: tuple[int, int], labels: np.ndarray, class_names: Sequence[str], title: str
+) -> tuple[_Table, Int[np.ndarray, " n"]]:
+    """Returns (near-square table of samples, their order in it: by label)."""
+    order = np.argsort(labels, kind="stable")
+    columns = math.ceil(math.sqrt(len(labels)))
+    captions = [class_names[label] for label in labels[order]]
+    return _Table((-(-len(labels) // columns), columns), image_size, (), (), title, captions), order
 
 
 def sample_grid(
     images: UInt8[np.ndarray, "n h w c"], labels: np.ndarray, class_names: Sequence[str], title: str = ""
 ) -> Figure:
-    """Samples ordered by label in a near-square table, each under the name of its class."""
-    order = np.argsort(labels, kind="stable")
-    columns = int(np.ceil(np.sqrt(len(images))))
-    rows = -(-len(images) // columns)
-    table = np.full((rows * columns, *images.shape[1:]), 255, np.uint8)
-    table[: len(images)] = images[order]
-    names = [class_names[label] for label in labels[order]]
-    captions = [name if len(name) <= 16 else name[:15] + "…" for name in names]
-    return image_table(table.reshape(rows, columns, *images.shape[1:]), title=title, captions=captions)
+    """Returns samples ordered by label in a near-square table, each under the name of its class."""
+    table, order = _grid(images.shape[1:3], labels, class_names, title)
+    return table.draw(images[order])
 
 
-def tile_images(images: UInt8[np.ndarray, "n h w c"], least_side: int = 64) -> UInt8[np.ndarray, "height width 3"]:
-    """One RGB image of all, in a near-square grid with a border; tiny images are enlarged to `least_side` pixels."""
-    count, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = -(-count // columns)
-    factor = max(1, least_side // max(height, width))
-    cells = np.full((rows * columns, height * factor + 2, width * factor + 2, 3), 255, np.uint8)
-    enlarged = images.repeat(factor, axis=1).repeat(factor, axis=2)
-    cells[:count, 1:-1, 1:-1] = enlarged if channels == 3 else enlarged.repeat(3, axis=-1)
-    table = cells.reshape(rows, columns, *cells.shape[1:]).swapaxes(1, 2)
-    return table.reshape(rows * cells.shape[1], columns * cells.shape[2], 3)
-
-
-def save_film(path: Path, frames: UInt8[np.ndarray, "frames n h w c"], file_format: str, seconds: float) -> None:
-    """An animation of the frames, each a grid of all images; the first is held for half a second, the last for two."""
-    pages = [Image.fromarray(tile_images(images)) for images in frames]
-    durations = [max(20, round(1000 * seconds / len(pages)))] * len(pages)
+def save_film(
+    path: Path,
+    frames: UInt8[np.ndarray, "frames n h w c"],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+    file_format: str,
+    seconds: float,
+) -> None:
+    """Writes an animation of the frames, each a `sample_grid`; the first is held for half a second, the last for
+    two."""
+    table, order = _grid(frames.shape[2:4], labels, class_names, title)
+    pages = table.draw_pages(images[order] for images in frames)
+    durations = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
     durations[0], durations[-1] = 500, 2000
-    pages[0].save(
+    next(pages).save(
         path,
         format=file_format.upper(),
         save_all=True,
-        append_images=pages[1:],
+        append_images=pages,
         duration=durations,
         loop=0,
         **({"quality": 90} if file_format == "webp" else {}),
@@ -193,12 +241,18 @@ def metric_curves(
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
             axis.yaxis.set_major_formatter(ScalarFormatter())
             axis.minorticks_off()
-        axis.set_title(metric, fontsize=9)
+        text, families = legible(metric)
+        axis.set_title(text, fontsize=9, fontfamily=families, parse_math=False)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     for axis in axes[len(points) :]:
         axis.set_axis_off()
     lines = [Line2D([], [], color=colour) for colour in colours.values()]
-    figure.legend(lines, runs, loc="outside upper center", ncols=min(len(runs), columns + 1), fontsize=8)
+    # Named afterwards, as a legend leaves out what begins with an underscore.
+    columns = min(len(runs), columns + 1)
+    legend = figure.legend(lines, [" "] * len(runs), loc="outside upper center", ncols=columns, fontsize=8)
+    for entry, run in zip(legend.get_texts(), runs, strict=True):
+        text, families = legible(run)
+        entry.set(text=text, fontfamily=families, parse_math=False)
     return figure
