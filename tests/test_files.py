@@ -1,9 +1,11 @@
 """Files written whole or not at all, reads tried again, and one process at a time in a folder."""
 
 import errno
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +16,17 @@ import pytest
 from tests.conftest import ROOT
 from utils import files
 from utils.errors import UserError
-from utils.files import FolderLock, atomic_write, cache_folder, read_bytes, remove_temporaries, set_aside, write_json
+from utils.files import (
+    FolderLock,
+    atomic_write,
+    cache_folder,
+    file_sha256,
+    open_regular,
+    read_bytes,
+    remove_temporaries,
+    set_aside,
+    write_json,
+)
 
 
 def test_what_fails_leaves_what_was_there(tmp_path):
@@ -39,7 +51,7 @@ def test_reads_are_tried_again_where_that_can_help(tmp_path, monkeypatch, code, 
         called.append(path)
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(files, "open_regular", fail)
     monkeypatch.setattr(files, "READ_PAUSES", (0, 0, 0))
     with pytest.raises(OSError, match=os.strerror(code)):
         read_bytes(tmp_path / "x")
@@ -53,11 +65,32 @@ def test_a_read_that_works_again_is_no_error(tmp_path, monkeypatch):
         answer = answers.pop(0)
         if isinstance(answer, OSError):
             raise answer
-        return answer
+        return io.BytesIO(answer)
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(files, "open_regular", read)
     monkeypatch.setattr(files, "READ_PAUSES", (0, 0, 0))
     assert read_bytes(tmp_path / "x") == b"content"
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "good").symlink_to(tmp_path / "file")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        for path in ("pipe", "link", "socket", ".", "/dev/null", "/dev/tty"):
+            with pytest.raises(OSError, match="no regular file") as error:
+                open_regular(tmp_path / path)
+            assert error.value.filename == str(tmp_path / path)
+    for read in (read_bytes, file_sha256):
+        with pytest.raises(OSError, match="no regular file"):
+            read(tmp_path / "pipe")
+    with open_regular(tmp_path / "good") as file:
+        assert file.read() == b"content"
+        assert not os.get_inheritable(file.fileno())
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "missing")
 
 
 def test_temporaries_of_killed_writers_are_removed_once_they_are_old(tmp_path):

@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,12 +22,41 @@ from utils.errors import UserError
 
 READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
 # What another try cannot change: nothing is there, it is no file, or it may not be opened.
-LASTING_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+LASTING_ERRORS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
+)  # fmt: skip
+
+
+def open_regular(path: str | os.PathLike) -> io.BufferedReader:
+    """Opens a regular file to read its bytes: the one way in which files of others are opened.
+
+    OSError (EINVAL, "it is no regular file") for a named pipe, a socket, a device or a folder, which a reader might
+    wait on for ever. What has been opened is what is judged, so that nothing can be put in its place in between.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device without a driver
+            raise _no_regular_file(path) from None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise _no_regular_file(path)
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """OSError where `open_regular` would raise it, for files that a library opens by their names."""
+    open_regular(path).close()
+
+
+def _no_regular_file(path: str | os.PathLike) -> OSError:
+    return OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's bytes, as hexadecimal digits."""
-    with path.open("rb") as file:
+    """Returns the SHA-256 of a file's bytes as hexadecimal digits."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -41,13 +72,15 @@ def cache_folder() -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. A read that fails is tried again for two seconds: network file systems have hiccups.
+    """Returns the content of a regular file. A read that fails is tried again for two seconds: network file systems
+    have hiccups.
 
     OSError where it still fails, at once where trying again cannot help.
     """
     for pause in (*READ_PAUSES, None):
         try:
-            return path.read_bytes()
+            with open_regular(path) as file:
+                return file.read()
         except OSError as error:
             if pause is None or error.errno in LASTING_ERRORS:
                 raise
@@ -126,9 +159,9 @@ class FolderLock:
 
     def _describe_holder(self) -> str:
         try:
-            holder = json.loads(self.holder.read_text())
+            holder = json.loads(read_bytes(self.holder))
             return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return "another process"
 
 

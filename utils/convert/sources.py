@@ -1,6 +1,5 @@
 """Where published checkpoints come from: files of PyTorch and safetensors, folders, the Hugging Face hub."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from utils.convert.published import rename_diffusers
 from utils.convert.torch_files import Namespace, read_torch_file
 from utils.errors import UserError
-from utils.external import BadFileError, read_json
+from utils.external import BadFileError, open_safetensors, parse_json, read_json, read_start
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 METADATA_KEY = "jax_flow_matching"  # of a safetensors file that `convert_checkpoint.py --load_dir` wrote: its run
@@ -118,7 +117,7 @@ def _label_names(path: Path) -> tuple[str, ...] | None:
 
 
 def _read_file(path: Path) -> PublishedSource:
-    if not path.is_file():
+    if not path.exists():
         raise BadFileError("there is no such file or folder, and it is no hub id (USER/NAME)")
     run = _read_metadata(path)
     content = _read_tensors(path)
@@ -148,44 +147,29 @@ def _check_transport(arguments: Any) -> None:
 
 def _read_tensors(path: Path) -> dict[str, Any]:
     """What a file holds, by its first bytes, whatever its name is."""
-    if path.stat().st_size == 0:
+    start = read_start(path, 9)
+    if not start:
         raise BadFileError("it is empty")
-    with path.open("rb") as file:
-        start = file.read(9)
     if start[8:9] == b"{":  # after the length of a header in JSON
-        return _read_safetensors(path)
+        return dict(open_safetensors(path).tensors)
     content = read_torch_file(path)
     if not isinstance(content, Mapping):
         raise BadFileError(f"it holds {type(content).__name__.strip('_')}, not the tensors of a model by name")
     return dict(content)
 
 
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "flax") as file:  # NumPy has no bfloat16
-            return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except Exception as error:  # the library's error is no subclass of a common one
-        reason = (str(error).splitlines() or [""])[0][:100]
-        raise BadFileError(f"it is no whole safetensors file ({reason})") from None
-
-
 def _read_metadata(path: Path) -> dict[str, Any] | None:
     """The run that an exported file says it is of."""
-    from safetensors import safe_open
-
     try:
-        with safe_open(path, "numpy") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except Exception:  # no safetensors file: read by other means, or refused there
+        text = open_safetensors(path).metadata.get(METADATA_KEY)
+    except BadFileError:  # no safetensors file: read by other means, or refused there
         return None
     if text is None:
         return None
     try:
-        run = json.loads(text)
-    except (ValueError, RecursionError):
-        run = None
-    if not isinstance(run, dict) or not all(isinstance(run.get(key), dict) for key in ("model", "dataset")):
+        run = parse_json(text) if isinstance(text, str) else {}
+    except BadFileError:
+        run = {}
+    if not all(isinstance(run.get(key), dict) for key in ("model", "dataset")):
         raise BadFileError(f"its metadata {METADATA_KEY} are no configuration of a run")
     return run

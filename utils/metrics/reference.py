@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int, Num
 
 from utils.console import warn
 from utils.errors import UserError
-from utils.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays
+from utils.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays, read_rows
 from utils.files import atomic_write, file_sha256
 from utils.metrics.fid import check_covariance, covariance_root
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
@@ -19,7 +20,8 @@ from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 # Of the network in utils/metrics/inception.py: pool3, and seven channels at 17x17 places.
 POOL_FEATURES = 2048
 SPATIAL_FEATURES = 2023
-MAX_FEATURES = 50_000  # rows that a statistics file may hold: 0.4 GB
+MAX_FEATURES = 50_000  # rows that a statistics file may hold: 0.4 GB as float32
+ROWS_AT_A_TIME = 1024
 
 # Names in a statistics file of what it may hold beside `mu` and `sigma`, by field of ReferenceStatistics.
 _METADATA = ("num_images", "convention", "dataset", "image_shape")
@@ -81,11 +83,13 @@ def load_statistics(path: str | Path, num_features: int = POOL_FEATURES) -> Refe
         raise UserError(f"--fid_stats={path} is not a whole npz (or pickle) of numbers ({error}); {fix}") from error
     except ValueError as error:
         raise UserError(f"--fid_stats={path}{error}; {fix}") from None
-    if not all(np.isfinite(array).all() for array in (mu, sigma, *arrays.values())):
-        raise UserError(f"--fid_stats={path} holds NaN or infinity; {fix}")
     try:
+        if not all(np.isfinite(array).all() for array in (mu, sigma, *arrays.values())):
+            raise ValueError("it holds NaN or infinity")
         check_covariance(mu, sigma, "`sigma`")
         _check_extras(arrays)
+        if path.suffix != ".pkl" and "features" not in arrays:
+            arrays |= _read_features(path)
     except ValueError as error:
         hint = " (covariances need float32 at least)" if "eigenvalue" in str(error) else ""
         raise UserError(f"--fid_stats={path}: {error}{hint}; {fix}") from None
@@ -118,13 +122,15 @@ def has_statistics(path: Path) -> bool:
 
 
 def _read_statistics(path: Path, num_features: int) -> dict[str, np.ndarray]:
-    """The arrays of a statistics file by their names in it, their shapes found good before any is read. KeyError
-    without mean and covariance, BadFileError, or ValueError for other shapes."""
+    """The arrays of a statistics file by their names in it, their shapes found good before any is read; `features` of
+    an npz only where mean and covariance follow from them. KeyError without mean and covariance, BadFileError, or
+    ValueError for other shapes."""
     if path.suffix == ".pkl":
         content = read_pickled_arrays(path)
         content = content.get("fid") if isinstance(content, dict) else None
         content = content if isinstance(content, dict) else {}
-        shapes = {name: array.shape for name, array in content.items() if isinstance(array, np.ndarray)}
+        content = {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
+        shapes = {name: array.shape for name, array in content.items()}
     else:
         headers = read_npz_headers(path)
         shapes = {name: header.shape for name, header in headers.items()}
@@ -137,21 +143,42 @@ def _read_statistics(path: Path, num_features: int) -> dict[str, np.ndarray]:
     _check_sizes(shapes, num_features)
     if path.suffix == ".pkl":
         return content
-    names = {"mu", "sigma", *_METADATA, *_ARRAYS.values()}
+    names = {"mu", "sigma", *_METADATA, *_ARRAYS.values()} - {"features"}
+    if not {"mu_s", "sigma_s"} <= shapes.keys():  # of no use without each other
+        names -= {"mu_s", "sigma_s"}
     content = read_npz(path, {name: header for name, header in headers.items() if name in names})
     texts = [key for key in names - set(_METADATA) if key in content and content[key].dtype.kind == "U"]
     if texts:
         raise BadFileError(f"`{texts[0]}` is a text")
-    return content | _summarize(content) if is_compact else content
-
-
-def _summarize(content: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean and covariance of the features, which must be those of all images; KeyError where they are not."""
-    if int(content["num_images"]) != len(content["features"]):
+    if not is_compact:
+        return content
+    # The features must be those of all images.
+    if int(content["num_images"]) != shapes["features"][0]:
         raise KeyError("sigma")
+    content |= read_npz(path, {"features": headers["features"]})
     statistics = FeatureStatistics()
     statistics.update(content["features"])
-    return {"mu": statistics.mu, "sigma": statistics.sigma}
+    return content | {"mu": statistics.mu, "sigma": statistics.sigma}
+
+
+def _read_features(path: Path) -> dict[str, np.ndarray]:
+    """{'features': those of an npz, as float32} or {}; ValueError where they are not finite numbers. They are read last
+    and in parts: they may take 0.4 GB."""
+    header = read_npz_headers(path).get("features")
+    if header is None:
+        return {}
+    if header.dtype.kind not in "fiub":
+        raise ValueError(f"`features` holds {header.dtype}, no numbers")
+    if header.is_fortran:
+        features = np.asarray(read_npz(path, {"features": header})["features"], np.float32)
+    else:
+        features, place = np.empty(header.shape, np.float32), 0
+        for rows in read_rows(path, "features", ROWS_AT_A_TIME):
+            features[place : place + len(rows)] = rows
+            place += len(rows)
+    if not all(np.isfinite(features[i : i + ROWS_AT_A_TIME]).all() for i in range(0, len(features), ROWS_AT_A_TIME)):
+        raise ValueError("it holds NaN or infinity")
+    return {"features": features}
 
 
 def _check_sizes(shapes: dict[str, tuple[int, ...]], num_features: int) -> None:
@@ -163,6 +190,8 @@ def _check_sizes(shapes: dict[str, tuple[int, ...]], num_features: int) -> None:
         for name, shape in {"mu_s": (SPATIAL_FEATURES,), "sigma_s": (SPATIAL_FEATURES,) * 2}.items():
             if shapes[name] != shape:
                 raise ValueError(f": `{name}` has the shape {shapes[name]}, not {shape}")
+    if any(math.prod(shapes.get(name, ())) > SPATIAL_FEATURES**2 for name in ("mu_s", "sigma_s")):
+        raise ValueError(": `sigma_s` is of too many features")
     features, counts = shapes.get("features"), shapes.get("label_counts")
     if features is not None and (features[1:] != (num_features,) or not 2 <= features[0] <= MAX_FEATURES):
         raise ValueError(f": `features` has the shape {features}, not (2 to {MAX_FEATURES:,}, {num_features})")
