@@ -117,8 +117,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("remat", "none", list(REMAT_POLICIES), "As in train_flow.py.")
     flags.DEFINE_integer("grad_accum", 1, "As in train_flow.py.", lower_bound=1)
     flags.DEFINE_enum("attention", "kernel", ["kernel", "xla"], "The Pallas kernel, or XLA's plain formula.")
-    flags.DEFINE_string("json", None, "File for the figures.")
-    flags.DEFINE_string("hlo", None, "File for the optimised program's text.")
+    cli.define_path("json", None, "File for the figures.")
+    cli.define_path("hlo", None, "File for the optimised program's text.")
 
 
 # --- What is compiled ---

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusion_transformer import DiT, DiTConfig
+from utils import cli
 from utils.errors import UserError
 from utils.ops import choose_attention_for
 from utils.sharding import make_mesh
@@ -46,7 +47,7 @@ def define_measurement_flags(batch: int, repeats: int = 1) -> None:
     flags.DEFINE_integer("rounds", 5, "Measurements of each row; their median is shown.", lower_bound=1)
     flags.DEFINE_integer("repeats", repeats, "Units of work in a measurement; more on fast devices.", lower_bound=1)
     flags.DEFINE_list("rows", [], "Rows to measure, by the names of the table; default: all.")
-    flags.DEFINE_string("json", None, "File for the figures.")
+    cli.define_path("json", None, "File for the figures.")
 
 
 def make_model(config: ConfigDict, dtype: str, remat: str = "none", **settings: Any) -> DiT:

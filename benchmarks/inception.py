@@ -30,7 +30,7 @@ Extract = Callable[[UInt8[Array, "n h w 3"]], inception.Features]
 def define_flags() -> None:
     common.define_measurement_flags(batch=8)
     flags.DEFINE_integer("image_size", 256, "Side of the images, which are random.", lower_bound=1)
-    flags.DEFINE_string("inception_weights", None, "Local copy of the Inception weights.")
+    cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
 
 
 def bfloat16_extractor(path: Path) -> Extract:

@@ -22,7 +22,7 @@ NUM_SAMPLES = 8
 
 def define_flags() -> None:
     flags.DEFINE_list("runs", ["runs/bfloat16", "runs/float32"], "Folders of two runs that `make demo` left.")
-    flags.DEFINE_string("out", "runs/parity", "Folder for the images.")
+    cli.define_path("out", "runs/parity", "Folder for the images.")
     flags.DEFINE_integer("window", 10, "Logged steps over which a loss is averaged.", lower_bound=1)
 
 

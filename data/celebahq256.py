@@ -249,7 +249,7 @@ def remove_incomplete(builder: Celebahq256) -> None:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("source", None, f"Folder, or data set on the Hugging Face hub such as {DEFAULT_HUB_ID}.")
+    cli.define_path("source", None, f"Folder, or data set on the Hugging Face hub such as {DEFAULT_HUB_ID}.")
     flags.DEFINE_string("data_dir", None, "Where to prepare it; default: $TFDS_DATA_DIR or ~/tensorflow_datasets.")
     flags.DEFINE_enum(
         "file_format", "array_record", ["array_record", "tfrecord"], "tfrecord needs TensorFlow, array_record does not."

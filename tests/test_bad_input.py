@@ -1,10 +1,13 @@
 """Bad input to every program: one line that names the flag and the value, before anything compiles. In-process, so that
 a line of the tables costs next to nothing: add yours."""
 
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
 import compute_fid_stats
 import encode_latents
@@ -12,7 +15,10 @@ import eval_fid
 import plot_metrics
 import train_flow
 from utils import cli
+from utils.data.dataset import DataOptions
+from utils.data.registry import load_dataset
 from utils.errors import UserError
+from utils.generate import load_generator
 
 PROGRAMS = {
     "train": (train_flow, "--dataset_name digits --use_stable_vae 0 --model.patch_size 2 --model.num_classes 10"),
@@ -58,6 +64,12 @@ BAD = [
     ("train", "--fid_stats /no/such", "--fid_stats=/no/such is not a file"),
     ("train", "--fid_stats OUT", "--fid_stats=.* is not a file"),
     ("train", "--vae x", "--vae=x has no effect on pixels"),
+    *(("train", f"--save_dir {url}", f"--save_dir={url} is a URL, which is not supported; give a path on")
+      for url in ("s3://bucket/run", "GS://bucket/run", "s3:/bucket/run", "abfss://a@b.c/run", "file:///tmp/run")),
+    ("train", "--data_dir s3://bucket/tfds", "--data_dir=s3://bucket/tfds is a URL, .*, or gs://BUCKET/FOLDER"),
+    ("train", "--load_dir hf://user/name", "--load_dir=hf://user/name is a URL, .*, or hf:USER/NAME"),
+    ("train", "--dataset_name folder:gs://bucket/cats", "--dataset_name=folder:gs://bucket/cats is a URL"),
+    ("train", "--dataset_name npz:https://example.com/a.npz", "--dataset_name=npz:https://example.com/a.npz is a URL"),
     ("train", "--model.preset huge", "model.preset"),
     ("train", "--sharding x", "sharding"),
     ("train", "--objective.finest_steps 8", "--objective.finest_steps=8 has no effect with --objective.name=flow"),
@@ -112,6 +124,7 @@ BAD = [
     ("plot", "--runs LOG/metrics.json", "metrics.json is not there; "),
     ("plot", "--runs README.md", "--runs=README.md holds no metrics"),
     ("plot", "--runs ~no_such_user/x", "--runs=~no_such_user/x: there is no home folder"),
+    ("plot", "--runs LOG,s3://bucket/run", "--runs=s3://bucket/run is a URL"),
     ("plot", "--runs LOG --metrics l2_loss", "--metrics=l2_loss matches no .*; there are fid, training/l2_loss, x_t/*"),
     ("plot", "--runs LOG --metrics fid,f?", "--metrics=f.? matches no logged metric"),
     ("plot", "--runs LOG --metrics=", "--metrics= matches no"),
@@ -179,6 +192,50 @@ def test_bad_input_is_one_line(read_flags, files, name, line, message):
     with pytest.raises(UserError, match=message) as error:
         run(read_flags, files, name, line)
     assert "\n" not in str(error.value)
+
+
+PATHS = ("dir", "out", "vae", "json", "stats", "samples", "images", "invert", "inpaint", "mask", "source", "weights",
+         "logits", "profile", "per_image", "class_names", "dataset_name")  # fmt: skip
+
+
+def test_no_program_takes_a_url_for_a_path(read_flags):
+    """Flags are found by the ends of their names, so that a new one that is not registered as a path is seen."""
+    modules = ("train_flow", "eval_fid", "sample", "likelihood", "encode_latents", "compute_fid_stats", "make_pairs",
+               "convert_checkpoint", "plot_metrics")  # fmt: skip
+    found = set()
+    for program in map(importlib.import_module, modules):
+        names = set(read_flags(program, [])) & set(flags.FLAGS)
+        texts = [name for name in names if type(flags.FLAGS[name].parser) is flags.ArgumentParser]
+        for name in (name for name in sorted(texts) if name.endswith(PATHS)):
+            if (program, name) == (eval_fid, "dataset_name"):  # the name of statistics, no path
+                continue
+            with pytest.raises(UserError, match=f"--{name}=s3://bucket/x is a URL"):
+                read_flags(program, [f"--{name}", "s3://bucket/x"])
+            found.add((program.__name__, name))
+    assert len(found) > 30
+    assert read_flags(train_flow, ["--data_dir", "gs://bucket/tfds"]).data_dir == "gs://bucket/tfds"
+    assert read_flags(train_flow, ["--load_dir", "hf:user/name"]).load_dir == "hf:user/name"
+
+
+@pytest.mark.parametrize("run", ["s3://bucket/run", Path("s3://bucket/run")])
+def test_urls_are_refused_from_python_too(run, monkeypatch):
+    with pytest.raises(UserError, match=r"--load_dir=s3:/+bucket/run is a URL"):
+        load_generator(run)
+    with pytest.raises(UserError, match="--dataset_name=folder:gs://bucket/cats is a URL"):
+        load_dataset("folder:gs://bucket/cats")
+    with pytest.raises(UserError, match=r"--data_dir=s3:/+bucket/run is a URL"):
+        load_dataset("tfds:x", options=DataOptions(run))
+    monkeypatch.setenv("TFDS_DATA_DIR", "s3://bucket/tfds")
+    with pytest.raises(UserError, match="--data_dir=s3://bucket/tfds is a URL"):
+        load_dataset("cifar10")
+
+
+def test_a_local_folder_that_an_earlier_version_named_after_a_url_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("s3:/bucket/run").mkdir(parents=True)
+    assert cli.expand_path("s3:/bucket/run", "save_dir") == "s3:/bucket/run"
+    with pytest.raises(UserError, match="is a URL"):
+        cli.expand_path("s3://bucket/run", "save_dir")
 
 
 @pytest.mark.parametrize(("line", "message"), SWEEPS)

@@ -35,7 +35,7 @@ from jaxtyping import Array, PyTree, UInt32
 from diffusion_transformer import DiTConfig
 from utils.console import log
 from utils.errors import UserError
-from utils.files import set_aside
+from utils.files import refuse_url, set_aside
 from utils.lora import KEY as LORA
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.train_state import TrainState
@@ -506,6 +506,7 @@ def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
 
     Raises UserError naming --load_dir where there is none.
     """
+    refuse_url(load_dir, "load_dir")
     run_dir, step = split_load_dir(load_dir)
     if str(load_dir).startswith(HUB_PREFIX) and not (run_dir / FOLDER).is_dir():
         from utils.convert.runs import fetch_run  # which makes runs, by what is above

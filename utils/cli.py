@@ -26,6 +26,7 @@ from utils.console import finish_output, log
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.errors import UserError
+from utils.files import refuse_url
 from utils.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
 from utils.memory import keep_freed_memory
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
@@ -50,7 +51,9 @@ def define_path(name: str, default: str | None, help: str) -> None:
 
 
 def expand_path(path: str, flag: str) -> str:
-    """The path with a leading ~ or ~user, also of folder:~/x, replaced; UserError where there is no such home."""
+    """The path with a leading ~ or ~user, also of folder:~/x, replaced. UserError where there is no such home, and for
+    URLs that are not supported."""
+    refuse_url(path, flag)
     prefix, colon, rest = path.partition(":") if path.startswith(("folder:", "latents:")) else ("", "", path)
     if not rest.startswith("~"):
         return path

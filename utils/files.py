@@ -21,6 +21,17 @@ from utils.console import warn
 from utils.errors import UserError
 
 READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
+STORAGE_SCHEMES = "s3a?|r2|gcs?|gs|oss|cos|az|abfss?|wasbs?|adls?|hdfs|dbfs|viewfs|oci|swift|minio|https?|s?ftp|file|hf"
+# A URL, perhaps of a data set (folder:s3://...); as a Path, which has lost a slash, only of the schemes above.
+URL = re.compile(rf"(?:[a-z]+:)?(?:[a-z][a-z0-9+.-]*://|(?:{STORAGE_SCHEMES}):/)", re.IGNORECASE)
+LOCAL = "a path on this machine"
+BESIDE_URLS = {  # for flags that take more than a path
+    "data_dir": f"{LOCAL}, or gs://BUCKET/FOLDER",
+    "dataset_name": f"{LOCAL}, as in folder:PATH, or tfds:NAME with --data_dir gs://BUCKET/FOLDER",
+    "load_dir": f"{LOCAL}, or hf:USER/NAME",
+    "source": f"{LOCAL}, or a hub id such as USER/NAME",
+    "vae": f"{LOCAL}, or a hub id such as USER/NAME",
+}
 # What another try cannot change: nothing is there, it is no file, or it may not be opened.
 LASTING_ERRORS = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
@@ -52,6 +63,14 @@ def check_regular(path: str | os.PathLike) -> None:
 
 def _no_regular_file(path: str | os.PathLike) -> OSError:
     return OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+
+
+def refuse_url(path: str | os.PathLike, flag: str) -> None:
+    """UserError for a URL, which would otherwise be taken for the name of a local folder."""
+    path = os.fspath(path)
+    is_supported = flag == "data_dir" and path.startswith("gs://")
+    if URL.match(path) and not is_supported and ("://" in path or not os.path.exists(path)):
+        raise UserError(f"--{flag}={path} is a URL, which is not supported; give {BESIDE_URLS.get(flag, LOCAL)}")
 
 
 def file_sha256(path: Path) -> str:

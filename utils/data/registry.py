@@ -14,6 +14,7 @@ from utils.data.latents import load_latents
 from utils.data.pairs import load_pairs
 from utils.data.tfds import load_celebahq, load_imagenet, load_tfds
 from utils.errors import UserError
+from utils.files import refuse_url
 
 Loader = Callable[[str, str, DataOptions], ImageDataset]
 DATASETS: dict[str, Loader] = {
@@ -53,6 +54,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     """
     if split not in SPLITS:
         raise UserError(f"--split={split} is unknown; use train or validation")
+    refuse_url(name, "dataset_name")
     prefix, colon, rest = name.partition(":")
     load = DATASETS.get(name) or (PREFIXES.get(prefix) if colon and rest else None)
     if load is None:

@@ -17,6 +17,7 @@ from utils.data.dataset import DataOptions, Example, ImageDataset, check_own_siz
 from utils.data.fingerprint import Fingerprint
 from utils.data.images import read_image
 from utils.errors import UserError
+from utils.files import refuse_url
 
 PACKAGES = "tensorflow-datasets importlib_resources"  # the second is imported by the first, which does not say so
 PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself
@@ -122,7 +123,9 @@ def _check_features(flag: str, folder: epath.Path) -> None:
 
 def _find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) -> tuple[epath.Path, str]:
     """(folder of the newest version of `builder`, 'array_record' where it is prepared as that, else 'tfrecord')."""
-    root = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    refuse_url(data_dir, "data_dir")
+    root = epath.Path(data_dir).expanduser()
     root = root if "://" in str(root) else root.absolute()
     path, _, version = builder.partition(":")
     try:
