@@ -645,6 +645,8 @@ def end_without_data(error: DataError, step: int, saver: Saver, state: TrainStat
 def main(config: ConfigDict) -> None:
     stop = StopRequest()
     initialize_processes(config.coordinator_address, config.num_processes, config.process_id)
+    if config.coordinator_address:
+        stop.share()
     trainer = Trainer(config)
     if config.plan:
         for line in trainer.plan():

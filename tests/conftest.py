@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -39,6 +40,7 @@ from utils.cli import parse_flags
 from utils.console import configure_output
 from utils.errors import UserError
 from utils.metrics.inception import inception_weights_path
+from utils.signals import END_SIGNALS, KEYBOARD_SIGNALS
 
 # One cache for all programs that the workers start: most of them compile what another has compiled. The tests' own
 # process, which has imported JAX already, is without: it seldom compiles a thing twice.
@@ -147,6 +149,15 @@ def output():
     """Programs that run in this process say where their lines go; the next test starts anew."""
     yield
     configure_output(is_apart=False, is_quiet=False)
+
+
+@pytest.fixture
+def signal_handlers():
+    """Signals mean afterwards what they meant before."""
+    handlers = {number: signal.getsignal(number) for number in (*END_SIGNALS, *KEYBOARD_SIGNALS)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @functools.cache

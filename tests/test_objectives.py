@@ -1,7 +1,6 @@
 """An objective is one file and one line: a toy is registered, trained, evaluated, resumed and sampled."""
 
 import dataclasses
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -55,13 +54,10 @@ class DataPrediction(FlowMatching):
 
 
 @pytest.fixture
-def train(monkeypatch, read_flags, tmp_path):
+def train(monkeypatch, read_flags, tmp_path, signal_handlers):
     """train(*words): a run in this process."""
     monkeypatch.setitem(OBJECTIVES, "data_prediction", DataPrediction)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda *words: train_flow.main(read_flags(train_flow, [*RUN, "--save_dir", str(tmp_path), *words]))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return lambda *words: train_flow.main(read_flags(train_flow, [*RUN, "--save_dir", str(tmp_path), *words]))
 
 
 def test_a_new_objective_is_trained_evaluated_and_resumed(train, read_flags, tmp_path, monkeypatch):

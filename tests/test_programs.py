@@ -20,6 +20,7 @@ from utils.metrics.fid import frechet_distance
 from utils.metrics.inception import Features
 from utils.metrics.reference import load_statistics
 from utils.metrics.samples import SampleWriter
+from utils.signals import END_SIGNALS, KEYBOARD_SIGNALS
 from utils.tracking import read_metrics
 
 TINY = """
@@ -184,7 +185,7 @@ def test_two_processes_give_the_losses_of_one_and_obey_a_signal_to_either(uninte
     args = [*SHORT, "--max_steps", 100_000, "--save_interval", 100_000, "--save_dir", tmp_path, *two_processes()]
     processes = [start(*args, number) for number in range(2)]
     wait_for_step(processes[0], tmp_path, 12)
-    processes[random.randrange(2)].send_signal(random.choice([signal.SIGINT, signal.SIGTERM]))
+    processes[random.randrange(2)].send_signal(random.choice([*END_SIGNALS, *KEYBOARD_SIGNALS]))
     outputs = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [75, 75], outputs[0][-2000:] + outputs[1][-2000:]
     assert "parameters" in outputs[0]
@@ -250,7 +251,14 @@ def test_divergence_ends_the_run_with_a_way_on(tmp_path):
 
 
 @one_device
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGHUP,
+        *(pytest.param(number, marks=pytest.mark.slow) for number in (*END_SIGNALS[2:], *KEYBOARD_SIGNALS)),
+    ],
+)
 def test_signals_save_and_exit_cleanly(uninterrupted, tmp_path, number):
     process = start(*SHORT, "--max_steps", 100_000, "--save_interval", 100_000, "--save_dir", tmp_path)
     wait_for_step(process, tmp_path, 4)

@@ -4,6 +4,7 @@ The names and defaults are jax-flow's. Some of its spellings are translated here
 --use_stable_vae); target_update_rate and the guidance scale -1 go on, and are translated by the functions below.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -35,6 +36,7 @@ from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
 from utils.samplers import FLAGS as SAMPLER_FLAGS
 from utils.samplers import MAX_SCALE, MAX_STEPS, check_sampler, guidance_scale
 from utils.sampling import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
+from utils.signals import Terminated, raise_on_signals
 
 FLAGS = flags.FLAGS
 
@@ -290,37 +292,40 @@ def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], N
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     keep_freed_memory()
+    raise_on_signals()
     try:
         app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
     except UserError as error:
-        _end(str(error))
+        _end(f"error: {error}")
     except BrokenPipeError:
         pass  # who reads the output has left
     except OSError as error:
         if error.errno is None or error.filename is None:
             raise
-        _end(f"{error.filename}: {error.strerror}")
+        _end(f"error: {error.filename}: {error.strerror}")
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
             raise
         reason = str(error).partition("\n")[0][:200]
         _end(
-            f"process {jax.process_index()} of the run has lost another one ({reason}); give all their commands again, "
-            "and they continue from the last checkpoint"
+            f"error: process {jax.process_index()} of the run has lost another one ({reason}); give all their commands "
+            "again, and they continue from the last checkpoint"
         )
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _end("interrupted", 128 + signal.SIGINT)
+    except Terminated as end:
+        _end(f"ended by {end.number.name}", 128 + end.number)
     finally:
         finish_output()
 
 
-def _end(message: str) -> NoReturn:
-    """Ends the program with one line and status 1."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+def _end(message: str, status: int = 1) -> NoReturn:
+    """Ends the program with one line and this status."""
+    with contextlib.suppress(OSError):  # a terminal that has been closed
+        print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        os._exit(1)  # an ordinary end would wait for the other processes, which wait for this one
-    sys.exit(1)
+        os._exit(status)  # an ordinary end would wait for the other processes, which wait for this one
+    sys.exit(status)
 
 
 def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict:
