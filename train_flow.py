@@ -255,6 +255,7 @@ class Trainer:
             dataset.image_shape,
             dataset.class_names,
             remat=config.remat,
+            empty_classes=dataset.empty_classes,
         )
         for hint in model_hints(config.model, self.model.latent_shape, dataset, config.batch_size):
             log(f"note: {hint}")
@@ -381,6 +382,11 @@ class Trainer:
         interval, is_end = self.config.eval_interval, step == self.config.max_steps
         return bool(step and interval and (step % interval == 0 or step == 1000 or is_end))
 
+    def count_evaluations(self, step: int) -> int:
+        """Returns how many evaluations are due before this step, whenever the run was to end."""
+        interval = self.config.eval_interval
+        return (step - 1) // interval + (step > 1000 and 1000 % interval > 0)
+
     def is_evaluation_missing(self, step: int) -> bool:
         """Whether the evaluation due after the step from which this run continues is not in its log: a kill or a signal
         has ended it."""
@@ -469,9 +475,10 @@ class Trainer:
         sampler = SamplerConfig(config.model.denoise_timesteps, scale)
         weight = self.ema.initial_weight(int(state.step))
         note = f"EMA, {weight:.0%} of it initial parameters" if weight > 0.005 else "EMA"
-        yield from sample_panels(model, state.ema_params, key, sampler, note=note)
+        number = self.count_evaluations(int(state.step))
+        yield from sample_panels(model, state.ema_params, key, sampler, number=number, note=note)
         if weight > 0.5:
-            raw = {"name": "sample_raw", "note": "parameters without EMA", "step_counts": ()}
+            raw = {"number": number, "name": "sample_raw", "note": "parameters without EMA", "step_counts": ()}
             yield from sample_panels(model, state.params, key, sampler, scales=(1 if scale is None else scale,), **raw)
         yield "straightness", ImageGenerator(model, state.ema_params, seed=config.seed).straightness()
         if self.reference is not None:

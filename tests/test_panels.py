@@ -1,16 +1,21 @@
 """What training looks at, with networks whose answer is known: every panel shows what its title says."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
+import train_flow
 from diffusion_transformer import DiTConfig
+from train_flow import Trainer
 from utils.codecs.pixels import PixelCodec
 from utils.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching
-from utils.panels import loss_by_time, reconstruction_panel, sample_panels
+from utils.panels import loss_by_time, panel_labels, reconstruction_panel, sample_panels
 from utils.sampling import SamplerConfig
 from utils.sharding import make_mesh
 
@@ -86,9 +91,10 @@ def test_reconstructions_are_clean_noised_and_predicted(model):
 def test_sample_panels_show_their_scale_and_their_labels(model):
     """An Euler path of 8 steps moves the noise by mean(velocity): 0.25 x 7/16, and by the guided label part."""
     panels = dict(sample_panels(model, PARAMS, jax.random.key(0), SamplerConfig(8, 2.0)))
-    assert list(panels) == [*(f"sample_cfg_{s}" for s in (0, 0.1, 1, 4, 10)), *(f"sample_N/{n}" for n in (1, 4, 32))]
+    scales = (0, 0.1, 1, 2, 4, 10)
+    assert list(panels) == [*(f"sample_cfg_{s}" for s in scales), *(f"sample_N/{n}" for n in (1, 4, 32))]
     start = {label: pixels(panels["sample_cfg_1"], label, 0) for label in range(8)}
-    for scale in (0, 0.1, 1, 4, 10):
+    for scale in scales:
         for label in range(8):
             v_uncond, v_cond = 0.02 * NUM_CLASSES - 0.1, 0.02 * label - 0.1
             velocity = v_uncond + scale * (v_cond - v_uncond)
@@ -106,3 +112,46 @@ def test_sample_panels_show_their_scale_and_their_labels(model):
             first_step = (0.02 * label - 0.1) / 8  # `start` is after one of 8 steps at scale 1
             expected = velocity + 0.25 * (steps - 1) / (2 * steps) - first_step
             assert moved == pytest.approx(expected, abs=0.03), (steps, label)
+
+
+def test_panels_show_every_class_with_images_over_the_evaluations(model):
+    """Ten classes, of which half of the rows are always the first four."""
+    assert [panel_labels(model, number) for number in range(3)] == [
+        [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 4, 5], [0, 1, 2, 3, 6, 7, 8, 9]
+    ]  # fmt: skip
+    assert panel_labels(model._replace(empty_classes=(0, 4)), 5) == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert panel_labels(model._replace(class_names=("a", "b", "c")), 5) == [0, 1, 2, 0, 1, 2, 0, 1]
+    many = model._replace(class_names=tuple(map(str, range(1000))), empty_classes=(999,))
+    shown = {label for number in range(-(-995 // 4)) for label in panel_labels(many, number)}
+    assert shown == set(range(999))
+    panel = dict(sample_panels(model, PARAMS, jax.random.key(0), SamplerConfig(8, 2.0), number=1))["sample_N/4"]
+    assert panel.column_titles == list("abcdijef")
+
+
+@pytest.mark.parametrize(("interval", "max_steps"), [(400, 2100), (1000, 4000), (50_000, 100_000), (3, 10)])
+def test_evaluations_are_counted_from_the_step_alone(interval, max_steps):
+    """So that a run that goes on shows what it would have shown."""
+    trainer = object.__new__(Trainer)
+    trainer.config = ConfigDict({"eval_interval": interval, "max_steps": max_steps})
+    due = [step for step in range(1, max_steps + 1) if trainer.is_evaluation_due(step)]
+    assert [trainer.count_evaluations(step) for step in due] == list(range(len(due)))
+
+
+def test_a_training_says_which_evaluation_which_scale_and_which_classes(read_flags, tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "twelve.npz", images=images, labels=1 + np.arange(60) % 11)
+    words = f"--dataset_name npz:{tmp_path}/twelve.npz --use_stable_vae 0 --batch_size 8 --eval_interval 500"
+    words += " --model.hidden_size 8 --model.depth 1 --model.num_heads 1 --model.num_classes 12 --model.cfg_scale 2.5"
+    words += " --model.patch_size 4 --wandb.mode disabled"
+    trainer = Trainer(read_flags(train_flow, words.split()))
+    shown = []
+    monkeypatch.setattr(train_flow, "sample_panels", lambda *args, **kwargs: shown.append((args, kwargs)) or ())
+    monkeypatch.setattr(train_flow, "loss_by_time", lambda *_: {})
+    monkeypatch.setattr(train_flow, "reconstruction_panel", lambda *_: None)
+    monkeypatch.setattr(train_flow.ImageGenerator, "straightness", lambda _: 0.0)
+    state = SimpleNamespace(key=jax.random.key(0), params="raw", ema_params="EMA", step=1500)
+    list(trainer.evaluate(state, None))
+    ((model, params, _, sampler), of_ema), ((_, raw, *_), of_raw) = shown
+    assert (params, raw, sampler.cfg_scale) == ("EMA", "raw", 2.5)
+    assert of_ema["number"] == of_raw["number"] == 2  # after those of steps 500 and 1000
+    assert panel_labels(model, 0) == [1, 2, 3, 4, 5, 6, 7, 8]

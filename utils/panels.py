@@ -68,25 +68,37 @@ def sample_stages(
     return np.stack([generator.decode(latents) for latents in itertools.islice(stages, 1, None)], axis=1)
 
 
+def panel_labels(model: ImageModel, number: int) -> list[int]:
+    """Returns the labels of the panels of evaluation `number`, among the classes that have images: all of them where
+    they fit; otherwise half of the places have the same at every evaluation, and the others take the rest in turn."""
+    labels = np.flatnonzero(model.drawn_classes).tolist()
+    if len(labels) <= PANEL_SIZE:
+        return np.resize(labels, PANEL_SIZE).tolist()
+    half = PANEL_SIZE // 2
+    rest = np.roll(labels[half:], -half * number)
+    return [*labels[:half], *rest[:half].tolist()]
+
+
 def sample_panels(
     model: ImageModel,
     params: PyTree,
     key: Key[Array, ""],
     sampler: SamplerConfig,
     *,
+    number: int = 0,
     name: str = "sample",
     note: str = "",
     scales: Sequence[float] = PANEL_GUIDANCE,
     step_counts: Sequence[int] = PANEL_STEPS,
 ) -> Iterator[tuple[str, Figure]]:
-    """(`NAME_cfg_S`, panel) for each guidance scale and (`NAME_N/N`, panel) for each step count; of a model that cannot
-    be guided, scale 1 alone. `note` ends every title.
+    """Yields (`NAME_cfg_S`, panel) for each guidance scale, the sampler's own among them, and (`NAME_N/N`, panel) for
+    each step count; of a model that cannot be guided, scale 1 alone. `number` counts the evaluations of a run; `note`
+    ends every title.
 
     Every panel starts from the same noise and labels, so that scales and step counts can be compared by eye.
     """
-    indices = jnp.arange(PANEL_SIZE)
-    labels = indices % len(model.class_names)
-    noise = sample_noise(key, indices, model.latent_shape)
+    labels = jnp.array(panel_labels(model, number))
+    noise = sample_noise(key, jnp.arange(PANEL_SIZE), model.latent_shape)
     names = [model.class_names[label] for label in np.asarray(labels)]
     stage_titles = [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]
 
@@ -98,7 +110,8 @@ def sample_panels(
 
     note = note and f"; {note}"
     is_guided = has_guidance(model.objective) and can_guide(model.network.config.class_dropout_prob)
-    for scale in scales if is_guided else (1,):
+    own = () if sampler.cfg_scale is None else (sampler.cfg_scale,)
+    for scale in sorted({*scales, *own}) if is_guided else (1,):
         images = stages(scale, sampler.num_steps)
         title = f"{sampler._replace(cfg_scale=scale)}, by fraction of the path{note}"
         yield f"{name}_cfg_{scale:g}", plotting.image_table(images, names, stage_titles, title)
