@@ -32,6 +32,7 @@ from utils.data.batches import first_examples, training_batches
 from utils.data.dataset import SPLITS, describe_data, summarize_data
 from utils.data.fingerprint import write_listing
 from utils.data.registry import load_dataset
+from utils.divergence import SkippedUpdates, check_finite
 from utils.errors import DataError, UserError
 from utils.files import FolderLock, remove_temporaries, write_json
 from utils.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
@@ -156,6 +157,9 @@ def define_tuning_flags() -> None:
     flags.DEFINE_enum("lr_schedule", "constant", ["constant", "cosine"], "cosine: to 0 at --max_steps.")
     flags.DEFINE_float("weight_decay", 0.0, "AdamW's decay of matrices.", 0, 100)
     flags.DEFINE_float("grad_clip", None, "Bound of the norm of the gradients.", 1e-6)
+    flags.DEFINE_integer(
+        "skip_nonfinite", 0, "Above 0: leave out updates that are not finite; so many in a row end the run.", 0
+    )
 
 
 class Trainer:
@@ -233,6 +237,7 @@ class Trainer:
             dataset = first_examples(dataset, config.batch_size)
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self.batches = training_batches(dataset, config.batch_size, config.seed, **hosts)
+        self.position: dict[str, Any] = {}  # of the checkpoint that the run continues from
         # Always the same validation images, so that two points of a curve differ by the model alone.
         validation_batches = training_batches(self.datasets["validation"], config.batch_size, config.seed, **hosts)
         self.validation_batch = shard_batch(next_batch(validation_batches), self.mesh)
@@ -361,7 +366,8 @@ class Trainer:
         step, (differences, state, position) = self.checkpoints.restore_newest(read, steps)
         for damaged in steps[: steps.index(step)]:
             self.checkpoints.set_aside(damaged)
-        self.batches.set_state(position)
+        self.position = position
+        self.batches.set_state({"next_index": position["next_index"]})
         log(f"resuming {self.folder} from step {step}")
         for difference in differences:
             log(f"since step {step}: {difference}")
@@ -421,7 +427,8 @@ class Trainer:
     def compile_train_step(self, state: TrainState, batch: PyTree) -> jax.stages.Compiled:
         """Of (state, batch, codec), for arrays or shapes of a state and a batch."""
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        step = jit_train_step(shardings, replicated(self.mesh), **self.static, ema=self.ema)
+        own = {"ema": self.ema, "skips_nonfinite": self.config.skip_nonfinite > 0}
+        step = jit_train_step(shardings, replicated(self.mesh), **self.static, **own)
         return compile_step(step, state, batch, self.model.codec, platform=self.mesh.devices.flat[0].platform)
 
     def plan(self) -> Iterator[str]:
@@ -538,26 +545,6 @@ def refuse_contradictions(config: ConfigDict) -> None:
         raise UserError("--random_flip=1 has no effect with --debug_overfit=1; leave it out")
 
 
-tree_norm = jax.jit(optax.tree.norm)
-
-
-def check_finite(
-    metrics: dict[str, jax.Array], step: int, checkpoints: Checkpoints, ema_params: PyTree | None = None
-) -> None:
-    """Ends a run that has diverged, before its state is saved over a good one."""
-    values = [metrics["l2_loss"], metrics["param_norm"]]
-    if ema_params is not None:
-        values.append(tree_norm(ema_params))
-    if not np.isfinite(values).all():
-        checkpoints.wait()
-        saved = checkpoints.steps()
-        way = f"the same command continues from step {saved[0]}: run it" if saved else "start again"
-        raise UserError(
-            f"loss or parameters are no longer finite at step {step}; {way} with a lower --model.lr, "
-            "or with --model.dtype float32"
-        )
-
-
 def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, Any]], step: int, stop: StopRequest) -> bool:
     """Whether all results were logged; a signal ends it, and the same evaluation is made when the run continues."""
     numbers: dict[str, float] = {}
@@ -598,7 +585,9 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
     saver = Saver(trainer.checkpoints, trainer.saved_config, config.save_interval, config.save_minutes, step)
     throughput = Throughput(config.batch_size, trainer.flops_per_step, config.peak_tflops)
     check = partial(check_finite, checkpoints=trainer.checkpoints)
-    progress, trace = Progress(throughput, tracker, check, step, config.max_steps), StepTrace(config.profile, step)
+    skipped = SkippedUpdates(config.skip_nonfinite, trainer.checkpoints, state.params, trainer.position)
+    progress = Progress(throughput, tracker, skipped.count, check, step, config.max_steps)
+    trace = StepTrace(config.profile, step)
     batches = progress.throughput.waiting(prefetch(trainer.batches, trainer.mesh), progress.is_idle)
     with progress.bar:
         while True:
@@ -608,7 +597,7 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
                 progress.flush()
                 if metrics is not None:
                     check(metrics, step)
-                end_without_data(error, step, saver, state, position)
+                end_without_data(error, step, saver, state, position and skipped.extend_position(position))
 
             # Train; metrics are read while the next step runs.
             step += 1
@@ -628,12 +617,12 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
                 check(metrics, step, ema_params=state.ema_params)
             if is_saved:
                 with progress.pausing("saving"):
-                    (saver.save_last if is_last else saver.save)(state, position)
+                    (saver.save_last if is_last else saver.save)(state, skipped.extend_position(position))
             if is_evaluated:
                 with progress.pausing("evaluating"):
                     is_whole = log_evaluation(tracker, trainer.evaluate(state, batch), step, stop)
                     if not (is_whole or is_last):
-                        saver.save_last(state, position)
+                        saver.save_last(state, skipped.extend_position(position))
                         is_last = True
             if is_last:
                 trace.close(metrics)

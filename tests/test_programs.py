@@ -250,6 +250,18 @@ def test_divergence_ends_the_run_with_a_way_on(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_updates_that_are_not_finite_are_left_out_until_there_are_too_many(tmp_path):
+    words = ["--model.lr", "1e30", "--skip_nonfinite", 3, "--log_interval", 1]
+    done = run_program("train_flow.py", *SHORT, *words, "--save_dir", tmp_path, check=False)
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "--skip_nonfinite=3: the last 3 updates were not finite; at step 3 the loss is " in error
+    assert re.search(r"the largest gradient that of [\w/]+ \(norm ", error)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["training/skipped_updates"] for line in lines] == [1, 2]
+    assert len({line["training/param_norm"] for line in lines}) == 1  # nothing has changed
+
+
 @one_device
 @pytest.mark.parametrize(
     "number",

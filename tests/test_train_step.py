@@ -3,10 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diffusion_transformer import DiTConfig
+from utils.checkpoint import Checkpoints
 from utils.codecs.pixels import PixelCodec
+from utils.divergence import SkippedUpdates, check_finite
+from utils.errors import UserError
 from utils.models import Network
 from utils.objectives.flow_matching import FlowMatching
 from utils.train_state import EmaSchedule, create_train_state, make_optimizer
@@ -85,3 +89,93 @@ def test_what_is_drawn_differs_from_example_to_example():
     keys = jax.random.key_data(jnp.concatenate([examples["codec_key"], examples["draws"]["noise_key"]]))
     assert len(np.unique(keys, axis=0)) == 400
     assert len(np.unique(examples["draws"]["t"])) == 200
+
+
+class Poisoned(Network):
+    """A network whose output is infinite, or a finite number too large, on batches with the label 7."""
+
+    config = DiTConfig(class_dropout_prob=0.0, num_classes=10)
+
+    def __init__(self, poison):
+        self.poison = poison
+
+    def apply(self, variables, x_t, t, labels):
+        w = variables["params"]
+        # A condition, as a `where` would have NaN in its gradient on other batches too.
+        return x_t * w["b"] * jax.lax.cond((labels == 7).any(), lambda: self.poison * w["a"], lambda: w["a"])
+
+
+@pytest.mark.parametrize("poison", [jnp.inf, jnp.nan, 1e25])
+def test_an_update_that_is_not_finite_changes_nothing_but_the_step(poison):
+    """1e25 squared is beyond float32: Adam's second moment would be infinite for ever."""
+    params = {"a": jnp.array([1.0]), "b": jnp.array(2.0)}
+    state = create_train_state(params, OPTIMIZER, jax.random.key(0))
+    static = {"model": Poisoned(poison), "objective": FlowMatching(), "optimizer": OPTIMIZER, "grad_accum": 1}
+    static |= {"ema": EmaSchedule(0.9), "skips_nonfinite": True}
+
+    def step(state, label):
+        batch = {"image": jnp.zeros((4, 2, 2, 1), jnp.uint8), "label": jnp.full(4, label)}
+        return train_step(state, batch, PixelCodec(), **static)
+
+    good, metrics = step(state, 1)
+    plain, _ = train_step(
+        state, {"image": jnp.zeros((4, 2, 2, 1), jnp.uint8), "label": jnp.full(4, 1)}, PixelCodec(),
+        **static | {"skips_nonfinite": False},
+    )  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, (good.params, good.opt_state), (plain.params, plain.opt_state))
+    assert not metrics["is_skipped"]
+    bad, metrics = step(good, 7)
+    assert metrics["is_skipped"]
+    assert int(metrics["largest_gradient"]) in (0, 1)
+    assert int(bad.step) == 2
+    for name in ("params", "ema_params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(bad, name), getattr(good, name))
+    np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(good.params))
+    after, metrics = step(bad, 1)
+    assert not metrics["is_skipped"]
+    assert float(jnp.abs(after.params["b"] - good.params["b"])) > 0
+
+
+class FakeCheckpoints(Checkpoints):
+    def __init__(self):
+        pass
+
+    def wait(self):
+        pass
+
+    def steps(self):
+        return [40]
+
+
+def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run():
+    params = {"block_0": {"kernel": 0, "bias": 0}, "final": {"bias": 0}}
+    skipped = SkippedUpdates(2, FakeCheckpoints(), params, {"next_index": 5, "skipped_updates": 3})
+
+    def metrics(is_skipped):
+        loss = np.float32(np.inf if is_skipped else 0.5)
+        own = {"is_skipped": np.bool_(is_skipped), "largest_gradient": 1, "largest_gradient_norm": np.inf}
+        return {"l2_loss": loss, "param_norm": np.float32(1), **own}
+
+    assert skipped.count(metrics(False), 6) == {"l2_loss": 0.5, "param_norm": 1, "skipped_updates": 3}
+    assert skipped.count(metrics(True), 7) == {"param_norm": 1, "skipped_updates": 4}  # no infinity in metrics.jsonl
+    check_finite(metrics(True), 7, FakeCheckpoints())
+    assert skipped.extend_position({"next_index": 8}) == {
+        "next_index": 8, "skipped_updates": 4, "skipped_in_a_row": 1
+    }  # fmt: skip
+    resumed = SkippedUpdates(2, FakeCheckpoints(), params, skipped.extend_position({"next_index": 8}))
+    skipped.count(metrics(False), 8)
+    skipped.count(metrics(True), 9)
+    message = (
+        "last 2 updates were not finite; at step 8 the loss is inf, and the largest gradient that of block_0/kernel"
+    )
+    with pytest.raises(UserError, match=message):
+        resumed.count(metrics(True), 8)
+
+
+def test_without_skipping_metrics_and_positions_stay_as_they_are():
+    skipped = SkippedUpdates(0, FakeCheckpoints(), {"w": 0}, {})
+    metrics = {"l2_loss": np.float32(np.nan), "param_norm": np.float32(1)}
+    assert skipped.count(metrics, 3) is metrics
+    assert skipped.extend_position({"next_index": 3}) == {"next_index": 3}
+    with pytest.raises(UserError, match="no longer finite at step 3; the same command continues from step 40"):
+        check_finite(metrics, 3, FakeCheckpoints())

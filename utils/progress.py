@@ -21,10 +21,20 @@ class Progress:
     (and, as that waits for it, no more than two are ever in flight). `flush` reports what is left.
     """
 
-    def __init__(self, throughput: Throughput, tracker: Tracker, check: Callable, step: int, max_steps: int):
-        """`check(metrics, step)` is called before metrics are logged."""
+    def __init__(
+        self,
+        throughput: Throughput,
+        tracker: Tracker,
+        count_skipped: Callable,
+        check: Callable,
+        step: int,
+        max_steps: int,
+    ):
+        """`count_skipped(metrics, step)` is called for every step, and returns the metrics as they are logged;
+        `check(metrics, step)` before they are."""
         self.throughput = throughput
         self.tracker = tracker
+        self.count_skipped = count_skipped
         self.check = check
         self.pending = None
         self.bar = tqdm(
@@ -49,9 +59,10 @@ class Progress:
         self.throughput.finish_step()
         self.bar.set_postfix_str(f"loss {loss:.4f}, {self.throughput}", refresh=False)
         self.bar.update()
+        logged = self.count_skipped(metrics, step)
         if validation is not None:
             self.check(metrics, step)
-            groups = {"training": metrics | self.throughput.read_window(), "validation": validation}
+            groups = {"training": logged | self.throughput.read_window(), "validation": validation}
             named = {f"{group}/{name}": x for group, values in groups.items() for name, x in values.items()}
             self.tracker.log(named, step)
             self.throughput.pause()

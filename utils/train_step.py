@@ -128,8 +128,12 @@ def train_step(
     grad_accum: int,
     ema: EmaSchedule,
     frozen: tuple[str, ...] = (),
+    skips_nonfinite: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'label': int32 (b,)}."""
+    """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'label': int32 (b,)}.
+
+    With `skips_nonfinite`, an update that is not finite changes nothing but the step.
+    """
     grads, metrics = compute_gradients(
         state,
         jax.random.fold_in(state.key, state.step),
@@ -143,7 +147,33 @@ def train_step(
     )
     with jax.named_scope("optimizer"):
         new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step), frozen)
-        return new_state, metrics | norms(grads, updates, new_state.params)
+        metrics = metrics | norms(grads, updates, new_state.params)
+        return skip_nonfinite_update(state, new_state, grads, metrics) if skips_nonfinite else (new_state, metrics)
+
+
+def skip_nonfinite_update(
+    state: TrainState, new_state: TrainState, grads: PyTree, metrics: dict[str, Array]
+) -> tuple[TrainState, dict[str, Array]]:
+    """(`new_state`, or where its update is not finite `state` one step on; metrics with what `SkippedUpdates` counts).
+
+    An update is finite if its loss and the norms of gradients and update are: an infinite gradient can end as a finite
+    update, but leaves Adam's second moment infinite for ever.
+    """
+    is_finite = jnp.isfinite(jnp.stack([metrics[name] for name in ("l2_loss", "grad_norm", "update_norm")])).all()
+
+    def choose(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
+
+    names = ("params", "ema_params", "opt_state")
+    kept = new_state.replace(**{name: choose(getattr(new_state, name), getattr(state, name)) for name in names})
+    sizes = jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)])
+    sizes = jnp.where(jnp.isnan(sizes), jnp.inf, sizes)
+    return kept, metrics | {
+        "param_norm": optax.tree.norm(kept.params),
+        "is_skipped": ~is_finite,
+        "largest_gradient": jnp.argmax(sizes),  # its place among the leaves
+        "largest_gradient_norm": jnp.max(sizes),
+    }
 
 
 def jit_train_step(shardings: TrainState, metrics_sharding: NamedSharding, **static: Any) -> jax.stages.Wrapped:
