@@ -3,12 +3,19 @@
 import numpy as np
 import pytest
 
-from utils.data.dataset import DataOptions
+from utils.console import warn_once
+from utils.data.dataset import DataOptions, split_rows
 from utils.data.registry import load_dataset
 from utils.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (100, 4, 4, 3), np.uint8)
 LABELS = np.arange(100) % 7
+
+
+@pytest.fixture(autouse=True)
+def _say_again():
+    """What one test has seen said, another sees too."""
+    warn_once.cache_clear()
 
 
 def write(tmp_path, **arrays):
@@ -46,8 +53,59 @@ def test_a_validation_split_of_its_own_and_names(tmp_path):
     assert load_dataset(name, "train").num_classes == 7  # labels of both splits: 0 to 6
 
 
-def test_without_labels_there_is_one_class(tmp_path):
-    assert load_dataset(write(tmp_path, arr_0=IMAGES)).class_names == ("0",)
+def test_without_labels_there_is_one_class_which_is_said(tmp_path, capfd):
+    name = write(tmp_path, arr_0=IMAGES, targets=LABELS / 2, y=LABELS[:9], meta=np.array([{}]))
+    assert [load_dataset(name, split).class_names for split in ("train", "validation")] == [("0",), ("0",)]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"--dataset_name={name}: it has no labels, so all images are of one class; not read: " in line
+    assert "meta object (1,), targets float64 (100,), y int64 (9,)" in line
+
+
+@pytest.mark.parametrize("labels", ["label", "targets", "target", "y"])
+def test_labels_by_other_names_are_labels(tmp_path, labels, capfd):
+    own = {"validation_images": IMAGES[:5], f"validation_{labels}": LABELS[:5] + 2}
+    name = write(tmp_path, images=IMAGES, **{labels: LABELS.astype(np.uint8)}, **own)
+    assert rows(load_dataset(name)) == {image.tobytes(): label for image, label in zip(IMAGES, LABELS, strict=True)}
+    assert list(rows(load_dataset(name, "validation")).values()) == [2, 3, 4, 5, 6]
+    assert capfd.readouterr().err == ""
+    write(tmp_path, images=IMAGES, labels=LABELS[::-1], **{labels: LABELS})  # `labels` goes first
+    assert load_dataset(name).source.labels.tolist() == [LABELS[::-1][row] for row in split_rows(100, "train")]
+    assert f"not read: {labels} int64 (100,)" in capfd.readouterr().err
+
+
+def test_images_without_a_label_are_left_out_and_a_split_of_them_is_not_used(tmp_path, capfd):
+    labels = np.where(LABELS == 3, -1, LABELS)
+    labelled = {image.tobytes(): label for image, label in zip(IMAGES, LABELS, strict=True) if label != 3}
+    name = write(tmp_path, images=IMAGES, labels=labels, validation_images=IMAGES[:5], validation_labels=[-1] * 5)
+    train, validation = (load_dataset(name, split) for split in ("train", "validation"))
+    assert rows(train) | rows(validation) == labelled
+    assert (len(train.source), len(validation.source)) == (84, 2)
+    assert (train.num_classes, train.empty_classes) == (7, (3,))
+    said = capfd.readouterr().err
+    assert "no validation image has a label, so a part of the others is held out" in said
+    assert said.count("14 of 100 images of images have no label (-1); they are left out") == 1
+    name = write(tmp_path, images=IMAGES, labels=LABELS, validation_images=IMAGES, validation_labels=labels)
+    assert rows(load_dataset(name, "validation")) == labelled
+
+
+NAMES = [f"{i:03d} Käse-Straße, 猫, of a thousand names: {'ж' * 60}" for i in range(1000)]
+
+
+@pytest.mark.parametrize("names", [np.array(NAMES), np.array([name.encode() for name in NAMES])])
+def test_a_thousand_names_beyond_ascii_as_text_or_bytes(tmp_path, names):
+    dataset = load_dataset(write(tmp_path, images=IMAGES, labels=LABELS, class_names=names))
+    assert dataset.class_names == tuple(NAMES)
+    assert dataset.empty_classes == tuple(range(7, 1000))
+
+
+@pytest.mark.parametrize(("size", "is_fit"), [(None, True), (4, False), (6, False), (46, False)])
+def test_sizes_are_written_as_height_and_width(tmp_path, size, is_fit):
+    name = write(tmp_path, images=np.tile(IMAGES, (1, 1, 2, 1))[:, :, :6], labels=LABELS)
+    if is_fit:
+        assert load_dataset(name, "train", DataOptions(image_size=size)).image_shape == (4, 6, 3)
+        return
+    with pytest.raises(UserError, match=rf"--image_size={size}: the images of {name} are 4x6; leave it out"):
+        load_dataset(name, "train", DataOptions(image_size=size))
 
 
 REFUSED = {
@@ -55,8 +113,34 @@ REFUSED = {
     "no channels": ({"images": IMAGES[..., 0], "labels": LABELS}, "images must be uint8"),
     "labels of others": ({"images": IMAGES, "labels": LABELS[:9]}, r"labels must be integers \(100,\)"),
     "labels that are none": ({"images": IMAGES, "labels": LABELS / 2}, "labels must be integers"),
-    "negative": ({"images": IMAGES, "labels": LABELS - 1}, "labels are -1 to 5, but must be 0 to 5"),
-    "too few names": ({"images": IMAGES, "labels": LABELS, "class_names": ["a"]}, "labels are 0 to 6"),
+    "negative": ({"images": IMAGES, "labels": LABELS - 2}, "labels are -2 to 4, but must be 0 to 4"),
+    "two signs": ({"images": IMAGES, "labels": LABELS % 2 * 2 - 1}, "labels are -1 and 1 to 1, without a 0; number"),
+    "no label": ({"images": IMAGES, "labels": LABELS * 0 - 1}, "all of labels are -1, no label; leave them out"),
+    "labels of training alone": (
+        {"images": IMAGES, "labels": LABELS, "validation_images": IMAGES},
+        r"images have labels, but validation_images have none; add integers validation_labels \(n,\)",
+    ),
+    "labels of validation alone": (
+        {"images": IMAGES, "validation_images": IMAGES, "validation_labels": LABELS},
+        r"validation_images have labels, but images have none; add integers labels \(n,\)",
+    ),
+    "too few names": (
+        {"images": IMAGES, "labels": LABELS, "class_names": ["a"]},
+        "class_names holds 1, but a label is 6; give 7 names",
+    ),
+    "names of objects": (
+        {"images": IMAGES, "labels": LABELS, "class_names": np.array(list("abcdefg"), object)},
+        r"class_names is an array of Python objects, .*; save it as numpy.array\(names, dtype=str\)",
+    ),
+    "labels of objects": ({"images": IMAGES, "labels": LABELS.astype(object)}, "labels is an array of Python objects"),
+    "names of other bytes": (
+        {"images": IMAGES, "labels": LABELS, "class_names": np.array([b"K\xe4se"] * 7)},
+        "class_names cannot be decoded .*; save numpy.array",
+    ),
+    "a table of names": (
+        {"images": IMAGES, "labels": LABELS, "class_names": [["a"], ["b"]]},
+        r"class_names has the shape \(2, 1\); give one name for a class",
+    ),
     "other names": ({"x_train": IMAGES}, "holds x_train; needed are images uint8"),
     "other size": (
         {"images": IMAGES, "validation_images": IMAGES[:, :2]},

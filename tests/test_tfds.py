@@ -15,6 +15,7 @@ from PIL import Image
 from tests.conftest import run_program
 from tests.data_sets import load
 from tests.image_files import encoded, make_classes, noise, resize_by_formula
+from utils.console import warn_once
 from utils.data import tfds
 from utils.data.batches import epoch_batches, first_examples, training_batches
 from utils.errors import UserError
@@ -75,6 +76,7 @@ def test_a_set_cannot_be_read_without_tfds(tmp_path, monkeypatch):
 
 
 FORMATS = ("array_record", "tfrecord")
+PARTLY_LABELLED = (0, 2, -1, 3)  # -1: TFDS's "no label"; no image is of class 1
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +119,9 @@ def prepared_folder(tmp_path_factory):
     )
     prepare("like_cifar", (8, 8, 3), ["a", "b"], {"train": examples(4, 8, 8, 3), "test": examples(2, 8, 8, 3)})
     prepare("grey", (8, 8, 1), ["a", "b"], {"train": examples(50, 8, 8)})
+    gaps = [(image, PARTLY_LABELLED[i % 4]) for i, (image, _) in enumerate(examples(40, 8, 8, 3))]
+    unlabelled = [(image, -1) for image, _ in examples(4, 8, 8, 3)]
+    prepare("partly_labelled", (8, 8, 3), list("abcd"), {"train": gaps, "test": unlabelled})
     prepare(
         "imagenet2012",
         (None, None, 3),
@@ -198,7 +203,7 @@ def test_both_formats_give_what_tfds_decodes_whatever_the_mode(prepared_folder):
         )
 
 
-def test_the_format_and_the_content_are_told_apart(prepared_folder, tmp_path):
+def test_the_format_and_the_content_are_told_apart(prepared_folder, tmp_path, monkeypatch):
     datasets = [load("tfds:like_cifar", "train", prepared_folder / folder) for folder in FORMATS]
     assert [dataset.fingerprint.format for dataset in datasets] == list(FORMATS)
     shutil.copytree(prepared_folder / "tfrecord" / "like_cifar", tmp_path / "like_cifar")
@@ -208,6 +213,9 @@ def test_the_format_and_the_content_are_told_apart(prepared_folder, tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+    with pytest.raises(UserError, match=r"the labels of like_cifar.* cannot be read .*; prepare it again"):
+        load("tfds:like_cifar", "train", tmp_path)
+    monkeypatch.setattr(tfds.PreparedSplit, "_labels", lambda self, split: np.zeros(4, np.int32))
     assert load("tfds:like_cifar", "train", tmp_path).fingerprint != copy.fingerprint
 
 
@@ -227,6 +235,54 @@ def test_holds_out_where_tfds_has_one_split_and_keeps_grey(either_folder):
     assert (len(train.source), len(validation.source)) == (49, 1)
     found = {image.tobytes() for image in images_of(train) + images_of(validation)}
     assert found == {noise(i, 8, 8).tobytes() for i in range(50)}
+
+
+@pytest.fixture
+def partly(either_folder, tmp_path, monkeypatch):
+    """load(split) of the set with images without a label, its labels not read before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    warn_once.cache_clear()
+    return lambda split="train": load("tfds:partly_labelled", split, either_folder)
+
+
+def test_images_without_a_label_are_left_out_and_a_split_of_them_is_not_used(partly, capfd):
+    train, validation = partly(), partly("validation")
+    labelled = [(noise(i, 8, 8, 3).tobytes(), label) for i in range(40) if (label := PARTLY_LABELLED[i % 4]) >= 0]
+    assert contents(train) + contents(validation) == Counter(labelled)
+    assert (len(train.source), len(validation.source)) == (len(labelled) - 1, 1)
+    assert train.empty_classes == (1,)
+    said = capfd.readouterr().err
+    assert "no image of its split test has a label, so a part of train is held out for validation" in said
+    assert "10 of 40 images of train have no label (-1); they are left out" in said
+    assert partly().fingerprint == train.fingerprint  # with labels from the cache
+    # Two hosts share out an epoch, whichever images are left out, and a stream goes on where it was.
+    parts = [take(training_batches(train, 2, 0, process_index=host, process_count=2), 14) for host in range(2)]
+    assert all(label >= 0 for part in parts for _, label in rows(part))
+    assert max(Counter(rows(parts[0]) + rows(parts[1])).values()) == 1
+    again = training_batches(train, 2, 0, process_index=1, process_count=2)
+    again.set_state({"next_index": 9})
+    assert_same(take(again, 5), parts[1][9:])
+    assert rows(epoch_batches(train, 4, start=3, stop=9)) == rows(epoch_batches(train, 29))[3:9]
+
+
+def test_labels_of_large_sets_are_checked_as_they_are_read(partly, monkeypatch):
+    monkeypatch.setattr(tfds, "MAX_LABELLED_BYTES", 0)
+    monkeypatch.setattr(tfds, "NUM_SAMPLED", 3)
+    train = partly()
+    assert len(train.source) == 39  # the test split, of whose labels three were read, is not used
+    assert train.empty_classes == ()
+    for read in (lambda: list(epoch_batches(train, 10)), lambda: take(training_batches(train, 39, 0, prefetch=0), 1)):
+        with pytest.raises(UserError, match=r"an image of partly_labelled.* has no label \(-1\)"):
+            read()
+
+
+def test_sets_without_labels_or_with_others_are_refused(partly, monkeypatch):
+    for label, message in ((-1, "no image of its split train has a label"), (4, "has the label 4, but 4 classes")):
+        monkeypatch.setattr(
+            tfds.PreparedSplit, "_labels", lambda self, split, label=label: np.full(40, label, np.int32)
+        )
+        with pytest.raises(UserError, match=f"--dataset_name=tfds:partly_labelled: .*{message}"):
+            partly()
 
 
 @pytest.mark.parametrize("size", [128, 256])

@@ -221,18 +221,23 @@ def read_npz_headers(path: Path) -> dict[str, ArrayHeader]:
         for info in archive.infolist():
             with archive.open(info) as file:
                 header = _read_header(file)
-                if file.tell() + header.num_bytes > info.file_size:
+                # The size of pickled objects is not the header's.
+                if not header.dtype.hasobject and file.tell() + header.num_bytes > info.file_size:
                     raise BadFileError(f"array {info.filename} is cut short")
             headers[info.filename.removesuffix(".npy")] = header
         return headers
 
 
-def read_npz(path: Path, names: Mapping[str, ArrayHeader]) -> dict[str, np.ndarray]:
-    """The arrays `names`, whose headers the caller has found acceptable. Numbers, truth values or short texts alone."""
+def read_npz(
+    path: Path, names: Mapping[str, ArrayHeader], kinds: str = "fiubU", max_text_bytes: int = MAX_TEXT_BYTES
+) -> dict[str, np.ndarray]:
+    """The arrays `names`, whose headers the caller has found acceptable, of dtypes of these kinds alone: numbers, truth
+    values or short texts."""
     arrays = {}
     with _reading(path, "npz") as content, open_zip(content) as archive:
         for name, header in names.items():
-            if header.dtype.kind not in "fiubU" or (header.dtype.kind == "U" and header.num_bytes > MAX_TEXT_BYTES):
+            is_text = header.dtype.kind in "US"
+            if header.dtype.kind not in kinds or (is_text and header.num_bytes > max_text_bytes):
                 raise BadFileError(f"array {name} holds {header.dtype}, no numbers")
             with _open_array(archive, name) as file:
                 _read_header(file)

@@ -2,26 +2,46 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from utils.console import printable
-from utils.data.dataset import DataOptions, ImageDataset, array_dataset, check_own_size, split_rows
+from utils.console import printable, warn_once
+from utils.data.dataset import (
+    DataOptions,
+    ImageDataset,
+    array_dataset,
+    check_own_size,
+    split_rows,
+    unlabelled_message,
+)
 from utils.errors import UserError
 from utils.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
 from utils.memory import format_bytes, host_memory
 
 IMAGES, LABELS = ("images", "arr_0"), ("labels", "arr_1")  # the second of each as in ADM's files
+OTHER_LABELS = ("label", "targets", "target", "y")  # taken for labels where they are integers (n,)
 VALIDATION, CLASS_NAMES = "validation_", "class_names"
 MAX_CLASSES = 2**20
+MAX_NAMES_BYTES = 2**26  # of class names; NumPy takes four bytes for a letter
+MAX_LISTED = 5  # arrays named in a message
 WANTED = "images uint8 (n, h, w, c) and labels (n,)"
+
+
+class SplitArrays(NamedTuple):
+    """Names of the arrays of one split."""
+
+    images: str
+    labels: str | None
 
 
 def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset:
     """The split of an npz with `images`, uint8 (n, h, w, c), and `labels` (n,), or ADM's `arr_0` and `arr_1`.
 
-    Without labels all images are of one class. `validation_images` and `validation_labels` are the validation split;
-    without them a part is held out. `class_names` names the classes. The images of the split are held in memory.
+    Integers (n,) called `label`, `targets`, `target` or `y` are labels too. Without labels all images are of one class;
+    images labelled -1 are left out. `validation_images` and `validation_labels` are the validation split; without them,
+    or where all of these labels are -1, a part is held out. `class_names` names the classes. The images of the split
+    are held in memory.
     UserError where the file is missing, damaged, larger than the memory, or holds something else.
     """
     path, flag = Path(name.partition(":")[2]).expanduser(), f"--dataset_name={name}"
@@ -33,52 +53,134 @@ def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset
         if train is None:
             found = printable(", ".join(sorted(headers))[:200]) or "nothing"
             raise UserError(f"{flag}: {path} holds {found}; needed are {WANTED}")
-        images_name, labels_name = validation if validation and split == "validation" else train
-        label_names = [part[1] for part in (train, validation) if part and part[1]]
-        needed = {each: headers[each] for each in {images_name, *label_names, CLASS_NAMES} if each in headers}
-        _check_size(needed, headers, (train, validation), flag)
-        arrays = read_npz(path, needed)
+        parts = [part for part in (train, validation) if part]
+        _check_headers(headers, parts, flag)
+        labels = read_npz(path, {part.labels: headers[part.labels] for part in parts if part.labels})
+        class_names = _read_class_names(path, headers, flag)
+        if validation and _is_unlabelled(labels.get(validation.labels)):
+            warn_once(f"{flag}: no validation image has a label, so a part of the others is held out for validation")
+            validation = None
+        part = validation if validation and split == "validation" else train
+        _check_size(headers[part.images], flag)
+        images = read_npz(path, {part.images: headers[part.images]})[part.images]
     except BadFileError as error:
         raise UserError(f"{flag}: {path} cannot be read ({error}); write it with numpy.savez") from None
-    images = arrays[images_name]
-    labels = arrays[labels_name] if labels_name else np.zeros(images.shape[:1], np.int32)
-    class_names = arrays.get(CLASS_NAMES)
+
+    highest = _highest_label(list(labels.values()), flag)
     if class_names is None:
-        class_names = np.arange(1 + _highest_label([arrays[each] for each in label_names], flag))
-    if validation is None and images.ndim and labels.shape == images.shape[:1]:  # others are refused below
-        rows = split_rows(len(images), split)
-        images, labels = images[rows], labels[rows]
-    dataset = array_dataset(name, images, labels, list(map(str, np.atleast_1d(class_names))), split)
-    check_own_size(name, dataset.image_shape[0], options)
+        class_names = list(map(str, range(1 + highest)))
+    elif len(class_names) <= highest:
+        raise UserError(
+            f"{flag}: class_names holds {len(class_names)}, but a label is {highest}; give {highest + 1} names, one "
+            "for a class"
+        )
+    own_labels = labels[part.labels] if part.labels else np.zeros(images.shape[:1], np.int32)
+    if images.ndim and own_labels.shape == images.shape[:1]:  # others are refused below
+        images, own_labels = _leave_out_unlabelled(images, own_labels, part, flag)
+        if validation is None:
+            rows = split_rows(len(images), split)
+            images, own_labels = images[rows], own_labels[rows]
+    dataset = array_dataset(name, images, own_labels, class_names, split)
+    check_own_size(name, dataset.image_shape, options)
     return dataset
 
 
-def _find_split(headers: Mapping[str, ArrayHeader], prefix: str) -> tuple[str, str | None] | None:
-    """(name of the images, name of the labels or None) of a split; None where it has no images."""
+def _find_split(headers: Mapping[str, ArrayHeader], prefix: str) -> SplitArrays | None:
+    """The arrays of a split; None where it has no images."""
+    images = next((prefix + name for name in IMAGES if prefix + name in headers), None)
+    if images is None:
+        return None
+    labels = next((prefix + name for name in LABELS if prefix + name in headers), None)
+    if labels is None:
+        alike = (prefix + name for name in OTHER_LABELS if prefix + name in headers)
+        labels = next((name for name in alike if _may_be_labels(headers[name], headers[images])), None)
+    return SplitArrays(images, labels)
 
-    def find(names):
-        return next((prefix + name for name in names if prefix + name in headers), None)
 
-    images = find(IMAGES)
-    return images and (images, find(LABELS))
+def _may_be_labels(header: ArrayHeader, images: ArrayHeader) -> bool:
+    return header.dtype.kind in "iu" and header.shape == images.shape[:1]
 
 
-def _check_size(
-    needed: Mapping[str, ArrayHeader],
-    headers: Mapping[str, ArrayHeader],
-    splits: tuple[tuple[str, str | None] | None, ...],
-    flag: str,
-) -> None:
-    """UserError where what is needed is larger than the memory, or the splits' images are of several shapes."""
-    size, there = sum(header.num_bytes for header in needed.values()), host_memory()
+def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays], flag: str) -> None:
+    """UserError where the arrays of the splits hold objects or do not fit together; says which arrays are not read."""
+    used = {name for part in parts for name in part if name} | {CLASS_NAMES} & headers.keys()
+    for name in used:
+        if headers[name].dtype.hasobject:
+            wanted = "numpy.array(names, dtype=str)" if name == CLASS_NAMES else "an array of numbers"
+            raise UserError(
+                f"{flag}: {name} is an array of Python objects, which only unpickling, and so running code, would "
+                f"read; save it as {wanted}"
+            )
+    shapes = {part.images: headers[part.images].shape[1:] for part in parts}
+    if len(set(shapes.values())) > 1:
+        raise UserError(f"{flag}: images are of one shape in both splits, not {shapes}")
+    labelled = [part.images for part in parts if part.labels]
+    if 0 < len(labelled) < len(parts):
+        (other,) = (part.images for part in parts if not part.labels)
+        prefix = VALIDATION if other.startswith(VALIDATION) else ""
+        raise UserError(
+            f"{flag}: {labelled[0]} have labels, but {other} have none; add integers {prefix}labels (n,), or leave "
+            "validation_images out"
+        )
+    remarks = [] if labelled else ["it has no labels, so all images are of one class"]
+    unread = [f"{name} {headers[name].dtype} {headers[name].shape}" for name in sorted(headers.keys() - used)]
+    if unread:
+        remarks.append(f"not read: {', '.join(unread[:MAX_LISTED])}{', ...' * (len(unread) > MAX_LISTED)}")
+    if remarks:
+        warn_once(f"{flag}: {'; '.join(remarks)}")
+
+
+def _check_size(images: ArrayHeader, flag: str) -> None:
+    size, there = images.num_bytes, host_memory()
     if size > there:
         raise UserError(
             f"{flag}: its arrays take {format_bytes(size)}, this machine has {format_bytes(there)} of memory; put the "
             "images into a folder, and use folder:PATH"
         )
-    shapes = {part[0]: headers[part[0]].shape[1:] for part in splits if part}
-    if len(set(shapes.values())) > 1:
-        raise UserError(f"{flag}: images are of one shape in both splits, not {shapes}")
+
+
+def _read_class_names(path: Path, headers: Mapping[str, ArrayHeader], flag: str) -> list[str] | None:
+    header = headers.get(CLASS_NAMES)
+    if header is None:
+        return None
+    if len(header.shape) > 1:
+        raise UserError(f"{flag}: class_names has the shape {header.shape}; give one name for a class, (classes,)")
+    if header.num_bytes > MAX_NAMES_BYTES:
+        raise UserError(
+            f"{flag}: class_names takes {format_bytes(header.num_bytes)}, above {format_bytes(MAX_NAMES_BYTES)}; give "
+            "shorter names"
+        )
+    try:
+        names = np.atleast_1d(read_npz(path, {CLASS_NAMES: header}, "fiubUS", MAX_NAMES_BYTES)[CLASS_NAMES]).tolist()
+        return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+    except BadFileError:
+        raise
+    except ValueError as error:  # bytes or code points that stand for no letter
+        raise UserError(
+            f"{flag}: class_names cannot be decoded ({error}); save numpy.array(names, dtype=str)"
+        ) from None
+
+
+def _is_unlabelled(labels: np.ndarray | None) -> bool:
+    return labels is not None and labels.dtype.kind == "i" and labels.size > 0 and bool((labels == -1).all())
+
+
+def _leave_out_unlabelled(
+    images: np.ndarray, labels: np.ndarray, part: SplitArrays, flag: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels but for those that are labelled -1."""
+    if labels.dtype.kind != "i" or not (labels == -1).any():
+        return images, labels
+    if _is_unlabelled(labels):
+        raise UserError(f"{flag}: all of {part.labels} are -1, no label; leave them out to train without classes")
+    if not (labels == 0).any():  # -1 and 1 as two classes
+        raise UserError(
+            f"{flag}: {part.labels} are -1 and {labels[labels != -1].min()} to {labels.max()}, without a 0; number the "
+            "classes 0, 1, 2, ..."
+        )
+    is_labelled = labels != -1
+    warn_once(unlabelled_message(flag, part.images, int((~is_labelled).sum()), len(labels)))
+    return images[is_labelled], labels[is_labelled]
 
 
 def _highest_label(labels: list[np.ndarray], flag: str) -> int:

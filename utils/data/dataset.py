@@ -220,7 +220,12 @@ def iterable_dataset(
 def find_empty_classes(labels: Sequence[int] | Int32[np.ndarray, " n"], num_classes: int) -> tuple[int, ...]:
     """Returns the labels below `num_classes` that do not occur in `labels`."""
     counts = np.bincount(np.asarray(labels, np.int64), minlength=num_classes)
-    return tuple(np.flatnonzero(counts == 0).tolist())
+    return tuple(np.flatnonzero(counts[:num_classes] == 0).tolist())
+
+
+def unlabelled_message(name: str, split: str, num_unlabelled: int, num_images: int) -> str:
+    """Says that images without a label are left out, as they are of every data set."""
+    return f"{name}: {num_unlabelled:,} of {num_images:,} images of {split} have no label (-1); they are left out"
 
 
 def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
@@ -270,8 +275,10 @@ def split_rows(num_examples: int, split: str, count: int | None = None) -> list[
     return hold_out([str(row) for row in range(num_examples)], count)[SPLITS.index(split)]
 
 
-def check_own_size(name: str, own: int, options: DataOptions, instead: str = "") -> None:
-    if options.image_size not in (None, own):
+def check_own_size(name: str, image_shape: Sequence[int], options: DataOptions, instead: str = "") -> None:
+    """UserError where --image_size is another size than that of the images, (h, w) or (h, w, c)."""
+    height, width = image_shape[:2]
+    if options.image_size is not None and (height, width) != (options.image_size, options.image_size):
         raise UserError(
-            f"--image_size={options.image_size}: the images of {name} are {own}x{own}; leave it out{instead}"
+            f"--image_size={options.image_size}: the images of {name} are {height}x{width}; leave it out{instead}"
         )

@@ -10,7 +10,7 @@ NUM_HELD_OUT = 297
 def load_digits(name: str, split: str, options: DataOptions) -> ImageDataset:
     from sklearn import datasets  # slow to import
 
-    check_own_size(name, 8, options)
+    check_own_size(name, (8, 8), options)
     digits = datasets.load_digits()  # 16 levels of ink, 0 .. 16
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     rows = split_rows(len(images), split, NUM_HELD_OUT)

@@ -201,7 +201,7 @@ def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
             f"--dataset_name={name}: {folder} holds no cached latents; make them: "
             f"python encode_latents.py --dataset_name imagenet256 --out {folder}"
         )
-    check_own_size(name, manifest.image_shape[0], options)
+    check_own_size(name, manifest.image_shape, options)
     source = LatentRecords(folder, manifest, split)
     flips = split == "train" and manifest.num_views[split] == 2
     return ImageDataset(

@@ -133,7 +133,7 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
             f"--dataset_name={name}: {folder} holds no pairs; make them: "
             f"python make_pairs.py --load_dir RUN --out {folder}"
         )
-    check_own_size(name, manifest.image_shape[0], options)
+    check_own_size(name, manifest.image_shape, options)
     rows = split_rows(manifest.num_pairs, split)
     return ImageDataset(
         name=manifest.dataset_name,

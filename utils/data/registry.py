@@ -61,7 +61,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
         raise UserError(_unknown_name(name))
     options = options or DataOptions()
     dataset = load(name, split, options)
-    check_own_size(name, dataset.image_shape[0], options)  # of loaders that have no use for the option
+    check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
     if options.random_flip is None or split != "train":
         return dataset
     if options.random_flip and dataset.pair_shape:

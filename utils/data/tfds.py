@@ -1,8 +1,10 @@
 """Data sets that TensorFlow Datasets prepared: array_record at random and without TensorFlow, tfrecord as a stream."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -11,13 +13,25 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int32, Int64
+from tqdm import tqdm
 
+from utils.console import warn_once
 from utils.data.class_names import imagenet_class_names
-from utils.data.dataset import DataOptions, Example, ImageDataset, check_own_size, num_held_out
+from utils.data.dataset import (
+    DataOptions,
+    Example,
+    ImageDataset,
+    check_own_size,
+    find_empty_classes,
+    num_held_out,
+    unlabelled_message,
+)
 from utils.data.fingerprint import Fingerprint
 from utils.data.images import read_image
 from utils.errors import UserError
-from utils.files import refuse_url
+from utils.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
+from utils.files import atomic_write, cache_folder, refuse_url
 
 PACKAGES = "tensorflow-datasets importlib_resources"  # the second is imported by the first, which does not say so
 PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself
@@ -30,6 +44,9 @@ FEATURE_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
 FILES_AT_A_TIME = 16
 READ_BYTES = 2**20  # of each of them
+MAX_LABELLED_BYTES = 2**29  # of a split that is read through for its labels
+RECORDS_AT_A_TIME = 1024  # while labels are read
+NUM_SAMPLED = 64  # images of a split, or labels of a larger one, that are looked at before training
 
 
 class PreparedSplit:
@@ -66,39 +83,134 @@ class PreparedSplit:
             raise UserError(f"{flag}: the images of {builder} are of many sizes; add --image_size 256, for example")
         self.image_shape = (size, size, 1 if channels == 1 else 3)
         self.class_names = tuple(label.names or map(str, range(label.num_classes)))
+        if self.format == "tfrecord":
+            try:
+                import_tensorflow()
+            except ImportError:
+                raise UserError(
+                    f"{flag}: {self.origin} is prepared as tfrecord, which TensorFlow reads: `pip install tensorflow`, "
+                    f"or add array_record to it where TensorFlow is: {_convert_command(self.builder.data_dir)}"
+                ) from None
 
         own = next((name for name in ("validation", "test") if name in splits), None)
+        if own and (labels := self._labels(own)).size and (labels < 0).all():
+            warn_once(f"{flag}: no image of its split {own} has a label, so a part of train is held out for validation")
+            own = None
         self.split = own if own and split == "validation" else "train"
-        count = splits[self.split].num_examples
-        self.start, self.stop = 0, count
+        rows, labels = self._labelled_rows(flag)
         if own is None:  # records are in an order that TFDS has shuffled
-            cut = num_held_out(count)
-            self.start, self.stop = (0, cut) if split == "validation" else (cut, count)
-        if self.stop <= self.start or not count:
+            cut = num_held_out(len(rows))
+            rows = rows[:cut] if split == "validation" else rows[cut:]
+        if not len(rows):
+            count = splits[self.split].num_examples
             raise UserError(f"{flag}: {folder} holds {count} images, of which none is left to train on; use more")
+        self.rows = rows  # the numbers of its records
+        self.start, self.stop = int(rows[0]), int(rows[-1]) + 1
+        self.empty_classes = () if labels is None else find_empty_classes(labels[rows], len(self.class_names))
+
+    def _labelled_rows(self, flag: str) -> tuple[range | Int64[np.ndarray, " n"], Int32[np.ndarray, " records"] | None]:
+        """(numbers of the split's records, without those that have no label; the labels of all records).
+
+        Of a split too large to be read through: all records, and None.
+        """
+        count, labels = self.builder.info.splits[self.split].num_examples, self._labels(self.split)
+        if len(labels) < count or not count:
+            return range(count), None
+        rows = np.flatnonzero(labels >= 0)
+        if not rows.size:
+            raise UserError(f"{flag}: no image of its split {self.split} has a label; prepare a set that has labels")
+        if labels.max() >= len(self.class_names):
+            raise UserError(
+                f"{flag}: {self.origin} has the label {labels.max()}, but {len(self.class_names)} classes; prepare it "
+                "again"
+            )
+        if rows.size == count:
+            return range(count), labels
+        warn_once(unlabelled_message(flag, self.split, count - rows.size, count))
+        return rows, labels
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether records between the first and the last of the split are left out."""
+        return len(self.rows) < self.stop - self.start
+
+    def _labels(self, split: str) -> Int32[np.ndarray, " n"]:
+        """Returns the labels of a split in its order, -1 for none; of a large split, the first alone.
+
+        They are read once, without decoding an image, and kept in the cache folder.
+        """
+        info = self.builder.info.splits[split]
+        is_large = info.num_bytes > MAX_LABELLED_BYTES
+        count = min(NUM_SAMPLED, info.num_examples) if is_large else info.num_examples
+        if not count:
+            return np.empty(0, np.int32)
+
+        def read() -> np.ndarray:
+            labels = itertools.islice(self._read_labels(split), count)
+            bar = tqdm(labels, f"reading the labels of {split}, once", count, unit="image", delay=5)
+            try:
+                return np.fromiter(bar, np.int32)
+            except Exception as error:  # of both libraries' readers, which share no type
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"the labels of {self.origin} cannot be read ({reason}); prepare it again") from None
+
+        return _remember(f"labels-{self._digest(split, 0, info.num_examples)}", (count,), np.dtype(np.int32), read)
+
+    def _read_labels(self, split: str) -> Iterator[int]:
+        if self.format == "tfrecord":
+            tf = import_tensorflow()
+            parts = self.builder.info.splits[split].file_instructions
+            records = tf.data.TFRecordDataset([str(part.filename) for part in parts])
+            label = {"label": tf.io.FixedLenFeature([], tf.int64)}
+            for batch in records.batch(RECORDS_AT_A_TIME).as_numpy_iterator():
+                yield from tf.io.parse_example(batch, label)["label"].numpy().tolist()
+            return
+        from tensorflow_datasets.core.decode import DeserializeMethod
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        builder: Any = self.builder  # decorators hide its type
+        messages: Any = tf_example_pb2  # made when it is imported
+        records = builder.as_data_source(
+            split, file_format="array_record", deserialize_method=DeserializeMethod.RAW_BYTES
+        )
+        for start in range(0, len(records), RECORDS_AT_A_TIME):
+            for record in records.__getitems__(range(start, min(start + RECORDS_AT_A_TIME, len(records)))):
+                yield messages.Example.FromString(record).features.feature["label"].int64_list.value[0]
 
     def fingerprint(self) -> Fingerprint:
         """Version, shards, sizes and the start of the first file: telling enough, without reading the data set."""
-        info = self.builder.info.splits[self.split]
-        metadata = [self.builder.info.full_name, self.split, self.start, self.stop, info.shard_lengths, info.num_bytes]
+        return Fingerprint(self.format, len(self.rows), self._digest(self.split, self.start, self.stop))
+
+    def _digest(self, split: str, start: int, stop: int) -> str:
+        info = self.builder.info.splits[split]
+        metadata = [self.builder.info.full_name, split, start, stop, info.shard_lengths, info.num_bytes]
         digest = hashlib.sha256(json.dumps([*map(str, metadata), self.class_names]).encode())
-        files = self.folder.glob(f"*-{self.split}.{self.format}*")
+        files = self.folder.glob(f"*-{split}.{self.format}*")
         for file in sorted(files, key=str)[:1]:
             with file.open("rb") as content:
                 digest.update(content.read(READ_BYTES))
-        return Fingerprint(self.format, self.stop - self.start, digest.hexdigest())
+        return digest.hexdigest()
 
-    def open(self, flag: str) -> "Records | RecordStream":
-        if self.format == "array_record":
-            return Records(self)
-        try:
-            import_tensorflow()
-        except ImportError:
-            raise UserError(
-                f"{flag}: {self.origin} is prepared as tfrecord, which TensorFlow reads: `pip install tensorflow`, or "
-                f"add array_record to it where TensorFlow is: {_convert_command(self.builder.data_dir)}"
-            ) from None
-        return RecordStream(self)
+    def open(self) -> "Records | RecordStream":
+        return Records(self) if self.format == "array_record" else RecordStream(self)
+
+
+def _remember(name: str, shape: tuple[int, ...], dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Returns the array that the cache folder keeps under `name`; where there is none of this shape and dtype, what
+    `compute` returns, and keeps it."""
+    path = cache_folder() / f"{name}.npz"
+    try:
+        headers = read_npz_headers(path)
+        if headers["values"] == ArrayHeader(shape, False, dtype):
+            return read_npz(path, headers)["values"]
+    except (BadFileError, KeyError):
+        pass
+    values = compute()
+    with contextlib.suppress(OSError):  # what cannot be kept is computed again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, values=values)
+    return values
 
 
 def _check_features(flag: str, folder: epath.Path) -> None:
@@ -186,10 +298,11 @@ class Records:
         )
 
     def __len__(self) -> int:
-        return self.prepared.stop - self.prepared.start
+        return len(self.prepared.rows)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[self.prepared.start + index]
+        record = self.records[self.prepared.rows[index]]
+        _check_labels(record["label"], self.prepared.origin)
         size, _, channels = self.prepared.image_shape
         mode = "L" if channels == 1 else "RGB"
         image = read_image(record["image"], f"image {index} of {self.prepared.origin}", size, mode=mode, as_tfds=True)
@@ -208,7 +321,7 @@ class RecordStream:
         self.prepared, self.tf = prepared, import_tensorflow()
 
     def __len__(self) -> int:
-        return self.prepared.stop - self.prepared.start
+        return len(self.prepared.rows)
 
     def training_batches(
         self,
@@ -227,16 +340,14 @@ class RecordStream:
         place), so that a stream continues exactly, on as many hosts as before, by reading again what the epoch had
         read, without decoding it.
         """
-        bounds = [
-            self.prepared.start + len(self) * host // process_count for host in (process_index, process_index + 1)
-        ]
+        first, end = (len(self) * host // process_count for host in (process_index, process_index + 1))
         local_size = batch_size // process_count
-        if bounds[0] == bounds[1]:
+        if first == end:
             raise UserError(f"{len(self)} training images cannot be divided over {process_count} processes; use fewer")
 
         def start(next_index: int) -> Iterator[dict[str, np.ndarray]]:
-            epoch, place = divmod(next_index * local_size, bounds[1] - bounds[0])
-            examples = self._shuffled(*bounds, seed, random_flip, epoch).skip(place)
+            epoch, place = divmod(next_index * local_size, end - first)
+            examples = self._shuffled(*self._record_range(first, end), seed, random_flip, epoch).skip(place)
             batches = self._decoded(examples).batch(local_size, drop_remainder=True).prefetch(prefetch)
             return batches.as_numpy_iterator()
 
@@ -253,14 +364,18 @@ class RecordStream:
         prefetch: int,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Images start .. stop - 1 of the split in its own order, every `process_count`-th of each batch."""
-        files = self._files(self.prepared.start + start, self.prepared.start + stop)
+        if start >= stop:
+            return
+        files = self._files(*self._record_range(start, stop))
         records = self.tf.data.Dataset.from_tensor_slices(files).flat_map(self._read_file)
         examples = records.shard(process_count, process_index).map(lambda record: (record, False))
         local_size = batch_size // process_count
         batches = self._decoded(examples).batch(local_size).prefetch(prefetch).as_numpy_iterator()
         empty = {"image": np.empty((0, *self.prepared.image_shape), np.uint8), "label": np.empty(0, np.int32)}
         for _ in range(start, stop, batch_size):
-            yield next(batches, empty)
+            batch = next(batches, empty)
+            _check_labels(batch["label"], self.prepared.origin)
+            yield batch
 
     def memory_bound(self, batch_size: int, prefetch: int = 2, process_count: int = 1) -> int:
         """Bytes that `training_batches` holds at most, beside TensorFlow itself."""
@@ -269,14 +384,22 @@ class RecordStream:
         encoded = min(SHUFFLE_BYTES, split_bytes // process_count) + FILES_AT_A_TIME * READ_BYTES
         return encoded + num_decoded * int(np.prod(self.prepared.image_shape))
 
+    def _record_range(self, start: int, stop: int) -> tuple[int, int]:
+        """(first record, one after the last) of the images start .. stop - 1, among those left out."""
+        return int(self.prepared.rows[start]), int(self.prepared.rows[stop - 1]) + 1
+
     def _files(self, start: int, stop: int):
-        """(paths, numbers of records to leave out, numbers of records to take) that make images start .. stop - 1."""
+        """(paths, numbers of records to leave out, numbers of records to take) that make records start .. stop - 1."""
         parts = self.prepared.builder.info.splits[f"{self.prepared.split}[{start}:{stop}]"].file_instructions
         counts = np.array([(part.skip, part.take) for part in parts], np.int64)
         return tuple(map(self.tf.constant, ([str(part.filename) for part in parts], *counts.T)))
 
     def _read_file(self, path, skip, take):
-        return self.tf.data.TFRecordDataset(path, buffer_size=READ_BYTES).skip(skip).take(take)
+        records = self.tf.data.TFRecordDataset(path, buffer_size=READ_BYTES).skip(skip).take(take)
+        if not self.prepared.is_filtered:
+            return records
+        label = {"label": self.tf.io.FixedLenFeature([], self.tf.int64)}
+        return records.filter(lambda record: self.tf.io.parse_single_example(record, label)["label"] >= 0)
 
     def _shuffled(self, start: int, stop: int, seed: int, random_flip: bool, first_epoch: int):
         """Dataset of (serialized example, whether to flip it), epoch after epoch."""
@@ -355,6 +478,7 @@ class StreamIterator:
         except import_tensorflow().errors.OpError as error:  # of the decoder, or of files that are cut or gone
             reason = " ".join(str(error).partition("[Op:")[0].split())[-200:]
             raise UserError(f"an image of {self._origin} cannot be read: {reason}") from error
+        _check_labels(batch["label"], self._origin)
         self._next_index += 1
         return batch
 
@@ -363,6 +487,12 @@ class StreamIterator:
 
     def set_state(self, state: dict[str, int]) -> None:
         self._next_index, self._batches = state["next_index"], None  # opened when asked for
+
+
+def _check_labels(labels: Any, origin: str) -> None:
+    """UserError for an image without a label in a set too large to have been read through for them."""
+    if np.min(labels, initial=0) < 0:
+        raise UserError(f"an image of {origin} has no label (-1); prepare the set without such images")
 
 
 def num_cores() -> int:
@@ -382,13 +512,13 @@ def import_tensorflow():
 
 def load_imagenet(name: str, split: str, options: DataOptions, *, size: int) -> ImageDataset:
     other = f", or use --dataset_name tfds:imagenet2012 --image_size {options.image_size}"
-    check_own_size(name, size, options, other)
+    check_own_size(name, (size, size), options, other)
     dataset = load_tfds(name, split, dataclasses.replace(options, image_size=size), builder="imagenet2012", flip=True)
     return dataclasses.replace(dataset, class_names=imagenet_class_names())  # TFDS has WordNet ids
 
 
 def load_celebahq(name: str, split: str, options: DataOptions) -> ImageDataset:
-    check_own_size(name, 256, options)
+    check_own_size(name, (256, 256), options)
     return load_tfds(name, split, options, builder="celebahq256")
 
 
@@ -399,5 +529,13 @@ def load_tfds(
     flag = f"--dataset_name={name}"
     prepared = PreparedSplit(flag, options.data_dir, builder or name.removeprefix("tfds:"), split, options.image_size)
     flips = flip and split == "train"
-    source, fingerprint = prepared.open(flag), prepared.fingerprint()
-    return ImageDataset(name, split, source, prepared.image_shape, prepared.class_names, flips, fingerprint)
+    return ImageDataset(
+        name=name,
+        split=split,
+        source=prepared.open(),
+        image_shape=prepared.image_shape,
+        class_names=prepared.class_names,
+        random_flip=flips,
+        fingerprint=prepared.fingerprint(),
+        empty_classes=prepared.empty_classes,
+    )
