@@ -95,7 +95,7 @@ def define_flags() -> None:
             "ema_warmup", 0, "1: the EMA's decay grows as (1 + n) / (10 + n) up to --model.target_update_rate.", 0, 1
         )
         flags.DEFINE_integer("debug_overfit", 0, "1 trains on one repeated batch.", 0, 1)
-        flags.DEFINE_integer("plan", 0, "1: says what this training will take (memory, hours), and ends.", 0, 1)
+        flags.DEFINE_integer("plan", 0, "1: says what this training will take (memory, time), and ends.", 0, 1)
     cli.define_data_flags()
     cli.define_flip_flag()
     cli.define_vae_flag()
@@ -303,11 +303,11 @@ class Trainer:
         target, steps = self.state_structs(), self.checkpoints.steps()
         if steps:
             return self._restore(steps, target)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-        state = jax.jit(self._init_state, out_shardings=shardings)(jax.random.key(self.config.seed))
+        state = self._fresh_state(target)
         if self.start is None:
             return state
-        params, ema_params = (jax.tree.map(place, tree, shardings.params) for tree in self.start)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target.params)
+        params, ema_params = (jax.tree.map(place, tree, shardings) for tree in self.start)
         self.start = None  # as large as the state
         return state.replace(params=params, ema_params=ema_params)
 
@@ -315,6 +315,11 @@ class Trainer:
         """The shapes of the state, and where each array lives."""
         shapes = jax.eval_shape(self._init_state, jax.random.key(self.config.seed))
         return shape_structs(shapes, state_sharding(shapes, self.mesh, self.config.sharding))
+
+    def _fresh_state(self, target: TrainState) -> TrainState:
+        """Returns the state of step 0, placed as `target` (shapes) says."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+        return jax.jit(self._init_state, out_shardings=shardings)(jax.random.key(self.config.seed))
 
     def _init_state(self, key: jax.Array) -> TrainState:
         return create_train_state(self._fresh_params(key), self.optimizer, key)
@@ -432,22 +437,37 @@ class Trainer:
         return compile_step(step, state, batch, self.model.codec, platform=self.mesh.devices.flat[0].platform)
 
     def plan(self) -> Iterator[str]:
-        """What this training will take, in lines, before anything of it is made."""
-        state = self.state_structs()
+        """Yields what this training will take, in lines; nothing of it is written."""
+        config, state, compiled = self.config, self.state_structs(), {}
         yield self.summary(state)
 
-        def measure(batch_size):
-            return memory_needed(self.compile_train_step(state, batch_structs(self.validation_batch, batch_size)))
+        def measure(batch_size: int) -> int:
+            compiled[batch_size] = self.compile_train_step(state, batch_structs(self.validation_batch, batch_size))
+            return memory_needed(compiled[batch_size])
 
         yield from plan_lines(
             state,
             measure,
-            batch_size=self.config.batch_size,
-            multiple=self.mesh.size * self.config.grad_accum * row_period(self.model.objective),
-            flops_per_image=self.flops_per_step / self.config.batch_size,
+            lambda: self._time_step(compiled[config.batch_size]),
+            batch_size=config.batch_size,
+            multiple=self.mesh.size * config.grad_accum * row_period(self.model.objective),
+            flops_per_image=self.flops_per_step / config.batch_size,
             num_images=len(self.datasets["train"].source),
-            num_devices=self.mesh.size,
+            num_steps=config.max_steps,
+            devices=self.mesh.devices.flatten().tolist(),
         )
+
+    def _time_step(self, compiled_step: jax.stages.Compiled) -> float:
+        """Returns the seconds of the faster of the first two steps; the first may load code."""
+        state, seconds = self._fresh_state(self.state_structs()), []
+        with explaining_out_of_memory("the training step", MEMORY_FLAGS):
+            for _ in range(2):
+                jax.block_until_ready(state)
+                started = time.monotonic()
+                state, metrics = compiled_step(state, self.validation_batch, self.model.codec)
+                jax.block_until_ready((state, metrics))
+                seconds.append(time.monotonic() - started)
+        return min(seconds)
 
     def summary(self, state: TrainState) -> str:
         model, shape = self.config.model, self.model.latent_shape

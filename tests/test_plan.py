@@ -8,6 +8,7 @@ import train_flow
 from utils.errors import UserError
 from utils.memory import memory_needed
 from utils.plan import MemoryModel, batch_structs, bytes_on_device
+from utils.throughput import format_duration
 
 RUN = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2
@@ -17,7 +18,8 @@ RUN = """
 
 @pytest.fixture
 def trainer(read_flags, tmp_path):
-    return train_flow.Trainer(read_flags(train_flow, [*RUN, "--plan", "1", "--save_dir", str(tmp_path / "run")]))
+    words = ["--plan", "1", "--max_steps", "500", "--save_dir", str(tmp_path / "run")]
+    return train_flow.Trainer(read_flags(train_flow, [*RUN, *words]))
 
 
 def test_a_line_through_two_batches():
@@ -49,10 +51,29 @@ def test_the_plan_is_what_the_compiler_says_of_another_batch(trainer, tmp_path, 
     assert bytes_on_device(state.opt_state) == pytest.approx(2 * bytes_on_device(state.params), rel=1e-3)
     fitting = re.search(r"1 x 24 GiB: ([\d,]+)", "\n".join(lines)).group(1)
     assert int(fitting.replace(",", "")) == memory.largest_batch(0.95 * 24 * 2**30, 1)
-    assert any("H100" in line and "images/s" in line for line in lines)
+    assert "500 steps are 21.33 epochs of 1,500 images" in lines  # --max_steps of 64 images
+    (at_hand,) = [line for line in lines if "at hand" in line]
+    rate, count, unit = re.search(r"at hand: ([\d.,e+]+) images/s, ([\d.]+) (\w+?)s?, without", at_hand).groups()
+    seconds = float(count) * {"second": 1, "minute": 60, "hour": 3600}[unit]
+    assert seconds == pytest.approx(500 * 64 / float(rate.replace(",", "")), rel=0.1)
+    (h100,) = [line for line in lines if "H100" in line]
+    rate = 0.4 * 989e12 / (trainer.flops_per_step / 64)
+    assert h100.endswith(f"{rate:,.0f} images/s, less than a second")
     assert not (tmp_path / "run").exists()  # nothing is made
 
 
 def test_a_plan_is_of_training_from_scratch(read_flags, tmp_path):
     with pytest.raises(UserError, match=r"--load_dir=.* has no effect with --plan"):
         train_flow.Trainer(read_flags(train_flow, [*RUN, "--plan", "1", "--load_dir", str(tmp_path / "none")]))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0, "less than a second"), (0.4, "less than a second"), (1, "1 second"), (2.54, "2.5 seconds"),
+        (59, "59 seconds"), (59.6, "1 minute"), (430, "7.2 minutes"), (3599, "1 hour"), (5400, "1.5 hours"),
+        (86400 * 1.5, "1.5 days"), (86400 * 12345, "12,345 days"),
+    ],
+)  # fmt: skip
+def test_durations_are_in_a_unit_that_suits_them(seconds, expected):
+    assert format_duration(seconds) == expected

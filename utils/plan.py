@@ -1,19 +1,18 @@
-"""What a training will take, before it starts: parameters, memory by part, the batches that fit, hours."""
+"""Estimates of what a training will take, before it starts: memory by part, the batches that fit, time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 from jaxtyping import PyTree
 
-from utils.memory import GIB, format_bytes
+from utils.memory import GIB, device_memory, format_bytes
 from utils.sharding import shape_structs
-from utils.throughput import PEAK_TFLOPS
+from utils.throughput import PEAK_TFLOPS, format_duration
 from utils.train_state import TrainState
 
 DEVICE_GIB = (12, 16, 24, 80)
 DEVICE_KINDS = ("NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "TPU v5 lite")
-MFU = 0.4  # model FLOPs utilisation that the hours assume
-EPOCHS = 80
+MFU = 0.4  # model FLOPs utilisation that the times of other devices assume
 
 
 class MemoryModel:
@@ -52,15 +51,19 @@ def bytes_on_device(structs: PyTree) -> int:
 def plan_lines(
     state: TrainState,
     measure: Callable[[int], int],
+    time_step: Callable[[], float],
     *,
     batch_size: int,
     multiple: int,
     flops_per_image: float,
     num_images: int,
-    num_devices: int,
+    num_steps: int,
+    devices: Sequence[jax.Device],
 ) -> Iterator[str]:
-    """Lines to print. `state` has shapes with shardings; `measure` compiles the training step of a batch size, and says
-    what it needs on a device; batches are multiples of `multiple`."""
+    """Yields lines to print. `state` has shapes with shardings; `measure` compiles the training step of a batch size,
+    and returns the bytes it needs on a device; `time_step` returns the seconds of a step of `batch_size`. Batches are
+    multiples of `multiple`."""
+    num_devices = len(devices)
     small = max(multiple, batch_size // 2 // multiple * multiple)
     other = small if small < batch_size else 2 * batch_size
     memory = MemoryModel({size: measure(size) for size in (other, batch_size)})
@@ -82,7 +85,21 @@ def plan_lines(
         fitting = f"{largest:,}" if largest else "none: see --remat, --grad_accum and --sharding"
         yield f"  {num_devices} x {gib} GiB: {fitting}"
 
-    yield f"at an MFU of {MFU:.0%}, assumed; {EPOCHS} epochs of {num_images:,} images:"
+    images = num_steps * batch_size
+    epochs = images / num_images
+    yield f"{num_steps:,} steps are {epochs:,.{0 if epochs >= 100 else 2}f} epochs of {num_images:,} images"
+    kind = devices[0].device_kind
+    if needed > device_memory():
+        yield f"  {num_devices} x {kind}, at hand: not timed, as the step needs more memory than there is"
+    else:
+        yield "timing two steps ..."
+        seconds = time_step()
+        rate = batch_size / seconds
+        yield (
+            f"  {num_devices} x {kind}, at hand: {rate:,.{0 if rate >= 100 else 2}f} images/s, "
+            f"{format_duration(num_steps * seconds)}, without evaluations and checkpoints"
+        )
+    yield f"elsewhere, at an assumed MFU of {MFU:.0%}:"
     for kind in DEVICE_KINDS:
         rate = MFU * PEAK_TFLOPS[kind] * 1e12 * num_devices / flops_per_image
-        yield f"  {num_devices} x {kind}: {rate:,.0f} images/s, {EPOCHS * num_images / rate / 3600:,.1f} hours"
+        yield f"  {num_devices} x {kind}: {rate:,.0f} images/s, {format_duration(images / rate)}"

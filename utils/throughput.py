@@ -30,6 +30,17 @@ PEAK_TFLOPS = {
 }
 
 
+def format_duration(seconds: float) -> str:
+    """Returns a time in the unit that suits it, such as '7 minutes' or '2.5 days'."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60))
+    unit, size = next((pair for pair in units if seconds >= 0.99 * pair[1]), ("second", 1))
+    count = seconds / size
+    if unit == "second" and count < 1:
+        return "less than a second"
+    text = f"{count:,.0f}" if count >= 9.95 else f"{count:.1f}".removesuffix(".0")
+    return f"{text} {unit}{'s' * (text != '1')}"
+
+
 @dataclasses.dataclass
 class Window:
     """Steps, the seconds between their ends, and those of them spent waiting for data."""
