@@ -53,7 +53,7 @@ from utils.panels import loss_by_time, reconstruction_panel, sample_panels
 from utils.plan import batch_structs, plan_lines
 from utils.progress import Progress
 from utils.resume import check_architecture, compare_with_saved
-from utils.samplers import guidance_scale
+from utils.samplers import guidance_scale, largest_steps
 from utils.sampling import SamplerConfig
 from utils.sharding import (
     SHARD,
@@ -499,7 +499,7 @@ class Trainer:
         yield "reconstruction_n", reconstruction_panel(model, state.ema_params, self.validation_batch, key)
         is_guided = has_guidance(model.objective) and checks.can_guide(config.model.class_dropout_prob)
         scale = guidance_scale(config.model.cfg_scale) if is_guided else None
-        sampler = SamplerConfig(config.model.denoise_timesteps, scale)
+        sampler = SamplerConfig(largest_steps(config.model.denoise_timesteps, model.objective), scale)
         weight = self.ema.initial_weight(int(state.step))
         note = f"EMA, {weight:.0%} of it initial parameters" if weight > 0.005 else "EMA"
         number = self.count_evaluations(int(state.step))

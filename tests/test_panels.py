@@ -114,6 +114,16 @@ def test_sample_panels_show_their_scale_and_their_labels(model):
             assert moved == pytest.approx(expected, abs=0.03), (steps, label)
 
 
+def test_panels_take_no_more_steps_than_the_objective_has(model):
+    class FewSteps(FlowMatching):
+        def check_steps(self, num_steps):
+            return "" if num_steps in (1, 2) else "1 or 2"
+
+    few = model._replace(objective=FewSteps())
+    panels = dict(sample_panels(few, PARAMS, jax.random.key(0), SamplerConfig(2, None), scales=(1,)))
+    assert list(panels) == ["sample_cfg_1", "sample_N/1", "sample_N/2"]
+
+
 def test_panels_show_every_class_with_images_over_the_evaluations(model):
     """Ten classes, of which half of the rows are always the first four."""
     assert [panel_labels(model, number) for number in range(3)] == [

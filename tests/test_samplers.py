@@ -6,9 +6,10 @@ import eval_fid
 from utils import cli
 from utils.errors import UserError
 from utils.objectives.diffusion import Diffusion
+from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.shortcut import Shortcut
-from utils.samplers import check_sampler
+from utils.samplers import check_sampler, largest_steps
 from utils.sampling import SamplerConfig
 
 # (fields in Python, objective, the same on a command line, what is refused)
@@ -64,3 +65,8 @@ def test_a_model_that_knows_no_guidance_is_not_guided():
         with pytest.raises(UserError, match=f"^cfg_scale=2: .*{reason}"):
             check_sampler(SamplerConfig(4, 2.0), class_dropout_prob=dropout)
         check_sampler(SamplerConfig(4, 1.0), class_dropout_prob=dropout)
+
+
+def test_evaluations_take_as_many_steps_as_the_model_can():
+    assert [largest_steps(count, Shortcut(finest_steps=16)) for count in (1, 3, 16, 32)] == [1, 2, 16, 16]
+    assert largest_steps(30, FlowMatching()) == 30

@@ -21,6 +21,7 @@ from utils.codecs.codec import encode_batch, images_to_uint8
 from utils.generate import ImageGenerator
 from utils.models import ImageModel, model_fn
 from utils.objectives.objective import has_guidance
+from utils.samplers import largest_steps
 from utils.sampling import SamplerConfig, sample_noise
 from utils.sharding import gather
 from utils.train_step import draw_examples, loss_at_time
@@ -115,7 +116,7 @@ def sample_panels(
         images = stages(scale, sampler.num_steps)
         title = f"{sampler._replace(cfg_scale=scale)}, by fraction of the path{note}"
         yield f"{name}_cfg_{scale:g}", plotting.image_table(images, names, stage_titles, title)
-    for num_steps in step_counts:
+    for num_steps in dict.fromkeys(largest_steps(count, model.objective) for count in step_counts):
         final = stages(1 if sampler.cfg_scale is None else sampler.cfg_scale, num_steps)[None, :, -1]
         title = f"{sampler._replace(num_steps=num_steps)}{note}"
         yield f"{name}_N/{num_steps}", plotting.image_table(final, (), names, title)

@@ -103,6 +103,12 @@ def check_sampler(
             fail("cfg_channels", f"the model has {most} channels; use 1 to {most}" if num_channels else "use 1 or more")
 
 
+def largest_steps(num_steps: int, objective: Objective) -> int:
+    """The most steps, up to `num_steps`, that a model of the objective can take."""
+    check = getattr(objective, "check_steps", lambda _: "")
+    return next(count for count in range(num_steps, 0, -1) if not check(count))
+
+
 def _is_number(value: Any, low: float, high: float) -> bool:
     try:
         return bool(math.isfinite(value) and low <= value <= high)
