@@ -3,24 +3,26 @@
 python compute_fid_stats.py --dataset_name digits --out data/fid_stats_digits.npz --compact 1
 """
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from absl import flags
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from utils import checks, cli
 from utils.console import configure_output, log
 from utils.data.batches import epoch_batches
-from utils.data.dataset import Batch
+from utils.data.dataset import Batch, ImageDataset, StreamSource, Subset
 from utils.data.registry import load_dataset
 from utils.errors import UserError
 from utils.help import topic
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.reference import MAX_FEATURES, save_statistics
-from utils.metrics.samples import open_samples
+from utils.metrics.samples import Samples, open_samples
 from utils.metrics.statistics import ImageStatistics
 from utils.sharding import make_mesh, replicated
 
@@ -30,6 +32,12 @@ def define_flags() -> None:
     with topic("Data"):
         cli.define_path("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
         flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
+        flags.DEFINE_integer(
+            "num_images",
+            None,
+            "Images: so many at random, always the same; of tfrecord, which is shuffled, the first. Default: all.",
+            lower_bound=2,
+        )
     with topic("Statistics"):
         cli.define_path("out", None, "The .npz to write.")
         flags.DEFINE_integer(
@@ -66,14 +74,19 @@ def main(config: ConfigDict) -> None:
     extractor = load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
     statistics, label_counts = ImageStatistics(config.num_features), None
     if samples:
-        batches, total, source, split = samples.read(config.batch_size), samples.num_samples, config.images, None
-        shape = samples.image_shape
+        source, split, shape, total = config.images, None, samples.image_shape, samples.num_samples
+    else:
+        source, split, shape, total = dataset.name, config.split, dataset.image_shape, len(dataset.source)
+    num_images = total if config.num_images is None else config.num_images
+    if num_images > total:
+        raise UserError(f"--num_images={num_images}: {source} holds {total}")
+    if samples:
+        batches = choose_images(samples, config.batch_size, num_images)
     else:
         label_counts = np.zeros(dataset.num_classes, np.int64)
-        batches = count_labels(epoch_batches(dataset, config.batch_size), label_counts)
-        total, source, split = len(dataset.source), dataset.name, config.split
-        shape = dataset.image_shape
-    measure_images(extractor, pad_and_shard(batches, config.batch_size, mesh), statistics, total)
+        batches = count_labels(choose_examples(dataset, config.batch_size, num_images), label_counts)
+    batches = pad_and_shard(batches, config.batch_size, mesh)
+    measure_images(extractor, batches, statistics, num_images, flag="num_images")
     save_statistics(
         out,
         statistics,
@@ -84,8 +97,41 @@ def main(config: ConfigDict) -> None:
         label_counts=label_counts,
         inception_sha256=INCEPTION_SHA256,
         is_compact=bool(config.compact),
+        total_images=total,
     )
-    log(f"written: {out} ({statistics.num_samples} images of {source}{f', {split}' * bool(split)})")
+    of_all = f" of {total}" * (num_images < total)
+    log(f"written: {out} ({num_images}{of_all} images of {source}{f', {split}' * bool(split)})")
+
+
+def choose_rows(total: int, count: int) -> list[int]:
+    """Returns `count` of the rows below `total` at random, always the same, ascending."""
+    return np.sort(np.random.default_rng(0).choice(total, count, replace=False)).tolist()
+
+
+def choose_examples(dataset: ImageDataset, batch_size: int, count: int) -> Iterator[Batch]:
+    """Yields batches of `count` examples."""
+    if isinstance(dataset.source, StreamSource):
+        return epoch_batches(dataset, batch_size, stop=count)
+    if count < len(dataset.source):
+        rows = choose_rows(len(dataset.source), count)
+        dataset = dataclasses.replace(dataset, source=Subset(dataset.source, rows))
+    return epoch_batches(dataset, batch_size)
+
+
+def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+    """Yields batches of `count` images; all are read for them."""
+    if count == samples.num_samples:
+        yield from samples.read(batch_size)
+        return
+    is_chosen = np.zeros(samples.num_samples, bool)
+    is_chosen[choose_rows(samples.num_samples, count)] = True
+    waiting, start = np.empty((0, *samples.image_shape), np.uint8), 0
+    for images in samples.read(batch_size):
+        waiting = np.concatenate([waiting, images[is_chosen[start : start + len(images)]]])
+        start += len(images)
+        while len(waiting) >= batch_size or (start == samples.num_samples and len(waiting)):
+            yield waiting[:batch_size]
+            waiting = waiting[batch_size:]
 
 
 def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator[np.ndarray]:

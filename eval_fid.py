@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from utils import checks, cli, plotting
 from utils.checkpoint import open_checkpoint
+from utils.commands import shipped_statistics, write_statistics_command
 from utils.console import configure_output, log, show_result
 from utils.errors import UserError
 from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, hash_params, load_model, restore_params
@@ -99,28 +100,22 @@ def define_flags() -> None:
     cli.define_wandb_flags(name="eval")
 
 
-def find_statistics(config: ConfigDict, dataset_name: str | None, data_flags: str = "") -> Path:
-    """The file of --fid_stats, or that which ships for the data set; UserError where there is none, with the command
-    that makes it from the same images (`data_flags`)."""
+def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[str, Any] | None = None) -> Path:
+    """Returns the file of --fid_stats, or that which ships for the data set; UserError where there is none, with the
+    command that makes it from the images of the run whose configuration is `saved`."""
     if config.fid_stats is not None:
         return Path(config.fid_stats)
     if dataset_name is None:
         raise UserError("--fid_stats is not given: name the statistics or images with which --samples are compared")
-    path = Path(__file__).parent / "data" / f"fid_stats_{dataset_name}.npz"
-    if not path.exists():
+    path = shipped_statistics(dataset_name)
+    if path is None:
+        assert saved is not None
+        saved = saved | {"dataset": saved["dataset"] | {"name": dataset_name}}
         raise UserError(
             f"--fid_stats is not given and no statistics ship for {dataset_name}; make them: "
-            f"python compute_fid_stats.py --dataset_name {dataset_name}{data_flags} --out stats.npz"
+            f"{write_statistics_command(saved, Path('stats.npz'))}"
         )
     return path
-
-
-def data_flags(saved: dict[str, Any]) -> str:
-    """The flags, beside --dataset_name, that find the images of a run as it was trained on them."""
-    side, name = saved["dataset"]["image_shape"][0], saved["dataset"]["name"]
-    is_resized = saved.get("image_size") is not None or name.startswith("folder:")
-    folder = saved.get("data_dir")
-    return (f" --image_size {side}" if is_resized else "") + (f" --data_dir {folder}" if folder else "")
 
 
 class Scoring:
@@ -183,9 +178,11 @@ class Scoring:
             assert stated is not None
             self.reference = stated
 
-    def measure_samples(self, samples: Samples, statistics: ImageStatistics, title: str) -> None:
+    def measure_samples(
+        self, samples: Samples, statistics: ImageStatistics, title: str, flag: str | None = None
+    ) -> None:
         batches = pad_and_shard(samples.read(self.batch_size), self.batch_size, self.mesh)
-        measure_images(self.extractor, batches, statistics, samples.num_samples, title)
+        measure_images(self.extractor, batches, statistics, samples.num_samples, title, flag=flag)
 
     def measure_reference(self, path: Path, images: Samples, stated: ReferenceStatistics | None) -> ReferenceStatistics:
         """The statistics `stated` in the file of the images with the images' features, or all of the images' own. What
@@ -228,7 +225,7 @@ class RunEvaluation(Scoring):
         check_save_samples(config, self.samplers)
         overridden = cli.override_model(saved["model"])
         cli.refuse_other_objective(saved["objective"])
-        reference = find_statistics(config, config.dataset_name or data["name"], data_flags(saved))
+        reference = find_statistics(config, config.dataset_name or data["name"], saved)
         super().__init__(config, reference, data["image_shape"], config.num_samples, run_dir)
         self.model = load_model(saved, self.mesh, dtype=overridden.dtype, vae=config.vae)
         remaining = steps[steps.index(newest) :]
@@ -298,7 +295,9 @@ class RunEvaluation(Scoring):
                 if writer is not None:
                     writer.write(images, labels)
 
-            measure_images(self.extractor, batches, statistics, config.num_samples, str(sampler), collect)
+            measure_images(
+                self.extractor, batches, statistics, config.num_samples, str(sampler), collect, "num_samples"
+            )
         images, labels = (np.concatenate(parts) for parts in zip(*grid_images, strict=True))
         title = f"{sampler}, checkpoint of step {self.step}"
         plotting.sample_grid(images, labels, self.model.class_names, title).savefig(self.out / grid_name(sampler))
@@ -415,7 +414,7 @@ def evaluate_samples(config: ConfigDict) -> None:
     }
     statistics = scoring.new_statistics()
     with explaining_out_of_memory("Inception", "a smaller --batch_size"):
-        scoring.measure_samples(samples, statistics, "scoring")
+        scoring.measure_samples(samples, statistics, "scoring", "num_samples")
     results = Results(scoring.out)
     row = results.add(settings, scoring.compute(statistics))
     write_csv(scoring.out / "fid.csv", results.rows)

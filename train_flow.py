@@ -27,6 +27,7 @@ from diffusion_transformer import REMAT_POLICIES
 from utils import checks, cli
 from utils.checkpoint import Checkpoints, DamagedCheckpointError, Saver, has_checkpoints
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.commands import commands_after_training
 from utils.console import log
 from utils.data.batches import first_examples, training_batches
 from utils.data.dataset import SPLITS, describe_data, summarize_data
@@ -690,7 +691,10 @@ def main(config: ConfigDict) -> None:
         log(f"stopped at step {last_step} and saved; the same command continues from there")
         sys.exit(EXIT_STOPPED)
     log(f"done: images, metrics.jsonl and checkpoints are in {trainer.folder}")
-    log(f"samples and FID: python eval_fid.py --load_dir {trainer.folder}")
+    params = "raw" if trainer.ema.initial_weight(last_step) > 0.5 else "ema"
+    num_images = len(trainer.datasets["train"].source)
+    for purpose, command in commands_after_training(trainer.folder, trainer.saved_config, num_images, params):
+        log(f"{purpose}: {command}")
 
 
 if __name__ == "__main__":

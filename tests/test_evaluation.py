@@ -163,3 +163,27 @@ def test_generated_images_are_clipped_and_rounded_once(model, params):
     difference = np.abs(images - expected)
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("per_batch", "total", "flag", "expected"),
+    [
+        (1, 4_000, "num_images", None),  # seconds for 8 images: 500 in all
+        (0.064, 1_281_167, "num_images", "about 2.8 hours for 1,281,167 images; --num_images 50000 takes 6.7 minutes"),
+        (80, 50_000, "num_samples", "about 5.8 days for 50,000 images; --num_samples 1000 takes 2.8 hours"),
+        (80, 900, "num_samples", "about 2.5 hours for 900 images"),
+        (80, 50_000, None, "about 5.8 days for 50,000 images"),
+    ],
+)
+def test_hours_are_announced_after_the_first_batches(per_batch, total, flag, expected, monkeypatch, capsys):
+    clock = [1000.0]
+    monkeypatch.setattr(measure.time, "monotonic", lambda: clock[-1])
+
+    def extractor(images):
+        clock.append(clock[-1] + per_batch + 1e5 * (len(clock) == 1))  # the first compiles for a day
+        return Features(np.zeros((8, 3), np.float32), np.zeros((8, 2), np.float32))
+
+    batches = (ImageBatch(jnp.zeros((8, 4, 4, 3), jnp.uint8), None, 8) for _ in range(6))
+    measure_images(extractor, batches, ImageStatistics(), total, flag=flag)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about")]
+    assert said == ([] if expected is None else [expected])

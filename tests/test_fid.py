@@ -9,8 +9,10 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
+import compute_fid_stats
 from utils.errors import UserError
 from utils.metrics.fid import frechet_distance
+from utils.metrics.inception import Features
 from utils.metrics.inception_score import InceptionScore
 from utils.metrics.kid import kid
 from utils.metrics.measure import find_convention
@@ -542,3 +544,42 @@ def test_inception_score_of_certain_and_equal_classes_is_their_number():
     assert score.mean_and_std[0] == pytest.approx(8)
     with pytest.raises(UserError, match="no samples"):
         _ = InceptionScore().mean_and_std
+
+
+@pytest.fixture
+def marked_images(tmp_path, monkeypatch):
+    """npz of 60 images, each of its own grey, and 3 classes in order, whose features are read off the pixels."""
+    greys = np.arange(60, dtype=np.uint8)
+    images = np.broadcast_to(greys[:, None, None, None], (60, 4, 4, 1))
+    np.savez(tmp_path / "marked.npz", images=images, labels=greys.astype(np.int32) // 20)
+
+    def extract(batch):
+        pool = np.asarray(batch)[:, 0, 0].astype(np.float32)
+        return Features(pool, pool[:, :2])
+
+    monkeypatch.setattr(compute_fid_stats, "load_feature_extractor", lambda *_: extract)
+    return tmp_path / "marked.npz"
+
+
+def test_fewer_images_are_drawn_at_random_from_all_classes(marked_images, read_flags, tmp_path, capsys):
+    def make(*words):
+        config = read_flags(compute_fid_stats, [*words, "--out", str(tmp_path / "made.npz"), "--batch_size", "8"])
+        compute_fid_stats.main(config)
+        return dict(np.load(tmp_path / "made.npz"))
+
+    data = ["--dataset_name", f"npz:{marked_images}"]
+    whole, part = make(*data), make(*data, "--num_images", "20")
+    total = int(whole["num_images"])
+    assert (part["num_images"], part["total_images"], whole["total_images"]) == (20, total, total)
+    assert f"(20 of {total} images of npz:" in capsys.readouterr().err
+    greys = part["features"][:, 0]
+    assert len(set(greys)) == 20
+    assert greys.max() > 40  # the first 20 would be of one class
+    np.testing.assert_array_equal(part["label_counts"], np.bincount(greys.astype(int) // 20, minlength=3))
+    np.testing.assert_array_equal(part["features"], make(*data, "--num_images", "20")["features"])
+    own = make("--images", str(marked_images), "--num_images", "21")
+    assert own["features"].shape == (21, 3)
+    assert len(set(own["features"][:, 0])) == 21
+    assert 25 < own["features"].mean() < 35
+    with pytest.raises(UserError, match=rf"--num_images=61: {marked_images} holds 60"):
+        make("--images", str(marked_images), "--num_images", "61")

@@ -1,5 +1,6 @@
 """From batches of images to statistics of their Inception features."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,11 @@ from utils.metrics.inception import Features
 from utils.metrics.reference import ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
 from utils.sharding import gather, shard_replicated
+from utils.throughput import format_duration
+
+TIMED_BATCHES = 3
+LONG = 600  # seconds that are worth a line
+FEWER = (50_000, 10_000, 5_000, 2_000, 1_000)  # numbers of images to use instead
 
 
 def pad_and_shard(batches: Iterable[UInt8[np.ndarray, "_ h w c"]], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
@@ -32,21 +38,32 @@ def measure_images(
     total: int | None = None,
     title: str | None = None,
     on_batch: Callable[[ImageBatch], None] | None = None,
+    flag: str | None = None,
 ) -> None:
     """Updates `statistics` with the Inception features of all images; grey counts as three equal channels.
 
     While the host waits for the features of one batch, the devices already have the next one's work. With `total`, the
-    number of images, a progress bar is shown. `on_batch` gets every batch once it is measured.
+    number of images, a progress bar is shown. `on_batch` gets every batch once it is measured. `flag` is that of the
+    number of images, which a line about a long time names.
     """
     if total is not None:
         log("compiling the Inception network, unless it is cached ...")
     bar = tqdm(total=total, unit="image", desc=title, disable=total is None or is_quiet())
+    finished: list[float] = []  # times of the first batches
 
     def finish(batch: ImageBatch, features: Features) -> None:
         statistics.update(*(gather(rows)[: batch.count] for rows in features))
         bar.update(batch.count)
         if on_batch:
             on_batch(batch)
+        if total is None or len(finished) == TIMED_BATCHES:
+            return
+        finished.append(time.monotonic())
+        if len(finished) == TIMED_BATCHES:  # between the first and the last, without compilation
+            per_image = (finished[-1] - finished[0]) / (TIMED_BATCHES - 1) / batch.count
+            if (estimate := describe_time(per_image, total, flag)) is not None:
+                bar.clear()
+                log(estimate)
 
     in_flight = None
     for batch in batches:
@@ -58,6 +75,18 @@ def measure_images(
     if in_flight:
         finish(*in_flight)
     bar.close()
+
+
+def describe_time(per_image: float, total: int, flag: str | None) -> str | None:
+    """Returns a line about the time that `total` images take, and of fewer by --`flag`; None below a few minutes."""
+    if per_image * total < LONG:
+        return None
+    line = f"about {format_duration(per_image * total)} for {total:,} images"
+    fewer = [count for count in FEWER if count < total]
+    if flag is None or not fewer:
+        return line
+    count = next((count for count in fewer if count * per_image < LONG), fewer[-1])
+    return f"{line}; --{flag} {count} takes {format_duration(per_image * count)}"
 
 
 class Convention(NamedTuple):

@@ -219,11 +219,13 @@ def save_statistics(
     label_counts: Int[np.ndarray, " classes"] | None = None,
     inception_sha256: str | None = None,
     is_compact: bool = False,
+    total_images: int | None = None,
 ) -> None:
     """Writes statistics and where they come from as a compressed npz; the file appears whole or not at all.
 
-    `is_compact` leaves out the mean and covariance, which follow from the features where those of all images are kept;
-    other suites do not read such a file.
+    `total_images` is the number of images of the data, of which fewer may have been taken. `is_compact` leaves out the
+    mean and covariance, which follow from the features where those of all images are kept; other suites do not read
+    such a file.
 
     Means are float64. Covariances are float32, half the size: that moves an FID by less than 1e-6 of itself where there
     are more samples than features; with fewer, where an FID says little anyway, rounding fills the null space and moves
@@ -241,6 +243,8 @@ def save_statistics(
         content["label_counts"] = label_counts
     content |= {"num_images": statistics.num_samples, "convention": convention, "dataset": dataset}
     content |= {"split": split or "", "inception_sha256": inception_sha256 or ""}
+    if total_images is not None:
+        content["total_images"] = total_images
     if image_shape is not None:
         content["image_shape"] = format_shape(image_shape)
     path.parent.mkdir(parents=True, exist_ok=True)
