@@ -215,7 +215,7 @@ def measure_kernels(config: ConfigDict) -> dict[str, int]:
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         paths = Path(folder).glob("*shard_map*schedule-analysis_final_bundles.txt")
-        found = [re.search(r"total scheduled bundles:\s+(\d+)", path.read_text()) for path in paths]
+        found = [re.search(r"total scheduled bundles:\s+(\d+)", path.read_text(encoding="utf-8")) for path in paths]
     forward, backward = sorted(int(match.group(1)) for match in found if match)
     tokens = (common.LATENT_SHAPE[0] // config.patch_size) ** 2
     chunks = max(1, -(-tokens // CHUNK))  # the loop over queries is in the bundles once
@@ -330,9 +330,9 @@ def main(config: ConfigDict) -> None:
     figures = analyse(config, mesh, compiled) | facts | {"compiled in s": seconds}
     show(config, mesh, figures)
     if config.hlo:
-        Path(config.hlo).write_text(compiled.as_text())
+        Path(config.hlo).write_text(compiled.as_text(), encoding="utf-8")
     if config.json:
-        Path(config.json).write_text(json.dumps(figures, indent=2))
+        Path(config.json).write_text(json.dumps(figures, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -67,12 +67,12 @@ def newest_step(folder: Path) -> int:
 
 def final_state(folder: Path) -> dict:
     """The checksums of the last checkpoint, without those of its configuration, which has the folder's name."""
-    sums = json.loads((folder / "checkpoints" / str(newest_step(folder)) / "checksums" / "metadata").read_text())
+    sums = json.loads((folder / "checkpoints" / str(newest_step(folder)) / "checksums" / "metadata").read_bytes())
     return {name: sums[name] for name in ("params", "ema_params", "optimizer", "data")}
 
 
 def metrics(folder: Path) -> list[dict]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    lines = map(json.loads, (folder / "metrics.jsonl").read_bytes().splitlines())
     return [{name: value for name, value in line.items() if name.rpartition("/")[2] not in RATES} for line in lines]
 
 

@@ -144,7 +144,7 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], path: str | None) -> N
         print("| " + " | ".join(_to_text(row.get(name)) for name in columns) + " |")
     if path:
         content = {"title": title, "device": describe_device(), "rows": list(rows)}
-        Path(path).write_text(json.dumps(content, indent=2) + "\n")
+        Path(path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _to_text(value: Any) -> str:

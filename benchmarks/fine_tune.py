@@ -66,7 +66,7 @@ def score(run_dir: Path, statistics: Path, num_samples: int) -> tuple[float, flo
     )  # fmt: skip
     arrays = np.load(samples)
     images = arrays["arr_0"].mean(axis=-1)  # PNGs are read as RGB
-    return json.loads(result.read_text())[0]["fid"], recognised_fraction(images, arrays["arr_1"] + 5)
+    return json.loads(result.read_bytes())[0]["fid"], recognised_fraction(images, arrays["arr_1"] + 5)
 
 
 def main(config: ConfigDict) -> None:

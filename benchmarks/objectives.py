@@ -147,14 +147,14 @@ class Comparison:
         recipe, folder = RECIPES[cell.name], self.folder(cell.name, cell.seed)
         path = folder / f"scores{'_guided' * cell.is_guided}.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return json.loads(path.read_bytes())
         run(
             "eval_fid.py", "--load_dir", folder, "--fid_stats", STATISTICS, "--num_samples", self.config.num_samples,
             "--denoise_timesteps", ",".join(map(str, cell.steps)), "--cfg_scale", 2 if cell.is_guided else 1,
             "--labels", "balanced", "--solver", recipe.solver, "--json", folder / "rows.json",
             "--wandb.mode", "disabled",
         )  # fmt: skip
-        rows = json.loads((folder / "rows.json").read_text())
+        rows = json.loads((folder / "rows.json").read_bytes())
         generator = load_generator(folder, label_mode="balanced")
         count = self.config.num_samples
         for row in rows:
@@ -162,7 +162,7 @@ class Comparison:
             sampler = SamplerConfig(row["num_steps"], row["cfg_scale"], solver=recipe.solver)
             (batch,) = generator.generate(sampler, count, count)
             row["recognised"] = recognised_fraction(*batch.to_host())
-        path.write_text(json.dumps(rows, indent=2))
+        path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
         return rows
 
     # --- What is shown ---

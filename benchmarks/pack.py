@@ -111,7 +111,7 @@ def pack(config: ConfigDict) -> None:
     data, size = content.getvalue(), config.part_mib * 2**20
     for number, start in enumerate(range(0, len(data), size)):
         (folder / PART.format(number)).write_bytes(data[start : start + size])
-    (folder / "SHA256").write_text(hashlib.sha256(data).hexdigest() + "\n")
+    (folder / "SHA256").write_text(hashlib.sha256(data).hexdigest() + "\n", encoding="utf-8")
     log(f"{-(-len(data) // size)} parts in {folder}, {len(data) / 2**20:,.0f} MiB")
 
 
@@ -119,7 +119,7 @@ def unpack(config: ConfigDict) -> None:
     source, folder = Path(config.unpack), Path(config.to)
     data = b"".join(path.read_bytes() for path in sorted(source.glob("part_*")))
     try:
-        expected = (source / "SHA256").read_text().strip()
+        expected = (source / "SHA256").read_text(encoding="utf-8").strip()
     except OSError as error:
         raise UserError(f"--unpack={source}: {error.strerror}: {error.filename}; name what was given as --to") from None
     if hashlib.sha256(data).hexdigest() != expected:

@@ -57,4 +57,4 @@ def make_text() -> str:
 
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "flags.md").write_text(make_text())
+    (ROOT / "docs" / "flags.md").write_text(make_text(), encoding="utf-8")

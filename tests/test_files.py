@@ -1,9 +1,11 @@
 """Files written whole or not at all, reads tried again, and one process at a time in a folder."""
 
+import ast
 import errno
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -152,3 +154,60 @@ def test_make_lists_its_targets_and_refuses_unknown_devices():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode != 0
         assert f"DEVICE={device} is unknown; use one of cpu cuda12 cuda13 tpu" in done.stderr
+
+
+def is_text_without_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in whatever encoding the locale has."""
+    is_method = isinstance(call.func, ast.Attribute)
+    name = call.func.attr if is_method else getattr(call.func, "id", None)
+    if any(keyword.arg == "encoding" for keyword in call.keywords):
+        return False
+    if name in ("read_text", "write_text"):
+        return is_method
+    modes = [str(getattr(argument, "value", "")) for argument in call.args[:2]]
+    own_mode = modes[not is_method :][:1]  # of a path's method the first, of the function the second
+    is_text = any(re.fullmatch(r"[rwax]\+?t?", mode) for mode in own_mode) or any(mode[1:] == "t" for mode in modes)
+    return name == "open" and (is_text or not (is_method or own_mode))
+
+
+def test_texts_are_utf_8_whatever_the_locale():
+    folders = (ROOT / name for name in ("utils", "data", "benchmarks", "docs"))
+    sources = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    found = []
+    for path in sources:
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        calls = (node for node in nodes if isinstance(node, ast.Call) and is_text_without_encoding(node))
+        found += [f"{path.relative_to(ROOT)}:{call.lineno}" for call in calls]
+    assert found == []
+    assert len(sources) > 80
+    for text in ("open(x)", "open(x, 'w')", "x.open('r')", "gzip.open(x, 'wt', 3)", "x.read_text()"):
+        assert is_text_without_encoding(ast.parse(text, mode="eval").body)
+
+
+LOCALISED = """
+from pathlib import Path
+from absl import flags
+from utils import cli
+from utils.console import show_result
+
+def define_flags():
+    flags.DEFINE_string("name", None, "A name.")
+    cli.define_path("dir", None, "A folder.")
+
+def main(config):
+    (Path(config.dir) / config.name).mkdir()
+    show_result(config.name)
+
+cli.run_program(define_flags, main)
+"""
+
+
+def test_names_beyond_ascii_work_under_any_locale(tmp_path):
+    """Under `LC_ALL=C PYTHONUTF8=0`, Python reads and writes ASCII alone."""
+    folder = tmp_path / "données"
+    folder.mkdir()
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LOCALISED, f"--dir={folder}", "--name=猫"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.decode()) == (0, "猫\n"), done.stderr
+    assert os.listdir(os.fsencode(folder)) == ["猫".encode()]

@@ -287,8 +287,21 @@ def define_device_flags() -> None:
     flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator_address.")
 
 
+def use_utf8() -> None:
+    """Starts the program again in Python's UTF-8 mode where the locale is of another encoding, in which names of files,
+    classes and flags beyond ASCII could be neither read nor written. (From Python 3.15 on it is the default: PEP 686.)
+    """
+    first = len(sys.orig_argv) - len(sys.argv) + 1
+    is_own_process = sys.orig_argv[first:] == sys.argv[1:]
+    if sys.getfilesystemencoding() != "utf-8" and is_own_process:
+        os.environ["PYTHONUTF8"] = "1"  # for what the program starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], None]) -> None:
     """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1."""
+    if main.__module__ == "__main__":
+        use_utf8()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     keep_freed_memory()

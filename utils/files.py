@@ -131,7 +131,7 @@ def remove_temporaries(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -92,7 +92,10 @@ def to_text(name: str, row: dict[str, Any]) -> str:
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     columns = dict.fromkeys(name for row in rows for name in row)
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

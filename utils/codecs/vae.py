@@ -297,7 +297,7 @@ class StableVAE(flax.struct.PyTreeNode):
 
         folder.mkdir(parents=True, exist_ok=True)
         content = {"_class_name": "AutoencoderKL", **dataclasses.asdict(self.config)}
-        (folder / CONFIG).write_text(json.dumps(content, indent=2))
+        (folder / CONFIG).write_text(json.dumps(content, indent=2), encoding="utf-8")
         tensors = {
             tensor_name(path): np.ascontiguousarray(to_torch_layout(np.asarray(value)))
             for path, value in flatten_dict(self.params).items()

@@ -59,7 +59,10 @@ def write_listing(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None
     rows."""
     if not any(fingerprint.rows for fingerprint in fingerprints.values()):
         return
-    with atomic_write(folder / LISTING) as temporary, gzip.open(temporary, "wt", compresslevel=3) as file:
+    with (
+        atomic_write(folder / LISTING) as temporary,
+        gzip.open(temporary, "wt", compresslevel=3, encoding="utf-8") as file,
+    ):
         for split, fingerprint in fingerprints.items():
             for row in fingerprint.rows or ():
                 file.write(f"{split}\t{row}\n")
@@ -69,7 +72,7 @@ def read_listing(folder: Path) -> dict[str, list[Row]]:
     """{split: rows} of FOLDER/examples.tsv.gz; empty where there is none that can be read."""
     rows = {}
     try:
-        with gzip.open(folder / LISTING, "rt") as file:
+        with gzip.open(folder / LISTING, "rt", encoding="utf-8") as file:
             for line in file:
                 split, label, digest, key = line.rstrip("\n").split("\t", 3)
                 rows.setdefault(split, []).append(Row(key, int(label), digest))

@@ -356,7 +356,7 @@ def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
 def _read_kept(file: Path, version: str) -> dict[str, list]:
     """{path: [stamp, side, digest, reason]} of an earlier check; empty where there is none that can be understood."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
         files = content["files"] if content["version"] == version else {}
         return {path: row for path, row in files.items() if [type(x) for x in row] == [str, int, str, str]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

