@@ -289,6 +289,38 @@ def test_saves_are_due_by_step_and_by_time(tmp_path, monkeypatch):
     assert not never.is_due(303)
 
 
+def test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says(tmp_path, monkeypatch):
+    """Steps of a second on the first process; the second's clock runs at another pace."""
+    checkpoints, told, now = checkpoint.Checkpoints(tmp_path), [], 0.0
+    monkeypatch.setattr(checkpoint.Checkpoints, "poll", lambda self: None)
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def due_steps(seconds, broadcast):
+        nonlocal now
+        now = 0.0
+        monkeypatch.setattr(checkpoint.multihost_utils, "broadcast_one_to_all", broadcast)
+        saver, due = checkpoint.Saver(checkpoints, CONFIG, interval=10**6, minutes=15, step=0), []
+        for step in range(1, 2001):
+            now += seconds
+            if saver.is_due(step):
+                due.append(step)
+                saver._wait(step, saver.seconds)
+        return due
+
+    def tell(elapsed):
+        told.append(elapsed)
+        return elapsed
+
+    first = due_steps(1.0, tell)
+    answers = iter(told)
+    second = due_steps(5.0, lambda elapsed: next(answers))
+    assert first == second
+    assert [step - before for before, step in zip([0, *first], first, strict=False)] == pytest.approx([900, 900], abs=2)
+    assert not list(answers)  # both have told each other at the same steps
+    assert len(told) < 50  # and not at every one
+
+
 def jax_flow_params(golden):
     return {name.removeprefix("params/"): value for name, value in golden.items() if name.startswith("params/")}
 

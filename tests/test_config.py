@@ -286,18 +286,34 @@ def test_guidance_needs_both_kinds_of_labels(parse, capsys):
         cli.read_samplers(parse("--cfg_scale 1,4", eval_fid), 0)
 
 
-def test_another_architecture_or_vae_does_not_resume(parse, tmp_path):
+# What a run keeps for its life (but for --model.network, of which there is one), with another value of each.
+KEPT = """
+    model.patch_size=4 model.hidden_size=128 model.depth=5 model.num_heads=4 model.mlp_ratio=2
+    model.class_dropout_prob=0.9 model.num_classes=7 model.t_conditioning=0 model.timestep_scale=1
+    model.step_conditioning=1 model.learned_positions=1 model.learn_sigma=1 model.norm=rms model.mlp=swiglu model.rope=1
+    model.qk_norm=1 model.use_stable_vae=0 model.t_sampler=uniform objective.distill=1 batch_size=8 seed=1
+    debug_overfit=1 freeze=blocks lora_rank=2 warmup_steps=3 weight_decay=0.1 grad_clip=1 lr_schedule=cosine
+""".split()  # noqa: SIM905 (flags, as one types them)
+
+
+@pytest.mark.parametrize("flag", KEPT)
+def test_what_a_run_keeps_cannot_be_another_when_it_resumes(parse, tmp_path, flag):
+    recorded = {"dataset": {"vae": None, "vae_sha256": None}}
+    saved, changed = (parse(line).to_dict() | recorded for line in ("--save_dir x", f"--save_dir x --{flag}"))
+    name = re.escape(flag.partition("=")[0])
+    with pytest.raises(UserError, match=rf"holds a run with --{name}=\S+, not \S+: give that value"):
+        check_settings(changed, saved, tmp_path)
+    with pytest.raises(UserError, match=f"--{name}="):  # and back
+        check_settings(saved, changed, tmp_path)
+
+
+def test_another_objective_source_or_vae_does_not_resume(parse, tmp_path):
     recorded = {"dataset": {"vae": "some/vae", "vae_sha256": "0"}}
     saved = parse("--save_dir x").to_dict() | recorded
     check_settings(parse("--save_dir x --max_steps 5 --model.lr 1").to_dict() | recorded, saved, tmp_path)
+    same = "--model.timestep_scale 10000 --model.step_conditioning 0"  # of which a shortcut model has other defaults
     for line, name in (
-        ("--model.depth 5", "model.depth=2"),
-        ("--batch_size 8", "batch_size=256"),
-        ("--seed 1", "seed=0"),
-        ("--debug_overfit 1", "debug_overfit=0"),
-        ("--model.t_sampler uniform", "model.t_sampler=logit_normal"),
-        ("--model.t_conditioning 0", "model.t_conditioning=1"),
-        ("--model.class_dropout_prob 0.9", "model.class_dropout_prob=0.1"),
+        (f"--objective.name shortcut {same}", "objective.name=flow_matching, not shortcut"),
         ("--load_dir another/run", "load_dir=another/run"),
     ):
         with pytest.raises(UserError, match=name):

@@ -15,7 +15,15 @@ from tests.test_generate import run  # noqa: F401 (fixture)
 from utils import likelihood
 from utils.data.registry import load_dataset
 from utils.errors import UserError
-from utils.likelihood import adaptive_log_likelihood, bits_per_dim, divergence, draw_probes, midpoint_log_likelihood
+from utils.generate import load_generator
+from utils.likelihood import (
+    LikelihoodConfig,
+    adaptive_log_likelihood,
+    bits_per_dim,
+    divergence,
+    draw_probes,
+    midpoint_log_likelihood,
+)
 
 MEAN, STD = jnp.array([2.0409191, -2.555665, 0.4180988, -0.5677696]), 0.5
 
@@ -151,6 +159,31 @@ def test_other_images_are_fitted_to_the_run(measure, tmp_path):
     assert measure(f"{words} --num_probes 0")["bits_per_dim"] == pytest.approx(result["bits_per_dim"], abs=0.05)
     with pytest.raises(UserError, match="--labels=data: the classes of the data set are not the run's"):
         measure(f"{words} --labels data")
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ("--rtol 1e-3 --atol 1e-4", LikelihoodConfig(3, None, 1e-3, 1e-4)),
+        ("--solver midpoint --denoise_timesteps 7", LikelihoodConfig(3, 7, 1e-5, 1e-5)),
+    ],
+)
+def test_what_is_measured_is_what_the_flags_say(measure, run, monkeypatch, words, method):  # noqa: F811
+    calls = []
+
+    def note(params, codec, key, batch, *, network, objective, config, is_pixels):
+        calls.append((params, key, network, config))
+        return np.zeros(len(batch["label"])), np.zeros(len(batch["label"]), int)
+
+    monkeypatch.setattr(likelihood_program, "measure_batch", note)
+    words += " --num_probes 3 --seed 5 --params raw --dtype bfloat16 --num_images 5 --batch_size 2"
+    result = measure(words)
+    params, key, network, config = calls[0]
+    assert (len(calls), config, network.config.dtype) == (3, method, "bfloat16")
+    np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(5)))
+    jax.tree.map(np.testing.assert_array_equal, params, load_generator(run, params="raw").params)
+    recorded = {"num_probes": 3, "seed": 5, "params": "raw", "dtype": "bfloat16", "num_steps": method.num_steps}
+    assert recorded.items() <= result.items()
 
 
 @pytest.mark.parametrize(

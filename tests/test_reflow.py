@@ -10,11 +10,12 @@ import pytest
 
 import make_pairs
 from tests.conftest import GOLDEN, run_program
+from tests.test_generate import run as golden_run  # noqa: F401 (fixture)
 from utils.data import pairs
 from utils.data.dataset import DataOptions
 from utils.data.registry import load_dataset
 from utils.errors import UserError
-from utils.generate import load_generator
+from utils.generate import ImageGenerator, load_generator
 from utils.objectives.flow_matching import expand_times
 from utils.sampling import SamplerConfig, sample, straightness
 from utils.tracking import read_metrics
@@ -153,6 +154,33 @@ def test_a_run_is_straightened_by_its_pairs(run, made, tmp_path, distill):
         assert straight < load_generator(run).straightness()
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["objective"]["distill"] == distill
+
+
+def test_pairs_are_those_of_the_flags(golden_run, read_flags, tmp_path, monkeypatch):  # noqa: F811
+    shards = {}
+
+    def write(path, pairs):
+        shards[path.name] = [label for label, _ in pairs]
+
+    def sample_latents(self, noise, labels, sampler):
+        calls.append((self, np.asarray(noise), sampler))
+        return noise
+
+    calls = []
+    monkeypatch.setattr(make_pairs.pairs, "write_shard", write)
+    monkeypatch.setattr(ImageGenerator, "sample_latents", sample_latents)
+    words = "--num_pairs 110 --shard_size 60 --batch_size 30 --seed 5 --labels uniform --params raw --dtype float32"
+    words += " --cfg_scale 2 --denoise_timesteps 3 --time_grid shift:3 --solver heun --cfg_interval 0,0.5"
+    words += f" --load_dir {golden_run} --out {tmp_path}"
+    make_pairs.main(read_flags(make_pairs, words.split()))
+    generator, noise, sampler = calls[0]
+    assert sampler == SamplerConfig(3, 2.0, (0.0, 0.5), "heun", time_shift=3.0)
+    assert generator.model.network.config.dtype == "float32"
+    like = load_generator(golden_run, params="raw", seed=5)
+    jax.tree.map(np.testing.assert_array_equal, generator.params, like.params)
+    np.testing.assert_array_equal(noise, like.noise(range(30)))
+    assert [*shards.values()] == [like.labels(rows).tolist() for rows in (range(60), range(60, 110))]
+    assert pairs.load_manifest(tmp_path).seed == 5
 
 
 def test_bad_input_is_one_line(read_flags, tmp_path):

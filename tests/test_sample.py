@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +15,9 @@ from PIL import Image
 import sample
 from tests.conftest import ROOT, xla_flags
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
+from utils import plotting
 from utils.errors import UserError
+from utils.generate import load_generator
 from utils.plotting import sample_grid
 from utils.sampling import SamplerConfig
 
@@ -106,15 +109,54 @@ def test_a_film_starts_at_the_noise_and_ends_at_the_images(draw, generator, file
     assert (out / "strip.png").stat().st_size > 1000
 
 
-def test_interpolations_begin_and_end_at_the_samples(draw, generator):  # noqa: F811
-    drawing = draw("--interpolate 5 --num_samples 4 --denoise_timesteps 2 --seed 3")
-    assert (drawing / "interpolation.png").stat().st_size > 1000
-    assert not (drawing / "grid.png").exists()
+@pytest.fixture
+def tables(monkeypatch):
+    """[(images, titles of the rows)] of the tables that are drawn."""
+    tables, draw_table = [], plotting.image_table
+
+    def keep(images, row_titles=(), *others):
+        tables.append((images, list(row_titles)))
+        return draw_table(images, row_titles, *others)
+
+    monkeypatch.setattr(plotting, "image_table", keep)
+    return tables
 
 
-def test_between_two_classes(draw):
-    out = draw("--interpolate 3 --between classes --num_samples 2 --classes 3,7 --denoise_timesteps 2")
+def assert_shows(found, generator, noise, labels):  # noqa: F811
+    """Whether images are those of this noise and these labels, up to rounding in a batch of another size."""
+    images = generator.decode(generator.sample_latents(noise, labels, SamplerConfig(2, 50.0)))
+    assert np.abs(found.astype(int) - images).max() <= 1
+
+
+def test_interpolations_begin_and_end_at_the_samples(draw, generator, tables):  # noqa: F811
+    out = draw("--interpolate 5 --num_samples 4 --classes 3,7,1,9 --denoise_timesteps 2 --cfg_scale 50 --seed 3")
     assert (out / "interpolation.png").stat().st_size > 1000
+    assert not (out / "grid.png").exists()
+    ((table, titles),) = tables
+    assert (table.shape, titles) == ((2, 5, 8, 8, 1), ["3", "1"])
+    assert_shows(table[:, 0], generator, generator.noise([0, 2]), [3, 1])
+    assert_shows(table[:, -1], generator, generator.noise([1, 3]), [3, 1])
+    assert np.abs(table[:, 0].astype(int) - table[:, -1]).mean() > 20
+
+
+def test_between_two_classes_the_first_is_on_the_left(draw, generator, tables):  # noqa: F811
+    words = "--classes 3,7 --denoise_timesteps 2 --cfg_scale 50 --seed 3"
+    draw(f"--interpolate 3 --between classes --num_samples 2 {words}")
+    ((table, titles),) = tables
+    assert (table.shape, titles) == ((1, 3, 8, 8, 1), ["3 to 7"])
+    assert_shows(table[:, 0], generator, generator.noise([0]), [3])
+    assert_shows(table[:, -1], generator, generator.noise([0]), [7])
+    assert np.abs(table[:, 0].astype(int) - table[:, -1]).max() > 3
+
+
+def test_labels_parameters_and_dtype_are_those_of_the_flags(draw, read_flags, run, tmp_path):  # noqa: F811
+    draw(f"--num_samples 20 --labels balanced --denoise_timesteps 1 --save_samples {tmp_path / 'samples.npz'}")
+    with np.load(tmp_path / "samples.npz") as saved:
+        assert list(saved["arr_1"]) == [*range(10), *range(10)]
+    words = ["--load_dir", str(run), "--out", str(tmp_path), "--params", "raw", "--dtype", "float32"]
+    generator = sample.Drawing(read_flags(sample, words)).generator  # noqa: F811
+    assert generator.model.network.config.dtype == "float32"
+    jax.tree.map(np.testing.assert_array_equal, generator.params, load_generator(run, params="raw").params)
 
 
 @pytest.fixture
@@ -154,6 +196,13 @@ def test_a_hole_is_filled(draw, own, classes):
     with np.load(own / "filled.npz") as saved:
         assert list(saved["arr_1"]) == ([5, 5] if classes else [3, 7])
         assert saved["arr_0"].shape == (2, 8, 8, 1)
+        filled = saved["arr_0"]
+    draw(
+        f"--inpaint {own}/own --mask {own}/mask.png --denoise_timesteps 2 {classes} --inpaint_repeats 1 "
+        f"--save_samples {own}/filled.npz"
+    )
+    with np.load(own / "filled.npz") as saved:  # less fitting than the five times of the default
+        assert not np.array_equal(saved["arr_0"], filled)
     flat = own / "own" / "3"  # the images of which no folder is named after a class
     draw(f"--inpaint {flat} --mask {own}/mask.png --denoise_timesteps 2 --save_samples {own}/filled.npz")
     with np.load(own / "filled.npz") as saved:

@@ -38,12 +38,12 @@ def probe():
     return Probe()
 
 
-def run(function, probe, **changes):
+def run(function, probe, objective=FlowMatching(), **changes):  # noqa: B008 (frozen)
     """(new state or metrics, what the network saw) of a step's function on 200 black images."""
     probe.seen.clear()
     state = create_train_state({"w": jnp.array(1.0)}, OPTIMIZER, jax.random.key(0)).replace(**changes)
     batch = {"image": jnp.zeros((200, 2, 2, 1), jnp.uint8), "label": jnp.asarray(LABELS)}
-    static = {"model": probe, "objective": FlowMatching(), "optimizer": OPTIMIZER, "grad_accum": 1}
+    static = {"model": probe, "objective": objective, "optimizer": OPTIMIZER, "grad_accum": 1}
     with jax.disable_jit():
         result = function(state, batch, PixelCodec(), **static)
     return result, probe.seen[0]
@@ -74,6 +74,25 @@ def test_validation_keeps_labels_and_noise_whatever_the_step(probe):
     assert {name: float(x) for name, x in metrics.items()} == {name: float(x) for name, x in later_metrics.items()}
     _, in_training = run(train, probe)
     assert not np.array_equal(first[1], in_training[1])  # of a random stream of its own
+
+
+class TwoNetworks(FlowMatching):
+    """An objective that shows both of its networks, by their answers to an input of ones."""
+
+    def loss(self, model_fn, ema_model_fn, x_1, labels, draws):
+        ones = jnp.ones_like(x_1)
+        seen = {
+            name: network(ones, draws["t"], labels).mean((1, 2, 3))
+            for name, network in (("student", model_fn), ("teacher", ema_model_fn))
+        }
+        return seen["student"], seen
+
+
+@pytest.mark.parametrize("function", [train, validation_step])
+def test_the_teacher_of_an_objective_is_the_ema(probe, function):
+    result, _ = run(function, probe, TwoNetworks(), ema_params={"w": jnp.array(3.0)})
+    metrics = result[1] if function is train else result
+    assert (float(metrics["student"]), float(metrics["teacher"])) == (1, 3)
 
 
 def test_microbatches_are_the_mean_over_all_rows():

@@ -1,0 +1,96 @@
+"""What enters an evaluation: every flag, and in the key of its row all that enters a number. Nothing is scored here."""
+
+import jax
+import numpy as np
+import pytest
+
+import eval_fid
+from tests.test_generate import run  # noqa: F401 (fixture)
+from utils.metrics.reference import ReferenceStatistics
+from utils.results import Results
+
+COUNTS = np.arange(10)
+
+
+@pytest.fixture
+def evaluate(run, read_flags, tmp_path, monkeypatch):  # noqa: F811
+    """evaluate('--flag value ...') -> rows of fid.json; evaluate.loaded is what was asked of Inception."""
+    loaded = []
+
+    def load_extractor(weights, convention, sharding):
+        loaded.append((weights, convention))
+
+    def load_statistics(path):
+        return ReferenceStatistics(np.zeros(2), np.eye(2), f"hash of {path}", path, label_counts=COUNTS)
+
+    def load_logits(path):
+        loaded.append(path)
+        return np.zeros((2048, 1008), np.float32)
+
+    monkeypatch.setattr(eval_fid, "load_feature_extractor", load_extractor)
+    monkeypatch.setattr(eval_fid, "load_statistics", load_statistics)
+    monkeypatch.setattr(eval_fid, "load_logits", load_logits)
+    monkeypatch.setattr(eval_fid.RunEvaluation, "evaluate", lambda self, sampler: {"fid": 1.0})
+
+    def start(line=""):
+        words = ["--load_dir", str(run), "--out", str(tmp_path), "--wandb.mode", "disabled", "--fid_stats", "s.npz"]
+        eval_fid.main(read_flags(eval_fid, [*words, "--convention", "adm", *line.split()]))
+        return Results(tmp_path).rows
+
+    start.loaded = loaded
+    return start
+
+
+def test_a_row_of_other_parameters_is_another_row(evaluate, monkeypatch):
+    (row,) = evaluate()
+    assert evaluate() == [row]
+    restore_params = eval_fid.restore_params
+
+    def restore_others(*arguments):
+        step, params = restore_params(*arguments)
+        return step, jax.tree.map(lambda leaf: leaf + 1, params)  # of a run that began again, say
+
+    monkeypatch.setattr(eval_fid, "restore_params", restore_others)
+    first, second = evaluate()
+    assert first == row
+    assert {name for name in row if row[name] != second[name]} == {"params_sha256"}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "--num_samples 7 --seed 5 --labels balanced --model.dtype float32 --fid_stats t.npz --solver heun "
+            "--convention pytorch_fid --denoise_timesteps 3 --cfg_scale 2 --cfg_interval 0,0.5 --time_grid shift:3 "
+            "--cfg_channels 1",
+            {
+                "num_samples": 7, "seed": 5, "labels": "balanced", "dtype": "float32", "fid_stats": "t.npz",
+                "fid_stats_sha256": "hash of t.npz", "solver": "heun", "convention": "pytorch_fid", "num_steps": 3,
+                "cfg_scale": 2, "cfg_interval": [0, 0.5], "time_shift": 3, "cfg_channels": 1, "checkpoint_step": 20,
+            },
+        ),
+        ("--solver dopri5 --rtol 1e-3 --atol 1e-4", {"solver": "dopri5", "rtol": 1e-3, "atol": 1e-4}),
+    ],
+)  # fmt: skip
+def test_a_row_says_what_enters_its_numbers(evaluate, line, expected):
+    (row,) = evaluate(line)
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_weights_labels_and_batches_are_those_of_the_flags(evaluate, monkeypatch):
+    seen = []
+
+    def look(self, sampler):
+        seen.append(self)
+        return {"fid": 1.0}
+
+    monkeypatch.setattr(eval_fid.RunEvaluation, "evaluate", look)
+    evaluate("--inception_weights w.pt --inception_logits fc.npz --labels dataset --batch_size 6 --seed 5")
+    (evaluation,) = seen
+    assert evaluate.loaded == ["fc.npz", ("w.pt", "adm")]
+    assert evaluation.logits is not None
+    assert evaluation.batch_size == 6
+    assert evaluation.generator.label_mode == "dataset"
+    np.testing.assert_array_equal(evaluation.generator.counts, COUNTS)
+    expected = eval_fid.ImageGenerator(evaluation.model, evaluation.generator.params, seed=5)
+    np.testing.assert_array_equal(evaluation.generator.noise([3]), expected.noise([3]))
