@@ -62,7 +62,9 @@ def train(monkeypatch, read_flags, tmp_path, signal_handlers):
 
 def test_a_new_objective_is_trained_evaluated_and_resumed(train, read_flags, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_fid, "load_feature_extractor", lambda *arguments: None)
-    train("--max_steps", "2", "--objective.weight", "3")
+    # Saved after every step, for the minutes' sake; of those the newest stays, and every second.
+    keep = ["--save_minutes", "1e-9", "--keep_last", "1", "--keep_every", "2"]
+    train("--max_steps", "2", "--objective.weight", "3", "--peak_tflops", "2", *keep)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 2]
     # The network starts at zero: three times the mean square of x_1, whose values are mostly -1.
@@ -75,7 +77,10 @@ def test_a_new_objective_is_trained_evaluated_and_resumed(train, read_flags, tmp
         train("--max_steps", "3", "--objective.weight", "5")
     with pytest.raises(UserError, match=r"with --objective.name=data_prediction, not flow_matching"):
         train("--max_steps", "3", "--objective.name", "flow_matching")
-    train("--max_steps", "3", "--eval_interval", "0", "--objective.weight", "3")
+    train("--max_steps", "6", "--eval_interval", "0", "--objective.weight", "3", "--peak_tflops", "2", *keep)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "6"}
+    rates = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "training/mfu" in line][-1]
+    assert rates["training/mfu"] == pytest.approx(rates["training/tflops_per_second"] / 2)
     with pytest.raises(UserError, match=r"--objective.weight=1.0, but the run of --load_dir has 3.0"):
         eval_fid.main(read_flags(eval_fid, ["--load_dir", str(tmp_path), *EVALUATE, "--objective.weight", "1"]))
 

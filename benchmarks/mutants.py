@@ -1,0 +1,160 @@
+"""Faults that a test has to notice: each is put into a copy of the code by itself, and its test is run.
+
+    python benchmarks/mutants.py                  # all of them, some ten minutes on two cores
+    python benchmarks/mutants.py --only sample    # those whose file or test has this in its name
+
+Prints a line for each, and exits with 1 where a fault survives, where a text to be replaced is not in its file exactly
+once, or where a test fails without a fault. The checkout itself is left alone.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import app, flags
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLED, SURVIVED = 1, 0  # pytest's status for tests that failed, and for tests that passed
+
+
+# Each test with the faults that it has to notice: `file: text -> what stands there instead`.
+TABLE = """
+test_train_flow.py::test_training_and_validation_batches_are_of_their_splits
+  train_flow.py: self.datasets["validation"], config.batch_size -> self.datasets["train"], config.batch_size
+test_train_flow.py::test_pictures_and_fid_are_of_the_ema_and_losses_of_the_parameters
+  train_flow.py: = ImageGenerator(self.model, state.ema_params -> = ImageGenerator(self.model, state.params
+  train_flow.py: from sample_panels(model, state.ema_params -> from sample_panels(model, state.params
+  train_flow.py: reconstruction_panel(model, state.ema_params -> reconstruction_panel(model, state.params
+  train_flow.py: generate(sampler, config.fid_samples -> generate(sampler, 10_000
+  train_flow.py: (config.inception_weights, convention -> (None, convention
+  train_flow.py: find_convention(self.reference, config.convention) -> find_convention(self.reference, "adm")
+test_train_flow.py::test_weight_decay_reaches_the_optimizer
+  train_flow.py: weight_decay=config.weight_decay, ->
+test_train_flow.py::test_clipping_reaches_the_optimizer
+  train_flow.py: grad_clip=config.grad_clip, ->
+test_train_flow.py::test_the_decays_of_adam_reach_the_optimizer
+  train_flow.py: config.model.beta2 -> 0.99
+test_train_flow.py::test_rate_warm_up_and_cosine_reach_the_optimizer
+  train_flow.py: warmup_steps=config.warmup_steps, ->
+test_train_flow.py::test_the_state_is_split_as_the_flag_says
+  train_flow.py: state_sharding(shapes, self.mesh, self.config.sharding) -> state_sharding(shapes, self.mesh, "dp")
+test_train_flow.py::test_the_flops_of_a_step_are_those_the_compiler_counts
+  train_flow.py: self.flops_per_step = 3 * -> self.flops_per_step =
+test_train_flow.py::test_decay_of_the_ema_and_what_saves_memory_reach_the_step
+  train_flow.py: remat=config.remat, ->
+test_train_flow.py::test_images_are_mirrored_on_request
+  utils/cli.py: None if flip is None else bool(flip) -> None
+test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
+  train_flow.py: config.keep_last, config.keep_every) -> config.keep_last)
+  train_flow.py: Checkpoints(self.folder, config.keep_last -> Checkpoints(self.folder, 2
+  train_flow.py: config.save_interval, config.save_minutes, -> config.save_interval, 15,
+  train_flow.py: trainer.flops_per_step, config.peak_tflops) -> trainer.flops_per_step, 1000)
+test_train_step.py::test_the_teacher_of_an_objective_is_the_ema
+  utils/train_step.py: model_fn(model, ema_params)) -> model_fn(model, params))
+test_few_steps.py::test_dropped_labels_are_learned_without_a_step
+  utils/objectives/mean_flow.py: h = jnp.where(is_dropped, -> h = jnp.where(is_dropped & False,
+test_config.py::test_what_a_run_keeps_cannot_be_another_when_it_resumes
+  diffusion_transformer.py: "Attention heads.", 1, 2**16 -> "Attention heads.", 1, 2**16, is_fixed=False
+test_checkpoint.py::test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says
+  utils/checkpoint.py: jax.process_count() > 1 and self.pause < math.inf -> False
+  utils/checkpoint.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
+test_generate.py::test_what_is_in_the_hole_does_not_enter_its_filling
+  utils/generate.py: factors[1]).any(axis=(1, 3)) -> factors[1]).all(axis=(1, 3))
+test_generate.py::test_guidance_and_times_are_those_of_the_sampler
+  utils/generate.py: (float(low), float(high)) -> (0.0, 1.0)
+test_generate.py::test_tolerances_are_those_of_the_sampler
+  utils/generate.py: sampler.rtol, sampler.atol) -> sampler.rtol, sampler.rtol)
+test_sample.py::test_interpolations_begin_and_end_at_the_samples
+  sample.py: slerp(ends[0::2], ends[1::2], fractions) -> slerp(ends[1::2], ends[0::2], fractions)
+test_sample.py::test_between_two_classes_the_first_is_on_the_left
+  sample.py: for side in (first, second) -> for side in (second, first)
+test_sample.py::test_a_hole_is_filled
+  sample.py: self.sampler, config.inpaint_repeats) -> self.sampler, 5)
+test_sample.py::test_labels_parameters_and_dtype_are_those_of_the_flags
+  sample.py: params=config.params, ->
+  sample.py: label_mode=config.labels, ->
+test_eval_fid.py::test_a_row_of_other_parameters_is_another_row
+  eval_fid.py: "params_sha256": hash_params(params), ->
+test_eval_fid.py::test_a_row_says_what_enters_its_numbers
+  eval_fid.py: settings["cfg_channels"] = sampler.cfg_channels -> pass
+  eval_fid.py: "time_shift"] = sampler.time_shift -> "time_shift"] = 1
+test_eval_fid.py::test_weights_labels_and_batches_are_those_of_the_flags
+  eval_fid.py: label_mode=config.labels, class_counts=counts -> label_mode=config.labels
+test_likelihood.py::test_what_is_measured_is_what_the_flags_say
+  likelihood.py: jax.random.key(self.config.seed) -> jax.random.key(0)
+  likelihood.py: LikelihoodConfig(config.num_probes, -> LikelihoodConfig(1,
+test_reflow.py::test_pairs_are_those_of_the_flags
+  make_pairs.py: label_mode=config.labels -> label_mode="balanced"
+"""
+
+
+class Mutant(NamedTuple):
+    test: str
+    file: str
+    text: str
+    fault: str
+
+
+def read_table(table: str) -> Iterator[Mutant]:
+    test = ""
+    for line in table.strip().splitlines():
+        if not line.startswith(" "):
+            test = line
+            continue
+        file, _, change = line.strip().partition(": ")
+        text, _, fault = change.partition(" ->")
+        yield Mutant(test, file, text, fault.strip())
+
+
+def run_tests(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    command += [f"tests/{test}" for test in tests]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def is_noticed(folder: Path, mutant: Mutant) -> bool:
+    """Whether the test fails with the fault in the copy `folder`, which is mended again. SystemExit where pytest itself
+    fails, or the fault cannot be put in."""
+    path = folder / mutant.file
+    source = path.read_text()
+    if source.count(mutant.text) != 1:
+        sys.exit(f"{mutant.file} has {mutant.text!r} {source.count(mutant.text)} times, not once: mend the table")
+    path.write_text(source.replace(mutant.text, mutant.fault))
+    try:
+        done = run_tests(folder, [mutant.test])
+    finally:
+        path.write_text(source)
+    if done.returncode not in (KILLED, SURVIVED):
+        sys.exit(f"{mutant.test}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == KILLED
+
+
+def main(_) -> None:
+    only = flags.FLAGS.only
+    mutants = [mutant for mutant in read_table(TABLE) if only in mutant.file or only in mutant.test]
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        for name in filter(None, listed.split("\0")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+        done = run_tests(folder, dict.fromkeys(mutant.test for mutant in mutants))
+        if done.returncode:
+            sys.exit(f"the tests fail without a fault:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+        survived = 0
+        for mutant in mutants:
+            has_survived = not is_noticed(folder, mutant)
+            survived += has_survived
+            verdict = "SURVIVED" if has_survived else "noticed"
+            print(f"{verdict:8}  {mutant.file}: {mutant.text} -> {mutant.fault}   {mutant.test}", flush=True)
+    print(f"{len(mutants) - survived} of {len(mutants)} noticed")
+    sys.exit(bool(survived))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("only", "", "Part of the name of a file or test.")
+    app.run(main)
