@@ -25,7 +25,7 @@ from utils.codecs.vae import StableVAE
 from utils.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
 from utils.sharding import make_mesh, replicated, shard_batch
-from utils.train_state import create_train_state, make_optimizer
+from utils.train_state import EmaSchedule, create_train_state, make_optimizer
 from utils.train_step import train_step
 
 
@@ -51,7 +51,7 @@ def main(config: ConfigDict) -> None:
         "model": image_model.network,
         "optimizer": optimizer,
         "objective": image_model.objective,
-        "ema_decay": 0.9999,
+        "ema": EmaSchedule(0.9999),
         "grad_accum": 1,
     }
     step = jax.jit(partial(train_step, **static), donate_argnums=0)

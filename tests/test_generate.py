@@ -9,9 +9,10 @@ import pytest
 
 from diffusion_transformer import DiTConfig
 from tests.conftest import GOLDEN, ROOT
+from utils.checkpoint import open_checkpoint
 from utils.codecs.pixels import PixelCodec
 from utils.errors import UserError
-from utils.generate import ClassMix, ImageGenerator, load_generator
+from utils.generate import ClassMix, ImageGenerator, load_generator, load_model
 from utils.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling import SamplerConfig
@@ -241,6 +242,15 @@ def test_parameters_with_and_without_ema(run, generator):
         load_generator(run / "images")
     with pytest.raises(UserError, match="--dtype=float16 is unknown"):
         load_generator(run, dtype="float16")
+
+
+def test_a_run_says_that_classes_had_no_images(run, tmp_path, capsys):
+    """As config.json and the checkpoint's configuration record it."""
+    checkpoints, (step, *_) = open_checkpoint(run)
+    saved = checkpoints.restore_config(step)
+    model = load_model(saved | {"dataset": saved["dataset"] | {"empty_classes": [2, 5]}}, make_mesh())
+    assert "note: 2 of 10 classes had no training images" in capsys.readouterr().err
+    assert model.drawn_classes.tolist() == [1, 1, 0, 1, 1, 0, 1, 1, 1, 1]
 
 
 def test_an_ema_of_initial_parameters_is_named(run, capsys):

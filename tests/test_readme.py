@@ -1,9 +1,14 @@
 """The README's and the docs' commands are read by the programs' own flags, and the table of flags is theirs."""
 
 import importlib
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
 import compute_fid_stats
@@ -15,6 +20,7 @@ import make_pairs
 import plot_metrics
 import sample
 import train_flow
+from benchmarks.recognise_digits import recognised_fraction
 from tests.conftest import ROOT, run_program
 
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -112,3 +118,33 @@ def test_images_and_pages_named_are_there():
         for path in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / path).exists(), f"{page.name}: {path}"
     assert "not measured yet" not in PAGES[ROOT / "README.md"]
+
+
+@pytest.mark.slow
+def test_the_first_three_commands_give_digits(tmp_path):
+    """As typed, one after the other; a classifier of the real digits recognises what they draw."""
+    section = PAGES[ROOT / "README.md"].partition("## Train, sample, evaluate\n")[2].partition("\n## ")[0]
+    commands = re.findall(r"^python (.*)$", section, flags=re.MULTILINE)
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+
+    def run(line):
+        program, *words = shlex.split(line)
+        done = subprocess.run(
+            [sys.executable, ROOT / program, *words], cwd=tmp_path, env=environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    for command in commands:
+        run(command)
+    names = {path.name for path in (tmp_path / "runs" / "digits" / "samples").iterdir()}
+    assert {"grid.png", "film.webp", "strip.png"} <= names
+    rows = json.loads((tmp_path / "runs" / "digits" / "fid.json").read_text())["cells"]
+    assert [(row["num_steps"], row["cfg_scale"]) for row in rows] == [
+        (64, None), (16, None), (4, None), (64, 2), (16, 2), (4, 2)
+    ]  # fmt: skip
+    run(f"{commands[1]} --save_samples chosen.npz")
+    run("sample.py --load_dir runs/digits --classes all --num_samples 100 --cfg_scale 2 --save_samples all.npz")
+    for name in ("chosen.npz", "all.npz"):
+        with np.load(tmp_path / name) as samples:
+            assert recognised_fraction(samples["arr_0"], samples["arr_1"]) >= 0.9

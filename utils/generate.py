@@ -534,6 +534,9 @@ def load_model(
             raise
         codec = AbsentVAE(str(error), tuple(data["latent_shape"]))
     empty = data.get("empty_classes", ())
+    if empty:
+        num_classes = len(data["class_names"])
+        warn(f"note: {len(empty)} of {num_classes} classes had no training images: no samples are drawn of them")
     model = make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"], empty_classes=empty)
     if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))
