@@ -77,6 +77,26 @@ def counted(examples: Iterator, bar: tqdm) -> Iterator:
         bar.update()
 
 
+def describe_latents(
+    datasets: dict[str, ImageDataset], codec: StableVAE, vae: str, shard_size: int
+) -> latents.Manifest:
+    """Returns the manifest of the latents of {split: data set} under a codec that `vae` names."""
+    train = datasets["train"]
+    return latents.Manifest(
+        dataset_name=train.name,
+        image_shape=train.image_shape,
+        latent_shape=codec.latent_shape(train.image_shape),
+        class_names=train.class_names,
+        num_examples={split: len(dataset.source) for split, dataset in datasets.items()},
+        num_views={split: 1 + dataset.random_flip for split, dataset in datasets.items()},
+        shard_size=shard_size,
+        vae=vae,
+        vae_sha256=codec.sha256,
+        splits={split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
+        empty_classes=train.empty_classes,
+    )
+
+
 def prepare_folder(out: Path, manifest: latents.Manifest, fingerprints: dict[str, Fingerprint]) -> None:
     """Writes the manifest and the listing of the images into a new folder; UserError where it holds other latents."""
     found = latents.load_manifest(out)
@@ -99,19 +119,7 @@ def main(config: ConfigDict) -> None:
         raise UserError(f"--dataset_name={config.dataset_name} holds latents already; give a data set of images")
     checks.check_batch_memory(config.batch_size, train.image_shape)
     codec = load_vae(vae, mesh, train.image_shape)
-    manifest = latents.Manifest(
-        dataset_name=config.dataset_name,
-        image_shape=train.image_shape,
-        latent_shape=codec.latent_shape(train.image_shape),
-        class_names=train.class_names,
-        num_examples={split: len(dataset.source) for split, dataset in datasets.items()},
-        num_views={split: 1 + dataset.random_flip for split, dataset in datasets.items()},
-        shard_size=config.shard_size,
-        vae=vae,
-        vae_sha256=codec.sha256,
-        splits={split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
-        empty_classes=train.empty_classes,
-    )
+    manifest = describe_latents(datasets, codec, vae, config.shard_size)
     checks.check_writable(out, "out")
     lock = FolderLock(out)
     lock.acquire("out")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from utils.console import warn_once
-from utils.data.dataset import DataOptions, split_rows
+from utils.data.dataset import DataOptions, array_dataset, iterable_dataset, split_rows
 from utils.data.registry import load_dataset
 from utils.errors import UserError
 
@@ -86,6 +86,20 @@ def test_images_without_a_label_are_left_out_and_a_split_of_them_is_not_used(tmp
     assert said.count("14 of 100 images of images have no label (-1); they are left out") == 1
     name = write(tmp_path, images=IMAGES, labels=LABELS, validation_images=IMAGES, validation_labels=labels)
     assert rows(load_dataset(name, "validation")) == labelled
+
+
+@pytest.mark.parametrize("kind", ["array", "iterable", "npz"])
+def test_images_that_use_little_of_their_range_are_told_so(tmp_path, kind, capfd):
+    dark = IMAGES // 16
+    if kind == "npz":
+        load_dataset(write(tmp_path, images=dark, labels=LABELS))
+    elif kind == "array":
+        array_dataset("mine", dark, LABELS)
+    else:
+        iterable_dataset("mine", [{"image": dark[0], "label": 0}])
+    assert "the images' values are 0 to 15 of 0 to 255" in capfd.readouterr().err
+    load_dataset(write(tmp_path, images=IMAGES, labels=LABELS))
+    assert capfd.readouterr().err == ""
 
 
 NAMES = [f"{i:03d} Käse-Straße, 猫, of a thousand names: {'ж' * 60}" for i in range(1000)]

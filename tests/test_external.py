@@ -198,7 +198,7 @@ import resource, sys
 from pathlib import Path
 from etils import epath
 from utils.codecs import vae
-from utils.data import images, tfds
+from utils.data import images, tfds_files
 from utils.metrics import inception, reference, samples
 from utils.errors import UserError
 
@@ -212,7 +212,7 @@ read = {
     "vae": vae.StableVAE.load,
     "logits": inception.load_logits,
     "image": lambda path: images.read_image(path.read_bytes(), path.name, 64),
-    "features": lambda path: tfds._check_features("--dataset_name=x", epath.Path(path)),
+    "features": lambda path: tfds_files.check_features("--dataset_name=x", epath.Path(path)),
 }
 for path in sorted(folder.iterdir()):
     try:

@@ -13,15 +13,17 @@ from PIL import Image
 
 from tests.data_sets import load
 from tests.image_files import make_classes, noise, resize_by_formula, write, write_png_16_bit
+from utils.console import warn_once
 from utils.data import image_folder
 from utils.data.batches import epoch_batches, training_batches
-from utils.data.images import decode_image
+from utils.data.images import decode_image, describe_range
 from utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """A cache folder of the test's own, for what the check of the files finds."""
+    """A cache folder of the test's own, for what the check of the files finds. What was said before is said again."""
+    warn_once.cache_clear()
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
@@ -120,6 +122,12 @@ def test_a_share_of_two_percent_is_held_out_and_stays_when_images_are_added(tmp_
     old, new = (contents(f"folder:{tmp_path / folder}", "validation") for folder in ("old", "new"))
     assert len(old) == len(new) == 4
     assert len(set(old) & set(new)) >= 3
+
+
+def test_a_class_whose_only_image_is_held_out_is_without_training_images(tmp_path):
+    make_classes(tmp_path, {"a": 1, "b": 1})
+    train, validation = (load(f"folder:{tmp_path}", split, image_size=2) for split in ("train", "validation"))
+    assert train.empty_classes == (validation.source.files[0][1],)
 
 
 def test_a_flat_folder_is_one_class(tmp_path):
@@ -381,6 +389,169 @@ def test_names_that_are_no_utf8(tmp_path, capfd):
     assert dataset.class_names == (r"caf\xe9", "cats")
     json.dumps(dataset.class_names).encode()
     assert r"\xff.txt" in capfd.readouterr().err
+
+
+TABLES = {
+    "labels.csv": ("image,label\n0.png,3\n", "beginning 'image,label'"),
+    "train.tsv": ("a\tb\n", "beginning"),
+    "metadata.jsonl": ('{"file_name": "0.png", "text": "a cat"}\n', "with file_name, text"),
+    "annotations.json": ('{"images": [],\n "categories": []}', "with images, categories"),
+    "list_attr.txt": ("0.png 1 -1\n", ""),
+    "boxes.xml": ("<annotation/>", ""),
+    "labels.parquet": ("PAR1", ""),
+}
+LAYOUTS = {"flat": ("0.png",), "classes": ("cat/0.png", "dog/0.png"), "splits": ("train/cat/0.png", "valid/cat/0.png"),
+           "flat splits": ("train/0.png", "valid/0.png"), "wrapped": ("train/train/a/0.png", "test/0.png")}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tables_at_any_level_of_any_layout_are_named_as_not_used(tmp_path, layout, capfd):
+    images = [tmp_path / name for name in LAYOUTS[layout]]
+    for image in images:
+        write(image, noise(0, 2, 2, 3))
+        write(image.with_name("1.png"), noise(1, 2, 2, 3))
+    read = [image for image in images if "test" not in image.parts]
+    levels = {folder for image in read for folder in image.parents if folder.is_relative_to(tmp_path)}
+    for folder in levels:
+        for name, (content, described) in TABLES.items():
+            (folder / name).write_text(content)
+            for split in ("train", "validation"):
+                load(f"folder:{tmp_path}", split, image_size=2)
+            (line,) = [line for line in capfd.readouterr().err.splitlines() if "not used" in line]
+            where = re.escape(name) if (described := re.escape(described)) == "" else rf"{re.escape(name)} {described}"
+            assert re.search(rf"not used: 1 file that may hold labels or captions \(\S*{where}.*\)", line)
+            (folder / name).unlink()
+            warn_once.cache_clear()
+
+
+def test_many_files_named_as_images_are_one_line(tmp_path, capfd):
+    make_classes(tmp_path, {"cat": 20, "dog": 20})
+    for image in tmp_path.glob("*/*.png"):
+        image.with_suffix(".txt").write_text("a picture")
+    (tmp_path / "labels.csv").touch()
+    (tmp_path / "README.txt").write_text("about")
+    load(f"folder:{tmp_path}", image_size=2)
+    said = capfd.readouterr().err
+    assert re.search(
+        r"not used: 1 file that may .*\(labels.csv that is empty\); 40 files named as an image, such as cat/", said
+    )
+    assert "ignored 1 file" in said
+    assert said.count(".txt") == 2
+
+
+def make_edm(folder, labels, count=12, table="dataset.json"):
+    """Images numbered as EDM and StyleGAN write them, four in a folder."""
+    names = [f"{i // 4:05d}/img{i // 4:05d}{i:03d}.png" for i in range(count)]
+    for i, name in enumerate(names):
+        write(folder / name, np.full((2, 2, 3), 20 * i, np.uint8))
+    if labels != "no table":
+        pairs = labels and [[name, label] for name, label in zip(names, labels, strict=True)]
+        (folder / table).write_text(json.dumps({"labels": pairs}))
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+@pytest.mark.parametrize("labels", [None, "no table", [5] * 12])
+def test_folders_that_edm_numbers_are_no_classes(tmp_path, labels, below, capfd):
+    make_edm(tmp_path / below, labels)
+    dataset = load(f"folder:{tmp_path}", image_size=2)
+    assert dataset.class_names == (tmp_path.name,)
+    assert len(dataset.source) == 11
+    said = capfd.readouterr().err
+    assert "numbered as EDM and StyleGAN number theirs are no classes: all images are of one class" in said
+    assert "if 00000/" not in said
+
+
+@pytest.mark.parametrize("below", ["", "train"])
+@pytest.mark.parametrize("labels", [[i % 2 for i in range(12)], [[i % 2, 1.5] for i in range(12)]])
+def test_labels_that_folders_contradict_are_refused(tmp_path, labels, below):
+    make_edm(tmp_path / below, labels)
+    with pytest.raises(UserError, match=r"dataset.json has labels of 12 images, whose 2 classes are not the 3 folders"):
+        load(f"folder:{tmp_path}", image_size=2)
+    (tmp_path / below / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match=r"dataset.json cannot be read, and the folders .* are numbered"):
+        load(f"folder:{tmp_path}", image_size=2)
+
+
+def test_labels_that_are_the_folders_are_named_and_other_folders_are_classes(tmp_path, capfd):
+    make_edm(tmp_path / "same", [i // 4 + 7 for i in range(12)])
+    assert load(f"folder:{tmp_path / 'same'}", image_size=2).class_names == ("00000", "00001", "00002")
+    assert (
+        "not used: 1 file that may hold labels or captions (dataset.json with labels of 12 images)"
+        in capfd.readouterr().err
+    )
+    make_classes(tmp_path / "signs", {f"{i:05d}": 3 for i in range(3)})  # as of GTSRB, whose classes are numbered
+    assert load(f"folder:{tmp_path / 'signs'}", image_size=2).num_classes == 3
+    make_classes(tmp_path / "pets", {"cat": 2, "dog": 2})
+    (tmp_path / "pets" / "dataset.json").write_text('{"labels": [["cat/0.png", 0], ["cat/1.png", 1]]}')
+    with pytest.raises(
+        UserError, match=r"labels of 2 images, whose 2 classes are not the 2 folders .* move dataset.json out"
+    ):
+        load(f"folder:{tmp_path / 'pets'}", image_size=2)
+
+
+SYSTEM = (
+    "@eaDir/0.png/SYNOFILE_THUMB_M.jpg", "#recycle/old.png", "$RECYCLE.BIN/S-1/x.png", "lost+found/#123.png",
+    "System Volume Information/x.png", ".thumbnails/t.png", "__MACOSX/0.png", "._0.png", ".DS_Store", "Thumbs.db",
+    "desktop.ini", ".Trash-1000/files/x.png", "@Recycle/x.jpg", ".@__thumb/default0.png",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_what_systems_keep_beside_images_is_left_out_and_counted(tmp_path, name, capfd):
+    for root, level in (("classes", ""), ("nested", "cat"), ("splits", "train"), ("splits2", "train/cat")):
+        below = "train" if root.startswith("splits") else ""
+        make_classes(tmp_path / root / below, {"cat": 3, "dog": 3})
+        write(tmp_path / root / level / "other.png", noise(0, 2, 2, 3))
+        target = tmp_path / root / level / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / root / level / "other.png").rename(target)
+        dataset = load(f"folder:{tmp_path / root}", image_size=2)
+        assert dataset.class_names == ("cat", "dog")
+        assert len(dataset.source) == 5
+        said = capfd.readouterr().err
+        assert re.search(r"left out 1 file of the system \(\S.*\)", said)
+        assert "ignored" not in said
+
+
+def test_images_that_use_little_of_their_range_are_told_so(tmp_path, capfd):
+    ramp = np.tile(np.linspace(0, 4095, 16).astype(np.uint16), (16, 1))  # 12 bits
+    for i in range(3):
+        (tmp_path / "twelve").mkdir(exist_ok=True)
+        write_png_16_bit(tmp_path / "twelve" / f"{i}.png", ramp)
+        write(tmp_path / "one" / f"{i}.png", np.full((4, 4), 7, np.uint8))
+        write(tmp_path / "full" / f"{i}.png", noise(i, 8, 8, 3))
+    expected = {"twelve": "values are 0 to 16 of 0 to 255", "one": "all values of all images are 7", "full": ""}
+    for name, message in expected.items():
+        for again in range(2):  # from the check, and from what it keeps
+            image_folder._check_images.cache_clear()
+            warn_once.cache_clear()
+            load(f"folder:{tmp_path / name}", image_size=16 if again else 4)
+            said = capfd.readouterr().err
+            assert (message in said) if message else ("values" not in said)
+
+
+@pytest.mark.parametrize(
+    ("extremes", "message"),
+    [
+        ([(0, 255), (3, 200)], ""),
+        ([(0, 127), (0, 90)], "values are 0 to 127 of"),
+        ([(0, 128), (0, 90)], ""),
+        ([(128, 255)] * 3, "values are 128 to 255 of"),
+        ([(0, 1)] * 3, "values are 0 to 1 of"),
+        ([(0, 0), (255, 255)], "each image is of one value"),
+        ([(0, 16), (0, 16), (0, 255)], "half of the images span 16 or fewer"),
+    ],
+)
+def test_ranges_in_words(extremes, message):
+    said = describe_range(np.array(extremes, np.uint8))
+    assert (message in said) if message else (said == "")
+
+
+def test_names_are_utf_8_under_a_locale_of_another_encoding(monkeypatch):
+    """Python reads names by the locale's encoding; class names and keys stay the same, and so do labels."""
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode("latin-1"))
+    assert image_folder._text("猫 Käse".encode().decode("latin-1")) == "猫 Käse"
+    assert image_folder._text("caf\xe9") == r"caf\xe9"
 
 
 EXIF_BEFORE = b"Exif\0\0"

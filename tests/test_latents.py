@@ -6,8 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from encode_latents import describe_latents
 from tests.data_sets import load
+from utils.codecs.vae import StableVAE, VAEConfig
 from utils.data.batches import epoch_batches, training_batches
+from utils.data.dataset import SPLITS, array_dataset
 from utils.data.latents import MANIFEST, Manifest, check_same, load_manifest, write_shard
 from utils.errors import UserError
 
@@ -139,6 +142,10 @@ def test_classes_without_images_come_along_and_older_latents_do_not_say(folder):
     older = {name: value for name, value in new.to_json().items() if name != "empty_classes"}
     (folder / MANIFEST).write_text(json.dumps(older))
     assert load(f"latents:{folder}").empty_classes == ()
+    codec = StableVAE.random(0, VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    datasets = {split: array_dataset("gaps", images, np.array([0, 2, 2, 4]), split=split) for split in SPLITS}
+    assert describe_latents(datasets, codec, "vae", 4).empty_classes == (1, 3)
     for wrong in ([2], [-1], ["cat"], 3):
         (folder / MANIFEST).write_text(json.dumps(older | {"empty_classes": wrong}))
         with pytest.raises(UserError, match="not a valid latents manifest"):

@@ -1,5 +1,7 @@
 """Sample files: the same images from npz and PNGs, whole or refused by name."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -102,7 +104,7 @@ def test_what_is_no_samples_is_refused_by_name(tmp_path):
         "text.npz": "not a whole npz",
         "cut.npz": "not a whole npz",
         "empty": "holds no images",
-        "mixed": "0.png is 5x6 but 1.png is 5x4",
+        "mixed": "0.png is 6x5 but 1.png is 4x5",
         "cmyk": "0.jpg has the pixels CMYK",
         "cut.npy": "not a whole .npy",
         "float.npy": "holds float64 images; .*uint8",
@@ -112,14 +114,19 @@ def test_what_is_no_samples_is_refused_by_name(tmp_path):
             open_samples(tmp_path / name)
 
 
-def test_folders_are_read_at_any_depth(tmp_path):
+def test_folders_are_read_at_any_depth_but_not_what_systems_put_there(tmp_path, capfd):
     for i, image in enumerate(IMAGES):
         write(tmp_path / "edm" / f"{i // 4:06d}" / f"{i:06d}.png", image)
     write(tmp_path / "edm" / ".thumbnails" / "0.png", IMAGES[0][:2])
+    for name in ("0.jpg", "1.jpg"):
+        write(tmp_path / "edm" / "000000" / "@eaDir" / name, IMAGES[0][:3])
     (tmp_path / "edm" / "000000" / "back").symlink_to(tmp_path / "edm")
     np.testing.assert_array_equal(read_all(tmp_path / "edm", 4), IMAGES)
+    assert re.search(
+        r"edm: left out 3 files of the system \((.thumbnails/, @eaDir/|@eaDir/, .thumbnails/)\)", capfd.readouterr().err
+    )
     write(tmp_path / "edm" / "grid.png", np.concatenate(IMAGES[:2]))
-    with pytest.raises(UserError, match=r"000000/000000.png is 5x6 but grid.png is 5x12"):
+    with pytest.raises(UserError, match=r"000000/000000.png is 6x5 but grid.png is 12x5"):
         open_samples(tmp_path / "edm")
 
 
@@ -205,8 +212,12 @@ def test_an_image_that_is_cut_short_is_named_when_it_is_read(tmp_path):
 
 def test_nothing_but_earlier_samples_is_removed(tmp_path):
     write_samples(tmp_path / "folder")
+    (tmp_path / "folder" / "Thumbs.db").touch()  # no reason to refuse the folder
     write_samples(tmp_path / "folder", IMAGES[:3])
-    assert len(list((tmp_path / "folder").iterdir())) == 3
+    assert sorted(file.name for file in (tmp_path / "folder").iterdir()) == [
+        *(f"00000{i}.png" for i in range(3)),
+        "Thumbs.db",
+    ]
     write(tmp_path / "home" / "holiday.png", IMAGES[0])
     (tmp_path / "file").touch()
     (tmp_path / "folder.npz").mkdir()

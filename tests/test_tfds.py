@@ -16,7 +16,7 @@ from tests.conftest import run_program
 from tests.data_sets import load
 from tests.image_files import encoded, make_classes, noise, resize_by_formula
 from utils.console import warn_once
-from utils.data import tfds
+from utils.data import images, tfds, tfds_files
 from utils.data.batches import epoch_batches, first_examples, training_batches
 from utils.errors import UserError
 
@@ -216,6 +216,7 @@ def test_the_format_and_the_content_are_told_apart(prepared_folder, tmp_path, mo
     with pytest.raises(UserError, match=r"the labels of like_cifar.* cannot be read .*; prepare it again"):
         load("tfds:like_cifar", "train", tmp_path)
     monkeypatch.setattr(tfds.PreparedSplit, "_labels", lambda self, split: np.zeros(4, np.int32))
+    monkeypatch.setattr(tfds.PreparedSplit, "extremes", lambda self, source: np.array([[0, 255]], np.uint8))
     assert load("tfds:like_cifar", "train", tmp_path).fingerprint != copy.fingerprint
 
 
@@ -256,20 +257,30 @@ def test_images_without_a_label_are_left_out_and_a_split_of_them_is_not_used(par
     assert "10 of 40 images of train have no label (-1); they are left out" in said
     assert partly().fingerprint == train.fingerprint  # with labels from the cache
     # Two hosts share out an epoch, whichever images are left out, and a stream goes on where it was.
-    parts = [take(training_batches(train, 2, 0, process_index=host, process_count=2), 14) for host in range(2)]
+    parts = [take(training_batches(train, 14, 0, process_index=host, process_count=2), 2) for host in range(2)]
     assert all(label >= 0 for part in parts for _, label in rows(part))
     assert max(Counter(rows(parts[0]) + rows(parts[1])).values()) == 1
-    again = training_batches(train, 2, 0, process_index=1, process_count=2)
-    again.set_state({"next_index": 9})
-    assert_same(take(again, 5), parts[1][9:])
+    again = training_batches(train, 14, 0, process_index=1, process_count=2)
+    again.set_state({"next_index": 1})
+    assert_same(take(again, 1), parts[1][1:])
     assert rows(epoch_batches(train, 4, start=3, stop=9)) == rows(epoch_batches(train, 29))[3:9]
+
+
+def test_images_that_use_little_of_their_range_are_told_so(partly, monkeypatch, capfd):
+    partly()
+    assert "values" not in capfd.readouterr().err
+    monkeypatch.setattr(images, "MIN_RANGE", 300)  # what every image is below
+    monkeypatch.setattr(tfds.RecordStream, "epoch_batches", None)  # the images are not read again
+    monkeypatch.setattr(tfds, "read_image", None)
+    partly()
+    assert "--dataset_name=tfds:partly_labelled: the images' values are 0 to 255 of 0 to 255" in capfd.readouterr().err
 
 
 def test_labels_of_large_sets_are_checked_as_they_are_read(partly, monkeypatch):
     monkeypatch.setattr(tfds, "MAX_LABELLED_BYTES", 0)
-    monkeypatch.setattr(tfds, "NUM_SAMPLED", 3)
+    monkeypatch.setattr(tfds, "NUM_SAMPLED", 1)
     train = partly()
-    assert len(train.source) == 39  # the test split, of whose labels three were read, is not used
+    assert len(train.source) == 39  # the test split, of whose labels one was read, is not used
     assert train.empty_classes == ()
     for read in (lambda: list(epoch_batches(train, 10)), lambda: take(training_batches(train, 39, 0, prefetch=0), 1)):
         with pytest.raises(UserError, match=r"an image of partly_labelled.* has no label \(-1\)"):
@@ -330,7 +341,7 @@ def test_addresses_in_the_cloud_stay_as_they_are(monkeypatch):
                 raise RuntimeError("no route to host")
             return []
 
-    monkeypatch.setattr(tfds.epath, "Path", Bucket)
+    monkeypatch.setattr(tfds_files.epath, "Path", Bucket)
     with pytest.raises(UserError, match="no data set imagenet2012 under --data_dir=gs://bucket/sets;"):
         load("imagenet256", data_dir="gs://bucket/sets")
     with pytest.raises(UserError, match="--data_dir=gs://bucket/sets cannot be read: no route to host"):

@@ -15,8 +15,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from utils.console import warn_once
 from utils.data.fingerprint import Fingerprint
-from utils.data.images import MAX_MEGAPIXELS
+from utils.data.images import MAX_MEGAPIXELS, describe_range
 from utils.errors import UserError
 
 # "image": uint8 (h, w, c), or "moments": float16 (views, 2, h, w, c); "label": int32 ()
@@ -27,6 +28,7 @@ Batch = dict[str, np.ndarray]
 
 SPLITS = ("train", "validation")
 HELD_OUT_FRACTION = 0.02  # of a data set that brings no validation split
+NUM_SAMPLED = 256  # images whose range is looked at
 MAX_LISTED = 5  # classes named in a message
 
 
@@ -196,6 +198,11 @@ def array_dataset(
     _, height, width, channels = images.shape
     is_flipped = random_flip and split == "train"
     empty = find_empty_classes(source.labels, len(names))
+    if split == "train":
+        step = -(-len(source) // NUM_SAMPLED)
+        sampled = source.images[::step].reshape(len(source.images[::step]), -1)
+        if remark := describe_range(np.stack([sampled.min(axis=1), sampled.max(axis=1)], axis=1)):
+            warn_once(f"{name}: {remark}")
     shape = (height, width, channels)
     return ImageDataset(name, split, source, shape, names, is_flipped, fingerprint, empty_classes=empty)
 

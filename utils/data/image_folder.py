@@ -24,12 +24,14 @@ from utils.console import printable, warn, warn_once
 from utils.data.class_names import imagenet_class_names
 from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row
-from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, decode_image, read_image
+from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, decode_image, describe_range, read_image
+from utils.data.label_files import check_folders, is_table, unused_message
+from utils.data.scan import Scanned, scan, system_message
 from utils.errors import UserError
 from utils.files import cache_folder, read_bytes, write_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-CHECK_VERSION = 2  # of what is decoded how; raise it when utils/data/images.py takes other files for broken
+CHECK_VERSION = 3  # of what is decoded how; raise it when utils/data/images.py takes other files for broken
 MAX_LISTED = 3  # files named in a message
 DEFAULT_SIZE = 256
 
@@ -110,7 +112,7 @@ def list_folder(root: Path, split: str, reading: Reading) -> tuple[FolderSplit, 
         return train, True
     if split == "train":
         return train, False
-    validation = _list_split(validation_folder, root, reading)
+    validation = _list_split(validation_folder, root, reading, is_training=False)
     unknown = sorted(set(validation.class_names) - set(train.class_names))
     if unknown:
         raise UserError(
@@ -164,6 +166,7 @@ def _find_splits(root: Path) -> tuple[Path, Path | None]:
         f"{root}: training on {train.name}/, validating on {f'{validation.name}/' if validation else 'a part of it'}"
         + f"; not read: {_names(unused)}" * bool(unused)
     )
+    _name_unused(root, scanned)
     return _unwrap(train), validation and _unwrap(validation)
 
 
@@ -174,8 +177,25 @@ def _unwrap(split_folder: Path) -> Path:
     if len(scanned.folders) == 1 and not scanned.images:
         (below,) = scanned.folders
         if split_of(below.name) == split_of(split_folder.name):
+            _name_unused(split_folder, scanned)
             return _unwrap(below)
     return split_folder
+
+
+def _name_unused(folder: Path, *all_scanned: Scanned) -> None:
+    """Says which files below `folder` are not used: those that may hold labels, others, and the system's."""
+    others = [path for scanned in all_scanned for path in scanned.others]
+    if message := unused_message(folder, others, (path for scanned in all_scanned for path in scanned.images)):
+        warn_once(message)
+    if rest := [path for path in others if not is_table(path)]:
+        warn_once(f"{folder}: ignored {_some(rest, 'file')} that no suffix marks as an image")
+    if message := system_message(path for scanned in all_scanned for path in scanned.system):
+        warn_once(f"{folder}: {message}")
+
+
+def _text(name: str) -> str:
+    """A file's name as UTF-8, whatever the locale; bytes of another encoding as \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _names(folders: Sequence[Path]) -> str:
@@ -188,26 +208,31 @@ def _layout(root: Path) -> str:
     return f"expected are {root}/CLASS/IMAGE or {root}/IMAGE (or the same below {root}/train), images being {suffixes}"
 
 
-def _list_split(folder: Path, root: Path, reading: Reading) -> FolderSplit:
+def _list_split(folder: Path, root: Path, reading: Reading, is_training: bool = True) -> FolderSplit:
     flag = f"--dataset_name=folder:{root}"
     top = _scan(folder)
     classes = {subfolder: _scan_below(subfolder, flag) for subfolder in top.folders}
-    if not any(scanned.images for scanned in classes.values()):
+    found = (top, *classes.values())
+    images = {subfolder: scanned.images for subfolder, scanned in classes.items() if scanned.images}
+    if not images:
         if not top.images:
             raise UserError(f"{flag}: {folder} holds no images; {_layout(root)}")
         classes = {root.resolve(): top}
     elif top.images:
         raise UserError(f"{flag}: {folder} holds {top.images[0].name} beside folders of classes; move it into one")
-    others = [path for scanned in classes.values() for path in scanned.others]
-    if others:
-        warn(f"{folder}: ignored {_some(others, 'file')} that no suffix marks as an image")
-    if len(classes) == 1 and len(below := _scan(next(iter(classes))).folders) > 1 and not top.images:
+    elif reason := check_folders(flag, folder, root, images):
+        warn_once(f"{folder}: {reason}: all images are of one class")
+        classes = {root.resolve(): Scanned([path for paths in images.values() for path in paths])}
+    elif len(classes) == 1 and len(below := _scan(next(iter(classes))).folders) > 1:
         name = next(iter(classes))
         warn_once(
             f"{folder}: one class, {name.name}, of all images below it; "
             f"if {_names(below)} are classes, give folder:{name}"
         )
 
+    _name_unused(folder, *found)
+
+    # Every file, decoded once.
     paths = tuple(path for scanned in classes.values() for path in scanned.images)
     checked = check_images(folder, paths, reading.max_megapixels)
     _say_smallest(folder, checked, reading.size)
@@ -218,6 +243,12 @@ def _list_split(folder: Path, root: Path, reading: Reading) -> FolderSplit:
         if reading.broken_images == "refuse":
             raise UserError(f"{flag}: {what}. Put good copies in their place, or give --broken_images skip")
         warn(f"{folder}: skipped: {what}")
+    if is_training:
+        extremes = [(image.lowest, image.highest) for image in checked.values() if not image.reason]
+        if extremes and (remark := describe_range(np.array(extremes))):
+            warn_once(f"{folder}: {remark}")
+
+    # Classes, without what is to be skipped.
     names, files = [], []
     for subfolder, scanned in classes.items():
         readable = [path for path in scanned.images if path not in broken]
@@ -228,37 +259,19 @@ def _list_split(folder: Path, root: Path, reading: Reading) -> FolderSplit:
             warn(f"skipped: {what}")
             continue
         files += [(path, len(names)) for path in readable]
-        names.append(printable(subfolder.name))
+        names.append(_text(subfolder.name))
     if not files:
         raise UserError(f"{flag}: {folder} holds no readable images; {_layout(root)}")
-    keys = [printable(path.relative_to(folder).as_posix()) for path, _ in files]
+    keys = [_text(path.relative_to(folder).as_posix()) for path, _ in files]
     return FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scanned:
-    """What lies in a folder, sorted by name, hidden things left out. An image may turn out to be no file."""
-
-    images: list[Path]
-    others: list[Path]
-    folders: list[Path]
+_scan = functools.partial(scan, suffixes=IMAGE_SUFFIXES)
 
 
-def _scan(folder: Path) -> _Scanned:
-    scanned = _Scanned([], [], [])
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
-            kind = scanned.folders if entry.is_dir() else scanned.images if is_image else scanned.others
-            kind.append(Path(entry.path))
-    return scanned
-
-
-def _scan_below(folder: Path, flag: str) -> _Scanned:
+def _scan_below(folder: Path, flag: str) -> Scanned:
     """All that lies at any depth below the folder of a class, links followed. UserError for splits inside of it."""
-    found, seen = _Scanned([], [], []), set()
+    found, seen = Scanned(), set()
 
     def visit(folder: Path) -> None:
         identity = (folder.stat().st_dev, folder.stat().st_ino)
@@ -274,6 +287,7 @@ def _scan_below(folder: Path, flag: str) -> _Scanned:
             )
         found.images.extend(scanned.images)
         found.others.extend(scanned.others)
+        found.system.extend(scanned.system)
         for below in scanned.folders:
             visit(below)
 
@@ -287,6 +301,8 @@ class CheckedImage(NamedTuple):
     side: int  # its shorter side, in pixels; 0 if it cannot be read
     digest: str  # the first 16 hex digits of its content's sha256
     reason: str  # why it cannot be read, or ''
+    lowest: int = 0  # of its values, 0 .. 255
+    highest: int = 0
 
 
 def check_images(folder: Path, paths: tuple[Path, ...], max_megapixels: float) -> dict[Path, CheckedImage]:
@@ -348,17 +364,20 @@ def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
         return CheckedImage(0, "", error.strerror or str(error)), False
     digest = hashlib.sha256(content).hexdigest()[:16]
     try:
-        return CheckedImage(min(decode_image(content, max_megapixels=max_megapixels).size), digest, ""), True
+        image = decode_image(content, max_megapixels=max_megapixels)
+        lows, highs = zip(*image.getextrema(), strict=True)  # of each channel
+        return CheckedImage(min(image.size), digest, "", int(min(lows)), int(max(highs))), True
     except BrokenImageError as error:
         return CheckedImage(0, digest, str(error)), True
 
 
 def _read_kept(file: Path, version: str) -> dict[str, list]:
-    """{path: [stamp, side, digest, reason]} of an earlier check; empty where there is none that can be understood."""
+    """{path: [stamp, *CheckedImage]} of an earlier check; empty where there is none that can be understood."""
     try:
         content = json.loads(file.read_bytes())
         files = content["files"] if content["version"] == version else {}
-        return {path: row for path, row in files.items() if [type(x) for x in row] == [str, int, str, str]}
+        types = [str, int, str, str, int, int]
+        return {path: row for path, row in files.items() if [type(x) for x in row] == types}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 

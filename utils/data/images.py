@@ -9,7 +9,7 @@ import warnings
 from io import BytesIO
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 from PIL import Image
 
 from utils.errors import UserError
@@ -21,6 +21,9 @@ MAX_MEGAPIXELS = 500.0
 Image.MAX_IMAGE_PIXELS = None
 # Malformed metadata, which nothing here needs, is no reason to write a line for each of a million files.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+# Below these, a data set is told that its images use little of 0 .. 255: all of them together, or half of them each.
+MIN_RANGE, MIN_TYPICAL_RANGE = 128, 64
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = {
@@ -89,6 +92,26 @@ def read_orientation(image: Image.Image) -> int:
         return int(value.strip("\0 ") if isinstance(value, str) else value)
     except Exception:  # the metadata is malformed; the pixels are not
         return 1
+
+
+def describe_range(extremes: Integer[np.ndarray, "n 2"]) -> str:
+    """Says in words where images, of the lowest and highest values `extremes`, use little of 0 .. 255; '' where not.
+
+    Images of 12 bits in files of 16 do, or of [0, 1] that became uint8.
+    """
+    lows, highs = extremes.astype(int).T
+    lowest, highest = lows.min(), highs.max()
+    advice = "were they in [0, 1], or of 12 bits in files of 16? Rescale them to 0 .. 255 first"
+    if lowest == highest:
+        return f"all values of all images are {lowest}"
+    if (lows == highs).all():
+        return "each image is of one value"
+    if highest - lowest < MIN_RANGE:
+        return f"the images' values are {lowest} to {highest} of 0 to 255: {advice}"
+    typical = int(np.median(highs - lows))
+    if typical < MIN_TYPICAL_RANGE:
+        return f"half of the images span {typical} or fewer of 255 levels: {advice}"
+    return ""
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

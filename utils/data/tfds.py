@@ -7,13 +7,11 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from etils import epath
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, UInt8
 from tqdm import tqdm
 
 from utils.console import warn_once
@@ -28,18 +26,11 @@ from utils.data.dataset import (
     unlabelled_message,
 )
 from utils.data.fingerprint import Fingerprint
-from utils.data.images import read_image
+from utils.data.images import describe_range, read_image
+from utils.data.tfds_files import PACKAGES, check_features, convert_command, find_prepared
 from utils.errors import UserError
 from utils.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
-from utils.files import atomic_write, cache_folder, refuse_url
-
-PACKAGES = "tensorflow-datasets importlib_resources"  # the second is imported by the first, which does not say so
-PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself
-    "imagenet2012": "put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into {root}/downloads/manual and run "
-    "{command}",
-    "celebahq256": "run `python data/celebahq256.py --source korexyz/celeba-hq-256x256 --data_dir {root}`",
-}
-FEATURE_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
+from utils.files import atomic_write, cache_folder
 
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
 FILES_AT_A_TIME = 16
@@ -56,13 +47,13 @@ class PreparedSplit:
         """`builder`: NAME, NAME/CONFIG or NAME:1.2.3; `split`: 'train' or 'validation', which is the split `test` of a
         set without one and the first 2 % of a set that has only `train`. UserError, naming `flag`, for what is missing.
         """
-        folder, self.format = _find_prepared(flag, data_dir, builder)
+        folder, self.format = find_prepared(flag, data_dir, builder)
         self.folder = folder
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise UserError(f"{flag} needs another package ({error}): `pip install {PACKAGES}`") from error
-        _check_features(flag, folder)
+        check_features(flag, folder)
         # From the folder, not by name: that needs no builder's code and finds array_record beside another format.
         try:
             self.builder = tfds.builder_from_directory(folder)
@@ -75,6 +66,8 @@ class PreparedSplit:
         if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
             found = ", ".join(features)
             raise UserError(f"{flag}: {folder} has the features {found}; image and a class label are needed")
+        if unread := [name for name in features if name not in ("image", "label")]:
+            warn_once(f"{flag}: not read: {', '.join(unread)[:200]}")
         if "train" not in splits:
             raise UserError(f"{flag}: {folder} has no split train but {', '.join(splits) or 'none'}; prepare it again")
         height, width, channels = image.shape
@@ -89,7 +82,7 @@ class PreparedSplit:
             except ImportError:
                 raise UserError(
                     f"{flag}: {self.origin} is prepared as tfrecord, which TensorFlow reads: `pip install tensorflow`, "
-                    f"or add array_record to it where TensorFlow is: {_convert_command(self.builder.data_dir)}"
+                    f"or add array_record to it where TensorFlow is: {convert_command(self.builder.data_dir)}"
                 ) from None
 
         own = next((name for name in ("validation", "test") if name in splits), None)
@@ -181,6 +174,22 @@ class PreparedSplit:
         """Version, shards, sizes and the start of the first file: telling enough, without reading the data set."""
         return Fingerprint(self.format, len(self.rows), self._digest(self.split, self.start, self.stop))
 
+    def extremes(self, source: "Records | RecordStream") -> UInt8[np.ndarray, "n 2"]:
+        """Returns the lowest and the highest value of some of the split's images."""
+        count = min(NUM_SAMPLED, len(source))
+
+        def compute() -> np.ndarray:
+            if isinstance(source, Records):
+                images = (source[i * len(source) // count]["image"] for i in range(count))
+            else:
+                hosts = {"process_index": 0, "process_count": 1}
+                batches = source.epoch_batches(count, 0, count, **hosts, prefetch=1)
+                images = (image for batch in batches for image in batch["image"])
+            return np.array([(image.min(), image.max()) for image in images], np.uint8)
+
+        name = f"range-{self._digest(self.split, self.start, self.stop)}"
+        return _remember(name, (count, 2), np.dtype(np.uint8), compute)
+
     def _digest(self, split: str, start: int, stop: int) -> str:
         info = self.builder.info.splits[split]
         metadata = [self.builder.info.full_name, split, start, stop, info.shard_lengths, info.num_bytes]
@@ -211,76 +220,6 @@ def _remember(name: str, shape: tuple[int, ...], dtype: np.dtype, compute: Calla
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, values=values)
     return values
-
-
-def _check_features(flag: str, folder: epath.Path) -> None:
-    """UserError where features.json names a class outside of TFDS's own features: it would import that module."""
-
-    def names(value: Any) -> Iterator[str]:
-        if isinstance(value, dict):
-            yield from (str(value[key]) for key in ("pythonClassName", "type") if isinstance(value.get(key), str))
-        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            yield from names(item)
-
-    try:
-        content = json.loads((folder / "features.json").read_bytes())
-        other = next((name for name in names(content) if "." in name and not FEATURE_CLASS.fullmatch(name)), None)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{flag}: {folder}/features.json is damaged ({error}); prepare the data set again") from None
-    if other is not None:
-        raise UserError(
-            f"{flag}: {folder}/features.json names {other[:100]}, which is no feature of TFDS; it is not read"
-        )
-
-
-def _find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) -> tuple[epath.Path, str]:
-    """(folder of the newest version of `builder`, 'array_record' where it is prepared as that, else 'tfrecord')."""
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    refuse_url(data_dir, "data_dir")
-    root = epath.Path(data_dir).expanduser()
-    root = root if "://" in str(root) else root.absolute()
-    path, _, version = builder.partition(":")
-    try:
-        folders = [file.parent for file in (root / path).glob(f"{version or '[0-9]*'}/dataset_info.json")]
-    except Exception as error:  # of the network's file systems, which share no type
-        raise UserError(f"--data_dir={root} cannot be read: {str(error).splitlines()[0]}") from error
-    if not folders:
-        how = PREPARATIONS.get(path, "run {command}").format(root=root, command=_prepare_command(builder, root))
-        raise UserError(
-            f"{flag}: no data set {builder} under --data_dir={root}; {how}. "
-            "`make demo` (--dataset_name digits) shows the suite at work now"
-        )
-    folder = max(folders, key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
-    try:
-        info = json.loads((folder / "dataset_info.json").read_bytes())
-        formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{flag}: {folder}/dataset_info.json is damaged ({error}); prepare the data set again"
-        ) from None
-    known = [name for name in ("array_record", "tfrecord") if name in formats]
-    if not known:
-        raise UserError(
-            f"{flag}: {folder} is prepared as {formats[0]}, which is not read here; add array_record to it: "
-            f"{_convert_command(folder)}"
-        )
-    return folder, known[0]
-
-
-def _prepare_command(builder: str, root: os.PathLike[str]) -> str:
-    # Not `tfds build`, which does not start without apache-beam and mlcroissant.
-    return (
-        f'`python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{builder}', data_dir='{root}').download_and_prepare(file_format='array_record')\"` "
-        "(without the last argument: as tfrecord)"
-    )
-
-
-def _convert_command(folder: Any) -> str:
-    return (
-        f"`pip install {PACKAGES} apache-beam mlcroissant && "
-        f"tfds convert_format --dataset_version_dir {folder} --out_file_format array_record`"
-    )
 
 
 class Records:
@@ -370,10 +309,11 @@ class RecordStream:
         records = self.tf.data.Dataset.from_tensor_slices(files).flat_map(self._read_file)
         examples = records.shard(process_count, process_index).map(lambda record: (record, False))
         local_size = batch_size // process_count
-        batches = self._decoded(examples).batch(local_size).prefetch(prefetch).as_numpy_iterator()
+        batches = iter(self._decoded(examples).batch(local_size).prefetch(prefetch).as_numpy_iterator())
         empty = {"image": np.empty((0, *self.prepared.image_shape), np.uint8), "label": np.empty(0, np.int32)}
         for _ in range(start, stop, batch_size):
-            batch = next(batches, empty)
+            with _naming_broken_images(self.prepared.origin):
+                batch = next(batches, empty)
             _check_labels(batch["label"], self.prepared.origin)
             yield batch
 
@@ -473,11 +413,8 @@ class StreamIterator:
     def __next__(self) -> dict[str, np.ndarray]:
         if self._batches is None:
             self._batches = self._start(self._next_index)
-        try:
+        with _naming_broken_images(self._origin):
             batch = next(self._batches)
-        except import_tensorflow().errors.OpError as error:  # of the decoder, or of files that are cut or gone
-            reason = " ".join(str(error).partition("[Op:")[0].split())[-200:]
-            raise UserError(f"an image of {self._origin} cannot be read: {reason}") from error
         _check_labels(batch["label"], self._origin)
         self._next_index += 1
         return batch
@@ -487,6 +424,16 @@ class StreamIterator:
 
     def set_state(self, state: dict[str, int]) -> None:
         self._next_index, self._batches = state["next_index"], None  # opened when asked for
+
+
+@contextlib.contextmanager
+def _naming_broken_images(origin: str) -> Iterator[None]:
+    """UserError for what TensorFlow raises where images cannot be decoded, or files are cut or gone."""
+    try:
+        yield
+    except import_tensorflow().errors.OpError as error:
+        reason = " ".join(str(error).partition("[Op:")[0].split())[-200:]
+        raise UserError(f"an image of {origin} cannot be read: {reason}") from error
 
 
 def _check_labels(labels: Any, origin: str) -> None:
@@ -529,10 +476,13 @@ def load_tfds(
     flag = f"--dataset_name={name}"
     prepared = PreparedSplit(flag, options.data_dir, builder or name.removeprefix("tfds:"), split, options.image_size)
     flips = flip and split == "train"
+    source = prepared.open()
+    if split == "train" and (remark := describe_range(prepared.extremes(source))):
+        warn_once(f"{flag}: {remark}")
     return ImageDataset(
         name=name,
         split=split,
-        source=prepared.open(),
+        source=source,
         image_shape=prepared.image_shape,
         class_names=prepared.class_names,
         random_flip=flips,

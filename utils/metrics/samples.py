@@ -16,8 +16,9 @@ from jaxtyping import Int, UInt8
 from numpy.lib import format as npy
 from PIL import Image
 
-from utils.console import printable, warn
+from utils.console import printable, warn, warn_once
 from utils.data.images import BrokenImageError, check_size
+from utils.data.scan import is_system_name, scan, system_message
 from utils.errors import UserError
 from utils.external import ArrayHeader, BadFileError, read_npz_headers, read_rows
 from utils.files import atomic_write, file_sha256
@@ -97,7 +98,8 @@ def check_sample_path(path: str | Path) -> None:
         return
     if not path.is_dir():
         raise UserError(f"--save_samples={path} is a file; name an .npz or a folder")
-    other = next((file.name for file in path.iterdir() if not _is_sample(file)), None)
+    files = (file for file in path.iterdir() if not is_system_name(file.name))
+    other = next((file.name for file in files if not _is_sample(file)), None)
     if other is not None:
         raise UserError(f"--save_samples={path} holds {printable(other)}, which is no sample; name a new folder")
 
@@ -196,7 +198,7 @@ def _open_folder(path: Path, flag: str) -> Samples:
     other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
     if other is not None:
         first, second = (
-            f"{file.relative_to(path)} is {'x'.join(map(str, size))}"
+            f"{file.relative_to(path)} is {size[1]}x{size[0]}"
             for file, size in ((files[0], sizes[0]), (files[other], sizes[other]))
         )
         raise UserError(f"{flag}: {first} but {second}; samples are of one size")
@@ -216,21 +218,24 @@ def _open_folder(path: Path, flag: str) -> Samples:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files at any depth, sorted by path; links are followed but not in circles, hidden files left out."""
-    return sorted(_walk(folder, set()), key=lambda file: file.relative_to(folder).parts)
+    """Image files at any depth, sorted by path; links are followed but not in circles, files that are hidden or the
+    system's left out."""
+    images, system = [], []
 
+    def visit(folder: Path, seen: set[Path]) -> None:
+        if folder.resolve() in seen:
+            return
+        seen.add(folder.resolve())
+        scanned = scan(folder, SUFFIXES)
+        images.extend(scanned.images)
+        system.extend(scanned.system)
+        for below in scanned.folders:
+            visit(below, seen)
 
-def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    if folder.resolve() in seen:
-        return
-    seen.add(folder.resolve())
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path, seen)
-        elif path.suffix.lower() in SUFFIXES:
-            yield path
+    visit(folder, set())
+    if message := system_message(system):
+        warn_once(f"{folder}: {message}")
+    return sorted(images, key=lambda file: file.relative_to(folder).parts)
 
 
 def _image_header(file: Path, flag: str) -> tuple[tuple[int, int], str]:
