@@ -70,9 +70,6 @@ def main(config: ConfigDict) -> None:
         dataset = load_dataset(config.dataset_name, config.split, cli.read_data_options(config))
         if dataset.latents:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
-    checks.check_batch_memory(config.batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
-    extractor = load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
-    statistics, label_counts = ImageStatistics(config.num_features), None
     if samples:
         source, split, shape, total = config.images, None, samples.image_shape, samples.num_samples
     else:
@@ -80,6 +77,9 @@ def main(config: ConfigDict) -> None:
     num_images = total if config.num_images is None else config.num_images
     if num_images > total:
         raise UserError(f"--num_images={num_images}: {source} holds {total}")
+    checks.check_batch_memory(config.batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
+    extractor = load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
+    statistics, label_counts = ImageStatistics(config.num_features), None
     if samples:
         batches = choose_images(samples, config.batch_size, num_images)
     else:

@@ -94,7 +94,7 @@ class _Table:
             x, y = left + column * pitch_x + 2, top + row * pitch_y + 2
             write(x, y, fit(name, 6), fontsize=6, va="top", color="white", bbox=box)
         if title:  # at the points at which it fits a narrow figure
-            fontsize = min(10, 130 * self.width / cell.dpi / display_width(title))
+            fontsize = min(10, 130 * self.width / cell.dpi / max(1, display_width(title)))
             write(self.width / 2, pixels(0.08), title, fontsize=fontsize, ha="center", va="top")
 
     def paste(self, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "height width 3"]:
