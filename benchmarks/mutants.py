@@ -84,6 +84,15 @@ test_eval_fid.py::test_a_row_says_what_enters_its_numbers
   eval_fid.py: "time_shift"] = sampler.time_shift -> "time_shift"] = 1
 test_eval_fid.py::test_weights_labels_and_batches_are_those_of_the_flags
   eval_fid.py: label_mode=config.labels, class_counts=counts -> label_mode=config.labels
+test_eval_fid.py::test_raw_parameters_are_another_row_which_says_so
+  eval_fid.py: remaining, self.model, saved, config.params) -> remaining, self.model, saved)
+  eval_fid.py: self.settings["params"] = config.params -> pass
+test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
+  eval_fid.py: self.settings["empty_classes"] = list(self.model.empty_classes) -> pass
+  utils/generate.py: class_names"], empty_classes=empty) -> class_names"])
+test_programs.py::test_updates_that_are_not_finite_are_left_out_until_there_are_too_many
+  train_flow.py: "skips_nonfinite": self.config.skip_nonfinite > 0 -> "skips_nonfinite": False
+  train_flow.py: SkippedUpdates(config.skip_nonfinite, -> SkippedUpdates(2,
 test_likelihood.py::test_what_is_measured_is_what_the_flags_say
   likelihood.py: jax.random.key(self.config.seed) -> jax.random.key(0)
   likelihood.py: LikelihoodConfig(config.num_probes, -> LikelihoodConfig(1,

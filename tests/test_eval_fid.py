@@ -6,6 +6,7 @@ import pytest
 
 import eval_fid
 from tests.test_generate import run  # noqa: F401 (fixture)
+from utils.generate import hash_params, load_generator
 from utils.metrics.reference import ReferenceStatistics
 from utils.results import Results
 
@@ -94,3 +95,28 @@ def test_weights_labels_and_batches_are_those_of_the_flags(evaluate, monkeypatch
     np.testing.assert_array_equal(evaluation.generator.counts, COUNTS)
     expected = eval_fid.ImageGenerator(evaluation.model, evaluation.generator.params, seed=5)
     np.testing.assert_array_equal(evaluation.generator.noise([3]), expected.noise([3]))
+
+
+def test_raw_parameters_are_another_row_which_says_so(evaluate, run):  # noqa: F811
+    (ema,) = evaluate()
+    rows = evaluate("--params raw")
+    assert evaluate("--params raw") == rows  # found again
+    assert [row.get("params") for row in rows] == [None, "raw"]
+    hashes = [hash_params(load_generator(run, params=which).params) for which in ("ema", "raw")]
+    assert [row["params_sha256"] for row in rows] == hashes
+    assert rows[0] == ema
+
+
+def test_classes_without_images_are_not_drawn_and_make_another_row(evaluate, monkeypatch):
+    (whole,) = evaluate()
+    load_model = eval_fid.load_model
+
+    def load(saved, *arguments, **keywords):
+        return load_model(saved | {"dataset": saved["dataset"] | {"empty_classes": [4]}}, *arguments, **keywords)
+
+    monkeypatch.setattr(eval_fid, "load_model", load)
+    first, second = evaluate()
+    assert first == whole
+    assert {name for name in second if second[name] != first.get(name)} == {"empty_classes"}
+    (_, _, by_reference) = evaluate("--labels dataset")  # which has images of it
+    assert "empty_classes" not in by_reference
