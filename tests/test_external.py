@@ -20,6 +20,7 @@ from safetensors.numpy import save as safetensors_bytes
 from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
+from tests.torch_writer import save_torch
 from utils.data import images
 from utils.errors import UserError
 from utils.external import (
@@ -98,12 +99,30 @@ def test_pickles_that_are_no_arrays_are_refused_by_name(tmp_path):
     assert not ran.exists()
 
 
+def deflate_bomb(start: bytes, fill: bytes, num_bytes: int, wbits: int = -15) -> tuple[bytes, int]:
+    """(deflated, number of bytes) of `start` and then some MiB of one byte, which takes no time: a full flush leaves
+    blocks that may be repeated (RFC 1951)."""
+    compressor, count = zlib.compressobj(9, zlib.DEFLATED, wbits), -(-num_bytes // 2**20)
+    head = compressor.compress(start) + compressor.flush(zlib.Z_FULL_FLUSH)
+    block = compressor.compress(fill * 2**20) + compressor.flush(zlib.Z_FULL_FLUSH)
+    return head + block * count + compressor.flush(), len(start) + count * 2**20
+
+
+def zip_bomb(name: str, start: bytes, fill: bytes, num_bytes: int) -> bytes:
+    """A zip of one such member, by the format's specification (APPNOTE 4.3); its checksum is not right."""
+    content, size = deflate_bomb(start, fill, num_bytes)
+    common = struct.pack("<HHHHHIIIHH", 20, 0, 8, 0, 0x21, 0, len(content), size, len(name), 0)
+    local = b"PK\3\4" + common + name.encode() + content
+    directory = b"PK\1\2" + struct.pack("<H", 20) + common + struct.pack("<HHHII", 0, 0, 0, 0, 0) + name.encode()
+    end = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 1, 1, len(directory), len(local), 0)
+    return local + directory + end
+
+
 def write_bomb(path, shape, name="a") -> None:
     """A small npz whose array `name` has that shape, all zeros."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{name}.npy", "w") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
-        for _ in range(int(np.prod(shape)) * 8 // 2**20 + 1):
-            file.write(bytes(2**20))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    path.write_bytes(zip_bomb(f"{name}.npy", header.getvalue(), b"\0", int(np.prod(shape)) * 8))
 
 
 def test_headers_are_read_before_arrays(tmp_path):
@@ -194,31 +213,49 @@ def test_readers_raise_nothing_but_their_own_error(tmp_path_factory, content):
 
 
 HOSTILE = """
-import resource, sys
+import sys
 from pathlib import Path
 from etils import epath
 from utils.codecs import vae
+from utils.convert import sources
 from utils.data import images, tfds_files
+from utils.editing import read_images, read_mask
+from utils.external import BadFileError, read_json
 from utils.metrics import inception, reference, samples
 from utils.errors import UserError
 
-def memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def memory(name):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) // 1024
 
-folder, before = Path(sys.argv[1]), memory()
+def read_samples(path):
+    for _ in samples.open_samples(path).read(1):
+        pass
+
+folder, before = Path(sys.argv[1]), memory("VmRSS")
 read = {
     "statistics": reference.load_statistics,
     "samples": samples.open_samples,
     "vae": vae.StableVAE.load,
     "logits": inception.load_logits,
-    "image": lambda path: images.read_image(path.read_bytes(), path.name, 64),
+    "image": lambda path: images.read_image(images.read_image_file(path), path.name, 64),
+    "checked": lambda path: images.check_image(images.read_image_file(path)),
+    "mask": lambda path: read_mask(path, (8, 8, 3)),
+    "invert": lambda path: read_images(path, (8, 8, 3), 4, "invert"),
+    "batches": read_samples,
+    "checkpoint": lambda path: sources.read_source(str(path)),
+    "json": read_json,
     "features": lambda path: tfds_files.check_features("--dataset_name=x", epath.Path(path)),
 }
 for path in sorted(folder.iterdir()):
+    refusal = "read"
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak begins anew (proc(5))
     try:
         read[path.name.partition("_")[0]](path)
-    except (UserError, images.BrokenImageError) as error:
-        print(f"{path.name}: {memory() - before} MB: {error}")
+    except (BadFileError, UserError, images.BrokenImageError) as error:
+        refusal = error
+    print(f"{path.name}: {memory('VmHWM') - before} MB: {refusal}")
 """
 
 
@@ -237,12 +274,54 @@ def nested_lists(depth: int) -> bytes:
     )
 
 
-def png_bomb(side: int) -> bytes:
-    """A PNG of side x side pixels with hardly any content."""
-    content = bytearray(content_of(Image.new("L", (1, 1)).save, "png"))
-    content[16:24] = struct.pack(">II", side, side)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    return bytes(content)
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_bomb(side: int, depth: int = 8, colour: int = 0, rows: int = 0, extra: bytes = b"") -> bytes:
+    """A PNG (RFC 2083) that says that it has side x side pixels, of which so many rows are there, all zero."""
+    num_bytes = rows * (1 + side * depth * {0: 1, 2: 3}[colour] // 8)
+    pixels, size = deflate_bomb(b"", b"\0", num_bytes, wbits=15)
+    pixels = pixels[:-4] + struct.pack(">HH", size % 65521, 1)  # Adler-32 of zeros
+    header = struct.pack(">IIBBBBB", side, side, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def tags_bomb(count: int) -> bytes:
+    """A TIFF of so many tags, each of which is all of its bytes."""
+    size = 8 + 2 + 12 * count + 4
+    tags = [(256, 4, 1, 8), (257, 4, 1, 8), *((1000 + i, 7, size - 8, 8) for i in range(count - 2))]
+    return b"II*\0" + struct.pack("<IH", 8, count) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+
+
+def write_torch_bombs(folder) -> None:
+    numbers = folder.parent / "a.pt"
+    save_torch(numbers, {"a": np.arange(4, dtype=np.float32)})
+    with zipfile.ZipFile(numbers) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    pickled = members["a/data.pkl"]
+    wide = pickled.replace(b"K\x04\x85", b"\x8a\x05" + struct.pack("<q", 2**38)[:5] + b"\x85")
+    assert wide != pickled
+    for name, changed in {
+        "memo": b"\x80\x02}r" + struct.pack("<I", 2**28) + b".",
+        "length": b"\x80\x04\x8e" + struct.pack("<Q", 2**32) + b".",
+        "opcodes": b"\x80\x02(" + b"}" * 8_000_000 + b".",
+        "stride": wide.replace(b"K\x01\x85", b"K\x00\x85"),
+    }.items():
+        with zipfile.ZipFile(folder / f"checkpoint_{name}.pt", "w") as archive:
+            for member, content in (members | {"a/data.pkl": changed}).items():
+                archive.writestr(member, content)
+    # A zip may have other bytes before it: the last list of members counts.
+    order = zip_bomb("a/byteorder", b"little", b"\0", 600_000_000)
+    (folder / "checkpoint_byteorder.pt").write_bytes(order)
+    with zipfile.ZipFile(folder / "checkpoint_byteorder.pt", "a") as archive:
+        archive.writestr("a/data.pkl", pickled)
+
+
+def safetensors_header(num_tensors: int) -> bytes:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"{i}": entry for i in range(num_tensors)}).encode()
+    return struct.pack("<Q", len(header)) + header
 
 
 def test_hostile_files_take_little_memory(tmp_path):
@@ -253,9 +332,27 @@ def test_hostile_files_take_little_memory(tmp_path):
         "statistics_nested.pkl": nested_lists(60),
         "statistics_dtype.pkl": forged_dtype(),
         "image_bomb.png": png_bomb(60_000),
+        "image_bits.png": png_bomb(16_000, 1, rows=16_000),
+        "image_tags.tif": tags_bomb(50_000),
+        "image_exif.png": png_bomb(8, rows=8, extra=chunk(b"eXIf", tags_bomb(50_000))),
+        "checked_bits.png": png_bomb(16_000, 1, rows=16_000),
+        "mask_bits.png": png_bomb(22_000, 1, rows=22_000),
+        "json_lists.json": b'{"a":[' + b"[]," * 5_000_000 + b"[]]}",
+        "checkpoint_names.safetensors": safetensors_header(200_000),
+        "statistics_stack.pkl": b"\x80\x02" + b"]" * 5_000_000 + b".",
         "logits_header.safetensors": struct.pack("<Q", 2**40) + b"{}",
     }.items():
         (folder / name).write_bytes(content)
+    write_torch_bombs(folder)
+    header = b"\x93NUMPY\2\0" + struct.pack("<I", 2**30)
+    (folder / "statistics_header.npz").write_bytes(zip_bomb("mu.npy", header, b" ", 2**30))
+    for name, start in (("samples_header.npy", header), ("image_sparse.png", png_bomb(8, rows=8))):
+        (folder / name).write_bytes(start)
+        os.truncate(folder / name, 2**31)  # of zeros that take no place on the disk
+    (folder / "batches_large").mkdir()
+    for number in range(2):
+        whole = png_bomb(8192, 8, 2, rows=8192)
+        (folder / "batches_large" / f"{number}.png").write_bytes(whole if number == 0 else whole[:-20_000])
     write_bomb(folder / "statistics_bomb.npz", (90_000_000,), "mu")
     write_bomb(folder / "statistics_features.npz", (45_000, 2048), "features")
     write_bomb(folder / "samples_bomb.npz", (90_000_000,), "arr_0")
@@ -268,6 +365,7 @@ def test_hostile_files_take_little_memory(tmp_path):
     }.items():
         (folder / name).mkdir()
         (folder / name / ("features.json" if "features" in name else "config.json")).write_text(json.dumps(written))
+        (folder / name / "diffusion_pytorch_model.safetensors").touch()
     command = [sys.executable, "-c", HOSTILE, folder]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -275,6 +373,7 @@ def test_hostile_files_take_little_memory(tmp_path):
     assert [line.partition(":")[0] for line in lines] == sorted(os.listdir(folder)), done.stdout
     for line in lines:
         assert int(line.split(": ")[1].removesuffix(" MB")) < 500, line
+        assert line.endswith("MB: read") == line.startswith(("image_bits", "image_exif", "checked_bits")), line
 
 
 def test_json_is_an_object_of_finite_numbers(tmp_path):

@@ -14,9 +14,17 @@ from PIL import Image
 from tests.data_sets import load
 from tests.image_files import make_classes, noise, resize_by_formula, write, write_png_16_bit
 from utils.console import warn_once
-from utils.data import image_folder
+from utils.data import image_folder, images
 from utils.data.batches import epoch_batches, training_batches
-from utils.data.images import decode_image, describe_range
+from utils.data.images import (
+    BrokenImageError,
+    check_image,
+    decode_image,
+    describe_range,
+    open_image,
+    read_image,
+    read_image_file,
+)
 from utils.errors import UserError
 
 
@@ -225,9 +233,9 @@ def test_the_check_is_remembered_until_a_file_changes(zoo, monkeypatch):
     name = f"folder:{zoo}"
     assert len(load(name, "train", None, 8, "skip").source) == 7
     checked = []
-    decode = image_folder.decode_image
+    check = image_folder.check_image
     monkeypatch.setattr(
-        image_folder, "decode_image", lambda *args, **kwargs: checked.append(1) or decode(*args, **kwargs)
+        image_folder, "check_image", lambda *args, **kwargs: checked.append(1) or check(*args, **kwargs)
     )
     image_folder._check_images.cache_clear()
     assert len(load(name, "train", None, 8, "skip").source) == 7
@@ -353,6 +361,52 @@ def test_what_is_no_file_is_named_or_skipped(tmp_path, capfd):
     assert len(load(name, "train", None, 2, "skip").source) == 5
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("stored", ["1", "L", "LA", "RGB", "RGBA", "P", "I;16", "CMYK"])
+def test_large_images_are_resized_in_strips_to_the_same_pixels(monkeypatch, stored, mode):
+    """The expected ones are Pillow's own, of the whole image at once."""
+    source = Image.fromarray(noise(3, 47, 64, 3))
+    source = Image.fromarray(noise(3, 47, 128).view(np.uint16)) if stored == "I;16" else source.convert(stored)
+    for orientation in (1, 6):
+        exif = Image.Exif()
+        exif[images.EXIF_ORIENTATION] = orientation
+        content = io.BytesIO()
+        source.save(content, "TIFF" if stored == "CMYK" else "PNG", exif=exif)
+        whole = decode_image(content.getvalue(), mode=mode)
+        left, top = (whole.width - 47) // 2, (whole.height - 47) // 2
+        for size in (8, 60):
+            expected = whole.crop((left, top, left + 47, top + 47)).resize((size, size), Image.Resampling.BILINEAR)
+            monkeypatch.setattr(images, "STRIP_PIXELS", 5 * 47)
+            found = read_image(content.getvalue(), "x", size, mode=mode)
+            np.testing.assert_array_equal(found, np.asarray(expected).reshape(size, size, -1))
+
+
+def test_images_are_bounded_by_the_bytes_that_they_take(tmp_path, monkeypatch):
+    """A megapixel of --max_megapixels is of three bytes a pixel; deeper pixels count for what they are."""
+    for shape, dtype, limit in (
+        ((100, 100), np.uint8, 0.01),
+        ((100, 100, 3), np.uint8, 0.01),
+        ((100, 100), np.uint16, 0.01),
+        ((100, 100, 4), np.uint8, 0.04 / 3),
+    ):
+        content = io.BytesIO()
+        Image.fromarray(np.zeros(shape, dtype)).save(content, "PNG")
+        shown = 255 if shape[2:] == (4,) else 0  # what is transparent is white
+        assert check_image(content.getvalue(), max_megapixels=limit * 1.001) == (100, shown, shown)
+        with pytest.raises(BrokenImageError, match=f"megapixels{' of 4 bytes each' * (4 in shape)} are above"):
+            check_image(content.getvalue(), max_megapixels=limit * 0.999)
+    # A large file is not read before its header, nor where it holds more than pixels.
+    monkeypatch.setattr(images, "SMALL_BYTES", 1000)
+    (tmp_path / "a.png").write_bytes(content.getvalue() + bytes(90_000))
+    with pytest.raises(BrokenImageError, match=r"it has 90,\d+ bytes for 100x100 pixels"):
+        read_image_file(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(content.getvalue() + bytes(70_000))
+    assert len(read_image_file(tmp_path / "a.png")) > 70_000
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(BrokenImageError, match="it is no regular file"), open_image(tmp_path / "pipe.png"):
+        pass
+
+
 def test_a_verdict_of_the_system_is_not_remembered(tmp_path, monkeypatch):
     make_classes(tmp_path, {"cat": 3, "dog": 2})
 
@@ -360,7 +414,7 @@ def test_a_verdict_of_the_system_is_not_remembered(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(image_folder, "read_bytes", fail)
+        patch.setattr(images, "read_bytes", fail)
         with pytest.raises(UserError, match=r"5 of 5 images cannot be read: .*Input/output error"):
             load(f"folder:{tmp_path}", image_size=2)
     image_folder._check_images.cache_clear()

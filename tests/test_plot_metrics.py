@@ -98,7 +98,7 @@ def test_the_running_mean_is_that_of_a_convolution(window):
     np.testing.assert_allclose(plotting.running_mean(list(values), window), expected)
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0, 1e308])
 def test_values_that_no_logarithm_has(draw, tmp_path, value):
     run = write_run(tmp_path / "a", {"step": 1, "x": value, "y": value}, {"step": 2, "x": value, "y": 1.0})
     draw("--runs", run, "--out", tmp_path / "c.png", "--metrics", "*", "--log_y", "--smooth", 2)

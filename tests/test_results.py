@@ -2,11 +2,12 @@
 
 import csv
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from utils.results import Results, to_markdown, write_csv, write_json_rows
+from utils.results import Results, plot_fid, to_markdown, write_csv, write_json_rows
 
 SETTINGS = {"num_steps": 2, "cfg_scale": None, "num_samples": 8, "fid_stats": "a", "inception_logits_sha256": None}
 WITH_LOGITS = SETTINGS | {"inception_logits_sha256": "0f"}
@@ -44,8 +45,12 @@ def test_tables_have_the_columns_of_all_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"cells": [{"fid"', b"\xff\xfe", b"[]", b'{"cells": 3}', b'{"cells": [3]}', b"\0" * 9]
-)
+    "content",
+    [
+        b"", b'{"cells": [{"fid"', b"\xff\xfe", b"[]", b'{"cells": 3}', b"\0" * 9, b"[" * 100_000,
+        b'{"cells": ' + b"[" * 100_000, b'{"cells": [{"fid": ' + b"9" * 5000 + b"}]}",
+    ],
+)  # fmt: skip
 def test_a_damaged_file_is_set_aside(tmp_path, content, capsys):
     (tmp_path / "fid.json").write_bytes(content)
     results = Results(tmp_path)
@@ -85,3 +90,44 @@ def test_rows_are_written_as_json_and_tables_know_adaptive_solvers(tmp_path, cap
     write_json_rows(str(tmp_path / "rows.json"), rows)
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert to_markdown(rows).splitlines()[2] == "| 26.5 | adaptive | none | 8 | 3.000 | 0.50000 |"
+
+
+def test_rows_that_no_evaluation_writes_are_left_out_and_kept_aside(tmp_path, capsys):
+    rows = [
+        {"fid": "low"}, {"fid": [1.0]}, {"fid": True}, {"fid": int("9" * 400)}, {"kid_error": "x"}, {"note": {"a": 1}},
+        {"note": [[1]]}, 3,
+    ]  # fmt: skip
+    good = SETTINGS | {"fid": 1.0, "nfe": float("nan"), "cfg_interval": [0.0, 1.0], "image_shape": [8, 8, 1]}
+    content = json.dumps({"cells": [*rows, good]})
+    (tmp_path / "fid.json").write_text(content)
+    results = Results(tmp_path)
+    assert len(results.rows) == 1
+    assert results.find(SETTINGS)["fid"] == 1
+    assert "left out 8 of 9 rows" in capsys.readouterr().out
+    assert (tmp_path / "fid.json.damaged1").read_text() == content
+    assert len(json.loads((tmp_path / "fid.json").read_text())["cells"]) == 1
+
+
+def test_rows_without_a_fid_are_shown_and_evaluated_again(tmp_path):
+    rows = [SETTINGS | {"fid": None}, SETTINGS | {"num_steps": 3}, SETTINGS | {"num_steps": None, "fid": 1.0}]
+    (tmp_path / "fid.json").write_text(json.dumps({"cells": rows}))
+    results = Results(tmp_path)
+    assert results.rows == rows
+    for row in rows:
+        assert results.find(SETTINGS | {"num_steps": row["num_steps"]}) is None
+    assert to_markdown([*rows, SETTINGS | {"fid": 2.0, "kid": 1.0, "kid_error": None}]).splitlines()[2:] == [
+        "| 2 | none | 8 |  |  |",
+        "| 3 | none | 8 |  |  |",
+        "| adaptive | none | 8 | 1.000 |  |",
+        "| 2 | none | 8 | 2.000 | 1.00000 |",
+    ]
+    write_csv(tmp_path / "fid.csv", rows)
+    (axes,) = plot_fid([*rows, SETTINGS | {"fid": 2.0}]).axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[2.0, 2.0]]]
+
+
+def test_a_named_pipe_is_set_aside(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fid.json")
+    assert Results(tmp_path).rows == []
+    assert "it is no regular file; it is kept as" in capsys.readouterr().out
+    assert (tmp_path / "fid.json.damaged1").is_fifo()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import resource
 import time
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from utils import plotting, tracking
+from utils.errors import UserError
 
 
 def config(mode: str) -> ConfigDict:
@@ -45,6 +47,38 @@ def test_damaged_lines_stop_nothing(tmp_path, capfd):
     tracker = tracking.Tracker(tmp_path, config("disabled"), 2)
     tracker.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join([*lines[:2], b""])
+
+
+def test_lines_that_no_tracker_writes_are_damaged(tmp_path, capfd):
+    nested = b'{"step": 1, "fid": ' + b"[" * 100_000
+    lines = [
+        b'{"step": 1, "fid": ' + b"9" * 400 + b"}", b'{"step": ' + b"9" * 400 + b"}", b'{"step": 1, "fid": [2]}',
+        nested,
+        b'{"step": true}', b'{"step": 1, "fid": ' + b"9" * 5000 + b"}", b" " * (tracking.MAX_LINE_BYTES - 1),
+    ]  # fmt: skip
+    good = {"step": 2, "fid": "low", "kid": None, "x": 1e308, "y": float("-inf")}
+    content = b"\n".join([*lines, json.dumps(good).encode(), b""])
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert tracking.read_metrics(tmp_path / "metrics.jsonl") == [good]
+    assert "left out 6 damaged lines" in capfd.readouterr().err
+    curves = tracking.read_curves(tmp_path, "runs")
+    assert curves.keys() == {"x", "y"}
+    assert np.isnan([curves[name][2] for name in curves]).all()
+    tracking.Tracker(tmp_path, config("disabled"), 2).close()
+    assert tracking.read_metrics(tmp_path / "metrics.jsonl") == [good]
+
+
+def test_named_pipes_are_not_waited_on(tmp_path, capfd):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    for read in (
+        lambda: tracking.read_curves(tmp_path, "runs"),
+        lambda: tracking.Tracker(tmp_path, config("disabled"), 2),
+    ):
+        with pytest.raises(UserError, match=r"metrics.jsonl cannot be read \(it is no regular file\)"):
+            read()
+    os.mkfifo(tmp_path / "wandb_id.txt")
+    assert tracking._read_wandb_id(tmp_path / "wandb_id.txt") is None
+    assert (tmp_path / "wandb_id.txt.damaged1").is_fifo()
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0\0", b"\xff\xfe", b"two words"])

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image
 
-from utils.data.images import BrokenImageError, check_size, read_image
+from utils.data.images import BrokenImageError, open_image, read_image, read_image_file
 from utils.errors import UserError
-from utils.files import read_bytes
 from utils.metrics.samples import SUFFIXES, find_images
 
 
@@ -27,7 +25,14 @@ def read_images(
     if not files:
         raise UserError(f"--{flag}={folder} holds no images ({', '.join(SUFFIXES)})")
     mode = "L" if channels == 1 else "RGB"
-    return np.stack([read_image(read_bytes(file), str(file), height, mode=mode) for file in files]), files
+    images = np.empty((len(files), *image_shape), np.uint8)
+    for file, image in zip(files, images, strict=True):
+        try:
+            image[:] = read_image(read_image_file(file), f"--{flag}: {file}", height, mode=mode)
+        except (OSError, BrokenImageError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--{flag}: {file} cannot be read ({reason}); put a good copy in its place") from None
+    return images, files
 
 
 def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.ndarray, "h w"]:
@@ -35,14 +40,13 @@ def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.nd
     is all hole or none."""
     height, width, _ = image_shape
     try:
-        with Image.open(path) as image:
-            check_size(image)
+        with open_image(Path(path)) as image:
+            if image.size != (width, height):
+                size = f"{image.height}x{image.width}"
+                raise UserError(f"--mask={path} is {size}, but the images of the run are {height}x{width}; resize it")
             levels = np.asarray(image.convert("L"))
-    except (OSError, SyntaxError, ValueError, BrokenImageError) as error:
+    except BrokenImageError as error:
         raise UserError(f"--mask={path} cannot be read as an image ({error}); give a PNG") from None
-    if levels.shape != (height, width):
-        size = "x".join(map(str, levels.shape))
-        raise UserError(f"--mask={path} is {size}, but the images of the run are {height}x{width}; resize it")
     is_hole = levels > 127
     if is_hole.all() or not is_hole.any():
         raise UserError(

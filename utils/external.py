@@ -14,13 +14,13 @@ import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.lib import format as npy
 
-from utils.files import open_regular
+from utils.files import LimitedReads, open_regular
 
 MAX_JSON_BYTES = 16 * 2**20  # of a manifest or a configuration
 MAX_JSON_VALUES = 2**20  # in it; each takes up to 250 bytes once it is parsed
@@ -44,7 +44,7 @@ class BadFileError(ValueError):
 
 
 @contextlib.contextmanager
-def _reading(path: Path, what: str) -> Iterator[BinaryIO]:
+def _reading(path: Path, what: str) -> Iterator[io.BufferedReader]:
     """Opens a regular file; BadFileError, saying `what` it is not, for whatever is raised in the block."""
     try:
         with open_regular(path) as file:
@@ -80,11 +80,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(read_bounded(path, MAX_JSON_BYTES))
 
 
-def parse_json(content: str | bytes) -> dict[str, Any]:
-    """The object in a JSON text; BadFileError as for `read_json`."""
+def parse_json(content: str | bytes, *, is_finite: bool = True) -> dict[str, Any]:
+    """The object in a JSON text; BadFileError as for `read_json`. Not `is_finite`: with NaN and infinity."""
 
-    def refuse(constant: str):
-        raise BadFileError(f"it holds {constant}")
+    def refuse(constant: str) -> float:
+        if is_finite:
+            raise BadFileError(f"it holds {constant}")
+        return float(constant)
 
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     if len(raw) > MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
@@ -185,29 +187,13 @@ class ArrayHeader(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class _LimitedReads:
-    """A file that refuses to read more than `limit` bytes at once; None: no limit."""
-
-    def __init__(self, file: BinaryIO, limit: int | None):
-        self.file, self.limit = file, limit
-        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
-
-    def read(self, size: int = -1) -> bytes:
-        if self.limit is None:
-            return self.file.read(size)
-        content = self.file.read(min(size, self.limit + 1) if size >= 0 else self.limit + 1)
-        if len(content) > self.limit:
-            raise BadFileError("it is a zip of too many members")
-        return content
-
-
 @contextlib.contextmanager
-def open_zip(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
+def open_zip(file: io.BufferedIOBase) -> Iterator[zipfile.ZipFile]:
     """A zip that NumPy or PyTorch may have written; BadFileError for one of too many members, or compressed in a way
     that neither uses, of which a few bytes stand for any size."""
-    limited = _LimitedReads(file, MAX_DIRECTORY_BYTES)
+    limited = LimitedReads(file, MAX_DIRECTORY_BYTES)
     with zipfile.ZipFile(limited) as archive:  # ty: ignore[no-matching-overload]
-        limited.limit = None
+        limited.left = math.inf
         for info in archive.infolist():
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise BadFileError(f"{info.filename[:100]} is compressed in an unusual way")

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -71,6 +72,24 @@ def refuse_url(path: str | os.PathLike, flag: str) -> None:
     is_supported = flag == "data_dir" and path.startswith("gs://")
     if URL.match(path) and not is_supported and ("://" in path or not os.path.exists(path)):
         raise UserError(f"--{flag}={path} is a URL, which is not supported; give {BESIDE_URLS.get(flag, LOCAL)}")
+
+
+class LimitedReads:
+    """A file of which no more than so many bytes may be read, those that are read again counted again; ValueError at
+    the next. For libraries that take a file at its word about what it holds."""
+
+    def __init__(self, file: io.BufferedIOBase, limit: float):
+        self.file, self.left = file, limit
+        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > self.left:  # no more than tells whether it is too much
+            size = -1 if math.isinf(self.left) else int(self.left) + 1
+        content = self.file.read(size)
+        if len(content) > self.left:
+            raise ValueError("it asks for more bytes than a file of its kind and size does")
+        self.left -= len(content)
+        return content
 
 
 def file_sha256(path: Path) -> str:

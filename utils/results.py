@@ -1,19 +1,23 @@
 """What an evaluation leaves: fid.json, fid.csv, a table and a plot. The rows of fid.json are its `cells`."""
 
 import csv
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from utils import plotting
 from utils.console import log, show_result
-from utils.files import atomic_write, locked, remove_temporaries, set_aside, write_json
+from utils.external import MAX_JSON_BYTES, BadFileError, parse_json
+from utils.files import atomic_write, locked, read_bytes, remove_temporaries, set_aside, write_json
 from utils.metrics.registry import COLUMNS
 
 NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
+NUMBERS = (*COLUMNS, "kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")  # or None
 OPTIONAL = ("rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes")
 
 
@@ -35,7 +39,7 @@ class Results:
         requested = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
         if requested["inception_logits_sha256"] is None:
             del requested["inception_logits_sha256"]
-        return next((row for row in self.rows if _is_of(row, requested)), None)
+        return next((row for row in self.rows if _is_of(row, requested) and _is_finished(row)), None)
 
     def add(self, settings: dict[str, Any], metrics: Mapping[str, float | None]) -> dict[str, Any]:
         """The row, which replaces an earlier one of the same settings."""
@@ -51,12 +55,44 @@ class Results:
         if not self.path.exists():
             return
         try:
-            rows = json.loads(self.path.read_bytes())["cells"]
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise TypeError("no list of rows")
-            self.rows = rows
-        except (ValueError, KeyError, TypeError):
-            log(f"{self.path} cannot be understood (damaged?); it is kept as {set_aside(self.path)}")
+            if self.path.stat().st_size > MAX_JSON_BYTES:
+                raise BadFileError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+            rows = parse_json(read_bytes(self.path), is_finite=False).get("cells")
+            if not isinstance(rows, list):
+                raise BadFileError("it has no list `cells`")
+        except BadFileError as error:
+            log(f"{self.path} cannot be understood ({error}; damaged?); it is kept as {set_aside(self.path)}")
+            return
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the file may be good, but for now it cannot be read
+                raise
+            log(f"{self.path}: {error.strerror}; it is kept as {set_aside(self.path)}")
+            return
+        self.rows = [row for row in rows if _is_row(row)]
+        if others := len(rows) - len(self.rows):
+            kept = set_aside(self.path)
+            log(f"{self.path}: left out {others} of {len(rows)} rows that no evaluation has written; all are in {kept}")
+            write_json(self.path, {"cells": self.rows})
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a value is a row: settings and metrics by name, each one value or a list of a few. A number that is no
+    float, and a metric that is no number, would end a program when they are shown."""
+    try:
+        for name, value in row.items():
+            values = value if isinstance(value, list) else [value]
+            if not all(isinstance(each, (bool, int, float, str, NoneType)) for each in values):
+                return False
+            numbers = [float(each) for each in values if isinstance(each, (int, float))]
+            if name in NUMBERS and not (value is None or (numbers and not isinstance(value, (list, bool)))):
+                return False
+    except (AttributeError, OverflowError):
+        return False
+    return True
+
+
+def _is_finished(row: Mapping[str, Any]) -> bool:
+    return row.get("fid") is not None and bool(row.get("num_steps") or row.get("nfe"))
 
 
 def _is_of(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -81,8 +117,10 @@ def to_text(name: str, row: dict[str, Any]) -> str:
     if name not in row:
         return ""
     value = row[name]
+    if value is None and name not in ("num_steps", "cfg_scale"):
+        return ""
     if name == "kid":
-        return f"{value:.5f} ± {row['kid_error']:.5f}" if "kid_error" in row else f"{value:.5f}"
+        return f"{value:.5f} ± {row['kid_error']:.5f}" if row.get("kid_error") is not None else f"{value:.5f}"
     if name in COLUMNS or name == "straightness":
         return f"{value:.3f}"
     if value is None:
@@ -112,7 +150,7 @@ def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
 def plot_fid(rows: list[dict[str, Any]]) -> Figure:
     """FID against steps, a curve for each guidance scale."""
     curves = {}
-    for row in rows:
+    for row in filter(_is_finished, rows):
         name = "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
         curves.setdefault(name, []).append((row["num_steps"] or row["nfe"], row["fid"]))
     return plotting.curves(curves, "steps", "FID")

@@ -3,7 +3,9 @@
 Silent on every process but the first.
 """
 
+import errno
 import json
+import math
 import netrc
 import os
 import re
@@ -18,41 +20,59 @@ from ml_collections import ConfigDict
 
 from utils.console import log, warn
 from utils.errors import UserError
-from utils.files import atomic_write, set_aside, write_text
+from utils.files import atomic_write, open_regular, read_bytes, set_aside, write_text
+
+MAX_LINE_BYTES = 2**20
+MAX_DRAWN = 1e300
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The whole lines of a metrics.jsonl, oldest first; what a kill or a power cut has damaged is left out."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl, oldest first; what a kill or a power cut has damaged is left out.
+
+    UserError where it cannot be read, as of a named pipe.
+    """
+    lines, damaged = [], 0
     try:
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            while text := file.readline(MAX_LINE_BYTES):
+                line = _parse_line(text)
+                if line is not None:
+                    lines.append(line)
+                elif text.strip() and (text.endswith(b"\n") or len(text) == MAX_LINE_BYTES):  # else cut by a kill
+                    damaged += 1
     except FileNotFoundError:
         return []
-    *lines, cut = content.split(b"\n")  # the last is empty, unless a kill has cut it short
-    parsed = [_parse_line(line) for line in [*lines, cut] if line]
-    damaged = sum(line is None for line in parsed) - bool(cut and parsed[-1] is None)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); move it away, or mend it") from None
     if damaged:
         warn(f"{path}: left out {damaged} damaged line{'s' * (damaged > 1)}")
-    return [line for line in parsed if line is not None]
+    return lines
 
 
-def _parse_line(text: bytes) -> dict[str, float] | None:
+def _parse_line(text: bytes) -> dict[str, Any] | None:
+    """A line that a Tracker may have written, a step and values by name; None for anything else."""
     try:
         line = json.loads(text)
-    except ValueError:  # also for bytes that are no UTF-8
+        numbers = [float(value) for value in line.values() if value is not None and not isinstance(value, str)]
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):  # also for bytes that are no UTF-8
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+    return line if numbers and type(line.get("step")) is int and abs(line["step"]) < 2**63 else None
 
 
 def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
     """{metric: {step: value}} of a run's folder or of a metrics.jsonl, steps ascending.
 
-    UserError, naming --`flag` and the runs beside it, if there are no metrics.
+    UserError, naming --`flag` and the runs beside it, if there are no metrics. What no axis has room for is NaN.
     """
     curves: dict[str, dict[int, float]] = {}
-    for line in sorted(read_metrics(run / "metrics.jsonl" if run.is_dir() else run), key=lambda line: line["step"]):
+    try:
+        lines = read_metrics(run / "metrics.jsonl" if run.is_dir() else run)
+    except UserError as error:
+        raise UserError(f"--{flag}={run}: {error}") from None
+    for line in sorted(lines, key=lambda line: line["step"]):
         for name, value in line.items():
             if name != "step" and type(value) in (int, float):
-                curves.setdefault(name, {})[int(line["step"])] = value
+                curves.setdefault(name, {})[line["step"]] = value if abs(value) < MAX_DRAWN else math.nan
     if not curves:
         bases = (run, run.parent) if run.is_dir() else (run.parent,)
         others = sorted(str(file.parent) for base in bases for file in base.glob("*/metrics.jsonl") if file != run)
@@ -98,7 +118,7 @@ class Tracker:
         path = self.run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= first_step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        if not path.exists() or path.read_bytes() != text.encode():
+        if not path.exists() or read_bytes(path) != text.encode():
             write_text(path, text)
         self.file, self.unwritten, self.has_warned = path.open("ab", buffering=0), b"", False
         if config.wandb.mode != "disabled":
@@ -203,7 +223,13 @@ def _read_wandb_id(file: Path) -> str | None:
     """The id in a wandb_id.txt; None where there is none, or one that a power cut has damaged."""
     if not file.exists():
         return None
-    text = file.read_bytes().decode(errors="replace").strip()
+    try:
+        with open_regular(file) as opened:
+            text = opened.read(1000).decode(errors="replace").strip()
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        text = ""
     if re.fullmatch(r"[\w-]{1,64}", text):
         return text
     warn(f"{file} holds no wandb id (damaged?): the run goes on in a new curve, and the file is set aside")

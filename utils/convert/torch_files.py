@@ -6,8 +6,11 @@ bytes of each storage. The pickle may name nothing but what tensors are made of;
 
 import argparse
 import collections
+import io
+import math
 import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
 from pathlib import Path
@@ -16,9 +19,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from utils.external import MAX_PICKLE_BYTES, BadFileError
+from utils.external import BadFileError, open_zip
+from utils.files import open_regular
 
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number with which files before 1.6 begin
+# The pickle describes tensors, some fifty opcodes each, and holds none of their numbers.
+MAX_PICKLE_BYTES = 16 * 2**20
+MAX_OPCODES = 10**6
+MAX_SHARING = 4  # bytes of all tensors over those of the file: weights may be tied
 STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "LongStorage": np.int64,
     "BFloat16Storage": ml_dtypes.bfloat16, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
@@ -29,6 +37,19 @@ STORAGES = {
 class Namespace:
     """What stands for argparse's: attributes alone."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state  # not copied, as many could share a large one
+
+
+class _OrderedDict(collections.OrderedDict):
+    """What stands for collections': empty at first, and without attributes such as a state_dict's `_metadata`."""
+
+    def __init__(self):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
 
 class _Storage:
     """A type of storage that a pickle names."""
@@ -38,16 +59,20 @@ class _Storage:
 
 
 def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *ignored: Any) -> np.ndarray:
-    """A view of a storage, never beyond it."""
+    """A view of a storage, neither beyond it nor larger: of strides 0, a few bytes would stand for any size."""
     numbers = [offset, *shape, *strides]
-    if len(shape) != len(strides) or any(type(number) is not int or number < 0 for number in numbers):
-        raise BadFileError(f"it holds a tensor of shape {str(shape)[:50]} and strides {str(strides)[:50]}")
+    if len(shape) != len(strides) or any(type(number) is not int or not 0 <= number < 2**48 for number in numbers):
+        raise BadFileError("it holds a tensor whose shape and strides are none")
     is_empty = 0 in shape
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if not isinstance(storage, np.ndarray) or (not is_empty and last >= len(storage)):
         raise BadFileError("it holds a tensor that reaches beyond its storage")
     if is_empty:
         return np.zeros(shape, storage.dtype)
+    if math.prod(shape) > len(storage):
+        raise BadFileError(
+            f"it holds a tensor of shape {shape} in {len(storage):,} numbers; save it again after .contiguous()"
+        )
     byte_strides = [stride * storage.itemsize for stride in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, byte_strides, writeable=False)
 
@@ -57,7 +82,7 @@ def _rebuild_parameter(tensor: np.ndarray, *ignored: Any) -> np.ndarray:
 
 
 ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     (argparse.__name__, "Namespace"): Namespace,
@@ -68,8 +93,8 @@ ALLOWED = {
 class _Unpickler(pickle.Unpickler):
     """Names of ALLOWED stand for what is given there; every other one is refused before it is looked up."""
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str, content: mmap.mmap):
-        super().__init__(file)
+    def __init__(self, pickled: bytes, archive: zipfile.ZipFile, root: str, content: mmap.mmap):
+        super().__init__(io.BytesIO(pickled))
         self.archive, self.root, self.content = archive, root, content
         self.storages: dict[str, np.ndarray] = {}
 
@@ -99,6 +124,28 @@ class _Unpickler(pickle.Unpickler):
         return np.frombuffer(self.content, dtype, info.file_size // dtype.itemsize, start)
 
 
+def _check_opcodes(pickled: bytes) -> None:
+    """BadFileError for a pickle that would take memory without end: unpickling makes room for the largest number under
+    which a value is put aside, and for a length before it is read."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled), 1):
+        place = argument if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) else 0
+        if max(place, count) > MAX_OPCODES:
+            raise BadFileError("its data.pkl holds more than a description of tensors does")
+
+
+def _count_bytes(value: Any) -> int:
+    """Bytes of all tensors in a value, those of each dictionary once."""
+    total, waiting, seen = 0, [value], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, np.ndarray):
+            total += item.nbytes
+        elif isinstance(item, dict) and id(item) not in seen:
+            seen.add(id(item))
+            waiting.extend(item.values())
+    return total
+
+
 def read_torch_file(path: Path) -> Any:
     """What `torch.save` wrote: dictionaries, lists, numbers, texts, and tensors as read-only arrays that map the file.
 
@@ -106,22 +153,24 @@ def read_torch_file(path: Path) -> Any:
     OrderedDict and argparse.Namespace, which nothing is made of but attributes.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if file.read(len(LEGACY_START)) == LEGACY_START:
                 raise BadFileError("PyTorch before 1.6 wrote it; read it there and save it again with torch.save")
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
-            if len(names) != 1:
-                raise BadFileError("it holds no data.pkl, as torch.save writes it")
-            root = names[0].removesuffix("data.pkl")
-            byte_order = f"{root}byteorder"
-            if byte_order in archive.namelist() and archive.read(byte_order) != b"little":
-                raise BadFileError("it is of a big-endian machine")
-            if archive.getinfo(names[0]).file_size > MAX_PICKLE_BYTES:
-                raise BadFileError(f"its data.pkl has more than {MAX_PICKLE_BYTES:,} bytes")
-            with archive.open(names[0]) as pickled:
-                return _Unpickler(pickled, archive, root, content).load()
+            with open_zip(file) as archive:
+                names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+                if len(names) != 1:
+                    raise BadFileError("it holds no data.pkl, as torch.save writes it")
+                root = names[0].removesuffix("data.pkl")
+                byte_order = f"{root}byteorder"
+                if byte_order in archive.NameToInfo and _read_member(archive, byte_order, 16) != b"little":
+                    raise BadFileError("it is of a big-endian machine")
+                pickled = _read_member(archive, names[0], MAX_PICKLE_BYTES)
+                _check_opcodes(pickled)
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                value = _Unpickler(pickled, archive, root, content).load()
+                if _count_bytes(value) > MAX_SHARING * len(content):
+                    raise BadFileError("its tensors share their bytes with each other")
+                return value
     except BadFileError:
         raise
     except zipfile.BadZipFile:
@@ -131,3 +180,11 @@ def read_torch_file(path: Path) -> Any:
     except Exception as error:  # pickle, struct and zipfile share no type for what wrong bytes make them raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise BadFileError(f"it is no whole file of torch.save ({reason})") from None
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
+    with archive.open(name) as member:
+        content = member.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise BadFileError(f"its {name[:100]} has more than {max_bytes:,} bytes")
+    return content

@@ -24,7 +24,7 @@ from utils.console import printable, warn, warn_once
 from utils.data.class_names import imagenet_class_names
 from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row
-from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, decode_image, describe_range, read_image
+from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, check_image, describe_range, read_image, read_image_file
 from utils.data.label_files import check_folders, is_table, unused_message
 from utils.data.scan import Scanned, scan, system_message
 from utils.errors import UserError
@@ -59,9 +59,10 @@ class ImageFiles:
     def __getitem__(self, index: int) -> Example:
         path, label = self.files[index]
         try:
-            content = read_bytes(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read any more ({error.strerror}); bring it back") from error
+            content = read_image_file(path, self.max_megapixels)
+        except (OSError, BrokenImageError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path} cannot be read any more ({reason}); bring it back") from error
         image = read_image(content, str(path), self.size, max_megapixels=self.max_megapixels)
         return {"image": image, "label": np.int32(label)}
 
@@ -359,14 +360,15 @@ def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
         if not path.is_file():
             what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
             return CheckedImage(0, "", what), False
-        content = read_bytes(path)
+        content = read_image_file(path, max_megapixels)
     except OSError as error:
         return CheckedImage(0, "", error.strerror or str(error)), False
+    except BrokenImageError as error:
+        return CheckedImage(0, "", str(error)), False
     digest = hashlib.sha256(content).hexdigest()[:16]
     try:
-        image = decode_image(content, max_megapixels=max_megapixels)
-        lows, highs = zip(*image.getextrema(), strict=True)  # of each channel
-        return CheckedImage(min(image.size), digest, "", int(min(lows)), int(max(highs))), True
+        side, lowest, highest = check_image(content, max_megapixels=max_megapixels)
+        return CheckedImage(side, digest, "", lowest, highest), True
     except BrokenImageError as error:
         return CheckedImage(0, digest, str(error)), True
 
@@ -374,11 +376,11 @@ def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
 def _read_kept(file: Path, version: str) -> dict[str, list]:
     """{path: [stamp, *CheckedImage]} of an earlier check; empty where there is none that can be understood."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_bytes(file))
         files = content["files"] if content["version"] == version else {}
         types = [str, int, str, str, int, int]
         return {path: row for path, row in files.items() if [type(x) for x in row] == types}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -17,10 +17,10 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from utils.console import printable, warn, warn_once
-from utils.data.images import BrokenImageError, check_size
+from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, open_image
 from utils.data.scan import is_system_name, scan, system_message
 from utils.errors import UserError
-from utils.external import ArrayHeader, BadFileError, read_npz_headers, read_rows
+from utils.external import ArrayHeader, BadFileError, map_npy, read_npz_headers, read_rows
 from utils.files import atomic_write, file_sha256
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those of pytorch-fid
@@ -130,12 +130,10 @@ def _open_npz(path: Path, flag: str) -> Samples:
 
 def _open_npy(path: Path, flag: str) -> Samples:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{flag} is not a whole .npy of images ({reason}); write it with numpy.save") from None
-    is_fortran = array.ndim > 1 and array.flags.f_contiguous and not array.flags.c_contiguous
-    shape = _check_array(ArrayHeader(array.shape, is_fortran, array.dtype), flag)
+        header, array = map_npy(path)
+    except BadFileError as error:
+        raise UserError(f"{flag} is not a whole .npy of images ({error}); write it with numpy.save") from None
+    shape = _check_array(header, flag)
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(array), batch_size):
@@ -159,6 +157,8 @@ def _check_array(header: ArrayHeader, flag: str) -> tuple[int, int, int, int]:
         )
 
     count, height, width, channels = shape
+    if height * width > MAX_MEGAPIXELS * 1e6:
+        raise UserError(f"{flag} holds images of {height}x{width}, above {MAX_MEGAPIXELS:g} megapixels; resize them")
     return count, height, width, channels
 
 
@@ -211,8 +211,15 @@ def _open_folder(path: Path, flag: str) -> Samples:
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(files), batch_size):
-            images = [_read_pixels(file, flag, "L" if is_grey else "RGB") for file in files[start : start + batch_size]]
-            yield np.stack(images).reshape(-1, *shape)
+            batch = files[start : start + batch_size]
+            images = np.empty((len(batch), *shape), np.uint8)
+            for file, pixels in zip(batch, images, strict=True):
+                with _opened(file, flag) as image:
+                    if image.size != (width, height):
+                        raise BrokenImageError(f"it is another one than before, {'x'.join(map(str, image.size))}")
+                    image.load()
+                    copy_pixels(image, pixels)
+            yield images
 
     return Samples(len(files), shape, partial(_warn_if_dark, read, flag))
 
@@ -247,23 +254,13 @@ def _image_header(file: Path, flag: str) -> tuple[tuple[int, int], str]:
     return size, mode
 
 
-def _read_pixels(file: Path, flag: str, mode: str) -> np.ndarray:
-    with _opened(file, flag) as image:
-        return np.asarray(image if image.mode == mode else image.convert(mode))
-
-
 @contextlib.contextmanager
 def _opened(file: Path, flag: str) -> Iterator[Image.Image]:
     """The image, not decoded yet; UserError for what opening or decoding it raises."""
-    if not file.is_file():
-        raise UserError(f"{flag}: {file.name} is no regular file")
     try:
-        with Image.open(file) as image:
-            check_size(image)
+        with open_image(file) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, BrokenImageError) as error:
-        if isinstance(error, UserError):
-            raise
+    except BrokenImageError as error:
         raise UserError(f"{flag}: {file.name} is not a readable image ({error})") from None
 
 
