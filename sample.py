@@ -181,7 +181,7 @@ class Drawing:
         frames = np.stack([self.generator.decode(latents) for latents in bar])
         names = self.generator.class_names
         with atomic_write(self.out / f"film.{config.film_format}") as temporary:
-            plotting.save_film(temporary, frames, labels, names, self.title, config.film_format, FILM_SECONDS)
+            plotting.save_film(temporary, frames, config.film_format, FILM_SECONDS, labels, names, self.title)
         self.written.append(self.out / f"film.{config.film_format}")
         stages = np.linspace(0, num_frames, min(NUM_STAGES, num_frames) + 1).round().astype(int)
         rows = np.swapaxes(frames[stages, :NUM_STAGES], 0, 1)

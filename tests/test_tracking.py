@@ -207,3 +207,17 @@ def test_grid_is_ordered_by_label_and_titled():
     rights = [drawn.shape[1] - gap - column * (cell.width + gap) - 5 for column in (2, 1, 0)]
     shown = [[int(drawn[bottom, right, 0]) for right in rights] for bottom in bottoms]
     assert shown == [[40, 160, 80], [0, 120, 255]]
+
+
+def test_a_film_without_labels_has_all_images_in_their_order(tmp_path):
+    colours = (40 * np.arange(6, dtype=np.uint8)).reshape(2, 3, 1, 1, 1)
+    plotting.save_film(tmp_path / "film.webp", np.broadcast_to(colours, (2, 3, 16, 16, 3)), "webp", seconds=1)
+    cell, gap = plotting._Cell.of(16, 16), plotting.GAP
+    with Image.open(tmp_path / "film.webp") as film:
+        for frame in range(2):
+            film.seek(frame)
+            shown = np.asarray(film.convert("RGB")).astype(int)
+            ends = [(2, 2), (2, 1), (1, 2)]  # rows from below, columns from the right
+            found = [shown[-gap - (row - 1) * (cell.height + gap) - 9, -gap - (column - 1) * (cell.width + gap) - 9, 0]
+                     for row, column in ends]  # fmt: skip
+            np.testing.assert_allclose(found, colours[frame, :, 0, 0, 0], atol=6)

@@ -158,14 +158,15 @@ def sample_grid(
 def save_film(
     path: Path,
     frames: UInt8[np.ndarray, "frames n h w c"],
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    title: str,
     file_format: str,
     seconds: float,
+    labels: np.ndarray | None = None,
+    class_names: Sequence[str] = ("",),
+    title: str = "",
 ) -> None:
-    """Writes an animation of the frames, each a `sample_grid`; the first is held for half a second, the last for
-    two."""
+    """Writes an animation of the frames, each a `sample_grid` (without captions where no labels are given); the first
+    is held for half a second, the last for two."""
+    labels = np.zeros(frames.shape[1], np.int32) if labels is None else labels
     table, order = _grid(frames.shape[2:4], labels, class_names, title)
     pages = table.draw_pages(images[order] for images in frames)
     durations = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
