@@ -49,7 +49,7 @@ plot: $(STAMP)  ## metrics of runs as curves: make plot RUNS=runs/a,runs/b
 WORKERS := 2
 # Coverage costs little where Python can monitor itself (3.12), and a fifth of the time before.
 COVERAGE = $(if $(shell $(BIN)/python -c 'import sys; print(sys.version_info >= (3, 12) or "")'),--cov --cov-report=term)
-test: $(STAMP)  ## the whole suite
+test: $(STAMP)  ## the tests but for those marked slow
 	COVERAGE_CORE=sysmon $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(COVERAGE)
 
 coverage: $(STAMP)  ## the same, with the lines that it covers

@@ -6,7 +6,7 @@
 kills        A run is killed with -9 `kills` times, at random moments of its start, steps, saves or evaluation, and
              then finished. Equal: parameters, EMA, optimizer, step and place in the data of its last checkpoint, by
              their checksums, and all of metrics.jsonl but for rates, are those of a run that nothing disturbed.
-signals      A run of two processes gets SIGTERM or SIGINT at one of them. Both have to exit 0, at one saved step.
+signals      A run of two processes gets SIGTERM or SIGINT at one of them. Both have to exit 75, at one saved step.
 flips        One bit of a checkpoint's arrays is flipped. It has to change nothing, or the checkpoint before it is used,
              with one line that says so.
 full disks   A run's disk (a tmpfs, so this one wants root) fills up. It has to go on with one line, and end in one.

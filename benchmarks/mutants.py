@@ -1,7 +1,7 @@
 """Faults that a test has to notice: each is put into a copy of the code by itself, and its test is run.
 
-    python benchmarks/mutants.py                  # all of them, some ten minutes on two cores
-    python benchmarks/mutants.py --only sample    # those whose file or test has this in its name
+    python benchmarks/mutants.py                     # all of them, some ten minutes on two cores
+    python benchmarks/mutants.py --only sample,fid   # those whose file or test has one of these in its name
 
 Prints a line for each, and exits with 1 where a fault survives, where a text to be replaced is not in its file exactly
 once, or where a test fails without a fault. The checkout itself is left alone.
@@ -143,8 +143,8 @@ def is_noticed(folder: Path, mutant: Mutant) -> bool:
 
 
 def main(_) -> None:
-    only = flags.FLAGS.only
-    mutants = [mutant for mutant in read_table(TABLE) if only in mutant.file or only in mutant.test]
+    words = flags.FLAGS.only or [""]
+    mutants = [each for each in read_table(TABLE) if any(word in each.file or word in each.test for word in words)]
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
@@ -165,5 +165,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("only", "", "Part of the name of a file or test.")
+    flags.DEFINE_list("only", [], "Parts of names of files or tests, separated by commas.")
     app.run(main)

@@ -1,5 +1,6 @@
 """Flags, presets and the refusals of impossible values, each naming value, flag and fix."""
 
+import copy
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -305,6 +306,18 @@ def test_what_a_run_keeps_cannot_be_another_when_it_resumes(parse, tmp_path, fla
         check_settings(changed, saved, tmp_path)
     with pytest.raises(UserError, match=f"--{name}="):  # and back
         check_settings(saved, changed, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["objective.distill=1", *KEPT[KEPT.index("freeze=blocks") :]])
+def test_a_run_from_before_a_flag_keeps_its_default(parse, tmp_path, flag):
+    recorded = {"dataset": {"vae": None, "vae_sha256": None}}
+    saved, changed = (parse(line).to_dict() | recorded for line in ("--save_dir x", f"--save_dir x --{flag}"))
+    group, _, name = flag.partition("=")[0].rpartition(".")
+    before = copy.deepcopy(saved)
+    del (before[group] if group else before)[name]
+    assert check_settings(saved, before, tmp_path) == {}
+    with pytest.raises(UserError, match=f"--{re.escape(flag.partition('=')[0])}="):
+        check_settings(changed, before, tmp_path)
 
 
 def test_another_objective_source_or_vae_does_not_resume(parse, tmp_path):

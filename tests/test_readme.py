@@ -1,5 +1,7 @@
-"""The README's and the docs' commands are read by the programs' own flags, and the table of flags is theirs."""
+"""The README's and the docs' commands are read by the programs' own flags; the table of flags and the layout of the
+code are those of the code."""
 
+import ast
 import importlib
 import json
 import os
@@ -7,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,3 +151,47 @@ def test_the_first_three_commands_give_digits(tmp_path):
     for name in ("chosen.npz", "all.npz"):
         with np.load(tmp_path / name) as samples:
             assert recognised_fraction(samples["arr_0"], samples["arr_1"]) >= 0.9
+
+
+LAYERS = ("programs", "shared", "components", "base")
+
+
+def read_layout() -> tuple[dict[str, str], str]:
+    """({module: layer}, the rest of the plan) of docs/layout.md."""
+    plan = re.findall(r"^```\n(.*?)^```", PAGES[ROOT / "docs" / "layout.md"], flags=re.DOTALL | re.MULTILINE)[0]
+    *parts, rest = re.split(rf"^({'|'.join(LAYERS)}|data/)", plan, flags=re.MULTILINE)[1:]
+    modules = {}
+    for layer, text in zip(parts[0::2], parts[1::2], strict=False):
+        modules |= dict.fromkeys(re.findall(r"[\w/]+\.py", text), layer)
+        # Packages with the names of their modules, beside what is in brackets.
+        for package, names in re.findall(r"^ +(utils/\w+)/ +((?:.*\n(?! +utils/|$))*.*)", text, flags=re.MULTILINE):
+            names = re.findall(r"\w+", re.sub(r"\([^)]*\)", "", names))
+            modules |= {f"{package}/{name}.py": layer for name in names}
+    return modules, rest
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this project that a file imports, by their paths from the root."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    paths = {f"{name.replace('.', '/')}.py" for name in names}
+    return {name for name in paths if (ROOT / name).is_file()}
+
+
+def test_the_layout_names_every_module_in_its_layer():
+    layers, rest = read_layout()
+    there = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")]}
+    assert set(layers) == there - {"utils/__init__.py"}
+    assert [name for name in re.findall(r"\w+\.(?:py|sh)", rest) if not (ROOT / "benchmarks" / name).is_file()] == []
+    assert set(PROGRAMS) - {"data/celebahq256.py"} == {name for name, layer in layers.items() if layer == "programs"}
+    for name, layer in layers.items():
+        imported = imported_modules(ROOT / name) & set(layers)
+        below = LAYERS[LAYERS.index(layer) + (layer == "programs") :]  # programs do not import each other
+        if name != "utils/cli.py":
+            assert {other for other in imported if layers[other] not in below} == set(), name
+    readers = {name for name in layers if "flags.FLAGS" in (ROOT / name).read_text()}
+    assert readers == {"utils/cli.py", "utils/help.py"}  # beside the programs, which get a configuration

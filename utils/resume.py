@@ -21,7 +21,11 @@ _SETTINGS = dataclasses.fields(DiTConfig)
 ARCHITECTURE = (*(field.name for field in _SETTINGS if field.metadata["is_fixed"]), "use_stable_vae")
 # A run is continued only under the same values of these; the rest may change, and is reported.
 FIXED = (*(f"model.{name}" for name in ARCHITECTURE), "objective.name", "batch_size", "seed", "debug_overfit")
-FIXED += ("freeze", "lora_rank", "warmup_steps", "weight_decay", "grad_clip", "lr_schedule")
+# Of these, what runs were trained with before there was a flag.
+ADDED = {
+    "freeze": [], "lora_rank": 0, "warmup_steps": 0, "weight_decay": 0.0, "grad_clip": None, "lr_schedule": "constant",
+}  # fmt: skip
+FIXED += tuple(ADDED)
 # Parameters mean something else under another value of these, whatever their shapes are.
 OF_PARAMETERS = (
     "network", "hidden_size", "num_heads", "mlp_ratio", "norm", "mlp", "rope", "qk_norm", "timestep_scale",
@@ -61,9 +65,11 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
             f"{folder} holds a run on the latents of --vae={saved['dataset']['vae']}, which is not "
             f"{config['dataset']['vae']}; give that one, or {NEW_RUN}"
         )
-    old, new = _flatten(saved), _flatten(config)
+    of_objective = [flag_of(field) for field in objective_fields() if field.metadata["is_fixed"]]
+    old = dict.fromkeys(of_objective) | ADDED | _flatten(saved)
+    new = _flatten(config)
     changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-    for name in (*FIXED, *(flag_of(field) for field in objective_fields() if field.metadata["is_fixed"])):
+    for name in (*FIXED, *of_objective):
         if name in changed:
             before, now = changed[name]
             raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")

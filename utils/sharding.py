@@ -141,7 +141,7 @@ def shape_structs(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Global arrays split over `data`, from each process's own rows (numpy, first axis = batch)."""
+    """Returns global arrays split over all devices, from each process's own rows (numpy, first axis = batch)."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
@@ -152,7 +152,7 @@ def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def shard_replicated(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The global array whose value, the same on every process, is `rows`, split over `data`."""
+    """Returns the global array of `rows`, which every process has, split over all devices."""
     return place(rows, batch_sharding(mesh))
 
 

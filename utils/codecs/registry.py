@@ -1,4 +1,4 @@
-"""The codec of a run. One more codec is one file, and one line here."""
+"""The codec of a run. One more codec is one file, and a case of `load_codec`."""
 
 from collections.abc import Sequence
 
