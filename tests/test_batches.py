@@ -244,6 +244,7 @@ def test_rows_are_split_once_and_for_all():
     splits = [split_rows(200, split) for split in ("train", "validation")]
     assert [len(rows) for rows in splits] == [196, 4]
     assert sorted(itertools.chain(*splits)) == list(range(200))
+    assert splits[1] == [51, 55, 152, 178]  # those of earlier runs, which are resumed
     assert len(split_rows(200, "validation", 50)) == 50
 
 

@@ -195,7 +195,7 @@ def test_step_noise_is_a_function_of_seed_sample_and_step():
     assert len(np.unique(np.asarray(whole))) == 8
 
 
-def test_a_run_learns_noise_and_is_sampled_by_every_solver(tmp_path):
+def test_a_diffusion_is_trained_and_sampled_from_its_run(tmp_path):
     folder = tmp_path / "run"
     words = f"""
         --dataset_name digits --use_stable_vae 0 --save_dir {folder} --model.patch_size 2 --model.num_classes 10

@@ -332,7 +332,7 @@ def test_microbatches_change_nothing(objective):
         ),
     ],
 )
-def test_a_run_learns_few_steps_and_is_sampled(tmp_path, read_flags, words, message):
+def test_a_model_of_few_steps_is_trained_and_sampled_in_one(tmp_path, read_flags, words, message):
     folder = tmp_path / "run"
     line = f"""
         --dataset_name digits --use_stable_vae 0 --save_dir {folder} --model.patch_size 2 --model.num_classes 10

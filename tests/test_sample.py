@@ -253,7 +253,7 @@ def test_bad_input_is_one_line(draw, words, message):
         draw(words)
 
 
-def test_a_run_of_one_class_and_no_run(draw, read_flags, tmp_path, run):  # noqa: F811
+def test_no_run_and_a_damaged_one_are_refused(read_flags, tmp_path, run):  # noqa: F811
     with pytest.raises(UserError, match="--load_dir is not given"):
         sample.main(read_flags(sample, []))
     shutil.copytree(run / "checkpoints", tmp_path / "copy" / "checkpoints")
