@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from utils import cli
+from utils.commands import write_command
 from utils.console import log, show_result
 from utils.convert.published import FAMILIES
 from utils.convert.runs import export_run, import_run, push
@@ -81,8 +82,8 @@ def import_checkpoint(config: ConfigDict) -> None:
         log("its position table has been trained: it is kept")
     if model["use_stable_vae"]:
         log(f"latents of {data['vae'] or 'a VAE that is not read here: give --vae'}")
-    guidance = "--cfg_scale 1.5 --cfg_channels 3 " if model["use_stable_vae"] else ""
-    log(f"samples: python sample.py --load_dir {config.out} {guidance}--num_samples 4")
+    guidance = ["--cfg_scale", 1.5, "--cfg_channels", 3] if model["use_stable_vae"] else []
+    log(f"samples: {write_command('sample.py', '--load_dir', config.out, *guidance, '--num_samples', 4)}")
     show_result(config.out)
 
 

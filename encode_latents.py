@@ -21,6 +21,7 @@ from utils import checks, cli
 from utils.codecs.codec import images_from_uint8
 from utils.codecs.registry import DEFAULT_HUB_ID, load_vae
 from utils.codecs.vae import StableVAE
+from utils.commands import write_command
 from utils.console import log
 from utils.data import latents
 from utils.data.batches import epoch_batches
@@ -138,7 +139,8 @@ def main(config: ConfigDict) -> None:
                 )
                 latents.write_shard(out / name, counted(examples, bar))
     lock.release()
-    log(f"written: {out}; train on it: python train_flow.py --dataset_name latents:{out}")
+    words = ["--dataset_name", f"latents:{out}", "--model.num_classes", len(manifest.class_names)]
+    log(f"written: {out}; train on it: {write_command('train_flow.py', *words)}")
 
 
 if __name__ == "__main__":

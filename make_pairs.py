@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from utils import checks, cli
+from utils.commands import write_command
 from utils.console import log
 from utils.data import pairs
 from utils.errors import UserError
@@ -105,7 +106,8 @@ def main(config: ConfigDict) -> None:
             else:
                 pairs.write_shard(out / name, make(generator, samplers[0], rows, config.batch_size, bar))
     lock.release()
-    log(f"written: {out}; train on it: python train_flow.py --load_dir {config.load_dir} --dataset_name pairs:{out}")
+    words = ["--load_dir", config.load_dir, "--dataset_name", f"pairs:{out}"]
+    log(f"written: {out}; train on it: {write_command('train_flow.py', *words)}")
 
 
 if __name__ == "__main__":

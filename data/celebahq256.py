@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -263,7 +264,7 @@ def main(config: ConfigDict) -> None:
     if "://" in data_dir:
         raise UserError(f"--data_dir={data_dir} is not on this machine; prepare in a local folder and copy it there")
     data_dir = Path(data_dir).expanduser().absolute()
-    train = f"train on it: python train_flow.py --dataset_name celebahq256 --data_dir {data_dir}"
+    train = f"train on it: python train_flow.py --dataset_name celebahq256 --data_dir {shlex.quote(str(data_dir))}"
     builder = Celebahq256(source=config.source, data_dir=data_dir)
     if builder.data_path.exists():
         found = builder.info.file_format.value if builder.is_prepared() else "something incomplete"
