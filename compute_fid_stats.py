@@ -75,6 +75,8 @@ def main(config: ConfigDict) -> None:
     else:
         source, split, shape, total = dataset.name, config.split, dataset.image_shape, len(dataset.source)
     num_images = total if config.num_images is None else config.num_images
+    if total < 2:
+        raise UserError(f"{source}{f', {split}' * bool(split)} holds 1 image; statistics are of 2 or more")
     if num_images > total:
         raise UserError(f"--num_images={num_images}: {source} holds {total}")
     checks.check_batch_memory(config.batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs

@@ -87,7 +87,7 @@ def main(config: ConfigDict) -> None:
         class_names=model.class_names,
         vae=getattr(codec, "name", None) if codec.sha256 else None,
         vae_sha256=codec.sha256,
-        empty_classes=tuple(np.flatnonzero(generator.counts == 0).tolist()),
+        empty_classes=model.empty_classes,
     )
     checks.check_writable(out, "out")
     lock = FolderLock(out)

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils/ is,
 from utils import checks, cli
 from utils.data.image_folder import IMAGE_SUFFIXES
 from utils.data.images import UPRIGHT, read_image, read_orientation
+from utils.data.scan import scan, system_message
 from utils.data.tfds import import_tensorflow
 from utils.errors import UserError
 from utils.external import BadFileError, read_json
@@ -203,8 +204,11 @@ def list_rows(flag: str, files: list[Path]) -> Listed:
 
 def list_files(flag: str, folder: Path) -> Listed:
     """The image files below `female` and `male`, or those in the folder itself, labelled 0."""
-    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if not path.name.startswith(".")]
-    keys = sorted(path.relative_to(folder).as_posix() for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    top = scan(folder, IMAGE_SUFFIXES)
+    scanned = [top, *(scan(below, IMAGE_SUFFIXES) for below in top.folders)]
+    keys = sorted(path.relative_to(folder).as_posix() for each in scanned for path in each.images)
+    if message := system_message(path for each in scanned for path in each.system):
+        print(f"{folder}: {message}", flush=True)
     if not keys:
         raise UserError(f"{flag}: {folder} holds neither parquet files nor images; expected are {LAYOUT}")
     classes = {key: key.rpartition("/")[0].lower() for key in keys}

@@ -117,6 +117,7 @@ BAD = [
     ("stats", "--images /no/such", "has no effect with --images|neither a file"),
     ("stats", "--inception_weights /no/such", "--inception_weights=/no/such is not a file"),
     ("stats", "--split test", "split"),
+    ("stats", "--dataset_name npz:GOOD --split validation", "good.npz, validation holds 1 image; statistics are of 2"),
     ("plot", "", "--runs is not given: name run folders"),
     ("plot", "--runs LOG,", "--runs=.*, has an empty name"),
     ("plot", "--runs /no/such", "--runs=/no/such is not there; give the folder of a run"),

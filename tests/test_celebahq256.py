@@ -230,6 +230,7 @@ def test_a_flat_folder_has_no_labels_and_holds_out_by_name(tmp_path, capsys):
 def test_folders_of_splits_are_the_splits(tmp_path, name):
     write_flat(tmp_path / "source" / "train" / "male", range(4))
     write_flat(tmp_path / "source" / name / "female", range(4, 6))
+    write_flat(tmp_path / "source" / "train" / "@eaDir", range(6, 8))  # thumbnails of a file server
     builder = prepare(tmp_path / "source", tmp_path)
     assert [levels(builder, split) for split in ("train", "validation")] == [[0, 1, 2, 3], [4, 5]]
     assert [stored(builder, split)[0][1] for split in ("train", "validation")] == [1, 0]

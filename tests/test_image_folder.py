@@ -503,6 +503,14 @@ def make_edm(folder, labels, count=12, table="dataset.json"):
         (folder / table).write_text(json.dumps({"labels": pairs}))
 
 
+def test_a_thousand_images_in_a_folder_as_of_ffhq_are_no_class(tmp_path):
+    for number in (998, 999, 1000, 1001, 5999):
+        write(tmp_path / f"{number // 1000:02d}000" / f"{number:05d}.png", noise(number, 2, 2, 3))
+    assert load(f"folder:{tmp_path}", image_size=2).class_names == (tmp_path.name,)
+    write(tmp_path / "06000" / "05999.png", noise(0, 2, 2, 3))
+    assert load(f"folder:{tmp_path}", image_size=2).num_classes == 4
+
+
 @pytest.mark.parametrize("below", ["", "train"])
 @pytest.mark.parametrize("labels", [None, "no table", [5] * 12])
 def test_folders_that_edm_numbers_are_no_classes(tmp_path, labels, below, capfd):
@@ -511,7 +519,9 @@ def test_folders_that_edm_numbers_are_no_classes(tmp_path, labels, below, capfd)
     assert dataset.class_names == (tmp_path.name,)
     assert len(dataset.source) == 11
     said = capfd.readouterr().err
-    assert "numbered as EDM and StyleGAN number theirs are no classes: all images are of one class" in said
+    assert (
+        "folders of a thousand numbered images, as EDM, StyleGAN and FFHQ have them, are no classes: all images" in said
+    )
     assert "if 00000/" not in said
 
 

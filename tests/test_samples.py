@@ -178,12 +178,14 @@ def test_the_array_of_images_is_found_by_what_it_is(tmp_path):
             open_samples(tmp_path / name)
 
 
-def test_images_of_zeros_and_ones_are_remarked_on(tmp_path, capfd):
+def test_images_that_use_little_of_their_range_are_remarked_on(tmp_path, capfd):
     np.savez(tmp_path / "dark.npz", IMAGES // 128)
-    np.savez(tmp_path / "black.npz", IMAGES * 0)
     assert read_all(tmp_path / "dark.npz", 4).max() == 1
     assert "were they in [0, 1]" in capfd.readouterr().err
-    read_all(tmp_path / "black.npz", 4)
+    for name, message in (("black.npz", "all values of all images are 0"), ("dim.npz", "values are 0 to 15 of 0")):
+        np.savez(tmp_path / name, IMAGES // 16 * (name == "dim.npz"))
+        read_all(tmp_path / name, 4)
+        assert message in capfd.readouterr().err
     read_all(write_samples(tmp_path / "good.npz"), 4)
     assert capfd.readouterr().err == ""
 

@@ -253,7 +253,7 @@ def test_images_without_a_label_are_left_out_and_a_split_of_them_is_not_used(par
     assert (len(train.source), len(validation.source)) == (len(labelled) - 1, 1)
     assert train.empty_classes == (1,)
     said = capfd.readouterr().err
-    assert "no image of its split test has a label, so a part of train is held out for validation" in said
+    assert "no image of its split test has a label, so others are used for validation" in said
     assert "10 of 40 images of train have no label (-1); they are left out" in said
     assert partly().fingerprint == train.fingerprint  # with labels from the cache
     # Two hosts share out an epoch, whichever images are left out, and a stream goes on where it was.

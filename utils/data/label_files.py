@@ -4,6 +4,7 @@ Only the numbered folders of EDM and StyleGAN are understood, as far as to know 
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ MAX_LISTED = 3  # files named in a message
 HEAD_BYTES = 2**16  # of a table that is described
 # Those of ImageNet take 50 MB, and some ten times that once they are read.
 MAX_EDM_BYTES = 2**26
-EDM_TABLE, EDM_FOLDER, EDM_IMAGE = "dataset.json", re.compile(r"\d{5}"), re.compile(r"img(\d{5})\d{3}\.\w+")
+EDM_TABLE = "dataset.json"
 
 
 def unused_message(folder: Path, others: Sequence[Path], images: Iterable[Path]) -> str:
@@ -31,10 +32,13 @@ def unused_message(folder: Path, others: Sequence[Path], images: Iterable[Path])
 
     `others` are files that are no images, `images` those that are.
     """
-    stems = {image.with_suffix("") for image in images}
-    tables = [path for path in others if is_table(path)]
-    beside = [path for path in tables if path.with_suffix("") in stems]
-    tables = [path for path in tables if path.with_suffix("") not in stems]
+    found = [path for path in others if is_table(path)]
+    if not found:
+        return ""
+    stems = {os.path.splitext(image)[0] for image in images}
+    tables, beside = [], []
+    for path in found:
+        (beside if os.path.splitext(path)[0] in stems else tables).append(path)
     parts = []
     if tables:
         listed = ", ".join(_name(path, folder) + describe_table(path) for path in tables[:MAX_LISTED])
@@ -43,7 +47,7 @@ def unused_message(folder: Path, others: Sequence[Path], images: Iterable[Path])
     if beside:
         several = "s" * (len(beside) > 1)
         parts.append(f"{len(beside):,} file{several} named as an image, such as {_name(beside[0], folder)}")
-    return f"{printable(str(folder))}: not used: {'; '.join(parts)}" if parts else ""
+    return f"{printable(str(folder))}: not used: {'; '.join(parts)}"
 
 
 def is_table(path: Path) -> bool:
@@ -87,12 +91,17 @@ def read_edm_labels(table: Path) -> dict[str, str] | None:
 
 
 def are_numbered(images: Mapping[Path, Sequence[Path]]) -> bool:
-    """Whether {folder: its images} are numbered as EDM and StyleGAN write any images, 00000/img00000000.png."""
-    return all(
-        EDM_FOLDER.fullmatch(folder.name)
-        and all((match := EDM_IMAGE.fullmatch(image.name)) and match[1] == folder.name for image in paths)
-        for folder, paths in images.items()
-    )
+    """Whether {folder: its images} are a thousand in a folder, numbered as EDM and StyleGAN write any images
+    (00001/img00001234.png) or as FFHQ and EDM's samples are (01000/01234.png)."""
+    return all(_is_numbered(folder.name, image.stem) for folder, paths in images.items() for image in paths)
+
+
+def _is_numbered(folder: str, stem: str) -> bool:
+    if not re.fullmatch(r"\d{5,8}", folder):
+        return False
+    is_edm = stem.startswith("img") and stem[3:-3] == folder and stem[3:].isdecimal()
+    is_ffhq = stem.isdecimal() and len(stem) == len(folder) and f"{stem[:-3]}000" == folder
+    return is_edm or is_ffhq
 
 
 def check_folders(flag: str, folder: Path, root: Path, images: Mapping[Path, Sequence[Path]]) -> str:
@@ -121,7 +130,7 @@ def check_folders(flag: str, folder: Path, root: Path, images: Mapping[Path, Seq
         found.append(set(own))
     values = set().union(*found)
     if is_numbered and len(values) <= 1:
-        return "folders numbered as EDM and StyleGAN number theirs are no classes"
+        return "folders of a thousand numbered images, as EDM, StyleGAN and FFHQ have them, are no classes"
     is_one_to_one = len(values) == sum(map(len, found)) and all(len(own) <= 1 for own in found)
     if not is_one_to_one:
         raise UserError(

@@ -188,7 +188,8 @@ class LatentRecords:
         moments, label = np.frombuffer(record, "<f2", offset=4).reshape(self.shape), np.frombuffer(record, "<i4", 1)[0]
         if not 0 <= label < self.num_classes:
             raise UserError(
-                f"{self.folder}: record {index} has the label {label}, but there are {self.num_classes} classes"
+                f"{self.folder}: record {index} has the label {label}, but there are {self.num_classes} classes; make "
+                "the latents again with encode_latents.py"
             )
         return {"moments": moments, "label": label}
 

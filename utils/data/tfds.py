@@ -85,10 +85,13 @@ class PreparedSplit:
                     f"or add array_record to it where TensorFlow is: {convert_command(self.builder.data_dir)}"
                 ) from None
 
-        own = next((name for name in ("validation", "test") if name in splits), None)
-        if own and (labels := self._labels(own)).size and (labels < 0).all():
-            warn_once(f"{flag}: no image of its split {own} has a label, so a part of train is held out for validation")
-            own = None
+        own = None
+        for name in ("validation", "test"):
+            if name in splits and not own:
+                if (labels := self._labels(name)).size and (labels < 0).all():
+                    warn_once(f"{flag}: no image of its split {name} has a label, so others are used for validation")
+                else:
+                    own = name
         self.split = own if own and split == "validation" else "train"
         rows, labels = self._labelled_rows(flag)
         if own is None:  # records are in an order that TFDS has shuffled

@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from utils.console import printable, warn, warn_once
-from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, open_image
+from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, describe_range, open_image
 from utils.data.scan import is_system_name, scan, system_message
 from utils.errors import UserError
 from utils.external import ArrayHeader, BadFileError, map_npy, read_npz_headers, read_rows
@@ -177,16 +177,20 @@ def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
 
 
 def _warn_if_dark(read: Callable, flag: str, batch_size: int) -> Iterator[np.ndarray]:
-    """The batches of `read`; a warning at the end if there were no values but 0 and 1."""
-    highest = 0
+    """The batches of `read`; a warning at the end if their values are a small part of 0 .. 255."""
+    extremes = []
     for batch in read(batch_size):
-        highest = max(highest, batch.max(initial=0))
+        pixels = batch.reshape(len(batch), -1)
+        extremes.append(np.stack([pixels.min(axis=1), pixels.max(axis=1)], axis=1))
         yield batch
-    if highest == 1:
+    found = np.concatenate(extremes)
+    if found.max() == 1:
         warn(
             f"{flag}: no value is above 1, so these images are black: were they in [0, 1] when they became uint8? "
             "Multiply by 255 and round first"
         )
+    elif remark := describe_range(found):
+        warn(f"{flag}: {remark}")
 
 
 def _open_folder(path: Path, flag: str) -> Samples:
