@@ -1,7 +1,7 @@
 """Faults that a test has to notice: each is put into a copy of the code by itself, and its test is run.
 
     python benchmarks/mutants.py                     # all of them, some ten minutes on two cores
-    python benchmarks/mutants.py --only sample,fid   # those whose file or test has one of these in its name
+    python benchmarks/mutants.py --only sample,fid   # those with one of these words
 
 Prints a line for each, and exits with 1 where a fault survives, where a text to be replaced is not in its file exactly
 once, or where a test fails without a fault. The checkout itself is left alone.
@@ -98,6 +98,18 @@ test_likelihood.py::test_what_is_measured_is_what_the_flags_say
   likelihood.py: LikelihoodConfig(config.num_probes, -> LikelihoodConfig(1,
 test_reflow.py::test_pairs_are_those_of_the_flags
   make_pairs.py: label_mode=config.labels -> label_mode="balanced"
+test_fid.py::test_statistics_are_of_the_split_and_hold_what_the_flags_say
+  compute_fid_stats.py: load_dataset(config.dataset_name, config.split -> load_dataset(config.dataset_name, "train"
+  compute_fid_stats.py: ImageStatistics(config.num_features) -> ImageStatistics(10_000)
+  compute_fid_stats.py: is_compact=bool(config.compact), ->
+test_latents.py::test_what_is_encoded_is_what_the_flags_say
+  encode_latents.py: codec, vae, config.shard_size) -> codec, vae, 4096)
+test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported
+  convert_checkpoint.py: export_run(config.load_dir, out, config.params) -> export_run(config.load_dir, out)
+test_tracking.py::test_what_wandb_shows_is_what_the_flags_say
+  utils/tracking.py: **options, ->
+test_readme.py::test_the_layout_names_every_module_in_its_layer
+  docs/layout.md: utils/hints.py -> utils/hint.py
 """
 
 
@@ -144,7 +156,7 @@ def is_noticed(folder: Path, mutant: Mutant) -> bool:
 
 def main(_) -> None:
     words = flags.FLAGS.only or [""]
-    mutants = [each for each in read_table(TABLE) if any(word in each.file or word in each.test for word in words)]
+    mutants = [each for each in read_table(TABLE) if any(word in "".join(each) for word in words)]
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
@@ -165,5 +177,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("only", [], "Parts of names of files or tests, separated by commas.")
+    flags.DEFINE_list("only", [], "Words of lines of the table, separated by commas.")
     app.run(main)

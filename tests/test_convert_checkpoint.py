@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import convert_checkpoint
 from tests.conftest import GOLDEN, run_program
+from tests.test_generate import run as golden_run  # noqa: F401 (fixture)
 from tests.torch_writer import save_torch
 from utils.checkpoint import Checkpoints
 from utils.convert.sources import METADATA_KEY, read_source
@@ -277,6 +278,16 @@ def test_a_run_is_exported_and_comes_back_bit_for_bit(convert, tmp_path):
         np.testing.assert_array_equal(value, second[name])
     with pytest.raises(UserError, match=r"--family=sit has no effect on .*, which says it itself"):
         convert("--source", tmp_path / "x.safetensors", "--family", "sit", "--out", tmp_path / "b")
+
+
+@pytest.mark.parametrize(("words", "item"), [("", "ema_params"), ("--params raw", "params")])
+def test_the_parameters_that_the_flag_names_are_exported(convert, golden_run, tmp_path, monkeypatch, words, item):  # noqa: F811
+    def read(self, step, name):
+        raise UserError(f"reads {name}")
+
+    monkeypatch.setattr(Checkpoints, "restore_stored", read)
+    with pytest.raises(UserError, match=f"reads {item}"):
+        convert("--load_dir", golden_run, "--out", tmp_path / "x.safetensors", *words.split())
 
 
 @pytest.mark.parametrize(

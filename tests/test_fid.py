@@ -583,3 +583,25 @@ def test_fewer_images_are_drawn_at_random_from_all_classes(marked_images, read_f
     assert 25 < own["features"].mean() < 35
     with pytest.raises(UserError, match=rf"--num_images=61: {marked_images} holds 60"):
         make("--images", str(marked_images), "--num_images", "61")
+
+
+def test_statistics_are_of_the_split_and_hold_what_the_flags_say(marked_images, read_flags, tmp_path, monkeypatch):
+    asked, extract = [], compute_fid_stats.load_feature_extractor()
+    monkeypatch.setattr(compute_fid_stats, "load_feature_extractor", lambda *of: asked.append(of[:2]) or extract)
+    with np.load(marked_images) as file:
+        images, labels = file["images"], file["labels"]
+    validation = {"validation_images": images[:30] + np.uint8(100), "validation_labels": labels[:30]}
+    np.savez(tmp_path / "splits.npz", images=images, labels=labels, **validation)
+
+    def make(line):
+        words = f"--dataset_name npz:{tmp_path / 'splits.npz'} --split validation --out {tmp_path / 'made.npz'} {line}"
+        compute_fid_stats.main(read_flags(compute_fid_stats, words.split()))
+        return dict(np.load(tmp_path / "made.npz"))
+
+    part = make("--num_features 5 --convention pytorch_fid --inception_weights weights.pt --batch_size 8")
+    assert asked == [("weights.pt", "pytorch_fid")]
+    assert (part["num_images"], part["convention"]) == (30, "pytorch_fid")
+    np.testing.assert_array_equal(part["features"][:, 0], range(100, 105))
+    np.testing.assert_allclose(part["mu"], 114.5)
+    np.testing.assert_array_equal(part["label_counts"], [20, 10, 0])
+    assert "mu" not in make("--compact 1")

@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 
+import encode_latents
 from encode_latents import describe_latents
+from tests.conftest import GOLDEN
 from tests.data_sets import load
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.data.batches import epoch_batches, training_batches
@@ -150,3 +152,21 @@ def test_classes_without_images_come_along_and_older_latents_do_not_say(folder):
         (folder / MANIFEST).write_text(json.dumps(older | {"empty_classes": wrong}))
         with pytest.raises(UserError, match="not a valid latents manifest"):
             load(f"latents:{folder}")
+
+
+@pytest.mark.parametrize(("flip", "views"), [("", 1), ("--random_flip 1", 2)])
+def test_what_is_encoded_is_what_the_flags_say(read_flags, tmp_path, monkeypatch, flip, views):
+    class Prepared(Exception):
+        """Raised with the manifest, before anything is encoded."""
+
+    def end(out, manifest, fingerprints):
+        raise Prepared(manifest)
+
+    np.savez(tmp_path / "a.npz", images=np.zeros((20, 16, 16, 3), np.uint8), labels=np.zeros(20, np.int32))
+    monkeypatch.setattr(encode_latents, "prepare_folder", end)
+    words = f"--dataset_name npz:{tmp_path / 'a.npz'} --vae {GOLDEN / 'vae_tiny'} --shard_size 7 {flip}"
+    with pytest.raises(Prepared) as prepared:
+        encode_latents.main(read_flags(encode_latents, [*words.split(), "--out", str(tmp_path / "out")]))
+    (manifest,) = prepared.value.args
+    assert manifest.num_views == {"train": views, "validation": 1}
+    assert (manifest.shard_size, manifest.vae) == (7, str(GOLDEN / "vae_tiny"))

@@ -7,6 +7,7 @@ import re
 import resource
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 
+import train_flow
 from utils import plotting, tracking
 from utils.errors import UserError
 
@@ -151,6 +153,25 @@ def test_modes(tmp_path, mode, monkeypatch, capfd):
             content = run_files[0].read_bytes()
             missing = [name for name in missing if name not in content]
         assert not missing
+
+
+def test_what_wandb_shows_is_what_the_flags_say(read_flags, tmp_path, monkeypatch):
+    import wandb
+
+    asked = {}
+
+    def init(**options):
+        asked.update(options)
+        return SimpleNamespace(offline=True, id="x1")
+
+    monkeypatch.setattr(wandb, "init", init)
+    named = {"project": "faces", "entity": "lab", "group": "sweep", "name": "third", "notes": "why"}
+    words = [word for name, value in named.items() for word in (f"--wandb.{name}", value)]
+    words += ["--wandb.tags", "a,b", "--wandb.mode", "offline", "--seed", "7"]
+    tracking.start_wandb(tmp_path, read_flags(train_flow, words), {"dataset": {"name": "digits"}})
+    expected = named | {"tags": ["a", "b"], "mode": "offline", "dir": tmp_path}
+    assert {name: asked[name] for name in expected} == expected
+    assert (asked["config"]["seed"], asked["config"]["dataset"]) == (7, {"name": "digits"})
 
 
 def test_an_account_in_netrc_is_found(tmp_path, monkeypatch):

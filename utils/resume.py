@@ -22,7 +22,7 @@ ARCHITECTURE = (*(field.name for field in _SETTINGS if field.metadata["is_fixed"
 # A run is continued only under the same values of these; the rest may change, and is reported.
 FIXED = (*(f"model.{name}" for name in ARCHITECTURE), "objective.name", "batch_size", "seed", "debug_overfit")
 # Of these, what runs were trained with before there was a flag.
-ADDED = {
+ADDED: dict[str, Any] = {
     "freeze": [], "lora_rank": 0, "warmup_steps": 0, "weight_decay": 0.0, "grad_clip": None, "lr_schedule": "constant",
 }  # fmt: skip
 FIXED += tuple(ADDED)
@@ -66,8 +66,7 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
             f"{config['dataset']['vae']}; give that one, or {NEW_RUN}"
         )
     of_objective = [flag_of(field) for field in objective_fields() if field.metadata["is_fixed"]]
-    old = dict.fromkeys(of_objective) | ADDED | _flatten(saved)
-    new = _flatten(config)
+    old, new = {**dict.fromkeys(of_objective), **ADDED, **_flatten(saved)}, _flatten(config)
     changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
     for name in (*FIXED, *of_objective):
         if name in changed:
