@@ -55,7 +55,7 @@ def test_an_imported_run_holds_its_parameters_once_and_is_a_run(convert, tmp_pat
     run = tmp_path / "a run"
     convert(*SIT, "--vae", VAE, "--out", run)
     printed = capsys.readouterr()
-    assert f"sample.py --load_dir '{run}' --cfg_scale 1.5 --cfg_channels 3 --num_samples 4" in printed.err
+    assert f"sample.py --load_dir '{run}' --cfg_scale 1.5 --cfg_channels 3 --num_samples 4" in printed.out + printed.err
     assert "24 wide, 1 deep, 2 heads, patch 4 on 8x8x4, 7 classes, objective flow_matching" in printed.out + printed.err
     items = {path.name for path in (run / "checkpoints" / "0").iterdir() if path.is_dir()}
     assert items == {"ema_params", "config", "checksums"}
