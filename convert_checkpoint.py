@@ -91,7 +91,7 @@ def export_checkpoint(config: ConfigDict) -> None:
     out = Path(config.out)
     if config.push and out.suffix == ".safetensors":
         raise UserError(f"--push={config.push}: --out={out} is a file; give a folder")
-    written = export_run(config.load_dir, out, config.params)
+    written = export_run(config.load_dir, out, config.params, config.push)
     for path in written:
         show_result(str(path))
     if config.push:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ def run(hub, cwd, *args, check=True):
     return done
 
 
-def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path):
+def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path, monkeypatch):
     source = read_source(str(GOLDEN / "checkpoints" / "sit_small_train.pt"))
     vae = str(GOLDEN / "vae_tiny")
     model = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "cfg_scale": 4.0, "denoise_timesteps": 32, "preset": "debug"}
@@ -52,6 +53,9 @@ def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path):
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name:")
     assert "trained with the objective `flow_matching`" in card
+    assert "a VAE with sha256 " in card
+    assert str(tmp_path) not in card
+    assert str(GOLDEN) not in card
     assert json.loads(files["config.json"])["imported"]["family"] == "sit"
 
     # Elsewhere, by name; the second time from what is there.
@@ -64,6 +68,15 @@ def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path):
     count = len(hub.downloads)
     run(hub, there, *words)
     assert len(hub.downloads) == count
+
+    # The card's Python.
+    monkeypatch.chdir(there)
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len([line for line in lines.splitlines() if line]) == 3
+    namespace = {}
+    exec(lines.replace("num_steps=64", "num_steps=1"), namespace)
+    assert namespace["images"].shape == (1, 64, 64, 3)
+    assert "# uint8 (1, 64, 64, 3)" in lines
 
     done = run(hub, there, "sample.py", "--load_dir", "hf:someone/nothing", check=False)
     assert done.returncode == 1

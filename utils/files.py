@@ -129,11 +129,15 @@ def read_bytes(path: Path) -> bytes:
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends, whole and on disk; a kill, a power cut
-    or an error in the block leaves what was there before."""
+    or an error in the block leaves what was there before. The file gets the umask's mode, whatever writes it."""
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         with temporary.open("rb") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:  # safetensors replaces it by a file of mode 0600
+                os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:

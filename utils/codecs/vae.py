@@ -5,7 +5,6 @@ diffusion_pytorch_model.safetensors.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -23,7 +22,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from utils.codecs.vae_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
 from utils.errors import UserError
 from utils.external import BadFileError, read_json
-from utils.files import file_sha256
+from utils.files import atomic_write, file_sha256, write_json
 from utils.ops import attention
 
 MAX_LATENT_CHANNELS = 256
@@ -46,6 +45,9 @@ class VAEConfig:
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+    # Not of the network: kept for those who read a file that `StableVAE.save` wrote.
+    sample_size: int = 32
+    force_upcast: bool = True
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], path: str) -> "VAEConfig":
@@ -67,6 +69,9 @@ class VAEConfig:
             for name, value in content.items()
             if name in names and not (value is None and name == "scaling_factor")
         }
+        for name, kind in {"sample_size": int, "force_upcast": bool}.items():
+            if type(values.get(name)) is not kind:
+                values.pop(name, None)
         config = cls(**values)
         config.check(path)
         return config
@@ -102,6 +107,17 @@ class VAEConfig:
             if not is_good(getattr(self, name)):
                 value = str(getattr(self, name))[:100]
                 raise UserError(f"--vae: no VAE has the sizes in {path} ({name} {value}); fetch it again")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a config.json: everything in which this network may differ from diffusers' defaults."""
+        depth = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "down_block_types": ["DownEncoderBlock2D"] * depth,
+            "up_block_types": ["UpDecoderBlock2D"] * depth,
+            **dataclasses.asdict(self),
+        }
 
     @property
     def downsampling(self) -> int:
@@ -292,17 +308,17 @@ class StableVAE(flax.struct.PyTreeNode):
         return cls(unflatten_dict(params), config, jnp.dtype(dtype), "")
 
     def save(self, folder: Path) -> None:
-        """Writes the Hugging Face layout, as `load` reads it."""
+        """Writes the Hugging Face layout, as `load` and diffusers read it."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"_class_name": "AutoencoderKL", **dataclasses.asdict(self.config)}
-        (folder / CONFIG).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_json(folder / CONFIG, self.config.to_dict())
         tensors = {
             tensor_name(path): np.ascontiguousarray(to_torch_layout(np.asarray(value)))
             for path, value in flatten_dict(self.params).items()
         }
-        save_file(tensors, folder / WEIGHTS)
+        with atomic_write(folder / WEIGHTS) as temporary:
+            save_file(tensors, temporary)
 
     def encode_moments(
         self, images: Float[Array, "b h w 3"]

@@ -6,6 +6,7 @@ again gives the same run.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ import numpy as np
 
 from diffusion_transformer import DiTConfig
 from utils.checkpoint import HUB_PREFIX, Checkpoints, open_checkpoint
-from utils.checks import check_writable
+from utils.checks import can_guide, check_writable
 from utils.codecs.vae import StableVAE
 from utils.console import log
 from utils.convert.published import FAMILIES, export_published, find_config, import_published
-from utils.convert.sources import EXPORTED, METADATA_KEY, PublishedSource, fetch, read_source
+from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY, PublishedSource, fetch, read_source
 from utils.data.class_names import imagenet_class_names
 from utils.errors import UserError
 from utils.external import BadFileError
 from utils.files import FolderLock, atomic_write, write_json, write_text
 from utils.lora import merge_lora
+from utils.objectives.objective import has_guidance
+from utils.objectives.registry import OBJECTIVES
 
 VAE_FACTOR = 8  # of Stable Diffusion's: image side over latent side
 
@@ -157,10 +160,10 @@ def _check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequenc
 # --- Export ---
 
 
-def export_run(load_dir: str, out: Path, which: str = "ema") -> list[Path]:
+def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None = None) -> list[Path]:
     """Writes a run's parameters under the published names: `out` is a file *.safetensors, or a folder for the hub with
-    model.safetensors, config.json and a model card. Returns what was written. UserError where the run cannot be read or
-    `out` cannot be written."""
+    model.safetensors, config.json and a model card, which names the repository `hub_id`. Returns what was written.
+    UserError where the run cannot be read or `out` cannot be written."""
     checkpoints, steps = open_checkpoint(load_dir)
     newest, config = checkpoints.restore_newest(checkpoints.restore_config, steps)
     name = "ema_params" if which == "ema" else "params"
@@ -186,7 +189,7 @@ def export_run(load_dir: str, out: Path, which: str = "ema") -> list[Path]:
     if is_file:
         return [file]
     write_json(out / "config.json", config)
-    write_text(out / "README.md", model_card(config, out.name, step))
+    write_text(out / "README.md", model_card(config, hub_id or f"USER/{out.resolve().name}", step))
     return [file, out / "config.json", out / "README.md"]
 
 
@@ -211,27 +214,52 @@ def find_latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def model_card(config: Mapping[str, Any], name: str, step: int) -> str:
-    """README.md of a hub repository, with the metadata that the hub reads."""
-    model, data = config["model"], config["dataset"]
+def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
+    """README.md of the hub repository `hub_id`, with the metadata that the hub reads. Of data and of a VAE on this
+    machine it names no folder."""
+    model, data, objective = config["model"], config["dataset"], config["objective"]["name"]
     shape = "x".join(map(str, data["image_shape"]))
-    latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of `{data['vae']}`" if data["vae"] else ""
+    latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of {_public_vae(data)}" if data["vae"] else ""
+    is_guided = can_guide(model["class_dropout_prob"]) and has_guidance(OBJECTIVES.get(objective))
+    guidance = ", cfg_scale=2.0" if is_guided else ""
     return f"""---
 library_name: jax-flow-matching
 pipeline_tag: unconditional-image-generation
-tags: [diffusion-transformer, {config["objective"]["name"].replace("_", "-")}]
+tags: [diffusion-transformer, {objective.replace("_", "-")}]
 ---
-# {name}
+# {hub_id.rpartition("/")[2]}
 
 A diffusion transformer, {model["hidden_size"]} wide, {model["depth"]} deep, {model["num_heads"]} heads, patch
-{model["patch_size"]}, trained with the objective `{config["objective"]["name"]}` on images {shape} of `{data["name"]}`
+{model["patch_size"]}, trained with the objective `{objective}` on images {shape} of `{_public_name(data["name"])}`
 ({len(data["class_names"])} classes){latents}. These are the parameters of step {step:,}.
 
 `model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {model["timestep_scale"]:g}.
 
-    python sample.py --load_dir hf:USER/{name}
-    python train_flow.py --load_dir hf:USER/{name} --dataset_name folder:PATH
+    python sample.py --load_dir hf:{hub_id}
+    python train_flow.py --load_dir hf:{hub_id} --dataset_name folder:PATH
+
+In Python:
+
+```python
+from utils.generate import load_generator
+
+generator = load_generator("hf:{hub_id}")
+images = generator.sample(labels=[0], num_steps=64{guidance})  # uint8 (1, {", ".join(map(str, data["image_shape"]))})
+```
 """
+
+
+def _public_name(dataset_name: str) -> str:
+    """The name of a data set without the folders of a path in it."""
+    kind, colon, path = dataset_name.partition(":")
+    return f"{kind}{colon}{Path(path).name}" if colon else Path(dataset_name).name
+
+
+def _public_vae(data: Mapping[str, Any]) -> str:
+    """The hub id of a VAE; of one in a folder, what identifies it anywhere."""
+    if re.fullmatch(HUB_ID, data["vae"]) and not Path(data["vae"]).exists():
+        return f"`{data['vae']}`"
+    return f"a VAE with sha256 {data['vae_sha256']}" if data["vae_sha256"] else "a VAE"
 
 
 # --- The hub ---

@@ -5,7 +5,7 @@ learns. Time runs from noise x_0 at t = 0 to data x_1 at t = 1.
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int, Key
@@ -36,8 +36,8 @@ def row_period(objective: "Objective") -> int:
     return getattr(objective, "row_period", 1)
 
 
-def has_guidance(objective: "Objective") -> bool:
-    """Whether samples can be guided."""
+def has_guidance(objective: Any) -> bool:
+    """Whether samples of a model with this objective (an instance or its class) can be guided."""
     return getattr(objective, "HAS_GUIDANCE", True)
 
 
