@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import zipfile
 
@@ -16,6 +17,7 @@ from tests.conftest import GOLDEN, run_program
 from tests.test_generate import run as golden_run  # noqa: F401 (fixture)
 from tests.torch_writer import save_torch
 from utils.checkpoint import Checkpoints
+from utils.convert.runs import model_card
 from utils.convert.sources import METADATA_KEY, read_source
 from utils.convert.torch_files import read_torch_file
 from utils.errors import UserError
@@ -216,6 +218,145 @@ def test_what_cannot_be_imported_is_refused_and_leaves_nothing(convert, tmp_path
     assert not (tmp_path / "ran").exists()
 
 
+# --- Prefixes, and what stands beside a model ---
+
+AVERAGE = {"n_averaged": np.array(3)}
+BESIDE = np.zeros(3, np.float32)
+
+
+def under(prefix, tensors):
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(state):
+    """Other parameters than the EMA `state`."""
+    return {name: np.zeros_like(value) for name, value in state.items()}
+
+
+WRAPPED = {
+    **{prefix: lambda ema, _, prefix=prefix: under(prefix, ema) for prefix in (
+        "module.", "_orig_mod.", "model.", "net.", "ema_model.", "_fsdp_wrapped_module.", "module.module.",
+        "ema.module.", "_orig_mod.module.", "module._orig_mod.", "module.model._orig_mod.ema.net.", "state_dict.model.",
+    )},
+    "wrapped blocks": lambda ema, _: {
+        re.sub(r"^blocks\.0\.", "blocks.0._checkpoint_wrapped_module._orig_mod.", name): x for name, x in ema.items()
+    },
+    "averaged": lambda ema, _: AVERAGE | under("module.", ema),
+    "ema_pytorch": lambda ema, raw: {
+        "initted": np.array(True), "step": np.array(7), **under("online_model.", raw), **under("ema_model.module.", ema)
+    },
+    "lightning ema": lambda ema, raw: under("model.", raw) | under("ema.module.", ema),
+    "model with its ema inside": lambda ema, raw: raw | under("ema.", ema),
+    "lightning": lambda ema, raw: {
+        "epoch": 3, "state_dict": under("model._orig_mod.", ema), "callbacks": {"x": {"best": BESIDE}},
+        "optimizer_states": [{"state": {}}], "lr_schedulers": {"a": BESIDE},
+    },
+    "training": lambda ema, raw: {
+        "model": {"module": raw}, "ema": under("module.", ema), "opt": {"state": {0: {"exp_avg": BESIDE}}}
+    },
+    "model alone": lambda ema, _: {"model": ema, "opt": {"lr": 1.0}, "steps": 3},
+    "with its VAE": lambda ema, _: under("model.", ema) | {"vae.decoder.weight": BESIDE, "step": np.array(1)},
+}  # fmt: skip
+SAID = {
+    "averaged": "not of the model, and left out: n_averaged",
+    "ema_pytorch": "the EMA under 'ema_model.' is taken; what is under 'online_model.' is not\n"
+    "not of the model, and left out: initted, step",
+    "lightning ema": "the EMA under 'ema.' is taken; what is under 'model.' is not",
+    "model with its ema inside": "the EMA under 'ema.' is taken; what is under '' is not",
+    "training": "the EMA under 'ema.' is taken; what is under 'model.' is not",
+    "with its VAE": "not of the model, and left out: step, vae.decoder.weight",
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_wrappers_put_before_names_is_no_part_of_them(tmp_path, state, trained, capsys, name):
+    content = WRAPPED[name](state, trained)
+    if all(isinstance(value, np.ndarray) for value in content.values()):
+        path = tmp_path / "x.safetensors"
+        save_file({key: np.ascontiguousarray(value) for key, value in content.items()}, path)
+    else:
+        path = tmp_path / "x.pt"
+        save_torch(path, content)
+    found = read_source(str(path)).state
+    assert found.keys() == state.keys()
+    for key, value in state.items():
+        np.testing.assert_array_equal(found[key], value)
+    assert capsys.readouterr().out == (f"{SAID[name]}\n" if name in SAID else "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ema, _: under("module.foo.", ema), "its tensors are under 'foo.', which no known wrapper writes; save"),
+        (lambda ema, _: {"best": {"weights": ema}}, "its tensors are under 'best.weights.', which no known"),
+        (lambda ema, raw: {"ema_2": raw, "ema": ema}, "2 models, under 'ema_2.' and 'ema.'"),
+        (lambda ema, raw: {"model": raw, "state_dict": ema}, "it holds 2 models, under 'model.' and 'state_dict.'"),
+        (lambda ema, raw: under("module.", raw) | ema, "it has two tensors .*, under different wrappers"),
+        (lambda ema, _: under("net.", ema) | {"other.weight": BESIDE}, "a tensor other.weight beside .* 'net.'"),
+        (lambda ema, _: {"ema": {"blocks.0.x": BESIDE}}, "no tensor x_embedder.proj.weight, .* but ema.blocks.0.x"),
+        (lambda ema, _: {"pos_embed.proj.weight": BESIDE}, "have diffusers' names; give the folder"),
+    ],
+)  # fmt: skip
+def test_what_is_under_other_names_is_refused_by_its_prefix(tmp_path, state, trained, change, message):
+    save_torch(tmp_path / "x.pt", change(state, trained))
+    with pytest.raises(UserError, match=message):
+        read_source(str(tmp_path / "x.pt"))
+
+
+def write_shards(folder, state, stem="model.safetensors"):
+    folder.mkdir(exist_ok=True)
+    weight_map = {}
+    for number, names in enumerate(np.array_split(sorted(state), 2), 1):
+        file = f"{stem.split('.')[0]}-0000{number}-of-00002.{stem.split('.')[1]}"
+        part = {name: np.ascontiguousarray(state[name]) for name in names.tolist()}
+        (save_file if file.endswith("safetensors") else lambda tensors, path: save_torch(path, tensors))(
+            part, folder / file
+        )
+        weight_map |= dict.fromkeys(part, file)
+    (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_shards_are_read_from_their_folder_or_index(convert, tmp_path, state):
+    write_shards(tmp_path / "a", under("module.", state))
+    write_shards(tmp_path / "b", state, "pytorch_model.bin")
+    for place in ("a", "a/model.safetensors.index.json", "b/pytorch_model.bin.index.json"):
+        found = read_source(str(tmp_path / place)).state
+        assert found.keys() == state.keys()
+        assert all(np.array_equal(found[name], value) for name, value in state.items())
+    # Of diffusers.
+    folder = copy_diffusers(tmp_path)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    write_shards(folder / "transformer", load_file(file), file.name)
+    file.unlink()
+    convert("--source", folder, "--vae", VAE, "--out", tmp_path / "run")
+    convert("--source", FILES / "dit_tiny_diffusers", "--vae", VAE, "--out", tmp_path / "whole")
+    trees = [Checkpoints(tmp_path / name).restore_stored(0, "ema_params") for name in ("run", "whole")]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_shards_that_are_not_whole_are_refused_by_name(tmp_path, state):
+    weight_map = write_shards(tmp_path / "a", state)
+    index = tmp_path / "a" / "model.safetensors.index.json"
+    second = max(weight_map.values())
+
+    def refused(content, message):
+        index.write_text(content if isinstance(content, str) else json.dumps({"weight_map": content}))
+        with pytest.raises(UserError, match=message) as error:
+            read_source(str(tmp_path / "a"))
+        assert "\n" not in str(error.value)
+
+    refused(weight_map | {"blocks.9.x": second}, f"its shard {second} has no tensor blocks.9.x")
+    refused("{", "it is no JSON")
+    for content in ({}, [], None, {"a": 3}, {"a": "../x.safetensors"}, {"a": "/x.safetensors"}, {"a": index.name}):
+        refused(content, "has no weight_map to files beside it")
+    (tmp_path / "a" / second).write_bytes(b"x" * 100)
+    refused(weight_map, f"its shard {second}: it is ")
+    (tmp_path / "a" / second).unlink()
+    refused(weight_map, f"its shard {second} is missing \\(1 of 2 are\\)")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -267,6 +408,8 @@ def test_a_run_is_exported_and_comes_back_bit_for_bit(convert, tmp_path):
     convert(*SIT, "--vae", VAE, "--out", tmp_path / "run")
     convert("--load_dir", tmp_path / "run", "--out", tmp_path / "x.safetensors")
     convert("--source", tmp_path / "x.safetensors", "--out", tmp_path / "again")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode  # that of the umask
     trees = [Checkpoints(tmp_path / name).restore_stored(0, "ema_params") for name in ("run", "again")]
     jax.tree.map(np.testing.assert_array_equal, *trees)
     configs = [Checkpoints(tmp_path / name).restore_config(0) for name in ("run", "again")]
@@ -288,6 +431,30 @@ def test_the_parameters_that_the_flag_names_are_exported(convert, golden_run, tm
     monkeypatch.setattr(Checkpoints, "restore_stored", read)
     with pytest.raises(UserError, match=f"reads {item}"):
         convert("--load_dir", golden_run, "--out", tmp_path / "x.safetensors", *words.split())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "vae", "words"),
+    [
+        ({"name": "folder:/home/me/pets"}, "/home/me/vae", "of `folder:pets`|a VAE with sha256 abc"),
+        ({"name": "npz:../secret/a.npz"}, None, "of `npz:a.npz`"),
+        ({"name": "latents:~/secret/lat"}, "secret/../vae", "of `latents:lat`|a VAE with sha256 abc"),
+        ({"name": "imagenet256"}, "stabilityai/sd-vae-ft-ema", "of `imagenet256`|of `stabilityai/sd-vae-ft-ema`"),
+    ],
+)
+def test_a_model_card_names_no_folder_of_this_machine(dataset, vae, words):
+    sizes = {"hidden_size": 8, "depth": 1, "num_heads": 2, "patch_size": 4, "timestep_scale": 1.0}
+    config = {
+        "model": {**sizes, "class_dropout_prob": 0.1},
+        "objective": {"name": "mean_flow"},
+        "dataset": {"image_shape": [8, 8, 3], "latent_shape": [8, 8, 3], "class_names": ["a"], "vae": vae,
+                    "vae_sha256": "abc", **dataset},
+    }  # fmt: skip
+    card = model_card(config, "someone/pets", 10)
+    assert not re.search(r"/home|secret|~", card)
+    assert all(word in card for word in words.split("|"))
+    assert "cfg_scale" not in card  # guidance is part of what MeanFlow learns
+    assert "cfg_scale=2.0" in model_card({**config, "objective": {"name": "flow_matching"}}, "someone/pets", 10)
 
 
 @pytest.mark.parametrize(

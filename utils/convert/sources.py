@@ -1,12 +1,13 @@
 """Where published checkpoints come from: files of PyTorch and safetensors, folders, the Hugging Face hub."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from utils.console import log
 from utils.convert.published import rename_diffusers
 from utils.convert.torch_files import Namespace, read_torch_file
 from utils.errors import UserError
@@ -15,7 +16,22 @@ from utils.external import BadFileError, open_safetensors, parse_json, read_json
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 METADATA_KEY = "jax_flow_matching"  # of a safetensors file that `convert_checkpoint.py --load_dir` wrote: its run
 EXPORTED = "model.safetensors"
+INDEX = ".index.json"  # of shards, behind the name of the file that they would be together
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+DIFFUSERS_WEIGHTS += tuple(f"{name}{INDEX}" for name in DIFFUSERS_WEIGHTS)
+# The tensor by which a model is found, whatever stands before it.
+ROOT, DIFFUSERS_ROOT = "x_embedder.proj.weight", "pos_embed.proj.weight"
+# What wrappers put anywhere into a name: (D)DP and DeepSpeed, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+# Under what training keeps a network; an average of it has "ema" in its name.
+MODELS = {
+    "model", "net", "network", "online_model", "diffusion_model", "transformer", "denoiser", "backbone", "dit", "sit",
+    "state_dict", "model_state_dict", "params", "weights", "checkpoint", "state",
+}  # fmt: skip
+# What may stand beside a network: counters of averages, and other networks of a training.
+COUNTERS = {"n_averaged", "step", "initted", "decay", "num_updates", "update_counter", "global_step"}
+OTHER_PARTS = {"vae", "first_stage_model", "cond_stage_model", "text_encoder", "loss", "lpips", "discriminator"}
+MAX_NESTING = 8
 # The noise schedule that a published DiT has been trained with.
 SCHEDULE = {
     "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000,
@@ -54,7 +70,8 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
     """The folder, in the hub's cache, of what `_read_folder` reads of a repository. UserError where it is not there."""
     import huggingface_hub as hub
 
-    wanted = ["config.json", EXPORTED, "model_index.json", "scheduler/*.json", "transformer/*"]
+    wanted = ["config.json", EXPORTED, f"{EXPORTED}{INDEX}", "model-*-of-*.safetensors", "diffusion_pytorch_model*"]
+    wanted += ["model_index.json", "scheduler/*.json", "transformer/*"]
     try:
         return Path(hub.snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
@@ -66,11 +83,12 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
 
 
 def _read_folder(folder: Path) -> PublishedSource:
-    if (folder / EXPORTED).is_file():
-        return _read_file(folder / EXPORTED)
+    for name in (EXPORTED, f"{EXPORTED}{INDEX}"):
+        if (folder / name).is_file():
+            return _read_file(folder / name)
     transformer = next((place for place in (folder / "transformer", folder) if _find_weights(place)), None)
     if transformer is None:
-        names = f"{EXPORTED}, {' or '.join(DIFFUSERS_WEIGHTS)}, here or in a folder transformer"
+        names = f"{EXPORTED} or {' or '.join(DIFFUSERS_WEIGHTS[:2])}, here or in a folder transformer, or their {INDEX}"
         raise BadFileError(f"the folder holds no weights ({names})")
     config = read_json(transformer / "config.json")
     _check_schedule(transformer.parent / "scheduler" / "scheduler_config.json")
@@ -79,7 +97,8 @@ def _read_folder(folder: Path) -> PublishedSource:
     heads, head_dim, patch, side = (
         _positive(config, key) for key in ("num_attention_heads", "attention_head_dim", "patch_size", "sample_size")
     )
-    state = rename_diffusers(_read_tensors(transformer / weights), side, heads * head_dim, patch)
+    tensors = _find_model(_read_tensors(transformer / weights), DIFFUSERS_ROOT)
+    state = rename_diffusers(tensors, side, heads * head_dim, patch)
     return PublishedSource(
         state,
         family="dit",
@@ -122,20 +141,132 @@ def _read_file(path: Path) -> PublishedSource:
     run = _read_metadata(path)
     content = _read_tensors(path)
     family = None
-    if any(isinstance(value, Mapping) for value in content.values()):  # of a training run
-        arguments = content.get("args")
-        if isinstance(arguments, Namespace) and hasattr(arguments, "path_type"):
-            family = "sit"  # DiT's training has no choice of paths
-            _check_transport(arguments)
-        content = next((content[key] for key in ("ema", "model") if isinstance(content.get(key), Mapping)), {})
-    state = {re.sub(r"^(module|_orig_mod)\.", "", str(name)): value for name, value in content.items()}
-    state = {re.sub(r"^_orig_mod\.", "", name): value for name, value in state.items()}
-    others = [name for name, value in state.items() if not isinstance(value, np.ndarray)]
-    if others or not state:
-        raise BadFileError(f"it holds no tensors of a model ({others[0][:50] if others else 'neither ema nor model'})")
+    arguments = content.get("args")  # of a training run
+    if isinstance(arguments, Namespace) and hasattr(arguments, "path_type"):
+        family = "sit"  # DiT's training has no choice of paths
+        _check_transport(arguments)
+    state = _find_model(content, ROOT)
     if run is not None:
         return PublishedSource(state, run=run)
     return PublishedSource(state, family=family)
+
+
+class _Model(NamedTuple):
+    """Tensors under one prefix of a file."""
+
+    prefix: str
+    tensors: dict[str, np.ndarray]
+    others: dict[str, Any]  # what stands beside them in the same dictionary
+
+    @property
+    def is_ema(self) -> bool:
+        return any(_is_ema(part) for part in self.prefix.split("."))
+
+    @property
+    def is_known(self) -> bool:
+        return all(part in MODELS or _is_ema(part) for part in self.prefix.split(".")[:-1])
+
+
+def _is_ema(part: str) -> bool:
+    return "ema" in part.lower().split("_")
+
+
+def _find_model(content: Mapping[str, Any], root: str) -> dict[str, np.ndarray]:
+    """The tensors of the model in a file, of several the EMA, without what wrappers and training scripts put before
+    their names, in any order and nesting. `root` is a tensor that every such model has.
+
+    BadFileError for a prefix that is not known, for several models of which none is the EMA, and for a tensor beside a
+    model that is not known to stand there.
+    """
+    models = [model for path, mapping in _walk(content, (), set()) for model in _models_in(path, mapping, root)]
+    if not models:
+        return _tensors_without_root(content, root)
+    known = [model for model in models if model.is_known]
+    if not known:
+        raise BadFileError(
+            f"its tensors are under {models[0].prefix!r}, which no known wrapper writes; save the state_dict of the "
+            "network itself"
+        )
+    chosen = [model for model in known if model.is_ema] or known
+    if len(chosen) > 1:
+        prefixes = " and ".join(repr(model.prefix) for model in chosen[:2])
+        raise BadFileError(f"it holds {len(chosen)} models, under {prefixes}; save the one that is meant alone")
+    (model,) = chosen
+    left = [repr(other.prefix) for other in models if other is not model]
+    if left:
+        what = "the EMA" if model.is_ema else "what is"
+        log(f"{what} under {model.prefix!r} is taken; what is under {', '.join(left)} is not")
+    surplus = sorted(name for name in model.others if not _is_known_beside(name))
+    if surplus:
+        raise BadFileError(
+            f"it has a tensor {surplus[0]} beside those under {model.prefix!r} that no such model has "
+            f"({len(surplus)} are left over)"
+        )
+    if model.others:
+        log(f"not of the model, and left out: {', '.join(sorted(model.others)[:3])}{', ...' * (len(model.others) > 3)}")
+    return model.tensors
+
+
+def _walk(content: Mapping, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
+    """(keys that lead there, dictionary) of all dictionaries within `content`, each once."""
+    if id(content) in seen or len(path) > MAX_NESTING:
+        return
+    seen.add(id(content))
+    yield path, content
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, (*path, str(key)), seen)
+
+
+def _models_in(path: tuple[str, ...], mapping: Mapping, root: str) -> list[_Model]:
+    """The models of which a dictionary of tensors has the `root`."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, value in mapping.items():
+        if isinstance(value, np.ndarray):
+            short = _without_wrappers(str(name).split("."))
+            if short in tensors:
+                raise BadFileError(f"it has two tensors {short}, under different wrappers; save one of the two models")
+            tensors[short] = value
+    prefixes = [name.removesuffix(root) for name in tensors if name == root or name.endswith(f".{root}")]
+    # Each tensor belongs to the longest prefix that it has.
+    groups: dict[str | None, dict[str, np.ndarray]] = {prefix: {} for prefix in (*prefixes, None)}
+    for name, value in tensors.items():
+        is_beside = "" in prefixes and _is_known_beside(name)
+        fitting = [prefix for prefix in prefixes if name.startswith(prefix) and not (is_beside and prefix == "")]
+        prefix = max(fitting, key=len, default=None)
+        groups[prefix][name.removeprefix(prefix or "")] = value
+    before = "".join(f"{part}." for part in path if part not in WRAPPERS)
+    return [_Model(f"{before}{prefix}", groups[prefix], groups[None]) for prefix in prefixes]
+
+
+def _without_wrappers(parts: list[str]) -> str:
+    return ".".join(part for part in parts if part not in WRAPPERS)
+
+
+def _is_known_beside(name: str) -> bool:
+    parts = name.split(".")
+    return parts[-1] in COUNTERS or any(part in OTHER_PARTS for part in parts[:2])
+
+
+def _tensors_without_root(content: Mapping[str, Any], root: str) -> dict[str, np.ndarray]:
+    """The tensors of a file without `root`, of which the import names what is missing; BadFileError where the file
+    holds none, or has them elsewhere."""
+    found = [
+        (".".join((*path, str(name))), value)
+        for path, mapping in _walk(content, (), set())
+        for name, value in mapping.items()
+        if isinstance(value, np.ndarray)
+    ]
+    if not found:
+        others = [name for name, value in content.items() if not isinstance(value, Mapping)]
+        raise BadFileError(
+            f"it holds no tensors of a model ({str(others[0])[:50] if others else 'neither ema nor model'})"
+        )
+    if root == ROOT and any(name.endswith(DIFFUSERS_ROOT) for name, _ in found):
+        raise BadFileError("its tensors have diffusers' names; give the folder that it is in, with config.json")
+    if not any(isinstance(value, np.ndarray) for value in content.values()):
+        raise BadFileError(f"it has no tensor {root}, which every model of these families has, but {found[0][0][:100]}")
+    return {str(name): value for name, value in content.items() if isinstance(value, np.ndarray)}
 
 
 def _check_transport(arguments: Any) -> None:
@@ -146,7 +277,9 @@ def _check_transport(arguments: Any) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
-    """What a file holds, by its first bytes, whatever its name is."""
+    """What a file holds, by its first bytes, whatever its name is; of an index, what its shards hold."""
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     start = read_start(path, 9)
     if not start:
         raise BadFileError("it is empty")
@@ -156,6 +289,35 @@ def _read_tensors(path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise BadFileError(f"it holds {type(content).__name__.strip('_')}, not the tensors of a model by name")
     return dict(content)
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    """The tensors of all the files that an index names, which are beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
+        raise BadFileError(f"{index.name} has no weight_map to files beside it")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing:
+        raise BadFileError(
+            f"its shard {missing[0]} is missing ({len(missing)} of {len(shards)} are): all belong beside {index.name}"
+        )
+    tensors = {}
+    for shard in shards:
+        try:
+            content = _read_tensors(index.parent / shard)
+        except BadFileError as error:
+            raise BadFileError(f"its shard {shard}: {error}") from None
+        for name in (name for name, place in weight_map.items() if place == shard):
+            if name not in content:
+                raise BadFileError(f"its shard {shard} has no tensor {name[:100]}, which {index.name} says it has")
+            tensors[name] = content[name]
+    return tensors
+
+
+def _is_shard(name: Any) -> bool:
+    """Whether this can be the name of a file beside an index."""
+    return isinstance(name, str) and bool(re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin|pt)", name))
 
 
 def _read_metadata(path: Path) -> dict[str, Any] | None:
