@@ -18,7 +18,8 @@ from utils.sharding import make_mesh, replicated, shape_structs, state_sharding
 from utils.train_state import apply_gradients, create_train_state, make_optimizer
 
 METADATA = {"image_shape": [8, 8, 1], "class_names": ["a"]}
-OLD_CONFIG = {"model": dict.fromkeys(checkpoint.MODEL_SETTINGS, 2), "dataset_name": "digits", "dataset": METADATA}
+SETTINGS = DiTConfig(network="another").__dict__ | {"use_stable_vae": 0, "t_sampler": "uniform"}
+OLD_CONFIG = {"model": SETTINGS, "dataset_name": "digits", "dataset": METADATA}
 CONFIG = {
     **OLD_CONFIG,
     "objective": {"name": "flow_matching"},
@@ -211,11 +212,69 @@ def test_a_checkpoint_of_another_model_is_not_called_damaged(tmp_path, state):
 
 def test_a_configuration_that_lacks_a_setting_is_damaged(tmp_path, state):
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    model = {name: 2 for name in checkpoint.MODEL_SETTINGS if name != "num_heads"}
+    model = {name: value for name, value in SETTINGS.items() if name != "num_heads"}
     checkpoints.save(state, {**CONFIG, "model": model}, None)
     checkpoints.wait()
     with pytest.raises(checkpoint.DamagedCheckpointError, match="its configuration has no num_heads"):
         checkpoints.restore_config(1)
+
+
+def make_state():
+    """As a model's: with JAX_ENABLE_X64=1, of float64."""
+    params = {"kernel": jnp.arange(64.0).reshape(8, 8), "table": jnp.ones(8, jnp.float32)}
+    state = create_train_state(params, OPTIMIZER, jax.random.key(7))
+    return jax.device_put(state, state_sharding(state, make_mesh(), "dp"))
+
+
+@pytest.fixture
+def set_jax():
+    defaults = dict(jax.config.values)
+    changed = set()
+
+    def update(name, value):
+        changed.add(name)
+        jax.config.update(name, value)
+
+    yield update
+    for name in changed:
+        jax.config.update(name, defaults[name])
+
+
+@pytest.mark.parametrize("was_x64", [False, True])
+def test_another_x64_is_no_damage_and_is_named(tmp_path, set_jax, was_x64):
+    set_jax("jax_enable_x64", was_x64)
+    saved = make_state()
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(saved, CONFIG, None)
+    checkpoints.close()
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    sharding = replicated(make_mesh())
+    assert_equal(checkpoints.restore(0, shape_structs(saved, sharding))[0], saved)
+    set_jax("jax_enable_x64", not was_x64)
+    target = shape_structs(jax.eval_shape(make_state), sharding)
+    refusal = f"was saved {'with' if was_x64 else 'without'} JAX_ENABLE_X64=1: {'' if was_x64 else 'un'}set it"
+    reads = [lambda: checkpoints.restore(0, target)]
+    others = [
+        lambda: checkpoints.restore_params(0, target.params, ("ema_params",))[0],
+        lambda: checkpoints.restore_stored(0, "ema_params"),
+    ]
+    for read in reads + others * was_x64:
+        with pytest.raises(UserError, match=refusal) as error:
+            read()
+        assert not isinstance(error.value, checkpoint.DamagedCheckpointError)
+    for read in [] if was_x64 else others:  # parameters alone may have other types than new ones
+        jax.tree.map(np.testing.assert_array_equal, read(), saved.ema_params)
+    assert checkpoints.restore_config(0) == CONFIG
+
+
+def test_another_kind_of_random_key_is_no_damage_and_is_named(tmp_path, set_jax):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(make_state(), CONFIG, None)
+    checkpoints.wait()
+    set_jax("jax_default_prng_impl", "rbg")
+    target = shape_structs(jax.eval_shape(make_state), replicated(make_mesh()))
+    with pytest.raises(UserError, match="another kind than JAX_DEFAULT_PRNG_IMPL=rbg makes; set that variable as"):
+        checkpoints.restore(0, target)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ValueError("x [OS error 5: Input/output error]"), OSError(24, "x")])

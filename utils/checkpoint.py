@@ -7,7 +7,6 @@ of these, which are compared on reading. Older checkpoints have no checksums. An
 """
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -32,22 +31,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, UInt32
 
-from diffusion_transformer import DiTConfig
 from utils.console import log
 from utils.errors import UserError
+from utils.external import BadFileError
 from utils.files import refuse_url, set_aside
 from utils.lora import KEY as LORA
-from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
+from utils.saved_config import check_parameters, read_config
 from utils.train_state import TrainState
-
-# Settings without which a model cannot be made.
-MODEL_SETTINGS = (*(field.name for field in dataclasses.fields(DiTConfig)), "use_stable_vae", "t_sampler")
-
-# Those that older runs did not save, and had the default of.
-ADDED_SETTINGS = (
-    "network", "timestep_scale", "step_conditioning", "learned_positions", "learn_sigma", "norm", "mlp", "rope",
-    "qk_norm",
-)  # fmt: skip
 
 # --load_dir of a run on the hub, and where that is kept.
 HUB_PREFIX = "hf:"
@@ -253,21 +243,13 @@ class Checkpoints:
 
     def restore_config(self, step: int) -> dict[str, Any]:
         """The configuration kept with `step`. DamagedCheckpointError where it cannot be read."""
-        config, path = self._read(step, {}, ("config",))["config"], self.folder / str(step)
-        with _readable(path):
-            # What older runs did not save.
-            absent = {"name": config["dataset_name"], "vae": None, "vae_sha256": None, "latent_shape": None}
-            config |= {"dataset": absent | config["dataset"]}
-            config.setdefault("objective", {"name": "flow_matching"})
-            t_sampler = config["model"].get("t_sampler")
-            if t_sampler in LEGACY_T_SAMPLERS:
-                config["model"]["t_sampler"] = LEGACY_T_SAMPLERS[t_sampler]
-            for name in ADDED_SETTINGS:
-                config["model"].setdefault(name, getattr(DiTConfig, name))
-            missing = [name for name in MODEL_SETTINGS if name not in config["model"]]
-            missing += [name for name in ("image_shape", "class_names") if name not in config["dataset"]]
-        if missing:
-            raise DamagedCheckpointError(f"checkpoint {path} is damaged: its configuration has no {missing[0]}")
+        path, sums = self.folder / str(step), self._read_checksums(step)
+        try:
+            config = read_config(self._read(step, {}, ("config",))["config"])
+            if sums is not None:  # which the oldest checkpoints have not
+                check_parameters(config, {leaf: tuple(shape) for leaf, (_, *shape) in sums["ema_params"].items()})
+        except BadFileError as error:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {error}") from None
         return config
 
     def restore_params(self, step: int, target: PyTree, names: tuple[str, ...]) -> list[PyTree]:
@@ -278,7 +260,8 @@ class Checkpoints:
         """
         stored = {name: "ema_params" if self.is_imported(step) else name for name in names}
         self._check_shapes(step, target, stored[names[0]])
-        items = self._read(step, dict.fromkeys(stored.values(), target), ())
+        targets = {name: self._with_stored_types(step, name, target) for name in stored.values()}
+        items = self._read(step, targets, ())
         return [items[stored[name]] for name in names]
 
     def restore_stored(self, step: int, name: str, sharding: Any = None) -> PyTree:
@@ -290,12 +273,16 @@ class Checkpoints:
         name = "ema_params" if self.is_imported(step) else name
         return self._read(step, {name: self.stored_shapes(step, name, sharding)}, ())[name]
 
-    def stored_shapes(self, step: int, name: str, sharding: Any = None) -> PyTree:
-        """The shapes of an item of `step`, to be restored on this device or as `sharding` places them."""
+    def _metadata(self, step: int, name: str) -> PyTree:
+        """The shapes and types of an item of `step`, as they were when it was saved."""
         path = self.folder / str(step)
         with _readable(path):
             metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
-            tree = metadata.item_metadata.tree
+            return metadata.item_metadata.tree
+
+    def stored_shapes(self, step: int, name: str, sharding: Any = None) -> PyTree:
+        """The shapes of an item of `step`, to be restored on this device or as `sharding` places them."""
+        tree = self._metadata(step, name)
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
@@ -342,6 +329,7 @@ class Checkpoints:
         """The items of `step`, each compared with its checksum."""
         path = self.folder / str(step)
         expected = self._read_checksums(step)
+        self._check_types(step, targets)
         with _readable(path):
             items = self.manager.restore(
                 step,
@@ -356,6 +344,38 @@ class Checkpoints:
         if wrong:
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: {wrong[0]} is not what was written")
         return dict(items.items())
+
+    def _with_stored_types(self, step: int, name: str, target: PyTree) -> PyTree:
+        """`target` with the types of an item of `step`: with JAX_ENABLE_X64=1 a model would have others."""
+        types = {
+            jax.tree_util.keystr(path): leaf.dtype
+            for path, leaf in jax.tree_util.tree_leaves_with_path(self._metadata(step, name))
+        }
+
+        def with_type(path, leaf):
+            dtype = types.get(jax.tree_util.keystr(path), leaf.dtype)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+        return jax.tree_util.tree_map_with_path(with_type, target)
+
+    def _check_types(self, step: int, targets: Mapping[str, PyTree]) -> None:
+        """UserError, naming the environment variable, where arrays were saved under another setting of JAX than the one
+        under which they would be read."""
+        path = self.folder / str(step)
+        for name, target in targets.items():
+            tree = self._metadata(step, name)
+            was_x64, is_x64 = (
+                any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(item)) for item in (tree, target)
+            )
+            if was_x64 != is_x64:
+                what, fix = ("with", "set it") if was_x64 else ("without", "unset it")
+                raise UserError(f"checkpoint {path} was saved {what} JAX_ENABLE_X64=1: {fix} to read it")
+            if name == "optimizer" and tuple(tree["key_data"].shape) != target["key_data"].shape:
+                implementation = str(jax.config.values["jax_default_prng_impl"])
+                raise UserError(
+                    f"checkpoint {path} has a random key of another kind than JAX_DEFAULT_PRNG_IMPL={implementation} "
+                    "makes; set that variable as it was, or unset it"
+                )
 
     def _read_checksums(self, step: int) -> dict[str, Any] | None:
         """The item of that name; None in older checkpoints."""
@@ -462,6 +482,10 @@ def _array_items(state: TrainState) -> dict[str, PyTree]:
         key_data = jax.random.key_data(state.key)
     optimizer = {"step": state.step, "opt_state": state.opt_state, "key_data": key_data}
     return {"params": state.params, "ema_params": state.ema_params, "optimizer": optimizer}
+
+
+def _has_float64(tree: PyTree) -> bool:
+    return any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(tree))
 
 
 # What the system says that is no verdict on a file's content.

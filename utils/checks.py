@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from diffusion_transformer import DiTConfig
 from utils.errors import UserError
 from utils.memory import total_memory
 
@@ -14,15 +15,18 @@ from utils.memory import total_memory
 def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
     """Raises UserError where no model of this configuration can be trained on latents (h, w, c)."""
     if model.get("network", "dit") == "dit":
-        _check_dit(model, latent_shape)
-    if model.cfg_scale < 0 and model.cfg_scale != -1:
-        raise UserError(f"--model.cfg_scale={model.cfg_scale}: use a scale of 0 or more, or -1 for no guidance")
+        check_sizes(model, latent_shape)
+        _check_memory(model, latent_shape)
+    scale = model.get("cfg_scale", 1.0)  # an imported model has none
+    if scale < 0 and scale != -1:
+        raise UserError(f"--model.cfg_scale={scale}: use a scale of 0 or more, or -1 for no guidance")
     for beta in ("beta1", "beta2"):
-        if model[beta] >= 1:
+        if model.get(beta, 0.0) >= 1:
             raise UserError(f"--model.{beta}={model[beta]} must be below 1; use 0.99, for example")
 
 
-def _check_dit(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
+def check_sizes(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
+    """Raises UserError where the sizes of a DiT for latents (h, w, c) do not fit each other."""
     height, width, _ = latent_shape
     patch = model.patch_size
     if height % patch or width % patch:
@@ -41,8 +45,17 @@ def _check_dit(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
             f"--model.hidden_size={model.hidden_size} must be a multiple of 4 (sines and cosines of two axes); "
             f"use {-(-model.hidden_size // 4) * 4}"
         )
-    if int(model.mlp_ratio * model.hidden_size) < 1:
+    head_dim = model.hidden_size // model.num_heads
+    if model.rope and head_dim % 4:
+        raise UserError(
+            f"--model.rope=1: the width of a head, {head_dim}, must be a multiple of 4 (sines and cosines of two "
+            f"axes); use another --model.num_heads than {model.num_heads}, or --model.rope 0"
+        )
+    if DiTConfig.from_mapping(model).mlp_width < 1:
         raise UserError(f"--model.mlp_ratio={model.mlp_ratio} leaves the MLP no width; use 4, for example")
+
+
+def _check_memory(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
     num_params, limit = count_parameters(model, latent_shape), total_memory()
     if 16 * num_params > limit:  # float32 parameters, EMA and two moments
         raise UserError(

@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.external import BadFileError, read_json
 from utils.lora import KEY as LORA
 from utils.lora import merge_lora
+from utils.saved_config import read_config
 
 LABELS = ("label_embed", "Embed_0", "embedding")
 POSITIONS = ("pos_embed",)
@@ -70,11 +71,10 @@ def _to_host(x: jax.Array) -> np.ndarray:
 def read_started_from(folder: Path) -> dict[str, Any] | None:
     """The configuration of the run in `folder`, if that started from another one."""
     try:
-        config = read_json(folder / "config.json")
+        config = read_config(read_json(folder / "config.json"))
     except BadFileError:
         return None
-    is_whole = all(isinstance(config.get(group), dict) for group in ("model", "objective", "dataset"))
-    return config if is_whole and config.get("load_dir") else None
+    return config if config.get("load_dir") else None
 
 
 class Adapted(NamedTuple):
@@ -123,7 +123,8 @@ def adapt_params(
     if made_new:
         others = f" and {len(made_new) - MAX_LISTED} more" if len(made_new) > MAX_LISTED else ""
         remarks.append(f"made new: {', '.join(made_new[:MAX_LISTED])}{others}")
-    return Adapted(unflatten_dict(adapted), [taken, *remarks], tuple(made_new))
+    typed = {path: np.asarray(value, np.asarray(target[path]).dtype) for path, value in adapted.items()}
+    return Adapted(unflatten_dict(typed), [taken, *remarks], tuple(made_new))
 
 
 def _adapt_labels(

@@ -134,6 +134,10 @@ def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, i
     height, width, channels = latent_shape
     pos_embed = _take(state, "pos_embed", 3)
     del state["pos_embed"]
+    # Sizes from anywhere, which are those of the file from here on.
+    p, d = config.patch_size, config.hidden_size
+    _check_shape("pos_embed", pos_embed, (1, height * width // p**2, d))
+    _check_shape("x_embedder.proj.weight", _take(state, "x_embedder.proj.weight", 4), (d, channels, p, p))
     if config.rope:
         _drop_rope_table(state, config, height * width // config.patch_size**2)
     table = tensor_table(config)
@@ -142,10 +146,16 @@ def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, i
     outputs = channels * (2 if config.learn_sigma else 1)
     flat = {}
     for tensor in table:
-        value = tensor.load(_to_float32(tensor.name, state[tensor.name]))
+        value = _to_float32(tensor.name, state[tensor.name])
+        ndim = {"kernel": 4 if tensor.path[0] == "patch_embed" else 2, "embedding": 2}.get(tensor.path[-1], 1)
+        if value.ndim != ndim:
+            raise BadFileError(f"its tensor {tensor.name} has the shape {value.shape}")
+        value = tensor.load(value)
         if tensor.path[:2] == ("final_layer", "dense"):
             # Outputs are (row, column, channel) of a patch; a half that nothing uses is left out.
-            value = value.reshape(*value.shape[:-1], config.patch_size**2, -1)[..., :outputs]
+            if value.shape[-1] % p**2:
+                raise BadFileError(f"its tensor {tensor.name} has the shape {state[tensor.name].shape}")
+            value = value.reshape(*value.shape[:-1], p**2, -1)[..., :outputs]
             value = value.reshape(*value.shape[:-2], -1)
         if tensor.path[0] == "label_embed" and len(value) == config.num_classes:
             value = np.concatenate([value, np.zeros_like(value[:1])])  # "no label", which it was trained without
@@ -222,19 +232,24 @@ def _grid_of(state: State) -> tuple[int, int]:
 
 def _has_moved(state: State, rows: int, columns: int, width: int) -> bool:
     """Whether the position table is another than the constant one."""
-    table, expected = state["pos_embed"], position_table(rows, columns, width)
-    if table.shape != (1, *expected.shape):
-        raise BadFileError(f"its tensor pos_embed has the shape {table.shape}, not {(1, *expected.shape)}")
-    return bool(np.abs(np.asarray(table[0], np.float32) - expected).max() >= TABLE_TOLERANCE)
+    table = state["pos_embed"]
+    if width % 4:
+        raise BadFileError(f"its tensors are {width} wide, which is no multiple of 4 (sines and cosines of two axes)")
+    _check_shape("pos_embed", table, (1, rows * columns, width))
+    return bool(
+        np.abs(np.asarray(table[0], np.float32) - position_table(rows, columns, width)).max() >= TABLE_TOLERANCE
+    )
 
 
 def _choose_heads(state: State, hidden_size: int, num_heads: int | None) -> int:
     if "blocks.0.attn.q_norm.weight" in state:  # as wide as a head
-        found = hidden_size // len(state["blocks.0.attn.q_norm.weight"])
+        found = hidden_size // _take(state, "blocks.0.attn.q_norm.weight", 1).size
     elif "feat_rope.freqs_cos" in state:
-        found = hidden_size // state["feat_rope.freqs_cos"].shape[-1]
+        found = hidden_size // _take(state, "feat_rope.freqs_cos", 2).shape[1]
     else:
         found = HEADS.get(hidden_size)
+    if found == 0:
+        raise BadFileError(f"its heads are wider than its width {hidden_size}")
     heads = num_heads or found
     if heads is None:
         raise BadFileError(f"no published model is {hidden_size} wide: give the number of heads with --num_heads")
@@ -271,6 +286,11 @@ def _check_names(state: State, expected: list[str]) -> None:
         raise BadFileError(f"it has a tensor {surplus[0]} that no such model has ({len(surplus)} are left over)")
 
 
+def _check_shape(name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
+    if value.shape != expected:
+        raise BadFileError(f"its tensor {name} has the shape {value.shape}, not {expected}")
+
+
 def _check_shapes(flat: Mapping[tuple[str, ...], np.ndarray], config: DiTConfig, latent_shape: tuple) -> None:
     arguments = (jnp.zeros((1, *latent_shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     shapes = flatten_dict(jax.eval_shape(DiT(config).init, jax.random.key(0), *arguments)["params"])
@@ -302,7 +322,7 @@ def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int,
         table = position_table(height // p, width // p, config.hidden_size)[None]
     state = {"pos_embed": np.asarray(table, np.float32)}
     for tensor in tensor_table(config):
-        value = np.asarray(flat.pop(tensor.path))
+        value = np.asarray(flat.pop(tensor.path), np.float32)  # of a run with JAX_ENABLE_X64=1, float64
         if tensor.path[0] == "label_embed" and config.class_dropout_prob == 0:
             value = value[: config.num_classes]
         state[tensor.name] = np.ascontiguousarray(tensor.store(value))

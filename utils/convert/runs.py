@@ -29,8 +29,7 @@ from utils.files import FolderLock, atomic_write, write_json, write_text
 from utils.lora import merge_lora
 from utils.objectives.objective import has_guidance
 from utils.objectives.registry import OBJECTIVES
-
-VAE_FACTOR = 8  # of Stable Diffusion's: image side over latent side
+from utils.saved_config import VAE_FACTOR, find_latent_shape, read_config
 
 
 def import_run(
@@ -56,14 +55,16 @@ def import_run(
         if source.run is not None:
             config = _exported_config(source.run)
             architecture = DiTConfig.from_mapping(config["model"])
-            latent_shape = tuple(config["dataset"]["latent_shape"])
+            latent_shape = find_latent_shape(config)
         else:
             family = _choose_family(source, family)
             names = class_names or source.class_names
             num_classes = len(names) if names else source.num_classes
             heads = num_heads or source.num_heads
             architecture, latent_shape = find_config(source.state, family, heads, num_classes)
-            config = _new_config(source_name, source, family, architecture, latent_shape, model, names, vae)
+            config = read_config(
+                _new_config(source_name, source, family, architecture, latent_shape, model, names, vae)
+            )
         params = import_published(source.state, architecture, latent_shape)
     except BadFileError as error:
         raise UserError(f"--source={source_name}: {error}") from None
@@ -88,16 +89,15 @@ def _choose_family(source: PublishedSource, family: str | None) -> str:
 
 
 def _exported_config(run: dict[str, Any]) -> dict[str, Any]:
-    """The configuration in an exported file, which may be of anyone. BadFileError where it lacks what a run needs."""
-    data = run["dataset"]
-    lists = [data.get(key) for key in ("image_shape", "latent_shape", "class_names")]
-    fields = {name: type(value) for name, value in DiTConfig().__dict__.items()}
-    model = run["model"]
-    wrong = [name for name, kind in fields.items() if name in model and not isinstance(model[name], (kind, int))]
-    is_whole = all(isinstance(value, list) for value in lists) and isinstance(run.get("objective"), dict)
-    if not is_whole or wrong or len(data["latent_shape"]) != 3:
-        raise BadFileError(f"its metadata {METADATA_KEY} are no configuration of a run")
-    return run
+    """The configuration in an exported file, which may be of anyone. BadFileError where it cannot be that of a run."""
+    try:
+        config = read_config(run)
+    except BadFileError as error:
+        raise BadFileError(f"its metadata {METADATA_KEY} are no configuration of a run: {error}") from None
+    network = config["model"]["network"]
+    if network != "dit":
+        raise BadFileError(f"its metadata {METADATA_KEY} name the network {network!r}; only dit is exported")
+    return config
 
 
 def _new_config(
@@ -200,18 +200,6 @@ def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mappi
     metadata = {"format": "pt", METADATA_KEY: json.dumps(config)}
     with atomic_write(path) as temporary:
         save_file(dict(state), temporary, metadata=metadata)
-
-
-def find_latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Of the configuration saved with a run. Runs of before it was recorded had a VAE of factor 8 and 4 channels."""
-    data = config["dataset"]
-    if data.get("latent_shape"):
-        height, width, channels = data["latent_shape"]
-    else:
-        height, width, channels = data["image_shape"]
-        if config["model"]["use_stable_vae"]:
-            height, width, channels = height // VAE_FACTOR, width // VAE_FACTOR, 4
-    return height, width, channels
 
 
 def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
