@@ -79,4 +79,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    cli.run_program(define_flags, main, needs_devices=False)

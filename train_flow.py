@@ -34,6 +34,7 @@ from utils.data.dataset import SPLITS, describe_data, summarize_data
 from utils.data.fingerprint import write_listing
 from utils.data.registry import load_dataset
 from utils.divergence import SkippedUpdates, check_finite
+from utils.environment import find_devices, jax_settings
 from utils.errors import DataError, UserError
 from utils.files import FolderLock, remove_temporaries, write_json
 from utils.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
@@ -168,7 +169,7 @@ class Trainer:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.mesh = make_mesh(choose_num_shards(config.sharding, config.num_shards, jax.devices()))
+        self.mesh = make_mesh(choose_num_shards(config.sharding, config.num_shards, find_devices()))
         if config.plan:
             of_source = ("load_dir", "freeze", "lora_rank")
             cli.refuse_ignored(of_source, "with --plan, which is of a whole network from scratch")
@@ -270,7 +271,7 @@ class Trainer:
         recorded = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
         recorded["latent_shape"] = list(self.model.latent_shape)
         data = describe_data(self.datasets) | recorded
-        self.saved_config = {**config.to_dict(), "dataset": data, "load_dir": self.started_from}
+        self.saved_config = {**config.to_dict(), "dataset": data, "load_dir": self.started_from, "jax": jax_settings()}
 
     def _load_reference(self) -> None:
         config = self.config

@@ -30,9 +30,9 @@ def make_images(folder, names=("cat", "dog"), count=6) -> None:
             Image.fromarray(noise(10 * number + i, 16, 16, 3)).save(folder / name / f"{i}.png")
 
 
-def train(run_dir, data, *args, check=True, max_steps=4):
+def train(run_dir, data, *args, check=True, max_steps=4, env=None):
     words = [*SMALL, "--dataset_name", f"folder:{data}", "--save_dir", run_dir, "--max_steps", max_steps, *args]
-    return run_program("train_flow.py", *words, check=check)
+    return run_program("train_flow.py", *words, check=check, env=env)
 
 
 def refused(done) -> str:
@@ -96,12 +96,16 @@ def test_changed_settings_are_said_and_another_objective_is_refused(run_dir, dat
     error = refused(train(run_dir, data, "--model.t_sampler", "uniform", check=False))
     assert "holds a run with --model.t_sampler=logit_normal, not uniform" in error
     assert "holds a run already" in refused(train(run_dir, data, "--load_dir", "no/such/run", check=False))
-    done = train(run_dir, data, "--model.lr", 0.01, "--model.target_update_rate", 0.99, max_steps=5)
+    error = refused(train(run_dir, data, env={"JAX_ENABLE_X64": "true"}, check=False))
+    assert "was saved without JAX_ENABLE_X64=1: unset it to read it" in error
+    words = ["--model.lr", 0.01, "--model.target_update_rate", 0.99]
+    done = train(run_dir, data, *words, max_steps=5, env={"JAX_RANDOM_SEED_OFFSET": "3"})
     said = [line for line in done.stdout.splitlines() if line.startswith("since step 4")]
     assert said == [
         "since step 4: --max_steps=5, was 4",
         "since step 4: --model.lr=0.01, was 0.0001",
         "since step 4: --model.target_update_rate=0.99, was 0.9999",
+        "since step 4: JAX_RANDOM_SEED_OFFSET=3, was 0: the numbers are others from here on",
     ]
     starts = sorted((run_dir / "configs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert [json.loads(path.read_text())["model"]["lr"] for path in starts] == [0.0001, 0.01]

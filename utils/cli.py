@@ -26,6 +26,7 @@ from utils.codecs.registry import DEFAULT_HUB_ID
 from utils.console import finish_output, log
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
+from utils.environment import check_jax_settings, find_devices
 from utils.errors import UserError
 from utils.files import refuse_url
 from utils.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
@@ -298,16 +299,27 @@ def use_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
-def run_program(define_flags: Callable[[], None], main: Callable[[ConfigDict], None]) -> None:
-    """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1."""
+def run_program(
+    define_flags: Callable[[], None], main: Callable[[ConfigDict], None], *, needs_devices: bool = True
+) -> None:
+    """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1, and so does, if
+    it `needs_devices`, an environment in which JAX has none."""
+
     if main.__module__ == "__main__":
         use_utf8()
+
+    def start(config: ConfigDict) -> None:
+        check_jax_settings()
+        if needs_devices and not config.get("coordinator_address"):  # several processes find each other first
+            find_devices()
+        main(config)
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     keep_freed_memory()
     raise_on_signals()
     try:
-        app.run(main, flags_parser=lambda argv: parse_flags(define_flags, argv))
+        app.run(start, flags_parser=lambda argv: parse_flags(define_flags, argv))
     except UserError as error:
         _end(f"error: {error}")
     except BrokenPipeError:

@@ -11,6 +11,7 @@ from diffusion_transformer import DiTConfig
 from utils.checkpoint import split_load_dir
 from utils.data.dataset import ImageDataset
 from utils.data.fingerprint import compare_data, read_listing
+from utils.environment import compare_jax_settings
 from utils.errors import UserError
 from utils.objectives.registry import flag_of, objective_fields
 
@@ -32,6 +33,7 @@ OF_PARAMETERS = (
     "use_stable_vae",
 )  # fmt: skip
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
+OF_NO_FLAG = ("dataset", "jax")
 COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir")
 
 
@@ -54,6 +56,7 @@ def compare_with_saved(
             f"--dataset_name={name} is not what {folder} was trained on: {difference}; give the same data, or {NEW_RUN}"
         ) from None
     settings = [f"--{flag}={new}, was {old}" for flag, (old, new) in changed.items()]
+    settings += compare_jax_settings(config.get("jax", {}), saved.get("jax", {}))
     return settings + [f"of the data: {remark}" for remark in remarks]
 
 
@@ -100,11 +103,13 @@ def _is_same_place(load_dir: str, saved: str | None) -> bool:
 
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """{flag: value} of a configuration, groups as group.name, without what is known of the data."""
+    """{flag: value} of a configuration, groups as group.name, without what is known of the data and of JAX."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()} if name != "dataset" else {}
+            flat |= (
+                {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()} if name not in OF_NO_FLAG else {}
+            )
         else:
             flat[name] = value
     return flat

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from utils.data.dataset import Batches
+from utils.environment import find_devices
 from utils.errors import DataError, UserError
 from utils.files import cache_folder
 
@@ -61,7 +62,7 @@ def make_mesh(num_shards: int = 1, devices: Sequence[jax.Device] | None = None) 
     """A mesh of all devices of all processes (or of `devices`), replicas of `num_shards` neighbours each. A batch is
     split over both axes. What is compiled for real devices is cached on disk."""
     if devices is None:
-        devices = jax.devices()
+        devices = find_devices()
         # Not by default on CPUs, where a home shared by unlike machines would hand one the instructions of another.
         if jax.config.values["jax_compilation_cache_dir"] is None and devices[0].platform != "cpu":
             jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
