@@ -24,6 +24,7 @@ from utils import checks, cli, plotting
 from utils.checkpoint import open_checkpoint
 from utils.commands import shipped_statistics, write_statistics_command
 from utils.console import configure_output, log, show_result
+from utils.environment import changed_variables
 from utils.errors import UserError
 from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, hash_params, load_model, restore_params
 from utils.help import topic
@@ -247,6 +248,8 @@ class RunEvaluation(Scoring):
             self.settings["params"] = config.params
         if self.model.empty_classes and config.labels != "dataset":
             self.settings["empty_classes"] = list(self.model.empty_classes)
+        if variables := changed_variables():
+            self.settings["jax_variables"] = variables
 
     def _class_counts(self) -> np.ndarray:
         counts = self.reference.label_counts

@@ -18,6 +18,7 @@ from utils import checks, cli
 from utils.commands import write_command
 from utils.console import log
 from utils.data import pairs
+from utils.environment import RANDOM, changed_variables
 from utils.errors import UserError
 from utils.files import FolderLock, remove_temporaries, write_json
 from utils.generate import RECIPE_BATCH_SIZE, ImageGenerator, hash_params, load_generator
@@ -88,6 +89,7 @@ def main(config: ConfigDict) -> None:
         vae=getattr(codec, "name", None) if codec.sha256 else None,
         vae_sha256=codec.sha256,
         empty_classes=model.empty_classes,
+        jax_variables=tuple(changed_variables(RANDOM)),
     )
     checks.check_writable(out, "out")
     lock = FolderLock(out)

@@ -251,7 +251,7 @@ def test_another_x64_is_no_damage_and_is_named(tmp_path, set_jax, was_x64):
     sharding = replicated(make_mesh())
     assert_equal(checkpoints.restore(0, shape_structs(saved, sharding))[0], saved)
     set_jax("jax_enable_x64", not was_x64)
-    target = shape_structs(jax.eval_shape(make_state), sharding)
+    target = shape_structs(jax.eval_shape(lambda: make_state()), sharding)  # not from the cache
     refusal = f"was saved {'with' if was_x64 else 'without'} JAX_ENABLE_X64=1: {'' if was_x64 else 'un'}set it"
     reads = [lambda: checkpoints.restore(0, target)]
     others = [
@@ -272,7 +272,8 @@ def test_another_kind_of_random_key_is_no_damage_and_is_named(tmp_path, set_jax)
     checkpoints.save(make_state(), CONFIG, None)
     checkpoints.wait()
     set_jax("jax_default_prng_impl", "rbg")
-    target = shape_structs(jax.eval_shape(make_state), replicated(make_mesh()))
+    shapes = jax.eval_shape(lambda: make_state())  # not from the cache, which has the other key
+    target = shape_structs(shapes, replicated(make_mesh()))
     with pytest.raises(UserError, match="another kind than JAX_DEFAULT_PRNG_IMPL=rbg makes; set that variable as"):
         checkpoints.restore(0, target)
 

@@ -1,6 +1,7 @@
 """JAX under other environment variables: what of it enters a run, and programs that cannot run so."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -60,29 +61,33 @@ def test_an_environment_in_which_nothing_runs_is_one_line(program, environment, 
 
 
 @pytest.fixture(scope="module")
-def params():
-    model = load_model(read_config(CONFIG), make_mesh())
-    return jax.tree.map(lambda leaf: leaf + 0.5, init_params(model, jax.random.key(0)))
+def model():
+    return load_model(read_config(CONFIG), make_mesh())
 
 
-def test_float32_parameters_serve_programs_with_x64(tmp_path, params, set_x64):
+@pytest.fixture(scope="module")
+def params(model):
+    shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    draw = np.random.default_rng(0).standard_normal
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(leaf.shape), jnp.float32), shapes)
+
+
+def test_float32_parameters_serve_programs_with_x64(tmp_path, model, params, set_x64):
     checkpoints = Checkpoints(tmp_path / "run")
     checkpoints.save_params(params, CONFIG)
     checkpoints.close()
-    velocities = []
-    for is_x64 in (False, True):
-        set_x64(is_x64)
-        generator = load_generator(tmp_path / "run")
-        assert {leaf.dtype for leaf in jax.tree.leaves(generator.params)} == {np.dtype(np.float32)}
-        velocities.append(np.asarray(generator.model_fn(np.ones((1, 8, 8, 3), np.float32), [0.5], [1])))
-        assert generator.sample([1], num_steps=1).shape == (1, 8, 8, 3)
-    np.testing.assert_allclose(*velocities, rtol=1e-4, atol=1e-5)
+    set_x64(True)
+    generator = load_generator(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, generator.params, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(generator.params)} == {np.dtype(np.float32)}
+    assert generator.sample([1], num_steps=1).shape == (1, 8, 8, 3)
     # Fine-tuning starts from parameters of the new run's types.
-    fresh = jax.tree.map(np.asarray, init_params(generator.model, jax.random.key(0)))
+    shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     source = Source.open(str(tmp_path / "run"))
     start = start_from(source, fresh, CONFIG, replicated(make_mesh()), from_ema=False)
     jax.tree.map(lambda ours, new: np.testing.assert_equal(ours.dtype, new.dtype), start.params, fresh)
-    assert np.float64 in {leaf.dtype for leaf in jax.tree.leaves(fresh)}
+    assert np.dtype(np.float64) in {leaf.dtype for leaf in jax.tree.leaves(fresh)}
 
 
 def test_float64_parameters_are_exported_as_float32(tmp_path, params, set_x64):

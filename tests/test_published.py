@@ -303,6 +303,13 @@ def small_state():
         ({"pos_embed": np.zeros((1, 15, 24), np.float32)}, "square image"),
         ({"final_layer.linear.weight": np.zeros((12, 24), np.float32)}, "3 output channels for 4"),
         ({"blocks.0.mlp.w12.weight": np.zeros((8, 24), np.float32)}, "LightningDiT"),
+        ({"pos_embed": np.zeros((1, 16, 20), np.float32)}, r"pos_embed has the shape \(1, 16, 20\), not \(1, 16, 24\)"),
+        ({"blocks.0.attn.q_norm.weight": np.zeros(100, np.float32)}, "its heads are wider than its width 24"),
+        ({"blocks.0.attn.q_norm.weight": np.zeros((), np.float32)}, r"q_norm.weight has the shape \(\)"),
+        ({"feat_rope.freqs_cos": np.zeros((16, 0), np.float32)}, r"freqs_cos has the shape \(16, 0\)"),
+        ({"final_layer.linear.bias": np.zeros(5, np.float32)}, r"linear.bias has the shape \(5,\)"),
+        ({"blocks.0.attn.proj.weight": np.zeros((), np.float32)}, r"attn.proj.weight has the shape \(\)"),
+        ({"y_embedder.embedding_table.weight": np.zeros(6, np.float32)}, r"table.weight has the shape \(6,\)"),
     ],
 )
 def test_what_is_no_such_model_is_refused_by_name(change, message):

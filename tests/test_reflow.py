@@ -100,6 +100,25 @@ def test_a_pair_is_a_sample_and_its_noise(run, made):
     assert [len(dataset.source) for dataset in splits] == [108, 2]
 
 
+def test_noise_is_drawn_as_it_was(tmp_path):
+    made = {
+        "dataset_name": "pairs of run", "params_sha256": "0" * 64, "sampler": "euler", "seed": 0, "num_pairs": 100,
+        "shard_size": 50, "image_shape": [8, 8, 1], "latent_shape": [8, 8, 1], "class_names": ["a", "b"], "vae": None,
+        "vae_sha256": None, "format": 1, "jax_variables": ["JAX_RANDOM_SEED_OFFSET=3"],
+    }  # fmt: skip
+    (tmp_path / pairs.MANIFEST).write_text(json.dumps(made))
+    for offset, message in ((0, "now there are none"), (3, "is missing|make_pairs.py")):
+        jax.config.update("jax_random_seed_offset", offset)
+        try:
+            with pytest.raises(UserError, match=message):
+                load_dataset(f"pairs:{tmp_path}", "train", DataOptions())
+        finally:
+            jax.config.update("jax_random_seed_offset", 0)
+    prints = [pairs.load_manifest(tmp_path).fingerprint("train", 98).sha256]
+    (tmp_path / pairs.MANIFEST).write_text(json.dumps(made | {"jax_variables": []}))
+    assert pairs.load_manifest(tmp_path).fingerprint("train", 98).sha256 != prints[0]
+
+
 def test_classes_without_images_come_along_and_change_no_fingerprint(tmp_path):
     """Pairs of before are the same pairs, so that a run on them resumes."""
     older = {

@@ -41,7 +41,8 @@ CONFIG = {
     "objective": {"name": "flow_matching", "distill": 0, "diffusion_timesteps": None, "omega": None},
     "dataset": {
         "name": "digits", "image_shape": [8, 8, 3], "latent_shape": [8, 8, 3], "class_names": ["a", "b"], "vae": None,
-        "vae_sha256": None, "splits": {"train": {"format": "array", "num_examples": 9, "sha256": "x"}},
+        "vae_sha256": None, "empty_classes": [],
+        "splits": {"train": {"format": "array", "num_examples": 9, "sha256": "x"}},
     },
     "jax": {"jax_enable_x64": False},
 }  # fmt: skip
@@ -149,8 +150,12 @@ def test_whole_configurations_are_read_as_they_are(sample_shape):
         ("dataset.image_shape", [8, 8], r"dataset.image_shape=\[8, 8\], not a height and a width"),
         ("dataset.latent_shape", [2**19, 2**19, 3], "dataset.latent_shape=.*, not a height and a width up to 8192"),
         ("dataset.latent_shape", [8, 8, 4], r"latents \(8, 8, 4\) of a model of pixels"),
+        ("dataset.empty_classes", [2], "dataset.empty_classes of more than 2 classes"),
+        ("dataset.empty_classes", [0, 1], "no class with images"),
         ("dataset.splits", {"train": 3}, "dataset.splits=dict, not the format"),
         ("image_size", "x", "image_size='x', not an integer from 1 to 8192, or null"),
+        ("model.a-b", 1, "has a setting 'a-b', which is no name"),
+        ("objective.", 1, "has a setting '', which is no name"),
         ("extra", [[[[[[[[[[[]]]]]]]]]]], "nested too deep"),
     ],
 )

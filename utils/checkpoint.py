@@ -247,7 +247,9 @@ class Checkpoints:
         try:
             config = read_config(self._read(step, {}, ("config",))["config"])
             if sums is not None:  # which the oldest checkpoints have not
-                check_parameters(config, {leaf: tuple(shape) for leaf, (_, *shape) in sums["ema_params"].items()})
+                check_parameters(
+                    config, {leaf: tuple(shape) for leaf, (_, *shape) in sums.get("ema_params", {}).items()}
+                )
         except BadFileError as error:
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: {error}") from None
         return config
@@ -347,6 +349,8 @@ class Checkpoints:
 
     def _with_stored_types(self, step: int, name: str, target: PyTree) -> PyTree:
         """`target` with the types of an item of `step`: with JAX_ENABLE_X64=1 a model would have others."""
+        if not jax.config.values["jax_enable_x64"]:
+            return target
         types = {
             jax.tree_util.keystr(path): leaf.dtype
             for path, leaf in jax.tree_util.tree_leaves_with_path(self._metadata(step, name))
@@ -364,10 +368,9 @@ class Checkpoints:
         path = self.folder / str(step)
         for name, target in targets.items():
             tree = self._metadata(step, name)
-            was_x64, is_x64 = (
-                any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(item)) for item in (tree, target)
-            )
-            if was_x64 != is_x64:
+            was_x64 = _has_float64(tree)
+            would_be_x64 = _has_float64(target) and jax.config.values["jax_enable_x64"]
+            if was_x64 != would_be_x64:
                 what, fix = ("with", "set it") if was_x64 else ("without", "unset it")
                 raise UserError(f"checkpoint {path} was saved {what} JAX_ENABLE_X64=1: {fix} to read it")
             if name == "optimizer" and tuple(tree["key_data"].shape) != target["key_data"].shape:

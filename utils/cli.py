@@ -304,7 +304,6 @@ def run_program(
 ) -> None:
     """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1, and so does, if
     it `needs_devices`, an environment in which JAX has none."""
-
     if main.__module__ == "__main__":
         use_utf8()
 
@@ -415,8 +414,8 @@ def check_value(name: str, value: Any) -> Any:
 
 
 def is_explicit(name: str) -> bool:
-    """Whether the user gave flag `name`."""
-    return bool(FLAGS[name].present)
+    """Whether the user gave flag `name`; a setting that is no flag here, of another network or objective, is none."""
+    return name in FLAGS and bool(FLAGS[name].present)
 
 
 def explicit_flags() -> str:

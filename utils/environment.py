@@ -1,7 +1,7 @@
 """JAX as its environment variables set it: whether programs can work so, and what of it enters the numbers of a run."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ RECORDED = {
     "jax_random_seed_offset": 0,
     "jax_default_matmul_precision": None,
 }
+RANDOM = tuple(name for name in RECORDED if name != "jax_default_matmul_precision")  # by which numbers are drawn
 # Under these nothing here runs: arrays of two types or ranks are added everywhere, and steps are compiled in advance.
 UNSUPPORTED = {
     "jax_numpy_dtype_promotion": ("strict",),
@@ -34,6 +35,11 @@ def _value(name: str) -> Any:
 def jax_settings() -> dict[str, Any]:
     """What is recorded with a run."""
     return {name: _value(name) for name in RECORDED}
+
+
+def changed_variables(names: Collection[str] = RECORDED) -> list[str]:
+    """Of these settings, those that are not JAX's default, as environment variables: ["JAX_RANDOM_SEED_OFFSET=3"]."""
+    return [f"{name.upper()}={_show(_value(name))}" for name in names if _value(name) != RECORDED[name]]
 
 
 def compare_jax_settings(found: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
@@ -66,10 +72,9 @@ def find_devices() -> list[jax.Device]:
         first_line = str(error).partition("\n")[0]
         reason = re.sub(r" \((set JAX_PLATFORMS|you may need).*", "", first_line)[:200]
         reason = f" ({reason})" if reason else ""
-        for name in ("jax_platforms", "jax_platform_name"):
-            if platform := _value(name):
-                raise UserError(
-                    f"{name.upper()}={platform}: there is no such device here{reason}; unset it, or set "
-                    "JAX_PLATFORMS=cpu"
-                ) from None
+        name = "jax_platform_name" if first_line.startswith("Unknown backend") else "jax_platforms"
+        if platform := _value(name):
+            raise UserError(
+                f"{name.upper()}={platform}: there is no such device here{reason}; unset it, or set JAX_PLATFORMS=cpu"
+            ) from None
         raise UserError(f"JAX finds no device{reason}; JAX_PLATFORMS=cpu computes on the CPU") from None

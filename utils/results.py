@@ -18,7 +18,9 @@ from utils.metrics.registry import COLUMNS
 
 NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
 NUMBERS = (*COLUMNS, "kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")  # or None
-OPTIONAL = ("rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes")
+OPTIONAL = (
+    "rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes", "jax_variables",
+)  # fmt: skip
 
 
 class Results:

@@ -106,10 +106,8 @@ def _flatten(config: dict[str, Any]) -> dict[str, Any]:
     """{flag: value} of a configuration, groups as group.name, without what is known of the data and of JAX."""
     flat = {}
     for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= (
-                {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()} if name not in OF_NO_FLAG else {}
-            )
-        else:
+        if not isinstance(value, dict):
             flat[name] = value
+        elif name not in OF_NO_FLAG:
+            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
     return flat

@@ -80,6 +80,10 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_text, value))
 
 
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(label) is int and label >= 0 for label in value)
+
+
 def _are_splits(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(split, dict) and _is_text(split.get("format")) and type(split.get("num_examples")) is int
@@ -113,6 +117,7 @@ OTHERS = {
     "dataset.vae_sha256": _or_none(TEXT),
     "dataset.latent_shape": _or_none(SHAPE),
     "dataset.splits": Rule(_are_splits, "the format and number of examples of each split"),
+    "dataset.empty_classes": Rule(_are_labels, "a list of labels"),
     "dataset_name": TEXT,
     "seed": _integer(0, 2**32 - 1),
     "batch_size": _integer(1, 2**31 - 1),
@@ -139,6 +144,9 @@ def read_config(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(content.get(group, {}), dict) for group in groups):
         raise BadFileError("it is no configuration of a run")
     config = _complete(content)
+    odd = [name for group in groups for name in config.get(group, {}) if group != "dataset" and not name.isidentifier()]
+    if odd:
+        raise BadFileError(f"its configuration has a setting {odd[0][:60]!r}, which is no name of one")
     rules = _rules()
     for name in (*(f"model.{name}" for name in MODEL_SETTINGS), *NEEDED):
         if not _has(config, name):
@@ -169,6 +177,8 @@ def _complete(content: dict[str, Any]) -> dict[str, Any]:
     absent = {"vae": None, "vae_sha256": None, "latent_shape": None}
     if "dataset_name" in config:
         absent = {"name": config["dataset_name"], **absent}
+    elif "name" in data:
+        config["dataset_name"] = data["name"]
     config["dataset"] = absent | data
     config.setdefault("objective", {"name": "flow_matching"})
     t_sampler = model.get("t_sampler")
@@ -218,6 +228,12 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise BadFileError("its configuration has no name of an objective or of a data set")
     if len(data["class_names"]) > model["num_classes"]:
         raise BadFileError(f"its configuration has {len(data['class_names'])} names of {model['num_classes']} classes")
+    if max(data.get("empty_classes", ()), default=0) >= len(data["class_names"]):
+        raise BadFileError(
+            f"its configuration has dataset.empty_classes of more than {len(data['class_names'])} classes"
+        )
+    if 0 < len(data["class_names"]) == len(set(data.get("empty_classes", ()))):
+        raise BadFileError("its configuration has no class with images (dataset.empty_classes)")
     shape = find_latent_shape(config)
     if not model["use_stable_vae"] and list(shape) != list(data["image_shape"]):
         raise BadFileError(f"its configuration has latents {shape} of a model of pixels {data['image_shape']}")

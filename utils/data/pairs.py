@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, UInt32
 from utils.data.dataset import DataOptions, Example, ImageDataset, LatentMetadata, Subset, check_own_size, split_rows
 from utils.data.fingerprint import Fingerprint
 from utils.data.latents import open_records
+from utils.environment import RANDOM, changed_variables
 from utils.errors import UserError
 from utils.external import BadFileError, read_json
 from utils.files import atomic_write
@@ -46,6 +47,7 @@ class PairsManifest:
     vae_sha256: str | None
     format: int = FORMAT
     empty_classes: tuple[int, ...] = ()  # labels that were not drawn as the model's data have no images of them
+    jax_variables: tuple[str, ...] = ()  # under which numbers were drawn, where they are not JAX's default
 
     def shards(self) -> list[tuple[str, range]]:
         """(file name, numbers of its pairs)."""
@@ -62,6 +64,8 @@ class PairsManifest:
         """Of the pairs of a split: what made them, and how."""
         manifest = self.to_json()
         del manifest["empty_classes"]  # follows from the model; older pairs do not say
+        if not manifest["jax_variables"]:  # as in older pairs
+            del manifest["jax_variables"]
         content = json.dumps([split, manifest], sort_keys=True)
         return Fingerprint("pairs", num_pairs, hashlib.sha256(content.encode()).hexdigest())
 
@@ -75,7 +79,8 @@ def load_manifest(folder: Path) -> PairsManifest | None:
         content = read_json(path)
         for name in ("image_shape", "latent_shape", "class_names"):
             content[name] = tuple(content[name])
-        content["empty_classes"] = tuple(content.get("empty_classes", ()))
+        for name in ("empty_classes", "jax_variables"):
+            content[name] = tuple(content.get(name, ()))
         manifest = PairsManifest(**content)
         sizes = (*manifest.image_shape, *manifest.latent_shape, manifest.num_pairs, manifest.shard_size)
         are_counts = all(type(size) is int and 0 < size < 2**40 for size in sizes)
@@ -87,6 +92,8 @@ def load_manifest(folder: Path) -> PairsManifest | None:
             raise ValueError("names that are not strings")
         if not all(type(label) is int and 0 <= label < len(manifest.class_names) for label in manifest.empty_classes):
             raise ValueError("empty classes that are none")
+        if not all(isinstance(variable, str) for variable in manifest.jax_variables):
+            raise ValueError("variables that are not strings")
     except (BadFileError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a valid manifest of pairs ({error}); make them again elsewhere") from None
     return manifest
@@ -132,6 +139,12 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
         raise UserError(
             f"--dataset_name={name}: {folder} holds no pairs; make them: "
             f"python make_pairs.py --load_dir RUN --out {folder}"
+        )
+    theirs, ours = (" ".join(variables) or "none" for variables in (manifest.jax_variables, changed_variables(RANDOM)))
+    if theirs != ours:
+        raise UserError(
+            f"--dataset_name={name}: the pairs were made with the environment variables {theirs[:200]}, now there are "
+            f"{ours}, by which their noise would be other noise; set them as they were"
         )
     check_own_size(name, manifest.image_shape, options)
     rows = split_rows(manifest.num_pairs, split)
