@@ -98,6 +98,7 @@ test_likelihood.py::test_what_is_measured_is_what_the_flags_say
   likelihood.py: LikelihoodConfig(config.num_probes, -> LikelihoodConfig(1,
 test_reflow.py::test_pairs_are_those_of_the_flags
   make_pairs.py: label_mode=config.labels -> label_mode="balanced"
+  make_pairs.py: jax_variables=tuple(changed_variables(RANDOM)), ->
 test_fid.py::test_statistics_are_of_the_split_and_hold_what_the_flags_say
   compute_fid_stats.py: load_dataset(config.dataset_name, config.split -> load_dataset(config.dataset_name, "train"
   compute_fid_stats.py: ImageStatistics(config.num_features) -> ImageStatistics(10_000)
@@ -105,11 +106,31 @@ test_fid.py::test_statistics_are_of_the_split_and_hold_what_the_flags_say
 test_latents.py::test_what_is_encoded_is_what_the_flags_say
   encode_latents.py: codec, vae, config.shard_size) -> codec, vae, 4096)
 test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported
-  convert_checkpoint.py: export_run(config.load_dir, out, config.params) -> export_run(config.load_dir, out)
+  convert_checkpoint.py: out, config.params, config.push) -> out, "ema", config.push)
 test_tracking.py::test_what_wandb_shows_is_what_the_flags_say
   utils/tracking.py: **options, ->
 test_readme.py::test_the_layout_names_every_module_in_its_layer
   docs/layout.md: utils/hints.py -> utils/hint.py
+test_reflow.py::test_noise_is_drawn_as_it_was
+  utils/data/pairs.py: if theirs != ours: -> if False:
+test_eval_fid.py::test_a_row_under_other_settings_of_jax_is_another_row
+  eval_fid.py: if variables := changed_variables(): -> if variables := []:
+test_vae.py::test_what_is_saved_is_the_same_network_to_diffusers
+  utils/codecs/vae.py: "down_block_types": ["DownEncoderBlock2D"] * depth, ->
+  utils/files.py: os.fchmod(file.fileno(), mode) -> pass
+test_convert_checkpoint.py::test_what_wrappers_put_before_names_is_no_part_of_them
+  utils/convert/sources.py: [model for model in known if model.is_ema] or known -> known[:1]
+test_saved_config.py::test_settings_that_cannot_be_are_named
+  utils/saved_config.py: type(value) is int and low <= value <= high -> type(value) is int
+test_saved_config.py::test_neither_exported_files_nor_checkpoints_of_others_are_trusted
+  utils/checkpoint.py: if sums is not None:  # which -> if False:  # which
+test_checkpoint.py::test_another_x64_is_no_damage_and_is_named
+  utils/checkpoint.py: self._check_types(step, targets) -> pass
+test_resume.py::test_changed_settings_are_said_and_another_objective_is_refused
+  train_flow.py: , "jax": jax_settings()} -> }
+test_environment.py::test_an_environment_in_which_nothing_runs_is_one_line
+  utils/cli.py: find_devices() -> pass
+  utils/cli.py: check_jax_settings() -> pass
 """
 
 

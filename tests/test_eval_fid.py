@@ -57,6 +57,19 @@ def test_a_row_of_other_parameters_is_another_row(evaluate, monkeypatch):
     assert {name for name in row if row[name] != second[name]} == {"params_sha256"}
 
 
+def test_a_row_under_other_settings_of_jax_is_another_row(evaluate):
+    (row,) = evaluate()
+    jax.config.update("jax_random_seed_offset", 3)
+    try:
+        first, second = evaluate()
+        assert evaluate() == [first, second]
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
+    assert first == row
+    assert second == row | {"jax_variables": ["JAX_RANDOM_SEED_OFFSET=3"]}
+    assert evaluate() == [first, second]
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

@@ -191,15 +191,20 @@ def test_pairs_are_those_of_the_flags(golden_run, read_flags, tmp_path, monkeypa
     words = "--num_pairs 110 --shard_size 60 --batch_size 30 --seed 5 --labels uniform --params raw --dtype float32"
     words += " --cfg_scale 2 --denoise_timesteps 3 --time_grid shift:3 --solver heun --cfg_interval 0,0.5"
     words += f" --load_dir {golden_run} --out {tmp_path}"
-    make_pairs.main(read_flags(make_pairs, words.split()))
+    jax.config.update("jax_random_seed_offset", 3)
+    try:
+        make_pairs.main(read_flags(make_pairs, words.split()))
+        like = load_generator(golden_run, params="raw", seed=5)
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
     generator, noise, sampler = calls[0]
     assert sampler == SamplerConfig(3, 2.0, (0.0, 0.5), "heun", time_shift=3.0)
     assert generator.model.network.config.dtype == "float32"
-    like = load_generator(golden_run, params="raw", seed=5)
     jax.tree.map(np.testing.assert_array_equal, generator.params, like.params)
     np.testing.assert_array_equal(noise, like.noise(range(30)))
     assert [*shards.values()] == [like.labels(rows).tolist() for rows in (range(60), range(60, 110))]
-    assert pairs.load_manifest(tmp_path).seed == 5
+    manifest = pairs.load_manifest(tmp_path)
+    assert (manifest.seed, manifest.jax_variables) == (5, ("JAX_RANDOM_SEED_OFFSET=3",))
 
 
 def test_bad_input_is_one_line(read_flags, tmp_path):

@@ -27,7 +27,7 @@ UNSUPPORTED = {
 
 def _value(name: str) -> Any:
     """A setting of JAX as JSON has it."""
-    value = jax.config.values[name]
+    value = jax.config.values.get(name, RECORDED.get(name))  # of another JAX, one setting may be gone
     value = getattr(value, "value", value)  # of an enumeration
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 

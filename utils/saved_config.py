@@ -205,6 +205,8 @@ def _rule_of(field: dataclasses.Field) -> Rule:
     metadata = field.metadata
     if metadata["choices"]:
         return _choice(metadata["choices"])
+    if isinstance(field.default, str):
+        return TEXT
     low, high = metadata["low"], metadata["high"]
     if isinstance(field.default, float):
         return _number(low, high)
