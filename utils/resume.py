@@ -32,8 +32,9 @@ OF_PARAMETERS = (
     "network", "hidden_size", "num_heads", "mlp_ratio", "norm", "mlp", "rope", "qk_norm", "timestep_scale",
     "use_stable_vae",
 )  # fmt: skip
-# Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
+# Groups of a configuration that are no flags.
 OF_NO_FLAG = ("dataset", "jax")
+# Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
 COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir")
 
 
@@ -104,7 +105,7 @@ def _is_same_place(load_dir: str, saved: str | None) -> bool:
 
 def _flatten(config: dict[str, Any]) -> dict[str, Any]:
     """{flag: value} of a configuration, groups as group.name, without what is known of the data and of JAX."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in config.items():
         if not isinstance(value, dict):
             flat[name] = value
