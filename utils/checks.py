@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from diffusion_transformer import DiTConfig
 from utils.errors import UserError
 from utils.memory import total_memory
 
@@ -51,7 +50,8 @@ def check_sizes(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
             f"--model.rope=1: the width of a head, {head_dim}, must be a multiple of 4 (sines and cosines of two "
             f"axes); use another --model.num_heads than {model.num_heads}, or --model.rope 0"
         )
-    if DiTConfig.from_mapping(model).mlp_width < 1:
+    width = int(model.mlp_ratio * model.hidden_size)
+    if (int(2 / 3 * width) if model.mlp == "swiglu" else width) < 1:
         raise UserError(f"--model.mlp_ratio={model.mlp_ratio} leaves the MLP no width; use 4, for example")
 
 
