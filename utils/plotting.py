@@ -63,14 +63,14 @@ class _Table:
         rows, columns = self.shape = shape
         cell = self.cell = _Cell.of(*image_size)
         self.pitch = pitch_y, pitch_x = cell.height + GAP, cell.width + GAP
-        row_titles = [shorten(name, MAX_ROW_TITLE) for name in row_titles]
+        row_titles = [shorten(legible(name)[0], MAX_ROW_TITLE) for name in row_titles]
 
         def pixels(inches: float) -> int:
             return round(inches * cell.dpi)
 
         def fit(text: str, points: int) -> str:
             """Cut to the width of a cell, at the usual width of a letter."""
-            return shorten(text, max(8, int(pitch_x / cell.dpi / (0.0088 * points))))
+            return shorten(legible(text)[0], max(8, int(pitch_x / cell.dpi / (0.0088 * points))))
 
         # The margins, as large as the titles.
         column_titles = ["\n".join(fit(line, 8) for line in name.split("\n")) for name in column_titles]
