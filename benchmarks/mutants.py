@@ -48,6 +48,11 @@ test_train_flow.py::test_decay_of_the_ema_and_what_saves_memory_reach_the_step
   train_flow.py: remat=config.remat, ->
 test_train_flow.py::test_images_are_mirrored_on_request
   utils/cli.py: None if flip is None else bool(flip) -> None
+test_train_flow.py::test_the_seed_is_that_of_the_first_state
+  train_flow.py: =shardings)(jax.random.key(self.config.seed)) -> =shardings)(jax.random.key(0))
+test_config.py::test_options_of_the_data_are_those_of_the_flags
+  utils/cli.py: config.max_megapixels, -> 500.0,
+  utils/cli.py: config.broken_images, -> "refuse",
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
   train_flow.py: config.keep_last, config.keep_every) -> config.keep_last)
   train_flow.py: Checkpoints(self.folder, config.keep_last -> Checkpoints(self.folder, 2

@@ -15,6 +15,7 @@ import eval_fid
 import train_flow
 from utils import checks, cli
 from utils.codecs.pixels import PixelCodec
+from utils.data.dataset import DataOptions
 from utils.errors import UserError
 from utils.generate import RECIPE_BATCH_SIZE
 from utils.models import init_params, make_model
@@ -163,6 +164,12 @@ def test_impossible_models_are_refused(parse, line, words):
     with pytest.raises(UserError) as error:
         checks.check_model(parse(line).model, (32, 32, 4))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_options_of_the_data_are_those_of_the_flags(parse):
+    line = "--data_dir x --image_size 32 --broken_images skip --max_megapixels 3 --random_flip 0"
+    assert cli.read_data_options(parse(line)) == DataOptions("x", 32, "skip", 3.0, False)
+    assert cli.read_data_options(parse("--data_dir x", compute_fid_stats)) == DataOptions("x")
 
 
 def test_batch_size_must_divide():

@@ -1,5 +1,7 @@
 """What enters an evaluation: every flag, and in the key of its row all that enters a number. Nothing is scored here."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -91,7 +93,7 @@ def test_a_row_says_what_enters_its_numbers(evaluate, line, expected):
     assert {name: row[name] for name in expected} == expected
 
 
-def test_weights_labels_and_batches_are_those_of_the_flags(evaluate, monkeypatch):
+def test_weights_labels_and_batches_are_those_of_the_flags(evaluate, monkeypatch, tmp_path):
     seen = []
 
     def look(self, sampler):
@@ -99,7 +101,9 @@ def test_weights_labels_and_batches_are_those_of_the_flags(evaluate, monkeypatch
         return {"fid": 1.0}
 
     monkeypatch.setattr(eval_fid.RunEvaluation, "evaluate", look)
-    evaluate("--inception_weights w.pt --inception_logits fc.npz --labels dataset --batch_size 6 --seed 5")
+    flags = "--inception_weights w.pt --inception_logits fc.npz --labels dataset --batch_size 6 --seed 5"
+    rows = evaluate(f"{flags} --json {tmp_path / 'rows.json'}")
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
     (evaluation,) = seen
     assert evaluate.loaded == ["fc.npz", ("w.pt", "adm")]
     assert evaluation.logits is not None

@@ -15,10 +15,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import likelihood
+import make_pairs
 import sample
 from tests.conftest import GOLDEN, ROOT, run_program
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.editing import read_images
+from utils.errors import UserError
 from utils.tracking import read_metrics
 
 pytestmark = pytest.mark.xdist_group("latents")
@@ -165,7 +167,7 @@ def refused(*args) -> str:
     return error
 
 
-def test_another_vae_is_refused_everywhere(encoding, latents, cached_run, weights, tmp_path):
+def test_another_vae_is_refused_everywhere(encoding, latents, cached_run, weights, read_flags, tmp_path):
     StableVAE.random(0, VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)).save(
         tmp_path
     )
@@ -176,6 +178,10 @@ def test_another_vae_is_refused_everywhere(encoding, latents, cached_run, weight
     assert re.search(r"--vae=.* is another VAE", refused(*train, "--vae", tmp_path))
     evaluate = ["eval_fid.py", "--load_dir", cached_run, "--fid_stats", "data/fid_stats_digits.npz", "--num_samples", 4]
     assert re.search(r"--vae=.* is another VAE", refused(*evaluate, "--vae", tmp_path))
+    for program, words in ((sample, []), (likelihood, []), (make_pairs, ["--out", tmp_path / "pairs"])):
+        words = map(str, ["--load_dir", cached_run, "--vae", tmp_path, *words])
+        with pytest.raises(UserError, match=r"--vae=.* is another VAE"):
+            program.main(read_flags(program, list(words)))
     assert "leave the flag out" in refused(*train, "--use_stable_vae", 0)
 
 

@@ -9,8 +9,11 @@ import pytest
 import eval_fid
 import train_flow
 from utils.errors import UserError
+from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching, expand_times
-from utils.objectives.registry import OBJECTIVES, make_objective
+from utils.objectives.mean_flow import MeanFlow
+from utils.objectives.registry import OBJECTIVES, flag_of, make_objective
+from utils.objectives.shortcut import Shortcut
 from utils.settings import setting
 from utils.tracking import read_metrics
 
@@ -94,3 +97,26 @@ def test_objectives_are_made_from_their_flags(monkeypatch):
     config["objective"]["name"] = "flow_matching"
     assert make_objective(config) == FlowMatching("uniform")
     assert jax.tree.leaves(make_objective(config)) == [FlowMatching("uniform")]  # no pytree: a static argument
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flow_matching --objective.distill 1 --model.t_sampler uniform", FlowMatching("uniform", distill=1)),
+        ("diffusion --objective.diffusion_timesteps 100", Diffusion(num_levels=100)),
+        (
+            "shortcut --objective.finest_steps 16 --objective.bootstrap_every 4 --objective.bootstrap_guidance 2",
+            Shortcut(finest_steps=16, bootstrap_every=4, bootstrap_guidance=2.0),
+        ),
+        (
+            "mean_flow --objective.step_every 2 --objective.omega 3 --objective.kappa 0.1 --objective.norm_p 0.5 "
+            "--objective.norm_eps 0.2 --objective.guidance_start 0.3 --objective.guidance_end 0.6",
+            MeanFlow(2, omega=3.0, kappa=0.1, guidance_start=0.3, guidance_end=0.6, norm_p=0.5, norm_eps=0.2),
+        ),
+    ],
+)
+def test_every_field_of_an_objective_is_its_flags(read_flags, line, expected):
+    words = f"--objective.name {line}".split()
+    assert make_objective(read_flags(train_flow, words)) == expected
+    given = {word.removeprefix("--") for word in words if word.startswith("--")}
+    assert given == {"objective.name", *map(flag_of, dataclasses.fields(expected))}

@@ -89,6 +89,7 @@ def test_every_metric_and_picture_of_the_recipe_is_there(finished):
     logged = {name for line in lines for name in line}
     assert set(scalars) <= logged
     assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert [line["step"] for line in lines if "training/l2_loss" in line] == [1, 10, 20]
     for name in images:
         assert (folder / "images" / name.replace("/", "_") / "00000020.png").stat().st_size > 2000
     (run_file,) = [path for path in (folder / "wandb").rglob("*.wandb") if not path.parent.is_symlink()]

@@ -1,5 +1,6 @@
 """The wiring of train_flow.py: every flag and every part arrives where it is used; nothing is trained here."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -57,6 +58,15 @@ def test_the_seed_orders_the_data(make_trainer):
     first, again, other = (images_in(next(make_trainer(f"--seed {seed}").batches)) for seed in (1, 1, 2))
     assert first == again
     assert sorted(first) != sorted(other)
+
+
+def test_the_seed_is_that_of_the_first_state(make_trainer, monkeypatch):
+    trainer = make_trainer("--seed 5")
+    init = partial(create_train_state, {"w": jnp.zeros(2)}, optax.identity())  # of a network that compiles at once
+    monkeypatch.setattr(trainer, "_init_state", init)
+    trainer.open_run()
+    state = trainer.init_or_restore()
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(jax.random.key(5)))
 
 
 def test_images_are_mirrored_on_request(make_trainer):
