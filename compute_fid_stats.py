@@ -57,12 +57,10 @@ def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the file to write, such as stats.npz")
     out = Path(config.out)
-    if out.is_dir():
-        raise UserError(f"--out={out} is a folder; name the file to write, such as {out / 'stats.npz'}")
+    checks.check_file_writable(out, "out", "stats.npz", {"images": config.images})
     if config.images:
         data_flags = ("dataset_name", "split", "data_dir", "image_size", "broken_images", "max_megapixels")
         cli.refuse_ignored(data_flags, "with --images, which are taken as they are")
-    checks.check_writable(out.parent, "out")
     mesh = make_mesh()
     checks.check_batch_size(config.batch_size, mesh.size)
     samples = open_samples(config.images, "images") if config.images else None

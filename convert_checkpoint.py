@@ -17,7 +17,7 @@ from utils import cli
 from utils.commands import write_command
 from utils.console import log, show_result
 from utils.convert.published import FAMILIES
-from utils.convert.runs import export_run, import_run, push
+from utils.convert.runs import check_new_run, export_run, import_run, push
 from utils.convert.sources import read_source
 from utils.errors import UserError
 from utils.external import BadFileError, read_bounded
@@ -59,6 +59,7 @@ def read_class_names(path: str) -> list[str]:
 
 
 def import_checkpoint(config: ConfigDict) -> None:
+    check_new_run(Path(config.out))
     source = read_source(config.source)
     if source.run is not None:
         cli.refuse_ignored(OF_IMPORT, f"on {config.source}, which says it itself")

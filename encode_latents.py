@@ -22,14 +22,14 @@ from utils.codecs.codec import images_from_uint8
 from utils.codecs.registry import DEFAULT_HUB_ID, load_vae
 from utils.codecs.vae import StableVAE
 from utils.commands import write_command
-from utils.console import log
+from utils.console import log, progress_bar
 from utils.data import latents
 from utils.data.batches import epoch_batches
 from utils.data.dataset import SPLITS, ImageDataset
 from utils.data.fingerprint import Fingerprint, write_listing
 from utils.data.registry import load_dataset
 from utils.errors import UserError
-from utils.files import FolderLock, remove_temporaries, write_json
+from utils.files import FolderLock, explaining_full_disk, write_json
 from utils.help import topic
 from utils.sharding import batch_sharding, gather, make_mesh, shard_replicated
 
@@ -112,21 +112,26 @@ def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the folder to write, such as latents/imagenet256")
     out, mesh, vae = Path(config.out), make_mesh(), config.vae or DEFAULT_HUB_ID
+    checks.check_writable(out, "out", creates=False)
     checks.check_batch_size(config.batch_size, mesh.size)
     options = cli.read_data_options(config)
     datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
     train = datasets["train"]
     if train.latents:
         raise UserError(f"--dataset_name={config.dataset_name} holds latents already; give a data set of images")
+    for split, dataset in datasets.items():
+        count = len(dataset.source)
+        latents.check_num_files(count, config.shard_size, f"the {count:,} images of the {split} split")
     checks.check_batch_memory(config.batch_size, train.image_shape)
     codec = load_vae(vae, mesh, train.image_shape)
     manifest = describe_latents(datasets, codec, vae, config.shard_size)
     checks.check_writable(out, "out")
     lock = FolderLock(out)
     lock.acquire("out")
-    remove_temporaries(out)
     prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
-    with tqdm(total=sum(manifest.num_examples.values()), unit="image") as bar:
+    names = [name for split in SPLITS for name, _ in manifest.shards(split)]
+    explaining = explaining_full_disk(lambda: latents.count_finished(out, names))
+    with progress_bar(total=sum(manifest.num_examples.values()), unit="image") as bar, explaining:
         for split, dataset in datasets.items():
             num_views = manifest.num_views[split]
             encode = jax.jit(partial(encode_views, num_views=num_views), out_shardings=batch_sharding(mesh))

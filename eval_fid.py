@@ -8,9 +8,11 @@ that fid.json has are not computed again, so that the same command continues aft
 number is among its settings.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from typing import Any
 import numpy as np
 from absl import flags
 from jaxtyping import PyTree
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from utils import checks, cli, plotting
 from utils.checkpoint import open_checkpoint
 from utils.commands import shipped_statistics, write_statistics_command
-from utils.console import configure_output, log, show_result
+from utils.console import configure_output, log, show_result, warn
 from utils.environment import changed_variables
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
+from utils.files import atomic_write
 from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, hash_params, load_model, restore_params
 from utils.help import topic
 from utils.memory import explaining_out_of_memory, free_memory
@@ -49,12 +53,13 @@ from utils.metrics.samples import (
 )
 from utils.metrics.statistics import MAX_SAMPLE_FEATURES, ImageStatistics
 from utils.objectives.registry import make_objective
-from utils.results import Results, plot_fid, to_markdown, write_csv, write_json_rows
+from utils.results import Results, check_json_path, plot_fid, to_markdown, write_csv, write_json_rows
 from utils.sampling import LABELS, SOLVERS, SamplerConfig
 from utils.sharding import gather, make_mesh, replicated
 from utils.tracking import Tracker
 
 GRID_IMAGES = 64
+FILES = ("fid.json", "fid.csv", "fid.png")  # beside grids of samples
 STRAIGHTNESS_SAMPLES = 64  # at most
 # Flags without effect on --samples.
 OF_RUNS = (
@@ -132,8 +137,9 @@ class Scoring:
     ):
         self.config, self.mesh = config, make_mesh()
         self.out = Path(config.out or default_out)
-        checks.check_writable(self.out, "out")
-        if config.json and Path(config.json).resolve() == (self.out / "fid.json").resolve():
+        self.failure: WriteError | None = None
+        checks.check_writable(self.out, "out", names=FILES)
+        if config.json and Path(config.json).resolve() in [(self.out / name).resolve() for name in FILES]:
             raise UserError(f"--json={config.json} is the evaluation's own record of its rows; name another file")
         self.batch_size = self._choose_batch_size(num_samples)
         self.logits = load_logits(config.inception_logits) if config.inception_logits else None
@@ -190,24 +196,52 @@ class Scoring:
         is measured is kept in --out."""
         sha256 = content_sha256(path)
         measured_path = self.out / f"reference_{sha256[:12]}_{self.convention.name}.npz"
-        if not measured_path.exists():
-            statistics = ImageStatistics()
-            self.measure_samples(images, statistics, f"images of {path.name}")
-            save_statistics(
-                measured_path,
-                statistics,
-                convention=self.convention.name,
-                dataset=str(path),
-                image_shape=images.image_shape,
-            )
-        measured = load_statistics(measured_path)
+        if measured_path.exists():
+            measured = load_statistics(measured_path)
+        else:
+            measured = self._measure_images(path, images, measured_path)
         if stated is None:
             return dataclasses.replace(measured, sha256=sha256, path=path)
         return dataclasses.replace(stated, features=measured.features)
 
+    def _measure_images(self, path: Path, images: Samples, measured_path: Path) -> ReferenceStatistics:
+        statistics = ImageStatistics()
+        self.measure_samples(images, statistics, f"images of {path.name}")
+        save = functools.partial(
+            save_statistics,
+            statistics=statistics,
+            convention=self.convention.name,
+            dataset=str(path),
+            image_shape=images.image_shape,
+        )
+        with self.going_on():
+            save(measured_path)
+            return load_statistics(measured_path)
+        with tempfile.TemporaryDirectory() as folder:  # where --out has no room: for this once
+            save(Path(folder) / measured_path.name)
+            return load_statistics(Path(folder) / measured_path.name)
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Keeps a WriteError for `finish`: the result is printed first."""
+        try:
+            yield
+        except WriteError as error:
+            self.failure = self.failure or error
+            warn(f"{error.path} could not be written ({error.strerror}); the scores come nevertheless")
+
+    def finish(self) -> None:
+        """Raises the first WriteError, if there was one, after the scores are printed."""
+        if self.failure:
+            raise WriteError(self.failure.path, self.failure.error, "the scores are above")
+
     def compute(self, statistics: ImageStatistics) -> dict[str, float]:
         log("computing the distances ...")
         return compute_metrics(statistics, self.reference)
+
+    def save_figure(self, figure: Figure, name: str) -> None:
+        with self.going_on(), atomic_write(self.out / name) as temporary:
+            figure.savefig(temporary, format="png")
 
     def new_statistics(self) -> ImageStatistics:
         return ImageStatistics(0 if self.reference.features is None else MAX_SAMPLE_FEATURES, self.logits)
@@ -286,7 +320,7 @@ class RunEvaluation(Scoring):
         batches = self.generator.generate(sampler, config.num_samples, self.batch_size)
 
         saving = SampleWriter(config.save_samples, config.num_samples) if config.save_samples else nullcontext()
-        with saving as writer:
+        with self.going_on(), saving as writer:
 
             def collect(batch: ImageBatch) -> None:
                 if batch.nfe is not None:
@@ -295,15 +329,16 @@ class RunEvaluation(Scoring):
                     return
                 images, labels = batch.to_host()
                 collect_grid(grid_images, images, labels)
-                if writer is not None:
-                    writer.write(images, labels)
+                if writer is not None and writer.failure is None:
+                    with self.going_on():
+                        writer.write(images, labels)
 
             measure_images(
                 self.extractor, batches, statistics, config.num_samples, str(sampler), collect, "num_samples"
             )
         images, labels = (np.concatenate(parts) for parts in zip(*grid_images, strict=True))
         title = f"{sampler}, checkpoint of step {self.step}"
-        plotting.sample_grid(images, labels, self.model.class_names, title).savefig(self.out / grid_name(sampler))
+        self.save_figure(plotting.sample_grid(images, labels, self.model.class_names, title), grid_name(sampler))
         nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
         straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
         return {"nfe": nfe, "straightness": straightness, **self.compute(statistics)}
@@ -315,8 +350,7 @@ def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> Non
         return
     if len(samplers) > 1:
         raise UserError(f"--save_samples={config.save_samples} is of one step count and guidance scale; give one")
-    check_sample_path(config.save_samples)
-    checks.check_writable(Path(config.save_samples).parent, "save_samples")
+    check_sample_path(config.save_samples, {"fid_stats": config.fid_stats, "json": config.json})
 
 
 def count_images(grid_images: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
@@ -369,15 +403,21 @@ def evaluate_run(config: ConfigDict) -> None:
         row = None if config.save_samples else results.find(settings)
         if row is None:
             with explaining_out_of_memory("sampling", "a smaller --batch_size"):
-                row = results.add(settings, run.evaluate(sampler))
+                metrics = run.evaluate(sampler)
+            row: dict[str, Any] = {**settings, **metrics}
+            with run.going_on():
+                results.add(settings, metrics)
         rows.append(row)
         if tracker:
             scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in COLUMNS if key in row}
             tracker.log(scores | {"num_steps": row["num_steps"] or row["nfe"]}, number)
-    write_csv(run.out / "fid.csv", results.rows)
+        if run.failure:
+            break  # the others would be lost as well
+    with run.going_on():
+        write_csv(run.out / "fid.csv", results.rows)
     if len(rows) > 1:
         figure = plot_fid(rows)
-        figure.savefig(run.out / "fid.png")
+        run.save_figure(figure, "fid.png")
         if tracker:
             tracker.log_figure("fid", figure, len(rows))
     if tracker:
@@ -385,7 +425,9 @@ def evaluate_run(config: ConfigDict) -> None:
         tracker.close()
     of_params = "" if config.params == "ema" else f", {config.params} parameters"
     log(f"step {run.step} of {config.load_dir}{of_params}, labels {config.labels}, against {run.reference.path}")
-    show_rows(config, rows)
+    with run.going_on():
+        show_rows(config, rows)
+    run.finish()
     log(f"written in {run.out}: fid.json, fid.csv, {', '.join(map(grid_name, run.samplers))}")
 
 
@@ -419,9 +461,14 @@ def evaluate_samples(config: ConfigDict) -> None:
     with explaining_out_of_memory("Inception", "a smaller --batch_size"):
         scoring.measure_samples(samples, statistics, "scoring", "num_samples")
     results = Results(scoring.out)
-    row = results.add(settings, scoring.compute(statistics))
-    write_csv(scoring.out / "fid.csv", results.rows)
-    show_rows(config, [row])
+    metrics = scoring.compute(statistics)
+    row: dict[str, Any] = {**settings, **metrics}
+    with scoring.going_on():
+        results.add(settings, metrics)
+        write_csv(scoring.out / "fid.csv", results.rows)
+    with scoring.going_on():
+        show_rows(config, [row])
+    scoring.finish()
     log(f"written in {scoring.out}: fid.json, fid.csv")
 
 
@@ -432,6 +479,7 @@ def main(config: ConfigDict) -> None:
             "give one of --load_dir (the folder of a run, such as runs/demo) and --samples (images to score)"
         )
     refuse_ignored(config)
+    check_json_path(config.json, {"samples": config.samples, "fid_stats": config.fid_stats})
     (evaluate_run if config.load_dir else evaluate_samples)(config)
 
 

@@ -18,21 +18,21 @@ from absl import flags
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
-from tqdm import tqdm
 
 from utils import checks, cli
 from utils.checkpoint import open_checkpoint
 from utils.codecs.pixels import PixelCodec
-from utils.console import configure_output, is_quiet, log, show_result
+from utils.console import configure_output, log, progress_bar, show_result
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset
 from utils.data.registry import load_dataset
 from utils.errors import UserError
+from utils.files import explaining_full_disk
 from utils.generate import load_model, restore_params
 from utils.help import topic
 from utils.likelihood import LikelihoodConfig, measure_batch
 from utils.memory import explaining_out_of_memory
-from utils.results import write_csv, write_json_rows
+from utils.results import check_json_path, write_csv, write_json_rows
 from utils.sharding import gather, make_mesh, shard_replicated
 
 # Data options of the run, where the images are its own and no flag says otherwise.
@@ -151,7 +151,7 @@ class Measurement:
     def measure(self) -> list[dict[str, Any]]:
         """A row for each image."""
         unit, rows = self.unit, []
-        bar = tqdm(total=self.num_images, desc="likelihood", unit="image", disable=is_quiet())
+        bar = progress_bar(total=self.num_images, desc="likelihood", unit="image")
         key, model = jax.random.key(self.config.seed), self.model
         for batch in self.batches():
             placed = {name: shard_replicated(values, self.mesh) for name, values in batch.items()}
@@ -229,21 +229,23 @@ def main(config: ConfigDict) -> None:
     if not config.load_dir:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
     refuse_ignored(config)
-    for flag in ("per_image", "json"):
-        if config[flag] and config[flag] != "-":
-            checks.check_writable(Path(config[flag]).parent, flag)
+    if config.per_image:
+        checks.check_file_writable(Path(config.per_image), "per_image", "images.csv")
+    check_json_path(config.json, {"per_image": config.per_image})
     measurement = Measurement(config)
     trace = f"{config.num_probes} probes an image" if config.num_probes else "the exact trace"
     log(f"{measurement.num_images} images of {measurement.dataset.name}, {config.split}, with {trace}")
     with explaining_out_of_memory("the likelihood", "a smaller --batch_size"):
         rows = measurement.measure()
-    if config.per_image:
-        write_csv(Path(config.per_image), rows)
     result = measurement.summarize(rows)
+    # Printed first: what cannot be written is not lost.
     if config.json != "-":
         show_result(to_markdown(result))
-    if config.json:
-        write_json_rows(config.json, [result])
+    with explaining_full_disk(lambda: "the result is above"):
+        if config.json:
+            write_json_rows(config.json, [result])
+        if config.per_image:
+            write_csv(Path(config.per_image), rows)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from utils import checks, cli
 from utils.commands import write_command
-from utils.console import log
+from utils.console import log, progress_bar
 from utils.data import pairs
+from utils.data.latents import check_num_files, count_finished
 from utils.environment import RANDOM, changed_variables
 from utils.errors import UserError
-from utils.files import FolderLock, remove_temporaries, write_json
+from utils.files import FolderLock, explaining_full_disk, write_json
 from utils.generate import RECIPE_BATCH_SIZE, ImageGenerator, hash_params, load_generator
 from utils.help import topic
 from utils.memory import explaining_out_of_memory
@@ -61,6 +62,8 @@ def main(config: ConfigDict) -> None:
     for name, what in {"load_dir": "a run", "out": "the pairs"}.items():
         if config[name] is None:
             raise UserError(f"--{name} is not given: name the folder of {what}")
+    checks.check_writable(Path(config.out), "out", creates=False)
+    check_num_files(config.num_pairs, config.shard_size, f"--num_pairs={config.num_pairs}")
     generator = load_generator(
         config.load_dir, params=config.params, seed=config.seed, label_mode=config.labels, dtype=config.dtype,
         vae=config.vae, needs_images=True,
@@ -94,15 +97,18 @@ def main(config: ConfigDict) -> None:
     checks.check_writable(out, "out")
     lock = FolderLock(out)
     lock.acquire("out")
-    remove_temporaries(out)
     found = pairs.load_manifest(out)
     if found is None:
         write_json(out / pairs.MANIFEST, manifest.to_json())
     elif found != manifest:
         raise UserError(f"--out={out} holds pairs of another model or sampler ({found.sampler}); choose another folder")
-    explaining = explaining_out_of_memory("sampling", "a smaller --batch_size")
-    with tqdm(total=config.num_pairs, unit="pair") as bar, explaining:
-        for name, rows in manifest.shards():
+    shards = manifest.shards()
+    with (
+        progress_bar(total=config.num_pairs, unit="pair") as bar,
+        explaining_out_of_memory("sampling", "a smaller --batch_size"),
+        explaining_full_disk(lambda: count_finished(out, [name for name, _ in shards])),
+    ):
+        for name, rows in shards:
             if (out / name).exists():
                 bar.update(len(rows))
             else:

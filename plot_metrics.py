@@ -48,15 +48,6 @@ def choose_metrics(known: Iterable[str], requested: list[str], is_optional: bool
     return list(dict.fromkeys(name for names in matches.values() for name in names))
 
 
-def check_out(out: Path) -> None:
-    """UserError where no PNG can be written there."""
-    if out.is_dir() or out.suffix.lower() != ".png":
-        raise UserError(
-            f"--out={out}: name a .png file, such as {out / 'curves.png' if out.is_dir() else 'curves.png'}"
-        )
-    checks.check_writable(out.parent, "out")
-
-
 def main(config: ConfigDict) -> None:
     jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerators
     if not all(config.runs) or not config.runs:
@@ -67,7 +58,10 @@ def main(config: ConfigDict) -> None:
     known = {metric for curve in curves.values() for metric in curve}
     metrics = choose_metrics(known, config.metrics, is_optional=not cli.is_explicit("metrics"))
     out = Path(config.out)
-    check_out(out)
+    if out.is_dir() or out.suffix.lower() != ".png":
+        example = out / "curves.png" if out.is_dir() else "curves.png"
+        raise UserError(f"--out={out}: name a .png file, such as {example}")
+    checks.check_file_writable(out, "out", "curves.png")
     points = {metric: {run: list(curve.get(metric, {}).items()) for run, curve in curves.items()} for metric in metrics}
     for run in curves:
         if missing := [metric for metric in metrics if not points[metric][run]]:

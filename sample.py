@@ -20,14 +20,13 @@ import numpy as np
 from absl import flags
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from utils import checks, cli, plotting
 from utils.checkpoint import split_load_dir
-from utils.console import configure_output, is_quiet, log, show_result, warn
+from utils.console import configure_output, log, progress_bar, show_result, warn
 from utils.data.class_names import read_classes
 from utils.editing import labels_from_folders, read_images, read_mask
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.files import atomic_write
 from utils.generate import RECIPE_BATCH_SIZE, ClassMix, load_generator
 from utils.help import topic
@@ -38,6 +37,10 @@ from utils.sampling import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SamplerConfig
 from utils.sharding import gather
 from utils.tracking import Tracker
 
+FILES = (
+    "grid.png", "film.webp", "film.gif", "strip.png", "interpolation.png", "inversion.png", "noise.npz",
+    "inpainting.png",
+)  # fmt: skip
 NUM_STAGES = 8
 MAX_FILM_SAMPLES = 64
 MAX_SHOWN = 400  # samples in the grid
@@ -136,12 +139,29 @@ class Drawing:
         else:
             self.labels = np.resize(np.array(classes, np.int32), config.num_samples)
         self.out = Path(config.out or split_load_dir(config.load_dir)[0] / "samples")
-        checks.check_writable(self.out, "out")
+        checks.check_writable(self.out, "out", names=FILES)
         self.written: list[Path] = []
 
     @property
     def title(self) -> str:
         return f"{self.sampler}, seed {self.config.seed}"
+
+    def run(self) -> None:
+        """Draws what the command line asks for."""
+        if self.config.interpolate is not None:
+            self.interpolate()
+        elif self.config.invert is not None:
+            self.invert()
+        elif self.config.inpaint is not None:
+            self.inpaint()
+        else:
+            self.draw()
+            if self.config.film:
+                self.film()
+
+    def show_written(self) -> None:
+        for path in self.written:
+            show_result(str(path))
 
     def save_figure(self, name: str, figure) -> None:
         with atomic_write(self.out / name) as temporary:
@@ -155,7 +175,7 @@ class Drawing:
         batch_size = -(-requested // num_devices) * num_devices
         shown: list[UInt8[np.ndarray, "b h w c"]] = []
         batches = self.generator.generate(self.sampler, config.num_samples, batch_size, self.labels)
-        bar = tqdm(total=config.num_samples, unit="image", desc=str(self.sampler), disable=is_quiet())
+        bar = progress_bar(total=config.num_samples, unit="image", desc=str(self.sampler))
         saving = SampleWriter(config.save_samples, config.num_samples) if config.save_samples else nullcontext()
         with bar, saving as writer:
             for batch in batches:
@@ -167,9 +187,11 @@ class Drawing:
                 bar.update(len(images))
         images = np.concatenate(shown)[:MAX_SHOWN]
         names = self.generator.class_names
-        self.save_figure("grid.png", plotting.sample_grid(images, self.labels[: len(images)], names, self.title))
-        if config.save_samples:
-            self.written.append(Path(config.save_samples))
+        try:
+            self.save_figure("grid.png", plotting.sample_grid(images, self.labels[: len(images)], names, self.title))
+        finally:
+            if config.save_samples:
+                self.written.append(Path(config.save_samples))
 
     def film(self) -> None:
         """The path of the first samples: an animation of all of them, and a strip of eight stages of eight."""
@@ -177,7 +199,7 @@ class Drawing:
         num_frames = config.film_frames if self.sampler.is_adaptive else min(config.film_frames, self.sampler.num_steps)
         noise, labels = self.generator.noise(range(count)), self.labels[:count]
         path = self.generator.path(noise, labels, self.sampler, num_frames)
-        bar = tqdm(path, "film", num_frames + 1, unit="frame", disable=is_quiet())
+        bar = progress_bar(path, "film", num_frames + 1, unit="frame")
         frames = np.stack([self.generator.decode(latents) for latents in bar])
         names = self.generator.class_names
         with atomic_write(self.out / f"film.{config.film_format}") as temporary:
@@ -274,7 +296,7 @@ class Drawing:
         self, noise: Float[Array, "n h w c"], labels: Int[np.ndarray, " n"] | ClassMix
     ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
         size = self.config.batch_size or RECIPE_BATCH_SIZE
-        for start in tqdm(range(0, len(noise), size), "interpolation", unit="batch", disable=is_quiet()):
+        for start in progress_bar(range(0, len(noise), size), "interpolation", unit="batch"):
             rows = slice(start, start + size)
             batch = jax.tree.map(lambda values, rows=rows: values[rows], labels)
             yield self.generator.decode(self.generator.sample_latents(noise[rows], batch, self.sampler))
@@ -332,27 +354,21 @@ def main(config: ConfigDict) -> None:
         raise UserError(f"--batch_size={config.batch_size}: use 1 or more")
     if config.save_samples:
         check_sample_path(config.save_samples)
-        checks.check_writable(Path(config.save_samples).parent, "save_samples")
     drawing = Drawing(config)
     if config.invert is None and config.inpaint is None:
         log(f"{config.num_samples} samples of {config.load_dir}, {drawing.title}")
-    with explaining_out_of_memory("sampling", "a smaller --batch_size"):
-        if config.interpolate is not None:
-            drawing.interpolate()
-        elif config.invert is not None:
-            drawing.invert()
-        elif config.inpaint is not None:
-            drawing.inpaint()
-        else:
-            drawing.draw()
-            if config.film:
-                drawing.film()
+    try:
+        with explaining_out_of_memory("sampling", "a smaller --batch_size"):
+            drawing.run()
+    except WriteError as error:
+        drawing.show_written()
+        whole = "the files above are" if drawing.written else "no file is"
+        raise WriteError(error.path, error.error, error.whole or f"{whole} whole") from error
     if config.wandb.mode != "disabled":
         tracker = Tracker(drawing.out, config, 0)
         tracker.log_image_files(drawing.written)
         tracker.close()
-    for path in drawing.written:
-        show_result(str(path))
+    drawing.show_written()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from utils.data.registry import load_dataset
 from utils.divergence import SkippedUpdates, check_finite
 from utils.environment import find_devices, jax_settings
 from utils.errors import DataError, UserError
-from utils.files import FolderLock, remove_temporaries, write_json
+from utils.files import FolderLock, write_json
 from utils.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
 from utils.generate import ImageGenerator
 from utils.help import topic
@@ -294,7 +294,6 @@ class Trainer:
             checks.check_writable(Path(config.profile), "profile")
         self.checkpoints = Checkpoints(self.folder, config.keep_last, config.keep_every)
         self.checkpoints.remove_unfinished()
-        remove_temporaries(self.folder)
 
     def init_or_restore(self) -> TrainState:
         """The newest checkpoint's state, with the data moved to its position; or step 0, perhaps of --load_dir.

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -124,6 +125,15 @@ def read_flags():
 
     yield read
     forget()
+
+
+@pytest.fixture
+def full_disk():
+    """full_disk(2048) lets the system refuse every write beyond so many bytes of a file, as a full disk does; None:
+    there is room again."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda limit: resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if limit is None else limit, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,13 @@ import pytest
 from absl import flags
 
 import compute_fid_stats
+import convert_checkpoint
 import encode_latents
 import eval_fid
+import likelihood
+import make_pairs
 import plot_metrics
+import sample
 import train_flow
 from utils import cli
 from utils.data.dataset import DataOptions
@@ -26,6 +30,11 @@ PROGRAMS = {
     "encode": (encode_latents, "--out OUT --dataset_name digits"),
     "stats": (compute_fid_stats, "--out OUT/s.npz --dataset_name digits"),
     "plot": (plot_metrics, "--out OUT/curves.png"),
+    "sample": (sample, "--load_dir x"),
+    "likelihood": (likelihood, "--load_dir x"),
+    "pairs": (make_pairs, "--load_dir x --out OUT"),
+    "export": (convert_checkpoint, "--load_dir x"),
+    "import": (convert_checkpoint, "--source x"),
 }
 FLOATS = ("lr", "beta1", "beta2", "target_update_rate", "class_dropout_prob", "mlp_ratio", "cfg_scale")
 COUNTS = ("hidden_size", "patch_size", "depth", "num_heads", "num_classes", "denoise_timesteps")
@@ -110,7 +119,7 @@ BAD = [
     ("encode", "--dataset_name nothing", "--dataset_name=nothing is unknown"),
     ("encode", "--dataset_name folder:/no/such", "there is no folder"),
     ("stats", "--out OUT", "--out=.* is a folder"),
-    ("stats", "--out /proc/x/y.npz", "--out=/proc/x cannot be written"),
+    ("stats", "--out /proc/x/y.npz", "--out=/proc/x/y.npz cannot be written"),
     ("stats", "--batch_size 0", "--batch_size=0"),
     ("stats", "--batch_size 1000000000", "--batch_size=1000000000 of 299x299x3 images needs"),
     ("stats", "--num_features 2000000", "num_features"),
@@ -133,8 +142,33 @@ BAD = [
     ("plot", "--runs LOG --out=", "--out=: a name of 1"),
     ("plot", "--runs LOG --out OUT", "--out=.*out: name a .png file, such as .*curves.png"),
     ("plot", "--runs LOG --out OUT/curves.pdf", "--out=.*curves.pdf: name a .png file"),
-    ("plot", "--runs LOG --out /proc/x/y.png", "--out=/proc/x cannot be written"),
+    ("plot", "--runs LOG --out /proc/x/y.png", "--out=/proc/x/y.png cannot be written"),
 ]  # fmt: skip
+# Where results go: refused before the run, which there is none of, is looked for.
+OUTPUTS = [
+    ("eval", "--load_dir x --json OUT", "--json=.*out is a folder; name the file to write"),
+    ("eval", "--load_dir x --json README.md/a.json", "--json=README.md/a.json cannot be written"),
+    ("eval", "--load_dir x --json /dev/null", "--json=/dev/null is no regular file"),
+    ("eval", "--samples GOOD --fid_stats STATS --json GOOD", "--json=.*good.npz is the file of --samples"),
+    ("eval", "--samples GOOD --fid_stats STATS --out TAKEN", "--out=.*taken holds a folder fid.csv"),
+    ("likelihood", "--json OUT", "--json=.*out is a folder; name the file to write, such as .*out/result.json"),
+    ("likelihood", "--per_image OUT", "--per_image=.*out is a folder; name .* such as .*out/images.csv"),
+    ("likelihood", "--per_image OUT/a --json OUT/a", "--json=.*a is the file of --per_image, which would be lost"),
+    ("likelihood", "--json /proc/x/a.json", "--json=/proc/x/a.json cannot be written"),
+    ("sample", "--save_samples README.md", "--save_samples=README.md is a file"),
+    ("sample", "--save_samples README.md/x.npz", "--save_samples=README.md/x.npz cannot be written"),
+    ("sample", "--save_samples README.md/pngs", "--save_samples=README.md/pngs cannot be written"),
+    ("stats", "--images GOOD --out GOOD", "--out=.*good.npz is the file of --images, which would be lost"),
+    ("export", "--out TAKEN/a.safetensors", "--out=.*a.safetensors is a folder; name the file to write"),
+    ("export", "--out README.md/a.safetensors", "--out=README.md/a.safetensors cannot be written"),
+    ("export", "--out README.md", "--out=README.md cannot be written"),
+    ("export", "--out TAKEN", "--out=.*taken holds a folder README.md, where a file is to be"),
+    ("import", "--out README.md", "--out=README.md cannot be written"),
+    ("encode", "--dataset_name x --out README.md", "--out=README.md cannot be written"),
+    ("pairs", "--out README.md", "--out=README.md cannot be written"),
+    ("pairs", "--num_pairs 2000000 --shard_size 1", "--shard_size=1: --num_pairs=2000000 would be .* use 2 or more"),
+    ("pairs", "--num_pairs 1000000000 --shard_size 999", "--shard_size=999: .*1,001,002 files.* use 1000 or more"),
+]
 SWEEPS = [
     ("--denoise_timesteps 3000000000", "--denoise_timesteps=3000000000: use a whole number"),
     ("--denoise_timesteps 1.5", "--denoise_timesteps=1.5: give numbers"),
@@ -169,11 +203,14 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "logged").mkdir()
     line = {"step": 1, "training/l2_loss": 1.5, "x_t/0.1": 1.0, "x_t/0.2": 1.0, "fid": 2}
     (tmp_path / "logged" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for name in ("a.safetensors", "fid.csv", "README.md"):
+        (tmp_path / "taken" / name).mkdir(parents=True)
     np.savez(tmp_path / "good.npz", np.zeros((4, 8, 8, 3), np.uint8))
     return {
         "STATS": "data/fid_stats_digits.npz",
         "OUT": str(tmp_path / "out"),
         "GOOD": str(tmp_path / "good.npz"),
+        "TAKEN": str(tmp_path / "taken"),
         "RUN": str(tmp_path / "run"),
         "LOG": str(tmp_path / "logged"),
     }
@@ -188,7 +225,7 @@ def run(read_flags, files, name, line) -> None:
     program.main(read_flags(program, [*words, *line.split()]))
 
 
-@pytest.mark.parametrize(("name", "line", "message"), BAD)
+@pytest.mark.parametrize(("name", "line", "message"), [*BAD, *OUTPUTS])
 def test_bad_input_is_one_line(read_flags, files, name, line, message):
     with pytest.raises(UserError, match=message) as error:
         run(read_flags, files, name, line)

@@ -1,7 +1,6 @@
 """Checkpoints: complete, atomic, readable under other shardings; the import of jax-flow's parameters."""
 
 import os
-import resource
 import shutil
 import time
 
@@ -298,21 +297,12 @@ def test_checkpoints_without_checksums_load(tmp_path, state):
     assert_equal(checkpoint.Checkpoints(tmp_path).restore(1, like)[0], state)
 
 
-@pytest.fixture
-def full_disk():
-    """full_disk(True) lets the system refuse every write beyond 2 kB of a file, as a full disk does; full_disk(False)
-    frees space."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda is_full: resource.setrlimit(resource.RLIMIT_FSIZE, (2048 if is_full else before[0], before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, state, full_disk, capfd):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=2)
     saver = checkpoint.Saver(checkpoints, CONFIG, interval=10, minutes=0, step=0)
     saver.save(state.replace(step=jnp.int32(10)), 10)
     checkpoints.wait()
-    full_disk(True)
+    full_disk(2048)
     saver.save(state.replace(step=jnp.int32(20)), 20)
     deadline = time.monotonic() + 20
     while not (said := capfd.readouterr()).out:
@@ -328,7 +318,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, state, full_disk,
     assert saver.is_due(23)
     with pytest.raises(checkpoint.SaveError, match=r"step 24 could not be written .*; step 10 is safe"):
         saver.save_last(state.replace(step=jnp.int32(24)), 24)
-    full_disk(False)
+    full_disk(None)
     saver.save_last(state.replace(step=jnp.int32(25)), 25)
     checkpoints.close()
     # What the full disk cut short is removed when the run starts again.

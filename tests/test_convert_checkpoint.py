@@ -20,7 +20,7 @@ from utils.checkpoint import Checkpoints
 from utils.convert.runs import model_card
 from utils.convert.sources import METADATA_KEY, read_source
 from utils.convert.torch_files import read_torch_file
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.external import BadFileError
 from utils.generate import load_generator, load_model
 from utils.metrics.samples import open_samples
@@ -72,6 +72,54 @@ def test_an_imported_run_holds_its_parameters_once_and_is_a_run(convert, tmp_pat
     done = run_program("train_flow.py", "--dataset_name", "digits", "--use_stable_vae", 0, "--save_dir", run,
                        "--model.num_classes", 10, "--model.patch_size", 2, check=False)  # fmt: skip
     assert "imported model, which has no optimizer to continue with; train from it with --load_dir" in done.stderr
+
+
+def stop_here(*arguments):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["write_json", "Checkpoints.save_params", "Checkpoints.close"])
+def test_an_import_that_was_stopped_is_done_by_the_same_command(convert, tmp_path, monkeypatch, place):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"utils.convert.runs.{place}", stop_here)
+        with pytest.raises(KeyboardInterrupt):
+            convert(*SIT, "--vae", VAE, "--out", run)
+    if place == "Checkpoints.close":  # all is there
+        assert (run / "config.json").exists()
+        with pytest.raises(UserError, match="holds a run already"):
+            convert(*SIT, "--vae", VAE, "--out", run)
+    else:
+        (run / "checkpoints" / "0.orbax-checkpoint-tmp-0" / "ema_params").mkdir(parents=True)
+        convert(*SIT, "--vae", VAE, "--out", run)
+    found, expected = outputs(run)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "configs/20260101-000000_step0.json"])
+def test_a_training_without_a_checkpoint_is_a_run(convert, tmp_path, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="holds a run already; choose another folder"):
+        convert(*SIT, "--vae", VAE, "--out", tmp_path / "run")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [name.partition("/")[0]]
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(convert, tmp_path, full_disk, capfd):
+    full_disk(4096)
+    with pytest.raises(
+        UserError, match=r"step 0 could not be written .*File too large.*: make room, and give the same"
+    ):
+        convert(*SIT, "--vae", VAE, "--out", tmp_path / "run")
+    full_disk(None)
+    convert(*SIT, "--vae", VAE, "--out", tmp_path / "run")
+    full_disk(4096)
+    with pytest.raises(WriteError, match=r"x\.safetensors could not be written \(File too large\); raise the limit"):
+        convert("--load_dir", tmp_path / "run", "--out", tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["fp16.pt", "bf16.safetensors", "module.pt", "float32.bin", "ema.pt"])

@@ -2,6 +2,8 @@
 
 import ast
 import errno
+import gc
+import gzip
 import io
 import json
 import os
@@ -13,22 +15,31 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
-from utils import files
-from utils.errors import UserError
+from utils import checks, files
+from utils.errors import UserError, WriteError
 from utils.files import (
     FolderLock,
     atomic_write,
     cache_folder,
+    explaining_full_disk,
     file_sha256,
     open_regular,
     read_bytes,
     remove_temporaries,
     set_aside,
+    temporary_path,
     write_json,
 )
+
+NOISE = np.random.default_rng(0).standard_normal((60, 60))
 
 
 def test_what_fails_leaves_what_was_there(tmp_path):
@@ -93,6 +104,93 @@ def test_only_regular_files_are_opened(tmp_path):
         assert not os.get_inheritable(file.fileno())
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "missing")
+
+
+def save_matplotlib(path):
+    figure = Figure()
+    figure.subplots().plot(NOISE[0])
+    figure.savefig(path, format="png")
+
+
+def save_records(path):
+    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    for row in NOISE:
+        writer.write(row.tobytes())
+    writer.close()
+
+
+def save_npz(path):
+    with path.open("wb") as file:
+        np.savez_compressed(file, noise=NOISE)
+
+
+def save_gzip(path):
+    with gzip.open(path, "wt") as file:
+        file.write(str(NOISE.tolist()))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_matplotlib,
+        save_records,
+        save_npz,
+        save_gzip,
+        lambda path: Image.fromarray((NOISE * 99).astype(np.uint8)).save(path, "webp", lossless=True),
+        lambda path: save_file({"noise": NOISE}, path),
+        lambda path: path.write_text(str(NOISE.tolist())),
+    ],
+    ids=["matplotlib", "array_record", "npz", "gzip", "pillow", "safetensors", "text"],
+)
+def test_a_full_disk_under_any_library_is_one_line(tmp_path, save, full_disk, capfd):
+    path = tmp_path / "result.bin"
+    path.write_text("before")
+    full_disk(2048)
+
+    def write():
+        with explaining_full_disk(lambda: "2 of 3 are whole"), atomic_write(path) as temporary:
+            save(temporary)
+
+    with pytest.raises(WriteError) as error:
+        write()
+    assert str(error.value) == (
+        f"{path} could not be written (File too large); 2 of 3 are whole; raise the limit of a file's size (ulimit "
+        "-f), and give the same command again"
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["result.bin"]
+    assert path.read_text() == "before"
+    del error
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
+    full_disk(None)
+    with atomic_write(path) as temporary:
+        save(temporary)
+    assert path.stat().st_size > 2048
+
+
+def test_what_fails_to_be_read_meanwhile_is_not_called_a_failed_write(tmp_path):
+    def write():
+        with atomic_write(tmp_path / "out"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/image.png")
+
+    with pytest.raises(OSError, match=r"/data/image\.png"):
+        write()
+
+
+def test_only_what_no_process_writes_any_more_is_removed(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    machine = temporary_path(tmp_path / "a.npz").name.split(".")[-3]
+    gone, alive = f".a.npz.{machine}.{ended.pid}.tmp", f".a.npz.{machine}.{os.getpid()}.tmp"
+    elsewhere, other = f".a.npz.0123abcd.{ended.pid}.tmp", f".b.npz.{machine}.{ended.pid}.tmp"
+    names = (gone, alive, elsewhere, other)
+    for name in names:
+        (tmp_path / name).touch()
+    remove_temporaries(tmp_path, "a.npz")
+    assert {path.name for path in tmp_path.iterdir()} == {alive, elsewhere, other}
+    os.utime(tmp_path / elsewhere, (0, 0))
+    checks.check_writable(tmp_path, "out")  # which every program asks before it works
+    assert {path.name for path in tmp_path.iterdir()} == {alive}
 
 
 def test_temporaries_of_killed_writers_are_removed_once_they_are_old(tmp_path):

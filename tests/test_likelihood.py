@@ -14,7 +14,7 @@ from tests.conftest import GOLDEN
 from tests.test_generate import run  # noqa: F401 (fixture)
 from utils import likelihood
 from utils.data.registry import load_dataset
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.generate import load_generator
 from utils.likelihood import (
     LikelihoodConfig,
@@ -146,6 +146,23 @@ def test_the_program_measures_images_one_by_one(measure, run, tmp_path):  # noqa
         again = np.array([float(row["bits_per_dim"]) for row in csv.DictReader(file)])
     np.testing.assert_allclose(again, values, atol=1e-3)
     assert measure(f"{words} --labels none")["bits_per_dim"] != result["bits_per_dim"]
+
+
+def test_a_result_that_cannot_be_written_is_printed_first(run, read_flags, tmp_path, full_disk, monkeypatch, capsys):  # noqa: F811
+    line = f"--solver midpoint --denoise_timesteps 1 --num_images 8 --json {tmp_path}/a.json"
+    measured = likelihood_program.Measurement.measure
+
+    def fill_disk(measurement):
+        rows = measured(measurement)
+        full_disk(100)
+        return rows
+
+    monkeypatch.setattr(likelihood_program.Measurement, "measure", fill_disk)
+    message = r"a\.json could not be written \(File too large\); the result is above; raise the limit"
+    with pytest.raises(WriteError, match=message):
+        likelihood_program.main(read_flags(likelihood_program, ["--load_dir", str(run), *line.split()]))
+    assert "| 8 | digits, validation | data |" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_images_are_fitted_to_the_run(measure, tmp_path):

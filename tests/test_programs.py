@@ -16,6 +16,7 @@ import pytest
 import eval_fid
 from tests.conftest import ROOT, run_program
 from tests.runs import SCALARS, assert_close, kill_and_continue, losses, start, wait_for_step
+from utils.errors import WriteError
 from utils.metrics.fid import frechet_distance
 from utils.metrics.inception import Features
 from utils.metrics.reference import load_statistics
@@ -427,6 +428,30 @@ def test_an_interrupted_sweep_does_not_score_a_row_twice(finished, read_flags, t
     assert after[3, 4] == before[3, 4]
     assert (tmp_path / "samples_3_4.png").stat().st_mtime_ns == stamp
     assert capsys.readouterr().out.count("| 4 | 8 |") == 3
+
+
+@finished_run
+@pytest.mark.parametrize("limit", [4000, 100], ids=["samples and grid", "fid.json too"])
+def test_scores_are_printed_before_a_full_disk_ends_an_evaluation(
+    finished, read_flags, tmp_path, monkeypatch, capsys, full_disk, limit
+):
+    folder, _ = finished
+    monkeypatch.setattr(eval_fid, "load_feature_extractor", lambda *arguments: features_of_pixels)
+    monkeypatch.setattr(eval_fid, "compute_metrics", lambda samples, reference: {"fid": float(samples.pool.mu.sum())})
+    measure = eval_fid.measure_images
+
+    def fill_disk(*arguments):
+        full_disk(limit)
+        measure(*arguments)
+
+    monkeypatch.setattr(eval_fid, "measure_images", fill_disk)
+    words = ["--load_dir", str(folder), "--num_samples", "64", "--batch_size", "32", "--wandb.mode", "disabled"]
+    words += ["--denoise_timesteps", "1", "--out", str(tmp_path / "out"), "--save_samples", str(tmp_path / "s.npz")]
+    with pytest.raises(WriteError, match=r"s\.npz could not be written \(File too large\); the scores are above; "):
+        eval_fid.main(read_flags(eval_fid, words))
+    assert "| 1 | 4 | 64 |" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()} - {".fid.json.lock"}
+    assert names == ({"fid.json", "fid.csv"} if limit == 4000 else set())
 
 
 def stop_at_second(evaluate):

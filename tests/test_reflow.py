@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from tests.test_generate import run as golden_run  # noqa: F401 (fixture)
 from utils.data import pairs
 from utils.data.dataset import DataOptions
 from utils.data.registry import load_dataset
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.generate import ImageGenerator, load_generator
 from utils.objectives.flow_matching import expand_times
 from utils.sampling import SamplerConfig, sample, straightness
@@ -153,6 +154,22 @@ def test_making_pairs_goes_on_after_the_last_file(made, tmp_path):
     assert "holds pairs of another model or sampler" in done.stderr
     done = run_program("make_pairs.py", *words.split(), "--solver", "sde", check=False)
     assert "--solver=sde draws noise on the way" in done.stderr
+
+
+@reflow
+def test_a_full_disk_says_how_many_files_of_pairs_are_finished(made, read_flags, tmp_path, full_disk):
+    out, words = made
+    shutil.copytree(out, tmp_path / "pairs")
+    (tmp_path / "pairs" / "pairs-00001-of-00003.array_record").unlink()
+    full_disk(4096)
+    message = (
+        r"pairs-00001-of-00003\.array_record could not be written \(File too large\); 2 of 3 files are finished, and "
+        "kept; raise the limit"
+    )
+    with pytest.raises(WriteError, match=message):
+        make_pairs.main(read_flags(make_pairs, words.replace(str(out), str(tmp_path / "pairs")).split()))
+    assert len(list((tmp_path / "pairs").glob("*.array_record"))) == 2
+    assert not list((tmp_path / "pairs").glob(".*.tmp"))
 
 
 @reflow

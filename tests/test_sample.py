@@ -16,8 +16,9 @@ import sample
 from tests.conftest import ROOT, xla_flags
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
 from utils import plotting
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.generate import load_generator
+from utils.metrics.samples import open_samples
 from utils.plotting import sample_grid
 from utils.sampling import SamplerConfig
 
@@ -78,6 +79,18 @@ def test_eight_devices_and_another_working_directory_change_no_image(run, genera
     with np.load(tmp_path / "samples.npz") as saved:
         # Rounding to bfloat16 depends on the batch that a device has.
         assert np.abs(saved["arr_0"].astype(int) - batch.to_host()[0]).max() <= 1
+
+
+def test_what_is_whole_on_a_full_disk_is_named(draw, full_disk, tmp_path, capsys):
+    full_disk(12_000)  # for 100 samples of 8x8, but no grid of them
+    words = f"--num_samples 100 --denoise_timesteps 1 --cfg_scale 1 --save_samples {tmp_path / 's.npz'}"
+    with pytest.raises(
+        WriteError, match=r"grid\.png could not be written \(File too large\); the files above are whole"
+    ):
+        draw(words)
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "s.npz")]
+    assert list((tmp_path / "out").iterdir()) == []
+    assert open_samples(tmp_path / "s.npz").num_samples == 100
 
 
 @pytest.mark.parametrize("file_format", ["webp", "gif"])

@@ -1,5 +1,7 @@
 """Sample files: the same images from npz and PNGs, whole or refused by name."""
 
+import contextlib
+import gc
 import re
 
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.image_files import noise, write
-from utils.errors import UserError
+from utils.data.dataset import DataOptions
+from utils.data.registry import load_dataset
+from utils.errors import UserError, WriteError
 from utils.metrics.samples import SampleWriter, content_sha256, open_samples
 
 IMAGES, LABELS = noise(0, 10, 6, 5, 3), np.arange(10, dtype=np.int32)
@@ -65,6 +69,53 @@ def test_an_interrupted_npz_does_not_appear(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_all()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_finished_is_refused_with_both_numbers(tmp_path):
+    folder = tmp_path / "class 3" / "folder"
+
+    def write(count):
+        with SampleWriter(folder, 10) as writer:
+            writer.write(IMAGES[:count], LABELS[:count])
+            raise KeyboardInterrupt
+
+    for count in (4, 0):
+        with pytest.raises(KeyboardInterrupt):
+            write(count)
+        for path in (folder, folder.parent) if count else (folder,):
+            with pytest.raises(UserError, match=f"--images={path}: .*folder holds {count} of 10 samples") as error:
+                open_samples(path, "images")
+            assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match=r"--dataset_name=folder:.* of 10 samples"):
+            load_dataset(f"folder:{folder}", "train", DataOptions())
+    (folder / ".000003.png.0123abcd.7.tmp").touch()  # of a writer that was killed, elsewhere
+    write_samples(folder)
+    np.testing.assert_array_equal(read_all(folder, 4), IMAGES)
+    assert [path.name for path in folder.iterdir() if path.suffix not in (".png", ".tmp")] == []
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "folder"])
+def test_a_full_disk_is_one_line_and_who_wants_to_go_on_can(tmp_path, full_disk, capfd, name):
+    images, labels = noise(0, 4, 40, 40, 3), np.arange(4)
+    full_disk(4500)  # which has room for less than one of them
+
+    def write(catching):
+        with SampleWriter(tmp_path / name, 4) as writer:
+            for rows in (slice(0, 2), slice(2, 4)):
+                with catching:
+                    writer.write(images[rows], labels[rows])
+        return writer.failure
+
+    what = "0 of 4 samples are whole; " if name == "folder" else ""
+    with pytest.raises(WriteError, match=rf"{name}\S* could not be written \(File too large\); {what}raise the limit"):
+        write(contextlib.nullcontext())
+    assert isinstance(write(contextlib.suppress(WriteError)), WriteError)
+    gc.collect()
+    assert capfd.readouterr() == ("", "")
+    assert {path.name for path in tmp_path.rglob("*")} <= {"folder", ".unfinished.json"}
+    full_disk(None)
+    assert write(contextlib.nullcontext()) is None
+    np.testing.assert_array_equal(read_all(tmp_path / name, 4), images)
 
 
 @pytest.mark.parametrize(("num_images", "num_labels"), [(3, 4), (9, 9), (11, 11)])

@@ -7,7 +7,6 @@ of these, which are compared on reading. Older checkpoints have no checksums. An
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
@@ -32,7 +31,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, UInt32
 
 from utils.console import log
-from utils.errors import UserError
+from utils.errors import UserError, find_system_error
 from utils.external import BadFileError
 from utils.files import refuse_url, set_aside
 from utils.lora import KEY as LORA
@@ -93,8 +92,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"checkpoint {path} cannot be read ({str(error)[:100]}); it may be whole") from error
     except Exception as error:  # the libraries below share no exception type
         logging.debug("%s", error, exc_info=True)
-        if reason := _system_reason(error):
-            raise UserError(f"checkpoint {path} cannot be read ({reason}); it may be whole: try again") from error
+        if refused := find_system_error(error):
+            raise UserError(f"checkpoint {path} cannot be read ({refused[1]}); it may be whole: try again") from error
         raise DamagedCheckpointError(
             f"checkpoint {path} is damaged: files of it are missing, cut or changed"
         ) from error
@@ -203,8 +202,9 @@ class Checkpoints:
             step, self.writing = self.writing, None
             self.remove_unfinished()
             logging.debug("%s", error, exc_info=True)
-            reason, safe = _system_reason(error) or type(error).__name__, self.steps()
-            safe = f"step {safe[0]} is safe" if safe else "no earlier one is there"
+            _, reason = find_system_error(error) or (0, type(error).__name__)
+            steps = self.steps()
+            safe = f"step {steps[0]} is safe" if steps else "no earlier one is there"
             raise SaveError(
                 f"checkpoint of step {step} could not be written to {self.folder} ({reason}); {safe}"
             ) from error
@@ -491,19 +491,6 @@ def _has_float64(tree: PyTree) -> bool:
     return any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(tree))
 
 
-# What the system says that is no verdict on a file's content.
-SYSTEM_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ESTALE, errno.EMFILE,
-    errno.ENFILE, errno.ENOMEM,
-)  # fmt: skip
-
-
-def _system_reason(error: Exception) -> str:
-    """What the system refused, without the libraries' internals; empty where it is something else."""
-    codes = (code for code in SYSTEM_ERRORS if os.strerror(code) in str(error) or getattr(error, "errno", None) == code)
-    return next(map(os.strerror, codes), "")
-
-
 def _all_processes_agree(is_fine: bool) -> bool:
     """Whether something went well on every process of the run."""
     if jax.process_count() == 1:
@@ -535,7 +522,7 @@ def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
     """
     refuse_url(load_dir, "load_dir")
     run_dir, step = split_load_dir(load_dir)
-    if str(load_dir).startswith(HUB_PREFIX) and not (run_dir / FOLDER).is_dir():
+    if str(load_dir).startswith(HUB_PREFIX) and not has_checkpoints(run_dir):
         from utils.convert.runs import fetch_run  # which makes runs, by what is above
 
         fetch_run(str(load_dir), run_dir)

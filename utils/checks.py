@@ -2,12 +2,14 @@
 
 import math
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from utils.errors import UserError
+from utils.errors import NO_ROOM, UserError
+from utils.files import remove_temporaries
 from utils.memory import total_memory
 
 
@@ -105,14 +107,42 @@ def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1, per
         )
 
 
-def check_writable(folder: Path, flag: str) -> None:
-    """Creates `folder` and proves that files can be written there; UserError otherwise."""
+def check_writable(
+    folder: Path, flag: str, file: Path | None = None, creates: bool = True, names: Iterable[str] = ()
+) -> None:
+    """Creates `folder` and proves that files, or the one of --`flag`, can be written there, `names` among them; removes
+    what killed writers have left. Without `creates` it leaves nothing: it looks at the folder, or the first above it
+    that exists. UserError otherwise."""
+    for name in names:
+        if (folder / name).is_dir():
+            raise UserError(f"--{flag}={folder} holds a folder {name}, where a file is to be; choose another folder")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: the processes of a run try at the same time
-            pass
+        if creates:
+            folder.mkdir(parents=True, exist_ok=True)
+        place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        with tempfile.TemporaryFile(dir=place) as probe:  # of no name: the processes of a run try at the same time
+            probe.write(bytes(4096))
     except OSError as error:
-        raise UserError(f"--{flag}={folder} cannot be written ({error.strerror}); choose another folder") from None
+        fix = f"{NO_ROOM[error.errno]}, or choose" if error.errno in NO_ROOM else "choose"
+        kind = "file" if file else "folder"
+        raise UserError(
+            f"--{flag}={file or folder} cannot be written ({error.strerror}); {fix} another {kind}"
+        ) from None
+    if creates:
+        remove_temporaries(folder, file.name if file else "")
+
+
+def check_file_writable(path: Path, flag: str, example: str, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Creates the folder of the file of --`flag`, named like `example`, and proves that it can be written. UserError
+    where it cannot be, is a folder or no regular file, or is one of the `inputs`, {flag: path}."""
+    if path.is_dir():
+        raise UserError(f"--{flag}={path} is a folder; name the file to write, such as {path / example}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--{flag}={path} is no regular file; name another")
+    for name, value in (inputs or {}).items():
+        if value and Path(value).resolve() == path.resolve():
+            raise UserError(f"--{flag}={path} is the file of --{name}, which would be lost; name another file")
+    check_writable(path.parent, flag, path)
 
 
 def can_guide(class_dropout_prob: float) -> bool:

@@ -27,7 +27,7 @@ from utils.console import finish_output, log
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.environment import check_jax_settings, find_devices
-from utils.errors import UserError
+from utils.errors import NO_ROOM, UserError, WriteError
 from utils.files import refuse_url
 from utils.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
 from utils.memory import keep_freed_memory
@@ -324,6 +324,8 @@ def run_program(
     except BrokenPipeError:
         pass  # who reads the output has left
     except OSError as error:
+        if error.errno in NO_ROOM:
+            _end(f"error: {WriteError(error.filename or 'a file', error)}")
         if error.errno is None or error.filename is None:
             raise
         _end(f"error: {error.filename}: {error.strerror}")
@@ -345,7 +347,7 @@ def run_program(
 
 def _end(message: str, status: int = 1) -> NoReturn:
     """Ends the program with one line and this status."""
-    with contextlib.suppress(OSError):  # a terminal that has been closed
+    with contextlib.suppress(OSError):  # a terminal that has been closed, a log on a full disk
         print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         os._exit(status)  # an ordinary end would wait for the other processes, which wait for this one

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 
 def printable(text: str) -> str:
@@ -70,6 +71,11 @@ def finish_output() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def progress_bar(*args: Any, **options: Any) -> tqdm:
+    """A tqdm of these arguments that a full disk under the log does not end, and that --quiet silences."""
+    return tqdm(*args, **{"file": TolerantStream(), "disable": _Output.is_quiet, **options})
 
 
 class TolerantStream:

@@ -2,25 +2,31 @@
 
 import contextlib
 import errno
+import functools
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import shutil
 import socket
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 from utils.console import warn
-from utils.errors import UserError
+from utils.errors import UserError, WriteError, find_system_error
 
+UNFINISHED = ".unfinished.json"  # in a folder that is being filled
+MAX_STEM = 50  # letters of a file's name in that of its temporary, which has at most 255 bytes
+TEMPORARY = re.compile(r"\..+?(?:\.([0-9a-f]{8}))?\.(\d+)\.tmp")  # older ones do not name the machine
 READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
 STORAGE_SCHEMES = "s3a?|r2|gcs?|gs|oss|cos|az|abfss?|wasbs?|adls?|hdfs|dbfs|viewfs|oci|swift|minio|https?|s?ftp|file|hf"
 # A URL, perhaps of a data set (folder:s3://...); as a Path, which has lost a slash, only of the schemes above.
@@ -126,11 +132,20 @@ def read_bytes(path: Path) -> bytes:
     raise AssertionError("unreachable")
 
 
+def temporary_path(path: Path) -> Path:
+    """Where this process prepares what is going to be `path`; see `remove_temporaries`."""
+    return path.with_name(f".{path.name[:MAX_STEM]}.{machine_id()}.{os.getpid()}.tmp")
+
+
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, is_synced: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends, whole and on disk; a kill, a power cut
-    or an error in the block leaves what was there before. The file gets the umask's mode, whatever writes it."""
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    or an error in the block leaves what was there before. Without `is_synced`, for one of many small files, the system
+    decides when it goes to disk. The file gets the umask's mode, whatever writes it.
+
+    WriteError where the system does not let it be written, whichever library says so.
+    """
+    temporary = temporary_path(path)
     try:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
@@ -138,18 +153,105 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:  # safetensors replaces it by a file of mode 0600
                 os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
+            if is_synced:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+    except UserError:
+        raise
+    except Exception as error:
+        for link in _chain(error):
+            if _is_about(link, temporary, path):
+                raise WriteError(path, link) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Removes what killed `atomic_write`s have left in a folder: their own names, an hour old."""
-    for path in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
-            if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and time.time() - path.lstat().st_mtime > 3600:
-                path.unlink()
+            temporary.unlink(missing_ok=True)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those during whose handling it was raised: closing what could not be written raises others."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_about(error: BaseException, temporary: Path, path: Path) -> bool:
+    """Whether writing is what failed, rather than a file that was read meanwhile."""
+    name = getattr(error, "filename", None)
+    if name is not None:
+        return str(name) in (str(temporary), str(path))
+    return find_system_error(error) is not None
+
+
+@contextlib.contextmanager
+def explaining_full_disk(describe: Callable[[], str]) -> Iterator[None]:
+    """Adds to a WriteError what `describe` says is whole when it happens."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(error.path, error.error, "; ".join(filter(None, (error.whole, describe())))) from error
+
+
+@functools.cache
+def machine_id() -> str:
+    """Eight digits of this machine, since it was started, and of the container: here alone the number of a process says
+    whether it lives."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
+
+
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Removes what killed `atomic_write`s have left in a folder, or of the file `name` in it: that of processes of this
+    machine which are gone, and that of others, which may share the folder, once it is a day old."""
+    start = f".{glob.escape(name[:MAX_STEM])}" if name else ""
+    for path in folder.glob(f"{start}.*.tmp"):
+        match = TEMPORARY.fullmatch(path.name)
+        with contextlib.suppress(OSError):
+            if match and (_is_gone(*match.groups()) or time.time() - path.lstat().st_mtime > 24 * 3600):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_gone(machine: str | None, pid: str) -> bool:
+    """Whether a process is known to have ended: one of this machine."""
+    if machine != machine_id():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # of another user, or no number of a process
+        return False
+    return False
+
+
+def mark_unfinished(folder: Path, num_files: int) -> None:
+    """Says in a folder that so many files are going to be written there, until `mark_finished`: readers are told by
+    `check_finished` where a kill has left fewer."""
+    write_json(folder / UNFINISHED, {"num_files": num_files})
+
+
+def mark_finished(folder: Path) -> None:
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def check_finished(files: Sequence[Path], folder: Path, flag: str) -> None:
+    """UserError, which begins with `flag`, where the folder, or another of these files' folders, is one that a program
+    has begun to fill and not finished."""
+    for each in dict.fromkeys((folder, *(file.parent for file in files))):
+        if not (each / UNFINISHED).is_file():
+            continue
+        try:
+            total = json.loads((each / UNFINISHED).read_text(encoding="utf-8"))["num_files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            total = "an unknown number"
+        count = sum(file.parent == each for file in files)
+        raise UserError(
+            f"{flag}: {each} holds {count} of {total} samples: the program that writes them was stopped, or is still "
+            "at work; give its command again, or copy the samples to another folder to take them as they are"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

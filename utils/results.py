@@ -11,9 +11,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from utils import plotting
+from utils.checks import check_file_writable
 from utils.console import log, show_result
 from utils.external import MAX_JSON_BYTES, BadFileError, parse_json
-from utils.files import atomic_write, locked, read_bytes, remove_temporaries, set_aside, write_json
+from utils.files import atomic_write, locked, read_bytes, set_aside, write_json
 from utils.metrics.registry import COLUMNS
 
 NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
@@ -31,7 +32,6 @@ class Results:
 
     def __init__(self, out: Path):
         self.path = out / "fid.json"
-        remove_temporaries(out)
         with locked(self.path):
             self._read()
 
@@ -139,6 +139,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def check_json_path(target: str | None, inputs: Mapping[str, str | None]) -> None:
+    """UserError where `write_json_rows` cannot write; see `checks.check_file_writable`."""
+    if target and target != "-":
+        check_file_writable(Path(target), "json", "result.json", inputs)
 
 
 def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from utils.console import log, warn
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.files import atomic_write, open_regular, read_bytes, set_aside, write_text
 
 MAX_LINE_BYTES = 2**20
@@ -154,7 +154,7 @@ class Tracker:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as temporary:
                 figure.savefig(temporary, format="png")
-        except OSError as error:
+        except (OSError, WriteError) as error:
             warn(f"{path} cannot be written ({error.strerror}) and is left out")
             return
         if self.wandb_run:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_transformer import DiTConfig
-from utils.checkpoint import HUB_PREFIX, Checkpoints, open_checkpoint
-from utils.checks import can_guide, check_writable
+from utils.checkpoint import HUB_PREFIX, Checkpoints, SaveError, has_checkpoints, open_checkpoint
+from utils.checks import can_guide, check_file_writable, check_writable
 from utils.codecs.vae import StableVAE
 from utils.console import log
 from utils.convert.published import FAMILIES, export_published, find_config, import_published
@@ -25,11 +25,13 @@ from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY, PublishedSourc
 from utils.data.class_names import imagenet_class_names
 from utils.errors import UserError
 from utils.external import BadFileError
-from utils.files import FolderLock, atomic_write, write_json, write_text
+from utils.files import FolderLock, atomic_write, explaining_full_disk, write_json, write_text
 from utils.lora import merge_lora
 from utils.objectives.objective import has_guidance
 from utils.objectives.registry import OBJECTIVES
 from utils.saved_config import VAE_FACTOR, find_latent_shape, read_config
+
+CARD = ("config.json", "README.md")  # beside the weights of an exported folder
 
 
 def import_run(
@@ -49,8 +51,7 @@ def import_run(
     latents, if not the family's usual one. UserError where something is missing, contradicts, or does not fit, and
     where `out` holds a run; nothing is written then.
     """
-    if (out / "checkpoints").is_dir():
-        raise UserError(f"--out={out} holds a run already; choose another folder")
+    check_new_run(out)
     try:
         if source.run is not None:
             config = _exported_config(source.run)
@@ -72,12 +73,25 @@ def import_run(
     check_writable(out, "out")
     lock = FolderLock(out)
     lock.acquire("out")
-    checkpoints = Checkpoints(out)
-    checkpoints.save_params(jax.tree.map(jnp.asarray, params), config)
-    checkpoints.close()
+    check_new_run(out)  # which another process may have finished
+    # The checkpoint last: with it, the run is whole.
     write_json(out / "config.json", config)
+    checkpoints = Checkpoints(out)
+    try:
+        checkpoints.save_params(jax.tree.map(jnp.asarray, params), config)
+    except SaveError as error:
+        raise SaveError(f"{error}: make room, and give the same command again") from None
+    checkpoints.close()
     lock.release()
     return config
+
+
+def check_new_run(out: Path) -> None:
+    """UserError where no run can be written to `out`, or it holds one, rather than what is left of an import that was
+    stopped: a finished checkpoint, or the log of a training that has none yet."""
+    if has_checkpoints(out) or any((out / name).exists() for name in ("configs", "metrics.jsonl")):
+        raise UserError(f"--out={out} holds a run already; choose another folder")
+    check_writable(out, "out", creates=False)
 
 
 def _choose_family(source: PublishedSource, family: str | None) -> str:
@@ -164,6 +178,11 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     """Writes a run's parameters under the published names: `out` is a file *.safetensors, or a folder for the hub with
     model.safetensors, config.json and a model card, which names the repository `hub_id`. Returns what was written.
     UserError where the run cannot be read or `out` cannot be written."""
+    is_file = out.suffix == ".safetensors"
+    if is_file:
+        check_file_writable(out, "out", EXPORTED)
+    else:
+        check_writable(out, "out", creates=False, names=(EXPORTED, *CARD))
     checkpoints, steps = open_checkpoint(load_dir)
     newest, config = checkpoints.restore_newest(checkpoints.restore_config, steps)
     name = "ema_params" if which == "ema" else "params"
@@ -181,16 +200,17 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     except ValueError as error:
         raise UserError(f"--load_dir={load_dir} cannot be exported: {error}") from None
 
-    is_file = out.suffix == ".safetensors"
-    check_writable(out.parent if is_file else out, "out")
+    if not is_file:
+        check_writable(out, "out")
     file = out if is_file else out / EXPORTED
     write_safetensors(file, state, config)
     log(f"exported {which} parameters of step {step} of {load_dir}: {len(state)} tensors")
     if is_file:
         return [file]
-    write_json(out / "config.json", config)
-    write_text(out / "README.md", model_card(config, hub_id or f"USER/{out.resolve().name}", step))
-    return [file, out / "config.json", out / "README.md"]
+    with explaining_full_disk(lambda: f"{file} is whole"):
+        write_json(out / CARD[0], config)
+        write_text(out / CARD[1], model_card(config, hub_id or f"USER/{out.resolve().name}", step))
+    return [file, *(out / name for name in CARD)]
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
@@ -271,6 +291,7 @@ def push(folder: Path, hub_id: str, is_private: bool = False) -> str:
 
 def fetch_run(load_dir: str, folder: Path) -> None:
     """Makes a run in `folder` of what hf:USER/NAME, or hf:USER/NAME@REVISION, names. UserError where it cannot be."""
+    check_new_run(folder)
     hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
     source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")
     if source.run is None:

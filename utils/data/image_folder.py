@@ -18,17 +18,16 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
-from utils.console import printable, warn, warn_once
+from utils.console import printable, progress_bar, warn, warn_once
 from utils.data.class_names import imagenet_class_names
 from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row
 from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, check_image, describe_range, read_image, read_image_file
 from utils.data.label_files import check_folders, is_table, unused_message
 from utils.data.scan import Scanned, scan, system_message
-from utils.errors import UserError
-from utils.files import cache_folder, read_bytes, write_text
+from utils.errors import UserError, WriteError
+from utils.files import UNFINISHED, cache_folder, check_finished, read_bytes, remove_temporaries, write_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CHECK_VERSION = 3  # of what is decoded how; raise it when utils/data/images.py takes other files for broken
@@ -334,7 +333,7 @@ def _check_images(
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
         results = pool.map(functools.partial(_check_file, max_megapixels=max_megapixels), unknown)
         # A bar only where it takes more than a moment.
-        bar = tqdm(results, "checking every image, once", len(unknown), unit="image", delay=5)
+        bar = progress_bar(results, "checking every image, once", len(unknown), unit="image", delay=5)
         for path, (image, is_lasting) in zip(unknown, bar, strict=True):
             checked[path] = image
             if is_lasting:
@@ -387,8 +386,9 @@ def _read_kept(file: Path, version: str) -> dict[str, list]:
 def _keep(file: Path, content: dict) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(file.parent, file.name)
         write_text(file, json.dumps(content))
-    except OSError:
+    except (OSError, WriteError):
         pass  # what cannot be kept is checked again next time
 
 
@@ -410,6 +410,8 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
     size = options.image_size or DEFAULT_SIZE
     root = Path(name.removeprefix("folder:"))
     reading = Reading(options.broken_images, options.max_megapixels, size)
+    if (root / UNFINISHED).is_file():  # written by sample.py or eval_fid.py
+        check_finished(list(root.glob("*.png")), root, f"--dataset_name={name}")
     listed, is_whole = list_folder(root, split, reading)
     if is_whole:
         if len(listed.files) < 2:

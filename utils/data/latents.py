@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from utils.files import atomic_write
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+MAX_FILES = 10**6  # of a split, or of pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Manifest:
                 raise ValueError(f"{name} {_short(counts)}")
             if not all(is_count(count, 1, highest) for count in counts.values()):
                 raise ValueError(f"{name} {_short(counts)}")
-        if not is_count(self.shard_size, 1, 2**40) or max(self.num_examples.values()) / self.shard_size > 10**6:
+        if not is_count(self.shard_size, 1, 2**40) or max(self.num_examples.values()) > MAX_FILES * self.shard_size:
             raise ValueError(f"shard_size {_short(self.shard_size)}")
         texts = (*self.class_names, self.dataset_name, self.vae, self.vae_sha256)
         if not self.class_names or not all(isinstance(text, str) for text in texts):
@@ -145,6 +146,22 @@ def write_shard(path: Path, examples: Iterable[tuple[int, Float16[np.ndarray, "v
         for label, moments in examples:
             writer.write(np.asarray(label, "<i4").tobytes() + moments.astype("<f2").tobytes())
         writer.close()
+
+
+def check_num_files(num_records: int, shard_size: int, what: str) -> None:
+    """UserError where so many records, as `what` says them, would make more files than `load_manifest` takes."""
+    if num_records > MAX_FILES * shard_size:
+        num_files, lowest = -(-num_records // shard_size), -(-num_records // MAX_FILES)
+        raise UserError(
+            f"--shard_size={shard_size}: {what} would be {num_files:,} files, of which there may be {MAX_FILES:,}; use "
+            f"{lowest} or more"
+        )
+
+
+def count_finished(folder: Path, names: Sequence[str]) -> str:
+    """How many of these files there are, in words."""
+    count = sum((folder / name).exists() for name in names)
+    return f"{count} of {len(names)} files are finished, and kept"
 
 
 def open_records(what: str, folder: Path, names: list[str], num_records: int, program: str) -> ArrayRecordDataSource:

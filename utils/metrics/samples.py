@@ -4,9 +4,10 @@ read a batch at a time, so that any number of samples fits in memory."""
 import contextlib
 import dataclasses
 import hashlib
+import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -16,12 +17,22 @@ from jaxtyping import Int, UInt8
 from numpy.lib import format as npy
 from PIL import Image
 
+from utils.checks import check_file_writable, check_writable
 from utils.console import printable, warn, warn_once
 from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, describe_range, open_image
 from utils.data.scan import is_system_name, scan, system_message
-from utils.errors import UserError
+from utils.errors import UserError, WriteError
 from utils.external import ArrayHeader, BadFileError, map_npy, read_npz_headers, read_rows
-from utils.files import atomic_write, file_sha256
+from utils.files import (
+    TEMPORARY,
+    UNFINISHED,
+    atomic_write,
+    check_finished,
+    explaining_full_disk,
+    file_sha256,
+    mark_finished,
+    mark_unfinished,
+)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those of pytorch-fid
 # Pillow's names of pixels of 8 bits.
@@ -89,19 +100,25 @@ def holds_images(path: str | Path) -> bool:
         return False
 
 
-def check_sample_path(path: str | Path) -> None:
-    """UserError where `SampleWriter` would have to remove something else than earlier samples."""
+def check_sample_path(path: str | Path, inputs: Mapping[str, str | None] | None = None) -> None:
+    """UserError where `SampleWriter` cannot write, or would have to remove something else than earlier samples; see
+    `checks.check_file_writable`."""
     path = Path(path)
     if path.suffix == ".npz" and path.is_dir():
         raise UserError(f"--save_samples={path} is a folder; name a file, or a folder without .npz")
-    if path.suffix == ".npz" or not path.exists():
+    if path.suffix == ".npz":
+        check_file_writable(path, "save_samples", "samples.npz", inputs)
+        return
+    if not path.exists():
+        check_writable(path.parent, "save_samples", path)
         return
     if not path.is_dir():
         raise UserError(f"--save_samples={path} is a file; name an .npz or a folder")
-    files = (file for file in path.iterdir() if not is_system_name(file.name))
-    other = next((file.name for file in files if not _is_sample(file)), None)
+    names = (file.name for file in path.iterdir() if not is_system_name(file.name) and file.name != UNFINISHED)
+    other = next((name for name in names if not TEMPORARY.fullmatch(name) and not _is_sample(path / name)), None)
     if other is not None:
         raise UserError(f"--save_samples={path} holds {printable(other)}, which is no sample; name a new folder")
+    check_writable(path, "save_samples")
 
 
 def _is_sample(file: Path) -> bool:
@@ -195,6 +212,7 @@ def _warn_if_dark(read: Callable, flag: str, batch_size: int) -> Iterator[np.nda
 
 def _open_folder(path: Path, flag: str) -> Samples:
     files = find_images(path)
+    check_finished(files, path, flag)
     if not files:
         raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
     headers = [_image_header(file, flag) for file in files]
@@ -270,9 +288,11 @@ def _opened(file: Path, flag: str) -> Iterator[Image.Image]:
 
 class SampleWriter:
     """Writes batches to `path`, an npz if that is its suffix, else a folder of PNGs (000000.png, ...), in which earlier
-    samples are replaced; the npz appears when it is whole. To be used in a `with` statement.
+    samples are replaced; the npz appears when it is whole, and the folder says until then that it is not. To be used in
+    a `with` statement.
 
-    UserError where the folder holds anything else; ValueError for other numbers of samples or labels.
+    UserError where the folder holds anything else; WriteError where the system does not let the samples be written,
+    which is then kept as `failure`; ValueError for other numbers of samples or labels.
     """
 
     def __init__(self, path: str | Path, num_samples: int):
@@ -280,44 +300,91 @@ class SampleWriter:
         self.path, self.num_samples, self.labels = Path(path), num_samples, []
         self.archive: zipfile.ZipFile | None = None
         self.file: IO[bytes] | None = None
-        self.closing = contextlib.ExitStack()
+        self.failure: WriteError | None = None
+        self.writing = self._write_npz() if self.path.suffix == ".npz" else self._fill_folder()
 
     def __enter__(self) -> "SampleWriter":
-        if self.path.suffix == ".npz":
-            temporary = self.closing.enter_context(atomic_write(self.path))
-            self.archive = self.closing.enter_context(zipfile.ZipFile(temporary, "w"))
-        else:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for file in self.path.iterdir():
-                if _is_sample(file):
-                    file.unlink()
+        self.writing.__enter__()
         return self
 
     def write(self, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " labels"]) -> None:
         if len(images) != len(labels):
             raise ValueError(f"{len(labels)} labels of {len(images)} images")
-        first = sum(map(len, self.labels))
+        try:
+            if self.archive is None:
+                self._write_pngs(images)
+            else:
+                self._append(images)
+        except OSError as error:
+            self.failure = WriteError(self.path, error)
+            raise self.failure from error
+        except WriteError as error:
+            self.failure = error
+            raise
         self.labels.append(labels)
-        if self.archive is None:
-            for number, image in enumerate(images, first):
-                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-                    self.path / f"{number:06d}.png"
-                )
-            return
+
+    def __exit__(self, kind, error, trace) -> None:
+        error = error or self.failure  # of which the caller may have chosen to go on
+        try:
+            self.writing.__exit__(type(error) if error else None, error, trace)
+        except WriteError as failure:
+            self.failure = failure
+            raise
+
+    @property
+    def num_written(self) -> int:
+        return sum(map(len, self.labels))
+
+    @contextlib.contextmanager
+    def _write_npz(self) -> Iterator[None]:
+        with (
+            atomic_write(self.path) as temporary,
+            open(os.devnull, "wb") as nowhere,
+            temporary.open("wb") as file,
+            zipfile.ZipFile(file, "w") as self.archive,
+        ):
+            try:
+                yield
+                if self.file is not None:
+                    self.file.close()
+                    with self.archive.open("arr_1.npy", "w") as labels:
+                        npy.write_array(labels, np.concatenate(self.labels))
+                self._check_count()
+            except BaseException:
+                # What closing writes would fail again, over the first error.
+                self.archive.fp = nowhere
+                if self.file is not None:
+                    self.file.close()
+                self.archive.fp = None
+                raise
+
+    def _append(self, images: UInt8[np.ndarray, "b h w c"]) -> None:
+        assert self.archive is not None
         if self.file is None:
             self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
             shape = (self.num_samples, *images.shape[1:])
             npy.write_array_header_1_0(self.file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         self.file.write(np.ascontiguousarray(images).data)
 
-    def __exit__(self, kind, error, trace) -> None:
-        with self.closing:  # leaves nothing behind where an error is on its way, or is raised here
-            if self.archive is not None and self.file is not None:
-                self.file.close()
-                with self.archive.open("arr_1.npy", "w") as file:
-                    npy.write_array(file, np.concatenate(self.labels))
-            if error is not None:
-                raise error
-            count = sum(map(len, self.labels))
-            if count != self.num_samples:
-                raise ValueError(f"{count} samples were written to {self.path}, not {self.num_samples}")
+    @contextlib.contextmanager
+    def _fill_folder(self) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        mark_unfinished(self.path, self.num_samples)
+        for file in self.path.iterdir():
+            if _is_sample(file):
+                file.unlink()
+        yield
+        self._check_count()
+        mark_finished(self.path)
+
+    def _write_pngs(self, images: UInt8[np.ndarray, "b h w c"]) -> None:
+        for number, image in enumerate(images, self.num_written):
+            with (
+                explaining_full_disk(lambda number=number: f"{number} of {self.num_samples} samples are whole"),
+                atomic_write(self.path / f"{number:06d}.png", is_synced=False) as temporary,
+            ):
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
+
+    def _check_count(self) -> None:
+        if self.num_written != self.num_samples:
+            raise ValueError(f"{self.num_written} samples were written to {self.path}, not {self.num_samples}")
