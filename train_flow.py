@@ -53,6 +53,7 @@ from utils.objectives.objective import has_guidance, row_period
 from utils.objectives.registry import OBJECTIVES, flag_of, make_objective, objective_fields
 from utils.panels import loss_by_time, reconstruction_panel, sample_panels
 from utils.plan import batch_structs, plan_lines
+from utils.processes import describe_processes, initialize_processes
 from utils.progress import Progress
 from utils.resume import check_architecture, compare_with_saved
 from utils.samplers import guidance_scale, largest_steps
@@ -62,7 +63,6 @@ from utils.sharding import (
     SHARDING_MODES,
     choose_num_shards,
     compile_step,
-    initialize_processes,
     make_mesh,
     next_batch,
     place,
@@ -73,13 +73,12 @@ from utils.sharding import (
     state_sharding,
     unsplit_fraction,
 )
-from utils.signals import Interrupted, StopRequest
+from utils.signals import EXIT_STOPPED, Interrupted, StopRequest
 from utils.throughput import StepTrace, Throughput
 from utils.tracking import Tracker, read_metrics
 from utils.train_state import EmaSchedule, TrainState, create_train_state, freeze_parts, make_optimizer
 from utils.train_step import INIT, VALIDATION, jit_train_step, validation_step
 
-EXIT_STOPPED = 75  # by a signal, and saved: EX_TEMPFAIL of sysexits.h, "try again"
 MEMORY_FLAGS = (
     "a smaller --batch_size or --image_size, a larger --model.patch_size, --remat dots (or blocks), or --grad_accum 2 "
     "(or more)"
@@ -661,9 +660,10 @@ def end_without_data(error: DataError, step: int, saver: Saver, state: TrainStat
 
 def main(config: ConfigDict) -> None:
     stop = StopRequest()
-    initialize_processes(config.coordinator_address, config.num_processes, config.process_id)
+    initialize_processes(config.coordinator_address, config.num_processes, config.process_id, stop)
     if config.coordinator_address:
         stop.share()
+    log(describe_processes())
     trainer = Trainer(config)
     if config.plan:
         for line in trainer.plan():

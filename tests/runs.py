@@ -22,8 +22,8 @@ def losses(run_dir) -> dict[int, list[float]]:
     return {line["step"]: [line[name] for name in names] for line in lines if names[0] in line}
 
 
-def start(*args, devices: int = 1) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices)}
+def start(*args, devices: int = 1, env: dict[str, str] | None = None) -> subprocess.Popen:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices), **(env or {})}
     command = [sys.executable, "train_flow.py", *map(str, args)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -180,6 +180,7 @@ SWEEPS = [
     ("--cfg_interval -1,1", "--cfg_interval=-1,1"),
 ]
 PROCESSES = [
+    ("--coordinator_address auto --num_processes 2", "--num_processes and --process_id have no effect with"),
     ("--num_processes 2", "need --coordinator_address"),
     ("--process_id 0", "need --coordinator_address"),
     ("--coordinator_address localhost:1", "needs --num_processes and --process_id"),

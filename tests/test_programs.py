@@ -184,14 +184,24 @@ def test_what_saves_memory_changes_no_loss(uninterrupted, tmp_path):
 
 @one_device
 def test_two_processes_give_the_losses_of_one_and_obey_a_signal_to_either(uninterrupted, tmp_path):
-    args = [*SHORT, "--max_steps", 100_000, "--save_interval", 100_000, "--save_dir", tmp_path, *two_processes()]
-    processes = [start(*args, number) for number in range(2)]
+    """As two tasks of srun on this host; JAX gives each the device of its number, of which CPUs have one."""
+    args = [*SHORT, "--max_steps", 100_000, "--save_interval", 100_000, "--save_dir", tmp_path]
+    step = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+    }
+    step["JAX_COORDINATOR_PORT"] = two_processes()[1].partition(":")[2]
+    tasks = [{**step, "SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)} for number in range(2)]
+    processes = [start(*args, "--coordinator_address", "auto", env=task) for task in tasks]
     wait_for_step(processes[0], tmp_path, 12)
     processes[random.randrange(2)].send_signal(random.choice([*END_SIGNALS, *KEYBOARD_SIGNALS]))
     outputs = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [75, 75], outputs[0][-2000:] + outputs[1][-2000:]
+    assert "\n2 processes on 1 host, 2 x cpu, 1 in each process\ndata: " in outputs[0]
     assert "parameters" in outputs[0]
-    assert "parameters" not in outputs[1]  # process 0 speaks for both
+    assert not re.search("parameters|processes", outputs[1])  # process 0 speaks for both
     (step,) = re.findall(r"stopped at step (\d+) and saved", outputs[0])
     assert os.listdir(tmp_path / "checkpoints") == [step]
     logged = losses(tmp_path)

@@ -282,9 +282,15 @@ def define_wandb_flags(name: str = "flow_{dataset_name}", mode: str | None = Non
 def define_device_flags() -> None:
     """Registers how several processes find each other."""
     flags.DEFINE_string(
-        "coordinator_address", None, "host:port of process 0 in a multi-process run; 'auto' on TPU pods and SLURM."
+        "coordinator_address",
+        None,
+        "host:port of process 0 in a multi-process run; 'auto' on TPU pods, under SLURM and mpirun.",
     )
-    flags.DEFINE_integer("num_processes", None, "Processes in the run, with --coordinator_address.")
+    flags.DEFINE_integer(
+        "num_processes",
+        None,
+        "Processes in the run, with --coordinator_address; 1 without it: a run of its own under srun or torchrun.",
+    )
     flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator_address.")
 
 

@@ -7,7 +7,6 @@ their EMA and the optimizer state are replicated, or split over the shards, or p
 
 import collections
 import math
-import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,37 +24,6 @@ from utils.files import cache_folder
 SHARDING_MODES = ("dp", "fsdp", "hybrid", "zero")
 REPLICA, SHARD = "replica", "shard"  # the axes of the mesh
 MAX_SHARDS = 16  # beyond, XLA no longer gathers parameters where they are used (docs/speed.md)
-
-
-def initialize_processes(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Joins the processes of one run, before any device is touched; does nothing for a run of one process."""
-    flag = f"--coordinator_address={coordinator_address}"
-    if coordinator_address is None:
-        if num_processes is not None or process_id is not None:
-            raise UserError("--num_processes and --process_id need --coordinator_address host:port")
-        return
-    if coordinator_address == "auto":
-        arguments = ()
-    else:
-        if num_processes is None or process_id is None:
-            raise UserError(f"{flag} needs --num_processes and --process_id")
-        if num_processes < 1 or not 0 <= process_id < num_processes:
-            raise UserError(
-                f"--process_id={process_id} is not one of the numbers 0 to --num_processes={num_processes} - 1"
-            )
-        host, _, port = coordinator_address.rpartition(":")
-        try:
-            if not 1 <= int(port) < 2**16:
-                raise ValueError(port)
-            socket.getaddrinfo(host.strip("[]"), int(port))
-        except (ValueError, OSError):
-            raise UserError(f"{flag} is no host:port that can be found; give that of process 0") from None
-        arguments = (coordinator_address, num_processes, process_id)
-    try:
-        jax.distributed.initialize(*arguments)
-    except Exception as error:  # JAX's, its cluster detection's and its RPC library's
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{flag}: the processes of the run could not find each other ({reason})") from error
 
 
 def make_mesh(num_shards: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:

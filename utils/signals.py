@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+EXIT_STOPPED = 75  # by a signal, and saved: EX_TEMPFAIL of sysexits.h, "try again"
 # A closed terminal, a scheduler's notice (SLURM's --signal=USR1@90), `ulimit -t`, kill.
 END_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 # A shell without job control starts `command &` with these two ignored, whatever the program is; they are taken anyway,
