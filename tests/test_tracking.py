@@ -5,18 +5,20 @@ import json
 import os
 import re
 import resource
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import wandb
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 
 import train_flow
-from utils import plotting, tracking
+from utils import cli, plotting, tracking
 from utils.errors import UserError
 
 
@@ -125,14 +127,27 @@ def test_a_resumed_offline_run_has_all_steps_in_its_newest_folder(tmp_path, capf
     (folder,) = re.findall(r"wandb sync (\S+)`", output.out)
     assert output.err == ""
     (file,) = Path(folder).glob("*.wandb")
-    names = [b"loss_1", b"loss_2", b"loss_3", b"loss_4", b"digits", b"scores", b"epoch"]
-    assert [name for name in names if name not in file.read_bytes()] == []
+    assert_written(file, "loss_1", "loss_2", "loss_3", "loss_4", "digits", "scores", "epoch")
+
+
+def assert_written(file: Path, *names: str) -> None:
+    """wandb's own process may write a moment behind."""
+    missing, deadline = names, time.monotonic() + 30
+    while missing and time.monotonic() < deadline:
+        content = file.read_bytes()
+        missing = [name for name in missing if name.encode() not in content]
+    assert not missing
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch):
+    """wandb's environment is that of nobody in particular."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize("mode", ["disabled", "offline", "online"])
 def test_modes(tmp_path, mode, monkeypatch, capfd):
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))  # no account is set up
     (tmp_path / "run").mkdir()
     tracker = tracking.Tracker(tmp_path / "run", config(mode), 0)
@@ -148,11 +163,149 @@ def test_modes(tmp_path, mode, monkeypatch, capfd):
         assert not run_files
         assert not (tmp_path / "run" / "wandb").exists()
     else:
-        missing, deadline = [b"training/l2_loss", b"sample_N/4"], time.monotonic() + 30
-        while missing and time.monotonic() < deadline:  # wandb's own process may write a moment behind
-            content = run_files[0].read_bytes()
-            missing = [name for name in missing if name not in content]
-        assert not missing
+        assert_written(run_files[0], "training/l2_loss", "sample_N/4")
+
+
+def test_a_key_that_wandb_refuses_means_offline(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    monkeypatch.setattr(tracking.urllib.request, "urlopen", lambda url, timeout: io.BytesIO())
+    tracker = tracking.Tracker(tmp_path, config("online"), 0)
+    tracker.log({"training/l2_loss": 1.5}, 1)
+    tracker.close()
+    first, last = capfd.readouterr().out.splitlines()
+    assert re.fullmatch(r"wandb: .*API key must have 40.*; logging offline under .*/wandb", first)
+    assert "wandb sync" in last
+    assert list(tmp_path.rglob("*.wandb"))
+
+
+def set_server(monkeypatch, base_url: str) -> None:
+    """wandb reads its environment once in a process."""
+    settings = SimpleNamespace(base_url=base_url, http_proxy=None, https_proxy=None)
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))
+
+
+@pytest.mark.parametrize("server", ["refuses", "is silent", "has no address"])
+def test_without_a_network_a_run_is_offline_within_seconds(tmp_path, monkeypatch, capfd, server):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracking, "PROBE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        name = f"127.0.0.1:{listener.getsockname()[1]}"
+        if server == "refuses":
+            listener.close()
+        elif server == "has no address":
+            name = "wandb.invalid"
+            # The system may take its time over this.
+            monkeypatch.setattr(tracking.urllib.request, "urlopen", lambda url, timeout: time.sleep(20))
+        set_server(monkeypatch, f"http://{name}")
+        started = time.monotonic()
+        problem = tracking.explain_offline()
+    assert time.monotonic() - started < 5
+    assert problem.startswith(f"http://{name} does not answer (")
+    monkeypatch.setattr(tracking, "explain_offline", lambda: problem)
+    tracker = tracking.Tracker(tmp_path, config("online"), 0)
+    tracker.close()
+    assert capfd.readouterr().out.startswith(f"wandb: {problem}; logging offline under {tmp_path}/wandb\n")
+
+
+def test_a_server_that_answers_anything_is_there(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+
+    def refuse(url, timeout):
+        raise tracking.urllib.error.HTTPError(url, 404, "Not Found", {}, None)
+
+    set_server(monkeypatch, "http://wandb.example")
+    monkeypatch.setattr(tracking.urllib.request, "urlopen", refuse)
+    assert tracking.explain_offline() == ""
+
+
+class Broken:
+    """A wandb run whose own process has gone."""
+
+    offline, dir = False, "/run/wandb/run-x/files"
+
+    def __init__(self, log: bool):
+        self.num_calls, self.breaks = 0, log
+
+    def log(self, values, step=None):
+        self.num_calls += 1
+        if self.breaks:
+            raise BrokenPipeError("the service has died\nat length")
+
+    def finish(self):
+        raise TimeoutError("not all was uploaded")
+
+
+def test_what_wandb_raises_ends_no_run(tmp_path, monkeypatch, capsys):
+    run = Broken(log=True)
+    monkeypatch.setattr(tracking, "start_wandb", lambda *arguments: run)
+    monkeypatch.setattr(wandb, "teardown", lambda: None)
+    tracker = tracking.Tracker(tmp_path, config("online"), 0)
+    for step in (1, 2):
+        tracker.log({"loss": step}, step)
+        tracker.log_figure("sample", Figure(), step)
+    tracker.log_table("scores", [{"fid": 3.5}])
+    tracker.close()
+    assert [line["loss"] for line in tracking.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert run.num_calls == 1
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("wandb: the service has died at length; nothing more is logged there")
+    monkeypatch.setattr(tracking, "start_wandb", lambda *arguments: Broken(log=False))
+    tracking.Tracker(tmp_path, config("online"), 0).close()
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning == "wandb: not all was uploaded; upload what is missing with `wandb sync /run/wandb/run-x`"
+
+
+def test_a_run_goes_on_where_wandb_cannot_start_at_all(tmp_path, monkeypatch, capsys):
+    def fail(**options):
+        raise OSError("no room for the service")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    tracker = tracking.Tracker(tmp_path, config("offline"), 0, axis="epoch")
+    tracker.log({"loss": 1}, 1)
+    tracker.close()
+    assert "wandb: no room for the service; nothing is logged there" in capsys.readouterr().err
+
+
+def test_variables_of_wandb_count_where_flags_are_not_given(read_flags, monkeypatch, tmp_path):
+    for name, value in {
+        "MODE": "dryrun", "PROJECT": "cats", "ENTITY": "team", "RUN_GROUP": "sweep", "NOTES": "why", "TAGS": "a,b",
+        "NAME": "a title",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    started = []
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Broken(log=False))
+    monkeypatch.setattr(Broken, "id", "x", raising=False)
+    monkeypatch.setattr(Broken, "url", "here", raising=False)
+    for words in (
+        [],
+        ["--wandb.project", "dogs", "--wandb.name", "mine", "--wandb.tags", "c", "--wandb.mode", "offline"],
+    ):
+        parsed = read_flags(train_flow, words)
+        assert cli.run_folder(parsed) == Path("runs") / ("mine" if words else "flow_imagenet256")
+        tracking.start_wandb(tmp_path, parsed, {})
+    names = ("mode", "project", "entity", "group", "notes", "tags", "name")
+    assert [tuple(options[name] for name in names) for options in started] == [
+        ("offline", "cats", "team", "sweep", "why", ["a", "b"], "a title"),
+        ("offline", "dogs", "team", "sweep", "why", ["c"], "mine"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "words", "mode"),
+    [
+        ({"WANDB_DISABLED": "true"}, "", "disabled"),
+        ({"WANDB_DISABLED": "true", "WANDB_MODE": "online"}, "", "disabled"),
+        ({"WANDB_DISABLED": "false"}, "", "online"),
+        ({"WANDB_DISABLED": "true"}, "--wandb.mode offline", "offline"),
+        ({"WANDB_MODE": "offline"}, "", "offline"),
+        ({"WANDB_MODE": ""}, "", "online"),
+        ({"WANDB_MODE": "disabled"}, "--wandb.offline", "offline"),
+    ],
+)
+def test_the_mode_of_the_environment(read_flags, monkeypatch, variables, words, mode):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert read_flags(train_flow, words.split()).wandb.mode == mode
 
 
 def test_what_wandb_shows_is_what_the_flags_say(read_flags, tmp_path, monkeypatch):
@@ -175,8 +328,6 @@ def test_what_wandb_shows_is_what_the_flags_say(read_flags, tmp_path, monkeypatc
 
 
 def test_an_account_in_netrc_is_found(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert not tracking.has_wandb_account("https://wandb.example")
     (tmp_path / "netrc").write_text("machine wandb.example login user password secret\n")

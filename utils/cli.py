@@ -43,6 +43,14 @@ FLAGS = flags.FLAGS
 
 BROKEN_IMAGES = ("refuse", "skip")
 
+WANDB_VARIABLES = {
+    "project": "WANDB_PROJECT",
+    "entity": "WANDB_ENTITY",
+    "group": "WANDB_RUN_GROUP",
+    "notes": "WANDB_NOTES",
+    "tags": "WANDB_TAGS",
+}
+
 # Flags whose value is a path, or a data set or a VAE that may be one.
 _path_flags: set[str] = set()
 
@@ -268,14 +276,14 @@ def define_wandb_flags(name: str = "flow_{dataset_name}", mode: str | None = Non
     """Registers --wandb.*, --wandb.name and --wandb.mode with these defaults."""
     flags.DEFINE_enum("wandb.mode", mode, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
     flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
-    flags.DEFINE_string("wandb.project", "flow", "Project.")
-    flags.DEFINE_string("wandb.entity", None, "User or team.")
-    flags.DEFINE_string("wandb.group", None, "Group of runs.")
+    flags.DEFINE_string("wandb.project", "flow", "Project; default: $WANDB_PROJECT, else flow.")
+    flags.DEFINE_string("wandb.entity", None, "User or team; default: $WANDB_ENTITY.")
+    flags.DEFINE_string("wandb.group", None, "Group of runs; default: $WANDB_RUN_GROUP.")
     flags.DEFINE_string(
         "wandb.name", name, "Name of the wandb run; train_flow.py names its folder under runs/ after it too."
     )
-    flags.DEFINE_string("wandb.notes", None, "A longer description.")
-    flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas.")
+    flags.DEFINE_string("wandb.notes", None, "A longer description; default: $WANDB_NOTES.")
+    flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas; default: $WANDB_TAGS.")
 
 
 @topic("Several processes")
@@ -530,18 +538,32 @@ def refuse_ignored(names: Iterable[str], reason: str) -> None:
 
 
 def resolve_wandb(config: ConfigDict) -> None:
-    """Settles mode and name."""
+    """Settles mode and name, and takes from wandb's environment variables what the command line leaves open."""
     wandb = config.wandb
     if wandb.offline and is_explicit("wandb.mode") and wandb.mode != "offline":
         raise UserError(f"--wandb.offline contradicts --wandb.mode={wandb.mode}; give one")
     if wandb.offline:
         wandb.mode = "offline"
     if wandb.mode is None:
-        wandb.mode = os.environ.get("WANDB_MODE", "online")
-    if wandb.mode not in ("online", "offline", "disabled"):
-        raise UserError(f"WANDB_MODE={wandb.mode}: use online, offline or disabled, or give --wandb.mode")
+        wandb.mode = _wandb_mode_of_environment()
     del wandb.offline
     wandb.name = wandb.name.replace("{dataset_name}", str(config.get("dataset_name")))
+    for leaf, variable in WANDB_VARIABLES.items():
+        value = os.environ.get(variable)
+        if value and not is_explicit(f"wandb.{leaf}"):
+            wandb[leaf] = value.split(",") if leaf == "tags" else value
+    if os.environ.get("WANDB_NAME") and not is_explicit("wandb.name"):
+        wandb.display_name = os.environ["WANDB_NAME"]  # on wandb alone: the run's folder has the name of the flag
+
+
+def _wandb_mode_of_environment() -> str:
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    mode = os.environ.get("WANDB_MODE") or "online"
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # their older names
+    if mode not in ("online", "offline", "disabled"):
+        raise UserError(f"WANDB_MODE={mode}: use online, offline or disabled, or give --wandb.mode")
+    return mode
 
 
 def run_folder(config: ConfigDict) -> Path:

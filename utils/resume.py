@@ -35,7 +35,7 @@ OF_PARAMETERS = (
 # Groups of a configuration that are no flags.
 OF_NO_FLAG = ("dataset", "jax")
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
-COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir")
+COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir", "wandb.display_name")
 
 
 def compare_with_saved(

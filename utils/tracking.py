@@ -3,15 +3,20 @@
 Silent on every process but the first.
 """
 
+import contextlib
 import errno
 import json
 import math
 import netrc
 import os
 import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any, Literal, SupportsFloat
 from urllib.parse import urlparse
 
 import jax
@@ -24,6 +29,10 @@ from utils.files import atomic_write, open_regular, read_bytes, set_aside, write
 
 MAX_LINE_BYTES = 2**20
 MAX_DRAWN = 1e300
+
+PROBE_SECONDS = 5  # for an answer of wandb's server
+INIT_SECONDS = 30  # for starting a run there
+FINISH_SECONDS = 60  # for uploading the rest at the end
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -123,11 +132,11 @@ class Tracker:
         self.file, self.unwritten, self.has_warned = path.open("ab", buffering=0), b"", False
         if config.wandb.mode != "disabled":
             self.wandb_run = start_wandb(self.run_dir, config, metadata or {})
-            if axis:
-                self.wandb_run.define_metric("*", step_metric=axis)
-            if self.wandb_run.offline:  # a folder of its own for each start: the newest has all steps
-                for line in kept:
-                    self.wandb_run.log({name: value for name, value in line.items() if name != "step"}, line["step"])
+        if self.wandb_run and axis:
+            self.wandb_run.define_metric("*", step_metric=axis)
+        if self.wandb_run and self.wandb_run.offline:  # a folder of its own for each start: the newest has all steps
+            for line in kept:
+                self._send({name: value for name, value in line.items() if name != "step"}, int(line["step"]))
 
     def log(self, metrics: Mapping[str, SupportsFloat], step: int) -> None:
         if not self.enabled:
@@ -142,8 +151,7 @@ class Tracker:
             if not self.has_warned:
                 warn(f"{self.file.name} cannot be written ({error.strerror}); its lines wait until it can")
             self.has_warned = True
-        if self.wandb_run:
-            self.wandb_run.log(values, step=step)
+        self._send(values, step)
 
     def log_figure(self, name: str, figure: Figure, step: int) -> None:
         """Writes RUN/images/NAME/STEP.png and logs the same file to wandb under `name`."""
@@ -160,7 +168,7 @@ class Tracker:
         if self.wandb_run:
             import wandb
 
-            self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
+            self._send({name: wandb.Image(str(path))}, step)
 
     def log_image_files(self, paths: Sequence[Path]) -> None:
         """Image files on wandb, each under the name of its file."""
@@ -169,7 +177,7 @@ class Tracker:
 
             suffixes = (".png", ".webp", ".gif")
             images = {path.stem: wandb.Image(str(path)) for path in paths if path.suffix in suffixes}
-            self.wandb_run.log(images)
+            self._send(images)
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A table on wandb; empty where a row has no such column."""
@@ -178,7 +186,16 @@ class Tracker:
 
             columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
             data = [[row.get(str(column)) for column in columns] for row in rows]
-            self.wandb_run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+            self._send({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+
+    def _send(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Logs to wandb, if that is on. What goes wrong there ends no run: local files have everything."""
+        if not self.wandb_run:
+            return
+        try:
+            self.wandb_run.log(values, step=step)
+        except Exception as error:  # of its own process, which may be gone
+            self._end_wandb(error, f"nothing more is logged there, and {self.run_dir} has everything")
 
     def close(self) -> None:
         if self.enabled:
@@ -187,36 +204,106 @@ class Tracker:
             self.file.close()
         if self.wandb_run:
             folder, is_offline = Path(self.wandb_run.dir).parent, self.wandb_run.offline
-            self.wandb_run.finish()
+            try:
+                self.wandb_run.finish()
+            except Exception as error:  # where the network has gone, or its own process
+                self._end_wandb(error, f"upload what is missing with `wandb sync {folder}`")
+                return
             if is_offline:
                 log(f"wandb: offline; upload with `wandb sync {folder}` (the newest folder there has all steps)")
 
+    def _end_wandb(self, error: Exception, advice: str) -> None:
+        """Goes on without wandb; a process of its own that has gone would be asked once more when Python ends."""
+        import wandb
+
+        warn(f"wandb: {one_line(error)}; {advice}")
+        self.wandb_run = None
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+
 
 def start_wandb(run_dir: Path, config: ConfigDict, metadata: Mapping[str, Any]) -> Any:
-    """The wandb run; offline, saying so in one line, where --wandb.mode is online but no account is set up."""
+    """The wandb run; offline, saying so in one line, where --wandb.mode is online but no account is set up, the server
+    does not answer, or it refuses. None where it cannot start at all."""
     import wandb  # takes seconds, and nothing may touch it when it is disabled
 
     options = config.wandb.to_dict()
     mode = options.pop("mode")
-    if mode == "online" and not has_wandb_account(wandb.Settings().base_url):
-        log(f"wandb: no account is set up (`wandb login` does it); logging offline under {run_dir / 'wandb'}")
-        mode = "offline"
+    options["name"] = options.pop("display_name", options["name"])
+    settings: dict[str, Any] = {"silent": True, "console": "off"}
+    if "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings["init_timeout"] = INIT_SECONDS
+    if "finish_timeout" in wandb.Settings.model_fields and "WANDB_FINISH_TIMEOUT" not in os.environ:
+        settings |= {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
     id_file = run_dir / "wandb_id.txt"  # so that a resumed run goes on in the same curve
     known_id = _read_wandb_id(id_file)
-    run = wandb.init(
-        **options,
-        mode=mode,
-        dir=run_dir,
-        id=known_id,
-        resume="allow" if mode == "online" else None,
-        config={**config.to_dict(), **metadata},
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+
+    def start(mode: Literal["online", "offline"]) -> Any:
+        return wandb.init(
+            **options,
+            mode=mode,
+            dir=run_dir,
+            id=known_id,
+            resume="allow" if mode == "online" else None,
+            config={**config.to_dict(), **metadata},
+            settings=wandb.Settings(**settings),
+        )
+
+    run, problem = None, explain_offline() if mode == "online" else ""
+    try:
+        if mode == "online" and not problem:
+            try:
+                run = start("online")
+            except Exception as error:  # a key or a project that the server refuses, an answer that does not come
+                problem = one_line(error)
+        if problem:
+            log(f"wandb: {problem}; logging offline under {run_dir / 'wandb'}")
+        run = run or start("offline")
+    except Exception as error:
+        warn(f"wandb: {one_line(error)}; nothing is logged there, and {run_dir} has everything")
+        return None
     if not run.offline:
         log(f"wandb: {run.url}")
     if run.id != known_id:
         write_text(id_file, run.id)
     return run
+
+
+def one_line(error: Exception) -> str:
+    """The error's message, shortened to one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def explain_offline() -> str:
+    """Why wandb cannot be reached: no account, or a server that does not answer within PROBE_SECONDS; empty where it
+    can be. wandb itself would try for 90 seconds."""
+    import wandb
+
+    try:
+        settings = wandb.setup().settings  # of its environment variables and files
+    except Exception as error:
+        return one_line(error)
+    if not has_wandb_account(settings.base_url):
+        return "no account is set up (`wandb login` does it)"
+    if settings.http_proxy or settings.https_proxy:
+        return ""
+    problems: list[str] = ["no answer"]
+
+    def ask():
+        try:
+            urllib.request.urlopen(settings.base_url, timeout=PROBE_SECONDS).close()
+            problems.clear()
+        except urllib.error.HTTPError:  # an answer
+            problems.clear()
+        except urllib.error.URLError as error:
+            problems[:] = [] if isinstance(error.reason, ssl.SSLError) else [str(error.reason)]
+        except Exception as error:
+            problems[:] = [str(error)]
+
+    thread = threading.Thread(target=ask, daemon=True)  # as nothing else bounds the time of a name's resolution
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return f"{settings.base_url} does not answer ({problems[0]})" if problems else ""
 
 
 def _read_wandb_id(file: Path) -> str | None:
