@@ -8,6 +8,8 @@ import jax
 import pytest
 from jax._src import distributed
 
+import eval_fid
+import train_flow
 from utils import processes
 from utils.errors import UserError
 from utils.signals import StopRequest
@@ -175,6 +177,18 @@ def test_one_of_several_processes_is_told_what_is_missing(monkeypatch, case):
     else:
         processes.initialize_processes(None, None, None)
     processes.initialize_processes(None, 1, None)  # independent runs
+
+
+def test_copies_of_a_program_of_one_process_are_named(monkeypatch, read_flags, capsys):
+    read_flags(eval_fid, [])
+    assert capsys.readouterr().err == ""
+    for name, value in ALONE["srun"][0].items():
+        monkeypatch.setenv(name, value)
+    read_flags(eval_fid, [])
+    expected = "note: srun has started 2 processes, but eval_fid works in one: each does all of it\n"
+    assert capsys.readouterr().err == expected
+    read_flags(train_flow, [])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_task_number_that_the_batch_script_has_filled_in_is_refused(monkeypatch):

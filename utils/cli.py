@@ -34,6 +34,7 @@ from utils.memory import keep_freed_memory
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objective import Objective, has_guidance
 from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
+from utils.processes import warn_of_copies
 from utils.samplers import FLAGS as SAMPLER_FLAGS
 from utils.samplers import MAX_SCALE, MAX_STEPS, check_sampler, guidance_scale
 from utils.sampling import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
@@ -388,6 +389,8 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
         raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
+    if "coordinator_address" not in names:
+        warn_of_copies(Path(argv[0]).name)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
     return read_flags(set(FLAGS) - builtin)
 

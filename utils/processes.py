@@ -98,6 +98,16 @@ def refuse_single(launch: Launch | None, num_processes: int | None, process_id: 
     )
 
 
+def warn_of_copies(program: str) -> None:
+    """Warns where a launcher has started a program several times that works in one process."""
+    launch = find_launch()
+    if launch is not None and launch.num_processes > 1:
+        _say(
+            f"note: {launch.launcher} has started {launch.num_processes} processes, but {program} works in one: each "
+            "does all of it"
+        )
+
+
 def check_numbers(flag: str, num_processes: int | None, process_id: int | None, launch: Launch | None) -> None:
     """UserError where --num_processes and --process_id do not number this process."""
     if num_processes is None or process_id is None:
