@@ -89,6 +89,7 @@ SLURM = {
     "alone on the second node": (slurm(2, 0, 3, "2,1"), "all"),
     "the second of two on the first node": (slurm(1, 1, 3, "2,1"), "1"),
     "the second node, which SLURM numbers": (slurm(1, 0, 3, "2,1", SLURM_NODEID="1"), "all"),
+    "counts that contradict the number": (slurm(1, 1, 2, "1(x2)"), "1"),
     "chosen by the user": (slurm(11, 3, 16, "8(x2)", JAX_LOCAL_DEVICE_IDS="2,5"), "2,5"),
 }  # fmt: skip
 
@@ -125,6 +126,12 @@ def test_torchrun_within_srun_numbers_the_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert processes.find_launch() == ("torchrun", 16, 11, 8, 3)
+    with pytest.raises(
+        UserError, match=r"--coordinator_address=auto does not know torchrun's processes; give HOST:PORT"
+    ):
+        processes.initialize_processes("auto", None, None)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of a batch script that sets them for PyTorch
+    assert processes.find_launch() == ("srun", 2, 1, 1, 0)
 
 
 @pytest.mark.parametrize(

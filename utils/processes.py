@@ -27,6 +27,14 @@ from utils.signals import EXIT_STOPPED, StopRequest
 TIMEOUT = 300  # seconds, JAX's own
 REMINDERS = (3, 60, 120, 180, 240)  # seconds of waiting at which a line says so
 GUIDE = "docs/clusters.md"
+BY_HAND = "give HOST:PORT of process 0 with --num_processes and --process_id"
+# Variables of (number of processes, rank, processes on this host, rank on this host).
+LAUNCHERS = (
+    ("torchrun", ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")),
+    ("mpirun", tuple(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK"))),
+    ("mpirun", tuple(f"MV2_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK"))),
+    ("mpirun", ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID")),
+)
 
 
 class Launch(NamedTuple):
@@ -73,6 +81,8 @@ def initialize_processes(
         keywords = {"local_device_ids": devices, "cluster_detection_method": "deactivate"}
     elif num_processes is not None or process_id is not None:
         raise UserError(f"--num_processes and --process_id have no effect with {flag}; leave them out")
+    elif launch is not None and launch.launcher == "torchrun":
+        raise UserError(f"{flag} does not know torchrun's processes; {BY_HAND}, without torchrun ({GUIDE})")
     elif launch is not None and launch.launcher == "srun":
         address = Address(flag, find_slurm_coordinator(), launch.num_processes, launch.process_id)
         keywords = {"local_device_ids": devices, "cluster_detection_method": "deactivate"}
@@ -176,10 +186,7 @@ def join(address: Address, keywords: dict[str, Any], stop: StopRequest | None) -
         thread.join(0.1)
         waited = time.monotonic() - started
         if stop is not None and stop.signal is not None:
-            _end(
-                f"stopped by {stop.signal.name} before the processes had met; nothing is to be saved",
-                EXIT_STOPPED,
-            )
+            _end(f"stopped by {stop.signal.name} before the processes had met; nothing is to be saved", EXIT_STOPPED)
         if waited > TIMEOUT:
             _end(f"error: {address.flag}: {describe_wait(address)} ({TIMEOUT} s); {explain_failure(address)}", 1)
         if reminders and waited > reminders[0]:
@@ -207,25 +214,16 @@ def describe_wait(address: Address) -> str:
 def explain_failure(address: Address) -> str:
     """What to check where the others have not come."""
     if address.process_id == 0:
-        return (
-            f"start them with the same address, and see that they reach this port of this host, {socket.gethostname()}"
-        )
-    return (
-        "see that all were started with the same address, process 0 on that host, and that the port is open to this one"
-    )
+        return f"start them with the same address, and see that they reach this port of {socket.gethostname()}"
+    return "see that all were started with the same address, process 0 on that host, and that its port is open"
 
 
 def explain_no_cluster() -> str:
     """Why 'auto' finds nothing."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"this is within SLURM job {job}, but no task of srun; start it by `srun python ...` ({GUIDE})"
     found = "no TPU pod, no task of srun or mpirun, no Kubernetes job was found"
-    if "SLURM_JOB_ID" in os.environ:
-        found = (
-            f"this is within SLURM job {os.environ['SLURM_JOB_ID']}, but no task of srun; start it by `srun python ...`"
-        )
-        return f"{found} ({GUIDE})"
-    return (
-        f"{found}; give HOST:PORT of process 0 with --num_processes and --process_id, or leave the flag out ({GUIDE})"
-    )
+    return f"{found}; {BY_HAND}, or leave the flag out ({GUIDE})"
 
 
 def _answers(host_port: str) -> bool:
@@ -248,25 +246,16 @@ def _end(text: str, status: int) -> NoReturn:
     os._exit(status)  # an ordinary end would wait for JAX's thread
 
 
-# Variables of (number of processes, rank, processes on this host, rank on this host).
-LAUNCHERS = (
-    ("torchrun", ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")),
-    ("mpirun", tuple(f"OMPI_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK"))),
-    ("mpirun", tuple(f"MV2_COMM_WORLD_{name}" for name in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK"))),
-    ("mpirun", ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID")),
-)
-
-
 def find_launch() -> Launch | None:
-    """What the variables of a launcher say; None for a process without one, such as a shell within a SLURM job.
-
-    srun may start torchrun or mpirun, which then number the processes and set all four variables.
-    """
+    """The place that a launcher's variables give this process; None without a launcher, as in a shell within a SLURM
+    job. Where srun has started torchrun or mpirun, these number the processes; they set all four variables."""
+    slurm = _find_slurm_task()
     launches = [(launcher, *map(_number, names)) for launcher, names in LAUNCHERS]
     for launcher, count, rank, num_local, local in launches:
-        if not (count is None or rank is None or num_local is None or local is None):
+        is_whole = not (count is None or rank is None or num_local is None or local is None)
+        if is_whole and (slurm is None or slurm.num_processes != count):
             return Launch(launcher, count, rank, num_local, local)
-    if slurm := _find_slurm_task():
+    if slurm is not None:
         return slurm
     for launcher, count, rank, num_local, local in launches:
         if not (count is None or rank is None):
@@ -281,7 +270,7 @@ def _find_slurm_task() -> Launch | None:
     is_task = any(name.startswith("SLURM_STEP") for name in os.environ) or rank or local
     if count is None or rank is None or local is None or "SLURM_JOB_ID" not in os.environ or not is_task:
         return None
-    return Launch("srun", count, rank, _count_slurm_tasks_here(count, rank), local)
+    return Launch("srun", count, rank, max(_count_slurm_tasks_here(count, rank), local + 1), local)
 
 
 def _number(name: str) -> int | None:
