@@ -205,7 +205,7 @@ def test_a_task_number_that_the_batch_script_has_filled_in_is_refused(monkeypatc
         processes.initialize_processes("localhost:1234", 2, 0)
 
 
-def test_auto_without_a_cluster_says_what_it_looks_for(monkeypatch):
+def test_auto_without_a_cluster_says_what_it_looks_for(joined, monkeypatch):
     with pytest.raises(UserError, match=r"--coordinator_address=auto: no TPU pod, no task of srun.* give HOST:PORT of"):
         processes.initialize_processes("auto", None, None)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
