@@ -98,7 +98,7 @@ def define_flags() -> None:
         cli.define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
         cli.define_path("json", None, "Write the rows as JSON here; - is the standard output, instead of the table.")
         flags.DEFINE_bool("quiet", False, "Results and errors alone.")
-    cli.define_sampler_flags(cfg_scale="4", denoise_timesteps="500")
+    cli.define_sampler_flags(cfg_scale="4", denoise_timesteps="500", takes_several=True)
     with topic("Sampling"):
         flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
     cli.define_vae_flag()

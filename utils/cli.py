@@ -1,7 +1,8 @@
 """Flags: registered when a program calls `define_*`, read once by `run_program`, plain values from there on.
 
-The names and defaults are jax-flow's. Some of its spellings are translated here (log-normal, --wandb.offline,
---use_stable_vae); target_update_rate and the guidance scale -1 go on, and are translated by the functions below.
+Flags that jax-flow has keep its names and defaults. Some of its spellings are translated here (log-normal,
+--wandb.offline, --use_stable_vae); target_update_rate and the guidance scale -1 go on, and are translated by the
+functions below.
 """
 
 import contextlib
@@ -122,12 +123,14 @@ def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
 
 
 @topic("Sampling")
-def define_sampler_flags(cfg_scale: str, denoise_timesteps: str) -> None:
+def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_several: bool = False) -> None:
     """Registers how samples are drawn, with these defaults; see `read_samplers`."""
-    flags.DEFINE_list("cfg_scale", [cfg_scale], "Guidance scales, separated by commas; -1 or 1: no guidance.")
+    scales = "Guidance scales, separated by commas" if takes_several else "Guidance scale"
+    flags.DEFINE_list("cfg_scale", [cfg_scale], f"{scales}; -1 or 1: no guidance.")
     flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
     flags.DEFINE_integer("cfg_channels", None, "Channels that are guided, the first; default: all.", lower_bound=1)
-    flags.DEFINE_list("denoise_timesteps", [denoise_timesteps], "Step counts, separated by commas.")
+    steps = "Step counts, separated by commas." if takes_several else "Steps."
+    flags.DEFINE_list("denoise_timesteps", [denoise_timesteps], steps)
     flags.DEFINE_string(
         "time_grid",
         "uniform",

@@ -1,4 +1,4 @@
-"""The interface of codecs, between images and what the model learns: nothing else asks which one is in use."""
+"""The interface of codecs, between images and what the model learns. Only likelihoods ask for the codec of pixels."""
 
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
