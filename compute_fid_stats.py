@@ -66,7 +66,7 @@ def main(config: ConfigDict) -> None:
     samples = open_samples(config.images, "images") if config.images else None
     if samples is None:
         dataset = load_dataset(config.dataset_name, config.split, cli.read_data_options(config))
-        if dataset.latents:
+        if dataset.latents or dataset.pair_shape:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
     if samples:
         source, split, shape, total = config.images, None, samples.image_shape, samples.num_samples

@@ -117,8 +117,9 @@ def main(config: ConfigDict) -> None:
     options = cli.read_data_options(config)
     datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
     train = datasets["train"]
-    if train.latents:
-        raise UserError(f"--dataset_name={config.dataset_name} holds latents already; give a data set of images")
+    if train.latents or train.pair_shape:
+        what = "pairs" if train.pair_shape else "latents"
+        raise UserError(f"--dataset_name={config.dataset_name} holds {what} already; give a data set of images")
     for split, dataset in datasets.items():
         count = len(dataset.source)
         latents.check_num_files(count, config.shard_size, f"the {count:,} images of the {split} split")

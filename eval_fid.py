@@ -11,6 +11,7 @@ number is among its settings.
 import contextlib
 import dataclasses
 import functools
+import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -60,6 +61,8 @@ from utils.tracking import Tracker
 
 GRID_IMAGES = 64
 FILES = ("fid.json", "fid.csv", "fid.png")  # beside grids of samples
+LARGE_IMAGE_BYTES = 2**22  # of an image above which a batch, but for --batch_size, takes LARGE_BATCH_BYTES at most
+LARGE_BATCH_BYTES = 2**28
 STRAIGHTNESS_SAMPLES = 64  # at most
 # Flags without effect on --samples.
 OF_RUNS = (
@@ -141,7 +144,7 @@ class Scoring:
         checks.check_writable(self.out, "out", names=FILES)
         if config.json and Path(config.json).resolve() in [(self.out / name).resolve() for name in FILES]:
             raise UserError(f"--json={config.json} is the evaluation's own record of its rows; name another file")
-        self.batch_size = self._choose_batch_size(num_samples)
+        self.batch_size = self._choose_batch_size(num_samples, image_shape)
         self.logits = load_logits(config.inception_logits) if config.inception_logits else None
         self._load_reference(reference)
         warn_of_other_shape(self.reference, image_shape)
@@ -156,13 +159,16 @@ class Scoring:
             "inception_logits_sha256": None if self.logits is None else hash_params(self.logits),
         }
 
-    def _choose_batch_size(self, num_samples: int) -> int:
-        """--batch_size or the recipe's, but no more than the samples need."""
+    def _choose_batch_size(self, num_samples: int, image_shape: tuple[int, ...]) -> int:
+        """--batch_size or the recipe's, but no more than the samples need, and fewer of large images."""
         num_devices = self.mesh.size
         requested = RECIPE_BATCH_SIZE if self.config.batch_size is None else self.config.batch_size
         if self.config.batch_size is not None:
             checks.check_batch_size(requested, num_devices)
+        elif math.prod(image_shape) > LARGE_IMAGE_BYTES:
+            requested = max(1, LARGE_BATCH_BYTES // math.prod(image_shape))
         batch_size = -(-min(requested, num_samples) // num_devices) * num_devices
+        checks.check_batch_memory(batch_size, tuple(image_shape))
         # Images in float32, and the outputs of the first layers.
         checks.check_batch_memory(batch_size, (299, 299, 3), copies=40)
         return batch_size

@@ -112,6 +112,11 @@ class Measurement:
         if ours[:2] != theirs[:2]:
             sizes = [f"{height}x{width}" for height, width, _ in (ours, theirs)]
             raise UserError(f"--dataset_name={name}: its images are {sizes[0]}, the run's {sizes[1]}; give others")
+        if self.dataset.pair_shape:
+            raise UserError(
+                f"--dataset_name={name} holds pairs of noise and samples, no images of others; give the data set that "
+                "the first model of pairs was trained on"
+            )
         if self.dataset.latents is not None and self.is_pixels:
             raise UserError(f"--dataset_name={name} holds latents, but the run is of pixels; give the images")
         if ours[2] != theirs[2] and not self.dataset.latents:

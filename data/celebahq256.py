@@ -33,17 +33,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils/ is,
 
 from utils import checks, cli
 from utils.data.image_folder import IMAGE_SUFFIXES
-from utils.data.images import UPRIGHT, read_image, read_orientation
+from utils.data.images import UPRIGHT, BrokenImageError, open_image, read_image, read_image_file, read_orientation
 from utils.data.scan import scan, system_message
 from utils.data.tfds import import_tensorflow
 from utils.errors import UserError
 from utils.external import BadFileError, read_json
-from utils.files import write_json
+from utils.files import open_regular, write_json
 
 SIZE = 256
 CLASS_NAMES = ("female", "male")
 SPLITS = {"train": ("train",), "validation": ("val", "validation")}  # and how they are named
 HELD_OUT_FRACTION = 1 / 15
+MAX_ROWS = 10**6  # of a parquet file; the set has 30,000 in all
+MAX_EXPANSION = 8
 SOURCE_FILE = "source.json"
 INCOMPLETE_SECONDS = 24 * 3600
 DEFAULT_HUB_ID = "korexyz/celeba-hq-256x256"
@@ -101,7 +103,7 @@ def fit(data: bytes, name: str) -> bytes:
     Raises UserError, saying `name`, where the image cannot be decoded.
     """
     pixels = read_image(data, name, SIZE)
-    with Image.open(BytesIO(data)) as image:
+    with open_image(data) as image:
         is_rgb = image.mode == "RGB" and not image.has_transparency_data
         is_upright = read_orientation(image) not in UPRIGHT
         if image.format in ("JPEG", "PNG") and is_rgb and image.size == (SIZE, SIZE) and is_upright:
@@ -169,9 +171,12 @@ def list_rows(flag: str, files: list[Path]) -> Listed:
     @contextlib.contextmanager
     def reading(file: Path) -> Iterator[ParquetFile]:
         try:
-            yield ParquetFile(file)
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).partition("\n")[0]
+            with open_regular(file) as opened:
+                parquet = ParquetFile(opened)
+                check_parquet_size(parquet, file.stat().st_size)
+                yield parquet
+        except (pa.ArrowException, OSError, BadFileError) as error:
+            reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
             raise UserError(f"{flag}: {file} is no readable parquet file ({reason}); fetch it again") from error
 
     keys = []
@@ -202,6 +207,14 @@ def list_rows(flag: str, files: list[Path]) -> Listed:
     return keys, read
 
 
+def check_parquet_size(parquet: ParquetFile, num_bytes: int) -> None:
+    """BadFileError where a file of so many bytes says that it holds far more: encoded images do not compress."""
+    metadata = parquet.metadata
+    parts = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    if metadata.num_rows > MAX_ROWS or sum(parts) > MAX_EXPANSION * num_bytes + 2**26:
+        raise BadFileError(f"it says that it holds {metadata.num_rows:,} rows of {sum(parts):,} bytes")
+
+
 def list_files(flag: str, folder: Path) -> Listed:
     """The image files below `female` and `male`, or those in the folder itself, labelled 0."""
     top = scan(folder, IMAGE_SUFFIXES)
@@ -221,7 +234,12 @@ def list_files(flag: str, folder: Path) -> Listed:
     def read() -> Iterator[Record]:
         for key, name in classes.items():
             path = folder / key
-            yield key, str(path), path.read_bytes(), 0 if is_flat else CLASS_NAMES.index(name)
+            try:
+                content = read_image_file(path)
+            except (OSError, BrokenImageError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"{flag}: {path} cannot be read ({reason}); put a good copy in its place") from None
+            yield key, str(path), content, 0 if is_flat else CLASS_NAMES.index(name)
 
     return keys, read
 

@@ -1,5 +1,7 @@
 """Data identified by content: what would shift labels or order is refused by its first difference, the rest logged."""
 
+import gzip
+import os
 import shutil
 
 import numpy as np
@@ -37,7 +39,9 @@ def compare(tmp_path):
         if keep_listing:
             write_listing(tmp_path, fingerprints(before))
         after = load_splits(change(folder) or folder)
-        return compare_data(describe_data(before), read_listing(tmp_path), describe_data(after), fingerprints(after))
+        saved = describe_data(before)
+        rows = read_listing(tmp_path, {split: found["num_examples"] for split, found in saved["splits"].items()})
+        return compare_data(saved, rows, describe_data(after), fingerprints(after))
 
     return run
 
@@ -117,8 +121,17 @@ def test_runs_that_did_not_keep_fingerprints_say_what_cannot_be_told(tmp_path):
 def test_listings_are_read_back_or_counted_as_none(tmp_path):
     rows = [Row("a/tab\there.png", 3, "0f"), Row("é.png", 0, "aa")]
     write_listing(tmp_path, {"train": Fingerprint.of_rows("files", rows)})
-    assert read_listing(tmp_path) == {"train": rows}
+    assert read_listing(tmp_path, {"train": 2, "validation": 1}) == {"train": rows}
+    assert read_listing(tmp_path, {"train": 1}) == {}
+    assert read_listing(tmp_path, {"validation": 2}) == {}
     content = (tmp_path / LISTING).read_bytes()
     for damaged in (content[:-9], b"", np.zeros(50, np.uint8).tobytes()):
         (tmp_path / LISTING).write_bytes(damaged)
-        assert read_listing(tmp_path) == {}
+        assert read_listing(tmp_path, {"train": 2}) == {}
+    bombs = gzip.compress(b"train\t0\taa\ta\n" * 500_000), gzip.compress(b"train\t0\taa\t" + b"a" * 10**6)
+    for bomb in bombs:
+        (tmp_path / LISTING).write_bytes(bomb)
+        assert read_listing(tmp_path, {"train": 2**40}) == {}
+    (tmp_path / LISTING).unlink()
+    os.mkfifo(tmp_path / LISTING)
+    assert read_listing(tmp_path, {"train": 2}) == {}

@@ -104,6 +104,8 @@ def _check_permissions(path: Path) -> None:
     for file in path.rglob("*") if path.is_dir() else ():
         if not os.access(file, os.R_OK):
             raise UserError(f"{file} may not be read by this user; change its permissions")
+        if not (file.is_file() or file.is_dir()):  # which Orbax would wait on
+            raise UserError(f"{file} is no regular file; restore the checkpoint from a copy")
 
 
 def _checksum(x: Array) -> UInt32[Array, ""]:

@@ -51,7 +51,9 @@ def compare_with_saved(
         raise UserError(f"{folder} holds a run with --dataset_name={old}, not {name}: give it, or {NEW_RUN}")
     fingerprints = {split: dataset.fingerprint for split, dataset in datasets.items()}
     try:
-        remarks = compare_data(saved["dataset"], read_listing(folder), config["dataset"], fingerprints)
+        remarks = compare_data(
+            saved["dataset"], read_listing(folder, _example_counts(saved)), config["dataset"], fingerprints
+        )
     except UserError as difference:
         raise UserError(
             f"--dataset_name={name} is not what {folder} was trained on: {difference}; give the same data, or {NEW_RUN}"
@@ -59,6 +61,11 @@ def compare_with_saved(
     settings = [f"--{flag}={new}, was {old}" for flag, (old, new) in changed.items()]
     settings += compare_jax_settings(config.get("jax", {}), saved.get("jax", {}))
     return settings + [f"of the data: {remark}" for remark in remarks]
+
+
+def _example_counts(saved: Mapping[str, Any]) -> dict[str, int]:
+    """{split: number of its examples} of a saved configuration."""
+    return {split: found["num_examples"] for split, found in saved["dataset"].get("splits", {}).items()}
 
 
 def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:

@@ -18,6 +18,7 @@ from diffusion_transformer import SIZES, DiT, DiTConfig, position_table, rope_an
 from utils.external import BadFileError
 
 HEADS = {width: heads for width, _, heads in SIZES.values()}
+MAX_TOKENS = 2**14  # of an image whose table of positions is computed
 TABLE_TOLERANCE = 1e-5  # up to which a position table is the constant one
 State = Mapping[str, np.ndarray]
 
@@ -357,8 +358,16 @@ def rename_diffusers(state: State, sample_size: int, hidden_size: int, patch_siz
     """The tensors of diffusers' DiTTransformer2DModel under the published names.
 
     The position table, which is not in its files, is added. Raises BadFileError where a block's copy of the embeddings
-    is not that of the others.
+    is not that of the others, and where the sizes, which are those of a config.json, are not the tensors'.
     """
+    kernel = state.get("pos_embed.proj.weight", np.zeros(0))
+    if kernel.ndim != 4 or (len(kernel), *kernel.shape[2:]) != (hidden_size, patch_size, patch_size):
+        raise BadFileError(
+            f"its config.json says width {hidden_size} and patch_size {patch_size}, but its pos_embed.proj.weight has "
+            f"the shape {kernel.shape}"
+        )
+    if sample_size % patch_size or (sample_size // patch_size) ** 2 > MAX_TOKENS:
+        raise BadFileError(f"its config.json has sample_size {sample_size}, which no model of patches {patch_size} has")
     renamed: dict[str, np.ndarray] = {}
     projections: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name, value in state.items():

@@ -11,6 +11,7 @@ from utils.data.dataset import (
     DataOptions,
     ImageDataset,
     array_dataset,
+    check_arrays,
     check_own_size,
     split_rows,
     unlabelled_message,
@@ -114,6 +115,9 @@ def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays],
     shapes = {part.images: headers[part.images].shape[1:] for part in parts}
     if len(set(shapes.values())) > 1:
         raise UserError(f"{flag}: images are of one shape in both splits, not {shapes}")
+    for part in parts:
+        labels = headers[part.labels] if part.labels else None
+        check_arrays(flag.removeprefix("--dataset_name="), headers[part.images], labels)
     labelled = [part.images for part in parts if part.labels]
     if 0 < len(labelled) < len(parts):
         (other,) = (part.images for part in parts if not part.labels)

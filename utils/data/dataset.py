@@ -163,6 +163,30 @@ class Subset:
         return self.source[self.rows[index]]
 
 
+@runtime_checkable
+class ArrayLike(Protocol):
+    """An array, or what a file says of one."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_arrays(name: str, images: ArrayLike, labels: ArrayLike | None) -> None:
+    """UserError where arrays are no images uint8 (n, h, w, c), or no labels of them."""
+    if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise UserError(
+            f"{name}: images must be uint8 (n, h, w, c) with 1 or 3 channels, not {images.dtype} {images.shape}"
+        )
+    if labels is not None and (not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]):
+        raise UserError(
+            f"{name}: labels must be integers ({images.shape[0]},), one for each image, not {labels.dtype} "
+            f"{labels.shape}"
+        )
+
+
 def array_dataset(
     name: str,
     images: np.ndarray,
@@ -177,14 +201,7 @@ def array_dataset(
     `class_names` (default: "0", "1", ... up to the largest label) must be the same for both splits; `split_rows` holds
     out a part of data without a validation split. Only 'train' flips. UserError where the arrays are something else.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
-        raise UserError(
-            f"{name}: images must be uint8 (n, h, w, c) with 1 or 3 channels, not {images.dtype} {images.shape}"
-        )
-    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
-        raise UserError(
-            f"{name}: labels must be integers ({len(images)},), one for each image, not {labels.dtype} {labels.shape}"
-        )
+    check_arrays(name, images, labels)
     lowest, highest = int(labels.min()), int(labels.max())
     names = tuple(map(str, range(highest + 1))) if class_names is None else tuple(class_names)
     if len(names) > 1 and len(set(names)) == 1:

@@ -8,14 +8,18 @@ import dataclasses
 import gzip
 import hashlib
 import itertools
+import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, open_regular
 
 LISTING = "examples.tsv.gz"
+MAX_EXPANSION = 64  # of a listing over its compressed size
+MAX_LINE_BYTES = 2**16
 UNKNOWN = "saved before runs kept track of their images: whether some were added or replaced is not known"
 
 
@@ -68,17 +72,22 @@ def write_listing(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None
                 file.write(f"{split}\t{row}\n")
 
 
-def read_listing(folder: Path) -> dict[str, list[Row]]:
-    """{split: rows} of FOLDER/examples.tsv.gz; empty where there is none that can be read."""
-    rows = {}
+def read_listing(folder: Path, num_examples: Mapping[str, int]) -> dict[str, list[Row]]:
+    """{split: rows} of FOLDER/examples.tsv.gz; empty where there is none that can be read, or that holds more rows of a
+    split than `num_examples`, {split: count}, or more than a file of its size can: their digests do not compress."""
+    rows: dict[str, list[Row]] = {split: [] for split in num_examples}
     try:
-        with gzip.open(folder / LISTING, "rt", encoding="utf-8") as file:
-            for line in file:
-                split, label, digest, key = line.rstrip("\n").split("\t", 3)
-                rows.setdefault(split, []).append(Row(key, int(label), digest))
-    except (OSError, EOFError, ValueError):
+        with open_regular(folder / LISTING) as compressed, gzip.open(compressed, "rb") as file:
+            left = MAX_EXPANSION * os.fstat(compressed.fileno()).st_size + MAX_LINE_BYTES
+            while line := file.readline(MAX_LINE_BYTES):
+                left -= len(line)
+                split, label, digest, key = line.decode().rstrip("\n").split("\t", 3)
+                rows[split].append(Row(key, int(label), digest))
+                if left < 0 or len(rows[split]) > num_examples[split]:
+                    return {}
+    except (OSError, EOFError, ValueError, KeyError, zlib.error):
         return {}
-    return rows
+    return {split: found for split, found in rows.items() if found}
 
 
 def compare_data(

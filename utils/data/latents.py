@@ -23,7 +23,7 @@ from utils.data.dataset import DataOptions, Example, ImageDataset, check_own_siz
 from utils.data.fingerprint import Fingerprint, compare_data, read_listing
 from utils.errors import UserError
 from utils.external import read_json
-from utils.files import atomic_write
+from utils.files import atomic_write, check_regular
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -89,7 +89,9 @@ class Manifest:
         """Of the latents in `folder`: what they were made from, and how."""
         metadata = [(self.splits or {}).get(split), self.vae_sha256, self.num_views[split], self.latent_shape]
         sha256 = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
-        return Fingerprint("latents", self.num_examples[split], sha256, read_listing(folder).get(split))
+        return Fingerprint(
+            "latents", self.num_examples[split], sha256, read_listing(folder, self.num_examples).get(split)
+        )
 
 
 def load_manifest(folder: Path) -> Manifest | None:
@@ -127,7 +129,9 @@ def check_same(folder: Path, found: Manifest, requested: Manifest, fingerprints:
         log(f"{folder} does not say which images its latents are of: whether they have changed is not known")
         return
     try:
-        remarks = compare_data(found.to_json(), read_listing(folder), requested.to_json(), fingerprints)
+        remarks = compare_data(
+            found.to_json(), read_listing(folder, found.num_examples), requested.to_json(), fingerprints
+        )
         if remarks:
             raise UserError(remarks[0])
     except UserError as difference:
@@ -173,6 +177,11 @@ def open_records(what: str, folder: Path, names: list[str], num_records: int, pr
             f"{what} is not complete: {len(missing)} of its {len(names)} files are missing, such as {missing[0]}; run "
             f"the same {program} command again to finish it"
         )
+    try:
+        for name in names:
+            check_regular(folder / name)
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({name}: {error.strerror}); bring the file back") from None
     try:
         records = ArrayRecordDataSource([str(folder / name) for name in names])
     except Exception as error:  # of the library, which has no type of its own

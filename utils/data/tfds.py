@@ -26,10 +26,10 @@ from utils.data.dataset import (
 )
 from utils.data.fingerprint import Fingerprint
 from utils.data.images import describe_range, read_image
-from utils.data.tfds_files import PACKAGES, check_features, convert_command, find_prepared
+from utils.data.tfds_files import PACKAGES, check_features, convert_command, find_prepared, is_remote
 from utils.errors import UserError
 from utils.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
-from utils.files import atomic_write, cache_folder
+from utils.files import atomic_write, cache_folder, check_regular
 
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
 FILES_AT_A_TIME = 16
@@ -203,6 +203,13 @@ class PreparedSplit:
         return digest.hexdigest()
 
     def open(self) -> "Records | RecordStream":
+        for file in () if is_remote(self.folder) else self.folder.glob(f"*.{self.format}*"):
+            try:
+                check_regular(file)
+            except OSError as error:
+                raise UserError(
+                    f"{self.origin} cannot be read ({file.name}: {error.strerror}); bring it back"
+                ) from None
         return Records(self) if self.format == "array_record" else RecordStream(self)
 
 

