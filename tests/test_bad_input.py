@@ -3,6 +3,7 @@ a line of the tables costs next to nothing: add yours."""
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ import plot_metrics
 import sample
 import train_flow
 from utils import cli
+from utils.data import pairs
 from utils.data.dataset import DataOptions
 from utils.data.registry import load_dataset
 from utils.errors import UserError
+from utils.files import write_json
 from utils.generate import load_generator
 
 PROGRAMS = {
@@ -143,6 +146,20 @@ BAD = [
     ("plot", "--runs LOG --out OUT", "--out=.*out: name a .png file, such as .*curves.png"),
     ("plot", "--runs LOG --out OUT/curves.pdf", "--out=.*curves.pdf: name a .png file"),
     ("plot", "--runs LOG --out /proc/x/y.png", "--out=/proc/x/y.png cannot be written"),
+    ("encode", "--dataset_name pairs:PAIRS", "--dataset_name=pairs:.* holds pairs already"),
+    ("stats", "--dataset_name pairs:PAIRS", "--dataset_name=pairs:.* holds no images"),
+    # Nothing waits on a named pipe.
+    ("train", "--dataset_name npz:PIPE", "there is no file|no regular file"),
+    ("train", "--dataset_name folder:PIPES", "a.png .no regular file"),
+    ("train", "--dataset_name latents:PIPES --use_stable_vae 1", "not a valid latents manifest .it is no regular"),
+    ("train", "--dataset_name pairs:PIPES", "manifest.json is not a valid manifest of pairs .it is no regular file"),
+    ("eval", "--samples PIPE --fid_stats STATS", "--samples=.*pipe is neither a file nor a folder"),
+    ("eval", "--samples PIPES --fid_stats STATS", "--samples=.*: a.png is not a readable image .it is no regular file"),
+    ("eval", "--samples GOOD --fid_stats PIPE --out OUT", "--fid_stats=.*pipe is not a file"),
+    ("eval", "--samples GOOD --fid_stats STATS --inception_weights PIPE --out OUT", "--inception_weights=.* is not a"),
+    ("eval", "--samples GOOD --fid_stats STATS --inception_logits PIPE --out OUT", "--inception_logits=.*no regular"),
+    ("stats", "--inception_weights PIPE", "--inception_weights=.*pipe is not a file"),
+    ("plot", "--runs PIPES", "--runs=.*metrics.jsonl cannot be read .it is no regular file"),
 ]  # fmt: skip
 # Where results go: refused before the run, which there is none of, is looked for.
 OUTPUTS = [
@@ -194,6 +211,16 @@ PROCESSES = [
 ]
 
 
+def write_pairs(folder):
+    """Four pairs of 8x8 pixels."""
+    folder.mkdir()
+    manifest = pairs.PairsManifest("few", "0" * 64, "euler", 0, 4, 4, (8, 8, 1), (8, 8, 1), ("a",), None, None)
+    write_json(folder / pairs.MANIFEST, manifest.to_json())
+    ((name, rows),) = manifest.shards()
+    pairs.write_shard(folder / name, ((0, np.zeros((8, 8, 1), np.float32)) for _ in rows))
+    return folder
+
+
 @pytest.fixture
 def files(tmp_path, monkeypatch):
     """Paths for the words of the tables; programs neither start on wandb nor take the signals over."""
@@ -206,6 +233,10 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "logged" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     for name in ("a.safetensors", "fid.csv", "README.md"):
         (tmp_path / "taken" / name).mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pipes").mkdir()
+    for name in ("a.png", "manifest.json", "metrics.jsonl", "config.json"):
+        os.mkfifo(tmp_path / "pipes" / name)
     np.savez(tmp_path / "good.npz", np.zeros((4, 8, 8, 3), np.uint8))
     return {
         "STATS": "data/fid_stats_digits.npz",
@@ -214,6 +245,9 @@ def files(tmp_path, monkeypatch):
         "TAKEN": str(tmp_path / "taken"),
         "RUN": str(tmp_path / "run"),
         "LOG": str(tmp_path / "logged"),
+        "PAIRS": str(write_pairs(tmp_path / "few")),
+        "PIPES": str(tmp_path / "pipes"),
+        "PIPE": str(tmp_path / "pipe"),
     }
 
 

@@ -212,6 +212,16 @@ def write_other_schedule(tmp_path, state):
     return folder
 
 
+def write_absurd(sizes):
+    def write(tmp_path, state):
+        folder = copy_diffusers(tmp_path)
+        path = folder / "transformer" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+        return folder
+
+    return write
+
+
 def write_missing(tmp_path, state):
     left = {key: np.ascontiguousarray(value) for key, value in state.items() if key != "blocks.0.attn.proj.weight"}
     save_file(left, tmp_path / "missing.safetensors")
@@ -247,6 +257,14 @@ def write_no_model(tmp_path, state):
         (write_cut_safetensors, "no whole safetensors file"),
         (write_without_weights, "the folder holds no weights"),
         (write_other_schedule, "its scheduler has prediction_type v_prediction"),
+        (write_absurd({"sample_size": 2**19}), "its config.json has sample_size 524288, which no model"),
+        (write_absurd({"sample_size": 9}), "its config.json has sample_size 9, which no model of patches 2"),
+        (write_absurd({"sample_size": 2**30}), "its config.json has sample_size 1073741824"),
+        (
+            write_absurd({"num_attention_heads": 2**19}),
+            "its config.json says width .* but its pos_embed.proj",
+        ),
+        (write_absurd({"patch_size": 2**10}), "its config.json says width .* and patch_size 1024"),
         (write_missing, r"no tensor blocks\.0\.attn\.proj\.weight"),
         (write_compressed, "is compressed"),
         (write_text, "no whole zip"),

@@ -268,6 +268,54 @@ def is_text_without_encoding(call: ast.Call) -> bool:
     return name == "open" and (is_text or not (is_method or own_mode))
 
 
+def opens_by_name(call: ast.Call) -> bool:
+    """Whether a call opens whatever there is under a name, a named pipe too, to read it."""
+    modes = [str(getattr(argument, "value", "")) for argument in call.args]
+    if any(re.fullmatch(r"[wxa]\+?[bt]?", mode) for mode in modes):
+        return False
+    if not isinstance(call.func, ast.Attribute):
+        return getattr(call.func, "id", "") == "open"
+    owner, name = ast.unparse(call.func.value), call.func.attr
+    if name == "open":
+        is_module = owner in ("Image", "gzip", "mmap", "io", "os", "wave", "tarfile")
+        return is_module or any(re.fullmatch("rb?t?", mode) for mode in modes) or not (modes or call.keywords)
+    return name in ("read_bytes", "read_text", "fromfile", "memmap", "ParquetFile") or (owner, name) == ("np", "load")
+
+
+def test_files_of_others_are_opened_by_one_function():
+    """The exceptions: what is no path, or is remote, or of the package itself."""
+    allowed = {
+        "utils/files.py": {
+            "os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)",
+            'temporary.open("rb")',
+            'Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")',
+        },
+        "utils/console.py": {"os.open(os.devnull, os.O_WRONLY)"},
+        "utils/external.py": {'np.memmap(file, header.dtype, "r", start, header.shape, order)'},
+        "utils/data/images.py": {"Image.open(limited, formats=FORMATS)"},
+        "utils/data/class_names.py": {'IMAGENET_LABELS.read_text(encoding="utf-8")'},
+        "utils/data/fingerprint.py": {'gzip.open(compressed, "rb")'},
+        "utils/data/tfds.py": {'file.open("rb")', "prepared.open()"},  # after `check_regular`, and remote ones
+        "utils/data/tfds_files.py": {"path.read_bytes()"},
+        "utils/metrics/inception.py": {"extracted.read_bytes()"},
+    }
+    for path in [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py"), *(ROOT / "data").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and opens_by_name(node))
+        found = {str(ast.get_source_segment(text, call)) for call in calls}
+        assert found <= allowed.get(str(path.relative_to(ROOT)), set()), path
+    for text in (
+        "open(x)",
+        "x.open()",
+        "x.open('rb')",
+        "Image.open(x)",
+        "np.load(x)",
+        "x.read_bytes()",
+        "os.open(x, 0)",
+    ):
+        assert opens_by_name(ast.parse(text, mode="eval").body)
+
+
 def test_texts_are_utf_8_whatever_the_locale():
     folders = (ROOT / name for name in ("utils", "data", "benchmarks", "docs"))
     sources = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]

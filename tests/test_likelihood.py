@@ -11,6 +11,7 @@ from PIL import Image
 
 import likelihood as likelihood_program
 from tests.conftest import GOLDEN
+from tests.test_bad_input import write_pairs
 from tests.test_generate import run  # noqa: F401 (fixture)
 from utils import likelihood
 from utils.data.registry import load_dataset
@@ -163,6 +164,11 @@ def test_a_result_that_cannot_be_written_is_printed_first(run, read_flags, tmp_p
         likelihood_program.main(read_flags(likelihood_program, ["--load_dir", str(run), *line.split()]))
     assert "| 8 | digits, validation | data |" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pairs_are_no_images(measure, tmp_path):
+    with pytest.raises(UserError, match=r"--dataset_name=pairs:.* holds pairs of noise and samples, no images"):
+        measure(f"--dataset_name pairs:{write_pairs(tmp_path / 'few')}")
 
 
 def test_other_images_are_fitted_to_the_run(measure, tmp_path):

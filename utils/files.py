@@ -244,8 +244,8 @@ def check_finished(files: Sequence[Path], folder: Path, flag: str) -> None:
         if not (each / UNFINISHED).is_file():
             continue
         try:
-            total = json.loads((each / UNFINISHED).read_text(encoding="utf-8"))["num_files"]
-        except (OSError, ValueError, KeyError, TypeError):
+            total = json.loads(read_bytes(each / UNFINISHED))["num_files"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             total = "an unknown number"
         count = sum(file.parent == each for file in files)
         raise UserError(
