@@ -7,6 +7,7 @@ Prints a line for each, and exits with 1 where a fault survives, where a text to
 once, or where a test fails without a fault. The checkout itself is left alone.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as tests/conftest.py has it
+sys.dont_write_bytecode = True  # a file may change twice within the second that its cache would notice
+
+import jax  # noqa: F401, E402 (imported before the forks, as are the other libraries that take long)
+import matplotlib.figure  # noqa: F401, E402
+import optax  # noqa: F401, E402
+import orbax.checkpoint  # noqa: F401, E402
+import pytest  # noqa: E402
+from absl import app, flags  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLED, SURVIVED = 1, 0  # pytest's status for tests that failed, and for tests that passed
@@ -157,10 +166,19 @@ def read_table(table: str) -> Iterator[Mutant]:
         yield Mutant(test, file, text, fault.strip())
 
 
-def run_tests(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
-    command += [f"tests/{test}" for test in tests]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def run_tests(folder: Path, tests: Iterable[str]) -> tuple[int, str]:
+    """(pytest's status, its output) for tests of the copy `folder`: in a fork of this process, which has imported the
+    libraries but nothing of the project and has touched no device."""
+    output = folder / "output.txt"
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder.parent)  # what tests leave goes with it
+        for stream in (1, 2):
+            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if stream == 1 else os.O_APPEND)), stream)
+        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.read_text(errors="replace")
 
 
 def is_noticed(folder: Path, mutant: Mutant) -> bool:
@@ -172,12 +190,12 @@ def is_noticed(folder: Path, mutant: Mutant) -> bool:
         sys.exit(f"{mutant.file} has {mutant.text!r} {source.count(mutant.text)} times, not once: mend the table")
     path.write_text(source.replace(mutant.text, mutant.fault))
     try:
-        done = run_tests(folder, [mutant.test])
+        status, output = run_tests(folder, [mutant.test])
     finally:
         path.write_text(source)
-    if done.returncode not in (KILLED, SURVIVED):
-        sys.exit(f"{mutant.test}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.returncode == KILLED
+    if status not in (KILLED, SURVIVED):
+        sys.exit(f"{mutant.test}: pytest ended with {status}\n{output[-3000:]}")
+    return status == KILLED
 
 
 def main(_) -> None:
@@ -189,9 +207,9 @@ def main(_) -> None:
         for name in filter(None, listed.split("\0")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
-        done = run_tests(folder, dict.fromkeys(mutant.test for mutant in mutants))
-        if done.returncode:
-            sys.exit(f"the tests fail without a fault:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+        status, output = run_tests(folder, dict.fromkeys(mutant.test for mutant in mutants))
+        if status:
+            sys.exit(f"the tests fail without a fault:\n{output[-3000:]}")
         survived = 0
         for mutant in mutants:
             has_survived = not is_noticed(folder, mutant)
