@@ -463,10 +463,10 @@ def evaluate_samples(config: ConfigDict) -> None:
         "num_samples": samples.num_samples,
         **scoring.settings,
     }
+    results = Results(scoring.out)
     statistics = scoring.new_statistics()
     with explaining_out_of_memory("Inception", "a smaller --batch_size"):
         scoring.measure_samples(samples, statistics, "scoring", "num_samples")
-    results = Results(scoring.out)
     metrics = scoring.compute(statistics)
     row: dict[str, Any] = {**settings, **metrics}
     with scoring.going_on():

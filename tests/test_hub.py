@@ -5,15 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.conftest import GOLDEN, ROOT
 from tests.fake_hub import fake_hub
+from utils.checkpoint import open_checkpoint
 from utils.convert.runs import import_run
 from utils.convert.sources import read_source
 from utils.errors import UserError
+
+MODEL = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "cfg_scale": 4.0, "denoise_timesteps": 32, "preset": "debug"}
 
 
 @pytest.fixture
@@ -39,8 +43,7 @@ def run(hub, cwd, *args, check=True):
 def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path, monkeypatch):
     source = read_source(str(GOLDEN / "checkpoints" / "sit_small_train.pt"))
     vae = str(GOLDEN / "vae_tiny")
-    model = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "cfg_scale": 4.0, "denoise_timesteps": 32, "preset": "debug"}
-    import_run("sit_small_train.pt", source, tmp_path / "run", model, num_heads=2, vae=vae)
+    import_run("sit_small_train.pt", source, tmp_path / "run", MODEL, num_heads=2, vae=vae)
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in (here, there):
         folder.mkdir()
@@ -82,6 +85,26 @@ def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path, monkeypatch):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "someone/nothing is no file or folder here and cannot be fetched from the hub" in done.stderr
+
+
+def test_a_run_that_was_not_fetched_to_its_end_is_fetched_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, folder = read_source(str(GOLDEN / "checkpoints" / "sit_small_train.pt")), Path("runs/someone--faces")
+    left = folder / "checkpoints" / "0.orbax-checkpoint-tmp-0"
+    left.mkdir(parents=True)
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+
+    def fetch(load_dir, into):
+        assert (load_dir, into.resolve()) == ("hf:someone/faces", folder.resolve())
+        import_run(load_dir, source, into, MODEL, num_heads=2, vae=str(GOLDEN / "vae_tiny"))
+
+    monkeypatch.setattr("utils.convert.runs.fetch_run", fetch)
+    _, steps = open_checkpoint("hf:someone/faces")
+    assert steps == [0]
+    assert not left.exists()
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["imported"]["family"] == "sit"
+    monkeypatch.setattr("utils.convert.runs.fetch_run", None)  # no more
+    assert open_checkpoint("hf:someone/faces")[1] == [0]
 
 
 def test_a_hub_id_that_is_none_is_refused(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What may happen to a run between two starts: other data, other settings, damaged files, another process."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from PIL import Image
 from tests.conftest import ROOT, run_program
 from tests.image_files import noise
 from tests.runs import losses, start, wait_for_step
+from utils.console import progress_bar
 
 pytestmark = pytest.mark.xdist_group("resume")
 
@@ -208,6 +210,17 @@ def test_output_that_cannot_be_written_ends_no_run(data, tmp_path):
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         subprocess.run(command, cwd=ROOT, env=environment, stdout=full, stderr=full, check=True)
     assert list(losses(tmp_path)) == [1, 2]
+
+
+def test_no_progress_bar_fails_on_a_full_disk_under_the_log(monkeypatch):
+    full = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 (closing it fails)
+    monkeypatch.setattr(sys, "stderr", full)
+    assert list(progress_bar(range(3), "x", mininterval=0)) == [0, 1, 2]
+    with contextlib.suppress(OSError):
+        full.close()
+    sources = [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")]
+    own = {path.name for path in sources if "tqdm(" in path.read_text(encoding="utf-8")}
+    assert own == {"console.py", "progress.py"}
 
 
 def test_what_still_waits_to_be_written_at_the_end_is_no_failure():
