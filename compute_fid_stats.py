@@ -77,15 +77,16 @@ def main(config: ConfigDict) -> None:
         raise UserError(f"{source}{f', {split}' * bool(split)} holds 1 image; statistics are of 2 or more")
     if num_images > total:
         raise UserError(f"--num_images={num_images}: {source} holds {total}")
-    checks.check_batch_memory(config.batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
+    batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
+    checks.check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
     extractor = load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
     statistics, label_counts = ImageStatistics(config.num_features), None
     if samples:
-        batches = choose_images(samples, config.batch_size, num_images)
+        batches = choose_images(samples, batch_size, num_images)
     else:
         label_counts = np.zeros(dataset.num_classes, np.int64)
-        batches = count_labels(choose_examples(dataset, config.batch_size, num_images), label_counts)
-    batches = pad_and_shard(batches, config.batch_size, mesh)
+        batches = count_labels(choose_examples(dataset, batch_size, num_images), label_counts)
+    batches = pad_and_shard(batches, batch_size, mesh)
     measure_images(extractor, batches, statistics, num_images, flag="num_images")
     save_statistics(
         out,
