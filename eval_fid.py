@@ -485,6 +485,8 @@ def main(config: ConfigDict) -> None:
             "give one of --load_dir (the folder of a run, such as runs/demo) and --samples (images to score)"
         )
     refuse_ignored(config)
+    if config.out:
+        checks.check_writable(Path(config.out), "out", creates=False, names=FILES)
     check_json_path(config.json, {"samples": config.samples, "fid_stats": config.fid_stats})
     (evaluate_run if config.load_dir else evaluate_samples)(config)
 

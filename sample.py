@@ -352,6 +352,8 @@ def main(config: ConfigDict) -> None:
     refuse_ignored(config)
     if config.batch_size is not None and config.batch_size < 1:
         raise UserError(f"--batch_size={config.batch_size}: use 1 or more")
+    if config.out:
+        checks.check_writable(Path(config.out), "out", creates=False, names=FILES)
     if config.save_samples:
         check_sample_path(config.save_samples)
     drawing = Drawing(config)

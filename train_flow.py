@@ -180,6 +180,10 @@ class Trainer:
             refuse_contradictions(config)
         if not self.started_from:
             cli.refuse_ignored(("freeze", "lora_rank"), "without --load_dir")
+        if not config.plan:  # before images are looked through, which may take long
+            checks.check_writable(cli.run_folder(config), "save_dir", creates=False)
+            if config.profile:
+                checks.check_writable(Path(config.profile), "profile", creates=False)
         self._load_data()
         self._load_model()
         self._load_reference()

@@ -13,7 +13,7 @@ from tests.data_sets import load
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.data.batches import epoch_batches, training_batches
 from utils.data.dataset import SPLITS, array_dataset
-from utils.data.latents import MANIFEST, Manifest, check_same, load_manifest, write_shard
+from utils.data.latents import MANIFEST, Manifest, check_num_files, check_same, load_manifest, write_shard
 from utils.errors import UserError
 
 MOMENTS = (
@@ -114,6 +114,28 @@ def test_what_is_missing_is_told(folder, tmp_path_factory):
     (folder / MANIFEST).write_text('{"format": 1}')
     with pytest.raises(UserError, match="not a valid latents manifest"):
         load(f"latents:{folder}")
+
+
+@pytest.mark.parametrize(("count", "shard_size", "fix"), [(1_281_167, 1, 2), (10**9, 999, 1000), (10**6 + 1, 1, 2)])
+def test_no_more_files_are_made_than_are_read(count, shard_size, fix):
+    with pytest.raises(UserError, match=rf"--shard_size={shard_size}: x would be [\d,]+ files, .* use {fix} or more"):
+        check_num_files(count, shard_size, "x")
+    check_num_files(count, fix, "x")
+    for size in (shard_size, fix):
+        content = manifest(num_examples={"train": count, "validation": 1}, shard_size=size)
+        if size == fix:
+            content.check()
+        else:
+            with pytest.raises(ValueError, match="shard_size"):
+                content.check()
+
+
+def test_a_data_set_is_not_encoded_to_more_files_than_are_read(read_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.data.latents.MAX_FILES", 10)
+    words = ["--dataset_name", "digits", "--out", str(tmp_path / "out"), "--shard_size", "149"]
+    with pytest.raises(UserError, match=r"--shard_size=149: the 1,500 images of the train split would be 11 files"):
+        encode_latents.main(read_flags(encode_latents, words))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
