@@ -127,6 +127,10 @@ def test_whole_configurations_are_read_as_they_are(sample_shape):
     assert found["objective"] == {"name": "flow_matching"}
     assert found["dataset"]["name"] == "digits"
     assert "rope" not in oldest["model"]
+    # The VAE of a run that does not say its latents' shape may have any number of channels, and any factor.
+    oldest["model"]["use_stable_vae"] = 1
+    shapes = {"['patch_embed']['kernel']": (2, 2, 16, 24), "['label_embed']['Embed_0']['embedding']": (3, 24)}
+    check_parameters(read_config(oldest), shapes | {"['block_0']['mlp']": ()})
 
 
 @pytest.mark.parametrize(

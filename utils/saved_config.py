@@ -239,8 +239,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
     shape = find_latent_shape(config)
     if not model["use_stable_vae"] and list(shape) != list(data["image_shape"]):
         raise BadFileError(f"its configuration has latents {shape} of a model of pixels {data['image_shape']}")
-    is_known = bool(data["latent_shape"]) or not model["use_stable_vae"]
-    if model["network"] != "dit" or not is_known:
+    if model["network"] != "dit" or not _is_latent_known(config):
         return
     try:
         check_sizes(ConfigDict(model), shape)
@@ -253,12 +252,14 @@ def _check_together(config: Mapping[str, Any]) -> None:
 def check_parameters(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """BadFileError where the parameters of a DiT, {path: shape}, are not those of its configuration: compared before
     anything is made of its sizes."""
-    model, channels = config["model"], find_latent_shape(config)[2]
+    model, kernel = config["model"], "['patch_embed']['kernel']"
     if model["network"] != "dit":
         return
     patch, width = model["patch_size"], model["hidden_size"]
+    # An older run does not say how many channels the latents of its VAE have.
+    channels = (find_latent_shape(config)[2],) if _is_latent_known(config) else shapes.get(kernel, ())[2:3]
     expected = {
-        "['patch_embed']['kernel']": (patch, patch, channels, width),
+        kernel: (patch, patch, *channels, width),
         "['label_embed']['Embed_0']['embedding']": (model["num_classes"] + 1, width),
     }
     for path, shape in expected.items():
@@ -269,6 +270,11 @@ def check_parameters(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     depth = len({path.partition("]")[0] for path in shapes if path.startswith("['block_")})
     if depth != model["depth"]:
         raise BadFileError(f"its configuration has model.depth={model['depth']}, its parameters {depth} blocks")
+
+
+def _is_latent_known(config: Mapping[str, Any]) -> bool:
+    """Whether `find_latent_shape` is more than a guess."""
+    return bool(config["dataset"].get("latent_shape")) or not config["model"]["use_stable_vae"]
 
 
 def find_latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
