@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from utils.environment import find_devices
 from utils.errors import UserError
 from utils.signals import EXIT_STOPPED, StopRequest
 
@@ -92,6 +93,7 @@ def initialize_processes(
     if address.process_id == 0:
         check_port(address)
     join(address, keywords, stop)
+    find_devices()  # which may end here, in one line
 
 
 def refuse_single(launch: Launch | None, num_processes: int | None, process_id: int | None) -> None:
