@@ -78,6 +78,7 @@ def main(config: ConfigDict) -> None:
     if num_images > total:
         raise UserError(f"--num_images={num_images}: {source} holds {total}")
     batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
+    checks.check_batch_memory(batch_size, tuple(shape))
     checks.check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
     extractor = load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
     statistics, label_counts = ImageStatistics(config.num_features), None

@@ -137,6 +137,19 @@ def test_the_order_is_the_same_each_time(tmp_path):
         assert stored(first, split) == stored(second, split)
 
 
+def test_parquet_that_says_it_holds_far_more_is_refused(tmp_path):
+    (tmp_path / "rows").mkdir()
+    rows = pa.table({"image": pa.nulls(10**6 + 1, IMAGE), "label": pa.nulls(10**6 + 1, pa.int64())})
+    pq.write_table(rows, tmp_path / "rows" / "train.parquet")
+    (tmp_path / "bytes").mkdir()
+    zeros = pa.array([{"bytes": bytes(2**20), "path": ""}] * 100, IMAGE)
+    table = pa.table({"image": zeros, "label": pa.array([0] * 100)})
+    pq.write_table(table, tmp_path / "bytes" / "train.parquet", use_dictionary=False, compression="zstd")
+    for name in ("rows", "bytes"):
+        with pytest.raises(UserError, match=r"train\.parquet is no readable parquet file \(it says that it holds"):
+            celebahq256.open_source(str(tmp_path / name))
+
+
 def test_parquet_without_a_validation_file_has_images_held_out(tmp_path):
     rows = [(encoded(np.full((256, 256, 3), i, np.uint8)), i % 2) for i in range(30)]
     write_parquet(tmp_path / "train.parquet", rows)

@@ -1,5 +1,7 @@
 """Generated images and Inception features: exactly the number asked for, the same for every batch size."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffusion_transformer import PRESETS
+from eval_fid import Scoring
 from utils import sampling
 from utils.codecs.pixels import PixelCodec
-from utils.generate import ImageBatch, ImageGenerator, _generate
+from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, _generate
 from utils.metrics import measure
 from utils.metrics.inception import Features
 from utils.metrics.measure import measure_images, pad_and_shard
@@ -187,3 +190,10 @@ def test_hours_are_announced_after_the_first_batches(per_batch, total, flag, exp
     measure_images(extractor, batches, ImageStatistics(), total, flag=flag)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about")]
     assert said == ([] if expected is None else [expected])
+
+
+def test_batches_hold_fewer_of_large_images():
+    scoring = SimpleNamespace(config=ConfigDict({"batch_size": None}), mesh=SimpleNamespace(size=1))
+    sizes = {side: Scoring._choose_batch_size(scoring, 1000, (side, side, 3)) for side in (32, 1024, 2048, 8192)}
+    assert sizes == {32: RECIPE_BATCH_SIZE, 1024: RECIPE_BATCH_SIZE, 2048: 2**28 // (3 * 2048**2), 8192: 1}
+    assert Scoring._choose_batch_size(scoring, 4, (32, 32, 3)) == 4

@@ -25,6 +25,7 @@ from utils.data import images
 from utils.errors import UserError
 from utils.external import (
     BadFileError,
+    open_safetensors,
     read_json,
     read_npz,
     read_npz_headers,
@@ -118,11 +119,15 @@ def zip_bomb(name: str, start: bytes, fill: bytes, num_bytes: int) -> bytes:
     return local + directory + end
 
 
+def npy_header(shape, dtype: str) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
 def write_bomb(path, shape, name="a") -> None:
     """A small npz whose array `name` has that shape, all zeros."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": shape})
-    path.write_bytes(zip_bomb(f"{name}.npy", header.getvalue(), b"\0", int(np.prod(shape)) * 8))
+    path.write_bytes(zip_bomb(f"{name}.npy", npy_header(shape, "<f8"), b"\0", int(np.prod(shape)) * 8))
 
 
 def test_headers_are_read_before_arrays(tmp_path):
@@ -164,6 +169,52 @@ def test_an_npz_that_is_none_is_refused(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(BadFileError, match="holds object, no numbers"):
         read_npz(tmp_path / "objects.npz", read_npz_headers(tmp_path / "objects.npz"))
+
+
+def test_a_zip_of_members_without_end_is_refused(tmp_path):
+    name = b"a.npy"
+    entry = b"PK\1\2" + struct.pack("<HHHHHHIIIHHHHHII", 20, 20, 0, 0, 0, 0x21, 0, 0, 0, len(name), *[0] * 6) + name
+    directory = entry * 90_000
+    end = b"PK\5\6" + struct.pack("<HHHHIIH", 0, 0, 65535, 65535, len(directory), 0, 0)
+    (tmp_path / "a.npz").write_bytes(directory + end)
+    with pytest.raises(BadFileError, match="it asks for more bytes"):
+        read_npz_headers(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "b.npz", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("a.npy", content_of(np.save, np.zeros(3)))
+    with pytest.raises(BadFileError, match="compressed in an unusual way"):
+        read_npz_headers(tmp_path / "b.npz")
+
+
+def test_safetensors_that_share_bytes_or_lie_about_them_are_refused(tmp_path):
+    def entry(shape, start, stop, dtype="F32"):
+        return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+    for tensors, message in (
+        ({"a": entry([4], 0, 16), "b": entry([4], 0, 16)}, "its tensor b shares bytes"),
+        ({"a": entry([4], 0, 16), "b": entry([2], 12, 20)}, "its tensor b shares bytes"),
+        ({"a": entry([2**40], 0, 16)}, "its header says"),
+        ({"a": entry([4], 16, 32)}, "its header says"),
+        ({"a": entry([-4], 0, 16)}, "its header says"),
+        ({"a": entry([4], 0, 16, "X9")}, "its header says"),
+        ({"a": entry([True] * 4 + [4], 0, 16)}, "its header says"),
+        ({"a": [4]}, "its header says"),
+    ):
+        header = json.dumps(tensors).encode()
+        (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(20))
+        with pytest.raises(BadFileError, match=message):
+            open_safetensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "float8_e5m2", "int64", "uint16", "bool"])
+def test_safetensors_are_read_as_the_library_writes_them(tmp_path, dtype):
+    tensors = {"a": np.arange(6).reshape(2, 3).astype(dtype), "b": np.zeros((0, 5), dtype), "c": np.ones((), dtype)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"key": "text"})
+    found = open_safetensors(tmp_path / "a.safetensors")
+    assert found.metadata == {"key": "text"}
+    assert found.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(found.tensors[name], tensor)
 
 
 def content_of(save, *args, **arrays) -> bytes:
@@ -218,7 +269,8 @@ from pathlib import Path
 from etils import epath
 from utils.codecs import vae
 from utils.convert import sources
-from utils.data import images, tfds_files
+from utils.data import array_file, images, tfds_files
+from utils.data.dataset import DataOptions
 from utils.editing import read_images, read_mask
 from utils.external import BadFileError, read_json
 from utils.metrics import inception, reference, samples
@@ -245,6 +297,8 @@ read = {
     "batches": read_samples,
     "checkpoint": lambda path: sources.read_source(str(path)),
     "json": read_json,
+    "dataset": lambda path: array_file.load_array_file(f"npz:{path}", "train", DataOptions()),
+    "weights": inception.load_feature_extractor,
     "features": lambda path: tfds_files.check_features("--dataset_name=x", epath.Path(path)),
 }
 for path in sorted(folder.iterdir()):
@@ -346,7 +400,14 @@ def test_hostile_files_take_little_memory(tmp_path):
     write_torch_bombs(folder)
     header = b"\x93NUMPY\2\0" + struct.pack("<I", 2**30)
     (folder / "statistics_header.npz").write_bytes(zip_bomb("mu.npy", header, b" ", 2**30))
-    for name, start in (("samples_header.npy", header), ("image_sparse.png", png_bomb(8, rows=8))):
+    (folder / "dataset_labels.npz").write_bytes(zip_bomb("labels.npy", npy_header((90_000_000,), "<f8"), b"\0", 2**30))
+    with zipfile.ZipFile(folder / "dataset_labels.npz", "a") as archive:
+        archive.writestr("images.npy", content_of(np.save, np.zeros((4, 8, 8, 3), np.uint8)))
+    for name, start in (
+        ("samples_header.npy", header),
+        ("image_sparse.png", png_bomb(8, rows=8)),
+        ("weights_large.pt", b"PK"),
+    ):
         (folder / name).write_bytes(start)
         os.truncate(folder / name, 2**31)  # of zeros that take no place on the disk
     (folder / "batches_large").mkdir()

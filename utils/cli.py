@@ -84,7 +84,9 @@ def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
     define_path("data_dir", None, "Where TFDS keeps prepared data sets; gs://... too.")
     flags.DEFINE_integer("image_size", None, "Images are centre-cropped and resized to this side.", 1, 2**13)
     flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What to do about broken files of folder:PATH.")
-    flags.DEFINE_float("max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH to decode.", 0, 10_000)
+    flags.DEFINE_float(
+        "max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH to decode; 3 bytes a pixel.", 0, 10_000
+    )
 
 
 @topic("Data")
