@@ -83,7 +83,7 @@ def test_images_without_a_label_are_left_out_and_a_split_of_them_is_not_used(tmp
     assert (train.num_classes, train.empty_classes) == (7, (3,))
     said = capfd.readouterr().err
     assert "no validation image has a label, so a part of the others is held out" in said
-    assert said.count("14 of 100 images of images have no label (-1); they are left out") == 1
+    assert said.count("14 of 100 images of train have no label (-1); they are left out") == 1
     name = write(tmp_path, images=IMAGES, labels=LABELS, validation_images=IMAGES, validation_labels=labels)
     assert rows(load_dataset(name, "validation")) == labelled
 
@@ -131,8 +131,8 @@ REFUSED = {
     "two signs": ({"images": IMAGES, "labels": LABELS % 2 * 2 - 1}, "labels are -1 and 1 to 1, without a 0; number"),
     "no label": ({"images": IMAGES, "labels": LABELS * 0 - 1}, "all of labels are -1, no label; leave them out"),
     "labels of training alone": (
-        {"images": IMAGES, "labels": LABELS, "validation_images": IMAGES},
-        r"images have labels, but validation_images have none; add integers validation_labels \(n,\)",
+        {"images": IMAGES, "labels": LABELS, "validation_images": IMAGES, "val_labels": LABELS},
+        r"images have labels, but validation_images have none; add integers validation_labels \(n,\).*val_labels int64",
     ),
     "labels of validation alone": (
         {"images": IMAGES, "validation_images": IMAGES, "validation_labels": LABELS},

@@ -85,7 +85,7 @@ def prepared_folder(tmp_path_factory):
     tfds = pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
     root = tmp_path_factory.mktemp("tfds")
 
-    def prepare(set_name, shape, class_names, splits: dict[str, list[tuple[np.ndarray | bytes, int]]]):
+    def prepare(set_name, shape, class_names, splits: dict[str, list[tuple[np.ndarray | bytes, int]]], extra=()):
         class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             name = set_name
             VERSION = tfds.core.Version("1.0.0")
@@ -94,6 +94,7 @@ def prepared_folder(tmp_path_factory):
                 features = {
                     "image": tfds.features.Image(shape=shape),
                     "label": tfds.features.ClassLabel(names=class_names),
+                    **{name: tfds.features.ClassLabel(num_classes=2) for name in extra},
                 }
                 return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -103,7 +104,8 @@ def prepared_folder(tmp_path_factory):
             def _generate_examples(self, examples):
                 for i, (pixels, label) in enumerate(examples):
                     is_encoded = isinstance(pixels, bytes)
-                    yield i, {"image": pixels if is_encoded else encoded(pixels), "label": label}
+                    others = dict.fromkeys(extra, 1)
+                    yield i, {"image": pixels if is_encoded else encoded(pixels), "label": label, **others}
 
         for file_format in FORMATS:
             Prepared(data_dir=root / file_format).download_and_prepare(file_format=file_format)
@@ -121,7 +123,8 @@ def prepared_folder(tmp_path_factory):
     prepare("grey", (8, 8, 1), ["a", "b"], {"train": examples(50, 8, 8)})
     gaps = [(image, PARTLY_LABELLED[i % 4]) for i, (image, _) in enumerate(examples(40, 8, 8, 3))]
     unlabelled = [(image, -1) for image, _ in examples(4, 8, 8, 3)]
-    prepare("partly_labelled", (8, 8, 3), list("abcd"), {"train": gaps, "test": unlabelled})
+    splits = {"train": gaps, "test": unlabelled}
+    prepare("partly_labelled", (8, 8, 3), list("abcd"), splits, extra=("coarse_label", "id"))
     prepare(
         "imagenet2012",
         (None, None, 3),
@@ -254,6 +257,7 @@ def test_images_without_a_label_are_left_out_and_a_split_of_them_is_not_used(par
     assert train.empty_classes == (1,)
     said = capfd.readouterr().err
     assert "no image of its split test has a label, so others are used for validation" in said
+    assert "--dataset_name=tfds:partly_labelled: not read: coarse_label\n" in said
     assert "10 of 40 images of train have no label (-1); they are left out" in said
     assert partly().fingerprint == train.fingerprint  # with labels from the cache
     # Two hosts share out an epoch, whichever images are left out, and a stream goes on where it was.

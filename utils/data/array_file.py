@@ -118,18 +118,19 @@ def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays],
     for part in parts:
         labels = headers[part.labels] if part.labels else None
         check_arrays(flag.removeprefix("--dataset_name="), headers[part.images], labels)
+    unread = [f"{name} {headers[name].dtype} {headers[name].shape}" for name in sorted(headers.keys() - used)]
+    not_read = f"not read: {', '.join(unread[:MAX_LISTED])}{', ...' * (len(unread) > MAX_LISTED)}" if unread else ""
     labelled = [part.images for part in parts if part.labels]
     if 0 < len(labelled) < len(parts):
         (other,) = (part.images for part in parts if not part.labels)
         prefix = VALIDATION if other.startswith(VALIDATION) else ""
         raise UserError(
             f"{flag}: {labelled[0]} have labels, but {other} have none; add integers {prefix}labels (n,), or leave "
-            "validation_images out"
+            f"validation_images out{f' ({not_read})' * bool(unread)}"
         )
     remarks = [] if labelled else ["it has no labels, so all images are of one class"]
-    unread = [f"{name} {headers[name].dtype} {headers[name].shape}" for name in sorted(headers.keys() - used)]
     if unread:
-        remarks.append(f"not read: {', '.join(unread[:MAX_LISTED])}{', ...' * (len(unread) > MAX_LISTED)}")
+        remarks.append(not_read)
     if remarks:
         warn_once(f"{flag}: {'; '.join(remarks)}")
 
@@ -183,7 +184,8 @@ def _leave_out_unlabelled(
             "classes 0, 1, 2, ..."
         )
     is_labelled = labels != -1
-    warn_once(unlabelled_message(flag, part.images, int((~is_labelled).sum()), len(labels)))
+    split = "validation" if part.images.startswith(VALIDATION) else "train"
+    warn_once(unlabelled_message(flag, split, int((~is_labelled).sum()), len(labels)))
     return images[is_labelled], labels[is_labelled]
 
 

@@ -1,6 +1,7 @@
 """What lies in a folder of images, without what systems put there."""
 
 import dataclasses
+import functools
 import os
 import re
 from collections.abc import Iterable
@@ -62,6 +63,7 @@ def system_message(paths: Iterable[Path]) -> str:
     return f"left out {count:,} file{'s' * (count != 1)} of the system ({listed})" if paths else ""
 
 
+@functools.cache  # a file server may keep a folder of thumbnails for each image, and both splits ask
 def _count_files(path: Path) -> int:
     if path.is_symlink() or not path.is_dir():
         return 1

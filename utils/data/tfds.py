@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,7 @@ from utils.files import atomic_write, cache_folder, check_regular
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
 FILES_AT_A_TIME = 16
 READ_BYTES = 2**20  # of each of them
+KEY_FEATURE = re.compile(r"(^|_)(id|file_?name|path|url|key)$")  # of what stands for the image, and labels nothing
 MAX_LABELLED_BYTES = 2**29  # of a split that is read through for its labels
 RECORDS_AT_A_TIME = 1024  # while labels are read
 NUM_SAMPLED = 64  # images of a split, or labels of a larger one, that are looked at before training
@@ -65,7 +67,7 @@ class PreparedSplit:
         if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
             found = ", ".join(features)
             raise UserError(f"{flag}: {folder} has the features {found}; image and a class label are needed")
-        if unread := [name for name in features if name not in ("image", "label")]:
+        if unread := [name for name in features if name not in ("image", "label") and not KEY_FEATURE.search(name)]:
             warn_once(f"{flag}: not read: {', '.join(unread)[:200]}")
         if "train" not in splits:
             raise UserError(f"{flag}: {folder} has no split train but {', '.join(splits) or 'none'}; prepare it again")
