@@ -178,21 +178,21 @@ def run_tests(folder: Path, tests: Iterable[str]) -> tuple[int, str]:
         for stream in (1, 2):
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if stream == 1 else os.O_APPEND)), stream)
         os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.read_text(errors="replace")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.read_text(encoding="utf-8", errors="replace")
 
 
 def is_noticed(folder: Path, mutant: Mutant) -> bool:
     """Whether the test fails with the fault in the copy `folder`, which is mended again. SystemExit where pytest itself
     fails, or the fault cannot be put in."""
     path = folder / mutant.file
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     if source.count(mutant.text) != 1:
         sys.exit(f"{mutant.file} has {mutant.text!r} {source.count(mutant.text)} times, not once: mend the table")
-    path.write_text(source.replace(mutant.text, mutant.fault))
+    path.write_text(source.replace(mutant.text, mutant.fault), encoding="utf-8")
     try:
         status, output = run_tests(folder, [mutant.test])
     finally:
-        path.write_text(source)
+        path.write_text(source, encoding="utf-8")
     if status not in (KILLED, SURVIVED):
         sys.exit(f"{mutant.test}: pytest ended with {status}\n{output[-3000:]}")
     return status == KILLED
