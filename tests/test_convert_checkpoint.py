@@ -556,6 +556,30 @@ def test_tensors_stay_within_their_storage(tmp_path):
     assert reasons == [None, "it holds a tensor that reaches beyond its storage"]
 
 
+def test_tensors_are_no_larger_than_the_file(tmp_path):
+    save_torch(tmp_path / "a.pt", {"a": np.arange(4, dtype=np.float32)})
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        pickled = archive.read("a/data.pkl").replace(b"K\x04\x85", b"K\x05\x85").replace(b"K\x01\x85", b"K\x00\x85")
+    save_torch(tmp_path / "b.pt", {"a": np.arange(4, dtype=np.float32)}, pickled)
+    with pytest.raises(BadFileError, match=r"a tensor of shape \(5,\) in 4 numbers"):
+        read_torch_file(tmp_path / "b.pt")
+
+    # Tied weights are read; not one tensor under many names.
+    tensors = {"a": np.arange(1000, dtype=np.float32)}
+    save_torch(tmp_path / "a.pt", tensors)
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        pickled = archive.read("a/data.pkl")
+    (place,) = re.findall(rb"Rq(.)s\.$", pickled, re.DOTALL)
+    for count in (2, 6):
+        others = (b"X\x01\0\0\0" + bytes([ord("a") + i]) + b"h" + place + b"s" for i in range(1, count))
+        save_torch(tmp_path / "a.pt", tensors, pickled[:-1] + b"".join(others) + b".")
+        if count == 2:
+            assert [array.size for array in read_torch_file(tmp_path / "a.pt").values()] == [1000, 1000]
+        else:
+            with pytest.raises(BadFileError, match="share their bytes with each other"):
+                read_torch_file(tmp_path / "a.pt")
+
+
 def test_latents_need_no_vae(convert, tmp_path):
     """Without the VAE, latents are sampled from Python, and what needs images says what is missing."""
     saved = GOLDEN / "checkpoints" / "dit_tiny.pt"
