@@ -127,24 +127,25 @@ def main(config: ConfigDict) -> None:
     codec = load_vae(vae, mesh, train.image_shape)
     manifest = describe_latents(datasets, codec, vae, config.shard_size)
     checks.check_writable(out, "out")
-    lock = FolderLock(out)
-    lock.acquire("out")
-    prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
-    names = [name for split in SPLITS for name, _ in manifest.shards(split)]
-    explaining = explaining_full_disk(lambda: latents.count_finished(out, names))
-    with progress_bar(total=sum(manifest.num_examples.values()), unit="image") as bar, explaining:
-        for split, dataset in datasets.items():
-            num_views = manifest.num_views[split]
-            encode = jax.jit(partial(encode_views, num_views=num_views), out_shardings=batch_sharding(mesh))
-            for name, rows in manifest.shards(split):
-                if (out / name).exists():
-                    bar.update(len(rows))
-                    continue
-                examples = encode_examples(
-                    dataset, rows, config.batch_size, lambda images, f=encode: f(codec, shard_replicated(images, mesh))
-                )
-                latents.write_shard(out / name, counted(examples, bar))
-    lock.release()
+    with FolderLock(out).held("out"):
+        prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
+        names = [name for split in SPLITS for name, _ in manifest.shards(split)]
+        explaining = explaining_full_disk(lambda: latents.count_finished(out, names))
+        with progress_bar(total=sum(manifest.num_examples.values()), unit="image") as bar, explaining:
+            for split, dataset in datasets.items():
+                num_views = manifest.num_views[split]
+                encode = jax.jit(partial(encode_views, num_views=num_views), out_shardings=batch_sharding(mesh))
+                for name, rows in manifest.shards(split):
+                    if (out / name).exists():
+                        bar.update(len(rows))
+                        continue
+                    examples = encode_examples(
+                        dataset,
+                        rows,
+                        config.batch_size,
+                        lambda images, f=encode: f(codec, shard_replicated(images, mesh)),
+                    )
+                    latents.write_shard(out / name, counted(examples, bar))
     words = ["--dataset_name", f"latents:{out}", "--model.num_classes", len(manifest.class_names)]
     log(f"written: {out}; train on it: {write_command('train_flow.py', *words)}")
 

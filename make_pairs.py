@@ -95,25 +95,25 @@ def main(config: ConfigDict) -> None:
         jax_variables=tuple(changed_variables(RANDOM)),
     )
     checks.check_writable(out, "out")
-    lock = FolderLock(out)
-    lock.acquire("out")
-    found = pairs.load_manifest(out)
-    if found is None:
-        write_json(out / pairs.MANIFEST, manifest.to_json())
-    elif found != manifest:
-        raise UserError(f"--out={out} holds pairs of another model or sampler ({found.sampler}); choose another folder")
-    shards = manifest.shards()
-    with (
-        progress_bar(total=config.num_pairs, unit="pair") as bar,
-        explaining_out_of_memory("sampling", "a smaller --batch_size"),
-        explaining_full_disk(lambda: count_finished(out, [name for name, _ in shards])),
-    ):
-        for name, rows in shards:
-            if (out / name).exists():
-                bar.update(len(rows))
-            else:
-                pairs.write_shard(out / name, make(generator, samplers[0], rows, config.batch_size, bar))
-    lock.release()
+    with FolderLock(out).held("out"):
+        found = pairs.load_manifest(out)
+        if found is None:
+            write_json(out / pairs.MANIFEST, manifest.to_json())
+        elif found != manifest:
+            raise UserError(
+                f"--out={out} holds pairs of another model or sampler ({found.sampler}); choose another folder"
+            )
+        shards = manifest.shards()
+        with (
+            progress_bar(total=config.num_pairs, unit="pair") as bar,
+            explaining_out_of_memory("sampling", "a smaller --batch_size"),
+            explaining_full_disk(lambda: count_finished(out, [name for name, _ in shards])),
+        ):
+            for name, rows in shards:
+                if (out / name).exists():
+                    bar.update(len(rows))
+                else:
+                    pairs.write_shard(out / name, make(generator, samplers[0], rows, config.batch_size, bar))
     words = ["--load_dir", config.load_dir, "--dataset_name", f"pairs:{out}"]
     log(f"written: {out}; train on it: {write_command('train_flow.py', *words)}")
 

@@ -297,6 +297,15 @@ class FolderLock:
         own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(self.holder, own)
 
+    @contextlib.contextmanager
+    def held(self, flag: str) -> Iterator[None]:
+        """Holds the lock during a block, however it ends; see `acquire`."""
+        self.acquire(flag)
+        try:
+            yield
+        finally:
+            self.release()
+
     def release(self) -> None:
         self.holder.unlink(missing_ok=True)
         self.lock.release()

@@ -71,18 +71,16 @@ def import_run(
         raise UserError(f"--source={source_name}: {error}") from None
 
     check_writable(out, "out")
-    lock = FolderLock(out)
-    lock.acquire("out")
-    check_new_run(out)  # which another process may have finished
-    # The checkpoint last: with it, the run is whole.
-    write_json(out / "config.json", config)
-    checkpoints = Checkpoints(out)
-    try:
-        checkpoints.save_params(jax.tree.map(jnp.asarray, params), config)
-    except SaveError as error:
-        raise SaveError(f"{error}: make room, and give the same command again") from None
-    checkpoints.close()
-    lock.release()
+    with FolderLock(out).held("out"):
+        check_new_run(out)  # which another process may have finished
+        # The checkpoint last: with it, the run is whole.
+        write_json(out / "config.json", config)
+        checkpoints = Checkpoints(out)
+        try:
+            checkpoints.save_params(jax.tree.map(jnp.asarray, params), config)
+        except SaveError as error:
+            raise SaveError(f"{error}: make room, and give the same command again") from None
+        checkpoints.close()
     return config
 
 
