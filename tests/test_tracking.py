@@ -1,7 +1,9 @@
 """Local metrics and images, and wandb in its three modes."""
 
+import contextlib
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -264,6 +266,19 @@ def test_a_run_goes_on_where_wandb_cannot_start_at_all(tmp_path, monkeypatch, ca
     tracker.log({"loss": 1}, 1)
     tracker.close()
     assert "wandb: no room for the service; nothing is logged there" in capsys.readouterr().err
+
+
+def test_a_full_disk_under_the_log_of_wandb_shows_no_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    monkeypatch.setattr(wandb, "init", lambda **options: Broken(log=False))
+    monkeypatch.setattr(Broken, "id", "x", raising=False)
+    monkeypatch.setattr(Broken, "url", "here", raising=False)
+    tracking.start_wandb(tmp_path, config("offline"), {})
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        logging.StreamHandler(full).handle(logging.makeLogRecord({"msg": "debug"}))
+        with contextlib.suppress(OSError):
+            full.close()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_variables_of_wandb_count_where_flags_are_not_given(read_flags, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ Silent on every process but the first.
 import contextlib
 import errno
 import json
+import logging
 import math
 import netrc
 import os
@@ -227,6 +228,7 @@ def start_wandb(run_dir: Path, config: ConfigDict, metadata: Mapping[str, Any]) 
     does not answer, or it refuses. None where it cannot start at all."""
     import wandb  # takes seconds, and nothing may touch it when it is disabled
 
+    logging.raiseExceptions = False  # wandb's own log on a full disk would fill the screen with tracebacks
     options = config.wandb.to_dict()
     mode = options.pop("mode")
     options["name"] = options.pop("display_name", options["name"])
