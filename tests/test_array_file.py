@@ -155,6 +155,7 @@ REFUSED = {
         {"images": IMAGES, "labels": LABELS, "class_names": [["a"], ["b"]]},
         r"class_names has the shape \(2, 1\); give one name for a class",
     ),
+    "one image": ({"images": IMAGES[:1], "labels": LABELS[:1]}, "holds 1 image; 2 are needed, one of them to hold out"),
     "other names": ({"x_train": IMAGES}, "holds x_train; needed are images uint8"),
     "other size": (
         {"images": IMAGES, "validation_images": IMAGES[:, :2]},

@@ -219,10 +219,12 @@ def test_the_array_of_images_is_found_by_what_it_is(tmp_path):
     np.testing.assert_array_equal(read_all(tmp_path / "labels_first.npz", 4), IMAGES)
     np.savez(tmp_path / "two.npz", a=IMAGES, b=IMAGES)
     np.savez(tmp_path / "none.npz", labels=LABELS, other=IMAGES / 255)
+    np.savez(tmp_path / "many.npz", **{f"array{number}": LABELS for number in range(100)})
     np.savez(tmp_path / "fortran.npz", np.asfortranarray(IMAGES))
     for name, message in {
         "two.npz": r"holds 2 arrays that may be uint8 images \(a uint8 \(10, 6, 5, 3\), b uint8 .*arr_0",
         "none.npz": r"holds no arrays that may be uint8 images \(labels int32 \(10,\), other float64",
+        "many.npz": r"holds no arrays that may be uint8 images \(array0 int32 .{1,200}\); save the images",
         "fortran.npz": "in Fortran order.*ascontiguousarray",
     }.items():
         with pytest.raises(UserError, match=f"--samples={tmp_path / name} .*{message}"):

@@ -79,6 +79,8 @@ def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset
     if images.ndim and own_labels.shape == images.shape[:1]:  # others are refused below
         images, own_labels = _leave_out_unlabelled(images, own_labels, part, flag)
         if validation is None:
+            if len(images) == 1:
+                raise UserError(f"{flag}: {path} holds 1 image; 2 are needed, one of them to hold out")
             rows = split_rows(len(images), split)
             images, own_labels = images[rows], own_labels[rows]
     dataset = array_dataset(name, images, own_labels, class_names, split)

@@ -186,7 +186,7 @@ def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
     candidates = [name for name, (shape, _, dtype) in headers.items() if len(shape) == 4 and dtype == np.uint8]
     if len(candidates) == 1:
         return candidates[0]
-    arrays = ", ".join(f"{name} {dtype} {shape}" for name, (shape, _, dtype) in headers.items())
+    arrays = ", ".join(f"{name} {dtype} {shape}" for name, (shape, _, dtype) in headers.items())[:200]
     raise UserError(
         f"{flag} holds {len(candidates) or 'no'} arrays that may be uint8 images ({arrays or 'nothing at all'}); save "
         "the images (n, height, width, 1 or 3) as arr_0"
