@@ -137,6 +137,13 @@ class Drawing:
         if classes is None:
             self.labels = self.generator.labels(range(config.num_samples))
         else:
+            if len(classes) > config.num_samples:
+                log(
+                    f"--classes={config.classes} names {len(classes)} classes; only the first are drawn with "
+                    f"--num_samples={config.num_samples}"
+                )
+            if config.interpolate is not None and config.between == "classes" and len(set(classes)) == 1:
+                raise UserError(f"--classes={config.classes}: --between=classes needs two classes; give another")
             self.labels = np.resize(np.array(classes, np.int32), config.num_samples)
         self.out = Path(config.out or split_load_dir(config.load_dir)[0] / "samples")
         checks.check_writable(self.out, "out", names=FILES)
@@ -320,7 +327,10 @@ def refuse_ignored(config: ConfigDict) -> None:
     if config.invert is None:
         cli.refuse_ignored(("edit",), "without --invert")
     elif config.edit is None:
-        cli.refuse_ignored(("cfg_scale", "save_samples"), "with --invert but without --edit: it is without guidance")
+        guidance = ("cfg_scale", "cfg_interval", "cfg_channels")
+        cli.refuse_ignored((*guidance, "save_samples"), "with --invert but without --edit: it is without guidance")
+    if config.invert is not None:
+        cli.refuse_ignored(("seed",), "with --invert, which draws no noise")
     if config.invert is not None or config.inpaint is not None:
         cli.refuse_ignored(("labels",), "on images of your own; --classes names theirs")
         cli.refuse_ignored(("batch_size",), "on images of your own, which are one batch; --num_samples limits them")
@@ -358,7 +368,8 @@ def main(config: ConfigDict) -> None:
         check_sample_path(config.save_samples)
     drawing = Drawing(config)
     if config.invert is None and config.inpaint is None:
-        log(f"{config.num_samples} samples of {config.load_dir}, {drawing.title}")
+        several = "s" * (config.num_samples > 1)
+        log(f"{config.num_samples:,} sample{several} of {config.load_dir}, {drawing.title}")
     try:
         with explaining_out_of_memory("sampling", "a smaller --batch_size"):
             drawing.run()

@@ -534,7 +534,9 @@ def refuse_ignored(config: ConfigDict) -> None:
         cli.refuse_ignored(("num_shards",), f"with --sharding={config.sharding}, only with hybrid")
     if not config.model.use_stable_vae:
         cli.refuse_ignored(("vae",), "on pixels (--use_stable_vae 0)")
-    if config.lr_schedule == "cosine" and config.warmup_steps >= max(1, config.max_steps):
+    if config.lr_schedule == "cosine" and config.max_steps == 0:
+        cli.refuse_ignored(("lr_schedule",), "with --max_steps=0, which trains nothing")
+    if config.lr_schedule == "cosine" and config.warmup_steps >= config.max_steps:
         raise UserError(
             f"--warmup_steps={config.warmup_steps}: --lr_schedule=cosine ends at --max_steps={config.max_steps}; use "
             "fewer"

@@ -95,6 +95,7 @@ BAD = [
     ),
     ("train", "--objective.distill 1", "--objective.distill=1 learns one step from pairs, not from --dataset_name=dig"),
     ("train", "--debug_overfit 1 --random_flip 1", "--random_flip=1 has no effect with --debug_overfit=1"),
+    ("train", "--lr_schedule cosine --max_steps 0", "--lr_schedule=cosine has no effect with --max_steps=0"),
     ("train", "--no_such_flag 3", "no_such_flag"),
     ("train", "word", "unexpected argument 'word'"),
     ("eval", "", "give one of --load_dir .* and --samples"),

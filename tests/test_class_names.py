@@ -15,6 +15,8 @@ NAMES = ("tench", "goldfish", "great white shark", "tiger shark")
         ("3,1", ("3", "2", "1"), [0, 2]),  # names go before numbers
         ("A,a,B,b", ("A", "B", "a", "b"), [0, 2, 1, 3]),  # exact spelling goes first
         ("straße,ÉTÉ", ("STRASSE", "été"), [0, 1]),
+        ("É,x,e\u0301", ("e\u0301", " X "), [0, 1, 0]),  # composed or not, spaces in a name
+        ("e\u0301,é", ("é", "e\u0301"), [1, 0]),
         ("hen, a bird,2,hen", ("hen", "hen, a bird", "egg"), [1, 2, 0]),  # names with commas
     ],
 )

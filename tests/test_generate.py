@@ -75,7 +75,9 @@ def test_labels_may_be_names_of_classes(generator):
         ({"seed": 2**32}, "seed=4294967296: use a number from 0"),
         ({"seed": -1}, "seed=-1"),
         ({"num_samples": 2}, "num_samples=2, but there are 1 labels"),
-        ({"labels": None, "num_samples": 0}, "num_samples=0: use 1 or more"),
+        ({"labels": None, "num_samples": 0}, "num_samples=0: use a whole number, 1 or more"),
+        ({"num_steps": True}, "num_steps=True: use a whole number"),
+        ({"labels": [True]}, "there is no label True"),
         ({"labels": []}, "labels is empty"),
     ],
 )

@@ -61,6 +61,8 @@ def test_the_proposed_rate_leaves_a_hundredth(digits):
     assert "90% is initial parameters at the first evaluation (step 1,000) and 90% at --max_steps" in hint
     assert "--model.target_update_rate 0.9954 leaves 1% at the end, or --ema_warmup 1" in hint
     assert EmaSchedule(0.9954).initial_weight(1000) == pytest.approx(0.01, rel=0.05)
+    (short,) = ema_hints(EmaSchedule(0.9), None, 2)  # 0.1^2 = 0.01
+    assert "--model.target_update_rate 0.1 leaves 1% at the end" in short
     (long,) = ema_hints(EmaSchedule(0.9999), 1000, 400_000)
     assert "target_update_rate" not in long
     assert ema_hints(EmaSchedule(0.995), 1000, 1000) == []

@@ -1,5 +1,6 @@
 """Rules for samplers: what Python refuses in its own words, flags refuse in theirs."""
 
+import numpy as np
 import pytest
 
 import eval_fid
@@ -33,6 +34,10 @@ REFUSED = [
     ({"rtol": 2.0, "solver": "dopri5"}, None, None, "use a tolerance from 1e-7 to 1"),
     ({"solver": "eular"}, None, None, "did you mean euler"),
     ({"num_steps": 2.5}, None, None, "use a whole number"),
+    ({"num_steps": True}, None, None, "use a whole number"),
+    ({"cfg_scale": True}, None, None, "use a scale"),
+    ({"cfg_scale": np.array([1.0, 2.0])}, None, None, "use a scale"),
+    *(({"cfg_interval": value}, None, None, "give first and last time") for value in (None, 0.5, "0,1", ("0", "1"))),
     ({"time_shift": 0.0}, None, None, "use a shift from 0.01 to 100"),
     ({"spacing": "trailing"}, None, None, "use one of linspace, leading"),
 ]

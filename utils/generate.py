@@ -6,7 +6,6 @@ images = generator.sample(labels=[3, 7], num_steps=64, cfg_scale=2.0, seed=0)  #
 
 import hashlib
 import itertools
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from utils.lora import merge_lora
 from utils.models import ImageModel, init_params, make_model, model_fn
 from utils.objectives.objective import ModelFn, VelocityFn
 from utils.objectives.registry import make_objective
-from utils.samplers import check_sampler, guidance_scale
+from utils.samplers import check_sampler, guidance_scale, is_integer
 from utils.sampling import (
     ADAPTIVE_SOLVERS,
     LABELS,
@@ -334,9 +333,9 @@ class ImageGenerator:
             if num_samples not in (None, len(labels)):
                 raise UserError(f"num_samples={num_samples}, but there are {len(labels)} labels; give one of the two")
             num_samples = len(labels)
-        count = 1 if num_samples is None else operator.index(num_samples)
-        if count < 1:
-            raise UserError(f"num_samples={count}: use 1 or more")
+        count = 1 if num_samples is None else num_samples
+        if not is_integer(count, 1, 2**31 - 1):
+            raise UserError(f"num_samples={count}: use a whole number, 1 or more")
         config = SamplerConfig(num_steps, cfg_scale, **sampler)
         self.check_sampler(config)
         size = -(-count // self.model.mesh.size) * self.model.mesh.size
@@ -469,12 +468,12 @@ class ImageGenerator:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, (int, float)) and float(value).is_integer()
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()
 
 
 def check_seed(seed: int) -> int:
-    """The seed; UserError for one beyond 32 bits, which JAX would cut."""
-    if not 0 <= operator.index(seed) < 2**32:
+    """Returns the seed; UserError for no integer, and for one beyond 32 bits, which JAX would cut."""
+    if not is_integer(seed, 0, 2**32 - 1):
         raise UserError(f"seed={seed}: use a number from 0 to {2**32 - 1}")
     return seed
 

@@ -52,7 +52,7 @@ def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) ->
     fixes = ["--ema_warmup 1 follows the parameters from the start"]
     if at_last > 0.02:
         rate = 1 - math.ceil(1e4 * (1 - 0.01 ** (1 / max_steps))) / 1e4
-        fixes.insert(0, f"--model.target_update_rate {max(rate, 0.5):g} leaves 1% at the end")
+        fixes.insert(0, f"--model.target_update_rate {rate:g} leaves 1% at the end")
     return [f"images and FID use the EMA, of which {share}; {', or '.join(fixes)}"]
 
 

@@ -42,8 +42,9 @@ def check_sampler(
 
     def fail(field: str, fix: str) -> None:
         value = getattr(sampler, field)
-        text = ",".join(f"{x:g}" for x in value) if isinstance(value, tuple) else value
-        text = f"{text:g}" if isinstance(text, float) else text
+        text = ",".join(map(_write, value)) if isinstance(value, tuple) else _write(value)
+        if field in ("num_steps", "cfg_channels"):  # 1.0 is not 1
+            text = repr(value)
         raise UserError(f"{(names or {}).get(field, f'{field}=')}{text}: {fix}")
 
     # The solver, and whether it fits the objective.
@@ -66,7 +67,7 @@ def check_sampler(
                 fail(field, "use a tolerance from 1e-7 to 1")
     else:
         fewest = 2 if grid == "sde" else 1
-        if not _is_integer(sampler.num_steps, fewest, MAX_STEPS):
+        if not is_integer(sampler.num_steps, fewest, MAX_STEPS):
             of_solver = f" with solver {sampler.solver}" if fewest > 1 else ""
             fail("num_steps", f"use a whole number from {fewest} to {MAX_STEPS:,}{of_solver}")
         if problem := getattr(objective, "check_steps", lambda _: "")(sampler.num_steps):
@@ -87,7 +88,7 @@ def check_sampler(
 
     # Guidance.
     scale = sampler.cfg_scale
-    if scale is not None and scale != -1 and not _is_number(scale, 0, MAX_SCALE):
+    if not (scale is None or _is_number(scale, -1, -1) or _is_number(scale, 0, MAX_SCALE)):
         fail("cfg_scale", f"use a scale from 0 to {MAX_SCALE}, or -1 for no guidance")
     if guidance_scale(scale) is not None:
         if objective is not None and not has_guidance(objective):
@@ -95,11 +96,12 @@ def check_sampler(
         if class_dropout_prob is not None and not checks.can_guide(class_dropout_prob):
             fail("cfg_scale", f"{checks.explain_no_guidance(class_dropout_prob)}; use 1")
     interval = sampler.cfg_interval
-    if len(interval) != 2 or not all(_is_number(t, 0, 1) for t in interval) or interval[0] > interval[1]:
+    is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+    if not is_pair or not all(_is_number(t, 0, 1) for t in interval) or interval[0] > interval[1]:
         fail("cfg_interval", "give first and last time from 0 to 1, such as 0.1,0.9")
     if sampler.cfg_channels is not None:
         most = num_channels or MAX_STEPS
-        if not _is_integer(sampler.cfg_channels, 1, most):
+        if not is_integer(sampler.cfg_channels, 1, most):
             fail("cfg_channels", f"the model has {most} channels; use 1 to {most}" if num_channels else "use 1 or more")
 
 
@@ -109,15 +111,20 @@ def largest_steps(num_steps: int, objective: Objective) -> int:
     return next(count for count in range(num_steps, 0, -1) if not check(count))
 
 
+def _write(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _is_number(value: Any, low: float, high: float) -> bool:
     try:
-        return bool(math.isfinite(value) and low <= value <= high)
+        return not isinstance(value, bool) and bool(math.isfinite(value) and low <= value <= high)
     except TypeError:
         return False
 
 
-def _is_integer(value: Any, low: int, high: int) -> bool:
+def is_integer(value: Any, low: int, high: int) -> bool:
+    """Whether a value is a whole number, of Python or NumPy, from `low` to `high`."""
     try:
-        return low <= operator.index(value) <= high
+        return not isinstance(value, bool) and low <= operator.index(value) <= high
     except TypeError:
         return False

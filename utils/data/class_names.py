@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,11 @@ def find_class(word: str, class_names: Sequence[str]) -> int:
     """The label of a class that a user writes by name or number.
 
     A name in its exact spelling goes first, then a number (classes may be named by digits), then the only name that is
-    the same but for its case. UserError, listing the candidates, where none is or several are.
+    the same but for case, spaces around it and Unicode composition (macOS writes é as e and an accent). UserError,
+    listing the candidates, where none is or several are.
     """
     exact = [label for label, name in enumerate(class_names) if name == word]
-    alike = exact or [label for label, name in enumerate(class_names) if name.casefold() == word.casefold()]
+    alike = exact or [label for label, name in enumerate(class_names) if _fold(name) == _fold(word)]
     number = int(word) if re.fullmatch(r"-?[0-9]{1,18}", word) else None
     if not exact and number is not None:
         if 0 <= number < len(class_names):
@@ -33,12 +35,16 @@ def find_class(word: str, class_names: Sequence[str]) -> int:
     if alike:
         listed = ", ".join(f"{label} ({class_names[label]})" for label in alike)
         raise UserError(f"{word!r} may be any of the classes {listed}; give its number")
-    by_folded = {name.casefold(): name for name in class_names}
-    near = difflib.get_close_matches(word.casefold(), by_folded, n=3, cutoff=0.4)
+    by_folded = {_fold(name): name for name in class_names}
+    near = difflib.get_close_matches(_fold(word), by_folded, n=3, cutoff=0.4)
     hint = f"there are {', '.join(class_names[:5])}, ..."
     if near:
         hint = f"did you mean {' or '.join(by_folded[name] for name in near)}?"
     raise UserError(f"{word!r} is no class of this run; {hint}")
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
 def read_classes(text: str, class_names: Sequence[str]) -> list[int]:
