@@ -125,7 +125,7 @@ BAD = [
     ("stats", "--out OUT", "--out=.* is a folder"),
     ("stats", "--out /proc/x/y.npz", "--out=/proc/x/y.npz cannot be written"),
     ("stats", "--batch_size 0", "--batch_size=0"),
-    ("stats", "--batch_size 1000000000", "--batch_size=1000000000 of 299x299x3 images needs"),
+    ("stats", "--batch_size 1500", "--batch_size=1500 of 299x299x3 images needs"),
     ("stats", "--num_features 2000000", "num_features"),
     ("stats", "--images /no/such", "has no effect with --images|neither a file"),
     ("stats", "--inception_weights /no/such", "--inception_weights=/no/such is not a file"),
