@@ -1,6 +1,7 @@
 """convert_checkpoint.py as a user runs it: published files of all kinds in, runs and files out, the hub on loopback."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -421,6 +422,18 @@ def test_shards_that_are_not_whole_are_refused_by_name(tmp_path, state):
     refused(weight_map, f"its shard {second}: it is ")
     (tmp_path / "a" / second).unlink()
     refused(weight_map, f"its shard {second} is missing \\(1 of 2 are\\)")
+    os.mkfifo(tmp_path / "a" / second)
+    refused(weight_map, f"its shard {second}: it is no regular file")
+
+
+def test_tensors_that_an_index_leaves_out_are_read(tmp_path, state):
+    weight_map = write_shards(tmp_path / "a", state)
+    kept = dict(list(weight_map.items())[::2])
+    assert set(kept.values()) == set(weight_map.values())
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": kept}))
+    found = read_source(str(tmp_path / "a")).state
+    assert found.keys() == state.keys()
+    assert all(np.array_equal(found[name], value) for name, value in state.items())
 
 
 @pytest.mark.parametrize(

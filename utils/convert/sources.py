@@ -297,7 +297,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
         raise BadFileError(f"{index.name} has no weight_map to files beside it")
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    missing = [shard for shard in shards if not (index.parent / shard).exists()]
     if missing:
         raise BadFileError(
             f"its shard {missing[0]} is missing ({len(missing)} of {len(shards)} are): all belong beside {index.name}"
@@ -311,7 +311,8 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
         for name in (name for name, place in weight_map.items() if place == shard):
             if name not in content:
                 raise BadFileError(f"its shard {shard} has no tensor {name[:100]}, which {index.name} says it has")
-            tensors[name] = content[name]
+        # Those that the index leaves out belong to the model, too, or are found to be surplus later.
+        tensors |= {name: value for name, value in content.items() if weight_map.get(name, shard) == shard}
     return tensors
 
 
