@@ -478,6 +478,20 @@ def test_tables_at_any_level_of_any_layout_are_named_as_not_used(tmp_path, layou
             warn_once.cache_clear()
 
 
+def test_images_beside_a_folder_of_training_images_are_said_not_to_be_read(tmp_path, capfd):
+    make_classes(tmp_path, {"train": 3})
+    write(tmp_path / "stray.png", noise(0, 2, 2, 3))
+    assert len(load(f"folder:{tmp_path}", image_size=2).source) == 2
+    assert "validating on a part of it; not read: 1 image (stray.png)" in capfd.readouterr().err
+
+
+def test_a_table_in_utf_16_is_shown_as_text(tmp_path, capfd):
+    make_classes(tmp_path, {"cat": 2, "dog": 2})
+    (tmp_path / "labels.csv").write_text("image,label\n0.png,3\n", encoding="utf-16")
+    load(f"folder:{tmp_path}", image_size=2)
+    assert "(labels.csv beginning 'image,label')" in capfd.readouterr().err
+
+
 def test_many_files_named_as_images_are_one_line(tmp_path, capfd):
     make_classes(tmp_path, {"cat": 20, "dog": 20})
     for image in tmp_path.glob("*/*.png"):
@@ -531,6 +545,10 @@ def test_labels_that_folders_contradict_are_refused(tmp_path, labels, below):
     make_edm(tmp_path / below, labels)
     with pytest.raises(UserError, match=r"dataset.json has labels of 12 images, whose 2 classes are not the 3 folders"):
         load(f"folder:{tmp_path}", image_size=2)
+    for image in [*tmp_path.rglob("0000[12]/*.png")]:
+        image.unlink()
+    with pytest.raises(UserError, match=r"4 images, whose 2 classes are not the folder that they lie in; .*npz:FILE$"):
+        load(f"folder:{tmp_path}", image_size=2)
     (tmp_path / below / "dataset.json").write_text("{")
     with pytest.raises(UserError, match=r"dataset.json cannot be read, and the folders .* are numbered"):
         load(f"folder:{tmp_path}", image_size=2)
@@ -556,7 +574,8 @@ def test_labels_that_are_the_folders_are_named_and_other_folders_are_classes(tmp
 SYSTEM = (
     "@eaDir/0.png/SYNOFILE_THUMB_M.jpg", "#recycle/old.png", "$RECYCLE.BIN/S-1/x.png", "lost+found/#123.png",
     "System Volume Information/x.png", ".thumbnails/t.png", "__MACOSX/0.png", "._0.png", ".DS_Store", "Thumbs.db",
-    "desktop.ini", ".Trash-1000/files/x.png", "@Recycle/x.jpg", ".@__thumb/default0.png",
+    "desktop.ini", "Backups.backupdb/a/x.png", "_gsdata_/x.png", ".Trash-1000/files/x.png",
+    "@Recycle/x.jpg", ".@__thumb/default0.png",
 )  # fmt: skip
 
 
@@ -573,7 +592,7 @@ def test_what_systems_keep_beside_images_is_left_out_and_counted(tmp_path, name,
         assert dataset.class_names == ("cat", "dog")
         assert len(dataset.source) == 5
         said = capfd.readouterr().err
-        assert re.search(r"left out 1 file of the system \(\S.*\)", said)
+        assert re.search(r"left out 1 system file \(\S.*\)", said)
         assert "ignored" not in said
 
 
@@ -600,10 +619,12 @@ def test_images_that_use_little_of_their_range_are_told_so(tmp_path, capfd):
         ([(0, 255), (3, 200)], ""),
         ([(0, 127), (0, 90)], "values are 0 to 127 of"),
         ([(0, 128), (0, 90)], ""),
-        ([(128, 255)] * 3, "values are 128 to 255 of"),
+        ([(128, 255)] * 3, "values are 128 to 255 of 0 to 255: rescale them to"),
         ([(0, 1)] * 3, "values are 0 to 1 of"),
         ([(0, 0), (255, 255)], "each image is of one value"),
-        ([(0, 16), (0, 16), (0, 255)], "half of the images span 16 or fewer"),
+        ([(0, 16), (0, 16), (0, 255), (0, 255)], "50% of the images span fewer than 64 of 256 levels: were they"),
+        ([(0, 16)] + [(0, 255)] * 9, "10% of the images span fewer"),  # two cameras
+        ([(0, 16)] + [(0, 255)] * 10, ""),
     ],
 )
 def test_ranges_in_words(extremes, message):

@@ -174,7 +174,7 @@ def test_folders_are_read_at_any_depth_but_not_what_systems_put_there(tmp_path, 
     (tmp_path / "edm" / "000000" / "back").symlink_to(tmp_path / "edm")
     np.testing.assert_array_equal(read_all(tmp_path / "edm", 4), IMAGES)
     assert re.search(
-        r"edm: left out 3 files of the system \((.thumbnails/, @eaDir/|@eaDir/, .thumbnails/)\)", capfd.readouterr().err
+        r"edm: left out 3 system files \((.thumbnails/, @eaDir/|@eaDir/, .thumbnails/)\)", capfd.readouterr().err
     )
     write(tmp_path / "edm" / "grid.png", np.concatenate(IMAGES[:2]))
     with pytest.raises(UserError, match=r"000000/000000.png is 6x5 but grid.png is 12x5"):

@@ -162,9 +162,12 @@ def _find_splits(root: Path) -> tuple[Path, Path | None]:
         raise UserError(f"{flag}: {root} holds {_names(named)} but {beside}; {fix}")
     (train,), validation = by_split["train"], next(iter(by_split["validation"]), None)
     unused = [folder for folder in named if folder not in (train, validation)]
+    not_read = [_names(unused)] if unused else []
+    if scanned.images:
+        not_read.append(_some([Path(path.name) for path in scanned.images], "image"))
     warn_once(
         f"{root}: training on {train.name}/, validating on {f'{validation.name}/' if validation else 'a part of it'}"
-        + f"; not read: {_names(unused)}" * bool(unused)
+        + f"; not read: {', '.join(not_read)}" * bool(not_read)
     )
     _name_unused(root, scanned)
     return _unwrap(train), validation and _unwrap(validation)
@@ -188,7 +191,7 @@ def _name_unused(folder: Path, *all_scanned: Scanned) -> None:
     if message := unused_message(folder, others, (path for scanned in all_scanned for path in scanned.images)):
         warn_once(message)
     if rest := [path for path in others if not is_table(path)]:
-        warn_once(f"{folder}: ignored {_some(rest, 'file')} that no suffix marks as an image")
+        warn_once(f"{folder}: ignored {_some(rest, 'file')} without the suffix of an image")
     if message := system_message(path for scanned in all_scanned for path in scanned.system):
         warn_once(f"{folder}: {message}")
 

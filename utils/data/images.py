@@ -41,6 +41,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Below these, a data set is told that its images use little of 0 .. 255: all of them together, or half of them each.
 MIN_RANGE, MIN_TYPICAL_RANGE = 128, 64
+MIN_SHARE = 0.1  # of images below MIN_TYPICAL_RANGE, for a remark
 
 EXIF_ORIENTATION = 0x0112
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # of TIFF's tags
@@ -162,20 +163,22 @@ def read_orientation(image: Image.Image) -> int:
 def describe_range(extremes: Integer[np.ndarray, "n 2"]) -> str:
     """Says in words where images, of the lowest and highest values `extremes`, use little of 0 .. 255; '' where not.
 
-    Images of 12 bits in files of 16 do, or of [0, 1] that became uint8.
+    Images of 12 bits in files of 16 do, or of [0, 1] that became uint8, perhaps only some of them.
     """
     lows, highs = extremes.astype(int).T
     lowest, highest = lows.min(), highs.max()
-    advice = "were they in [0, 1], or of 12 bits in files of 16? Rescale them to 0 .. 255 first"
+    is_near_black = lowest < 8
+    question = "were they in [0, 1], or of 12 bits in files of 16? " if is_near_black else ""
+    advice = f"{question}{'Rescale' if question else 'rescale'} them to 0 .. 255 first"
     if lowest == highest:
         return f"all values of all images are {lowest}"
     if (lows == highs).all():
         return "each image is of one value"
     if highest - lowest < MIN_RANGE:
         return f"the images' values are {lowest} to {highest} of 0 to 255: {advice}"
-    typical = int(np.median(highs - lows))
-    if typical < MIN_TYPICAL_RANGE:
-        return f"half of the images span {typical} or fewer of 255 levels: {advice}"
+    share = (highs - lows < MIN_TYPICAL_RANGE).mean()
+    if share >= MIN_SHARE:
+        return f"{share:.0%} of the images span fewer than {MIN_TYPICAL_RANGE} of 256 levels: {advice}"
     return ""
 
 

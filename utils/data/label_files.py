@@ -3,6 +3,7 @@
 Only the numbered folders of EDM and StyleGAN are understood, as far as to know that they are no classes.
 """
 
+import codecs
 import json
 import os
 import re
@@ -65,7 +66,8 @@ def describe_table(path: Path) -> str:
             head = file.read(HEAD_BYTES)
     except OSError:
         return ""
-    first = head.decode("utf-8-sig", "replace").partition("\n")[0].strip()
+    encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    first = head.decode(encoding, "replace").partition("\n")[0].strip()
     if path.suffix.lower() in (".csv", ".tsv"):
         return f" beginning {printable(first[:60])!r}" if first else " that is empty"
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
@@ -133,9 +135,11 @@ def check_folders(flag: str, folder: Path, root: Path, images: Mapping[Path, Seq
         return "folders of a thousand numbered images, as EDM, StyleGAN and FFHQ have them, are no classes"
     is_one_to_one = len(values) == sum(map(len, found)) and all(len(own) <= 1 for own in found)
     if not is_one_to_one:
+        folders = f"{len(found):,} folders that they lie in" if len(found) > 1 else "folder that they lie in"
+        way_out = "" if is_numbered else f". If the folders are the classes, move {EDM_TABLE} out"
         raise UserError(
             f"{flag}: {table} has labels of {num_labelled:,} images, whose {len(values):,} classes are not the "
-            f"{len(found):,} folders that they lie in; {fix}. If the folders are the classes, move {EDM_TABLE} out"
+            f"{folders}; {fix}{way_out}"
         )
     return ""
 

@@ -18,7 +18,8 @@ SYSTEM_NAMES = {
     "desktop.ini", "picasa.ini", ".picasa.ini", ".picasaoriginals", "zbthumbnail.info", "__macosx", ".ds_store",
     ".appledouble", ".appledb", ".appledesktop", ".spotlight-v100", ".fseventsd", ".temporaryitems", ".trashes",
     ".trash", ".documentrevisions-v100", "network trash folder", "temporary items", "icon\r", ".thumbnails", ".thumb",
-    ".thumbs", ".sh_thumbnails", ".xvpics", "lost.dir", ".ipynb_checkpoints", "__pycache__", ".directory",
+    ".thumbs", ".sh_thumbnails", "backups.backupdb", "_gsdata_", "$extend", ".xvpics", "lost.dir",
+    ".ipynb_checkpoints", "__pycache__", ".directory",
 }  # fmt: skip
 # AppleDouble files of macOS, bins by user id, Windows' recovered files, open files that NFS deleted.
 SYSTEM_PATTERN = re.compile(r"\._.*|\.trash-\d+|found\.\d{3}|\.nfs[0-9a-f]{8,}|\.fuse_hidden[0-9a-f]+", re.DOTALL)
@@ -55,12 +56,12 @@ def is_system_name(name: str) -> bool:
 
 
 def system_message(paths: Iterable[Path]) -> str:
-    """Says how many files of the system are left out; '' where there are none."""
+    """Says how many system files are left out; '' where there are none."""
     paths = list(paths)
     count = sum(_count_files(path) for path in paths)
     names = list(dict.fromkeys(printable(path.name) + "/" * path.is_dir() for path in paths))
     listed = ", ".join(names[:MAX_LISTED]) + ", ..." * (len(names) > MAX_LISTED)
-    return f"left out {count:,} file{'s' * (count != 1)} of the system ({listed})" if paths else ""
+    return f"left out {count:,} system file{'s' * (count != 1)} ({listed})" if paths else ""
 
 
 @functools.cache  # a file server may keep a folder of thumbnails for each image, and both splits ask
