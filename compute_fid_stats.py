@@ -65,6 +65,7 @@ def main(config: ConfigDict) -> None:
     checks.check_batch_size(config.batch_size, mesh.size)
     samples = open_samples(config.images, "images") if config.images else None
     if samples is None:
+        cli.check_data_flags(config.dataset_name)
         dataset = load_dataset(config.dataset_name, config.split, cli.read_data_options(config))
         if dataset.latents or dataset.pair_shape:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")

@@ -114,6 +114,7 @@ def main(config: ConfigDict) -> None:
     out, mesh, vae = Path(config.out), make_mesh(), config.vae or DEFAULT_HUB_ID
     checks.check_writable(out, "out", creates=False)
     checks.check_batch_size(config.batch_size, mesh.size)
+    cli.check_data_flags(config.dataset_name)
     options = cli.read_data_options(config)
     datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
     train = datasets["train"]

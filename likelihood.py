@@ -101,6 +101,7 @@ class Measurement:
             if own and not cli.is_explicit(name):
                 config[name] = saved.get(name, config[name])
         name = config.dataset_name or saved["dataset_name"]
+        cli.check_data_flags(name)
         if not own and config.image_size is None and name.partition(":")[0] in ("folder", "tfds"):
             config.image_size = saved["dataset"]["image_shape"][0]
         return load_dataset(name, config.split, cli.read_data_options(config))

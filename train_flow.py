@@ -172,6 +172,7 @@ class Trainer:
         if config.plan:
             of_source = ("load_dir", "freeze", "lora_rank")
             cli.refuse_ignored(of_source, "with --plan, which is of a whole network from scratch")
+            cli.refuse_ignored(("profile",), "with --plan, which trains nothing")
         self._find_source()
         period = row_period(make_objective(config))
         checks.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum, period)
@@ -546,8 +547,7 @@ def refuse_ignored(config: ConfigDict) -> None:
             f"--freeze={','.join(config.freeze)}: with --lora_rank the whole network is frozen but for its labels; "
             "leave one of the two out"
         )
-    if not config.dataset_name.startswith("folder:"):
-        cli.refuse_ignored(("broken_images", "max_megapixels"), f"on {config.dataset_name}, only on folder:PATH")
+    cli.check_data_flags(config.dataset_name)
 
 
 def refuse_contradictions(config: ConfigDict) -> None:
@@ -567,6 +567,8 @@ def refuse_contradictions(config: ConfigDict) -> None:
             f"--objective.distill=1 learns one step from pairs, not from --dataset_name={config.dataset_name}; make "
             "some with make_pairs.py, and give pairs:DIR"
         )
+    if config.model.target_update_rate == 1:
+        cli.refuse_ignored(("ema_warmup",), "with --model.target_update_rate=1, which is no EMA")
     if config.debug_overfit and config.random_flip:
         raise UserError("--random_flip=1 has no effect with --debug_overfit=1; leave it out")
 

@@ -95,6 +95,10 @@ BAD = [
     ),
     ("train", "--objective.distill 1", "--objective.distill=1 learns one step from pairs, not from --dataset_name=dig"),
     ("train", "--debug_overfit 1 --random_flip 1", "--random_flip=1 has no effect with --debug_overfit=1"),
+    ("train", "--plan 1 --profile OUT/trace", "--profile=.*trace has no effect with --plan"),
+    ("train", "--ema_warmup 1 --model.target_update_rate 1", "--ema_warmup=1 has no effect with --model.target_up"),
+    *((name, "--dataset_name npz:GOOD --broken_images skip", "--broken_images=skip has no effect on npz:.*good.npz")
+      for name in ("train", "encode", "stats")),
     ("train", "--lr_schedule cosine --max_steps 0", "--lr_schedule=cosine has no effect with --max_steps=0"),
     ("train", "--no_such_flag 3", "no_such_flag"),
     ("train", "word", "unexpected argument 'word'"),

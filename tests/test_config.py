@@ -274,6 +274,15 @@ def test_flags_without_effect_are_refused(parse, program, line, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "is_said"), [("digits", True), ("npz:x", True), ("tfds:x", False), ("cifar10", False)]
+)
+def test_a_data_dir_that_nothing_reads_is_said(parse, name, is_said, capfd):
+    parse(f"--dataset_name {name} --data_dir /x")
+    cli.check_data_flags(name)
+    assert (f"--data_dir=/x has no effect on {name}" in capfd.readouterr().err) == is_said
+
+
+@pytest.mark.parametrize(
     "line", ["--model.depth 3", "--model.lr 1", "--model.t_conditioning 0", "--model.preset big", "--use_stable_vae 0"]
 )
 def test_eval_takes_the_models_values_from_the_run(parse, line):

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from diffusion_transformer import PRESETS, DiTConfig
 from utils import checks
 from utils.codecs.registry import DEFAULT_HUB_ID
-from utils.console import finish_output, log
+from utils.console import finish_output, log, warn
 from utils.data.dataset import DataOptions
 from utils.data.images import MAX_MEGAPIXELS
 from utils.environment import check_jax_settings, find_devices
@@ -111,6 +111,16 @@ def read_data_options(config: ConfigDict) -> DataOptions:
         config.max_megapixels,
         None if flip is None else bool(flip),
     )
+
+
+def check_data_flags(dataset_name: str) -> None:
+    """Raises UserError for flags of `define_data_flags` that have no effect on a data set; warns of --data_dir, which
+    scripts may give for any."""
+    if not dataset_name.startswith("folder:"):
+        refuse_ignored(("broken_images", "max_megapixels"), f"on {dataset_name}, only on folder:PATH")
+    is_of_tfds = (":" not in dataset_name and dataset_name != "digits") or dataset_name.startswith("tfds:")
+    if is_explicit("data_dir") and not is_of_tfds:
+        warn(f"--data_dir={FLAGS.data_dir} has no effect on {dataset_name}, which TFDS does not prepare")
 
 
 def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
