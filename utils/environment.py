@@ -33,18 +33,18 @@ def _value(name: str) -> Any:
 
 
 def jax_settings() -> dict[str, Any]:
-    """What is recorded with a run."""
+    """Returns the settings that are recorded with a run."""
     return {name: _value(name) for name in RECORDED}
 
 
 def changed_variables(names: Collection[str] = RECORDED) -> list[str]:
-    """Of these settings, those that are not JAX's default, as environment variables: ["JAX_RANDOM_SEED_OFFSET=3"]."""
+    """Lists the settings that are not JAX's default, as environment variables: ["JAX_RANDOM_SEED_OFFSET=3"]."""
     return [f"{name.upper()}={_show(_value(name))}" for name in names if _value(name) != RECORDED[name]]
 
 
 def compare_jax_settings(found: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """What differs between what two runs recorded, by the environment variables; those that one lacks have JAX's
-    default."""
+    """Lists the differences between what two runs recorded, by environment variables; a setting that one lacks has
+    JAX's default."""
     pairs = {name: (saved.get(name, default), found.get(name, default)) for name, default in RECORDED.items()}
     return [
         f"{name.upper()}={_show(new)}, was {_show(old)}: the numbers are others from here on"

@@ -176,7 +176,7 @@ def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 class ArrayHeader(NamedTuple):
-    """What a .npy, or an npz of one of its arrays, says before the array itself."""
+    """The header of a .npy, or of an array in an npz."""
 
     shape: tuple[int, ...]
     is_fortran: bool

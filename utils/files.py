@@ -276,7 +276,7 @@ def set_aside(path: Path, folder: Path | None = None) -> Path:
 
 
 class FolderLock:
-    """That one process at a time works in a folder: a lock on FOLDER/.NAME.lock that the system drops when its process
+    """Lets one process at a time work in a folder: a lock on FOLDER/.NAME.lock that the system drops when its process
     ends in any way, and FOLDER/NAME.json, which tells others who holds it."""
 
     def __init__(self, folder: Path, name: str = "running"):

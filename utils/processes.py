@@ -214,7 +214,7 @@ def describe_wait(address: Address) -> str:
 
 
 def explain_failure(address: Address) -> str:
-    """What to check where the others have not come."""
+    """Says what to check where the others have not come."""
     if address.process_id == 0:
         return f"start them with the same address, and see that they reach this port of {socket.gethostname()}"
     return "see that all were started with the same address, process 0 on that host, and that its port is open"

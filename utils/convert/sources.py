@@ -277,7 +277,7 @@ def _check_transport(arguments: Any) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
-    """What a file holds, by its first bytes, whatever its name is; of an index, what its shards hold."""
+    """Returns the content of a file, of the kind that its first bytes say; for an index, that of its shards."""
     if path.name.endswith(INDEX):
         return _read_shards(path)
     start = read_start(path, 9)

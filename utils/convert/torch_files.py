@@ -35,14 +35,14 @@ STORAGES = {
 
 
 class Namespace:
-    """What stands for argparse's: attributes alone."""
+    """A stand-in for argparse's: attributes alone."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state  # not copied, as many could share a large one
 
 
 class _OrderedDict(collections.OrderedDict):
-    """What stands for collections': empty at first, and without attributes such as a state_dict's `_metadata`."""
+    """A stand-in for collections': empty at first, and without attributes such as a state_dict's `_metadata`."""
 
     def __init__(self):
         super().__init__()
@@ -147,7 +147,8 @@ def _count_bytes(value: Any) -> int:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote: dictionaries, lists, numbers, texts, and tensors as read-only arrays that map the file.
+    """Returns what `torch.save` wrote: dictionaries, lists, numbers, texts, and tensors as read-only arrays that map
+    the file.
 
     BadFileError for a file that is none, is cut, is of PyTorch before 1.6, or whose pickle names anything but tensors,
     OrderedDict and argparse.Namespace, which nothing is made of but attributes.

@@ -141,8 +141,8 @@ def check_size(image: Image.Image, max_megapixels: float = MAX_MEGAPIXELS) -> No
 
 
 def decoded_bytes(image: Image.Image) -> int:
-    """What the pixels of an image take once they are decoded: those of fewer bytes count as RGB's three, which is what
-    they are made into."""
+    """Returns the bytes that an image takes once it is decoded; pixels of fewer bytes count as RGB's three, which they
+    are made into."""
     depth = {"I": 4, "F": 4}.get(image.mode, 2 if image.mode.startswith("I;16") else 1)
     return image.width * image.height * max(PIXEL_BYTES, depth * len(image.getbands()))
 

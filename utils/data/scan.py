@@ -1,4 +1,4 @@
-"""What lies in a folder of images, without what systems put there."""
+"""Lists the images and folders in a folder, without what systems put there."""
 
 import dataclasses
 import functools
