@@ -138,7 +138,7 @@ class Drawing:
             self.labels = self.generator.labels(range(config.num_samples))
         else:
             if len(classes) > config.num_samples:
-                log(
+                warn(
                     f"--classes={config.classes} names {len(classes)} classes; only the first are drawn with "
                     f"--num_samples={config.num_samples}"
                 )
@@ -287,6 +287,9 @@ class Drawing:
         if self.config.classes is not None:
             return images, files, self.labels[: len(files)]
         labels = labels_from_folders(folder, files, model.class_names)
+        unknown = [file.parent for file in files if file.parent != Path(folder)]
+        if labels is None and unknown:
+            warn(f"--{flag}={folder}: not all of its folders are named after classes, so its images have no label")
         if labels is None and len(model.class_names) == 1:
             labels = [0] * len(files)
         if labels is None and model.network.config.class_dropout_prob == 0:

@@ -46,6 +46,11 @@ def test_the_data_are_summed_up_in_a_line(digits):
     )
 
 
+def test_one_image_is_no_plural():
+    one = array_dataset("one", np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int32))
+    assert "data: one, 1 image to train on and 1 held out" in summarize_data(dict.fromkeys(SPLITS, one), 1)
+
+
 def test_classes_without_training_images_are_said_and_recorded():
     images = np.zeros((6, 8, 8, 1), np.uint8)
     names = tuple("abcdefghi")

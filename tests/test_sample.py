@@ -172,6 +172,13 @@ def test_labels_parameters_and_dtype_are_those_of_the_flags(draw, read_flags, ru
     jax.tree.map(np.testing.assert_array_equal, generator.params, load_generator(run, params="raw").params)
 
 
+def test_more_classes_than_samples_are_said(read_flags, run, tmp_path, capfd):  # noqa: F811
+    words = ["--load_dir", str(run), "--out", str(tmp_path), "--classes", "1,2,3", "--num_samples", "2"]
+    assert sample.Drawing(read_flags(sample, words)).labels.tolist() == [1, 2]
+    said = capfd.readouterr().err
+    assert "--classes=1,2,3 names 3 classes; only the first are drawn with --num_samples=2" in said
+
+
 @pytest.fixture
 def own(tmp_path):
     """A folder of two larger images in folders of classes, and a mask of the run's size."""
@@ -204,7 +211,7 @@ def test_images_of_ones_own_are_inverted_and_made_again(draw, own, capsys):
 
 
 @pytest.mark.parametrize("classes", ["", "--classes 5"])
-def test_a_hole_is_filled(draw, own, classes):
+def test_a_hole_is_filled(draw, own, classes, capfd):
     draw(f"--inpaint {own}/own --mask {own}/mask.png --denoise_timesteps 2 {classes} --save_samples {own}/filled.npz")
     with np.load(own / "filled.npz") as saved:
         assert list(saved["arr_1"]) == ([5, 5] if classes else [3, 7])
@@ -216,6 +223,10 @@ def test_a_hole_is_filled(draw, own, classes):
     )
     with np.load(own / "filled.npz") as saved:  # less fitting than the five times of the default
         assert not np.array_equal(saved["arr_0"], filled)
+    (own / "other" / "cat").mkdir(parents=True, exist_ok=True)
+    shutil.copy(own / "own" / "3" / "a.png", own / "other" / "cat")
+    draw(f"--inpaint {own}/other --mask {own}/mask.png --denoise_timesteps 2")
+    assert "not all of its folders are named after classes, so its images have no label" in capfd.readouterr().err
     flat = own / "own" / "3"  # the images of which no folder is named after a class
     draw(f"--inpaint {flat} --mask {own}/mask.png --denoise_timesteps 2 --save_samples {own}/filled.npz")
     with np.load(own / "filled.npz") as saved:

@@ -75,8 +75,8 @@ class ClassMix(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What of a sampler may change without compiling anew. Numbers are of one type each: a function compiled for 4
-    would not serve 1.5."""
+    """Settings of a sampler that may change without compiling anew. Numbers are of one type each: a function compiled
+    for 4 would not serve 1.5."""
 
     cfg_scale: float
     cfg_interval: tuple[float, float]
@@ -92,7 +92,7 @@ class _Settings(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """What a compiled function is bound to."""
+    """Values that a compiled function is bound to."""
 
     network: Any
     objective: Any
@@ -173,8 +173,8 @@ def _generate(params, codec, key, indices, labels, settings, num_steps, *, stati
 
 
 def lower_sampler(model: ImageModel, params: PyTree, sampler: SamplerConfig, batch_size: int) -> jax.stages.Lowered:
-    """What draws `batch_size` samples, to be compiled; for parameters (or their shapes) on the devices of the model's
-    mesh, which may be only described."""
+    """Lowers the function that draws `batch_size` samples; for parameters (or their shapes) on the devices of the
+    model's mesh, which may be only described."""
     rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=batch_sharding(model.mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (params, model.codec, key, rows, rows, _Settings.of(sampler), sampler.num_steps)
@@ -404,7 +404,7 @@ class ImageGenerator:
             yield noise
 
     def straightness(self, num_samples: int = 64, cfg_scale: float | None = None) -> float:
-        """Of the paths of the first samples, see `sampling.straightness`."""
+        """Returns the straightness of the paths of the first samples, see `sampling.straightness`."""
         sampler = SamplerConfig(1, cfg_scale)
         noise, labels = self.noise(range(num_samples)), _as_arrays(self.labels(range(num_samples)))
         values = _straightness(self.params, noise, labels, _Settings.of(sampler), static=self._static(sampler))

@@ -1,4 +1,4 @@
-"""What is possible but hardly meant, and why first images may be noise: lines for the user before training starts."""
+"""Hints for the user before training starts: settings that are hardly meant, and why first images may be noise."""
 
 import math
 from collections.abc import Mapping

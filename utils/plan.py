@@ -75,7 +75,8 @@ def plan_lines(
         "optimizer": bytes_on_device(state.opt_state),
     }
     parts["gradients, activations and the rest"] = needed - sum(parts.values())
-    yield f"memory at batch {batch_size}, on each of {num_devices} devices of this kind: {format_bytes(needed)}"
+    where = f"each of {num_devices} devices" if num_devices > 1 else "a device"
+    yield f"memory at batch {batch_size}, on {where} of this kind: {format_bytes(needed)}"
     for part, size in parts.items():
         yield f"  {part}: {format_bytes(size)} ({size / needed:.0%})"
     yield f"  each further image takes {memory.per_image / 2**20:.2f} MiB"

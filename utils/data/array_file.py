@@ -192,7 +192,7 @@ def _leave_out_unlabelled(
 
 
 def _highest_label(labels: list[np.ndarray], flag: str) -> int:
-    """Of both splits; 0 for what are no labels, which is refused later."""
+    """Returns the highest label of both splits; 0 for what are no labels, which is refused later."""
     highest = max((int(each.max(initial=0)) for each in labels if each.dtype.kind in "iu"), default=0)
     if highest >= MAX_CLASSES:
         raise UserError(f"{flag}: a label is {highest}; number the classes 0, 1, 2, ...")

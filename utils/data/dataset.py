@@ -1,4 +1,4 @@
-"""What a data set is: one contract over every source.
+"""The contract that every data set meets, whatever its source.
 
 Arrays and iterables become data sets by `array_dataset` and `iterable_dataset`. Any other random-access source has
 `len(source)` and `source[i] -> {"image": uint8 (h, w, c), "label": int32}`, all images of one shape; shuffling, flips,
@@ -67,7 +67,7 @@ class StreamSource(Protocol):
 
 @runtime_checkable
 class LatentMetadata(Protocol):
-    """What is known of cached latents (utils/data/latents.py)."""
+    """Facts about cached latents (utils/data/latents.py)."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
@@ -253,8 +253,8 @@ def unlabelled_message(name: str, split: str, num_unlabelled: int, num_images: i
 
 
 def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
-    """What is kept with a run of its data ({split: data set}): enough to sample without them, and to tell whether they
-    are the same when the run is continued (see utils/data/fingerprint.py)."""
+    """Returns what a run records of its data ({split: data set}): enough to sample without them, and to tell whether
+    they are the same when the run is continued (see utils/data/fingerprint.py)."""
     dataset = datasets["train"]
     return {
         "name": dataset.name,
@@ -266,7 +266,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
 
 
 def summarize_data(datasets: Mapping[str, ImageDataset], batch_size: int) -> str:
-    """What was found, in a line, to see at once whether it is what was meant."""
+    """Sums up in a line what was found, to see at once whether it is what was meant."""
     train, validation = (datasets[split] for split in SPLITS)
     num_images, num_classes = len(train.source), train.num_classes
     empty = ""
@@ -275,7 +275,8 @@ def summarize_data(datasets: Mapping[str, ImageDataset], batch_size: int) -> str
         more = ", ..." * (len(train.empty_classes) > MAX_LISTED)
         empty = f", {len(train.empty_classes)} of them without images to train on ({names}{more})"
     return (
-        f"data: {train.name}, {num_images:,} images to train on and {len(validation.source):,} held out, "
+        f"data: {train.name}, {num_images:,} image{'s' * (num_images != 1)} to train on and "
+        f"{len(validation.source):,} held out, "
         f"{'x'.join(map(str, train.image_shape))}, {num_classes} class{'es' * (num_classes != 1)}{empty}, "
         f"{num_images / batch_size:,.1f} steps per epoch, {'half of them' if train.random_flip else 'none'} mirrored"
     )

@@ -1,4 +1,4 @@
-"""What the examples of a data set are, identified by their content rather than by a name or a path.
+"""Fingerprints of data sets: their examples, identified by their content rather than by a name or a path.
 
 Runs and cached latents keep the fingerprints of what they were made from, and compare them with what is there when they
 are continued: other labels or another order would go on silently with other data.
@@ -94,8 +94,8 @@ def compare_data(
     saved: Mapping[str, Any], saved_rows: Mapping[str, Sequence[Row]], found: Mapping[str, Any],
     fingerprints: Mapping[str, Fingerprint],
 ) -> list[str]:  # fmt: skip
-    """What differs between two data sets without harm to a run, in words; UserError with the first difference by which
-    labels or the order of training would change.
+    """Says in words what differs between two data sets without harm to a run; UserError with the first difference by
+    which labels or the order of training would change.
 
     `saved` and `found`: {'image_shape', 'class_names', 'splits': {split: Fingerprint.to_json()}}, `saved` perhaps
     without 'splits', as older runs have it. `saved_rows`: the listing kept with it.

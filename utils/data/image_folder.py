@@ -299,7 +299,7 @@ def _scan_below(folder: Path, flag: str) -> Scanned:
 
 
 class CheckedImage(NamedTuple):
-    """What the check of one file found."""
+    """Result of the check of one file."""
 
     side: int  # its shorter side, in pixels; 0 if it cannot be read
     digest: str  # the first 16 hex digits of its content's sha256
@@ -309,7 +309,7 @@ class CheckedImage(NamedTuple):
 
 
 def check_images(folder: Path, paths: tuple[Path, ...], max_megapixels: float) -> dict[Path, CheckedImage]:
-    """What decoding each file found, now or when it was last checked with the same size and times.
+    """Returns what decoding each file found, now or when it was last checked with the same size and times.
 
     Only what a file's bytes have shown is remembered, never that the system could not read it.
     """
@@ -348,7 +348,7 @@ def _check_images(
 
 
 def _stamp(path: Path) -> str | None:
-    """What changes whenever a file's content does; None where there is no file."""
+    """Returns a text that changes whenever a file's content does; None where there is no file."""
     try:
         stat = path.stat()
     except OSError:

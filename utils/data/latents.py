@@ -32,7 +32,7 @@ MAX_FILES = 10**6  # of a split, or of pairs
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of latents holds; the same for every machine that makes it from the same data and VAE."""
+    """Contents of a folder of latents; the same for every machine that makes it from the same data and VAE."""
 
     dataset_name: str
     image_shape: tuple[int, int, int]
@@ -86,7 +86,7 @@ class Manifest:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def fingerprint(self, folder: Path, split: str) -> Fingerprint:
-        """Of the latents in `folder`: what they were made from, and how."""
+        """Returns what the latents in `folder` were made from, and how."""
         metadata = [(self.splits or {}).get(split), self.vae_sha256, self.num_views[split], self.latent_shape]
         sha256 = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
         return Fingerprint(

@@ -32,7 +32,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class PairsManifest:
-    """What a folder of pairs holds; the same for every machine that makes it from the same model."""
+    """Contents of a folder of pairs; the same for every machine that makes it from the same model."""
 
     dataset_name: str
     params_sha256: str
@@ -61,7 +61,7 @@ class PairsManifest:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def fingerprint(self, split: str, num_pairs: int) -> Fingerprint:
-        """Of the pairs of a split: what made them, and how."""
+        """Returns the fingerprint of a split's pairs: what made them, and how."""
         manifest = self.to_json()
         del manifest["empty_classes"]  # follows from the model; older pairs do not say
         if not manifest["jax_variables"]:  # as in older pairs

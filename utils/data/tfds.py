@@ -70,7 +70,8 @@ class PreparedSplit:
         if unread := [name for name in features if name not in ("image", "label") and not KEY_FEATURE.search(name)]:
             warn_once(f"{flag}: not read: {', '.join(unread)[:200]}")
         if "train" not in splits:
-            raise UserError(f"{flag}: {folder} has no split train but {', '.join(splits) or 'none'}; prepare it again")
+            found = f"only {', '.join(splits)}" if splits else "and no other"
+            raise UserError(f"{flag}: {folder} has no split train, {found}; name a set that has one")
         height, width, channels = image.shape
         size = image_size or (height and width and min(height, width))
         if not size:
