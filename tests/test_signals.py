@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from absl import flags
+from ml_collections import ConfigDict
 
 from utils import cli, signals
 from utils.files import atomic_write
@@ -110,7 +111,7 @@ def test_a_program_that_is_ended_leaves_no_temporary_file(tmp_path, monkeypatch,
             signal.raise_signal(number)
 
     monkeypatch.setattr(sys, "argv", ["program"])
-    monkeypatch.setattr(cli, "parse_flags", lambda define_flags, argv: flags.FLAGS(argv))
+    monkeypatch.setattr(cli, "parse_flags", lambda define_flags, argv: ConfigDict(dict.fromkeys(flags.FLAGS(argv))))
     with pytest.raises(SystemExit) as end:
         cli.run_program(lambda: None, main)
     assert end.value.code == 128 + number

@@ -47,13 +47,13 @@ def check_sizes(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
             f"use {-(-model.hidden_size // 4) * 4}"
         )
     head_dim = model.hidden_size // model.num_heads
-    if model.rope and head_dim % 4:
+    if model.get("rope") and head_dim % 4:
         raise UserError(
             f"--model.rope=1: the width of a head, {head_dim}, must be a multiple of 4 (sines and cosines of two "
             f"axes); use another --model.num_heads than {model.num_heads}, or --model.rope 0"
         )
     width = int(model.mlp_ratio * model.hidden_size)
-    if (int(2 / 3 * width) if model.mlp == "swiglu" else width) < 1:
+    if (int(2 / 3 * width) if model.get("mlp") == "swiglu" else width) < 1:
         raise UserError(f"--model.mlp_ratio={model.mlp_ratio} leaves the MLP no width; use 4, for example")
 
 

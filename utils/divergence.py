@@ -43,11 +43,14 @@ class SkippedUpdates:
         self.total += is_skipped
         self.in_a_row = self.in_a_row + 1 if is_skipped else 0
         if self.in_a_row >= self.limit:
-            name, norm = self.names[int(metrics["largest_gradient"])], float(metrics["largest_gradient_norm"])
+            name = self.names[int(metrics["largest_gradient"])]
+            loss, update, gradient = (
+                float(metrics[name]) for name in ("l2_loss", "update_norm", "largest_gradient_norm")
+            )
             raise UserError(
                 f"--skip_nonfinite={self.limit}: the last {self.in_a_row} updates were not finite; at step {step} the "
-                f"loss is {float(metrics['l2_loss']):g}, and the largest gradient that of {name} (norm {norm:g}); "
-                f"{_way_on(self.checkpoints)}"
+                f"loss is {loss:g}, the norm of the update {update:g}, and the largest gradient that of {name} (norm "
+                f"{gradient:g}); {_way_on(self.checkpoints)}"
             )
         logged = {name: value for name, value in metrics.items() if name not in INTERNAL}
         if is_skipped:
