@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.help import topic
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor
 from utils.metrics.measure import measure_images, pad_and_shard
-from utils.metrics.reference import MAX_FEATURES, save_statistics
+from utils.metrics.reference import MAX_FEATURES, save_statistics, statistics_bytes
 from utils.metrics.samples import Samples, open_samples
 from utils.metrics.statistics import ImageStatistics
 from utils.sharding import make_mesh, replicated
@@ -78,6 +78,7 @@ def main(config: ConfigDict) -> None:
         raise UserError(f"{source}{f', {split}' * bool(split)} holds 1 image; statistics are of 2 or more")
     if num_images > total:
         raise UserError(f"--num_images={num_images}: {source} holds {total}")
+    checks.check_free_space(out, "out", statistics_bytes(min(config.num_features, num_images)))
     batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
     checks.check_batch_memory(batch_size, tuple(shape))
     checks.check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs

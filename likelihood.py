@@ -239,8 +239,11 @@ def main(config: ConfigDict) -> None:
         checks.check_file_writable(Path(config.per_image), "per_image", "images.csv")
     check_json_path(config.json, {"per_image": config.per_image})
     measurement = Measurement(config)
-    trace = f"{config.num_probes} probes an image" if config.num_probes else "the exact trace"
-    log(f"{measurement.num_images} images of {measurement.dataset.name}, {config.split}, with {trace}")
+    trace = (
+        f"{config.num_probes} probe{'s' * (config.num_probes > 1)} an image" if config.num_probes else "the exact trace"
+    )
+    images = f"{measurement.num_images} image{'s' * (measurement.num_images > 1)}"
+    log(f"{images} of {measurement.dataset.name}, {config.split}, with {trace}")
     with explaining_out_of_memory("the likelihood", "a smaller --batch_size"):
         rows = measurement.measure()
     result = measurement.summarize(rows)

@@ -10,6 +10,7 @@ changes given ones: to another class, or within a mask.
 No statistics, no Inception network. Sample i is the sample i of eval_fid.py with the same seed and labels.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -178,6 +179,9 @@ class Drawing:
     def draw(self) -> None:
         """The grid, and each sample by itself on demand."""
         config, num_devices = self.config, self.generator.model.mesh.size
+        if config.save_samples and config.save_samples.endswith(".npz"):
+            size = config.num_samples * math.prod(self.generator.model.image_shape)
+            checks.check_free_space(Path(config.save_samples), "save_samples", size)
         requested = min(config.batch_size or RECIPE_BATCH_SIZE, config.num_samples)
         batch_size = -(-requested // num_devices) * num_devices
         shown: list[UInt8[np.ndarray, "b h w c"]] = []

@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -182,6 +183,13 @@ def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--save_dir"):
         checks.check_writable(tmp_path / "file" / "run", "save_dir")
+
+
+def test_files_larger_than_the_free_space_are_refused_before_work(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    checks.check_free_space(tmp_path / "x.npz", "out", free // 2)
+    with pytest.raises(UserError, match=r"--out=.*x.npz takes up to .*iB, but .*iB are free there; make room"):
+        checks.check_free_space(tmp_path / "x.npz", "out", 2 * free)
 
 
 def test_processes_that_look_at_one_folder_do_not_disturb_each_other(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -288,3 +289,9 @@ def test_no_run_and_a_damaged_one_are_refused(read_flags, tmp_path, run):  # noq
     words = ["--load_dir", str(tmp_path / "copy"), "--out", str(tmp_path)]
     with pytest.raises(UserError, match="is damaged"):
         sample.main(read_flags(sample, words))
+
+
+def test_samples_that_a_disk_has_no_room_for_are_refused_before_work(draw, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match=r"--save_samples=\S+s.npz takes up to 1 MiB, but 1 MiB are free there"):
+        draw(f"--num_samples 16385 --save_samples {tmp_path / 's.npz'}")

@@ -1,6 +1,7 @@
 """Refusals of impossible requests, before anything compiles: each names the value, the flag and the fix."""
 
 import math
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from utils.errors import NO_ROOM, UserError
 from utils.files import remove_temporaries
-from utils.memory import total_memory
+from utils.memory import format_bytes, total_memory
 
 
 def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
@@ -143,6 +144,16 @@ def check_file_writable(path: Path, flag: str, example: str, inputs: Mapping[str
         if value and Path(value).resolve() == path.resolve():
             raise UserError(f"--{flag}={path} is the file of --{name}, which would be lost; name another file")
     check_writable(path.parent, flag, path)
+
+
+def check_free_space(path: Path, flag: str, num_bytes: int) -> None:
+    """UserError where the file system of a file to be written has less room than that: work for it would be lost."""
+    free = shutil.disk_usage(path.parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"--{flag}={path} takes up to {format_bytes(num_bytes)}, but {format_bytes(free)} are free there; make "
+            "room, or choose another place"
+        )
 
 
 def can_guide(class_dropout_prob: float) -> bool:

@@ -535,7 +535,7 @@ def load_model(
     empty = data.get("empty_classes", ())
     if empty:
         num_classes = len(data["class_names"])
-        warn(f"note: {len(empty)} of {num_classes} classes had no training images: no samples are drawn of them")
+        warn(f"note: {len(empty)} of {num_classes} classes had no training images; labels are drawn from the others")
     model = make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"], empty_classes=empty)
     if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))

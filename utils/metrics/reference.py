@@ -208,6 +208,12 @@ def _check_extras(arrays: dict[str, np.ndarray]) -> None:
         raise ValueError("`label_counts` are not numbers of images")
 
 
+def statistics_bytes(num_features: int) -> int:
+    """The most bytes that `save_statistics` writes with so many rows of features."""
+    covariances = 4 * (POOL_FEATURES**2 + SPATIAL_FEATURES**2)
+    return covariances + 4 * num_features * POOL_FEATURES + 2**20
+
+
 def save_statistics(
     path: str | Path,
     statistics: ImageStatistics,
