@@ -367,7 +367,7 @@ def test_features_of_other_modules_are_not_imported(read_flags, files, tmp_path)
 
 
 def test_statistics_that_a_disk_has_no_room_for_are_refused_before_work(read_flags, files, monkeypatch):
-    """Means, covariances of 2048 and 2023 features in float32, and 1,500 rows of features: 44 MiB."""
+    """Means, covariances of 2048 and 2023 features in float32, and 1,500 rows of features: 46 MB."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=40 * 2**20))
-    with pytest.raises(UserError, match=r"--out=\S+s.npz takes up to 44 MiB, but 40 MiB are free there"):
+    with pytest.raises(UserError, match=r"--out=\S+s.npz takes up to 46,[0-9,]+ bytes, but 41,943,040 are free there"):
         run(read_flags, files, "stats", "")

@@ -188,7 +188,7 @@ def test_unwritable_folder_is_refused(tmp_path):
 def test_files_larger_than_the_free_space_are_refused_before_work(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     checks.check_free_space(tmp_path / "x.npz", "out", free // 2)
-    with pytest.raises(UserError, match=r"--out=.*x.npz takes up to .*iB, but .*iB are free there; make room"):
+    with pytest.raises(UserError, match=r"--out=.*x.npz takes up to [\d,]+ bytes, but [\d,]+ are free there; make"):
         checks.check_free_space(tmp_path / "x.npz", "out", 2 * free)
 
 

@@ -293,5 +293,5 @@ def test_no_run_and_a_damaged_one_are_refused(read_flags, tmp_path, run):  # noq
 
 def test_samples_that_a_disk_has_no_room_for_are_refused_before_work(draw, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
-    with pytest.raises(UserError, match=r"--save_samples=\S+s.npz takes up to 1 MiB, but 1 MiB are free there"):
+    with pytest.raises(UserError, match=r"--save_samples=\S+s.npz takes up to 1,048,640 bytes, but 1,048,576 are free"):
         draw(f"--num_samples 16385 --save_samples {tmp_path / 's.npz'}")

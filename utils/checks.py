@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from utils.errors import NO_ROOM, UserError
 from utils.files import remove_temporaries
-from utils.memory import format_bytes, total_memory
+from utils.memory import total_memory
 
 
 def check_model(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
@@ -151,8 +151,8 @@ def check_free_space(path: Path, flag: str, num_bytes: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < num_bytes:
         raise UserError(
-            f"--{flag}={path} takes up to {format_bytes(num_bytes)}, but {format_bytes(free)} are free there; make "
-            "room, or choose another place"
+            f"--{flag}={path} takes up to {num_bytes:,} bytes, but {free:,} are free there; make room, or choose "
+            "another place"
         )
 
 
