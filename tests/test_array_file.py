@@ -14,7 +14,7 @@ LABELS = np.arange(100) % 7
 
 @pytest.fixture(autouse=True)
 def _say_again():
-    """What one test has seen said, another sees too."""
+    """Forgets the warnings of other tests, so that each is given again."""
     warn_once.cache_clear()
 
 

@@ -1,4 +1,4 @@
-"""What enters an evaluation: every flag, and in the key of its row all that enters a number. Nothing is scored here."""
+"""Flags of an evaluation arrive, and all that enters a number is in the key of its row. Nothing is scored here."""
 
 import json
 

@@ -26,7 +26,7 @@ def no_launcher(monkeypatch):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What JAX makes of the arguments: [(address, number of processes, number of this one, visible GPUs)]."""
+    """The arguments as JAX understands them: [(address, number of processes, number of this one, visible GPUs)]."""
 
     class Service:
         def __init__(self, *arguments, **keywords):

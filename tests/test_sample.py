@@ -111,7 +111,7 @@ def test_a_film_starts_at_the_noise_and_ends_at_the_images(draw, generator, file
     sample_grid(noise, labels, [" "] * len(names), " ").savefig(tmp_path / "without_texts.png")
 
     def difference(shown: np.ndarray, path: Path) -> float:
-        """Of a frame and a figure of its size."""
+        """Compares a frame with a figure of its size."""
         expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
         assert shown.shape == expected.shape
         return np.abs(shown - expected).mean()

@@ -176,7 +176,7 @@ class Generator:
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What an evaluation looks at, in order: (what, weight of the parameters, ...)."""
+    """The looks of an evaluation, in order: (what, weight of the parameters, ...)."""
     calls = Generator.calls = []
 
     def note(name, *details):

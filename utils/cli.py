@@ -176,7 +176,7 @@ def read_samplers(
     if not is_explicit("cfg_scale"):
         if objective is not None and not has_guidance(objective):
             scales = [-1.0]
-        elif not checks.can_guide(class_dropout_prob) and any(map(guides, scales)):
+        elif not checks.can_guide(class_dropout_prob) and any(guidance_scale(scale) is not None for scale in scales):
             log(f"{checks.explain_no_guidance(class_dropout_prob)}: samples are drawn without guidance")
             scales = [-1.0]
     guidance = dict.fromkeys(guidance_scale(scale) for scale in scales)  # -1 and 1 are the same
@@ -590,11 +590,6 @@ def run_folder(config: ConfigDict) -> Path:
     if not config.save_dir and (not name.strip(".") or len(name.encode()) > 255):
         raise UserError(f"--wandb.name={config.wandb.name[:60]} is no name for a folder; choose another, or --save_dir")
     return Path(config.save_dir or Path("runs") / name)
-
-
-def guides(cfg_scale: float) -> bool:
-    """Whether a guidance scale takes a second pass of the model."""
-    return guidance_scale(cfg_scale) is not None
 
 
 def read_numbers(words: list[str], flag: str, kind: type) -> list:

@@ -1,9 +1,10 @@
 """Rules for samplers: which steps, guidance and solver a model can be sampled with. Flags and Python share them."""
 
 import difflib
+import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from utils import checks
@@ -39,70 +40,79 @@ def check_sampler(
     `objective` None stands for flow matching. `class_dropout_prob` and `num_channels` are the model's; None leaves out
     what depends on them. `names` say how messages write the fields: FLAGS for a command line, by default as in Python.
     """
-
-    def fail(field: str, fix: str) -> None:
+    problems = itertools.chain(
+        _check_solver(sampler, objective),
+        _check_steps(sampler, objective),
+        _check_times(sampler, objective),
+        _check_guidance(sampler, objective, class_dropout_prob, num_channels),
+    )
+    for field, fix in problems:  # the first: what follows may not make sense beside it
         value = getattr(sampler, field)
         text = ",".join(map(_write, value)) if isinstance(value, tuple) else _write(value)
         if field in ("num_steps", "cfg_channels"):  # 1.0 is not 1
             text = repr(value)
         raise UserError(f"{(names or {}).get(field, f'{field}=')}{text}: {fix}")
 
-    # The solver, and whether it fits the objective.
+
+Problems = Iterator[tuple[str, str]]  # (field, the fix)
+
+
+def _check_solver(sampler: SamplerConfig, objective: Objective | None) -> Problems:
     known = (*SOLVERS, *ADAPTIVE_SOLVERS)
     if sampler.solver not in known:
         near = difflib.get_close_matches(str(sampler.solver), known, n=1)
-        fail("solver", f"{f'did you mean {near[0]}? ' if near else ''}Solvers are {', '.join(known)}")
+        yield "solver", f"{f'did you mean {near[0]}? ' if near else ''}Solvers are {', '.join(known)}"
     fitting = getattr(objective, "SOLVERS", (*ODE_SOLVERS, "sde", *ADAPTIVE_SOLVERS))
-    grid = "adaptive" if sampler.is_adaptive else SOLVERS[sampler.solver].grid
     if sampler.solver not in fitting:
-        what = (
-            "it is of models trained as diffusions" if grid == "diffusion" else "it does not fit what the model learned"
-        )
-        fail("solver", f"{what}; use one of {', '.join(fitting)}")
+        is_of_diffusion = not sampler.is_adaptive and SOLVERS[sampler.solver].grid == "diffusion"
+        reason = "is of models trained as diffusions" if is_of_diffusion else "does not fit what the model learned"
+        yield "solver", f"it {reason}; use one of {', '.join(fitting)}"
 
-    # Steps.
+
+def _check_steps(sampler: SamplerConfig, objective: Objective | None) -> Problems:
     if sampler.is_adaptive:
         for field in ("rtol", "atol"):
             if not _is_number(getattr(sampler, field), 1e-7, 1):
-                fail(field, "use a tolerance from 1e-7 to 1")
-    else:
-        fewest = 2 if grid == "sde" else 1
-        if not is_integer(sampler.num_steps, fewest, MAX_STEPS):
-            of_solver = f" with solver {sampler.solver}" if fewest > 1 else ""
-            fail("num_steps", f"use a whole number from {fewest} to {MAX_STEPS:,}{of_solver}")
-        if problem := getattr(objective, "check_steps", lambda _: "")(sampler.num_steps):
-            fail("num_steps", problem)
-        if grid == "diffusion" and isinstance(objective, Diffusion) and sampler.num_steps > objective.num_levels:
-            fail(
-                "num_steps",
-                f"the model has {objective.num_levels} noise levels, the most that {sampler.solver} can take",
-            )
+                yield field, "use a tolerance from 1e-7 to 1"
+        return
+    grid = SOLVERS[sampler.solver].grid
+    fewest = 2 if grid == "sde" else 1
+    if not is_integer(sampler.num_steps, fewest, MAX_STEPS):
+        of_solver = f" with solver {sampler.solver}" if fewest > 1 else ""
+        yield "num_steps", f"use a whole number from {fewest} to {MAX_STEPS:,}{of_solver}"
+    if problem := getattr(objective, "check_steps", lambda _: "")(sampler.num_steps):
+        yield "num_steps", problem
+    if grid == "diffusion" and isinstance(objective, Diffusion) and sampler.num_steps > objective.num_levels:
+        most = objective.num_levels
+        yield "num_steps", f"the model has {most} noise levels, the most that {sampler.solver} can take"
 
-    # Times.
+
+def _check_times(sampler: SamplerConfig, objective: Objective | None) -> Problems:
     if not _is_number(sampler.time_shift, 0.01, 100):
-        fail("time_shift", "use a shift from 0.01 to 100; 1 is the uniform grid")
+        yield "time_shift", "use a shift from 0.01 to 100; 1 is the uniform grid"
     if sampler.time_shift != 1 and getattr(objective, "NEEDS_UNIFORM_STEPS", False):
-        fail("time_shift", "the model learned steps of equal length; use the uniform grid")
+        yield "time_shift", "the model learned steps of equal length; use the uniform grid"
     if sampler.spacing not in SPACINGS:
-        fail("spacing", f"use one of {', '.join(SPACINGS)}")
+        yield "spacing", f"use one of {', '.join(SPACINGS)}"
 
-    # Guidance.
-    scale = sampler.cfg_scale
+
+def _check_guidance(
+    sampler: SamplerConfig, objective: Objective | None, class_dropout_prob: float | None, num_channels: int | None
+) -> Problems:
+    scale, interval = sampler.cfg_scale, sampler.cfg_interval
     if not (scale is None or _is_number(scale, -1, -1) or _is_number(scale, 0, MAX_SCALE)):
-        fail("cfg_scale", f"use a scale from 0 to {MAX_SCALE}, or -1 for no guidance")
+        yield "cfg_scale", f"use a scale from 0 to {MAX_SCALE}, or -1 for no guidance"
     if guidance_scale(scale) is not None:
         if objective is not None and not has_guidance(objective):
-            fail("cfg_scale", "guidance is part of what the model has learned; use 1")
+            yield "cfg_scale", "guidance is part of what the model has learned; use 1"
         if class_dropout_prob is not None and not checks.can_guide(class_dropout_prob):
-            fail("cfg_scale", f"{checks.explain_no_guidance(class_dropout_prob)}; use 1")
-    interval = sampler.cfg_interval
+            yield "cfg_scale", f"{checks.explain_no_guidance(class_dropout_prob)}; use 1"
     is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
     if not is_pair or not all(_is_number(t, 0, 1) for t in interval) or interval[0] > interval[1]:
-        fail("cfg_interval", "give first and last time from 0 to 1, such as 0.1,0.9")
-    if sampler.cfg_channels is not None:
-        most = num_channels or MAX_STEPS
-        if not is_integer(sampler.cfg_channels, 1, most):
-            fail("cfg_channels", f"the model has {most} channels; use 1 to {most}" if num_channels else "use 1 or more")
+        yield "cfg_interval", "give first and last time from 0 to 1, such as 0.1,0.9"
+    most = num_channels or MAX_STEPS
+    if sampler.cfg_channels is not None and not is_integer(sampler.cfg_channels, 1, most):
+        yield "cfg_channels", f"the model has {most} channels; use 1 to {most}" if num_channels else "use 1 or more"
 
 
 def largest_steps(num_steps: int, objective: Objective) -> int:
