@@ -12,19 +12,20 @@ from absl import flags
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from utils import checks, cli
-from utils.console import configure_output, log
+from utils.base import checks
+from utils.base.console import configure_output, log
+from utils.base.errors import UserError
+from utils.base.sharding import make_mesh, replicated
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, StreamSource, Subset
 from utils.data.registry import load_dataset
-from utils.errors import UserError
-from utils.help import topic
+from utils.flags import cli
+from utils.flags.help import topic
+from utils.images.samples import Samples, open_samples
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.reference import MAX_FEATURES, save_statistics, statistics_bytes
-from utils.metrics.samples import Samples, open_samples
 from utils.metrics.statistics import ImageStatistics
-from utils.sharding import make_mesh, replicated
 
 
 def define_flags() -> None:

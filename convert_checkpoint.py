@@ -13,15 +13,16 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils import cli
-from utils.commands import write_command
-from utils.console import log, show_result
+from utils.base.console import log, show_result
+from utils.base.errors import UserError
+from utils.base.external import BadFileError, read_bounded
 from utils.convert.published import FAMILIES
-from utils.convert.runs import check_new_run, export_run, import_run, push
 from utils.convert.sources import read_source
-from utils.errors import UserError
-from utils.external import BadFileError, read_bounded
-from utils.help import hide, topic
+from utils.flags import cli
+from utils.flags.help import hide, topic
+from utils.runs.export import export_run, push
+from utils.runs.opening import check_new_run, import_run
+from utils.training.commands import write_command
 
 OF_IMPORT = ("family", "num_heads", "class_names", "vae")
 OF_EXPORT = ("params", "push", "private")

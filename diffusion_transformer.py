@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from utils.ops import AttentionForm, attention, dense, over_tokens, packed_attention, split_heads
-from utils.settings import setting
+from utils.base.settings import setting
+from utils.kernels.ops import AttentionForm, attention, dense, over_tokens, packed_attention, split_heads
 
 TIMESTEP_FEATURES = 256
 
@@ -32,7 +32,7 @@ REMAT_POLICIES = {
 }
 
 # Networks by the names of --model.network: called with (config, remat, attention_form), as DiT is, which is entered
-# below. Another one is a `Network` (utils/models.py) and takes of these what it has use for.
+# below. Another one is a `Network` (utils/networks/models.py) and takes of these what it has use for.
 NETWORKS: dict[str, Callable[..., Any]] = {}
 
 

@@ -17,21 +17,22 @@ from jaxtyping import Array, Float16, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from utils import checks, cli
-from utils.codecs.codec import images_from_uint8
+from utils.base import checks
+from utils.base.console import log, progress_bar
+from utils.base.errors import UserError
+from utils.base.files import FolderLock, explaining_full_disk, write_json
+from utils.base.sharding import batch_sharding, gather, make_mesh, shard_replicated
 from utils.codecs.registry import DEFAULT_HUB_ID, load_vae
 from utils.codecs.vae import StableVAE
-from utils.commands import write_command
-from utils.console import log, progress_bar
 from utils.data import latents
 from utils.data.batches import epoch_batches
 from utils.data.dataset import SPLITS, ImageDataset
 from utils.data.fingerprint import Fingerprint, write_listing
 from utils.data.registry import load_dataset
-from utils.errors import UserError
-from utils.files import FolderLock, explaining_full_disk, write_json
-from utils.help import topic
-from utils.sharding import batch_sharding, gather, make_mesh, shard_replicated
+from utils.flags import cli
+from utils.flags.help import topic
+from utils.images.pixels import images_from_uint8
+from utils.training.commands import write_command
 
 
 def define_flags() -> None:

@@ -24,16 +24,25 @@ from jaxtyping import PyTree
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from utils import checks, cli, plotting
-from utils.checkpoint import open_checkpoint
-from utils.commands import shipped_statistics, write_statistics_command
-from utils.console import configure_output, log, show_result, warn
-from utils.environment import changed_variables
-from utils.errors import UserError, WriteError
-from utils.files import atomic_write
-from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, hash_params, load_model, restore_params
-from utils.help import topic
-from utils.memory import explaining_out_of_memory, free_memory
+from utils.base import checks
+from utils.base.console import configure_output, log, show_result, warn
+from utils.base.environment import changed_variables
+from utils.base.errors import UserError, WriteError
+from utils.base.files import atomic_write
+from utils.base.memory import explaining_out_of_memory, free_memory
+from utils.base.sharding import gather, make_mesh, replicated
+from utils.flags import cli
+from utils.flags.help import topic
+from utils.images import plotting
+from utils.images.pixels import ImageBatch
+from utils.images.samples import (
+    Samples,
+    SampleWriter,
+    check_sample_path,
+    content_sha256,
+    holds_images,
+    open_samples,
+)
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor, load_logits
 from utils.metrics.measure import Convention, find_convention, measure_images, pad_and_shard
 from utils.metrics.reference import (
@@ -44,20 +53,14 @@ from utils.metrics.reference import (
     warn_of_other_shape,
 )
 from utils.metrics.registry import COLUMNS, caveats, compute_metrics
-from utils.metrics.samples import (
-    Samples,
-    SampleWriter,
-    check_sample_path,
-    content_sha256,
-    holds_images,
-    open_samples,
-)
 from utils.metrics.statistics import MAX_SAMPLE_FEATURES, ImageStatistics
 from utils.objectives.registry import make_objective
-from utils.results import Results, check_json_path, plot_fid, to_markdown, write_csv, write_json_rows
-from utils.sampling import LABELS, SOLVERS, SamplerConfig
-from utils.sharding import gather, make_mesh, replicated
-from utils.tracking import Tracker
+from utils.runs.opening import load_model, open_checkpoint, restore_params
+from utils.runs.results import Results, check_json_path, plot_fid, to_markdown, write_csv, write_json_rows
+from utils.runs.trackers import Tracker
+from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
+from utils.sampling.solvers import LABELS, SOLVERS, SamplerConfig
+from utils.training.commands import shipped_statistics, write_statistics_command
 
 GRID_IMAGES = 64
 FILES = ("fid.json", "fid.csv", "fid.png")  # beside grids of samples

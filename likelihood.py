@@ -19,21 +19,21 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from utils import checks, cli
-from utils.checkpoint import open_checkpoint
+from utils.base import checks
+from utils.base.console import configure_output, log, progress_bar, show_result
+from utils.base.errors import UserError
+from utils.base.files import explaining_full_disk
+from utils.base.memory import explaining_out_of_memory
+from utils.base.sharding import gather, make_mesh, shard_replicated
 from utils.codecs.pixels import PixelCodec
-from utils.console import configure_output, log, progress_bar, show_result
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset
 from utils.data.registry import load_dataset
-from utils.errors import UserError
-from utils.files import explaining_full_disk
-from utils.generate import load_model, restore_params
-from utils.help import topic
-from utils.likelihood import LikelihoodConfig, measure_batch
-from utils.memory import explaining_out_of_memory
-from utils.results import check_json_path, write_csv, write_json_rows
-from utils.sharding import gather, make_mesh, shard_replicated
+from utils.flags import cli
+from utils.flags.help import topic
+from utils.runs.opening import load_model, open_checkpoint, restore_params
+from utils.runs.results import check_json_path, write_csv, write_json_rows
+from utils.sampling.likelihood import LikelihoodConfig, measure_batch
 
 # Data options of the run, where the images are its own and no flag says otherwise.
 RUN_OPTIONS = ("image_size", "data_dir", "broken_images", "max_megapixels")

@@ -14,19 +14,21 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from utils import checks, cli
-from utils.commands import write_command
-from utils.console import log, progress_bar
+from utils.base import checks
+from utils.base.console import log, progress_bar
+from utils.base.environment import RANDOM, changed_variables
+from utils.base.errors import UserError
+from utils.base.files import FolderLock, explaining_full_disk, write_json
+from utils.base.memory import explaining_out_of_memory
+from utils.base.sharding import gather
 from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
-from utils.environment import RANDOM, changed_variables
-from utils.errors import UserError
-from utils.files import FolderLock, explaining_full_disk, write_json
-from utils.generate import RECIPE_BATCH_SIZE, ImageGenerator, hash_params, load_generator
-from utils.help import topic
-from utils.memory import explaining_out_of_memory
-from utils.sampling import SOLVERS, SamplerConfig
-from utils.sharding import gather
+from utils.flags import cli
+from utils.flags.help import topic
+from utils.runs.opening import load_generator
+from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
+from utils.sampling.solvers import SOLVERS, SamplerConfig
+from utils.training.commands import write_command
 
 
 def define_flags() -> None:

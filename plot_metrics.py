@@ -13,11 +13,13 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils import checks, cli, plotting
-from utils.console import log
-from utils.errors import UserError
-from utils.files import atomic_write
-from utils.tracking import name_runs, read_curves
+from utils.base import checks
+from utils.base.console import log
+from utils.base.errors import UserError
+from utils.base.files import atomic_write
+from utils.flags import cli
+from utils.images import plotting
+from utils.runs.trackers import name_runs, read_curves
 
 DEFAULT_METRICS = ("training/l2_loss", "validation/l2_loss", "training/grad_norm", "fid")
 

@@ -22,21 +22,23 @@ from absl import flags
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from utils import checks, cli, plotting
-from utils.checkpoint import split_load_dir
-from utils.console import configure_output, log, progress_bar, show_result, warn
+from utils.base import checks
+from utils.base.console import configure_output, log, progress_bar, show_result, warn
+from utils.base.errors import UserError, WriteError
+from utils.base.files import atomic_write
+from utils.base.memory import explaining_out_of_memory
+from utils.base.sharding import gather
 from utils.data.class_names import read_classes
-from utils.editing import labels_from_folders, read_images, read_mask
-from utils.errors import UserError, WriteError
-from utils.files import atomic_write
-from utils.generate import RECIPE_BATCH_SIZE, ClassMix, load_generator
-from utils.help import topic
-from utils.memory import explaining_out_of_memory
-from utils.metrics.samples import SampleWriter, check_sample_path
-from utils.models import ImageModel
-from utils.sampling import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SamplerConfig, slerp
-from utils.sharding import gather
-from utils.tracking import Tracker
+from utils.flags import cli
+from utils.flags.help import topic
+from utils.images import plotting
+from utils.images.samples import SampleWriter, check_sample_path
+from utils.networks.models import ImageModel
+from utils.runs.opening import load_generator, split_load_dir
+from utils.runs.trackers import Tracker
+from utils.sampling.editing import labels_from_folders, read_images, read_mask
+from utils.sampling.generator import RECIPE_BATCH_SIZE, ClassMix
+from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SamplerConfig, slerp
 
 FILES = (
     "grid.png", "film.webp", "film.gif", "strip.png", "interpolation.png", "inversion.png", "noise.npz",

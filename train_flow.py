@@ -24,41 +24,14 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from diffusion_transformer import REMAT_POLICIES
-from utils import checks, cli
-from utils.checkpoint import Checkpoints, DamagedCheckpointError, Saver, has_checkpoints
-from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
-from utils.commands import commands_after_training
-from utils.console import log
-from utils.data.batches import first_examples, training_batches
-from utils.data.dataset import SPLITS, describe_data, summarize_data
-from utils.data.fingerprint import write_listing
-from utils.data.registry import load_dataset
-from utils.divergence import SkippedUpdates, check_finite
-from utils.environment import find_devices, jax_settings
-from utils.errors import DataError, UserError
-from utils.files import FolderLock, write_json
-from utils.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
-from utils.generate import ImageGenerator
-from utils.help import topic
-from utils.hints import ema_hints, model_hints
-from utils.lora import add_lora
-from utils.memory import device_memory, explaining_out_of_memory, format_bytes, memory_needed, out_of_memory
-from utils.metrics.inception import CONVENTIONS, load_feature_extractor
-from utils.metrics.measure import find_convention, measure_images
-from utils.metrics.reference import load_statistics, warn_of_other_shape
-from utils.metrics.registry import compute_fid
-from utils.metrics.statistics import ImageStatistics
-from utils.models import init_params, make_model
-from utils.objectives.objective import has_guidance, row_period
-from utils.objectives.registry import OBJECTIVES, flag_of, make_objective, objective_fields
-from utils.panels import loss_by_time, reconstruction_panel, sample_panels
-from utils.plan import batch_structs, plan_lines
-from utils.processes import describe_processes, initialize_processes
-from utils.progress import Progress
-from utils.resume import check_architecture, compare_with_saved
-from utils.samplers import guidance_scale, largest_steps
-from utils.sampling import SamplerConfig
-from utils.sharding import (
+from utils.base import checks
+from utils.base.console import log
+from utils.base.environment import find_devices, jax_settings
+from utils.base.errors import DataError, UserError
+from utils.base.files import FolderLock, write_json
+from utils.base.memory import device_memory, explaining_out_of_memory, format_bytes, memory_needed, out_of_memory
+from utils.base.processes import describe_processes, initialize_processes
+from utils.base.sharding import (
     SHARD,
     SHARDING_MODES,
     choose_num_shards,
@@ -73,11 +46,40 @@ from utils.sharding import (
     state_sharding,
     unsplit_fraction,
 )
-from utils.signals import EXIT_STOPPED, Interrupted, StopRequest
-from utils.throughput import StepTrace, Throughput
-from utils.tracking import Tracker, read_metrics
-from utils.train_state import EmaSchedule, TrainState, create_train_state, freeze_parts, make_optimizer
-from utils.train_step import INIT, VALIDATION, jit_train_step, validation_step
+from utils.base.signals import EXIT_STOPPED, Interrupted, StopRequest
+from utils.base.throughput import StepTrace, Throughput
+from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.data.batches import first_examples, training_batches
+from utils.data.dataset import SPLITS, describe_data, summarize_data
+from utils.data.fingerprint import write_listing
+from utils.data.registry import load_dataset
+from utils.flags import cli
+from utils.flags.help import topic
+from utils.metrics.inception import CONVENTIONS, load_feature_extractor
+from utils.metrics.measure import find_convention, measure_images
+from utils.metrics.reference import load_statistics, warn_of_other_shape
+from utils.metrics.registry import compute_fid
+from utils.metrics.statistics import ImageStatistics
+from utils.networks.ema import EmaSchedule
+from utils.networks.lora import add_lora
+from utils.networks.models import init_params, make_model
+from utils.objectives.objective import has_guidance, row_period
+from utils.objectives.registry import OBJECTIVES, flag_of, make_objective, objective_fields
+from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, Saver, has_checkpoints
+from utils.runs.resume import check_architecture, compare_with_saved
+from utils.runs.trackers import Tracker, read_metrics
+from utils.sampling.generator import ImageGenerator
+from utils.sampling.samplers import guidance_scale, largest_steps
+from utils.sampling.solvers import SamplerConfig
+from utils.training.commands import commands_after_training
+from utils.training.divergence import SkippedUpdates, check_finite
+from utils.training.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
+from utils.training.hints import ema_hints, model_hints
+from utils.training.panels import loss_by_time, reconstruction_panel, sample_panels
+from utils.training.plan import batch_structs, plan_lines
+from utils.training.progress import Progress
+from utils.training.state import TrainState, create_train_state, freeze_parts, make_optimizer
+from utils.training.step import INIT, VALIDATION, jit_train_step, validation_step
 
 MEMORY_FLAGS = (
     "a smaller --batch_size or --image_size, a larger --model.patch_size, --remat dots (or blocks), or --grad_accum 2 "

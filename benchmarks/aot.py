@@ -46,16 +46,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_transformer import REMAT_POLICIES, DiT, DiTConfig
-from utils import cli, generate
-from utils.codecs.pixels import PixelCodec
-from utils.codecs.vae import StableVAE, VAEConfig
-from utils.errors import UserError
-from utils.memory import GIB, memory_needed
-from utils.models import ImageModel, init_params
-from utils.objectives.flow_matching import FlowMatching
-from utils.ops import choose_attention_for
-from utils.sampling import SamplerConfig
-from utils.sharding import (
+from utils.base.errors import UserError
+from utils.base.memory import GIB, memory_needed
+from utils.base.sharding import (
     SHARD,
     SHARDING_MODES,
     batch_sharding,
@@ -66,10 +59,19 @@ from utils.sharding import (
     state_sharding,
     unsplit_fraction,
 )
-from utils.throughput import PEAK_TFLOPS
-from utils.tpu_attention import CHUNK
-from utils.train_state import EmaSchedule, create_train_state, make_optimizer
-from utils.train_step import jit_train_step
+from utils.base.throughput import PEAK_TFLOPS
+from utils.codecs.pixels import PixelCodec
+from utils.codecs.vae import StableVAE, VAEConfig
+from utils.flags import cli
+from utils.kernels.ops import choose_attention_for
+from utils.kernels.tpu_attention import CHUNK
+from utils.networks.ema import EmaSchedule
+from utils.networks.models import ImageModel, init_params
+from utils.objectives.flow_matching import FlowMatching
+from utils.sampling import generator as generate
+from utils.sampling.solvers import SamplerConfig
+from utils.training.state import create_train_state, make_optimizer
+from utils.training.step import jit_train_step
 
 
 class Chip(NamedTuple):

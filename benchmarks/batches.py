@@ -26,15 +26,15 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from PIL import Image
 
-from utils import cli
+from utils.base.errors import UserError
+from utils.base.sharding import make_mesh, prefetch, shard_batch
+from utils.base.throughput import Throughput
 from utils.data.batches import training_batches
 from utils.data.dataset import Batch, ImageDataset
 from utils.data.image_folder import ImageFiles
 from utils.data.registry import load_dataset
 from utils.data.tfds import RecordStream, import_tensorflow
-from utils.errors import UserError
-from utils.sharding import make_mesh, prefetch, shard_batch
-from utils.throughput import Throughput
+from utils.flags import cli
 
 OURS, BASELINE, TORCH = "ours", "jax-flow baseline", "PyTorch's DataLoader"
 

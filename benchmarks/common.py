@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusion_transformer import DiT, DiTConfig
-from utils import cli
-from utils.errors import UserError
-from utils.ops import choose_attention_for
-from utils.sharding import make_mesh
-from utils.throughput import PEAK_TFLOPS
+from utils.base.errors import UserError
+from utils.base.sharding import make_mesh
+from utils.base.throughput import PEAK_TFLOPS
+from utils.flags import cli
+from utils.kernels.ops import choose_attention_for
 
 ROOT = Path(__file__).resolve().parents[1]
 # Hidden size, depth, heads: DiT-S to DiT-XL of arXiv:2212.09748, table 1, and one to try a benchmark with.

@@ -18,14 +18,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiT, DiTConfig
-from utils import cli
+from utils.base.sharding import make_mesh
 from utils.convert.jax_flow import import_jax_flow_params
-from utils.models import model_fn
+from utils.flags import cli
+from utils.kernels.ops import choose_attention_for, packed_attention
+from utils.kernels.tpu_attention import split_heads
+from utils.networks.models import model_fn
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow
-from utils.ops import choose_attention_for, packed_attention
-from utils.sharding import make_mesh
-from utils.tpu_attention import split_heads
 
 GOLDEN = common.ROOT / "tests" / "golden"
 FIELDS = ("patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "num_classes")

@@ -19,7 +19,7 @@ from PIL import Image
 from recognise_digits import recognised_fraction
 from sklearn.datasets import load_digits
 
-from utils import cli
+from utils.flags import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {"low": range(5), "high": range(5, 10)}

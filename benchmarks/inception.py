@@ -19,7 +19,7 @@ from absl import flags
 from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
-from utils import cli
+from utils.flags import cli
 from utils.metrics import inception
 
 REFERENCE, BFLOAT16, CONSTANTS, TORCH = "ours", "ours: bfloat16", "ours: weights as constants", "PyTorch"

@@ -1,6 +1,6 @@
 """The recipe as jax-flow runs it: float32, attention with its weights in memory from Flax's own layers, a trained
 position table, nothing donated, a dispatch for every sampling step. Written from the recipe's description; the
-numbers it computes are those of `utils.train_step` and `utils.sampling` up to the lag of the EMA.
+numbers it computes are those of `utils.training.step` and `utils.sampling.solvers` up to the lag of the EMA.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from diffusion_transformer import DiT as OurDiT
 from diffusion_transformer import position_table, timestep_features
 from utils.objectives import flow_matching
-from utils.train_state import TrainState
+from utils.training.state import TrainState
 
 
 def modulate(x, shift, scale):

@@ -20,13 +20,15 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils import checks, cli
+from utils.base import checks
+from utils.base.sharding import make_mesh, replicated, shard_batch
 from utils.codecs.vae import StableVAE
-from utils.models import init_params, make_model
+from utils.flags import cli
+from utils.networks.ema import EmaSchedule
+from utils.networks.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
-from utils.sharding import make_mesh, replicated, shard_batch
-from utils.train_state import EmaSchedule, create_train_state, make_optimizer
-from utils.train_step import train_step
+from utils.training.state import create_train_state, make_optimizer
+from utils.training.step import train_step
 
 
 def define_flags() -> None:

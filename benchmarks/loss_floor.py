@@ -8,12 +8,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils import cli
 from utils.data.dataset import DataOptions
 from utils.data.digits import load_digits
-from utils.data.images import MAX_MEGAPIXELS
+from utils.flags import cli
+from utils.images.decoding import MAX_MEGAPIXELS
 from utils.objectives.flow_matching import MAX_PATH_TIME
-from utils.panels import LOSS_TIMES
+from utils.training.panels import LOSS_TIMES
 
 SHRINKAGE = 0.1  # of a class's covariance towards that within all classes
 

@@ -12,10 +12,12 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils import checks, cli, plotting
-from utils.errors import UserError
-from utils.external import BadFileError, read_npz, read_npz_headers
-from utils.tracking import name_runs, read_curves
+from utils.base import checks
+from utils.base.errors import UserError
+from utils.base.external import BadFileError, read_npz, read_npz_headers
+from utils.flags import cli
+from utils.images import plotting
+from utils.runs.trackers import name_runs, read_curves
 
 NUM_SAMPLES = 8
 

@@ -56,32 +56,32 @@ test_train_flow.py::test_the_flops_of_a_step_are_those_the_compiler_counts
 test_train_flow.py::test_decay_of_the_ema_and_what_saves_memory_reach_the_step
   train_flow.py: remat=config.remat, ->
 test_train_flow.py::test_images_are_mirrored_on_request
-  utils/cli.py: None if flip is None else bool(flip) -> None
+  utils/flags/cli.py: None if flip is None else bool(flip) -> None
 test_train_flow.py::test_the_seed_is_that_of_the_first_state
   train_flow.py: =shardings)(jax.random.key(self.config.seed)) -> =shardings)(jax.random.key(0))
 test_config.py::test_options_of_the_data_are_those_of_the_flags
-  utils/cli.py: config.max_megapixels, -> 500.0,
-  utils/cli.py: config.broken_images, -> "refuse",
+  utils/flags/cli.py: config.max_megapixels, -> 500.0,
+  utils/flags/cli.py: config.broken_images, -> "refuse",
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
   train_flow.py: config.keep_last, config.keep_every) -> config.keep_last)
   train_flow.py: Checkpoints(self.folder, config.keep_last -> Checkpoints(self.folder, 2
   train_flow.py: config.save_interval, config.save_minutes, -> config.save_interval, 15,
   train_flow.py: trainer.flops_per_step, config.peak_tflops) -> trainer.flops_per_step, 1000)
 test_train_step.py::test_the_teacher_of_an_objective_is_the_ema
-  utils/train_step.py: model_fn(model, ema_params)) -> model_fn(model, params))
+  utils/training/step.py: model_fn(model, ema_params)) -> model_fn(model, params))
 test_few_steps.py::test_dropped_labels_are_learned_without_a_step
   utils/objectives/mean_flow.py: h = jnp.where(is_dropped, -> h = jnp.where(is_dropped & False,
 test_config.py::test_what_a_run_keeps_cannot_be_another_when_it_resumes
   diffusion_transformer.py: "Attention heads.", 1, 2**16 -> "Attention heads.", 1, 2**16, is_fixed=False
 test_checkpoint.py::test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says
-  utils/checkpoint.py: jax.process_count() > 1 and self.pause < math.inf -> False
-  utils/checkpoint.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
+  utils/runs/checkpoint.py: jax.process_count() > 1 and self.pause < math.inf -> False
+  utils/runs/checkpoint.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
 test_generate.py::test_what_is_in_the_hole_does_not_enter_its_filling
-  utils/generate.py: factors[1]).any(axis=(1, 3)) -> factors[1]).all(axis=(1, 3))
+  utils/sampling/generator.py: factors[1]).any(axis=(1, 3)) -> factors[1]).all(axis=(1, 3))
 test_generate.py::test_guidance_and_times_are_those_of_the_sampler
-  utils/generate.py: (float(low), float(high)) -> (0.0, 1.0)
+  utils/sampling/generator.py: (float(low), float(high)) -> (0.0, 1.0)
 test_generate.py::test_tolerances_are_those_of_the_sampler
-  utils/generate.py: sampler.rtol, sampler.atol) -> sampler.rtol, sampler.rtol)
+  utils/sampling/generator.py: sampler.rtol, sampler.atol) -> sampler.rtol, sampler.rtol)
 test_sample.py::test_interpolations_begin_and_end_at_the_samples
   sample.py: slerp(ends[0::2], ends[1::2], fractions) -> slerp(ends[1::2], ends[0::2], fractions)
 test_sample.py::test_between_two_classes_the_first_is_on_the_left
@@ -103,7 +103,7 @@ test_eval_fid.py::test_raw_parameters_are_another_row_which_says_so
   eval_fid.py: self.settings["params"] = config.params -> pass
 test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
   eval_fid.py: self.settings["empty_classes"] = list(self.model.empty_classes) -> pass
-  utils/generate.py: class_names"], empty_classes=empty) -> class_names"])
+  utils/sampling/generator.py: class_names"], empty_classes=empty) -> class_names"])
 test_programs.py::test_updates_that_are_not_finite_are_left_out_until_there_are_too_many
   train_flow.py: "skips_nonfinite": self.config.skip_nonfinite > 0 -> "skips_nonfinite": False
   train_flow.py: SkippedUpdates(config.skip_nonfinite, -> SkippedUpdates(2,
@@ -122,29 +122,29 @@ test_latents.py::test_what_is_encoded_is_what_the_flags_say
 test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported
   convert_checkpoint.py: out, config.params, config.push) -> out, "ema", config.push)
 test_tracking.py::test_what_wandb_shows_is_what_the_flags_say
-  utils/tracking.py: **options, ->
+  utils/runs/trackers.py: **options, ->
 test_readme.py::test_the_layout_names_every_module_in_its_layer
-  docs/layout.md: utils/hints.py -> utils/hint.py
+  docs/layout.md: utils/training/hints.py -> utils/hint.py
 test_reflow.py::test_noise_is_drawn_as_it_was
   utils/data/pairs.py: if theirs != ours: -> if False:
 test_eval_fid.py::test_a_row_under_other_settings_of_jax_is_another_row
   eval_fid.py: if variables := changed_variables(): -> if variables := []:
 test_vae.py::test_what_is_saved_is_the_same_network_to_diffusers
   utils/codecs/vae.py: "down_block_types": ["DownEncoderBlock2D"] * depth, ->
-  utils/files.py: os.fchmod(file.fileno(), mode) -> pass
+  utils/base/files.py: os.fchmod(file.fileno(), mode) -> pass
 test_convert_checkpoint.py::test_what_wrappers_put_before_names_is_no_part_of_them
   utils/convert/sources.py: [model for model in known if model.is_ema] or known -> known[:1]
 test_saved_config.py::test_settings_that_cannot_be_are_named
-  utils/saved_config.py: type(value) is int and low <= value <= high -> type(value) is int
+  utils/runs/config.py: type(value) is int and low <= value <= high -> type(value) is int
 test_saved_config.py::test_neither_exported_files_nor_checkpoints_of_others_are_trusted
-  utils/checkpoint.py: if sums is not None:  # which -> if False:  # which
+  utils/runs/checkpoint.py: if sums is not None:  # which -> if False:  # which
 test_checkpoint.py::test_another_x64_is_no_damage_and_is_named
-  utils/checkpoint.py: self._check_types(step, targets) -> pass
+  utils/runs/checkpoint.py: self._check_types(step, targets) -> pass
 test_resume.py::test_changed_settings_are_said_and_another_objective_is_refused
   train_flow.py: , "jax": jax_settings()} -> }
 test_environment.py::test_an_environment_in_which_nothing_runs_is_one_line
-  utils/cli.py: find_devices() -> pass
-  utils/cli.py: check_jax_settings() -> pass
+  utils/flags/cli.py: find_devices() -> pass
+  utils/flags/cli.py: check_jax_settings() -> pass
 """
 
 

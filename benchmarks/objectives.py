@@ -21,9 +21,10 @@ from absl import flags
 from ml_collections import ConfigDict
 from recognise_digits import recognised_fraction
 
-from utils import cli, plotting
-from utils.generate import load_generator
-from utils.sampling import SamplerConfig
+from utils.flags import cli
+from utils.images import plotting
+from utils.runs.opening import load_generator
+from utils.sampling.solvers import SamplerConfig
 
 NETWORK = """
     --model.hidden_size 128 --model.depth 4 --model.num_heads 4 --model.mlp_ratio 4 --model.patch_size 2

@@ -19,12 +19,12 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from utils import cli
-from utils.console import log
+from utils.base.console import log
+from utils.base.errors import UserError
 from utils.data.batches import epoch_batches
 from utils.data.dataset import ImageDataset, array_dataset
 from utils.data.registry import load_dataset
-from utils.errors import UserError
+from utils.flags import cli
 from utils.metrics.inception import inception_weights_path
 
 SHEET = 1024  # images of one, in rows of 32: 1024x1024 pixels of CIFAR-10

@@ -15,13 +15,13 @@ import jax_flow_baseline
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils import cli
+from utils.base.sharding import make_mesh
 from utils.codecs.pixels import PixelCodec
-from utils.generate import ImageGenerator
-from utils.models import ImageModel, init_params
+from utils.flags import cli
+from utils.networks.models import ImageModel, init_params
 from utils.objectives.flow_matching import FlowMatching
-from utils.sampling import SamplerConfig
-from utils.sharding import make_mesh
+from utils.sampling.generator import ImageGenerator
+from utils.sampling.solvers import SamplerConfig
 
 BASELINE = "jax-flow baseline"
 OURS = {"ours": "bfloat16", "ours: float32": "float32"}

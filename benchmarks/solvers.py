@@ -15,9 +15,10 @@ from absl import flags
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from utils import cli
-from utils.generate import ImageGenerator, load_generator
-from utils.sampling import SamplerConfig
+from utils.flags import cli
+from utils.runs.opening import load_generator
+from utils.sampling.generator import ImageGenerator
+from utils.sampling.solvers import SamplerConfig
 
 FIXED = {"euler": (8, 16, 32, 64, 128, 256, 512), "heun": (4, 8, 16, 32, 64), "midpoint": (4, 8, 16, 32, 64)}
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)

@@ -22,17 +22,18 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiT, DiTBlock, DiTConfig
-from utils import cli
+from utils.base.memory import memory_needed
+from utils.base.sharding import compile_step
 from utils.codecs.vae import StableVAE, VAEConfig
-from utils.memory import memory_needed
+from utils.flags import cli
+from utils.networks.ema import EmaSchedule
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objective import Objective
 from utils.objectives.shortcut import Shortcut
-from utils.sharding import compile_step
-from utils.train_state import EmaSchedule, create_train_state, make_optimizer
-from utils.train_step import train_step
+from utils.training.state import create_train_state, make_optimizer
+from utils.training.step import train_step
 
 BASELINE = "jax-flow baseline"
 

@@ -31,14 +31,15 @@ from tensorflow_datasets.core import shuffle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils/ is, which a program in data/ does not see
 
-from utils import checks, cli
+from utils.base import checks
+from utils.base.errors import UserError
+from utils.base.external import BadFileError, read_json
+from utils.base.files import open_regular, write_json
 from utils.data.image_folder import IMAGE_SUFFIXES
-from utils.data.images import UPRIGHT, BrokenImageError, open_image, read_image, read_image_file, read_orientation
-from utils.data.scan import scan, system_message
 from utils.data.tfds import import_tensorflow
-from utils.errors import UserError
-from utils.external import BadFileError, read_json
-from utils.files import open_regular, write_json
+from utils.flags import cli
+from utils.images.decoding import UPRIGHT, BrokenImageError, open_image, read_image, read_image_file, read_orientation
+from utils.images.folders import scan, system_message
 
 SIZE = 256
 CLASS_NAMES = ("female", "male")

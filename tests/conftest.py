@@ -37,11 +37,11 @@ from tests import typecheck  # noqa: F401  the hook below imports it by name
 # Shapes, dtypes and types of every annotated function are checked while the suite runs.
 install_import_hook(["diffusion_transformer", "utils"], "tests.typecheck.check")
 
-from utils.cli import parse_flags
-from utils.console import configure_output
-from utils.errors import UserError
+from utils.base.console import configure_output
+from utils.base.errors import UserError
+from utils.base.signals import END_SIGNALS, KEYBOARD_SIGNALS
+from utils.flags.cli import parse_flags
 from utils.metrics.inception import inception_weights_path
-from utils.signals import END_SIGNALS, KEYBOARD_SIGNALS
 
 # One cache for all programs that the workers start: most of them compile what another has compiled. The tests' own
 # process, which has imported JAX already, is without: it seldom compiles a thing twice.

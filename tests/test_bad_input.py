@@ -20,13 +20,14 @@ import make_pairs
 import plot_metrics
 import sample
 import train_flow
-from utils import checks, cli
+from utils.base import checks
+from utils.base.errors import UserError
+from utils.base.files import write_json
 from utils.data import pairs
 from utils.data.dataset import DataOptions
 from utils.data.registry import load_dataset
-from utils.errors import UserError
-from utils.files import write_json
-from utils.generate import load_generator
+from utils.flags import cli
+from utils.runs.opening import load_generator
 
 PROGRAMS = {
     "train": (train_flow, "--dataset_name digits --use_stable_vae 0 --model.patch_size 2 --model.num_classes 10"),

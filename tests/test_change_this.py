@@ -15,16 +15,16 @@ import pytest
 
 from diffusion_transformer import NETWORKS
 from tests.conftest import ROOT
+from utils.base.errors import UserError
 from utils.data.batches import training_batches
 from utils.data.registry import DATASETS, load_dataset
-from utils.errors import UserError
-from utils.generate import load_generator
 from utils.metrics import registry
 from utils.metrics.reference import ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.registry import OBJECTIVES
-from utils.tracking import read_metrics
+from utils.runs.opening import load_generator
+from utils.runs.trackers import read_metrics
 
 PAGE = (ROOT / "docs" / "change_this.md").read_text()
 BLOCKS = dict(re.findall(r"^```python\n# (\w+)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE))

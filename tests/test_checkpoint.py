@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from diffusion_transformer import DiT, DiTConfig, position_table
-from utils import checkpoint
+from utils.base.errors import UserError
+from utils.base.sharding import make_mesh, replicated, shape_structs, state_sharding
 from utils.convert.jax_flow import import_jax_flow_params
-from utils.errors import UserError
-from utils.sharding import make_mesh, replicated, shape_structs, state_sharding
-from utils.train_state import apply_gradients, create_train_state, make_optimizer
+from utils.runs import checkpoint
+from utils.training.state import apply_gradients, create_train_state, make_optimizer
 
 METADATA = {"image_shape": [8, 8, 1], "class_names": ["a"]}
 SETTINGS = DiTConfig(network="another").__dict__ | {"use_stable_vae": 0, "t_sampler": "uniform"}

@@ -2,8 +2,8 @@
 
 import pytest
 
+from utils.base.errors import UserError
 from utils.data.class_names import find_class, read_classes
-from utils.errors import UserError
 
 NAMES = ("tench", "goldfish", "great white shark", "tiger shark")
 

@@ -16,8 +16,9 @@ import eval_fid
 import sample
 import train_flow
 from tests.conftest import ROOT
-from utils import cli, commands
 from utils.data.registry import load_dataset
+from utils.flags import cli
+from utils.training import commands
 
 MODEL = {"denoise_timesteps": 32, "cfg_scale": 4.0, "class_dropout_prob": 0.1, "use_stable_vae": 0}
 SAVED = {

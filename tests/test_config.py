@@ -14,18 +14,19 @@ import compute_fid_stats
 import encode_latents
 import eval_fid
 import train_flow
-from utils import checks, cli
+from utils.base import checks
+from utils.base.errors import UserError
+from utils.base.sharding import make_mesh
 from utils.codecs.pixels import PixelCodec
 from utils.data.dataset import DataOptions
-from utils.errors import UserError
-from utils.generate import RECIPE_BATCH_SIZE
-from utils.models import init_params, make_model
+from utils.flags import cli
+from utils.networks.ema import EmaSchedule
+from utils.networks.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
-from utils.resume import check_settings
-from utils.samplers import guidance_scale
-from utils.sampling import SamplerConfig
-from utils.sharding import make_mesh
-from utils.train_state import EmaSchedule
+from utils.runs.resume import check_settings
+from utils.sampling.generator import RECIPE_BATCH_SIZE
+from utils.sampling.samplers import guidance_scale
+from utils.sampling.solvers import SamplerConfig
 
 DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4"
 

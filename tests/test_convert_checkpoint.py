@@ -17,16 +17,16 @@ import convert_checkpoint
 from tests.conftest import GOLDEN, run_program
 from tests.test_generate import run as golden_run  # noqa: F401 (fixture)
 from tests.torch_writer import save_torch
-from utils.checkpoint import Checkpoints
-from utils.convert.runs import model_card
+from utils.base.errors import UserError, WriteError
+from utils.base.external import BadFileError
+from utils.base.sharding import make_mesh
 from utils.convert.sources import METADATA_KEY, read_source
 from utils.convert.torch_files import read_torch_file
-from utils.errors import UserError, WriteError
-from utils.external import BadFileError
-from utils.generate import load_generator, load_model
-from utils.metrics.samples import open_samples
-from utils.sampling import SamplerConfig
-from utils.sharding import make_mesh
+from utils.images.samples import open_samples
+from utils.runs.checkpoint import Checkpoints
+from utils.runs.export import model_card
+from utils.runs.opening import load_generator, load_model
+from utils.sampling.solvers import SamplerConfig
 
 FILES = GOLDEN / "checkpoints"
 VAE = GOLDEN / "vae_tiny"
@@ -83,7 +83,7 @@ def stop_here(*arguments):
 def test_an_import_that_was_stopped_is_done_by_the_same_command(convert, tmp_path, monkeypatch, place):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(f"utils.convert.runs.{place}", stop_here)
+        patch.setattr(f"utils.runs.export.{place}", stop_here)
         with pytest.raises(KeyboardInterrupt):
             convert(*SIT, "--vae", VAE, "--out", run)
     if place == "Checkpoints.close":  # all is there

@@ -12,16 +12,17 @@ import pytest
 import eval_fid
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import GOLDEN, run_program
-from utils import cli, sampling
+from utils.base.errors import UserError
 from utils.convert.jax_flow import import_jax_flow_params
-from utils.errors import UserError
-from utils.generate import load_generator
-from utils.models import model_fn
+from utils.flags import cli
+from utils.networks.models import model_fn
 from utils.objectives.diffusion import Diffusion, path_times
 from utils.objectives.flow_matching import FlowMatching
-from utils.sampling import SOLVERS, ancestral_step
-from utils.tracking import read_metrics
-from utils.train_state import apply_gradients, create_train_state, make_optimizer
+from utils.runs.opening import load_generator
+from utils.runs.trackers import read_metrics
+from utils.sampling import solvers as sampling
+from utils.sampling.solvers import SOLVERS, ancestral_step
+from utils.training.state import apply_gradients, create_train_state, make_optimizer
 
 
 def error(found, expected):

@@ -10,13 +10,13 @@ import pytest
 
 import diffusion_transformer
 from diffusion_transformer import DiT, DiTConfig
-from utils import sampling
+from utils.base.memory import memory_needed
+from utils.base.sharding import compile_step
 from utils.convert.jax_flow import import_jax_flow_params
-from utils.memory import memory_needed
-from utils.models import model_fn
+from utils.networks.models import model_fn
 from utils.objectives.flow_matching import FlowMatching
-from utils.sharding import compile_step
-from utils.train_state import apply_gradients, create_train_state, make_optimizer
+from utils.sampling import solvers as sampling
+from utils.training.state import apply_gradients, create_train_state, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

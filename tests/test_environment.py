@@ -10,15 +10,15 @@ import pytest
 
 from tests.conftest import run_program
 from tests.test_saved_config import CONFIG
-from utils.checkpoint import Checkpoints
-from utils.convert.runs import export_run
+from utils.base.environment import RECORDED, compare_jax_settings, jax_settings
+from utils.base.sharding import make_mesh, replicated
 from utils.convert.sources import read_source
-from utils.environment import RECORDED, compare_jax_settings, jax_settings
-from utils.fine_tune import Source, start_from
-from utils.generate import load_generator, load_model
-from utils.models import init_params
-from utils.saved_config import read_config
-from utils.sharding import make_mesh, replicated
+from utils.networks.models import init_params
+from utils.runs.checkpoint import Checkpoints
+from utils.runs.config import read_config
+from utils.runs.export import export_run
+from utils.runs.opening import load_generator, load_model
+from utils.training.fine_tune import Source, start_from
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import pytest
 
 import eval_fid
 from tests.test_generate import run  # noqa: F401 (fixture)
-from utils.generate import hash_params, load_generator
 from utils.metrics.reference import ReferenceStatistics
-from utils.results import Results
+from utils.runs.opening import load_generator
+from utils.runs.results import Results
+from utils.sampling.generator import hash_params
 
 COUNTS = np.arange(10)
 

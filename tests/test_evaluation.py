@@ -10,18 +10,19 @@ from ml_collections import ConfigDict
 
 from diffusion_transformer import PRESETS
 from eval_fid import Scoring
-from utils import sampling
+from utils.base.sharding import make_mesh
 from utils.codecs.pixels import PixelCodec
-from utils.generate import RECIPE_BATCH_SIZE, ImageBatch, ImageGenerator, _generate
+from utils.images.pixels import ImageBatch
 from utils.metrics import measure
 from utils.metrics.inception import Features
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.statistics import ImageStatistics
-from utils.models import init_params, make_model
+from utils.networks.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
-from utils.panels import sample_stages
-from utils.sampling import SamplerConfig
-from utils.sharding import make_mesh
+from utils.sampling import solvers as sampling
+from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, _generate
+from utils.sampling.solvers import SamplerConfig
+from utils.training.panels import sample_stages
 
 MODEL = {
     **PRESETS["debug"], "patch_size": 2, "num_classes": 10, "class_dropout_prob": 0.1, "use_stable_vae": 0,

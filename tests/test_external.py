@@ -21,9 +21,8 @@ from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
 from tests.torch_writer import save_torch
-from utils.data import images
-from utils.errors import UserError
-from utils.external import (
+from utils.base.errors import UserError
+from utils.base.external import (
     BadFileError,
     open_safetensors,
     read_json,
@@ -34,6 +33,7 @@ from utils.external import (
     read_safetensors,
     read_safetensors_shapes,
 )
+from utils.images import decoding as images
 from utils.metrics.reference import load_statistics
 
 SETS = {
@@ -269,12 +269,14 @@ from pathlib import Path
 from etils import epath
 from utils.codecs import vae
 from utils.convert import sources
-from utils.data import array_file, images, tfds_files
+from utils.data import array_file, tfds_files
+from utils.images import decoding as images
 from utils.data.dataset import DataOptions
-from utils.editing import read_images, read_mask
-from utils.external import BadFileError, read_json
-from utils.metrics import inception, reference, samples
-from utils.errors import UserError
+from utils.sampling.editing import read_images, read_mask
+from utils.base.external import BadFileError, read_json
+from utils.metrics import inception, reference
+from utils.images import samples
+from utils.base.errors import UserError
 
 def memory(name):
     (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]

@@ -13,18 +13,18 @@ import eval_fid
 from diffusion_transformer import DiTConfig, TimestepEmbed
 from tests.conftest import run_program
 from tests.golden_network import error, load_golden
-from utils import sampling
-from utils.cli import read_samplers
+from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
-from utils.errors import UserError
-from utils.fine_tune import refit_times, zero_step_embed
-from utils.generate import load_generator
-from utils.models import model_fn
+from utils.flags.cli import read_samplers
+from utils.networks.models import model_fn
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objective import draw_noise
 from utils.objectives.shortcut import Shortcut
-from utils.train_state import create_train_state, make_optimizer
-from utils.train_step import compute_gradients
+from utils.runs.opening import load_generator
+from utils.sampling import solvers as sampling
+from utils.training.fine_tune import refit_times, zero_step_embed
+from utils.training.state import create_train_state, make_optimizer
+from utils.training.step import compute_gradients
 
 TOLERANCE = 1e-5
 

@@ -10,7 +10,7 @@ import scipy.linalg
 import scipy.stats
 
 import compute_fid_stats
-from utils.errors import UserError
+from utils.base.errors import UserError
 from utils.metrics.fid import frechet_distance
 from utils.metrics.inception import Features
 from utils.metrics.inception_score import InceptionScore

@@ -23,9 +23,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
-from utils import checks, files
-from utils.errors import UserError, WriteError
-from utils.files import (
+from utils.base import checks, files
+from utils.base.errors import UserError, WriteError
+from utils.base.files import (
     FolderLock,
     atomic_write,
     cache_folder,
@@ -220,7 +220,7 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone_however_it_ends(tmp_path):
-    program = "from pathlib import Path; from utils.files import FolderLock; import time\n"
+    program = "from pathlib import Path; from utils.base.files import FolderLock; import time\n"
     program += (
         f"lock = FolderLock(Path({str(tmp_path)!r})); lock.acquire('out'); print('held', flush=True); time.sleep(60)"
     )
@@ -285,14 +285,14 @@ def opens_by_name(call: ast.Call) -> bool:
 def test_files_of_others_are_opened_by_one_function():
     """The exceptions: what is no path, or is remote, or of the package itself."""
     allowed = {
-        "utils/files.py": {
+        "utils/base/files.py": {
             "os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)",
             'temporary.open("rb")',
             'Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")',
         },
-        "utils/console.py": {"os.open(os.devnull, os.O_WRONLY)"},
-        "utils/external.py": {'np.memmap(file, header.dtype, "r", start, header.shape, order)'},
-        "utils/data/images.py": {"Image.open(limited, formats=FORMATS)"},
+        "utils/base/console.py": {"os.open(os.devnull, os.O_WRONLY)"},
+        "utils/base/external.py": {'np.memmap(file, header.dtype, "r", start, header.shape, order)'},
+        "utils/images/decoding.py": {"Image.open(limited, formats=FORMATS)"},
         "utils/data/class_names.py": {'IMAGENET_LABELS.read_text(encoding="utf-8")'},
         "utils/data/fingerprint.py": {'gzip.open(compressed, "rb")'},
         "utils/data/tfds.py": {'file.open("rb")', "prepared.open()"},  # after `check_regular`, and remote ones
@@ -333,8 +333,8 @@ def test_texts_are_utf_8_whatever_the_locale():
 LOCALISED = """
 from pathlib import Path
 from absl import flags
-from utils import cli
-from utils.console import show_result
+from utils.flags import cli
+from utils.base.console import show_result
 
 def define_flags():
     flags.DEFINE_string("name", None, "A name.")

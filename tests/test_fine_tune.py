@@ -11,16 +11,16 @@ from PIL import Image
 import train_flow
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import run_program
-from utils.checkpoint import Checkpoints, open_checkpoint
-from utils.convert.runs import export_run
+from utils.base.errors import UserError
 from utils.convert.sources import read_source
 from utils.data.dataset import DataOptions
 from utils.data.digits import load_digits
-from utils.errors import UserError
-from utils.fine_tune import adapt_params, frozen_beside_lora, read_frozen
-from utils.generate import load_generator
-from utils.lora import add_lora, merge_lora
-from utils.train_state import apply_gradients, create_train_state, freeze_parts, learning_rate, make_optimizer
+from utils.networks.lora import add_lora, merge_lora
+from utils.runs.checkpoint import Checkpoints
+from utils.runs.export import export_run
+from utils.runs.opening import load_generator, open_checkpoint
+from utils.training.fine_tune import adapt_params, frozen_beside_lora, read_frozen
+from utils.training.state import apply_gradients, create_train_state, freeze_parts, learning_rate, make_optimizer
 
 CLASSES = ("a", "b", "c")
 TINY = """

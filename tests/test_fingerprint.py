@@ -9,9 +9,9 @@ import pytest
 
 from tests.data_sets import load
 from tests.image_files import make_classes, noise, write
+from utils.base.errors import UserError
 from utils.data.dataset import describe_data
 from utils.data.fingerprint import LISTING, Fingerprint, Row, compare_data, read_listing, write_listing
-from utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.font_manager import FontEntry, fontManager
 
-from utils import fonts, plotting
+from utils.images import fonts, plotting
 
 
 @pytest.fixture

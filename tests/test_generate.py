@@ -9,14 +9,14 @@ import pytest
 
 from diffusion_transformer import DiTConfig
 from tests.conftest import GOLDEN, ROOT
-from utils.checkpoint import open_checkpoint
+from utils.base.errors import UserError
+from utils.base.sharding import make_mesh
 from utils.codecs.pixels import PixelCodec
-from utils.errors import UserError
-from utils.generate import ClassMix, ImageGenerator, load_generator, load_model
-from utils.models import ImageModel, Network
+from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching
-from utils.sampling import SamplerConfig
-from utils.sharding import make_mesh
+from utils.runs.opening import load_generator, load_model, open_checkpoint
+from utils.sampling.generator import ClassMix, ImageGenerator
+from utils.sampling.solvers import SamplerConfig
 
 
 @pytest.fixture(scope="module")

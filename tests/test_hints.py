@@ -6,12 +6,12 @@ import pytest
 from ml_collections import ConfigDict
 
 import train_flow
+from utils.base.errors import UserError
+from utils.base.memory import explaining_out_of_memory
 from utils.data.dataset import SPLITS, DataOptions, array_dataset, describe_data, summarize_data
 from utils.data.registry import load_dataset
-from utils.errors import UserError
-from utils.hints import ema_hints, model_hints, young_ema_hint
-from utils.memory import explaining_out_of_memory
-from utils.train_state import EmaSchedule
+from utils.networks.ema import EmaSchedule, young_ema_hint
+from utils.training.hints import ema_hints, model_hints
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ import pytest
 
 from tests.conftest import GOLDEN, ROOT
 from tests.fake_hub import fake_hub
-from utils.checkpoint import open_checkpoint
-from utils.convert.runs import import_run
+from utils.base.errors import UserError
 from utils.convert.sources import read_source
-from utils.errors import UserError
+from utils.runs.opening import import_run, open_checkpoint
 
 MODEL = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "cfg_scale": 4.0, "denoise_timesteps": 32, "preset": "debug"}
 
@@ -98,12 +97,12 @@ def test_a_run_that_was_not_fetched_to_its_end_is_fetched_again(tmp_path, monkey
         assert (load_dir, into.resolve()) == ("hf:someone/faces", folder.resolve())
         import_run(load_dir, source, into, MODEL, num_heads=2, vae=str(GOLDEN / "vae_tiny"))
 
-    monkeypatch.setattr("utils.convert.runs.fetch_run", fetch)
+    monkeypatch.setattr("utils.runs.export.fetch_run", fetch)
     _, steps = open_checkpoint("hf:someone/faces")
     assert steps == [0]
     assert not left.exists()
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["imported"]["family"] == "sit"
-    monkeypatch.setattr("utils.convert.runs.fetch_run", None)  # no more
+    monkeypatch.setattr("utils.runs.export.fetch_run", None)  # no more
     assert open_checkpoint("hf:someone/faces")[1] == [0]
 
 

@@ -13,10 +13,12 @@ from PIL import Image
 
 from tests.data_sets import load
 from tests.image_files import make_classes, noise, resize_by_formula, write, write_png_16_bit
-from utils.console import warn_once
-from utils.data import image_folder, images
+from utils.base.console import warn_once
+from utils.base.errors import UserError
+from utils.data import image_folder
 from utils.data.batches import epoch_batches, training_batches
-from utils.data.images import (
+from utils.images import decoding as images
+from utils.images.decoding import (
     BrokenImageError,
     check_image,
     decode_image,
@@ -25,7 +27,6 @@ from utils.data.images import (
     read_image,
     read_image_file,
 )
-from utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

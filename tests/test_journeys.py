@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.test_packaging import copy_checkout
-from utils.tracking import read_metrics
+from utils.runs.trackers import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("journeys")]
 
@@ -110,7 +110,7 @@ def test_a_developer_installs_the_suite_and_uses_it_elsewhere(student, tmp_path)
     script = f"""
         import sys
         sys.path.insert(0, {str(environment)!r})
-        from utils.generate import load_generator
+        from utils.runs.opening import load_generator
         import utils
         assert utils.__path__[0].startswith({str(environment)!r})
         generator = load_generator({str(folder)!r})

@@ -18,10 +18,10 @@ import likelihood
 import make_pairs
 import sample
 from tests.conftest import GOLDEN, ROOT, run_program
+from utils.base.errors import UserError
 from utils.codecs.vae import StableVAE, VAEConfig
-from utils.editing import read_images
-from utils.errors import UserError
-from utils.tracking import read_metrics
+from utils.runs.trackers import read_metrics
+from utils.sampling.editing import read_images
 
 pytestmark = pytest.mark.xdist_group("latents")
 MODEL = """

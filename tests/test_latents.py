@@ -10,11 +10,11 @@ import encode_latents
 from encode_latents import describe_latents
 from tests.conftest import GOLDEN
 from tests.data_sets import load
+from utils.base.errors import UserError
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.data.batches import epoch_batches, training_batches
 from utils.data.dataset import SPLITS, array_dataset
 from utils.data.latents import MANIFEST, Manifest, check_num_files, check_same, load_manifest, write_shard
-from utils.errors import UserError
 
 MOMENTS = (
     np.random.default_rng(0).normal(size=(10, 2, 2, 3, 3, 4)).astype(np.float16)

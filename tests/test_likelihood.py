@@ -13,11 +13,11 @@ import likelihood as likelihood_program
 from tests.conftest import GOLDEN
 from tests.test_bad_input import write_pairs
 from tests.test_generate import run  # noqa: F401 (fixture)
-from utils import likelihood
+from utils.base.errors import UserError, WriteError
 from utils.data.registry import load_dataset
-from utils.errors import UserError, WriteError
-from utils.generate import load_generator
-from utils.likelihood import (
+from utils.runs.opening import load_generator
+from utils.sampling import likelihood
+from utils.sampling.likelihood import (
     LikelihoodConfig,
     adaptive_log_likelihood,
     bits_per_dim,

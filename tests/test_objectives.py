@@ -8,14 +8,14 @@ import pytest
 
 import eval_fid
 import train_flow
-from utils.errors import UserError
+from utils.base.errors import UserError
+from utils.base.settings import setting
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching, expand_times
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.registry import OBJECTIVES, flag_of, make_objective
 from utils.objectives.shortcut import Shortcut
-from utils.settings import setting
-from utils.tracking import read_metrics
+from utils.runs.trackers import read_metrics
 
 RUN = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 16 --model.depth 1 --model.num_heads 2

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from diffusion_transformer import DiT, DiTConfig
-from utils.derivatives import define_derivatives, save_pullback
-from utils.ops import FOLDED_MATMULS_FAIL, attention, choose_attention, dense, over_tokens
+from utils.kernels.derivatives import define_derivatives, save_pullback
+from utils.kernels.ops import FOLDED_MATMULS_FAIL, attention, choose_attention, dense, over_tokens
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

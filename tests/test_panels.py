@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 import train_flow
 from diffusion_transformer import DiTConfig
 from train_flow import Trainer
+from utils.base.sharding import make_mesh
 from utils.codecs.pixels import PixelCodec
-from utils.models import ImageModel, Network
+from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching
-from utils.panels import loss_by_time, panel_labels, reconstruction_panel, sample_panels
-from utils.sampling import SamplerConfig
-from utils.sharding import make_mesh
+from utils.sampling.solvers import SamplerConfig
+from utils.training.panels import loss_by_time, panel_labels, reconstruction_panel, sample_panels
 
 NUM_CLASSES = 10
 
@@ -50,7 +50,7 @@ class Table(Figure):
 
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
-    monkeypatch.setattr("utils.plotting.image_table", Table)
+    monkeypatch.setattr("utils.images.plotting.image_table", Table)
 
 
 def pixels(panel, row: int, column: int) -> np.ndarray:

@@ -10,9 +10,9 @@ import pytest
 
 import plot_metrics
 from tests.conftest import run_program
-from utils import plotting
-from utils.errors import UserError
-from utils.tracking import name_runs, read_curves
+from utils.base.errors import UserError
+from utils.images import plotting
+from utils.runs.trackers import name_runs, read_curves
 
 
 def write_run(folder: Path, *lines: dict) -> Path:

@@ -16,13 +16,13 @@ import pytest
 import eval_fid
 from tests.conftest import ROOT, run_program
 from tests.runs import SCALARS, assert_close, kill_and_continue, losses, start, wait_for_step
-from utils.errors import WriteError
+from utils.base.errors import WriteError
+from utils.base.signals import END_SIGNALS, KEYBOARD_SIGNALS
+from utils.images.samples import SampleWriter
 from utils.metrics.fid import frechet_distance
 from utils.metrics.inception import Features
 from utils.metrics.reference import load_statistics
-from utils.metrics.samples import SampleWriter
-from utils.signals import END_SIGNALS, KEYBOARD_SIGNALS
-from utils.tracking import read_metrics
+from utils.runs.trackers import read_metrics
 
 TINY = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2

@@ -13,13 +13,13 @@ from flax.traverse_util import flatten_dict
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import GOLDEN, ROOT
 from tests.published_network import forward
-from utils import sampling
+from utils.base.external import BadFileError
 from utils.convert.published import FAMILIES, export_published, find_config, import_published, tensor_table
 from utils.convert.sources import read_source
-from utils.external import BadFileError
-from utils.models import model_fn
+from utils.networks.models import model_fn
 from utils.objectives.registry import make_objective
-from utils.sampling import SOLVERS, SamplerConfig
+from utils.sampling import solvers as sampling
+from utils.sampling.solvers import SOLVERS, SamplerConfig
 
 TOLERANCE = 1e-5  # of the largest value; recipe_checkpoints.md says what a wrong import would differ by
 SHARED = ROOT.parent / "shared" / "golden" / "checkpoints"  # files too large to stand twice

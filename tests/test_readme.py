@@ -153,21 +153,17 @@ def test_the_first_three_commands_give_digits(tmp_path):
             assert recognised_fraction(samples["arr_0"], samples["arr_1"]) >= 0.9
 
 
-LAYERS = ("programs", "shared", "components", "base")
-
-
-def read_layout() -> tuple[dict[str, str], str]:
-    """({module: layer}, the rest of the plan) of docs/layout.md."""
+def read_layout() -> dict[str, list[str]]:
+    """{package: its files} of docs/layout.md, from the top down; the programs are a package of their own."""
     plan = re.findall(r"^```\n(.*?)^```", PAGES[ROOT / "docs" / "layout.md"], flags=re.DOTALL | re.MULTILINE)[0]
-    *parts, rest = re.split(rf"^({'|'.join(LAYERS)}|data/)", plan, flags=re.MULTILINE)[1:]
-    modules = {}
-    for layer, text in zip(parts[0::2], parts[1::2], strict=False):
-        modules |= dict.fromkeys(re.findall(r"[\w/]+\.py", text), layer)
-        # Packages with the names of their modules, beside what is in brackets.
-        for package, names in re.findall(r"^ +(utils/\w+)/ +((?:.*\n(?! +utils/|$))*.*)", text, flags=re.MULTILINE):
-            names = re.findall(r"\w+", re.sub(r"\([^)]*\)", "", names))
-            modules |= {f"{package}/{name}.py": layer for name in names}
-    return modules, rest
+    packages: dict[str, list[str]] = {}
+    for line in plan.splitlines():
+        if line and not line.startswith(" "):
+            package = packages.setdefault(line.split()[0], [])
+            folder = line.split()[0] if line.startswith("utils/") else ""
+        elif line:
+            package.append(folder + line.split()[0])
+    return packages
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -182,16 +178,15 @@ def imported_modules(path: Path) -> set[str]:
     return {name for name in paths if (ROOT / name).is_file()}
 
 
-def test_the_layout_names_every_module_in_its_layer():
-    layers, rest = read_layout()
+def test_the_layout_names_every_module_and_imports_point_downwards():
+    packages = read_layout()
+    ranks = {name: rank for rank, names in enumerate(packages.values()) for name in names}
     there = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")]}
-    assert set(layers) == there - {"utils/__init__.py"}
-    assert [name for name in re.findall(r"\w+\.(?:py|sh)", rest) if not (ROOT / "benchmarks" / name).is_file()] == []
-    assert set(PROGRAMS) - {"data/celebahq256.py"} == {name for name, layer in layers.items() if layer == "programs"}
-    for name, layer in layers.items():
-        imported = imported_modules(ROOT / name) & set(layers)
-        below = LAYERS[LAYERS.index(layer) + (layer == "programs") :]  # programs do not import each other
-        if name != "utils/cli.py":
-            assert {other for other in imported if layers[other] not in below} == set(), name
-    readers = {name for name in layers if "flags.FLAGS" in (ROOT / name).read_text()}
-    assert readers == {"utils/cli.py", "utils/help.py"}  # beside the programs, which get a configuration
+    assert set(ranks) == there - {"utils/__init__.py"}
+    assert set(PROGRAMS) - {"data/celebahq256.py"} == set(packages["programs"])
+    for name, rank in ranks.items():
+        imported = imported_modules(ROOT / name) & set(ranks)
+        lowest = rank + (rank == 0)  # programs do not import each other
+        assert {other for other in imported if ranks[other] < lowest} == set(), name
+    readers = {name for name in ranks if "flags.FLAGS" in (ROOT / name).read_text()}
+    assert {name for name in readers if not name.startswith("utils/flags/")} == set()

@@ -12,14 +12,15 @@ import pytest
 import make_pairs
 from tests.conftest import GOLDEN, run_program
 from tests.test_generate import run as golden_run  # noqa: F401 (fixture)
+from utils.base.errors import UserError, WriteError
 from utils.data import pairs
 from utils.data.dataset import DataOptions
 from utils.data.registry import load_dataset
-from utils.errors import UserError, WriteError
-from utils.generate import ImageGenerator, load_generator
 from utils.objectives.flow_matching import expand_times
-from utils.sampling import SamplerConfig, sample, straightness
-from utils.tracking import read_metrics
+from utils.runs.opening import load_generator
+from utils.runs.trackers import read_metrics
+from utils.sampling.generator import ImageGenerator
+from utils.sampling.solvers import SamplerConfig, sample, straightness
 
 MEAN, STD = 0.4, 0.5
 reflow = pytest.mark.xdist_group("reflow")

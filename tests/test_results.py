@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from utils.results import Results, plot_fid, to_markdown, write_csv, write_json_rows
+from utils.runs.results import Results, plot_fid, to_markdown, write_csv, write_json_rows
 
 SETTINGS = {"num_steps": 2, "cfg_scale": None, "num_samples": 8, "fid_stats": "a", "inception_logits_sha256": None}
 WITH_LOGITS = SETTINGS | {"inception_logits_sha256": "0f"}

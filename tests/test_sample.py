@@ -16,12 +16,12 @@ from PIL import Image
 import sample
 from tests.conftest import ROOT, xla_flags
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
-from utils import plotting
-from utils.errors import UserError, WriteError
-from utils.generate import load_generator
-from utils.metrics.samples import open_samples
-from utils.plotting import sample_grid
-from utils.sampling import SamplerConfig
+from utils.base.errors import UserError, WriteError
+from utils.images import plotting
+from utils.images.plotting import sample_grid
+from utils.images.samples import open_samples
+from utils.runs.opening import load_generator
+from utils.sampling.solvers import SamplerConfig
 
 NAMES = ("tench", "goldfish", "great white shark", "tiger shark")
 

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 import eval_fid
-from utils import cli
-from utils.errors import UserError
+from utils.base.errors import UserError
+from utils.flags import cli
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.shortcut import Shortcut
-from utils.samplers import check_sampler, largest_steps
-from utils.sampling import SamplerConfig
+from utils.sampling.samplers import check_sampler, largest_steps
+from utils.sampling.solvers import SamplerConfig
 
 # (fields in Python, objective, the same on a command line, what is refused)
 REFUSED = [

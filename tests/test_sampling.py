@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utils import sampling
+from utils.sampling import solvers as sampling
 
 KEY = jax.random.key(3)
 

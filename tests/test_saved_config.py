@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 
 from diffusion_transformer import DiTConfig
-from utils.checkpoint import Checkpoints
+from utils.base.errors import UserError
+from utils.base.external import BadFileError
+from utils.base.sharding import make_mesh
 from utils.convert.published import export_published
-from utils.convert.runs import import_run
 from utils.convert.sources import METADATA_KEY, PublishedSource, read_source
-from utils.errors import UserError
-from utils.external import BadFileError
-from utils.generate import load_generator, load_model
-from utils.models import init_params, model_fn
-from utils.saved_config import check_parameters, read_config
-from utils.sharding import make_mesh
+from utils.networks.models import init_params, model_fn
+from utils.runs.checkpoint import Checkpoints
+from utils.runs.config import check_parameters, read_config
+from utils.runs.opening import import_run, load_generator, load_model
 
 DIT = DiTConfig(patch_size=2, hidden_size=24, depth=1, num_heads=3, num_classes=2, dtype="float32")
 OPTIMIZER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "target_update_rate": 0.9999, "cfg_scale": 4.0}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import run_program
-from utils import sharding
-from utils.errors import UserError
+from utils.base import sharding
+from utils.base.errors import UserError
 
 
 class Counting:
@@ -42,8 +42,8 @@ def test_gather_and_shard_are_inverse():
 
 LAYOUT = """
 import jax, jax.numpy as jnp
-from utils.sharding import choose_num_shards, make_mesh, shard_replicated, state_sharding, unsplit_fraction
-from utils.train_state import TrainState
+from utils.base.sharding import choose_num_shards, make_mesh, shard_replicated, state_sharding, unsplit_fraction
+from utils.training.state import TrainState
 tree = {"kernel": jnp.zeros((16, 64)), "odd": jnp.zeros((3, 12)), "none": jnp.zeros((3, 5)), "scalar": jnp.zeros(())}
 state = TrainState(jnp.zeros(()), tree, tree, (), jax.random.key(0))
 for mode, requested in (("dp", None), ("zero", None), ("fsdp", None), ("hybrid", 4), ("hybrid", None)):

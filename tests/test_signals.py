@@ -8,8 +8,9 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils import cli, signals
-from utils.files import atomic_write
+from utils.base import signals
+from utils.base.files import atomic_write
+from utils.flags import cli
 
 ALL = (*signals.END_SIGNALS, *signals.KEYBOARD_SIGNALS)
 pytestmark = pytest.mark.usefixtures("signal_handlers")

@@ -5,8 +5,8 @@ import itertools
 import jax
 import pytest
 
-from utils import throughput
-from utils.throughput import StepTrace, Throughput
+from utils.base import throughput
+from utils.base.throughput import StepTrace, Throughput
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import run_program
-from utils.ops import attention, choose_attention_for, packed_attention
-from utils.sharding import make_mesh
-from utils.tpu_attention import TpuAttention, count_buffers, split_heads
+from utils.base.sharding import make_mesh
+from utils.kernels.ops import attention, choose_attention_for, packed_attention
+from utils.kernels.tpu_attention import TpuAttention, count_buffers, split_heads
 
 MIB = 2**20
 
@@ -122,8 +122,8 @@ def test_tpus_take_it_where_heads_are_whole_sublanes():
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
-from utils.sharding import make_mesh, shard_replicated
-from utils.tpu_attention import TpuAttention
+from utils.base.sharding import make_mesh, shard_replicated
+from utils.kernels.tpu_attention import TpuAttention
 mesh = make_mesh(4)
 form = TpuAttention(mesh, is_interpreted=True)
 rows = np.random.default_rng(0).standard_normal((8, 64, 3 * 64)).astype(np.float32)

@@ -20,8 +20,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import train_flow
-from utils import cli, plotting, tracking
-from utils.errors import UserError
+from utils.base.errors import UserError
+from utils.flags import cli
+from utils.images import plotting
+from utils.runs import trackers as tracking
 
 
 def config(mode: str) -> ConfigDict:

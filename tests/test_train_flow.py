@@ -11,13 +11,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import train_flow
+from utils.base.sharding import SHARDING_MODES, replicated
 from utils.data.dataset import SPLITS
 from utils.data.registry import load_dataset
 from utils.metrics.reference import ReferenceStatistics
-from utils.sampling import SamplerConfig
-from utils.sharding import SHARDING_MODES, replicated
-from utils.train_state import EmaSchedule, create_train_state
-from utils.train_step import jit_train_step
+from utils.networks.ema import EmaSchedule
+from utils.sampling.solvers import SamplerConfig
+from utils.training.state import create_train_state
+from utils.training.step import jit_train_step
 
 DIGITS = """
     --dataset_name digits --use_stable_vae 0 --model.patch_size 2 --model.num_classes 10 --model.hidden_size 32

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utils.train_state import EmaSchedule, apply_gradients, create_train_state, make_optimizer, update_ema
+from utils.networks.ema import EmaSchedule, update_ema
+from utils.training.state import apply_gradients, create_train_state, make_optimizer
 
 OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)
 

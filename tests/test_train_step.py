@@ -7,14 +7,15 @@ import optax
 import pytest
 
 from diffusion_transformer import DiTConfig
-from utils.checkpoint import Checkpoints
+from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
-from utils.divergence import SkippedUpdates, check_finite
-from utils.errors import UserError
-from utils.models import Network
+from utils.networks.ema import EmaSchedule
+from utils.networks.models import Network
 from utils.objectives.flow_matching import FlowMatching
-from utils.train_state import EmaSchedule, create_train_state, make_optimizer
-from utils.train_step import accumulate_microbatches, draw_examples, train_step, validation_step
+from utils.runs.checkpoint import Checkpoints
+from utils.training.divergence import SkippedUpdates, check_finite
+from utils.training.state import create_train_state, make_optimizer
+from utils.training.step import accumulate_microbatches, draw_examples, train_step, validation_step
 
 OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)
 LABELS = np.arange(200, dtype=np.int32) % 10

@@ -17,12 +17,13 @@ from safetensors.flax import save_file as save_jax_file
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import GOLDEN
+from utils.base.errors import UserError
 from utils.codecs import vae
-from utils.codecs.codec import encode_batch, images_from_uint8
+from utils.codecs.codec import encode_batch
 from utils.codecs.pixels import PixelCodec
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.codecs.vae_files import CONFIG, WEIGHTS
-from utils.errors import UserError
+from utils.images.pixels import images_from_uint8
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

@@ -5,7 +5,7 @@ from typing import NoReturn
 import flax.struct
 from jaxtyping import Array, Float, Key
 
-from utils.errors import UserError
+from utils.base.errors import UserError
 
 
 class AbsentVAE(flax.struct.PyTreeNode):

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key
+
+from utils.images.pixels import images_from_uint8
 
 
 @runtime_checkable
@@ -33,16 +34,6 @@ class MomentCodec(Codec, Protocol):
         self, key: Key[Array, "*b"], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
     ) -> Float[Array, "b h w c"]:
         """Latents drawn from the posterior, scaled as those of `encode`."""
-
-
-def images_from_uint8(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Images in [-1, 1]: x / 127.5 - 1."""
-    return images.astype(jnp.float32) / 127.5 - 1
-
-
-def images_to_uint8(images: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
-    """Images in [-1, 1] clipped and rounded to 0 .. 255, as they would be written to a file."""
-    return jnp.round((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
 def encode_batch(codec: Codec, key: Key[Array, "*b"], batch: Mapping[str, Array]) -> Float[Array, "b h w c"]:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from utils.base.errors import UserError
+from utils.base.sharding import replicated
 from utils.codecs.codec import Codec
 from utils.codecs.pixels import PixelCodec
 from utils.codecs.vae import StableVAE
-from utils.errors import UserError
-from utils.sharding import replicated
 
 DEFAULT_HUB_ID = "stabilityai/sd-vae-ft-mse"
 

@@ -19,11 +19,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key, PyTree
 
+from utils.base.errors import UserError
+from utils.base.external import BadFileError, read_json
+from utils.base.files import atomic_write, file_sha256, write_json
 from utils.codecs.vae_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
-from utils.errors import UserError
-from utils.external import BadFileError, read_json
-from utils.files import atomic_write, file_sha256, write_json
-from utils.ops import attention
+from utils.kernels.ops import attention
 
 MAX_LATENT_CHANNELS = 256
 

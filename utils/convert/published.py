@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from diffusion_transformer import SIZES, DiT, DiTConfig, position_table, rope_angles
-from utils.external import BadFileError
+from utils.base.external import BadFileError
 
 HEADS = {width: heads for width, _, heads in SIZES.values()}
 MAX_TOKENS = 2**14  # of an image whose table of positions is computed

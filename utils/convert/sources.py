@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.console import log
+from utils.base.console import log
+from utils.base.errors import UserError
+from utils.base.external import BadFileError, open_safetensors, parse_json, read_json, read_start
 from utils.convert.published import rename_diffusers
 from utils.convert.torch_files import Namespace, read_torch_file
-from utils.errors import UserError
-from utils.external import BadFileError, open_safetensors, parse_json, read_json, read_start
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 METADATA_KEY = "jax_flow_matching"  # of a safetensors file that `convert_checkpoint.py --load_dir` wrote: its run

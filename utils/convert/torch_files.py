@@ -19,8 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from utils.external import BadFileError, open_zip
-from utils.files import open_regular
+from utils.base.external import BadFileError, open_zip
+from utils.base.files import open_regular
 
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number with which files before 1.6 begin
 # The pickle describes tensors, some fifty opcodes each, and holds none of their numbers.

@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.console import printable, warn_once
+from utils.base.console import printable, warn_once
+from utils.base.errors import UserError
+from utils.base.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
+from utils.base.memory import format_bytes, host_memory
 from utils.data.dataset import (
     DataOptions,
     ImageDataset,
@@ -16,9 +19,6 @@ from utils.data.dataset import (
     split_rows,
     unlabelled_message,
 )
-from utils.errors import UserError
-from utils.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
-from utils.memory import format_bytes, host_memory
 
 IMAGES, LABELS = ("images", "arr_0"), ("labels", "arr_1")  # the second of each as in ADM's files
 OTHER_LABELS = ("label", "targets", "target", "y")  # taken for labels where they are integers (n,)

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grain
 import numpy as np
 
+from utils.base.errors import UserError
 from utils.data.dataset import ArraySource, Batch, Batches, ImageDataset, StreamSource, Subset
-from utils.errors import UserError
 
 
 def training_batches(

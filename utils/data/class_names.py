@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.base.errors import UserError
 
 IMAGENET_LABELS = Path(__file__).resolve().parents[2] / "data" / "imagenet_labels.txt"
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol, cast, runtime_checkable
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from utils.console import warn_once
+from utils.base.console import warn_once
+from utils.base.errors import UserError
 from utils.data.fingerprint import Fingerprint
-from utils.data.images import MAX_MEGAPIXELS, describe_range
-from utils.errors import UserError
+from utils.images.decoding import MAX_MEGAPIXELS, describe_range
 
 # "image": uint8 (h, w, c), or "moments": float16 (views, 2, h, w, c); "label": int32 ()
 Example = dict[str, Any]

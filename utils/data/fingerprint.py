@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.errors import UserError
-from utils.files import atomic_write, open_regular
+from utils.base.errors import UserError
+from utils.base.files import atomic_write, open_regular
 
 LISTING = "examples.tsv.gz"
 MAX_EXPANSION = 64  # of a listing over its compressed size

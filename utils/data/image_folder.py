@@ -19,18 +19,25 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 
-from utils.console import printable, progress_bar, warn, warn_once
+from utils.base.console import printable, progress_bar, warn, warn_once
+from utils.base.errors import UserError, WriteError
+from utils.base.files import UNFINISHED, cache_folder, check_finished, read_bytes, remove_temporaries, write_text
 from utils.data.class_names import imagenet_class_names
 from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row
-from utils.data.images import MAX_MEGAPIXELS, BrokenImageError, check_image, describe_range, read_image, read_image_file
 from utils.data.label_files import check_folders, is_table, unused_message
-from utils.data.scan import Scanned, scan, system_message
-from utils.errors import UserError, WriteError
-from utils.files import UNFINISHED, cache_folder, check_finished, read_bytes, remove_temporaries, write_text
+from utils.images.decoding import (
+    MAX_MEGAPIXELS,
+    BrokenImageError,
+    check_image,
+    describe_range,
+    read_image,
+    read_image_file,
+)
+from utils.images.folders import Scanned, scan, system_message
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-CHECK_VERSION = 3  # of what is decoded how; raise it when utils/data/images.py takes other files for broken
+CHECK_VERSION = 3  # of what is decoded how; raise it when utils/images/decoding.py takes other files for broken
 MAX_LISTED = 3  # files named in a message
 DEFAULT_SIZE = 256
 

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from utils.console import printable
-from utils.errors import UserError
-from utils.external import BadFileError, read_bounded
-from utils.files import open_regular
+from utils.base.console import printable
+from utils.base.errors import UserError
+from utils.base.external import BadFileError, read_bounded
+from utils.base.files import open_regular
 
 TABLE_SUFFIXES = (
     ".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".parquet", ".arrow", ".feather",

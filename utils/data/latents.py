@@ -18,12 +18,12 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Float16
 
-from utils.console import log
+from utils.base.console import log
+from utils.base.errors import UserError
+from utils.base.external import read_json
+from utils.base.files import atomic_write, check_regular
 from utils.data.dataset import DataOptions, Example, ImageDataset, check_own_size
 from utils.data.fingerprint import Fingerprint, compare_data, read_listing
-from utils.errors import UserError
-from utils.external import read_json
-from utils.files import atomic_write, check_regular
 
 MANIFEST = "manifest.json"
 FORMAT = 1

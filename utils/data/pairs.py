@@ -18,13 +18,13 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float, Float32, UInt32
 
+from utils.base.environment import RANDOM, changed_variables
+from utils.base.errors import UserError
+from utils.base.external import BadFileError, read_json
+from utils.base.files import atomic_write
 from utils.data.dataset import DataOptions, Example, ImageDataset, LatentMetadata, Subset, check_own_size, split_rows
 from utils.data.fingerprint import Fingerprint
 from utils.data.latents import MAX_FILES, open_records
-from utils.environment import RANDOM, changed_variables
-from utils.errors import UserError
-from utils.external import BadFileError, read_json
-from utils.files import atomic_write
 
 MANIFEST = "manifest.json"
 FORMAT = 1

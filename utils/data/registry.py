@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+from utils.base.errors import UserError
+from utils.base.files import refuse_url
 from utils.data.array_file import load_array_file
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
 from utils.data.digits import load_digits
@@ -13,8 +15,6 @@ from utils.data.image_folder import load_folder
 from utils.data.latents import load_latents
 from utils.data.pairs import load_pairs
 from utils.data.tfds import load_celebahq, load_imagenet, load_tfds
-from utils.errors import UserError
-from utils.files import refuse_url
 
 Loader = Callable[[str, str, DataOptions], ImageDataset]
 DATASETS: dict[str, Loader] = {

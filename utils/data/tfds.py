@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
-from utils.console import progress_bar, warn_once
+from utils.base.console import progress_bar, warn_once
+from utils.base.errors import UserError
+from utils.base.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
+from utils.base.files import atomic_write, cache_folder, check_regular
 from utils.data.class_names import imagenet_class_names
 from utils.data.dataset import (
     DataOptions,
@@ -26,11 +29,8 @@ from utils.data.dataset import (
     unlabelled_message,
 )
 from utils.data.fingerprint import Fingerprint
-from utils.data.images import describe_range, read_image
 from utils.data.tfds_files import PACKAGES, check_features, convert_command, find_prepared, is_remote
-from utils.errors import UserError
-from utils.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
-from utils.files import atomic_write, cache_folder, check_regular
+from utils.images.decoding import describe_range, read_image
 
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
 FILES_AT_A_TIME = 16
@@ -235,7 +235,7 @@ def _remember(name: str, shape: tuple[int, ...], dtype: np.dtype, compute: Calla
 
 
 class Records:
-    """Source of array_record files, decoded as TFDS's own decoding does (see utils/data/images.py)."""
+    """Source of array_record files, decoded as TFDS's own decoding does (see utils/images/decoding.py)."""
 
     def __init__(self, prepared: PreparedSplit):
         import tensorflow_datasets as tfds

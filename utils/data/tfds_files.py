@@ -8,9 +8,9 @@ from typing import Any
 
 from etils import epath
 
-from utils.errors import UserError
-from utils.external import parse_json, read_json
-from utils.files import refuse_url
+from utils.base.errors import UserError
+from utils.base.external import parse_json, read_json
+from utils.base.files import refuse_url
 
 PACKAGES = "tensorflow-datasets importlib_resources"  # the second is imported by the first, which does not say so
 PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself

@@ -4,7 +4,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Float
 
-from utils.errors import UserError
+from utils.base.errors import UserError
 
 SPLIT_SIZE = 5000
 

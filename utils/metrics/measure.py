@@ -9,14 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from utils.console import is_quiet, log, progress_bar
-from utils.errors import UserError
-from utils.generate import ImageBatch
+from utils.base.console import is_quiet, log, progress_bar
+from utils.base.errors import UserError
+from utils.base.sharding import gather, shard_replicated
+from utils.base.throughput import format_duration
+from utils.images.pixels import ImageBatch
 from utils.metrics.inception import Features
 from utils.metrics.reference import ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
-from utils.sharding import gather, shard_replicated
-from utils.throughput import format_duration
 
 TIMED_BATCHES = 3
 LONG = 600  # seconds that are worth a line

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from utils.console import warn
-from utils.errors import UserError
-from utils.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays, read_rows
-from utils.files import atomic_write, file_sha256
+from utils.base.console import warn
+from utils.base.errors import UserError
+from utils.base.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays, read_rows
+from utils.base.files import atomic_write, file_sha256
 from utils.metrics.fid import check_covariance, covariance_root
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 

@@ -4,7 +4,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Float
 
-from utils.errors import UserError
+from utils.base.errors import UserError
 from utils.metrics.inception_score import InceptionScore
 
 MAX_SAMPLE_FEATURES = 10_000  # rows of which the features themselves are kept

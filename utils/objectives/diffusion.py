@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from utils.base.settings import setting
 from utils.objectives.flow_matching import expand_times
 from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
-from utils.settings import setting
 
 
 @functools.cache

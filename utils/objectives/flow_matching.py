@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
+from utils.base.settings import setting
 from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
-from utils.settings import setting
 
 # The path stops just short of the data: x_t keeps at least this fraction of noise. The model sees the unclipped t.
 MAX_PATH_TIME = 0.99

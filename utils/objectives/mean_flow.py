@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from utils.base.settings import setting
 from utils.objectives.flow_matching import expand_times
 from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise
-from utils.settings import setting
 
 TIME_MEAN = 0.4  # of the normal whose sigmoid the times are
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from utils.base.settings import setting
 from utils.objectives.flow_matching import expand_times
 from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
-from utils.settings import setting
 
 MIN_NOISE = 1e-5  # what is left of the noise at t = 1
 MAX_LATENT = 4.0  # targets and points that they are computed at are clipped there

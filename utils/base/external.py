@@ -1,0 +1,491 @@
+"""Values from outside become values inside: files of others, read without running code, typed, and of bounded size
+before anything is allocated for them.
+
+Everything here raises BadFileError with a reason in one line; callers add the flag and the fix.
+"""
+
+import contextlib
+import io
+import json
+import math
+import mmap
+import os
+import pickletools
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.lib import format as npy
+
+from utils.base.files import LimitedReads, open_regular
+
+MAX_JSON_BYTES = 16 * 2**20  # of a manifest or a configuration
+MAX_JSON_VALUES = 2**20  # in it; each takes up to 250 bytes once it is parsed
+MAX_PICKLE_BYTES = 64 * 2**20  # half as much again as EDM2's largest; parsing takes up to seven times as much
+MAX_OPCODES = 100_000  # of a pickle of arrays
+MAX_PICKLED_VALUES = 10_000
+MAX_DIRECTORY_BYTES = 4 * 2**20  # of the list of a zip's members
+MAX_HEADER_BYTES = 2**14  # of a .npy; NumPy's own limit, which it applies after reading, is 10,000
+MAX_TEXT_BYTES = 2**16  # of a text within an npz
+CHUNK_BYTES = 2**20
+SAFETENSORS_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+class BadFileError(ValueError):
+    """A file that is not what it should be; the message says in what way."""
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str) -> Iterator[io.BufferedReader]:
+    """Opens a regular file; BadFileError, saying `what` it is not, for whatever is raised in the block."""
+    try:
+        with open_regular(path) as file:
+            yield file
+    except BadFileError:
+        raise
+    except FileNotFoundError:
+        raise BadFileError("there is no such file") from None
+    except OSError as error:
+        raise BadFileError(error.strerror or str(error)) from None
+    except Exception as error:  # zipfile, zlib, json and NumPy share no type for what random bytes make them raise
+        raise BadFileError(f"it is no whole {what} ({_first_line(error)})") from None
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file of no more than `max_bytes`."""
+    with _reading(path, "file") as file:
+        is_larger = os.fstat(file.fileno()).st_size > max_bytes
+        content = b"" if is_larger else file.read(max_bytes + 1)  # a file of /proc has the size 0
+        if is_larger or len(content) > max_bytes:
+            raise BadFileError(f"it has more than {max_bytes:,} bytes")
+        return content
+
+
+def read_start(path: Path, num_bytes: int) -> bytes:
+    """The first bytes of a regular file, by which its kind is told."""
+    with _reading(path, "file") as file:
+        return file.read(num_bytes)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. BadFileError for anything else, NaN and infinity included."""
+    return parse_json(read_bounded(path, MAX_JSON_BYTES))
+
+
+def parse_json(content: str | bytes, *, is_finite: bool = True) -> dict[str, Any]:
+    """The object in a JSON text; BadFileError as for `read_json`. Not `is_finite`: with NaN and infinity."""
+
+    def refuse(constant: str) -> float:
+        if is_finite:
+            raise BadFileError(f"it holds {constant}")
+        return float(constant)
+
+    raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    if len(raw) > MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise BadFileError(f"it is JSON of more than {MAX_JSON_VALUES:,} values")
+    try:
+        value = json.loads(raw, parse_constant=refuse)
+    except BadFileError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"it is no JSON ({_first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise BadFileError("it is no JSON object")
+    return value
+
+
+# --- safetensors ---
+
+
+class Safetensors(NamedTuple):
+    """A safetensors file: its tensors, which are read from the file where they are used, and its metadata."""
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, Any]
+
+
+def open_safetensors(path: Path) -> Safetensors:
+    """Maps a safetensors file (an 8-byte length, a header in JSON, the tensors' bytes); arrays are read-only.
+
+    BadFileError where it is cut short, and where tensors share bytes: a small file could then stand for any size.
+    """
+    with _reading(path, "safetensors file") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if 8 + length > size:
+            raise ValueError("it is cut short")
+        if length > MAX_JSON_BYTES:
+            raise BadFileError(f"its header has more than {MAX_JSON_BYTES:,} bytes")
+        header = parse_json(file.read(length))
+        metadata = header.pop("__metadata__", None)
+        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + length :]
+        spans = {name: _read_span(name, entry, len(content)) for name, entry in header.items()}
+        end = 0
+        for name, (start, stop, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
+            if start < end:
+                raise BadFileError(f"its tensor {name[:100]} shares bytes with another")
+            end = stop
+        tensors = {
+            name: np.frombuffer(content[start:stop], dtype).reshape(shape) if stop > start else np.zeros(shape, dtype)
+            for name, (start, stop, dtype, shape) in spans.items()
+        }
+        return Safetensors(tensors, metadata if isinstance(metadata, dict) else {})
+
+
+def _read_span(name: str, entry: Any, num_bytes: int) -> tuple[int, int, np.dtype, tuple[int, ...]]:
+    """(start, stop, dtype, shape) of a tensor from its entry in the header."""
+    match entry:
+        case {"dtype": str(kind), "shape": [*shape], "data_offsets": [start, stop]} if kind in SAFETENSORS_DTYPES:
+            dtype = np.dtype(SAFETENSORS_DTYPES[kind])
+            are_counts = all(type(number) is int and 0 <= number < 2**48 for number in (*shape, start, stop))
+            if are_counts and start <= stop <= num_bytes and stop - start == math.prod(shape) * dtype.itemsize:
+                return start, stop, dtype, tuple(shape)
+    raise ValueError(f"its header says {str(entry)[:100]} of {name[:100]}")
+
+
+def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The tensors `shapes` ({name: shape}) of a safetensors file as float32, all finite. BadFileError, before a tensor
+    is read, where one is missing or of another shape."""
+    found = open_safetensors(path).tensors
+    for name, shape in shapes.items():
+        if name not in found:
+            raise BadFileError(f"it has no tensor {name}")
+        if found[name].shape != shape:
+            raise BadFileError(f"its tensor {name} has the shape {found[name].shape}, not {shape}")
+    tensors = {name: np.array(found[name], np.float32) for name in shapes}
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise BadFileError(f"its tensor {name} holds NaN or infinity")
+    return tensors
+
+
+def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """{name of a tensor: shape} of a safetensors file, none of which is read."""
+    return {name: tensor.shape for name, tensor in open_safetensors(path).tensors.items()}
+
+
+# --- NumPy's files ---
+
+
+class ArrayHeader(NamedTuple):
+    """The header of a .npy, or of an array in an npz."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def open_zip(file: io.BufferedIOBase) -> Iterator[zipfile.ZipFile]:
+    """A zip that NumPy or PyTorch may have written; BadFileError for one of too many members, or compressed in a way
+    that neither uses, of which a few bytes stand for any size."""
+    limited = LimitedReads(file, MAX_DIRECTORY_BYTES)
+    with zipfile.ZipFile(limited) as archive:  # ty: ignore[no-matching-overload]
+        limited.left = math.inf
+        for info in archive.infolist():
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise BadFileError(f"{info.filename[:100]} is compressed in an unusual way")
+        yield archive
+
+
+def read_npz_headers(path: Path) -> dict[str, ArrayHeader]:
+    """{name of an array: header} of an npz, without reading any array. BadFileError where it is no whole npz."""
+    with _reading(path, "npz") as content, open_zip(content) as archive:
+        headers = {}
+        for info in archive.infolist():
+            with archive.open(info) as file:
+                header = _read_header(file)
+                # The size of pickled objects is not the header's.
+                if not header.dtype.hasobject and file.tell() + header.num_bytes > info.file_size:
+                    raise BadFileError(f"array {info.filename} is cut short")
+            headers[info.filename.removesuffix(".npy")] = header
+        return headers
+
+
+def read_npz(
+    path: Path, names: Mapping[str, ArrayHeader], kinds: str = "fiubU", max_text_bytes: int = MAX_TEXT_BYTES
+) -> dict[str, np.ndarray]:
+    """The arrays `names`, whose headers the caller has found acceptable, of dtypes of these kinds alone: numbers, truth
+    values or short texts."""
+    arrays = {}
+    with _reading(path, "npz") as content, open_zip(content) as archive:
+        for name, header in names.items():
+            is_text = header.dtype.kind in "US"
+            if header.dtype.kind not in kinds or (is_text and header.num_bytes > max_text_bytes):
+                raise BadFileError(f"array {name} holds {header.dtype}, no numbers")
+            with _open_array(archive, name) as file:
+                _read_header(file)
+                array = _read_exactly(file, header.num_bytes).view(header.dtype)
+            arrays[name] = array.reshape(header.shape, order="F" if header.is_fortran else "C")
+    return arrays
+
+
+def read_rows(path: Path, name: str, num_rows: int) -> Iterator[np.ndarray]:
+    """The array `name` of an npz in C order, `num_rows` rows at a time; its header has been found acceptable."""
+    with _reading(path, f"array {name}") as content, open_zip(content) as archive, _open_array(archive, name) as file:
+        (total, *shape), _, dtype = _read_header(file)
+        for start in range(0, total, num_rows):
+            count = min(num_rows, total - start)
+            rows = _read_exactly(file, count * math.prod(shape) * dtype.itemsize)
+            yield rows.view(dtype).reshape(count, *shape)
+
+
+def map_npy(path: Path) -> tuple[ArrayHeader, np.ndarray]:
+    """(header, array) of a .npy, which is read from the file where it is used."""
+    with _reading(path, ".npy") as file:
+        header = _read_header(file)
+        if header.dtype.hasobject:
+            raise BadFileError("it holds objects, no numbers")
+        start = file.tell()
+        if start + header.num_bytes > os.fstat(file.fileno()).st_size:
+            raise BadFileError("it is cut short")
+        if not header.num_bytes:
+            return header, np.zeros(header.shape, header.dtype)
+        order = "F" if header.is_fortran else "C"
+        return header, np.memmap(file, header.dtype, "r", start, header.shape, order)
+
+
+def _open_array(archive: zipfile.ZipFile, name: str) -> Any:
+    return archive.open(f"{name}.npy" if f"{name}.npy" in archive.NameToInfo else name)
+
+
+def _read_exactly(file: Any, num_bytes: int) -> np.ndarray:
+    """So many bytes, of which no more are in memory than the file has."""
+    content, place = np.empty(num_bytes, np.uint8), 0
+    while place < num_bytes:
+        chunk = file.read(min(CHUNK_BYTES, num_bytes - place))
+        if not chunk:
+            raise ValueError("it is cut short")
+        content[place : place + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        place += len(chunk)
+    content.flags.writeable = False
+    return content
+
+
+def _read_header(file: Any) -> ArrayHeader:
+    readers = {(1, 0): (2, npy.read_array_header_1_0), (2, 0): (4, npy.read_array_header_2_0)}
+    version = npy.read_magic(file)
+    if version not in readers:
+        raise BadFileError(f"npy format {version}")
+    width, read = readers[version]
+    prefix = file.read(width)
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        raise BadFileError(f"a header of {length:,} bytes")
+    header = ArrayHeader(*read(io.BytesIO(prefix + file.read(length))))
+    if any(size < 0 for size in header.shape):
+        raise BadFileError(f"an array of shape {header.shape}")
+    return header
+
+
+# --- pickles ---
+
+
+def read_pickled_arrays(path: Path) -> Any:
+    """What is in a pickle of dictionaries, lists, texts, numbers and NumPy arrays of float32 or float64.
+
+    No object is built and no function called: the opcodes are read, and arrays recognised in the three forms in which
+    NumPy writes them. BadFileError for everything else, naming it.
+    """
+    content = read_bounded(path, MAX_PICKLE_BYTES)
+    try:
+        return _PickleReader().read(content)
+    except BadFileError:
+        raise
+    except Exception as error:  # of opcodes that find the stack empty, or of other types than they need
+        raise BadFileError(f"it is no whole pickle ({_first_line(error)})") from None
+
+
+class _Global(NamedTuple):
+    """A function or class that a pickle names."""
+
+    module: str
+    name: str
+
+
+_MARK = object()
+_ARRAY_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+_BUFFER_MODULES = ("numpy.core.numeric", "numpy._core.numeric")
+_LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_VALUES = {
+    "BININT", "BININT1", "BININT2", "INT", "LONG1", "BINFLOAT", "FLOAT", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE",
+    "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8",
+}  # fmt: skip
+
+
+class _PickleReader:
+    """A machine of the opcodes that such pickles are made of."""
+
+    def __init__(self):
+        self.stack, self.memo = [], {}
+        self.num_encoded = 0  # bytes made of texts, as pickles before protocol 3 hold them
+
+    def read(self, content: bytes) -> Any:
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+            if number > MAX_OPCODES or self.num_encoded > len(content):
+                raise BadFileError("it holds more than statistics do")
+            if opcode.name == "STOP":
+                (value,) = self.stack
+                return _finish(value, [MAX_PICKLED_VALUES])
+            self._do(opcode.name, argument)
+        raise BadFileError("it is cut short")
+
+    def _do(self, name: str, argument: Any) -> None:
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME":
+                pass
+            case _ if name in _VALUES:
+                stack.append(argument)
+            case _ if name in _LITERALS:
+                stack.append(_LITERALS[name])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "DICT":
+                items = self._pop_mark()
+                stack.append(dict(zip(map(_key, items[::2]), items[1::2], strict=True)))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "LIST":
+                stack.append(self._pop_mark())
+            case "MARK":
+                stack.append(_MARK)
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[argument])
+            case "TUPLE":
+                stack.append(tuple(self._pop_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "APPEND":
+                item = stack.pop()
+                stack[-1].append(item)
+            case "APPENDS":
+                items = self._pop_mark()
+                stack[-1].extend(items)
+            case "SETITEM":
+                key, value = stack.pop(-2), stack.pop()
+                stack[-1][_key(key)] = value
+            case "SETITEMS":
+                items = self._pop_mark()
+                stack[-1].update(zip(map(_key, items[::2]), items[1::2], strict=True))
+            case "GLOBAL":
+                stack.append(_Global(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack[-2:] = [_Global(*stack[-2:])]
+            case "REDUCE":
+                arguments = stack.pop()
+                stack.append(_call(stack.pop(), arguments))
+                self.num_encoded += len(stack[-1]) if isinstance(stack[-1], bytes) else 0
+            case "BUILD":
+                state = stack.pop()
+                stack[-1].build(state)
+            case _:
+                raise BadFileError(f"it holds the opcode {name}, which arrays do not need")
+
+    def _pop_mark(self) -> list:
+        place = len(self.stack) - 1
+        while self.stack[place] is not _MARK:  # an IndexError where there is none
+            place -= 1
+        items = self.stack[place + 1 :]
+        del self.stack[place:]
+        return items
+
+
+class _DType:
+    """numpy.dtype('f8', ...), and its state (version, byte order, ...)."""
+
+    def __init__(self, code: str):
+        self.code, self.order = code, "<"
+
+    def build(self, state: tuple) -> None:
+        if state[3:5] != (None, None) or state[2] is not None:
+            raise BadFileError("it holds a structured dtype")
+        self.order = state[1]
+
+    def resolve(self) -> np.dtype:
+        if self.code not in ("f4", "f8") or self.order not in ("<", ">", "="):
+            raise BadFileError(f"it holds an array of dtype {self.order}{self.code}, not of float32 or float64")
+        return np.dtype(f"{self.order}{self.code}")
+
+
+class _Array:
+    """numpy.ndarray before and after its state (version, shape, dtype, is_fortran, bytes)."""
+
+    def __init__(self):
+        self.value = None
+
+    def build(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, content = state
+        self.value = _make_array(content, dtype, shape, "F" if is_fortran else "C")
+
+
+def _key(key: Any) -> str:
+    if not isinstance(key, str):
+        raise BadFileError(f"it holds a dictionary with a key that is no text but {type(key).__name__}")
+    return key
+
+
+def _call(function: Any, arguments: tuple) -> Any:
+    match function, arguments:
+        case _Global(module, "_reconstruct"), (_Global("numpy", "ndarray"), _, _) if module in _ARRAY_MODULES:
+            return _Array()
+        case _Global("numpy", "dtype"), (str(code), *_):
+            return _DType(code)
+        case _Global("_codecs", "encode"), (str(text), "latin1"):
+            return text.encode("latin1")
+        case _Global(module, "_frombuffer"), (content, _DType() as dtype, shape, order) if module in _BUFFER_MODULES:
+            array = _Array()
+            array.value = _make_array(content, dtype, shape, order)
+            return array
+    name = f"{function.module}.{function.name}" if isinstance(function, _Global) else type(function).__name__
+    raise BadFileError(f"it holds {name[:100]}, which is no array")
+
+
+def _make_array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    if not (isinstance(content, (bytes, bytearray)) and isinstance(dtype, _DType) and isinstance(shape, tuple)):
+        raise BadFileError("it holds an array whose state is not one")
+    resolved = dtype.resolve()
+    if len(shape) > 8 or any(type(size) is not int or not 0 <= size < 2**48 for size in shape):
+        raise BadFileError("it holds an array whose shape is none")
+    if math.prod(shape) * resolved.itemsize != len(content):
+        raise BadFileError(f"it holds an array of shape {str(shape)[:100]} in {len(content)} bytes")
+    return np.frombuffer(content, resolved).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _finish(value: Any, room: list[int]) -> Any:
+    """The value with its arrays; BadFileError for what is left of anything else, and for more than `room` values: those
+    that are referred to twice are counted twice."""
+    room[0] -= 1
+    if room[0] < 0:
+        raise BadFileError(f"it holds more than {MAX_PICKLED_VALUES:,} values")
+    match value:
+        case dict():
+            return {key: _finish(item, room) for key, item in value.items()}
+        case _Array(value=np.ndarray() as array):
+            return array
+        case list():
+            return [_finish(item, room) for item in value]
+        case None | bool() | int() | float() | str() | bytes():
+            return value
+    raise BadFileError(f"it holds {type(value).__name__.strip('_')}, which is no array")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,325 @@
+"""Where files are kept between runs; how one is read, written whole, set aside and locked."""
+
+import contextlib
+import errno
+import functools
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from utils.base.console import warn
+from utils.base.errors import UserError, WriteError, find_system_error
+
+UNFINISHED = ".unfinished.json"  # in a folder that is being filled
+MAX_STEM = 50  # letters of a file's name in that of its temporary, which has at most 255 bytes
+TEMPORARY = re.compile(r"\..+?(?:\.([0-9a-f]{8}))?\.(\d+)\.tmp")  # older ones do not name the machine
+READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
+STORAGE_SCHEMES = "s3a?|r2|gcs?|gs|oss|cos|az|abfss?|wasbs?|adls?|hdfs|dbfs|viewfs|oci|swift|minio|https?|s?ftp|file|hf"
+# A URL, perhaps of a data set (folder:s3://...); as a Path, which has lost a slash, only of the schemes above.
+URL = re.compile(rf"(?:[a-z]+:)?(?:[a-z][a-z0-9+.-]*://|(?:{STORAGE_SCHEMES}):/)", re.IGNORECASE)
+LOCAL = "a path on this machine"
+BESIDE_URLS = {  # for flags that take more than a path
+    "data_dir": f"{LOCAL}, or gs://BUCKET/FOLDER",
+    "dataset_name": f"{LOCAL}, as in folder:PATH, or tfds:NAME with --data_dir gs://BUCKET/FOLDER",
+    "load_dir": f"{LOCAL}, or hf:USER/NAME",
+    "source": f"{LOCAL}, or a hub id such as USER/NAME",
+    "vae": f"{LOCAL}, or a hub id such as USER/NAME",
+}
+# What another try cannot change: nothing is there, it is no file, or it may not be opened.
+LASTING_ERRORS = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
+)  # fmt: skip
+
+
+def open_regular(path: str | os.PathLike) -> io.BufferedReader:
+    """Opens a regular file to read its bytes: the one way in which files of others are opened.
+
+    OSError (EINVAL, "it is no regular file") for a named pipe, a socket, a device or a folder, which a reader might
+    wait on for ever. What has been opened is what is judged, so that nothing can be put in its place in between.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device without a driver
+            raise _no_regular_file(path) from None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise _no_regular_file(path)
+
+
+def check_regular(path: str | os.PathLike) -> None:
+    """OSError where `open_regular` would raise it, for files that a library opens by their names."""
+    open_regular(path).close()
+
+
+def _no_regular_file(path: str | os.PathLike) -> OSError:
+    return OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+
+
+def refuse_url(path: str | os.PathLike, flag: str) -> None:
+    """UserError for a URL, which would otherwise be taken for the name of a local folder."""
+    path = os.fspath(path)
+    is_supported = flag == "data_dir" and path.startswith("gs://")
+    if URL.match(path) and not is_supported and ("://" in path or not os.path.exists(path)):
+        raise UserError(f"--{flag}={path} is a URL, which is not supported; give {BESIDE_URLS.get(flag, LOCAL)}")
+
+
+class LimitedReads:
+    """A file of which no more than so many bytes may be read, those that are read again counted again; ValueError at
+    the next. For libraries that take a file at its word about what it holds."""
+
+    def __init__(self, file: io.BufferedIOBase, limit: float):
+        self.file, self.left = file, limit
+        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > self.left:  # no more than tells whether it is too much
+            size = -1 if math.isinf(self.left) else int(self.left) + 1
+        content = self.file.read(size)
+        if len(content) > self.left:
+            raise ValueError("it asks for more bytes than a file of its kind and size does")
+        self.left -= len(content)
+        return content
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes as hexadecimal digits."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """`jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache, or for a user without a home one of their own in the folder
+    of temporary files; it need not exist yet."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base).expanduser() / "jax-flow-matching"
+    try:
+        return Path.home() / ".cache" / "jax-flow-matching"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"jax-flow-matching-{os.getuid()}"
+
+
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a regular file. A read that fails is tried again for two seconds: network file systems
+    have hiccups.
+
+    OSError where it still fails, at once where trying again cannot help.
+    """
+    for pause in (*READ_PAUSES, None):
+        try:
+            with open_regular(path) as file:
+                return file.read()
+        except OSError as error:
+            if pause is None or error.errno in LASTING_ERRORS:
+                raise
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process prepares what is going to be `path`; see `remove_temporaries`."""
+    return path.with_name(f".{path.name[:MAX_STEM]}.{machine_id()}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, is_synced: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends, whole and on disk; a kill, a power cut
+    or an error in the block leaves what was there before. Without `is_synced`, for one of many small files, the system
+    decides when it goes to disk. The file gets the umask's mode, whatever writes it.
+
+    WriteError where the system does not let it be written, whichever library says so.
+    """
+    temporary = temporary_path(path)
+    try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        yield temporary
+        with temporary.open("rb") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:  # safetensors replaces it by a file of mode 0600
+                os.fchmod(file.fileno(), mode)
+            if is_synced:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except UserError:
+        raise
+    except Exception as error:
+        for link in _chain(error):
+            if _is_about(link, temporary, path):
+                raise WriteError(path, link) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those during whose handling it was raised: closing what could not be written raises others."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_about(error: BaseException, temporary: Path, path: Path) -> bool:
+    """Whether writing is what failed, rather than a file that was read meanwhile."""
+    name = getattr(error, "filename", None)
+    if name is not None:
+        return str(name) in (str(temporary), str(path))
+    return find_system_error(error) is not None
+
+
+@contextlib.contextmanager
+def explaining_full_disk(describe: Callable[[], str]) -> Iterator[None]:
+    """Adds to a WriteError what `describe` says is whole when it happens."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(error.path, error.error, "; ".join(filter(None, (error.whole, describe())))) from error
+
+
+@functools.cache
+def machine_id() -> str:
+    """Eight digits of this machine, since it was started, and of the container: here alone the number of a process says
+    whether it lives."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
+
+
+def remove_temporaries(folder: Path, name: str = "") -> None:
+    """Removes what killed `atomic_write`s have left in a folder, or of the file `name` in it: that of processes of this
+    machine which are gone, and that of others, which may share the folder, once it is a day old."""
+    start = f".{glob.escape(name[:MAX_STEM])}" if name else ""
+    for path in folder.glob(f"{start}.*.tmp"):
+        match = TEMPORARY.fullmatch(path.name)
+        with contextlib.suppress(OSError):
+            if match and (_is_gone(*match.groups()) or time.time() - path.lstat().st_mtime > 24 * 3600):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_gone(machine: str | None, pid: str) -> bool:
+    """Whether a process is known to have ended: one of this machine."""
+    if machine != machine_id():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # of another user, or no number of a process
+        return False
+    return False
+
+
+def mark_unfinished(folder: Path, num_files: int) -> None:
+    """Says in a folder that so many files are going to be written there, until `mark_finished`: readers are told by
+    `check_finished` where a kill has left fewer."""
+    write_json(folder / UNFINISHED, {"num_files": num_files})
+
+
+def mark_finished(folder: Path) -> None:
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def check_finished(files: Sequence[Path], folder: Path, flag: str) -> None:
+    """UserError, which begins with `flag`, where the folder, or another of these files' folders, is one that a program
+    has begun to fill and not finished."""
+    for each in dict.fromkeys((folder, *(file.parent for file in files))):
+        if not (each / UNFINISHED).is_file():
+            continue
+        try:
+            total = json.loads(read_bytes(each / UNFINISHED))["num_files"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            total = "an unknown number"
+        count = sum(file.parent == each for file in files)
+        raise UserError(
+            f"{flag}: {each} holds {count} of {total} samples: the program that writes them was stopped, or is still "
+            "at work; give its command again, or copy the samples to another folder to take them as they are"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def set_aside(path: Path, folder: Path | None = None) -> Path:
+    """Moves a damaged file or folder out of the way, into `folder` (default: where it is) under a name that is free;
+    returns where it is now. Nothing is removed."""
+    folder = folder or path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (target := folder / f"{path.name}.damaged{number}").exists():
+        number += 1
+    path.rename(target)
+    return target
+
+
+class FolderLock:
+    """Lets one process at a time work in a folder: a lock on FOLDER/.NAME.lock that the system drops when its process
+    ends in any way, and FOLDER/NAME.json, which tells others who holds it."""
+
+    def __init__(self, folder: Path, name: str = "running"):
+        self.folder, self.holder = folder, folder / f"{name}.json"
+        self.lock = filelock.FileLock(folder / f".{name}.lock")
+
+    def acquire(self, flag: str) -> None:
+        """Takes the lock until the process ends or `release`; UserError, naming the other process, where it is held."""
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(
+                f"--{flag}={self.folder} is in use by {self._describe_holder()}; wait for it or stop it, or choose "
+                "another folder"
+            ) from None
+        except OSError as error:  # a file system without locks
+            warn(f"{self.folder} cannot be locked ({error.strerror}): make sure that no other process writes there")
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_json(self.holder, own)
+
+    @contextlib.contextmanager
+    def held(self, flag: str) -> Iterator[None]:
+        """Holds the lock during a block, however it ends; see `acquire`."""
+        self.acquire(flag)
+        try:
+            yield
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        self.holder.unlink(missing_ok=True)
+        self.lock.release()
+
+    def _describe_holder(self) -> str:
+        try:
+            holder = json.loads(read_bytes(self.holder))
+            return f"process {holder['pid']} on {holder['host']} (since {holder['since']})"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return "another process"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock beside `path` while its content is read, changed and written again."""
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+        yield

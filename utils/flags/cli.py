@@ -1,0 +1,604 @@
+"""Flags: registered when a program calls `define_*`, read once by `run_program`, plain values from there on.
+
+Flags that jax-flow has keep its names and defaults. Some of its spellings are translated here (log-normal,
+--wandb.offline, --use_stable_vae); target_update_rate and the guidance scale -1 go on, and are translated by the
+functions below.
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from diffusion_transformer import PRESETS, DiTConfig
+from utils.base import checks
+from utils.base.console import finish_output, log, warn
+from utils.base.environment import check_jax_settings, find_devices
+from utils.base.errors import NO_ROOM, UserError, WriteError
+from utils.base.files import refuse_url
+from utils.base.memory import keep_freed_memory
+from utils.base.processes import warn_of_copies
+from utils.base.signals import Terminated, raise_on_signals
+from utils.codecs.registry import DEFAULT_HUB_ID
+from utils.data.dataset import DataOptions
+from utils.flags.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
+from utils.images.decoding import MAX_MEGAPIXELS
+from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
+from utils.objectives.objective import Objective, has_guidance
+from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
+from utils.sampling.samplers import FLAGS as SAMPLER_FLAGS
+from utils.sampling.samplers import MAX_SCALE, MAX_STEPS, check_sampler, guidance_scale
+from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
+
+FLAGS = flags.FLAGS
+
+BROKEN_IMAGES = ("refuse", "skip")
+
+WANDB_VARIABLES = {
+    "project": "WANDB_PROJECT",
+    "entity": "WANDB_ENTITY",
+    "group": "WANDB_RUN_GROUP",
+    "notes": "WANDB_NOTES",
+    "tags": "WANDB_TAGS",
+}
+
+# Flags whose value is a path, or a data set or a VAE that may be one.
+_path_flags: set[str] = set()
+
+
+def define_path(name: str, default: str | None, help: str) -> None:
+    """Registers a flag whose value is a path: a leading ~ stands for a home folder, wherever the flag is used."""
+    _path_flags.add(name)
+    flags.DEFINE_string(name, default, help)
+
+
+def expand_path(path: str, flag: str) -> str:
+    """The path with a leading ~ or ~user, also of folder:~/x, replaced. UserError where there is no such home, and for
+    URLs that are not supported."""
+    refuse_url(path, flag)
+    prefix, colon, rest = path.partition(":") if path.startswith(("folder:", "latents:")) else ("", "", path)
+    if not rest.startswith("~"):
+        return path
+    expanded = os.path.expanduser(rest)
+    if expanded == rest:
+        raise UserError(f"--{flag}={path}: there is no home folder for {rest.split('/')[0]}; give the whole path")
+    return f"{prefix}{colon}{expanded}"
+
+
+@topic("Data")
+def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
+    """Registers which images are read, and how; see `read_data_options`. `dataset_name` None: the run's."""
+    default = "" if dataset_name else "; default: the run's"
+    define_path("dataset_name", dataset_name, f"Data set; docs/data.md lists them{default}.")
+    define_path("data_dir", None, "Where TFDS keeps prepared data sets; gs://... too.")
+    flags.DEFINE_integer("image_size", None, "Images are centre-cropped and resized to this side.", 1, 2**13)
+    flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What to do about broken files of folder:PATH.")
+    flags.DEFINE_float(
+        "max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH to decode; 3 bytes a pixel.", 0, 10_000
+    )
+
+
+@topic("Data")
+def define_flip_flag() -> None:
+    """Registers --random_flip, of programs that train."""
+    flags.DEFINE_integer(
+        "random_flip",
+        None,
+        "1 mirrors half of the training images left to right, 0 none; default: 1 for imagenet*, cifar10, folder:PATH.",
+        0,
+        1,
+    )
+
+
+def read_data_options(config: ConfigDict) -> DataOptions:
+    """The values of the flags of `define_data_flags` and, where the program has it, `define_flip_flag`."""
+    flip = config.get("random_flip")
+    return DataOptions(
+        config.data_dir,
+        config.image_size,
+        config.broken_images,
+        config.max_megapixels,
+        None if flip is None else bool(flip),
+    )
+
+
+def check_data_flags(dataset_name: str) -> None:
+    """Raises UserError for flags of `define_data_flags` that have no effect on a data set; warns of --data_dir, which
+    scripts may give for any."""
+    if not dataset_name.startswith("folder:"):
+        refuse_ignored(("broken_images", "max_megapixels"), f"on {dataset_name}, only on folder:PATH")
+    is_of_tfds = (":" not in dataset_name and dataset_name != "digits") or dataset_name.startswith("tfds:")
+    if is_explicit("data_dir") and not is_of_tfds:
+        warn(f"--data_dir={FLAGS.data_dir} has no effect on {dataset_name}, which TFDS does not prepare")
+
+
+def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
+    """Registers the flag of a `setting`, with the field's default or another."""
+    metadata, default = field.metadata, changes.get("default", field.default)
+    if metadata["choices"]:
+        flags.DEFINE_enum(name, default, metadata["choices"], metadata["help"])
+    elif isinstance(field.default, float):
+        flags.DEFINE_float(name, default, metadata["help"], metadata["low"], metadata["high"])
+    else:
+        flags.DEFINE_integer(name, default, metadata["help"], metadata["low"], metadata["high"])
+
+
+@topic("Sampling")
+def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_several: bool = False) -> None:
+    """Registers how samples are drawn, with these defaults; see `read_samplers`."""
+    scales = "Guidance scales, separated by commas" if takes_several else "Guidance scale"
+    flags.DEFINE_list("cfg_scale", [cfg_scale], f"{scales}; -1 or 1: no guidance.")
+    flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
+    flags.DEFINE_integer("cfg_channels", None, "Channels that are guided, the first; default: all.", lower_bound=1)
+    steps = "Step counts, separated by commas." if takes_several else "Steps."
+    flags.DEFINE_list("denoise_timesteps", [denoise_timesteps], steps)
+    flags.DEFINE_string(
+        "time_grid",
+        "uniform",
+        "Times of the steps: uniform, or shift:S (S > 1: more at noise); of ddim and ddpm: linspace, or leading.",
+    )
+    flags.DEFINE_enum(
+        "solver",
+        "euler",
+        [*SOLVERS, *ADAPTIVE_SOLVERS],
+        "heun and midpoint evaluate the model twice per step; dopri5 chooses its steps by --rtol and --atol; sde is "
+        "SiT's stochastic sampler; ddim and ddpm are of models trained as diffusions.",
+    )
+    flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
+    flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
+
+
+def read_samplers(
+    config: ConfigDict,
+    class_dropout_prob: float,
+    objective: Objective | None = None,
+    num_channels: int | None = None,
+) -> list[SamplerConfig]:
+    """A sampler for every guidance scale and step count of the flags of `define_sampler_flags`.
+
+    Models of this objective (None: flow matching), trained with `class_dropout_prob` on `num_channels` channels, are to
+    be sampled. Where they know no guidance and none was asked for, there is none, which is logged. UserError for values
+    that `check_sampler` refuses, and for flags that the solver does not take.
+    """
+    # Guidance.
+    scales = read_numbers(config.cfg_scale, "cfg_scale", float) if config.get("use_cfg", 1) else [-1.0]
+    if not is_explicit("cfg_scale"):
+        if objective is not None and not has_guidance(objective):
+            scales = [-1.0]
+        elif not checks.can_guide(class_dropout_prob) and any(guidance_scale(scale) is not None for scale in scales):
+            log(f"{checks.explain_no_guidance(class_dropout_prob)}: samples are drawn without guidance")
+            scales = [-1.0]
+    guidance = dict.fromkeys(guidance_scale(scale) for scale in scales)  # -1 and 1 are the same
+    if not any(scale is not None for scale in guidance):
+        refuse_ignored(("cfg_interval", "cfg_channels"), "without guidance")
+
+    # Steps.
+    steps = read_numbers(config.denoise_timesteps, "denoise_timesteps", int)
+    if config.solver in ADAPTIVE_SOLVERS:
+        refuse_ignored(("denoise_timesteps", "time_grid"), f"with --solver={config.solver}, which chooses its steps")
+        steps = [0]
+    else:
+        refuse_ignored(("rtol", "atol"), f"with --solver={config.solver}, which takes --denoise_timesteps")
+
+    common = SamplerConfig(
+        num_steps=0,
+        cfg_scale=None,
+        cfg_interval=tuple(read_numbers(config.cfg_interval, "cfg_interval", float)),
+        solver=config.solver,
+        cfg_channels=config.cfg_channels,
+        **read_time_grid(config),
+        rtol=config.rtol,
+        atol=config.atol,
+    )
+    samplers = [common._replace(num_steps=n, cfg_scale=scale) for scale in guidance for n in dict.fromkeys(steps)]
+    for sampler in samplers:
+        check_sampler(
+            sampler, objective, class_dropout_prob=class_dropout_prob, num_channels=num_channels, names=SAMPLER_FLAGS
+        )
+    return samplers
+
+
+def read_time_grid(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a SamplerConfig that --time_grid sets; UserError where the solver does not take its value."""
+    solver, grid = config.solver, config.time_grid
+    kind = "any" if solver in ADAPTIVE_SOLVERS else SOLVERS[solver].grid
+    if kind == "diffusion":
+        if is_explicit("time_grid") and grid not in SPACINGS:
+            raise UserError(f"--time_grid={grid}: with --solver={solver} use one of {', '.join(SPACINGS)}")
+        return {"spacing": grid if grid in SPACINGS else SPACINGS[0]}
+    if kind == "sde":
+        refuse_ignored(("time_grid",), f"with --solver={solver}, which has its own times")
+        return {}
+    return {"time_shift": read_time_shift(grid)}
+
+
+def read_time_shift(time_grid: str) -> float:
+    """S of --time_grid=shift:S, 1 of 'uniform'; UserError for anything else."""
+    kind, _, shift = time_grid.partition(":")
+    try:
+        value = 1.0 if time_grid == "uniform" else float(shift)
+    except ValueError:
+        value = math.nan
+    if kind not in ("uniform", "shift") or not 0.01 <= value <= 100:
+        what = ", which is of --solver ddim and ddpm" if time_grid in SPACINGS else ""
+        raise UserError(
+            f"--time_grid={time_grid}{what}: use uniform, or shift:S with S from 0.01 to 100, such as shift:3"
+        )
+    return value
+
+
+@topic("Model")
+def define_vae_flag() -> None:
+    """Registers --vae."""
+    define_path(
+        "vae",
+        None,
+        f"Hub id or folder of the VAE; default: that of the run or of the cached latents, else {DEFAULT_HUB_ID}.",
+    )
+
+
+@topic("Model")
+def define_model_flags() -> None:
+    """Registers --model.*: the network, its objective and optimizer, and how samples are drawn."""
+    flags.DEFINE_enum("model.preset", "debug", list(PRESETS), "Sizes for the --model.* flags left unset.")
+    for field in dataclasses.fields(DiTConfig):
+        define_setting(f"model.{field.name}", field)
+    flags.DEFINE_float("model.lr", 1e-4, "Adam's learning rate.", lower_bound=0)
+    flags.DEFINE_float("model.beta1", 0.9, "Adam's first decay.", 0, 1)
+    flags.DEFINE_float("model.beta2", 0.99, "Adam's second decay.", 0, 1)
+    flags.DEFINE_float("model.target_update_rate", 0.9999, "Decay of the EMA of the parameters; 1: no EMA.", 0, 1)
+    flags.DEFINE_integer("model.denoise_timesteps", 32, "Euler steps of training-time samples.", 1, MAX_STEPS)
+    flags.DEFINE_float(
+        "model.cfg_scale", 4.0, "Guidance scale of training-time samples; -1: no guidance.", -1, MAX_SCALE
+    )
+    flags.DEFINE_integer("model.use_stable_vae", 1, "1 trains on the latents of a VAE, 0 on pixels.", 0, 1)
+    flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
+
+
+@topic("Objective")
+def define_objective_flags() -> None:
+    """Registers --objective.*: what is learned, and the fields of every objective."""
+    flags.DEFINE_enum("objective.name", "flow_matching", list(OBJECTIVES), "What the model learns.")
+    for field in objective_fields():
+        name = flag_of(field)
+        if name.startswith("objective."):  # of one objective among several: it has the default
+            define_setting(name, field, default=None)
+        else:
+            define_setting(name, field)
+
+
+def define_saved_model_flags() -> None:
+    """Registers --model.* and --objective.* of a program that loads a run: only the compute dtype can be another. The
+    others are not in --help, but so that training's command line may be told what to leave out."""
+    before = set(FLAGS)
+    define_model_flags()
+    define_objective_flags()
+    hide(name for name in set(FLAGS) - before if name != "model.dtype")
+
+
+@topic("Logging to wandb")
+def define_wandb_flags(name: str = "flow_{dataset_name}", mode: str | None = None) -> None:
+    """Registers --wandb.*, --wandb.name and --wandb.mode with these defaults."""
+    flags.DEFINE_enum("wandb.mode", mode, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
+    flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
+    flags.DEFINE_string("wandb.project", "flow", "Project; default: $WANDB_PROJECT, else flow.")
+    flags.DEFINE_string("wandb.entity", None, "User or team; default: $WANDB_ENTITY.")
+    flags.DEFINE_string("wandb.group", None, "Group of runs; default: $WANDB_RUN_GROUP.")
+    flags.DEFINE_string(
+        "wandb.name", name, "Name of the wandb run; train_flow.py names its folder under runs/ after it too."
+    )
+    flags.DEFINE_string("wandb.notes", None, "A longer description; default: $WANDB_NOTES.")
+    flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas; default: $WANDB_TAGS.")
+
+
+@topic("Several processes")
+def define_device_flags() -> None:
+    """Registers how several processes find each other."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "host:port of process 0 in a multi-process run; 'auto' on TPU pods, under SLURM and mpirun.",
+    )
+    flags.DEFINE_integer(
+        "num_processes",
+        None,
+        "Processes in the run, with --coordinator_address; 1 without it: a run of its own under srun or torchrun.",
+    )
+    flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator_address.")
+
+
+def use_utf8() -> None:
+    """Starts the program again in Python's UTF-8 mode where the locale is of another encoding, in which names of files,
+    classes and flags beyond ASCII could be neither read nor written. (From Python 3.15 on it is the default: PEP 686.)
+    """
+    first = len(sys.orig_argv) - len(sys.argv) + 1
+    is_own_process = sys.orig_argv[first:] == sys.argv[1:]
+    if sys.getfilesystemencoding() != "utf-8" and is_own_process:
+        os.environ["PYTHONUTF8"] = "1"  # for what the program starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def run_program(
+    define_flags: Callable[[], None], main: Callable[[ConfigDict], None], *, needs_devices: bool = True
+) -> None:
+    """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1, and so does, if
+    it `needs_devices`, an environment in which JAX has none."""
+    if main.__module__ == "__main__":
+        use_utf8()
+
+    def start(config: ConfigDict) -> None:
+        check_jax_settings()
+        if needs_devices and not config.get("coordinator_address"):  # several processes find each other first
+            find_devices()
+        main(config)
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
+    keep_freed_memory()
+    raise_on_signals()
+    try:
+        app.run(start, flags_parser=lambda argv: parse_flags(define_flags, argv))
+    except UserError as error:
+        _end(f"error: {error}")
+    except BrokenPipeError:
+        pass  # who reads the output has left
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            _end(f"error: {WriteError(error.filename or 'a file', error)}")
+        if error.errno is None or error.filename is None:
+            raise
+        _end(f"error: {error.filename}: {error.strerror}")
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        _end(
+            f"error: process {jax.process_index()} of the run has lost another one ({reason}); give all their commands "
+            "again, and they continue from the last checkpoint"
+        )
+    except KeyboardInterrupt:
+        _end("interrupted", 128 + signal.SIGINT)
+    except Terminated as end:
+        _end(f"ended by {end.number.name}", 128 + end.number)
+    finally:
+        finish_output()
+
+
+def _end(message: str, status: int = 1) -> NoReturn:
+    """Ends the program with one line and this status."""
+    with contextlib.suppress(OSError):  # a terminal that has been closed, a log on a full disk
+        print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(status)  # an ordinary end would wait for the other processes, which wait for this one
+    sys.exit(status)
+
+
+def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict:
+    """The configuration that a command line (argv[0] = the program) asks for; UserError where it cannot be read."""
+    builtin = set(FLAGS)
+    define_flags()
+    names = [name for name in FLAGS if name not in builtin]
+    if {"-h", "-help", "--help"} & set(argv[1:]):
+        show_help(names)
+        sys.exit(0)
+    for name in names:
+        parser: Any = FLAGS[name].parser
+        if isinstance(parser, flags.IntegerParser):
+            is_switch = (parser.lower_bound, parser.upper_bound) == (0, 1)
+            parser.convert = to_switch if is_switch else to_integer
+    refuse_habits(argv[1:])
+    try:
+        extra = FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
+    if "coordinator_address" not in names:
+        warn_of_copies(Path(argv[0]).name)
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
+    return read_flags(set(FLAGS) - builtin)
+
+
+def read_flags(names: Iterable[str]) -> ConfigDict:
+    """The values of flags `names`, those named `group.name` in a ConfigDict of their own, presets filled in.
+
+    Raises UserError where two spellings of one flag contradict each other.
+    """
+    names, config = set(names), ConfigDict()
+    for name in sorted(names, key=lambda name: ("." in name, name)):
+        *group, leaf = name.split(".")
+        if group and group[0] not in config:
+            config[group[0]] = ConfigDict()
+        value = check_value(name, FLAGS[name].value)
+        (config[group[0]] if group else config)[leaf] = value
+    if "model.preset" in names:
+        resolve_model(config)
+        if "objective.name" in names:
+            resolve_objective(config)
+    if "wandb.mode" in names:
+        resolve_wandb(config)
+    return config
+
+
+def check_value(name: str, value: Any) -> Any:
+    """The value of flag `name` as the programs use it; UserError for what no flag can be: numbers that are not finite
+    or beyond 32 bits, names that no file can have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{name}={value} is no finite number; give one")
+    if name == "seed" and not 0 <= value < 2**32:
+        raise UserError(f"--seed={value}: use a number from 0 to {2**32 - 1}")
+    if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
+        raise UserError(f"--{name}={value} is too large; use a number below {2**31}")
+    if name in _path_flags and value is not None:
+        value = expand_path(value, name)
+        if not value or any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in value.split("/")):
+            raise UserError(f"--{name}={value[:60]}: a name of 1 to 255 bytes is needed")
+    return value
+
+
+def is_explicit(name: str) -> bool:
+    """Whether the user gave flag `name`; a setting that is no flag here, of another network or objective, is none."""
+    return name in FLAGS and bool(FLAGS[name].present)
+
+
+def explicit_flags() -> str:
+    """The flags that the user gave, as on the command line."""
+    names = [name for name in FLAGS if is_explicit(name)]
+    values = {name: FLAGS[name].value for name in names}
+    return " ".join(
+        f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in values.items()
+    )
+
+
+def resolve_model(config: ConfigDict) -> None:
+    """Fills the preset's sizes into what the user left unset, and translates legacy spellings."""
+    model = config.model
+    model.t_sampler = LEGACY_T_SAMPLERS.get(model.t_sampler, model.t_sampler)
+    for name, value in PRESETS[model.preset].items():
+        if not is_explicit(f"model.{name}"):
+            model[name] = value
+    use_stable_vae = FLAGS["use_stable_vae"].value
+    del config.use_stable_vae
+    if use_stable_vae is not None:
+        if is_explicit("model.use_stable_vae") and model.use_stable_vae != use_stable_vae:
+            raise UserError(
+                f"--use_stable_vae={use_stable_vae} contradicts --model.use_stable_vae={model.use_stable_vae}; give one"
+            )
+        model.use_stable_vae = use_stable_vae
+
+
+def inherit_settings(config: ConfigDict, saved: Mapping[str, Any]) -> None:
+    """Takes what this command line leaves open from the run it starts from, of configuration `saved`: architecture,
+    objective, VAE and, of images that can be resized, their size."""
+    model, theirs = config.model, saved["model"]
+    by_preset = PRESETS[model.preset] if is_explicit("model.preset") else {}
+    own = ("class_dropout_prob", "dtype")  # how this run trains and computes
+    names = [field.name for field in dataclasses.fields(DiTConfig) if field.name not in own]
+    for name in [*names, "t_sampler", "use_stable_vae"]:
+        is_open = not is_explicit(f"model.{name}") and name not in by_preset
+        if is_open and not (name == "use_stable_vae" and is_explicit("use_stable_vae")):
+            model[name] = theirs[name]
+    for name, value in saved["objective"].items():
+        if not is_explicit(f"objective.{name}"):
+            config.objective[name] = value
+    if config.objective.name != saved["objective"]["name"]:
+        resolve_objective(config)
+    if config.vae is None and model.use_stable_vae and not config.dataset_name.startswith("latents:"):
+        config.vae = saved["dataset"]["vae"]
+    if config.image_size is None and config.dataset_name.startswith(("folder:", "tfds:")):
+        config.image_size = saved["dataset"]["image_shape"][0]
+
+
+def resolve_objective(config: ConfigDict) -> None:
+    """Fills what the objective has another default of into what the user left unset."""
+    defaults = {"step_conditioning": 0, **getattr(OBJECTIVES[config.objective.name], "MODEL_DEFAULTS", {})}
+    for name, value in defaults.items():
+        if not is_explicit(f"model.{name}"):
+            config.model[name] = value
+
+
+def override_model(saved: dict[str, Any]) -> ConfigDict:
+    """The --model.* values `saved` with a run, with the compute dtype of this command line, if it gives one.
+
+    UserError where it gives another value for what a trained model has settled.
+    """
+    model = ConfigDict(saved)
+    for name in saved:
+        if not is_explicit(f"model.{name}"):
+            continue
+        requested = FLAGS[f"model.{name}"].value
+        requested = LEGACY_T_SAMPLERS.get(requested, requested)
+        if name == "dtype":
+            model.dtype = requested
+        elif requested != model[name]:
+            raise UserError(
+                f"--model.{name}={requested}, but the run of --load_dir has {model[name]}; leave the flag out"
+            )
+    use_stable_vae = FLAGS["use_stable_vae"].value
+    if use_stable_vae not in (None, model.use_stable_vae):
+        raise UserError(
+            f"--use_stable_vae={use_stable_vae}, but the run of --load_dir has {model.use_stable_vae}; leave it out"
+        )
+    return model
+
+
+def refuse_other_objective(saved: Mapping[str, Any]) -> None:
+    """UserError where the command line gives another value for an --objective.* flag than a run was trained with."""
+    for flag in (flag for flag in FLAGS if flag.startswith("objective.") and is_explicit(flag)):
+        requested, trained = FLAGS[flag].value, saved.get(flag.removeprefix("objective."))
+        if requested != trained:
+            raise UserError(f"--{flag}={requested}, but the run of --load_dir has {trained}; leave the flag out")
+
+
+def model_flags() -> list[str]:
+    """The names of all flags about a model: --model.* and --objective.*."""
+    return [name for name in FLAGS if name.startswith(("model.", "objective."))]
+
+
+def refuse_ignored(names: Iterable[str], reason: str) -> None:
+    """UserError for a flag among `names` that the user gave although it has no effect here."""
+    for name in names:
+        if name in FLAGS and is_explicit(name):
+            value = FLAGS[name].value
+            value = ",".join(value) if isinstance(value, list) else value
+            raise UserError(f"--{name}={value} has no effect {reason}; leave it out")
+
+
+def resolve_wandb(config: ConfigDict) -> None:
+    """Settles mode and name, and takes from wandb's environment variables what the command line leaves open."""
+    wandb = config.wandb
+    if wandb.offline and is_explicit("wandb.mode") and wandb.mode != "offline":
+        raise UserError(f"--wandb.offline contradicts --wandb.mode={wandb.mode}; give one")
+    if wandb.offline:
+        wandb.mode = "offline"
+    if wandb.mode is None:
+        wandb.mode = _wandb_mode_of_environment()
+    del wandb.offline
+    wandb.name = wandb.name.replace("{dataset_name}", str(config.get("dataset_name")))
+    for leaf, variable in WANDB_VARIABLES.items():
+        value = os.environ.get(variable)
+        if value and not is_explicit(f"wandb.{leaf}"):
+            wandb[leaf] = value.split(",") if leaf == "tags" else value
+    if os.environ.get("WANDB_NAME") and not is_explicit("wandb.name"):
+        wandb.display_name = os.environ["WANDB_NAME"]  # on wandb alone: the run's folder has the name of the flag
+
+
+def _wandb_mode_of_environment() -> str:
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "disabled"
+    mode = os.environ.get("WANDB_MODE") or "online"
+    mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # their older names
+    if mode not in ("online", "offline", "disabled"):
+        raise UserError(f"WANDB_MODE={mode}: use online, offline or disabled, or give --wandb.mode")
+    return mode
+
+
+def run_folder(config: ConfigDict) -> Path:
+    """Where a run keeps everything: --save_dir, or runs/<--wandb.name>, made fit for a file name."""
+    name = re.sub(r"[^\w.=+-]+", "_", config.wandb.name)
+    if not config.save_dir and (not name.strip(".") or len(name.encode()) > 255):
+        raise UserError(f"--wandb.name={config.wandb.name[:60]} is no name for a folder; choose another, or --save_dir")
+    return Path(config.save_dir or Path("runs") / name)
+
+
+def read_numbers(words: list[str], flag: str, kind: type) -> list:
+    """The numbers of a flag that takes several; UserError where one of the words is none."""
+    try:
+        numbers = [to_integer(word) if kind is int else kind(word) for word in words]
+    except ValueError:
+        example = "100,20,5" if kind is int else "1,4"
+        raise UserError(f"--{flag}={','.join(words)}: give numbers separated by commas, such as {example}") from None
+    if not numbers:
+        raise UserError(f"--{flag}= is empty: give numbers separated by commas")
+    return numbers

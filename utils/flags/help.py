@@ -1,0 +1,120 @@
+"""What a program says of its flags: --help by topic, and the flag to use where another tool's name was typed."""
+
+import contextlib
+import math
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
+
+from absl import flags
+
+from utils.base.errors import UserError
+
+FLAGS = flags.FLAGS
+WIDTH = 100
+
+TOPIC, HIDDEN = "topic", "hidden"  # an attribute of flags, and one of its values
+
+# What users of other tools type, and what is meant here.
+_MEANINGS = {
+    "lr learning_rate": "the learning rate is --model.lr",
+    "steps num_steps iterations": "use --max_steps to train, --denoise_timesteps to sample",
+    "epochs": "training counts steps, of which an epoch has images / batch_size: use --max_steps",
+    "resume restore continue": "the same command again continues a run from its newest checkpoint",
+    "ckpt checkpoint load run": "name the run's folder with --load_dir",
+    "output output_dir outdir workdir": "use --save_dir to train, --out elsewhere",
+    "guidance guidance_scale cfg": "use --cfg_scale to sample, --model.cfg_scale to train",
+    "dataset data data_path": "use --dataset_name; folder:PATH is a folder of images",
+    "batch bs": "use --batch_size, the global one",
+    "ema ema_decay ema_rate": "the EMA's decay is --model.target_update_rate",
+    "model arch preset": "use --model.preset, such as DiT-B/2",
+    "class class_labels prompt": "use --classes with sample.py",
+    "gpus devices num_gpus": "all devices are used; CUDA_VISIBLE_DEVICES chooses among GPUs",
+    "wandb no_wandb nowandb": "use --wandb.mode online, offline or disabled",
+}
+HABITS = {name: meaning for names, meaning in _MEANINGS.items() for name in names.split()}
+
+
+@contextlib.contextmanager
+def topic(title: str) -> Iterator[None]:
+    """Flags that are registered in the block stand under `title` in --help."""
+    before = set(FLAGS)
+    yield
+    for name in set(FLAGS) - before:
+        _set_topic(name, title)
+
+
+def hide(names: Iterable[str]) -> None:
+    """Leaves flags out of --help: they are there to be refused with a reason."""
+    for name in names:
+        setattr(FLAGS[name], TOPIC, HIDDEN)
+
+
+def is_hidden(name: str) -> bool:
+    return get_topic(name) == HIDDEN
+
+
+def get_topic(name: str) -> str:
+    return getattr(FLAGS[name], TOPIC, "General")
+
+
+def _set_topic(name: str, title: str) -> None:
+    if not hasattr(FLAGS[name], TOPIC):  # the innermost is the topic
+        setattr(FLAGS[name], TOPIC, title)
+
+
+def refuse_habits(words: Iterable[str]) -> None:
+    """UserError, with the flag to use, for a word of the command line that is another tool's, or lacks its group."""
+    for word in words:
+        name = word.lstrip("-").partition("=")[0].replace("-", "_")
+        if not word.startswith("-") or name in FLAGS:
+            continue
+        grouped = next((flag for flag in sorted(FLAGS) if flag.endswith(f".{name}")), None)
+        meaning = HABITS.get(name) or (grouped and f"use --{grouped}")
+        if meaning:
+            raise UserError(f"--{name} is not a flag here: {meaning} (--help lists the flags)")
+
+
+def to_switch(value: str | int) -> int:
+    """The value of an integer flag that is 0 or 1: 'True' and 'False' are these. ValueError for other texts."""
+    text = str(value).strip().lower()
+    return int(text == "true") if text in ("true", "false") else to_integer(value)
+
+
+def to_integer(value: str | int) -> int:
+    """An integer flag's value: '1e3' is 1000. ValueError for other texts."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not abs(number) <= 2**53 or number % 1 != 0:  # beyond 2^53 digits would be made up
+        raise ValueError(f"{value} is no whole number")
+    return int(number)
+
+
+def show_help(names: Iterable[str]) -> None:
+    """Prints how the program is used, from its docstring, and its flags by topic, in the order of their definition."""
+    print(sys.modules["__main__"].__doc__ or "")
+    by_topic: dict[str, list[str]] = {}
+    for name in (name for name in names if not is_hidden(name)):
+        by_topic.setdefault(get_topic(name), []).append(name)
+    for title, members in by_topic.items():
+        print(f"{title}:")
+        for name in members:
+            print(textwrap.fill(_describe(name), WIDTH, initial_indent="  ", subsequent_indent="      "))
+        print()
+
+
+def _describe(name: str) -> str:
+    flag = FLAGS[name]
+    is_switch = isinstance(flag, flags.BooleanFlag)
+    default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+    shown = "" if default is None or (is_switch and not default) or default == "" else f" (default: {default})"
+    return f"--{'[no]' * is_switch}{name}: {flag.help}{shown}"

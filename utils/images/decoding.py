@@ -1,0 +1,259 @@
+"""One encoded image -> uint8 pixels: decoded, brought to RGB or grey, its middle square resized.
+
+Decoding follows one of two rules. Image files are decoded as a page shows them: upright by their EXIF orientation,
+transparency on white, 16 bits a channel rounded to 8. What TFDS stored is decoded as TFDS itself does, so that
+array_record and tfrecord give the same pixels: as stored, alpha dropped, 16 bits cut to their upper 8.
+"""
+
+import contextlib
+import os
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+from PIL import Image, UnidentifiedImageError
+
+from utils.base.errors import UserError
+from utils.base.files import LimitedReads, open_regular, read_bytes
+
+# Above any photograph's (a 200-megapixel phone, 400 by sensor shift). It bounds memory: a megapixel is a million pixels
+# of three bytes each; of four-byte pixels, such as RGBA, three quarters as many are decoded.
+MAX_MEGAPIXELS = 500.0
+PIXEL_BYTES = 3
+LARGE_BYTES = 2**27  # images above it are decoded one at a time, by however many threads
+STRIP_PIXELS = 2**20
+_large = threading.Lock()
+# Any of them under any of the usual suffixes. Of Pillow's others, one runs a program (EPS).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+REREAD = 4  # bytes read of an image over those it has: its tags may all name the same ones
+SMALL_BYTES = 2**26  # image files up to it are read whole, of larger ones the header first
+
+# Larger images are refused here, by the limit in force, rather than by Pillow's own.
+Image.MAX_IMAGE_PIXELS = None
+# Malformed metadata, which nothing here needs, is no reason to write a line for each of a million files.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+# Below these, a data set is told that its images use little of 0 .. 255: all of them together, or half of them each.
+MIN_RANGE, MIN_TYPICAL_RANGE = 128, 64
+MIN_SHARE = 0.1  # of images below MIN_TYPICAL_RANGE, for a remark
+
+EXIF_ORIENTATION = 0x0112
+TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # of TIFF's tags
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BrokenImageError(Exception):
+    """Bytes that are no image, or not all of one; the message says why."""
+
+
+def read_image(
+    content: bytes, name: str, size: int, *, mode: str = "RGB", as_tfds: bool = False, max_megapixels=MAX_MEGAPIXELS
+) -> UInt8[np.ndarray, "size size c"]:
+    """The middle square of an encoded image, resized by antialiased bilinear interpolation.
+
+    `mode` is Pillow's 'RGB' or 'L' (c = 1). UserError, saying `name`, where the image cannot be decoded.
+    """
+    try:
+        with open_image(content, max_megapixels) as image:
+            image.load()  # metadata may follow the pixels
+            convert = _to_mode_as_tfds if as_tfds else _to_mode
+            square = _resize_square(image if as_tfds else _turn_upright(image), size, mode, convert)
+    except BrokenImageError as error:
+        raise UserError(f"{name} is not a readable image ({error}); put a good copy in its place") from error
+    return np.asarray(square).reshape(size, size, -1)
+
+
+def decode_image(content: bytes, *, mode: str = "RGB", max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
+    """The whole image file in `mode`; BrokenImageError where it cannot be decoded."""
+    with open_image(content, max_megapixels) as image:
+        image.load()
+        return _to_mode(_turn_upright(image), mode)
+
+
+def check_image(content: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int, int]:
+    """(shorter side, lowest value, highest value) of an image file in RGB; BrokenImageError where it cannot be
+    decoded."""
+    with open_image(content, max_megapixels) as image:
+        image.load()
+        ranges = [(pixels.min(), pixels.max()) for pixels in map(np.asarray, _strips(image, "RGB", _to_mode))]
+        lows, highs = zip(*ranges, strict=True)
+        return min(image.size), int(min(lows)), int(max(highs))
+
+
+def read_image_file(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> bytes:
+    """Returns the bytes of an image file, of a large one once its header has been found good. OSError where they cannot
+    be read, BrokenImageError as of `open_image`."""
+    if path.stat().st_size > SMALL_BYTES:
+        with open_image(path, max_megapixels):
+            pass
+    return read_bytes(path)
+
+
+@contextlib.contextmanager
+def open_image(source: bytes | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Iterator[Image.Image]:
+    """Opens an encoded image, in memory or a regular file, not decoded yet but of an acceptable size.
+
+    BrokenImageError for one above the limit, for a large file that holds much more than its pixels, and for all that
+    the block raises, but for UserError.
+    """
+    try:
+        with BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+            size = file.seek(0, os.SEEK_END)
+            limited: Any = LimitedReads(file, REREAD * min(size, SMALL_BYTES) + 2**16)
+            with Image.open(limited, formats=FORMATS) as image:
+                check_size(image, max_megapixels)
+                if size > 2 * decoded_bytes(image) + SMALL_BYTES:  # twice: of 16 bits a channel
+                    raise BrokenImageError(f"it has {size:,} bytes for {image.width}x{image.height} pixels")
+                limited.left = REREAD * size
+                with _large if decoded_bytes(image) > LARGE_BYTES else contextlib.nullcontext():
+                    yield image
+    except (BrokenImageError, UserError):
+        raise
+    except UnidentifiedImageError:
+        raise BrokenImageError("it is no image of a known format") from None
+    except OSError as error:  # the system's, or Pillow's
+        raise BrokenImageError(error.strerror or str(error) or type(error).__name__) from error
+    except Exception as error:  # Pillow raises SyntaxError, ValueError, struct.error and more on broken files
+        raise BrokenImageError(str(error) or type(error).__name__) from error
+
+
+def check_size(image: Image.Image, max_megapixels: float = MAX_MEGAPIXELS) -> None:
+    """BrokenImageError for an image, opened but not yet decoded, above the limit."""
+    megapixels, size = image.width * image.height / 1e6, decoded_bytes(image)
+    if size > max_megapixels * 1e6 * PIXEL_BYTES:
+        depth = size // (image.width * image.height)
+        deeper = f" of {depth} bytes each" if depth > PIXEL_BYTES else ""
+        raise BrokenImageError(f"{megapixels:,.0f} megapixels{deeper} are above --max_megapixels={max_megapixels:g}")
+
+
+def decoded_bytes(image: Image.Image) -> int:
+    """Returns the bytes that an image takes once it is decoded; pixels of fewer bytes count as RGB's three, which they
+    are made into."""
+    depth = {"I": 4, "F": 4}.get(image.mode, 2 if image.mode.startswith("I;16") else 1)
+    return image.width * image.height * max(PIXEL_BYTES, depth * len(image.getbands()))
+
+
+def read_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 .. 8; 1 where there is none, or the metadata cannot be read."""
+    try:
+        exif, profile = image.info.get("exif"), image.info.get("Raw profile type exif", "")
+        if _are_tags_too_large(exif or bytes.fromhex("".join(profile.split("\n")[3:]))):
+            return 1
+        value = image.getexif().get(EXIF_ORIENTATION, 1)
+        value = value[0] if isinstance(value, tuple) else value
+        return int(value.strip("\0 ") if isinstance(value, str) else value)
+    except Exception:  # the metadata is malformed; the pixels are not
+        return 1
+
+
+def describe_range(extremes: Integer[np.ndarray, "n 2"]) -> str:
+    """Says in words where images, of the lowest and highest values `extremes`, use little of 0 .. 255; '' where not.
+
+    Images of 12 bits in files of 16 do, or of [0, 1] that became uint8, perhaps only some of them.
+    """
+    lows, highs = extremes.astype(int).T
+    lowest, highest = lows.min(), highs.max()
+    is_near_black = lowest < 8
+    question = "were they in [0, 1], or of 12 bits in files of 16? " if is_near_black else ""
+    advice = f"{question}{'Rescale' if question else 'rescale'} them to 0 .. 255 first"
+    if lowest == highest:
+        return f"all values of all images are {lowest}"
+    if (lows == highs).all():
+        return "each image is of one value"
+    if highest - lowest < MIN_RANGE:
+        return f"the images' values are {lowest} to {highest} of 0 to 255: {advice}"
+    share = (highs - lows < MIN_TYPICAL_RANGE).mean()
+    if share >= MIN_SHARE:
+        return f"{share:.0%} of the images span fewer than {MIN_TYPICAL_RANGE} of 256 levels: {advice}"
+    return ""
+
+
+def _are_tags_too_large(exif: bytes) -> bool:
+    """Whether the tags of an EXIF block (TIFF 6.0, section 2) say that they hold far more than the block does, each the
+    same bytes perhaps: Pillow reads them all to find one."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = ">" if exif[:2] == b"MM" else "<"
+    (start,) = struct.unpack_from(f"{order}I", exif, 4) if len(exif) >= 8 else (0,)
+    (count,) = struct.unpack_from(f"{order}H", exif, start) if 8 <= start <= len(exif) - 2 else (0,)
+    entries = exif[start + 2 : start + 2 + 12 * count]
+    tags = struct.iter_unpack(f"{order}HHII", entries[: len(entries) // 12 * 12])
+    return sum(TYPE_BYTES.get(kind, 0) * number for _, kind, number, _ in tags) > REREAD * len(exif)
+
+
+def copy_pixels(image: Image.Image, pixels: UInt8[np.ndarray, "h w c"]) -> None:
+    """Fills an array with the pixels of an image, converted to RGB or grey as its channels say."""
+    mode, start = "L" if pixels.shape[-1] == 1 else "RGB", 0
+    for strip in _strips(image, mode, Image.Image.convert):
+        pixels[start : start + strip.height] = np.asarray(strip).reshape(strip.height, *pixels.shape[1:])
+        start += strip.height
+
+
+def _strips(
+    image: Image.Image,
+    mode: str,
+    convert: Callable[[Image.Image, str], Image.Image],
+    box: tuple[int, int, int, int] | None = None,
+) -> Iterator[Image.Image]:
+    """An image, or the part in a box, from top to bottom in strips that are converted: no second copy of a large one
+    is made."""
+    left, top, right, bottom = box or (0, 0, *image.size)
+    num_rows = max(1, STRIP_PIXELS // (right - left))
+    for start in range(top, bottom, num_rows):
+        yield convert(image.crop((left, start, right, min(start + num_rows, bottom))), mode)
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    orientation = read_orientation(image)
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _resize_square(
+    image: Image.Image, size: int, mode: str, convert: Callable[[Image.Image, str], Image.Image]
+) -> Image.Image:
+    """The middle square, converted to `mode` and resized.
+
+    A large one is converted and resized to `size` columns in strips, then to `size` rows: Pillow's own order, and so
+    its own result (tests compare them), without a second copy of all pixels.
+    """
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    narrow, start = None, 0
+    for strip in _strips(image, mode, convert, (left, top, left + side, top + side)):
+        if strip.height == side:
+            return strip.resize((size, size), Image.Resampling.BILINEAR)
+        narrow = narrow or Image.new(mode, (size, side))
+        narrow.paste(strip.resize((size, strip.height), Image.Resampling.BILINEAR), (0, start))
+        start += strip.height
+    assert narrow is not None
+    return narrow.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+        levels = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(np.clip(np.round(levels), 0, 255).astype(np.uint8)).convert(mode)
+    if image.has_transparency_data:  # on white, as a page shows it; the colours below are arbitrary
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def _to_mode_as_tfds(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(mode)
+    image.info.pop("transparency", None)  # which `convert` would make into a colour of its own
+    return image.convert(mode)

@@ -1,0 +1,113 @@
+"""Texts of users, such as names of classes, as a figure can show them: in fonts of the system that have their
+characters, else spelled in Latin letters."""
+
+import functools
+import re
+import unicodedata
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt32
+from matplotlib import ft2font
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
+
+from utils.base.console import printable
+
+OWN_FAMILY = "DejaVu Sans"  # Matplotlib brings it along
+# Fonts that draw a box for any character.
+PLACEHOLDERS = re.compile(r"last.?resort|adobe.?blank|fallback sil", re.IGNORECASE)
+CAN_SHAPE = hasattr(ft2font, "__libraqm_version__")  # from 3.11 on: right to left, joined letters
+
+
+def draw_text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
+    """Draws a text as it is, dollar signs included, at fractions of the figure."""
+    text, families = legible(text)
+    figure.text(x, y, text, fontfamily=families, parse_math=False, **style)
+
+
+def legible(text: str) -> tuple[str, list[str]]:
+    """Returns the text with what no font has spelled out, and the families of the fonts that draw it."""
+    text = "".join(" " if unicodedata.category(c) == "Cc" and c != "\n" else c for c in printable(text))
+    lacking = frozenset(c for c in text if c != "\n" and OWN_FAMILY not in _families_of(c))
+    if not lacking:
+        return text, [OWN_FAMILY]
+    candidates = [_families_of(c) for c in sorted(lacking)]
+    shared = [family for family in candidates[0] if all(family in families for families in candidates)]
+    families = shared[:1] or list(dict.fromkeys(found[0] for found in candidates if found))
+    unknown = {c for c in lacking if not _families_of(c)}
+    return (spell(text, unknown) if unknown else text), [OWN_FAMILY, *families]
+
+
+def display_width(text: str) -> int:
+    """Returns the columns that a text takes: two for a wide character, none for a mark on another."""
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(c) in "WF")
+        for c in text
+    )
+
+
+def shorten(text: str, width: int) -> str:
+    """Returns as much of a text as fits into so many columns, the last of them an ellipsis if something is left out."""
+    if display_width(text) <= width:
+        return text
+    end = next(end for end in range(len(text), -1, -1) if display_width(text[:end]) < width)
+    return text[:end] + "…"
+
+
+@functools.cache
+def _families_of(character: str) -> list[str]:
+    """Returns the families that have a character, Matplotlib's own first, then those of the system."""
+    if not CAN_SHAPE and unicodedata.bidirectional(character) in ("R", "AL"):
+        return []
+    families = [family for family, code_points in _fonts() if ord(character) in code_points]
+    return list(dict.fromkeys(families))
+
+
+@functools.cache
+def _fonts() -> list[tuple[str, UInt32[np.ndarray, " n"]]]:
+    """Returns (family, code points that it has) of the upright fonts of regular weight, which Matplotlib finds by their
+    family alone."""
+    found = []
+    for font in sorted(fontManager.ttflist, key=lambda font: (font.name != OWN_FAMILY, font.name)):
+        is_regular = font.style == "normal" and font.weight in (400, "normal", "regular")
+        if not is_regular or PLACEHOLDERS.search(font.name):
+            continue
+        try:
+            found.append((font.name, np.array(list(FT2Font(font.fname).get_charmap()), np.uint32)))
+        except (OSError, RuntimeError):  # removed or damaged since Matplotlib listed it
+            continue
+    return found
+
+
+def spell(text: str, unknown: set[str]) -> str:
+    """Returns the text with each `unknown` character in Latin letters, by its name in Unicode: a letter by its sound,
+    a symbol by its name, an ideograph by its number (U+732B)."""
+    spelled = ""
+    for character in text:
+        if unicodedata.category(character) in ("Cf", "Sk"):  # joiners, skin tones
+            continue
+        if character not in unknown:
+            spelled += character
+            continue
+        plain = unicodedata.normalize("NFKD", character)
+        if plain != character and not set(plain) & unknown and plain.isascii():  # full-width, circled, ligatures
+            spelled += plain
+            continue
+        name, category = unicodedata.name(character, ""), unicodedata.category(character)
+        _, is_letter, letter = name.partition(" LETTER ")
+        sound = re.sub(r" (WITH .*|MARBUTA|MAKSURA)", "", letter or name).rpartition(" ")[2].lower()
+        if " VOWEL SIGN " in name:  # in place of the vowel a consonant has by itself
+            spelled = spelled.removesuffix("a") + sound
+        elif "VIRAMA" in name:
+            spelled = spelled.removesuffix("a")
+        elif is_letter and unicodedata.bidirectional(character) in ("R", "AL"):  # consonants, named by words
+            spelled += re.split("[aeiou]", sound)[0] or sound[:1]
+        elif is_letter or " SYLLABLE " in name:
+            spelled += sound
+        elif category.startswith("S") and name:
+            spelled += f" {name.lower()} "
+        elif not category.startswith("M"):
+            spelled += f" U+{ord(character):04X} "
+    return "\n".join(" ".join(line.split()) for line in spelled.split("\n"))

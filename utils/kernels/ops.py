@@ -1,0 +1,237 @@
+"""What a transformer spends its time on, in the form that is fast on what computes it: `dense` and `attention`.
+
+Both take any compute dtype and sum in float32; the gradients of dense's parameters are left in float32. XLA's CPU
+kernels for bfloat16 are twice as fast as those for float32 where they write float32 and find their operands as rows of
+a matrix; NVIDIA devices have cuDNN's fused attention. Elsewhere this is what JAX makes of the formulas. Derivatives
+are written out for both modes: forward (jax.jvp) and reverse (jax.grad), of any order.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PyTree
+
+from utils.kernels.derivatives import define_derivatives, save_pullback
+from utils.kernels.tpu_attention import TpuAttention, split_heads
+
+# XLA's CPU, as of jax 0.11, ends with an error in batched bfloat16 matmuls that contract the left side's rows.
+FOLDED_MATMULS_FAIL = jax.__version_info__ >= (0, 11)
+ATTENTION_FORMS = ("auto", "by_head", "xla", "cudnn")
+AttentionForm = str | TpuAttention
+
+# --- Matmuls ---
+
+
+def matmul(x: Array, y: Array, axes: tuple[int, int], dtype: Any = None) -> Array:
+    """Sum of products over one axis of each, taken in float32; of dtype `dtype`, if given, else that of x."""
+    dtype = dtype or x.dtype
+    dimensions = (([axes[0] % x.ndim], [axes[1]]), ([], []))
+
+    def written_as(written):
+        return lambda x, y: jax.lax.dot_general(x, y, dimensions, preferred_element_type=written).astype(dtype)
+
+    # An accelerator is as fast with either.
+    return jax.lax.platform_dependent(x, y, cpu=written_as(jnp.float32), default=written_as(dtype))
+
+
+def transpose(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
+    """x.T to be contracted over n. Folded into the matmul, it would cost a CPU's fast kernels."""
+    if x.dtype != jnp.bfloat16:
+        return x.T
+
+    def unfolded(x):
+        if FOLDED_MATMULS_FAIL:
+            return jax.lax.optimization_barrier(x.T)
+        return jnp.concatenate(jnp.array_split(x.T, 2))  # which is not folded, and faster than behind a barrier
+
+    return jax.lax.platform_dependent(x, cpu=unfolded, default=jnp.transpose)
+
+
+def _dense(x, kernel, bias):
+    return matmul(x, kernel.astype(x.dtype), (-1, 0)) + bias.astype(x.dtype), ()
+
+
+def _dense_tangent(arguments, tangents):
+    (x, kernel, _), (dx, dkernel, dbias) = arguments, tangents
+    from_x = matmul(dx, kernel.astype(x.dtype), (-1, 0))
+    from_kernel = matmul(x, dkernel.astype(x.dtype), (-1, 0))
+    return from_x + from_kernel + dbias.astype(x.dtype)
+
+
+def _dense_cotangents(arguments, saved, cotangent):
+    """JAX's own would round the parameters' gradients to the compute dtype before Adam sees them, and would contract
+    batch and tokens as two axes, which on a CPU takes half as long again."""
+    x, kernel, _ = arguments
+    rows = x.reshape(-1, x.shape[-1])
+    cotangents = cotangent.reshape(-1, cotangent.shape[-1])
+    dx = matmul(cotangents, kernel.astype(x.dtype), (1, 1)).reshape(x.shape)
+    dkernel = matmul(transpose(rows), cotangents, (1, 0), kernel.dtype)
+    return dx, dkernel, cotangents.sum(axis=0, dtype=kernel.dtype)
+
+
+_differentiable_dense = define_derivatives(_dense, _dense_tangent, _dense_cotangents)
+
+
+def dense(x: Float[Array, "*rows k"], kernel: Float[Array, "k m"], bias: Float[Array, " m"]) -> Float[Array, "*rows m"]:
+    """x @ kernel + bias in the dtype of x; the gradients of kernel and bias in theirs."""
+    return _differentiable_dense(x, kernel, bias)
+
+
+# --- Broadcasting over tokens ---
+
+
+def _sum_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+    """Summed in float32, in the dtype of x. XLA's CPU would reduce in two passes, each in one thread."""
+
+    def by_matmul(x):
+        ones = jnp.ones((len(x), x.shape[1]), x.dtype)
+        dimensions = (((1,), (1,)), ((0,), (0,)))
+        return jax.lax.dot_general(ones, x, dimensions, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    def by_sum(x):
+        return x.sum(axis=1)
+
+    return jax.lax.platform_dependent(x, cpu=by_sum if FOLDED_MATMULS_FAIL else by_matmul, default=by_sum)
+
+
+def over_tokens(x: Float[Array, "b d"], num_tokens: int) -> Float[Array, "b n d"]:
+    """x for each of n tokens."""
+
+    def broadcast(x):
+        return jnp.broadcast_to(x[:, None], (len(x), num_tokens, x.shape[1]))
+
+    return define_derivatives(
+        lambda x: (broadcast(x), ()),
+        lambda _, tangents: broadcast(*tangents),
+        lambda _, saved, cotangent: (_sum_tokens(cotangent),),
+    )(x)
+
+
+# --- Attention ---
+
+
+def choose_attention(platform: str, head_dim: int, dtype: Any, compute_capability: float = 0.0) -> str:
+    """The form of `attention` for devices of a platform ('cpu', 'gpu', 'tpu'); cuDNN's takes bfloat16 and heads of up
+    to 128 channels on NVIDIA's Ampere (compute capability 8) or newer."""
+    if platform == "cpu":
+        return "by_head"
+    is_supported = jnp.dtype(dtype) == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if is_supported and compute_capability >= 8 else "xla"
+
+
+def choose_attention_for(mesh: Mesh, head_dim: int, dtype: Any) -> AttentionForm:
+    """The form of attention for a mesh's devices, which may be only described."""
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu" and head_dim % 8 == 0:
+        return TpuAttention(mesh)
+    is_nvidia = "nvidia" in device.device_kind.lower()
+    capability = float(getattr(device, "compute_capability", 0) or 0) if is_nvidia else 0.0
+    return choose_attention(device.platform, head_dim, dtype, capability)
+
+
+def packed_attention(qkv: Float[Array, "b n c"], num_heads: int, form: AttentionForm) -> Float[Array, "b n d"]:
+    """`attention` of qkv, whose channels are those of query, key and value, each by head."""
+    if isinstance(form, TpuAttention):
+        return form(qkv, num_heads)
+    query, key, value = split_heads(qkv, num_heads)
+    return attention(query, key, value, form).reshape(*qkv.shape[:2], -1)
+
+
+def attention(
+    query: Float[Array, "b n h d"],
+    key: Float[Array, "b n h d"],
+    value: Float[Array, "b n h d"],
+    form: AttentionForm = "auto",
+) -> Float[Array, "b n h d"]:
+    """softmax(query key^T / sqrt(d)) value of each head, in the dtype of the query; the softmax in float32.
+
+    `form`: 'by_head' takes the heads in turn, so that only one head's weights are in memory, and recomputes them for
+    derivatives (arXiv:2205.14135); 'cudnn' is NVIDIA's fused kernel; 'xla' the plain formula; a TpuAttention packs
+    its arguments first. 'auto' is 'by_head' on
+    CPUs and 'xla' elsewhere, by the platform that is compiled for: good without derivatives, whose memory would be that
+    of both.
+    """
+    if isinstance(form, TpuAttention):
+        b, n, num_heads, _ = query.shape
+        packed = jnp.concatenate([x.reshape(b, n, -1) for x in (query, key, value)], axis=-1)
+        return form(packed, num_heads).reshape(query.shape)
+    if form not in ATTENTION_FORMS:
+        raise ValueError(f"unknown form of attention {form!r}; use one of {', '.join(ATTENTION_FORMS)}")
+    if form == "auto":
+        forms = {name: partial(attention, form=name) for name in ("by_head", "xla")}
+        return jax.lax.platform_dependent(query, key, value, cpu=forms["by_head"], default=forms["xla"])
+    if form == "by_head":
+        heads = (jnp.moveaxis(x, 2, 0) for x in (query, key, value))
+        return jnp.moveaxis(_attention_by_head(*heads), 0, 2)
+    if form == "cudnn":
+        return _attention_by_cudnn(query, key, value)
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+
+
+def _over_heads(function: Callable, *arrays: Float[Array, "h b n d"]) -> PyTree:
+    """function(n d, ...) mapped over images at once and over heads in turn: what one head's n x n weights take stays
+    small, and its memory is used again for the next."""
+    dtype = arrays[0].dtype
+
+    # XLA's CPU would convert a whole bfloat16 array to float32 and back for each slice that is taken or written.
+    def to_bits(x):
+        return jax.lax.bitcast_convert_type(x, jnp.uint16) if dtype == jnp.bfloat16 else x
+
+    def from_bits(x):
+        return jax.lax.bitcast_convert_type(x, dtype)
+
+    found = jax.lax.map(
+        lambda head: jax.tree.map(to_bits, jax.vmap(function)(*map(from_bits, head))), tuple(map(to_bits, arrays))
+    )
+    return jax.tree.map(from_bits, found)
+
+
+def _weights(query: Float[Array, "n d"], key: Float[Array, "n d"]) -> Float[Array, "n n"]:
+    return jax.nn.softmax(matmul(query, key, (1, 1), jnp.float32) * query.shape[-1] ** -0.5)
+
+
+def _attend(query, key, value):
+    return matmul(_weights(query, key).astype(value.dtype), value, (1, 0))
+
+
+def _attend_tangent(query, key, value, dquery, dkey, dvalue):
+    weights = _weights(query, key)
+    dscores = matmul(dquery, key, (1, 1), jnp.float32) + matmul(query, dkey, (1, 1), jnp.float32)
+    dscores = dscores * query.shape[-1] ** -0.5
+    dweights = weights * (dscores - (weights * dscores).sum(axis=-1, keepdims=True))
+    return matmul(dweights.astype(value.dtype), value, (1, 0)) + matmul(weights.astype(value.dtype), dvalue, (1, 0))
+
+
+def _attend_cotangents(query, key, value, cotangent):
+    weights = _weights(query, key)
+    dweights = matmul(cotangent, value, (1, 1), jnp.float32)
+    dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True)) * query.shape[-1] ** -0.5
+    weights, dscores = weights.astype(value.dtype), dscores.astype(value.dtype)
+    dquery = matmul(dscores, key, (1, 0))
+    dkey = matmul(transpose(dscores), query, (1, 0))
+    return dquery, dkey, matmul(transpose(weights), cotangent, (1, 0))
+
+
+# Outside of a compiled function, it compiles once.
+_by_head = jax.jit(lambda *heads: _over_heads(_attend, *heads), inline=True)
+_by_head_tangent = jax.jit(lambda *heads: jax.vmap(jax.vmap(_attend_tangent))(*heads), inline=True)
+_by_head_cotangents = jax.jit(lambda *heads: _over_heads(_attend_cotangents, *heads), inline=True)
+
+_attention_by_head = define_derivatives(
+    lambda *heads: (_by_head(*heads), ()),
+    lambda heads, tangents: _by_head_tangent(*heads, *tangents),
+    lambda heads, saved, cotangent: _by_head_cotangents(*heads, cotangent),
+)
+
+
+def _tangent_over_heads(arguments, tangents):
+    heads = [jnp.moveaxis(x, 2, 0) for x in (*arguments, *tangents)]
+    return jnp.moveaxis(_by_head_tangent(*heads), 0, 2)
+
+
+_cudnn, _cudnn_cotangents = save_pullback(partial(jax.nn.dot_product_attention, implementation="cudnn"))
+_attention_by_cudnn = define_derivatives(_cudnn, _tangent_over_heads, _cudnn_cotangents)

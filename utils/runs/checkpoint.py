@@ -1,0 +1,501 @@
+"""Checkpoints through Orbax: asynchronous and atomic, each complete enough to continue a run bit for bit.
+
+RUN/checkpoints/STEP/ holds the items `params`, `ema_params`, `optimizer` (its state, the step and the random key),
+`config` (the run's resolved flags and what its data are), `data` (the data iterator's position) and `checksums` of all
+of these, which are compared on reading. Older checkpoints have no checksums. An imported model has `ema_params`,
+`config` and `checksums` alone: it is sampled, and started from, but not continued.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from logging import LogRecord, getLogger
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from jaxtyping import Array, PyTree, UInt32
+
+from utils.base.console import log
+from utils.base.errors import UserError, find_system_error
+from utils.base.external import BadFileError
+from utils.base.files import set_aside
+from utils.networks.lora import KEY as LORA
+from utils.runs.config import check_parameters, read_config
+
+FOLDER = "checkpoints"
+DAMAGED = "damaged_checkpoints"
+
+Content = TypeVar("Content")
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint whose files are not those that were written."""
+
+
+class SaveError(UserError):
+    """A checkpoint that could not be written; the message says why, and which are safe."""
+
+
+def _silence_orbax() -> None:
+    """Keeps what Orbax logs before it raises it, hundreds of lines from several threads, off the screen; and what is
+    left of the reads or writes beside the first that fails, which report to an event loop that is closed by then."""
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))  # of reads and writes not waited for
+    previous, previous_unraisable = threading.excepthook, sys.unraisablehook
+    threading.excepthook = lambda args: None if "orbax" in type(args.thread).__module__ else previous(args)
+
+    def ignore_late_answers(unraisable):
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        if "Event loop is closed" not in str(unraisable.exc_value) and (not code or "orbax" not in code.co_filename):
+            previous_unraisable(unraisable)
+
+    sys.unraisablehook = ignore_late_answers
+
+
+def _is_of_orbax(record: LogRecord) -> bool:
+    error = record.exc_info and record.exc_info[1]
+    frames = traceback.walk_tb(error.__traceback__) if error else ()
+    return "orbax" in record.getMessage() or any("orbax" in frame.f_code.co_filename for frame, _ in frames)
+
+
+_silence_orbax()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what a damaged checkpoint makes Orbax, TensorStore or the JSON reader raise into one line."""
+    _check_permissions(path)
+    try:
+        yield
+    except UserError:
+        raise
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:  # the devices' memory too
+        raise UserError(f"checkpoint {path} cannot be read ({str(error)[:100]}); it may be whole") from error
+    except Exception as error:  # the libraries below share no exception type
+        logging.debug("%s", error, exc_info=True)
+        if refused := find_system_error(error):
+            raise UserError(f"checkpoint {path} cannot be read ({refused[1]}); it may be whole: try again") from error
+        raise DamagedCheckpointError(
+            f"checkpoint {path} is damaged: files of it are missing, cut or changed"
+        ) from error
+
+
+def _check_permissions(path: Path) -> None:
+    """UserError where a file of the checkpoint may not be opened, which is no damage."""
+    for file in path.rglob("*") if path.is_dir() else ():
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file} may not be read by this user; change its permissions")
+        if not (file.is_file() or file.is_dir()):  # which Orbax would wait on
+            raise UserError(f"{file} is no regular file; restore the checkpoint from a copy")
+
+
+def _checksum(x: Array) -> UInt32[Array, ""]:
+    """A sum over all elements' bits, each multiplied by an odd number of its place, modulo 2^32: any change of one
+    element changes it, and one of several does but for a chance of 2^-32. Integers: the same however x is split."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8: two words each
+    bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(bits.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    return jnp.sum(bits.astype(jnp.uint32) * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)
+
+
+@jax.jit  # one compiled function: several that communicate at once can get stuck on virtual CPU devices
+def _checksums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
+    return [_checksum(leaf) for leaf in leaves]
+
+
+def checksums(tree: PyTree) -> dict[str, list[int]]:
+    """{path of a leaf: [checksum, *shape]}; computed on the devices, where that is a matter of milliseconds."""
+    shapes = _shapes(tree)
+    values = jax.device_get(_checksums(jax.block_until_ready(jax.tree.leaves(tree))))
+    return {path: [int(value), *shape] for (path, shape), value in zip(shapes.items(), values, strict=True)}
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _text_checksum(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; the newest `keep_last` and every `keep_every`-th step are kept."""
+
+    def __init__(self, run_dir: Path, keep_last: int | None = None, keep_every: int | None = None):
+        self.run_dir = Path(run_dir).absolute()
+        self.folder = self.run_dir / FOLDER
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.writing = None  # the step whose files are being written in the background
+
+    def steps(self) -> list[int]:
+        """Of all finished checkpoints, newest first."""
+        return sorted(self.manager.all_steps(), reverse=True)
+
+    def save(self, state: PyTree, config: dict[str, Any], data_position: Any) -> None:
+        """Starts writing; returns when the state may be donated. Atomic: a killed save leaves no checkpoint behind.
+
+        SaveError where this, or what is still being written of the save before, fails.
+        """
+        self._save(int(state.step), _array_items(state), {"config": config, "data": {"position": data_position}})
+
+    def save_params(self, params: PyTree, config: dict[str, Any]) -> None:
+        """Writes parameters alone, as step 0, once; returns when they are on disk. SaveError where they cannot be."""
+        self._save(0, {"ema_params": params}, {"config": config})
+        self.wait()
+
+    def _save(self, step: int, items: Mapping[str, PyTree], texts: Mapping[str, Any]) -> None:
+        if step in self.manager.all_steps():
+            return
+        self.wait()
+        self.remove_unfinished()
+        sums: dict[str, Any] = {name: checksums(tree) for name, tree in items.items()}
+        sums |= {name: _text_checksum(content) for name, content in texts.items()}
+        json_items = {**texts, "checksums": sums | {"checksums": _text_checksum(sums)}}
+        self.writing = step
+        with self._reporting():
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                    **{name: ocp.args.JsonSave(content) for name, content in json_items.items()},
+                ),
+            )
+
+    def poll(self) -> None:
+        """SaveError if what was being written in the background has failed."""
+        if self.writing is not None and not self.manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk; SaveError where it cannot be written."""
+        with self._reporting():
+            self.manager.wait_until_finished()
+        self.writing = None
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of TensorStore and Orbax, which share no type
+            step, self.writing = self.writing, None
+            self.remove_unfinished()
+            logging.debug("%s", error, exc_info=True)
+            _, reason = find_system_error(error) or (0, type(error).__name__)
+            steps = self.steps()
+            safe = f"step {steps[0]} is safe" if steps else "no earlier one is there"
+            raise SaveError(
+                f"checkpoint of step {step} could not be written to {self.folder} ({reason}); {safe}"
+            ) from error
+
+    def remove_unfinished(self) -> None:
+        """Removes what saves that failed or were killed have left. Only for the process that writes here, while nothing
+        is being written."""
+        if jax.process_index() == 0:
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def restore(self, step: int, target: PyTree) -> tuple[PyTree, Any]:
+        """(state placed as the abstract state `target` says, data position) of `step`.
+
+        DamagedCheckpointError where files are missing or not as they were written; UserError for an imported model.
+        """
+        self.refuse_imported(step)
+        items = self._read(step, _array_items(target), ("data",))
+        optimizer = dict(items["optimizer"])
+        key = jax.random.wrap_key_data(optimizer.pop("key_data"))
+        state = target.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
+        return state, items["data"]["position"]
+
+    def refuse_imported(self, step: int) -> None:
+        """UserError where `step` is of an imported model."""
+        if self.is_imported(step):
+            raise UserError(
+                f"{self.run_dir} holds an imported model, which has no optimizer to continue with; train from it with "
+                f"--load_dir {self.run_dir} and another --save_dir"
+            )
+
+    def is_imported(self, step: int) -> bool:
+        """Whether `step` holds parameters alone, as `save_params` writes them."""
+        sums = self._read_checksums(step)
+        return sums is not None and "ema_params" in sums and "params" not in sums
+
+    def restore_config(self, step: int) -> dict[str, Any]:
+        """The configuration kept with `step`. DamagedCheckpointError where it cannot be read."""
+        path, sums = self.folder / str(step), self._read_checksums(step)
+        try:
+            config = read_config(self._read(step, {}, ("config",))["config"])
+            if sums is not None:  # which the oldest checkpoints have not
+                check_parameters(
+                    config, {leaf: tuple(shape) for leaf, (_, *shape) in sums.get("ema_params", {}).items()}
+                )
+        except BadFileError as error:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {error}") from None
+        return config
+
+    def restore_params(self, step: int, target: PyTree, names: tuple[str, ...]) -> list[PyTree]:
+        """The parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract tree `target` says.
+
+        DamagedCheckpointError where files are missing or not as they were written; UserError where the checkpoint is of
+        another model. An imported one has the EMA's alone, which are then both.
+        """
+        stored = {name: "ema_params" if self.is_imported(step) else name for name in names}
+        self._check_shapes(step, target, stored[names[0]])
+        targets = {name: self._with_stored_types(step, name, target) for name in stored.values()}
+        items = self._read(step, targets, ())
+        return [items[stored[name]] for name in names]
+
+    def restore_stored(self, step: int, name: str, sharding: Any = None) -> PyTree:
+        """The parameters `name` ('params' or 'ema_params') of `step`, whatever model they are of, on this device or as
+        `sharding` places them.
+
+        DamagedCheckpointError where files are missing or not as they were written.
+        """
+        name = "ema_params" if self.is_imported(step) else name
+        return self._read(step, {name: self.stored_shapes(step, name, sharding)}, ())[name]
+
+    def _metadata(self, step: int, name: str) -> PyTree:
+        """The shapes and types of an item of `step`, as they were when it was saved."""
+        path = self.folder / str(step)
+        with _readable(path):
+            metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
+            return metadata.item_metadata.tree
+
+    def stored_shapes(self, step: int, name: str, sharding: Any = None) -> PyTree:
+        """The shapes of an item of `step`, to be restored on this device or as `sharding` places them."""
+        tree = self._metadata(step, name)
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    def stored_lora(self, step: int, name: str, sharding: Any) -> PyTree:
+        """{"lora": shapes} of the factors in an item of `step`, nothing where it has none."""
+        sums, name = self._read_checksums(step), "ema_params" if self.is_imported(step) else name
+        if sums is None or not any(leaf.startswith(f"['{LORA}']") for leaf in sums[name]):
+            return {}
+        return {LORA: self.stored_shapes(step, name, sharding)[LORA]}
+
+    def restore_newest(self, read: Callable[[int], Content], steps: list[int]) -> tuple[int, Content]:
+        """(step, read(step)) of the first of `steps` that is not damaged; the others are named.
+
+        UserError where all are.
+        """
+        problems = []
+        for step in steps:
+            content: Any = None
+            problem = ""
+            try:
+                content = read(step)
+            except DamagedCheckpointError as error:
+                problem = str(error)
+            if _all_processes_agree(not problem):
+                return step, content
+            problems.append(problem or f"checkpoint {self.folder / str(step)} is damaged for another process")
+            if step != steps[-1]:
+                log(f"{problems[-1]}; going back to the one before it")
+        others = f" (as are those of steps {', '.join(map(str, steps[:-1]))})" if len(steps) > 1 else ""
+        raise UserError(f"{problems[-1]}{others}; restore it from a copy")
+
+    def set_aside(self, step: int) -> None:
+        """Moves the damaged checkpoint of `step` to RUN/damaged_checkpoints, so that its step can be saved again."""
+        if jax.process_index() == 0:
+            target = set_aside(self.folder / str(step), self.run_dir / DAMAGED)
+            log(f"moved {self.folder / str(step)} to {target}")
+        _all_processes_agree(True)
+        self.manager.reload()
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def _read(self, step: int, targets: Mapping[str, PyTree], json_names: tuple[str, ...]) -> dict[str, Any]:
+        """The items of `step`, each compared with its checksum."""
+        path = self.folder / str(step)
+        expected = self._read_checksums(step)
+        self._check_types(step, targets)
+        with _readable(path):
+            items = self.manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardRestore(target) for name, target in targets.items()},
+                    **{name: ocp.args.JsonRestore() for name in json_names},
+                ),
+            )
+            found: dict[str, Any] = {name: checksums(items[name]) for name in targets}
+            found |= {name: _text_checksum(items[name]) for name in json_names}
+        wrong = [name for name in found if expected is not None and found[name] != expected.get(name)]
+        if wrong:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {wrong[0]} is not what was written")
+        return dict(items.items())
+
+    def _with_stored_types(self, step: int, name: str, target: PyTree) -> PyTree:
+        """`target` with the types of an item of `step`: with JAX_ENABLE_X64=1 a model would have others."""
+        if not jax.config.values["jax_enable_x64"]:
+            return target
+        types = {
+            jax.tree_util.keystr(path): leaf.dtype
+            for path, leaf in jax.tree_util.tree_leaves_with_path(self._metadata(step, name))
+        }
+
+        def with_type(path, leaf):
+            dtype = types.get(jax.tree_util.keystr(path), leaf.dtype)
+            return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+        return jax.tree_util.tree_map_with_path(with_type, target)
+
+    def _check_types(self, step: int, targets: Mapping[str, PyTree]) -> None:
+        """UserError, naming the environment variable, where arrays were saved under another setting of JAX than the one
+        under which they would be read."""
+        path = self.folder / str(step)
+        for name, target in targets.items():
+            tree = self._metadata(step, name)
+            was_x64 = _has_float64(tree)
+            would_be_x64 = _has_float64(target) and jax.config.values["jax_enable_x64"]
+            if was_x64 != would_be_x64:
+                what, fix = ("with", "set it") if was_x64 else ("without", "unset it")
+                raise UserError(f"checkpoint {path} was saved {what} JAX_ENABLE_X64=1: {fix} to read it")
+            if name == "optimizer" and tuple(tree["key_data"].shape) != target["key_data"].shape:
+                implementation = str(jax.config.values["jax_default_prng_impl"])
+                raise UserError(
+                    f"checkpoint {path} has a random key of another kind than JAX_DEFAULT_PRNG_IMPL={implementation} "
+                    "makes; set that variable as it was, or unset it"
+                )
+
+    def _read_checksums(self, step: int) -> dict[str, Any] | None:
+        """The item of that name; None in older checkpoints."""
+        path = self.folder / str(step)
+        if not (path / "checksums").is_dir():
+            return None
+        with _readable(path):
+            restored: Any = self.manager.restore(step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore()))
+            sums = restored.checksums
+            own = sums.pop("checksums")
+        if own != _text_checksum(sums):
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: its checksums are not what was written")
+        return sums
+
+    def _check_shapes(self, step: int, target: PyTree, name: str) -> None:
+        """UserError where the parameters of `step` are not of the shapes of `target`."""
+        path, sums = self.folder / str(step), self._read_checksums(step)
+        with _readable(path):
+            if sums is not None:
+                found = {leaf: tuple(shape) for leaf, (_, *shape) in sums[name].items()}
+            else:
+                found = _shapes(self.stored_shapes(step, name))
+        expected_shapes = _shapes(target)
+        for leaf in sorted(found.keys() | expected_shapes.keys()):
+            if found.get(leaf) != expected_shapes.get(leaf):
+                old, new = (str(shapes.get(leaf, "absent")) for shapes in (found, expected_shapes))
+                raise UserError(
+                    f"checkpoint {path} is of another model: {leaf} is {old} there, {new} here; give the --model flags "
+                    f"of its run, which are in {self.run_dir / 'config.json'}"
+                )
+
+
+class Saver:
+    """Saves a run on its way: every `interval` steps, and where `minutes` have passed since it last did (0: never).
+
+    A save that fails, because the disk is full for example, is reported in one line and tried again a minute later;
+    the run goes on.
+    """
+
+    RETRY_SECONDS = 60.0
+
+    def __init__(self, checkpoints: Checkpoints, config: dict[str, Any], interval: int, minutes: float, step: int):
+        self.checkpoints, self.config = checkpoints, config
+        self.interval, self.seconds = interval, minutes * 60 or math.inf
+        self._wait(step, self.seconds)
+
+    def is_due(self, step: int) -> bool:
+        """The answer on which all processes of the run agree at this step."""
+        try:
+            self.checkpoints.poll()
+        except SaveError as error:
+            self._note(error, step)
+        return step % self.interval == 0 or self._is_time(step)
+
+    def save(self, state: PyTree, position: Any) -> None:
+        """Starts to save; the run may go on."""
+        step = int(state.step)
+        self._wait(step, self.seconds)
+        for act in (self.checkpoints.wait, partial(self.checkpoints.save, state, self.config, position)):
+            try:
+                act()
+            except SaveError as error:
+                self._note(error, step)
+
+    def save_last(self, state: PyTree, position: Any) -> None:
+        """Saves; returns when all is on disk. SaveError where it cannot be written."""
+        with contextlib.suppress(SaveError):  # of an earlier step, which this one replaces
+            self.checkpoints.wait()
+        try:
+            self.checkpoints.save(state, self.config, position)
+            self.checkpoints.wait()
+        except SaveError as error:
+            raise SaveError(f"{error}: make room, and the same command continues from there") from None
+
+    def _note(self, error: SaveError, step: int) -> None:
+        if jax.process_count() > 1:
+            raise error
+        log(f"{error}; training goes on and saves again in a minute")
+        self._wait(step, self.RETRY_SECONDS)
+
+    def _wait(self, step: int, seconds: float) -> None:
+        self.started, self.first, self.next_look, self.pause = time.monotonic(), step, step + 1, seconds
+
+    def _is_time(self, step: int) -> bool:
+        elapsed = time.monotonic() - self.started
+        if jax.process_count() > 1 and self.pause < math.inf:
+            # The clock of the first process counts, which it tells at steps on which all agree: halfway to where it
+            # will be time, by the pace so far.
+            if step < self.next_look:
+                return False
+            elapsed = float(multihost_utils.broadcast_one_to_all(np.float32(elapsed)))
+            steps_left = (step - self.first) * (self.pause / elapsed - 1)
+            self.next_look = step + max(1, int(steps_left / 2))
+        return elapsed >= self.pause
+
+
+def _array_items(state: PyTree) -> dict[str, PyTree]:
+    """The items that hold arrays, of a state or an abstract one; the key as its raw words, which any Orbax version
+    stores."""
+    if isinstance(state.key, jax.ShapeDtypeStruct):
+        key_data = jax.eval_shape(jax.random.key_data, state.key)
+        key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=state.key.sharding)
+    else:
+        key_data = jax.random.key_data(state.key)
+    optimizer = {"step": state.step, "opt_state": state.opt_state, "key_data": key_data}
+    return {"params": state.params, "ema_params": state.ema_params, "optimizer": optimizer}
+
+
+def _has_float64(tree: PyTree) -> bool:
+    return any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(tree))
+
+
+def _all_processes_agree(is_fine: bool) -> bool:
+    """Whether something went well on every process of the run."""
+    if jax.process_count() == 1:
+        return is_fine
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(is_fine))))
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a checkpoint was finished there."""
+    return any(path.name.isdigit() for path in (run_dir / FOLDER).glob("*"))

@@ -1,0 +1,147 @@
+"""Runs made of published checkpoints, and published checkpoints made of runs.
+
+An imported run holds its parameters once, and the configuration that train_flow.py would have written. An exported
+file holds the same tensors under the published names, and the run's configuration in its metadata, so that importing it
+again gives the same run.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_transformer import DiTConfig
+from utils.base.checks import can_guide, check_file_writable, check_writable
+from utils.base.console import log
+from utils.base.errors import UserError
+from utils.base.files import atomic_write, explaining_full_disk, write_json, write_text
+from utils.convert.published import export_published
+from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
+from utils.networks.lora import merge_lora
+from utils.objectives.objective import has_guidance
+from utils.objectives.registry import OBJECTIVES
+from utils.runs.config import find_latent_shape
+from utils.runs.opening import open_checkpoint
+
+CARD = ("config.json", "README.md")  # beside the weights of an exported folder
+
+
+# --- Export ---
+
+
+def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None = None) -> list[Path]:
+    """Writes a run's parameters under the published names: `out` is a file *.safetensors, or a folder for the hub with
+    model.safetensors, config.json and a model card, which names the repository `hub_id`. Returns what was written.
+    UserError where the run cannot be read or `out` cannot be written."""
+    is_file = out.suffix == ".safetensors"
+    if is_file:
+        check_file_writable(out, "out", EXPORTED)
+    else:
+        check_writable(out, "out", creates=False, names=(EXPORTED, *CARD))
+    checkpoints, steps = open_checkpoint(load_dir)
+    newest, config = checkpoints.restore_newest(checkpoints.restore_config, steps)
+    name = "ema_params" if which == "ema" else "params"
+    step, params = checkpoints.restore_newest(
+        lambda step: checkpoints.restore_stored(step, name), steps[steps.index(newest) :]
+    )
+    params = merge_lora(params)
+    architecture = DiTConfig.from_mapping(config["model"])
+    if architecture.network != "dit":
+        raise UserError(f"--load_dir={load_dir} is of --model.network={architecture.network}; only dit is exported")
+    config["dataset"]["latent_shape"] = list(find_latent_shape(config))
+    config["lora_rank"] = 0  # merged
+    try:
+        state = export_published(params, architecture, tuple(config["dataset"]["latent_shape"]))
+    except ValueError as error:
+        raise UserError(f"--load_dir={load_dir} cannot be exported: {error}") from None
+
+    if not is_file:
+        check_writable(out, "out")
+    file = out if is_file else out / EXPORTED
+    write_safetensors(file, state, config)
+    log(f"exported {which} parameters of step {step} of {load_dir}: {len(state)} tensors")
+    if is_file:
+        return [file]
+    with explaining_full_disk(lambda: f"{file} is whole"):
+        write_json(out / CARD[0], config)
+        write_text(out / CARD[1], model_card(config, hub_id or f"USER/{out.resolve().name}", step))
+    return [file, *(out / name for name in CARD)]
+
+
+def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
+    """A safetensors file whose metadata hold the configuration of its run."""
+    from safetensors.numpy import save_file
+
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(config)}
+    with atomic_write(path) as temporary:
+        save_file(dict(state), temporary, metadata=metadata)
+
+
+def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
+    """README.md of the hub repository `hub_id`, with the metadata that the hub reads. Of data and of a VAE on this
+    machine it names no folder."""
+    model, data, objective = config["model"], config["dataset"], config["objective"]["name"]
+    shape = "x".join(map(str, data["image_shape"]))
+    latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of {_public_vae(data)}" if data["vae"] else ""
+    is_guided = can_guide(model["class_dropout_prob"]) and has_guidance(OBJECTIVES.get(objective))
+    guidance = ", cfg_scale=2.0" if is_guided else ""
+    return f"""---
+library_name: jax-flow-matching
+pipeline_tag: unconditional-image-generation
+tags: [diffusion-transformer, {objective.replace("_", "-")}]
+---
+# {hub_id.rpartition("/")[2]}
+
+A diffusion transformer, {model["hidden_size"]} wide, {model["depth"]} deep, {model["num_heads"]} heads, patch
+{model["patch_size"]}, trained with the objective `{objective}` on images {shape} of `{_public_name(data["name"])}`
+({len(data["class_names"])} classes){latents}. These are the parameters of step {step:,}.
+
+`model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {model["timestep_scale"]:g}.
+
+    python sample.py --load_dir hf:{hub_id}
+    python train_flow.py --load_dir hf:{hub_id} --dataset_name folder:PATH
+
+In Python:
+
+```python
+from utils.runs.opening import load_generator
+
+generator = load_generator("hf:{hub_id}")
+images = generator.sample(labels=[0], num_steps=64{guidance})  # uint8 (1, {", ".join(map(str, data["image_shape"]))})
+```
+"""
+
+
+def _public_name(dataset_name: str) -> str:
+    """The name of a data set without the folders of a path in it."""
+    kind, colon, path = dataset_name.partition(":")
+    return f"{kind}{colon}{Path(path).name}" if colon else Path(dataset_name).name
+
+
+def _public_vae(data: Mapping[str, Any]) -> str:
+    """The hub id of a VAE; of one in a folder, what identifies it anywhere."""
+    if re.fullmatch(HUB_ID, data["vae"]) and not Path(data["vae"]).exists():
+        return f"`{data['vae']}`"
+    return f"a VAE with sha256 {data['vae_sha256']}" if data["vae_sha256"] else "a VAE"
+
+
+# --- The hub ---
+
+
+def push(folder: Path, hub_id: str, is_private: bool = False) -> str:
+    """Uploads an exported folder to a model repository, which is made where there is none; returns its address.
+    UserError where the hub refuses."""
+    import huggingface_hub as hub
+
+    try:
+        hub.create_repo(hub_id, private=is_private, exist_ok=True)
+        hub.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Upload a model")
+    except Exception as error:  # the hub's and its HTTP client's share no type
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"--push={hub_id} failed ({reason}); {folder} holds what was to be pushed. Log in with `hf auth login`"
+        ) from None
+    return f"{hub.constants.ENDPOINT}/{hub_id}"

@@ -1,0 +1,305 @@
+"""A run opened by what --load_dir names: a folder, one of its steps, or a model on the hub."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from diffusion_transformer import DiTConfig
+from utils.base.checks import check_writable
+from utils.base.console import log, warn
+from utils.base.errors import AbsentVAEError, UserError
+from utils.base.external import BadFileError
+from utils.base.files import FolderLock, refuse_url, write_json
+from utils.base.sharding import make_mesh, replicated, shape_structs
+from utils.codecs.absent import AbsentVAE
+from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.codecs.vae import StableVAE
+from utils.convert.published import FAMILIES, find_config, import_published
+from utils.convert.sources import METADATA_KEY, PublishedSource, fetch, read_source
+from utils.data.class_names import imagenet_class_names
+from utils.networks.ema import young_ema_hint
+from utils.networks.lora import merge_lora
+from utils.networks.models import ImageModel, init_params, make_model
+from utils.objectives.registry import make_objective
+from utils.runs.checkpoint import FOLDER, Checkpoints, SaveError, has_checkpoints
+from utils.runs.config import VAE_FACTOR, find_latent_shape, read_config
+from utils.sampling.generator import ImageGenerator
+
+# --load_dir of a run on the hub, and where that is kept.
+HUB_PREFIX = "hf:"
+
+
+HUB_RUNS = Path("runs")
+
+
+def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
+    """(folder of the run, step or None for the newest) that --load_dir names: RUN, RUN/checkpoints,
+    RUN/checkpoints/STEP, or hf:USER/NAME, which is kept in runs/USER--NAME."""
+    if str(load_dir).startswith(HUB_PREFIX):
+        load_dir = HUB_RUNS / str(load_dir).removeprefix(HUB_PREFIX).replace("/", "--")
+    path = Path(load_dir).absolute()
+    if path.parent.name == FOLDER and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    is_inside = path.name == FOLDER and not (path / FOLDER).is_dir()  # rather than a run of that name
+    return path.parent if is_inside else path, None
+
+
+def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
+    """(checkpoints, steps to be tried, newest first) of what --load_dir names; what is on the hub is fetched.
+
+    Raises UserError naming --load_dir where there is none.
+    """
+    refuse_url(load_dir, "load_dir")
+    run_dir, step = split_load_dir(load_dir)
+    if str(load_dir).startswith(HUB_PREFIX) and not has_checkpoints(run_dir):
+        fetch_run(str(load_dir), run_dir)
+    if not (run_dir / FOLDER).is_dir():
+        raise UserError(
+            f"--load_dir={load_dir} holds no checkpoint (no folder {run_dir / FOLDER}); "
+            "give a run's folder, as train_flow.py wrote it"
+        )
+    checkpoints = Checkpoints(run_dir)
+    steps = checkpoints.steps()
+    if not steps or (step is not None and step not in steps):
+        found = f"found steps {', '.join(map(str, sorted(steps)))}" if steps else "no checkpoint was finished there"
+        raise UserError(f"--load_dir={load_dir} holds no such checkpoint ({found})")
+    return checkpoints, steps if step is None else [step]
+
+
+def load_generator(
+    run: str | Path,
+    *,
+    params: str = "ema",
+    seed: int = 0,
+    label_mode: str = "uniform",
+    dtype: str | None = None,
+    vae: str | None = None,
+    mesh: Mesh | None = None,
+    needs_images: bool = False,
+) -> ImageGenerator:
+    """The generator of a run: its folder, RUN/checkpoints/STEP for another checkpoint than the newest, or hf:USER/NAME.
+
+    `params` is 'ema' or 'raw'; `label_mode` says how labels are drawn where none are given; `dtype` is another compute
+    dtype than in training; `vae` is where the VAE is now, if not where it was. A VAE that is not at hand is missed
+    where images are asked for, or with `needs_images` here. UserError where there is no whole checkpoint or the VAE is
+    another.
+    """
+    if params not in ("ema", "raw"):
+        raise UserError(f"--params={params} is unknown; use ema or raw")
+    if dtype not in (None, "bfloat16", "float32"):
+        raise UserError(f"--dtype={dtype} is unknown; use bfloat16 or float32")
+    mesh = mesh or make_mesh()
+    checkpoints, steps = open_checkpoint(str(run))
+    newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
+    model = load_model(saved, mesh, dtype=dtype, vae=vae, needs_images=needs_images)
+    _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, saved, params)
+    return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode)
+
+
+def load_model(
+    saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, vae: str | None = None, needs_images: bool = True
+) -> ImageModel:
+    """The model of the configuration saved with a checkpoint, without parameters; not `needs_images`: a VAE that is not
+    at hand is missed only where it is used."""
+    config, data = ConfigDict(saved["model"]), saved["dataset"]
+    if dtype:
+        config.dtype = dtype
+    if vae is not None and not config.use_stable_vae:
+        raise UserError(f"--vae={vae} has no effect on a run of pixels; leave it out")
+    shape, name = data["image_shape"], vae or data["vae"] or DEFAULT_HUB_ID
+    try:
+        codec = load_codec(bool(config.use_stable_vae), name, mesh, shape, data["vae_sha256"])
+    except AbsentVAEError as error:
+        if needs_images or vae is not None or not data["latent_shape"]:
+            raise
+        codec = AbsentVAE(str(error), tuple(data["latent_shape"]))
+    empty = data.get("empty_classes", ())
+    if empty:
+        num_classes = len(data["class_names"])
+        warn(f"note: {len(empty)} of {num_classes} classes had no training images; labels are drawn from the others")
+    model = make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"], empty_classes=empty)
+    if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
+        theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))
+        raise UserError(
+            f"--vae={name} makes latents {theirs} of images "
+            f"{'x'.join(map(str, shape))}, but the model takes {ours}; give the VAE with which it was trained"
+        )
+    return model
+
+
+def restore_params(
+    checkpoints: Any, steps: list[int], model: ImageModel, saved: Mapping[str, Any], which: str = "ema"
+) -> tuple[int, PyTree]:
+    """(step, parameters) of the first whole checkpoint of `steps`, on every device; `which` is 'ema' or 'raw'.
+
+    Warns of an EMA that is mostly initial parameters, by the run's configuration `saved`.
+    """
+    shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    target = shape_structs(shapes, replicated(model.mesh))
+    name = "ema_params" if which == "ema" else "params"
+
+    def read(step):
+        factors = checkpoints.stored_lora(step, name, replicated(model.mesh))
+        (params,) = checkpoints.restore_params(step, target | factors, (name,))
+        return merge_lora(params)
+
+    step, params = checkpoints.restore_newest(read, steps)
+    if which == "ema" and not checkpoints.is_imported(step) and (hint := young_ema_hint(saved, step)):
+        warn(hint)
+    return step, params
+
+
+def import_run(
+    source_name: str,
+    source: PublishedSource,
+    out: Path,
+    model: Mapping[str, Any],
+    *,
+    family: str | None = None,
+    num_heads: int | None = None,
+    class_names: Sequence[str] | None = None,
+    vae: str | None = None,
+) -> dict[str, Any]:
+    """Writes the run of a published checkpoint to the folder `out`; returns its configuration.
+
+    `model` has the --model.* values of what a checkpoint does not say (how it would be trained). `vae` is that of its
+    latents, if not the family's usual one. UserError where something is missing, contradicts, or does not fit, and
+    where `out` holds a run; nothing is written then.
+    """
+    check_new_run(out)
+    try:
+        if source.run is not None:
+            config = _exported_config(source.run)
+            architecture = DiTConfig.from_mapping(config["model"])
+            latent_shape = find_latent_shape(config)
+        else:
+            family = _choose_family(source, family)
+            names = class_names or source.class_names
+            num_classes = len(names) if names else source.num_classes
+            heads = num_heads or source.num_heads
+            architecture, latent_shape = find_config(source.state, family, heads, num_classes)
+            config = read_config(
+                _new_config(source_name, source, family, architecture, latent_shape, model, names, vae)
+            )
+        params = import_published(source.state, architecture, latent_shape)
+    except BadFileError as error:
+        raise UserError(f"--source={source_name}: {error}") from None
+
+    check_writable(out, "out")
+    with FolderLock(out).held("out"):
+        check_new_run(out)  # which another process may have finished
+        # The checkpoint last: with it, the run is whole.
+        write_json(out / "config.json", config)
+        checkpoints = Checkpoints(out)
+        try:
+            checkpoints.save_params(jax.tree.map(jnp.asarray, params), config)
+        except SaveError as error:
+            raise SaveError(f"{error}: make room, and give the same command again") from None
+        checkpoints.close()
+    return config
+
+
+def check_new_run(out: Path) -> None:
+    """UserError where no run can be written to `out`, or it holds one, rather than what is left of an import that was
+    stopped: a finished checkpoint, or the log of a training that has none yet."""
+    if has_checkpoints(out) or any((out / name).exists() for name in ("configs", "metrics.jsonl")):
+        raise UserError(f"--out={out} holds a run already; choose another folder")
+    check_writable(out, "out", creates=False)
+
+
+def _choose_family(source: PublishedSource, family: str | None) -> str:
+    if family is None and source.family is None:
+        raise BadFileError("no tensor tells DiT from SiT: give --family dit or --family sit (or lightningdit)")
+    if family and source.family and family != source.family:
+        raise BadFileError(f"it is a {FAMILIES[source.family].title}'s, not {FAMILIES[family].title}'s")
+    return family or source.family or ""
+
+
+def _exported_config(run: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in an exported file, which may be of anyone. BadFileError where it cannot be that of a run."""
+    try:
+        config = read_config(run)
+    except BadFileError as error:
+        raise BadFileError(f"its metadata {METADATA_KEY} are no configuration of a run: {error}") from None
+    network = config["model"]["network"]
+    if network != "dit":
+        raise BadFileError(f"its metadata {METADATA_KEY} name the network {network!r}; only dit is exported")
+    return config
+
+
+def _new_config(
+    source_name: str,
+    source: PublishedSource,
+    family: str,
+    architecture: DiTConfig,
+    latent_shape: tuple[int, int, int],
+    model: Mapping[str, Any],
+    class_names: Sequence[str] | None,
+    vae: str | None,
+) -> dict[str, Any]:
+    """The configuration of a run for a checkpoint of others."""
+    known = FAMILIES[family]
+    height, width, channels = latent_shape
+    # Pixels are what has the channels of pixels.
+    is_latent = vae is not None or channels not in (1, 3)
+    factor, sha256 = VAE_FACTOR, None
+    if vae is not None:
+        codec = StableVAE.load(vae)
+        factor, sha256 = codec.config.downsampling, codec.sha256
+        if codec.config.latent_channels != channels:
+            raise UserError(
+                f"--vae={vae} has latents of {codec.config.latent_channels} channels, the model {channels}; give the "
+                "VAE with which it was trained"
+            )
+    shape = [height * factor, width * factor, 3] if is_latent else list(latent_shape)
+    names = _check_class_names(class_names, architecture.num_classes)
+    is_imagenet = architecture.num_classes == 1000 and shape[:2] == [256, 256]
+    return {
+        "dataset_name": "imagenet256" if is_imagenet else "published",
+        "seed": 0,
+        "model": {
+            **dict(model),
+            **known.settings,
+            **architecture.__dict__,
+            "use_stable_vae": int(is_latent),
+        },
+        "objective": dict(known.objective),
+        "dataset": {
+            "name": "imagenet256" if is_imagenet else "published",
+            "image_shape": shape,
+            "latent_shape": list(latent_shape),
+            "class_names": list(names),
+            "vae": (vae or known.vae) if is_latent else None,
+            "vae_sha256": sha256,
+        },
+        "imported": {"source": source_name, "family": family, "tensors": len(source.state)},
+    }
+
+
+def _check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
+    if names is None:
+        return imagenet_class_names() if num_classes == 1000 else [str(label) for label in range(num_classes)]
+    if len(names) != num_classes:
+        raise BadFileError(f"it has {num_classes} classes, but --class_names names {len(names)}")
+    return names
+
+
+def fetch_run(load_dir: str, folder: Path) -> None:
+    """Makes a run in `folder` of what hf:USER/NAME, or hf:USER/NAME@REVISION, names. UserError where it cannot be."""
+    check_new_run(folder)
+    hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
+    source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")
+    if source.run is None:
+        raise UserError(
+            f"--load_dir={load_dir} is no model of this suite; make a run of it: python convert_checkpoint.py "
+            f"--source {hub_id} --family sit --out {folder} (or --family dit)"
+        )
+    import_run(load_dir, source, folder, {})
+    log(f"{load_dir} is in {folder}")

@@ -1,0 +1,164 @@
+"""What an evaluation leaves: fid.json, fid.csv, a table and a plot. The rows of fid.json are its `cells`."""
+
+import csv
+import errno
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from utils.base.checks import check_file_writable
+from utils.base.console import log, show_result
+from utils.base.external import MAX_JSON_BYTES, BadFileError, parse_json
+from utils.base.files import atomic_write, locked, read_bytes, set_aside, write_json
+from utils.images import plotting
+from utils.metrics.registry import COLUMNS
+
+NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
+NUMBERS = (*COLUMNS, "kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")  # or None
+OPTIONAL = (
+    "rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes", "jax_variables",
+)  # fmt: skip
+
+
+class Results:
+    """fid.json: a list of rows, each its settings and its metrics, written after every one.
+
+    Several processes may add to one file; one that cannot be understood is set aside.
+    """
+
+    def __init__(self, out: Path):
+        self.path = out / "fid.json"
+        with locked(self.path):
+            self._read()
+
+    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished row of these settings; files are identified by their hash, wherever they are. One that also has
+        an Inception Score will do where none is requested."""
+        requested = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
+        if requested["inception_logits_sha256"] is None:
+            del requested["inception_logits_sha256"]
+        return next((row for row in self.rows if _is_of(row, requested) and _is_finished(row)), None)
+
+    def add(self, settings: dict[str, Any], metrics: Mapping[str, float | None]) -> dict[str, Any]:
+        """The row, which replaces an earlier one of the same settings."""
+        with locked(self.path):
+            self._read()  # another process may have added some
+            self.rows = [row for row in self.rows if not _is_of(row, settings)]
+            self.rows.append({**settings, **metrics})
+            write_json(self.path, {"cells": self.rows})
+        return self.rows[-1]
+
+    def _read(self) -> None:
+        self.rows = []
+        if not self.path.exists():
+            return
+        try:
+            if self.path.stat().st_size > MAX_JSON_BYTES:
+                raise BadFileError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+            rows = parse_json(read_bytes(self.path), is_finite=False).get("cells")
+            if not isinstance(rows, list):
+                raise BadFileError("it has no list `cells`")
+        except BadFileError as error:
+            log(f"{self.path} cannot be understood ({error}; damaged?); it is kept as {set_aside(self.path)}")
+            return
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the file may be good, but for now it cannot be read
+                raise
+            log(f"{self.path}: {error.strerror}; it is kept as {set_aside(self.path)}")
+            return
+        self.rows = [row for row in rows if _is_row(row)]
+        if others := len(rows) - len(self.rows):
+            kept = set_aside(self.path)
+            log(f"{self.path}: left out {others} of {len(rows)} rows that no evaluation has written; all are in {kept}")
+            write_json(self.path, {"cells": self.rows})
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a value is a row: settings and metrics by name, each one value or a list of a few. A number that is no
+    float, and a metric that is no number, would end a program when they are shown."""
+    try:
+        for name, value in row.items():
+            values = value if isinstance(value, list) else [value]
+            if not all(isinstance(each, (bool, int, float, str, NoneType)) for each in values):
+                return False
+            numbers = [float(each) for each in values if isinstance(each, (int, float))]
+            if name in NUMBERS and not (value is None or (numbers and not isinstance(value, (list, bool)))):
+                return False
+    except (AttributeError, OverflowError):
+        return False
+    return True
+
+
+def _is_finished(row: Mapping[str, Any]) -> bool:
+    return row.get("fid") is not None and bool(row.get("num_steps") or row.get("nfe"))
+
+
+def _is_of(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether a row has these settings, and none of OPTIONAL beside them."""
+    return settings.items() <= row.items() and all(row.get(name) == settings.get(name) for name in OPTIONAL)
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of the rows: step count, guidance and every metric that one of them has."""
+    columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | COLUMNS
+    columns["straightness"] = "straightness"
+    if any(row.get("num_steps", 0) is None for row in rows):  # an adaptive solver
+        columns = {"nfe": "NFE"} | columns
+    columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(to_text(name, row) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def to_text(name: str, row: dict[str, Any]) -> str:
+    if name not in row:
+        return ""
+    value = row[name]
+    if value is None and name not in ("num_steps", "cfg_scale"):
+        return ""
+    if name == "kid":
+        return f"{value:.5f} ± {row['kid_error']:.5f}" if row.get("kid_error") is not None else f"{value:.5f}"
+    if name in COLUMNS or name == "straightness":
+        return f"{value:.3f}"
+    if value is None:
+        return "adaptive" if name == "num_steps" else "none"
+    return f"{value:g}"
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def check_json_path(target: str | None, inputs: Mapping[str, str | None]) -> None:
+    """UserError where `write_json_rows` cannot write; see `checks.check_file_writable`."""
+    if target and target != "-":
+        check_file_writable(Path(target), "json", "result.json", inputs)
+
+
+def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
+    """The rows as JSON into the file `target`, or on the standard output for '-'."""
+    if target == "-":
+        show_result(json.dumps(rows, indent=2))
+    else:
+        write_json(Path(target), rows)
+
+
+def plot_fid(rows: list[dict[str, Any]]) -> Figure:
+    """FID against steps, a curve for each guidance scale."""
+    curves = {}
+    for row in filter(_is_finished, rows):
+        name = "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
+        curves.setdefault(name, []).append((row["num_steps"] or row["nfe"], row["fid"]))
+    return plotting.curves(curves, "steps", "FID")

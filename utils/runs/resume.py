@@ -1,0 +1,121 @@
+"""Whether a run may go on from its checkpoint, or start from another's: data and settings compared."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from diffusion_transformer import DiTConfig
+from utils.base.environment import compare_jax_settings
+from utils.base.errors import UserError
+from utils.data.dataset import ImageDataset
+from utils.data.fingerprint import compare_data, read_listing
+from utils.objectives.registry import flag_of, objective_fields
+from utils.runs.opening import split_load_dir
+
+NEW_RUN = "another --wandb.name or --save_dir starts a new run"
+
+# What a trained model fixes, and what it has learned.
+_SETTINGS = dataclasses.fields(DiTConfig)
+ARCHITECTURE = (*(field.name for field in _SETTINGS if field.metadata["is_fixed"]), "use_stable_vae")
+# A run is continued only under the same values of these; the rest may change, and is reported.
+FIXED = (*(f"model.{name}" for name in ARCHITECTURE), "objective.name", "batch_size", "seed", "debug_overfit")
+# Of these, what runs were trained with before there was a flag.
+ADDED: dict[str, Any] = {
+    "freeze": [], "lora_rank": 0, "warmup_steps": 0, "weight_decay": 0.0, "grad_clip": None, "lr_schedule": "constant",
+}  # fmt: skip
+FIXED += tuple(ADDED)
+# Parameters mean something else under another value of these, whatever their shapes are.
+OF_PARAMETERS = (
+    "network", "hidden_size", "num_heads", "mlp_ratio", "norm", "mlp", "rope", "qk_norm", "timestep_scale",
+    "use_stable_vae",
+)  # fmt: skip
+# Groups of a configuration that are no flags.
+OF_NO_FLAG = ("dataset", "jax")
+# Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
+COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir", "wandb.display_name")
+
+
+def compare_with_saved(
+    config: dict[str, Any], saved: dict[str, Any], datasets: Mapping[str, ImageDataset], folder: Path
+) -> list[str]:
+    """What differs between `config` and the configuration `saved` with a checkpoint of the run in `folder`, in words.
+
+    UserError where the run is of other data, or would learn something else.
+    """
+    name, changed = config["dataset_name"], check_settings(config, saved, folder)
+    if "splits" not in saved["dataset"] and saved["dataset_name"] != name:
+        old = saved["dataset_name"]
+        raise UserError(f"{folder} holds a run with --dataset_name={old}, not {name}: give it, or {NEW_RUN}")
+    fingerprints = {split: dataset.fingerprint for split, dataset in datasets.items()}
+    try:
+        remarks = compare_data(
+            saved["dataset"], read_listing(folder, _example_counts(saved)), config["dataset"], fingerprints
+        )
+    except UserError as difference:
+        raise UserError(
+            f"--dataset_name={name} is not what {folder} was trained on: {difference}; give the same data, or {NEW_RUN}"
+        ) from None
+    settings = [f"--{flag}={new}, was {old}" for flag, (old, new) in changed.items()]
+    settings += compare_jax_settings(config.get("jax", {}), saved.get("jax", {}))
+    return settings + [f"of the data: {remark}" for remark in remarks]
+
+
+def _example_counts(saved: Mapping[str, Any]) -> dict[str, int]:
+    """{split: number of its examples} of a saved configuration."""
+    return {split: found["num_examples"] for split, found in saved["dataset"].get("splits", {}).items()}
+
+
+def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:
+    """{flag: (old, new)} of what differs between the run in `folder`, of configuration `saved`, and `config`; UserError
+    where it cannot be continued so. Data are compared by compare_with_saved."""
+    if saved["dataset"]["vae_sha256"] != config["dataset"]["vae_sha256"]:
+        raise UserError(
+            f"{folder} holds a run on the latents of --vae={saved['dataset']['vae']}, which is not "
+            f"{config['dataset']['vae']}; give that one, or {NEW_RUN}"
+        )
+    of_objective = [flag_of(field) for field in objective_fields() if field.metadata["is_fixed"]]
+    old, new = {**dict.fromkeys(of_objective), **ADDED, **_flatten(saved)}, _flatten(config)
+    changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
+    for name in (*FIXED, *of_objective):
+        if name in changed:
+            before, now = changed[name]
+            raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")
+    if new["load_dir"] is not None and not _is_same_place(new["load_dir"], old.get("load_dir")):
+        raise UserError(
+            f"--load_dir={new['load_dir']}: {folder} holds a run already, which did not start from there; leave the "
+            f"flag out to continue it, or {NEW_RUN}"
+        )
+    return {name: values for name, values in changed.items() if name not in COMPARED_ELSEWHERE}
+
+
+def check_architecture(model: ConfigDict, saved: dict[str, Any], load_dir: str, is_other: bool = False) -> None:
+    """UserError where the parameters of a run with the --model.* values `saved` mean something else in the `model`.
+
+    The scale of time may differ where the objective `is_other`: the embedding is fitted anew then.
+    """
+    for name in OF_PARAMETERS:
+        if is_other and name == "timestep_scale":
+            continue
+        if model[name] != saved[name]:
+            raise UserError(
+                f"--model.{name}={model[name]}, but --load_dir={load_dir} has {saved[name]}; give that, or leave the "
+                "flag out"
+            )
+
+
+def _is_same_place(load_dir: str, saved: str | None) -> bool:
+    return saved is not None and split_load_dir(load_dir) == split_load_dir(saved)
+
+
+def _flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """{flag: value} of a configuration, groups as group.name, without what is known of the data and of JAX."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if not isinstance(value, dict):
+            flat[name] = value
+        elif name not in OF_NO_FLAG:
+            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
+    return flat

@@ -1,0 +1,63 @@
+"""Images and masks from files, as inversion and inpainting take them."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from utils.base.errors import UserError
+from utils.images.decoding import BrokenImageError, open_image, read_image, read_image_file
+from utils.images.samples import SUFFIXES, find_images
+
+
+def read_images(
+    folder: str | Path, image_shape: tuple[int, int, int], limit: int, flag: str
+) -> tuple[UInt8[np.ndarray, "n h w c"], list[Path]]:
+    """(images, their files) of a folder, sorted by path, `limit` at most; the middle square of each is resized, as in
+    training. UserError, naming --`flag`, where there are none or one cannot be read."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--{flag}={folder} is no folder; give a folder of images")
+    height, width, channels = image_shape
+    if height != width:
+        raise UserError(f"--{flag}: images are read as squares, but those of the run are {height}x{width}")
+    files = find_images(folder)[:limit]
+    if not files:
+        raise UserError(f"--{flag}={folder} holds no images ({', '.join(SUFFIXES)})")
+    mode = "L" if channels == 1 else "RGB"
+    images = np.empty((len(files), *image_shape), np.uint8)
+    for file, image in zip(files, images, strict=True):
+        try:
+            image[:] = read_image(read_image_file(file), f"--{flag}: {file}", height, mode=mode)
+        except (OSError, BrokenImageError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--{flag}: {file} cannot be read ({reason}); put a good copy in its place") from None
+    return images, files
+
+
+def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.ndarray, "h w"]:
+    """Where a mask image is white, more than half: the hole to fill. UserError where it is no image of that size, or
+    is all hole or none."""
+    height, width, _ = image_shape
+    try:
+        with open_image(Path(path)) as image:
+            if image.size != (width, height):
+                size = f"{image.height}x{image.width}"
+                raise UserError(f"--mask={path} is {size}, but the images of the run are {height}x{width}; resize it")
+            levels = np.asarray(image.convert("L"))
+    except BrokenImageError as error:
+        raise UserError(f"--mask={path} cannot be read as an image ({error}); give a PNG") from None
+    is_hole = levels > 127
+    if is_hole.all() or not is_hole.any():
+        raise UserError(
+            f"--mask={path} is {'white' if is_hole.all() else 'black'} throughout: white is filled, black is kept"
+        )
+    return is_hole
+
+
+def labels_from_folders(folder: str | Path, files: list[Path], class_names: tuple[str, ...]) -> list[int] | None:
+    """The classes after which the subfolders of the files are named; None where one is no class."""
+    names = [file.relative_to(folder).parts[0] for file in files]
+    if not set(names) <= set(class_names):
+        return None
+    return [class_names.index(name) for name in names]

@@ -1,0 +1,169 @@
+"""Likelihoods of a velocity field, by the instantaneous change of variables (arXiv:1810.01367, arXiv:2210.02747).
+
+log p_1(x) = log N(z; 0, I) - integral over t in [0, 1] of div v(x_t, t), where dx/dt = v leads backwards from x at
+t = 1 to z at t = 0.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+
+from utils.codecs.codec import Codec, encode_batch
+from utils.networks.models import Network, model_fn
+from utils.objectives.objective import Objective, VelocityFn
+from utils.sampling.solvers import solve_adaptively
+
+# Of images in [-1, 1]: grey levels per unit, as a density of x has to be turned into one of levels.
+BITS_OFFSET = math.log2(127.5)
+
+
+class LikelihoodConfig(NamedTuple):
+    """How likelihoods are computed."""
+
+    num_probes: int = 1  # of Hutchinson's estimate; 0: the exact trace
+    num_steps: int | None = None  # of the midpoint rule; None: Dopri5
+    rtol: float = 1e-5
+    atol: float = 1e-5
+
+
+class LogLikelihood(NamedTuple):
+    log_p: Float[Array, " b"]  # nats
+    x_0: Float[Array, "b ..."]  # the noise arrived at
+    nfe: Int[Array, " b"]
+
+
+def divergence(
+    velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, " b"], probes: Float[Array, "p b ..."] | None
+) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
+    """(v, div v) at x: Hutchinson's estimate, the mean of e . (J^T e) over `probes` e of independent signs, or without
+    probes the exact trace, one reverse pass for each element. The field of an example must not depend on the others."""
+    v, pull = jax.vjp(lambda x: velocity_fn(x, t, t), x)
+    axes = tuple(range(1, x.ndim))
+    if probes is not None:
+        estimates = jax.lax.map(lambda e: (pull(e)[0] * e).sum(axes), probes)
+        return v, estimates.mean(axis=0)
+    size = math.prod(x.shape[1:])
+
+    def diagonal(i):
+        basis = jnp.zeros(size).at[i].set(1).reshape(x.shape[1:])
+        return pull(jnp.broadcast_to(basis, x.shape).astype(v.dtype))[0].reshape(len(x), -1)[:, i]
+
+    return v, jax.lax.map(diagonal, jnp.arange(size)).sum(axis=0)
+
+
+def log_normal(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """log N(x; 0, I) of each example, in nats."""
+    x = x.reshape(len(x), -1)
+    return -0.5 * (x.shape[1] * math.log(2 * math.pi) + jnp.square(x).sum(axis=1))
+
+
+def midpoint_log_likelihood(
+    velocity_fn: VelocityFn, x_1: Float[Array, "b ..."], probes: Float[Array, "p b ..."] | None, num_steps: int
+) -> LogLikelihood:
+    """By the midpoint rule in `num_steps` steps: velocity and divergence are both taken halfway."""
+    h = 1 / num_steps
+
+    def at(t):
+        return jnp.full(len(x_1), t, jnp.float32)
+
+    def step(i, state):
+        x, total = state
+        t = 1 - i * h
+        middle = x - h / 2 * velocity_fn(x, at(t), at(t))
+        v, div = divergence(velocity_fn, middle, at(t - h / 2), probes)
+        return x - h * v, total + h * div
+
+    x_0, total = jax.lax.fori_loop(0, num_steps, step, (x_1, jnp.zeros(len(x_1))))
+    return LogLikelihood(log_normal(x_0) - total, x_0, jnp.full(len(x_1), 2 * num_steps))
+
+
+def adaptive_log_likelihood(
+    velocity_of: Callable[[Int[Array, " b"]], VelocityFn],
+    x_1: Float[Array, "b ..."],
+    labels: Int[Array, " b"],
+    probes: Float[Array, "p b ..."] | None,
+    *,
+    rtol: float | Float[Array, ""] = 1e-5,
+    atol: float | Float[Array, ""] = 1e-5,
+) -> LogLikelihood:
+    """By Dopri5, x and the integral of the divergence under one error control, each example with steps of its own."""
+
+    def field(t, state, args):
+        label, probes = args
+        times = jnp.full((1,), t, jnp.float32)
+        v, div = divergence(velocity_of(label[None]), state[0][None], times, probes)
+        return v[0], div[0]
+
+    start = (x_1, jnp.zeros(len(x_1)))
+    moved = None if probes is None else jnp.moveaxis(probes, 1, 0)[:, :, None]
+    (x_0, integral), nfe = solve_adaptively(field, start, (labels, moved), 1.0, 0.0, rtol=rtol, atol=atol)
+    # Backwards, the integral has the other sign.
+    return LogLikelihood(log_normal(x_0) + integral, x_0, nfe)
+
+
+def draw_probes(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...], num_probes: int) -> Array:
+    """Signs (num_probes, b, *shape), those of image i a function of (key, i) alone."""
+
+    def draw(i):
+        return jax.random.rademacher(jax.random.fold_in(key, i), (num_probes, *shape), jnp.float32)
+
+    return jnp.moveaxis(jax.vmap(draw)(indices), 1, 0)
+
+
+def dequantise(
+    key: Key[Array, ""], indices: Int[Array, " b"], images: UInt8[Array, "b h w c"]
+) -> Float[Array, "b h w c"]:
+    """Images in about [-1, 1] with uniform noise as wide as a grey level, centred on it; that of image i is a function
+    of (key, i) alone. Their density bounds the likelihood of the images from below (Theis et al., arXiv:1511.01844)."""
+    shape = images.shape[1:]
+    noise = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-0.5, maxval=0.5))(indices)
+    return (images.astype(jnp.float32) + noise) / 127.5 - 1
+
+
+def bits_per_dim(log_p: Float[Array, " b"], num_elements: int) -> Float[Array, " b"]:
+    """Of 8-bit images, from the log density (nats) of what `dequantise` makes of them."""
+    return -log_p / (math.log(2) * num_elements) + BITS_OFFSET
+
+
+@partial(jax.jit, static_argnames=("network", "objective", "config", "is_pixels"))
+def measure_batch(
+    params: PyTree,
+    codec: Codec,
+    key: Key[Array, ""],
+    batch: Mapping[str, Array],
+    *,
+    network: Network,
+    objective: Objective,
+    config: LikelihoodConfig,
+    is_pixels: bool,
+) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
+    """(bits per dimension, or nats per element of the latents where not `is_pixels`; NFE) of each image of a batch.
+
+    `batch` has "image" or "moments" and "label" (`num_classes`: no label), and "index", the images' numbers: all that
+    is random of image i is a function of (key, i) alone.
+    """
+    image_key, probe_key = jax.random.split(key)
+    indices, labels = batch["index"], batch["label"]
+    if is_pixels:
+        x_1 = dequantise(image_key, indices, batch["image"])
+    else:
+        keys = jax.vmap(partial(jax.random.fold_in, image_key))(indices)
+        x_1 = encode_batch(codec, keys, batch)
+    probes = draw_probes(probe_key, indices, x_1.shape[1:], config.num_probes) if config.num_probes else None
+
+    def velocity_of(labels):
+        return objective.velocity(model_fn(network, params), labels)
+
+    if config.num_steps is None:
+        found = adaptive_log_likelihood(velocity_of, x_1, labels, probes, rtol=config.rtol, atol=config.atol)
+    else:
+        found = midpoint_log_likelihood(velocity_of(labels), x_1, probes, config.num_steps)
+    num_elements = math.prod(x_1.shape[1:])
+    if is_pixels:
+        return bits_per_dim(found.log_p, num_elements), found.nfe
+    return -found.log_p / num_elements, found.nfe

@@ -1,0 +1,140 @@
+"""Rules for samplers: which steps, guidance and solver a model can be sampled with. Flags and Python share them."""
+
+import difflib
+import itertools
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from utils.base import checks
+from utils.base.errors import UserError
+from utils.objectives.diffusion import Diffusion
+from utils.objectives.objective import Objective, has_guidance
+from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
+
+# Larger values are typing errors.
+MAX_STEPS = 10**6
+MAX_SCALE = 1000
+
+# How a command line writes the fields of a SamplerConfig, up to the value.
+FLAGS = {name: f"--{name}=" for name in SamplerConfig._fields}
+FLAGS |= {"num_steps": "--denoise_timesteps=", "time_shift": "--time_grid=shift:", "spacing": "--time_grid="}
+
+
+def guidance_scale(cfg_scale: float | None) -> float | None:
+    """Returns None (no guidance, one pass a step) for -1 and for 1, which equals it; otherwise the scale."""
+    return None if cfg_scale in (-1, 1) else cfg_scale
+
+
+def check_sampler(
+    sampler: SamplerConfig,
+    objective: Objective | None = None,
+    *,
+    class_dropout_prob: float | None = None,
+    num_channels: int | None = None,
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Raises UserError for a sampler that a model cannot be sampled with, or that has impossible values.
+
+    `objective` None stands for flow matching. `class_dropout_prob` and `num_channels` are the model's; None leaves out
+    what depends on them. `names` say how messages write the fields: FLAGS for a command line, by default as in Python.
+    """
+    problems = itertools.chain(
+        _check_solver(sampler, objective),
+        _check_steps(sampler, objective),
+        _check_times(sampler, objective),
+        _check_guidance(sampler, objective, class_dropout_prob, num_channels),
+    )
+    for field, fix in problems:  # the first: what follows may not make sense beside it
+        value = getattr(sampler, field)
+        text = ",".join(map(_write, value)) if isinstance(value, tuple) else _write(value)
+        if field in ("num_steps", "cfg_channels"):  # 1.0 is not 1
+            text = repr(value)
+        raise UserError(f"{(names or {}).get(field, f'{field}=')}{text}: {fix}")
+
+
+Problems = Iterator[tuple[str, str]]  # (field, the fix)
+
+
+def _check_solver(sampler: SamplerConfig, objective: Objective | None) -> Problems:
+    known = (*SOLVERS, *ADAPTIVE_SOLVERS)
+    if sampler.solver not in known:
+        near = difflib.get_close_matches(str(sampler.solver), known, n=1)
+        yield "solver", f"{f'did you mean {near[0]}? ' if near else ''}Solvers are {', '.join(known)}"
+    fitting = getattr(objective, "SOLVERS", (*ODE_SOLVERS, "sde", *ADAPTIVE_SOLVERS))
+    if sampler.solver not in fitting:
+        is_of_diffusion = not sampler.is_adaptive and SOLVERS[sampler.solver].grid == "diffusion"
+        reason = "is of models trained as diffusions" if is_of_diffusion else "does not fit what the model learned"
+        yield "solver", f"it {reason}; use one of {', '.join(fitting)}"
+
+
+def _check_steps(sampler: SamplerConfig, objective: Objective | None) -> Problems:
+    if sampler.is_adaptive:
+        for field in ("rtol", "atol"):
+            if not _is_number(getattr(sampler, field), 1e-7, 1):
+                yield field, "use a tolerance from 1e-7 to 1"
+        return
+    grid = SOLVERS[sampler.solver].grid
+    fewest = 2 if grid == "sde" else 1
+    if not is_integer(sampler.num_steps, fewest, MAX_STEPS):
+        of_solver = f" with solver {sampler.solver}" if fewest > 1 else ""
+        yield "num_steps", f"use a whole number from {fewest} to {MAX_STEPS:,}{of_solver}"
+    if problem := getattr(objective, "check_steps", lambda _: "")(sampler.num_steps):
+        yield "num_steps", problem
+    if grid == "diffusion" and isinstance(objective, Diffusion) and sampler.num_steps > objective.num_levels:
+        most = objective.num_levels
+        yield "num_steps", f"the model has {most} noise levels, the most that {sampler.solver} can take"
+
+
+def _check_times(sampler: SamplerConfig, objective: Objective | None) -> Problems:
+    if not _is_number(sampler.time_shift, 0.01, 100):
+        yield "time_shift", "use a shift from 0.01 to 100; 1 is the uniform grid"
+    if sampler.time_shift != 1 and getattr(objective, "NEEDS_UNIFORM_STEPS", False):
+        yield "time_shift", "the model learned steps of equal length; use the uniform grid"
+    if sampler.spacing not in SPACINGS:
+        yield "spacing", f"use one of {', '.join(SPACINGS)}"
+
+
+def _check_guidance(
+    sampler: SamplerConfig, objective: Objective | None, class_dropout_prob: float | None, num_channels: int | None
+) -> Problems:
+    scale, interval = sampler.cfg_scale, sampler.cfg_interval
+    if not (scale is None or _is_number(scale, -1, -1) or _is_number(scale, 0, MAX_SCALE)):
+        yield "cfg_scale", f"use a scale from 0 to {MAX_SCALE}, or -1 for no guidance"
+    if guidance_scale(scale) is not None:
+        if objective is not None and not has_guidance(objective):
+            yield "cfg_scale", "guidance is part of what the model has learned; use 1"
+        if class_dropout_prob is not None and not checks.can_guide(class_dropout_prob):
+            yield "cfg_scale", f"{checks.explain_no_guidance(class_dropout_prob)}; use 1"
+    is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
+    if not is_pair or not all(_is_number(t, 0, 1) for t in interval) or interval[0] > interval[1]:
+        yield "cfg_interval", "give first and last time from 0 to 1, such as 0.1,0.9"
+    most = num_channels or MAX_STEPS
+    if sampler.cfg_channels is not None and not is_integer(sampler.cfg_channels, 1, most):
+        yield "cfg_channels", f"the model has {most} channels; use 1 to {most}" if num_channels else "use 1 or more"
+
+
+def largest_steps(num_steps: int, objective: Objective) -> int:
+    """The most steps, up to `num_steps`, that a model of the objective can take."""
+    check = getattr(objective, "check_steps", lambda _: "")
+    return next(count for count in range(num_steps, 0, -1) if not check(count))
+
+
+def _write(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    try:
+        return not isinstance(value, bool) and bool(math.isfinite(value) and low <= value <= high)
+    except TypeError:
+        return False
+
+
+def is_integer(value: Any, low: int, high: int) -> bool:
+    """Whether a value is a whole number, of Python or NumPy, from `low` to `high`."""
+    try:
+        return not isinstance(value, bool) and low <= operator.index(value) <= high
+    except TypeError:
+        return False

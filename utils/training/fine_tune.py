@@ -1,0 +1,258 @@
+"""Starting from another run: what fits of its parameters is taken, the rest is made new; and which are trained."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import PyTree
+
+from diffusion_transformer import TIMESTEP_FEATURES, TimestepEmbed, timestep_features
+from utils.base.errors import UserError
+from utils.base.external import BadFileError, read_json
+from utils.networks.lora import KEY as LORA
+from utils.networks.lora import merge_lora
+from utils.runs.checkpoint import Checkpoints
+from utils.runs.config import read_config
+from utils.runs.opening import open_checkpoint
+
+LABELS = ("label_embed", "Embed_0", "embedding")
+POSITIONS = ("pos_embed",)
+PATCHES = ("patch_embed", "kernel")
+OUTPUTS = (("final_layer", "dense", "kernel"), ("final_layer", "dense", "bias"))
+MAX_LISTED = 3
+SHARPNESS = 16.0  # of a time embedding that is fitted to another
+
+
+class Source(NamedTuple):
+    """The run that --load_dir names."""
+
+    load_dir: str
+    checkpoints: Checkpoints
+    steps: list[int]  # to be tried, newest first
+    saved: dict[str, Any]  # its configuration
+
+    @classmethod
+    def open(cls, load_dir: str) -> "Source":
+        """UserError where there is no whole checkpoint."""
+        checkpoints, steps = open_checkpoint(load_dir)
+        newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
+        return cls(load_dir, checkpoints, steps[steps.index(newest) :], saved)
+
+    def restore(self, sharding: Any) -> tuple[int, list[PyTree]]:
+        """(step, [parameters, EMA]), NumPy arrays of the run's own shapes, LoRA merged."""
+
+        def read(step):
+            trees = (self.checkpoints.restore_stored(step, name, sharding) for name in ("params", "ema_params"))
+            return [jax.tree.map(_to_host, merge_lora(tree)) for tree in trees]
+
+        return self.checkpoints.restore_newest(read, self.steps)
+
+    def differences(self, config: dict[str, Any]) -> list[str]:
+        """What a run of this configuration has to learn anew, in words."""
+        remarks = []
+        ours, theirs = config["objective"]["name"], self.saved["objective"]["name"]
+        if ours != theirs:
+            remarks.append(f"note: --load_dir has learned {theirs}, which this run unlearns: its objective is {ours}")
+        vaes = [settings["dataset"]["vae_sha256"] for settings in (config, self.saved)]
+        if all(vaes) and vaes[0] != vaes[1]:
+            remarks.append("note: the latents are of another VAE than those of --load_dir")
+        return remarks
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.addressable_data(0))
+
+
+def read_started_from(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the run in `folder`, if that started from another one."""
+    try:
+        config = read_config(read_json(folder / "config.json"))
+    except BadFileError:
+        return None
+    return config if config.get("load_dir") else None
+
+
+class Adapted(NamedTuple):
+    """Parameters for another model, what happened to them in words, and the paths of those that are new."""
+
+    params: PyTree
+    remarks: list[str]
+    new: tuple[str, ...]
+
+
+def adapt_params(
+    source: PyTree, fresh: PyTree, old_classes: Sequence[str], new_classes: Sequence[str], patch_size: int
+) -> Adapted:
+    """`fresh` parameters of a model in whose places those of `source` stand as far as they fit.
+
+    - Arrays of one shape are taken as they are.
+    - Labels: a class that the source knows by name keeps its row; the others start from its "no label".
+    - A learned table of positions is resized to another grid.
+    - Channels: those that both have are taken; further inputs count nothing at first, further outputs are zero.
+    - Everything else (another patch size, more blocks) is made new.
+    """
+    old, target = flatten_dict(source), flatten_dict(fresh)
+    adapted, remarks, made_new, num_taken = {}, [], [], 0
+    for path, new in target.items():
+        value = old.get(path)
+        if path == LABELS and value is not None:
+            adapted[path], remark = _adapt_labels(value, new.shape, old_classes, new_classes)
+            remarks += remark
+            num_taken += not remark
+        elif value is not None and value.shape == new.shape:
+            adapted[path], num_taken = value, num_taken + 1
+        elif value is not None and path == POSITIONS:
+            adapted[path] = _resize_positions(value, new.shape)
+            remarks.append(f"position table: resized from {value.shape[1]} to {new.shape[1]} tokens")
+        elif value is not None and path == PATCHES and value.shape[:2] == new.shape[:2]:
+            adapted[path] = _fit(value, np.zeros(new.shape, np.float32), axis=2)
+            remarks.append(f"input: {new.shape[2]} channels, of which {min(value.shape[2], new.shape[2])} were there")
+        elif value is not None and path in OUTPUTS and not value.shape[-1] % patch_size**2:
+            by_channel = (*value.shape[:-1], patch_size**2, -1)
+            blank = np.zeros((*new.shape[:-1], patch_size**2, new.shape[-1] // patch_size**2), np.float32)
+            adapted[path] = _fit(value.reshape(by_channel), blank, axis=-1).reshape(new.shape)
+        else:
+            adapted[path] = np.asarray(new)
+            made_new.append("/".join(path))
+    taken = f"{num_taken} of {len(target)} arrays taken as they are"
+    if made_new:
+        others = f" and {len(made_new) - MAX_LISTED} more" if len(made_new) > MAX_LISTED else ""
+        remarks.append(f"made new: {', '.join(made_new[:MAX_LISTED])}{others}")
+    typed = {path: np.asarray(value, np.asarray(target[path]).dtype) for path, value in adapted.items()}
+    return Adapted(unflatten_dict(typed), [taken, *remarks], tuple(made_new))
+
+
+def _adapt_labels(
+    rows: np.ndarray, shape: tuple[int, ...], old_classes: Sequence[str], new_classes: Sequence[str]
+) -> tuple[np.ndarray, list[str]]:
+    """(label table of `shape`, what to say of it)."""
+    if tuple(old_classes) == tuple(new_classes) and rows.shape == shape:
+        return rows, []
+    known = {name: label for label, name in enumerate(old_classes)}
+    table = np.repeat(rows[-1:], shape[0], axis=0)  # "no label", the last row of both
+    kept = [(label, known[name]) for label, name in enumerate(new_classes) if name in known]
+    for label, old_label in kept:
+        table[label] = rows[old_label]
+    num_new = len(new_classes) - len(kept)
+    words = f'label table: {len(kept)} classes kept where names match, {num_new} new rows started from "no label"'
+    return table, [words]
+
+
+def _resize_positions(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A table (1, tokens, width) of a square grid for another one, bicubic."""
+    old_side, new_side = (round(tokens**0.5) for tokens in (table.shape[1], shape[1]))
+    grid = jnp.asarray(table).reshape(old_side, old_side, -1)
+    return np.asarray(jax.image.resize(grid, (new_side, new_side, grid.shape[-1]), "bicubic")).reshape(shape)
+
+
+def _fit(value: np.ndarray, blank: np.ndarray, axis: int) -> np.ndarray:
+    """`blank` with what both have of `value` along an axis."""
+    count = min(value.shape[axis], blank.shape[axis])
+    place = [slice(None)] * blank.ndim
+    place[axis] = slice(count)
+    blank[tuple(place)] = value[tuple(place)]
+    return blank
+
+
+class Start(NamedTuple):
+    """What a run starts from that starts from another."""
+
+    params: PyTree
+    ema_params: PyTree
+    remarks: list[str]  # what happened to them, line by line
+    new: tuple[str, ...]  # paths of arrays that are new
+
+
+def start_from(source: Source, fresh: PyTree, config: dict[str, Any], sharding: Any, *, from_ema: bool) -> Start:
+    """The parameters of `source` for a run of this configuration, whose own would be `fresh`, and their EMA; `from_ema`
+    takes both from the source's EMA."""
+    step, trees = source.restore(sharding)
+    if from_ema:
+        trees = [trees[1], trees[1]]
+    classes = source.saved["dataset"]["class_names"], config["dataset"]["class_names"]
+    adapted = [adapt_params(tree, fresh, *classes, config["model"]["patch_size"]) for tree in trees]
+    remarks, new = adapted[0].remarks, adapted[0].new
+    remarks[0] = f"starting from {source.load_dir}, step {step}: {remarks[0]}"
+    params = [tree.params for tree in adapted]
+    if any(path.startswith("step_embed/") for path in new):
+        params = [zero_step_embed(tree) for tree in params]
+    scales = [settings["model"]["timestep_scale"] for settings in (source.saved, config)]
+    if scales[0] != scales[1]:
+        fitted = [refit_times(tree, *scales) for tree in params]
+        params = [tree for tree, _ in fitted]
+        remarks.append(
+            f"time embedding: fitted to that of the source at another scale; {fitted[1][1]:.0%} error is left"
+        )
+    return Start(*params, [*remarks, *source.differences(config)], new)
+
+
+def zero_step_embed(params: PyTree) -> PyTree:
+    """The embedding of the step made zero: the model computes what it did without."""
+    last = jax.tree.map(np.zeros_like, params["step_embed"]["dense_1"])
+    return {**params, "step_embed": {**params["step_embed"], "dense_1": last}}
+
+
+def refit_times(params: PyTree, old_scale: float, new_scale: float) -> tuple[PyTree, float]:
+    """(parameters whose embedding of t at `new_scale` is near that at `old_scale`, the error that is left: root mean
+    square, over that of the embedding without its mean).
+
+    The new hidden units switch on one after the other over [0, 1], softly, and the last layer is fitted to the old
+    embedding by least squares. What oscillates faster than about SHARPNESS is left out: a derivative by t, which
+    MeanFlow takes, would be led by it.
+    """
+    old = jax.tree.map(jnp.asarray, params["timestep_embed"])
+    width = old["dense_1"]["bias"].size
+    times = jnp.linspace(0, 1, 1024)
+    targets = np.asarray(TimestepEmbed(width, old_scale, jnp.float32).apply({"params": old}, times), np.float64)
+
+    # Hidden unit j is silu(SHARPNESS (sin(s t) - sin(s c_j)) / sin(s)), s being the scale: one feature, and the bias.
+    slope = SHARPNESS / math.sin(min(new_scale, 1))
+    kernel = np.zeros(old["dense_0"]["kernel"].shape, np.float32)
+    kernel[TIMESTEP_FEATURES // 2] = slope  # sin(s t)
+    centres = np.linspace(-0.1, 1.1, width)
+    hidden = {"kernel": kernel, "bias": np.float32(-slope * np.sin(min(new_scale, 1) * centres))}
+    units = np.asarray(timestep_features(times, new_scale), np.float64) @ hidden["kernel"] + hidden["bias"]
+    units = np.append(units / (1 + np.exp(-units)), np.ones((len(times), 1)), axis=1)
+    gram = units.T @ units + 1e-6 * len(times) * np.eye(width + 1)
+    last = np.linalg.solve(gram, units.T @ targets)
+    left = np.sqrt(np.square(units @ last - targets).mean() / targets.var(axis=0).mean())
+    fitted = {"dense_0": hidden, "dense_1": {"kernel": np.float32(last[:-1]), "bias": np.float32(last[-1])}}
+    return {**params, "timestep_embed": fitted}, float(left)
+
+
+# --- What is trained ---
+
+
+def read_frozen(words: Sequence[str], parts: Sequence[str]) -> tuple[str, ...]:
+    """The top-level parts of the parameters, such as block_3, that --freeze names: blocks, blocks.N, blocks.A-B (ends
+    included) or a part by its own name. UserError for what is none."""
+    depth = sum(part.startswith("block_") for part in parts)
+    others = [part for part in parts if not part.startswith("block_") and part != LORA]
+    frozen: dict[str, None] = {}
+    for word in words:
+        match = re.fullmatch(r"blocks(?:\.(\d+)(?:-(\d+))?)?", word)
+        if match:
+            first = int(match[1] or 0)
+            last = int(match[2]) if match[2] else (first if match[1] else depth - 1)
+            if not first <= last < depth:
+                raise UserError(f"--freeze={word}: the model has blocks.0-{depth - 1}")
+            frozen |= dict.fromkeys(f"block_{i}" for i in range(first, last + 1))
+        elif word in others:
+            frozen[word] = None
+        else:
+            raise UserError(f"--freeze={word} is no part of the model; use blocks.A-B, {', '.join(others)}")
+    if frozen.keys() >= set(parts):
+        raise UserError(f"--freeze={','.join(words)} leaves nothing to train; leave a part out")
+    return tuple(frozen)
+
+
+def frozen_beside_lora(parts: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
+    """With LoRA all parts are frozen but its factors, the labels, and what has been made new."""
+    trained = {LORA, LABELS[0], *(path.split("/")[0] for path in new)}
+    return tuple(part for part in parts if part not in trained)

@@ -1,0 +1,95 @@
+"""What a run carries from step to step: step count, parameters, their EMA, optimizer state, random key."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key, PyTree
+
+from utils.networks.ema import update_ema
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """`step` counts finished steps; `key` never changes: step i draws from fold_in(key, i)."""
+
+    # Trees of arrays, or of their shapes or shardings.
+    step: PyTree  # int32 ()
+    params: PyTree
+    ema_params: PyTree
+    opt_state: PyTree
+    key: PyTree  # a typed key ()
+
+
+def make_optimizer(
+    lr: float,
+    beta1: float,
+    beta2: float,
+    *,
+    warmup_steps: int = 0,
+    decay_steps: int | None = None,
+    weight_decay: float = 0.0,
+    grad_clip: float | None = None,
+) -> optax.GradientTransformation:
+    """Adam (arXiv:1412.6980) as the recipe has it: constant rate, no decay, warm-up or clipping.
+
+    `warmup_steps` lets the rate rise from 0; `decay_steps` lets it fall to 0 at that step along a cosine;
+    `weight_decay` is AdamW's (arXiv:1711.05101), of matrices; `grad_clip` bounds the gradients' norm.
+    """
+    rate = learning_rate(lr, warmup_steps, decay_steps)
+    if weight_decay:
+        adam = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_is_matrix)
+    else:
+        adam = optax.adam(rate, b1=beta1, b2=beta2)
+    return adam if grad_clip is None else optax.chain(optax.clip_by_global_norm(grad_clip), adam)
+
+
+def learning_rate(lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float | optax.Schedule:
+    """The rate, or a function of the step where it changes."""
+    if decay_steps is not None:
+        return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else lr, lr, warmup_steps, decay_steps)
+    return optax.linear_schedule(0.0, lr, warmup_steps) if warmup_steps else lr
+
+
+def _is_matrix(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def freeze_parts(optimizer: optax.GradientTransformation, frozen: tuple[str, ...]) -> optax.GradientTransformation:
+    """The optimizer of all top-level parts of the parameters but those; what is frozen has no state."""
+    if not frozen:
+        return optimizer
+
+    def label(params):
+        return {part: part in frozen for part in params}
+
+    return optax.partition({False: optimizer, True: optax.set_to_zero()}, label)
+
+
+def select_parts(params: PyTree, frozen: tuple[str, ...], of_frozen: PyTree) -> PyTree:
+    """The parts of `of_frozen` where they are frozen, and of `params` elsewhere."""
+    return {part: of_frozen[part] if part in frozen else tree for part, tree in params.items()} if frozen else params
+
+
+def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
+    """A state at step 0 whose EMA starts as the parameters themselves (a copy: the state is donated)."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        key=key,
+    )
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: PyTree,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | Float[Array, ""],
+    frozen: tuple[str, ...] = (),
+) -> tuple[TrainState, PyTree]:
+    """(state one step on, the parameter updates that were added). The `frozen` parts stay as they are, bit for bit."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = select_parts(optax.apply_updates(state.params, updates), frozen, state.params)
+    ema_params = select_parts(update_ema(state.ema_params, params, ema_decay), frozen, state.ema_params)
+    return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), updates

@@ -1,0 +1,228 @@
+"""One step of training and of validation: pure functions of state, batch and codec, for every objective.
+
+All randomness of a step is a function of (state.key, state.step) and of the example's place in the global batch, so
+that neither the number of devices nor that of microbatches changes it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Key, PyTree
+
+from utils.codecs.codec import Codec, encode_batch
+from utils.data.pairs import pair_noise
+from utils.networks.ema import EmaSchedule
+from utils.networks.models import Network, model_fn
+from utils.objectives.objective import Objective, row_period
+from utils.training.state import TrainState, apply_gradients, select_parts
+
+# Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key.
+INIT = 2**31 - 1
+VALIDATION = 2**31 - 2
+
+
+def accumulate_microbatches(
+    function: Callable[[PyTree], PyTree], examples: PyTree, grad_accum: int, period: int = 1
+) -> PyTree:
+    """The mean of function(microbatch) over `grad_accum` microbatches of the examples' rows, one after the other.
+
+    Rows go to microbatches in turn, `period` at a time."""
+    if grad_accum == 1:
+        return function(examples)
+
+    # In turn: whatever rows a device has, it has as many of each microbatch.
+    def split(rows):
+        blocks = rows.reshape(-1, grad_accum, period, *rows.shape[1:]).swapaxes(0, 1)
+        return blocks.reshape(grad_accum, -1, *rows.shape[1:])
+
+    batches = jax.tree.map(split, examples)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda rows: rows[0], batches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(lambda total, batch: (jax.tree.map(jnp.add, total, function(batch)), None), zeros, batches)
+    return jax.tree.map(lambda x: x / grad_accum, total)
+
+
+def draw_examples(
+    key: Key[Array, ""], batch: PyTree, objective: Objective, class_dropout_prob: float
+) -> dict[str, PyTree]:
+    """The batch with all that is random in its loss, per example: keys for the codec, the objective's draws, and which
+    labels are dropped (classifier-free guidance, arXiv:2207.12598)."""
+    codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
+    num_examples = len(batch["label"])
+    draws = objective.draw(time_key, noise_key, num_examples)
+    if "pair" in batch:  # the noise that belongs to each sample
+        draws |= {"x_0": pair_noise(batch["pair"], batch["x_1"].shape[1:])}
+    return {
+        "batch": batch,
+        "codec_key": jax.random.split(codec_key, num_examples),
+        "draws": draws,
+        "is_dropped": jax.random.bernoulli(dropout_key, class_dropout_prob, (num_examples,)),
+    }
+
+
+def example_losses(
+    params: PyTree,
+    ema_params: PyTree,
+    codec: Codec,
+    examples: dict[str, PyTree],
+    *,
+    model: Network,
+    objective: Objective,
+) -> tuple[Array, dict[str, Array]]:
+    """(losses, metrics) of the examples, each (b,)."""
+    x_1 = encode_batch(codec, examples["codec_key"], examples["batch"])
+    labels = jnp.where(examples["is_dropped"], model.config.num_classes, examples["batch"]["label"])
+    functions = (model_fn(model, params), model_fn(model, ema_params))
+    return objective.loss(*functions, x_1, labels, examples["draws"] | {"is_dropped": examples["is_dropped"]})
+
+
+def compute_gradients(
+    state: TrainState,
+    key: Key[Array, ""],
+    batch: PyTree,
+    codec: Codec,
+    *,
+    model: Network,
+    objective: Objective,
+    grad_accum: int,
+    class_dropout_prob: float,
+    frozen: tuple[str, ...] = (),
+) -> tuple[PyTree, dict[str, Array]]:
+    """(gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is the loss, whatever it is.
+
+    The gradients of `frozen` parts of the parameters are zero, and are not computed.
+    """
+
+    def gradients(examples):
+        def loss_fn(params):
+            params = select_parts(params, frozen, jax.lax.stop_gradient(params))
+            losses, metrics = example_losses(
+                params, state.ema_params, codec, examples, model=model, objective=objective
+            )
+            means = jax.tree.map(jnp.mean, {"l2_loss": losses, **metrics})
+            return means["l2_loss"], means
+
+        return jax.grad(loss_fn, has_aux=True)(state.params)
+
+    examples = draw_examples(key, batch, objective, class_dropout_prob)
+    return accumulate_microbatches(gradients, examples, grad_accum, row_period(objective))
+
+
+def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, Array]:
+    trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
+    return {name: optax.tree.norm(tree) for name, tree in trees.items()}
+
+
+def train_step(
+    state: TrainState,
+    batch: PyTree,
+    codec: Codec,
+    *,
+    model: Network,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    grad_accum: int,
+    ema: EmaSchedule,
+    frozen: tuple[str, ...] = (),
+    skips_nonfinite: bool = False,
+) -> tuple[TrainState, dict[str, Array]]:
+    """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'label': int32 (b,)}.
+
+    With `skips_nonfinite`, an update that is not finite changes nothing but the step.
+    """
+    grads, metrics = compute_gradients(
+        state,
+        jax.random.fold_in(state.key, state.step),
+        batch,
+        codec,
+        model=model,
+        objective=objective,
+        grad_accum=grad_accum,
+        class_dropout_prob=model.config.class_dropout_prob,
+        frozen=frozen,
+    )
+    with jax.named_scope("optimizer"):
+        new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step), frozen)
+        metrics = metrics | norms(grads, updates, new_state.params)
+        return skip_nonfinite_update(state, new_state, grads, metrics) if skips_nonfinite else (new_state, metrics)
+
+
+def skip_nonfinite_update(
+    state: TrainState, new_state: TrainState, grads: PyTree, metrics: dict[str, Array]
+) -> tuple[TrainState, dict[str, Array]]:
+    """(`new_state`, or where its update is not finite `state` one step on; metrics with what `SkippedUpdates` counts).
+
+    An update is finite if its loss and the norms of gradients and update are: an infinite gradient can end as a finite
+    update, but leaves Adam's second moment infinite for ever.
+    """
+    is_finite = jnp.isfinite(jnp.stack([metrics[name] for name in ("l2_loss", "grad_norm", "update_norm")])).all()
+
+    def choose(new: PyTree, old: PyTree) -> PyTree:
+        return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
+
+    names = ("params", "ema_params", "opt_state")
+    kept = new_state.replace(**{name: choose(getattr(new_state, name), getattr(state, name)) for name in names})
+    sizes = jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)])
+    sizes = jnp.where(jnp.isnan(sizes), jnp.inf, sizes)
+    return kept, metrics | {
+        "param_norm": optax.tree.norm(kept.params),
+        "is_skipped": ~is_finite,
+        "largest_gradient": jnp.argmax(sizes),  # its place among the leaves
+        "largest_gradient_norm": jnp.max(sizes),
+    }
+
+
+def jit_train_step(shardings: TrainState, metrics_sharding: NamedSharding, **static: Any) -> jax.stages.Wrapped:
+    """`train_step` with these static arguments; it donates the state's memory, and leaves the next state there."""
+    return jax.jit(partial(train_step, **static), donate_argnums=0, out_shardings=(shardings, metrics_sharding))
+
+
+def validation_step(
+    state: TrainState,
+    batch: PyTree,
+    codec: Codec,
+    *,
+    model: Network,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    grad_accum: int,
+    frozen: tuple[str, ...] = (),
+) -> dict[str, Array]:
+    """Metrics of a batch with all labels kept, and the same noise and times whatever the step; the norms are those of
+    the update that this batch would cause, which is not applied."""
+    grads, metrics = compute_gradients(
+        state,
+        jax.random.fold_in(state.key, VALIDATION),
+        batch,
+        codec,
+        model=model,
+        objective=objective,
+        grad_accum=grad_accum,
+        class_dropout_prob=0.0,
+        frozen=frozen,
+    )
+    updates, _ = optimizer.update(grads, state.opt_state, state.params)
+    return metrics | norms(grads, updates, state.params)
+
+
+@partial(jax.jit, static_argnames=("model", "objective"))
+def loss_at_time(
+    params: PyTree,
+    codec: Codec,
+    key: Key[Array, ""],
+    batch: PyTree,
+    t: Array,
+    *,
+    model: Network,
+    objective: Objective,
+) -> Array:
+    """Mean loss of a batch, all labels kept, with every time set to `t` and the same noise at every t."""
+    examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
+    examples["draws"] |= {"t": jnp.full_like(examples["draws"]["t"], t)}
+    losses, _ = example_losses(params, params, codec, examples, model=model, objective=objective)
+    return losses.mean()
