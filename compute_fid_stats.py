@@ -19,7 +19,8 @@ from utils.base.sharding import make_mesh, replicated
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, StreamSource, Subset
 from utils.data.registry import load_dataset
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_data_flags, define_path
 from utils.flags.help import topic
 from utils.images.samples import Samples, open_samples
 from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor
@@ -29,9 +30,9 @@ from utils.metrics.statistics import ImageStatistics
 
 
 def define_flags() -> None:
-    cli.define_data_flags()
+    define_data_flags()
     with topic("Data"):
-        cli.define_path("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
+        define_path("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
         flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
         flags.DEFINE_integer(
             "num_images",
@@ -40,7 +41,7 @@ def define_flags() -> None:
             lower_bound=2,
         )
     with topic("Statistics"):
-        cli.define_path("out", None, "The .npz to write.")
+        define_path("out", None, "The .npz to write.")
         flags.DEFINE_integer(
             "num_features", 10_000, "Images whose features are kept, for KID, precision...", 0, MAX_FEATURES
         )
@@ -48,7 +49,7 @@ def define_flags() -> None:
             "compact", 0, "1: no covariance where all features are kept; smaller, and for this suite alone.", 0, 1
         )
         flags.DEFINE_enum("convention", "adm", list(CONVENTIONS), "Resize and scaling before Inception.")
-        cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
+        define_path("inception_weights", None, "Local copy of the Inception weights.")
         flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
         flags.DEFINE_bool("quiet", False, "Errors alone.")
 
@@ -61,13 +62,13 @@ def main(config: ConfigDict) -> None:
     checks.check_file_writable(out, "out", "stats.npz", {"images": config.images})
     if config.images:
         data_flags = ("dataset_name", "split", "data_dir", "image_size", "broken_images", "max_megapixels")
-        cli.refuse_ignored(data_flags, "with --images, which are taken as they are")
+        reading.refuse_ignored(data_flags, "with --images, which are taken as they are")
     mesh = make_mesh()
     checks.check_batch_size(config.batch_size, mesh.size)
     samples = open_samples(config.images, "images") if config.images else None
     if samples is None:
-        cli.check_data_flags(config.dataset_name)
-        dataset = load_dataset(config.dataset_name, config.split, cli.read_data_options(config))
+        reading.check_data_flags(config.dataset_name)
+        dataset = load_dataset(config.dataset_name, config.split, reading.read_data_options(config))
         if dataset.latents or dataset.pair_shape:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
     if samples:
@@ -147,4 +148,4 @@ def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -18,7 +18,8 @@ from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_bounded
 from utils.convert.published import FAMILIES
 from utils.convert.sources import read_source
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_path, define_saved_model_flags
 from utils.flags.help import hide, topic
 from utils.runs.export import export_run, push
 from utils.runs.opening import check_new_run, import_run
@@ -30,21 +31,19 @@ MAX_NAMES_BYTES = 2**24
 
 
 def define_flags() -> None:
-    cli.define_path("out", None, "Folder of the new run; of --load_dir: a file X.safetensors, or a folder for the hub.")
+    define_path("out", None, "Folder of the new run; of --load_dir: a file X.safetensors, or a folder for the hub.")
     with topic("Published to run"):
-        cli.define_path(
-            "source", None, "Published checkpoint: .pt, .bin or .safetensors; a folder of diffusers; a hub id."
-        )
+        define_path("source", None, "Published checkpoint: .pt, .bin or .safetensors; a folder of diffusers; a hub id.")
         flags.DEFINE_enum("family", None, list(FAMILIES), "Whose checkpoint it is, where the file does not say.")
         flags.DEFINE_integer("num_heads", None, "Attention heads; default: those of the published model that wide.", 1)
-        cli.define_path("class_names", None, "Text file with a class name a line; default: ImageNet's of 1,000.")
-        cli.define_path("vae", None, "Hub id or folder of the VAE of its latents; default: that of the publication.")
+        define_path("class_names", None, "Text file with a class name a line; default: ImageNet's of 1,000.")
+        define_path("vae", None, "Hub id or folder of the VAE of its latents; default: that of the publication.")
     with topic("Run to published"):
-        cli.define_path("load_dir", None, "Run to export; RUN/checkpoints/STEP for one of its checkpoints.")
+        define_path("load_dir", None, "Run to export; RUN/checkpoints/STEP for one of its checkpoints.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
         flags.DEFINE_string("push", None, "Also upload the folder --out to this repository of the hub, USER/NAME.")
         flags.DEFINE_bool("private", False, "With --push: only you may read the repository.")
-    cli.define_saved_model_flags()  # what a checkpoint does not say has their defaults
+    define_saved_model_flags()  # what a checkpoint does not say has their defaults
     hide(["model.dtype"])
 
 
@@ -63,7 +62,7 @@ def import_checkpoint(config: ConfigDict) -> None:
     check_new_run(Path(config.out))
     source = read_source(config.source)
     if source.run is not None:
-        cli.refuse_ignored(OF_IMPORT, f"on {config.source}, which says it itself")
+        reading.refuse_ignored(OF_IMPORT, f"on {config.source}, which says it itself")
     saved = import_run(
         config.source,
         source,
@@ -105,16 +104,16 @@ def main(config: ConfigDict) -> None:
         raise UserError("give one of --source (a published checkpoint) and --load_dir (a run to export)")
     if not config.out:
         raise UserError("--out is not given: name a folder for the run, or a file X.safetensors for the export")
-    cli.refuse_ignored(cli.model_flags(), "here: a checkpoint has its own")
+    reading.refuse_ignored(reading.model_flags(), "here: a checkpoint has its own")
     if config.source:
-        cli.refuse_ignored(OF_EXPORT, "with --source")
+        reading.refuse_ignored(OF_EXPORT, "with --source")
         import_checkpoint(config)
     else:
-        cli.refuse_ignored(OF_IMPORT, "with --load_dir")
+        reading.refuse_ignored(OF_IMPORT, "with --load_dir")
         if not config.push:
-            cli.refuse_ignored(("private",), "without --push")
+            reading.refuse_ignored(("private",), "without --push")
         export_checkpoint(config)
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -29,18 +29,19 @@ from utils.data.batches import epoch_batches
 from utils.data.dataset import SPLITS, ImageDataset
 from utils.data.fingerprint import Fingerprint, write_listing
 from utils.data.registry import load_dataset
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_data_flags, define_flip_flag, define_path, define_vae_flag
 from utils.flags.help import topic
 from utils.images.pixels import images_from_uint8
 from utils.training.commands import write_command
 
 
 def define_flags() -> None:
-    cli.define_data_flags()
-    cli.define_flip_flag()
-    cli.define_vae_flag()
+    define_data_flags()
+    define_flip_flag()
+    define_vae_flag()
     with topic("Latents"):
-        cli.define_path("out", None, "Folder to write.")
+        define_path("out", None, "Folder to write.")
         flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
         flags.DEFINE_integer("shard_size", 4096, "Images per file.", lower_bound=1)
 
@@ -115,8 +116,8 @@ def main(config: ConfigDict) -> None:
     out, mesh, vae = Path(config.out), make_mesh(), config.vae or DEFAULT_HUB_ID
     checks.check_writable(out, "out", creates=False)
     checks.check_batch_size(config.batch_size, mesh.size)
-    cli.check_data_flags(config.dataset_name)
-    options = cli.read_data_options(config)
+    reading.check_data_flags(config.dataset_name)
+    options = reading.read_data_options(config)
     datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
     train = datasets["train"]
     if train.latents or train.pair_shape:
@@ -153,4 +154,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -31,7 +31,14 @@ from utils.base.errors import UserError, WriteError
 from utils.base.files import atomic_write
 from utils.base.memory import explaining_out_of_memory, free_memory
 from utils.base.sharding import gather, make_mesh, replicated
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import (
+    define_path,
+    define_sampler_flags,
+    define_saved_model_flags,
+    define_vae_flag,
+    define_wandb_flags,
+)
 from utils.flags.help import topic
 from utils.images import plotting
 from utils.images.pixels import ImageBatch
@@ -78,8 +85,8 @@ OF_TRAINING = ("model.preset", "model.lr", "model.beta1", "model.beta2", "model.
 
 def define_flags() -> None:
     with topic("What is scored"):
-        cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
-        cli.define_path("samples", None, "Instead of a run: npz or .npy (uint8 NHWC) or folder of images to score.")
+        define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        define_path("samples", None, "Instead of a run: npz or .npy (uint8 NHWC) or folder of images to score.")
         flags.DEFINE_integer(
             "num_samples", 50_000, "Samples, exactly; of --samples the first, default all.", lower_bound=2
         )
@@ -92,24 +99,24 @@ def define_flags() -> None:
             "batch_size", None, "Samples at a time, over all devices; default: what fits, 128 on CPUs."
         )
     with topic("Reference"):
-        cli.define_path("fid_stats", None, "Reference: statistics, as compute_fid_stats.py writes them, or images.")
+        define_path("fid_stats", None, "Reference: statistics, as compute_fid_stats.py writes them, or images.")
         flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
         flags.DEFINE_enum(
             "convention", None, list(CONVENTIONS), "Inception preprocessing, if --fid_stats does not record it."
         )
-        cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
-        cli.define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
+        define_path("inception_weights", None, "Local copy of the Inception weights.")
+        define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
     with topic("Output"):
-        cli.define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")
-        cli.define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
-        cli.define_path("json", None, "Write the rows as JSON here; - is the standard output, instead of the table.")
+        define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")
+        define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
+        define_path("json", None, "Write the rows as JSON here; - is the standard output, instead of the table.")
         flags.DEFINE_bool("quiet", False, "Results and errors alone.")
-    cli.define_sampler_flags(cfg_scale="4", denoise_timesteps="500", takes_several=True)
+    define_sampler_flags(cfg_scale="4", denoise_timesteps="500", takes_several=True)
     with topic("Sampling"):
         flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
-    cli.define_vae_flag()
-    cli.define_saved_model_flags()
-    cli.define_wandb_flags(name="eval")
+    define_vae_flag()
+    define_saved_model_flags()
+    define_wandb_flags(name="eval")
 
 
 def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[str, Any] | None = None) -> Path:
@@ -265,10 +272,10 @@ class RunEvaluation(Scoring):
         data, run_dir = saved["dataset"], checkpoints.folder.parent
         channels = (data["latent_shape"] or [None])[-1]  # older runs did not save it
         dropout, objective = saved["model"]["class_dropout_prob"], make_objective(saved)
-        self.samplers = cli.read_samplers(config, dropout, objective, channels)
+        self.samplers = reading.read_samplers(config, dropout, objective, channels)
         check_save_samples(config, self.samplers)
-        overridden = cli.override_model(saved["model"])
-        cli.refuse_other_objective(saved["objective"])
+        overridden = reading.override_model(saved["model"])
+        reading.refuse_other_objective(saved["objective"])
         reference = find_statistics(config, config.dataset_name or data["name"], saved)
         super().__init__(config, reference, data["image_shape"], config.num_samples, run_dir)
         self.model = load_model(saved, self.mesh, dtype=overridden.dtype, vae=config.vae)
@@ -449,7 +456,7 @@ def show_rows(config: ConfigDict, rows: list[dict[str, Any]]) -> None:
 
 def evaluate_samples(config: ConfigDict) -> None:
     samples = open_samples(config.samples)
-    if cli.is_explicit("num_samples"):
+    if reading.is_explicit("num_samples"):
         if config.num_samples > samples.num_samples:
             raise UserError(
                 f"--num_samples={config.num_samples}: --samples={config.samples} holds {samples.num_samples}"
@@ -497,13 +504,13 @@ def main(config: ConfigDict) -> None:
 def refuse_ignored(config: ConfigDict) -> None:
     """UserError for flags that would have no effect on this evaluation."""
     if config.samples:
-        cli.refuse_ignored((*OF_RUNS, *cli.model_flags()), "on --samples, which are scored as they are")
-    cli.refuse_ignored(OF_TRAINING, "in an evaluation")
+        reading.refuse_ignored((*OF_RUNS, *reading.model_flags()), "on --samples, which are scored as they are")
+    reading.refuse_ignored(OF_TRAINING, "in an evaluation")
     for name in ("cfg_scale", "denoise_timesteps"):
-        cli.refuse_ignored((f"model.{name}",), f"here, where --{name} says it")
+        reading.refuse_ignored((f"model.{name}",), f"here, where --{name} says it")
     if config.fid_stats:
-        cli.refuse_ignored(("dataset_name",), "beside --fid_stats")
+        reading.refuse_ignored(("dataset_name",), "beside --fid_stats")
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

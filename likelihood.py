@@ -29,7 +29,8 @@ from utils.codecs.pixels import PixelCodec
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset
 from utils.data.registry import load_dataset
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_data_flags, define_path, define_vae_flag
 from utils.flags.help import topic
 from utils.runs.opening import load_model, open_checkpoint, restore_params
 from utils.runs.results import check_json_path, write_csv, write_json_rows
@@ -42,10 +43,10 @@ MAX_EXACT = 3 * 32 * 32  # elements: the exact trace takes a backward pass for e
 
 def define_flags() -> None:
     with topic("Model"):
-        cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
-        cli.define_vae_flag()
-    cli.define_data_flags(dataset_name=None)
+        define_vae_flag()
+    define_data_flags(dataset_name=None)
     with topic("Data"):
         flags.DEFINE_enum("split", "validation", ["train", "validation"], "Split of the data set.")
         flags.DEFINE_integer("num_images", None, "Images, the first of the split; default: all.", 1)
@@ -65,8 +66,8 @@ def define_flags() -> None:
         flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Compute dtype.")
         flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
     with topic("Output"):
-        cli.define_path("per_image", None, "Also write a CSV with a line for each image: index, label, value, NFE.")
-        cli.define_path("json", None, "Also write the result as JSON into this file; - prints it instead of the table.")
+        define_path("per_image", None, "Also write a CSV with a line for each image: index, label, value, NFE.")
+        define_path("json", None, "Also write the result as JSON into this file; - prints it instead of the table.")
         flags.DEFINE_bool("quiet", False, "The result and errors alone.")
 
 
@@ -98,13 +99,13 @@ class Measurement:
     def _load_dataset(self, saved: dict[str, Any]) -> ImageDataset:
         config, own = self.config, self.config.dataset_name is None
         for name in RUN_OPTIONS:
-            if own and not cli.is_explicit(name):
+            if own and not reading.is_explicit(name):
                 config[name] = saved.get(name, config[name])
         name = config.dataset_name or saved["dataset_name"]
-        cli.check_data_flags(name)
+        reading.check_data_flags(name)
         if not own and config.image_size is None and name.partition(":")[0] in ("folder", "tfds"):
             config.image_size = saved["dataset"]["image_shape"][0]
-        return load_dataset(name, config.split, cli.read_data_options(config))
+        return load_dataset(name, config.split, reading.read_data_options(config))
 
     def check_shape(self) -> None:
         """UserError where the model does not take the images; grey and colour are converted, which is logged."""
@@ -225,9 +226,9 @@ def to_markdown(result: dict[str, Any]) -> str:
 def refuse_ignored(config: ConfigDict) -> None:
     """UserError for flags that would have no effect."""
     if config.solver == "midpoint":
-        cli.refuse_ignored(("rtol", "atol"), "with --solver=midpoint, which takes --denoise_timesteps")
+        reading.refuse_ignored(("rtol", "atol"), "with --solver=midpoint, which takes --denoise_timesteps")
     else:
-        cli.refuse_ignored(("denoise_timesteps",), f"with --solver={config.solver}, which chooses its steps")
+        reading.refuse_ignored(("denoise_timesteps",), f"with --solver={config.solver}, which chooses its steps")
 
 
 def main(config: ConfigDict) -> None:
@@ -258,4 +259,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

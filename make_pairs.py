@@ -23,7 +23,8 @@ from utils.base.memory import explaining_out_of_memory
 from utils.base.sharding import gather
 from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_path, define_sampler_flags, define_vae_flag
 from utils.flags.help import topic
 from utils.runs.opening import load_generator
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
@@ -33,8 +34,8 @@ from utils.training.commands import write_command
 
 def define_flags() -> None:
     with topic("Pairs"):
-        cli.define_path("load_dir", None, "Run whose model makes the pairs.")
-        cli.define_path("out", None, "Folder to write.")
+        define_path("load_dir", None, "Run whose model makes the pairs.")
+        define_path("out", None, "Folder to write.")
         flags.DEFINE_integer("num_pairs", 50_000, "Pairs.", 100, 10**9)
         flags.DEFINE_integer("seed", 0, "Pair i depends on this and on i alone.")
         flags.DEFINE_enum("labels", "balanced", ["uniform", "balanced"], "How labels are drawn.")
@@ -42,8 +43,8 @@ def define_flags() -> None:
         flags.DEFINE_integer("batch_size", RECIPE_BATCH_SIZE, "Pairs at a time, over all devices.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
         flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
-        cli.define_vae_flag()
-    cli.define_sampler_flags(cfg_scale="1", denoise_timesteps="100")
+        define_vae_flag()
+    define_sampler_flags(cfg_scale="1", denoise_timesteps="100")
 
 
 def make(
@@ -73,7 +74,7 @@ def main(config: ConfigDict) -> None:
     model, out = generator.model, Path(config.out)
     checks.check_batch_size(config.batch_size, model.mesh.size)
     dropout = model.network.config.class_dropout_prob
-    samplers = cli.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
+    samplers = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
     if len(samplers) > 1:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each")
     if SOLVERS.get(samplers[0].solver, SOLVERS["euler"]).is_stochastic:
@@ -121,4 +122,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

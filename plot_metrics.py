@@ -17,7 +17,8 @@ from utils.base import checks
 from utils.base.console import log
 from utils.base.errors import UserError
 from utils.base.files import atomic_write
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_path
 from utils.images import plotting
 from utils.runs.trackers import name_runs, read_curves
 
@@ -29,7 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "metrics", list(DEFAULT_METRICS), "Names of metrics, separated by commas; * stands for any characters."
     )
-    cli.define_path("out", "runs/curves.png", "The .png to write.")
+    define_path("out", "runs/curves.png", "The .png to write.")
     flags.DEFINE_integer("smooth", 1, "Logged values in a running mean; 1: none.", lower_bound=1)
     flags.DEFINE_bool("log_y", False, "Logarithmic values.")
 
@@ -55,10 +56,10 @@ def main(config: ConfigDict) -> None:
     if not all(config.runs) or not config.runs:
         given = f"={','.join(config.runs)} has an empty name" if config.runs else " is not given"
         raise UserError(f"--runs{given}: name run folders, separated by commas, such as runs/a,runs/b")
-    paths = [Path(cli.expand_path(run, "runs")) for run in dict.fromkeys(config.runs)]
+    paths = [Path(reading.expand_path(run, "runs")) for run in dict.fromkeys(config.runs)]
     curves = {name: read_curves(path, "runs") for name, path in zip(name_runs(paths), paths, strict=True)}
     known = {metric for curve in curves.values() for metric in curve}
-    metrics = choose_metrics(known, config.metrics, is_optional=not cli.is_explicit("metrics"))
+    metrics = choose_metrics(known, config.metrics, is_optional=not reading.is_explicit("metrics"))
     out = Path(config.out)
     if out.is_dir() or out.suffix.lower() != ".png":
         example = out / "curves.png" if out.is_dir() else "curves.png"
@@ -75,4 +76,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main, needs_devices=False)
+    program.run_program(define_flags, main, needs_devices=False)

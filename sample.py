@@ -29,7 +29,8 @@ from utils.base.files import atomic_write
 from utils.base.memory import explaining_out_of_memory
 from utils.base.sharding import gather
 from utils.data.class_names import read_classes
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_path, define_sampler_flags, define_vae_flag, define_wandb_flags
 from utils.flags.help import topic
 from utils.images import plotting
 from utils.images.samples import SampleWriter, check_sample_path
@@ -52,15 +53,15 @@ FILM_SECONDS = 3.0
 
 def define_flags() -> None:
     with topic("What is drawn"):
-        cli.define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
         flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, in turn; or all.")
         flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn without --classes.")
         flags.DEFINE_integer("num_samples", 16, "Samples.", 1, 10**7)
         flags.DEFINE_integer("seed", 0, "Sample i depends on this, on i and on its class alone.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
     with topic("Output"):
-        cli.define_path("out", None, "Folder for what is drawn; default: samples/ in the folder of the run.")
-        cli.define_path("save_samples", None, "Also write each sample: .npz (arr_0 uint8 NHWC, arr_1 labels), or PNGs.")
+        define_path("out", None, "Folder for what is drawn; default: samples/ in the folder of the run.")
+        define_path("save_samples", None, "Also write each sample: .npz (arr_0 uint8 NHWC, arr_1 labels), or PNGs.")
         flags.DEFINE_bool("quiet", False, "Paths of what is written and errors alone.")
     with topic("Films and interpolations"):
         flags.DEFINE_bool("film", False, "Also an animation from noise to image, and a strip of eight stages.")
@@ -71,23 +72,23 @@ def define_flags() -> None:
             "between", "noise", ["noise", "classes"], "What --interpolate varies: noise, on the sphere, or the class."
         )
     with topic("Images of your own"):
-        cli.define_path("invert", None, "Instead: folder of images whose noise is found; they are resized as needed.")
+        define_path("invert", None, "Instead: folder of images whose noise is found; they are resized as needed.")
         flags.DEFINE_string("edit", None, "With --invert: classes under which the images are made again.")
-        cli.define_path("inpaint", None, "Instead: folder of images in which the hole of --mask is filled.")
-        cli.define_path("mask", None, "With --inpaint: image of the run's size; white is filled, black is kept.")
+        define_path("inpaint", None, "Instead: folder of images in which the hole of --mask is filled.")
+        define_path("mask", None, "With --inpaint: image of the run's size; white is filled, black is kept.")
         flags.DEFINE_integer(
             "inpaint_repeats", 5, "How often each step of --inpaint is taken (RePaint); more fit better.", 1, 1000
         )
-    cli.define_sampler_flags(cfg_scale="4", denoise_timesteps="64")
+    define_sampler_flags(cfg_scale="4", denoise_timesteps="64")
     define_compute_flags()
-    cli.define_wandb_flags(name="sample", mode="disabled")
+    define_wandb_flags(name="sample", mode="disabled")
 
 
 @topic("Compute")
 def define_compute_flags() -> None:
     flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
     flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: 128 at most.")
-    cli.define_vae_flag()
+    define_vae_flag()
 
 
 def choose_classes(text: str | None, model: ImageModel, flag: str = "classes") -> list[int] | None:
@@ -109,7 +110,7 @@ def choose_classes(text: str | None, model: ImageModel, flag: str = "classes") -
 def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
     """The one sampler of the command line."""
     dropout = model.network.config.class_dropout_prob
-    samplers = cli.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
+    samplers = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
     if len(samplers) > 1:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each; eval_fid.py compares several")
     return samplers[0]
@@ -324,27 +325,27 @@ def refuse_ignored(config: ConfigDict) -> None:
     if len(modes) > 1:
         raise UserError(f"--{modes[0]} and --{modes[1]}: give one of them")
     if modes:
-        cli.refuse_ignored(("film",), f"with --{modes[0]}")
+        reading.refuse_ignored(("film",), f"with --{modes[0]}")
     if config.classes is not None:
-        cli.refuse_ignored(("labels",), "beside --classes")
+        reading.refuse_ignored(("labels",), "beside --classes")
     if not config.film:
-        cli.refuse_ignored(("film_frames", "film_format"), "without --film")
+        reading.refuse_ignored(("film_frames", "film_format"), "without --film")
     if config.interpolate is None:
-        cli.refuse_ignored(("between",), "without --interpolate")
+        reading.refuse_ignored(("between",), "without --interpolate")
     else:
-        cli.refuse_ignored(("save_samples",), "with --interpolate, which draws rows of images alone")
+        reading.refuse_ignored(("save_samples",), "with --interpolate, which draws rows of images alone")
     if config.invert is None:
-        cli.refuse_ignored(("edit",), "without --invert")
+        reading.refuse_ignored(("edit",), "without --invert")
     elif config.edit is None:
         guidance = ("cfg_scale", "cfg_interval", "cfg_channels")
-        cli.refuse_ignored((*guidance, "save_samples"), "with --invert but without --edit: it is without guidance")
+        reading.refuse_ignored((*guidance, "save_samples"), "with --invert but without --edit: it is without guidance")
     if config.invert is not None:
-        cli.refuse_ignored(("seed",), "with --invert, which draws no noise")
+        reading.refuse_ignored(("seed",), "with --invert, which draws no noise")
     if config.invert is not None or config.inpaint is not None:
-        cli.refuse_ignored(("labels",), "on images of your own; --classes names theirs")
-        cli.refuse_ignored(("batch_size",), "on images of your own, which are one batch; --num_samples limits them")
+        reading.refuse_ignored(("labels",), "on images of your own; --classes names theirs")
+        reading.refuse_ignored(("batch_size",), "on images of your own, which are one batch; --num_samples limits them")
     if config.inpaint is None:
-        cli.refuse_ignored(("mask", "inpaint_repeats"), "without --inpaint")
+        reading.refuse_ignored(("mask", "inpaint_repeats"), "without --inpaint")
     elif config.mask is None:
         raise UserError(
             "--inpaint: --mask is not given; name an image of the run's size, white where it is to be filled"
@@ -394,4 +395,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -53,7 +53,17 @@ from utils.data.batches import first_examples, training_batches
 from utils.data.dataset import SPLITS, describe_data, summarize_data
 from utils.data.fingerprint import write_listing
 from utils.data.registry import load_dataset
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import (
+    define_data_flags,
+    define_device_flags,
+    define_flip_flag,
+    define_model_flags,
+    define_objective_flags,
+    define_path,
+    define_vae_flag,
+    define_wandb_flags,
+)
 from utils.flags.help import topic
 from utils.metrics.inception import CONVENTIONS, load_feature_extractor
 from utils.metrics.measure import find_convention, measure_images
@@ -89,8 +99,8 @@ MEMORY_FLAGS = (
 
 def define_flags() -> None:
     with topic("Run"):
-        cli.define_path("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
-        cli.define_path("load_dir", None, "Run, or hf:USER/NAME, whose parameters and EMA this run starts from.")
+        define_path("save_dir", None, "Folder of the run; default runs/<--wandb.name>.")
+        define_path("load_dir", None, "Run, or hf:USER/NAME, whose parameters and EMA this run starts from.")
         flags.DEFINE_integer("seed", 0, "Seed of parameters, data order, noise and samples.")
         flags.DEFINE_integer("batch_size", 256, "Global batch size.")
         flags.DEFINE_integer("max_steps", 1_000_000, "Training steps.", lower_bound=0)
@@ -99,11 +109,11 @@ def define_flags() -> None:
         )
         flags.DEFINE_integer("debug_overfit", 0, "1 trains on one repeated batch.", 0, 1)
         flags.DEFINE_integer("plan", 0, "1: says what this training will take (memory, time), and ends.", 0, 1)
-    cli.define_data_flags()
-    cli.define_flip_flag()
-    cli.define_vae_flag()
-    cli.define_model_flags()
-    cli.define_objective_flags()
+    define_data_flags()
+    define_flip_flag()
+    define_vae_flag()
+    define_model_flags()
+    define_objective_flags()
     with topic("Logging and evaluation"):
         flags.DEFINE_integer(
             "log_interval", 1000, "Steps between logged metrics; also at the first and last.", lower_bound=1
@@ -114,14 +124,14 @@ def define_flags() -> None:
             "Steps between evaluations; also at step 1000 and at the end. 0: none.",
             lower_bound=0,
         )
-        cli.define_path("fid_stats", None, "Reference statistics; with them, `fid` is logged at every evaluation.")
+        define_path("fid_stats", None, "Reference statistics; with them, `fid` is logged at every evaluation.")
         flags.DEFINE_integer("fid_samples", 10_000, "Samples of a training-time FID.", lower_bound=2)
         flags.DEFINE_enum(
             "convention", None, list(CONVENTIONS), "Inception preprocessing, if --fid_stats does not record it."
         )
-        cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
+        define_path("inception_weights", None, "Local copy of the Inception weights.")
         flags.DEFINE_float("peak_tflops", None, "Peak of one device, for the MFU of unknown kinds.", lower_bound=0)
-        cli.define_path("profile", None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.")
+        define_path("profile", None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.")
     with topic("Checkpoints"):
         flags.DEFINE_integer("save_interval", 200_000, "Steps between checkpoints; also at the end.", lower_bound=1)
         flags.DEFINE_float(
@@ -148,8 +158,8 @@ def define_flags() -> None:
             "num_shards", None, "Devices of a replica of --sharding hybrid; default: of a slice, up to 16.", 1
         )
     define_tuning_flags()
-    cli.define_wandb_flags()
-    cli.define_device_flags()
+    define_wandb_flags()
+    define_device_flags()
 
 
 @topic("Fine-tuning, and what differs from Adam at a constant rate")
@@ -173,18 +183,18 @@ class Trainer:
         self.mesh = make_mesh(choose_num_shards(config.sharding, config.num_shards, find_devices()))
         if config.plan:
             of_source = ("load_dir", "freeze", "lora_rank")
-            cli.refuse_ignored(of_source, "with --plan, which is of a whole network from scratch")
-            cli.refuse_ignored(("profile",), "with --plan, which trains nothing")
+            reading.refuse_ignored(of_source, "with --plan, which is of a whole network from scratch")
+            reading.refuse_ignored(("profile",), "with --plan, which trains nothing")
         self._find_source()
         period = row_period(make_objective(config))
         checks.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum, period)
         refuse_ignored(config)
-        if not has_checkpoints(cli.run_folder(config)):  # a run of an earlier version goes on as it began
+        if not has_checkpoints(reading.run_folder(config)):  # a run of an earlier version goes on as it began
             refuse_contradictions(config)
         if not self.started_from:
-            cli.refuse_ignored(("freeze", "lora_rank"), "without --load_dir")
+            reading.refuse_ignored(("freeze", "lora_rank"), "without --load_dir")
         if not config.plan:  # before images are looked through, which may take long
-            checks.check_writable(cli.run_folder(config), "save_dir", creates=False)
+            checks.check_writable(reading.run_folder(config), "save_dir", creates=False)
             if config.profile:
                 checks.check_writable(Path(config.profile), "profile", creates=False)
         self._load_data()
@@ -215,13 +225,13 @@ class Trainer:
     def _find_source(self) -> None:
         """The run to start from; what the command line leaves open is as there. A run that goes on has it in its own
         configuration, and needs its source no more."""
-        config, folder = self.config, cli.run_folder(self.config)
+        config, folder = self.config, reading.run_folder(self.config)
         is_new = not has_checkpoints(folder)
         self.source = Source.open(config.load_dir) if config.load_dir and is_new else None
         saved = self.source.saved if self.source else read_started_from(folder)
         self.started_from = config.load_dir or (saved and saved["load_dir"])
         if saved is not None:
-            cli.inherit_settings(config, saved)
+            reading.inherit_settings(config, saved)
 
     def _make_optimizer(self) -> optax.GradientTransformation:
         config = self.config
@@ -237,7 +247,7 @@ class Trainer:
 
     def _load_data(self) -> None:
         config = self.config
-        options = cli.read_data_options(config)
+        options = reading.read_data_options(config)
         self.datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
         dataset = self.datasets["train"]
         checks.check_batch_memory(config.batch_size, dataset.image_shape)
@@ -258,7 +268,7 @@ class Trainer:
         vae = config.vae or (latents.vae if latents else DEFAULT_HUB_ID)
         sha256 = latents.vae_sha256 if latents else None
         codec = load_codec(bool(config.model.use_stable_vae), vae, self.mesh, dataset.image_shape, sha256)
-        if self.source and not cli.is_explicit("model.num_classes"):
+        if self.source and not reading.is_explicit("model.num_classes"):
             config.model.num_classes = dataset.num_classes
         self.model = make_model(
             config.model,
@@ -287,11 +297,11 @@ class Trainer:
             warn_of_other_shape(self.reference, self.datasets["train"].image_shape)
             self.extractor = load_feature_extractor(config.inception_weights, convention, replicated(self.mesh))
             if not config.eval_interval:
-                cli.refuse_ignored(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation")
+                reading.refuse_ignored(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation")
 
     def _open_folder(self) -> None:
         config = self.config
-        self.folder = cli.run_folder(config)
+        self.folder = reading.run_folder(config)
         checks.check_writable(self.folder, "save_dir")
         self.lock = FolderLock(self.folder)
         if jax.process_index() == 0:
@@ -532,13 +542,13 @@ class Trainer:
 def refuse_ignored(config: ConfigDict) -> None:
     """UserError for flags that would have no effect on this run."""
     if not config.fid_stats:
-        cli.refuse_ignored(("fid_samples", "convention", "inception_weights"), "without --fid_stats")
+        reading.refuse_ignored(("fid_samples", "convention", "inception_weights"), "without --fid_stats")
     if config.sharding != "hybrid":
-        cli.refuse_ignored(("num_shards",), f"with --sharding={config.sharding}, only with hybrid")
+        reading.refuse_ignored(("num_shards",), f"with --sharding={config.sharding}, only with hybrid")
     if not config.model.use_stable_vae:
-        cli.refuse_ignored(("vae",), "on pixels (--use_stable_vae 0)")
+        reading.refuse_ignored(("vae",), "on pixels (--use_stable_vae 0)")
     if config.lr_schedule == "cosine" and config.max_steps == 0:
-        cli.refuse_ignored(("lr_schedule",), "with --max_steps=0, which trains nothing")
+        reading.refuse_ignored(("lr_schedule",), "with --max_steps=0, which trains nothing")
     if config.lr_schedule == "cosine" and config.warmup_steps >= config.max_steps:
         raise UserError(
             f"--warmup_steps={config.warmup_steps}: --lr_schedule=cosine ends at --max_steps={config.max_steps}; use "
@@ -549,7 +559,7 @@ def refuse_ignored(config: ConfigDict) -> None:
             f"--freeze={','.join(config.freeze)}: with --lora_rank the whole network is frozen but for its labels; "
             "leave one of the two out"
         )
-    cli.check_data_flags(config.dataset_name)
+    reading.check_data_flags(config.dataset_name)
 
 
 def refuse_contradictions(config: ConfigDict) -> None:
@@ -557,9 +567,9 @@ def refuse_contradictions(config: ConfigDict) -> None:
     objective = OBJECTIVES[config.objective.name]
     fields = [flag_of(field) for field in dataclasses.fields(objective)]
     others = [flag for flag in map(flag_of, objective_fields()) if flag not in fields]
-    cli.refuse_ignored(others, f"with --objective.name={config.objective.name}")
+    reading.refuse_ignored(others, f"with --objective.name={config.objective.name}")
     needs_step = getattr(objective, "MODEL_DEFAULTS", {}).get("step_conditioning", 0)
-    if cli.is_explicit("model.step_conditioning") and config.model.step_conditioning != needs_step:
+    if reading.is_explicit("model.step_conditioning") and config.model.step_conditioning != needs_step:
         raise UserError(
             f"--model.step_conditioning={config.model.step_conditioning}: --objective.name={config.objective.name} "
             f"{'needs it' if needs_step else 'gives the network no step'}; leave the flag out"
@@ -570,7 +580,7 @@ def refuse_contradictions(config: ConfigDict) -> None:
             "some with make_pairs.py, and give pairs:DIR"
         )
     if config.model.target_update_rate == 1:
-        cli.refuse_ignored(("ema_warmup",), "with --model.target_update_rate=1, which is no EMA")
+        reading.refuse_ignored(("ema_warmup",), "with --model.target_update_rate=1, which is no EMA")
     if config.debug_overfit and config.random_flip:
         raise UserError("--random_flip=1 has no effect with --debug_overfit=1; leave it out")
 
@@ -684,7 +694,7 @@ def main(config: ConfigDict) -> None:
     if state.step >= config.max_steps and not trainer.is_evaluation_missing(int(state.step)):
         log(f"nothing to do: {trainer.folder} is at step {state.step} already; raise --max_steps to go on")
         return
-    log(f"settings: {cli.explicit_flags() or 'the defaults'}; all are in {trainer.folder / 'config.json'}")
+    log(f"settings: {reading.explicit_flags() or 'the defaults'}; all are in {trainer.folder / 'config.json'}")
     log(trainer.summary(state))
     first_evaluation = min(1000, config.eval_interval) if config.eval_interval else None
     for hint in ema_hints(trainer.ema, first_evaluation, config.max_steps):
@@ -708,4 +718,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -62,7 +62,8 @@ from utils.base.sharding import (
 from utils.base.throughput import PEAK_TFLOPS
 from utils.codecs.pixels import PixelCodec
 from utils.codecs.vae import StableVAE, VAEConfig
-from utils.flags import cli
+from utils.flags import program
+from utils.flags.definitions import define_path
 from utils.kernels.ops import choose_attention_for
 from utils.kernels.tpu_attention import CHUNK
 from utils.networks.ema import EmaSchedule
@@ -119,8 +120,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("remat", "none", list(REMAT_POLICIES), "As in train_flow.py.")
     flags.DEFINE_integer("grad_accum", 1, "As in train_flow.py.", lower_bound=1)
     flags.DEFINE_enum("attention", "kernel", ["kernel", "xla"], "The Pallas kernel, or XLA's plain formula.")
-    cli.define_path("json", None, "File for the figures.")
-    cli.define_path("hlo", None, "File for the optimised program's text.")
+    define_path("json", None, "File for the figures.")
+    define_path("hlo", None, "File for the optimised program's text.")
 
 
 # --- What is compiled ---
@@ -338,4 +339,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

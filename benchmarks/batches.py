@@ -34,13 +34,14 @@ from utils.data.dataset import Batch, ImageDataset
 from utils.data.image_folder import ImageFiles
 from utils.data.registry import load_dataset
 from utils.data.tfds import RecordStream, import_tensorflow
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_data_flags
 
 OURS, BASELINE, TORCH = "ours", "jax-flow baseline", "PyTorch's DataLoader"
 
 
 def define_flags() -> None:
-    cli.define_data_flags()
+    define_data_flags()
     common.define_measurement_flags(batch=64, repeats=16)
     flags.DEFINE_integer("baseline_buffer", 1000, "Decoded images to shuffle; published: 10,000.", lower_bound=1)
     flags.DEFINE_float("step_ms", 0, "Simulated step, to measure the wait for data; 0: none.", lower_bound=0)
@@ -134,7 +135,7 @@ def main(config: ConfigDict) -> None:
     mesh = make_mesh()
     if config.batch % mesh.size:
         raise UserError(f"--batch={config.batch} does not divide over the devices; use a multiple of {mesh.size}")
-    dataset = load_dataset(config.dataset_name, "train", cli.read_data_options(config))
+    dataset = load_dataset(config.dataset_name, "train", reading.read_data_options(config))
     makers, works = make_pipelines(config, dataset, mesh), {}
     pipelines = {name: makers[name]() for name in common.choose(makers, config.rows)}
     for name, batches in pipelines.items():
@@ -158,4 +159,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -22,7 +22,7 @@ from diffusion_transformer import DiT, DiTConfig
 from utils.base.errors import UserError
 from utils.base.sharding import make_mesh
 from utils.base.throughput import PEAK_TFLOPS
-from utils.flags import cli
+from utils.flags.definitions import define_path
 from utils.kernels.ops import choose_attention_for
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def define_measurement_flags(batch: int, repeats: int = 1) -> None:
     flags.DEFINE_integer("rounds", 5, "Measurements of each row; their median is shown.", lower_bound=1)
     flags.DEFINE_integer("repeats", repeats, "Units of work in a measurement; more on fast devices.", lower_bound=1)
     flags.DEFINE_list("rows", [], "Rows to measure, by the names of the table; default: all.")
-    cli.define_path("json", None, "File for the figures.")
+    define_path("json", None, "File for the figures.")
 
 
 def make_model(config: ConfigDict, dtype: str, remat: str = "none", **settings: Any) -> DiT:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from diffusion_transformer import DiT, DiTConfig
 from utils.base.sharding import make_mesh
 from utils.convert.jax_flow import import_jax_flow_params
-from utils.flags import cli
+from utils.flags import program
 from utils.kernels.ops import choose_attention_for, packed_attention
 from utils.kernels.tpu_attention import split_heads
 from utils.networks.models import model_fn
@@ -157,4 +157,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -19,7 +19,8 @@ from PIL import Image
 from recognise_digits import recognised_fraction
 from sklearn.datasets import load_digits
 
-from utils.flags import cli
+from utils.flags import program
+from utils.flags.definitions import define_path
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {"low": range(5), "high": range(5, 10)}
@@ -33,7 +34,7 @@ VARIANTS = {
 
 
 def define_flags() -> None:
-    cli.define_path("out", None, "Folder for images and runs.")
+    define_path("out", None, "Folder for images and runs.")
     flags.DEFINE_integer("seeds", 3, "Seeds.", lower_bound=1)
     flags.DEFINE_integer("base_steps", 1000, "Steps of the source.", lower_bound=1)
     flags.DEFINE_integer("steps", 200, "Steps of each variant.", lower_bound=1)
@@ -97,4 +98,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

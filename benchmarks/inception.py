@@ -19,7 +19,8 @@ from absl import flags
 from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
-from utils.flags import cli
+from utils.flags import program
+from utils.flags.definitions import define_path
 from utils.metrics import inception
 
 REFERENCE, BFLOAT16, CONSTANTS, TORCH = "ours", "ours: bfloat16", "ours: weights as constants", "PyTorch"
@@ -30,7 +31,7 @@ Extract = Callable[[UInt8[Array, "n h w 3"]], inception.Features]
 def define_flags() -> None:
     common.define_measurement_flags(batch=8)
     flags.DEFINE_integer("image_size", 256, "Side of the images, which are random.", lower_bound=1)
-    cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
+    define_path("inception_weights", None, "Local copy of the Inception weights.")
 
 
 def bfloat16_extractor(path: Path) -> Extract:
@@ -106,4 +107,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.base import checks
 from utils.base.sharding import make_mesh, replicated, shard_batch
 from utils.codecs.vae import StableVAE
-from utils.flags import cli
+from utils.flags import program
+from utils.flags.definitions import define_model_flags
 from utils.networks.ema import EmaSchedule
 from utils.networks.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
@@ -36,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("image_size", 256, "Side of the images.", lower_bound=8)
     flags.DEFINE_integer("rounds", 5, "Times that each of the two is measured.", lower_bound=1)
     flags.DEFINE_integer("steps", 1, "Steps a measurement.", lower_bound=1)
-    cli.define_model_flags()
+    define_model_flags()
 
 
 def main(config: ConfigDict) -> None:
@@ -87,4 +88,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from utils.data.dataset import DataOptions
 from utils.data.digits import load_digits
-from utils.flags import cli
+from utils.flags import program
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.objectives.flow_matching import MAX_PATH_TIME
 from utils.training.panels import LOSS_TIMES
@@ -97,4 +97,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from utils.base import checks
 from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_npz, read_npz_headers
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_path
 from utils.images import plotting
 from utils.runs.trackers import name_runs, read_curves
 
@@ -24,7 +25,7 @@ NUM_SAMPLES = 8
 
 def define_flags() -> None:
     flags.DEFINE_list("runs", ["runs/bfloat16", "runs/float32"], "Folders of two runs that `make demo` left.")
-    cli.define_path("out", "runs/parity", "Folder for the images.")
+    define_path("out", "runs/parity", "Folder for the images.")
     flags.DEFINE_integer("window", 10, "Logged steps over which a loss is averaged.", lower_bound=1)
 
 
@@ -74,7 +75,7 @@ def compare_samples(runs: list[Path], names: list[str], out: Path) -> None:
 def main(config: ConfigDict) -> None:
     if len(config.runs) != 2:
         raise UserError(f"--runs={','.join(config.runs)}: give two folders, separated by a comma")
-    runs, out = [Path(cli.expand_path(run, "runs")) for run in config.runs], Path(config.out)
+    runs, out = [Path(reading.expand_path(run, "runs")) for run in config.runs], Path(config.out)
     names, window = name_runs(runs), config.window
     losses = {name: read_losses(runs, name, window) for name in ("training/l2_loss", "validation/l2_loss")}
     checks.check_writable(out, "out")
@@ -102,4 +103,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -56,12 +56,12 @@ test_train_flow.py::test_the_flops_of_a_step_are_those_the_compiler_counts
 test_train_flow.py::test_decay_of_the_ema_and_what_saves_memory_reach_the_step
   train_flow.py: remat=config.remat, ->
 test_train_flow.py::test_images_are_mirrored_on_request
-  utils/flags/cli.py: None if flip is None else bool(flip) -> None
+  utils/flags/reading.py: None if flip is None else bool(flip) -> None
 test_train_flow.py::test_the_seed_is_that_of_the_first_state
   train_flow.py: =shardings)(jax.random.key(self.config.seed)) -> =shardings)(jax.random.key(0))
 test_config.py::test_options_of_the_data_are_those_of_the_flags
-  utils/flags/cli.py: config.max_megapixels, -> 500.0,
-  utils/flags/cli.py: config.broken_images, -> "refuse",
+  utils/flags/reading.py: config.max_megapixels, -> 500.0,
+  utils/flags/reading.py: config.broken_images, -> "refuse",
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
   train_flow.py: config.keep_last, config.keep_every) -> config.keep_last)
   train_flow.py: Checkpoints(self.folder, config.keep_last -> Checkpoints(self.folder, 2
@@ -103,7 +103,7 @@ test_eval_fid.py::test_raw_parameters_are_another_row_which_says_so
   eval_fid.py: self.settings["params"] = config.params -> pass
 test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
   eval_fid.py: self.settings["empty_classes"] = list(self.model.empty_classes) -> pass
-  utils/sampling/generator.py: class_names"], empty_classes=empty) -> class_names"])
+  utils/runs/opening.py: class_names"], empty_classes=empty) -> class_names"])
 test_programs.py::test_updates_that_are_not_finite_are_left_out_until_there_are_too_many
   train_flow.py: "skips_nonfinite": self.config.skip_nonfinite > 0 -> "skips_nonfinite": False
   train_flow.py: SkippedUpdates(config.skip_nonfinite, -> SkippedUpdates(2,
@@ -123,8 +123,8 @@ test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported
   convert_checkpoint.py: out, config.params, config.push) -> out, "ema", config.push)
 test_tracking.py::test_what_wandb_shows_is_what_the_flags_say
   utils/runs/trackers.py: **options, ->
-test_readme.py::test_the_layout_names_every_module_in_its_layer
-  docs/layout.md: utils/training/hints.py -> utils/hint.py
+test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards
+  docs/layout.md: hints.py -> hint.py
 test_reflow.py::test_noise_is_drawn_as_it_was
   utils/data/pairs.py: if theirs != ours: -> if False:
 test_eval_fid.py::test_a_row_under_other_settings_of_jax_is_another_row
@@ -143,8 +143,8 @@ test_checkpoint.py::test_another_x64_is_no_damage_and_is_named
 test_resume.py::test_changed_settings_are_said_and_another_objective_is_refused
   train_flow.py: , "jax": jax_settings()} -> }
 test_environment.py::test_an_environment_in_which_nothing_runs_is_one_line
-  utils/flags/cli.py: find_devices() -> pass
-  utils/flags/cli.py: check_jax_settings() -> pass
+  utils/flags/program.py: find_devices() -> pass
+  utils/flags/program.py: check_jax_settings() -> pass
 """
 
 

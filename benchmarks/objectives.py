@@ -21,7 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict
 from recognise_digits import recognised_fraction
 
-from utils.flags import cli
+from utils.flags import program
+from utils.flags.definitions import define_path
 from utils.images import plotting
 from utils.runs.opening import load_generator
 from utils.sampling.solvers import SamplerConfig
@@ -85,7 +86,7 @@ class Cell(NamedTuple):
 
 
 def define_flags() -> None:
-    cli.define_path("out", "runs/objectives", "Folder for runs, pairs and results.")
+    define_path("out", "runs/objectives", "Folder for runs, pairs and results.")
     flags.DEFINE_list("objectives", list(RECIPES), "Which, by name.")
     flags.DEFINE_integer("train_steps", 1500, "Steps of each training.", lower_bound=1)
     flags.DEFINE_integer("num_samples", 600, "Samples of a cell.", lower_bound=2)
@@ -221,4 +222,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -24,7 +24,8 @@ from utils.base.errors import UserError
 from utils.data.batches import epoch_batches
 from utils.data.dataset import ImageDataset, array_dataset
 from utils.data.registry import load_dataset
-from utils.flags import cli
+from utils.flags import program, reading
+from utils.flags.definitions import define_data_flags, define_path
 from utils.metrics.inception import inception_weights_path
 
 SHEET = 1024  # images of one, in rows of 32: 1024x1024 pixels of CIFAR-10
@@ -34,13 +35,13 @@ FILES = ("inception.pt", "fid_stats.npz")
 
 
 def define_flags() -> None:
-    cli.define_data_flags()
-    cli.define_path("fid_stats", None, "Reference statistics that go along.")
-    cli.define_path("inception_weights", None, "Local copy of the Inception weights.")
+    define_data_flags()
+    define_path("fid_stats", None, "Reference statistics that go along.")
+    define_path("inception_weights", None, "Local copy of the Inception weights.")
     flags.DEFINE_integer("num_validation", 1000, "Validation images that go along.", lower_bound=1)
     flags.DEFINE_integer("part_mib", 24, "Size of a part.", lower_bound=1)
-    cli.define_path("unpack", None, "Folder of parts to unpack, instead of packing.")
-    cli.define_path("to", None, "Folder for the result.")
+    define_path("unpack", None, "Folder of parts to unpack, instead of packing.")
+    define_path("to", None, "Folder for the result.")
 
 
 def read_split(dataset: ImageDataset, count: int) -> dict[str, np.ndarray]:
@@ -96,7 +97,7 @@ def pack(config: ConfigDict) -> None:
     if any(folder.iterdir()):
         raise UserError(f"--to={folder} is not empty; name a new folder")
     train, validation = (
-        load_dataset(config.dataset_name, split, cli.read_data_options(config)) for split in ("train", "validation")
+        load_dataset(config.dataset_name, split, reading.read_data_options(config)) for split in ("train", "validation")
     )
     content, labels = io.BytesIO(), io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
@@ -150,4 +151,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from utils.base.sharding import make_mesh
 from utils.codecs.pixels import PixelCodec
-from utils.flags import cli
+from utils.flags import program
 from utils.networks.models import ImageModel, init_params
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling.generator import ImageGenerator
@@ -77,4 +77,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -15,7 +15,8 @@ from absl import flags
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from utils.flags import cli
+from utils.flags import program
+from utils.flags.definitions import define_path
 from utils.runs.opening import load_generator
 from utils.sampling.generator import ImageGenerator
 from utils.sampling.solvers import SamplerConfig
@@ -25,7 +26,7 @@ TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 
 
 def define_flags() -> None:
-    cli.define_path("load_dir", "runs/demo", "Folder of a run.")
+    define_path("load_dir", "runs/demo", "Folder of a run.")
     flags.DEFINE_float("cfg_scale", 1.0, "Guidance scale; 1: none.")
     flags.DEFINE_integer("num_samples", 32, "Samples, in one batch.", lower_bound=1)
     flags.DEFINE_integer("reference_steps", 2000, "Steps of the reference.", lower_bound=1)
@@ -69,4 +70,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -25,7 +25,7 @@ from diffusion_transformer import DiT, DiTBlock, DiTConfig
 from utils.base.memory import memory_needed
 from utils.base.sharding import compile_step
 from utils.codecs.vae import StableVAE, VAEConfig
-from utils.flags import cli
+from utils.flags import program
 from utils.networks.ema import EmaSchedule
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
@@ -159,4 +159,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

@@ -37,7 +37,8 @@ from utils.base.external import BadFileError, read_json
 from utils.base.files import open_regular, write_json
 from utils.data.image_folder import IMAGE_SUFFIXES
 from utils.data.tfds import import_tensorflow
-from utils.flags import cli
+from utils.flags import program
+from utils.flags.definitions import define_path
 from utils.images.decoding import UPRIGHT, BrokenImageError, open_image, read_image, read_image_file, read_orientation
 from utils.images.folders import scan, system_message
 
@@ -273,7 +274,7 @@ def remove_incomplete(builder: Celebahq256) -> None:
 
 
 def define_flags() -> None:
-    cli.define_path("source", None, f"Folder, or data set on the Hugging Face hub such as {DEFAULT_HUB_ID}.")
+    define_path("source", None, f"Folder, or data set on the Hugging Face hub such as {DEFAULT_HUB_ID}.")
     flags.DEFINE_string("data_dir", None, "Where to prepare it; default: $TFDS_DATA_DIR or ~/tensorflow_datasets.")
     flags.DEFINE_enum(
         "file_format", "array_record", ["array_record", "tfrecord"], "tfrecord needs TensorFlow, array_record does not."
@@ -320,4 +321,4 @@ def main(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_program(define_flags, main)
+    program.run_program(define_flags, main)

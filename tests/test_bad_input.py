@@ -26,7 +26,7 @@ from utils.base.files import write_json
 from utils.data import pairs
 from utils.data.dataset import DataOptions
 from utils.data.registry import load_dataset
-from utils.flags import cli
+from utils.flags import reading
 from utils.runs.opening import load_generator
 
 PROGRAMS = {
@@ -318,15 +318,15 @@ def test_urls_are_refused_from_python_too(run, monkeypatch):
 def test_a_local_folder_that_an_earlier_version_named_after_a_url_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("s3:/bucket/run").mkdir(parents=True)
-    assert cli.expand_path("s3:/bucket/run", "save_dir") == "s3:/bucket/run"
+    assert reading.expand_path("s3:/bucket/run", "save_dir") == "s3:/bucket/run"
     with pytest.raises(UserError, match="is a URL"):
-        cli.expand_path("s3://bucket/run", "save_dir")
+        reading.expand_path("s3://bucket/run", "save_dir")
 
 
 @pytest.mark.parametrize(("line", "message"), SWEEPS)
 def test_bad_sweeps_are_one_line(read_flags, line, message):
     with pytest.raises(UserError, match=message):
-        cli.read_samplers(read_flags(eval_fid, line.split()), 0.1)
+        reading.read_samplers(read_flags(eval_fid, line.split()), 0.1)
 
 
 @pytest.mark.parametrize(("line", "message"), PROCESSES)

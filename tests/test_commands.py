@@ -17,7 +17,7 @@ import sample
 import train_flow
 from tests.conftest import ROOT
 from utils.data.registry import load_dataset
-from utils.flags import cli
+from utils.flags import reading
 from utils.training import commands
 
 MODEL = {"denoise_timesteps": 32, "cfg_scale": 4.0, "class_dropout_prob": 0.1, "use_stable_vae": 0}
@@ -123,7 +123,7 @@ def test_training_ends_with_commands_for_its_data(photographs, read_flags, capsy
     drawing = read_flags(sample, words["samples"])
     assert (drawing.load_dir, drawing.params) == (f"{photographs.parent}/a run", "raw")  # after one step
     config = read_flags(compute_fid_stats, words["reference of FID"])
-    dataset = load_dataset(config.dataset_name, "train", cli.read_data_options(config))
+    dataset = load_dataset(config.dataset_name, "train", reading.read_data_options(config))
     assert dataset.image_shape == (16, 16, 3)
     scoring = read_flags(eval_fid, words["FID"])
     assert (scoring.params, scoring.num_samples, scoring.fid_stats) == ("raw", 1000, config.out)

@@ -19,7 +19,7 @@ from utils.base.errors import UserError
 from utils.base.sharding import make_mesh
 from utils.codecs.pixels import PixelCodec
 from utils.data.dataset import DataOptions
-from utils.flags import cli
+from utils.flags import reading
 from utils.networks.ema import EmaSchedule
 from utils.networks.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
@@ -61,7 +61,7 @@ def test_defaults_are_the_recipe(parse):
     assert config.wandb.name == "flow_imagenet256"
     assert {"use_cfg": 1, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
     assert RECIPE_BATCH_SIZE == 128
-    assert cli.read_samplers(parse("", eval_fid), 0.1) == [SamplerConfig(500, 4.0)]
+    assert reading.read_samplers(parse("", eval_fid), 0.1) == [SamplerConfig(500, 4.0)]
 
 
 # Width, patch, depth, heads, MLP ratio of the recipe and of arXiv:2212.09748, table 1, with that table's millions of
@@ -170,8 +170,8 @@ def test_impossible_models_are_refused(parse, line, words):
 
 def test_options_of_the_data_are_those_of_the_flags(parse):
     line = "--data_dir x --image_size 32 --broken_images skip --max_megapixels 3 --random_flip 0"
-    assert cli.read_data_options(parse(line)) == DataOptions("x", 32, "skip", 3.0, False)
-    assert cli.read_data_options(parse("--data_dir x", compute_fid_stats)) == DataOptions("x")
+    assert reading.read_data_options(parse(line)) == DataOptions("x", 32, "skip", 3.0, False)
+    assert reading.read_data_options(parse("--data_dir x", compute_fid_stats)) == DataOptions("x")
 
 
 def test_batch_size_must_divide():
@@ -200,8 +200,8 @@ def test_processes_that_look_at_one_folder_do_not_disturb_each_other(tmp_path):
 
 
 def test_run_folder_is_named_after_the_run(parse):
-    assert str(cli.run_folder(parse("--dataset_name folder:/data/cats"))) == "runs/flow_folder_data_cats"
-    assert str(cli.run_folder(parse("--save_dir /tmp/x"))) == "/tmp/x"
+    assert str(reading.run_folder(parse("--dataset_name folder:/data/cats"))) == "runs/flow_folder_data_cats"
+    assert str(reading.run_folder(parse("--save_dir /tmp/x"))) == "/tmp/x"
 
 
 def test_legacy_values_end_at_the_flags():
@@ -218,8 +218,8 @@ def test_sweeps_are_every_scale_and_step_count_once(parse):
     line = "--denoise_timesteps 20,5,20 --cfg_scale 1,4,-1 --solver heun --cfg_interval 0.1,0.9"
     common = {"cfg_interval": (0.1, 0.9), "solver": "heun"}
     expected = [SamplerConfig(steps, scale, **common) for scale in (None, 4.0) for steps in (20, 5)]
-    assert cli.read_samplers(parse(line, eval_fid), 0.1) == expected
-    assert cli.read_samplers(parse("--use_cfg 0 --cfg_scale 4", eval_fid), 0.1) == [SamplerConfig(500, None)]
+    assert reading.read_samplers(parse(line, eval_fid), 0.1) == expected
+    assert reading.read_samplers(parse("--use_cfg 0 --cfg_scale 4", eval_fid), 0.1) == [SamplerConfig(500, None)]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_sweeps_are_every_scale_and_step_count_once(parse):
 )
 def test_sweeps_that_make_no_sense_are_refused(parse, line, message):
     with pytest.raises(UserError, match=message):
-        cli.read_samplers(parse(line, eval_fid), 0.1)
+        reading.read_samplers(parse(line, eval_fid), 0.1)
 
 
 def test_a_tilde_is_expanded_once_in_every_path(parse, monkeypatch, tmp_path):
@@ -287,7 +287,7 @@ def test_flags_without_effect_are_refused(parse, program, line, message):
 )
 def test_a_data_dir_that_nothing_reads_is_said(parse, name, is_said, capfd):
     parse(f"--dataset_name {name} --data_dir /x")
-    cli.check_data_flags(name)
+    reading.check_data_flags(name)
     assert (f"--data_dir=/x has no effect on {name}" in capfd.readouterr().err) == is_said
 
 
@@ -298,18 +298,18 @@ def test_eval_takes_the_models_values_from_the_run(parse, line):
     saved = parse("").model.to_dict()
     parse(line, eval_fid)
     with pytest.raises(UserError, match=f"{line.replace(' ', '=')}.*, but the run of --load_dir has .*; leave "):
-        cli.override_model(saved)
+        reading.override_model(saved)
     parse("--model.dtype float32 --model.depth 2", eval_fid)
-    assert cli.override_model(saved).dtype == "float32"
+    assert reading.override_model(saved).dtype == "float32"
 
 
 def test_guidance_needs_both_kinds_of_labels(parse, capsys):
     assert [checks.can_guide(prob) for prob in (0, 0.1, 1)] == [False, True, False]
-    assert cli.read_samplers(parse("", eval_fid), 0) == [SamplerConfig(500, None)]
+    assert reading.read_samplers(parse("", eval_fid), 0) == [SamplerConfig(500, None)]
     assert "drawn without guidance" in capsys.readouterr().out
-    assert cli.read_samplers(parse("--cfg_scale 1,-1", eval_fid), 1) == [SamplerConfig(500, None)]
+    assert reading.read_samplers(parse("--cfg_scale 1,-1", eval_fid), 1) == [SamplerConfig(500, None)]
     with pytest.raises(UserError, match=r"--cfg_scale=4: with --model.class_dropout_prob=0 the model"):
-        cli.read_samplers(parse("--cfg_scale 1,4", eval_fid), 0)
+        reading.read_samplers(parse("--cfg_scale 1,4", eval_fid), 0)
 
 
 # What a run keeps for its life (but for --model.network, of which there is one), with another value of each.
@@ -364,7 +364,7 @@ def test_another_objective_source_or_vae_does_not_resume(parse, tmp_path):
 
 def samplers(words: str, parse):
     config = parse(words, eval_fid)
-    return cli.read_samplers(config, 0.1)
+    return reading.read_samplers(config, 0.1)
 
 
 def test_adaptive_solvers_and_time_grids_are_read(parse):

@@ -14,7 +14,7 @@ from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import GOLDEN, run_program
 from utils.base.errors import UserError
 from utils.convert.jax_flow import import_jax_flow_params
-from utils.flags import cli
+from utils.flags import reading
 from utils.networks.models import model_fn
 from utils.objectives.diffusion import Diffusion, path_times
 from utils.objectives.flow_matching import FlowMatching
@@ -226,14 +226,14 @@ def test_solvers_that_do_not_fit_are_refused(read_flags):
     }
     for line, message in cases.items():
         with pytest.raises(UserError, match=message):
-            cli.read_samplers(read_flags(eval_fid, line.split()), 0.1, FlowMatching())
+            reading.read_samplers(read_flags(eval_fid, line.split()), 0.1, FlowMatching())
     cases = {
         "--solver ddim --denoise_timesteps 501": "the model has 500 noise levels",
         "--solver ddim --time_grid shift:3": "--time_grid=shift:3: with --solver=ddim use one of linspace, leading",
     }
     for line, message in cases.items():
         with pytest.raises(UserError, match=message):
-            cli.read_samplers(read_flags(eval_fid, line.split()), 0.1, Diffusion())
+            reading.read_samplers(read_flags(eval_fid, line.split()), 0.1, Diffusion())
     config = read_flags(eval_fid, ["--solver", "ddim", "--time_grid", "leading"])
-    (sampler,) = cli.read_samplers(config, 0.1, Diffusion())
+    (sampler,) = reading.read_samplers(config, 0.1, Diffusion())
     assert (sampler.spacing, sampler.time_shift) == ("leading", 1.0)

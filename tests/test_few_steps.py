@@ -15,7 +15,7 @@ from tests.conftest import run_program
 from tests.golden_network import error, load_golden
 from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
-from utils.flags.cli import read_samplers
+from utils.flags.reading import read_samplers
 from utils.networks.models import model_fn
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objective import draw_noise

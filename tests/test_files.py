@@ -333,18 +333,19 @@ def test_texts_are_utf_8_whatever_the_locale():
 LOCALISED = """
 from pathlib import Path
 from absl import flags
-from utils.flags import cli
+from utils.flags import program
+from utils.flags.definitions import define_path
 from utils.base.console import show_result
 
 def define_flags():
     flags.DEFINE_string("name", None, "A name.")
-    cli.define_path("dir", None, "A folder.")
+    define_path("dir", None, "A folder.")
 
 def main(config):
     (Path(config.dir) / config.name).mkdir()
     show_result(config.name)
 
-cli.run_program(define_flags, main)
+program.run_program(define_flags, main)
 """
 
 

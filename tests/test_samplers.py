@@ -5,7 +5,7 @@ import pytest
 
 import eval_fid
 from utils.base.errors import UserError
-from utils.flags import cli
+from utils.flags import reading
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow
@@ -54,7 +54,7 @@ def test_python_and_flags_refuse_the_same(read_flags, fields, objective, line, m
         words = line if "denoise" in line else f"--denoise_timesteps 4 {line}"
         flag = "time_grid" if name == "time_shift" else name.replace("num_steps", "denoise_timesteps")
         with pytest.raises(UserError, match=f"^--{flag}=.*{message}"):
-            cli.read_samplers(read_flags(eval_fid, words.split()), 0.1, objective, 1)
+            reading.read_samplers(read_flags(eval_fid, words.split()), 0.1, objective, 1)
 
 
 def test_what_can_be_sampled_passes():

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from utils.base import signals
 from utils.base.files import atomic_write
-from utils.flags import cli
+from utils.flags import program
 
 ALL = (*signals.END_SIGNALS, *signals.KEYBOARD_SIGNALS)
 pytestmark = pytest.mark.usefixtures("signal_handlers")
@@ -112,9 +112,9 @@ def test_a_program_that_is_ended_leaves_no_temporary_file(tmp_path, monkeypatch,
             signal.raise_signal(number)
 
     monkeypatch.setattr(sys, "argv", ["program"])
-    monkeypatch.setattr(cli, "parse_flags", lambda define_flags, argv: ConfigDict(dict.fromkeys(flags.FLAGS(argv))))
+    monkeypatch.setattr(program, "parse_flags", lambda define_flags, argv: ConfigDict(dict.fromkeys(flags.FLAGS(argv))))
     with pytest.raises(SystemExit) as end:
-        cli.run_program(lambda: None, main)
+        program.run_program(lambda: None, main)
     assert end.value.code == 128 + number
     assert capsys.readouterr().err == f"ended by {number.name}\n"
     assert list(tmp_path.iterdir()) == []

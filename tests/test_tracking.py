@@ -21,7 +21,7 @@ from PIL import Image
 
 import train_flow
 from utils.base.errors import UserError
-from utils.flags import cli
+from utils.flags import reading
 from utils.images import plotting
 from utils.runs import trackers as tracking
 
@@ -298,7 +298,7 @@ def test_variables_of_wandb_count_where_flags_are_not_given(read_flags, monkeypa
         ["--wandb.project", "dogs", "--wandb.name", "mine", "--wandb.tags", "c", "--wandb.mode", "offline"],
     ):
         parsed = read_flags(train_flow, words)
-        assert cli.run_folder(parsed) == Path("runs") / ("mine" if words else "flow_imagenet256")
+        assert reading.run_folder(parsed) == Path("runs") / ("mine" if words else "flow_imagenet256")
         tracking.start_wandb(tmp_path, parsed, {})
     names = ("mode", "project", "entity", "group", "notes", "tags", "name")
     assert [tuple(options[name] for name in names) for options in started] == [

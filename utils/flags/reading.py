@@ -5,45 +5,33 @@ Flags that jax-flow has keep its names and defaults. Some of its spellings are t
 functions below.
 """
 
-import contextlib
 import dataclasses
-import io
 import math
 import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion_transformer import PRESETS, DiTConfig
 from utils.base import checks
-from utils.base.console import finish_output, log, warn
-from utils.base.environment import check_jax_settings, find_devices
-from utils.base.errors import NO_ROOM, UserError, WriteError
+from utils.base.console import log, warn
+from utils.base.errors import UserError
 from utils.base.files import refuse_url
-from utils.base.memory import keep_freed_memory
-from utils.base.processes import warn_of_copies
-from utils.base.signals import Terminated, raise_on_signals
-from utils.codecs.registry import DEFAULT_HUB_ID
 from utils.data.dataset import DataOptions
-from utils.flags.help import hide, refuse_habits, show_help, to_integer, to_switch, topic
-from utils.images.decoding import MAX_MEGAPIXELS
+from utils.flags.definitions import path_flags
+from utils.flags.help import to_integer
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objective import Objective, has_guidance
-from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
+from utils.objectives.registry import OBJECTIVES
 from utils.sampling.samplers import FLAGS as SAMPLER_FLAGS
-from utils.sampling.samplers import MAX_SCALE, MAX_STEPS, check_sampler, guidance_scale
+from utils.sampling.samplers import check_sampler, guidance_scale
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
 
 FLAGS = flags.FLAGS
-
-BROKEN_IMAGES = ("refuse", "skip")
 
 WANDB_VARIABLES = {
     "project": "WANDB_PROJECT",
@@ -52,15 +40,6 @@ WANDB_VARIABLES = {
     "notes": "WANDB_NOTES",
     "tags": "WANDB_TAGS",
 }
-
-# Flags whose value is a path, or a data set or a VAE that may be one.
-_path_flags: set[str] = set()
-
-
-def define_path(name: str, default: str | None, help: str) -> None:
-    """Registers a flag whose value is a path: a leading ~ stands for a home folder, wherever the flag is used."""
-    _path_flags.add(name)
-    flags.DEFINE_string(name, default, help)
 
 
 def expand_path(path: str, flag: str) -> str:
@@ -74,31 +53,6 @@ def expand_path(path: str, flag: str) -> str:
     if expanded == rest:
         raise UserError(f"--{flag}={path}: there is no home folder for {rest.split('/')[0]}; give the whole path")
     return f"{prefix}{colon}{expanded}"
-
-
-@topic("Data")
-def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
-    """Registers which images are read, and how; see `read_data_options`. `dataset_name` None: the run's."""
-    default = "" if dataset_name else "; default: the run's"
-    define_path("dataset_name", dataset_name, f"Data set; docs/data.md lists them{default}.")
-    define_path("data_dir", None, "Where TFDS keeps prepared data sets; gs://... too.")
-    flags.DEFINE_integer("image_size", None, "Images are centre-cropped and resized to this side.", 1, 2**13)
-    flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What to do about broken files of folder:PATH.")
-    flags.DEFINE_float(
-        "max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH to decode; 3 bytes a pixel.", 0, 10_000
-    )
-
-
-@topic("Data")
-def define_flip_flag() -> None:
-    """Registers --random_flip, of programs that train."""
-    flags.DEFINE_integer(
-        "random_flip",
-        None,
-        "1 mirrors half of the training images left to right, 0 none; default: 1 for imagenet*, cifar10, folder:PATH.",
-        0,
-        1,
-    )
 
 
 def read_data_options(config: ConfigDict) -> DataOptions:
@@ -121,42 +75,6 @@ def check_data_flags(dataset_name: str) -> None:
     is_of_tfds = (":" not in dataset_name and dataset_name != "digits") or dataset_name.startswith("tfds:")
     if is_explicit("data_dir") and not is_of_tfds:
         warn(f"--data_dir={FLAGS.data_dir} has no effect on {dataset_name}, which TFDS does not prepare")
-
-
-def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
-    """Registers the flag of a `setting`, with the field's default or another."""
-    metadata, default = field.metadata, changes.get("default", field.default)
-    if metadata["choices"]:
-        flags.DEFINE_enum(name, default, metadata["choices"], metadata["help"])
-    elif isinstance(field.default, float):
-        flags.DEFINE_float(name, default, metadata["help"], metadata["low"], metadata["high"])
-    else:
-        flags.DEFINE_integer(name, default, metadata["help"], metadata["low"], metadata["high"])
-
-
-@topic("Sampling")
-def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_several: bool = False) -> None:
-    """Registers how samples are drawn, with these defaults; see `read_samplers`."""
-    scales = "Guidance scales, separated by commas" if takes_several else "Guidance scale"
-    flags.DEFINE_list("cfg_scale", [cfg_scale], f"{scales}; -1 or 1: no guidance.")
-    flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
-    flags.DEFINE_integer("cfg_channels", None, "Channels that are guided, the first; default: all.", lower_bound=1)
-    steps = "Step counts, separated by commas." if takes_several else "Steps."
-    flags.DEFINE_list("denoise_timesteps", [denoise_timesteps], steps)
-    flags.DEFINE_string(
-        "time_grid",
-        "uniform",
-        "Times of the steps: uniform, or shift:S (S > 1: more at noise); of ddim and ddpm: linspace, or leading.",
-    )
-    flags.DEFINE_enum(
-        "solver",
-        "euler",
-        [*SOLVERS, *ADAPTIVE_SOLVERS],
-        "heun and midpoint evaluate the model twice per step; dopri5 chooses its steps by --rtol and --atol; sde is "
-        "SiT's stochastic sampler; ddim and ddpm are of models trained as diffusions.",
-    )
-    flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
-    flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
 
 
 def read_samplers(
@@ -238,178 +156,6 @@ def read_time_shift(time_grid: str) -> float:
     return value
 
 
-@topic("Model")
-def define_vae_flag() -> None:
-    """Registers --vae."""
-    define_path(
-        "vae",
-        None,
-        f"Hub id or folder of the VAE; default: that of the run or of the cached latents, else {DEFAULT_HUB_ID}.",
-    )
-
-
-@topic("Model")
-def define_model_flags() -> None:
-    """Registers --model.*: the network, its objective and optimizer, and how samples are drawn."""
-    flags.DEFINE_enum("model.preset", "debug", list(PRESETS), "Sizes for the --model.* flags left unset.")
-    for field in dataclasses.fields(DiTConfig):
-        define_setting(f"model.{field.name}", field)
-    flags.DEFINE_float("model.lr", 1e-4, "Adam's learning rate.", lower_bound=0)
-    flags.DEFINE_float("model.beta1", 0.9, "Adam's first decay.", 0, 1)
-    flags.DEFINE_float("model.beta2", 0.99, "Adam's second decay.", 0, 1)
-    flags.DEFINE_float("model.target_update_rate", 0.9999, "Decay of the EMA of the parameters; 1: no EMA.", 0, 1)
-    flags.DEFINE_integer("model.denoise_timesteps", 32, "Euler steps of training-time samples.", 1, MAX_STEPS)
-    flags.DEFINE_float(
-        "model.cfg_scale", 4.0, "Guidance scale of training-time samples; -1: no guidance.", -1, MAX_SCALE
-    )
-    flags.DEFINE_integer("model.use_stable_vae", 1, "1 trains on the latents of a VAE, 0 on pixels.", 0, 1)
-    flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
-
-
-@topic("Objective")
-def define_objective_flags() -> None:
-    """Registers --objective.*: what is learned, and the fields of every objective."""
-    flags.DEFINE_enum("objective.name", "flow_matching", list(OBJECTIVES), "What the model learns.")
-    for field in objective_fields():
-        name = flag_of(field)
-        if name.startswith("objective."):  # of one objective among several: it has the default
-            define_setting(name, field, default=None)
-        else:
-            define_setting(name, field)
-
-
-def define_saved_model_flags() -> None:
-    """Registers --model.* and --objective.* of a program that loads a run: only the compute dtype can be another. The
-    others are not in --help, but so that training's command line may be told what to leave out."""
-    before = set(FLAGS)
-    define_model_flags()
-    define_objective_flags()
-    hide(name for name in set(FLAGS) - before if name != "model.dtype")
-
-
-@topic("Logging to wandb")
-def define_wandb_flags(name: str = "flow_{dataset_name}", mode: str | None = None) -> None:
-    """Registers --wandb.*, --wandb.name and --wandb.mode with these defaults."""
-    flags.DEFINE_enum("wandb.mode", mode, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
-    flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
-    flags.DEFINE_string("wandb.project", "flow", "Project; default: $WANDB_PROJECT, else flow.")
-    flags.DEFINE_string("wandb.entity", None, "User or team; default: $WANDB_ENTITY.")
-    flags.DEFINE_string("wandb.group", None, "Group of runs; default: $WANDB_RUN_GROUP.")
-    flags.DEFINE_string(
-        "wandb.name", name, "Name of the wandb run; train_flow.py names its folder under runs/ after it too."
-    )
-    flags.DEFINE_string("wandb.notes", None, "A longer description; default: $WANDB_NOTES.")
-    flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas; default: $WANDB_TAGS.")
-
-
-@topic("Several processes")
-def define_device_flags() -> None:
-    """Registers how several processes find each other."""
-    flags.DEFINE_string(
-        "coordinator_address",
-        None,
-        "host:port of process 0 in a multi-process run; 'auto' on TPU pods, under SLURM and mpirun.",
-    )
-    flags.DEFINE_integer(
-        "num_processes",
-        None,
-        "Processes in the run, with --coordinator_address; 1 without it: a run of its own under srun or torchrun.",
-    )
-    flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator_address.")
-
-
-def use_utf8() -> None:
-    """Starts the program again in Python's UTF-8 mode where the locale is of another encoding, in which names of files,
-    classes and flags beyond ASCII could be neither read nor written. (From Python 3.15 on it is the default: PEP 686.)
-    """
-    first = len(sys.orig_argv) - len(sys.argv) + 1
-    is_own_process = sys.orig_argv[first:] == sys.argv[1:]
-    if sys.getfilesystemencoding() != "utf-8" and is_own_process:
-        os.environ["PYTHONUTF8"] = "1"  # for what the program starts
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-
-
-def run_program(
-    define_flags: Callable[[], None], main: Callable[[ConfigDict], None], *, needs_devices: bool = True
-) -> None:
-    """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1, and so does, if
-    it `needs_devices`, an environment in which JAX has none."""
-    if main.__module__ == "__main__":
-        use_utf8()
-
-    def start(config: ConfigDict) -> None:
-        check_jax_settings()
-        if needs_devices and not config.get("coordinator_address"):  # several processes find each other first
-            find_devices()
-        main(config)
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
-    keep_freed_memory()
-    raise_on_signals()
-    try:
-        app.run(start, flags_parser=lambda argv: parse_flags(define_flags, argv))
-    except UserError as error:
-        _end(f"error: {error}")
-    except BrokenPipeError:
-        pass  # who reads the output has left
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            _end(f"error: {WriteError(error.filename or 'a file', error)}")
-        if error.errno is None or error.filename is None:
-            raise
-        _end(f"error: {error.filename}: {error.strerror}")
-    except jax.errors.JaxRuntimeError as error:
-        if not jax.distributed.is_initialized():
-            raise
-        reason = str(error).partition("\n")[0][:200]
-        _end(
-            f"error: process {jax.process_index()} of the run has lost another one ({reason}); give all their commands "
-            "again, and they continue from the last checkpoint"
-        )
-    except KeyboardInterrupt:
-        _end("interrupted", 128 + signal.SIGINT)
-    except Terminated as end:
-        _end(f"ended by {end.number.name}", 128 + end.number)
-    finally:
-        finish_output()
-
-
-def _end(message: str, status: int = 1) -> NoReturn:
-    """Ends the program with one line and this status."""
-    with contextlib.suppress(OSError):  # a terminal that has been closed, a log on a full disk
-        print(message, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        os._exit(status)  # an ordinary end would wait for the other processes, which wait for this one
-    sys.exit(status)
-
-
-def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict:
-    """The configuration that a command line (argv[0] = the program) asks for; UserError where it cannot be read."""
-    builtin = set(FLAGS)
-    define_flags()
-    names = [name for name in FLAGS if name not in builtin]
-    if {"-h", "-help", "--help"} & set(argv[1:]):
-        show_help(names)
-        sys.exit(0)
-    for name in names:
-        parser: Any = FLAGS[name].parser
-        if isinstance(parser, flags.IntegerParser):
-            is_switch = (parser.lower_bound, parser.upper_bound) == (0, 1)
-            parser.convert = to_switch if is_switch else to_integer
-    refuse_habits(argv[1:])
-    try:
-        extra = FLAGS(argv)[1:]
-    except flags.Error as error:
-        raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
-    if extra:
-        raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
-    if "coordinator_address" not in names:
-        warn_of_copies(Path(argv[0]).name)
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
-    return read_flags(set(FLAGS) - builtin)
-
-
 def read_flags(names: Iterable[str]) -> ConfigDict:
     """The values of flags `names`, those named `group.name` in a ConfigDict of their own, presets filled in.
 
@@ -440,7 +186,7 @@ def check_value(name: str, value: Any) -> Any:
         raise UserError(f"--seed={value}: use a number from 0 to {2**32 - 1}")
     if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
         raise UserError(f"--{name}={value} is too large; use a number below {2**31}")
-    if name in _path_flags and value is not None:
+    if name in path_flags and value is not None:
         value = expand_path(value, name)
         if not value or any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in value.split("/")):
             raise UserError(f"--{name}={value[:60]}: a name of 1 to 255 bytes is needed")

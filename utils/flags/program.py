@@ -1,0 +1,117 @@
+"""A program's start and end: flags parsed, errors in one line, exit statuses."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from utils.base.console import finish_output
+from utils.base.environment import check_jax_settings, find_devices
+from utils.base.errors import NO_ROOM, UserError, WriteError
+from utils.base.memory import keep_freed_memory
+from utils.base.processes import warn_of_copies
+from utils.base.signals import Terminated, raise_on_signals
+from utils.flags.help import refuse_habits, show_help, to_integer, to_switch
+from utils.flags.reading import read_flags
+
+FLAGS = flags.FLAGS
+
+
+def use_utf8() -> None:
+    """Starts the program again in Python's UTF-8 mode where the locale is of another encoding, in which names of files,
+    classes and flags beyond ASCII could be neither read nor written. (From Python 3.15 on it is the default: PEP 686.)
+    """
+    first = len(sys.orig_argv) - len(sys.argv) + 1
+    is_own_process = sys.orig_argv[first:] == sys.argv[1:]
+    if sys.getfilesystemencoding() != "utf-8" and is_own_process:
+        os.environ["PYTHONUTF8"] = "1"  # for what the program starts
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+def run_program(
+    define_flags: Callable[[], None], main: Callable[[ConfigDict], None], *, needs_devices: bool = True
+) -> None:
+    """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1, and so does, if
+    it `needs_devices`, an environment in which JAX has none."""
+    if main.__module__ == "__main__":
+        use_utf8()
+
+    def start(config: ConfigDict) -> None:
+        check_jax_settings()
+        if needs_devices and not config.get("coordinator_address"):  # several processes find each other first
+            find_devices()
+        main(config)
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
+    keep_freed_memory()
+    raise_on_signals()
+    try:
+        app.run(start, flags_parser=lambda argv: parse_flags(define_flags, argv))
+    except UserError as error:
+        _end(f"error: {error}")
+    except BrokenPipeError:
+        pass  # who reads the output has left
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            _end(f"error: {WriteError(error.filename or 'a file', error)}")
+        if error.errno is None or error.filename is None:
+            raise
+        _end(f"error: {error.filename}: {error.strerror}")
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        _end(
+            f"error: process {jax.process_index()} of the run has lost another one ({reason}); give all their commands "
+            "again, and they continue from the last checkpoint"
+        )
+    except KeyboardInterrupt:
+        _end("interrupted", 128 + signal.SIGINT)
+    except Terminated as end:
+        _end(f"ended by {end.number.name}", 128 + end.number)
+    finally:
+        finish_output()
+
+
+def _end(message: str, status: int = 1) -> NoReturn:
+    """Ends the program with one line and this status."""
+    with contextlib.suppress(OSError):  # a terminal that has been closed, a log on a full disk
+        print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(status)  # an ordinary end would wait for the other processes, which wait for this one
+    sys.exit(status)
+
+
+def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict:
+    """The configuration that a command line (argv[0] = the program) asks for; UserError where it cannot be read."""
+    builtin = set(FLAGS)
+    define_flags()
+    names = [name for name in FLAGS if name not in builtin]
+    if {"-h", "-help", "--help"} & set(argv[1:]):
+        show_help(names)
+        sys.exit(0)
+    for name in names:
+        parser: Any = FLAGS[name].parser
+        if isinstance(parser, flags.IntegerParser):
+            is_switch = (parser.lower_bound, parser.upper_bound) == (0, 1)
+            parser.convert = to_switch if is_switch else to_integer
+    refuse_habits(argv[1:])
+    try:
+        extra = FLAGS(argv)[1:]
+    except flags.Error as error:
+        raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
+    if extra:
+        raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
+    if "coordinator_address" not in names:
+        warn_of_copies(Path(argv[0]).name)
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
+    return read_flags(set(FLAGS) - builtin)
