@@ -34,7 +34,7 @@ from utils.flags.definitions import define_data_flags, define_path, define_vae_f
 from utils.flags.help import topic
 from utils.runs.opening import load_model, open_checkpoint, restore_params
 from utils.runs.results import check_json_path, write_csv, write_json_rows
-from utils.sampling.likelihood import LikelihoodConfig, measure_batch
+from utils.sampling.density import LikelihoodConfig, measure_batch
 
 # Data options of the run, where the images are its own and no flag says otherwise.
 RUN_OPTIONS = ("image_size", "data_dir", "broken_images", "max_megapixels")

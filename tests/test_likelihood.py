@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import likelihood as likelihood_program
+import likelihood
 from tests.conftest import GOLDEN
 from tests.test_bad_input import write_pairs
 from tests.test_generate import run  # noqa: F401 (fixture)
 from utils.base.errors import UserError, WriteError
 from utils.data.registry import load_dataset
 from utils.runs.opening import load_generator
-from utils.sampling import likelihood
-from utils.sampling.likelihood import (
+from utils.sampling import density
+from utils.sampling.density import (
     LikelihoodConfig,
     adaptive_log_likelihood,
     bits_per_dim,
@@ -110,7 +110,7 @@ def test_through_the_network_it_is_that_of_the_published_solver(dit, shared):
 
 def test_dequantised_levels_stay_apart_and_bits_count_them():
     images = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
-    x = likelihood.dequantise(jax.random.key(0), jnp.arange(1), images)
+    x = density.dequantise(jax.random.key(0), jnp.arange(1), images)
     np.testing.assert_array_equal(jnp.round((x + 1) * 127.5), images)
     assert np.abs((x + 1) * 127.5 - images).mean() == pytest.approx(0.25, abs=0.03)
     # Uniform noise over the 256 levels has the density 1 / (256 / 127.5) in each element: eight bits.
@@ -123,7 +123,7 @@ def measure(read_flags, run, tmp_path, capsys):  # noqa: F811
     """measure('--flag value ...') -> what the program prints as JSON."""
 
     def start(line):
-        likelihood_program.main(read_flags(likelihood_program, ["--load_dir", str(run), "--json", "-", *line.split()]))
+        likelihood.main(read_flags(likelihood, ["--load_dir", str(run), "--json", "-", *line.split()]))
         (result,) = json.loads(capsys.readouterr().out)
         return result
 
@@ -151,17 +151,17 @@ def test_the_program_measures_images_one_by_one(measure, run, tmp_path):  # noqa
 
 def test_a_result_that_cannot_be_written_is_printed_first(run, read_flags, tmp_path, full_disk, monkeypatch, capsys):  # noqa: F811
     line = f"--solver midpoint --denoise_timesteps 1 --num_images 8 --json {tmp_path}/a.json"
-    measured = likelihood_program.Measurement.measure
+    measured = likelihood.Measurement.measure
 
     def fill_disk(measurement):
         rows = measured(measurement)
         full_disk(100)
         return rows
 
-    monkeypatch.setattr(likelihood_program.Measurement, "measure", fill_disk)
+    monkeypatch.setattr(likelihood.Measurement, "measure", fill_disk)
     message = r"a\.json could not be written \(File too large\); the result is above; raise the limit"
     with pytest.raises(WriteError, match=message):
-        likelihood_program.main(read_flags(likelihood_program, ["--load_dir", str(run), *line.split()]))
+        likelihood.main(read_flags(likelihood, ["--load_dir", str(run), *line.split()]))
     assert "| 8 | digits, validation | data |" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -198,7 +198,7 @@ def test_what_is_measured_is_what_the_flags_say(measure, run, monkeypatch, words
         calls.append((params, key, network, config))
         return np.zeros(len(batch["label"])), np.zeros(len(batch["label"]), int)
 
-    monkeypatch.setattr(likelihood_program, "measure_batch", note)
+    monkeypatch.setattr(likelihood, "measure_batch", note)
     words += " --num_probes 3 --seed 5 --params raw --dtype bfloat16 --num_images 5 --batch_size 2"
     result = measure(words)
     params, key, network, config = calls[0]

@@ -1,4 +1,4 @@
-"""Likelihoods of a velocity field, by the instantaneous change of variables (arXiv:1810.01367, arXiv:2210.02747).
+"""Log-densities of a velocity field, by the instantaneous change of variables (arXiv:1810.01367, arXiv:2210.02747).
 
 log p_1(x) = log N(z; 0, I) - integral over t in [0, 1] of div v(x_t, t), where dx/dt = v leads backwards from x at
 t = 1 to z at t = 0.
