@@ -143,7 +143,7 @@ def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UIn
 def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator[np.ndarray]:
     """The images of the batches, whose labels are added to `label_counts` on the way."""
     for batch in batches:
-        label_counts += np.bincount(batch["label"], minlength=len(label_counts))
+        label_counts += np.bincount(batch["condition"], minlength=len(label_counts))
         yield batch["image"]
 
 

@@ -69,7 +69,7 @@ def encode_examples(
         moments = encode(images)
         if waiting:
             yield from finish(*waiting)
-        waiting = (batch["label"], moments)
+        waiting = (batch["condition"], moments)
     if waiting:
         yield from finish(*waiting)
 

@@ -146,9 +146,9 @@ class Measurement:
         """Batches of one size, the last padded, with the images' numbers; labels as they are conditioned on."""
         size, first = self.config.batch_size, 0
         for batch in epoch_batches(self.dataset, size, stop=self.num_images):
-            count = len(batch["label"])
+            count = len(batch["condition"])
             if not self.is_conditional:
-                batch["label"] = np.full_like(batch["label"], self.model.network.config.num_classes)
+                batch["condition"] = np.full_like(batch["condition"], self.model.network.config.num_classes)
             if "image" in batch:
                 batch["image"] = match_channels(batch["image"], self.model.image_shape[2])
             padded = {name: np.resize(rows, (size, *rows.shape[1:])) for name, rows in batch.items()}
@@ -168,7 +168,7 @@ class Measurement:
             )  # fmt: skip
             values, nfe = gather(values), gather(nfe)
             for i in range(min(len(values), self.num_images - len(rows))):
-                label = int(batch["label"][i]) if self.is_conditional else None
+                label = int(batch["condition"][i]) if self.is_conditional else None
                 rows.append({"index": len(rows), "label": label, unit: float(values[i]), "nfe": int(nfe[i])})
                 bar.update()
         bar.close()

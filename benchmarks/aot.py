@@ -170,7 +170,7 @@ def lower_train_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered
     shardings = state_sharding(shapes, mesh, config.sharding)
     rows = {
         "moments": jax.ShapeDtypeStruct((config.batch, 2, *common.LATENT_SHAPE), jnp.float16),
-        "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
+        "condition": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
     }
     # Moments are not encoded: any VAE will do.
     codec = describe_vae(mesh, VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=8))

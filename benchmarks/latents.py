@@ -64,8 +64,8 @@ def main(config: ConfigDict) -> None:
     images = rng.integers(0, 256, (config.batch_size, size, size, 3), dtype=np.uint8)
     moments = rng.normal(size=(config.batch_size, 2, *image_model.latent_shape)).astype(np.float16)
     batches = {
-        "encoding on the fly": shard_batch({"image": images, "label": labels}, mesh),
-        "cached latents": shard_batch({"moments": moments, "label": labels}, mesh),
+        "encoding on the fly": shard_batch({"image": images, "condition": labels}, mesh),
+        "cached latents": shard_batch({"moments": moments, "condition": labels}, mesh),
     }
 
     seconds = {name: [] for name in batches}

@@ -47,8 +47,8 @@ def define_flags() -> None:
 def read_split(dataset: ImageDataset, count: int) -> dict[str, np.ndarray]:
     """The first `count` images and labels, sorted by label: alike images compress better side by side."""
     batches = list(epoch_batches(dataset, min(SHEET, count), stop=count))
-    arrays = {key: np.concatenate([batch[key] for batch in batches]) for key in ("image", "label")}
-    order = np.argsort(arrays["label"], kind="stable")
+    arrays = {key: np.concatenate([batch[key] for batch in batches]) for key in ("image", "condition")}
+    order = np.argsort(arrays["condition"], kind="stable")
     return {key: rows[order] for key, rows in arrays.items()}
 
 
@@ -87,7 +87,11 @@ def add_images(archive: tarfile.TarFile, dataset: ImageDataset, count: int, pref
     rows = read_split(dataset, count)
     for number, sheet in enumerate(write_sheets(rows["image"])):
         add_file(archive, f"{prefix}images/{number:04d}.webp", sheet)
-    arrays = {"labels": rows["label"], "shape": dataset.image_shape, "sha256": hash_split(rows["image"], rows["label"])}
+    arrays = {
+        "labels": rows["condition"],
+        "shape": dataset.image_shape,
+        "sha256": hash_split(rows["image"], rows["condition"]),
+    }
     return {f"{prefix}{name}": np.array(value) for name, value in arrays.items()}
 
 

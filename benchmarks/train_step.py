@@ -125,7 +125,7 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
         grad_accum=variant.grad_accum,
         ema=EmaSchedule(0.9999),
     )
-    return Step(step, states, kind, {"moments": moments, "label": labels}, codec, donate=True)
+    return Step(step, states, kind, {"moments": moments, "condition": labels}, codec, donate=True)
 
 
 def baseline_step(config: ConfigDict, states: dict[str, Any], latents: np.ndarray, labels: np.ndarray) -> Step:

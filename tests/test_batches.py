@@ -29,21 +29,21 @@ def take(batches, count: int) -> list[dict[str, np.ndarray]]:
 
 
 def labels(batches) -> list[int]:
-    return [int(label) for batch in batches for label in batch["label"]]
+    return [int(label) for batch in batches for label in batch["condition"]]
 
 
 def assert_same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
-        np.testing.assert_array_equal(a["label"], b["label"])
+        np.testing.assert_array_equal(a["condition"], b["condition"])
 
 
 def test_batches_have_the_promised_types():
     batch = next(training_batches(numbered(10), 4, 0))
     assert batch["image"].shape == (4, 1, 2, 1)
     assert batch["image"].dtype == np.uint8
-    assert batch["label"].shape == (4,)
-    assert batch["label"].dtype == np.int32
+    assert batch["condition"].shape == (4,)
+    assert batch["condition"].dtype == np.int32
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(10, 4), (7, 7), (3, 8), (1, 2)])
@@ -112,7 +112,7 @@ def test_resumes_exactly_on_any_number_of_hosts(position):
 
 def test_flips_half_of_the_images_anew_each_epoch():
     stream = take(training_batches(numbered(200), 200, 0), 20)
-    flipped = np.array([batch["image"][np.argsort(batch["label"]), 0, 0, 0] == 0 for batch in stream])
+    flipped = np.array([batch["image"][np.argsort(batch["condition"]), 0, 0, 0] == 0 for batch in stream])
     assert abs(flipped.mean() - 0.5) < 0.04  # five standard deviations of a fair coin
     assert all(0 < fraction < 1 for fraction in flipped.mean(axis=0))
     unflipped = labels(take(training_batches(numbered(200, random_flip=False), 200, 0), 20))
@@ -178,7 +178,7 @@ def test_digits_are_the_real_ones_split_once():
         batch = next(epoch_batches(dataset, 2000))
         assert batch["image"].shape[1:] == dataset.image_shape == (8, 8, 1)
         assert (batch["image"].min(), batch["image"].max()) == (0, 255)
-        assert np.bincount(batch["label"]).min() > 0.07 * len(batch["label"])
+        assert np.bincount(batch["condition"]).min() > 0.07 * len(batch["condition"])
         assert dataset.class_names == tuple("0123456789")
         assert dataset.num_classes == 10
         assert not dataset.random_flip
@@ -227,7 +227,7 @@ def test_arrays_and_iterables_are_the_same_data_set():
         assert dataset.class_names == ("0", "1", "2")
         (batch,) = epoch_batches(dataset, 5)
         np.testing.assert_array_equal(batch["image"], IMAGES)
-        np.testing.assert_array_equal(batch["label"], LABELS)
+        np.testing.assert_array_equal(batch["condition"], LABELS)
     # A view in another memory order is the same data; one image or label changed is not.
     reordered = array_dataset("mine", np.asfortranarray(IMAGES), LABELS.astype(np.uint8))
     others = [array_dataset("mine", IMAGES ^ 1, LABELS), array_dataset("mine", IMAGES, LABELS[::-1])]

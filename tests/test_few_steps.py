@@ -309,7 +309,7 @@ def test_microbatches_change_nothing(objective):
     params = {name: jnp.float32(value) for name, value in {"x": 0.5, "t": 0.2, "labels": 0.01, "step": 0.1}.items()}
     state = create_train_state(params, make_optimizer(1e-3, 0.9, 0.99), jax.random.key(0))
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(0, 256, (32, 4, 4, 1), np.uint8), "label": np.arange(32, dtype=np.int32) % 10}
+    batch = {"image": rng.integers(0, 256, (32, 4, 4, 1), np.uint8), "condition": np.arange(32, dtype=np.int32) % 10}
     found = [
         compute_gradients(
             state, jax.random.key(1), jax.tree.map(jnp.asarray, batch), PixelCodec(), model=Network(),

@@ -103,7 +103,7 @@ def test_reads_every_kind_of_file_as_rgb(tmp_path):
 def contents(name, split) -> list[tuple[int, int]]:
     """(value of the first pixel, label) of every image."""
     batch = next(epoch_batches(load(name, split, image_size=2), 1000))
-    return list(zip(batch["image"][:, 0, 0, 0].tolist(), batch["label"].tolist(), strict=True))
+    return list(zip(batch["image"][:, 0, 0, 0].tolist(), batch["condition"].tolist(), strict=True))
 
 
 def test_folders_are_classes_and_a_part_is_held_out(tmp_path):

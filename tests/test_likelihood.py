@@ -137,7 +137,7 @@ def test_the_program_measures_images_one_by_one(measure, run, tmp_path):  # noqa
         rows = list(csv.DictReader(file))
     values = np.array([float(row["bits_per_dim"]) for row in rows])
     dataset = load_dataset("digits", "validation")
-    assert [int(row["label"]) for row in rows] == [int(dataset.row(i, False)["label"]) for i in range(6)]
+    assert [int(row["label"]) for row in rows] == [int(dataset.row(i, False)["condition"]) for i in range(6)]
     assert result["bits_per_dim"] == pytest.approx(values.mean())
     assert result["standard_error"] == pytest.approx(values.std(ddof=1) / np.sqrt(6))
     assert (result["nfe"], result["num_images"], result["labels"]) == (8, 6, "data")
@@ -196,7 +196,7 @@ def test_what_is_measured_is_what_the_flags_say(measure, run, monkeypatch, words
 
     def note(params, codec, key, batch, *, network, objective, config, is_pixels):
         calls.append((params, key, network, config))
-        return np.zeros(len(batch["label"])), np.zeros(len(batch["label"]), int)
+        return np.zeros(len(batch["condition"])), np.zeros(len(batch["condition"]), int)
 
     monkeypatch.setattr(likelihood, "measure_batch", note)
     words += " --num_probes 3 --seed 5 --params raw --dtype bfloat16 --num_images 5 --batch_size 2"

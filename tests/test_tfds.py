@@ -186,7 +186,7 @@ def contents(dataset) -> Counter:
     return Counter(
         (image.tobytes(), label)
         for batch in batches
-        for image, label in zip(batch["image"], batch["label"].tolist(), strict=True)
+        for image, label in zip(batch["image"], batch["condition"].tolist(), strict=True)
     )
 
 
@@ -197,13 +197,13 @@ def test_both_formats_give_what_tfds_decodes_whatever_the_mode(prepared_folder):
     assert len(expected) == len(odd_images())
     for folder in FORMATS:
         (batch,) = epoch_batches(load("tfds:odd", "validation", prepared_folder / folder), 100)
-        found = dict(zip(batch["label"].tolist(), batch["image"], strict=True))
+        found = dict(zip(batch["condition"].tolist(), batch["image"], strict=True))
         for label, image in expected.items():
             # TFDS lets TensorFlow decode JPEGs by a fast approximation, a few levels off; here both are exact.
             np.testing.assert_allclose(found[label].astype(int), image, atol=5 if label in (7, 8, 9) else 0)
         (exact,) = epoch_batches(load("tfds:odd", "validation", prepared_folder / "tfrecord"), 100)
         np.testing.assert_array_equal(
-            batch["image"][batch["label"].argsort()], exact["image"][exact["label"].argsort()]
+            batch["image"][batch["condition"].argsort()], exact["image"][exact["condition"].argsort()]
         )
 
 
@@ -388,14 +388,14 @@ def take(batches, count: int) -> list[dict[str, np.ndarray]]:
 def assert_same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a["image"], b["image"])
-        np.testing.assert_array_equal(a["label"], b["label"])
+        np.testing.assert_array_equal(a["condition"], b["condition"])
 
 
 def rows(batches) -> list[tuple[bytes, int]]:
     return [
         (image.tobytes(), label)
         for batch in batches
-        for image, label in zip(batch["image"], batch["label"].tolist(), strict=True)
+        for image, label in zip(batch["image"], batch["condition"].tolist(), strict=True)
     ]
 
 
@@ -415,11 +415,11 @@ def test_a_stream_has_every_image_once_an_epoch_in_a_new_order(cifar):
 def test_hosts_stream_disjoint_images_that_are_the_whole_split(cifar):
     parts = [take(training_batches(cifar, 100, 0, process_index=host, process_count=2), 100) for host in range(2)]
     counts = [Counter(rows(part)) for part in parts]
-    assert all(len(batch["label"]) == 50 for part in parts for batch in part)
+    assert all(len(batch["condition"]) == 50 for part in parts for batch in part)
     assert not counts[0] & counts[1]
     assert counts[0] + counts[1] == contents(cifar)
     ordered = [list(epoch_batches(cifar, 4000, process_index=host, process_count=2)) for host in range(2)]
-    assert [[len(batch["label"]) for batch in host] for host in ordered] == [[2000, 2000, 1000]] * 2
+    assert [[len(batch["condition"]) for batch in host] for host in ordered] == [[2000, 2000, 1000]] * 2
     assert Counter(rows(ordered[0]) + rows(ordered[1])) == contents(cifar)
 
 
@@ -490,5 +490,5 @@ def test_a_stream_holds_no_more_memory_than_it_says(shared):
 def test_jpegs_look_the_same_in_both_formats(imagenet_sample):
     ours, theirs = (load("imagenet256", "validation", imagenet_sample / kind) for kind in FORMATS)
     for a, b in zip(epoch_batches(ours, 16), epoch_batches(theirs, 16), strict=True):
-        np.testing.assert_array_equal(a["label"], b["label"])
+        np.testing.assert_array_equal(a["condition"], b["condition"])
         assert np.abs(a["image"].astype(int) - b["image"]).max() <= 1

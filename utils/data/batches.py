@@ -23,7 +23,7 @@ def training_batches(
     num_threads: int | None = None,
     prefetch: int = 2,
 ) -> Batches:
-    """Endless shuffled batches {'image': uint8 (b, h, w, c), 'label': int32 (b,)}, b = batch_size / process_count.
+    """Endless shuffled batches {'image': uint8 (b, h, w, c), 'condition': int32 (b,)}, b = batch_size / process_count.
 
     Every epoch is a new order that has each image exactly once; batches run on across its end. Order and flips are
     functions of (seed, position in the endless stream) alone. Host `process_index` gets its part of each global batch,
@@ -103,7 +103,7 @@ def first_examples(dataset: ImageDataset, num_examples: int) -> ImageDataset:
     num_examples = min(num_examples, len(dataset.source))
     if isinstance(dataset.source, StreamSource):
         (batch,) = epoch_batches(dataset, num_examples, stop=num_examples)
-        source = ArraySource(batch["image"], batch["label"])
+        source = ArraySource(batch["image"], batch["condition"])
     else:
         source = Subset(dataset.source, range(num_examples))
     return dataclasses.replace(dataset, source=source, random_flip=False)

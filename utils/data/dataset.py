@@ -22,8 +22,8 @@ from utils.images.decoding import MAX_MEGAPIXELS, describe_range
 
 # "image": uint8 (h, w, c), or "moments": float16 (views, 2, h, w, c); "label": int32 ()
 Example = dict[str, Any]
-# "image": uint8 (b, h, w, c), or "moments": float16 (b, 2, h, w, c); "label": int32 (b,). Of pairs "x_1": float32
-# (b, h, w, c) and "pair": uint32 (b, 2), the seed and number that their noise is drawn from.
+# "image": uint8 (b, h, w, c), or "moments": float16 (b, 2, h, w, c); "condition": int32 (b,), the labels. Of pairs
+# "x_1": float32 (b, h, w, c) and "pair": uint32 (b, 2), the seed and number that their noise is drawn from.
 Batch = dict[str, np.ndarray]
 
 SPLITS = ("train", "validation")
@@ -103,19 +103,19 @@ class ImageDataset:
         labels = np.empty(count, np.int32)
         if self.pair_shape:
             x_1 = np.empty((count, *self.pair_shape), np.float32)
-            return {"x_1": x_1, "label": labels, "pair": np.empty((count, 2), np.uint32)}
+            return {"x_1": x_1, "condition": labels, "pair": np.empty((count, 2), np.uint32)}
         if self.latents:
-            return {"moments": np.empty((count, 2, *self.latents.latent_shape), np.float16), "label": labels}
-        return {"image": np.empty((count, *self.image_shape), np.uint8), "label": labels}
+            return {"moments": np.empty((count, 2, *self.latents.latent_shape), np.float16), "condition": labels}
+        return {"image": np.empty((count, *self.image_shape), np.uint8), "condition": labels}
 
     def row(self, index: int, flip: bool) -> Example:
         """Example `index`, mirrored left to right if `flip`, as a batch holds it."""
         example = cast(Source, self.source)[index]  # a stream has no rows
         if self.pair_shape:
-            return example
+            return {"x_1": example["x_1"], "condition": example["label"], "pair": example["pair"]}
         if self.latents:
-            return {"moments": example["moments"][int(flip)], "label": example["label"]}
-        return {"image": example["image"][:, ::-1] if flip else example["image"], "label": example["label"]}
+            return {"moments": example["moments"][int(flip)], "condition": example["label"]}
+        return {"image": example["image"][:, ::-1] if flip else example["image"], "condition": example["label"]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -322,11 +322,11 @@ class RecordStream:
         examples = records.shard(process_count, process_index).map(lambda record: (record, False))
         local_size = batch_size // process_count
         batches = iter(self._decoded(examples).batch(local_size).prefetch(prefetch).as_numpy_iterator())
-        empty = {"image": np.empty((0, *self.prepared.image_shape), np.uint8), "label": np.empty(0, np.int32)}
+        empty = {"image": np.empty((0, *self.prepared.image_shape), np.uint8), "condition": np.empty(0, np.int32)}
         for _ in range(start, stop, batch_size):
             with _naming_broken_images(self.prepared.origin):
                 batch = next(batches, empty)
-            _check_labels(batch["label"], self.prepared.origin)
+            _check_labels(batch["condition"], self.prepared.origin)
             yield batch
 
     def memory_bound(self, batch_size: int, prefetch: int = 2, process_count: int = 1) -> int:
@@ -382,7 +382,7 @@ class RecordStream:
         return tf.data.Dataset.range(first_epoch, 2**53).flat_map(read_epoch)
 
     def _decoded(self, examples):
-        """Dataset of {'image': uint8 (size, size, c), 'label': int32} from that of (serialized example, flip)."""
+        """Dataset of {'image': uint8 (size, size, c), 'condition': int32} from that of (serialized example, flip)."""
         import tensorflow_datasets as tfds
 
         tf = self.tf
@@ -406,7 +406,7 @@ class RecordStream:
                 image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
             image = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
             image = tf.ensure_shape(image, self.prepared.image_shape)
-            return {"image": image, "label": tf.cast(example["label"], tf.int32)}
+            return {"image": image, "condition": tf.cast(example["label"], tf.int32)}
 
         return examples.map(decode, num_parallel_calls=num_cores(), deterministic=True)
 
@@ -427,7 +427,7 @@ class StreamIterator:
             self._batches = self._start(self._next_index)
         with _naming_broken_images(self._origin):
             batch = next(self._batches)
-        _check_labels(batch["label"], self._origin)
+        _check_labels(batch["condition"], self._origin)
         self._next_index += 1
         return batch
 

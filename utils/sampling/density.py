@@ -144,11 +144,11 @@ def measure_batch(
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
     """(bits per dimension, or nats per element of the latents where not `is_pixels`; NFE) of each image of a batch.
 
-    `batch` has "image" or "moments" and "label" (`num_classes`: no label), and "index", the images' numbers: all that
-    is random of image i is a function of (key, i) alone.
+    `batch` has "image" or "moments", "condition", and "index", the images' numbers: all that is random of image i is a
+    function of (key, i) alone.
     """
     image_key, probe_key = jax.random.split(key)
-    indices, labels = batch["index"], batch["label"]
+    indices, labels = batch["index"], batch["condition"]
     if is_pixels:
         x_1 = dequantise(image_key, indices, batch["image"])
     else:

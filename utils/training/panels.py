@@ -47,7 +47,7 @@ def _reconstruct(params, codec, key, batch, t, *, network, objective):
     examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
     x_1 = encode_batch(codec, examples["codec_key"], batch)
     x_t = objective.corrupt(x_1, examples["draws"] | {"t": t})
-    predicted = objective.predict_data(model_fn(network, params), x_t, t, batch["label"])
+    predicted = objective.predict_data(model_fn(network, params), x_t, t, batch["condition"])
     clean = batch["image"] if "image" in batch else images_to_uint8(codec.decode(x_1))
     return jnp.stack([clean, *(images_to_uint8(codec.decode(x)) for x in (x_t, predicted))])
 
@@ -57,7 +57,7 @@ def reconstruction_panel(model: ImageModel, params: PyTree, batch: PyTree, key: 
     rows = {name: np.resize(gather(values), (PANEL_SIZE, *values.shape[1:])) for name, values in batch.items()}
     t = np.arange(PANEL_SIZE, dtype=np.float32) / PANEL_SIZE
     images = _reconstruct(params, model.codec, key, rows, t, network=model.network, objective=model.objective)
-    titles = [f"t = {value:.3g}\n{model.class_names[label]}" for value, label in zip(t, rows["label"], strict=True)]
+    titles = [f"t = {value:.3g}\n{model.class_names[label]}" for value, label in zip(t, rows["condition"], strict=True)]
     return plotting.image_table(gather(images), ("clean", "noised", "predicted"), titles)
 
 

@@ -53,7 +53,7 @@ def draw_examples(
     """The batch with all that is random in its loss, per example: keys for the codec, the objective's draws, and which
     labels are dropped (classifier-free guidance, arXiv:2207.12598)."""
     codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
-    num_examples = len(batch["label"])
+    num_examples = len(batch["condition"])
     draws = objective.draw(time_key, noise_key, num_examples)
     if "pair" in batch:  # the noise that belongs to each sample
         draws |= {"x_0": pair_noise(batch["pair"], batch["x_1"].shape[1:])}
@@ -76,7 +76,7 @@ def example_losses(
 ) -> tuple[Array, dict[str, Array]]:
     """(losses, metrics) of the examples, each (b,)."""
     x_1 = encode_batch(codec, examples["codec_key"], examples["batch"])
-    labels = jnp.where(examples["is_dropped"], model.config.num_classes, examples["batch"]["label"])
+    labels = jnp.where(examples["is_dropped"], model.config.num_classes, examples["batch"]["condition"])
     functions = (model_fn(model, params), model_fn(model, ema_params))
     return objective.loss(*functions, x_1, labels, examples["draws"] | {"is_dropped": examples["is_dropped"]})
 
@@ -131,7 +131,7 @@ def train_step(
     frozen: tuple[str, ...] = (),
     skips_nonfinite: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'label': int32 (b,)}.
+    """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'condition': int32 (b,)}.
 
     With `skips_nonfinite`, an update that is not finite changes nothing but the step.
     """
