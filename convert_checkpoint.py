@@ -23,7 +23,7 @@ from utils.flags.definitions import define_path, define_saved_model_flags
 from utils.flags.help import hide, topic
 from utils.runs.export import export_run, push
 from utils.runs.opening import check_new_run, import_run
-from utils.training.commands import write_command
+from utils.training.advice import write_command
 
 OF_IMPORT = ("family", "num_heads", "class_names", "vae")
 OF_EXPORT = ("params", "push", "private")

@@ -33,7 +33,7 @@ from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_flip_flag, define_path, define_vae_flag
 from utils.flags.help import topic
 from utils.images.pixels import images_from_uint8
-from utils.training.commands import write_command
+from utils.training.advice import write_command
 
 
 def define_flags() -> None:

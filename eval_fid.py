@@ -67,7 +67,7 @@ from utils.runs.results import Results, check_json_path, plot_fid, to_markdown, 
 from utils.runs.trackers import Tracker
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
 from utils.sampling.solvers import LABELS, SOLVERS, SamplerConfig
-from utils.training.commands import shipped_statistics, write_statistics_command
+from utils.training.advice import shipped_statistics, write_statistics_command
 
 GRID_IMAGES = 64
 FILES = ("fid.json", "fid.csv", "fid.png")  # beside grids of samples

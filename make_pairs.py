@@ -29,7 +29,7 @@ from utils.flags.help import topic
 from utils.runs.opening import load_generator
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
 from utils.sampling.solvers import SOLVERS, SamplerConfig
-from utils.training.commands import write_command
+from utils.training.advice import write_command
 
 
 def define_flags() -> None:

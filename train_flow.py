@@ -47,7 +47,6 @@ from utils.base.sharding import (
     unsplit_fraction,
 )
 from utils.base.signals import EXIT_STOPPED, Interrupted, StopRequest
-from utils.base.throughput import StepTrace, Throughput
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.data.batches import first_examples, training_batches
 from utils.data.dataset import SPLITS, describe_data, summarize_data
@@ -75,19 +74,16 @@ from utils.networks.lora import add_lora
 from utils.networks.models import init_params, make_model
 from utils.objectives.objective import has_guidance, row_period
 from utils.objectives.registry import OBJECTIVES, flag_of, make_objective, objective_fields
-from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, Saver, has_checkpoints
+from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, has_checkpoints
 from utils.runs.resume import check_architecture, compare_with_saved
 from utils.runs.trackers import Tracker, read_metrics
 from utils.sampling.generator import ImageGenerator
 from utils.sampling.samplers import guidance_scale, largest_steps
 from utils.sampling.solvers import SamplerConfig
-from utils.training.commands import commands_after_training
-from utils.training.divergence import SkippedUpdates, check_finite
+from utils.training.advice import batch_structs, commands_after_training, ema_hints, model_hints, plan_lines
 from utils.training.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
-from utils.training.hints import ema_hints, model_hints
 from utils.training.panels import loss_by_time, reconstruction_panel, sample_panels
-from utils.training.plan import batch_structs, plan_lines
-from utils.training.progress import Progress
+from utils.training.progress import Progress, Saver, SkippedUpdates, StepTrace, Throughput, check_finite
 from utils.training.state import TrainState, create_train_state, freeze_parts, make_optimizer
 from utils.training.step import INIT, VALIDATION, jit_train_step, validation_step
 

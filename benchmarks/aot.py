@@ -59,7 +59,6 @@ from utils.base.sharding import (
     state_sharding,
     unsplit_fraction,
 )
-from utils.base.throughput import PEAK_TFLOPS
 from utils.codecs.pixels import PixelCodec
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.flags import program
@@ -71,6 +70,7 @@ from utils.networks.models import ImageModel, init_params
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling import generator as generate
 from utils.sampling.solvers import SamplerConfig
+from utils.training.progress import PEAK_TFLOPS
 from utils.training.state import create_train_state, make_optimizer
 from utils.training.step import jit_train_step
 

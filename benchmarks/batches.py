@@ -28,7 +28,6 @@ from PIL import Image
 
 from utils.base.errors import UserError
 from utils.base.sharding import make_mesh, prefetch, shard_batch
-from utils.base.throughput import Throughput
 from utils.data.batches import training_batches
 from utils.data.dataset import Batch, ImageDataset
 from utils.data.image_folder import ImageFiles
@@ -36,6 +35,7 @@ from utils.data.registry import load_dataset
 from utils.data.tfds import RecordStream, import_tensorflow
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags
+from utils.training.progress import Throughput
 
 OURS, BASELINE, TORCH = "ours", "jax-flow baseline", "PyTorch's DataLoader"
 

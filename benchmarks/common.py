@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from diffusion_transformer import DiT, DiTConfig
 from utils.base.errors import UserError
 from utils.base.sharding import make_mesh
-from utils.base.throughput import PEAK_TFLOPS
 from utils.flags.definitions import define_path
 from utils.kernels.ops import choose_attention_for
+from utils.training.progress import PEAK_TFLOPS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Hidden size, depth, heads: DiT-S to DiT-XL of arXiv:2212.09748, table 1, and one to try a benchmark with.

@@ -74,8 +74,8 @@ test_few_steps.py::test_dropped_labels_are_learned_without_a_step
 test_config.py::test_what_a_run_keeps_cannot_be_another_when_it_resumes
   diffusion_transformer.py: "Attention heads.", 1, 2**16 -> "Attention heads.", 1, 2**16, is_fixed=False
 test_checkpoint.py::test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says
-  utils/runs/checkpoint.py: jax.process_count() > 1 and self.pause < math.inf -> False
-  utils/runs/checkpoint.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
+  utils/training/progress.py: jax.process_count() > 1 and self.pause < math.inf -> False
+  utils/training/progress.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
 test_generate.py::test_what_is_in_the_hole_does_not_enter_its_filling
   utils/sampling/generator.py: factors[1]).any(axis=(1, 3)) -> factors[1]).all(axis=(1, 3))
 test_generate.py::test_guidance_and_times_are_those_of_the_sampler
@@ -124,7 +124,7 @@ test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported
 test_tracking.py::test_what_wandb_shows_is_what_the_flags_say
   utils/runs/trackers.py: **options, ->
 test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards
-  docs/layout.md: hints.py -> hint.py
+  docs/layout.md: advice.py -> advise.py
 test_reflow.py::test_noise_is_drawn_as_it_was
   utils/data/pairs.py: if theirs != ours: -> if False:
 test_eval_fid.py::test_a_row_under_other_settings_of_jax_is_another_row

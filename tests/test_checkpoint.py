@@ -14,7 +14,15 @@ from utils.base.errors import UserError
 from utils.base.sharding import make_mesh, replicated, shape_structs, state_sharding
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.runs import checkpoint
+from utils.runs.opening import open_checkpoint
+from utils.training import progress
 from utils.training.state import apply_gradients, create_train_state, make_optimizer
+
+# Orbax reports a damaged checkpoint from several threads, beside the error that is tested.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 
 METADATA = {"image_shape": [8, 8, 1], "class_names": ["a"]}
 SETTINGS = DiTConfig(network="another").__dict__ | {"use_stable_vae": 0, "t_sampler": "uniform"}
@@ -45,7 +53,7 @@ def test_everything_comes_back(tmp_path, state):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(state, CONFIG, {"next_index": 12})
     checkpoints.close()
-    checkpoints, (step,) = checkpoint.open_checkpoint(tmp_path)
+    checkpoints, (step,) = open_checkpoint(tmp_path)
     restored, position = checkpoints.restore(step, shape_structs(state, replicated(make_mesh())))
     assert step == 1
     assert position == {"next_index": 12}
@@ -85,10 +93,10 @@ def test_newest_and_every_nth_are_kept(tmp_path, state):
 
 def test_missing_and_unfinished_checkpoints(tmp_path):
     with pytest.raises(UserError, match=r"--load_dir=.*holds no checkpoint"):
-        checkpoint.open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
     (tmp_path / "checkpoints" / "10.orbax-checkpoint-tmp-1").mkdir(parents=True)
     with pytest.raises(UserError, match="no checkpoint was finished"):
-        checkpoint.open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_one_checkpoint_of_several_can_be_named(tmp_path, state):
@@ -96,14 +104,14 @@ def test_one_checkpoint_of_several_can_be_named(tmp_path, state):
     for step in (1, 2):
         checkpoints.save(state.replace(step=jnp.int32(step)), CONFIG, None)
     checkpoints.close()
-    assert checkpoint.open_checkpoint(tmp_path)[1] == [2, 1]
-    assert checkpoint.open_checkpoint(tmp_path / "checkpoints" / "1")[1] == [1]
-    assert checkpoint.open_checkpoint(tmp_path / "checkpoints")[1] == [2, 1]
+    assert open_checkpoint(tmp_path)[1] == [2, 1]
+    assert open_checkpoint(tmp_path / "checkpoints" / "1")[1] == [1]
+    assert open_checkpoint(tmp_path / "checkpoints")[1] == [2, 1]
     run = shutil.copytree(tmp_path / "checkpoints", tmp_path / "new" / "checkpoints" / "checkpoints").parent
-    assert checkpoint.open_checkpoint(run)[1] == [2, 1]  # a run of that name
-    assert checkpoint.open_checkpoint(run / "checkpoints")[1] == [2, 1]
+    assert open_checkpoint(run)[1] == [2, 1]  # a run of that name
+    assert open_checkpoint(run / "checkpoints")[1] == [2, 1]
     with pytest.raises(UserError, match="found steps 1, 2"):
-        checkpoint.open_checkpoint(tmp_path / "checkpoints" / "5")
+        open_checkpoint(tmp_path / "checkpoints" / "5")
 
 
 def test_truncated_checkpoint_is_one_line(tmp_path, state):
@@ -113,7 +121,7 @@ def test_truncated_checkpoint_is_one_line(tmp_path, state):
     for path in (tmp_path / "checkpoints" / "1").rglob("*"):
         if path.is_file() and "/d/" in str(path):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    checkpoints, (step,) = checkpoint.open_checkpoint(tmp_path)
+    checkpoints, (step,) = open_checkpoint(tmp_path)
     with pytest.raises(UserError) as error:
         checkpoints.restore(step, shape_structs(state, replicated(make_mesh())))
     assert "\n" not in str(error.value)
@@ -169,7 +177,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used_and_nothing_is_removed(tmp_
     like = shape_structs(state, replicated(make_mesh()))
     damaged = files_of(tmp_path / "checkpoints" / "3" / "config")[-1]
     damaged.write_bytes(b"")
-    checkpoints, steps = checkpoint.open_checkpoint(tmp_path)
+    checkpoints, steps = open_checkpoint(tmp_path)
 
     def read(step):
         checkpoints.restore_config(step)
@@ -185,10 +193,10 @@ def test_the_one_before_a_damaged_checkpoint_is_used_and_nothing_is_removed(tmp_
     ).exists()
     checkpoints.save(restored.replace(step=jnp.int32(3)), CONFIG, 3)
     checkpoints.close()
-    assert checkpoint.open_checkpoint(tmp_path)[1] == [3, 2, 1]
+    assert open_checkpoint(tmp_path)[1] == [3, 2, 1]
     for step in (1, 2, 3):
         shutil.rmtree(tmp_path / "checkpoints" / str(step) / "optimizer")
-    checkpoints, steps = checkpoint.open_checkpoint(tmp_path)
+    checkpoints, steps = open_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"checkpoints/1 is damaged: .* \(as are those of steps 3, 2\)"):
         checkpoints.restore_newest(read, steps)
 
@@ -299,7 +307,7 @@ def test_checkpoints_without_checksums_load(tmp_path, state):
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, state, full_disk, capfd):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=2)
-    saver = checkpoint.Saver(checkpoints, CONFIG, interval=10, minutes=0, step=0)
+    saver = progress.Saver(checkpoints, CONFIG, interval=10, minutes=0, step=0)
     saver.save(state.replace(step=jnp.int32(10)), 10)
     checkpoints.wait()
     full_disk(2048)
@@ -327,14 +335,14 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, state, full_disk,
 
 def test_saves_are_due_by_step_and_by_time(tmp_path, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
-    saver = checkpoint.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=15, step=0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    saver = progress.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=15, step=0)
     assert [step for step in range(1, 301) if saver.is_due(step)] == [100, 200, 300]
     now += 899
     assert not saver.is_due(301)
     now += 1
     assert saver.is_due(302)
-    never = checkpoint.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=0, step=0)
+    never = progress.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=0, step=0)
     now += 1e9
     assert not never.is_due(303)
 
@@ -343,14 +351,14 @@ def test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says(tm
     """Steps of a second on the first process; the second's clock runs at another pace."""
     checkpoints, told, now = checkpoint.Checkpoints(tmp_path), [], 0.0
     monkeypatch.setattr(checkpoint.Checkpoints, "poll", lambda self: None)
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
 
     def due_steps(seconds, broadcast):
         nonlocal now
         now = 0.0
-        monkeypatch.setattr(checkpoint.multihost_utils, "broadcast_one_to_all", broadcast)
-        saver, due = checkpoint.Saver(checkpoints, CONFIG, interval=10**6, minutes=15, step=0), []
+        monkeypatch.setattr(progress.multihost_utils, "broadcast_one_to_all", broadcast)
+        saver, due = progress.Saver(checkpoints, CONFIG, interval=10**6, minutes=15, step=0), []
         for step in range(1, 2001):
             now += seconds
             if saver.is_due(step):

@@ -18,7 +18,7 @@ import train_flow
 from tests.conftest import ROOT
 from utils.data.registry import load_dataset
 from utils.flags import reading
-from utils.training import commands
+from utils.training import advice
 
 MODEL = {"denoise_timesteps": 32, "cfg_scale": 4.0, "class_dropout_prob": 0.1, "use_stable_vae": 0}
 SAVED = {
@@ -30,7 +30,7 @@ SAVED = {
 
 def write(saved: dict, num_images: int = 70_000, params: str = "ema") -> dict[str, list[str]]:
     """{purpose: words of the command behind the interpreter}."""
-    found = commands.commands_after_training(Path("runs/my run"), saved, num_images, params)
+    found = advice.commands_after_training(Path("runs/my run"), saved, num_images, params)
     return {purpose: shlex.split(command)[1:] for purpose, command in found}
 
 
@@ -80,12 +80,12 @@ def test_counts_scales_and_parameters_fit_the_run(read_flags):
 
 
 def test_another_interpreter_and_folder_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(commands.shutil, "which", lambda _: sys.executable)
+    monkeypatch.setattr(advice.shutil, "which", lambda _: sys.executable)
     monkeypatch.chdir(ROOT)
-    assert commands.write_command("sample.py", "--out", "a b") == "python sample.py --out 'a b'"
-    monkeypatch.setattr(commands.shutil, "which", lambda _: "/elsewhere/python")
+    assert advice.write_command("sample.py", "--out", "a b") == "python sample.py --out 'a b'"
+    monkeypatch.setattr(advice.shutil, "which", lambda _: "/elsewhere/python")
     monkeypatch.chdir(tmp_path)
-    assert commands.write_command("sample.py") == shlex.join([sys.executable, str(ROOT / "sample.py")])
+    assert advice.write_command("sample.py") == shlex.join([sys.executable, str(ROOT / "sample.py")])
 
 
 @pytest.fixture

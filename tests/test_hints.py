@@ -11,7 +11,7 @@ from utils.base.memory import explaining_out_of_memory
 from utils.data.dataset import SPLITS, DataOptions, array_dataset, describe_data, summarize_data
 from utils.data.registry import load_dataset
 from utils.networks.ema import EmaSchedule, young_ema_hint
-from utils.training.hints import ema_hints, model_hints
+from utils.training.advice import ema_hints, model_hints
 
 
 @pytest.fixture(scope="module")

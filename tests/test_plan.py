@@ -5,10 +5,10 @@ import re
 import pytest
 
 import train_flow
+from utils.base.console import format_duration
 from utils.base.errors import UserError
 from utils.base.memory import memory_needed
-from utils.base.throughput import format_duration
-from utils.training.plan import MemoryModel, batch_structs, bytes_on_device
+from utils.training.advice import MemoryModel, batch_structs, bytes_on_device
 
 RUN = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2

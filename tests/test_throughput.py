@@ -5,15 +5,15 @@ import itertools
 import jax
 import pytest
 
-from utils.base import throughput
-from utils.base.throughput import StepTrace, Throughput
+from utils.training import progress
+from utils.training.progress import StepTrace, Throughput
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that advances on request: clock.append(seconds)."""
     ticks = [100.0]
-    monkeypatch.setattr(throughput.time, "monotonic", lambda: sum(ticks))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: sum(ticks))
     return ticks
 
 
@@ -52,7 +52,7 @@ def test_where_every_step_is_logged_each_counts_from_the_end_of_the_logging(cloc
 def test_the_peak_is_that_of_all_devices_or_not_told(monkeypatch):
     assert "mfu" not in Throughput(1, 1).read()  # a CPU
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    monkeypatch.setattr(throughput, "PEAK_TFLOPS", {jax.devices()[0].device_kind: 2})
+    monkeypatch.setattr(progress, "PEAK_TFLOPS", {jax.devices()[0].device_kind: 2})
     assert Throughput(1, 1).peak_flops == 8e12
     assert Throughput(1, 1, peak_tflops=5).peak_flops == 20e12
 

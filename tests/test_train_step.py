@@ -13,7 +13,7 @@ from utils.networks.ema import EmaSchedule
 from utils.networks.models import Network
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.checkpoint import Checkpoints
-from utils.training.divergence import SkippedUpdates, check_finite
+from utils.training.progress import SkippedUpdates, check_finite
 from utils.training.state import create_train_state, make_optimizer
 from utils.training.step import accumulate_microbatches, draw_examples, train_step, validation_step
 

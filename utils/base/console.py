@@ -7,9 +7,13 @@ import contextlib
 import functools
 import os
 import sys
+import threading
+import traceback
+from logging import LogRecord, getLogger
 from typing import Any
 
 import jax
+from absl import logging
 from tqdm import tqdm
 
 
@@ -94,3 +98,46 @@ class TolerantStream:
 
     def fileno(self) -> int:
         return sys.stderr.fileno()  # of which tqdm asks the width
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a time in the unit that suits it, such as '7 minutes' or '2.5 days'."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60))
+    unit, size = next((pair for pair in units if seconds >= 0.99 * pair[1]), ("second", 1))
+    count = seconds / size
+    if unit == "second" and count < 1:
+        return "less than a second"
+    text = f"{count:,.0f}" if count >= 9.95 else f"{count:.1f}".removesuffix(".0")
+    return f"{text} {unit}{'s' * (text != '1')}"
+
+
+@functools.cache  # once: each call would wrap the hooks again
+def silence_orbax() -> None:
+    """Keeps off the screen what Orbax logs before it raises it: hundreds of lines from several threads.
+
+    It replaces Python's hooks for exceptions in threads and in coroutines, so it is for programs, which call it as they
+    start, and for those who use the suite from Python and want a damaged checkpoint to be one line.
+    """
+    # Its own log, and that of reads and writes which nobody waited for.
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
+    getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))
+
+    # Threads beside the one whose error is raised.
+    previous = threading.excepthook
+    threading.excepthook = lambda args: None if "orbax" in type(args.thread).__module__ else previous(args)
+
+    # Reads and writes that report to an event loop which is closed by then.
+    previous_unraisable = sys.unraisablehook
+
+    def ignore_late_answers(unraisable):
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        if "Event loop is closed" not in str(unraisable.exc_value) and (not code or "orbax" not in code.co_filename):
+            previous_unraisable(unraisable)
+
+    sys.unraisablehook = ignore_late_answers
+
+
+def _is_of_orbax(record: LogRecord) -> bool:
+    error = record.exc_info and record.exc_info[1]
+    frames = traceback.walk_tb(error.__traceback__) if error else ()
+    return "orbax" in record.getMessage() or any("orbax" in frame.f_code.co_filename for frame, _ in frames)

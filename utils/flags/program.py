@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from utils.base.console import finish_output
+from utils.base.console import finish_output, silence_orbax
 from utils.base.environment import check_jax_settings, find_devices
 from utils.base.errors import NO_ROOM, UserError, WriteError
 from utils.base.memory import keep_freed_memory
@@ -53,6 +53,7 @@ def run_program(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     keep_freed_memory()
+    silence_orbax()
     raise_on_signals()
     try:
         app.run(start, flags_parser=lambda argv: parse_flags(define_flags, argv))

@@ -9,10 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from utils.base.console import is_quiet, log, progress_bar
+from utils.base.console import format_duration, is_quiet, log, progress_bar
 from utils.base.errors import UserError
 from utils.base.sharding import gather, shard_replicated
-from utils.base.throughput import format_duration
 from utils.images.pixels import ImageBatch
 from utils.metrics.inception import Features
 from utils.metrics.reference import ReferenceStatistics

@@ -9,16 +9,9 @@ of these, which are compared on reading. Older checkpoints have no checksums. An
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
-import sys
-import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
-from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,31 +42,6 @@ class DamagedCheckpointError(UserError):
 
 class SaveError(UserError):
     """A checkpoint that could not be written; the message says why, and which are safe."""
-
-
-def _silence_orbax() -> None:
-    """Keeps what Orbax logs before it raises it, hundreds of lines from several threads, off the screen; and what is
-    left of the reads or writes beside the first that fails, which report to an event loop that is closed by then."""
-    logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
-    getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))  # of reads and writes not waited for
-    previous, previous_unraisable = threading.excepthook, sys.unraisablehook
-    threading.excepthook = lambda args: None if "orbax" in type(args.thread).__module__ else previous(args)
-
-    def ignore_late_answers(unraisable):
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
-        if "Event loop is closed" not in str(unraisable.exc_value) and (not code or "orbax" not in code.co_filename):
-            previous_unraisable(unraisable)
-
-    sys.unraisablehook = ignore_late_answers
-
-
-def _is_of_orbax(record: LogRecord) -> bool:
-    error = record.exc_info and record.exc_info[1]
-    frames = traceback.walk_tb(error.__traceback__) if error else ()
-    return "orbax" in record.getMessage() or any("orbax" in frame.f_code.co_filename for frame, _ in frames)
-
-
-_silence_orbax()
 
 
 @contextlib.contextmanager
@@ -407,70 +375,6 @@ class Checkpoints:
                     f"checkpoint {path} is of another model: {leaf} is {old} there, {new} here; give the --model flags "
                     f"of its run, which are in {self.run_dir / 'config.json'}"
                 )
-
-
-class Saver:
-    """Saves a run on its way: every `interval` steps, and where `minutes` have passed since it last did (0: never).
-
-    A save that fails, because the disk is full for example, is reported in one line and tried again a minute later;
-    the run goes on.
-    """
-
-    RETRY_SECONDS = 60.0
-
-    def __init__(self, checkpoints: Checkpoints, config: dict[str, Any], interval: int, minutes: float, step: int):
-        self.checkpoints, self.config = checkpoints, config
-        self.interval, self.seconds = interval, minutes * 60 or math.inf
-        self._wait(step, self.seconds)
-
-    def is_due(self, step: int) -> bool:
-        """The answer on which all processes of the run agree at this step."""
-        try:
-            self.checkpoints.poll()
-        except SaveError as error:
-            self._note(error, step)
-        return step % self.interval == 0 or self._is_time(step)
-
-    def save(self, state: PyTree, position: Any) -> None:
-        """Starts to save; the run may go on."""
-        step = int(state.step)
-        self._wait(step, self.seconds)
-        for act in (self.checkpoints.wait, partial(self.checkpoints.save, state, self.config, position)):
-            try:
-                act()
-            except SaveError as error:
-                self._note(error, step)
-
-    def save_last(self, state: PyTree, position: Any) -> None:
-        """Saves; returns when all is on disk. SaveError where it cannot be written."""
-        with contextlib.suppress(SaveError):  # of an earlier step, which this one replaces
-            self.checkpoints.wait()
-        try:
-            self.checkpoints.save(state, self.config, position)
-            self.checkpoints.wait()
-        except SaveError as error:
-            raise SaveError(f"{error}: make room, and the same command continues from there") from None
-
-    def _note(self, error: SaveError, step: int) -> None:
-        if jax.process_count() > 1:
-            raise error
-        log(f"{error}; training goes on and saves again in a minute")
-        self._wait(step, self.RETRY_SECONDS)
-
-    def _wait(self, step: int, seconds: float) -> None:
-        self.started, self.first, self.next_look, self.pause = time.monotonic(), step, step + 1, seconds
-
-    def _is_time(self, step: int) -> bool:
-        elapsed = time.monotonic() - self.started
-        if jax.process_count() > 1 and self.pause < math.inf:
-            # The clock of the first process counts, which it tells at steps on which all agree: halfway to where it
-            # will be time, by the pace so far.
-            if step < self.next_look:
-                return False
-            elapsed = float(multihost_utils.broadcast_one_to_all(np.float32(elapsed)))
-            steps_left = (step - self.first) * (self.pause / elapsed - 1)
-            self.next_look = step + max(1, int(steps_left / 2))
-        return elapsed >= self.pause
 
 
 def _array_items(state: PyTree) -> dict[str, PyTree]:

@@ -1,17 +1,164 @@
-"""What a run shows of its steps."""
+"""What accompanies the steps of a training: rates and traces, a progress bar, updates that are not finite, saving."""
 
 import contextlib
+import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 from tqdm import tqdm
 
-from utils.base.console import TolerantStream
-from utils.base.throughput import Throughput
+from utils.base.console import TolerantStream, log
+from utils.base.errors import UserError
+from utils.runs.checkpoint import Checkpoints, SaveError
 from utils.runs.trackers import Tracker
+
+Item = TypeVar("Item")
+
+# Dense bfloat16 matmuls of one device, TFLOP/s, by jax.Device.device_kind; from the makers' data sheets.
+PEAK_TFLOPS = {
+    "NVIDIA B200": 2250,
+    "NVIDIA H200": 989,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA L40S": 362,
+    "NVIDIA GeForce RTX 4090": 165,
+    "NVIDIA GeForce RTX 3090": 71,
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5": 459,
+    "TPU v6 lite": 918,
+    "TPU7x": 1153,  # a chip is two devices
+}
+
+
+@dataclasses.dataclass
+class Window:
+    """Steps, the seconds between their ends, and those of them spent waiting for data."""
+
+    num_steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, seconds: float, waited: float) -> None:
+        self.num_steps += 1
+        self.seconds += seconds
+        self.waited += waited
+
+
+class Throughput:
+    """Rates of steps that all devices share, over a window of MIN_STEPS at least.
+
+    A step counts from the end of the one before it, so that compilation, logging, saving and evaluating are left out:
+    after `pause`, the next step only starts the clock. (Where every step is followed by a pause, each counts from its
+    end.) `flops_per_step` are the model's (not those that rematerialisation adds), so that their fraction of the peak
+    is the model FLOPs utilisation (MFU, arXiv:2204.02311, appendix B). `peak_tflops` is that of one device; None: by
+    its kind.
+    """
+
+    MIN_STEPS = 3
+
+    def __init__(self, images_per_step: int, flops_per_step: float, peak_tflops: float | None = None):
+        self.images_per_step = images_per_step
+        self.flops_per_step = flops_per_step
+        peak = peak_tflops or PEAK_TFLOPS.get(jax.devices()[0].device_kind)
+        self.peak_flops = peak and peak * 1e12 * jax.device_count()
+        self.rates: dict[str, float] = {}  # of the last window that was long enough
+        self.waited = 0.0  # in the present step
+        self.start_window()
+        self.pause()
+
+    def start_window(self) -> None:
+        self.steady, self.resumed = Window(), Window()
+
+    def pause(self) -> None:
+        """Ends a pause: the time since the last step is no part of the next."""
+        self.last, self.is_steady = time.monotonic(), False
+
+    def finish_step(self) -> None:
+        now = time.monotonic()
+        window = self.steady if self.is_steady else self.resumed
+        window.add(now - self.last, self.waited)
+        self.last, self.is_steady, self.waited = now, True, 0.0
+
+    def waiting(self, batches: Iterator[Item], is_idle: Callable[[], bool]) -> Iterator[Item]:
+        """The batches; the time that each takes to come counts as waited if `is_idle()` once it is there."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches)
+            if is_idle():
+                self.waited += time.monotonic() - started
+            yield batch
+
+    def read(self) -> dict[str, float]:
+        """`images_per_second`, `tflops_per_second`, `data_wait_fraction`, and `mfu` where the peak is known: of the
+        present window, or the one before while that is too short; nothing before the first."""
+        window = self.steady if self.steady.num_steps >= self.MIN_STEPS else self.resumed
+        if window.num_steps < self.MIN_STEPS:
+            return self.rates
+        seconds = max(window.seconds, 1e-9)
+        flops = window.num_steps * self.flops_per_step / seconds
+        self.rates = {
+            "images_per_second": window.num_steps * self.images_per_step / seconds,
+            "tflops_per_second": flops / 1e12,
+            "data_wait_fraction": window.waited / seconds,
+        }
+        if self.peak_flops:
+            self.rates["mfu"] = flops / self.peak_flops
+        return self.rates
+
+    def read_window(self) -> dict[str, float]:
+        """`read`, and the next window begins, if this one was long enough."""
+        rates = self.read()
+        if max(self.steady.num_steps, self.resumed.num_steps) >= self.MIN_STEPS:
+            self.start_window()
+        return rates
+
+    def __str__(self) -> str:
+        rates = self.read()
+        if not rates:
+            return "measuring speed"
+        mfu = f" ({rates['mfu']:.0%} MFU)" if "mfu" in rates else ""
+        images = rates["images_per_second"]
+        return (
+            f"{images:,.{0 if images >= 100 else 2}f} images/s, {rates['tflops_per_second']:,.3g} TFLOP/s{mfu}, "
+            f"{rates['data_wait_fraction']:.0%} waiting for data"
+        )
+
+
+class StepTrace:
+    """Writes a trace of ten steps into `folder`, if one is given, from the sixth step after `step` on: for xprof, and
+    `perfetto_trace.json.gz` for ui.perfetto.dev."""
+
+    def __init__(self, folder: str | None, step: int):
+        self.folder, self.first, self.last, self.is_running = folder, step + 6, step + 15, False
+
+    def before(self, step: int) -> None:
+        if self.folder and step == self.first:
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            self.is_running = True
+
+    def after(self, step: int, outputs: object) -> None:
+        """Ends the trace with the last of its steps, or with `close`, once `outputs` are there."""
+        if step == self.last:
+            self.close(outputs)
+
+    def close(self, outputs: object) -> None:
+        if self.is_running:
+            jax.block_until_ready(outputs)
+            jax.profiler.stop_trace()
+            self.is_running = False
 
 
 class Progress:
@@ -83,3 +230,141 @@ class Progress:
     def is_idle(self) -> bool:
         """Whether the devices have finished all that was dispatched."""
         return self.pending is None or self.pending[1]["l2_loss"].is_ready()
+
+
+# --- Divergence ---
+
+tree_norm = jax.jit(optax.tree.norm)
+
+# Metrics of a step that are for `SkippedUpdates` alone (see `train_step.skip_nonfinite_update`).
+INTERNAL = ("is_skipped", "largest_gradient", "largest_gradient_norm")
+TOTAL, IN_A_ROW = "skipped_updates", "skipped_in_a_row"  # beside the position in the data, in a checkpoint
+
+
+class SkippedUpdates:
+    """Counts the updates that were left out; the run ends with `limit` of them in a row, at 0 with none.
+
+    The counts are saved with the position in the data, so that a run that is continued counts on.
+    """
+
+    def __init__(self, limit: int, checkpoints: Checkpoints, params: PyTree, position: dict[str, Any]):
+        """`params`: a tree of the parameters' structure, for the gradients' names. `position`: as saved."""
+        self.limit, self.checkpoints = limit, checkpoints
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        self.names = ["/".join(str(key.key) for key in path) for path in paths]
+        self.total, self.in_a_row = position.get(TOTAL, 0), position.get(IN_A_ROW, 0)
+
+    def extend_position(self, position: dict[str, Any]) -> dict[str, Any]:
+        """The position in the data with the counts; without them where updates are not left out."""
+        return position | {TOTAL: self.total, IN_A_ROW: self.in_a_row} if self.limit else position
+
+    def count(self, metrics: dict[str, Any], step: int) -> dict[str, Any]:
+        """The metrics of a finished step as they are logged: with the number of updates left out so far, without what
+        is not finite. UserError where too many in a row were left out."""
+        if not self.limit:
+            return metrics
+        is_skipped = bool(metrics["is_skipped"])
+        self.total += is_skipped
+        self.in_a_row = self.in_a_row + 1 if is_skipped else 0
+        if self.in_a_row >= self.limit:
+            name = self.names[int(metrics["largest_gradient"])]
+            loss, update, gradient = (
+                float(metrics[name]) for name in ("l2_loss", "update_norm", "largest_gradient_norm")
+            )
+            raise UserError(
+                f"--skip_nonfinite={self.limit}: the last {self.in_a_row} updates were not finite; at step {step} the "
+                f"loss is {loss:g}, the norm of the update {update:g}, and the largest gradient that of {name} (norm "
+                f"{gradient:g}); {_way_on(self.checkpoints)}"
+            )
+        logged = {name: value for name, value in metrics.items() if name not in INTERNAL}
+        if is_skipped:
+            logged = {name: value for name, value in logged.items() if np.isfinite(value)}
+        return logged | {TOTAL: self.total}
+
+
+def check_finite(
+    metrics: dict[str, Any], step: int, checkpoints: Checkpoints, ema_params: PyTree | None = None
+) -> None:
+    """Ends a run that has diverged, before its state is saved over a good one. The loss of an update that was left out
+    may be anything."""
+    values = [metrics["param_norm"]]
+    if not metrics.get("is_skipped", False):
+        values.append(metrics["l2_loss"])
+    if ema_params is not None:
+        values.append(tree_norm(ema_params))
+    if not np.isfinite(values).all():
+        raise UserError(f"loss or parameters are no longer finite at step {step}; {_way_on(checkpoints)}")
+
+
+def _way_on(checkpoints: Checkpoints) -> str:
+    checkpoints.wait()
+    saved = checkpoints.steps()
+    way = f"the same command continues from step {saved[0]}: run it" if saved else "start again"
+    return f"{way} with a lower --model.lr, or with --model.dtype float32"
+
+
+# --- Saving ---
+
+
+class Saver:
+    """Saves a run on its way: every `interval` steps, and where `minutes` have passed since it last did (0: never).
+
+    A save that fails, because the disk is full for example, is reported in one line and tried again a minute later;
+    the run goes on.
+    """
+
+    RETRY_SECONDS = 60.0
+
+    def __init__(self, checkpoints: Checkpoints, config: dict[str, Any], interval: int, minutes: float, step: int):
+        self.checkpoints, self.config = checkpoints, config
+        self.interval, self.seconds = interval, minutes * 60 or math.inf
+        self._wait(step, self.seconds)
+
+    def is_due(self, step: int) -> bool:
+        """The answer on which all processes of the run agree at this step."""
+        try:
+            self.checkpoints.poll()
+        except SaveError as error:
+            self._note(error, step)
+        return step % self.interval == 0 or self._is_time(step)
+
+    def save(self, state: PyTree, position: Any) -> None:
+        """Starts to save; the run may go on."""
+        step = int(state.step)
+        self._wait(step, self.seconds)
+        for act in (self.checkpoints.wait, partial(self.checkpoints.save, state, self.config, position)):
+            try:
+                act()
+            except SaveError as error:
+                self._note(error, step)
+
+    def save_last(self, state: PyTree, position: Any) -> None:
+        """Saves; returns when all is on disk. SaveError where it cannot be written."""
+        with contextlib.suppress(SaveError):  # of an earlier step, which this one replaces
+            self.checkpoints.wait()
+        try:
+            self.checkpoints.save(state, self.config, position)
+            self.checkpoints.wait()
+        except SaveError as error:
+            raise SaveError(f"{error}: make room, and the same command continues from there") from None
+
+    def _note(self, error: SaveError, step: int) -> None:
+        if jax.process_count() > 1:
+            raise error
+        log(f"{error}; training goes on and saves again in a minute")
+        self._wait(step, self.RETRY_SECONDS)
+
+    def _wait(self, step: int, seconds: float) -> None:
+        self.started, self.first, self.next_look, self.pause = time.monotonic(), step, step + 1, seconds
+
+    def _is_time(self, step: int) -> bool:
+        elapsed = time.monotonic() - self.started
+        if jax.process_count() > 1 and self.pause < math.inf:
+            # The clock of the first process counts, which it tells at steps on which all agree: halfway to where it
+            # will be time, by the pace so far.
+            if step < self.next_look:
+                return False
+            elapsed = float(multihost_utils.broadcast_one_to_all(np.float32(elapsed)))
+            steps_left = (step - self.first) * (self.pause / elapsed - 1)
+            self.next_look = step + max(1, int(steps_left / 2))
+        return elapsed >= self.pause

@@ -1,0 +1,240 @@
+"""What a user is told beside a training: its memory and time before it starts, settings that are hardly meant, and the
+commands that follow it."""
+
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from utils.base.checks import can_guide
+from utils.base.console import format_duration
+from utils.base.memory import GIB, device_memory, format_bytes
+from utils.base.sharding import shape_structs
+from utils.data.dataset import DataOptions, ImageDataset
+from utils.networks.ema import YOUNG, EmaSchedule
+from utils.objectives.objective import has_guidance
+from utils.objectives.registry import make_objective
+from utils.training.progress import PEAK_TFLOPS
+from utils.training.state import TrainState
+
+# --- The plan: memory and time ---
+
+DEVICE_GIB = (12, 16, 24, 80)
+DEVICE_KINDS = ("NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "TPU v5 lite")
+MFU = 0.4  # model FLOPs utilisation that the times of other devices assume
+
+
+class MemoryModel:
+    """Bytes a device needs as a function of the global batch: a constant and a part for each image, of two batches that
+    were compiled."""
+
+    def __init__(self, measured: Mapping[int, int]):
+        (small, low), (large, high) = sorted(measured.items())
+        self.per_image = max(1.0, (high - low) / (large - small))  # of tiny networks, alignment may hide it
+        self.constant = low - small * self.per_image
+
+    def bytes_of(self, batch_size: int) -> int:
+        return round(self.constant + batch_size * self.per_image)
+
+    def largest_batch(self, num_bytes: float, multiple: int) -> int:
+        """The largest batch, a multiple of so many images, that fits; 0 where none does."""
+        return max(0, int((num_bytes - self.constant) / self.per_image) // multiple * multiple)
+
+
+def batch_structs(batch: PyTree, batch_size: int) -> PyTree:
+    """The shapes of a batch (of arrays) of another size, placed as it is."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), batch)
+    return shape_structs(shapes, jax.tree.leaves(batch)[0].sharding)
+
+
+def bytes_on_device(structs: PyTree) -> int:
+    """Of a tree of shapes with shardings, on the fullest device."""
+
+    def size(leaf):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype).size * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(structs)))
+
+
+def plan_lines(
+    state: TrainState,
+    measure: Callable[[int], int],
+    time_step: Callable[[], float],
+    *,
+    batch_size: int,
+    multiple: int,
+    flops_per_image: float,
+    num_images: int,
+    num_steps: int,
+    devices: Sequence[jax.Device],
+) -> Iterator[str]:
+    """Yields lines to print. `state` has shapes with shardings; `measure` compiles the training step of a batch size,
+    and returns the bytes it needs on a device; `time_step` returns the seconds of a step of `batch_size`. Batches are
+    multiples of `multiple`."""
+    num_devices = len(devices)
+    small = max(multiple, batch_size // 2 // multiple * multiple)
+    other = small if small < batch_size else 2 * batch_size
+    memory = MemoryModel({size: measure(size) for size in (other, batch_size)})
+    needed = memory.bytes_of(batch_size)
+
+    parts = {
+        "parameters": bytes_on_device(state.params),
+        "EMA": bytes_on_device(state.ema_params),
+        "optimizer": bytes_on_device(state.opt_state),
+    }
+    parts["gradients, activations and the rest"] = needed - sum(parts.values())
+    where = f"each of {num_devices} devices" if num_devices > 1 else "a device"
+    yield f"memory at batch {batch_size}, on {where} of this kind: {format_bytes(needed)}"
+    for part, size in parts.items():
+        yield f"  {part}: {format_bytes(size)} ({size / needed:.0%})"
+    yield f"  each further image takes {memory.per_image / 2**20:.2f} MiB"
+    yield "largest batch that fits, with a twentieth left free:"
+    for gib in DEVICE_GIB:
+        largest = memory.largest_batch(0.95 * gib * GIB, multiple)
+        fitting = f"{largest:,}" if largest else "none: see --remat, --grad_accum and --sharding"
+        yield f"  {num_devices} x {gib} GiB: {fitting}"
+
+    images = num_steps * batch_size
+    epochs = images / num_images
+    yield f"{num_steps:,} steps are {epochs:,.{0 if epochs >= 100 else 2}f} epochs of {num_images:,} images"
+    kind = devices[0].device_kind
+    if needed > device_memory():
+        yield f"  {num_devices} x {kind}, at hand: not timed, as the step needs more memory than there is"
+    else:
+        yield "timing two steps ..."
+        seconds = time_step()
+        rate = batch_size / seconds
+        yield (
+            f"  {num_devices} x {kind}, at hand: {rate:,.{0 if rate >= 100 else 2}f} images/s, "
+            f"{format_duration(num_steps * seconds)}, without evaluations and checkpoints"
+        )
+    yield f"elsewhere, at an assumed MFU of {MFU:.0%}:"
+    for kind in DEVICE_KINDS:
+        rate = MFU * PEAK_TFLOPS[kind] * 1e12 * num_devices / flops_per_image
+        yield f"  {num_devices} x {kind}: {rate:,.0f} images/s, {format_duration(images / rate)}"
+
+
+# --- Hints ---
+
+
+def model_hints(
+    model: ConfigDict, latent_shape: tuple[int, int, int], dataset: ImageDataset, batch_size: int
+) -> list[str]:
+    """About --model.*, the batch and the training split."""
+    hints, (height, width, _) = [], latent_shape
+    num_images, num_classes = len(dataset.source), dataset.num_classes
+    if model.num_classes > max(2 * num_classes, num_classes + 10):
+        hints.append(
+            f"--model.num_classes={model.num_classes}, but the data has {num_classes}: the other labels are never "
+            f"trained; use --model.num_classes {num_classes}"
+        )
+    if batch_size > num_images:
+        hints.append(f"--batch_size={batch_size} is more than the {num_images} training images: some come twice a step")
+    if model.get("network", "dit") == "dit" and model.patch_size == height == width:
+        hints.append(
+            f"--model.patch_size={model.patch_size} makes one token of each {height}x{width} input, which leaves "
+            "attention nothing to attend to; use a smaller one"
+        )
+    return hints
+
+
+def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) -> list[str]:
+    """About the EMA, from which images are drawn and FID is computed, where it is mostly the initial parameters.
+
+    `first_evaluation` is the step of the run's first one; None: it has none.
+    """
+    at_last = ema.initial_weight(max_steps)
+    share = f"{at_last:.0%} is initial parameters at --max_steps"
+    if first_evaluation is not None:
+        first = min(first_evaluation, max_steps)
+        at_first = ema.initial_weight(first)
+        share = (
+            f"{at_first:.0%} is initial parameters at the first evaluation (step {first:,}) and {at_last:.0%} at "
+            "--max_steps"
+        )
+    if (at_last if first_evaluation is None else at_first) < YOUNG:
+        return []
+    fixes = ["--ema_warmup 1 follows the parameters from the start"]
+    if at_last > 0.02:
+        rate = 1 - math.ceil(1e4 * (1 - 0.01 ** (1 / max_steps))) / 1e4
+        fixes.insert(0, f"--model.target_update_rate {rate:g} leaves 1% at the end")
+    return [f"images and FID use the EMA, of which {share}; {', or '.join(fixes)}"]
+
+
+# --- Commands ---
+
+PROGRAMS = Path(__file__).resolve().parents[2]
+MOST_SAMPLES, FEWEST_SAMPLES = 50_000, 1_000  # of a FID
+
+
+def write_command(program: str, *words: object) -> str:
+    """Returns the command line of a program of this project, from the current folder, quoted for a shell."""
+    found, python = shutil.which("python"), sys.executable
+    if found and Path(found).absolute().parent == Path(python).absolute().parent:
+        python = "python"
+    here = f"{Path.cwd()}/"
+    paths = [path.removeprefix(here) for path in (python, str(PROGRAMS / program))]
+    return shlex.join([*paths, *map(str, words)])
+
+
+def shipped_statistics(dataset_name: str) -> Path | None:
+    """Returns the reference statistics that ship for a data set, if there are any."""
+    path = PROGRAMS / "data" / f"fid_stats_{dataset_name}.npz"
+    return path if path.is_file() else None
+
+
+def write_statistics_command(saved: dict[str, Any], out: Path) -> str:
+    """Returns the command that makes reference statistics of the images that a run was trained on, or whose latents or
+    samples it was trained on; `saved` is the run's configuration."""
+    data, defaults = saved["dataset"], DataOptions()
+    words = ["--dataset_name", data["name"]]
+    is_derived = str(saved.get("dataset_name")).startswith(("latents:", "pairs:"))
+    height, width, _ = data["image_shape"]
+    if saved.get("image_size") is not None or data["name"].startswith("folder:") or (is_derived and height == width):
+        words += ["--image_size", saved.get("image_size") or height]
+    if saved.get("data_dir"):
+        words += ["--data_dir", saved["data_dir"]]
+    if data["name"].startswith("folder:") and not is_derived:
+        for name in ("broken_images", "max_megapixels"):
+            if saved.get(name, getattr(defaults, name)) != getattr(defaults, name):
+                words += [f"--{name}", saved[name]]
+    return write_command("compute_fid_stats.py", *words, "--out", out)
+
+
+def commands_after_training(
+    folder: Path, saved: dict[str, Any], num_images: int, params: str
+) -> Iterator[tuple[str, str]]:
+    """Yields (purpose, command) of what comes after the training of a run: samples, and their FID against the images
+    of the data, of which there are `num_images` to train on. `saved` is the run's configuration, `params` 'ema' or
+    'raw'."""
+    model, data = saved["model"], saved["dataset"]
+    words = ["--load_dir", folder, "--denoise_timesteps", model["denoise_timesteps"]]
+    if has_guidance(make_objective(saved)) and can_guide(model["class_dropout_prob"]):
+        words.append(f"--cfg_scale={model['cfg_scale']:g}")  # may be negative
+    if params != "ema":
+        words += ["--params", params]
+    yield "samples", write_command("sample.py", *words)
+
+    # As many samples as images, within what FID is usually computed of.
+    words += ["--num_samples", min(MOST_SAMPLES, max(FEWEST_SAMPLES, num_images))]
+    if saved.get("fid_stats"):
+        words += ["--fid_stats", saved["fid_stats"]]
+        if saved.get("convention"):
+            words += ["--convention", saved["convention"]]
+    elif not shipped_statistics(data["name"]):
+        statistics = folder / "fid_stats.npz"
+        yield "reference of FID", write_statistics_command(saved, statistics)
+        words += ["--fid_stats", statistics]
+    if saved.get("inception_weights"):
+        words += ["--inception_weights", saved["inception_weights"]]
+    if saved["wandb"]["mode"] != "online":
+        words += ["--wandb.mode", saved["wandb"]["mode"]]
+    yield "FID", write_command("eval_fid.py", *words)
