@@ -1,28 +1,39 @@
-# `make help` lists the targets. All of them make .venv first, with JAX for DEVICE.
+# `make help` lists the targets. Each first installs what it needs into .venv, and nothing that is there already:
+# the programs' packages with JAX for DEVICE, then the extras of pyproject.toml that it works with.
 
 PYTHON ?= python3
 DEVICE ?= cpu
 DEVICES := cpu cuda12 cuda13 tpu
 BIN := .venv/bin
 JAX := jax$(if $(filter-out cpu,$(DEVICE)),[$(DEVICE)])
+EXTRAS ?=
 STAMP := .venv/.installed-$(DEVICE)
+# TensorFlow, which only data sets prepared by TFDS and their tests need, is the larger half of an installation.
+TESTED := $(STAMP)-dev $(STAMP)-tfds
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.txt
 
 ifneq ($(words $(DEVICE)) $(filter-out $(DEVICES),$(DEVICE)),1 )
 $(error DEVICE=$(DEVICE) is unknown; use one of $(DEVICES))
 endif
 
+.NOTPARALLEL:  # pip runs once at a time
 .PHONY: help setup demo plot test coverage lint docs pins
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 	@echo 'For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.'
+	@echo 'To read data sets that TFDS has prepared: make setup EXTRAS=tfds. For the notebook: EXTRAS=dev.'
 
-setup: $(STAMP)  ## .venv from pinned requirements
+setup: $(STAMP) $(EXTRAS:%=$(STAMP)-%)  ## .venv with pinned packages: those of the programs, and EXTRAS
 
 $(STAMP): requirements.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, not {sys.version}"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt "$(JAX)"
+	$(INSTALL) . "$(JAX)"
 	$(BIN)/python -m utils.metrics.inception
+	touch $@
+
+$(STAMP)-%: $(STAMP)
+	$(INSTALL) ".[$*]"
 	touch $@
 
 DEMO := runs/demo
@@ -49,19 +60,19 @@ plot: $(STAMP)  ## metrics of runs as curves: make plot RUNS=runs/a,runs/b
 WORKERS := 2
 # Coverage costs little where Python can monitor itself (3.12), and a fifth of the time before.
 COVERAGE = $(if $(shell $(BIN)/python -c 'import sys; print(sys.version_info >= (3, 12) or "")'),--cov --cov-report=term)
-test: $(STAMP)  ## the tests but for those marked slow
+test: $(TESTED)  ## the tests but for those marked slow
 	COVERAGE_CORE=sysmon $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup $(COVERAGE)
 
-coverage: $(STAMP)  ## the same, with the lines that it covers
+coverage: $(TESTED)  ## the same, with the lines that it covers
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --cov --cov-report=term
 
-lint: $(STAMP)  ## ruff and ty
+lint: $(TESTED)  ## ruff and ty
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python .venv
 
 # The versions that everybody installs, from the ranges in pyproject.toml.
-pins: $(STAMP)  ## requirements.txt from pyproject.toml
+pins: $(STAMP)-dev  ## requirements.txt from pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile pyproject.toml --extra tfds --extra dev --universal --python-version 3.11 --no-annotate \
 	  --quiet --custom-compile-command "make pins" $(PINS_FLAGS) --output-file requirements.txt

@@ -1,11 +1,11 @@
 """Programs compiled for accelerators that are not there: memory, estimated time by part, collectives.
 
-    pip install -e .[aot]
+    make setup EXTRAS=aot
     python benchmarks/aot.py --topology v5e:2x2 --model B --batch 256
     python benchmarks/aot.py --topology v5e:4x4 --model XL --batch 256 --sharding fsdp
     python benchmarks/aot.py --topology v6e:2x2 --model B --batch 32 --program sample
 
-    pip install -e .[cuda12]
+    make setup EXTRAS=cuda12
     python benchmarks/aot.py --topology h100:1 --model B --batch 256
 
 What is compiled is what train_flow.py, sample.py and encode_latents.py run. Memory is the compiler's analysis, and
@@ -139,7 +139,7 @@ def describe_devices(topology: str) -> list[Any]:
     except Exception as error:
         reason, extra = str(error).splitlines()[0][:200], "cuda12" if generation == "h100" else "aot"
         raise UserError(
-            f"--topology={topology}: no such devices can be compiled for here ({reason}); pip install -e .[{extra}], "
+            f"--topology={topology}: no such devices can be compiled for here ({reason}); make setup EXTRAS={extra}, "
             "and use v5e:2x2 or h100:1, for example"
         ) from error
     return list(description.devices)

@@ -179,4 +179,4 @@ def test_without_libtpu_one_line_says_what_to_install():
     done = run_program("benchmarks/aot.py", "--topology", "v5e:2x2", check=False)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
-    assert "pip install -e .[aot]" in line
+    assert "make setup EXTRAS=aot" in line

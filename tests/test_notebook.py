@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, as `make setup` leaves its kernel."""
+"""The notebook runs from top to bottom, on the kernel that `make setup EXTRAS=dev` installs."""
 
 import os
 
