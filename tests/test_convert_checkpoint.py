@@ -252,7 +252,7 @@ def write_no_model(tmp_path, state):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (write_evil, r"it asks for (pathlib|__builtin__|builtins)\.\w+, which no tensor needs; it was not run"),
+        (write_evil, r"it asks for (pathlib|__builtin__|builtins)\.\w+, which no array needs; it was not run"),
         (write_legacy, "PyTorch before 1.6 wrote it; read it there and save it again"),
         (write_cut, "cut short"),
         (write_cut_safetensors, "no whole safetensors file"),

@@ -28,11 +28,11 @@ from utils.base.external import (
     read_json,
     read_npz,
     read_npz_headers,
-    read_pickled_arrays,
     read_rows,
     read_safetensors,
     read_safetensors_shapes,
 )
+from utils.base.pickles import read_pickled_arrays
 from utils.images import decoding as images
 from utils.metrics.reference import load_statistics
 
@@ -84,8 +84,11 @@ def test_pickles_that_are_no_arrays_are_refused_by_name(tmp_path):
         "whole pickle": pickle.dumps(SETS)[:99],
         "opcode|whole": b"x" * 50,
         "in 8 bytes": pickle.dumps(np.arange(1.0), 2).replace(b"K\x01\x85", b"J\x00\x00\x00\x7f\x85"),
-        "opcode REDUCE|no whole|which is no array": b"cbuiltins\nexec\n(Vprint(1)\ntR.",
+        "asks for builtins.exec, which no array needs": b"cbuiltins\nexec\n(Vprint(1)\ntR.",
         "EXT1": b"\x82\x01.",
+        "changes a value that is complete": b"cnumpy\ndtype\nN}X\x0c\0\0\0__defaults__)s\x86b.",
+        "description of arrays": b"\x80\x02}r" + struct.pack("<I", 2**28) + b".",
+        "100 levels": b"\x80\x02" + b"(" * 101 + b".",
         "PERSID": b"Px\n.",
         "OBJ|INST": b"(ios\nsystem\n.",
     }
@@ -395,6 +398,7 @@ def test_hostile_files_take_little_memory(tmp_path):
         "mask_bits.png": png_bomb(22_000, 1, rows=22_000),
         "json_lists.json": b'{"a":[' + b"[]," * 5_000_000 + b"[]]}",
         "checkpoint_names.safetensors": safetensors_header(200_000),
+        "statistics_memo.pkl": b"\x80\x02}r" + struct.pack("<I", 2**28) + b".",
         "statistics_stack.pkl": b"\x80\x02" + b"]" * 5_000_000 + b".",
         "logits_header.safetensors": struct.pack("<Q", 2**40) + b"{}",
     }.items():

@@ -350,7 +350,7 @@ def test_edm2s_pickles_load_and_no_other_does(tmp_path):
     path.write_bytes(pickle.dumps({"fid": Code()}))
     with pytest.raises(UserError, match="not a whole npz") as raised:
         load_statistics(path, num_features=3)
-    assert "which is no array" in str(raised.value.__cause__)
+    assert "which no array needs" in str(raised.value.__cause__)
     assert not ran.exists()
 
 

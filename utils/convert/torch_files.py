@@ -4,13 +4,8 @@
 bytes of each storage. The pickle may name nothing but what tensors are made of; arrays are views of the mapped file.
 """
 
-import argparse
-import collections
-import io
 import math
 import mmap
-import pickle
-import pickletools
 import struct
 import zipfile
 from pathlib import Path
@@ -21,11 +16,11 @@ import numpy as np
 
 from utils.base.external import BadFileError, open_zip
 from utils.base.files import open_regular
+from utils.base.pickles import Function, Namespace, SafeUnpickler, StandIn
 
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number with which files before 1.6 begin
 # The pickle describes tensors, some fifty opcodes each, and holds none of their numbers.
 MAX_PICKLE_BYTES = 16 * 2**20
-MAX_OPCODES = 10**6
 MAX_SHARING = 4  # bytes of all tensors over those of the file: weights may be tied
 STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "LongStorage": np.int64,
@@ -34,14 +29,7 @@ STORAGES = {
 }  # fmt: skip
 
 
-class Namespace:
-    """A stand-in for argparse's: attributes alone."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state  # not copied, as many could share a large one
-
-
-class _OrderedDict(collections.OrderedDict):
+class _OrderedDict(dict):
     """A stand-in for collections': empty at first, and without attributes such as a state_dict's `_metadata`."""
 
     def __init__(self):
@@ -51,15 +39,13 @@ class _OrderedDict(collections.OrderedDict):
         pass
 
 
-class _Storage:
-    """A type of storage that a pickle names."""
-
-    def __init__(self, dtype: Any):
-        self.dtype = np.dtype(dtype)
+class _StorageType(StandIn):
+    """A type of storage that a pickle names; its value is a dtype."""
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *ignored: Any) -> np.ndarray:
-    """A view of a storage, neither beyond it nor larger: of strides 0, a few bytes would stand for any size."""
+def _rebuild_tensor(stored: StandIn, offset: int, shape: tuple, strides: tuple, *ignored: Any) -> StandIn:
+    """Returns a view of a storage, neither beyond it nor larger: of strides 0, a few bytes would stand for any size."""
+    storage = stored.value
     numbers = [offset, *shape, *strides]
     if len(shape) != len(strides) or any(type(number) is not int or not 0 <= number < 2**48 for number in numbers):
         raise BadFileError("it holds a tensor whose shape and strides are none")
@@ -68,46 +54,48 @@ def _rebuild_tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tup
     if not isinstance(storage, np.ndarray) or (not is_empty and last >= len(storage)):
         raise BadFileError("it holds a tensor that reaches beyond its storage")
     if is_empty:
-        return np.zeros(shape, storage.dtype)
+        return StandIn(np.zeros(shape, storage.dtype))
     if math.prod(shape) > len(storage):
         raise BadFileError(
             f"it holds a tensor of shape {shape} in {len(storage):,} numbers; save it again after .contiguous()"
         )
     byte_strides = [stride * storage.itemsize for stride in strides]
-    return np.lib.stride_tricks.as_strided(storage[offset:], shape, byte_strides, writeable=False)
+    return StandIn(np.lib.stride_tricks.as_strided(storage[offset:], shape, byte_strides, writeable=False))
 
 
-def _rebuild_parameter(tensor: np.ndarray, *ignored: Any) -> np.ndarray:
+def _rebuild_parameter(tensor: StandIn, *ignored: Any) -> StandIn:
     return tensor
 
 
 ALLOWED = {
     ("collections", "OrderedDict"): _OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    (argparse.__name__, "Namespace"): Namespace,
-    **{("torch", name): _Storage(dtype) for name, dtype in STORAGES.items()},
+    ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): Function(_rebuild_parameter),
+    ("argparse", "Namespace"): Namespace,
+    **{("torch", name): _StorageType(np.dtype(dtype)) for name, dtype in STORAGES.items()},
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Names of ALLOWED stand for what is given there; every other one is refused before it is looked up."""
+class _Unpickler(SafeUnpickler):
+    """Reads the description of tensors; their storages are mapped from the archive's file."""
+
+    containers = (dict, list, tuple, Namespace)
+    key_types = (str, int)
+    max_opcodes = 10**6
+    max_values = 10**6
 
     def __init__(self, pickled: bytes, archive: zipfile.ZipFile, root: str, content: mmap.mmap):
-        super().__init__(io.BytesIO(pickled))
-        self.archive, self.root, self.content = archive, root, content
-        self.storages: dict[str, np.ndarray] = {}
+        super().__init__(pickled, ALLOWED)
+        self.archive = archive
+        self.root = root
+        self.mapped = content
+        self.storages: dict[str, StandIn] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise BadFileError(f"it asks for {module}.{name}"[:100] + ", which no tensor needs; it was not run")
-        return ALLOWED[module, name]
-
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    def persistent_load(self, pid: Any) -> StandIn:
         match pid:
-            case ("storage", _Storage() as storage, str(key), *_):
+            case ("storage", _StorageType(value=dtype), str(key), *_):
                 if key not in self.storages:
-                    self.storages[key] = self._map(f"{self.root}data/{key}", storage.dtype)
+                    self.storages[key] = StandIn(self._map(f"{self.root}data/{key}", dtype))
                 return self.storages[key]
         raise BadFileError("it refers to something that is no storage")
 
@@ -117,31 +105,22 @@ class _Unpickler(pickle.Unpickler):
         if info.compress_type != zipfile.ZIP_STORED:
             raise BadFileError(f"{name} is compressed, which torch.save does not do")
         # The local header's name and extra field may be longer than those of the directory.
-        lengths = struct.unpack("<HH", self.content[info.header_offset + 26 : info.header_offset + 30])
+        lengths = struct.unpack("<HH", self.mapped[info.header_offset + 26 : info.header_offset + 30])
         start = info.header_offset + 30 + sum(lengths)
-        if start + info.file_size > len(self.content) or info.file_size % dtype.itemsize:
+        if start + info.file_size > len(self.mapped) or info.file_size % dtype.itemsize:
             raise BadFileError(f"{name} is cut short")
-        return np.frombuffer(self.content, dtype, info.file_size // dtype.itemsize, start)
-
-
-def _check_opcodes(pickled: bytes) -> None:
-    """BadFileError for a pickle that would take memory without end: unpickling makes room for the largest number under
-    which a value is put aside, and for a length before it is read."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled), 1):
-        place = argument if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and isinstance(argument, int) else 0
-        if max(place, count) > MAX_OPCODES:
-            raise BadFileError("its data.pkl holds more than a description of tensors does")
+        return np.frombuffer(self.mapped, dtype, info.file_size // dtype.itemsize, start)
 
 
 def _count_bytes(value: Any) -> int:
-    """Bytes of all tensors in a value, those of each dictionary once."""
-    total, waiting, seen = 0, [value], set()
+    """Counts the bytes of all tensors in a dictionary, and in those within it."""
+    total = 0
+    waiting = [value]
     while waiting:
         item = waiting.pop()
         if isinstance(item, np.ndarray):
             total += item.nbytes
-        elif isinstance(item, dict) and id(item) not in seen:
-            seen.add(id(item))
+        elif isinstance(item, dict):
             waiting.extend(item.values())
     return total
 
@@ -166,9 +145,8 @@ def read_torch_file(path: Path) -> Any:
                 if byte_order in archive.NameToInfo and _read_member(archive, byte_order, 16) != b"little":
                     raise BadFileError("it is of a big-endian machine")
                 pickled = _read_member(archive, names[0], MAX_PICKLE_BYTES)
-                _check_opcodes(pickled)
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                value = _Unpickler(pickled, archive, root, content).load()
+                value = _Unpickler(pickled, archive, root, content).read()
                 if _count_bytes(value) > MAX_SHARING * len(content):
                     raise BadFileError("its tensors share their bytes with each other")
                 return value

@@ -12,8 +12,9 @@ from jaxtyping import Float, Int, Num
 
 from utils.base.console import warn
 from utils.base.errors import UserError
-from utils.base.external import BadFileError, read_npz, read_npz_headers, read_pickled_arrays, read_rows
+from utils.base.external import BadFileError, read_npz, read_npz_headers, read_rows
 from utils.base.files import atomic_write, file_sha256
+from utils.base.pickles import read_pickled_arrays
 from utils.metrics.fid import check_covariance, covariance_root
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 

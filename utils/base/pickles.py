@@ -1,0 +1,200 @@
+"""Pickles read without running what they hold, and in memory of the order of their size.
+
+Two stages. A pass over the opcodes refuses those that plain data do not need, and bounds what unpickling would make
+room for: the index under which a value is put aside, marks within marks, the number of values. Then Python's unpickler
+builds the value; it may look up a name only if a stand-in is listed for it, and stand-ins call nothing else.
+"""
+
+import io
+import math
+import pickle
+import pickletools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from utils.base.external import BadFileError, read_bounded
+
+MAX_BYTES = 64 * 2**20  # half as much again as EDM2's largest; parsing takes up to seven times as much
+MAX_DEPTH = 100  # of containers within containers
+OPCODES = {
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
+    "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT",
+    "BINFLOAT", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
+    "BYTEARRAY8", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS",
+    "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID",
+}  # fmt: skip
+
+
+class StandIn:
+    """A value that a pickle may pass on, but not change: the opcode BUILD calls `__setstate__`."""
+
+    def __init__(self, value: Any = None):
+        self.value = value
+
+    def __setstate__(self, state: Any) -> None:
+        raise BadFileError("it changes a value that is complete")
+
+
+class Function(StandIn):
+    """A function that a pickle may call, in place of the one that it names."""
+
+    def __call__(self, *args: Any) -> Any:
+        return self.value(*args)
+
+
+class Namespace:
+    """A stand-in for argparse's, which is nothing but attributes."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state  # not copied, as many could share a large one
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Unpickles data that are made of `containers`, plain values, and arrays, which are StandIns until all is built.
+
+    `allowed`: (module, name) -> the StandIn or class for which a name stands.
+    """
+
+    containers: ClassVar[tuple[type, ...]] = (dict, list)
+    key_types: ClassVar[tuple[type, ...]] = (str,)
+    max_opcodes = 100_000
+    max_values = 10_000
+
+    def __init__(self, content: bytes, allowed: Mapping[tuple[str, str], Any]):
+        super().__init__(io.BytesIO(content))
+        self.content = content
+        self.allowed = allowed
+        self.num_values = 0
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise BadFileError(f"it asks for {module}.{name}"[:100] + ", which no array needs; it was not run")
+        return self.allowed[module, name]
+
+    def read(self) -> Any:
+        """Returns the value. Raises BadFileError if it is refused, and any other exception if it is no whole pickle."""
+        _check_opcodes(self.content, self.max_opcodes)
+        return self._finish(self.load(), MAX_DEPTH)
+
+    def _finish(self, value: Any, depth: int) -> Any:
+        """Copies a value, with arrays in place of their StandIns. Values that are referred to twice are counted twice:
+        otherwise a few bytes would stand for any number."""
+        self.num_values += 1
+        if self.num_values > self.max_values or not depth:
+            raise BadFileError(f"it holds more than {self.max_values:,} values, or {MAX_DEPTH} levels")
+        match value:
+            case None | bool() | int() | float() | str() | bytes():
+                return value
+            case StandIn(value=np.ndarray() as array):
+                return array
+            case dict() if dict in self.containers:
+                for key in value:
+                    if not isinstance(key, self.key_types):
+                        raise BadFileError(f"it holds a dictionary with a key that is {type(key).__name__}")
+                return {key: self._finish(item, depth - 1) for key, item in value.items()}
+            case list() | tuple() if type(value) in self.containers:
+                return type(value)(self._finish(item, depth - 1) for item in value)
+            case Namespace() if Namespace in self.containers:
+                finished = Namespace()
+                finished.__setstate__(self._finish(value.__dict__, depth - 1))
+                return finished
+        raise BadFileError(f"it holds {type(value).__name__.strip('_')}, which is no array")
+
+
+def _check_opcodes(content: bytes, max_opcodes: int) -> None:
+    """Raises BadFileError for a pickle whose reading could run something, or take memory without end."""
+    num_marks = 0
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content), 1):
+        if opcode.name not in OPCODES:
+            raise BadFileError(f"it holds the opcode {opcode.name}, which arrays do not need")
+        # Writers count up as they put values aside; unpickling makes room for all indices below the largest.
+        is_put = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if count > max_opcodes or (is_put and isinstance(argument, int) and argument > count):
+            raise BadFileError("it holds more than a description of arrays does")
+        num_marks += opcode.name == "MARK"
+        num_marks -= pickletools.markobject in opcode.stack_before
+        if num_marks > MAX_DEPTH:
+            raise BadFileError(f"it holds more than {MAX_DEPTH} levels")
+
+
+# --- NumPy's arrays, in the forms in which NumPy writes them ---
+
+
+class _DType(StandIn):
+    """numpy.dtype('f8', ...), and its state (version, byte order, ...)."""
+
+    def __init__(self, code: str, *ignored: Any):
+        super().__init__()
+        self.code = code
+        self.order = "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[3:5] != (None, None) or state[2] is not None:
+            raise BadFileError("it holds a structured dtype")
+        self.order = state[1]
+
+    def resolve(self) -> np.dtype:
+        if self.code not in ("f4", "f8") or self.order not in ("<", ">", "="):
+            raise BadFileError(f"it holds an array of dtype {self.order}{self.code}, not of float32 or float64")
+        return np.dtype(f"{self.order}{self.code}")
+
+
+class _Array(StandIn):
+    """numpy.ndarray before and after its state (version, shape, dtype, is_fortran, bytes)."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, content = state
+        self.value = _make_array(content, dtype, shape, "F" if is_fortran else "C")
+
+
+def _make_array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    if not (isinstance(content, (bytes, bytearray)) and isinstance(dtype, _DType) and isinstance(shape, tuple)):
+        raise BadFileError("it holds an array whose state is not one")
+    resolved = dtype.resolve()
+    if len(shape) > 8 or any(type(size) is not int or not 0 <= size < 2**48 for size in shape):
+        raise BadFileError("it holds an array whose shape is none")
+    if math.prod(shape) * resolved.itemsize != len(content):
+        raise BadFileError(f"it holds an array of shape {str(shape)[:100]} in {len(content)} bytes")
+    return np.frombuffer(content, resolved).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _make_encoder(max_bytes: int) -> Callable[[str, str], bytes]:
+    """Returns `_codecs.encode`, by which pickles before protocol 3 hold bytes as texts: once each."""
+    num_encoded = 0
+
+    def encode(text: str, encoding: str) -> bytes:
+        nonlocal num_encoded
+        num_encoded += len(text)
+        if encoding != "latin1" or num_encoded > max_bytes:
+            raise BadFileError("it encodes more than the text of its arrays")
+        return text.encode("latin1")
+
+    return encode
+
+
+def read_pickled_arrays(path: Path) -> Any:
+    """Returns the content of a pickle of dictionaries, lists, texts, numbers and NumPy arrays of float32 or float64.
+
+    Raises BadFileError for everything else, naming it.
+    """
+    content = read_bounded(path, MAX_BYTES)
+    allowed: dict[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): StandIn("ndarray"),
+        ("numpy", "dtype"): Function(_DType),
+        ("_codecs", "encode"): Function(_make_encoder(len(content))),
+    }
+    for package in ("numpy.core", "numpy._core"):
+        allowed[f"{package}.multiarray", "_reconstruct"] = Function(lambda kind, shape, code: _Array())
+        allowed[f"{package}.numeric", "_frombuffer"] = Function(
+            lambda content, dtype, shape, order: _Array(_make_array(content, dtype, shape, order))
+        )
+    try:
+        return SafeUnpickler(content, allowed).read()
+    except BadFileError:
+        raise
+    except Exception as error:  # opcodes that find the stack empty, or values of other types than they need
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise BadFileError(f"it is no whole pickle ({reason})") from None
