@@ -18,7 +18,7 @@ from utils.base.errors import UserError
 from utils.base.sharding import make_mesh, replicated
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, StreamSource, Subset
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_path
 from utils.flags.help import topic

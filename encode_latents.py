@@ -28,7 +28,7 @@ from utils.data import latents
 from utils.data.batches import epoch_batches
 from utils.data.dataset import SPLITS, ImageDataset
 from utils.data.fingerprint import Fingerprint, write_listing
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_flip_flag, define_path, define_vae_flag
 from utils.flags.help import topic

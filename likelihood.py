@@ -28,7 +28,7 @@ from utils.base.sharding import gather, make_mesh, shard_replicated
 from utils.codecs.pixels import PixelCodec
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_path, define_vae_flag
 from utils.flags.help import topic

@@ -51,7 +51,7 @@ from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.data.batches import first_examples, training_batches
 from utils.data.dataset import SPLITS, describe_data, summarize_data
 from utils.data.fingerprint import write_listing
-from utils.data.registry import load_dataset
+from utils.data.loaders import get_loader, load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import (
     define_data_flags,
@@ -570,7 +570,7 @@ def refuse_contradictions(config: ConfigDict) -> None:
             f"--model.step_conditioning={config.model.step_conditioning}: --objective.name={config.objective.name} "
             f"{'needs it' if needs_step else 'gives the network no step'}; leave the flag out"
         )
-    if config.objective.distill and not config.dataset_name.startswith("pairs:"):
+    if config.objective.distill and get_loader(config.dataset_name).holds != "pairs":
         raise UserError(
             f"--objective.distill=1 learns one step from pairs, not from --dataset_name={config.dataset_name}; make "
             "some with make_pairs.py, and give pairs:DIR"

@@ -31,7 +31,7 @@ from utils.base.sharding import make_mesh, prefetch, shard_batch
 from utils.data.batches import training_batches
 from utils.data.dataset import Batch, ImageDataset
 from utils.data.image_folder import ImageFiles
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.data.tfds import RecordStream, import_tensorflow
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags

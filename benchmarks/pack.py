@@ -23,7 +23,7 @@ from utils.base.console import log
 from utils.base.errors import UserError
 from utils.data.batches import epoch_batches
 from utils.data.dataset import ImageDataset, array_dataset
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_path
 from utils.metrics.inception import inception_weights_path

@@ -1,7 +1,7 @@
 """Data sets for the tests."""
 
 from utils.data.dataset import DataOptions, ImageDataset
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 
 
 def load(

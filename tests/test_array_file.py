@@ -6,7 +6,7 @@ import pytest
 from utils.base.console import warn_once
 from utils.base.errors import UserError
 from utils.data.dataset import DataOptions, array_dataset, iterable_dataset, split_rows
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (100, 4, 4, 3), np.uint8)
 LABELS = np.arange(100) % 7

@@ -25,7 +25,7 @@ from utils.base.errors import UserError
 from utils.base.files import write_json
 from utils.data import pairs
 from utils.data.dataset import DataOptions
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.flags import reading
 from utils.runs.opening import load_generator
 

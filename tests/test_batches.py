@@ -12,7 +12,7 @@ from utils.data.batches import epoch_batches, first_examples, training_batches
 from utils.data.class_names import IMAGENET_LABELS
 from utils.data.dataset import ImageDataset, array_dataset, iterable_dataset, split_rows
 from utils.data.fingerprint import Fingerprint
-from utils.data.registry import DATASETS
+from utils.data.loaders import LOADERS, Loader
 
 NOTHING_KNOWN = Fingerprint("arrays", 0, "")
 
@@ -274,7 +274,8 @@ def test_iterables_of_several_shapes_or_nothing_are_refused():
 
 
 def test_a_registered_loader_need_not_know_the_image_size(monkeypatch):
-    monkeypatch.setitem(DATASETS, "mine", lambda name, split, options: array_dataset(name, IMAGES, LABELS))
+    loader = Loader(lambda name, split, options: array_dataset(name, IMAGES, LABELS))
+    monkeypatch.setitem(LOADERS, "mine", loader)
     assert load("mine", image_size=4).image_shape == (4, 4, 1)
     with pytest.raises(UserError, match="--image_size=8: the images of mine are 4x4; leave it out"):
         load("mine", image_size=8)

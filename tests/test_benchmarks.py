@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import ROOT, run_program
 from utils.convert.jax_flow import import_jax_flow_params
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 
 SMALL = ["--model", "debug", "--patch_size", 8, "--batch", 2, "--rounds", 1]
 

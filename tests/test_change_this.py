@@ -17,7 +17,7 @@ from diffusion_transformer import NETWORKS
 from tests.conftest import ROOT
 from utils.base.errors import UserError
 from utils.data.batches import training_batches
-from utils.data.registry import DATASETS, load_dataset
+from utils.data.loaders import LOADERS, load_dataset
 from utils.metrics import registry
 from utils.metrics.reference import ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
@@ -40,7 +40,7 @@ def run(monkeypatch, tmp_path):
     np.savez(tmp_path / "mine.npz", images=images.astype(np.uint8), labels=labels)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "METRICS", registry.METRICS)
-    registries = (DATASETS, NETWORKS, OBJECTIVES, registry.COLUMNS)
+    registries = (LOADERS, NETWORKS, OBJECTIVES, registry.COLUMNS)
     before = [dict(entries) for entries in registries]
 
     def run_blocks(*names: str) -> dict:

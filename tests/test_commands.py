@@ -16,7 +16,7 @@ import eval_fid
 import sample
 import train_flow
 from tests.conftest import ROOT
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.flags import reading
 from utils.training import advice
 

@@ -9,7 +9,7 @@ import train_flow
 from utils.base.errors import UserError
 from utils.base.memory import explaining_out_of_memory
 from utils.data.dataset import SPLITS, DataOptions, array_dataset, describe_data, summarize_data
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.networks.ema import EmaSchedule, young_ema_hint
 from utils.training.advice import ema_hints, model_hints
 

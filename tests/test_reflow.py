@@ -15,7 +15,7 @@ from tests.test_generate import run as golden_run  # noqa: F401 (fixture)
 from utils.base.errors import UserError, WriteError
 from utils.data import pairs
 from utils.data.dataset import DataOptions
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.objectives.flow_matching import expand_times
 from utils.runs.opening import load_generator
 from utils.runs.trackers import read_metrics

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.image_files import noise, write
 from utils.base.errors import UserError, WriteError
 from utils.data.dataset import DataOptions
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.images.samples import SampleWriter, content_sha256, open_samples
 
 IMAGES, LABELS = noise(0, 10, 6, 5, 3), np.arange(10, dtype=np.int32)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 import train_flow
 from utils.base.sharding import SHARDING_MODES, replicated
 from utils.data.dataset import SPLITS
-from utils.data.registry import load_dataset
+from utils.data.loaders import load_dataset
 from utils.metrics.reference import ReferenceStatistics
 from utils.networks.ema import EmaSchedule
 from utils.sampling.solvers import SamplerConfig

@@ -72,6 +72,16 @@ def _no_regular_file(path: str | os.PathLike) -> OSError:
     return OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
 
 
+def expand_home(path: str, setting: str) -> str:
+    """`path` with a leading ~ or ~user replaced; UserError, naming the `setting`, where there is no such home."""
+    if not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)
+    if expanded == path:
+        raise UserError(f"{setting}: there is no home folder for {path.split('/')[0]}; give the whole path")
+    return expanded
+
+
 def refuse_url(path: str | os.PathLike, flag: str) -> None:
     """UserError for a URL, which would otherwise be taken for the name of a local folder."""
     path = os.fspath(path)

@@ -39,7 +39,6 @@ from utils.images.folders import Scanned, scan, system_message
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 CHECK_VERSION = 3  # of what is decoded how; raise it when utils/images/decoding.py takes other files for broken
 MAX_LISTED = 3  # files named in a message
-DEFAULT_SIZE = 256
 
 # Names that folders of splits go by, also as train2017, training_set, seg_test, valid-images.
 SPLIT_NAMES = {
@@ -417,7 +416,8 @@ def _some(paths: Sequence[Path], noun: str) -> str:
 
 
 def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
-    size = options.image_size or DEFAULT_SIZE
+    size = options.image_size
+    assert size is not None  # `load_dataset` has filled in the default
     root = Path(name.removeprefix("folder:"))
     reading = Reading(options.broken_images, options.max_megapixels, size)
     if (root / UNFINISHED).is_file():  # written by sample.py or eval_fid.py
@@ -434,7 +434,7 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
     empty = find_empty_classes([label for _, label in listed.files], len(names))
     fingerprint = _fingerprint_files(listed)
     shape = (size, size, 3)
-    return ImageDataset(name, split, source, shape, names, split == "train", fingerprint, empty_classes=empty)
+    return ImageDataset(name, split, source, shape, names, False, fingerprint, empty_classes=empty)
 
 
 def _fingerprint_files(listed: FolderSplit) -> Fingerprint:

@@ -472,7 +472,7 @@ def import_tensorflow():
 def load_imagenet(name: str, split: str, options: DataOptions, *, size: int) -> ImageDataset:
     other = f", or use --dataset_name tfds:imagenet2012 --image_size {options.image_size}"
     check_own_size(name, (size, size), options, other)
-    dataset = load_tfds(name, split, dataclasses.replace(options, image_size=size), builder="imagenet2012", flip=True)
+    dataset = load_tfds(name, split, dataclasses.replace(options, image_size=size), builder="imagenet2012")
     return dataclasses.replace(dataset, class_names=imagenet_class_names())  # TFDS has WordNet ids
 
 
@@ -481,13 +481,10 @@ def load_celebahq(name: str, split: str, options: DataOptions) -> ImageDataset:
     return load_tfds(name, split, options, builder="celebahq256")
 
 
-def load_tfds(
-    name: str, split: str, options: DataOptions, *, builder: str | None = None, flip: bool = False
-) -> ImageDataset:
-    """A data set that TFDS prepared, never flipped unless asked for. `builder`: default, name's NAME."""
+def load_tfds(name: str, split: str, options: DataOptions, *, builder: str | None = None) -> ImageDataset:
+    """A data set that TFDS prepared. `builder`: default, name's NAME."""
     flag = f"--dataset_name={name}"
     prepared = PreparedSplit(flag, options.data_dir, builder or name.removeprefix("tfds:"), split, options.image_size)
-    flips = flip and split == "train"
     source = prepared.open()
     if split == "train" and (remark := describe_range(prepared.extremes(source))):
         warn_once(f"{flag}: {remark}")
@@ -497,7 +494,7 @@ def load_tfds(
         source=source,
         image_shape=prepared.image_shape,
         class_names=prepared.class_names,
-        random_flip=flips,
+        random_flip=False,
         fingerprint=prepared.fingerprint(),
         empty_classes=prepared.empty_classes,
     )

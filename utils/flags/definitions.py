@@ -10,6 +10,7 @@ from absl import flags
 
 from diffusion_transformer import PRESETS, DiTConfig
 from utils.codecs.registry import DEFAULT_HUB_ID
+from utils.data.loaders import list_names
 from utils.flags.help import hide, topic
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
@@ -34,25 +35,22 @@ def define_path(name: str, default: str | None, help: str) -> None:
 def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
     """Registers which images are read, and how; see `read_data_options`. `dataset_name` None: the run's."""
     default = "" if dataset_name else "; default: the run's"
-    define_path("dataset_name", dataset_name, f"Data set; docs/data.md lists them{default}.")
+    define_path("dataset_name", dataset_name, f"Data set: {', '.join(list_names())}; see docs/data.md{default}.")
     define_path("data_dir", None, "Where TFDS keeps prepared data sets; gs://... too.")
     flags.DEFINE_integer("image_size", None, "Images are centre-cropped and resized to this side.", 1, 2**13)
-    flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, "What to do about broken files of folder:PATH.")
+    folders = ", ".join(list_names(lambda loader: "broken_images" in loader.options))
+    flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, f"What to do about broken files of {folders}.")
     flags.DEFINE_float(
-        "max_megapixels", MAX_MEGAPIXELS, "Largest image of folder:PATH to decode; 3 bytes a pixel.", 0, 10_000
+        "max_megapixels", MAX_MEGAPIXELS, f"Largest image of {folders} to decode; 3 bytes a pixel.", 0, 10_000
     )
 
 
 @topic("Data")
 def define_flip_flag() -> None:
     """Registers --random_flip, of programs that train."""
-    flags.DEFINE_integer(
-        "random_flip",
-        None,
-        "1 mirrors half of the training images left to right, 0 none; default: 1 for imagenet*, cifar10, folder:PATH.",
-        0,
-        1,
-    )
+    flipped = ", ".join(list_names(lambda loader: loader.flips))
+    help = f"1 mirrors half of the training images left to right, 0 none; default: 1 for {flipped}."
+    flags.DEFINE_integer("random_flip", None, help, 0, 1)
 
 
 def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:

@@ -20,8 +20,9 @@ from diffusion_transformer import PRESETS, DiTConfig
 from utils.base import checks
 from utils.base.console import log, warn
 from utils.base.errors import UserError
-from utils.base.files import refuse_url
+from utils.base.files import expand_home, refuse_url
 from utils.data.dataset import DataOptions
+from utils.data.loaders import expand_name, find_loader, get_loader, list_names
 from utils.flags.definitions import path_flags
 from utils.flags.help import to_integer
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
@@ -43,16 +44,14 @@ WANDB_VARIABLES = {
 
 
 def expand_path(path: str, flag: str) -> str:
-    """The path with a leading ~ or ~user, also of folder:~/x, replaced. UserError where there is no such home, and for
-    URLs that are not supported."""
+    """The path with a leading ~ or ~user replaced, also in the name of a data set (folder:~/x).
+
+    UserError where there is no such home, and for URLs that are not supported.
+    """
+    if flag == "dataset_name":
+        return expand_name(path)
     refuse_url(path, flag)
-    prefix, colon, rest = path.partition(":") if path.startswith(("folder:", "latents:")) else ("", "", path)
-    if not rest.startswith("~"):
-        return path
-    expanded = os.path.expanduser(rest)
-    if expanded == rest:
-        raise UserError(f"--{flag}={path}: there is no home folder for {rest.split('/')[0]}; give the whole path")
-    return f"{prefix}{colon}{expanded}"
+    return expand_home(path, f"--{flag}={path}")
 
 
 def read_data_options(config: ConfigDict) -> DataOptions:
@@ -70,10 +69,15 @@ def read_data_options(config: ConfigDict) -> DataOptions:
 def check_data_flags(dataset_name: str) -> None:
     """Raises UserError for flags of `define_data_flags` that have no effect on a data set; warns of --data_dir, which
     scripts may give for any."""
-    if not dataset_name.startswith("folder:"):
-        refuse_ignored(("broken_images", "max_megapixels"), f"on {dataset_name}, only on folder:PATH")
-    is_of_tfds = (":" not in dataset_name and dataset_name != "digits") or dataset_name.startswith("tfds:")
-    if is_explicit("data_dir") and not is_of_tfds:
+    loader = find_loader(dataset_name)
+    if loader is None:  # refused where the data are loaded
+        return
+    options = loader.options
+    for name in ("broken_images", "max_megapixels"):
+        if name not in options:
+            takers = ", ".join(list_names(lambda loader, name=name: name in loader.options))
+            refuse_ignored((name,), f"on {dataset_name}, only on {takers}")
+    if is_explicit("data_dir") and "data_dir" not in options:
         warn(f"--data_dir={FLAGS.data_dir} has no effect on {dataset_name}, which TFDS does not prepare")
 
 
@@ -240,9 +244,10 @@ def inherit_settings(config: ConfigDict, saved: Mapping[str, Any]) -> None:
             config.objective[name] = value
     if config.objective.name != saved["objective"]["name"]:
         resolve_objective(config)
-    if config.vae is None and model.use_stable_vae and not config.dataset_name.startswith("latents:"):
+    loader = get_loader(config.dataset_name)
+    if config.vae is None and model.use_stable_vae and loader.holds != "latents":
         config.vae = saved["dataset"]["vae"]
-    if config.image_size is None and config.dataset_name.startswith(("folder:", "tfds:")):
+    if config.image_size is None and loader.is_resizable:
         config.image_size = saved["dataset"]["image_shape"][0]
 
 

@@ -18,6 +18,7 @@ from utils.base.console import format_duration
 from utils.base.memory import GIB, device_memory, format_bytes
 from utils.base.sharding import shape_structs
 from utils.data.dataset import DataOptions, ImageDataset
+from utils.data.loaders import find_loader
 from utils.networks.ema import YOUNG, EmaSchedule
 from utils.objectives.objective import has_guidance
 from utils.objectives.registry import make_objective
@@ -196,15 +197,18 @@ def write_statistics_command(saved: dict[str, Any], out: Path) -> str:
     samples it was trained on; `saved` is the run's configuration."""
     data, defaults = saved["dataset"], DataOptions()
     words = ["--dataset_name", data["name"]]
-    is_derived = str(saved.get("dataset_name")).startswith(("latents:", "pairs:"))
+    source = find_loader(str(saved.get("dataset_name")))  # None of data registered elsewhere
+    loader = find_loader(data["name"])
+    is_derived = source is not None and source.is_derived
     height, width, _ = data["image_shape"]
-    if saved.get("image_size") is not None or data["name"].startswith("folder:") or (is_derived and height == width):
+    has_default_size = loader is not None and loader.default_size is not None
+    if saved.get("image_size") is not None or has_default_size or (is_derived and height == width):
         words += ["--image_size", saved.get("image_size") or height]
     if saved.get("data_dir"):
         words += ["--data_dir", saved["data_dir"]]
-    if data["name"].startswith("folder:") and not is_derived:
+    if loader is not None and not is_derived:
         for name in ("broken_images", "max_megapixels"):
-            if saved.get(name, getattr(defaults, name)) != getattr(defaults, name):
+            if name in loader.options and saved.get(name, getattr(defaults, name)) != getattr(defaults, name):
                 words += [f"--{name}", saved[name]]
     return write_command("compute_fid_stats.py", *words, "--out", out)
 

@@ -1,0 +1,147 @@
+"""Loaders: a record for each source of data that --dataset_name can name. One more source is one line of LOADERS."""
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from utils.base.errors import UserError
+from utils.base.files import expand_home, refuse_url
+from utils.data.array_file import load_array_file
+from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
+from utils.data.digits import load_digits
+from utils.data.image_folder import load_folder
+from utils.data.latents import load_latents
+from utils.data.pairs import load_pairs
+from utils.data.tfds import load_celebahq, load_imagenet, load_tfds
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """A source of data: how a split of it is loaded, and what its name and the flags mean to it.
+
+    `load(name, split, options)` gets the name as the user wrote it (tfds:NAME), with a `~` in a path expanded.
+    """
+
+    load: Callable[[str, str, DataOptions], ImageDataset]
+    help: str = ""
+    argument: str | None = None  # word for what follows a colon in the name; None: the name stands alone
+    is_path: bool = False  # whether the argument is a path on this machine
+    options: tuple[str, ...] = ()  # fields of DataOptions that `load` uses; random_flip is applied to every source
+    default_size: int | None = None  # side of the images unless --image_size gives another; None: their own
+    flips: bool = False  # whether training mirrors half of the images unless --random_flip says otherwise
+    holds: str = "images"  # or what is made of the images of another data set: 'latents', 'pairs'
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether the data are made from another data set, whose name they bear in a run's configuration."""
+        return self.holds != "images"
+
+    @property
+    def is_resizable(self) -> bool:
+        """Whether any size fits its images: they are resized, and no data set of a known size is meant."""
+        return "image_size" in self.options and self.argument is not None
+
+
+_TFDS = ("data_dir", "image_size")
+LOADERS: dict[str, Loader] = {
+    "digits": Loader(load_digits, "1,797 real handwritten digits, 8x8, grey, shipped with scikit-learn"),
+    "imagenet256": Loader(
+        functools.partial(load_imagenet, size=256), "ImageNet in square crops", options=("data_dir",), flips=True
+    ),
+    "imagenet128": Loader(
+        functools.partial(load_imagenet, size=128), "ImageNet in square crops", options=("data_dir",), flips=True
+    ),
+    "celebahq256": Loader(load_celebahq, "CelebA-HQ, 256x256", options=("data_dir",)),
+    "cifar10": Loader(functools.partial(load_tfds, builder="cifar10"), "CIFAR-10, 32x32", options=_TFDS, flips=True),
+    "folder": Loader(
+        load_folder,
+        "image files, in a folder for each class or in one folder",
+        "PATH",
+        is_path=True,
+        options=("image_size", "broken_images", "max_megapixels"),
+        default_size=256,
+        flips=True,
+    ),
+    "npz": Loader(load_array_file, "images and labels in one NumPy file", "FILE", is_path=True),
+    "tfds": Loader(load_tfds, "any labelled images of TensorFlow Datasets", "NAME", options=_TFDS),
+    "latents": Loader(
+        load_latents, "what encode_latents.py made of one of these", "DIR", is_path=True, holds="latents"
+    ),
+    "pairs": Loader(
+        load_pairs, "samples of a model, and their noise, made by make_pairs.py", "DIR", is_path=True, holds="pairs"
+    ),
+}
+
+
+def load_dataset(name: str, split: str = "train", options: DataOptions | None = None) -> ImageDataset:
+    """The `split` ('train' or 'validation') of the data set `name`, one of LOADERS; only 'train' ever flips.
+
+    UserError, with what to do, where the data are missing, the name is unknown, or `options` ask for what the source
+    cannot do: another size, or mirror images of what is not kept as images.
+    """
+    if split not in SPLITS:
+        raise UserError(f"--split={split} is unknown; use train or validation")
+    name = expand_name(name)
+    loader = get_loader(name)
+    options = options or DataOptions()
+    if options.image_size is None:
+        options = dataclasses.replace(options, image_size=loader.default_size)
+    dataset = loader.load(name, split, options)
+    check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
+
+    # Mirror images, in training alone.
+    flips = options.random_flip
+    if flips is None or split != "train":
+        flips = dataset.random_flip or loader.flips
+    elif flips and dataset.pair_shape:
+        raise UserError(
+            f"--random_flip=1: {name} holds samples with their noise, which cannot be mirrored; leave it out"
+        )
+    elif flips and dataset.latents and not dataset.random_flip:
+        raise UserError(
+            f"--random_flip=1: {name} holds no latents of mirrored images; make them with encode_latents.py "
+            "--random_flip 1, or leave the flag out"
+        )
+    return dataclasses.replace(dataset, random_flip=flips and split == "train")
+
+
+def find_loader(name: str) -> Loader | None:
+    """The loader of the data set `name`; None where no loader has this name."""
+    prefix, _, argument = name.partition(":")
+    exact, loader = LOADERS.get(name), LOADERS.get(prefix)
+    if exact and exact.argument is None:
+        return exact
+    return loader if loader and loader.argument and argument else None
+
+
+def get_loader(name: str) -> Loader:
+    """The loader of the data set `name`; UserError, listing the known ones, where there is none."""
+    loader = find_loader(name)
+    if loader is None:
+        known = list_names()
+        is_folder = Path(name).is_dir()
+        guesses = [f"folder:{name}"] if is_folder else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {guesses[0]}?" if guesses else "."
+        raise UserError(f"--dataset_name={name} is unknown{hint} Known are {', '.join(known)}")
+    return loader
+
+
+def list_names(is_meant: Callable[[Loader], bool] = lambda loader: True) -> list[str]:
+    """The names of the loaders for which `is_meant` holds, as a user writes them: digits, folder:PATH."""
+    return [
+        f"{name}:{loader.argument}" if loader.argument else name for name, loader in LOADERS.items() if is_meant(loader)
+    ]
+
+
+def expand_name(name: str) -> str:
+    """The name of a data set with a leading ~ or ~user of its path replaced. UserError where there is no such home, and
+    for URLs that are not supported."""
+    refuse_url(name, "dataset_name")
+    setting = f"--dataset_name={name}"
+    loader = find_loader(name)
+    if loader is None:  # a path without its prefix, perhaps, which is guessed from it
+        return expand_home(name, setting)
+    prefix, _, path = name.partition(":")
+    return f"{prefix}:{expand_home(path, setting)}" if loader.is_path else name
