@@ -19,12 +19,10 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from utils.base import checks
 from utils.base.console import configure_output, log, progress_bar, show_result
+from utils.base.devices import check_batch_size, explaining_out_of_memory, gather, make_mesh, shard_replicated
 from utils.base.errors import UserError
-from utils.base.files import explaining_full_disk
-from utils.base.memory import explaining_out_of_memory
-from utils.base.sharding import gather, make_mesh, shard_replicated
+from utils.base.files import check_file_writable, explaining_full_disk
 from utils.codecs.pixels import PixelCodec
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset
@@ -85,7 +83,7 @@ class Measurement:
         self.check_shape()
         self.is_conditional = self._choose_labels()
         self.num_images = self._count_images()
-        checks.check_batch_size(config.batch_size, self.mesh.size)
+        check_batch_size(config.batch_size, self.mesh.size)
         if config.num_probes == 0 and self.num_elements > MAX_EXACT:
             raise UserError(
                 f"--num_probes=0: the exact trace takes a backward pass for each of {self.num_elements:,} elements; "
@@ -237,7 +235,7 @@ def main(config: ConfigDict) -> None:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
     refuse_ignored(config)
     if config.per_image:
-        checks.check_file_writable(Path(config.per_image), "per_image", "images.csv")
+        check_file_writable(Path(config.per_image), "per_image", "images.csv")
     check_json_path(config.json, {"per_image": config.per_image})
     measurement = Measurement(config)
     trace = (

@@ -22,12 +22,10 @@ from absl import flags
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from utils.base import checks
 from utils.base.console import configure_output, log, progress_bar, show_result, warn
+from utils.base.devices import explaining_out_of_memory, gather
 from utils.base.errors import UserError, WriteError
-from utils.base.files import atomic_write
-from utils.base.memory import explaining_out_of_memory
-from utils.base.sharding import gather
+from utils.base.files import atomic_write, check_free_space, check_writable
 from utils.data.class_names import read_classes
 from utils.flags import program, reading
 from utils.flags.definitions import define_path, define_sampler_flags, define_vae_flag, define_wandb_flags
@@ -150,7 +148,7 @@ class Drawing:
                 raise UserError(f"--classes={config.classes}: --between=classes needs two classes; give another")
             self.labels = np.resize(np.array(classes, np.int32), config.num_samples)
         self.out = Path(config.out or split_load_dir(config.load_dir)[0] / "samples")
-        checks.check_writable(self.out, "out", names=FILES)
+        check_writable(self.out, "out", names=FILES)
         self.written: list[Path] = []
 
     @property
@@ -184,7 +182,7 @@ class Drawing:
         config, num_devices = self.config, self.generator.model.mesh.size
         if config.save_samples and config.save_samples.endswith(".npz"):
             size = config.num_samples * math.prod(self.generator.model.image_shape)
-            checks.check_free_space(Path(config.save_samples), "save_samples", size)
+            check_free_space(Path(config.save_samples), "save_samples", size)
         requested = min(config.batch_size or RECIPE_BATCH_SIZE, config.num_samples)
         batch_size = -(-requested // num_devices) * num_devices
         shown: list[UInt8[np.ndarray, "b h w c"]] = []
@@ -373,7 +371,7 @@ def main(config: ConfigDict) -> None:
     if config.batch_size is not None and config.batch_size < 1:
         raise UserError(f"--batch_size={config.batch_size}: use 1 or more")
     if config.out:
-        checks.check_writable(Path(config.out), "out", creates=False, names=FILES)
+        check_writable(Path(config.out), "out", creates=False, names=FILES)
     if config.save_samples:
         check_sample_path(config.save_samples)
     drawing = Drawing(config)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from utils.base.sharding import gather
+from utils.base.devices import gather
 
 
 def images_from_uint8(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
