@@ -3,8 +3,8 @@
     python likelihood.py --load_dir runs/demo --num_images 100
     python likelihood.py --load_dir runs/demo --dataset_name folder:/data/cats --labels none --json -
 
-Of pixel models these are bits per dimension of 8-bit images, uniformly dequantised: an upper bound of their negative
-log-likelihood. Of latent models they are nats per element of the latents, which say nothing about pixels.
+For pixel models these are bits per dimension of 8-bit images, uniformly dequantised: an upper bound of their negative
+log-likelihood. For latent models they are nats per element of the latents, which say nothing about pixels.
 """
 
 import math
@@ -15,28 +15,29 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
-from PIL import Image
 
+from utils.base import checks
 from utils.base.console import configure_output, log, progress_bar, show_result
-from utils.base.devices import check_batch_size, explaining_out_of_memory, gather, make_mesh, shard_replicated
 from utils.base.errors import UserError
-from utils.base.files import check_file_writable, explaining_full_disk
+from utils.base.files import explaining_full_disk
+from utils.base.memory import explaining_out_of_memory
+from utils.base.sharding import gather, make_mesh, shard_replicated
 from utils.codecs.pixels import PixelCodec
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_path, define_vae_flag
+from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
+from utils.images.pixels import match_channels
 from utils.runs.opening import load_model, open_checkpoint, restore_params
 from utils.runs.results import check_json_path, write_csv, write_json_rows
-from utils.sampling.density import LikelihoodConfig, measure_batch
+from utils.sampling.density import LikelihoodConfig, check_probes, measure_batch
 
-# Data options of the run, where the images are its own and no flag says otherwise.
+# Taken from the run, where the images are its own and no flag says otherwise.
 RUN_OPTIONS = ("image_size", "data_dir", "broken_images", "max_megapixels")
-MAX_EXACT = 3 * 32 * 32  # elements: the exact trace takes a backward pass for each
 
 
 def define_flags() -> None:
@@ -70,44 +71,49 @@ def define_flags() -> None:
 
 
 class Measurement:
-    """The likelihoods of one command. Wrong input ends here, uncompiled."""
+    """The likelihoods of one command's images. Raises UserError for bad input before anything compiles."""
 
     def __init__(self, config: ConfigDict):
-        self.config, self.mesh = config, make_mesh()
+        self.config = config
+        self.mesh = make_mesh()
+
+        # The run, and images that suit it.
         checkpoints, steps = open_checkpoint(config.load_dir)
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
         self.dataset = self._load_dataset(saved)
         self.model = load_model(saved, self.mesh, dtype=config.dtype, vae=config.vae)
         self.is_pixels = isinstance(self.model.codec, PixelCodec)
-        self.num_elements = math.prod(self.model.latent_shape)
-        self.check_shape()
-        self.is_conditional = self._choose_labels()
+        self.unit = "bits_per_dim" if self.is_pixels else "nats_per_latent_element"
+        self._check_dataset()
+        self.is_conditional = self._is_conditional()
         self.num_images = self._count_images()
-        check_batch_size(config.batch_size, self.mesh.size)
-        if config.num_probes == 0 and self.num_elements > MAX_EXACT:
-            raise UserError(
-                f"--num_probes=0: the exact trace takes a backward pass for each of {self.num_elements:,} elements; "
-                "use --num_probes 1 or more"
-            )
+
+        # How they are measured.
+        checks.check_batch_size(config.batch_size, self.mesh.size)
+        check_probes(config.num_probes, math.prod(self.model.latent_shape))
         num_steps = config.denoise_timesteps if config.solver == "midpoint" else None
         self.settings = LikelihoodConfig(config.num_probes, num_steps, config.rtol, config.atol)
+
+        # Parameters last: they are the largest to read.
         remaining = steps[steps.index(newest) :]
         self.step, self.params = restore_params(checkpoints, remaining, self.model, saved, config.params)
 
     def _load_dataset(self, saved: dict[str, Any]) -> ImageDataset:
-        config, own = self.config, self.config.dataset_name is None
-        for name in RUN_OPTIONS:
-            if own and not reading.is_explicit(name):
-                config[name] = saved.get(name, config[name])
+        """Loads --dataset_name, or the run's own data set with the options that the run had."""
+        config = self.config
+        is_own = config.dataset_name is None
+        for name in (name for name in RUN_OPTIONS if is_own and not reading.is_explicit(name)):
+            config[name] = saved.get(name, config[name])
         name = config.dataset_name or saved["dataset_name"]
         reading.check_data_flags(name)
-        if not own and config.image_size is None and name.partition(":")[0] in ("folder", "tfds"):
+        if not is_own and config.image_size is None and name.partition(":")[0] in ("folder", "tfds"):
             config.image_size = saved["dataset"]["image_shape"][0]
         return load_dataset(name, config.split, reading.read_data_options(config))
 
-    def check_shape(self) -> None:
-        """UserError where the model does not take the images; grey and colour are converted, which is logged."""
-        ours, theirs = self.dataset.image_shape, self.model.image_shape
+    def _check_dataset(self) -> None:
+        """Raises UserError if the model does not take the images. Grey and colour are converted, which is logged."""
+        ours = self.dataset.image_shape
+        theirs = self.model.image_shape
         name = self.config.dataset_name or self.dataset.name
         if ours[:2] != theirs[:2]:
             sizes = [f"{height}x{width}" for height, width, _ in (ours, theirs)]
@@ -122,8 +128,8 @@ class Measurement:
         if ours[2] != theirs[2] and not self.dataset.latents:
             log(f"the images of {name} are made {'grey' if theirs[2] == 1 else 'RGB'}, as the run's")
 
-    def _choose_labels(self) -> bool:
-        """Whether the images' labels are conditioned on."""
+    def _is_conditional(self) -> bool:
+        """Returns whether the images' labels are given to the model. Raises UserError for --labels that it lacks."""
         is_own = self.dataset.class_names == self.model.class_names
         choice = self.config.labels or ("data" if is_own else "none")
         dropout = self.model.network.config.class_dropout_prob
@@ -135,14 +141,16 @@ class Measurement:
         return choice == "data"
 
     def _count_images(self) -> int:
-        there = len(self.dataset.source)
-        if self.config.num_images is not None and self.config.num_images > there:
-            raise UserError(f"--num_images={self.config.num_images}: the split holds {there}; use {there} or fewer")
-        return self.config.num_images or there
+        requested = self.config.num_images
+        held = len(self.dataset.source)
+        if requested and requested > held:
+            raise UserError(f"--num_images={requested}: the split holds {held}; use {held} or fewer")
+        return requested or held
 
     def batches(self) -> Iterator[Batch]:
-        """Batches of one size, the last padded, with the images' numbers; labels as they are conditioned on."""
-        size, first = self.config.batch_size, 0
+        """Yields batches of one size, the last padded, with the images' numbers as "index" and the model's labels."""
+        size = self.config.batch_size
+        first = 0
         for batch in epoch_batches(self.dataset, size, stop=self.num_images):
             count = len(batch["condition"])
             if not self.is_conditional:
@@ -154,31 +162,29 @@ class Measurement:
             first += count
 
     def measure(self) -> list[dict[str, Any]]:
-        """A row for each image."""
-        unit, rows = self.unit, []
+        """Returns a row {index, label, value, NFE} for each image."""
+        model = self.model
+        rows = []
         bar = progress_bar(total=self.num_images, desc="likelihood", unit="image")
-        key, model = jax.random.key(self.config.seed), self.model
         for batch in self.batches():
             placed = {name: shard_replicated(values, self.mesh) for name, values in batch.items()}
             values, nfe = measure_batch(
-                self.params, model.codec, key, placed, network=model.network, objective=model.objective,
-                config=self.settings, is_pixels=self.is_pixels,
+                self.params, model.codec, jax.random.key(self.config.seed), placed, network=model.network,
+                objective=model.objective, config=self.settings, is_pixels=self.is_pixels,
             )  # fmt: skip
-            values, nfe = gather(values), gather(nfe)
+            values = gather(values)
+            nfe = gather(nfe)
             for i in range(min(len(values), self.num_images - len(rows))):
                 label = int(batch["condition"][i]) if self.is_conditional else None
-                rows.append({"index": len(rows), "label": label, unit: float(values[i]), "nfe": int(nfe[i])})
+                rows.append({"index": len(rows), "label": label, self.unit: float(values[i]), "nfe": int(nfe[i])})
                 bar.update()
         bar.close()
         return rows
 
-    @property
-    def unit(self) -> str:
-        return "bits_per_dim" if self.is_pixels else "nats_per_latent_element"
-
     def summarize(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        values = np.array([row[self.unit] for row in rows])
+        """Returns the mean over the images, its standard error, and the settings that it depends on."""
         config = self.config
+        values = np.array([row[self.unit] for row in rows])
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
         return {
             self.unit: float(values.mean()),
@@ -201,16 +207,8 @@ class Measurement:
         }
 
 
-def match_channels(images: UInt8[np.ndarray, "b h w c"], channels: int) -> UInt8[np.ndarray, "b h w c2"]:
-    """Colour images made grey (ITU-R 601 luma, as Pillow has it), grey ones three equal channels, or as they are."""
-    if images.shape[-1] == channels:
-        return images
-    if channels == 1:
-        return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
-    return np.repeat(images, 3, axis=-1)
-
-
 def to_markdown(result: dict[str, Any]) -> str:
+    """Returns the result of `summarize` as a table of one row."""
     unit = "bits/dim" if "bits_per_dim" in result else "nats per element of the latents"
     value = result.get("bits_per_dim", result.get("nats_per_latent_element"))
     error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
@@ -221,32 +219,23 @@ def to_markdown(result: dict[str, Any]) -> str:
     )
 
 
-def refuse_ignored(config: ConfigDict) -> None:
-    """UserError for flags that would have no effect."""
-    if config.solver == "midpoint":
-        reading.refuse_ignored(("rtol", "atol"), "with --solver=midpoint, which takes --denoise_timesteps")
-    else:
-        reading.refuse_ignored(("denoise_timesteps",), f"with --solver={config.solver}, which chooses its steps")
-
-
 def main(config: ConfigDict) -> None:
     configure_output(is_apart=True, is_quiet=config.quiet)
     if not config.load_dir:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
-    refuse_ignored(config)
+    check_effects(RULES["likelihood"], config)
     if config.per_image:
-        check_file_writable(Path(config.per_image), "per_image", "images.csv")
+        checks.check_file_writable(Path(config.per_image), "per_image", "images.csv")
     check_json_path(config.json, {"per_image": config.per_image})
     measurement = Measurement(config)
-    trace = (
-        f"{config.num_probes} probe{'s' * (config.num_probes > 1)} an image" if config.num_probes else "the exact trace"
-    )
-    images = f"{measurement.num_images} image{'s' * (measurement.num_images > 1)}"
-    log(f"{images} of {measurement.dataset.name}, {config.split}, with {trace}")
+    probes = f"{config.num_probes} probe{'s' * (config.num_probes > 1)} an image"
+    trace = probes if config.num_probes else "the exact trace"
+    images = f"{measurement.num_images} image{'s' * (measurement.num_images > 1)} of {measurement.dataset.name}"
+    log(f"{images}, {config.split}, with {trace}")
     with explaining_out_of_memory("the likelihood", "a smaller --batch_size"):
         rows = measurement.measure()
     result = measurement.summarize(rows)
-    # Printed first: what cannot be written is not lost.
+    # Printed first: a result that cannot be written is not lost.
     if config.json != "-":
         show_result(to_markdown(result))
     with explaining_full_disk(lambda: "the result is above"):

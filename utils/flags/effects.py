@@ -21,7 +21,47 @@ class Rule(NamedTuple):
 
 
 # {program: its rules}, in the order in which they are looked at.
-RULES: dict[str, tuple[Rule, ...]] = {}
+RULES: dict[str, tuple[Rule, ...]] = {
+    "sample": (
+        Rule(("labels",), "beside --classes", lambda given: given.classes is not None),
+        Rule(("film_frames", "film_format"), "without --film", lambda given: not given.film),
+    ),
+    "edit": (
+        Rule(("labels",), "beside --classes", lambda given: given.classes is not None),
+        Rule(("between",), "without --interpolate", lambda given: given.interpolate is None),
+        Rule(
+            ("save_samples",),
+            "with --interpolate, which draws rows of images alone",
+            lambda given: given.interpolate is not None,
+        ),
+        Rule(("edit",), "without --invert", lambda given: given.invert is None),
+        Rule(
+            ("cfg_scale", "cfg_interval", "cfg_channels", "save_samples"),
+            "with --invert but without --edit: it is without guidance",
+            lambda given: given.invert is not None and given.edit is None,
+        ),
+        Rule(("seed",), "with --invert, which draws no noise", lambda given: given.invert is not None),
+        Rule(("labels",), "on images of your own; --classes names theirs", lambda given: given.interpolate is None),
+        Rule(
+            ("batch_size",),
+            "on images of your own, which are one batch; --num_samples limits them",
+            lambda given: given.interpolate is None,
+        ),
+        Rule(("mask", "inpaint_repeats"), "without --inpaint", lambda given: given.inpaint is None),
+    ),
+    "likelihood": (
+        Rule(
+            ("rtol", "atol"),
+            "with --solver=midpoint, which takes --denoise_timesteps",
+            lambda given: given.solver == "midpoint",
+        ),
+        Rule(
+            ("denoise_timesteps",),
+            "with --solver={solver}, which chooses its steps",
+            lambda given: given.solver != "midpoint",
+        ),
+    ),
+}
 
 
 def check_effects(rules: Iterable[Rule], config: ConfigDict, **facts: Any) -> None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
+from utils.base.errors import UserError
 from utils.codecs.codec import Codec, encode_batch
 from utils.networks.models import Network, model_fn
 from utils.objectives.objective import Objective, VelocityFn
@@ -20,6 +21,7 @@ from utils.sampling.solvers import solve_adaptively
 
 # Of images in [-1, 1]: grey levels per unit, as a density of x has to be turned into one of levels.
 BITS_OFFSET = math.log2(127.5)
+MAX_EXACT = 3 * 32 * 32  # elements: the exact trace takes a backward pass for each
 
 
 class LikelihoodConfig(NamedTuple):
@@ -29,6 +31,15 @@ class LikelihoodConfig(NamedTuple):
     num_steps: int | None = None  # of the midpoint rule; None: Dopri5
     rtol: float = 1e-5
     atol: float = 1e-5
+
+
+def check_probes(num_probes: int, num_elements: int) -> None:
+    """Raises UserError if the exact trace, num_probes = 0, is asked for with more elements than it is feasible for."""
+    if num_probes == 0 and num_elements > MAX_EXACT:
+        raise UserError(
+            f"--num_probes=0: the exact trace takes a backward pass for each of {num_elements:,} elements; "
+            "use --num_probes 1 or more"
+        )
 
 
 class LogLikelihood(NamedTuple):
