@@ -82,15 +82,15 @@ test_generate.py::test_guidance_and_times_are_those_of_the_sampler
   utils/sampling/generator.py: (float(low), float(high)) -> (0.0, 1.0)
 test_generate.py::test_tolerances_are_those_of_the_sampler
   utils/sampling/generator.py: sampler.rtol, sampler.atol) -> sampler.rtol, sampler.rtol)
-test_sample.py::test_interpolations_begin_and_end_at_the_samples
-  sample.py: slerp(ends[0::2], ends[1::2], fractions) -> slerp(ends[1::2], ends[0::2], fractions)
-test_sample.py::test_between_two_classes_the_first_is_on_the_left
-  sample.py: for side in (first, second) -> for side in (second, first)
-test_sample.py::test_a_hole_is_filled
-  sample.py: self.sampler, config.inpaint_repeats) -> self.sampler, 5)
+test_edit.py::test_interpolations_begin_and_end_at_the_samples
+  edit.py: slerp(ends[0::2], ends[1::2], fractions) -> slerp(ends[1::2], ends[0::2], fractions)
+test_edit.py::test_between_two_classes_the_first_is_on_the_left
+  edit.py: for side in (first, second) -> for side in (second, first)
+test_edit.py::test_a_hole_is_filled
+  edit.py: request.sampler, config.inpaint_repeats) -> request.sampler, 5)
 test_sample.py::test_labels_parameters_and_dtype_are_those_of_the_flags
-  sample.py: params=config.params, ->
-  sample.py: label_mode=config.labels, ->
+  utils/flags/drawing.py: params=config.params, ->
+  utils/flags/drawing.py: label_mode=config.labels, ->
 test_eval_fid.py::test_a_row_of_other_parameters_is_another_row
   eval_fid.py: "params_sha256": hash_params(params), ->
 test_eval_fid.py::test_a_row_says_what_enters_its_numbers
@@ -143,7 +143,7 @@ test_checkpoint.py::test_another_x64_is_no_damage_and_is_named
 test_resume.py::test_changed_settings_are_said_and_another_objective_is_refused
   train_flow.py: , "jax": jax_settings()} -> }
 test_environment.py::test_an_environment_in_which_nothing_runs_is_one_line
-  utils/flags/program.py: start_devices() -> pass
+  utils/flags/program.py: find_devices() -> pass
   utils/flags/program.py: check_jax_settings() -> pass
 """
 

@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT))
 
 import compute_fid_stats  # noqa: E402
 import convert_checkpoint  # noqa: E402
+import edit  # noqa: E402
 import encode_latents  # noqa: E402
 import eval_fid  # noqa: E402
 import likelihood  # noqa: E402
@@ -20,7 +21,7 @@ import train_flow  # noqa: E402
 from utils.flags.help import is_hidden  # noqa: E402
 
 PROGRAMS = (
-    train_flow, sample, eval_fid, likelihood, convert_checkpoint, make_pairs, encode_latents, compute_fid_stats,
+    train_flow, sample, edit, eval_fid, likelihood, convert_checkpoint, make_pairs, encode_latents, compute_fid_stats,
     plot_metrics,
 )  # fmt: skip
 HEAD = """# Flags

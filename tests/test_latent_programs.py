@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import edit
 import likelihood
 import make_pairs
 import sample
@@ -136,17 +137,17 @@ def test_a_run_on_latents_is_evaluated_through_the_same_vae(cached_run, weights,
 def test_a_run_on_latents_is_filmed_filled_and_measured(cached_run, photographs, read_flags, tmp_path, capsys):
     folder, out = photographs[1].removeprefix("folder:"), tmp_path / "out"
 
-    def draw(*words):
+    def draw(program, *words):
         words = ["--load_dir", cached_run, "--out", out, "--num_samples", 2, *words]
-        sample.main(read_flags(sample, list(map(str, words))))
+        program.main(read_flags(program, list(map(str, words))))
 
-    draw("--film", "--denoise_timesteps", 1)  # one step: noise and image alone
+    draw(sample, "--film", "--denoise_timesteps", 1)  # one step: noise and image alone
     with Image.open(out / "film.webp") as film:
         assert film.size == Image.open(out / "grid.png").size
     is_hole = np.zeros((64, 64), bool)
     is_hole[10:30, 20:50] = True
     Image.fromarray(is_hole).save(tmp_path / "mask.png")
-    draw("--inpaint", folder, "--mask", tmp_path / "mask.png", "--denoise_timesteps", 2, "--save_samples",
+    draw(edit, "--inpaint", folder, "--mask", tmp_path / "mask.png", "--denoise_timesteps", 2, "--save_samples",
          tmp_path / "filled.npz")  # fmt: skip
     filled, (images, _) = np.load(tmp_path / "filled.npz")["arr_0"], read_images(folder, (64, 64, 3), 2, "inpaint")
     np.testing.assert_array_equal(filled[:, ~is_hole], images[:, ~is_hole])

@@ -16,6 +16,7 @@ import pytest
 
 import compute_fid_stats
 import convert_checkpoint
+import edit
 import encode_latents
 import eval_fid
 import likelihood
@@ -38,6 +39,7 @@ PROGRAMS = {
     "likelihood.py": likelihood,
     "make_pairs.py": make_pairs,
     "sample.py": sample,
+    "edit.py": edit,
     "data/celebahq256.py": None,  # needs TFDS
 }
 BLOCKS = [

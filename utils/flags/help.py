@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from absl import flags
 
 from utils.base.errors import UserError
+from utils.training.advice import write_command
 
 FLAGS = flags.FLAGS
 WIDTH = 100
@@ -73,6 +74,33 @@ def refuse_habits(words: Iterable[str]) -> None:
         meaning = HABITS.get(name) or (grouped and f"use --{grouped}")
         if meaning:
             raise UserError(f"--{name} is not a flag here: {meaning} (--help lists the flags)")
+
+
+def define_moved_flags(names: Iterable[str]) -> None:
+    """Registers flags that are another program's now, for `refuse_moved_flags`; --help leaves them out."""
+    for name in names:
+        flags.DEFINE_string(name, None, "A flag of another program.")
+    hide(names)
+
+
+def refuse_moved_flags(names: Iterable[str], program: str, but: Iterable[str] = ()) -> None:
+    """Raises UserError, with the command to type, for a flag that is one of `program` now. The command has all flags
+    that the user gave, `but` those that the program lacks."""
+    given = [name for name in names if FLAGS[name].present]
+    if not given:
+        return
+    others = [name for name in FLAGS if FLAGS[name].present and name not in {*given, *but, "load_dir"}]
+    words = [word for name in ("load_dir", *given, *others) if FLAGS[name].present for word in _spell_flag(name)]
+    first = "=".join(_spell_flag(given[0]))
+    raise UserError(f"{first} is a flag of {program}: {write_command(program, *words)}")
+
+
+def _spell_flag(name: str) -> list[str]:
+    """Returns the words of a flag on the command line: one of a switch, and where the value might be taken for a flag,
+    else two."""
+    text = FLAGS[name].serialize()
+    spelled, is_valued, value = text.partition("=")
+    return [spelled, value] if is_valued and value and not value.startswith("-") else [text]
 
 
 def to_switch(value: str | int) -> int:

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int, UInt8
 
+from utils.base.console import warn
 from utils.base.errors import UserError
 from utils.images.decoding import BrokenImageError, open_image, read_image, read_image_file
 from utils.images.samples import SUFFIXES, find_images
+from utils.networks.models import ImageModel
 
 
 def read_images(
@@ -53,6 +55,22 @@ def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.nd
             f"--mask={path} is {'white' if is_hole.all() else 'black'} throughout: white is filled, black is kept"
         )
     return is_hole
+
+
+def choose_labels(folder: str | Path, files: list[Path], model: ImageModel, flag: str) -> Int[np.ndarray, " n"]:
+    """Returns the labels of images: the classes that their subfolders are named after, if all are classes; else the
+    model's only class, or "no label". Raises UserError, naming --`flag`, if the model knows no "no label"."""
+    folder = Path(folder)
+    labels = labels_from_folders(folder, files, model.class_names)
+    if labels is not None:
+        return np.array(labels, np.int32)
+    if any(file.parent != folder for file in files):
+        warn(f"--{flag}={folder}: not all of its folders are named after classes, so its images have no label")
+    if len(model.class_names) == 1:
+        return np.zeros(len(files), np.int32)
+    if model.network.config.class_dropout_prob == 0:
+        raise UserError(f"--{flag}={folder}: of which classes are the images? Give --classes")
+    return np.full(len(files), model.network.config.num_classes, np.int32)
 
 
 def labels_from_folders(folder: str | Path, files: list[Path], class_names: tuple[str, ...]) -> list[int] | None:

@@ -1,0 +1,222 @@
+"""Changes images with a trained model: finds the noise of given ones and makes them again as other classes, fills a
+hole in them, or draws the images between two samples.
+
+    python edit.py --load_dir runs/demo --invert photos --edit 3 --solver heun
+    python edit.py --load_dir runs/demo --inpaint photos --mask mask.png
+    python edit.py --load_dir runs/demo --interpolate 8 --classes 3
+
+Images of your own come from a folder, and are cropped and resized as for training. Samples are those of sample.py with
+the same seed and classes.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Float, Int, UInt8
+from ml_collections import ConfigDict
+
+from utils.base.console import log, progress_bar
+from utils.base.errors import UserError
+from utils.base.sharding import gather
+from utils.flags import program
+from utils.flags.definitions import define_path
+from utils.flags.drawing import (
+    Request,
+    check_request,
+    choose_classes,
+    define_drawing_flags,
+    define_generator_flags,
+    drawing,
+    load_request,
+)
+from utils.flags.effects import RULES, check_effects
+from utils.flags.help import topic
+from utils.sampling.editing import choose_labels, read_images, read_mask
+from utils.sampling.generator import RECIPE_BATCH_SIZE, ClassMix
+from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, slerp
+
+FILES = ("interpolation.png", "inversion.png", "noise.npz", "inpainting.png")
+
+
+def define_flags() -> None:
+    with topic("What is done"):
+        define_path("invert", None, "Folder of images whose noise is found; they are resized as needed.")
+        flags.DEFINE_string("edit", None, "With --invert: classes under which the images are made again.")
+        define_path("inpaint", None, "Folder of images in which the hole of --mask is filled.")
+        define_path("mask", None, "With --inpaint: image of the run's size; white is filled, black is kept.")
+        flags.DEFINE_integer(
+            "inpaint_repeats", 5, "How often each step of --inpaint is taken (RePaint); more fit better.", 1, 1000
+        )
+        flags.DEFINE_integer("interpolate", None, "Rows of so many images between two samples.", 2, 100)
+        flags.DEFINE_enum(
+            "between", "noise", ["noise", "classes"], "What --interpolate varies: noise, on the sphere, or the class."
+        )
+    define_drawing_flags(num_samples="Samples to interpolate, or images of your own: the first so many.")
+    define_generator_flags(wandb_name="edit")
+
+
+# --- Between two samples ---
+
+
+def interpolate(request: Request) -> None:
+    """Draws rows of images between samples 2k and 2k + 1: under the class of the first, from noise between theirs; or
+    from the noise of the first, under classes between theirs."""
+    config = request.config
+    generator = request.generator
+    names = generator.class_names
+
+    # A row has two ends. An odd number of labels begins again for the last of them.
+    num_rows = max(1, config.num_samples // 2)
+    num_columns = config.interpolate
+    first = request.labels[0::2][:num_rows]
+    second = np.resize(request.labels, 2 * num_rows)[1::2]
+    ends = generator.noise(range(2 * num_rows))
+    fractions = jnp.linspace(0, 1, num_columns)
+
+    # Every image of every row, side by side in one axis.
+    if config.between == "noise":
+        noise = slerp(ends[0::2], ends[1::2], fractions).reshape(-1, *ends.shape[1:])
+        labels = np.repeat(first, num_columns)
+        titles = [names[label] for label in first]
+    else:
+        noise = jnp.repeat(ends[0::2], num_columns, axis=0)
+        sides = (np.repeat(side, num_columns) for side in (first, second))
+        labels = ClassMix(*sides, np.tile(fractions, num_rows))
+        titles = [f"{names[a]} to {names[b]}" for a, b in zip(first, second, strict=True)]
+
+    images = np.concatenate(list(_decode_in_batches(request, noise, labels)))
+    table = images.reshape(num_rows, num_columns, *images.shape[1:])
+    between = "two noises" if config.between == "noise" else "two classes"
+    request.pictures.save_table("interpolation.png", table, titles, (), f"{request.title}, between {between}")
+
+
+def _decode_in_batches(
+    request: Request, noise: Float[Array, "n h w c"], labels: Int[np.ndarray, " n"] | ClassMix
+) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+    """Yields the images that the noise leads to, as many at a time as --batch_size says."""
+    size = request.config.batch_size or RECIPE_BATCH_SIZE
+    for start in progress_bar(range(0, len(noise), size), "interpolation", unit="batch"):
+        rows = slice(start, start + size)
+        batch = jax.tree.map(lambda values, rows=rows: values[rows], labels)
+        yield request.generator.decode(request.generator.sample_latents(noise[rows], batch, request.sampler))
+
+
+# --- Images of your own ---
+
+
+def invert(request: Request) -> None:
+    """Finds the noise of given images, and draws the images that it leads to under their own and under other classes.
+
+    Prints the error of the round trip. Also writes the noise, and the edited images with --save_samples.
+    """
+    config = request.config
+    generator = request.generator
+    edits = choose_classes(config.edit, generator.model, "edit") or []
+    images, files, labels = _read_own_images(request, "invert")
+
+    # There and back without guidance: the two directions are the same ODE.
+    plain = request.sampler._replace(cfg_scale=None)
+    latents = generator.encode(images)
+    noise = generator.invert(latents, labels, plain)
+    again = generator.sample_latents(noise, labels, plain)
+    error = float(jnp.sqrt(jnp.square(again - latents).mean()))
+    log(f"round trip: root mean square error {error:.2g} of latents whose own is {float(latents.std()):.2g}")
+
+    # The same noise under other classes.
+    columns = [images, generator.decode(noise), generator.decode(again)]
+    titles = ["image", "its noise", "again"]
+    for label in edits:
+        latents = generator.sample_latents(noise, np.full_like(labels, label), request.sampler)
+        columns.append(generator.decode(latents))
+        titles.append(generator.class_names[label])
+
+    guidance = f", to other classes with {request.title}" if edits else ""
+    table = np.stack(columns, axis=1)
+    request.pictures.save_table("inversion.png", table, shorten_names(files), titles, f"{plain}{guidance}")
+    names = [str(file) for file in files]
+    request.pictures.save_arrays("noise.npz", noise=gather(noise), labels=labels, files=names)
+    if config.save_samples:
+        edited = np.stack(columns[3:], axis=1).reshape(-1, *images.shape[1:])
+        request.pictures.save_samples(config.save_samples, edited, np.tile(edits, len(images)))
+
+
+def inpaint(request: Request) -> None:
+    """Fills the hole of a mask in given images; all other pixels stay as they are."""
+    config = request.config
+    is_hole = read_mask(config.mask, request.generator.model.image_shape)
+    images, files, labels = _read_own_images(request, "inpaint")
+    filled = request.generator.inpaint(images, is_hole, labels, request.sampler, config.inpaint_repeats)
+    masked = np.where(is_hole[..., None], np.uint8(127), images)
+    table = np.stack([images, masked, filled], axis=1)
+    titles = ("image", "hole", "filled")
+    request.pictures.save_table("inpainting.png", table, shorten_names(files), titles, request.title)
+    if config.save_samples:
+        request.pictures.save_samples(config.save_samples, filled, labels)
+
+
+def _read_own_images(
+    request: Request, flag: str
+) -> tuple[UInt8[np.ndarray, "n h w c"], list[Path], Int[np.ndarray, " n"]]:
+    """Returns (images, their files, their labels) of the folder of --`flag`, --num_samples at most. Labels are those of
+    --classes, in turn, or those that `choose_labels` finds."""
+    config = request.config
+    model = request.generator.model
+    images, files = read_images(config[flag], model.image_shape, config.num_samples, flag)
+    if config.classes is not None:
+        return images, files, request.labels[: len(files)]
+    return images, files, choose_labels(config[flag], files, model, flag)
+
+
+def shorten_names(files: list[Path]) -> list[str]:
+    """Returns FOLDER/NAME of each file, as much as fits beside an image."""
+    return ["/".join(file.with_suffix("").parts[-2:])[-24:] for file in files]
+
+
+# --- The program ---
+
+MODES = {"interpolate": interpolate, "invert": invert, "inpaint": inpaint}
+
+
+def choose_mode(config: ConfigDict) -> str:
+    """Returns the one of --interpolate, --invert and --inpaint that is given. Raises UserError for none, for several,
+    and for a solver or a mask that it lacks."""
+    modes = [name for name in MODES if config[name] is not None]
+    if not modes:
+        raise UserError("--interpolate, --invert and --inpaint: give one of them; sample.py draws new images")
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]}: give one of them")
+    check_effects(RULES["edit"], config)
+    (mode,) = modes
+    if mode == "inpaint" and config.mask is None:
+        raise UserError(
+            "--inpaint: --mask is not given; name an image of the run's size, white where it is to be filled"
+        )
+    fitting = {
+        "interpolate": [name for name in SOLVERS if not SOLVERS[name].is_stochastic] + list(ADAPTIVE_SOLVERS),
+        "invert": [*ODE_SOLVERS, *ADAPTIVE_SOLVERS],
+        "inpaint": ODE_SOLVERS,
+    }[mode]
+    if config.solver not in fitting:
+        raise UserError(f"--solver={config.solver} cannot {mode}; use one of {', '.join(fitting)}")
+    return mode
+
+
+def main(config: ConfigDict) -> None:
+    mode = choose_mode(config)
+    check_request(config, FILES)
+    request = load_request(config)
+    if config.interpolate is not None:
+        if config.between == "classes" and request.classes and len(set(request.classes)) == 1:
+            raise UserError(f"--classes={config.classes}: --between=classes needs two classes; give another")
+        several = "s" * (config.num_samples > 1)
+        log(f"{config.num_samples:,} sample{several} of {config.load_dir}, {request.title}")
+    with drawing(request, FILES):
+        MODES[mode](request)
+
+
+if __name__ == "__main__":
+    program.run_program(define_flags, main)

@@ -1,0 +1,158 @@
+"""The parts that sample.py and edit.py share: flags, the run that they draw from, and the end of the program."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from jaxtyping import Int
+from ml_collections import ConfigDict
+
+from utils.base import checks
+from utils.base.console import configure_output, warn
+from utils.base.errors import UserError, WriteError
+from utils.base.memory import explaining_out_of_memory
+from utils.data.class_names import read_classes
+from utils.flags import reading
+from utils.flags.definitions import define_path, define_sampler_flags, define_vae_flag, define_wandb_flags
+from utils.flags.help import topic
+from utils.images.pictures import PictureFolder
+from utils.images.samples import check_sample_path
+from utils.networks.models import ImageModel
+from utils.runs.opening import load_generator, split_load_dir
+from utils.runs.trackers import Tracker
+from utils.sampling.generator import ImageGenerator
+from utils.sampling.solvers import SamplerConfig
+
+
+def define_drawing_flags(num_samples: str) -> None:
+    """Registers which run and which samples are drawn, and where they are written. `num_samples`: the flag's help."""
+    with topic("What is drawn"):
+        define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, in turn; or all.")
+        flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn without --classes.")
+        flags.DEFINE_integer("num_samples", 16, num_samples, 1, 10**7)
+        flags.DEFINE_integer("seed", 0, "Sample i depends on this, on i and on its class alone.")
+        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+    with topic("Output"):
+        define_path("out", None, "Folder for what is drawn; default: samples/ in the folder of the run.")
+        define_path("save_samples", None, "Also write each sample: .npz (arr_0 uint8 NHWC, arr_1 labels), or PNGs.")
+        flags.DEFINE_bool("quiet", False, "Paths of what is written and errors alone.")
+
+
+def define_generator_flags(wandb_name: str) -> None:
+    """Registers how samples are computed, and wandb's flags."""
+    define_sampler_flags(cfg_scale="4", denoise_timesteps="64")
+    with topic("Compute"):
+        flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
+        flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: 128 at most.")
+        define_vae_flag()
+    define_wandb_flags(name=wandb_name, mode="disabled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A command that draws, with everything loaded that it names."""
+
+    config: ConfigDict
+    generator: ImageGenerator
+    sampler: SamplerConfig
+    classes: list[int] | None  # those of --classes, in its order
+    labels: Int[np.ndarray, " num_samples"]  # of samples 0, 1, 2, ...
+    pictures: PictureFolder
+
+    @property
+    def title(self) -> str:
+        return f"{self.sampler}, seed {self.config.seed}"
+
+
+def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
+    """Raises UserError for a run that is not named and for places that cannot be written, before anything is loaded.
+    `names` are the files that may be written into --out."""
+    configure_output(is_apart=True, is_quiet=config.quiet)
+    if not config.load_dir:
+        raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
+    if config.batch_size is not None and config.batch_size < 1:
+        raise UserError(f"--batch_size={config.batch_size}: use 1 or more")
+    if config.out:
+        checks.check_writable(Path(config.out), "out", creates=False, names=names)
+    if config.save_samples:
+        check_sample_path(config.save_samples)
+
+
+def load_request(config: ConfigDict) -> Request:
+    """Restores the run and settles sampler and labels. Raises UserError for a run that cannot be loaded and for values
+    that do not suit it."""
+    generator = load_generator(
+        config.load_dir,
+        params=config.params,
+        seed=config.seed,
+        label_mode=config.labels,
+        dtype=config.dtype,
+        vae=config.vae,
+        needs_images=True,
+    )
+    sampler = read_sampler(config, generator.model)
+    classes = choose_classes(config.classes, generator.model)
+    if classes is None:
+        labels = generator.labels(range(config.num_samples))
+    else:
+        if len(classes) > config.num_samples:
+            warn(
+                f"--classes={config.classes} names {len(classes)} classes; only the first are drawn with "
+                f"--num_samples={config.num_samples}"
+            )
+        labels = np.resize(np.array(classes, np.int32), config.num_samples)
+    folder = Path(config.out or split_load_dir(config.load_dir)[0] / "samples")
+    return Request(config, generator, sampler, classes, labels, PictureFolder(folder))
+
+
+def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
+    """Returns the one sampler of the command line. Raises UserError if there are several, or the model takes none of
+    its settings."""
+    dropout = model.network.config.class_dropout_prob
+    samplers = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
+    if len(samplers) > 1:
+        raise UserError("--cfg_scale and --denoise_timesteps: give one of each; eval_fid.py compares several")
+    return samplers[0]
+
+
+def choose_classes(text: str | None, model: ImageModel, flag: str = "classes") -> list[int] | None:
+    """Returns the labels that a flag names by names or numbers of classes, in its order; None without it. 'all' stands
+    for the classes of which the run had images. Raises UserError for a word that is no class."""
+    names = model.class_names
+    if text is None:
+        return None
+    if text.strip() == "all" and "all" not in names:
+        return np.flatnonzero(model.drawn_classes).tolist()
+    try:
+        labels = read_classes(text, names)
+    except UserError as error:
+        raise UserError(f"--{flag}={text}: {error}") from None
+    if empty := [names[label] for label in dict.fromkeys(labels) if label in model.empty_classes]:
+        warn(f"--{flag}={text}: the run had no training images of {', '.join(empty[:5])}; expect noise")
+    return labels
+
+
+@contextlib.contextmanager
+def drawing(request: Request, names: tuple[str, ...]) -> Iterator[None]:
+    """Prints the paths of what the block has written, also if it fails on a full disk, and shows the files on wandb.
+
+    Before the block it creates the folder; UserError if files of these `names` cannot be written there.
+    """
+    config, pictures = request.config, request.pictures
+    checks.check_writable(pictures.folder, "out", names=names)
+    try:
+        with explaining_out_of_memory("sampling", "a smaller --batch_size"):
+            yield
+    except WriteError as error:
+        pictures.show_written()
+        finished = "the files above are" if pictures.written else "no file is"
+        raise WriteError(error.path, error.error, error.whole or f"{finished} whole") from error
+    if config.wandb.mode != "disabled":
+        tracker = Tracker(pictures.folder, config, 0)
+        tracker.log_image_files(pictures.written)
+        tracker.close()
+    pictures.show_written()
