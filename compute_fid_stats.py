@@ -23,9 +23,10 @@ from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_path
 from utils.flags.help import topic
 from utils.images.samples import Samples, open_samples
-from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor
+from utils.metrics.extractors import load_extractors
+from utils.metrics.inception import CONVENTIONS
 from utils.metrics.measure import measure_images, pad_and_shard
-from utils.metrics.reference import MAX_FEATURES, save_statistics, statistics_bytes
+from utils.metrics.reference import MAX_ROWS, save_statistics, statistics_bytes
 from utils.metrics.statistics import ImageStatistics
 
 
@@ -43,7 +44,7 @@ def define_flags() -> None:
     with topic("Statistics"):
         define_path("out", None, "The .npz to write.")
         flags.DEFINE_integer(
-            "num_features", 10_000, "Images whose features are kept, for KID, precision...", 0, MAX_FEATURES
+            "num_features", 10_000, "Images whose features are kept, for KID, precision...", 0, MAX_ROWS
         )
         flags.DEFINE_integer(
             "compact", 0, "1: no covariance where all features are kept; smaller, and for this suite alone.", 0, 1
@@ -84,7 +85,9 @@ def main(config: ConfigDict) -> None:
     batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
     checks.check_batch_memory(batch_size, tuple(shape))
     checks.check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
-    extractor = load_feature_extractor(config.inception_weights, config.convention, replicated(mesh))
+    extractors = load_extractors(
+        weights=config.inception_weights, convention=config.convention, sharding=replicated(mesh)
+    )
     statistics, label_counts = ImageStatistics(config.num_features), None
     if samples:
         batches = choose_images(samples, batch_size, num_images)
@@ -92,7 +95,7 @@ def main(config: ConfigDict) -> None:
         label_counts = np.zeros(dataset.num_classes, np.int64)
         batches = count_labels(choose_examples(dataset, batch_size, num_images), label_counts)
     batches = pad_and_shard(batches, batch_size, mesh)
-    measure_images(extractor, batches, statistics, num_images, flag="num_images")
+    measure_images(extractors, batches, statistics, num_images, flag="num_images")
     save_statistics(
         out,
         statistics,
@@ -101,7 +104,6 @@ def main(config: ConfigDict) -> None:
         split=split,
         image_shape=shape,
         label_counts=label_counts,
-        inception_sha256=INCEPTION_SHA256,
         is_compact=bool(config.compact),
         total_images=total,
     )

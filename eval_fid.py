@@ -50,17 +50,20 @@ from utils.images.samples import (
     holds_images,
     open_samples,
 )
-from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_feature_extractor, load_logits
-from utils.metrics.measure import Convention, find_convention, measure_images, pad_and_shard
+from utils.metrics.extractors import load_extractors
+from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, load_logits
+from utils.metrics.measure import measure_images, pad_and_shard
+from utils.metrics.metrics import caveats, compute_metrics, metric_columns
 from utils.metrics.reference import (
+    Convention,
     ReferenceStatistics,
+    find_convention,
     has_statistics,
     load_statistics,
     save_statistics,
     warn_of_other_shape,
 )
-from utils.metrics.registry import COLUMNS, caveats, compute_metrics
-from utils.metrics.statistics import MAX_SAMPLE_FEATURES, ImageStatistics
+from utils.metrics.statistics import MAX_SAMPLE_ROWS, ImageStatistics
 from utils.objectives.registry import make_objective
 from utils.runs.opening import load_model, open_checkpoint, restore_params
 from utils.runs.results import Results, check_json_path, plot_fid, to_markdown, write_csv, write_json_rows
@@ -192,10 +195,10 @@ class Scoring:
             self.convention = find_convention(stated, requested)
         else:  # both sides are measured here
             self.convention = Convention(requested or "adm", "flag" if requested else "default")
-        self.extractor = load_feature_extractor(
-            self.config.inception_weights, self.convention.name, replicated(self.mesh)
+        self.extractors = load_extractors(
+            weights=self.config.inception_weights, convention=self.convention.name, sharding=replicated(self.mesh)
         )
-        if images and (stated is None or stated.features is None):
+        if images and (stated is None or not stated.has_rows):
             self.reference = self.measure_reference(path, images, stated)
         else:
             assert stated is not None
@@ -205,7 +208,7 @@ class Scoring:
         self, samples: Samples, statistics: ImageStatistics, title: str, flag: str | None = None
     ) -> None:
         batches = pad_and_shard(samples.read(self.batch_size), self.batch_size, self.mesh)
-        measure_images(self.extractor, batches, statistics, samples.num_samples, title, flag=flag)
+        measure_images(self.extractors, batches, statistics, samples.num_samples, title, flag=flag)
 
     def measure_reference(self, path: Path, images: Samples, stated: ReferenceStatistics | None) -> ReferenceStatistics:
         """The statistics `stated` in the file of the images with the images' features, or all of the images' own. What
@@ -218,7 +221,7 @@ class Scoring:
             measured = self._measure_images(path, images, measured_path)
         if stated is None:
             return dataclasses.replace(measured, sha256=sha256, path=path)
-        return dataclasses.replace(stated, features=measured.features)
+        return stated.with_rows(measured)
 
     def _measure_images(self, path: Path, images: Samples, measured_path: Path) -> ReferenceStatistics:
         statistics = ImageStatistics()
@@ -260,7 +263,7 @@ class Scoring:
             figure.savefig(temporary, format="png")
 
     def new_statistics(self) -> ImageStatistics:
-        return ImageStatistics(0 if self.reference.features is None else MAX_SAMPLE_FEATURES, self.logits)
+        return ImageStatistics(MAX_SAMPLE_ROWS if self.reference.has_rows else 0, self.logits)
 
 
 class RunEvaluation(Scoring):
@@ -350,7 +353,7 @@ class RunEvaluation(Scoring):
                         writer.write(images, labels)
 
             measure_images(
-                self.extractor, batches, statistics, config.num_samples, str(sampler), collect, "num_samples"
+                self.extractors, batches, statistics, config.num_samples, str(sampler), collect, "num_samples"
             )
         images, labels = (np.concatenate(parts) for parts in zip(*grid_images, strict=True))
         title = f"{sampler}, checkpoint of step {self.step}"
@@ -425,7 +428,7 @@ def evaluate_run(config: ConfigDict) -> None:
                 results.add(settings, metrics)
         rows.append(row)
         if tracker:
-            scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in COLUMNS if key in row}
+            scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in metric_columns() if key in row}
             tracker.log(scores | {"num_steps": row["num_steps"] or row["nfe"]}, number)
         if run.failure:
             break  # the others would be lost as well

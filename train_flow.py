@@ -64,10 +64,11 @@ from utils.flags.definitions import (
     define_wandb_flags,
 )
 from utils.flags.help import topic
-from utils.metrics.inception import CONVENTIONS, load_feature_extractor
-from utils.metrics.measure import find_convention, measure_images
-from utils.metrics.reference import load_statistics, warn_of_other_shape
-from utils.metrics.registry import compute_fid
+from utils.metrics.extractors import load_extractors
+from utils.metrics.inception import CONVENTIONS
+from utils.metrics.measure import measure_images
+from utils.metrics.metrics import compute_fid
+from utils.metrics.reference import find_convention, load_statistics, warn_of_other_shape
 from utils.metrics.statistics import ImageStatistics
 from utils.networks.ema import EmaSchedule
 from utils.networks.lora import add_lora
@@ -291,7 +292,9 @@ class Trainer:
         if self.reference is not None:
             convention = find_convention(self.reference, config.convention).name
             warn_of_other_shape(self.reference, self.datasets["train"].image_shape)
-            self.extractor = load_feature_extractor(config.inception_weights, convention, replicated(self.mesh))
+            self.extractors = load_extractors(
+                weights=config.inception_weights, convention=convention, sharding=replicated(self.mesh)
+            )
             if not config.eval_interval:
                 reading.refuse_ignored(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation")
 
@@ -531,8 +534,8 @@ class Trainer:
         needed = -(-config.fid_samples // self.mesh.size) * self.mesh.size
         samples = generator.generate(sampler, config.fid_samples, min(config.batch_size, needed))
         statistics = ImageStatistics()
-        measure_images(self.extractor, samples, statistics)
-        return compute_fid(statistics, self.reference)["fid"]
+        measure_images(self.extractors, samples, statistics)
+        return compute_fid(statistics, self.reference)
 
 
 def refuse_ignored(config: ConfigDict) -> None:

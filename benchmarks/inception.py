@@ -25,7 +25,7 @@ from utils.metrics import inception
 
 REFERENCE, BFLOAT16, CONSTANTS, TORCH = "ours", "ours: bfloat16", "ours: weights as constants", "PyTorch"
 
-Extract = Callable[[UInt8[Array, "n h w 3"]], inception.Features]
+Extract = Callable[[UInt8[Array, "n h w 3"]], dict[str, Array]]
 
 
 def define_flags() -> None:
@@ -76,13 +76,13 @@ def torch_work(path: Path, images: np.ndarray) -> common.Work:
 
 def main(config: ConfigDict) -> None:
     path = inception.inception_weights_path(config.inception_weights)
-    ours = inception.load_feature_extractor(path)
+    ours = inception.load_inception(path)
     shape = (config.batch, config.image_size, config.image_size, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     on_device = jax.device_put(images)
 
     def work_of(extract: Extract) -> common.Work:
-        return lambda: extract(on_device).pool
+        return lambda: extract(on_device)["pool"]
 
     makers = {
         REFERENCE: lambda: work_of(ours),
@@ -94,7 +94,7 @@ def main(config: ConfigDict) -> None:
     works = {name: makers[name]() for name in common.choose(makers, config.rows)}
     seconds = common.measure_interleaved(works, config.rounds, config.repeats)
 
-    reference = np.asarray(ours(on_device).pool)
+    reference = np.asarray(ours(on_device)["pool"])
     slowest, rows = max(seconds.values()), []
     for name, work in works.items():
         difference = None

@@ -39,7 +39,7 @@ test_train_flow.py::test_pictures_and_fid_are_of_the_ema_and_losses_of_the_param
   train_flow.py: from sample_panels(model, state.ema_params -> from sample_panels(model, state.params
   train_flow.py: reconstruction_panel(model, state.ema_params -> reconstruction_panel(model, state.params
   train_flow.py: generate(sampler, config.fid_samples -> generate(sampler, 10_000
-  train_flow.py: (config.inception_weights, convention -> (None, convention
+  train_flow.py: weights=config.inception_weights, convention -> weights=None, convention
   train_flow.py: find_convention(self.reference, config.convention) -> find_convention(self.reference, "adm")
 test_train_flow.py::test_weight_decay_reaches_the_optimizer
   train_flow.py: weight_decay=config.weight_decay, ->

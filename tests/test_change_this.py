@@ -18,8 +18,9 @@ from tests.conftest import ROOT
 from utils.base.errors import UserError
 from utils.data.batches import training_batches
 from utils.data.loaders import LOADERS, load_dataset
-from utils.metrics import registry
-from utils.metrics.reference import ReferenceStatistics
+from utils.metrics.extractors import POOL
+from utils.metrics.metrics import METRICS, compute_metrics, metric_columns
+from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.registry import OBJECTIVES
@@ -39,9 +40,9 @@ def run(monkeypatch, tmp_path):
     images = rng.integers(0, 100, (100, 8, 8, 1)) + 150 * labels[:, None, None, None]  # cats dark, dogs bright
     np.savez(tmp_path / "mine.npz", images=images.astype(np.uint8), labels=labels)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "METRICS", registry.METRICS)
-    registries = (LOADERS, NETWORKS, OBJECTIVES, registry.COLUMNS)
+    registries = (LOADERS, NETWORKS, OBJECTIVES)
     before = [dict(entries) for entries in registries]
+    metrics = list(METRICS)
 
     def run_blocks(*names: str) -> dict:
         namespace: dict = {"__name__": "page"}
@@ -53,6 +54,7 @@ def run(monkeypatch, tmp_path):
     for entries, old in zip(registries, before, strict=True):
         entries.clear()
         entries.update(old)
+    METRICS[:] = metrics
 
 
 def test_every_block_has_a_test():
@@ -114,12 +116,12 @@ def test_the_loss_is_quadratic_for_small_errors_and_linear_for_large_ones(run):
 def test_a_metric_is_a_result_and_a_column(run):
     run("metric")
     samples, features = ImageStatistics(0), np.random.default_rng(0).normal(size=(50, 3))
-    samples.update(features + np.array([3, 0, 4]), features)
-    reference = ReferenceStatistics(features.mean(0), np.cov(features, rowvar=False), "", Path("mine_stats.npz"))
-    results = registry.compute_metrics(samples, reference)
+    samples.update({"pool": features + np.array([3, 0, 4])})
+    moments = FeatureReference(features.mean(0), np.cov(features, rowvar=False))
+    results = compute_metrics(samples, ReferenceStatistics({POOL: moments}, "", Path("mine_stats.npz")))
     assert results["mean_distance"] == pytest.approx(5)
     assert results["fid"] == pytest.approx(25)
-    assert registry.COLUMNS["mean_distance"] == "mean distance"
+    assert metric_columns()["mean_distance"] == "mean distance"
 
 
 def test_commands_are_understood(run, read_flags):

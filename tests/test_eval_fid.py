@@ -8,7 +8,8 @@ import pytest
 
 import eval_fid
 from tests.test_generate import run  # noqa: F401 (fixture)
-from utils.metrics.reference import ReferenceStatistics
+from utils.metrics.extractors import POOL
+from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.runs.opening import load_generator
 from utils.runs.results import Results
 from utils.sampling.generator import hash_params
@@ -21,17 +22,18 @@ def evaluate(run, read_flags, tmp_path, monkeypatch):  # noqa: F811
     """evaluate('--flag value ...') -> rows of fid.json; evaluate.loaded is what was asked of Inception."""
     loaded = []
 
-    def load_extractor(weights, convention, sharding):
+    def load_extractors(weights, convention, sharding):
         loaded.append((weights, convention))
 
     def load_statistics(path):
-        return ReferenceStatistics(np.zeros(2), np.eye(2), f"hash of {path}", path, label_counts=COUNTS)
+        moments = {POOL: FeatureReference(np.zeros(2), np.eye(2))}
+        return ReferenceStatistics(moments, f"hash of {path}", path, label_counts=COUNTS)
 
     def load_logits(path):
         loaded.append(path)
         return np.zeros((2048, 1008), np.float32)
 
-    monkeypatch.setattr(eval_fid, "load_feature_extractor", load_extractor)
+    monkeypatch.setattr(eval_fid, "load_extractors", load_extractors)
     monkeypatch.setattr(eval_fid, "load_statistics", load_statistics)
     monkeypatch.setattr(eval_fid, "load_logits", load_logits)
     monkeypatch.setattr(eval_fid.RunEvaluation, "evaluate", lambda self, sampler: {"fid": 1.0})

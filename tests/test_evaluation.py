@@ -14,7 +14,7 @@ from utils.base.sharding import make_mesh
 from utils.codecs.pixels import PixelCodec
 from utils.images.pixels import ImageBatch
 from utils.metrics import measure
-from utils.metrics.inception import Features
+from utils.metrics.extractors import POOL, SPATIAL
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.statistics import ImageStatistics
 from utils.networks.models import init_params, make_model
@@ -101,19 +101,19 @@ def test_grey_images_are_three_equal_channels_and_padding_does_not_count(model):
     def extractor(images):
         seen.append(np.asarray(images))
         means = jnp.ones((len(images), 1)) * images.astype(jnp.float32).mean((1, 2))
-        return Features(means, 2 * means[:, :2])
+        return {"pool": means, "spatial": 2 * means[:, :2]}
 
     images = np.random.default_rng(0).integers(0, 256, (13, 8, 8, 1), np.uint8)
     batches = pad_and_shard([images[:8], images[8:]], 8, model.mesh)
     statistics = ImageStatistics()
     measured = []
-    measure_images(extractor, batches, statistics, on_batch=measured.append)
+    measure_images({"inception": extractor}, batches, statistics, on_batch=measured.append)
     assert [batch.count for batch in measured] == [8, 5]
     assert [rows.shape for rows in seen] == [(8, 8, 8, 3)] * 2
     assert all((rows == rows[..., :1]).all() for rows in seen)
     expected = images.mean((1, 2)).repeat(3, axis=1)
-    np.testing.assert_allclose(statistics.features, expected, rtol=1e-5)
-    np.testing.assert_allclose(statistics.spatial.mu, 2 * expected.mean(axis=0)[:2], rtol=1e-6)
+    np.testing.assert_allclose(statistics[POOL].rows, expected, rtol=1e-5)
+    np.testing.assert_allclose(statistics[SPATIAL].mu, 2 * expected.mean(axis=0)[:2], rtol=1e-6)
     assert statistics.num_samples == 13
 
 
@@ -122,8 +122,7 @@ def test_the_devices_have_the_next_batch_while_the_host_waits(monkeypatch):
     events = []
 
     def fetch(number):
-        if number is not None:
-            events.append(f"fetch {number}")
+        events.append(f"fetch {number}")
         return np.zeros((2, 3), np.float32)
 
     def make():
@@ -134,10 +133,10 @@ def test_the_devices_have_the_next_batch_while_the_host_waits(monkeypatch):
     def extractor(images):
         number = sum(event.startswith("extract") for event in events)
         events.append(f"extract {number}")
-        return Features(number, None)
+        return {"pool": number}
 
     monkeypatch.setattr(measure, "gather", fetch)
-    measure_images(extractor, make(), ImageStatistics())
+    measure_images({"inception": extractor}, make(), ImageStatistics())
     assert events == [
         "make 0", "extract 0", "make 1", "extract 1", "fetch 0", "make 2", "extract 2", "fetch 1", "fetch 2",
     ]  # fmt: skip
@@ -185,10 +184,10 @@ def test_hours_are_announced_after_the_first_batches(per_batch, total, flag, exp
 
     def extractor(images):
         clock.append(clock[-1] + per_batch + 1e5 * (len(clock) == 1))  # the first compiles for a day
-        return Features(np.zeros((8, 3), np.float32), np.zeros((8, 2), np.float32))
+        return {"pool": np.zeros((8, 3), np.float32)}
 
     batches = (ImageBatch(jnp.zeros((8, 4, 4, 3), jnp.uint8), None, 8) for _ in range(6))
-    measure_images(extractor, batches, ImageStatistics(), total, flag=flag)
+    measure_images({"inception": extractor}, batches, ImageStatistics(), total, flag=flag)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about")]
     assert said == ([] if expected is None else [expected])
 

@@ -303,7 +303,7 @@ read = {
     "checkpoint": lambda path: sources.read_source(str(path)),
     "json": read_json,
     "dataset": lambda path: array_file.load_array_file(f"npz:{path}", "train", DataOptions()),
-    "weights": inception.load_feature_extractor,
+    "weights": inception.load_inception,
     "features": lambda path: tfds_files.check_features("--dataset_name=x", epath.Path(path)),
 }
 for path in sorted(folder.iterdir()):

@@ -11,15 +11,18 @@ import scipy.stats
 
 import compute_fid_stats
 from utils.base.errors import UserError
-from utils.metrics.fid import frechet_distance
-from utils.metrics.inception import Features
-from utils.metrics.inception_score import InceptionScore
-from utils.metrics.kid import kid
-from utils.metrics.measure import find_convention
-from utils.metrics.mind import mind
-from utils.metrics.prdc import prdc
-from utils.metrics.reference import ReferenceStatistics, load_statistics, save_statistics, warn_of_other_shape
-from utils.metrics.registry import caveats, compute_metrics
+from utils.metrics.extractors import POOL, SPATIAL
+from utils.metrics.inception import INCEPTION_SHA256
+from utils.metrics.metrics import caveats, compute_metrics
+from utils.metrics.reference import (
+    FeatureReference,
+    ReferenceStatistics,
+    find_convention,
+    load_statistics,
+    save_statistics,
+    warn_of_other_shape,
+)
+from utils.metrics.scores import InceptionScore, frechet_distance, kid, mind, prdc
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 
 
@@ -193,13 +196,13 @@ def test_too_few_samples_are_refused():
         _ = statistics.sigma
 
 
-def images_of(features: np.ndarray, spatial: np.ndarray | None = None, max_features: int = 0) -> ImageStatistics:
+def images_of(features: np.ndarray, spatial: np.ndarray | None = None, max_rows: int = 0) -> ImageStatistics:
     """Statistics of images with those features, seen in two batches."""
-    statistics = ImageStatistics(max_features)
-    spatial = np.zeros((len(features), 0)) if spatial is None else spatial
+    statistics = ImageStatistics(max_rows)
+    arrays = {"pool": features} | ({} if spatial is None else {"spatial": spatial})
     half = len(features) // 2
     for rows in (slice(half), slice(half, None)):
-        statistics.update(features[rows], spatial[rows])
+        statistics.update({name: array[rows] for name, array in arrays.items()})
     return statistics
 
 
@@ -207,37 +210,37 @@ def images_of(features: np.ndarray, spatial: np.ndarray | None = None, max_featu
 def test_saved_statistics_load_back(rng, tmp_path, num_samples):
     features = rng.normal(size=(num_samples, 20)) @ random_covariance(20, rng)
     spatial, counts, path = rng.normal(size=(num_samples, 6)), np.array([3, 0, 7]), tmp_path / "new" / "stats"
-    statistics = images_of(features, spatial, max_features=10)
-    metadata = {"convention": "adm", "dataset": "digits", "split": "train", "inception_sha256": "7ff4"}
+    statistics = images_of(features, spatial, max_rows=10)
+    metadata = {"convention": "adm", "dataset": "digits", "split": "train"}
     save_statistics(path, statistics, **metadata, label_counts=counts)
-    loaded = load_statistics(path, num_features=20)
-    for mu, sigma, rows in ((loaded.mu, loaded.sigma, features), (loaded.spatial_mu, loaded.spatial_sigma, spatial)):
-        np.testing.assert_allclose(mu, rows.mean(axis=0), atol=1e-12)
-        np.testing.assert_allclose(sigma, np.cov(rows, rowvar=False), rtol=1e-6, atol=1e-12)
-    np.testing.assert_allclose(loaded.features, features[:10], rtol=1e-6)
+    loaded = load_statistics(path, {POOL: 20, SPATIAL: 6})
+    for key, rows in ((POOL, features), (SPATIAL, spatial)):
+        np.testing.assert_allclose(loaded[key].mu, rows.mean(axis=0), atol=1e-12)
+        np.testing.assert_allclose(loaded[key].sigma, np.cov(rows, rowvar=False), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(loaded[POOL].rows, features[:10], rtol=1e-6)
     np.testing.assert_array_equal(loaded.label_counts, counts)
     assert (loaded.num_images, loaded.convention, loaded.dataset) == (num_samples, "adm", "digits")
     assert (loaded.path, len(loaded.sha256)) == (path, 64)
     with np.load(path) as archive:
-        assert (archive["split"], archive["inception_sha256"]) == ("train", "7ff4")
+        assert (archive["split"], archive["inception_sha256"]) == ("train", INCEPTION_SHA256)
     assert list(path.parent.iterdir()) == [path]  # nothing half-written is left beside it
 
 
 def test_compact_statistics_are_those_of_the_features(rng, tmp_path):
     features = rng.normal(size=(30, 20)).astype(np.float32)
-    statistics, path = images_of(features, max_features=30), tmp_path / "stats.npz"
+    statistics, path = images_of(features, max_rows=30), tmp_path / "stats.npz"
     save_statistics(path, statistics, convention="adm", dataset="x", is_compact=True)
     with np.load(path) as archive:
         content = dict(archive)
     assert not {"mu", "sigma"} & set(content)
-    loaded = load_statistics(path, num_features=20)
-    np.testing.assert_allclose(loaded.mu, statistics.pool.mu, rtol=1e-12)
-    np.testing.assert_allclose(loaded.sigma, statistics.pool.sigma, rtol=1e-9, atol=1e-12)
+    loaded = load_statistics(path, {POOL: 20})
+    np.testing.assert_allclose(loaded[POOL].mu, statistics[POOL].mu, rtol=1e-12)
+    np.testing.assert_allclose(loaded[POOL].sigma, statistics[POOL].sigma, rtol=1e-9, atol=1e-12)
     np.savez(path, **content | {"num_images": 31})  # of which one is not there
     with pytest.raises(UserError, match="holds no `mu` and `sigma`"):
-        load_statistics(path, num_features=20)
-    save_statistics(path, images_of(features, max_features=10), convention="adm", dataset="x", is_compact=True)
-    np.testing.assert_allclose(load_statistics(path, num_features=20).mu, statistics.pool.mu, rtol=1e-12)
+        load_statistics(path, {POOL: 20})
+    save_statistics(path, images_of(features, max_rows=10), convention="adm", dataset="x", is_compact=True)
+    np.testing.assert_allclose(load_statistics(path, {POOL: 20})[POOL].mu, statistics[POOL].mu, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("num_samples", "cost"), [(30, 1e-3), (60, 1e-3), (120, 1e-6), (1000, 1e-6)])
@@ -246,8 +249,8 @@ def test_storing_statistics_costs_next_to_nothing(rng, tmp_path, num_samples, co
     scale = scipy.linalg.sqrtm(random_covariance(100, rng)).real
     reference, samples = (images_of(rng.normal(size=(n, 100)) @ scale) for n in (num_samples, 500))
     save_statistics(tmp_path / "stats.npz", reference, convention="adm", dataset="digits")
-    reference, samples = reference.pool, samples.pool
-    loaded = load_statistics(tmp_path / "stats.npz", num_features=100)
+    reference, samples = reference[POOL], samples[POOL]
+    loaded = load_statistics(tmp_path / "stats.npz", {POOL: 100})[POOL]
     exact = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
     assert frechet_distance(samples.mu, samples.sigma, loaded.mu, loaded.sigma) == pytest.approx(exact, rel=cost)
 
@@ -259,9 +262,9 @@ def write_arrays(path: Path, **arrays) -> Path:
 
 def test_statistics_of_other_tools_need_only_mu_and_sigma(tmp_path):
     path = write_arrays(tmp_path / "stats.npz", mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32))
-    loaded = load_statistics(path, num_features=3)
+    loaded = load_statistics(path, {POOL: 3})
     assert (loaded.num_images, loaded.convention, loaded.dataset) == (None, None, None)
-    assert loaded.mu.dtype == loaded.sigma.dtype == np.float64
+    assert loaded[POOL].mu.dtype == loaded[POOL].sigma.dtype == np.float64
 
 
 def test_statistics_that_do_not_fit_are_refused_in_one_line(tmp_path):
@@ -288,7 +291,7 @@ def test_statistics_that_do_not_fit_are_refused_in_one_line(tmp_path):
     cases += [("not a whole npz", path) for path in (strings, tmp_path / "array.npy", *map(tmp_path.joinpath, broken))]
     for message, path in cases:
         with pytest.raises(UserError, match=message) as raised:
-            load_statistics(path, num_features=3)
+            load_statistics(path, {POOL: 3})
         assert f"--fid_stats={path}" in str(raised.value)
         assert "compute_fid_stats.py --" in str(raised.value)
         assert "\n" not in str(raised.value)
@@ -298,12 +301,12 @@ def test_what_would_fail_after_sampling_is_refused_on_loading(rng, tmp_path):
     features = rng.normal(size=(20, 30))
     mu, sigma = features.mean(axis=0), np.cov(features, rowvar=False)
     good = {"mu": mu, "sigma": sigma}
-    load_statistics(write_arrays(tmp_path / "good.npz", **good), num_features=30)
+    load_statistics(write_arrays(tmp_path / "good.npz", **good), {POOL: 30})
     cases = {
         "`sigma`: the covariance is not symmetric": {"sigma": np.triu(sigma)},
         "`sigma`: .* negative eigenvalue .*float32 at least": {"sigma": sigma.astype(np.float16)},
         "negative eigenvalue": {"sigma": sigma - 2 * np.eye(30)},
-        "`sigma_s`: .*must have shapes": {"mu_s": np.zeros(4), "sigma_s": np.eye(5)},
+        r"`sigma_s` has the shape \(5, 5\), not \(4, 4\)": {"mu_s": np.zeros(4), "sigma_s": np.eye(5)},
         "`sigma_s`: the covariance is not symmetric": {"mu_s": np.zeros(4), "sigma_s": np.triu(np.ones((4, 4)))},
         r"`features` has the shape \(20, 29\)": {"features": features[:, 1:]},
         r"`features` has the shape \(30,\)": {"features": features[0]},
@@ -313,34 +316,34 @@ def test_what_would_fail_after_sampling_is_refused_on_loading(rng, tmp_path):
     for message, arrays in cases.items():
         path = write_arrays(tmp_path / "bad.npz", **{**good, **arrays})
         with pytest.raises(UserError, match=f"--fid_stats={path}: .*{message}.*compute_fid_stats.py") as error:
-            load_statistics(path, num_features=30)
+            load_statistics(path, {POOL: 30, SPATIAL: 4})
         assert "\n" not in str(error.value)
 
 
 def test_adms_files_bring_spatial_statistics(tmp_path):
     arrays = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.ones(2), "sigma_s": np.eye(2) * 2}
     path = write_arrays(tmp_path / "VIRTUAL.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), **arrays)
-    loaded = load_statistics(path, num_features=3)
-    np.testing.assert_array_equal(loaded.spatial_mu, np.ones(2))
-    np.testing.assert_array_equal(loaded.spatial_sigma, np.eye(2) * 2)
-    assert loaded.features is None
+    loaded = load_statistics(path, {POOL: 3, SPATIAL: 2})
+    np.testing.assert_array_equal(loaded[SPATIAL].mu, np.ones(2))
+    np.testing.assert_array_equal(loaded[SPATIAL].sigma, np.eye(2) * 2)
+    assert loaded[POOL].rows is None
     images = write_arrays(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     with pytest.raises(UserError, match=r"holds no `mu` and `sigma`; .*compute_fid_stats.py --images"):
-        load_statistics(images, num_features=3)
+        load_statistics(images, {POOL: 3})
 
 
 def test_edm2s_pickles_load_and_no_other_does(tmp_path):
     sets = {"fid": {"mu": np.arange(3.0), "sigma": np.eye(3)}, "fd_dinov2": {"mu": np.zeros(9), "sigma": np.eye(9)}}
     path = tmp_path / "img512.pkl"
     path.write_bytes(pickle.dumps(sets))
-    loaded = load_statistics(path, num_features=3)
-    np.testing.assert_array_equal(loaded.mu, np.arange(3.0))
-    np.testing.assert_array_equal(loaded.sigma, np.eye(3))
+    loaded = load_statistics(path, {POOL: 3})
+    np.testing.assert_array_equal(loaded[POOL].mu, np.arange(3.0))
+    np.testing.assert_array_equal(loaded[POOL].sigma, np.eye(3))
     assert len(loaded.sha256) == 64
     for content in (pickle.dumps({"dino": sets["fid"]}), pickle.dumps(sets)[:99]):
         path.write_bytes(content)
         with pytest.raises(UserError, match="--fid_stats"):
-            load_statistics(path, num_features=3)
+            load_statistics(path, {POOL: 3})
     ran = tmp_path / "ran"
 
     class Code:
@@ -349,7 +352,7 @@ def test_edm2s_pickles_load_and_no_other_does(tmp_path):
 
     path.write_bytes(pickle.dumps({"fid": Code()}))
     with pytest.raises(UserError, match="not a whole npz") as raised:
-        load_statistics(path, num_features=3)
+        load_statistics(path, {POOL: 3})
     assert "which no array needs" in str(raised.value.__cause__)
     assert not ran.exists()
 
@@ -357,11 +360,11 @@ def test_edm2s_pickles_load_and_no_other_does(tmp_path):
 def test_every_metric_that_the_reference_allows(rng, tmp_path):
     real, fake = rng.normal(size=(40, 4)), rng.normal(0.3, 1, size=(50, 4))
     real_s, fake_s = rng.normal(size=(40, 2)), rng.normal(0.5, 1, size=(50, 2))
-    samples = images_of(fake, fake_s, max_features=30)
+    samples = images_of(fake, fake_s, max_rows=30)
     save_statistics(tmp_path / "all", images_of(real, real_s, 100), convention="adm", dataset="x")
     write_arrays(tmp_path / "few.npz", mu=real.mean(axis=0), sigma=np.cov(real, rowvar=False))
-    metrics = compute_metrics(samples, load_statistics(tmp_path / "all", num_features=4))
-    few = compute_metrics(samples, load_statistics(tmp_path / "few.npz", num_features=4))
+    metrics = compute_metrics(samples, load_statistics(tmp_path / "all", {POOL: 4, SPATIAL: 2}))
+    few = compute_metrics(samples, load_statistics(tmp_path / "few.npz", {POOL: 4}))
     assert list(few) == ["fid"]
 
     def distance(x, y):
@@ -373,7 +376,9 @@ def test_every_metric_that_the_reference_allows(rng, tmp_path):
     expected |= prdc(real, fake[:30])
     assert metrics == pytest.approx(expected, rel=1e-5)
     assert few["fid"] == pytest.approx(expected["fid"], rel=1e-9)
-    five = compute_metrics(images_of(fake[:5], fake_s[:5], 30), load_statistics(tmp_path / "all", num_features=4))
+    five = compute_metrics(
+        images_of(fake[:5], fake_s[:5], 30), load_statistics(tmp_path / "all", {POOL: 4, SPATIAL: 2})
+    )
     # No image has five others as its neighbours.
     assert list(five) == ["fid", "sfid", "kid", "kid_error", "mind", "mind_error"]
 
@@ -381,20 +386,20 @@ def test_every_metric_that_the_reference_allows(rng, tmp_path):
 def test_each_metric_of_few_samples_has_its_caveat(tmp_path, rng):
     features = rng.normal(size=(40, 4))
     save_statistics(tmp_path / "all", images_of(features, features[:, :2], 100), convention="adm", dataset="x")
-    reference = load_statistics(tmp_path / "all", num_features=4)
+    reference = load_statistics(tmp_path / "all", {POOL: 4, SPATIAL: 2})
     found = "; ".join(caveats(3, reference, has_logits=True))
     assert "FID: 3 samples are fewer than the 4 features" in found
     assert "sFID" not in found  # it has two
     assert "precision, recall, density and coverage: of 3 samples and 40 images" in found
     assert "KID: 3 samples and 40 images are few" in found
     assert "Inception Score: it grows with the number of samples" in found
-    bare = dataclasses.replace(reference, features=None)
-    assert caveats(5000, bare, has_logits=True) == []
+    bare = dataclasses.replace(reference[POOL], rows=None)
+    assert caveats(5000, dataclasses.replace(reference, by_feature={POOL: bare}), has_logits=True) == []
 
 
 def test_a_convention_is_known_or_asked_for(tmp_path, rng):
     write_arrays(tmp_path / "bare.npz", mu=np.zeros(4), sigma=np.eye(4))
-    bare = load_statistics(tmp_path / "bare.npz", num_features=4)
+    bare = load_statistics(tmp_path / "bare.npz", {POOL: 4})
     with pytest.raises(UserError, match=r"--fid_stats=.*bare.npz does not record .* --convention pytorch_fid"):
         find_convention(bare, None)
     assert find_convention(bare, "pytorch_fid") == ("pytorch_fid", "flag")
@@ -413,7 +418,7 @@ def test_samples_of_another_size_than_the_reference_are_reported(tmp_path, rng, 
     features = rng.normal(size=(10, 4))
     statistics = images_of(features, features[:, :2], 0)
     save_statistics(tmp_path / "s.npz", statistics, convention="adm", dataset="x", image_shape=(64, 64, 3))
-    reference = load_statistics(tmp_path / "s.npz", num_features=4)
+    reference = load_statistics(tmp_path / "s.npz", {POOL: 4})
     warn_of_other_shape(reference, [64, 64, 3])
     assert capsys.readouterr().err == ""
     warn_of_other_shape(reference, (32, 32, 3))
@@ -424,19 +429,20 @@ def test_the_inception_score_needs_logits(rng):
     logits = rng.normal(size=(4, 6))
     statistics = ImageStatistics(0, logits)
     features = rng.normal(size=(20, 4))
-    statistics.update(features, np.zeros((20, 0)))
+    statistics.update({"pool": features})
     exponentials = np.exp(features @ logits)
     score = InceptionScore()
     score.update(exponentials / exponentials.sum(axis=1, keepdims=True))
-    reference = ReferenceStatistics(np.zeros(4), np.eye(4), "", Path("x"))
+    reference = ReferenceStatistics({POOL: FeatureReference(np.zeros(4), np.eye(4))}, "", Path("x"))
     metrics = compute_metrics(statistics, reference)
     assert (metrics["inception_score"], metrics["inception_score_std"]) == pytest.approx(score.mean_and_std)
 
 
 def test_published_statistics_load_and_make_gaussians(shared):
     loaded = load_statistics(shared / "data" / "cifar10_train_stats_pytorch_fid.npz")
-    assert (loaded.mu.shape, loaded.sigma.shape, loaded.convention) == ((2048,), (2048, 2048), None)
-    mu, sigma = loaded.mu[:200], loaded.sigma[:200, :200]  # of some of the features: all would take half a minute
+    mu, sigma = loaded[POOL].mu, loaded[POOL].sigma
+    assert (mu.shape, sigma.shape, loaded.convention) == ((2048,), (2048, 2048), None)
+    mu, sigma = mu[:200], sigma[:200, :200]  # of some of the features: all would take half a minute
     assert frechet_distance(mu, sigma, mu + 0.1, sigma) == pytest.approx(200 * 0.1**2, rel=1e-6)
     assert frechet_distance(mu, sigma, mu, 4 * sigma) == pytest.approx(np.trace(sigma), rel=1e-6)
 
@@ -555,9 +561,9 @@ def marked_images(tmp_path, monkeypatch):
 
     def extract(batch):
         pool = np.asarray(batch)[:, 0, 0].astype(np.float32)
-        return Features(pool, pool[:, :2])
+        return {"pool": pool, "spatial": pool[:, :2]}
 
-    monkeypatch.setattr(compute_fid_stats, "load_feature_extractor", lambda *_: extract)
+    monkeypatch.setattr(compute_fid_stats, "load_extractors", lambda **_: {"inception": extract})
     return tmp_path / "marked.npz"
 
 
@@ -586,8 +592,14 @@ def test_fewer_images_are_drawn_at_random_from_all_classes(marked_images, read_f
 
 
 def test_statistics_are_of_the_split_and_hold_what_the_flags_say(marked_images, read_flags, tmp_path, monkeypatch):
-    asked, extract = [], compute_fid_stats.load_feature_extractor()
-    monkeypatch.setattr(compute_fid_stats, "load_feature_extractor", lambda *of: asked.append(of[:2]) or extract)
+    asked = []
+    extractors = compute_fid_stats.load_extractors()
+
+    def load_extractors(weights, convention, sharding):
+        asked.append((weights, convention))
+        return extractors
+
+    monkeypatch.setattr(compute_fid_stats, "load_extractors", load_extractors)
     with np.load(marked_images) as file:
         images, labels = file["images"], file["labels"]
     validation = {"validation_images": images[:30] + np.uint8(100), "validation_labels": labels[:30]}

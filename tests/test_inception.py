@@ -19,8 +19,9 @@ from safetensors.numpy import save_file
 from tests.conftest import GOLDEN, ROOT
 from utils.base.errors import UserError
 from utils.metrics import inception
-from utils.metrics.fid import frechet_distance
+from utils.metrics.extractors import POOL
 from utils.metrics.reference import load_statistics
+from utils.metrics.scores import frechet_distance
 from utils.metrics.statistics import FeatureStatistics
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -33,7 +34,7 @@ def golden() -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", params=inception.CONVENTIONS)
 def extractor(request, weights):
-    return request.param, inception.load_feature_extractor(weights, request.param)
+    return request.param, inception.load_inception(weights, request.param)
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -45,14 +46,15 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
 def test_features_equal_the_published_networks(extractor, golden, size):
     convention, extract = extractor
     images, expected = golden[f"images_{size}"], golden[f"features_{size}_{convention}"]
-    features, spatial = extract(images)
+    found = extract(images)
+    features, spatial = found["pool"], found["spatial"]
     assert isinstance(features, jax.Array)
     assert (spatial.dtype, spatial.shape) == (np.float32, (len(images), 17 * 17 * 7))
     assert (spatial >= 0).all()  # behind a ReLU
     assert (features.dtype, features.shape) == (np.float32, (len(images), 2048))
     assert relative_error(features, expected).max() < 1e-4  # the other convention is off by 0.018 and more
     np.testing.assert_allclose(features, expected, atol=1e-4 * expected.max())
-    backwards = extract(jax.numpy.asarray(images[::-1])).pool
+    backwards = extract(jax.numpy.asarray(images[::-1]))["pool"]
     assert relative_error(backwards[::-1], expected).max() < 1e-4
 
 
@@ -65,7 +67,7 @@ def test_images_of_another_kind_are_refused(extractor):
 
 def test_unknown_convention_is_refused_before_anything_is_read():
     with pytest.raises(UserError, match=r"'clean'.*adm or pytorch_fid"):
-        inception.load_feature_extractor("nowhere", "clean")
+        inception.load_inception("nowhere", "clean")
 
 
 @pytest.mark.parametrize("half_pixel", [False, True])
@@ -92,9 +94,9 @@ def test_half_pixel_resize_equals_jaxs(size):
 
 def test_images_need_not_be_square(weights):
     """Rows of one colour look the same whatever the width."""
-    extract = inception.load_feature_extractor(weights)
+    extract = inception.load_inception(weights)
     rows = np.random.default_rng(0).integers(0, 256, (1, 8, 1, 3), np.uint8)
-    narrow, wide = (extract(rows.repeat(width, axis=2)).pool for width in (5, 8))
+    narrow, wide = (extract(rows.repeat(width, axis=2))["pool"] for width in (5, 8))
     np.testing.assert_allclose(narrow, wide, atol=1e-4)
 
 
@@ -109,7 +111,7 @@ def test_weights_that_are_not_the_published_ones_are_refused(weights, tmp_path):
         path = tmp_path / name
         actual = hashlib.sha256(path.read_bytes()).hexdigest()
         with pytest.raises(UserError) as raised:
-            inception.load_feature_extractor(path)
+            inception.load_inception(path)
         for part in (str(path), actual[:12], inception.INCEPTION_SHA256[:12], "--inception_weights PATH"):
             assert part in str(raised.value)
 
@@ -204,9 +206,9 @@ def cifar10_test_images(shared: Path, count: int) -> np.ndarray:
 @pytest.mark.slow
 def test_fid_of_cifar10_test_images_is_the_published_one(weights, shared):
     """Of the first thousand against the training images: 30.430, in PyTorch and by another's code."""
-    extract, statistics = inception.load_feature_extractor(weights, "pytorch_fid"), FeatureStatistics()
+    extract, statistics = inception.load_inception(weights, "pytorch_fid"), FeatureStatistics()
     for images in np.split(cifar10_test_images(shared, 1000), 20):
-        statistics.update(np.asarray(extract(images).pool))
+        statistics.update(np.asarray(extract(images)["pool"]))
     reference = load_statistics(shared / "data" / "cifar10_train_stats_pytorch_fid.npz")
-    fid = frechet_distance(statistics.mu, statistics.sigma, reference.mu, reference.sigma)
+    fid = frechet_distance(statistics.mu, statistics.sigma, reference[POOL].mu, reference[POOL].sigma)
     assert fid == pytest.approx(30.430, abs=2e-3)

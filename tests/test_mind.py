@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.metrics.mind import mind
+from utils.metrics.scores import mind
 
 RNG = np.random.default_rng(0)
 

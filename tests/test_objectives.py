@@ -64,7 +64,7 @@ def train(monkeypatch, read_flags, tmp_path, signal_handlers):
 
 
 def test_a_new_objective_is_trained_evaluated_and_resumed(train, read_flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_fid, "load_feature_extractor", lambda *arguments: None)
+    monkeypatch.setattr(eval_fid, "load_extractors", lambda **options: {})
     # Saved after every step, for the minutes' sake; of those the newest stays, and every second.
     keep = ["--save_minutes", "1e-9", "--keep_last", "1", "--keep_every", "2"]
     train("--max_steps", "2", "--objective.weight", "3", "--peak_tflops", "2", *keep)

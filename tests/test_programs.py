@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from tests.runs import SCALARS, assert_close, kill_and_continue, losses, start, 
 from utils.base.errors import WriteError
 from utils.base.signals import END_SIGNALS, KEYBOARD_SIGNALS
 from utils.images.samples import SampleWriter
-from utils.metrics.fid import frechet_distance
-from utils.metrics.inception import Features
+from utils.metrics.extractors import POOL, SPATIAL
 from utils.metrics.reference import load_statistics
+from utils.metrics.scores import frechet_distance
 from utils.runs.trackers import read_metrics
 
 TINY = """
@@ -412,17 +413,17 @@ def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, read_f
     assert (of_pngs["precision"], of_pngs["recall"], of_pngs["coverage"]) == (1, 1, 1)
 
 
-def features_of_pixels(images) -> Features:
+def features_of_pixels(images) -> dict[str, jax.Array]:
     """In place of Inception's: pool (b, 2048) and spatial (b, 2023), mostly zeros."""
     pixels = jnp.asarray(images[:, :8, :8, 0], jnp.float32).reshape(len(images), -1)
-    return Features(*(jnp.pad(pixels, ((0, 0), (0, size - 64))) for size in (2048, 2023)))
+    return {name: jnp.pad(pixels, ((0, 0), (0, size - 64))) for name, size in (("pool", 2048), ("spatial", 2023))}
 
 
 @finished_run
 def test_an_interrupted_sweep_does_not_score_a_row_twice(finished, read_flags, tmp_path, monkeypatch, capsys):
     folder, _ = finished
-    monkeypatch.setattr(eval_fid, "load_feature_extractor", lambda *arguments: features_of_pixels)
-    monkeypatch.setattr(eval_fid, "compute_metrics", lambda samples, reference: {"fid": float(samples.pool.mu.sum())})
+    monkeypatch.setattr(eval_fid, "load_extractors", lambda **options: {"inception": features_of_pixels})
+    monkeypatch.setattr(eval_fid, "compute_metrics", lambda samples, reference: {"fid": float(samples[POOL].mu.sum())})
     words = ["--load_dir", str(folder), "--num_samples", "8", "--batch_size", "8", "--wandb.mode", "disabled"]
     words += ["--denoise_timesteps", "3,2,1", "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
@@ -446,8 +447,8 @@ def test_scores_are_printed_before_a_full_disk_ends_an_evaluation(
     finished, read_flags, tmp_path, monkeypatch, capsys, full_disk, limit
 ):
     folder, _ = finished
-    monkeypatch.setattr(eval_fid, "load_feature_extractor", lambda *arguments: features_of_pixels)
-    monkeypatch.setattr(eval_fid, "compute_metrics", lambda samples, reference: {"fid": float(samples.pool.mu.sum())})
+    monkeypatch.setattr(eval_fid, "load_extractors", lambda **options: {"inception": features_of_pixels})
+    monkeypatch.setattr(eval_fid, "compute_metrics", lambda samples, reference: {"fid": float(samples[POOL].mu.sum())})
     measure = eval_fid.measure_images
 
     def fill_disk(*arguments):
@@ -482,11 +483,12 @@ def test_shipped_statistics_are_made_again(weights, tmp_path):
     run_program("compute_fid_stats.py", *args)
     made = load_statistics(tmp_path / "stats.npz")
     shipped = load_statistics(ROOT / "data" / "fid_stats_digits.npz")
-    np.testing.assert_allclose(made.mu, shipped.mu, atol=1e-4)
-    np.testing.assert_allclose(made.sigma, shipped.sigma, atol=1e-4)
-    np.testing.assert_allclose(made.features, shipped.features, atol=1e-2)
-    np.testing.assert_allclose(made.spatial_mu, shipped.spatial_mu, atol=1e-4)
-    assert frechet_distance(made.mu, made.sigma, shipped.mu, shipped.sigma) < 1e-2
+    pool, shipped_pool = made[POOL], shipped[POOL]
+    np.testing.assert_allclose(pool.mu, shipped_pool.mu, atol=1e-4)
+    np.testing.assert_allclose(pool.sigma, shipped_pool.sigma, atol=1e-4)
+    np.testing.assert_allclose(pool.rows, shipped_pool.rows, atol=1e-2)
+    np.testing.assert_allclose(made[SPATIAL].mu, shipped[SPATIAL].mu, atol=1e-4)
+    assert frechet_distance(pool.mu, pool.sigma, shipped_pool.mu, shipped_pool.sigma) < 1e-2
     recorded = ("num_images", "convention", "dataset")
     assert [getattr(made, name) for name in recorded] == [getattr(shipped, name) for name in recorded]
 

@@ -14,7 +14,8 @@ import train_flow
 from utils.base.sharding import SHARDING_MODES, replicated
 from utils.data.dataset import SPLITS
 from utils.data.loaders import load_dataset
-from utils.metrics.reference import ReferenceStatistics
+from utils.metrics.extractors import POOL
+from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.networks.ema import EmaSchedule
 from utils.sampling.solvers import SamplerConfig
 from utils.training.state import create_train_state
@@ -200,14 +201,13 @@ def calls(monkeypatch):
         "sample_panels",
         lambda model, params, key, sampler, name="sample", **_: note(name, float(params["w"]), sampler),
     )
-    monkeypatch.setattr(train_flow, "measure_images", lambda extractor, *_: note("measure", extractor))
+    monkeypatch.setattr(train_flow, "measure_images", lambda extractors, *_: note("measure", extractors))
     monkeypatch.setattr(
-        train_flow, "compute_fid", lambda statistics, reference: note("distance", str(reference.path)) or {"fid": 7.0}
+        train_flow, "compute_fid", lambda statistics, reference: note("distance", str(reference.path)) or 7.0
     )
-    monkeypatch.setattr(train_flow, "load_feature_extractor", lambda weights, convention, _: (weights, convention))
-    monkeypatch.setattr(
-        train_flow, "load_statistics", lambda path: ReferenceStatistics(np.zeros(2), np.eye(2), "0", Path(path))
-    )
+    monkeypatch.setattr(train_flow, "load_extractors", lambda weights, convention, sharding: (weights, convention))
+    moments = {POOL: FeatureReference(np.zeros(2), np.eye(2))}
+    monkeypatch.setattr(train_flow, "load_statistics", lambda path: ReferenceStatistics(moments, "0", Path(path)))
     return calls
 
 

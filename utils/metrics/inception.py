@@ -40,12 +40,14 @@ HINT = "pass a copy of the Inception weights by --inception_weights PATH"
 IMAGE_SIZE = 299
 BATCH_NORM_EPSILON = 1e-3
 SPATIAL_CHANNELS = 7
-NUM_FEATURES, NUM_LOGITS = 2048, 1008
+NUM_FEATURES = 2048
+NUM_SPATIAL = 17 * 17 * SPATIAL_CHANNELS
+NUM_LOGITS = 1008
 HIGHEST = jax.lax.Precision.HIGHEST  # a GPU would else multiply float32 as TF32, ten bits
 
 
-class Convention(NamedTuple):
-    """What a uint8 image goes through before the network: bilinear resize, then (x - mean) / scale."""
+class Preprocessing(NamedTuple):
+    """The way of a uint8 image into the network: bilinear resize, then (x - mean) / scale."""
 
     half_pixel: bool
     mean: float
@@ -54,10 +56,11 @@ class Convention(NamedTuple):
 
 CONVENTIONS = {
     # The original FID code (arXiv:1706.08500), ADM's evaluator, StyleGAN, EDM: TensorFlow 1's resize.
-    "adm": Convention(half_pixel=False, mean=128, scale=128),
+    "adm": Preprocessing(half_pixel=False, mean=128, scale=128),
     # pytorch-fid: PyTorch's resize (align_corners=False) and 2 x / 255 - 1.
-    "pytorch_fid": Convention(half_pixel=True, mean=127.5, scale=127.5),
+    "pytorch_fid": Preprocessing(half_pixel=True, mean=127.5, scale=127.5),
 }
+DEFAULT_CONVENTION = "adm"
 
 
 class Conv(NamedTuple):
@@ -143,23 +146,19 @@ def _apply(node: Conv | Pool | list | tuple, x: Float[Array, "n h w c"]) -> Floa
     return x
 
 
-class Features(NamedTuple):
-    """What metrics are made of: `pool` (pool3, the last average) for FID and most others; `spatial` for sFID, seven
-    channels of `mixed_6/conv` at 17x17 places (Nash et al., arXiv:2103.03841, as ADM's evaluator takes them)."""
-
-    pool: Float[Array, "n 2048"]
-    spatial: Float[Array, "n 2023"]
-
-
 class InceptionV3(nn.Module):
-    """299x299 images, scaled -> features; batch norm is folded into `Conv_0` .. `Conv_93`."""
+    """The network: 299x299 images, scaled -> features. Batch norm is folded into `Conv_0` .. `Conv_93`.
+
+    `pool` (n, 2048) is pool3, the last average, for FID and most others. `spatial` (n, 2023), for sFID, is seven
+    channels of `mixed_6/conv` at 17x17 places (Nash et al., arXiv:2103.03841, as ADM's evaluator takes them).
+    """
 
     @nn.compact
-    def __call__(self, images: Float[Array, "n 299 299 3"]) -> Features:
+    def __call__(self, images: Float[Array, "n 299 299 3"]) -> dict[str, Float[Array, "n _"]]:
         *before, blocks_17 = NETWORK[:5]
         x = _apply((*before, blocks_17[:3]), images)  # to the third of the 17x17 blocks, whose name is mixed_6
         spatial = x[..., :SPATIAL_CHANNELS].reshape(len(x), -1)  # its first branch is `conv`
-        return Features(_apply((blocks_17[3:], *NETWORK[5:]), x).mean(axis=(1, 2)), spatial)
+        return {"pool": _apply((blocks_17[3:], *NETWORK[5:]), x).mean(axis=(1, 2)), "spatial": spatial}
 
 
 def resize_matrix(size: int, new_size: int, half_pixel: bool) -> Float[np.ndarray, "new_size size"]:
@@ -179,7 +178,9 @@ def resize_matrix(size: int, new_size: int, half_pixel: bool) -> Float[np.ndarra
 
 
 @partial(jax.jit, static_argnames="convention")
-def _extract(params: PyTree, images: UInt8[Array, "n h w 3"], convention: Convention) -> Features:
+def _extract(
+    params: PyTree, images: UInt8[Array, "n h w 3"], convention: Preprocessing
+) -> dict[str, Float[Array, "n _"]]:
     rows, columns = (
         jnp.asarray(resize_matrix(size, IMAGE_SIZE, convention.half_pixel), jnp.float32) for size in images.shape[1:3]
     )
@@ -189,16 +190,18 @@ def _extract(params: PyTree, images: UInt8[Array, "n h w 3"], convention: Conven
     return features
 
 
-def load_feature_extractor(
-    weights: str | Path | None = None, convention: str = "adm", sharding: Sharding | None = None
-) -> Callable[[UInt8[Array, "n h w 3"]], Features]:
-    """The function from uint8 images (RGB, any size, numpy or jax) to their features, float32.
+def load_inception(
+    weights: str | Path | None = None, convention: str | None = None, sharding: Sharding | None = None
+) -> Callable[[UInt8[Array, "n h w 3"]], dict[str, Float[Array, "n _"]]]:
+    """Returns the function from uint8 images (RGB, any size, numpy or jax) to their features, float32.
 
-    `weights`: a local copy of the file, else the cache, fetched if need be. `convention`: 'adm' or 'pytorch_fid'; the
-    two give different FIDs, so both sides of a distance need the same. `sharding`: where the weights live, the default
-    device if None. The function compiles once per shape of its images. UserError for an unknown convention and for
-    weights that cannot be had or are not the published ones; ValueError, from the function, for other images.
+    `weights`: a local copy of the file, else the cache, fetched if need be. `convention`: 'adm', which is the default,
+    or 'pytorch_fid'; the two give different FIDs, so both sides of a distance need the same. `sharding`: where the
+    weights live, the default device if None. The function compiles once per shape of its images. Raises UserError for
+    an unknown convention and for weights that cannot be had or are not the published ones; the function raises
+    ValueError for other images.
     """
+    convention = convention or DEFAULT_CONVENTION
     if convention not in CONVENTIONS:
         known = " or ".join(CONVENTIONS)
         raise UserError(f"convention {convention!r} (of --convention or the --fid_stats file) is unknown; use {known}")

@@ -1,8 +1,7 @@
-"""From batches of images to statistics of their Inception features."""
+"""From batches of images to statistics of their features."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +9,9 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from utils.base.console import format_duration, is_quiet, log, progress_bar
-from utils.base.errors import UserError
 from utils.base.sharding import gather, shard_replicated
 from utils.images.pixels import ImageBatch
-from utils.metrics.inception import Features
-from utils.metrics.reference import ReferenceStatistics
+from utils.metrics.extractors import Extract
 from utils.metrics.statistics import ImageStatistics
 
 TIMED_BATCHES = 3
@@ -23,14 +20,14 @@ FEWER = (50_000, 10_000, 5_000, 2_000, 1_000)  # numbers of images to use instea
 
 
 def pad_and_shard(batches: Iterable[UInt8[np.ndarray, "_ h w c"]], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
-    """Batches of up to `batch_size` images on the devices, padded to that size."""
+    """Yields batches of up to `batch_size` images on the devices, padded to that size."""
     for images in batches:
         padded = np.resize(images, (batch_size, *images.shape[1:]))
         yield ImageBatch(shard_replicated(padded, mesh), None, len(images))
 
 
 def measure_images(
-    extractor: Callable[..., Features],
+    extractors: Mapping[str, Extract],
     batches: Iterable[ImageBatch],
     statistics: ImageStatistics,
     total: int | None = None,
@@ -38,35 +35,41 @@ def measure_images(
     on_batch: Callable[[ImageBatch], None] | None = None,
     flag: str | None = None,
 ) -> None:
-    """Updates `statistics` with the Inception features of all images; grey counts as three equal channels.
+    """Updates `statistics` with the features of all images under each of `extractors`, as `load_extractors` returns
+    them; grey counts as three equal channels.
 
-    While the host waits for the features of one batch, the devices already have the next one's work. With `total`, the
-    number of images, a progress bar is shown. `on_batch` gets every batch once it is measured. `flag` is that of the
-    number of images, which a line about a long time names.
+    With `total`, the number of images, a progress bar is shown. `on_batch` gets every batch once it is measured. `flag`
+    is the one of the number of images, which a line about a long time names.
     """
     if total is not None:
-        log("compiling the Inception network, unless it is cached ...")
+        names = " and ".join(name.capitalize() for name in extractors)
+        log(f"compiling the {names} network{'s' * (len(extractors) > 1)}, unless it is cached ...")
     bar = progress_bar(total=total, unit="image", desc=title, disable=total is None or is_quiet())
-    finished: list[float] = []  # times of the first batches
+    times_finished: list[float] = []  # of the first batches
 
-    def finish(batch: ImageBatch, features: Features) -> None:
-        statistics.update(*(gather(rows)[: batch.count] for rows in features))
+    def finish(batch: ImageBatch, features: Mapping[str, Mapping]) -> None:
+        for name, by_feature in features.items():
+            rows = {feature: gather(array)[: batch.count] for feature, array in by_feature.items()}
+            statistics.update(rows, name)
         bar.update(batch.count)
         if on_batch:
             on_batch(batch)
-        if total is None or len(finished) == TIMED_BATCHES:
+
+        # A line about a long time, from the batches after the first, which compiles.
+        if total is None or len(times_finished) == TIMED_BATCHES:
             return
-        finished.append(time.monotonic())
-        if len(finished) == TIMED_BATCHES:  # between the first and the last, without compilation
-            per_image = (finished[-1] - finished[0]) / (TIMED_BATCHES - 1) / batch.count
+        times_finished.append(time.monotonic())
+        if len(times_finished) == TIMED_BATCHES:
+            per_image = (times_finished[-1] - times_finished[0]) / (TIMED_BATCHES - 1) / batch.count
             if (estimate := describe_time(per_image, total, flag)) is not None:
                 bar.clear()
                 log(estimate)
 
+    # While the host waits for the features of one batch, the devices already have the next one's work.
     in_flight = None
     for batch in batches:
         images = batch.images if batch.images.shape[-1] == 3 else jnp.repeat(batch.images, 3, axis=-1)
-        features = extractor(images)
+        features = {name: extract(images) for name, extract in extractors.items()}
         if in_flight:
             finish(*in_flight)
         in_flight = (batch, features)
@@ -85,34 +88,3 @@ def describe_time(per_image: float, total: int, flag: str | None) -> str | None:
         return line
     count = next((count for count in fewer if count * per_image < LONG), fewer[-1])
     return f"{line}; --{flag} {count} takes {format_duration(per_image * count)}"
-
-
-class Convention(NamedTuple):
-    """How images enter Inception (see inception.CONVENTIONS), and how that is known."""
-
-    name: str
-    source: str  # 'file', 'known file', 'flag' or 'default'
-
-
-# Statistics in use that do not record their convention, by the SHA-256 of the file.
-KNOWN_FILES = {
-    # CIFAR-10's 50,000 training images, by pytorch-fid.
-    "e804fcd35bc1333c1b25fdcc048ad3a96cf1b9f795a97d46cab9f4830ff7b57e": "pytorch_fid",
-}
-
-
-def find_convention(reference: ReferenceStatistics, requested: str | None) -> Convention:
-    """The convention under which statistics were made. UserError where neither they nor the user tell, or both do and
-    differ: under another one, the FID would be wrong without a sign of it."""
-    known = KNOWN_FILES.get(reference.sha256)
-    recorded = reference.convention or known
-    if recorded and requested and recorded != requested:
-        raise UserError(f"--convention={requested}, but {reference.path} was made under {recorded}; leave the flag out")
-    if requested and not recorded:
-        return Convention(requested, "flag")
-    if not recorded:
-        raise UserError(
-            f"--fid_stats={reference.path} does not record how its images entered Inception: give --convention "
-            "pytorch_fid for files that pytorch-fid made, adm for those of TTUR, ADM, DiT, EDM and jax-flow"
-        )
-    return Convention(recorded, "file" if reference.convention else "known file")

@@ -1,11 +1,10 @@
-"""Reference statistics: the files samples are compared with, read with care and written whole."""
+"""Reference statistics: the files that samples are compared with, read with care and written whole."""
 
 import dataclasses
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -15,86 +14,276 @@ from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_npz, read_npz_headers, read_rows
 from utils.base.files import atomic_write, file_sha256
 from utils.base.pickles import read_pickled_arrays
-from utils.metrics.fid import check_covariance, covariance_root
+from utils.metrics.extractors import (
+    DEFAULT_EXTRACTOR,
+    EXTRACTORS,
+    POOL,
+    SPATIAL,
+    FeatureKey,
+    feature_widths,
+)
+from utils.metrics.scores import check_covariance, covariance_root
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 
-# Of the network in utils/metrics/inception.py: pool3, and seven channels at 17x17 places.
-POOL_FEATURES = 2048
-SPATIAL_FEATURES = 2023
-MAX_FEATURES = 50_000  # rows that a statistics file may hold: 0.4 GB as float32
+MAX_ROWS = 50_000  # rows that a statistics file may hold: 0.4 GB of Inception's as float32
 ROWS_AT_A_TIME = 1024
 
-# Names in a statistics file of what it may hold beside `mu` and `sigma`, by field of ReferenceStatistics.
-_METADATA = ("num_images", "convention", "dataset", "image_shape")
-_ARRAYS = {"spatial_mu": "mu_s", "spatial_sigma": "sigma_s", "features": "features", "label_counts": "label_counts"}
+METADATA = ("num_images", "convention", "dataset", "image_shape")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class ArrayNames(NamedTuple):
+    """Names of one feature's arrays in a statistics file."""
+
+    mu: str
+    sigma: str
+    rows: str
+
+
+# Those that TTUR, pytorch-fid and ADM's evaluator gave to Inception's.
+_INCEPTION_NAMES = {
+    POOL: ArrayNames("mu", "sigma", "features"),
+    SPATIAL: ArrayNames("mu_s", "sigma_s", "features_s"),
+}
+
+
+def array_names(key: FeatureKey) -> ArrayNames:
+    """Returns the names of a feature's arrays: EXTRACTOR.FEATURE.mu and so on, but for Inception's."""
+    prefix = ".".join(key)
+    return _INCEPTION_NAMES.get(key) or ArrayNames(f"{prefix}.mu", f"{prefix}.sigma", f"{prefix}.rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureReference:
+    """Statistics of one feature of the reference's images; `rows` are its values of the first images."""
+
+    mu: Float[np.ndarray, " d"]
+    sigma: Float[np.ndarray, "d d"]
+    rows: Float[np.ndarray, "n d"] | None = None
+
+    @functools.cached_property
+    def root(self) -> Float[np.ndarray, "d d"]:
+        """L with L L^T = sigma, for any number of distances."""
+        return covariance_root(self.sigma)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceStatistics:
-    """Statistics of the images that samples are compared with; None where the file does not have them."""
+    """Statistics of the images that samples are compared with, by feature; None where the file does not have them."""
 
-    mu: Float[np.ndarray, " d"]
-    sigma: Float[np.ndarray, "d d"]
+    by_feature: Mapping[FeatureKey, FeatureReference]
     sha256: str
     path: Path
     num_images: int | None = None
     convention: str | None = None
     dataset: str | None = None
     image_shape: str | None = None  # such as '32x32x3'
-    spatial_mu: Float[np.ndarray, " s"] | None = None
-    spatial_sigma: Float[np.ndarray, "s s"] | None = None
-    features: Float[np.ndarray, "n d"] | None = None  # pool3, of the first images
     label_counts: Num[np.ndarray, " classes"] | None = None
 
-    @functools.cached_property
-    def root(self) -> Float[np.ndarray, "d d"]:
-        """Of the covariance, for any number of distances from it."""
-        return covariance_root(self.sigma)
+    def __getitem__(self, key: FeatureKey) -> FeatureReference:
+        return self.by_feature[key]
 
-    @functools.cached_property
-    def spatial_root(self) -> Float[np.ndarray, "s s"]:
-        assert self.spatial_sigma is not None
-        return covariance_root(self.spatial_sigma)
+    def __contains__(self, key: FeatureKey) -> bool:
+        return key in self.by_feature
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows of every main feature are kept."""
+        return all(reference.rows is not None for key, reference in self.by_feature.items() if key.is_main)
+
+    def with_rows(self, others: "ReferenceStatistics") -> "ReferenceStatistics":
+        """Returns these statistics with the rows of others of the same images."""
+        by_feature = {
+            key: dataclasses.replace(reference, rows=others[key].rows) if key.is_main else reference
+            for key, reference in self.by_feature.items()
+        }
+        return dataclasses.replace(self, by_feature=by_feature)
 
 
-def load_statistics(path: str | Path, num_features: int = POOL_FEATURES) -> ReferenceStatistics:
-    """Reference statistics, in float64, from an npz with `mu` (d,) and `sigma` (d, d): those of TTUR, pytorch-fid,
-    jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what `save_statistics` writes; or from EDM2's
-    pickle of {"fid": {"mu", "sigma"}}. Both follow from the features where a file has those of all images instead.
+def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = None) -> ReferenceStatistics:
+    """Reads reference statistics, moments as float64 and rows as float32.
 
-    Everything else is read where the file has it. UserError for a file that is missing, broken, incomplete, of another
-    network or not finite.
+    `widths` are the features to read, and how many numbers each has; default: Inception's. Of each extractor the first
+    must be in the file, the others are read where they are. Inception's are read from an npz with `mu` (d,) and `sigma`
+    (d, d): those of TTUR, pytorch-fid, jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what
+    `save_statistics` writes; or from EDM2's pickle of {"fid": {"mu", "sigma"}}. Both follow from the rows where a file
+    has those of all images instead.
+
+    Raises UserError for a file that is missing, broken, incomplete, of another extractor or not finite.
     """
     path = Path(path)
+    widths = feature_widths([DEFAULT_EXTRACTOR]) if widths is None else widths
     fix = "make it: compute_fid_stats.py --dataset_name NAME --out FILE.npz"
     if not path.is_file():
         raise UserError(f"--fid_stats={path} is not a file; {fix}")
     try:
         sha256 = file_sha256(path)
-        content = _read_statistics(path, num_features)
-        mu, sigma = (content[key].astype(np.float64) for key in ("mu", "sigma"))
-        metadata = {key: content[key].item() for key in _METADATA if key in content}
-        arrays = {field: content[key] for field, key in _ARRAYS.items() if key in content}
-        kinds = {field: np.float32 if field == "features" else np.float64 for field in arrays}
-        arrays = {field: array.astype(kinds[field], copy=False) for field, array in arrays.items()}
-    except KeyError:
-        fix = fix.replace("--dataset_name NAME", f"--images {path} (if it holds images)")
-        raise UserError(f"--fid_stats={path} holds no `mu` and `sigma`; {fix}") from None
+        shapes, read = _open_arrays(path)
+        keys = _find_keys(path, shapes, widths)
+        # Shapes first: nothing is read that no memory holds.
+        _check_shapes(shapes, {key: widths[key] for key in keys})
+        content = read([name for name in (*METADATA, "label_counts") if name in shapes])
+        by_feature = {key: _read_feature(path, key, shapes, read, content) for key in keys}
+        counts = _read_label_counts(content)
+    except UserError:
+        raise
     except (BadFileError, OSError, TypeError) as error:
         raise UserError(f"--fid_stats={path} is not a whole npz (or pickle) of numbers ({error}); {fix}") from error
     except ValueError as error:
-        raise UserError(f"--fid_stats={path}{error}; {fix}") from None
-    try:
-        if not all(np.isfinite(array).all() for array in (mu, sigma, *arrays.values())):
-            raise ValueError("it holds NaN or infinity")
-        check_covariance(mu, sigma, "`sigma`")
-        _check_extras(arrays)
-        if path.suffix != ".pkl" and "features" not in arrays:
-            arrays |= _read_features(path)
-    except ValueError as error:
         hint = " (covariances need float32 at least)" if "eigenvalue" in str(error) else ""
         raise UserError(f"--fid_stats={path}: {error}{hint}; {fix}") from None
-    return ReferenceStatistics(mu, sigma, sha256, path, **metadata, **arrays)
+    metadata = {name: content[name].item() for name in METADATA if name in content}
+    return ReferenceStatistics(by_feature, sha256, path, **metadata, label_counts=counts)
+
+
+def _open_arrays(path: Path) -> tuple[Shapes, Callable[[Iterable[str]], dict[str, np.ndarray]]]:
+    """Returns (shapes of a file's arrays by name, a function that reads some of them)."""
+    if path.suffix == ".pkl":
+        content = read_pickled_arrays(path)
+        content = content.get("fid") if isinstance(content, dict) else None
+        content = content if isinstance(content, dict) else {}
+        arrays = {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
+        shapes = {name: array.shape for name, array in arrays.items()}
+        return shapes, lambda names: {name: arrays[name] for name in names}
+    headers = read_npz_headers(path)
+    shapes = {name: header.shape for name, header in headers.items()}
+    return shapes, lambda names: read_npz(path, {name: headers[name] for name in names})
+
+
+def _has_moments(key: FeatureKey, shapes: Shapes) -> bool:
+    names = array_names(key)
+    return names.mu in shapes and names.sigma in shapes
+
+
+def _is_compact(key: FeatureKey, shapes: Shapes) -> bool:
+    """Whether a file has rows instead of their moments."""
+    names = array_names(key)
+    return key.is_main and names.rows in shapes and not {names.mu, names.sigma} & shapes.keys()
+
+
+def _find_keys(path: Path, shapes: Shapes, widths: Mapping[FeatureKey, int]) -> list[FeatureKey]:
+    """Returns the features among `widths` that a file has. Raises UserError where it lacks an extractor's main one."""
+    keys = [key for key in widths if _has_moments(key, shapes) or _is_compact(key, shapes)]
+    for key in widths:
+        if not key.is_main or key in keys:
+            continue
+        recorded = [name for name in EXTRACTORS if _holds_extractor(name, shapes) and name != key.extractor]
+        if recorded and not _holds_extractor(key.extractor, shapes):
+            raise UserError(
+                f"--fid_stats={path} holds statistics of {' and '.join(recorded)}, none of {key.extractor}; make them: "
+                f"compute_fid_stats.py --dataset_name NAME --extractor {key.extractor} --out FILE.npz"
+            )
+        raise _missing_moments(path, key)
+    return keys
+
+
+def _holds_extractor(name: str, shapes: Shapes) -> bool:
+    keys = [FeatureKey(name, feature) for feature in EXTRACTORS[name].features]
+    return any(_has_moments(key, shapes) or _is_compact(key, shapes) for key in keys)
+
+
+def _missing_moments(path: Path, key: FeatureKey) -> UserError:
+    names = array_names(key)
+    return UserError(
+        f"--fid_stats={path} holds no `{names.mu}` and `{names.sigma}`; make it: compute_fid_stats.py --images {path} "
+        "(if it holds images) --out FILE.npz"
+    )
+
+
+def _check_shapes(shapes: Shapes, widths: Mapping[FeatureKey, int]) -> None:
+    """Raises ValueError for shapes, as a file states them, that no metric could use or no memory hold."""
+    for key, width in widths.items():
+        names = array_names(key)
+        expected = {names.mu: (width,), names.sigma: (width, width)}
+        found = {name: shapes.get(name, shape) for name, shape in expected.items()}
+        if key.is_main and found != expected:
+            described = ", ".join(f"{name} {shape}" for name, shape in found.items())
+            raise ValueError(f"it is not of {width} features ({described})")
+        for name, shape in expected.items():
+            if found[name] != shape:
+                raise ValueError(f"`{name}` has the shape {found[name]}, not {shape}")
+        rows = shapes.get(names.rows)
+        if key.is_main and rows is not None and (rows[1:] != (width,) or not 2 <= rows[0] <= MAX_ROWS):
+            raise ValueError(f"`{names.rows}` has the shape {rows}, not (2 to {MAX_ROWS:,}, {width})")
+    for name in METADATA:
+        if shapes.get(name, ()) != ():
+            raise ValueError(f"`{name}` has the shape {shapes[name]}, not ()")
+    counts = shapes.get("label_counts")
+    if counts is not None and (len(counts) != 1 or not 1 <= counts[0] <= 10**6):
+        raise ValueError(f"`label_counts` has the shape {counts}, not (classes,)")
+
+
+def _read_feature(
+    path: Path,
+    key: FeatureKey,
+    shapes: Shapes,
+    read: Callable[[Iterable[str]], dict[str, np.ndarray]],
+    content: Mapping[str, np.ndarray],
+) -> FeatureReference:
+    """Reads the moments of one feature and, of a main one, the rows that a file has."""
+    names = array_names(key)
+    has_rows = key.is_main and names.rows in shapes and path.suffix != ".pkl"
+    if _is_compact(key, shapes):
+        # The rows must be those of all images.
+        if "num_images" not in content or int(content["num_images"]) != shapes[names.rows][0]:
+            raise _missing_moments(path, key)
+        rows = _read_rows(path, names.rows)
+        statistics = FeatureStatistics()
+        statistics.update(rows)
+        return FeatureReference(statistics.mu, statistics.sigma, rows)
+    arrays = read([names.mu, names.sigma])
+    for name, array in arrays.items():
+        if array.dtype.kind == "U":
+            raise BadFileError(f"`{name}` is a text")
+    mu = arrays[names.mu].astype(np.float64)
+    sigma = arrays[names.sigma].astype(np.float64)
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError("it holds NaN or infinity")
+    check_covariance(mu, sigma, f"`{names.sigma}`")
+    return FeatureReference(mu, sigma, _read_rows(path, names.rows) if has_rows else None)
+
+
+def _read_rows(path: Path, name: str) -> Float[np.ndarray, "n d"]:
+    """Reads rows of an npz, as float32, in parts: they may take 0.4 GB. Raises ValueError unless they are finite
+    numbers."""
+    header = read_npz_headers(path)[name]
+    if header.dtype.kind not in "fiub":
+        raise ValueError(f"`{name}` holds {header.dtype}, no numbers")
+    if header.is_fortran:
+        features = np.asarray(read_npz(path, {name: header})[name], np.float32)
+    else:
+        features = np.empty(header.shape, np.float32)
+        place = 0
+        for rows in read_rows(path, name, ROWS_AT_A_TIME):
+            features[place : place + len(rows)] = rows
+            place += len(rows)
+    if not all(np.isfinite(features[i : i + ROWS_AT_A_TIME]).all() for i in range(0, len(features), ROWS_AT_A_TIME)):
+        raise ValueError("it holds NaN or infinity")
+    return features
+
+
+def _read_label_counts(content: Mapping[str, np.ndarray]) -> Float[np.ndarray, " classes"] | None:
+    if "label_counts" not in content:
+        return None
+    if content["label_counts"].dtype.kind == "U":
+        raise BadFileError("`label_counts` is a text")
+    counts = content["label_counts"].astype(np.float64)
+    if not np.isfinite(counts).all():
+        raise ValueError("it holds NaN or infinity")
+    if (counts < 0).any() or counts.sum() < 1 or (counts % 1).any():
+        raise ValueError("`label_counts` are not numbers of images")
+    return counts
+
+
+def has_statistics(path: Path) -> bool:
+    """Whether a file that holds images, an npz perhaps, holds a mean too."""
+    if path.is_dir() or path.suffix == ".npy":
+        return False
+    try:
+        return any(name == "mu" or name.endswith(".mu") for name in read_npz_headers(path))
+    except BadFileError:
+        return True  # which `load_statistics` refuses, with the reason
 
 
 def format_shape(image_shape: Sequence[int]) -> str:
@@ -112,148 +301,94 @@ def warn_of_other_shape(reference: ReferenceStatistics, image_shape: Sequence[in
         )
 
 
-def has_statistics(path: Path) -> bool:
-    """Whether what holds images, an npz perhaps, holds a mean too."""
-    if path.is_dir() or path.suffix == ".npy":
-        return False
-    try:
-        return "mu" in read_npz_headers(path)
-    except BadFileError:
-        return True  # which `load_statistics` refuses, with the reason
+class Convention(NamedTuple):
+    """How images enter Inception (see inception.CONVENTIONS), and how that is known."""
+
+    name: str
+    source: str  # 'file', 'known file', 'flag' or 'default'
 
 
-def _read_statistics(path: Path, num_features: int) -> dict[str, np.ndarray]:
-    """The arrays of a statistics file by their names in it, their shapes found good before any is read; `features` of
-    an npz only where mean and covariance follow from them. KeyError without mean and covariance, BadFileError, or
-    ValueError for other shapes."""
-    if path.suffix == ".pkl":
-        content = read_pickled_arrays(path)
-        content = content.get("fid") if isinstance(content, dict) else None
-        content = content if isinstance(content, dict) else {}
-        content = {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
-        shapes = {name: array.shape for name, array in content.items()}
-    else:
-        headers = read_npz_headers(path)
-        shapes = {name: header.shape for name, header in headers.items()}
-    is_compact = "features" in shapes and not {"mu", "sigma"} & shapes.keys()
-    if is_compact:
-        shapes |= {"mu": (num_features,), "sigma": (num_features, num_features)}
-    found = f"mu {shapes['mu']}, sigma {shapes['sigma']}"
-    if shapes["mu"] != (num_features,) or shapes["sigma"] != (num_features, num_features):
-        raise ValueError(f" is not of {num_features} features ({found})")
-    _check_sizes(shapes, num_features)
-    if path.suffix == ".pkl":
-        return content
-    names = {"mu", "sigma", *_METADATA, *_ARRAYS.values()} - {"features"}
-    if not {"mu_s", "sigma_s"} <= shapes.keys():  # of no use without each other
-        names -= {"mu_s", "sigma_s"}
-    content = read_npz(path, {name: header for name, header in headers.items() if name in names})
-    texts = [key for key in names - set(_METADATA) if key in content and content[key].dtype.kind == "U"]
-    if texts:
-        raise BadFileError(f"`{texts[0]}` is a text")
-    if not is_compact:
-        return content
-    # The features must be those of all images.
-    if int(content["num_images"]) != shapes["features"][0]:
-        raise KeyError("sigma")
-    content |= read_npz(path, {"features": headers["features"]})
-    statistics = FeatureStatistics()
-    statistics.update(content["features"])
-    return content | {"mu": statistics.mu, "sigma": statistics.sigma}
+# Statistics in use that do not record their convention, by the SHA-256 of the file.
+KNOWN_FILES = {
+    # CIFAR-10's 50,000 training images, by pytorch-fid.
+    "e804fcd35bc1333c1b25fdcc048ad3a96cf1b9f795a97d46cab9f4830ff7b57e": "pytorch_fid",
+}
 
 
-def _read_features(path: Path) -> dict[str, np.ndarray]:
-    """{'features': those of an npz, as float32} or {}; ValueError where they are not finite numbers. They are read last
-    and in parts: they may take 0.4 GB."""
-    header = read_npz_headers(path).get("features")
-    if header is None:
-        return {}
-    if header.dtype.kind not in "fiub":
-        raise ValueError(f"`features` holds {header.dtype}, no numbers")
-    if header.is_fortran:
-        features = np.asarray(read_npz(path, {"features": header})["features"], np.float32)
-    else:
-        features, place = np.empty(header.shape, np.float32), 0
-        for rows in read_rows(path, "features", ROWS_AT_A_TIME):
-            features[place : place + len(rows)] = rows
-            place += len(rows)
-    if not all(np.isfinite(features[i : i + ROWS_AT_A_TIME]).all() for i in range(0, len(features), ROWS_AT_A_TIME)):
-        raise ValueError("it holds NaN or infinity")
-    return {"features": features}
+def find_convention(reference: ReferenceStatistics, requested: str | None) -> Convention:
+    """Returns the convention under which statistics were made.
+
+    Raises UserError where neither they nor the user tell, or both do and differ: under another one, the FID would be
+    wrong without a sign of it.
+    """
+    known = KNOWN_FILES.get(reference.sha256)
+    recorded = reference.convention or known
+    if recorded and requested and recorded != requested:
+        raise UserError(f"--convention={requested}, but {reference.path} was made under {recorded}; leave the flag out")
+    if requested and not recorded:
+        return Convention(requested, "flag")
+    if not recorded:
+        raise UserError(
+            f"--fid_stats={reference.path} does not record how its images entered Inception: give --convention "
+            "pytorch_fid for files that pytorch-fid made, adm for those of TTUR, ADM, DiT, EDM and jax-flow"
+        )
+    return Convention(recorded, "file" if reference.convention else "known file")
 
 
-def _check_sizes(shapes: dict[str, tuple[int, ...]], num_features: int) -> None:
-    """ValueError for shapes, as a file states them, of which no metric could be made, or that no memory holds."""
-    for name in _METADATA:
-        if shapes.get(name, ()) != ():
-            raise ValueError(f": `{name}` has the shape {shapes[name]}, not ()")
-    if num_features == POOL_FEATURES and {"mu_s", "sigma_s"} <= shapes.keys():
-        for name, shape in {"mu_s": (SPATIAL_FEATURES,), "sigma_s": (SPATIAL_FEATURES,) * 2}.items():
-            if shapes[name] != shape:
-                raise ValueError(f": `{name}` has the shape {shapes[name]}, not {shape}")
-    if any(math.prod(shapes.get(name, ())) > SPATIAL_FEATURES**2 for name in ("mu_s", "sigma_s")):
-        raise ValueError(": `sigma_s` is of too many features")
-    features, counts = shapes.get("features"), shapes.get("label_counts")
-    if features is not None and (features[1:] != (num_features,) or not 2 <= features[0] <= MAX_FEATURES):
-        raise ValueError(f": `features` has the shape {features}, not (2 to {MAX_FEATURES:,}, {num_features})")
-    if counts is not None and (len(counts) != 1 or not 1 <= counts[0] <= 10**6):
-        raise ValueError(f": `label_counts` has the shape {counts}, not (classes,)")
-
-
-def _check_extras(arrays: dict[str, np.ndarray]) -> None:
-    """ValueError for spatial statistics or label counts that metrics could not be made of."""
-    if {"spatial_mu", "spatial_sigma"} <= arrays.keys():
-        check_covariance(arrays["spatial_mu"], arrays["spatial_sigma"], "`sigma_s`")
-    counts = arrays.get("label_counts")
-    if counts is not None and ((counts < 0).any() or counts.sum() < 1 or (counts % 1).any()):
-        raise ValueError("`label_counts` are not numbers of images")
-
-
-def statistics_bytes(num_features: int) -> int:
-    """The most bytes that `save_statistics` writes with so many rows of features."""
-    covariances = 4 * (POOL_FEATURES**2 + SPATIAL_FEATURES**2)
-    return covariances + 4 * num_features * POOL_FEATURES + 2**20
+def statistics_bytes(num_rows: int, extractors: Iterable[str] = (DEFAULT_EXTRACTOR,)) -> int:
+    """Returns the most bytes that `save_statistics` writes with so many rows."""
+    widths = feature_widths(extractors)
+    covariances = 4 * sum(width**2 for width in widths.values())
+    rows = 4 * num_rows * sum(width for key, width in widths.items() if key.is_main)
+    return covariances + rows + 2**20
 
 
 def save_statistics(
     path: str | Path,
     statistics: ImageStatistics,
     *,
-    convention: str,
+    convention: str | None,
     dataset: str,
     split: str | None = None,
     image_shape: tuple[int, ...] | None = None,
     label_counts: Int[np.ndarray, " classes"] | None = None,
-    inception_sha256: str | None = None,
     is_compact: bool = False,
     total_images: int | None = None,
 ) -> None:
     """Writes statistics and where they come from as a compressed npz; the file appears whole or not at all.
 
-    `total_images` is the number of images of the data, of which fewer may have been taken. `is_compact` leaves out the
-    mean and covariance, which follow from the features where those of all images are kept; other suites do not read
-    such a file.
+    `convention` is Inception's, None without it. `total_images` is the number of images of the data, of which fewer may
+    have been taken. `is_compact` leaves out the mean and covariance, which follow from the rows where those of all
+    images are kept; other suites do not read such a file.
 
     Means are float64. Covariances are float32, half the size: that moves an FID by less than 1e-6 of itself where there
     are more samples than features; with fewer, where an FID says little anyway, rounding fills the null space and moves
-    it by up to 1e-3. UserError below two samples.
+    it by up to 1e-3. Raises UserError below two samples.
     """
-    path, pool, spatial = Path(path), statistics.pool, statistics.spatial
     content: dict[str, Any] = {}
-    if not (is_compact and statistics.num_samples <= statistics.max_features):
-        content |= {"mu": pool.mu, "sigma": pool.sigma.astype(np.float32)}
-    if spatial.num_samples and spatial.mu.size:
-        content |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma.astype(np.float32)}
-    if statistics.max_features:
-        content["features"] = statistics.features
+    # The arrays of every feature.
+    for key, kept in statistics.by_feature.items():
+        names = array_names(key)
+        if not (is_compact and key.is_main and kept.num_samples <= kept.max_rows):
+            content |= {names.mu: kept.mu, names.sigma: kept.sigma.astype(np.float32)}
+        if kept.rows is not None:
+            content[names.rows] = kept.rows
+
+    # Where they come from.
     if label_counts is not None:
         content["label_counts"] = label_counts
-    content |= {"num_images": statistics.num_samples, "convention": convention, "dataset": dataset}
-    content |= {"split": split or "", "inception_sha256": inception_sha256 or ""}
+    content |= {"num_images": statistics.num_samples, "dataset": dataset, "split": split or ""}
+    if convention is not None:
+        content["convention"] = convention
+    for name in dict.fromkeys(key.extractor for key in statistics.by_feature):
+        recorded = "inception_sha256" if name == DEFAULT_EXTRACTOR else f"{name}.sha256"
+        content[recorded] = EXTRACTORS[name].sha256 or ""
     if total_images is not None:
         content["total_images"] = total_images
     if image_shape is not None:
         content["image_shape"] = format_shape(image_shape)
+
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **content)

@@ -1,93 +1,123 @@
-"""What is kept of the Inception features of a set of images, batch by batch."""
+"""Statistics of the features of a set of images, kept batch by batch while the images pass."""
+
+from collections.abc import Mapping
 
 import numpy as np
 import scipy.special
 from jaxtyping import Float
 
 from utils.base.errors import UserError
-from utils.metrics.inception_score import InceptionScore
+from utils.metrics.extractors import DEFAULT_EXTRACTOR, POOL, FeatureKey
+from utils.metrics.scores import InceptionScore
 
-MAX_SAMPLE_FEATURES = 10_000  # rows of which the features themselves are kept
+MAX_SAMPLE_ROWS = 10_000  # of samples, of which the features themselves are kept
 
 
 class FeatureStatistics:
-    """Mean and covariance of feature rows seen so far, in float64, at a memory cost that does not grow with them.
+    """Statistics of the rows of one feature seen so far.
 
-    Each batch is centred on its own mean before it is merged (Chan, Golub and LeVeque 1983, eq. 2.1), so that a mean
-    far larger than the spread costs no precision.
+    Mean and covariance of all of them, in float64, at a memory cost that does not grow with them. Each batch is centred
+    on its own mean before it is merged (Chan, Golub and LeVeque 1983, eq. 2.1), so that a mean far larger than the
+    spread costs no precision. The first `max_rows` rows are kept too, in float32. With `logits`, the matrix from
+    features to class logits, class probabilities enter `inception_score`.
     """
 
-    def __init__(self):
+    def __init__(self, max_rows: int = 0, logits: Float[np.ndarray, "d classes"] | None = None):
         self.num_samples = 0
+        self.max_rows = max_rows
+        self.logits = logits
+        self.inception_score = InceptionScore()
         self._mean = np.zeros(0)
         self._scatter = np.zeros((0, 0))  # sum of (x - mean)(x - mean)^T
+        self._rows = []
 
     def update(self, features: np.ndarray) -> None:
-        """Adds n >= 0 rows (n, d). UserError where they are NaN or infinite, ValueError for another shape."""
-        features = np.asarray(features, np.float64)
-        if features.ndim != 2 or (self.num_samples and features.shape[1] != self._mean.size):
+        """Adds n >= 0 rows (n, d).
+
+        Raises UserError where they are NaN or infinite, ValueError for another shape; nothing is added then.
+        """
+        rows = np.asarray(features, np.float64)
+        if rows.ndim != 2 or (self.num_samples and rows.shape[1] != self._mean.size):
             expected = f"(n, {self._mean.size or 'd'})"
-            raise ValueError(f"features have shape {features.shape}, expected {expected}")
-        broken = np.count_nonzero(~np.isfinite(features).all(axis=1))
+            raise ValueError(f"features have shape {rows.shape}, expected {expected}")
+        broken = np.count_nonzero(~np.isfinite(rows).all(axis=1))
         if broken:
             raise UserError(
-                f"{broken} of {len(features)} feature rows after sample {self.num_samples} are NaN or infinite; "
+                f"{broken} of {len(rows)} feature rows after sample {self.num_samples} are NaN or infinite; "
                 "check --inception_weights and the images"
             )
-        if not len(features):
+        if not len(rows):
             return
+
+        # The rows themselves, and what their classes say.
+        room = max(0, self.max_rows - self.num_samples)
+        if room:
+            self._rows.append(np.asarray(features[:room], np.float32))
+        if self.logits is not None:
+            self.inception_score.update(scipy.special.softmax(rows @ self.logits, axis=1))
+
+        # Moments.
         if not self.num_samples:
-            self._mean = np.zeros(features.shape[1])
-            self._scatter = np.zeros((features.shape[1],) * 2)
-        mean = features.mean(axis=0)
-        centred, shift = features - mean, mean - self._mean
-        total = self.num_samples + len(features)
+            self._mean = np.zeros(rows.shape[1])
+            self._scatter = np.zeros((rows.shape[1],) * 2)
+        mean = rows.mean(axis=0)
+        centred = rows - mean
+        shift = mean - self._mean
+        total = self.num_samples + len(rows)
         self._scatter += centred.T @ centred
-        self._scatter += np.outer(shift, shift) * (self.num_samples * len(features) / total)
-        self._mean += shift * (len(features) / total)
+        self._scatter += np.outer(shift, shift) * (self.num_samples * len(rows) / total)
+        self._mean += shift * (len(rows) / total)
         self.num_samples = total
 
     @property
     def mu(self) -> Float[np.ndarray, " d"]:
-        """Mean of the rows. UserError before the first."""
+        """Mean of the rows. Raises UserError before the first."""
         if self.num_samples < 1:
             raise UserError("the mean of no samples is not defined; --num_samples must be 2 or more")
         return self._mean.copy()
 
     @property
     def sigma(self) -> Float[np.ndarray, "d d"]:
-        """Unbiased covariance (divisor n - 1), as numpy.cov(rowvar=False). UserError below two samples."""
+        """Unbiased covariance (divisor n - 1), as numpy.cov(rowvar=False). Raises UserError below two samples."""
         if self.num_samples < 2:
             raise UserError(
                 f"the covariance of {self.num_samples} samples is not defined; --num_samples must be 2 or more"
             )
         return self._scatter / (self.num_samples - 1)
 
+    @property
+    def rows(self) -> Float[np.ndarray, "n d"] | None:
+        """The first rows, as float32; None where none are kept."""
+        return np.concatenate(self._rows) if self._rows else None
+
 
 class ImageStatistics:
-    """What is kept of the features of a set of images: mean and covariance of all of them, pool3's and the spatial
-    ones, and the pool3 features themselves of the first `max_features` (80 MB for 10,000). With `logits`, the matrix
-    from pool3 features to class logits, also the Inception Score."""
+    """Statistics of a set of images: `statistics[key]` are those of one feature of one extractor.
 
-    def __init__(self, max_features: int = MAX_SAMPLE_FEATURES, logits: Float[np.ndarray, "d classes"] | None = None):
-        self.pool, self.spatial, self.max_features = FeatureStatistics(), FeatureStatistics(), max_features
-        self.logits, self.inception_score = logits, InceptionScore()
-        self._features = []
+    The rows of the first `max_rows` images (80 MB for 10,000 of Inception) are kept of each extractor's main feature.
+    With `logits`, the matrix from Inception's pool features to class logits, the Inception Score is computed too.
+    """
 
-    def update(self, pool: Float[np.ndarray, "n d"], spatial: Float[np.ndarray, "n s"]) -> None:
-        """Adds rows, one for each image. Raises what `FeatureStatistics.update` does."""
-        room = max(0, self.max_features - self.pool.num_samples)
-        if room:
-            self._features.append(np.asarray(pool[:room], np.float32))
-        self.pool.update(pool)
-        self.spatial.update(spatial)
-        if self.logits is not None:
-            self.inception_score.update(scipy.special.softmax(np.asarray(pool, np.float64) @ self.logits, axis=1))
+    def __init__(self, max_rows: int = MAX_SAMPLE_ROWS, logits: Float[np.ndarray, "d classes"] | None = None):
+        self.max_rows = max_rows
+        self.logits = logits
+        self.by_feature: dict[FeatureKey, FeatureStatistics] = {}
+
+    def update(self, features: Mapping[str, np.ndarray], extractor: str = DEFAULT_EXTRACTOR) -> None:
+        """Adds rows {feature: (n, d)} of an extractor, one for each image. Raises as `FeatureStatistics.update`."""
+        for feature, rows in features.items():
+            key = FeatureKey(extractor, feature)
+            if key not in self.by_feature:
+                max_rows = self.max_rows if key.is_main else 0
+                self.by_feature[key] = FeatureStatistics(max_rows, self.logits if key == POOL else None)
+            self.by_feature[key].update(rows)
+
+    def __getitem__(self, key: FeatureKey) -> FeatureStatistics:
+        return self.by_feature[key]
+
+    def __contains__(self, key: FeatureKey) -> bool:
+        return key in self.by_feature
 
     @property
     def num_samples(self) -> int:
-        return self.pool.num_samples
-
-    @property
-    def features(self) -> Float[np.ndarray, "n d"]:
-        return np.concatenate(self._features)
+        return max((statistics.num_samples for statistics in self.by_feature.values()), default=0)

@@ -15,10 +15,10 @@ from utils.base.console import log, show_result
 from utils.base.external import MAX_JSON_BYTES, BadFileError, parse_json
 from utils.base.files import atomic_write, locked, read_bytes, set_aside, write_json
 from utils.images import plotting
-from utils.metrics.registry import COLUMNS
+from utils.metrics.metrics import metric_columns
 
 NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
-NUMBERS = (*COLUMNS, "kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")  # or None
+NUMBERS = ("kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")  # or None
 OPTIONAL = (
     "rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes", "jax_variables",
 )  # fmt: skip
@@ -86,7 +86,8 @@ def _is_row(row: Any) -> bool:
             if not all(isinstance(each, (bool, int, float, str, NoneType)) for each in values):
                 return False
             numbers = [float(each) for each in values if isinstance(each, (int, float))]
-            if name in NUMBERS and not (value is None or (numbers and not isinstance(value, (list, bool)))):
+            is_number = bool(numbers) and not isinstance(value, (list, bool))
+            if (name in NUMBERS or name in metric_columns()) and not (value is None or is_number):
                 return False
     except (AttributeError, OverflowError):
         return False
@@ -104,7 +105,7 @@ def _is_of(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """A table of the rows: step count, guidance and every metric that one of them has."""
-    columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | COLUMNS
+    columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | metric_columns()
     columns["straightness"] = "straightness"
     if any(row.get("num_steps", 0) is None for row in rows):  # an adaptive solver
         columns = {"nfe": "NFE"} | columns
@@ -123,7 +124,7 @@ def to_text(name: str, row: dict[str, Any]) -> str:
         return ""
     if name == "kid":
         return f"{value:.5f} ± {row['kid_error']:.5f}" if row.get("kid_error") is not None else f"{value:.5f}"
-    if name in COLUMNS or name == "straightness":
+    if name in metric_columns() or name == "straightness":
         return f"{value:.3f}"
     if value is None:
         return "adaptive" if name == "num_steps" else "none"

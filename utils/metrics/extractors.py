@@ -1,0 +1,95 @@
+"""The feature networks by name, and the names of their features.
+
+One more is a function, a record of its features and a line of EXTRACTORS (docs/change_this.md).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import Array, Float, UInt8
+
+from utils.base.errors import UserError
+from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, NUM_FEATURES, NUM_SPATIAL, load_inception
+
+DEFAULT_EXTRACTOR = "inception"
+
+# Images (b, h, w, 3), numpy or jax -> {feature: (b, d)} on the devices.
+Extract = Callable[[UInt8[Array | np.ndarray, "b h w 3"]], Mapping[str, Float[Array, "b _"]]]
+
+
+class Extractor(NamedTuple):
+    """A feature network with its preprocessing.
+
+    `features` are its features' widths. The first is the main one: of it the rows themselves are kept too, which KID,
+    MIND, precision and the like compare. `load(weights, convention, sharding)` returns the function from images to
+    features, with its weights placed by `sharding`; `weights` is a local copy of them, `convention` one of
+    `conventions`, or None.
+    """
+
+    features: Mapping[str, int]
+    load: Callable[[str | Path | None, str | None, Sharding | None], Extract]
+    conventions: tuple[str, ...] = ()
+    sha256: str | None = None  # of the weights
+
+    @property
+    def main_feature(self) -> str:
+        return next(iter(self.features))
+
+
+EXTRACTORS: dict[str, Extractor] = {
+    DEFAULT_EXTRACTOR: Extractor(
+        {"pool": NUM_FEATURES, "spatial": NUM_SPATIAL}, load_inception, tuple(CONVENTIONS), INCEPTION_SHA256
+    ),
+}
+
+
+class FeatureKey(NamedTuple):
+    """One feature of one extractor: the key of statistics, in memory and in files."""
+
+    extractor: str
+    feature: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether rows of this feature are kept, beside their moments."""
+        return EXTRACTORS[self.extractor].main_feature == self.feature
+
+
+POOL = FeatureKey(DEFAULT_EXTRACTOR, "pool")
+SPATIAL = FeatureKey(DEFAULT_EXTRACTOR, "spatial")
+
+
+def check_extractors(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names, each once. Raises UserError for an unknown one."""
+    for name in names:
+        if name not in EXTRACTORS:
+            raise UserError(f"--extractor={name} is unknown; known are {', '.join(EXTRACTORS)}")
+    return tuple(dict.fromkeys(names))
+
+
+def feature_widths(names: Iterable[str]) -> dict[FeatureKey, int]:
+    """Returns the widths of all features of these extractors, the main one of each first."""
+    return {FeatureKey(name, feature): width for name in names for feature, width in EXTRACTORS[name].features.items()}
+
+
+def load_extractors(
+    names: Iterable[str] = (DEFAULT_EXTRACTOR,),
+    weights: str | Path | None = None,
+    convention: str | None = None,
+    sharding: Sharding | None = None,
+) -> dict[str, Extract]:
+    """Returns {name: function from images to features}.
+
+    `weights`: local copy of Inception's weights. `convention`: one of Inception's `CONVENTIONS`. `sharding`: where the
+    weights live, the default device if None. Raises UserError for an unknown name or convention, and for weights that
+    cannot be had or are not the published ones.
+    """
+    loaded = {}
+    for name in check_extractors(names):
+        # The two flags are Inception's.
+        options = (weights, convention) if name == DEFAULT_EXTRACTOR else (None, None)
+        loaded[name] = EXTRACTORS[name].load(*options, sharding)
+    return loaded
