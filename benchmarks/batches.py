@@ -32,7 +32,8 @@ from utils.data.batches import training_batches
 from utils.data.dataset import Batch, ImageDataset
 from utils.data.image_folder import ImageFiles
 from utils.data.loaders import load_dataset
-from utils.data.tfds import RecordStream, import_tensorflow
+from utils.data.tfds import RecordStream
+from utils.data.tfds_files import import_tensorflow
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags
 from utils.training.progress import Throughput

@@ -8,8 +8,8 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from utils.data.arrays import load_digits
 from utils.data.dataset import DataOptions
-from utils.data.digits import load_digits
 from utils.flags import program
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.objectives.flow_matching import MAX_PATH_TIME

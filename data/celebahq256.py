@@ -36,7 +36,7 @@ from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_json
 from utils.base.files import open_regular, write_json
 from utils.data.image_folder import IMAGE_SUFFIXES
-from utils.data.tfds import import_tensorflow
+from utils.data.tfds_files import import_tensorflow
 from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.images.decoding import UPRIGHT, BrokenImageError, open_image, read_image, read_image_file, read_orientation

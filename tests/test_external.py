@@ -272,7 +272,7 @@ from pathlib import Path
 from etils import epath
 from utils.codecs import vae
 from utils.convert import sources
-from utils.data import array_file, tfds_files
+from utils.data import arrays, tfds_files
 from utils.images import decoding as images
 from utils.data.dataset import DataOptions
 from utils.sampling.editing import read_images, read_mask
@@ -302,7 +302,7 @@ read = {
     "batches": read_samples,
     "checkpoint": lambda path: sources.read_source(str(path)),
     "json": read_json,
-    "dataset": lambda path: array_file.load_array_file(f"npz:{path}", "train", DataOptions()),
+    "dataset": lambda path: arrays.load_array_file(f"npz:{path}", "train", DataOptions()),
     "weights": inception.load_inception,
     "features": lambda path: tfds_files.check_features("--dataset_name=x", epath.Path(path)),
 }

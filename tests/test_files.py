@@ -295,8 +295,7 @@ def test_files_of_others_are_opened_by_one_function():
         "utils/images/decoding.py": {"Image.open(limited, formats=FORMATS)"},
         "utils/data/class_names.py": {'IMAGENET_LABELS.read_text(encoding="utf-8")'},
         "utils/data/fingerprint.py": {'gzip.open(compressed, "rb")'},
-        "utils/data/tfds.py": {'file.open("rb")', "prepared.open()"},  # after `check_regular`, and remote ones
-        "utils/data/tfds_files.py": {"path.read_bytes()"},
+        "utils/data/tfds_files.py": {"path.read_bytes()", 'file.open("rb")'},  # after `check_regular`, and remote ones
         "utils/metrics/inception.py": {"extracted.read_bytes()"},
     }
     for path in [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py"), *(ROOT / "data").glob("*.py")]:

@@ -13,8 +13,8 @@ from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import run_program
 from utils.base.errors import UserError
 from utils.convert.sources import read_source
+from utils.data.arrays import load_digits
 from utils.data.dataset import DataOptions
-from utils.data.digits import load_digits
 from utils.networks.lora import add_lora, merge_lora
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import export_run

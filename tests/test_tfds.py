@@ -58,7 +58,7 @@ def test_tfrecords_without_tensorflow_say_how_to_convert_them(shared, monkeypatc
     def import_tensorflow():
         raise ImportError("No module named 'tensorflow'")
 
-    monkeypatch.setattr(tfds, "import_tensorflow", import_tensorflow)
+    monkeypatch.setattr(tfds_files, "import_tensorflow", import_tensorflow)
     fix = (
         r"cifar10/3\.0\.2 is prepared as tfrecord.*pip install tensorflow.*tfds convert_format --dataset_version_dir /"
     )
@@ -219,8 +219,8 @@ def test_the_format_and_the_content_are_told_apart(prepared_folder, tmp_path, mo
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"the labels of like_cifar.* cannot be read .*; prepare it again"):
         load("tfds:like_cifar", "train", tmp_path)
-    monkeypatch.setattr(tfds.PreparedSplit, "_labels", lambda self, split: np.zeros(4, np.int32))
-    monkeypatch.setattr(tfds.PreparedSplit, "extremes", lambda self, source: np.array([[0, 255]], np.uint8))
+    monkeypatch.setattr(tfds_files.PreparedSplit, "_labels", lambda self, split: np.zeros(4, np.int32))
+    monkeypatch.setattr(tfds, "find_extremes", lambda prepared, source: np.array([[0, 255]], np.uint8))
     assert load("tfds:like_cifar", "train", tmp_path).fingerprint != copy.fingerprint
 
 
@@ -282,8 +282,9 @@ def test_images_that_use_little_of_their_range_are_told_so(partly, monkeypatch, 
 
 
 def test_labels_of_large_sets_are_checked_as_they_are_read(partly, monkeypatch):
-    monkeypatch.setattr(tfds, "MAX_LABELLED_BYTES", 0)
-    monkeypatch.setattr(tfds, "NUM_SAMPLED", 1)
+    monkeypatch.setattr(tfds_files, "MAX_LABELLED_BYTES", 0)
+    for module in (tfds, tfds_files):
+        monkeypatch.setattr(module, "NUM_SAMPLED", 1)
     train = partly()
     assert len(train.source) == 39  # the test split, of whose labels one was read, is not used
     assert train.empty_classes == ()
@@ -295,7 +296,7 @@ def test_labels_of_large_sets_are_checked_as_they_are_read(partly, monkeypatch):
 def test_sets_without_labels_or_with_others_are_refused(partly, monkeypatch):
     for label, message in ((-1, "no image of its split train has a label"), (4, "has the label 4, but 4 classes")):
         monkeypatch.setattr(
-            tfds.PreparedSplit, "_labels", lambda self, split, label=label: np.full(40, label, np.int32)
+            tfds_files.PreparedSplit, "_labels", lambda self, split, label=label: np.full(40, label, np.int32)
         )
         with pytest.raises(UserError, match=f"--dataset_name=tfds:partly_labelled: .*{message}"):
             partly()

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from utils.base.errors import UserError
 from utils.base.files import expand_home, refuse_url
-from utils.data.array_file import load_array_file
+from utils.data.arrays import load_array_file, load_digits
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
-from utils.data.digits import load_digits
 from utils.data.image_folder import load_folder
 from utils.data.latents import load_latents
 from utils.data.pairs import load_pairs

@@ -2,236 +2,86 @@
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
-import itertools
-import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import UInt8
 
-from utils.base.console import progress_bar, warn_once
+from utils.base.console import warn_once
 from utils.base.errors import UserError
-from utils.base.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
-from utils.base.files import atomic_write, cache_folder, check_regular
+from utils.base.files import check_regular
 from utils.data.class_names import imagenet_class_names
-from utils.data.dataset import (
-    DataOptions,
-    Example,
-    ImageDataset,
-    check_own_size,
-    find_empty_classes,
-    num_held_out,
-    unlabelled_message,
-)
-from utils.data.fingerprint import Fingerprint
-from utils.data.tfds_files import PACKAGES, check_features, convert_command, find_prepared, is_remote
+from utils.data.dataset import DataOptions, Example, ImageDataset, check_own_size
+from utils.data.tfds_files import NUM_SAMPLED, PreparedSplit, import_tensorflow, is_remote, remember
 from utils.images.decoding import describe_range, read_image
 
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
 FILES_AT_A_TIME = 16
 READ_BYTES = 2**20  # of each of them
-KEY_FEATURE = re.compile(r"(^|_)(id|file_?name|path|url|key)$")  # of what stands for the image, and labels nothing
-MAX_LABELLED_BYTES = 2**29  # of a split that is read through for its labels
-RECORDS_AT_A_TIME = 1024  # while labels are read
-NUM_SAMPLED = 64  # images of a split, or labels of a larger one, that are looked at before training
 
 
-class PreparedSplit:
-    """One split of a prepared data set: which images, their shape and the names of their classes."""
+def load_imagenet(name: str, split: str, options: DataOptions, *, size: int) -> ImageDataset:
+    """ImageNet as TFDS prepared it, in crops of `size` x `size`, with the English names of its classes."""
+    other = f", or use --dataset_name tfds:imagenet2012 --image_size {options.image_size}"
+    check_own_size(name, (size, size), options, other)
+    dataset = load_tfds(name, split, dataclasses.replace(options, image_size=size), builder="imagenet2012")
+    return dataclasses.replace(dataset, class_names=imagenet_class_names())  # TFDS has WordNet ids
 
-    def __init__(self, flag: str, data_dir: str | os.PathLike | None, builder: str, split: str, image_size: int | None):
-        """`builder`: NAME, NAME/CONFIG or NAME:1.2.3; `split`: 'train' or 'validation', which is the split `test` of a
-        set without one and the first 2 % of a set that has only `train`. UserError, naming `flag`, for what is missing.
-        """
-        folder, self.format = find_prepared(flag, data_dir, builder)
-        self.folder = folder
+
+def load_celebahq(name: str, split: str, options: DataOptions) -> ImageDataset:
+    """CelebA-HQ at 256x256, as data/celebahq256.py prepares it."""
+    check_own_size(name, (256, 256), options)
+    return load_tfds(name, split, options, builder="celebahq256")
+
+
+def load_tfds(name: str, split: str, options: DataOptions, *, builder: str | None = None) -> ImageDataset:
+    """A data set that TFDS prepared. `builder` is its name there; default: what follows the colon of `name`."""
+    flag = f"--dataset_name={name}"
+    prepared = PreparedSplit(flag, options.data_dir, builder or name.partition(":")[2], split, options.image_size)
+    source = open_split(prepared)
+    if split == "train" and (remark := describe_range(find_extremes(prepared, source))):
+        warn_once(f"{flag}: {remark}")
+    return ImageDataset(
+        name=name,
+        split=split,
+        source=source,
+        image_shape=prepared.image_shape,
+        class_names=prepared.class_names,
+        random_flip=False,
+        fingerprint=prepared.fingerprint(),
+        empty_classes=prepared.empty_classes,
+    )
+
+
+def open_split(prepared: PreparedSplit) -> "Records | RecordStream":
+    """Opens the files of a prepared split; UserError where one of them cannot be read."""
+    for file in () if is_remote(prepared.folder) else prepared.folder.glob(f"*.{prepared.format}*"):
         try:
-            import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise UserError(f"{flag} needs another package ({error}): `pip install {PACKAGES}`") from error
-        check_features(flag, folder)
-        # From the folder, not by name: that needs no builder's code and finds array_record beside another format.
-        try:
-            self.builder = tfds.builder_from_directory(folder)
-        except Exception as error:  # of its JSON, its protocol buffers and its features
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{flag}: {folder} is no prepared data set ({reason}); prepare it again") from None
-        self.origin = f"{self.builder.info.full_name} in {folder}"
-        features, splits = dict(self.builder.info.features.items()), self.builder.info.splits
-        image, label = (features.get(key) for key in ("image", "label"))
-        if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-            found = ", ".join(features)
-            raise UserError(f"{flag}: {folder} has the features {found}; image and a class label are needed")
-        if unread := [name for name in features if name not in ("image", "label") and not KEY_FEATURE.search(name)]:
-            warn_once(f"{flag}: not read: {', '.join(unread)[:200]}")
-        if "train" not in splits:
-            found = f"only {', '.join(splits)}" if splits else "and no other"
-            raise UserError(f"{flag}: {folder} has no split train, {found}; name a set that has one")
-        height, width, channels = image.shape
-        size = image_size or (height and width and min(height, width))
-        if not size:
-            raise UserError(f"{flag}: the images of {builder} are of many sizes; add --image_size 256, for example")
-        self.image_shape = (size, size, 1 if channels == 1 else 3)
-        self.class_names = tuple(label.names or map(str, range(label.num_classes)))
-        if self.format == "tfrecord":
-            try:
-                import_tensorflow()
-            except ImportError:
-                raise UserError(
-                    f"{flag}: {self.origin} is prepared as tfrecord, which TensorFlow reads: `pip install tensorflow`, "
-                    f"or add array_record to it where TensorFlow is: {convert_command(self.builder.data_dir)}"
-                ) from None
-
-        own = None
-        for name in ("validation", "test"):
-            if name in splits and not own:
-                if (labels := self._labels(name)).size and (labels < 0).all():
-                    warn_once(f"{flag}: no image of its split {name} has a label, so others are used for validation")
-                else:
-                    own = name
-        self.split = own if own and split == "validation" else "train"
-        rows, labels = self._labelled_rows(flag)
-        if own is None:  # records are in an order that TFDS has shuffled
-            cut = num_held_out(len(rows))
-            rows = rows[:cut] if split == "validation" else rows[cut:]
-        if not len(rows):
-            count = splits[self.split].num_examples
-            raise UserError(f"{flag}: {folder} holds {count} images, of which none is left to train on; use more")
-        self.rows = rows  # the numbers of its records
-        self.start, self.stop = int(rows[0]), int(rows[-1]) + 1
-        self.empty_classes = () if labels is None else find_empty_classes(labels[rows], len(self.class_names))
-
-    def _labelled_rows(self, flag: str) -> tuple[range | Int64[np.ndarray, " n"], Int32[np.ndarray, " records"] | None]:
-        """(numbers of the split's records, without those that have no label; the labels of all records).
-
-        Of a split too large to be read through: all records, and None.
-        """
-        count, labels = self.builder.info.splits[self.split].num_examples, self._labels(self.split)
-        if len(labels) < count or not count:
-            return range(count), None
-        rows = np.flatnonzero(labels >= 0)
-        if not rows.size:
-            raise UserError(f"{flag}: no image of its split {self.split} has a label; prepare a set that has labels")
-        if labels.max() >= len(self.class_names):
+            check_regular(file)
+        except OSError as error:
             raise UserError(
-                f"{flag}: {self.origin} has the label {labels.max()}, but {len(self.class_names)} classes; prepare it "
-                "again"
-            )
-        if rows.size == count:
-            return range(count), labels
-        warn_once(unlabelled_message(flag, self.split, count - rows.size, count))
-        return rows, labels
-
-    @property
-    def is_filtered(self) -> bool:
-        """Whether records between the first and the last of the split are left out."""
-        return len(self.rows) < self.stop - self.start
-
-    def _labels(self, split: str) -> Int32[np.ndarray, " n"]:
-        """Returns the labels of a split in its order, -1 for none; of a large split, the first alone.
-
-        They are read once, without decoding an image, and kept in the cache folder.
-        """
-        info = self.builder.info.splits[split]
-        is_large = info.num_bytes > MAX_LABELLED_BYTES
-        count = min(NUM_SAMPLED, info.num_examples) if is_large else info.num_examples
-        if not count:
-            return np.empty(0, np.int32)
-
-        def read() -> np.ndarray:
-            labels = itertools.islice(self._read_labels(split), count)
-            bar = progress_bar(labels, f"reading the labels of {split}, once", count, unit="image", delay=5)
-            try:
-                return np.fromiter(bar, np.int32)
-            except Exception as error:  # of both libraries' readers, which share no type
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"the labels of {self.origin} cannot be read ({reason}); prepare it again") from None
-
-        return _remember(f"labels-{self._digest(split, 0, info.num_examples)}", (count,), np.dtype(np.int32), read)
-
-    def _read_labels(self, split: str) -> Iterator[int]:
-        if self.format == "tfrecord":
-            tf = import_tensorflow()
-            parts = self.builder.info.splits[split].file_instructions
-            records = tf.data.TFRecordDataset([str(part.filename) for part in parts])
-            label = {"label": tf.io.FixedLenFeature([], tf.int64)}
-            for batch in records.batch(RECORDS_AT_A_TIME).as_numpy_iterator():
-                yield from tf.io.parse_example(batch, label)["label"].numpy().tolist()
-            return
-        from tensorflow_datasets.core.decode import DeserializeMethod
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        builder: Any = self.builder  # decorators hide its type
-        messages: Any = tf_example_pb2  # made when it is imported
-        records = builder.as_data_source(
-            split, file_format="array_record", deserialize_method=DeserializeMethod.RAW_BYTES
-        )
-        for start in range(0, len(records), RECORDS_AT_A_TIME):
-            for record in records.__getitems__(range(start, min(start + RECORDS_AT_A_TIME, len(records)))):
-                yield messages.Example.FromString(record).features.feature["label"].int64_list.value[0]
-
-    def fingerprint(self) -> Fingerprint:
-        """Version, shards, sizes and the start of the first file: telling enough, without reading the data set."""
-        return Fingerprint(self.format, len(self.rows), self._digest(self.split, self.start, self.stop))
-
-    def extremes(self, source: "Records | RecordStream") -> UInt8[np.ndarray, "n 2"]:
-        """Returns the lowest and the highest value of some of the split's images."""
-        count = min(NUM_SAMPLED, len(source))
-
-        def compute() -> np.ndarray:
-            if isinstance(source, Records):
-                images = (source[i * len(source) // count]["image"] for i in range(count))
-            else:
-                hosts = {"process_index": 0, "process_count": 1}
-                batches = source.epoch_batches(count, 0, count, **hosts, prefetch=1)
-                images = (image for batch in batches for image in batch["image"])
-            return np.array([(image.min(), image.max()) for image in images], np.uint8)
-
-        name = f"range-{self._digest(self.split, self.start, self.stop)}"
-        return _remember(name, (count, 2), np.dtype(np.uint8), compute)
-
-    def _digest(self, split: str, start: int, stop: int) -> str:
-        info = self.builder.info.splits[split]
-        metadata = [self.builder.info.full_name, split, start, stop, info.shard_lengths, info.num_bytes]
-        digest = hashlib.sha256(json.dumps([*map(str, metadata), self.class_names]).encode())
-        files = self.folder.glob(f"*-{split}.{self.format}*")
-        for file in sorted(files, key=str)[:1]:
-            with file.open("rb") as content:
-                digest.update(content.read(READ_BYTES))
-        return digest.hexdigest()
-
-    def open(self) -> "Records | RecordStream":
-        for file in () if is_remote(self.folder) else self.folder.glob(f"*.{self.format}*"):
-            try:
-                check_regular(file)
-            except OSError as error:
-                raise UserError(
-                    f"{self.origin} cannot be read ({file.name}: {error.strerror}); bring it back"
-                ) from None
-        return Records(self) if self.format == "array_record" else RecordStream(self)
+                f"{prepared.origin} cannot be read ({file.name}: {error.strerror}); bring it back"
+            ) from None
+    return Records(prepared) if prepared.format == "array_record" else RecordStream(prepared)
 
 
-def _remember(name: str, shape: tuple[int, ...], dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Returns the array that the cache folder keeps under `name`; where there is none of this shape and dtype, what
-    `compute` returns, and keeps it."""
-    path = cache_folder() / f"{name}.npz"
-    try:
-        headers = read_npz_headers(path)
-        if headers["values"] == ArrayHeader(shape, False, dtype):
-            return read_npz(path, headers)["values"]
-    except (BadFileError, KeyError):
-        pass
-    values = compute()
-    with contextlib.suppress(OSError):  # what cannot be kept is computed again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, values=values)
-    return values
+def find_extremes(prepared: PreparedSplit, source: "Records | RecordStream") -> UInt8[np.ndarray, "n 2"]:
+    """Returns the lowest and the highest value of some of the split's images; kept in the cache folder."""
+    count = min(NUM_SAMPLED, len(source))
+
+    def compute() -> np.ndarray:
+        if isinstance(source, Records):
+            images = (source[i * len(source) // count]["image"] for i in range(count))
+        else:
+            hosts = {"process_index": 0, "process_count": 1}
+            batches = source.epoch_batches(count, 0, count, **hosts, prefetch=1)
+            images = (image for batch in batches for image in batch["image"])
+        return np.array([(image.min(), image.max()) for image in images], np.uint8)
+
+    name = f"range-{prepared.digest(prepared.split, prepared.start, prepared.stop)}"
+    return remember(name, (count, 2), np.dtype(np.uint8), compute)
 
 
 class Records:
@@ -456,45 +306,3 @@ def _check_labels(labels: Any, origin: str) -> None:
 
 def num_cores() -> int:
     return os.cpu_count() or 1
-
-
-@functools.cache
-def import_tensorflow():
-    """TensorFlow, kept off the accelerators, which are JAX's."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing here multiplies, and it announces itself
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
-    return tf
-
-
-def load_imagenet(name: str, split: str, options: DataOptions, *, size: int) -> ImageDataset:
-    other = f", or use --dataset_name tfds:imagenet2012 --image_size {options.image_size}"
-    check_own_size(name, (size, size), options, other)
-    dataset = load_tfds(name, split, dataclasses.replace(options, image_size=size), builder="imagenet2012")
-    return dataclasses.replace(dataset, class_names=imagenet_class_names())  # TFDS has WordNet ids
-
-
-def load_celebahq(name: str, split: str, options: DataOptions) -> ImageDataset:
-    check_own_size(name, (256, 256), options)
-    return load_tfds(name, split, options, builder="celebahq256")
-
-
-def load_tfds(name: str, split: str, options: DataOptions, *, builder: str | None = None) -> ImageDataset:
-    """A data set that TFDS prepared. `builder`: default, name's NAME."""
-    flag = f"--dataset_name={name}"
-    prepared = PreparedSplit(flag, options.data_dir, builder or name.removeprefix("tfds:"), split, options.image_size)
-    source = prepared.open()
-    if split == "train" and (remark := describe_range(prepared.extremes(source))):
-        warn_once(f"{flag}: {remark}")
-    return ImageDataset(
-        name=name,
-        split=split,
-        source=source,
-        image_shape=prepared.image_shape,
-        class_names=prepared.class_names,
-        random_flip=False,
-        fingerprint=prepared.fingerprint(),
-        empty_classes=prepared.empty_classes,
-    )

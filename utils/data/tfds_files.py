@@ -1,16 +1,26 @@
-"""Where TFDS has prepared a data set, in which format, and how to prepare it."""
+"""What TensorFlow Datasets has prepared: where it is, in which format, how to prepare it, which images it has."""
 
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
+from jaxtyping import Int32, Int64
 
+from utils.base.console import progress_bar, warn_once
 from utils.base.errors import UserError
-from utils.base.external import parse_json, read_json
-from utils.base.files import refuse_url
+from utils.base.external import ArrayHeader, BadFileError, parse_json, read_json, read_npz, read_npz_headers
+from utils.base.files import atomic_write, cache_folder, refuse_url
+from utils.data.dataset import find_empty_classes, num_held_out, unlabelled_message
+from utils.data.fingerprint import Fingerprint
 
 PACKAGES = "tensorflow-datasets importlib_resources"  # the second is imported by the first, which does not say so
 PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself
@@ -18,6 +28,11 @@ PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself
     "{command}",
     "celebahq256": "run `python data/celebahq256.py --source korexyz/celeba-hq-256x256 --data_dir {root}`",
 }
+KEY_FEATURE = re.compile(r"(^|_)(id|file_?name|path|url|key)$")  # of what stands for the image, and labels nothing
+MAX_LABELLED_BYTES = 2**29  # of a split that is read through for its labels
+RECORDS_AT_A_TIME = 1024  # while labels are read
+NUM_SAMPLED = 64  # images of a split, or labels of a larger one, that are looked at before training
+FINGERPRINT_BYTES = 2**20  # of a split's first file
 FEATURE_CLASS = re.compile(r"tensorflow_datasets\.core\.features\.[\w.]+")
 
 
@@ -98,3 +113,200 @@ def convert_command(folder: Any) -> str:
         f"`pip install {PACKAGES} apache-beam mlcroissant && "
         f"tfds convert_format --dataset_version_dir {folder} --out_file_format array_record`"
     )
+
+
+@functools.cache
+def import_tensorflow():
+    """TensorFlow, kept off the accelerators, which are JAX's."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing here multiplies, and it announces itself
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+def open_builder(flag: str, folder: epath.Path) -> Any:
+    """Opens a prepared data set of labelled images with a training split. UserError, naming `flag`, for others; says
+    which of its features are not read."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError(f"{flag} needs another package ({error}): `pip install {PACKAGES}`") from error
+    check_features(flag, folder)
+    # From the folder, not by name: that needs no builder's code and finds array_record beside another format.
+    try:
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # of its JSON, its protocol buffers and its features
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{flag}: {folder} is no prepared data set ({reason}); prepare it again") from None
+    features = dict(builder.info.features.items())
+    splits = builder.info.splits
+    image, label = (features.get(key) for key in ("image", "label"))
+    if not isinstance(image, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        found = ", ".join(features)
+        raise UserError(f"{flag}: {folder} has the features {found}; image and a class label are needed")
+    if unread := [name for name in features if name not in ("image", "label") and not KEY_FEATURE.search(name)]:
+        warn_once(f"{flag}: not read: {', '.join(unread)[:200]}")
+    if "train" not in splits:
+        found = f"only {', '.join(splits)}" if splits else "and no other"
+        raise UserError(f"{flag}: {folder} has no split train, {found}; name a set that has one")
+    return builder
+
+
+class PreparedSplit:
+    """One split of a prepared data set: which records are its images, their shape and the names of their classes."""
+
+    def __init__(self, flag: str, data_dir: str | os.PathLike | None, builder: str, split: str, image_size: int | None):
+        """Finds `split` ('train' or 'validation') of `builder` (NAME, NAME/CONFIG or NAME:1.2.3).
+
+        Of a set without the split 'validation' it is 'test', and of a set that has only 'train' the first 2 % of that.
+        UserError, naming `flag`, for what is missing.
+        """
+        self.folder, self.format = find_prepared(flag, data_dir, builder)
+        self.builder = open_builder(flag, self.folder)
+        self.origin = f"{self.builder.info.full_name} in {self.folder}"
+
+        # Images and classes.
+        features = self.builder.info.features
+        height, width, channels = features["image"].shape
+        size = image_size or (height and width and min(height, width))
+        if not size:
+            raise UserError(f"{flag}: the images of {builder} are of many sizes; add --image_size 256, for example")
+        self.image_shape = (size, size, 1 if channels == 1 else 3)
+        self.class_names = tuple(features["label"].names or map(str, range(features["label"].num_classes)))
+        if self.format == "tfrecord":
+            try:
+                import_tensorflow()
+            except ImportError:
+                raise UserError(
+                    f"{flag}: {self.origin} is prepared as tfrecord, which TensorFlow reads: `pip install tensorflow`, "
+                    f"or add array_record to it where TensorFlow is: {convert_command(self.builder.data_dir)}"
+                ) from None
+
+        # Records of the split.
+        own = self._find_validation_split(flag)
+        self.split = own if own and split == "validation" else "train"
+        rows, labels = self._labelled_rows(flag)
+        if own is None:  # records are in an order that TFDS has shuffled
+            cut = num_held_out(len(rows))
+            rows = rows[:cut] if split == "validation" else rows[cut:]
+        if not len(rows):
+            count = self.builder.info.splits[self.split].num_examples
+            raise UserError(f"{flag}: {self.folder} holds {count} images, of which none is left to train on; use more")
+        self.rows = rows  # the numbers of its records
+        self.start = int(rows[0])
+        self.stop = int(rows[-1]) + 1
+        self.empty_classes = () if labels is None else find_empty_classes(labels[rows], len(self.class_names))
+
+    def _find_validation_split(self, flag: str) -> str | None:
+        """The set's own split for validation; None where a part of 'train' is to be held out."""
+        own = None
+        for name in ("validation", "test"):
+            if name in self.builder.info.splits and not own:
+                if (labels := self._labels(name)).size and (labels < 0).all():
+                    warn_once(f"{flag}: no image of its split {name} has a label, so others are used for validation")
+                else:
+                    own = name
+        return own
+
+    def _labelled_rows(self, flag: str) -> tuple[range | Int64[np.ndarray, " n"], Int32[np.ndarray, " records"] | None]:
+        """(numbers of the split's records, without those that have no label; the labels of all records).
+
+        Of a split too large to be read through: all records, and None.
+        """
+        count, labels = self.builder.info.splits[self.split].num_examples, self._labels(self.split)
+        if len(labels) < count or not count:
+            return range(count), None
+        rows = np.flatnonzero(labels >= 0)
+        if not rows.size:
+            raise UserError(f"{flag}: no image of its split {self.split} has a label; prepare a set that has labels")
+        if labels.max() >= len(self.class_names):
+            raise UserError(
+                f"{flag}: {self.origin} has the label {labels.max()}, but {len(self.class_names)} classes; prepare it "
+                "again"
+            )
+        if rows.size == count:
+            return range(count), labels
+        warn_once(unlabelled_message(flag, self.split, count - rows.size, count))
+        return rows, labels
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether records between the first and the last of the split are left out."""
+        return len(self.rows) < self.stop - self.start
+
+    def _labels(self, split: str) -> Int32[np.ndarray, " n"]:
+        """Returns the labels of a split in its order, -1 for none; of a large split, the first alone.
+
+        They are read once, without decoding an image, and kept in the cache folder.
+        """
+        info = self.builder.info.splits[split]
+        is_large = info.num_bytes > MAX_LABELLED_BYTES
+        count = min(NUM_SAMPLED, info.num_examples) if is_large else info.num_examples
+        if not count:
+            return np.empty(0, np.int32)
+
+        def read() -> np.ndarray:
+            labels = itertools.islice(self._read_labels(split), count)
+            bar = progress_bar(labels, f"reading the labels of {split}, once", count, unit="image", delay=5)
+            try:
+                return np.fromiter(bar, np.int32)
+            except Exception as error:  # of both libraries' readers, which share no type
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"the labels of {self.origin} cannot be read ({reason}); prepare it again") from None
+
+        return remember(f"labels-{self.digest(split, 0, info.num_examples)}", (count,), np.dtype(np.int32), read)
+
+    def _read_labels(self, split: str) -> Iterator[int]:
+        if self.format == "tfrecord":
+            tf = import_tensorflow()
+            parts = self.builder.info.splits[split].file_instructions
+            records = tf.data.TFRecordDataset([str(part.filename) for part in parts])
+            label = {"label": tf.io.FixedLenFeature([], tf.int64)}
+            for batch in records.batch(RECORDS_AT_A_TIME).as_numpy_iterator():
+                yield from tf.io.parse_example(batch, label)["label"].numpy().tolist()
+            return
+        from tensorflow_datasets.core.decode import DeserializeMethod
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        builder: Any = self.builder  # decorators hide its type
+        messages: Any = tf_example_pb2  # made when it is imported
+        records = builder.as_data_source(
+            split, file_format="array_record", deserialize_method=DeserializeMethod.RAW_BYTES
+        )
+        for start in range(0, len(records), RECORDS_AT_A_TIME):
+            for record in records.__getitems__(range(start, min(start + RECORDS_AT_A_TIME, len(records)))):
+                yield messages.Example.FromString(record).features.feature["label"].int64_list.value[0]
+
+    def fingerprint(self) -> Fingerprint:
+        """Version, shards, sizes and the start of the first file: telling enough, without reading the data set."""
+        return Fingerprint(self.format, len(self.rows), self.digest(self.split, self.start, self.stop))
+
+    def digest(self, split: str, start: int, stop: int) -> str:
+        info = self.builder.info.splits[split]
+        metadata = [self.builder.info.full_name, split, start, stop, info.shard_lengths, info.num_bytes]
+        digest = hashlib.sha256(json.dumps([*map(str, metadata), self.class_names]).encode())
+        files = self.folder.glob(f"*-{split}.{self.format}*")
+        for file in sorted(files, key=str)[:1]:
+            with file.open("rb") as content:
+                digest.update(content.read(FINGERPRINT_BYTES))
+        return digest.hexdigest()
+
+
+def remember(name: str, shape: tuple[int, ...], dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Returns the array that the cache folder keeps under `name`; where there is none of this shape and dtype, what
+    `compute` returns, and keeps it."""
+    path = cache_folder() / f"{name}.npz"
+    try:
+        headers = read_npz_headers(path)
+        if headers["values"] == ArrayHeader(shape, False, dtype):
+            return read_npz(path, headers)["values"]
+    except (BadFileError, KeyError):
+        pass
+    values = compute()
+    with contextlib.suppress(OSError):  # what cannot be kept is computed again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, values=values)
+    return values
