@@ -12,10 +12,10 @@ from absl import flags
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from utils.base import checks
 from utils.base.console import configure_output, log
+from utils.base.devices import check_batch_memory, check_batch_size, make_mesh, replicated
 from utils.base.errors import UserError
-from utils.base.sharding import make_mesh, replicated
+from utils.base.files import check_file_writable, check_free_space
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, StreamSource, Subset
 from utils.data.loaders import load_dataset
@@ -60,12 +60,12 @@ def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the file to write, such as stats.npz")
     out = Path(config.out)
-    checks.check_file_writable(out, "out", "stats.npz", {"images": config.images})
+    check_file_writable(out, "out", "stats.npz", {"images": config.images})
     if config.images:
         data_flags = ("dataset_name", "split", "data_dir", "image_size", "broken_images", "max_megapixels")
         reading.refuse_ignored(data_flags, "with --images, which are taken as they are")
     mesh = make_mesh()
-    checks.check_batch_size(config.batch_size, mesh.size)
+    check_batch_size(config.batch_size, mesh.size)
     samples = open_samples(config.images, "images") if config.images else None
     if samples is None:
         reading.check_data_flags(config.dataset_name)
@@ -81,10 +81,10 @@ def main(config: ConfigDict) -> None:
         raise UserError(f"{source}{f', {split}' * bool(split)} holds 1 image; statistics are of 2 or more")
     if num_images > total:
         raise UserError(f"--num_images={num_images}: {source} holds {total}")
-    checks.check_free_space(out, "out", statistics_bytes(min(config.num_features, num_images)))
+    check_free_space(out, "out", statistics_bytes(min(config.num_features, num_images)))
     batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
-    checks.check_batch_memory(batch_size, tuple(shape))
-    checks.check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
+    check_batch_memory(batch_size, tuple(shape))
+    check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
     extractors = load_extractors(
         weights=config.inception_weights, convention=config.convention, sharding=replicated(mesh)
     )

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from utils.base.console import log, progress_bar
+from utils.base.devices import gather
 from utils.base.errors import UserError
-from utils.base.sharding import gather
 from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.flags.drawing import (

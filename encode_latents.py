@@ -17,11 +17,10 @@ from jaxtyping import Array, Float16, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from utils.base import checks
 from utils.base.console import log, progress_bar
+from utils.base.devices import batch_sharding, check_batch_memory, check_batch_size, gather, make_mesh, shard_replicated
 from utils.base.errors import UserError
-from utils.base.files import FolderLock, explaining_full_disk, write_json
-from utils.base.sharding import batch_sharding, gather, make_mesh, shard_replicated
+from utils.base.files import FolderLock, check_writable, explaining_full_disk, write_json
 from utils.codecs.registry import DEFAULT_HUB_ID, load_vae
 from utils.codecs.vae import StableVAE
 from utils.data import latents
@@ -114,8 +113,8 @@ def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the folder to write, such as latents/imagenet256")
     out, mesh, vae = Path(config.out), make_mesh(), config.vae or DEFAULT_HUB_ID
-    checks.check_writable(out, "out", creates=False)
-    checks.check_batch_size(config.batch_size, mesh.size)
+    check_writable(out, "out", creates=False)
+    check_batch_size(config.batch_size, mesh.size)
     reading.check_data_flags(config.dataset_name)
     options = reading.read_data_options(config)
     datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
@@ -126,10 +125,10 @@ def main(config: ConfigDict) -> None:
     for split, dataset in datasets.items():
         count = len(dataset.source)
         latents.check_num_files(count, config.shard_size, f"the {count:,} images of the {split} split")
-    checks.check_batch_memory(config.batch_size, train.image_shape)
+    check_batch_memory(config.batch_size, train.image_shape)
     codec = load_vae(vae, mesh, train.image_shape)
     manifest = describe_latents(datasets, codec, vae, config.shard_size)
-    checks.check_writable(out, "out")
+    check_writable(out, "out")
     with FolderLock(out).held("out"):
         prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
         names = [name for split in SPLITS for name, _ in manifest.shards(split)]

@@ -24,13 +24,19 @@ from jaxtyping import PyTree
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from utils.base import checks
 from utils.base.console import configure_output, log, show_result, warn
-from utils.base.environment import changed_variables
+from utils.base.devices import (
+    changed_variables,
+    check_batch_memory,
+    check_batch_size,
+    explaining_out_of_memory,
+    free_memory,
+    gather,
+    make_mesh,
+    replicated,
+)
 from utils.base.errors import UserError, WriteError
-from utils.base.files import atomic_write
-from utils.base.memory import explaining_out_of_memory, free_memory
-from utils.base.sharding import gather, make_mesh, replicated
+from utils.base.files import atomic_write, check_writable
 from utils.flags import program, reading
 from utils.flags.definitions import (
     define_path,
@@ -154,7 +160,7 @@ class Scoring:
         self.config, self.mesh = config, make_mesh()
         self.out = Path(config.out or default_out)
         self.failure: WriteError | None = None
-        checks.check_writable(self.out, "out", names=FILES)
+        check_writable(self.out, "out", names=FILES)
         if config.json and Path(config.json).resolve() in [(self.out / name).resolve() for name in FILES]:
             raise UserError(f"--json={config.json} is the evaluation's own record of its rows; name another file")
         self.batch_size = self._choose_batch_size(num_samples, image_shape)
@@ -177,13 +183,13 @@ class Scoring:
         num_devices = self.mesh.size
         requested = RECIPE_BATCH_SIZE if self.config.batch_size is None else self.config.batch_size
         if self.config.batch_size is not None:
-            checks.check_batch_size(requested, num_devices)
+            check_batch_size(requested, num_devices)
         elif math.prod(image_shape) > LARGE_IMAGE_BYTES:
             requested = max(1, LARGE_BATCH_BYTES // math.prod(image_shape))
         batch_size = -(-min(requested, num_samples) // num_devices) * num_devices
-        checks.check_batch_memory(batch_size, tuple(image_shape))
+        check_batch_memory(batch_size, tuple(image_shape))
         # Images in float32, and the outputs of the first layers.
-        checks.check_batch_memory(batch_size, (299, 299, 3), copies=40)
+        check_batch_memory(batch_size, (299, 299, 3), copies=40)
         return batch_size
 
     def _load_reference(self, path: Path) -> None:
@@ -499,7 +505,7 @@ def main(config: ConfigDict) -> None:
         )
     refuse_ignored(config)
     if config.out:
-        checks.check_writable(Path(config.out), "out", creates=False, names=FILES)
+        check_writable(Path(config.out), "out", creates=False, names=FILES)
     check_json_path(config.json, {"samples": config.samples, "fid_stats": config.fid_stats})
     (evaluate_run if config.load_dir else evaluate_samples)(config)
 

@@ -17,12 +17,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base import checks
 from utils.base.console import configure_output, log, progress_bar, show_result
+from utils.base.devices import check_batch_size, explaining_out_of_memory, gather, make_mesh, shard_replicated
 from utils.base.errors import UserError
-from utils.base.files import explaining_full_disk
-from utils.base.memory import explaining_out_of_memory
-from utils.base.sharding import gather, make_mesh, shard_replicated
+from utils.base.files import check_file_writable, explaining_full_disk
 from utils.codecs.pixels import PixelCodec
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset
@@ -89,7 +87,7 @@ class Measurement:
         self.num_images = self._count_images()
 
         # How they are measured.
-        checks.check_batch_size(config.batch_size, self.mesh.size)
+        check_batch_size(config.batch_size, self.mesh.size)
         check_probes(config.num_probes, math.prod(self.model.latent_shape))
         num_steps = config.denoise_timesteps if config.solver == "midpoint" else None
         self.settings = LikelihoodConfig(config.num_probes, num_steps, config.rtol, config.atol)
@@ -225,7 +223,7 @@ def main(config: ConfigDict) -> None:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
     check_effects(RULES["likelihood"], config)
     if config.per_image:
-        checks.check_file_writable(Path(config.per_image), "per_image", "images.csv")
+        check_file_writable(Path(config.per_image), "per_image", "images.csv")
     check_json_path(config.json, {"per_image": config.per_image})
     measurement = Measurement(config)
     probes = f"{config.num_probes} probe{'s' * (config.num_probes > 1)} an image"

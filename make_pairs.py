@@ -14,13 +14,10 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from utils.base import checks
 from utils.base.console import log, progress_bar
-from utils.base.environment import RANDOM, changed_variables
+from utils.base.devices import RANDOM, changed_variables, check_batch_size, explaining_out_of_memory, gather
 from utils.base.errors import UserError
-from utils.base.files import FolderLock, explaining_full_disk, write_json
-from utils.base.memory import explaining_out_of_memory
-from utils.base.sharding import gather
+from utils.base.files import FolderLock, check_writable, explaining_full_disk, write_json
 from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
 from utils.flags import program, reading
@@ -65,14 +62,14 @@ def main(config: ConfigDict) -> None:
     for name, what in {"load_dir": "a run", "out": "the pairs"}.items():
         if config[name] is None:
             raise UserError(f"--{name} is not given: name the folder of {what}")
-    checks.check_writable(Path(config.out), "out", creates=False)
+    check_writable(Path(config.out), "out", creates=False)
     check_num_files(config.num_pairs, config.shard_size, f"--num_pairs={config.num_pairs}")
     generator = load_generator(
         config.load_dir, params=config.params, seed=config.seed, label_mode=config.labels, dtype=config.dtype,
         vae=config.vae, needs_images=True,
     )  # fmt: skip
     model, out = generator.model, Path(config.out)
-    checks.check_batch_size(config.batch_size, model.mesh.size)
+    check_batch_size(config.batch_size, model.mesh.size)
     dropout = model.network.config.class_dropout_prob
     samplers = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
     if len(samplers) > 1:
@@ -97,7 +94,7 @@ def main(config: ConfigDict) -> None:
         empty_classes=model.empty_classes,
         jax_variables=tuple(changed_variables(RANDOM)),
     )
-    checks.check_writable(out, "out")
+    check_writable(out, "out")
     with FolderLock(out).held("out"):
         found = pairs.load_manifest(out)
         if found is None:

@@ -16,8 +16,8 @@ from absl import flags
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from utils.base import checks
 from utils.base.console import log, progress_bar
+from utils.base.files import check_free_space
 from utils.flags import program
 from utils.flags.drawing import (
     Request,
@@ -60,7 +60,7 @@ def draw(request: Request) -> None:
     # Room first: the samples of a large file take hours.
     if config.save_samples and config.save_samples.endswith(".npz"):
         size = config.num_samples * math.prod(generator.model.image_shape)
-        checks.check_free_space(Path(config.save_samples), "save_samples", size)
+        check_free_space(Path(config.save_samples), "save_samples", size)
 
     # One batch after another. Only those that the grid shows stay in memory.
     num_devices = generator.model.mesh.size

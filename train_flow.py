@@ -24,20 +24,23 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from diffusion_transformer import REMAT_POLICIES
-from utils.base import checks
 from utils.base.console import log
-from utils.base.environment import find_devices, jax_settings
-from utils.base.errors import DataError, UserError
-from utils.base.files import FolderLock, write_json
-from utils.base.memory import device_memory, explaining_out_of_memory, format_bytes, memory_needed, out_of_memory
-from utils.base.processes import describe_processes, initialize_processes
-from utils.base.sharding import (
+from utils.base.devices import (
     SHARD,
     SHARDING_MODES,
+    check_batch_memory,
+    check_batch_size,
     choose_num_shards,
     compile_step,
+    device_memory,
+    explaining_out_of_memory,
+    find_devices,
+    format_bytes,
+    jax_settings,
     make_mesh,
+    memory_needed,
     next_batch,
+    out_of_memory,
     place,
     prefetch,
     replicated,
@@ -46,7 +49,9 @@ from utils.base.sharding import (
     state_sharding,
     unsplit_fraction,
 )
-from utils.base.signals import EXIT_STOPPED, Interrupted, StopRequest
+from utils.base.errors import DataError, UserError
+from utils.base.files import FolderLock, check_writable, write_json
+from utils.base.processes import EXIT_STOPPED, Interrupted, StopRequest, describe_processes, initialize_processes
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.data.batches import first_examples, training_batches
 from utils.data.dataset import SPLITS, describe_data, summarize_data
@@ -79,7 +84,7 @@ from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, has_check
 from utils.runs.resume import check_architecture, compare_with_saved
 from utils.runs.trackers import Tracker, read_metrics
 from utils.sampling.generator import ImageGenerator
-from utils.sampling.samplers import guidance_scale, largest_steps
+from utils.sampling.samplers import can_guide, explain_no_guidance, guidance_scale, largest_steps
 from utils.sampling.solvers import SamplerConfig
 from utils.training.advice import batch_structs, commands_after_training, ema_hints, model_hints, plan_lines
 from utils.training.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
@@ -184,16 +189,16 @@ class Trainer:
             reading.refuse_ignored(("profile",), "with --plan, which trains nothing")
         self._find_source()
         period = row_period(make_objective(config))
-        checks.check_batch_size(config.batch_size, self.mesh.size, config.grad_accum, period)
+        check_batch_size(config.batch_size, self.mesh.size, config.grad_accum, period)
         refuse_ignored(config)
         if not has_checkpoints(reading.run_folder(config)):  # a run of an earlier version goes on as it began
             refuse_contradictions(config)
         if not self.started_from:
             reading.refuse_ignored(("freeze", "lora_rank"), "without --load_dir")
         if not config.plan:  # before images are looked through, which may take long
-            checks.check_writable(reading.run_folder(config), "save_dir", creates=False)
+            check_writable(reading.run_folder(config), "save_dir", creates=False)
             if config.profile:
-                checks.check_writable(Path(config.profile), "profile", creates=False)
+                check_writable(Path(config.profile), "profile", creates=False)
         self._load_data()
         self._load_model()
         self._load_reference()
@@ -247,7 +252,7 @@ class Trainer:
         options = reading.read_data_options(config)
         self.datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
         dataset = self.datasets["train"]
-        checks.check_batch_memory(config.batch_size, dataset.image_shape)
+        check_batch_memory(config.batch_size, dataset.image_shape)
         if config.debug_overfit:
             dataset = first_examples(dataset, config.batch_size)
         hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -279,8 +284,8 @@ class Trainer:
         )
         for hint in model_hints(config.model, self.model.latent_shape, dataset, config.batch_size):
             log(f"note: {hint}")
-        if not checks.can_guide(config.model.class_dropout_prob):
-            log(f"{checks.explain_no_guidance(config.model.class_dropout_prob)}: samples are drawn without guidance")
+        if not can_guide(config.model.class_dropout_prob):
+            log(f"{explain_no_guidance(config.model.class_dropout_prob)}: samples are drawn without guidance")
         recorded = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
         recorded["latent_shape"] = list(self.model.latent_shape)
         data = describe_data(self.datasets) | recorded
@@ -301,12 +306,12 @@ class Trainer:
     def _open_folder(self) -> None:
         config = self.config
         self.folder = reading.run_folder(config)
-        checks.check_writable(self.folder, "save_dir")
+        check_writable(self.folder, "save_dir")
         self.lock = FolderLock(self.folder)
         if jax.process_index() == 0:
             self.lock.acquire("save_dir")
         if config.profile:
-            checks.check_writable(Path(config.profile), "profile")
+            check_writable(Path(config.profile), "profile")
         self.checkpoints = Checkpoints(self.folder, config.keep_last, config.keep_every)
         self.checkpoints.remove_unfinished()
 
@@ -513,7 +518,7 @@ class Trainer:
             for t, loss in loss_by_time(model, state.params, data, key).items():
                 yield f"{name}_loss_t/{t}", loss
         yield "reconstruction_n", reconstruction_panel(model, state.ema_params, self.validation_batch, key)
-        is_guided = has_guidance(model.objective) and checks.can_guide(config.model.class_dropout_prob)
+        is_guided = has_guidance(model.objective) and can_guide(config.model.class_dropout_prob)
         scale = guidance_scale(config.model.cfg_scale) if is_guided else None
         sampler = SamplerConfig(largest_steps(config.model.denoise_timesteps, model.objective), scale)
         weight = self.ema.initial_weight(int(state.step))

@@ -46,19 +46,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_transformer import REMAT_POLICIES, DiT, DiTConfig
-from utils.base.errors import UserError
-from utils.base.memory import GIB, memory_needed
-from utils.base.sharding import (
+from utils.base.devices import (
+    GIB,
     SHARD,
     SHARDING_MODES,
     batch_sharding,
     choose_num_shards,
     make_mesh,
+    memory_needed,
     replicated,
     shape_structs,
     state_sharding,
     unsplit_fraction,
 )
+from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.flags import program

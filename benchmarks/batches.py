@@ -26,8 +26,8 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from PIL import Image
 
+from utils.base.devices import make_mesh, prefetch, shard_batch
 from utils.base.errors import UserError
-from utils.base.sharding import make_mesh, prefetch, shard_batch
 from utils.data.batches import training_batches
 from utils.data.dataset import Batch, ImageDataset
 from utils.data.image_folder import ImageFiles

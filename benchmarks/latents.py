@@ -20,8 +20,7 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base import checks
-from utils.base.sharding import make_mesh, replicated, shard_batch
+from utils.base.devices import check_batch_size, make_mesh, replicated, shard_batch
 from utils.codecs.vae import StableVAE
 from utils.flags import program
 from utils.flags.definitions import define_model_flags
@@ -42,7 +41,7 @@ def define_flags() -> None:
 
 def main(config: ConfigDict) -> None:
     mesh, size = make_mesh(), config.image_size
-    checks.check_batch_size(config.batch_size, mesh.size)
+    check_batch_size(config.batch_size, mesh.size)
     codec = jax.device_put(StableVAE.random(1), replicated(mesh))
     names = tuple(map(str, range(config.model.num_classes)))
     image_model = make_model(config.model, FlowMatching(), codec, mesh, (size, size, 3), names)

@@ -12,9 +12,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base import checks
 from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_npz, read_npz_headers
+from utils.base.files import check_writable
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.images import plotting
@@ -78,7 +78,7 @@ def main(config: ConfigDict) -> None:
     runs, out = [Path(reading.expand_path(run, "runs")) for run in config.runs], Path(config.out)
     names, window = name_runs(runs), config.window
     losses = {name: read_losses(runs, name, window) for name in ("training/l2_loss", "validation/l2_loss")}
-    checks.check_writable(out, "out")
+    check_writable(out, "out")
 
     # Losses.
     curves = {}

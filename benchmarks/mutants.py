@@ -143,7 +143,7 @@ test_checkpoint.py::test_another_x64_is_no_damage_and_is_named
 test_resume.py::test_changed_settings_are_said_and_another_objective_is_refused
   train_flow.py: , "jax": jax_settings()} -> }
 test_environment.py::test_an_environment_in_which_nothing_runs_is_one_line
-  utils/flags/program.py: find_devices() -> pass
+  utils/flags/program.py: start_devices() -> pass
   utils/flags/program.py: check_jax_settings() -> pass
 """
 

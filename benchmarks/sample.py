@@ -15,7 +15,7 @@ import jax_flow_baseline
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.sharding import make_mesh
+from utils.base.devices import make_mesh
 from utils.codecs.pixels import PixelCodec
 from utils.flags import program
 from utils.networks.models import ImageModel, init_params

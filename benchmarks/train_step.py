@@ -22,8 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiT, DiTBlock, DiTConfig
-from utils.base.memory import memory_needed
-from utils.base.sharding import compile_step
+from utils.base.devices import compile_step, memory_needed
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.flags import program
 from utils.networks.ema import EmaSchedule

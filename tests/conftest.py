@@ -39,7 +39,7 @@ install_import_hook(["diffusion_transformer", "utils"], "tests.typecheck.check")
 
 from utils.base.console import configure_output
 from utils.base.errors import UserError
-from utils.base.signals import END_SIGNALS, KEYBOARD_SIGNALS
+from utils.base.processes import END_SIGNALS, KEYBOARD_SIGNALS
 from utils.flags.program import parse_flags
 from utils.metrics.inception import inception_weights_path
 

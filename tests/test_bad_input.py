@@ -20,7 +20,7 @@ import make_pairs
 import plot_metrics
 import sample
 import train_flow
-from utils.base import checks
+from utils.base import devices
 from utils.base.errors import UserError
 from utils.base.files import write_json
 from utils.data import pairs
@@ -239,7 +239,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(train_flow, "StopRequest", lambda: None)
-    monkeypatch.setattr(checks, "total_memory", lambda: 2**33)  # batches that are too large here are so everywhere
+    monkeypatch.setattr(devices, "host_memory", lambda: 2**33)  # batches that are too large here are so everywhere
     (tmp_path / "out").mkdir()
     (tmp_path / "logged").mkdir()
     line = {"step": 1, "training/l2_loss": 1.5, "x_t/0.1": 1.0, "x_t/0.2": 1.0, "fid": 2}

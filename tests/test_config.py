@@ -15,8 +15,9 @@ import encode_latents
 import eval_fid
 import train_flow
 from utils.base import checks
+from utils.base.devices import check_batch_size, make_mesh
 from utils.base.errors import UserError
-from utils.base.sharding import make_mesh
+from utils.base.files import check_free_space, check_writable
 from utils.codecs.pixels import PixelCodec
 from utils.data.dataset import DataOptions
 from utils.flags import reading
@@ -25,7 +26,7 @@ from utils.networks.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.resume import check_settings
 from utils.sampling.generator import RECIPE_BATCH_SIZE
-from utils.sampling.samplers import guidance_scale
+from utils.sampling.samplers import can_guide, guidance_scale
 from utils.sampling.solvers import SamplerConfig
 
 DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4"
@@ -176,26 +177,26 @@ def test_options_of_the_data_are_those_of_the_flags(parse):
 
 def test_batch_size_must_divide():
     with pytest.raises(UserError, match=r"--batch_size=10 does not divide over 4 devices; use a multiple of 4"):
-        checks.check_batch_size(10, 4)
-    checks.check_batch_size(12, 4)
+        check_batch_size(10, 4)
+    check_batch_size(12, 4)
 
 
 def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--save_dir"):
-        checks.check_writable(tmp_path / "file" / "run", "save_dir")
+        check_writable(tmp_path / "file" / "run", "save_dir")
 
 
 def test_files_larger_than_the_free_space_are_refused_before_work(tmp_path):
     free = shutil.disk_usage(tmp_path).free
-    checks.check_free_space(tmp_path / "x.npz", "out", free // 2)
+    check_free_space(tmp_path / "x.npz", "out", free // 2)
     with pytest.raises(UserError, match=r"--out=.*x.npz takes up to [\d,]+ bytes, but [\d,]+ are free there; make"):
-        checks.check_free_space(tmp_path / "x.npz", "out", 2 * free)
+        check_free_space(tmp_path / "x.npz", "out", 2 * free)
 
 
 def test_processes_that_look_at_one_folder_do_not_disturb_each_other(tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: checks.check_writable(tmp_path / "run", "save_dir"), range(400)))
+        list(pool.map(lambda _: check_writable(tmp_path / "run", "save_dir"), range(400)))
     assert not os.listdir(tmp_path / "run")
 
 
@@ -304,7 +305,7 @@ def test_eval_takes_the_models_values_from_the_run(parse, line):
 
 
 def test_guidance_needs_both_kinds_of_labels(parse, capsys):
-    assert [checks.can_guide(prob) for prob in (0, 0.1, 1)] == [False, True, False]
+    assert [can_guide(prob) for prob in (0, 0.1, 1)] == [False, True, False]
     assert reading.read_samplers(parse("", eval_fid), 0) == [SamplerConfig(500, None)]
     assert "drawn without guidance" in capsys.readouterr().out
     assert reading.read_samplers(parse("--cfg_scale 1,-1", eval_fid), 1) == [SamplerConfig(500, None)]

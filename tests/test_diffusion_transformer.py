@@ -10,8 +10,7 @@ import pytest
 
 import diffusion_transformer
 from diffusion_transformer import DiT, DiTConfig
-from utils.base.memory import memory_needed
-from utils.base.sharding import compile_step
+from utils.base.devices import compile_step, memory_needed
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.networks.models import model_fn
 from utils.objectives.flow_matching import FlowMatching

@@ -10,8 +10,7 @@ import pytest
 
 from tests.conftest import run_program
 from tests.test_saved_config import CONFIG
-from utils.base.environment import RECORDED, compare_jax_settings, jax_settings
-from utils.base.sharding import make_mesh, replicated
+from utils.base.devices import RECORDED, compare_jax_settings, jax_settings, make_mesh, replicated
 from utils.convert.sources import read_source
 from utils.networks.models import init_params
 from utils.runs.checkpoint import Checkpoints

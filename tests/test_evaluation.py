@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_transformer import PRESETS
 from eval_fid import Scoring
-from utils.base.sharding import make_mesh
+from utils.base.devices import make_mesh
 from utils.codecs.pixels import PixelCodec
 from utils.images.pixels import ImageBatch
 from utils.metrics import measure

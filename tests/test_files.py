@@ -23,12 +23,13 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
-from utils.base import checks, files
+from utils.base import files
 from utils.base.errors import UserError, WriteError
 from utils.base.files import (
     FolderLock,
     atomic_write,
     cache_folder,
+    check_writable,
     explaining_full_disk,
     file_sha256,
     open_regular,
@@ -189,7 +190,7 @@ def test_only_what_no_process_writes_any_more_is_removed(tmp_path):
     remove_temporaries(tmp_path, "a.npz")
     assert {path.name for path in tmp_path.iterdir()} == {alive, elsewhere, other}
     os.utime(tmp_path / elsewhere, (0, 0))
-    checks.check_writable(tmp_path, "out")  # which every program asks before it works
+    check_writable(tmp_path, "out")  # which every program asks before it works
     assert {path.name for path in tmp_path.iterdir()} == {alive}
 
 

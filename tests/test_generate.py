@@ -9,8 +9,8 @@ import pytest
 
 from diffusion_transformer import DiTConfig
 from tests.conftest import GOLDEN, ROOT
+from utils.base.devices import make_mesh
 from utils.base.errors import UserError
-from utils.base.sharding import make_mesh
 from utils.codecs.pixels import PixelCodec
 from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching

@@ -6,8 +6,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import train_flow
+from utils.base.devices import explaining_out_of_memory
 from utils.base.errors import UserError
-from utils.base.memory import explaining_out_of_memory
 from utils.data.dataset import SPLITS, DataOptions, array_dataset, describe_data, summarize_data
 from utils.data.loaders import load_dataset
 from utils.networks.ema import EmaSchedule, young_ema_hint

@@ -9,7 +9,7 @@ from tests.conftest import run_program
 FAULTS = """
 import resource
 import numpy as np
-from utils.base.memory import keep_freed_memory
+from utils.base.devices import keep_freed_memory
 if {is_kept}:
     keep_freed_memory()
 for number in range(6):

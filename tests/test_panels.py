@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 import train_flow
 from diffusion_transformer import DiTConfig
 from train_flow import Trainer
-from utils.base.sharding import make_mesh
+from utils.base.devices import make_mesh
 from utils.codecs.pixels import PixelCodec
 from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching

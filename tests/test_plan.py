@@ -6,8 +6,8 @@ import pytest
 
 import train_flow
 from utils.base.console import format_duration
+from utils.base.devices import memory_needed
 from utils.base.errors import UserError
-from utils.base.memory import memory_needed
 from utils.training.advice import MemoryModel, batch_structs, bytes_on_device
 
 RUN = """

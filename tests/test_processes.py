@@ -12,7 +12,7 @@ import eval_fid
 import train_flow
 from utils.base import processes
 from utils.base.errors import UserError
-from utils.base.signals import StopRequest
+from utils.base.processes import StopRequest
 
 LAUNCHERS = ("SLURM_", "OMPI_", "MV2_", "PMI_", "MPI_", "JAX_COORDINATOR", "JAX_LOCAL", "CUDA_VISIBLE", "HIP_", "ROCR_")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

@@ -18,7 +18,7 @@ import eval_fid
 from tests.conftest import ROOT, run_program
 from tests.runs import SCALARS, assert_close, kill_and_continue, losses, start, wait_for_step
 from utils.base.errors import WriteError
-from utils.base.signals import END_SIGNALS, KEYBOARD_SIGNALS
+from utils.base.processes import END_SIGNALS, KEYBOARD_SIGNALS
 from utils.images.samples import SampleWriter
 from utils.metrics.extractors import POOL, SPATIAL
 from utils.metrics.reference import load_statistics

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import run_program
-from utils.base import sharding
+from utils.base.devices import choose_num_shards, gather, make_mesh, prefetch, shard_replicated
 from utils.base.errors import UserError
 
 
@@ -30,19 +30,19 @@ class Counting:
 
 def test_each_batch_comes_with_the_position_just_after_it():
     batches = Counting()
-    for batch, position in itertools.islice(sharding.prefetch(batches, sharding.make_mesh(), buffer_size=2), 5):
+    for batch, position in itertools.islice(prefetch(batches, make_mesh(), buffer_size=2), 5):
         assert position == {"next_index": int(batch["image"][0, 0])}
     assert batches.taken == 7  # the others are on their way
 
 
 def test_gather_and_shard_are_inverse():
     rows = np.arange(12.0).reshape(4, 3)
-    np.testing.assert_array_equal(sharding.gather(sharding.shard_replicated(rows, sharding.make_mesh())), rows)
+    np.testing.assert_array_equal(gather(shard_replicated(rows, make_mesh())), rows)
 
 
 LAYOUT = """
 import jax, jax.numpy as jnp
-from utils.base.sharding import choose_num_shards, make_mesh, shard_replicated, state_sharding, unsplit_fraction
+from utils.base.devices import choose_num_shards, make_mesh, shard_replicated, state_sharding, unsplit_fraction
 from utils.training.state import TrainState
 tree = {"kernel": jnp.zeros((16, 64)), "odd": jnp.zeros((3, 12)), "none": jnp.zeros((3, 5)), "scalar": jnp.zeros(())}
 state = TrainState(jnp.zeros(()), tree, tree, (), jax.random.key(0))
@@ -84,15 +84,15 @@ class Device:
 )
 def test_a_replica_is_a_slice_or_a_part_of_one(slices, size, expected):
     devices = [Device(number // 4, number // size) for number in range(slices * size)]
-    assert sharding.choose_num_shards("hybrid", None, devices) == expected
+    assert choose_num_shards("hybrid", None, devices) == expected
     with pytest.raises(UserError, match="--num_shards=5 does not divide the"):
-        sharding.choose_num_shards("hybrid", 5, devices)
+        choose_num_shards("hybrid", 5, devices)
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("tpu", 16), ("gpu", 4)])
 def test_without_a_slice_number_tpus_are_one_slice_and_gpus_of_hosts(platform, expected):
     devices = [Device(number // 4, platform=platform) for number in range(64)]
-    assert sharding.choose_num_shards("hybrid", None, devices) == expected
+    assert choose_num_shards("hybrid", None, devices) == expected
 
 
 def test_one_device_is_the_default_here():

@@ -8,11 +8,11 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base import signals
+from utils.base import processes
 from utils.base.files import atomic_write
 from utils.flags import program
 
-ALL = (*signals.END_SIGNALS, *signals.KEYBOARD_SIGNALS)
+ALL = (*processes.END_SIGNALS, *processes.KEYBOARD_SIGNALS)
 pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
@@ -21,16 +21,16 @@ def test_the_signals_of_terminals_schedulers_and_limits_ask_for_an_end():
         "SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"
     }  # fmt: skip
     for number in ALL:
-        stop = signals.StopRequest()
+        stop = processes.StopRequest()
         assert not stop.is_due()
         signal.raise_signal(number)
         assert stop.is_due()
-        with pytest.raises(signals.Interrupted), stop.interrupting():
+        with pytest.raises(processes.Interrupted), stop.interrupting():
             pass
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
-    stop = signals.StopRequest()
+    stop = processes.StopRequest()
     signal.raise_signal(signal.SIGUSR1)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -38,7 +38,7 @@ def test_a_second_ctrl_c_interrupts_at_once():
 
 
 def test_a_repeated_signal_interrupts_an_evaluation_once():
-    stop, cleaned = signals.StopRequest(), []
+    stop, cleaned = processes.StopRequest(), []
 
     def evaluate():
         with stop.interrupting():
@@ -48,13 +48,13 @@ def test_a_repeated_signal_interrupts_an_evaluation_once():
                 signal.raise_signal(signal.SIGXCPU)
                 cleaned.append(True)
 
-    with pytest.raises(signals.Interrupted):
+    with pytest.raises(processes.Interrupted):
         evaluate()
     assert cleaned
 
 
-@pytest.mark.parametrize("take", [signals.StopRequest, signals.raise_on_signals])
-@pytest.mark.parametrize("number", signals.END_SIGNALS)
+@pytest.mark.parametrize("take", [processes.StopRequest, processes.raise_on_signals])
+@pytest.mark.parametrize("number", processes.END_SIGNALS)
 def test_what_nohup_ignores_stays_ignored(take, number):
     signal.signal(number, signal.SIG_IGN)
     take()
@@ -63,9 +63,9 @@ def test_what_nohup_ignores_stays_ignored(take, number):
 
 def test_a_job_in_the_background_of_a_script_stops_by_its_own_signals():
     """A shell without job control starts it with these ignored."""
-    for number in signals.KEYBOARD_SIGNALS:
+    for number in processes.KEYBOARD_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    stop = signals.StopRequest()
+    stop = processes.StopRequest()
     signal.raise_signal(signal.SIGQUIT)
     assert stop.is_due()
 
@@ -73,9 +73,9 @@ def test_a_job_in_the_background_of_a_script_stops_by_its_own_signals():
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_before_the_processes_have_joined_reaches_all_of_them(monkeypatch, number):
     sent = []
-    monkeypatch.setattr(signals.os, "kill", lambda process, number: sent.append(number))
-    monkeypatch.setattr(signals.jax, "process_count", lambda: 2)
-    stop = signals.StopRequest()
+    monkeypatch.setattr(processes.os, "kill", lambda process, number: sent.append(number))
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    stop = processes.StopRequest()
     signal.raise_signal(number)
     stop.share()
     signal.raise_signal(signal.SIGHUP)
@@ -83,7 +83,7 @@ def test_a_signal_before_the_processes_have_joined_reaches_all_of_them(monkeypat
 
 
 def test_one_process_that_has_joined_itself_keeps_sigterm():
-    stop = signals.StopRequest()
+    stop = processes.StopRequest()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as JAX takes it
     stop.share()
     signal.raise_signal(signal.SIGTERM)
@@ -97,14 +97,14 @@ def test_one_process_that_has_joined_itself_keeps_sigterm():
 def test_cpu_time_is_kept_for_saving(monkeypatch, soft, hard, expected):
     """`ulimit -t 60` sets both limits, and the kernel would kill without SIGXCPU."""
     limits = []
-    monkeypatch.setattr(signals.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.append(pair))
-    signals.StopRequest()
+    processes.StopRequest()
     assert limits == ([(expected, hard)] if expected not in (None, soft) else [])
 
 
-@pytest.mark.parametrize("number", signals.END_SIGNALS)
+@pytest.mark.parametrize("number", processes.END_SIGNALS)
 def test_a_program_that_is_ended_leaves_no_temporary_file(tmp_path, monkeypatch, capsys, number):
     def main(config):
         with atomic_write(tmp_path / "result.npz") as temporary:

@@ -15,14 +15,14 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
 
 from utils.base.console import warn
-from utils.base.errors import UserError, WriteError, find_system_error
+from utils.base.errors import NO_ROOM, UserError, WriteError, find_system_error
 
 UNFINISHED = ".unfinished.json"  # in a folder that is being filled
 MAX_STEM = 50  # letters of a file's name in that of its temporary, which has at most 255 bytes
@@ -333,3 +333,51 @@ def locked(path: Path) -> Iterator[None]:
     """Holds a lock beside `path` while its content is read, changed and written again."""
     with filelock.FileLock(path.with_name(f".{path.name}.lock")):
         yield
+
+
+def check_writable(
+    folder: Path, flag: str, file: Path | None = None, creates: bool = True, names: Iterable[str] = ()
+) -> None:
+    """Creates `folder` and proves that files, or the one of --`flag`, can be written there, `names` among them; removes
+    what killed writers have left. Without `creates` it leaves nothing: it looks at the folder, or the first above it
+    that exists. UserError otherwise."""
+    for name in names:
+        if (folder / name).is_dir():
+            raise UserError(f"--{flag}={folder} holds a folder {name}, where a file is to be; choose another folder")
+    try:
+        if creates:
+            folder.mkdir(parents=True, exist_ok=True)
+        place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        with tempfile.TemporaryFile(dir=place) as probe:  # of no name: the processes of a run try at the same time
+            probe.write(bytes(4096))
+    except OSError as error:
+        fix = f"{NO_ROOM[error.errno]}, or choose" if error.errno in NO_ROOM else "choose"
+        kind = "file" if file else "folder"
+        raise UserError(
+            f"--{flag}={file or folder} cannot be written ({error.strerror}); {fix} another {kind}"
+        ) from None
+    if creates:
+        remove_temporaries(folder, file.name if file else "")
+
+
+def check_file_writable(path: Path, flag: str, example: str, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Creates the folder of the file of --`flag`, named like `example`, and proves that it can be written. UserError
+    where it cannot be, is a folder or no regular file, or is one of the `inputs`, {flag: path}."""
+    if path.is_dir():
+        raise UserError(f"--{flag}={path} is a folder; name the file to write, such as {path / example}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--{flag}={path} is no regular file; name another")
+    for name, value in (inputs or {}).items():
+        if value and Path(value).resolve() == path.resolve():
+            raise UserError(f"--{flag}={path} is the file of --{name}, which would be lost; name another file")
+    check_writable(path.parent, flag, path)
+
+
+def check_free_space(path: Path, flag: str, num_bytes: int) -> None:
+    """UserError where the file system of a file to be written has less room than that: work for it would be lost."""
+    free = shutil.disk_usage(path.parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"--{flag}={path} takes up to {num_bytes:,} bytes, but {free:,} are free there; make room, or choose "
+            "another place"
+        )

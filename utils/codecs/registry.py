@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from utils.base.devices import replicated
 from utils.base.errors import UserError
-from utils.base.sharding import replicated
 from utils.codecs.codec import Codec
 from utils.codecs.pixels import PixelCodec
 from utils.codecs.vae import StableVAE

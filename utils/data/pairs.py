@@ -18,7 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float, Float32, UInt32
 
-from utils.base.environment import RANDOM, changed_variables
+from utils.base.devices import RANDOM, changed_variables
 from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_json
 from utils.base.files import atomic_write

@@ -14,11 +14,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from utils.base.console import finish_output, silence_orbax
-from utils.base.environment import check_jax_settings, find_devices
+from utils.base.devices import check_jax_settings, keep_freed_memory, start_devices
 from utils.base.errors import NO_ROOM, UserError, WriteError
-from utils.base.memory import keep_freed_memory
-from utils.base.processes import warn_of_copies
-from utils.base.signals import Terminated, raise_on_signals
+from utils.base.processes import Terminated, raise_on_signals, warn_of_copies
 from utils.flags.help import refuse_habits, show_help, to_integer, to_switch
 from utils.flags.reading import read_flags
 
@@ -47,7 +45,7 @@ def run_program(
     def start(config: ConfigDict) -> None:
         check_jax_settings()
         if needs_devices and not config.get("coordinator_address"):  # several processes find each other first
-            find_devices()
+            start_devices()
         main(config)
 
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -17,7 +17,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from diffusion_transformer import PRESETS, DiTConfig
-from utils.base import checks
 from utils.base.console import log, warn
 from utils.base.errors import UserError
 from utils.base.files import expand_home, refuse_url
@@ -29,7 +28,7 @@ from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objective import Objective, has_guidance
 from utils.objectives.registry import OBJECTIVES
 from utils.sampling.samplers import FLAGS as SAMPLER_FLAGS
-from utils.sampling.samplers import check_sampler, guidance_scale
+from utils.sampling.samplers import can_guide, check_sampler, explain_no_guidance, guidance_scale
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
 
 FLAGS = flags.FLAGS
@@ -98,8 +97,8 @@ def read_samplers(
     if not is_explicit("cfg_scale"):
         if objective is not None and not has_guidance(objective):
             scales = [-1.0]
-        elif not checks.can_guide(class_dropout_prob) and any(guidance_scale(scale) is not None for scale in scales):
-            log(f"{checks.explain_no_guidance(class_dropout_prob)}: samples are drawn without guidance")
+        elif not can_guide(class_dropout_prob) and any(guidance_scale(scale) is not None for scale in scales):
+            log(f"{explain_no_guidance(class_dropout_prob)}: samples are drawn without guidance")
             scales = [-1.0]
     guidance = dict.fromkeys(guidance_scale(scale) for scale in scales)  # -1 and 1 are the same
     if not any(scale is not None for scale in guidance):

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from utils.base.sharding import gather
+from utils.base.devices import gather
 
 
 def images_from_uint8(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:

@@ -17,7 +17,6 @@ from jaxtyping import Int, UInt8
 from numpy.lib import format as npy
 from PIL import Image
 
-from utils.base.checks import check_file_writable, check_writable
 from utils.base.console import printable, warn, warn_once
 from utils.base.errors import UserError, WriteError
 from utils.base.external import ArrayHeader, BadFileError, map_npy, read_npz_headers, read_rows
@@ -25,7 +24,9 @@ from utils.base.files import (
     TEMPORARY,
     UNFINISHED,
     atomic_write,
+    check_file_writable,
     check_finished,
+    check_writable,
     explaining_full_disk,
     file_sha256,
     mark_finished,
@@ -102,7 +103,7 @@ def holds_images(path: str | Path) -> bool:
 
 def check_sample_path(path: str | Path, inputs: Mapping[str, str | None] | None = None) -> None:
     """UserError where `SampleWriter` cannot write, or would have to remove something else than earlier samples; see
-    `checks.check_file_writable`."""
+    `check_file_writable`."""
     path = Path(path)
     if path.suffix == ".npz" and path.is_dir():
         raise UserError(f"--save_samples={path} is a folder; name a file, or a folder without .npz")

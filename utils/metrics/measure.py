@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from utils.base.console import format_duration, is_quiet, log, progress_bar
-from utils.base.sharding import gather, shard_replicated
+from utils.base.devices import gather, shard_replicated
 from utils.images.pixels import ImageBatch
 from utils.metrics.extractors import Extract
 from utils.metrics.statistics import ImageStatistics

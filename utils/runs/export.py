@@ -14,10 +14,16 @@ from typing import Any
 import numpy as np
 
 from diffusion_transformer import DiTConfig
-from utils.base.checks import can_guide, check_file_writable, check_writable
 from utils.base.console import log
 from utils.base.errors import UserError
-from utils.base.files import atomic_write, explaining_full_disk, write_json, write_text
+from utils.base.files import (
+    atomic_write,
+    check_file_writable,
+    check_writable,
+    explaining_full_disk,
+    write_json,
+    write_text,
+)
 from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
 from utils.networks.lora import merge_lora
@@ -25,6 +31,7 @@ from utils.objectives.objective import has_guidance
 from utils.objectives.registry import OBJECTIVES
 from utils.runs.config import find_latent_shape
 from utils.runs.opening import open_checkpoint
+from utils.sampling.samplers import can_guide
 
 CARD = ("config.json", "README.md")  # beside the weights of an exported folder
 

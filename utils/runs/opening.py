@@ -12,12 +12,11 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiTConfig
-from utils.base.checks import check_writable
 from utils.base.console import log, warn
+from utils.base.devices import make_mesh, replicated, shape_structs
 from utils.base.errors import AbsentVAEError, UserError
 from utils.base.external import BadFileError
-from utils.base.files import FolderLock, refuse_url, write_json
-from utils.base.sharding import make_mesh, replicated, shape_structs
+from utils.base.files import FolderLock, check_writable, refuse_url, write_json
 from utils.codecs.absent import AbsentVAE
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.codecs.vae import StableVAE

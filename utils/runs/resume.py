@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiTConfig
-from utils.base.environment import compare_jax_settings
+from utils.base.devices import compare_jax_settings
 from utils.base.errors import UserError
 from utils.data.dataset import ImageDataset
 from utils.data.fingerprint import compare_data, read_listing

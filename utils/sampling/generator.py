@@ -16,8 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 
+from utils.base.devices import batch_sharding, gather, shard_replicated
 from utils.base.errors import UserError
-from utils.base.sharding import batch_sharding, gather, shard_replicated
 from utils.data.class_names import find_class
 from utils.images.pixels import ImageBatch, images_from_uint8, images_to_uint8
 from utils.networks.models import ImageModel, model_fn

@@ -7,7 +7,6 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from utils.base import checks
 from utils.base.errors import UserError
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.objective import Objective, has_guidance
@@ -105,8 +104,8 @@ def _check_guidance(
     if guidance_scale(scale) is not None:
         if objective is not None and not has_guidance(objective):
             yield "cfg_scale", "guidance is part of what the model has learned; use 1"
-        if class_dropout_prob is not None and not checks.can_guide(class_dropout_prob):
-            yield "cfg_scale", f"{checks.explain_no_guidance(class_dropout_prob)}; use 1"
+        if class_dropout_prob is not None and not can_guide(class_dropout_prob):
+            yield "cfg_scale", f"{explain_no_guidance(class_dropout_prob)}; use 1"
     is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
     if not is_pair or not all(_is_number(t, 0, 1) for t in interval) or interval[0] > interval[1]:
         yield "cfg_interval", "give first and last time from 0 to 1, such as 0.1,0.9"
@@ -138,3 +137,13 @@ def is_integer(value: Any, low: int, high: int) -> bool:
         return not isinstance(value, bool) and low <= operator.index(value) <= high
     except TypeError:
         return False
+
+
+def can_guide(class_dropout_prob: float) -> bool:
+    """Whether a model trained so knows both sides of classifier-free guidance: the label dropped, and given."""
+    return 0 < class_dropout_prob < 1
+
+
+def explain_no_guidance(class_dropout_prob: float) -> str:
+    what = 'has no meaning for "no label"' if class_dropout_prob == 0 else "knows no labels"
+    return f"with --model.class_dropout_prob={class_dropout_prob:g} the model {what}, which guidance needs"

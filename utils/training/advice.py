@@ -13,15 +13,14 @@ import jax
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from utils.base.checks import can_guide
 from utils.base.console import format_duration
-from utils.base.memory import GIB, device_memory, format_bytes
-from utils.base.sharding import shape_structs
+from utils.base.devices import GIB, device_memory, format_bytes, shape_structs
 from utils.data.dataset import DataOptions, ImageDataset
 from utils.data.loaders import find_loader
 from utils.networks.ema import YOUNG, EmaSchedule
 from utils.objectives.objective import has_guidance
 from utils.objectives.registry import make_objective
+from utils.sampling.samplers import can_guide
 from utils.training.progress import PEAK_TFLOPS
 from utils.training.state import TrainState
 

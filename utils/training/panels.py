@@ -15,15 +15,14 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree, UInt8
 from matplotlib.figure import Figure
 
-from utils.base.checks import can_guide
-from utils.base.sharding import gather
+from utils.base.devices import gather
 from utils.codecs.codec import encode_batch
 from utils.images import plotting
 from utils.images.pixels import images_to_uint8
 from utils.networks.models import ImageModel, model_fn
 from utils.objectives.objective import has_guidance
 from utils.sampling.generator import ImageGenerator
-from utils.sampling.samplers import largest_steps
+from utils.sampling.samplers import can_guide, largest_steps
 from utils.sampling.solvers import SamplerConfig, sample_noise
 from utils.training.step import draw_examples, loss_at_time
 
