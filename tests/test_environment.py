@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from tests.conftest import run_program
 from tests.test_saved_config import CONFIG
+from utils.base import devices
 from utils.base.devices import RECORDED, compare_jax_settings, jax_settings, make_mesh, replicated
 from utils.convert.sources import read_source
 from utils.networks.models import init_params
@@ -98,3 +100,18 @@ def test_float64_parameters_are_exported_as_float32(tmp_path, params, set_x64):
     state = read_source(str(tmp_path / "x.safetensors")).state
     assert {value.dtype for value in state.values()} == {np.dtype(np.float32)}
     np.testing.assert_array_equal(state["x_embedder.proj.bias"], params["patch_embed"]["bias"])
+
+
+@pytest.mark.parametrize(("platform", "is_cached"), [("gpu", True), ("cpu", False)])
+def test_programs_cache_what_they_compile_for_accelerators_and_a_mesh_does_not(monkeypatch, platform, is_cached):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    device = Mock(jax.Device, platform=platform)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        make_mesh()
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+        devices.start_devices()
+        assert (jax.config.values["jax_compilation_cache_dir"] is not None) == is_cached
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
