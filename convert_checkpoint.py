@@ -5,7 +5,7 @@
     python convert_checkpoint.py --load_dir runs/demo --out demo.safetensors
     python convert_checkpoint.py --load_dir runs/demo --out demo --push USER/demo
 
-No pickle is executed, and PyTorch is not needed. docs/checkpoints.md says which files are read, and how to score them.
+No pickle is executed, and PyTorch is not needed. docs/converting.md says which files are read, and how to score them.
 """
 
 from pathlib import Path

@@ -188,7 +188,7 @@ def run_program(*args, devices: int = 1, check: bool = True, env: dict | None = 
     """Runs `python ARGS...` in the checkout on `devices` virtual CPU devices; output captured as text."""
     environment = {"XLA_FLAGS": xla_flags(devices), **(env or {})}
     args = list(map(str, args))
-    if args[0].endswith(".py"):
+    if args[0].endswith(".py") and "NO_FORK_SERVER" not in os.environ:
         done = _fork(args, environment)
     else:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}

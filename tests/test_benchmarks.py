@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from benchmarks.structure import GOALS, measure_structure
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import ROOT, run_program
 from utils.convert.jax_flow import import_jax_flow_params
@@ -83,14 +84,6 @@ def test_models_side_by_side(program, names, tmp_path):
     assert [row["images/s"] for row in rows] == pytest.approx([2e3 / row["ms"] for row in rows])
     assert rows[0]["ratio"] == 1
     assert all(row["TFLOP/s"] > 0 and row["MFU"].endswith("%") for row in rows)
-
-
-@pytest.mark.slow
-def test_pipelines_side_by_side(shared, tmp_path):
-    args = ["--dataset_name", "cifar10", "--data_dir", shared / "data" / "tfds", "--batch", 8, "--repeats", 2]
-    rows = measure("batches.py", tmp_path / "figures.json", *args, "--baseline_buffer", 50, "--step_ms", 1)
-    assert [row["pipeline"] for row in rows] == ["ours", "jax-flow baseline"]
-    assert [row["MB to the device an image"] for row in rows] == pytest.approx([0.0031, 0.0123], abs=1e-3)
 
 
 @pytest.mark.slow
@@ -241,3 +234,10 @@ def test_a_gpu_day_trains_in_two_parts_and_scores_the_result(tmp_path, weights):
     assert f"resuming {tmp_path / 'run'} from step {stopped[0]}" in outputs[1]
     rows = json.loads((tmp_path / "fid.json").read_text())["cells"]
     assert [(row["num_steps"], row["num_samples"]) for row in rows] == [(50, 8), (1, 8)]
+
+
+def test_the_structure_keeps_the_goals_that_it_has_reached():
+    """The goals of `benchmarks/structure.py` that the code is at; others join as they are reached."""
+    figures = measure_structure()
+    reached = ["import cycles", "README, words"]
+    assert [name for name in reached if figures[name] > GOALS[name]] == []

@@ -44,7 +44,7 @@ GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt, malloc.h
 SHARDING_MODES = ("dp", "fsdp", "hybrid", "zero")
 REPLICA, SHARD = "replica", "shard"  # the axes of the mesh
-MAX_SHARDS = 16  # beyond, XLA no longer gathers parameters where they are used (docs/speed.md)
+MAX_SHARDS = 16  # beyond, XLA no longer gathers parameters where they are used (docs/speed_estimated.md)
 
 
 # --- settings ---
