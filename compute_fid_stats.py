@@ -17,7 +17,7 @@ from utils.base.devices import check_batch_memory, check_batch_size, make_mesh, 
 from utils.base.errors import UserError
 from utils.base.files import check_file_writable, check_free_space
 from utils.data.batches import epoch_batches
-from utils.data.dataset import Batch, ImageDataset, StreamSource, Subset
+from utils.data.dataset import Batch, ImageDataset, PixelBatch, StreamSource, Subset
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_path
@@ -145,8 +145,9 @@ def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UIn
 def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator[np.ndarray]:
     """The images of the batches, whose labels are added to `label_counts` on the way."""
     for batch in batches:
-        label_counts += np.bincount(batch["condition"], minlength=len(label_counts))
-        yield batch["image"]
+        assert isinstance(batch, PixelBatch)
+        label_counts += np.bincount(batch.condition, minlength=len(label_counts))
+        yield batch.image
 
 
 if __name__ == "__main__":

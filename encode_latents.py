@@ -25,7 +25,7 @@ from utils.codecs.registry import DEFAULT_HUB_ID, load_vae
 from utils.codecs.vae import StableVAE
 from utils.data import latents
 from utils.data.batches import epoch_batches
-from utils.data.dataset import SPLITS, ImageDataset
+from utils.data.dataset import SPLITS, ImageDataset, PixelBatch
 from utils.data.fingerprint import Fingerprint, write_listing
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
@@ -64,11 +64,12 @@ def encode_examples(
 
     waiting = None
     for batch in epoch_batches(dataset, batch_size, start=rows.start, stop=rows.stop):
-        images = np.resize(batch["image"], (batch_size, *dataset.image_shape))
+        assert isinstance(batch, PixelBatch)
+        images = np.resize(batch.image, (batch_size, *dataset.image_shape))
         moments = encode(images)
         if waiting:
             yield from finish(*waiting)
-        waiting = (batch["condition"], moments)
+        waiting = (batch.condition, moments)
     if waiting:
         yield from finish(*waiting)
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jaxtyping import Int32
 from ml_collections import ConfigDict
 
 from utils.base.console import configure_output, log, progress_bar, show_result
@@ -23,7 +24,7 @@ from utils.base.errors import UserError
 from utils.base.files import check_file_writable, explaining_full_disk
 from utils.codecs.pixels import PixelCodec
 from utils.data.batches import epoch_batches
-from utils.data.dataset import Batch, ImageDataset
+from utils.data.dataset import Batch, ImageDataset, PixelBatch
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_path, define_vae_flag
@@ -145,35 +146,35 @@ class Measurement:
             raise UserError(f"--num_images={requested}: the split holds {held}; use {held} or fewer")
         return requested or held
 
-    def batches(self) -> Iterator[Batch]:
-        """Yields batches of one size, the last padded, with the images' numbers as "index" and the model's labels."""
+    def batches(self) -> Iterator[tuple[Batch, Int32[np.ndarray, " b"]]]:
+        """Yields batches of one size, the last padded, with the model's labels; and the images' numbers."""
         size = self.config.batch_size
         first = 0
         for batch in epoch_batches(self.dataset, size, stop=self.num_images):
-            count = len(batch["condition"])
+            indices = np.arange(first, first + batch.num_examples, dtype=np.int32)
+            first += batch.num_examples
             if not self.is_conditional:
-                batch["condition"] = np.full_like(batch["condition"], self.model.network.config.num_classes)
-            if "image" in batch:
-                batch["image"] = match_channels(batch["image"], self.model.image_shape[2])
-            padded = {name: np.resize(rows, (size, *rows.shape[1:])) for name, rows in batch.items()}
-            yield padded | {"index": np.resize(np.arange(first, first + count, dtype=np.int32), size)}
-            first += count
+                no_label = np.full_like(batch.condition, self.model.network.config.num_classes)
+                batch = batch.replace(condition=no_label)
+            if isinstance(batch, PixelBatch):
+                batch = batch.replace(image=match_channels(batch.image, self.model.image_shape[2]))
+            yield jax.tree.map(lambda rows: np.resize(rows, (size, *rows.shape[1:])), (batch, indices))
 
     def measure(self) -> list[dict[str, Any]]:
         """Returns a row {index, label, value, NFE} for each image."""
         model = self.model
         rows = []
         bar = progress_bar(total=self.num_images, desc="likelihood", unit="image")
-        for batch in self.batches():
-            placed = {name: shard_replicated(values, self.mesh) for name, values in batch.items()}
+        for batch, indices in self.batches():
+            placed = jax.tree.map(lambda rows: shard_replicated(rows, self.mesh), (batch, indices))
             values, nfe = measure_batch(
-                self.params, model.codec, jax.random.key(self.config.seed), placed, network=model.network,
+                self.params, model.codec, jax.random.key(self.config.seed), *placed, network=model.network,
                 objective=model.objective, config=self.settings, is_pixels=self.is_pixels,
             )  # fmt: skip
             values = gather(values)
             nfe = gather(nfe)
             for i in range(min(len(values), self.num_images - len(rows))):
-                label = int(batch["condition"][i]) if self.is_conditional else None
+                label = int(batch.condition[i]) if self.is_conditional else None
                 rows.append({"index": len(rows), "label": label, self.unit: float(values[i]), "nfe": int(nfe[i])})
                 bar.update()
         bar.close()

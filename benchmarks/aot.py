@@ -62,6 +62,7 @@ from utils.base.devices import (
 from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
 from utils.codecs.vae import StableVAE, VAEConfig
+from utils.data.latents import LatentBatch
 from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.kernels.ops import choose_attention_for
@@ -169,10 +170,10 @@ def lower_train_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered
     optimizer = make_optimizer(1e-4, 0.9, 0.99)
     shapes = jax.eval_shape(lambda key: create_train_state(init_params(model, key), optimizer, key), jax.random.key(0))
     shardings = state_sharding(shapes, mesh, config.sharding)
-    rows = {
-        "moments": jax.ShapeDtypeStruct((config.batch, 2, *common.LATENT_SHAPE), jnp.float16),
-        "condition": jax.ShapeDtypeStruct((config.batch,), jnp.int32),
-    }
+    rows = LatentBatch(
+        condition=jax.ShapeDtypeStruct((config.batch,), jnp.int32),
+        moments=jax.ShapeDtypeStruct((config.batch, 2, *common.LATENT_SHAPE), jnp.float16),
+    )
     # Moments are not encoded: any VAE will do.
     codec = describe_vae(mesh, VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=8))
     step = jit_train_step(

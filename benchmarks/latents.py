@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.base.devices import check_batch_size, make_mesh, replicated, shard_batch
 from utils.codecs.vae import StableVAE
+from utils.data.dataset import PixelBatch
+from utils.data.latents import LatentBatch
 from utils.flags import program
 from utils.flags.definitions import define_model_flags
 from utils.networks.ema import EmaSchedule
@@ -63,8 +65,8 @@ def main(config: ConfigDict) -> None:
     images = rng.integers(0, 256, (config.batch_size, size, size, 3), dtype=np.uint8)
     moments = rng.normal(size=(config.batch_size, 2, *image_model.latent_shape)).astype(np.float16)
     batches = {
-        "encoding on the fly": shard_batch({"image": images, "condition": labels}, mesh),
-        "cached latents": shard_batch({"moments": moments, "condition": labels}, mesh),
+        "encoding on the fly": shard_batch(PixelBatch(condition=labels, image=images), mesh),
+        "cached latents": shard_batch(LatentBatch(condition=labels, moments=moments), mesh),
     }
 
     seconds = {name: [] for name in batches}

@@ -47,9 +47,10 @@ def define_flags() -> None:
 def read_split(dataset: ImageDataset, count: int) -> dict[str, np.ndarray]:
     """The first `count` images and labels, sorted by label: alike images compress better side by side."""
     batches = list(epoch_batches(dataset, min(SHEET, count), stop=count))
-    arrays = {key: np.concatenate([batch[key] for batch in batches]) for key in ("image", "condition")}
-    order = np.argsort(arrays["condition"], kind="stable")
-    return {key: rows[order] for key, rows in arrays.items()}
+    images = np.concatenate([batch.image for batch in batches])
+    labels = np.concatenate([batch.condition for batch in batches])
+    order = np.argsort(labels, kind="stable")
+    return {"image": images[order], "condition": labels[order]}
 
 
 def write_sheets(images: np.ndarray) -> Iterator[bytes]:

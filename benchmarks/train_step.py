@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from diffusion_transformer import DiT, DiTBlock, DiTConfig
 from utils.base.devices import compile_step, memory_needed
 from utils.codecs.vae import StableVAE, VAEConfig
+from utils.data.latents import LatentBatch
 from utils.flags import program
 from utils.networks.ema import EmaSchedule
 from utils.objectives.diffusion import Diffusion
@@ -124,7 +125,7 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
         grad_accum=variant.grad_accum,
         ema=EmaSchedule(0.9999),
     )
-    return Step(step, states, kind, {"moments": moments, "condition": labels}, codec, donate=True)
+    return Step(step, states, kind, LatentBatch(condition=labels, moments=moments), codec, donate=True)
 
 
 def baseline_step(config: ConfigDict, states: dict[str, Any], latents: np.ndarray, labels: np.ndarray) -> Step:

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,21 +30,21 @@ def take(batches, count: int) -> list[dict[str, np.ndarray]]:
 
 
 def labels(batches) -> list[int]:
-    return [int(label) for batch in batches for label in batch["condition"]]
+    return [int(label) for batch in batches for label in batch.condition]
 
 
 def assert_same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a["image"], b["image"])
-        np.testing.assert_array_equal(a["condition"], b["condition"])
+        np.testing.assert_array_equal(a.image, b.image)
+        np.testing.assert_array_equal(a.condition, b.condition)
 
 
 def test_batches_have_the_promised_types():
     batch = next(training_batches(numbered(10), 4, 0))
-    assert batch["image"].shape == (4, 1, 2, 1)
-    assert batch["image"].dtype == np.uint8
-    assert batch["condition"].shape == (4,)
-    assert batch["condition"].dtype == np.int32
+    assert batch.image.shape == (4, 1, 2, 1)
+    assert batch.image.dtype == np.uint8
+    assert batch.condition.shape == (4,)
+    assert batch.condition.dtype == np.int32
 
 
 @pytest.mark.parametrize(("num_images", "batch_size"), [(10, 4), (7, 7), (3, 8), (1, 2)])
@@ -92,7 +93,7 @@ def test_hosts_share_out_each_global_batch(num_hosts):
     ]
     for host, part in enumerate(parts):  # flips too are those of one host alone
         rows_of_host = slice(host * 6 // num_hosts, (host + 1) * 6 // num_hosts)
-        assert_same(part, [{key: rows[rows_of_host] for key, rows in batch.items()} for batch in whole])
+        assert_same(part, jax.tree.map(lambda rows, of_host=rows_of_host: rows[of_host], whole))
 
 
 @pytest.mark.parametrize("position", [0, 1, 7])
@@ -106,18 +107,18 @@ def test_resumes_exactly_on_any_number_of_hosts(position):
     assert_same(take(batches, 9), uninterrupted[position:])
     host = training_batches(numbered(10), 6, 3, process_index=1, process_count=2)
     host.set_state(state)
-    halves = [{key: rows[3:] for key, rows in batch.items()} for batch in uninterrupted[position:]]
+    halves = [jax.tree.map(lambda rows: rows[3:], batch) for batch in uninterrupted[position:]]
     assert_same(take(host, 9), halves)
 
 
 def test_flips_half_of_the_images_anew_each_epoch():
     stream = take(training_batches(numbered(200), 200, 0), 20)
-    flipped = np.array([batch["image"][np.argsort(batch["condition"]), 0, 0, 0] == 0 for batch in stream])
+    flipped = np.array([batch.image[np.argsort(batch.condition), 0, 0, 0] == 0 for batch in stream])
     assert abs(flipped.mean() - 0.5) < 0.04  # five standard deviations of a fair coin
     assert all(0 < fraction < 1 for fraction in flipped.mean(axis=0))
     unflipped = labels(take(training_batches(numbered(200, random_flip=False), 200, 0), 20))
     assert unflipped == labels(stream)
-    assert all(batch["image"][0, 0, 0, 0] for batch in take(training_batches(numbered(9, random_flip=False), 4, 0), 9))
+    assert all(batch.image[0, 0, 0, 0] for batch in take(training_batches(numbered(9, random_flip=False), 4, 0), 9))
 
 
 @pytest.mark.parametrize(("batch_size", "num_hosts"), [(4, 1), (4, 2), (6, 3), (20, 2), (5, 1), (2, 2)])
@@ -130,13 +131,13 @@ def test_an_epoch_is_every_image_once_in_order_and_in_step(batch_size, num_hosts
     rows = [sorted(labels(batches)) for batches in zip(*hosts, strict=True)]
     assert list(itertools.chain.from_iterable(rows)) == list(range(1, 14))
     assert all(len(global_batch) == batch_size for global_batch in rows[:-1])
-    assert all(batch["image"][:, 0, 0, 0].all() for batches in hosts for batch in batches)
+    assert all(batch.image[:, 0, 0, 0].all() for batches in hosts for batch in batches)
 
 
 def test_first_examples_are_one_batch_for_ever():
     batches = take(training_batches(first_examples(numbered(10), 4), 4, 0), 5)
     assert [sorted(labels([batch])) for batch in batches] == [[1, 2, 3, 4]] * 5
-    assert all(batch["image"][:, 0, 0, 0].all() for batch in batches)
+    assert all(batch.image[:, 0, 0, 0].all() for batch in batches)
     assert len(first_examples(numbered(3), 4).source) == 3
 
 
@@ -176,9 +177,9 @@ def test_digits_are_the_real_ones_split_once():
     assert found == expected  # all of them, hence none in both
     for dataset in splits:
         batch = next(epoch_batches(dataset, 2000))
-        assert batch["image"].shape[1:] == dataset.image_shape == (8, 8, 1)
-        assert (batch["image"].min(), batch["image"].max()) == (0, 255)
-        assert np.bincount(batch["condition"]).min() > 0.07 * len(batch["condition"])
+        assert batch.image.shape[1:] == dataset.image_shape == (8, 8, 1)
+        assert (batch.image.min(), batch.image.max()) == (0, 255)
+        assert np.bincount(batch.condition).min() > 0.07 * len(batch.condition)
         assert dataset.class_names == tuple("0123456789")
         assert dataset.num_classes == 10
         assert not dataset.random_flip
@@ -226,8 +227,8 @@ def test_arrays_and_iterables_are_the_same_data_set():
         assert dataset.image_shape == (4, 4, 1)
         assert dataset.class_names == ("0", "1", "2")
         (batch,) = epoch_batches(dataset, 5)
-        np.testing.assert_array_equal(batch["image"], IMAGES)
-        np.testing.assert_array_equal(batch["condition"], LABELS)
+        np.testing.assert_array_equal(batch.image, IMAGES)
+        np.testing.assert_array_equal(batch.condition, LABELS)
     # A view in another memory order is the same data; one image or label changed is not.
     reordered = array_dataset("mine", np.asfortranarray(IMAGES), LABELS.astype(np.uint8))
     others = [array_dataset("mine", IMAGES ^ 1, LABELS), array_dataset("mine", IMAGES, LABELS[::-1])]

@@ -70,11 +70,9 @@ def test_arrays_are_a_data_set(run):
     assert (len(train.source), len(validation.source)) == (98, 2)
     assert train.class_names == ("cat", "dog")
     batch = next(training_batches(train, 16, seed=0))
-    assert {name: (rows.shape, rows.dtype) for name, rows in batch.items()} == {
-        "image": ((16, 8, 8, 1), np.uint8),
-        "condition": ((16,), np.int32),
-    }
-    np.testing.assert_array_equal(batch["image"].mean((1, 2, 3)) > 125, batch["condition"])
+    assert (batch.image.shape, batch.image.dtype) == ((16, 8, 8, 1), np.uint8)
+    assert (batch.condition.shape, batch.condition.dtype) == ((16,), np.int32)
+    np.testing.assert_array_equal(batch.image.mean((1, 2, 3)) > 125, batch.condition)
 
 
 def test_an_iterable_is_a_data_set(run):
@@ -84,8 +82,8 @@ def test_an_iterable_is_a_data_set(run):
     train, validation = (load_dataset("photos", split) for split in ("train", "validation"))
     assert train.image_shape == validation.image_shape == (320, 320, 3)
     batch = next(training_batches(train, 4, seed=0))
-    assert sorted(batch["condition"]) == [0, 0, 1, 1]
-    for image, label in zip(batch["image"], batch["condition"], strict=True):
+    assert sorted(batch.condition) == [0, 0, 1, 1]
+    for image, label in zip(batch.image, batch.condition, strict=True):
         np.testing.assert_array_equal(image, load_sample_images().images[label][:320, :320])
 
 

@@ -15,6 +15,7 @@ from tests.conftest import run_program
 from tests.golden_network import error, load_golden
 from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
+from utils.data.dataset import PixelBatch
 from utils.flags.reading import read_samplers
 from utils.networks.models import model_fn
 from utils.objectives.mean_flow import MeanFlow
@@ -309,7 +310,9 @@ def test_microbatches_change_nothing(objective):
     params = {name: jnp.float32(value) for name, value in {"x": 0.5, "t": 0.2, "labels": 0.01, "step": 0.1}.items()}
     state = create_train_state(params, make_optimizer(1e-3, 0.9, 0.99), jax.random.key(0))
     rng = np.random.default_rng(0)
-    batch = {"image": rng.integers(0, 256, (32, 4, 4, 1), np.uint8), "condition": np.arange(32, dtype=np.int32) % 10}
+    batch = PixelBatch(
+        condition=np.arange(32, dtype=np.int32) % 10, image=rng.integers(0, 256, (32, 4, 4, 1), np.uint8)
+    )
     found = [
         compute_gradients(
             state, jax.random.key(1), jax.tree.map(jnp.asarray, batch), PixelCodec(), model=Network(),

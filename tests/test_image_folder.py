@@ -103,7 +103,7 @@ def test_reads_every_kind_of_file_as_rgb(tmp_path):
 def contents(name, split) -> list[tuple[int, int]]:
     """(value of the first pixel, label) of every image."""
     batch = next(epoch_batches(load(name, split, image_size=2), 1000))
-    return list(zip(batch["image"][:, 0, 0, 0].tolist(), batch["condition"].tolist(), strict=True))
+    return list(zip(batch.image[:, 0, 0, 0].tolist(), batch.condition.tolist(), strict=True))
 
 
 def test_folders_are_classes_and_a_part_is_held_out(tmp_path):
@@ -222,12 +222,12 @@ def test_broken_files_and_empty_classes_are_skipped_by_name(zoo, capfd):
     assert [name for name in named if name not in output] == []
     assert [len(dataset.source) for dataset in splits] == [7, 1]
     assert splits[0].class_names == ("cat", "dog")
-    images = [batch["image"] for dataset in splits for batch in epoch_batches(dataset, 4)]
+    images = [batch.image for dataset in splits for batch in epoch_batches(dataset, 4)]
     colours = {tuple(image[4, 4].tolist()) for image in np.concatenate(images)}
     assert {(99, 99, 99), tuple(noise(1, 1, 1, 3)[0, 0].tolist())} <= colours
     assert any(red > 245 and green < 10 for red, green, _ in colours)  # the CMYK one
     batches = training_batches(splits[0], 4, 0)
-    assert all(next(batches)["image"].shape == (4, 8, 8, 3) for _ in range(5))
+    assert all(next(batches).image.shape == (4, 8, 8, 3) for _ in range(5))
 
 
 def test_the_check_is_remembered_until_a_file_changes(zoo, monkeypatch):

@@ -61,9 +61,9 @@ def test_moments_come_back_in_order(folder):
     assert (dataset.name, dataset.image_shape, dataset.class_names) == ("folder:/images", (24, 24, 3), ("cat", "dog"))
     assert not dataset.random_flip
     (batch,) = epoch_batches(dataset, 5)
-    np.testing.assert_array_equal(batch["moments"], MOMENTS[:3, 0])
-    assert batch["moments"].dtype == np.float16
-    assert batch["condition"].tolist() == [0, 1, 0]
+    np.testing.assert_array_equal(batch.moments, MOMENTS[:3, 0])
+    assert batch.moments.dtype == np.float16
+    assert batch.condition.tolist() == [0, 1, 0]
 
 
 def test_training_takes_either_view_of_every_image(folder):
@@ -75,9 +75,9 @@ def test_training_takes_either_view_of_every_image(folder):
     taken = []
     for _ in range(20):
         batch = next(batches)
-        epoch = [views[moments.tobytes()] for moments in batch["moments"]]
+        epoch = [views[moments.tobytes()] for moments in batch.moments]
         assert sorted(image for image, _ in epoch) == list(range(10))
-        assert batch["condition"].tolist() == [image % 2 for image, _ in epoch]
+        assert batch.condition.tolist() == [image % 2 for image, _ in epoch]
         taken += [view for _, view in epoch]
     assert abs(np.mean(taken) - 0.5) < 0.18  # five standard deviations of a fair coin
 

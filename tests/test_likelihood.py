@@ -194,9 +194,9 @@ def test_other_images_are_fitted_to_the_run(measure, tmp_path):
 def test_what_is_measured_is_what_the_flags_say(measure, run, monkeypatch, words, method):  # noqa: F811
     calls = []
 
-    def note(params, codec, key, batch, *, network, objective, config, is_pixels):
+    def note(params, codec, key, batch, indices, *, network, objective, config, is_pixels):
         calls.append((params, key, network, config))
-        return np.zeros(len(batch["condition"])), np.zeros(len(batch["condition"]), int)
+        return np.zeros(len(batch.condition)), np.zeros(len(batch.condition), int)
 
     monkeypatch.setattr(likelihood, "measure_batch", note)
     words += " --num_probes 3 --seed 5 --params raw --dtype bfloat16 --num_images 5 --batch_size 2"

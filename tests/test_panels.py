@@ -14,6 +14,7 @@ from diffusion_transformer import DiTConfig
 from train_flow import Trainer
 from utils.base.devices import make_mesh
 from utils.codecs.pixels import PixelCodec
+from utils.data.dataset import PixelBatch
 from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling.solvers import SamplerConfig
@@ -62,7 +63,8 @@ def pixels(panel, row: int, column: int) -> np.ndarray:
 def test_loss_by_time_is_the_loss_at_that_time(model):
     """x_1 = 0 and label 5 give a velocity error of x_0 + 0.25 t, whose mean square is 1 + t^2 / 16."""
     images = np.full((256, 8, 8, 1), 127.5).round().astype(np.uint8)
-    losses = loss_by_time(model, PARAMS, {"image": images, "condition": np.full(256, 5, np.int32)}, jax.random.key(0))
+    batch = PixelBatch(condition=np.full(256, 5, np.int32), image=images)
+    losses = loss_by_time(model, PARAMS, batch, jax.random.key(0))
     assert list(losses) == [*(f"{i / 10:.1f}" for i in range(11)), "mean"]
     base = losses["0.0"]
     assert base == pytest.approx(1, abs=0.05)
@@ -76,7 +78,7 @@ def test_reconstructions_are_clean_noised_and_predicted(model):
     values = (50 + 10 * np.arange(8)).astype(np.uint8)
     images = np.broadcast_to(values[:, None, None, None], (8, 8, 8, 1))
     labels = np.arange(8, dtype=np.int32)
-    panel = reconstruction_panel(model, PARAMS, {"image": images, "condition": labels}, jax.random.key(0))
+    panel = reconstruction_panel(model, PARAMS, PixelBatch(condition=labels, image=images), jax.random.key(0))
     for column in range(8):
         t, x_1 = column / 8, values[column] / 127.5 - 1
         clean, noised, predicted = (pixels(panel, row, column) for row in range(3))

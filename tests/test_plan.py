@@ -35,7 +35,7 @@ def test_the_plan_is_what_the_compiler_says_of_another_batch(trainer, tmp_path, 
 
     def record(state, batch):
         compiled = compile_train_step(state, batch)
-        needed[len(batch["condition"])] = memory_needed(compiled)
+        needed[len(batch.condition)] = memory_needed(compiled)
         return compiled
 
     monkeypatch.setattr(trainer, "compile_train_step", record)

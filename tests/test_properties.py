@@ -27,7 +27,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 def rows(batches) -> list[tuple[int, bytes]]:
     """(label, image) of every row, flips included."""
-    return [(int(y), x.tobytes()) for batch in batches for x, y in zip(batch["image"], batch["condition"], strict=True)]
+    return [(int(y), x.tobytes()) for batch in batches for x, y in zip(batch.image, batch.condition, strict=True)]
 
 
 @few

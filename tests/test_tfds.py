@@ -19,6 +19,7 @@ from utils.base.console import warn_once
 from utils.base.errors import UserError
 from utils.data import tfds, tfds_files
 from utils.data.batches import epoch_batches, first_examples, training_batches
+from utils.data.dataset import Batch
 from utils.images import decoding as images
 
 
@@ -177,7 +178,7 @@ def either_folder(request, prepared_folder):
 
 
 def images_of(dataset) -> list[np.ndarray]:
-    return [image for batch in epoch_batches(dataset, 10) for image in batch["image"]]
+    return [image for batch in epoch_batches(dataset, 10) for image in batch.image]
 
 
 def contents(dataset) -> Counter:
@@ -186,7 +187,7 @@ def contents(dataset) -> Counter:
     return Counter(
         (image.tobytes(), label)
         for batch in batches
-        for image, label in zip(batch["image"], batch["condition"].tolist(), strict=True)
+        for image, label in zip(batch.image, batch.condition.tolist(), strict=True)
     )
 
 
@@ -197,14 +198,12 @@ def test_both_formats_give_what_tfds_decodes_whatever_the_mode(prepared_folder):
     assert len(expected) == len(odd_images())
     for folder in FORMATS:
         (batch,) = epoch_batches(load("tfds:odd", "validation", prepared_folder / folder), 100)
-        found = dict(zip(batch["condition"].tolist(), batch["image"], strict=True))
+        found = dict(zip(batch.condition.tolist(), batch.image, strict=True))
         for label, image in expected.items():
             # TFDS lets TensorFlow decode JPEGs by a fast approximation, a few levels off; here both are exact.
             np.testing.assert_allclose(found[label].astype(int), image, atol=5 if label in (7, 8, 9) else 0)
         (exact,) = epoch_batches(load("tfds:odd", "validation", prepared_folder / "tfrecord"), 100)
-        np.testing.assert_array_equal(
-            batch["image"][batch["condition"].argsort()], exact["image"][exact["condition"].argsort()]
-        )
+        np.testing.assert_array_equal(batch.image[batch.condition.argsort()], exact.image[exact.condition.argsort()])
 
 
 def test_the_format_and_the_content_are_told_apart(prepared_folder, tmp_path, monkeypatch):
@@ -382,21 +381,21 @@ def cifar(shared, monkeypatch):
     return load("cifar10", "validation", shared / "data" / "tfds")
 
 
-def take(batches, count: int) -> list[dict[str, np.ndarray]]:
+def take(batches, count: int) -> list[Batch]:
     return [next(batches) for _ in range(count)]
 
 
 def assert_same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a["image"], b["image"])
-        np.testing.assert_array_equal(a["condition"], b["condition"])
+        np.testing.assert_array_equal(a.image, b.image)
+        np.testing.assert_array_equal(a.condition, b.condition)
 
 
 def rows(batches) -> list[tuple[bytes, int]]:
     return [
         (image.tobytes(), label)
         for batch in batches
-        for image, label in zip(batch["image"], batch["condition"].tolist(), strict=True)
+        for image, label in zip(batch.image, batch.condition.tolist(), strict=True)
     ]
 
 
@@ -416,11 +415,11 @@ def test_a_stream_has_every_image_once_an_epoch_in_a_new_order(cifar):
 def test_hosts_stream_disjoint_images_that_are_the_whole_split(cifar):
     parts = [take(training_batches(cifar, 100, 0, process_index=host, process_count=2), 100) for host in range(2)]
     counts = [Counter(rows(part)) for part in parts]
-    assert all(len(batch["condition"]) == 50 for part in parts for batch in part)
+    assert all(len(batch.condition) == 50 for part in parts for batch in part)
     assert not counts[0] & counts[1]
     assert counts[0] + counts[1] == contents(cifar)
     ordered = [list(epoch_batches(cifar, 4000, process_index=host, process_count=2)) for host in range(2)]
-    assert [[len(batch["condition"]) for batch in host] for host in ordered] == [[2000, 2000, 1000]] * 2
+    assert [[len(batch.condition) for batch in host] for host in ordered] == [[2000, 2000, 1000]] * 2
     assert Counter(rows(ordered[0]) + rows(ordered[1])) == contents(cifar)
 
 
@@ -438,7 +437,7 @@ def test_a_stream_continues_exactly(cifar):
 def test_a_stream_flips_half_of_the_training_images_anew_each_epoch(cifar):
     upright = {image for image, _ in contents(cifar)}
     train = dataclasses.replace(cifar, random_flip=True)
-    stream = [image for batch in take(training_batches(train, 100, 0), 200) for image in batch["image"]]
+    stream = [image for batch in take(training_batches(train, 100, 0), 200) for image in batch.image]
     flipped = [
         {image[:, ::-1].tobytes() for image in epoch if image.tobytes() not in upright}
         for epoch in (stream[:10_000], stream[10_000:])
@@ -491,5 +490,5 @@ def test_a_stream_holds_no_more_memory_than_it_says(shared):
 def test_jpegs_look_the_same_in_both_formats(imagenet_sample):
     ours, theirs = (load("imagenet256", "validation", imagenet_sample / kind) for kind in FORMATS)
     for a, b in zip(epoch_batches(ours, 16), epoch_batches(theirs, 16), strict=True):
-        np.testing.assert_array_equal(a["condition"], b["condition"])
-        assert np.abs(a["image"].astype(int) - b["image"]).max() <= 1
+        np.testing.assert_array_equal(a.condition, b.condition)
+        assert np.abs(a.image.astype(int) - b.image).max() <= 1

@@ -46,7 +46,7 @@ def images_of(split: str) -> set[bytes]:
 
 
 def images_in(batch) -> list[bytes]:
-    return [image.tobytes() for image in np.asarray(batch["image"])]
+    return [image.tobytes() for image in np.asarray(batch.image)]
 
 
 def test_training_and_validation_batches_are_of_their_splits(make_trainer):

@@ -9,6 +9,7 @@ import pytest
 from diffusion_transformer import DiTConfig
 from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
+from utils.data.dataset import PixelBatch
 from utils.networks.ema import EmaSchedule
 from utils.networks.models import Network
 from utils.objectives.flow_matching import FlowMatching
@@ -43,7 +44,7 @@ def run(function, probe, objective=FlowMatching(), **changes):  # noqa: B008 (fr
     """(new state or metrics, what the network saw) of a step's function on 200 black images."""
     probe.seen.clear()
     state = create_train_state({"w": jnp.array(1.0)}, OPTIMIZER, jax.random.key(0)).replace(**changes)
-    batch = {"image": jnp.zeros((200, 2, 2, 1), jnp.uint8), "condition": jnp.asarray(LABELS)}
+    batch = PixelBatch(condition=jnp.asarray(LABELS), image=jnp.zeros((200, 2, 2, 1), jnp.uint8))
     static = {"model": probe, "objective": objective, "optimizer": OPTIMIZER, "grad_accum": 1}
     with jax.disable_jit():
         result = function(state, batch, PixelCodec(), **static)
@@ -104,7 +105,7 @@ def test_microbatches_are_the_mean_over_all_rows():
 
 
 def test_what_is_drawn_differs_from_example_to_example():
-    batch = {"condition": jnp.asarray(LABELS)}
+    batch = PixelBatch(condition=jnp.asarray(LABELS), image=None)
     examples = draw_examples(jax.random.key(0), batch, FlowMatching(), 0.3)
     keys = jax.random.key_data(jnp.concatenate([examples["codec_key"], examples["draws"]["noise_key"]]))
     assert len(np.unique(keys, axis=0)) == 400
@@ -134,12 +135,12 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(poison):
     static |= {"ema": EmaSchedule(0.9), "skips_nonfinite": True}
 
     def step(state, label):
-        batch = {"image": jnp.zeros((4, 2, 2, 1), jnp.uint8), "condition": jnp.full(4, label)}
+        batch = PixelBatch(condition=jnp.full(4, label), image=jnp.zeros((4, 2, 2, 1), jnp.uint8))
         return train_step(state, batch, PixelCodec(), **static)
 
     good, metrics = step(state, 1)
     plain, _ = train_step(
-        state, {"image": jnp.zeros((4, 2, 2, 1), jnp.uint8), "condition": jnp.full(4, 1)}, PixelCodec(),
+        state, PixelBatch(condition=jnp.full(4, 1), image=jnp.zeros((4, 2, 2, 1), jnp.uint8)), PixelCodec(),
         **static | {"skips_nonfinite": False},
     )  # fmt: skip
     jax.tree.map(np.testing.assert_array_equal, (good.params, good.opt_state), (plain.params, plain.opt_state))

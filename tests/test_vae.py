@@ -19,10 +19,11 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import GOLDEN
 from utils.base.errors import UserError
 from utils.codecs import vae
-from utils.codecs.codec import encode_batch
 from utils.codecs.pixels import PixelCodec
 from utils.codecs.vae import StableVAE, VAEConfig
 from utils.codecs.vae_files import CONFIG, WEIGHTS
+from utils.data.dataset import PixelBatch
+from utils.data.latents import LatentBatch
 from utils.images.pixels import images_from_uint8
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -104,18 +105,20 @@ def test_cached_moments_and_images_give_the_same_latents(tiny):
     pixels = jax.random.randint(jax.random.key(0), (2, 16, 16, 3), 0, 256).astype(jnp.uint8)
     moments = jnp.stack(tiny.encode_moments(images_from_uint8(pixels)), axis=1)
     key = jax.random.key(1)
-    encoded = encode_batch(tiny, key, {"image": pixels})
+    labels = jnp.zeros(2, jnp.int32)
+    images = PixelBatch(condition=labels, image=pixels)
+    encoded = images.to_latents(tiny, key)
     assert encoded.shape == (2, *tiny.latent_shape((16, 16, 3)))
-    np.testing.assert_allclose(encode_batch(tiny, key, {"moments": moments}), encoded, rtol=1e-6)
-    np.testing.assert_allclose(
-        encode_batch(tiny, key, {"moments": moments.astype(jnp.float16)}), encoded, atol=2e-3 * TINY.scaling_factor
-    )
-    np.testing.assert_array_equal(encode_batch(PixelCodec(), key, {"image": pixels}), images_from_uint8(pixels))
+    cached = LatentBatch(condition=labels, moments=moments)
+    np.testing.assert_allclose(cached.to_latents(tiny, key), encoded, rtol=1e-6)
+    halved = cached.replace(moments=moments.astype(jnp.float16))
+    np.testing.assert_allclose(halved.to_latents(tiny, key), encoded, atol=2e-3 * TINY.scaling_factor)
+    np.testing.assert_array_equal(images.to_latents(PixelCodec(), key), images_from_uint8(pixels))
 
 
 def test_cached_moments_do_not_run_the_encoder(tiny):
-    shape = jax.ShapeDtypeStruct((3, 2, 8, 8, 4), jnp.float16)
-    program = jax.jit(encode_batch).lower(tiny, jax.random.key(0), {"moments": shape}).as_text()
+    batch = LatentBatch(condition=None, moments=jax.ShapeDtypeStruct((3, 2, 8, 8, 4), jnp.float16))
+    program = jax.jit(lambda batch, *args: batch.to_latents(*args)).lower(batch, tiny, jax.random.key(0)).as_text()
     assert "convolution" not in program
 
 

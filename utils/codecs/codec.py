@@ -1,11 +1,8 @@
 """The interface of codecs, between images and what the model learns. Only likelihoods ask for the codec of pixels."""
 
-from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Key
-
-from utils.images.pixels import images_from_uint8
 
 
 @runtime_checkable
@@ -34,16 +31,3 @@ class MomentCodec(Codec, Protocol):
         self, key: Key[Array, "*b"], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
     ) -> Float[Array, "b h w c"]:
         """Latents drawn from the posterior, scaled as those of `encode`."""
-
-
-def encode_batch(codec: Codec, key: Key[Array, "*b"], batch: Mapping[str, Array]) -> Float[Array, "b h w c"]:
-    """Latents of a batch {'image': uint8 (b, h, w, c)}, or {'moments': float16 (b, 2, h, w, c)} of cached latents.
-
-    The same key draws the same posterior noise for both.
-    """
-    if "x_1" in batch:  # of pairs: latents already
-        return batch["x_1"]
-    if "moments" in batch:
-        assert isinstance(codec, MomentCodec)
-        return codec.sample_latents(key, batch["moments"][:, 0], batch["moments"][:, 1])
-    return codec.encode(key, images_from_uint8(batch["image"]))

@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from utils.base.errors import UserError
-from utils.data.dataset import ArraySource, Batch, Batches, ImageDataset, StreamSource, Subset
+from utils.data.dataset import ArraySource, Batch, Batches, ImageDataset, PixelBatch, StreamSource, Subset
 
 
 def training_batches(
@@ -23,7 +23,7 @@ def training_batches(
     num_threads: int | None = None,
     prefetch: int = 2,
 ) -> Batches:
-    """Endless shuffled batches {'image': uint8 (b, h, w, c), 'condition': int32 (b,)}, b = batch_size / process_count.
+    """Endless shuffled batches of batch_size / process_count examples, as the data set's `batch_type` has them.
 
     Every epoch is a new order that has each image exactly once; batches run on across its end. Order and flips are
     functions of (seed, position in the endless stream) alone. Host `process_index` gets its part of each global batch,
@@ -103,7 +103,8 @@ def first_examples(dataset: ImageDataset, num_examples: int) -> ImageDataset:
     num_examples = min(num_examples, len(dataset.source))
     if isinstance(dataset.source, StreamSource):
         (batch,) = epoch_batches(dataset, num_examples, stop=num_examples)
-        source = ArraySource(batch["image"], batch["condition"])
+        assert isinstance(batch, PixelBatch)
+        source = ArraySource(batch.image, batch.condition)
     else:
         source = Subset(dataset.source, range(num_examples))
     return dataclasses.replace(dataset, source=source, random_flip=False)
@@ -132,12 +133,12 @@ class _BatchReader:
         self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="read-images")
 
     def __call__(self, indices: Sequence[int], flips: Sequence[bool]) -> Batch:
-        batch = self.dataset.empty_rows(len(indices))
+        batch = self.dataset.empty_batch(len(indices))
 
         def fill(rows: range) -> None:
             for row in rows:
                 for name, value in self.dataset.row(indices[row], flips[row]).items():
-                    batch[name][row] = value
+                    getattr(batch, name)[row] = value
 
         # Some pieces for every thread evens out slow images; single rows would cost more than a small image itself.
         piece = max(1, len(indices) // (4 * self.num_threads))

@@ -2,8 +2,8 @@
 
 Arrays and iterables become data sets by `array_dataset` and `iterable_dataset`. Any other random-access source has
 `len(source)` and `source[i] -> {"image": uint8 (h, w, c), "label": int32}`, all images of one shape; shuffling, flips,
-hosts and resuming are shared code. Cached latents have `"moments"` in place of `"image"`. A stream (TFDS's tfrecord
-files) makes its batches itself.
+hosts and resuming are shared code. A stream (TFDS's tfrecord files) makes its batches itself. A batch knows how it
+becomes latents; sources of something else than images bring a `Batch` of their own (`LatentBatch`, `PairBatch`).
 """
 
 import dataclasses
@@ -12,24 +12,80 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
+import flax.struct
+import jax
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Array, Float, Int32, Key, PyTree, UInt8
 
 from utils.base.console import warn_once
 from utils.base.errors import UserError
 from utils.data.fingerprint import Fingerprint
 from utils.images.decoding import MAX_MEGAPIXELS, describe_range
+from utils.images.pixels import images_from_uint8, images_to_uint8
 
-# "image": uint8 (h, w, c), or "moments": float16 (views, 2, h, w, c); "label": int32 ()
+# "image": uint8 (h, w, c) and "label": int32 (); sources with a `Batch` of their own have other arrays beside "label".
 Example = dict[str, Any]
-# "image": uint8 (b, h, w, c), or "moments": float16 (b, 2, h, w, c); "condition": int32 (b,), the labels. Of pairs
-# "x_1": float32 (b, h, w, c) and "pair": uint32 (b, 2), the seed and number that their noise is drawn from.
-Batch = dict[str, np.ndarray]
 
 SPLITS = ("train", "validation")
 HELD_OUT_FRACTION = 0.02  # of a data set that brings no validation split
 NUM_SAMPLED = 256  # images whose range is looked at
 MAX_LISTED = 5  # classes named in a message
+
+
+class Batch(flax.struct.PyTreeNode):
+    """Examples of a data set, and how they become latents; a pytree whose arrays have the batch as first axis.
+
+    `codec` is a codec of utils/codecs, `keys` are one for each example or one to be split among them.
+    """
+
+    condition: PyTree  # labels, int32 (b,)
+
+    @classmethod
+    def empty(cls, count: int, shape: Sequence[int]) -> "Batch":
+        """Returns `count` examples of this shape as NumPy arrays to be filled."""
+        raise NotImplementedError
+
+    @classmethod
+    def select(cls, example: Example, flip: bool) -> Example:
+        """Returns one row of every field from an example of a source, mirrored left to right if `flip`."""
+        raise NotImplementedError
+
+    @property
+    def num_examples(self) -> int:
+        return len(jax.tree.leaves(self.condition)[0])
+
+    def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
+        """Returns x_1, what the model learns."""
+        raise NotImplementedError
+
+    def to_images(self, codec: Any, x_1: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 c2"]:
+        """Returns the images of which `x_1` are the latents."""
+        return images_to_uint8(codec.decode(x_1))
+
+    def draws(self) -> dict[str, Array]:
+        """Returns what is not random for these examples, to replace an objective's draws of the same name."""
+        return {}
+
+
+class PixelBatch(Batch):
+    """Images with their labels."""
+
+    image: PyTree  # uint8 (b, h, w, c)
+
+    @classmethod
+    def empty(cls, count: int, shape: Sequence[int]) -> "PixelBatch":
+        return cls(condition=np.empty(count, np.int32), image=np.empty((count, *shape), np.uint8))
+
+    @classmethod
+    def select(cls, example: Example, flip: bool) -> Example:
+        image = example["image"]
+        return {"image": image[:, ::-1] if flip else image, "condition": example["label"]}
+
+    def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
+        return codec.encode(keys, images_from_uint8(self.image))
+
+    def to_images(self, codec: Any, x_1: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 c2"]:
+        return self.image
 
 
 @runtime_checkable
@@ -93,29 +149,24 @@ class ImageDataset:
     latents: LatentMetadata | None = None  # what the moments are of, where they stand in for the images
     pair_shape: tuple[int, int, int] | None = None  # of samples that come with their noise (utils/data/pairs.py)
     empty_classes: tuple[int, ...] = ()  # labels of which the split has no image, as far as that is known
+    batch_type: type[Batch] = PixelBatch
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def empty_rows(self, count: int) -> Batch:
-        """A batch to be filled."""
-        labels = np.empty(count, np.int32)
-        if self.pair_shape:
-            x_1 = np.empty((count, *self.pair_shape), np.float32)
-            return {"x_1": x_1, "condition": labels, "pair": np.empty((count, 2), np.uint32)}
-        if self.latents:
-            return {"moments": np.empty((count, 2, *self.latents.latent_shape), np.float16), "condition": labels}
-        return {"image": np.empty((count, *self.image_shape), np.uint8), "condition": labels}
+    @property
+    def example_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of what the source has: images, or latents in their place."""
+        return self.pair_shape or (self.latents.latent_shape if self.latents else self.image_shape)
+
+    def empty_batch(self, count: int) -> Batch:
+        """Returns a batch to be filled with `row`s."""
+        return self.batch_type.empty(count, self.example_shape)
 
     def row(self, index: int, flip: bool) -> Example:
-        """Example `index`, mirrored left to right if `flip`, as a batch holds it."""
-        example = cast(Source, self.source)[index]  # a stream has no rows
-        if self.pair_shape:
-            return {"x_1": example["x_1"], "condition": example["label"], "pair": example["pair"]}
-        if self.latents:
-            return {"moments": example["moments"][int(flip)], "condition": example["label"]}
-        return {"image": example["image"][:, ::-1] if flip else example["image"], "condition": example["label"]}
+        """Example `index`, mirrored left to right if `flip`, by the fields of a batch."""
+        return self.batch_type.select(cast(Source, self.source)[index], flip)  # a stream has no rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Float16
+from jaxtyping import Array, Float, Float16, Key, PyTree
 
 from utils.base.console import log
 from utils.base.errors import UserError
 from utils.base.external import read_json
 from utils.base.files import atomic_write, check_regular
-from utils.data.dataset import DataOptions, Example, ImageDataset, check_own_size
+from utils.data.dataset import Batch, DataOptions, Example, ImageDataset, check_own_size
 from utils.data.fingerprint import Fingerprint, compare_data, read_listing
 
 MANIFEST = "manifest.json"
@@ -194,6 +194,24 @@ def open_records(what: str, folder: Path, names: list[str], num_records: int, pr
     return records
 
 
+class LatentBatch(Batch):
+    """Moments of the posterior of the latents of images."""
+
+    moments: PyTree  # float16 (b, 2, h, w, c): mean and log-variance
+
+    @classmethod
+    def empty(cls, count: int, shape: Sequence[int]) -> "LatentBatch":
+        return cls(condition=np.empty(count, np.int32), moments=np.empty((count, 2, *shape), np.float16))
+
+    @classmethod
+    def select(cls, example: Example, flip: bool) -> Example:
+        return {"moments": example["moments"][int(flip)], "condition": example["label"]}
+
+    def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
+        """Latents drawn from the posterior; the same keys draw the same as for the images."""
+        return codec.sample_latents(keys, self.moments[:, 0], self.moments[:, 1])
+
+
 class LatentRecords:
     """Source of cached moments: item i is {'moments': float16 (views, 2, h, w, c), 'label': int32}."""
 
@@ -241,4 +259,5 @@ def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
         fingerprint=manifest.fingerprint(folder, split),
         latents=manifest,
         empty_classes=manifest.empty_classes if split == "train" else (),
+        batch_type=LatentBatch,
     )

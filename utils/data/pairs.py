@@ -9,20 +9,29 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Array, Float, Float32, UInt32
+from jaxtyping import Array, Float, Float32, Key, PyTree, UInt32
 
 from utils.base.devices import RANDOM, changed_variables
 from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_json
 from utils.base.files import atomic_write
-from utils.data.dataset import DataOptions, Example, ImageDataset, LatentMetadata, Subset, check_own_size, split_rows
+from utils.data.dataset import (
+    Batch,
+    DataOptions,
+    Example,
+    ImageDataset,
+    LatentMetadata,
+    Subset,
+    check_own_size,
+    split_rows,
+)
 from utils.data.fingerprint import Fingerprint
 from utils.data.latents import MAX_FILES, open_records
 
@@ -108,6 +117,32 @@ def write_shard(path: Path, pairs: Iterable[tuple[int, Float32[np.ndarray, "h w 
         writer.close()
 
 
+class PairBatch(Batch):
+    """Samples of a model with the noise that they were made of."""
+
+    x_1: PyTree  # float32 (b, h, w, c)
+    pair: PyTree  # uint32 (b, 2): the seed and the number from which the noise is drawn
+
+    @classmethod
+    def empty(cls, count: int, shape: Sequence[int]) -> "PairBatch":
+        return cls(
+            condition=np.empty(count, np.int32),
+            x_1=np.empty((count, *shape), np.float32),
+            pair=np.empty((count, 2), np.uint32),
+        )
+
+    @classmethod
+    def select(cls, example: Example, flip: bool) -> Example:
+        assert not flip, "pairs cannot be mirrored"
+        return {"x_1": example["x_1"], "pair": example["pair"], "condition": example["label"]}
+
+    def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
+        return self.x_1
+
+    def draws(self) -> dict[str, Array]:
+        return {"x_0": pair_noise(self.pair, self.x_1.shape[1:])}
+
+
 class Pairs:
     """Source of pairs: item i is {'x_1': float32 (h, w, c), 'label': int32, 'pair': uint32 (2,)}, seed and number."""
 
@@ -159,6 +194,7 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
         latents=cast(LatentMetadata, manifest) if manifest.vae_sha256 else None,
         pair_shape=manifest.latent_shape,
         empty_classes=manifest.empty_classes,
+        batch_type=PairBatch,
     )
 
 

@@ -13,7 +13,7 @@ from utils.base.console import warn_once
 from utils.base.errors import UserError
 from utils.base.files import check_regular
 from utils.data.class_names import imagenet_class_names
-from utils.data.dataset import DataOptions, Example, ImageDataset, check_own_size
+from utils.data.dataset import DataOptions, Example, ImageDataset, PixelBatch, check_own_size
 from utils.data.tfds_files import NUM_SAMPLED, PreparedSplit, import_tensorflow, is_remote, remember
 from utils.images.decoding import describe_range, read_image
 
@@ -77,7 +77,7 @@ def find_extremes(prepared: PreparedSplit, source: "Records | RecordStream") -> 
         else:
             hosts = {"process_index": 0, "process_count": 1}
             batches = source.epoch_batches(count, 0, count, **hosts, prefetch=1)
-            images = (image for batch in batches for image in batch["image"])
+            images = (image for batch in batches for image in batch.image)
         return np.array([(image.min(), image.max()) for image in images], np.uint8)
 
     name = f"range-{prepared.digest(prepared.split, prepared.start, prepared.stop)}"
@@ -163,7 +163,7 @@ class RecordStream:
         process_index: int,
         process_count: int,
         prefetch: int,
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[PixelBatch]:
         """Images start .. stop - 1 of the split in its own order, every `process_count`-th of each batch."""
         if start >= stop:
             return
@@ -176,8 +176,7 @@ class RecordStream:
         for _ in range(start, stop, batch_size):
             with _naming_broken_images(self.prepared.origin):
                 batch = next(batches, empty)
-            _check_labels(batch["condition"], self.prepared.origin)
-            yield batch
+            yield _to_batch(batch, self.prepared.origin)
 
     def memory_bound(self, batch_size: int, prefetch: int = 2, process_count: int = 1) -> int:
         """Bytes that `training_batches` holds at most, beside TensorFlow itself."""
@@ -272,14 +271,13 @@ class StreamIterator:
     def __iter__(self) -> "StreamIterator":
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> PixelBatch:
         if self._batches is None:
             self._batches = self._start(self._next_index)
         with _naming_broken_images(self._origin):
             batch = next(self._batches)
-        _check_labels(batch["condition"], self._origin)
         self._next_index += 1
-        return batch
+        return _to_batch(batch, self._origin)
 
     def get_state(self) -> dict[str, int]:
         return {"next_index": self._next_index}
@@ -296,6 +294,12 @@ def _naming_broken_images(origin: str) -> Iterator[None]:
     except import_tensorflow().errors.OpError as error:
         reason = " ".join(str(error).partition("[Op:")[0].split())[-200:]
         raise UserError(f"an image of {origin} cannot be read: {reason}") from error
+
+
+def _to_batch(rows: dict[str, np.ndarray], origin: str) -> PixelBatch:
+    """Returns what tf.data has batched; UserError as `_check_labels` raises it."""
+    _check_labels(rows["condition"], origin)
+    return PixelBatch(**rows)
 
 
 def _check_labels(labels: Any, origin: str) -> None:

@@ -5,7 +5,7 @@ t = 1 to z at t = 0.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from utils.base.errors import UserError
-from utils.codecs.codec import Codec, encode_batch
+from utils.codecs.codec import Codec
+from utils.data.dataset import Batch, PixelBatch
 from utils.networks.models import Network, model_fn
 from utils.objectives.objective import Objective, VelocityFn
 from utils.sampling.solvers import solve_adaptively
@@ -146,7 +147,8 @@ def measure_batch(
     params: PyTree,
     codec: Codec,
     key: Key[Array, ""],
-    batch: Mapping[str, Array],
+    batch: Batch,
+    indices: Int[Array, " b"],
     *,
     network: Network,
     objective: Objective,
@@ -155,16 +157,17 @@ def measure_batch(
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
     """(bits per dimension, or nats per element of the latents where not `is_pixels`; NFE) of each image of a batch.
 
-    `batch` has "image" or "moments", "condition", and "index", the images' numbers: all that is random of image i is a
-    function of (key, i) alone.
+    `batch` has the label `num_classes` where none is meant. `indices` are the images' numbers: all that is random of
+    image i is a function of (key, i) alone.
     """
     image_key, probe_key = jax.random.split(key)
-    indices, labels = batch["index"], batch["condition"]
+    labels = batch.condition
     if is_pixels:
-        x_1 = dequantise(image_key, indices, batch["image"])
+        assert isinstance(batch, PixelBatch)
+        x_1 = dequantise(image_key, indices, batch.image)
     else:
         keys = jax.vmap(partial(jax.random.fold_in, image_key))(indices)
-        x_1 = encode_batch(codec, keys, batch)
+        x_1 = batch.to_latents(codec, keys)
     probes = draw_probes(probe_key, indices, x_1.shape[1:], config.num_probes) if config.num_probes else None
 
     def velocity_of(labels):

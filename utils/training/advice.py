@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from utils.base.console import format_duration
 from utils.base.devices import GIB, device_memory, format_bytes, shape_structs
-from utils.data.dataset import DataOptions, ImageDataset
+from utils.data.dataset import Batch, DataOptions, ImageDataset
 from utils.data.loaders import find_loader
 from utils.networks.ema import YOUNG, EmaSchedule
 from utils.objectives.objective import has_guidance
@@ -48,7 +48,7 @@ class MemoryModel:
         return max(0, int((num_bytes - self.constant) / self.per_image) // multiple * multiple)
 
 
-def batch_structs(batch: PyTree, batch_size: int) -> PyTree:
+def batch_structs(batch: Batch, batch_size: int) -> Batch:
     """The shapes of a batch (of arrays) of another size, placed as it is."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), batch)
     return shape_structs(shapes, jax.tree.leaves(batch)[0].sharding)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key, PyTree, UInt8
 from matplotlib.figure import Figure
 
 from utils.base.devices import gather
-from utils.codecs.codec import encode_batch
+from utils.data.dataset import Batch
 from utils.images import plotting
 from utils.images.pixels import images_to_uint8
 from utils.networks.models import ImageModel, model_fn
@@ -32,7 +32,7 @@ PANEL_GUIDANCE = (0, 0.1, 1, 4, 10)
 PANEL_STEPS = (1, 4, 32)
 
 
-def loss_by_time(model: ImageModel, params: PyTree, batch: PyTree, key: Key[Array, ""]) -> dict[str, float]:
+def loss_by_time(model: ImageModel, params: PyTree, batch: Batch, key: Key[Array, ""]) -> dict[str, float]:
     """Loss of `batch`, all labels kept, at t = 0.0, 0.1, ..., 1.0, and `mean` over 0.1 .. 0.9; one noise for all t."""
     static = {"model": model.network, "objective": model.objective}
     losses = [float(loss_at_time(params, model.codec, key, batch, t, **static)) for t in LOSS_TIMES]
@@ -44,19 +44,18 @@ def loss_by_time(model: ImageModel, params: PyTree, batch: PyTree, key: Key[Arra
 def _reconstruct(params, codec, key, batch, t, *, network, objective):
     """uint8 images (3, b, h, w, c): clean, noised to t, and predicted from that in one step."""
     examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
-    x_1 = encode_batch(codec, examples["codec_key"], batch)
+    x_1 = batch.to_latents(codec, examples["codec_key"])
     x_t = objective.corrupt(x_1, examples["draws"] | {"t": t})
-    predicted = objective.predict_data(model_fn(network, params), x_t, t, batch["condition"])
-    clean = batch["image"] if "image" in batch else images_to_uint8(codec.decode(x_1))
-    return jnp.stack([clean, *(images_to_uint8(codec.decode(x)) for x in (x_t, predicted))])
+    predicted = objective.predict_data(model_fn(network, params), x_t, t, batch.condition)
+    return jnp.stack([batch.to_images(codec, x_1), *(images_to_uint8(codec.decode(x)) for x in (x_t, predicted))])
 
 
-def reconstruction_panel(model: ImageModel, params: PyTree, batch: PyTree, key: Key[Array, ""]) -> Figure:
+def reconstruction_panel(model: ImageModel, params: PyTree, batch: Batch, key: Key[Array, ""]) -> Figure:
     """Eight images of `batch` noised to t = 0, 1/8, ..., 7/8 and denoised in one step: clean, noised, predicted."""
-    rows = {name: np.resize(gather(values), (PANEL_SIZE, *values.shape[1:])) for name, values in batch.items()}
+    rows = jax.tree.map(lambda values: np.resize(gather(values), (PANEL_SIZE, *values.shape[1:])), batch)
     t = np.arange(PANEL_SIZE, dtype=np.float32) / PANEL_SIZE
     images = _reconstruct(params, model.codec, key, rows, t, network=model.network, objective=model.objective)
-    titles = [f"t = {value:.3g}\n{model.class_names[label]}" for value, label in zip(t, rows["condition"], strict=True)]
+    titles = [f"t = {value:.3g}\n{model.class_names[label]}" for value, label in zip(t, rows.condition, strict=True)]
     return plotting.image_table(gather(images), ("clean", "noised", "predicted"), titles)
 
 

@@ -14,8 +14,8 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Key, PyTree
 
-from utils.codecs.codec import Codec, encode_batch
-from utils.data.pairs import pair_noise
+from utils.codecs.codec import Codec
+from utils.data.dataset import Batch
 from utils.networks.ema import EmaSchedule
 from utils.networks.models import Network, model_fn
 from utils.objectives.objective import Objective, row_period
@@ -48,20 +48,16 @@ def accumulate_microbatches(
 
 
 def draw_examples(
-    key: Key[Array, ""], batch: PyTree, objective: Objective, class_dropout_prob: float
+    key: Key[Array, ""], batch: Batch, objective: Objective, class_dropout_prob: float
 ) -> dict[str, PyTree]:
     """The batch with all that is random in its loss, per example: keys for the codec, the objective's draws, and which
     labels are dropped (classifier-free guidance, arXiv:2207.12598)."""
     codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
-    num_examples = len(batch["condition"])
-    draws = objective.draw(time_key, noise_key, num_examples)
-    if "pair" in batch:  # the noise that belongs to each sample
-        draws |= {"x_0": pair_noise(batch["pair"], batch["x_1"].shape[1:])}
     return {
         "batch": batch,
-        "codec_key": jax.random.split(codec_key, num_examples),
-        "draws": draws,
-        "is_dropped": jax.random.bernoulli(dropout_key, class_dropout_prob, (num_examples,)),
+        "codec_key": jax.random.split(codec_key, batch.num_examples),
+        "draws": objective.draw(time_key, noise_key, batch.num_examples) | batch.draws(),
+        "is_dropped": jax.random.bernoulli(dropout_key, class_dropout_prob, (batch.num_examples,)),
     }
 
 
@@ -75,8 +71,8 @@ def example_losses(
     objective: Objective,
 ) -> tuple[Array, dict[str, Array]]:
     """(losses, metrics) of the examples, each (b,)."""
-    x_1 = encode_batch(codec, examples["codec_key"], examples["batch"])
-    labels = jnp.where(examples["is_dropped"], model.config.num_classes, examples["batch"]["condition"])
+    x_1 = examples["batch"].to_latents(codec, examples["codec_key"])
+    labels = jnp.where(examples["is_dropped"], model.config.num_classes, examples["batch"].condition)
     functions = (model_fn(model, params), model_fn(model, ema_params))
     return objective.loss(*functions, x_1, labels, examples["draws"] | {"is_dropped": examples["is_dropped"]})
 
@@ -84,7 +80,7 @@ def example_losses(
 def compute_gradients(
     state: TrainState,
     key: Key[Array, ""],
-    batch: PyTree,
+    batch: Batch,
     codec: Codec,
     *,
     model: Network,
@@ -120,7 +116,7 @@ def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, Array]:
 
 def train_step(
     state: TrainState,
-    batch: PyTree,
+    batch: Batch,
     codec: Codec,
     *,
     model: Network,
@@ -131,7 +127,7 @@ def train_step(
     frozen: tuple[str, ...] = (),
     skips_nonfinite: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """(next state, metrics) of one Adam step on a global batch {'image': uint8 (b, h, w, c), 'condition': int32 (b,)}.
+    """(next state, metrics) of one Adam step on a global batch.
 
     With `skips_nonfinite`, an update that is not finite changes nothing but the step.
     """
@@ -184,7 +180,7 @@ def jit_train_step(shardings: TrainState, metrics_sharding: NamedSharding, **sta
 
 def validation_step(
     state: TrainState,
-    batch: PyTree,
+    batch: Batch,
     codec: Codec,
     *,
     model: Network,
@@ -215,7 +211,7 @@ def loss_at_time(
     params: PyTree,
     codec: Codec,
     key: Key[Array, ""],
-    batch: PyTree,
+    batch: Batch,
     t: Array,
     *,
     model: Network,
