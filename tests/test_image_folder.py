@@ -18,6 +18,7 @@ from utils.base.errors import UserError
 from utils.data import image_folder
 from utils.data.batches import epoch_batches, training_batches
 from utils.images import decoding as images
+from utils.images import folders
 from utils.images.decoding import (
     BrokenImageError,
     check_image,
@@ -234,14 +235,12 @@ def test_the_check_is_remembered_until_a_file_changes(zoo, monkeypatch):
     name = f"folder:{zoo}"
     assert len(load(name, "train", None, 8, "skip").source) == 7
     checked = []
-    check = image_folder.check_image
-    monkeypatch.setattr(
-        image_folder, "check_image", lambda *args, **kwargs: checked.append(1) or check(*args, **kwargs)
-    )
-    image_folder._check_images.cache_clear()
+    check = folders.check_image
+    monkeypatch.setattr(folders, "check_image", lambda *args, **kwargs: checked.append(1) or check(*args, **kwargs))
+    folders._check_images.cache_clear()
     assert len(load(name, "train", None, 8, "skip").source) == 7
     assert not checked
-    image_folder._check_images.cache_clear()
+    folders._check_images.cache_clear()
     (zoo / "cat" / "0.png").write_bytes(b"broken since")
     assert len(load(name, "train", None, 8, "skip").source) == 6
     assert len(checked) == 1  # the others are not decoded again
@@ -418,7 +417,7 @@ def test_a_verdict_of_the_system_is_not_remembered(tmp_path, monkeypatch):
         patch.setattr(images, "read_bytes", fail)
         with pytest.raises(UserError, match=r"5 of 5 images cannot be read: .*Input/output error"):
             load(f"folder:{tmp_path}", image_size=2)
-    image_folder._check_images.cache_clear()
+    folders._check_images.cache_clear()
     assert len(load(f"folder:{tmp_path}", image_size=2).source) == 4
 
 
@@ -429,7 +428,7 @@ def test_a_damaged_memory_of_checks_is_made_anew(tmp_path, content, cache):
     (kept,) = (cache / "jax-flow-matching").glob("checked-*.json")
     whole = kept.read_bytes()
     kept.write_bytes(content)
-    image_folder._check_images.cache_clear()
+    folders._check_images.cache_clear()
     load(f"folder:{tmp_path}", image_size=2)
     assert kept.read_bytes() == whole
 
@@ -607,7 +606,7 @@ def test_images_that_use_little_of_their_range_are_told_so(tmp_path, capfd):
     expected = {"twelve": "values are 0 to 16 of 0 to 255", "one": "all values of all images are 7", "full": ""}
     for name, message in expected.items():
         for again in range(2):  # from the check, and from what it keeps
-            image_folder._check_images.cache_clear()
+            folders._check_images.cache_clear()
             warn_once.cache_clear()
             load(f"folder:{tmp_path / name}", image_size=16 if again else 4)
             said = capfd.readouterr().err

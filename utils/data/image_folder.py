@@ -7,37 +7,38 @@ file ends an epoch halfway; its results are kept in the cache folder, file by fi
 
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import PIL
 
-from utils.base.console import printable, progress_bar, warn, warn_once
-from utils.base.errors import UserError, WriteError
-from utils.base.files import UNFINISHED, cache_folder, check_finished, read_bytes, remove_temporaries, write_text
+from utils.base.console import printable, warn, warn_once
+from utils.base.errors import UserError
+from utils.base.files import UNFINISHED, check_finished
 from utils.data.class_names import imagenet_class_names
 from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row
-from utils.data.label_files import check_folders, is_table, unused_message
 from utils.images.decoding import (
     MAX_MEGAPIXELS,
     BrokenImageError,
-    check_image,
     describe_range,
     read_image,
     read_image_file,
 )
-from utils.images.folders import Scanned, scan, system_message
+from utils.images.folders import (
+    CheckedImage,
+    Scanned,
+    check_folders,
+    check_images,
+    is_table,
+    scan,
+    system_message,
+    unused_message,
+)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-CHECK_VERSION = 3  # of what is decoded how; raise it when utils/images/decoding.py takes other files for broken
 MAX_LISTED = 3  # files named in a message
 
 # Names that folders of splits go by, also as train2017, training_set, seg_test, valid-images.
@@ -302,103 +303,6 @@ def _scan_below(folder: Path, flag: str) -> Scanned:
 
     visit(folder)
     return found
-
-
-class CheckedImage(NamedTuple):
-    """Result of the check of one file."""
-
-    side: int  # its shorter side, in pixels; 0 if it cannot be read
-    digest: str  # the first 16 hex digits of its content's sha256
-    reason: str  # why it cannot be read, or ''
-    lowest: int = 0  # of its values, 0 .. 255
-    highest: int = 0
-
-
-def check_images(folder: Path, paths: tuple[Path, ...], max_megapixels: float) -> dict[Path, CheckedImage]:
-    """Returns what decoding each file found, now or when it was last checked with the same size and times.
-
-    Only what a file's bytes have shown is remembered, never that the system could not read it.
-    """
-    return _check_images(folder, paths, tuple(map(_stamp, paths)), max_megapixels)
-
-
-@functools.lru_cache(maxsize=4)  # the splits of one folder are asked for one after the other
-def _check_images(
-    folder: Path, paths: tuple[Path, ...], stamps: tuple[str | None, ...], max_megapixels: float
-) -> dict[Path, CheckedImage]:
-    """`check_images` of files whose sizes and times are `stamps`."""
-    kept = cache_folder() / f"checked-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:32]}.json"
-    version = f"{CHECK_VERSION}, Pillow {PIL.__version__}, up to {max_megapixels:g} megapixels"
-    remembered = _read_kept(kept, version)
-    keys = {path: str(path.relative_to(folder)) for path in paths}
-    stamp_of = dict(zip(paths, stamps, strict=True))
-    checked = {
-        path: CheckedImage(*remembered[keys[path]][1:])
-        for path in paths
-        if stamp_of[path] and remembered.get(keys[path], [None])[0] == stamp_of[path]
-    }
-    unknown = [path for path in paths if path not in checked]
-    lasting = set(checked)
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        results = pool.map(functools.partial(_check_file, max_megapixels=max_megapixels), unknown)
-        # A bar only where it takes more than a moment.
-        bar = progress_bar(results, "checking every image, once", len(unknown), unit="image", delay=5)
-        for path, (image, is_lasting) in zip(unknown, bar, strict=True):
-            checked[path] = image
-            if is_lasting:
-                lasting.add(path)
-    if unknown:
-        files = {keys[path]: [stamp_of[path], *checked[path]] for path in paths if path in lasting and stamp_of[path]}
-        _keep(kept, {"version": version, "files": files})
-    return {path: checked[path] for path in paths}
-
-
-def _stamp(path: Path) -> str | None:
-    """Returns a text that changes whenever a file's content does; None where there is no file."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-
-
-def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
-    """(what is found, whether the bytes have shown it)."""
-    try:
-        if not path.is_file():
-            what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
-            return CheckedImage(0, "", what), False
-        content = read_image_file(path, max_megapixels)
-    except OSError as error:
-        return CheckedImage(0, "", error.strerror or str(error)), False
-    except BrokenImageError as error:
-        return CheckedImage(0, "", str(error)), False
-    digest = hashlib.sha256(content).hexdigest()[:16]
-    try:
-        side, lowest, highest = check_image(content, max_megapixels=max_megapixels)
-        return CheckedImage(side, digest, "", lowest, highest), True
-    except BrokenImageError as error:
-        return CheckedImage(0, digest, str(error)), True
-
-
-def _read_kept(file: Path, version: str) -> dict[str, list]:
-    """{path: [stamp, *CheckedImage]} of an earlier check; empty where there is none that can be understood."""
-    try:
-        content = json.loads(read_bytes(file))
-        files = content["files"] if content["version"] == version else {}
-        types = [str, int, str, str, int, int]
-        return {path: row for path, row in files.items() if [type(x) for x in row] == types}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-
-
-def _keep(file: Path, content: dict) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(file.parent, file.name)
-        write_text(file, json.dumps(content))
-    except (OSError, WriteError):
-        pass  # what cannot be kept is checked again next time
 
 
 def _say_smallest(folder: Path, checked: dict[Path, CheckedImage], size: int) -> None:
