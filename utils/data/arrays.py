@@ -15,14 +15,15 @@ from utils.data.dataset import (
     ImageDataset,
     array_dataset,
     check_arrays,
-    check_own_size,
     split_rows,
     unlabelled_message,
 )
 
-IMAGES, LABELS = ("images", "arr_0"), ("labels", "arr_1")  # the second of each as in ADM's files
+IMAGES = ("images", "arr_0")  # the second of each as in ADM's files
+LABELS = ("labels", "arr_1")
 OTHER_LABELS = ("label", "targets", "target", "y")  # taken for labels where they are integers (n,)
-VALIDATION, CLASS_NAMES = "validation_", "class_names"
+VALIDATION = "validation_"  # begins the names of the validation split's arrays
+CLASS_NAMES = "class_names"
 MAX_CLASSES = 2**20
 MAX_NAMES_BYTES = 2**26  # of class names; NumPy takes four bytes for a letter
 MAX_LISTED = 5  # arrays named in a message
@@ -56,29 +57,18 @@ def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset
     are held in memory.
     UserError where the file is missing, damaged, larger than the memory, or holds something else.
     """
-    path, flag = Path(name.partition(":")[2]).expanduser(), f"--dataset_name={name}"
+    path = Path(name.partition(":")[2])
+    flag = f"--dataset_name={name}"
     if not path.is_file():
         raise UserError(f"{flag}: there is no file {path}; name an npz with {WANTED}")
     try:
-        headers = read_npz_headers(path)
-        train, validation = _find_split(headers, ""), _find_split(headers, VALIDATION)
-        if train is None:
-            found = printable(", ".join(sorted(headers))[:200]) or "nothing"
-            raise UserError(f"{flag}: {path} holds {found}; needed are {WANTED}")
-        parts = [part for part in (train, validation) if part]
-        _check_headers(headers, parts, flag)
-        labels = read_npz(path, {part.labels: headers[part.labels] for part in parts if part.labels})
-        class_names = _read_class_names(path, headers, flag)
-        if validation and _is_unlabelled(labels.get(validation.labels)):
-            warn_once(f"{flag}: no validation image has a label, so a part of the others is held out for validation")
-            validation = None
-        part = validation if validation and split == "validation" else train
-        _check_size(headers[part.images], flag)
-        images = read_npz(path, {part.images: headers[part.images]})[part.images]
+        found = _read_arrays(path, split, flag)
     except BadFileError as error:
         raise UserError(f"{flag}: {path} cannot be read ({error}); write it with numpy.savez") from None
 
-    highest = _highest_label(list(labels.values()), flag)
+    # Classes are those of both splits.
+    highest = _highest_label(list(found.all_labels.values()), flag)
+    class_names = found.class_names
     if class_names is None:
         class_names = list(map(str, range(1 + highest)))
     elif len(class_names) <= highest:
@@ -86,17 +76,52 @@ def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset
             f"{flag}: class_names holds {len(class_names)}, but a label is {highest}; give {highest + 1} names, one "
             "for a class"
         )
-    own_labels = labels[part.labels] if part.labels else np.zeros(images.shape[:1], np.int32)
-    if images.ndim and own_labels.shape == images.shape[:1]:  # others are refused below
-        images, own_labels = _leave_out_unlabelled(images, own_labels, part, flag)
-        if validation is None:
+
+    # Examples of the split, without those that have no label. Arrays that do not fit together are refused below.
+    part, images = found.part, found.images
+    labels = found.all_labels[part.labels] if part.labels else np.zeros(images.shape[:1], np.int32)
+    if images.ndim and labels.shape == images.shape[:1]:
+        images, labels = _leave_out_unlabelled(images, labels, part, flag)
+        if not found.has_validation:
             if len(images) == 1:
                 raise UserError(f"{flag}: {path} holds 1 image; 2 are needed, one of them to hold out")
             rows = split_rows(len(images), split)
-            images, own_labels = images[rows], own_labels[rows]
-    dataset = array_dataset(name, images, own_labels, class_names, split)
-    check_own_size(name, dataset.image_shape, options)
-    return dataset
+            images, labels = images[rows], labels[rows]
+    return array_dataset(name, images, labels, class_names, split)
+
+
+class _Arrays(NamedTuple):
+    """Contents of a file as far as one split needs them."""
+
+    images: np.ndarray
+    part: SplitArrays  # of the images
+    all_labels: dict[str, np.ndarray]  # of both splits, by name
+    class_names: list[str] | None
+    has_validation: bool  # whether the file has a validation split that can be used
+
+
+def _read_arrays(path: Path, split: str, flag: str) -> _Arrays:
+    """Reads what `split` needs; BadFileError, or UserError for arrays that cannot be used."""
+    # Headers first: no array is read for a refusal.
+    headers = read_npz_headers(path)
+    train = _find_split(headers, "")
+    validation = _find_split(headers, VALIDATION)
+    if train is None:
+        found = printable(", ".join(sorted(headers))[:200]) or "nothing"
+        raise UserError(f"{flag}: {path} holds {found}; needed are {WANTED}")
+    parts = [part for part in (train, validation) if part]
+    _check_headers(headers, parts, flag)
+
+    # Labels of both splits, which settle the classes, then the images of one.
+    labels = read_npz(path, {part.labels: headers[part.labels] for part in parts if part.labels})
+    class_names = _read_class_names(path, headers, flag)
+    if validation and _is_unlabelled(labels.get(validation.labels)):
+        warn_once(f"{flag}: no validation image has a label, so a part of the others is held out for validation")
+        validation = None
+    part = validation if validation and split == "validation" else train
+    _check_size(headers[part.images], flag)
+    images = read_npz(path, {part.images: headers[part.images]})[part.images]
+    return _Arrays(images, part, labels, class_names, validation is not None)
 
 
 def _find_split(headers: Mapping[str, ArrayHeader], prefix: str) -> SplitArrays | None:
@@ -116,7 +141,9 @@ def _may_be_labels(header: ArrayHeader, images: ArrayHeader) -> bool:
 
 
 def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays], flag: str) -> None:
-    """UserError where the arrays of the splits hold objects or do not fit together; says which arrays are not read."""
+    """UserError where the arrays of the splits hold objects or do not fit together; names the arrays that are not
+    read."""
+    # Arrays that are read: none of objects.
     used = {name for part in parts for name in part if name} | {CLASS_NAMES} & headers.keys()
     for name in used:
         if headers[name].dtype.hasobject:
@@ -125,12 +152,16 @@ def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays],
                 f"{flag}: {name} is an array of Python objects, which only unpickling, and so running code, would "
                 f"read; save it as {wanted}"
             )
+
+    # Shapes.
     shapes = {part.images: headers[part.images].shape[1:] for part in parts}
     if len(set(shapes.values())) > 1:
         raise UserError(f"{flag}: images are of one shape in both splits, not {shapes}")
     for part in parts:
         labels = headers[part.labels] if part.labels else None
         check_arrays(flag.removeprefix("--dataset_name="), headers[part.images], labels)
+
+    # Arrays that are not read: among them may be the labels that one split lacks.
     unread = [f"{name} {headers[name].dtype} {headers[name].shape}" for name in sorted(headers.keys() - used)]
     not_read = f"not read: {', '.join(unread[:MAX_LISTED])}{', ...' * (len(unread) > MAX_LISTED)}" if unread else ""
     labelled = [part.images for part in parts if part.labels]
@@ -149,15 +180,17 @@ def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays],
 
 
 def _check_size(images: ArrayHeader, flag: str) -> None:
-    size, there = images.num_bytes, host_memory()
-    if size > there:
+    """UserError where the images take more than the memory of this machine."""
+    limit = host_memory()
+    if images.num_bytes > limit:
         raise UserError(
-            f"{flag}: its arrays take {format_bytes(size)}, this machine has {format_bytes(there)} of memory; put the "
-            "images into a folder, and use folder:PATH"
+            f"{flag}: its arrays take {format_bytes(images.num_bytes)}, this machine has {format_bytes(limit)} of "
+            "memory; put the images into a folder, and use folder:PATH"
         )
 
 
 def _read_class_names(path: Path, headers: Mapping[str, ArrayHeader], flag: str) -> list[str] | None:
+    """The names of the classes; None where the file has none. UserError where they cannot be names."""
     header = headers.get(CLASS_NAMES)
     if header is None:
         return None
@@ -180,13 +213,14 @@ def _read_class_names(path: Path, headers: Mapping[str, ArrayHeader], flag: str)
 
 
 def _is_unlabelled(labels: np.ndarray | None) -> bool:
+    """Whether all labels are -1, no label."""
     return labels is not None and labels.dtype.kind == "i" and labels.size > 0 and bool((labels == -1).all())
 
 
 def _leave_out_unlabelled(
     images: np.ndarray, labels: np.ndarray, part: SplitArrays, flag: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels but for those that are labelled -1."""
+    """Images and labels, without those that are labelled -1."""
     if labels.dtype.kind != "i" or not (labels == -1).any():
         return images, labels
     if _is_unlabelled(labels):
@@ -203,7 +237,7 @@ def _leave_out_unlabelled(
 
 
 def _highest_label(labels: list[np.ndarray], flag: str) -> int:
-    """Returns the highest label of both splits; 0 for what are no labels, which is refused later."""
+    """Returns the highest label of both splits; 0 where they are no integers, which is refused later."""
     highest = max((int(each.max(initial=0)) for each in labels if each.dtype.kind in "iu"), default=0)
     if highest >= MAX_CLASSES:
         raise UserError(f"{flag}: a label is {highest}; number the classes 0, 1, 2, ...")

@@ -1,8 +1,8 @@
-"""Folders of image files: their classes and splits, and a check of every file before training starts.
+"""Folders of image files (folder:PATH): their classes and splits.
 
 A folder holds a subfolder for each class, its images at any depth below it, or images of one class; either of them also
-below folders named after splits (`train`, `valid`, `test` and the like). The check decodes every image once, so that no
-file ends an epoch halfway; its results are kept in the cache folder, file by file, until a file changes.
+below folders named after splits (`train`, `valid`, `test` and the like). Every image is decoded once before training
+starts (`check_images` of utils/images/folders.py), so that no file ends an epoch halfway.
 """
 
 import dataclasses
@@ -51,6 +51,42 @@ SPLIT_NAMES = {
 SPLIT_PATTERN = re.compile(rf"(?:seg[_-])?({'|'.join(SPLIT_NAMES)})(?:[_ -]?(?:set|images?|imgs?|data|split|\d+))*")
 
 
+def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
+    """The split of a folder of image files, each turned upright, its middle square brought to `options.image_size`.
+
+    UserError where the folder is missing, unfinished, or holds no images, splits that may be classes, or broken files.
+    """
+    root = Path(name.partition(":")[2])
+    size = options.image_size
+    assert size is not None  # `load_dataset` has filled in the default
+    if (root / UNFINISHED).is_file():  # written by sample.py or eval_fid.py
+        check_finished(list(root.glob("*.png")), root, f"--dataset_name={name}")
+
+    # Images of the split. Of data without a validation split a part is held out.
+    listed, has_one_split = list_folder(root, split, options)
+    if has_one_split:
+        if len(listed.files) < 2:
+            raise UserError(f"--dataset_name={name}: {root} holds 1 image; 2 are needed, one of them to hold out")
+        listed = listed.take(hold_out(listed.keys, num_held_out(len(listed.files)))[SPLITS.index(split)])
+
+    # Classes.
+    names = listed.class_names
+    if len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
+        names = imagenet_class_names()
+    labels = [label for _, label in listed.files]
+    rows = [Row(*values) for values in zip(listed.keys, labels, listed.digests, strict=True)]
+    return ImageDataset(
+        name=name,
+        split=split,
+        source=ImageFiles(listed.files, size, options.max_megapixels),
+        image_shape=(size, size, 3),
+        class_names=names,
+        random_flip=False,
+        fingerprint=Fingerprint.of_rows("files", rows),
+        empty_classes=find_empty_classes(labels, len(names)),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
     """Source of image files, turned upright and brought to RGB of `size` x `size`."""
@@ -83,33 +119,27 @@ class FolderSplit:
     digests: list[str]  # of the files' contents
 
     def take(self, rows: Sequence[int]) -> "FolderSplit":
+        """Returns these rows alone."""
+
         def take(column):
             return [column[row] for row in rows]
 
         return FolderSplit(self.class_names, take(self.files), take(self.keys), take(self.digests))
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How image files are read: --broken_images ('refuse' or 'skip'), --max_megapixels, and the side to which they will
-    be brought, for a message."""
-
-    broken_images: str
-    max_megapixels: float
-    size: int
-
-
-def list_folder(root: Path, split: str, reading: Reading) -> tuple[FolderSplit, bool]:
-    """(images of `split` below `root`, whether they are the whole data set, of which a part is to be held out).
+def list_folder(root: Path, split: str, options: DataOptions) -> tuple[FolderSplit, bool]:
+    """(images of `split` below `root`, whether they are all of the data, of which a part is to be held out).
 
     Broken files and classes without images raise UserError naming them, or are left out with a message, as
-    `reading.broken_images` says. UserError too where folders may be splits or classes.
+    `options.broken_images` says. UserError too where folders may be splits or classes.
     """
     flag = f"--dataset_name=folder:{root}"
     if not root.is_dir():
         raise UserError(f"{flag}: there is no folder {root}; {_layout(root)}")
+
+    # The training split settles the classes.
     train_folder, validation_folder = _find_splits(root)
-    train = _list_split(train_folder, root, reading)
+    train = _list_split(train_folder, root, options)
     if validation_folder is None:
         return train, True
     if len(train.class_names) > 1 and not _scan(validation_folder).folders:
@@ -119,7 +149,9 @@ def list_folder(root: Path, split: str, reading: Reading) -> tuple[FolderSplit, 
         return train, True
     if split == "train":
         return train, False
-    validation = _list_split(validation_folder, root, reading, is_training=False)
+
+    # Validation images, with the labels of training.
+    validation = _list_split(validation_folder, root, options, is_training=False)
     unknown = sorted(set(validation.class_names) - set(train.class_names))
     if unknown:
         raise UserError(
@@ -131,7 +163,7 @@ def list_folder(root: Path, split: str, reading: Reading) -> tuple[FolderSplit, 
 
 
 def split_of(folder_name: str) -> str | None:
-    """The split that a folder's name stands for: 'train', 'validation', 'test' or 'no images to learn'; None: none."""
+    """The split that a folder's name stands for: 'train', 'validation', 'test' or 'no images to learn'; else None."""
     match = SPLIT_PATTERN.fullmatch(folder_name.lower())
     return match and SPLIT_NAMES[match[1]]
 
@@ -146,7 +178,8 @@ def _find_splits(root: Path) -> tuple[Path, Path | None]:
     splits = {folder: split_of(folder.name) for folder in scanned.folders}
     named = [folder for folder in scanned.folders if splits[folder]]
     others = [folder for folder in scanned.folders if not splits[folder]]
-    # Pictures of trains beside pictures of busses: a class like the others, without classes of its own.
+
+    # Classes without splits. Pictures of trains beside pictures of busses: a class like the others.
     is_class = [folder.name.lower() for folder in named] == ["train"] and others and not _scan(named[0]).folders
     if not named or is_class:
         return root, None
@@ -155,19 +188,22 @@ def _find_splits(root: Path) -> tuple[Path, Path | None]:
             f"{flag}: {_names(named)} may be splits rather than classes, unlike {_names(others)} beside them; move the "
             f"classes into {root}/train, or rename {named[0].name}/ if it is a class"
         )
+
+    # One folder for training, at most one for validation.
     by_split = {split: [folder for folder in named if splits[folder] == split] for split in ("train", "validation")}
     for split, found in by_split.items():
         if len(found) > 1:
             raise UserError(f"{flag}: {_names(found)} could each be the {split} split; leave one of them there")
     if not by_split["train"]:
-        fix = (
-            f"move them into {root}/train"
-            if scanned.images
-            else "name the folder to train on, or rename what is a class"
-        )
+        fix = "name the folder to train on, or rename what is a class"
+        if scanned.images:
+            fix = f"move them into {root}/train"
         beside = "images beside it" if scanned.images else "no train/"
         raise UserError(f"{flag}: {root} holds {_names(named)} but {beside}; {fix}")
-    (train,), validation = by_split["train"], next(iter(by_split["validation"]), None)
+    (train,) = by_split["train"]
+    validation = next(iter(by_split["validation"]), None)
+
+    # The rest is named, not read.
     unused = [folder for folder in named if folder not in (train, validation)]
     not_read = [_names(unused)] if unused else []
     if scanned.images:
@@ -181,8 +217,10 @@ def _find_splits(root: Path) -> tuple[Path, Path | None]:
 
 
 def _unwrap(split_folder: Path) -> Path:
-    """The folder of a split, or the one below it where that is all it holds and has the same split's name, as archives
-    unpacked into a folder of their own name leave it."""
+    """The folder of a split, or the only folder in it if that bears the same split's name.
+
+    An archive that is unpacked into a folder of its own name leaves such a nest.
+    """
     scanned = _scan(split_folder)
     if len(scanned.folders) == 1 and not scanned.images:
         (below,) = scanned.folders
@@ -193,7 +231,7 @@ def _unwrap(split_folder: Path) -> Path:
 
 
 def _name_unused(folder: Path, *all_scanned: Scanned) -> None:
-    """Says which files below `folder` are not used: those that may hold labels, others, and the system's."""
+    """Warns of files below `folder` that are not used: those that may hold labels, others, and the system's."""
     others = [path for scanned in all_scanned for path in scanned.others]
     if message := unused_message(folder, others, (path for scanned in all_scanned for path in scanned.images)):
         warn_once(message)
@@ -218,7 +256,50 @@ def _layout(root: Path) -> str:
     return f"expected are {root}/CLASS/IMAGE or {root}/IMAGE (or the same below {root}/train), images being {suffixes}"
 
 
-def _list_split(folder: Path, root: Path, reading: Reading, is_training: bool = True) -> FolderSplit:
+def _list_split(folder: Path, root: Path, options: DataOptions, is_training: bool = True) -> FolderSplit:
+    """Lists the images of the split in `folder`, each decoded once; those that are broken are refused or skipped."""
+    flag = f"--dataset_name=folder:{root}"
+    classes = _find_classes(folder, root)
+
+    # Every file, decoded once.
+    paths = tuple(path for scanned in classes.values() for path in scanned.images)
+    checked = check_images(folder, paths, options.max_megapixels)
+    _say_smallest(folder, checked, options.image_size)
+    broken = {path: image.reason for path, image in checked.items() if image.reason}
+    if broken:
+        reasons = "; ".join(f"{path} ({reason})" for path, reason in list(broken.items())[:MAX_LISTED])
+        what = f"{len(broken)} of {len(paths)} images cannot be read: {reasons}{'; ...' * (len(broken) > MAX_LISTED)}"
+        if options.broken_images == "refuse":
+            raise UserError(f"{flag}: {what}. Put good copies in their place, or give --broken_images skip")
+        warn(f"{folder}: skipped: {what}")
+    if is_training:
+        extremes = [(image.lowest, image.highest) for image in checked.values() if not image.reason]
+        if extremes and (remark := describe_range(np.array(extremes))):
+            warn_once(f"{folder}: {remark}")
+
+    # Classes, without what is to be skipped.
+    names, files = [], []
+    for subfolder, scanned in classes.items():
+        readable = [path for path in scanned.images if path not in broken]
+        if not readable:
+            what = f"the folder {subfolder} of a class holds no {'readable ' * bool(scanned.images)}images"
+            if options.broken_images == "refuse":
+                raise UserError(f"{flag}: {what}; fill it or move it out, or give --broken_images skip")
+            warn(f"skipped: {what}")
+            continue
+        files += [(path, len(names)) for path in readable]
+        names.append(_text(subfolder.name))
+    if not files:
+        raise UserError(f"{flag}: {folder} holds no readable images; {_layout(root)}")
+    keys = [_text(path.relative_to(folder).as_posix()) for path, _ in files]
+    return FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files])
+
+
+def _find_classes(folder: Path, root: Path) -> dict[Path, Scanned]:
+    """{folder of a class: what lies at any depth below it}; the root alone where all images are of one class.
+
+    UserError where images lie beside folders of classes, or where there are none.
+    """
     flag = f"--dataset_name=folder:{root}"
     top = _scan(folder)
     classes = {subfolder: _scan_below(subfolder, flag) for subfolder in top.folders}
@@ -239,41 +320,8 @@ def _list_split(folder: Path, root: Path, reading: Reading, is_training: bool = 
             f"{folder}: one class, {name.name}, of all images below it; "
             f"if {_names(below)} are classes, give folder:{name}"
         )
-
     _name_unused(folder, *found)
-
-    # Every file, decoded once.
-    paths = tuple(path for scanned in classes.values() for path in scanned.images)
-    checked = check_images(folder, paths, reading.max_megapixels)
-    _say_smallest(folder, checked, reading.size)
-    broken = {path: image.reason for path, image in checked.items() if image.reason}
-    if broken:
-        reasons = "; ".join(f"{path} ({reason})" for path, reason in list(broken.items())[:MAX_LISTED])
-        what = f"{len(broken)} of {len(paths)} images cannot be read: {reasons}{'; ...' * (len(broken) > MAX_LISTED)}"
-        if reading.broken_images == "refuse":
-            raise UserError(f"{flag}: {what}. Put good copies in their place, or give --broken_images skip")
-        warn(f"{folder}: skipped: {what}")
-    if is_training:
-        extremes = [(image.lowest, image.highest) for image in checked.values() if not image.reason]
-        if extremes and (remark := describe_range(np.array(extremes))):
-            warn_once(f"{folder}: {remark}")
-
-    # Classes, without what is to be skipped.
-    names, files = [], []
-    for subfolder, scanned in classes.items():
-        readable = [path for path in scanned.images if path not in broken]
-        if not readable:
-            what = f"the folder {subfolder} of a class holds no {'readable ' * bool(scanned.images)}images"
-            if reading.broken_images == "refuse":
-                raise UserError(f"{flag}: {what}; fill it or move it out, or give --broken_images skip")
-            warn(f"skipped: {what}")
-            continue
-        files += [(path, len(names)) for path in readable]
-        names.append(_text(subfolder.name))
-    if not files:
-        raise UserError(f"{flag}: {folder} holds no readable images; {_layout(root)}")
-    keys = [_text(path.relative_to(folder).as_posix()) for path, _ in files]
-    return FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files])
+    return classes
 
 
 _scan = functools.partial(scan, suffixes=IMAGE_SUFFIXES)
@@ -281,7 +329,8 @@ _scan = functools.partial(scan, suffixes=IMAGE_SUFFIXES)
 
 def _scan_below(folder: Path, flag: str) -> Scanned:
     """All that lies at any depth below the folder of a class, links followed. UserError for splits inside of it."""
-    found, seen = Scanned(), set()
+    found = Scanned()
+    seen = set()
 
     def visit(folder: Path) -> None:
         identity = (folder.stat().st_dev, folder.stat().st_ino)
@@ -305,10 +354,11 @@ def _scan_below(folder: Path, flag: str) -> Scanned:
     return found
 
 
-def _say_smallest(folder: Path, checked: dict[Path, CheckedImage], size: int) -> None:
+def _say_smallest(folder: Path, checked: dict[Path, CheckedImage], size: int | None) -> None:
+    """Warns of images below `size`, which are enlarged."""
     sides = {path: image.side for path, image in checked.items() if not image.reason}
     smallest = min(sides, key=lambda path: sides[path], default=None)
-    if smallest is not None and sides[smallest] < size:
+    if size is not None and smallest is not None and sides[smallest] < size:
         side = sides[smallest]
         warn_once(f"{folder}: images below {size} pixels are enlarged; the smallest, {smallest}, has a side of {side}")
 
@@ -317,31 +367,3 @@ def _some(paths: Sequence[Path], noun: str) -> str:
     """'3 files (a/x.txt, ...)'."""
     names = ", ".join(str(path) for path in paths[:MAX_LISTED]) + ", ..." * (len(paths) > MAX_LISTED)
     return f"{len(paths)} {noun}{'s' * (len(paths) > 1)} ({names})"
-
-
-def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
-    size = options.image_size
-    assert size is not None  # `load_dataset` has filled in the default
-    root = Path(name.removeprefix("folder:"))
-    reading = Reading(options.broken_images, options.max_megapixels, size)
-    if (root / UNFINISHED).is_file():  # written by sample.py or eval_fid.py
-        check_finished(list(root.glob("*.png")), root, f"--dataset_name={name}")
-    listed, is_whole = list_folder(root, split, reading)
-    if is_whole:
-        if len(listed.files) < 2:
-            raise UserError(f"--dataset_name={name}: {root} holds 1 image; 2 are needed, one of them to hold out")
-        listed = listed.take(hold_out(listed.keys, num_held_out(len(listed.files)))[SPLITS.index(split)])
-    names = listed.class_names
-    if len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
-        names = imagenet_class_names()
-    source = ImageFiles(listed.files, size, options.max_megapixels)
-    empty = find_empty_classes([label for _, label in listed.files], len(names))
-    fingerprint = _fingerprint_files(listed)
-    shape = (size, size, 3)
-    return ImageDataset(name, split, source, shape, names, False, fingerprint, empty_classes=empty)
-
-
-def _fingerprint_files(listed: FolderSplit) -> Fingerprint:
-    labels = (label for _, label in listed.files)
-    rows = [Row(*values) for values in zip(listed.keys, labels, listed.digests, strict=True)]
-    return Fingerprint.of_rows("files", rows)
