@@ -139,7 +139,8 @@ def describe_devices(topology: str) -> list[Any]:
         else:
             description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
-        reason, extra = str(error).splitlines()[0][:200], "cuda12" if generation == "h100" else "aot"
+        reason = str(error).splitlines()[0][:200]
+        extra = "cuda12" if generation == "h100" else "aot"
         raise UserError(
             f"--topology={topology}: no such devices can be compiled for here ({reason}); make setup EXTRAS={extra}, "
             "and use v5e:2x2 or h100:1, for example"
@@ -264,7 +265,8 @@ def estimate_tpu(config: ConfigDict, kind: str, operations: list[hlo.Operation])
     # Kernels have no estimate in the text: the larger output is that of the backward pass.
     calls = [o for o in operations if o.opcode == "custom-call" and "shard_map" in o.name]
     if calls:
-        bundles, width = measure_kernels(config), common.SIZES[config.model][0]
+        bundles = measure_kernels(config)
+        width = common.SIZES[config.model][0]
         for call in calls:
             rows, _, channels = (int(x) for x in re.findall(r"\[([\d,]*)\]", call.shape)[0].split(","))
             direction = "backward" if channels == 3 * width else "forward"
@@ -299,7 +301,8 @@ def describe_sharding(config: ConfigDict, mesh: Mesh) -> str:
 
 
 def show(config: ConfigDict, mesh: Mesh, figures: dict[str, Any]) -> None:
-    kind, total = mesh.devices.flat[0].device_kind, figures["estimated ms in all"]
+    kind = mesh.devices.flat[0].device_kind
+    total = figures["estimated ms in all"]
     how = f"{config.dtype}, {describe_sharding(config, mesh)}, remat {config.remat}"
     network = f"DiT-{config.model}/{config.patch_size}, {how}"
     what = "Stable Diffusion's VAE on 256x256" if config.program == "encode" else network

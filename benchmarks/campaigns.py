@@ -117,7 +117,8 @@ def free_port() -> int:
 def try_signals(root: Path, rng: random.Random, number: int) -> str:
     good = 0
     for trial in range(number):
-        folder, address = root / f"signal{trial}", f"--coordinator_address=localhost:{free_port()}"
+        folder = root / f"signal{trial}"
+        address = f"--coordinator_address=localhost:{free_port()}"
         eval_interval = (0, 5)[
             trial // 4 % 2
         ]  # in every other four trials the signal mostly comes during an evaluation
@@ -193,7 +194,8 @@ def try_full_disks(root: Path, number: int) -> str:
                 while filler.write(bytes(4096)):
                     filler.flush()
             time.sleep(10)
-            is_running, safe = process.poll() is None, newest_step(folder)
+            is_running = process.poll() is None
+            safe = newest_step(folder)
             process.terminate()
             output, _ = process.communicate()
             lines = [line for line in output.splitlines() if "could not be written" in line]
@@ -208,7 +210,8 @@ def try_full_disks(root: Path, number: int) -> str:
 
 
 def main(_) -> None:
-    options, rng = flags.FLAGS, random.Random(flags.FLAGS.seed)
+    options = flags.FLAGS
+    rng = random.Random(flags.FLAGS.seed)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         os.environ |= {

@@ -92,7 +92,8 @@ def measure_interleaved(works: Mapping[str, Work], rounds: int, repeats: int = 1
 
 def matmul_flops(dtype: str, rows: int, width: int) -> float:
     """Operations a second of (rows, width) x (width, 4 width), a DiT's largest matmul, summed in float32."""
-    x, y = jnp.ones((rows, width), dtype), jnp.ones((width, 4 * width), dtype)
+    x = jnp.ones((rows, width), dtype)
+    y = jnp.ones((width, 4 * width), dtype)
     matmul = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
     (seconds,) = measure_interleaved({f"{dtype} matmul": lambda: matmul(x, y)}, rounds=10, repeats=10).values()
     return 2 * rows * width * 4 * width / seconds

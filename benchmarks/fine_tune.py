@@ -60,7 +60,8 @@ def run(program: str, *args: object) -> None:
 
 def score(run_dir: Path, statistics: Path, num_samples: int) -> tuple[float, float]:
     """(FID, fraction recognised)."""
-    samples, result = run_dir / "samples.npz", run_dir / "score.json"
+    samples = run_dir / "samples.npz"
+    result = run_dir / "score.json"
     run(
         "eval_fid.py", "--load_dir", run_dir, "--fid_stats", statistics, "--denoise_timesteps", 32, "--cfg_scale", 2,
         "--num_samples", num_samples, "--save_samples", samples, "--json", result,

@@ -39,7 +39,8 @@ class Operation(NamedTuple):
 
 def read_computations(text: str) -> dict[str, list[str]]:
     """{name: lines} of a program."""
-    computations, lines = {}, []
+    computations = {}
+    lines = []
     for line in text.splitlines():
         header = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)
         if header:
@@ -135,8 +136,10 @@ def count_group(line: str) -> int:
 def read_operations(text: str) -> Iterator[Operation]:
     """All operations of a program, those of a loop with the number of its rounds."""
     computations = read_computations(text)
-    rounds, shapes = count_rounds(computations), read_shapes(computations)
-    matmuls, fused = count_matmuls(computations, shapes), set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", text))
+    rounds = count_rounds(computations)
+    shapes = read_shapes(computations)
+    matmuls = count_matmuls(computations, shapes)
+    fused = set(re.findall(r"fusion\(.*calls=%?([\w.\-]+)", text))
     for computation, lines in computations.items():
         for line in lines:
             found = DEFINITION.match(line)
@@ -184,7 +187,8 @@ def list_collectives(operations: list[Operation]) -> list[str]:
     # One that is overlapped appears several times, as its start, within what it overlaps with, and as its end.
     overlapped = {operation.channel: operation for operation in found if operation.is_overlapped and operation.channel}
     separate = [operation for operation in found if operation.channel not in overlapped]
-    counts, sizes = collections.Counter(), collections.Counter()
+    counts = collections.Counter()
+    sizes = collections.Counter()
     for operation in (*overlapped.values(), *separate):
         # An asynchronous one's output is a tuple of operands and results.
         parts = re.findall(r"\b[a-z]+\d*\[[\d,]*\]", operation.shape)

@@ -23,7 +23,10 @@ from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.metrics import inception
 
-REFERENCE, BFLOAT16, CONSTANTS, TORCH = "ours", "ours: bfloat16", "ours: weights as constants", "PyTorch"
+REFERENCE = "ours"
+BFLOAT16 = "ours: bfloat16"
+CONSTANTS = "ours: weights as constants"
+TORCH = "PyTorch"
 
 Extract = Callable[[UInt8[Array, "n h w 3"]], dict[str, Array]]
 
@@ -95,7 +98,8 @@ def main(config: ConfigDict) -> None:
     seconds = common.measure_interleaved(works, config.rounds, config.repeats)
 
     reference = np.asarray(ours(on_device)["pool"])
-    slowest, rows = max(seconds.values()), []
+    slowest = max(seconds.values())
+    rows = []
     for name, work in works.items():
         difference = None
         if name != REFERENCE:

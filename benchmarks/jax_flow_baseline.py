@@ -49,7 +49,8 @@ class DiT(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, labels):
-        m, (b, h, w, c) = self.sizes, x.shape
+        m = self.sizes
+        b, h, w, c = x.shape
         p = m.patch_size
         x = nn.Conv(m.hidden_size, (p, p), (p, p))(x).reshape(b, -1, m.hidden_size)
         x = x + self.param("pos_embed", lambda _: jnp.asarray(position_table(h // p, w // p, m.hidden_size)))
@@ -87,7 +88,8 @@ def train_step(state: TrainState, latents, labels, *, model: OurDiT, optimizer: 
     x_t = flow_matching.interpolate(noise, latents, t)
 
     def loss_fn(params):
-        target, prediction = latents - noise, DiT(model.config).apply(params, x_t, t, labels)
+        target = latents - noise
+        prediction = DiT(model.config).apply(params, x_t, t, labels)
         loss = jnp.square(prediction - target).mean()
         return loss, {"loss": loss, "v": jnp.abs(target).mean(), "v_pred": jnp.abs(prediction).mean()}
 

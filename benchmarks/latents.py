@@ -42,7 +42,8 @@ def define_flags() -> None:
 
 
 def main(config: ConfigDict) -> None:
-    mesh, size = make_mesh(), config.image_size
+    mesh = make_mesh()
+    size = config.image_size
     check_batch_size(config.batch_size, mesh.size)
     codec = jax.device_put(StableVAE.random(1), replicated(mesh))
     names = tuple(map(str, range(config.model.num_classes)))

@@ -66,13 +66,15 @@ def measure(times: tuple[float, ...], draws: int, seed: int) -> dict[str, list[f
 
         x_1, x_t = corrupt(held_out)
         labels = np.repeat(held_out_labels, draws)
-        by_class, zero = np.empty_like(x_1), 1 + (held_out**2).mean()
+        by_class = np.empty_like(x_1)
+        zero = 1 + (held_out**2).mean()
         for label in classes:
             rows = labels == label
             by_class[rows] = linear_estimate(x_t[rows], a, means[label], of_class[label])
         linear = linear_estimate(x_t, a, train.mean(0), np.cov(train.T))
         seen, seen_t = corrupt(train)
-        labels, memorised = np.repeat(train_labels, draws), np.empty_like(seen)
+        labels = np.repeat(train_labels, draws)
+        memorised = np.empty_like(seen)
         for label in classes:
             rows = labels == label
             memorised[rows] = memorised_estimate(seen_t[rows], a, train[train_labels == label])

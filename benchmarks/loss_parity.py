@@ -75,8 +75,10 @@ def compare_samples(runs: list[Path], names: list[str], out: Path) -> None:
 def main(config: ConfigDict) -> None:
     if len(config.runs) != 2:
         raise UserError(f"--runs={','.join(config.runs)}: give two folders, separated by a comma")
-    runs, out = [Path(reading.expand_path(run, "runs")) for run in config.runs], Path(config.out)
-    names, window = name_runs(runs), config.window
+    runs = [Path(reading.expand_path(run, "runs")) for run in config.runs]
+    out = Path(config.out)
+    names = name_runs(runs)
+    window = config.window
     losses = {name: read_losses(runs, name, window) for name in ("training/l2_loss", "validation/l2_loss")}
     check_writable(out, "out")
 

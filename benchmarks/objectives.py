@@ -103,7 +103,8 @@ def run(program: str, *args: object) -> None:
 
 class Comparison:
     def __init__(self, config: ConfigDict):
-        self.config, self.out = config, Path(config.out)
+        self.config = config
+        self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
 
     def folder(self, name: str, seed: int) -> Path:
@@ -121,7 +122,8 @@ class Comparison:
     # --- Training ---
 
     def train(self, name: str, seed: int) -> None:
-        recipe, folder = RECIPES[name], self.folder(name, seed)
+        recipe = RECIPES[name]
+        folder = self.folder(name, seed)
         steps = round(recipe.fraction * self.config.train_steps)
         if (folder / "checkpoints" / str(steps)).exists():
             return
@@ -146,7 +148,8 @@ class Comparison:
 
     def score(self, cell: Cell) -> list[dict]:
         """A row for each of the cell's step counts."""
-        recipe, folder = RECIPES[cell.name], self.folder(cell.name, cell.seed)
+        recipe = RECIPES[cell.name]
+        folder = self.folder(cell.name, cell.seed)
         path = folder / f"scores{'_guided' * cell.is_guided}.json"
         if path.exists():
             return json.loads(path.read_bytes())
@@ -192,7 +195,8 @@ class Comparison:
 
     def draw_images(self) -> None:
         """One row of ten digits for each model and few steps, from the same noise."""
-        images, titles = [], []
+        images = []
+        titles = []
         for name in self.config.objectives:
             recipe = RECIPES[name]
             generator = load_generator(self.folder(name, 0))
@@ -210,7 +214,8 @@ def _is_one_step(row: dict) -> bool:
 
 
 def main(config: ConfigDict) -> None:
-    comparison, rows = Comparison(config), []
+    comparison = Comparison(config)
+    rows = []
     for cell in comparison.cells():
         comparison.train(cell.name, cell.seed)
         rows += comparison.score(cell)

@@ -104,7 +104,8 @@ def pack(config: ConfigDict) -> None:
     train, validation = (
         load_dataset(config.dataset_name, split, reading.read_data_options(config)) for split in ("train", "validation")
     )
-    content, labels = io.BytesIO(), io.BytesIO()
+    content = io.BytesIO()
+    labels = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
         arrays = add_images(archive, train, len(train.source), "")
         count = min(config.num_validation, len(validation.source))
@@ -114,7 +115,8 @@ def pack(config: ConfigDict) -> None:
         for name, path in zip(FILES, (inception_weights_path(config.inception_weights), config.fid_stats), strict=True):
             if path is not None:
                 add_file(archive, name, Path(path).read_bytes())
-    data, size = content.getvalue(), config.part_mib * 2**20
+    data = content.getvalue()
+    size = config.part_mib * 2**20
     for number, start in enumerate(range(0, len(data), size)):
         (folder / PART.format(number)).write_bytes(data[start : start + size])
     (folder / "SHA256").write_text(hashlib.sha256(data).hexdigest() + "\n", encoding="utf-8")
@@ -122,7 +124,8 @@ def pack(config: ConfigDict) -> None:
 
 
 def unpack(config: ConfigDict) -> None:
-    source, folder = Path(config.unpack), Path(config.to)
+    source = Path(config.unpack)
+    folder = Path(config.to)
     data = b"".join(path.read_bytes() for path in sorted(source.glob("part_*")))
     try:
         expected = (source / "SHA256").read_text(encoding="utf-8").strip()
@@ -139,7 +142,8 @@ def unpack(config: ConfigDict) -> None:
         saved = dict(file)
     arrays = {"class_names": saved["class_names"]}
     for prefix in ("", "validation_"):
-        labels, shape = saved[f"{prefix}labels"], tuple(map(int, saved[f"{prefix}shape"]))
+        labels = saved[f"{prefix}labels"]
+        shape = tuple(map(int, saved[f"{prefix}shape"]))
         names = sorted(name for name in contents if name.startswith(f"{prefix}images/"))
         images = np.concatenate([read_sheet(contents[name], shape) for name in names])[: len(labels)]
         if hash_split(images, labels) != str(saved[f"{prefix}sha256"]):

@@ -19,14 +19,17 @@ def modulate(x, shift, scale):
 class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
-        self.heads, hidden = heads, int(mlp_ratio * width)
+        self.heads = heads
+        hidden = int(mlp_ratio * width)
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
         self.ada_ln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
-        (b, n, d), heads = x.shape, self.heads
+        b, n, d = x.shape
+        heads = self.heads
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.ada_ln(c).chunk(6, dim=-1)
         qkv = self.qkv(modulate(self.norm(x), shift_1, scale_1)).reshape(b, n, 3, heads, d // heads)
         y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
@@ -39,18 +42,23 @@ class DiT(nn.Module):
 
     def __init__(self, sizes: DiTConfig, latent_shape: tuple[int, int, int]):
         super().__init__()
-        (h, w, c), p, d = latent_shape, sizes.patch_size, sizes.hidden_size
-        self.patch_size, self.grid = p, (h // p, w // p)
+        h, w, c = latent_shape
+        p = sizes.patch_size
+        d = sizes.hidden_size
+        self.patch_size = p
+        self.grid = (h // p, w // p)
         self.patch_embed = nn.Conv2d(c, d, p, p)
         self.register_buffer("table", torch.from_numpy(position_table(h // p, w // p, d)))
         self.time_embed = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
         self.label_embed = nn.Embedding(sizes.num_classes + 1, d)
         self.blocks = nn.ModuleList(Block(d, sizes.num_heads, sizes.mlp_ratio) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
-        self.ada_ln, self.final = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)), nn.Linear(d, p * p * c)
+        self.ada_ln = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self.final = nn.Linear(d, p * p * c)
 
     def forward(self, x, t, labels):
-        (rows, columns), p = self.grid, self.patch_size
+        rows, columns = self.grid
+        p = self.patch_size
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.table
         angles = 10_000 * t[:, None] * torch.exp(-math.log(10_000) / 128 * torch.arange(128, device=t.device))
         c = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label_embed(labels)
@@ -74,13 +82,15 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0, fused=True
         )
-        self.compiled, self.sizes = torch.compile(self.model), sizes
+        self.compiled = torch.compile(self.model)
+        self.sizes = sizes
         h, w, c = latent_shape
         self.latents = torch.randn(batch, c, h, w, device=self.device)
         self.labels = torch.randint(sizes.num_classes, (batch,), device=self.device)
 
     def train_step(self) -> None:
-        noise, x_1 = torch.randn_like(self.latents), self.latents
+        noise = torch.randn_like(self.latents)
+        x_1 = self.latents
         t = torch.randn(len(x_1), device=self.device).sigmoid()
         is_dropped = torch.rand(len(x_1), device=self.device) < self.sizes.class_dropout_prob
         labels = self.labels.masked_fill(is_dropped, self.sizes.num_classes)

@@ -82,7 +82,9 @@ class Step:
     """A compiled training step. Called, it takes one, from the state that it shares with others of the same model."""
 
     def __init__(self, function: Callable, states: dict[str, Any], kind: str, *arguments: Any, donate: bool):
-        self.states, self.kind, self.arguments = states, kind, arguments
+        self.states = states
+        self.kind = kind
+        self.arguments = arguments
         started = time.perf_counter()
         step = jax.jit(function, donate_argnums=0 if donate else ())
         self.compiled = compile_step(step, states[kind], *arguments, platform=jax.default_backend())
@@ -104,7 +106,8 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
     model = common.make_model(config, variant.dtype, variant.remat, **settings)
     kind = variant.objective.__name__
     if name == "ours: blocks scanned":
-        model, kind = ScannedDiT(model.config, model.remat, model.attention_form), "scanned"
+        model = ScannedDiT(model.config, model.remat, model.attention_form)
+        kind = "scanned"
 
     @jax.jit
     def init(key):
@@ -151,7 +154,8 @@ def make_work(config: ConfigDict, name: str, states: dict[str, Any]) -> tuple[st
 
 
 def main(config: ConfigDict) -> None:
-    states, names = {}, [BASELINE, *VARIANTS, *(TORCH if common.has_torch() else ())]
+    states = {}
+    names = [BASELINE, *VARIANTS, *(TORCH if common.has_torch() else ())]
     works = {name: make_work(config, name, states) for name in common.choose(names, config.rows)}
     flops = 3 * config.batch * common.make_model(config, "float32").count_flops(common.LATENT_SHAPE)
     title = f"Training step of DiT-{config.model}/{config.patch_size}, batch {config.batch}, latents of 32x32x4"

@@ -53,7 +53,7 @@ def test_a_repeated_signal_interrupts_an_evaluation_once():
     assert cleaned
 
 
-@pytest.mark.parametrize("take", [processes.StopRequest, processes.raise_on_signals])
+@pytest.mark.parametrize("take", [processes.StopRequest, program.raise_on_signals])
 @pytest.mark.parametrize("number", processes.END_SIGNALS)
 def test_what_nohup_ignores_stays_ignored(take, number):
     signal.signal(number, signal.SIG_IGN)

@@ -51,7 +51,8 @@ def check_sizes(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
 
 
 def _check_memory(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None:
-    num_params, limit = count_parameters(model, latent_shape), total_memory()
+    num_params = count_parameters(model, latent_shape)
+    limit = total_memory()
     if 16 * num_params > limit:  # float32 parameters, EMA and two moments
         raise UserError(
             f"a model of --model.hidden_size={model.hidden_size}, --model.depth={model.depth}, --model.mlp_ratio="
@@ -63,7 +64,8 @@ def _check_memory(model: ConfigDict, latent_shape: tuple[int, int, int]) -> None
 def count_parameters(model: ConfigDict, latent_shape: tuple[int, int, int]) -> int:
     """Parameters of the DiT, but for biases; and its table of positions, a constant as large as a parameter."""
     height, width, channels = latent_shape
-    d, p = model.hidden_size, model.patch_size
+    d = model.hidden_size
+    p = model.patch_size
     block = (10 + 2 * model.mlp_ratio) * d * d
     ends = (3 * d + 256 + 2 * p * p * channels + model.num_classes) * d
     return int(model.depth * block + ends + (height // p) * (width // p) * d)

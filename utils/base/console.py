@@ -1,4 +1,4 @@
-"""What the programs say: by the first process of a run alone, names of files in any encoding included.
+"""Messages of the programs, printed by the first process of a run; names of files may be in any encoding.
 
 Output that cannot be written, to a full disk or a closed terminal, ends no run.
 """
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 
 def printable(text: str) -> str:
-    r"""A text with file names in it as UTF-8; bytes of another encoding as \xNN."""
+    r"""Returns a text with file names in it as UTF-8; bytes of another encoding become \xNN."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -30,9 +30,13 @@ class _Output:
 
 
 def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
-    """`is_apart`: only results go to the standard output, all else to the standard error output. `is_quiet`: results
-    and errors alone."""
-    _Output.is_apart, _Output.is_quiet = is_apart, is_quiet
+    """Sets where lines go.
+
+    `is_apart`: results to the standard output, all else to the standard error output. `is_quiet`: nothing but results
+    and errors is printed.
+    """
+    _Output.is_apart = is_apart
+    _Output.is_quiet = is_quiet
 
 
 def is_quiet() -> bool:
@@ -40,25 +44,25 @@ def is_quiet() -> bool:
 
 
 def log(text: str) -> None:
-    """A line about what is done."""
+    """Prints a line of progress."""
     if not _Output.is_quiet:
         _print(text, sys.stderr if _Output.is_apart else sys.stdout)
 
 
 def warn(text: str) -> None:
-    """A line on the standard error output about what may be wrong."""
+    """Prints a line on the standard error output about what may be wrong."""
     if not _Output.is_quiet:
         _print(text, sys.stderr)
 
 
 def show_result(text: str) -> None:
-    """What the program is for, on the standard output."""
+    """Prints a result on the standard output."""
     _print(text, sys.stdout)
 
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Warns of what each split of a data set would warn of again."""
+    """Warns once of what every split of a data set would warn of."""
     warn(text)
 
 
@@ -69,7 +73,7 @@ def _print(text: str, file: Any) -> None:
 
 
 def finish_output() -> None:
-    """Drops what cannot be written any more, so that Python's own last flush does not turn success into status 120."""
+    """Drops output that cannot be written any more: Python's own last flush would turn success into status 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -78,7 +82,7 @@ def finish_output() -> None:
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
-    """A tqdm of these arguments that a full disk under the log does not end, and that --quiet silences."""
+    """Returns a tqdm that a full disk under the log does not end, and that --quiet silences."""
     return tqdm(*args, **{"file": TolerantStream(), "disable": _Output.is_quiet, **options})
 
 

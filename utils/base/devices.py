@@ -189,7 +189,8 @@ def out_of_memory(what: str, fixes: str, needed: int | None) -> UserError:
 
 def check_batch_memory(batch_size: int, image_shape: tuple[int, ...], copies: int = 6) -> None:
     """UserError where the machine cannot hold that many images: a batch, those prefetched, and work on it."""
-    needed, limit = copies * batch_size * math.prod(image_shape) // jax.process_count(), total_memory()
+    needed = copies * batch_size * math.prod(image_shape) // jax.process_count()
+    limit = total_memory()
     if needed > limit:
         raise UserError(
             f"--batch_size={batch_size} of {'x'.join(map(str, image_shape))} images needs {needed / 2**30:,.0f} GiB, "
@@ -308,7 +309,8 @@ def prefetch(batches: Any, mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple[P
     itself is already further on. Where the next batch cannot be read, the ones before it are yielded first; then
     DataError.
     """
-    queue, failure = collections.deque(), None
+    queue = collections.deque()
+    failure = None
     while True:
         while len(queue) <= buffer_size and failure is None:
             try:

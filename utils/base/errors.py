@@ -1,4 +1,4 @@
-"""Exceptions that stand for what the user can mend rather than for a fault of the code's."""
+"""Errors that the user can mend, in contrast to faults of the code."""
 
 import errno
 import os
@@ -10,14 +10,14 @@ class UserError(ValueError):
 
 
 class AbsentVAEError(UserError):
-    """A VAE that is neither here nor to be fetched."""
+    """A VAE that is neither here nor can be fetched."""
 
 
 class DataError(UserError):
     """Data that could be read when the program started cannot be any more."""
 
 
-# What the system says of nothing but writing, and the way on.
+# Errors of the system that only writing meets, and the fix.
 NO_ROOM = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
@@ -26,21 +26,23 @@ NO_ROOM = {
 
 
 class WriteError(UserError):
-    """A file that the system did not let a program write: a full disk, a quota, a file system that is read-only.
+    """A file that the system did not let a program write: a full disk, a quota, a read-only file system.
 
-    `whole`: what is finished all the same, in words.
+    `whole`: says what is finished nevertheless.
     """
 
     def __init__(self, path: Path | str, error: BaseException, whole: str = ""):
-        self.path, self.error = path, error
+        self.path = path
+        self.error = error
         code, reason = find_system_error(error) or (0, getattr(error, "strerror", None) or type(error).__name__)
-        self.whole, self.strerror = whole, reason
+        self.whole = whole
+        self.strerror = reason
         fix = NO_ROOM.get(code, "see to it, or choose another place")
         middle = f"; {whole}" if whole else ""
         super().__init__(f"{path} could not be written ({reason}){middle}; {fix}, and give the same command again")
 
 
-# What the system says that is no verdict on a file's content.
+# Errors of the system, none of which is about a file's content.
 SYSTEM_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EFBIG, errno.ESTALE, errno.EMFILE,
     errno.ENFILE, errno.ENOMEM,
@@ -48,8 +50,10 @@ SYSTEM_ERRORS = (
 
 
 def find_system_error(error: BaseException) -> tuple[int, str] | None:
-    """(number, text) of what the system refused, without the libraries' internals: their own types of error carry its
-    text alone. None where it is something else."""
+    """Returns (number, text) of the system's error, None if it is another.
+
+    Libraries wrap it in types of their own, which carry only its text.
+    """
     for code in SYSTEM_ERRORS:
         if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
             return code, os.strerror(code)

@@ -259,7 +259,8 @@ def _open_array(archive: zipfile.ZipFile, name: str) -> Any:
 
 def _read_exactly(file: Any, num_bytes: int) -> np.ndarray:
     """So many bytes, of which no more are in memory than the file has."""
-    content, place = np.empty(num_bytes, np.uint8), 0
+    content = np.empty(num_bytes, np.uint8)
+    place = 0
     while place < num_bytes:
         chunk = file.read(min(CHUNK_BYTES, num_bytes - place))
         if not chunk:

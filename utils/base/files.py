@@ -95,8 +95,12 @@ class LimitedReads:
     the next. For libraries that take a file at its word about what it holds."""
 
     def __init__(self, file: io.BufferedIOBase, limit: float):
-        self.file, self.left = file, limit
-        self.seek, self.tell, self.seekable, self.close = file.seek, file.tell, file.seekable, file.close
+        self.file = file
+        self.left = limit
+        self.seek = file.seek
+        self.tell = file.tell
+        self.seekable = file.seekable
+        self.close = file.close
 
     def read(self, size: int = -1) -> bytes:
         if size < 0 or size > self.left:  # no more than tells whether it is too much
@@ -290,7 +294,8 @@ class FolderLock:
     ends in any way, and FOLDER/NAME.json, which tells others who holds it."""
 
     def __init__(self, folder: Path, name: str = "running"):
-        self.folder, self.holder = folder, folder / f"{name}.json"
+        self.folder = folder
+        self.holder = folder / f"{name}.json"
         self.lock = filelock.FileLock(folder / f".{name}.lock")
 
     def acquire(self, flag: str) -> None:

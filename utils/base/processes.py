@@ -51,24 +51,6 @@ class Interrupted(Exception):
     """Raised by a signal where StopRequest allows it."""
 
 
-class Terminated(BaseException):
-    """Raised by a signal in a program that has nothing to save, so that its `finally` clauses run."""
-
-    def __init__(self, number: signal.Signals):
-        super().__init__(number.name)
-        self.number = number
-
-
-def raise_on_signals() -> None:
-    """Makes END_SIGNALS raise Terminated, as Ctrl-C raises KeyboardInterrupt; a second one ends the program at once."""
-
-    def end(number, frame):
-        signal.signal(number, signal.SIG_DFL)
-        raise Terminated(signal.Signals(number))
-
-    handle_signals(END_SIGNALS, end)
-
-
 def handle_signals(numbers: tuple[signal.Signals, ...], handler: Any) -> None:
     """Calls `handler` on each signal that is not ignored: nohup and `trap '' HUP` keep their meaning."""
     for number in numbers:
@@ -77,8 +59,10 @@ def handle_signals(numbers: tuple[signal.Signals, ...], handler: Any) -> None:
 
 
 def leave_time_to_save() -> None:
-    """Has SIGXCPU come before the kill of `ulimit -t`, which sets both limits of CPU time to one value: the kernel then
-    kills without any signal. A tenth of the limit is kept for saving, at most a minute of all cores."""
+    """Moves the soft limit of CPU time below the hard one, so that SIGXCPU comes before the kernel kills.
+
+    `ulimit -t` sets both to one value. A tenth of the limit is kept for saving, at most a minute of all cores.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard != resource.RLIM_INFINITY:
         latest = hard - min(max(1, hard // 10), 60 * (os.cpu_count() or 1))
@@ -87,22 +71,26 @@ def leave_time_to_save() -> None:
 
 
 class StopRequest:
-    """Whether a signal asked for an end; a second Ctrl-C interrupts at once.
+    """Remembers a signal that asks for an end; a second Ctrl-C interrupts at once.
 
-    To be made before the processes of a run join: JAX then takes SIGTERM over, and tells all of them of one that
-    reaches any. The other signals, which often reach a single process, are passed on to it.
+    Make it before the processes of a run join: JAX then takes SIGTERM over, and tells all processes of one that reaches
+    any. The other signals, which often reach a single process, are passed on as SIGTERM.
     """
 
     def __init__(self):
-        self.signal, self.is_interruptible, self.is_shared = None, False, False
-        self.num_asked, self.is_agreed = 0, False
+        self.signal = None
+        self.is_interruptible = False
+        self.is_shared = False
+        self.num_asked = 0
+        self.is_agreed = False
         handle_signals(END_SIGNALS, self._note)
         for number in KEYBOARD_SIGNALS:
             signal.signal(number, self._note)
         leave_time_to_save()
 
     def _note(self, number, frame):
-        is_first, self.signal = self.signal is None, signal.Signals(number)
+        is_first = self.signal is None
+        self.signal = signal.Signals(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if is_first and self.is_shared:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -111,16 +99,16 @@ class StopRequest:
             raise Interrupted
 
     def share(self) -> None:
-        """Begins to pass signals on to the other processes, once they have joined; one that came before, too."""
+        """Begins to pass signals on to the other processes, which have joined; an earlier signal, too."""
         self.is_shared = jax.process_count() > 1
         if not self.is_shared:
-            signal.signal(signal.SIGTERM, self._note)  # which JAX has taken, if this one process has joined itself
+            signal.signal(signal.SIGTERM, self._note)  # JAX has taken it if this process has joined only itself
         elif self.signal is not None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Lets a signal raise Interrupted in the block. Not in a run of several processes, which have to agree."""
+        """Lets a signal raise Interrupted in the block; not in a run of several processes, which have to agree."""
         self.is_interruptible = jax.process_count() == 1
         if self.is_interruptible and self.signal is not None:
             raise Interrupted
@@ -130,7 +118,7 @@ class StopRequest:
             self.is_interruptible = False
 
     def is_due(self) -> bool:
-        """The answer on which all processes of the run agree; each has to ask as often as the others."""
+        """Returns whether to stop, the same on all processes of the run; each has to ask as often as the others."""
         if jax.process_count() == 1:
             return self.signal is not None
         self.num_asked += 1
@@ -165,39 +153,41 @@ def initialize_processes(
 ) -> None:
     """Joins the processes of one run, before any device is touched; does nothing for a run of one process.
 
-    Raises UserError where the flags or the launcher's variables do not make a run. Ends the program with one line
-    after TIMEOUT seconds of waiting for the others, or at once at a signal.
+    Raises UserError if the flags or the launcher's variables do not make a run. Ends the program with one line after
+    TIMEOUT seconds of waiting for the others, or at once at a signal.
     """
     launch = find_launch()
     if coordinator_address is None:
         refuse_single(launch, num_processes, process_id)
         return
+
+    # Where process 0 is: as the flags say, as SLURM's variables say, or as JAX finds it.
     flag = f"--coordinator_address={coordinator_address}"
-    # [] is all devices too, but keeps JAX from choosing one where it finds the cluster itself.
     devices = choose_local_devices(launch)
+    keywords: dict[str, Any] = {"local_device_ids": devices, "cluster_detection_method": "deactivate"}
     if coordinator_address != "auto":
         check_numbers(flag, num_processes, process_id, launch)
         check_address(flag, coordinator_address)
         address = Address(flag, coordinator_address, num_processes, process_id)
-        keywords = {"local_device_ids": devices, "cluster_detection_method": "deactivate"}
     elif num_processes is not None or process_id is not None:
         raise UserError(f"--num_processes and --process_id have no effect with {flag}; leave them out")
     elif launch is not None and launch.launcher == "torchrun":
         raise UserError(f"{flag} does not know torchrun's processes; {BY_HAND}, without torchrun ({GUIDE})")
     elif launch is not None and launch.launcher == "srun":
         address = Address(flag, find_slurm_coordinator(), launch.num_processes, launch.process_id)
-        keywords = {"local_device_ids": devices, "cluster_detection_method": "deactivate"}
     else:
         address = Address(flag, None, None, None)
+        # [] is all devices too, but keeps JAX from choosing one of them.
         keywords = {"local_device_ids": (devices or []) if launch else None}
+
     if address.process_id == 0:
         check_port(address)
     join(address, keywords, stop)
-    start_devices()  # which may end here, in one line
+    start_devices()
 
 
 def refuse_single(launch: Launch | None, num_processes: int | None, process_id: int | None) -> None:
-    """UserError where this run of one process is one of several that a launcher has started, or that flags ask for."""
+    """Raises UserError if a launcher has started several processes, or flags ask for several, without an address."""
     if process_id is not None or num_processes not in (None, 1):
         raise UserError("--num_processes and --process_id need --coordinator_address host:port")
     if launch is None or launch.num_processes == 1 or num_processes == 1:
@@ -211,7 +201,7 @@ def refuse_single(launch: Launch | None, num_processes: int | None, process_id: 
 
 
 def warn_of_copies(program: str) -> None:
-    """Warns where a launcher has started a program several times that works in one process."""
+    """Warns if a launcher has started several times a program that works in one process."""
     launch = find_launch()
     if launch is not None and launch.num_processes > 1:
         _say(
@@ -221,7 +211,7 @@ def warn_of_copies(program: str) -> None:
 
 
 def check_numbers(flag: str, num_processes: int | None, process_id: int | None, launch: Launch | None) -> None:
-    """UserError where --num_processes and --process_id do not number this process."""
+    """Raises UserError if --num_processes and --process_id do not number this process."""
     if num_processes is None or process_id is None:
         raise UserError(f"{flag} needs --num_processes and --process_id")
     if num_processes < 1 or not 0 <= process_id < num_processes:
@@ -234,7 +224,7 @@ def check_numbers(flag: str, num_processes: int | None, process_id: int | None, 
 
 
 def check_address(flag: str, address: str) -> None:
-    """UserError where the address is no HOST:PORT that can be found."""
+    """Raises UserError if the address is no HOST:PORT that can be found."""
     host, _, port = address.rpartition(":")
     try:
         if not 1 <= int(port) < 2**16:
@@ -245,7 +235,7 @@ def check_address(flag: str, address: str) -> None:
 
 
 def check_port(address: Address) -> None:
-    """UserError where process 0 cannot listen; JAX would end in a segmentation fault."""
+    """Raises UserError if process 0 cannot listen; JAX would end in a segmentation fault."""
     assert address.host_port is not None
     bind_address = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or address.host_port
     host, _, port = bind_address.rpartition(":")
@@ -261,8 +251,9 @@ def check_port(address: Address) -> None:
             reason = getattr(error, "strerror", None) or str(error)
             if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES):
                 break  # rather than try without IPv6
-    is_found = address.flag.endswith("auto")
-    way = "set JAX_COORDINATOR_PORT to a free one on all hosts" if is_found else "give all processes another port"
+    way = "give all processes another port"
+    if address.flag.endswith("auto"):
+        way = "set JAX_COORDINATOR_PORT to a free one on all hosts"
     raise UserError(
         f"{address.flag}: process 0 cannot listen on port {port} ({reason}), which another program or another run may "
         f"have taken; {way}"
@@ -270,8 +261,11 @@ def check_port(address: Address) -> None:
 
 
 def join(address: Address, keywords: dict[str, Any], stop: StopRequest | None) -> None:
-    """Calls jax.distributed.initialize, and says what it waits for. It neither says so nor can be interrupted, and a
-    failure within it aborts the program: so it waits in a thread, and longer than this function."""
+    """Calls jax.distributed.initialize, and says what it waits for.
+
+    JAX says nothing, cannot be interrupted, and aborts the program if it fails: so it waits in a thread, longer than
+    this function.
+    """
     failures: list[Exception] = []
 
     def initialize():
@@ -283,7 +277,8 @@ def join(address: Address, keywords: dict[str, Any], stop: StopRequest | None) -
 
     thread = threading.Thread(target=initialize, daemon=True)
     thread.start()
-    started, reminders = time.monotonic(), list(REMINDERS)
+    started = time.monotonic()
+    reminders = list(REMINDERS)
     while thread.is_alive():
         thread.join(0.1)
         waited = time.monotonic() - started
@@ -303,7 +298,7 @@ def join(address: Address, keywords: dict[str, Any], stop: StopRequest | None) -
 
 
 def describe_wait(address: Address) -> str:
-    """Who waits, and for whom."""
+    """Says who waits, and for whom."""
     if address.host_port is None:
         return "waiting for the other processes of the run"
     waiting = f"process {address.process_id} of {address.num_processes} is waiting at {address.host_port}"
@@ -314,14 +309,14 @@ def describe_wait(address: Address) -> str:
 
 
 def explain_failure(address: Address) -> str:
-    """Says what to check where the others have not come."""
+    """Says what to check if the others have not come."""
     if address.process_id == 0:
         return f"start them with the same address, and see that they reach this port of {socket.gethostname()}"
     return "see that all were started with the same address, process 0 on that host, and that its port is open"
 
 
 def explain_no_cluster() -> str:
-    """Why 'auto' finds nothing."""
+    """Says why 'auto' finds nothing."""
     if job := os.environ.get("SLURM_JOB_ID"):
         return f"this is within SLURM job {job}, but no task of srun; start it by `srun python ...` ({GUIDE})"
     found = "no TPU pod, no task of srun or mpirun, no Kubernetes job was found"
@@ -338,7 +333,7 @@ def _answers(host_port: str) -> bool:
 
 
 def _say(text: str) -> None:
-    """A line of this process, whatever its number: JAX does not know it yet."""
+    """Prints a line, whatever the number of this process: JAX does not know it yet."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
@@ -349,9 +344,10 @@ def _end(text: str, status: int) -> NoReturn:
 
 
 def find_launch() -> Launch | None:
-    """The place that a launcher's variables give this process; None without a launcher, as in a shell within a SLURM
-    job. Where srun has started torchrun or mpirun, these number the processes; they set all four variables."""
+    """Returns the place that a launcher's variables give this process; None without a launcher, as in a shell within a
+    SLURM job."""
     slurm = _find_slurm_task()
+    # If srun has started torchrun or mpirun, these number the processes; they set all four variables.
     launches = [(launcher, *map(_number, names)) for launcher, names in LAUNCHERS]
     for launcher, count, rank, num_local, local in launches:
         is_whole = not (count is None or rank is None or num_local is None or local is None)
@@ -366,6 +362,7 @@ def find_launch() -> Launch | None:
 
 
 def _find_slurm_task() -> Launch | None:
+    """Returns the place of this process among the tasks of srun; None outside of a step."""
     count, rank, local = map(_number, ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"))
     count = _number("SLURM_STEP_NUM_TASKS") or count  # an interactive step has one, whatever the job has
     # A batch script has a rank too, 0, but no step.
@@ -376,13 +373,13 @@ def _find_slurm_task() -> Launch | None:
 
 
 def _number(name: str) -> int | None:
-    """A variable of the environment as a number; None where it is not set, or is none."""
+    """Returns a variable of the environment as a number; None if it is not set, or is no number."""
     text = os.environ.get(name, "")
     return int(text) if re.fullmatch(r"[0-9]{1,12}", text) else None
 
 
 def _count_slurm_tasks_here(num_tasks: int, rank: int) -> int:
-    """The tasks of the step on this host, of SLURM's notation 8(x2),4: two hosts of 8 and one of 4."""
+    """Counts the tasks of the step on this host; SLURM writes 8(x2),4 for two hosts of 8 and one of 4."""
     text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or ""
     counts = []
     for count, _, repeats in re.findall(r"(\d+)(\(x(\d+)\))?", text):
@@ -397,27 +394,28 @@ def _count_slurm_tasks_here(num_tasks: int, rank: int) -> int:
 
 
 def find_slurm_coordinator() -> str:
-    """host:port of task 0 of the step: the first host of its list, and a port that follows from job and step."""
+    """Returns host:port of task 0 of the step: the first host of its list, and a port made of job and step."""
     hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or socket.gethostname()
     host = re.sub(r"\[(\w+)[^\]]*\]", r"\1", hosts).split(",")[0]  # node[003-007,9] begins with node003
-    job, step = _number("SLURM_JOB_ID") or 0, _number("SLURM_STEP_ID") or 0
+    job = _number("SLURM_JOB_ID") or 0
+    step = _number("SLURM_STEP_ID") or 0
     port = os.environ.get("JAX_COORDINATOR_PORT") or 61440 + (job + 257 * step) % 4096  # above the ephemeral ports
     return f"{host}:{port}"
 
 
 def choose_local_devices(launch: Launch | None) -> list[int] | None:
-    """The numbers of the GPUs that this process takes; None: all that it sees.
+    """Returns the numbers of the GPUs that this process takes; None for all that it sees.
 
     Several processes of a host share its GPUs evenly. Where the launcher has left each its own, as SLURM does for
     --gpus-per-task, these are all that a process sees, and are numbered from 0.
     """
     if launch is None or launch.num_local == 1 or "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
-    visible, on_host = count_visible_gpus(), _number("SLURM_GPUS_ON_NODE")
+    visible = count_visible_gpus()
     if visible is None:  # one for each process, as JAX does
         return [launch.local_id]
     per_task = re.findall(r"\d+$", os.environ.get("SLURM_GPUS_PER_TASK", ""))
-    is_own = visible < (on_host or 0) or per_task == [str(visible)]
+    is_own = visible < (_number("SLURM_GPUS_ON_NODE") or 0) or per_task == [str(visible)]
     if is_own or visible < launch.num_local:
         return None
     share = visible // launch.num_local
@@ -425,7 +423,7 @@ def choose_local_devices(launch: Launch | None) -> list[int] | None:
 
 
 def count_visible_gpus() -> int | None:
-    """The GPUs that JAX will see, before it is asked, as that would end the time for joining; None: not known."""
+    """Counts the GPUs that JAX will see, without asking it: nothing can join after that. None if not known."""
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         if name in os.environ:
             visible = os.environ[name].split(",")
@@ -434,8 +432,8 @@ def count_visible_gpus() -> int | None:
 
 
 def describe_processes() -> str:
-    """The run's processes, hosts and devices, in a line."""
-    count, devices = jax.process_count(), jax.devices()
+    """Returns the run's processes, hosts and devices, in a line."""
+    count = jax.process_count()
     num_hosts = 1
     if count > 1:
         digest = hashlib.sha256(socket.gethostname().encode()).digest()[:4]
@@ -444,5 +442,5 @@ def describe_processes() -> str:
     each = f", {jax.local_device_count()} in each process" if count > 1 else ""
     return (
         f"{count} process{'es' * (count > 1)} on {num_hosts} host{'s' * (num_hosts > 1)}, "
-        f"{len(devices)} x {devices[0].device_kind}{each}"
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}{each}"
     )

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from utils.base.console import finish_output, silence_orbax
 from utils.base.devices import check_jax_settings, keep_freed_memory, start_devices
 from utils.base.errors import NO_ROOM, UserError, WriteError
-from utils.base.processes import Terminated, raise_on_signals, warn_of_copies
+from utils.base.processes import END_SIGNALS, handle_signals, warn_of_copies
 from utils.flags.help import refuse_habits, show_help, to_integer, to_switch
 from utils.flags.reading import read_flags
 
@@ -32,6 +32,24 @@ def use_utf8() -> None:
     if sys.getfilesystemencoding() != "utf-8" and is_own_process:
         os.environ["PYTHONUTF8"] = "1"  # for what the program starts
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+class Terminated(BaseException):
+    """Raised by a signal in a program that has nothing to save, so that its `finally` clauses run."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(number.name)
+        self.number = number
+
+
+def raise_on_signals() -> None:
+    """Makes END_SIGNALS raise Terminated, as Ctrl-C raises KeyboardInterrupt; a second one ends the program at once."""
+
+    def end(number, frame):
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated(signal.Signals(number))
+
+    handle_signals(END_SIGNALS, end)
 
 
 def run_program(

@@ -36,7 +36,8 @@ def define_derivatives(
     @pull.defjvp
     def derivative_of_cotangents(operands, tangents):
         """Order 2 goes by the formula, of which what was saved is no variable."""
-        (arguments, saved, cotangent), (argument_tangents, _, cotangent_tangent) = operands, tangents
+        arguments, saved, cotangent = operands
+        argument_tangents, _, cotangent_tangent = tangents
 
         def by_formula(arguments, cotangent):
             return jax.linear_transpose(partial(tangent, arguments), arguments)(cotangent)[0]
@@ -48,7 +49,7 @@ def define_derivatives(
     def derivative(arguments, tangents):
         output, saved = with_saved(*arguments)
         leaves, tree = jax.tree.flatten(saved)
-        (output_tangent,) = _linear_p.bind(
+        output_tangent, = _linear_p.bind(
             *arguments, *leaves, *tangents,
             tangent=tangent, cotangents=pull, count=len(arguments), saved_tree=tree,
         )  # fmt: skip
@@ -97,7 +98,9 @@ def _linear_batch(operands, axes, **params):
         jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(operands, axes, strict=True)
     ]
-    count, tangent, cotangents = params["count"], params["tangent"], params["cotangents"]
+    count = params["count"]
+    tangent = params["tangent"]
+    cotangents = params["cotangents"]
     tree = params["saved_tree"]
     batched = {
         "tangent": jax.vmap(tangent),

@@ -56,7 +56,8 @@ def _dense(x, kernel, bias):
 
 
 def _dense_tangent(arguments, tangents):
-    (x, kernel, _), (dx, dkernel, dbias) = arguments, tangents
+    (x, kernel, _) = arguments
+    (dx, dkernel, dbias) = tangents
     from_x = matmul(dx, kernel.astype(x.dtype), (-1, 0))
     from_kernel = matmul(x, dkernel.astype(x.dtype), (-1, 0))
     return from_x + from_kernel + dbias.astype(x.dtype)
@@ -210,7 +211,8 @@ def _attend_cotangents(query, key, value, cotangent):
     weights = _weights(query, key)
     dweights = matmul(cotangent, value, (1, 1), jnp.float32)
     dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True)) * query.shape[-1] ** -0.5
-    weights, dscores = weights.astype(value.dtype), dscores.astype(value.dtype)
+    weights = weights.astype(value.dtype)
+    dscores = dscores.astype(value.dtype)
     dquery = matmul(dscores, key, (1, 0))
     dkey = matmul(transpose(dscores), query, (1, 0))
     return dquery, dkey, matmul(transpose(weights), cotangent, (1, 0))

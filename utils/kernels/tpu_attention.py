@@ -66,7 +66,8 @@ def _forward_kernel(qkv_ref, out_ref, *, num_heads: int, num_tokens: int):
     chunk = min(CHUNK, padded)
     for head in range(num_heads):
         of_query, of_key, of_value = _slices(width, num_heads, head)
-        key, value = qkv_ref[0, :, of_key], qkv_ref[0, :, of_value]
+        key = qkv_ref[0, :, of_key]
+        value = qkv_ref[0, :, of_value]
 
         def attend(i, _, of_query=of_query, key=key, value=value):
             rows = pl.ds(i * chunk, chunk)
@@ -81,16 +82,20 @@ def _backward_kernel(qkv_ref, cotangent_ref, dqkv_ref, *, num_heads: int, num_to
     chunk = min(CHUNK, padded)
     for head in range(num_heads):
         of_query, of_key, of_value = _slices(width, num_heads, head)
-        key, value = qkv_ref[0, :, of_key], qkv_ref[0, :, of_value]
-        dtype, scale = key.dtype, key.shape[-1] ** -0.5
+        key = qkv_ref[0, :, of_key]
+        value = qkv_ref[0, :, of_value]
+        dtype = key.dtype
+        scale = key.shape[-1] ** -0.5
 
         def add(i, sums, of_query=of_query, key=key, value=value, dtype=dtype, scale=scale):
             rows = pl.ds(i * chunk, chunk)
-            query, cotangent = qkv_ref[0, rows, of_query], cotangent_ref[0, rows, of_query]
+            query = qkv_ref[0, rows, of_query]
+            cotangent = cotangent_ref[0, rows, of_query]
             weights = _weights(query, key, num_tokens)
             dweights = _matmul(value, cotangent, 1, 1)
             dscores = weights * (dweights - (weights * dweights).sum(axis=0, keepdims=True)) * scale
-            weights, dscores = weights.astype(dtype), dscores.astype(dtype)
+            weights = weights.astype(dtype)
+            dscores = dscores.astype(dtype)
             dqkv_ref[0, rows, of_query] = _matmul(dscores, key, 0, 0).astype(dtype)
             return sums[0] + _matmul(dscores, query, 1, 0), sums[1] + _matmul(weights, cotangent, 1, 0)
 
@@ -105,7 +110,8 @@ def _run(
 ) -> Array:
     """A kernel over the images of arrays (b, n, channels), qkv first, to (b, n, `out_factor` * width)."""
     b, n, channels = arrays[0].shape
-    width, dtype = channels // 3, arrays[0].dtype
+    width = channels // 3
+    dtype = arrays[0].dtype
     padded = _pad(n)
     arrays = tuple(jnp.pad(x, ((0, 0), (0, padded - n), (0, 0))) for x in arrays)
     # Two copies let the next image be read meanwhile.
