@@ -42,8 +42,8 @@ from utils.flags.definitions import (
     define_path,
     define_sampler_flags,
     define_saved_model_flags,
+    define_tracker_flags,
     define_vae_flag,
-    define_wandb_flags,
 )
 from utils.flags.help import topic
 from utils.images import plotting
@@ -73,7 +73,7 @@ from utils.metrics.statistics import MAX_SAMPLE_ROWS, ImageStatistics
 from utils.objectives.registry import make_objective
 from utils.runs.opening import load_model, open_checkpoint, restore_params
 from utils.runs.results import Results, check_json_path, plot_fid, to_markdown, write_csv, write_json_rows
-from utils.runs.trackers import Tracker
+from utils.runs.trackers import Trackers, choose_trackers
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
 from utils.sampling.solvers import LABELS, SOLVERS, SamplerConfig
 from utils.training.advice import shipped_statistics, write_statistics_command
@@ -125,7 +125,7 @@ def define_flags() -> None:
         flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
     define_vae_flag()
     define_saved_model_flags()
-    define_wandb_flags(name="eval")
+    define_tracker_flags(name="eval")
 
 
 def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[str, Any] | None = None) -> Path:
@@ -420,9 +420,9 @@ def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
 def evaluate_run(config: ConfigDict) -> None:
     run = RunEvaluation(config)
     results, rows = Results(run.out), []
-    tracker = None
-    if config.wandb.mode != "disabled":
-        tracker = Tracker(run.out / "evaluation", config, first_step=-1, axis="num_steps")
+    trackers = None
+    if choose_trackers(config.to_dict()):
+        trackers = Trackers(run.out / "evaluation", config.to_dict(), first_step=-1, axis="num_steps")
     for number, sampler in enumerate(run.samplers):
         settings = {**sampler_settings(sampler), **run.settings}
         row = None if config.save_samples else results.find(settings)
@@ -433,9 +433,9 @@ def evaluate_run(config: ConfigDict) -> None:
             with run.going_on():
                 results.add(settings, metrics)
         rows.append(row)
-        if tracker:
+        if trackers:
             scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in metric_columns() if key in row}
-            tracker.log(scores | {"num_steps": row["num_steps"] or row["nfe"]}, number)
+            trackers.log(number, scores | {"num_steps": row["num_steps"] or row["nfe"]})
         if run.failure:
             break  # the others would be lost as well
     with run.going_on():
@@ -443,11 +443,11 @@ def evaluate_run(config: ConfigDict) -> None:
     if len(rows) > 1:
         figure = plot_fid(rows)
         run.save_figure(figure, "fid.png")
-        if tracker:
-            tracker.log_figure("fid", figure, len(rows))
-    if tracker:
-        tracker.log_table("scores", rows)
-        tracker.close()
+        if trackers:
+            trackers.log_figure(len(rows), "fid", figure)
+    if trackers:
+        trackers.log_table("scores", rows)
+        trackers.close()
     of_params = "" if config.params == "ema" else f", {config.params} parameters"
     log(f"step {run.step} of {config.load_dir}{of_params}, labels {config.labels}, against {run.reference.path}")
     with run.going_on():

@@ -65,8 +65,8 @@ from utils.flags.definitions import (
     define_model_flags,
     define_objective_flags,
     define_path,
+    define_tracker_flags,
     define_vae_flag,
-    define_wandb_flags,
 )
 from utils.flags.help import topic
 from utils.metrics.extractors import load_extractors
@@ -82,7 +82,7 @@ from utils.objectives.objective import has_guidance, row_period
 from utils.objectives.registry import OBJECTIVES, flag_of, make_objective, objective_fields
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, has_checkpoints
 from utils.runs.resume import check_architecture, compare_with_saved
-from utils.runs.trackers import Tracker, read_metrics
+from utils.runs.trackers import Trackers, read_metrics
 from utils.sampling.generator import ImageGenerator
 from utils.sampling.samplers import can_guide, explain_no_guidance, guidance_scale, largest_steps
 from utils.sampling.solvers import SamplerConfig
@@ -160,7 +160,7 @@ def define_flags() -> None:
             "num_shards", None, "Devices of a replica of --sharding hybrid; default: of a slice, up to 16.", 1
         )
     define_tuning_flags()
-    define_wandb_flags()
+    define_tracker_flags()
     define_device_flags()
 
 
@@ -589,39 +589,39 @@ def refuse_contradictions(config: ConfigDict) -> None:
         raise UserError("--random_flip=1 has no effect with --debug_overfit=1; leave it out")
 
 
-def log_evaluation(tracker: Tracker, results: Iterator[tuple[str, Any]], step: int, stop: StopRequest) -> bool:
+def log_evaluation(trackers: Trackers, results: Iterator[tuple[str, Any]], step: int, stop: StopRequest) -> bool:
     """Whether all results were logged; a signal ends it, and the same evaluation is made when the run continues."""
     numbers: dict[str, float] = {}
     try:
         with stop.interrupting():
             for name, value in results:
                 if isinstance(value, Figure):
-                    tracker.log_figure(name, value, step)
+                    trackers.log_figure(step, name, value)
                 else:
                     numbers[name] = value
                 if jax.process_count() > 1 and stop.is_due():
                     return False
     except Interrupted:
         return False
-    tracker.log(numbers, step)
+    trackers.log(step, numbers)
     return True
 
 
-def finish_evaluation(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopRequest) -> bool:
+def finish_evaluation(trainer: Trainer, state: TrainState, trackers: Trackers, stop: StopRequest) -> bool:
     """Makes the evaluation that a kill or a signal left undone; False where it is interrupted again."""
     step = int(state.step)
     if not trainer.is_evaluation_missing(step):
         return True
     log(f"the evaluation of step {step} was not finished: running it now")
-    return log_evaluation(tracker, trainer.evaluate(state, trainer.last_batch()), step, stop)
+    return log_evaluation(trackers, trainer.evaluate(state, trainer.last_batch()), step, stop)
 
 
-def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopRequest) -> int:
+def train(trainer: Trainer, state: TrainState, trackers: Trackers, stop: StopRequest) -> int:
     """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last step."""
     config, codec, step = trainer.config, trainer.model.codec, int(state.step)
     metrics = position = None  # of the last step
 
-    if not finish_evaluation(trainer, state, tracker, stop) or step >= config.max_steps:
+    if not finish_evaluation(trainer, state, trackers, stop) or step >= config.max_steps:
         return step
 
     # Compiled steps, and what saves, reports and traces.
@@ -630,7 +630,7 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
     throughput = Throughput(config.batch_size, trainer.flops_per_step, config.peak_tflops)
     check = partial(check_finite, checkpoints=trainer.checkpoints)
     skipped = SkippedUpdates(config.skip_nonfinite, trainer.checkpoints, state.params, trainer.position)
-    progress = Progress(throughput, tracker, skipped.count, check, step, config.max_steps)
+    progress = Progress(throughput, trackers, skipped.count, check, step, config.max_steps)
     trace = StepTrace(config.profile, step)
     batches = progress.throughput.waiting(prefetch(trainer.batches, trainer.mesh), progress.is_idle)
     with progress.bar:
@@ -664,7 +664,7 @@ def train(trainer: Trainer, state: TrainState, tracker: Tracker, stop: StopReque
                     (saver.save_last if is_last else saver.save)(state, skipped.extend_position(position))
             if is_evaluated:
                 with progress.pausing("evaluating"):
-                    is_whole = log_evaluation(tracker, trainer.evaluate(state, batch), step, stop)
+                    is_whole = log_evaluation(trackers, trainer.evaluate(state, batch), step, stop)
                     if not (is_whole or is_last):
                         saver.save_last(state, skipped.extend_position(position))
                         is_last = True
@@ -704,12 +704,13 @@ def main(config: ConfigDict) -> None:
     for hint in ema_hints(trainer.ema, first_evaluation, config.max_steps):
         log(f"note: {hint}")
     trainer.write_config(int(state.step))
-    tracker = Tracker(trainer.folder, config, int(state.step), {"dataset": trainer.saved_config["dataset"]})
+    settings = {**config.to_dict(), "dataset": trainer.saved_config["dataset"]}
+    trackers = Trackers(trainer.folder, settings, int(state.step))
     with explaining_out_of_memory("training", MEMORY_FLAGS):
-        last_step = train(trainer, state, tracker, stop)
+        last_step = train(trainer, state, trackers, stop)
     trainer.checkpoints.wait()
     trainer.checkpoints.close()
-    tracker.close()
+    trackers.close()
     trainer.lock.release()
     if last_step < config.max_steps or trainer.is_evaluation_missing(last_step):
         log(f"stopped at step {last_step} and saved; the same command continues from there")

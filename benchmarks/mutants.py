@@ -122,7 +122,7 @@ test_latents.py::test_what_is_encoded_is_what_the_flags_say
 test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported
   convert_checkpoint.py: out, config.params, config.push) -> out, "ema", config.push)
 test_tracking.py::test_what_wandb_shows_is_what_the_flags_say
-  utils/runs/trackers.py: **options, ->
+  utils/runs/wandb_tracker.py: **options, ->
 test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards
   docs/layout.md: advice.py -> advise.py
 test_reflow.py::test_noise_is_drawn_as_it_was

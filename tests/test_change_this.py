@@ -25,7 +25,7 @@ from utils.metrics.statistics import ImageStatistics
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.registry import OBJECTIVES
 from utils.runs.opening import load_generator
-from utils.runs.trackers import read_metrics
+from utils.runs.trackers import TRACKERS, Trackers, read_metrics
 
 PAGE = (ROOT / "docs" / "change_this.md").read_text()
 BLOCKS = dict(re.findall(r"^```python\n# (\w+)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE))
@@ -40,7 +40,7 @@ def run(monkeypatch, tmp_path):
     images = rng.integers(0, 100, (100, 8, 8, 1)) + 150 * labels[:, None, None, None]  # cats dark, dogs bright
     np.savez(tmp_path / "mine.npz", images=images.astype(np.uint8), labels=labels)
     monkeypatch.chdir(tmp_path)
-    registries = (LOADERS, NETWORKS, OBJECTIVES)
+    registries = (LOADERS, NETWORKS, OBJECTIVES, TRACKERS)
     before = [dict(entries) for entries in registries]
     metrics = list(METRICS)
 
@@ -59,7 +59,7 @@ def run(monkeypatch, tmp_path):
 
 def test_every_block_has_a_test():
     assert PAGE.count("```python\n") == len(BLOCKS)
-    assert set(BLOCKS) == {"data", "iterable", "network", "loss", "metric", "programs", "loop", "fit"}
+    assert set(BLOCKS) == {"data", "iterable", "network", "loss", "metric", "tracker", "programs", "loop", "fit"}
     source = Path(__file__).read_text()
     assert [name for name in BLOCKS if not re.search(rf'(run|script)\(.*"{name}"', source)] == []
 
@@ -120,6 +120,16 @@ def test_a_metric_is_a_result_and_a_column(run):
     assert results["mean_distance"] == pytest.approx(5)
     assert results["fid"] == pytest.approx(25)
     assert metric_columns()["mean_distance"] == "mean distance"
+
+
+def test_a_tracker_is_told_of_numbers_and_images(run, tmp_path):
+    run("tracker")
+    trackers = Trackers(tmp_path, {"trackers": ["diary"], "wandb": {"mode": "disabled"}}, 7)
+    trackers.log(8, {"training/l2_loss": 0.25, "validation/l2_loss": 1})
+    trackers.log_image_files(8, [tmp_path / "cat.png", tmp_path / "cats.npz"])
+    trackers.close()
+    lines = (tmp_path / "diary.txt").read_text().splitlines()
+    assert lines == ["from step 7", "step 8: loss 0.250", f"step 8: cat is in {tmp_path / 'cat.png'}"]
 
 
 def test_commands_are_understood(run, read_flags):

@@ -11,12 +11,12 @@ import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import wandb
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 from PIL import Image
 
 import train_flow
@@ -24,23 +24,24 @@ from utils.base.errors import UserError
 from utils.flags import reading
 from utils.images import plotting
 from utils.runs import trackers as tracking
+from utils.runs import wandb_tracker
 
 
-def config(mode: str) -> ConfigDict:
+def config(mode: str, *names: str) -> dict[str, Any]:
     wandb = {"mode": mode, "project": "flow", "entity": None, "group": None, "name": "x", "notes": None, "tags": []}
-    return ConfigDict({"seed": 0, "wandb": wandb})
+    return {"seed": 0, "wandb": wandb, "trackers": list(names or ["wandb"])}
 
 
 def test_lines_of_steps_that_run_again_are_dropped(tmp_path):
-    tracker = tracking.Tracker(tmp_path, config("disabled"), 0)
+    trackers = tracking.Trackers(tmp_path, config("disabled"), 0)
     for step in (1, 2, 3):
-        tracker.log({"training/l2_loss": np.float32(step)}, step)
-    tracker.close()
+        trackers.log(step, {"training/l2_loss": np.float32(step)})
+    trackers.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "training/l2_l')  # cut short by a kill
-    tracker = tracking.Tracker(tmp_path, config("disabled"), 2)
-    tracker.log({"training/l2_loss": 30}, 3)
-    tracker.close()
+    trackers = tracking.Trackers(tmp_path, config("disabled"), 2)
+    trackers.log(3, {"training/l2_loss": 30})
+    trackers.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["training/l2_loss"]) for line in lines] == [(1, 1), (2, 2), (3, 30)]
 
@@ -52,8 +53,8 @@ def test_damaged_lines_stop_nothing(tmp_path, capfd):
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(damaged))
     assert tracking.read_metrics(tmp_path / "metrics.jsonl") == good
     assert "left out 5 damaged lines" in capfd.readouterr().err
-    tracker = tracking.Tracker(tmp_path, config("disabled"), 2)
-    tracker.close()
+    trackers = tracking.Trackers(tmp_path, config("disabled"), 2)
+    trackers.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join([*lines[:2], b""])
 
 
@@ -72,7 +73,7 @@ def test_lines_that_no_tracker_writes_are_damaged(tmp_path, capfd):
     curves = tracking.read_curves(tmp_path, "runs")
     assert curves.keys() == {"x", "y"}
     assert np.isnan([curves[name][2] for name in curves]).all()
-    tracking.Tracker(tmp_path, config("disabled"), 2).close()
+    tracking.Trackers(tmp_path, config("disabled"), 2).close()
     assert tracking.read_metrics(tmp_path / "metrics.jsonl") == [good]
 
 
@@ -80,41 +81,41 @@ def test_named_pipes_are_not_waited_on(tmp_path, capfd):
     os.mkfifo(tmp_path / "metrics.jsonl")
     for read in (
         lambda: tracking.read_curves(tmp_path, "runs"),
-        lambda: tracking.Tracker(tmp_path, config("disabled"), 2),
+        lambda: tracking.Trackers(tmp_path, config("disabled"), 2),
     ):
         with pytest.raises(UserError, match=r"metrics.jsonl cannot be read \(it is no regular file\)"):
             read()
     os.mkfifo(tmp_path / "wandb_id.txt")
-    assert tracking._read_wandb_id(tmp_path / "wandb_id.txt") is None
+    assert wandb_tracker._read_wandb_id(tmp_path / "wandb_id.txt") is None
     assert (tmp_path / "wandb_id.txt.damaged1").is_fifo()
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\0\0", b"\xff\xfe", b"two words"])
 def test_a_damaged_wandb_id_starts_a_new_curve(tmp_path, content, monkeypatch):
     (tmp_path / "wandb_id.txt").write_bytes(content)
-    tracker = tracking.Tracker(tmp_path, config("offline"), 0)
-    tracker.close()
+    trackers = tracking.Trackers(tmp_path, config("offline"), 0)
+    trackers.close()
     first = (tmp_path / "wandb_id.txt").read_text()
     assert re.fullmatch(r"[\w-]+", first)
     assert (tmp_path / "wandb_id.txt.damaged1").read_bytes() == content
-    tracker = tracking.Tracker(tmp_path, config("offline"), 0)
-    tracker.close()
+    trackers = tracking.Trackers(tmp_path, config("offline"), 0)
+    trackers.close()
     assert (tmp_path / "wandb_id.txt").read_text() == first
 
 
 def test_while_the_disk_is_full_lines_wait(tmp_path, capsys):
-    tracker = tracking.Tracker(tmp_path, config("disabled"), 0)
-    tracker.log({"a": 1}, 1)
+    trackers = tracking.Trackers(tmp_path, config("disabled"), 0)
+    trackers.log(1, {"a": 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))  # in the middle of the second line
     try:
-        tracker.log({"a": 2}, 2)
-        tracker.log({"a": 3}, 3)
-        tracker.log_figure("x", Figure(), 3)
+        trackers.log(2, {"a": 2})
+        trackers.log(3, {"a": 3})
+        trackers.log_figure(3, "x", Figure())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    tracker.log({"a": 4}, 4)
-    tracker.close()
+    trackers.log(4, {"a": 4})
+    trackers.close()
     assert [line["a"] for line in tracking.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert capsys.readouterr().err.count("its lines wait until it can") == 1
     assert not list((tmp_path / "images").rglob("*.png"))
@@ -122,11 +123,12 @@ def test_while_the_disk_is_full_lines_wait(tmp_path, capsys):
 
 def test_a_resumed_offline_run_has_all_steps_in_its_newest_folder(tmp_path, capfd):
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        tracker = tracking.Tracker(tmp_path, config("offline"), first, {"dataset": {"name": "digits"}}, axis="epoch")
+        settings = config("offline") | {"dataset": {"name": "digits"}}
+        trackers = tracking.Trackers(tmp_path, settings, first, axis="epoch")
         for step in steps:
-            tracker.log({f"loss_{step}": step}, step)
-        tracker.log_table("scores", [{"fid": 3.5}, {"steps": 4}])
-        tracker.close()
+            trackers.log(step, {f"loss_{step}": step})
+        trackers.log_table("scores", [{"fid": 3.5}, {"steps": 4}])
+        trackers.close()
         output = capfd.readouterr()
     (folder,) = re.findall(r"wandb sync (\S+)`", output.out)
     assert output.err == ""
@@ -154,11 +156,12 @@ def no_account(monkeypatch):
 def test_modes(tmp_path, mode, monkeypatch, capfd):
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))  # no account is set up
     (tmp_path / "run").mkdir()
-    tracker = tracking.Tracker(tmp_path / "run", config(mode), 0)
-    tracker.log({"training/l2_loss": 1.5}, 1)
-    tracker.log_figure("sample_N/4", Figure(), 1)
-    tracker.close()
-    assert tracking.read_metrics(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "training/l2_loss": 1.5}]
+    trackers = tracking.Trackers(tmp_path / "run", config(mode), 0)
+    trackers.log(1, {"training/l2_loss": 1.5})
+    trackers.log_figure(1, "sample_N/4", Figure())
+    trackers.close()
+    (line,) = tracking.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (line["step"], tracking.metrics_of(line)) == (1, {"training/l2_loss": 1.5})
     assert (tmp_path / "run" / "images" / "sample_N_4" / "00000001.png").stat().st_size > 0
     said = capfd.readouterr().out.splitlines()
     assert [line for line in said if "no account is set up" in line] == said[: mode == "online"]
@@ -172,10 +175,10 @@ def test_modes(tmp_path, mode, monkeypatch, capfd):
 
 def test_a_key_that_wandb_refuses_means_offline(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", "abc")
-    monkeypatch.setattr(tracking.urllib.request, "urlopen", lambda url, timeout: io.BytesIO())
-    tracker = tracking.Tracker(tmp_path, config("online"), 0)
-    tracker.log({"training/l2_loss": 1.5}, 1)
-    tracker.close()
+    monkeypatch.setattr(wandb_tracker.urllib.request, "urlopen", lambda url, timeout: io.BytesIO())
+    trackers = tracking.Trackers(tmp_path, config("online"), 0)
+    trackers.log(1, {"training/l2_loss": 1.5})
+    trackers.close()
     first, last = capfd.readouterr().out.splitlines()
     assert re.fullmatch(r"wandb: .*API key must have 40.*; logging offline under .*/wandb", first)
     assert "wandb sync" in last
@@ -191,7 +194,7 @@ def set_server(monkeypatch, base_url: str) -> None:
 @pytest.mark.parametrize("server", ["refuses", "is silent", "has no address"])
 def test_without_a_network_a_run_is_offline_within_seconds(tmp_path, monkeypatch, capfd, server):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(tracking, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(wandb_tracker, "PROBE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         name = f"127.0.0.1:{listener.getsockname()[1]}"
         if server == "refuses":
@@ -199,15 +202,15 @@ def test_without_a_network_a_run_is_offline_within_seconds(tmp_path, monkeypatch
         elif server == "has no address":
             name = "wandb.invalid"
             # The system may take its time over this.
-            monkeypatch.setattr(tracking.urllib.request, "urlopen", lambda url, timeout: time.sleep(20))
+            monkeypatch.setattr(wandb_tracker.urllib.request, "urlopen", lambda url, timeout: time.sleep(20))
         set_server(monkeypatch, f"http://{name}")
         started = time.monotonic()
-        problem = tracking.explain_offline()
+        problem = wandb_tracker.explain_offline()
     assert time.monotonic() - started < 5
     assert problem.startswith(f"http://{name} does not answer (")
-    monkeypatch.setattr(tracking, "explain_offline", lambda: problem)
-    tracker = tracking.Tracker(tmp_path, config("online"), 0)
-    tracker.close()
+    monkeypatch.setattr(wandb_tracker, "explain_offline", lambda: problem)
+    trackers = tracking.Trackers(tmp_path, config("online"), 0)
+    trackers.close()
     assert capfd.readouterr().out.startswith(f"wandb: {problem}; logging offline under {tmp_path}/wandb\n")
 
 
@@ -215,11 +218,11 @@ def test_a_server_that_answers_anything_is_there(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
 
     def refuse(url, timeout):
-        raise tracking.urllib.error.HTTPError(url, 404, "Not Found", {}, None)
+        raise wandb_tracker.urllib.error.HTTPError(url, 404, "Not Found", {}, None)
 
     set_server(monkeypatch, "http://wandb.example")
-    monkeypatch.setattr(tracking.urllib.request, "urlopen", refuse)
-    assert tracking.explain_offline() == ""
+    monkeypatch.setattr(wandb_tracker.urllib.request, "urlopen", refuse)
+    assert wandb_tracker.explain_offline() == ""
 
 
 class Broken:
@@ -241,20 +244,20 @@ class Broken:
 
 def test_what_wandb_raises_ends_no_run(tmp_path, monkeypatch, capsys):
     run = Broken(log=True)
-    monkeypatch.setattr(tracking, "start_wandb", lambda *arguments: run)
+    monkeypatch.setattr(wandb_tracker, "start_wandb", lambda *arguments: run)
     monkeypatch.setattr(wandb, "teardown", lambda: None)
-    tracker = tracking.Tracker(tmp_path, config("online"), 0)
+    trackers = tracking.Trackers(tmp_path, config("online"), 0)
     for step in (1, 2):
-        tracker.log({"loss": step}, step)
-        tracker.log_figure("sample", Figure(), step)
-    tracker.log_table("scores", [{"fid": 3.5}])
-    tracker.close()
+        trackers.log(step, {"loss": step})
+        trackers.log_figure(step, "sample", Figure())
+    trackers.log_table("scores", [{"fid": 3.5}])
+    trackers.close()
     assert [line["loss"] for line in tracking.read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     assert run.num_calls == 1
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("wandb: the service has died at length; nothing more is logged there")
-    monkeypatch.setattr(tracking, "start_wandb", lambda *arguments: Broken(log=False))
-    tracking.Tracker(tmp_path, config("online"), 0).close()
+    monkeypatch.setattr(wandb_tracker, "start_wandb", lambda *arguments: Broken(log=False))
+    tracking.Trackers(tmp_path, config("online"), 0).close()
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning == "wandb: not all was uploaded; upload what is missing with `wandb sync /run/wandb/run-x`"
 
@@ -264,9 +267,9 @@ def test_a_run_goes_on_where_wandb_cannot_start_at_all(tmp_path, monkeypatch, ca
         raise OSError("no room for the service")
 
     monkeypatch.setattr(wandb, "init", fail)
-    tracker = tracking.Tracker(tmp_path, config("offline"), 0, axis="epoch")
-    tracker.log({"loss": 1}, 1)
-    tracker.close()
+    trackers = tracking.Trackers(tmp_path, config("offline"), 0, axis="epoch")
+    trackers.log(1, {"loss": 1})
+    trackers.close()
     assert "wandb: no room for the service; nothing is logged there" in capsys.readouterr().err
 
 
@@ -275,7 +278,7 @@ def test_a_full_disk_under_the_log_of_wandb_shows_no_traceback(tmp_path, monkeyp
     monkeypatch.setattr(wandb, "init", lambda **options: Broken(log=False))
     monkeypatch.setattr(Broken, "id", "x", raising=False)
     monkeypatch.setattr(Broken, "url", "here", raising=False)
-    tracking.start_wandb(tmp_path, config("offline"), {})
+    wandb_tracker.start_wandb(tmp_path, config("offline"))
     with open("/dev/full", "w", encoding="utf-8") as full:
         logging.StreamHandler(full).handle(logging.makeLogRecord({"msg": "debug"}))
         with contextlib.suppress(OSError):
@@ -299,7 +302,7 @@ def test_variables_of_wandb_count_where_flags_are_not_given(read_flags, monkeypa
     ):
         parsed = read_flags(train_flow, words)
         assert reading.run_folder(parsed) == Path("runs") / ("mine" if words else "flow_imagenet256")
-        tracking.start_wandb(tmp_path, parsed, {})
+        wandb_tracker.start_wandb(tmp_path, parsed.to_dict())
     names = ("mode", "project", "entity", "group", "notes", "tags", "name")
     assert [tuple(options[name] for name in names) for options in started] == [
         ("offline", "cats", "team", "sweep", "why", ["a", "b"], "a title"),
@@ -338,7 +341,8 @@ def test_what_wandb_shows_is_what_the_flags_say(read_flags, tmp_path, monkeypatc
     named = {"project": "faces", "entity": "lab", "group": "sweep", "name": "third", "notes": "why"}
     words = [word for name, value in named.items() for word in (f"--wandb.{name}", value)]
     words += ["--wandb.tags", "a,b", "--wandb.mode", "offline", "--seed", "7"]
-    tracking.start_wandb(tmp_path, read_flags(train_flow, words), {"dataset": {"name": "digits"}})
+    settings = read_flags(train_flow, words).to_dict() | {"dataset": {"name": "digits"}}
+    wandb_tracker.start_wandb(tmp_path, settings)
     expected = named | {"tags": ["a", "b"], "mode": "offline", "dir": tmp_path}
     assert {name: asked[name] for name in expected} == expected
     assert (asked["config"]["seed"], asked["config"]["dataset"]) == (7, {"name": "digits"})
@@ -346,11 +350,11 @@ def test_what_wandb_shows_is_what_the_flags_say(read_flags, tmp_path, monkeypatc
 
 def test_an_account_in_netrc_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert not tracking.has_wandb_account("https://wandb.example")
+    assert not wandb_tracker.has_wandb_account("https://wandb.example")
     (tmp_path / "netrc").write_text("machine wandb.example login user password secret\n")
     (tmp_path / "netrc").chmod(0o600)
-    assert tracking.has_wandb_account("https://wandb.example")
-    assert not tracking.has_wandb_account("https://other.example")
+    assert wandb_tracker.has_wandb_account("https://wandb.example")
+    assert not wandb_tracker.has_wandb_account("https://other.example")
 
 
 def render(figure) -> np.ndarray:

@@ -17,6 +17,11 @@ class DataError(UserError):
     """Data that could be read when the program started cannot be any more."""
 
 
+def one_line(error: BaseException) -> str:
+    """Returns an error's message in one line of at most 200 characters; its type where it has none."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
 # Errors of the system that only writing meets, and the fix.
 NO_ROOM = {
     errno.ENOSPC: "make room",

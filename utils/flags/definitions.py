@@ -138,9 +138,14 @@ def define_saved_model_flags() -> None:
     hide(name for name in set(FLAGS) - before if name != "model.dtype")
 
 
-@topic("Logging to wandb")
-def define_wandb_flags(name: str = "flow_{dataset_name}", mode: str | None = None) -> None:
-    """Registers --wandb.*, --wandb.name and --wandb.mode with these defaults."""
+@topic("Trackers")
+def define_tracker_flags(name: str = "flow_{dataset_name}", mode: str | None = None) -> None:
+    """Registers --trackers and --wandb.*, of which --wandb.name and --wandb.mode have these defaults."""
+    flags.DEFINE_list(
+        "trackers",
+        ["wandb"],
+        "Where numbers and images go beside the run's folder: wandb, tensorboard, or nowhere.",
+    )
     flags.DEFINE_enum("wandb.mode", mode, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
     flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
     flags.DEFINE_string("wandb.project", "flow", "Project; default: $WANDB_PROJECT, else flow.")

@@ -16,13 +16,13 @@ from utils.base.errors import UserError, WriteError
 from utils.base.files import check_writable
 from utils.data.class_names import read_classes
 from utils.flags import reading
-from utils.flags.definitions import define_path, define_sampler_flags, define_vae_flag, define_wandb_flags
+from utils.flags.definitions import define_path, define_sampler_flags, define_tracker_flags, define_vae_flag
 from utils.flags.help import topic
 from utils.images.pictures import PictureFolder
 from utils.images.samples import check_sample_path
 from utils.networks.models import ImageModel
 from utils.runs.opening import load_generator, split_load_dir
-from utils.runs.trackers import Tracker
+from utils.runs.trackers import Trackers, choose_trackers
 from utils.sampling.generator import ImageGenerator
 from utils.sampling.solvers import SamplerConfig
 
@@ -43,13 +43,13 @@ def define_drawing_flags(num_samples: str) -> None:
 
 
 def define_generator_flags(wandb_name: str) -> None:
-    """Registers how samples are computed, and wandb's flags."""
+    """Registers how samples are computed, and the trackers' flags."""
     define_sampler_flags(cfg_scale="4", denoise_timesteps="64")
     with topic("Compute"):
         flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
         flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: 128 at most.")
         define_vae_flag()
-    define_wandb_flags(name=wandb_name, mode="disabled")
+    define_tracker_flags(name=wandb_name, mode="disabled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ def choose_classes(text: str | None, model: ImageModel, flag: str = "classes") -
 
 @contextlib.contextmanager
 def drawing(request: Request, names: tuple[str, ...]) -> Iterator[None]:
-    """Prints the paths of what the block has written, also if it fails on a full disk, and shows the files on wandb.
+    """Prints the paths of what the block has written, also if it fails on a full disk, and logs the images.
 
     Before the block it creates the folder; UserError if files of these `names` cannot be written there.
     """
@@ -151,8 +151,9 @@ def drawing(request: Request, names: tuple[str, ...]) -> Iterator[None]:
         pictures.show_written()
         finished = "the files above are" if pictures.written else "no file is"
         raise WriteError(error.path, error.error, error.whole or f"{finished} whole") from error
-    if config.wandb.mode != "disabled":
-        tracker = Tracker(pictures.folder, config, 0)
-        tracker.log_image_files(pictures.written)
-        tracker.close()
+    settings = config.to_dict()
+    if choose_trackers(settings):
+        trackers = Trackers(pictures.folder, settings, first_step=0)
+        trackers.log_image_files(0, pictures.written)
+        trackers.close()
     pictures.show_written()

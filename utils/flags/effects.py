@@ -20,6 +20,10 @@ class Rule(NamedTuple):
     applies: Callable[[Any], bool]
 
 
+def _has_no_wandb(values: Any) -> bool:
+    return "wandb" not in values.trackers
+
+
 # {program: its rules}, in the order in which they are looked at.
 RULES: dict[str, tuple[Rule, ...]] = {
     "sample": (
@@ -59,6 +63,20 @@ RULES: dict[str, tuple[Rule, ...]] = {
             ("denoise_timesteps",),
             "with --solver={solver}, which chooses its steps",
             lambda given: given.solver != "midpoint",
+        ),
+    ),
+    # Of every program with --trackers.
+    "trackers": (
+        Rule(
+            tuple(f"wandb.{name}" for name in ("mode", "offline", "project", "entity", "group", "notes", "tags")),
+            "without wandb among --trackers",
+            _has_no_wandb,
+        ),
+        # A training's folder is named after it, unless --save_dir names that.
+        Rule(
+            ("wandb.name",),
+            "without wandb among --trackers",
+            lambda values: _has_no_wandb(values) and bool(getattr(values, "save_dir", True)),
         ),
     ),
 }

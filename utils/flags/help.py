@@ -32,6 +32,7 @@ _MEANINGS = {
     "class class_labels prompt": "use --classes with sample.py",
     "gpus devices num_gpus": "all devices are used; CUDA_VISIBLE_DEVICES chooses among GPUs",
     "wandb no_wandb nowandb": "use --wandb.mode online, offline or disabled",
+    "tensorboard tracker logger report_to": "use --trackers wandb,tensorboard",
 }
 HABITS = {name: meaning for names, meaning in _MEANINGS.items() for name in names.split()}
 

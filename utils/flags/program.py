@@ -17,6 +17,7 @@ from utils.base.console import finish_output, silence_orbax
 from utils.base.devices import check_jax_settings, keep_freed_memory, start_devices
 from utils.base.errors import NO_ROOM, UserError, WriteError
 from utils.base.processes import END_SIGNALS, handle_signals, warn_of_copies
+from utils.flags.effects import RULES, check_effects
 from utils.flags.help import refuse_habits, show_help, to_integer, to_switch
 from utils.flags.reading import read_flags
 
@@ -131,4 +132,7 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
     if "coordinator_address" not in names:
         warn_of_copies(Path(argv[0]).name)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
-    return read_flags(set(FLAGS) - builtin)
+    config = read_flags(set(FLAGS) - builtin)
+    if "trackers" in config:
+        check_effects(RULES["trackers"], config)
+    return config

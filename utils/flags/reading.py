@@ -175,8 +175,11 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
         resolve_model(config)
         if "objective.name" in names:
             resolve_objective(config)
-    if "wandb.mode" in names:
+    if "trackers" in names:
+        from utils.runs.trackers import check_trackers  # which takes a while to import: not every program has trackers
+
         resolve_wandb(config)
+        check_trackers(config.trackers)
     return config
 
 

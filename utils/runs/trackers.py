@@ -1,149 +1,90 @@
-"""Where a run's numbers and images go: always RUN/metrics.jsonl and RUN/images/, and wandb unless it is disabled.
+"""Where a run's numbers and images go: into its folder always, and to the trackers that --trackers names.
 
-Silent on every process but the first.
+A tracker is a sink with `log`, `image` and `close`. One more is a class and a line of TRACKERS; docs/change_this.md
+shows how. Readers of what the folder keeps are at the end of this file.
 """
 
-import contextlib
-import errno
+import importlib.util
 import json
-import logging
 import math
-import netrc
 import os
 import re
-import ssl
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, SupportsFloat
-from urllib.parse import urlparse
+from typing import Any, NamedTuple, Protocol, SupportsFloat
 
 import jax
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
+from PIL import Image
 
-from utils.base.console import log, warn
-from utils.base.errors import UserError, WriteError
-from utils.base.files import atomic_write, open_regular, read_bytes, set_aside, write_text
+from utils.base.console import warn
+from utils.base.errors import UserError, WriteError, one_line
+from utils.base.files import atomic_write, open_regular, read_bytes, write_text
+from utils.base.processes import Interrupted
+from utils.runs.wandb_tracker import WandbTracker
 
+METRICS_FILE = "metrics.jsonl"
+IMAGE_SUFFIXES = (".png", ".webp", ".gif")
+# Beside the metrics, a line has its step, the time (UTC, in seconds since 1970) and the seconds for which the run has
+# been running, all of its starts together. Lines of older runs have the step alone.
+NOT_METRICS = ("step", "time", "seconds")
 MAX_LINE_BYTES = 2**20
 MAX_DRAWN = 1e300
 
-PROBE_SECONDS = 5  # for an answer of wandb's server
-INIT_SECONDS = 30  # for starting a run there
-FINISH_SECONDS = 60  # for uploading the rest at the end
 
+class Tracker(Protocol):
+    """A sink for the numbers and images of one run.
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, oldest first; what a kill or a power cut has damaged is left out.
-
-    UserError where it cannot be read, as of a named pipe.
+    Whatever it raises ends no run: it is reported in one line, and the tracker is left out from then on. It may also
+    have `table(name, rows)`, which evaluations call with all of their results.
     """
-    lines, damaged = [], 0
-    try:
-        with open_regular(path) as file:
-            while text := file.readline(MAX_LINE_BYTES):
-                line = _parse_line(text)
-                if line is not None:
-                    lines.append(line)
-                elif text.strip() and (text.endswith(b"\n") or len(text) == MAX_LINE_BYTES):  # else cut by a kill
-                    damaged += 1
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); move it away, or mend it") from None
-    if damaged:
-        warn(f"{path}: left out {damaged} damaged line{'s' * (damaged > 1)}")
-    return lines
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Takes the metrics of a step. A step may come twice: with its losses, then with its evaluation."""
+        ...
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        """Takes a picture: a file *.png, *.webp or *.gif, which stays where it is."""
+        ...
+
+    def close(self) -> None:
+        """Ends; called once, after the last step."""
+        ...
 
 
-def _parse_line(text: bytes) -> dict[str, Any] | None:
-    """A line that a Tracker may have written, a step and values by name; None for anything else."""
-    try:
-        line = json.loads(text)
-        numbers = [float(value) for value in line.values() if value is not None and not isinstance(value, str)]
-    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):  # also for bytes that are no UTF-8
-        return None
-    return line if numbers and type(line.get("step")) is int and abs(line["step"]) < 2**63 else None
+class TrackedRun(NamedTuple):
+    """What a tracker is told of its run as that starts, or goes on."""
+
+    folder: Path
+    settings: Mapping[str, Any]  # all flags, those of --wandb.* in a group `wandb`, and what is known of the data
+    first_step: int  # from which it goes on; later ones of an earlier start are going to be run again
+    lines: Sequence[Mapping[str, Any]]  # of metrics.jsonl, up to there
+    axis: str | None  # a metric against which the others are to be shown, instead of the step
 
 
-def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
-    """{metric: {step: value}} of a run's folder or of a metrics.jsonl, steps ascending.
+class MetricsFile:
+    """RUN/metrics.jsonl, a line for each call of `log`. While the disk is full, lines wait in memory."""
 
-    UserError, naming --`flag` and the runs beside it, if there are no metrics. What no axis has room for is NaN.
-    """
-    curves: dict[str, dict[int, float]] = {}
-    try:
-        lines = read_metrics(run / "metrics.jsonl" if run.is_dir() else run)
-    except UserError as error:
-        raise UserError(f"--{flag}={run}: {error}") from None
-    for line in sorted(lines, key=lambda line: line["step"]):
-        for name, value in line.items():
-            if name != "step" and type(value) in (int, float):
-                curves.setdefault(name, {})[line["step"]] = value if abs(value) < MAX_DRAWN else math.nan
-    if not curves:
-        bases = (run, run.parent) if run.is_dir() else (run.parent,)
-        others = sorted(str(file.parent) for base in bases for file in base.glob("*/metrics.jsonl") if file != run)
-        there = f"there are {', '.join(others)}" if others else f"{run.parent} has none"
-        raise UserError(
-            f"--{flag}={run} {'holds no metrics' if run.exists() else 'is not there'}; "
-            f"give the folder of a run, or a metrics.jsonl: {there}"
-        )
-    return curves
+    def __init__(self, folder: Path, first_step: int):
+        """Opens the file to append, without the lines after `first_step`: those steps are about to be run again.
 
-
-def name_runs(runs: Sequence[Path]) -> list[str]:
-    """What to call each run: the name of its folder or file, or all of its path where two names are the same."""
-    names = []
-    for run in runs:
-        whole = Path(os.path.abspath(run))
-        names.append(whole.parent.name if whole.name == "metrics.jsonl" else whole.name.removesuffix(".jsonl"))
-    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
-
-
-class Tracker:
-    """Logs scalars and figures of one run by step. `first_step` is where this process starts: later lines of an
-    earlier, killed process are dropped, because their steps are about to be run again. While the disk is full, lines
-    wait in memory and images are left out; the run goes on.
-
-    `metadata` goes into wandb's configuration beside `config`. `axis` names a metric against which wandb shows the
-    others, instead of the step."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        config: ConfigDict,
-        first_step: int,
-        metadata: Mapping[str, Any] | None = None,
-        axis: str | None = None,
-    ):
-        self.run_dir = Path(run_dir)
-        self.wandb_run: Any = None
-        self.enabled = jax.process_index() == 0
-        if not self.enabled:
-            return
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
+        Raises UserError where it cannot be read, WriteError where it cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        self.kept = [line for line in read_metrics(path) if line["step"] <= first_step]
+        text = "".join(json.dumps(line) + "\n" for line in self.kept)
         if not path.exists() or read_bytes(path) != text.encode():
             write_text(path, text)
-        self.file, self.unwritten, self.has_warned = path.open("ab", buffering=0), b"", False
-        if config.wandb.mode != "disabled":
-            self.wandb_run = start_wandb(self.run_dir, config, metadata or {})
-        if self.wandb_run and axis:
-            self.wandb_run.define_metric("*", step_metric=axis)
-        if self.wandb_run and self.wandb_run.offline:  # a folder of its own for each start: the newest has all steps
-            for line in kept:
-                self._send({name: value for name, value in line.items() if name != "step"}, int(line["step"]))
+        self.file = path.open("ab", buffering=0)
+        self.unwritten = b""
+        self.has_warned = False
+        self.started = time.monotonic() - last_seconds(self.kept)
 
-    def log(self, metrics: Mapping[str, SupportsFloat], step: int) -> None:
-        if not self.enabled:
-            return
-        values = {name: float(value) for name, value in metrics.items()}
-        self.unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        clock = {"time": round(time.time(), 3), "seconds": round(time.monotonic() - self.started, 3)}
+        self.unwritten += json.dumps({"step": step, **clock, **numbers}).encode() + b"\n"
         try:
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
@@ -152,13 +93,117 @@ class Tracker:
             if not self.has_warned:
                 warn(f"{self.file.name} cannot be written ({error.strerror}); its lines wait until it can")
             self.has_warned = True
-        self._send(values, step)
 
-    def log_figure(self, name: str, figure: Figure, step: int) -> None:
-        """Writes RUN/images/NAME/STEP.png and logs the same file to wandb under `name`."""
-        if not self.enabled:
+    def image(self, step: int, name: str, file: Path) -> None:
+        """Leaves the file, which is in the run's folder already."""
+
+    def close(self) -> None:
+        if self.unwritten:
+            warn(f"lost, as {self.file.name} cannot be written: {self.unwritten.decode()}")
+        self.file.close()
+
+
+class TensorBoardTracker:
+    """Event files for TensorBoard in RUN/tensorboard.
+
+    They are written at once, not by tensorboardX's SummaryWriter: on a full disk its thread dies, and whoever logs then
+    waits for it for ever.
+    """
+
+    def __init__(self, run: TrackedRun):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self.messages = event_pb2
+        self.summaries = summary_pb2.Summary
+        folder = run.folder / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        # tensorboardX names files after the second; two starts within one would share a file.
+        self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{run.first_step}")
+        # TensorBoard drops what an earlier start has logged from this step on.
+        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(run.first_step + 1, session_log=session)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        values = [self.summaries.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(step, summary=self.summaries(value=values))
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        with Image.open(file) as opened:
+            width, height = opened.size
+        image = self.summaries.Image(height=height, width=width, colorspace=3, encoded_image_string=read_bytes(file))
+        self._write(step, summary=self.summaries(value=[self.summaries.Value(tag=name, image=image)]))
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self.writer.write_event(self.messages.Event(step=step, wall_time=time.time(), **content))
+        self.writer.flush()
+
+
+def _start_wandb_tracker(run: TrackedRun) -> WandbTracker:
+    steps = [(line["step"], metrics_of(line)) for line in run.lines]
+    return WandbTracker(run.folder, run.settings, steps, run.axis)
+
+
+# {name in --trackers: what starts it}
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "wandb": _start_wandb_tracker,
+    "tensorboard": TensorBoardTracker,
+}
+# Packages that a tracker needs beside those of this project.
+PACKAGES = {"tensorboard": "tensorboardX"}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for a name in --trackers that TRACKERS does not have, or whose package is not installed."""
+    given = f"--trackers={','.join(names)}"
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"{given}: {name or 'an empty name'} is unknown; known are {', '.join(TRACKERS)}")
+        package = PACKAGES.get(name)
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f"{given} needs another package ({package}): `pip install {package}`, or leave {name} out")
+
+
+def choose_trackers(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the names of --trackers, each once; without wandb where --wandb.mode is disabled."""
+    is_disabled = settings["wandb"]["mode"] == "disabled"
+    return [name for name in dict.fromkeys(settings["trackers"]) if not (name == "wandb" and is_disabled)]
+
+
+class Trackers:
+    """All sinks of a run: its folder, and the trackers of its settings. Silent on every process but the first."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], first_step: int, axis: str | None = None):
+        """See TrackedRun. Raises UserError where RUN/metrics.jsonl cannot be read, WriteError where it cannot be
+        written."""
+        self.folder = Path(folder)
+        self.trackers: dict[str, Tracker] = {}
+        if jax.process_index() > 0:
             return
-        path = self.run_dir / "images" / re.sub(r"[^\w.-]", "_", name) / f"{step:08d}.png"
+        file = MetricsFile(self.folder, first_step)
+        self.trackers[METRICS_FILE] = file
+        run = TrackedRun(self.folder, settings, first_step, file.kept, axis)
+        for name in choose_trackers(settings):
+            try:
+                self.trackers[name] = TRACKERS[name](run)
+            except Interrupted:
+                raise
+            except Exception as error:
+                warn(f"{name}: {one_line(error)}; nothing is logged there, and {self.folder} has everything")
+
+    def log(self, step: int, numbers: Mapping[str, SupportsFloat]) -> None:
+        """Logs metrics of a step."""
+        values = {name: float(value) for name, value in numbers.items()} if self.trackers else {}
+        self._tell_all(lambda tracker: tracker.log(step, values))
+
+    def log_figure(self, step: int, name: str, figure: Figure) -> None:
+        """Writes RUN/images/NAME/STEP.png, and logs that file under `name`. One that cannot be written is left out."""
+        if not self.trackers:
+            return
+        path = self.folder / "images" / re.sub(r"[^\w.-]", "_", name) / f"{step:08d}.png"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as temporary:
@@ -166,172 +211,112 @@ class Tracker:
         except (OSError, WriteError) as error:
             warn(f"{path} cannot be written ({error.strerror}) and is left out")
             return
-        if self.wandb_run:
-            import wandb
+        self._tell_all(lambda tracker: tracker.image(step, name, path))
 
-            self._send({name: wandb.Image(str(path))}, step)
-
-    def log_image_files(self, paths: Sequence[Path]) -> None:
-        """Image files on wandb, each under the name of its file."""
-        if self.wandb_run:
-            import wandb
-
-            suffixes = (".png", ".webp", ".gif")
-            images = {path.stem: wandb.Image(str(path)) for path in paths if path.suffix in suffixes}
-            self._send(images)
+    def log_image_files(self, step: int, paths: Iterable[Path]) -> None:
+        """Logs those of the files that are images, each under its name without the suffix."""
+        for path in paths:
+            if path.suffix in IMAGE_SUFFIXES:
+                self._tell_all(lambda tracker, path=path: tracker.image(step, path.stem, path))
 
     def log_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table on wandb; empty where a row has no such column."""
-        if self.wandb_run:
-            import wandb
-
-            columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
-            data = [[row.get(str(column)) for column in columns] for row in rows]
-            self._send({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
-
-    def _send(self, values: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs to wandb, if that is on. What goes wrong there ends no run: local files have everything."""
-        if not self.wandb_run:
-            return
-        try:
-            self.wandb_run.log(values, step=step)
-        except Exception as error:  # of its own process, which may be gone
-            self._end_wandb(error, f"nothing more is logged there, and {self.run_dir} has everything")
+        """Logs a table where a tracker takes one."""
+        self._tell_all(lambda tracker: tracker.table(name, rows) if hasattr(tracker, "table") else None)
 
     def close(self) -> None:
-        if self.enabled:
-            if self.unwritten:
-                warn(f"lost, as {self.file.name} cannot be written: {self.unwritten.decode()}")
-            self.file.close()
-        if self.wandb_run:
-            folder, is_offline = Path(self.wandb_run.dir).parent, self.wandb_run.offline
+        self._tell_all(lambda tracker: tracker.close())
+        self.trackers = {}
+
+    def _tell_all(self, act: Callable[[Any], None]) -> None:
+        """Calls `act` with every tracker; leaves out one that fails."""
+        for name, tracker in list(self.trackers.items()):
             try:
-                self.wandb_run.finish()
-            except Exception as error:  # where the network has gone, or its own process
-                self._end_wandb(error, f"upload what is missing with `wandb sync {folder}`")
-                return
-            if is_offline:
-                log(f"wandb: offline; upload with `wandb sync {folder}` (the newest folder there has all steps)")
-
-    def _end_wandb(self, error: Exception, advice: str) -> None:
-        """Goes on without wandb; a process of its own that has gone would be asked once more when Python ends."""
-        import wandb
-
-        warn(f"wandb: {one_line(error)}; {advice}")
-        self.wandb_run = None
-        with contextlib.suppress(Exception):
-            wandb.teardown()
+                act(tracker)
+            except Interrupted:  # a signal's, which ends an evaluation
+                raise
+            except Exception as error:
+                del self.trackers[name]
+                warn(f"{name}: {one_line(error)}; nothing more is logged there, and {self.folder} has everything")
 
 
-def start_wandb(run_dir: Path, config: ConfigDict, metadata: Mapping[str, Any]) -> Any:
-    """The wandb run; offline, saying so in one line, where --wandb.mode is online but no account is set up, the server
-    does not answer, or it refuses. None where it cannot start at all."""
-    import wandb  # takes seconds, and nothing may touch it when it is disabled
+# --- Readers of a run's folder ---
 
-    logging.raiseExceptions = False  # wandb's own log on a full disk would fill the screen with tracebacks
-    options = config.wandb.to_dict()
-    mode = options.pop("mode")
-    options["name"] = options.pop("display_name", options["name"])
-    settings: dict[str, Any] = {"silent": True, "console": "off"}
-    if "WANDB_INIT_TIMEOUT" not in os.environ:
-        settings["init_timeout"] = INIT_SECONDS
-    if "finish_timeout" in wandb.Settings.model_fields and "WANDB_FINISH_TIMEOUT" not in os.environ:
-        settings |= {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
-    id_file = run_dir / "wandb_id.txt"  # so that a resumed run goes on in the same curve
-    known_id = _read_wandb_id(id_file)
 
-    def start(mode: Literal["online", "offline"]) -> Any:
-        return wandb.init(
-            **options,
-            mode=mode,
-            dir=run_dir,
-            id=known_id,
-            resume="allow" if mode == "online" else None,
-            config={**config.to_dict(), **metadata},
-            settings=wandb.Settings(**settings),
-        )
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl, oldest first, without those that a kill or a power cut has damaged.
 
-    run, problem = None, explain_offline() if mode == "online" else ""
+    Each has its `step`, values by the names of metrics and, but for older runs, `time` and `seconds` (see NOT_METRICS).
+    Raises UserError where it cannot be read, as of a named pipe.
+    """
+    lines = []
+    num_damaged = 0
     try:
-        if mode == "online" and not problem:
-            try:
-                run = start("online")
-            except Exception as error:  # a key or a project that the server refuses, an answer that does not come
-                problem = one_line(error)
-        if problem:
-            log(f"wandb: {problem}; logging offline under {run_dir / 'wandb'}")
-        run = run or start("offline")
-    except Exception as error:
-        warn(f"wandb: {one_line(error)}; nothing is logged there, and {run_dir} has everything")
-        return None
-    if not run.offline:
-        log(f"wandb: {run.url}")
-    if run.id != known_id:
-        write_text(id_file, run.id)
-    return run
-
-
-def one_line(error: Exception) -> str:
-    """The error's message, shortened to one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
-
-
-def explain_offline() -> str:
-    """Why wandb cannot be reached: no account, or a server that does not answer within PROBE_SECONDS; empty where it
-    can be. wandb itself would try for 90 seconds."""
-    import wandb
-
-    try:
-        settings = wandb.setup().settings  # of its environment variables and files
-    except Exception as error:
-        return one_line(error)
-    if not has_wandb_account(settings.base_url):
-        return "no account is set up (`wandb login` does it)"
-    if settings.http_proxy or settings.https_proxy:
-        return ""
-    problems: list[str] = ["no answer"]
-
-    def ask():
-        try:
-            urllib.request.urlopen(settings.base_url, timeout=PROBE_SECONDS).close()
-            problems.clear()
-        except urllib.error.HTTPError:  # an answer
-            problems.clear()
-        except urllib.error.URLError as error:
-            problems[:] = [] if isinstance(error.reason, ssl.SSLError) else [str(error.reason)]
-        except Exception as error:
-            problems[:] = [str(error)]
-
-    thread = threading.Thread(target=ask, daemon=True)  # as nothing else bounds the time of a name's resolution
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return f"{settings.base_url} does not answer ({problems[0]})" if problems else ""
-
-
-def _read_wandb_id(file: Path) -> str | None:
-    """The id in a wandb_id.txt; None where there is none, or one that a power cut has damaged."""
-    if not file.exists():
-        return None
-    try:
-        with open_regular(file) as opened:
-            text = opened.read(1000).decode(errors="replace").strip()
+        with open_regular(path) as file:
+            while text := file.readline(MAX_LINE_BYTES):
+                line = _parse_line(text)
+                if line is not None:
+                    lines.append(line)
+                elif text.strip() and (text.endswith(b"\n") or len(text) == MAX_LINE_BYTES):  # else cut by a kill
+                    num_damaged += 1
+    except FileNotFoundError:
+        return []
     except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        text = ""
-    if re.fullmatch(r"[\w-]{1,64}", text):
-        return text
-    warn(f"{file} holds no wandb id (damaged?): the run goes on in a new curve, and the file is set aside")
-    set_aside(file)
-    return None
+        raise UserError(f"{path} cannot be read ({error.strerror}); move it away, or mend it") from None
+    if num_damaged:
+        warn(f"{path}: left out {num_damaged} damaged line{'s' * (num_damaged > 1)}")
+    return lines
 
 
-def has_wandb_account(base_url: str) -> bool:
-    """Whether wandb will find credentials for the server without asking: in the environment or in netrc."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
+def _parse_line(text: bytes) -> dict[str, Any] | None:
+    """Returns a line that MetricsFile may have written, a step and values by name; None for anything else."""
     try:
-        entries = netrc.netrc(os.environ.get("NETRC"))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return entries.authenticators(urlparse(base_url).hostname or "") is not None
+        line = json.loads(text)
+        numbers = [float(value) for value in line.values() if value is not None and not isinstance(value, str)]
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):  # also for bytes that are no UTF-8
+        return None
+    return line if numbers and type(line.get("step")) is int and abs(line["step"]) < 2**63 else None
+
+
+def metrics_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the metrics of a line of `read_metrics`: all but its step and its times."""
+    return {name: value for name, value in line.items() if name not in NOT_METRICS}
+
+
+def last_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Returns for how long a run had been running when it wrote the last of these lines; 0 where none says it."""
+    known: list[Any] = [line.get("seconds") for line in lines]
+    return max((float(each) for each in known if type(each) in (int, float) and 0 <= each < MAX_DRAWN), default=0.0)
+
+
+def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
+    """Returns {metric: {step: value}} of a run's folder or of a metrics.jsonl, steps ascending.
+
+    What no axis has room for is NaN. Raises UserError, naming --`flag` and the runs beside it, if there are no metrics.
+    """
+    try:
+        lines = read_metrics(run / METRICS_FILE if run.is_dir() else run)
+    except UserError as error:
+        raise UserError(f"--{flag}={run}: {error}") from None
+    curves: dict[str, dict[int, float]] = {}
+    for line in sorted(lines, key=lambda line: line["step"]):
+        for name, value in metrics_of(line).items():
+            if type(value) in (int, float):
+                curves.setdefault(name, {})[line["step"]] = value if abs(value) < MAX_DRAWN else math.nan
+    if not curves:
+        bases = (run, run.parent) if run.is_dir() else (run.parent,)
+        others = sorted(str(file.parent) for base in bases for file in base.glob(f"*/{METRICS_FILE}") if file != run)
+        found = f"there are {', '.join(others)}" if others else f"{run.parent} has none"
+        raise UserError(
+            f"--{flag}={run} {'holds no metrics' if run.exists() else 'is not there'}; "
+            f"give the folder of a run, or a {METRICS_FILE}: {found}"
+        )
+    return curves
+
+
+def name_runs(runs: Sequence[Path]) -> list[str]:
+    """Returns what to call each run: the name of its folder or file, or its path as given where two names are equal."""
+    names = []
+    for run in runs:
+        path = Path(os.path.abspath(run))
+        names.append(path.parent.name if path.name == METRICS_FILE else path.name.removesuffix(".jsonl"))
+    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]

@@ -238,6 +238,9 @@ def commands_after_training(
         words += ["--fid_stats", statistics]
     if saved.get("inception_weights"):
         words += ["--inception_weights", saved["inception_weights"]]
-    if saved["wandb"]["mode"] != "online":
+    trackers = saved.get("trackers", ["wandb"])  # older runs had no other
+    if trackers != ["wandb"]:
+        words.append(f"--trackers={','.join(trackers)}")
+    if "wandb" in trackers and saved["wandb"]["mode"] != "online":
         words += ["--wandb.mode", saved["wandb"]["mode"]]
     yield "FID", write_command("eval_fid.py", *words)

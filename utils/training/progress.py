@@ -19,7 +19,7 @@ from tqdm import tqdm
 from utils.base.console import TolerantStream, log
 from utils.base.errors import UserError
 from utils.runs.checkpoint import Checkpoints, SaveError
-from utils.runs.trackers import Tracker
+from utils.runs.trackers import Trackers
 
 Item = TypeVar("Item")
 
@@ -171,7 +171,7 @@ class Progress:
     def __init__(
         self,
         throughput: Throughput,
-        tracker: Tracker,
+        trackers: Trackers,
         count_skipped: Callable,
         check: Callable,
         step: int,
@@ -180,7 +180,7 @@ class Progress:
         """`count_skipped(metrics, step)` is called for every step, and returns the metrics as they are logged;
         `check(metrics, step)` before they are."""
         self.throughput = throughput
-        self.tracker = tracker
+        self.trackers = trackers
         self.count_skipped = count_skipped
         self.check = check
         self.pending = None
@@ -211,7 +211,7 @@ class Progress:
             self.check(metrics, step)
             groups = {"training": logged | self.throughput.read_window(), "validation": validation}
             named = {f"{group}/{name}": x for group, values in groups.items() for name, x in values.items()}
-            self.tracker.log(named, step)
+            self.trackers.log(step, named)
             self.throughput.pause()
 
     @contextlib.contextmanager
