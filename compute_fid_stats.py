@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from utils.base.console import configure_output, log
 from utils.base.devices import check_batch_memory, check_batch_size, make_mesh, replicated
 from utils.base.errors import UserError
-from utils.base.files import check_file_writable, check_free_space
+from utils.base.files import check_free_space, prepare_output_file
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch, StreamSource, Subset
 from utils.data.loaders import load_dataset
@@ -60,7 +60,7 @@ def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the file to write, such as stats.npz")
     out = Path(config.out)
-    check_file_writable(out, "out", "stats.npz", {"images": config.images})
+    prepare_output_file(out, "out", "stats.npz", {"images": config.images})
     if config.images:
         data_flags = ("dataset_name", "split", "data_dir", "image_size", "broken_images", "max_megapixels")
         reading.refuse_ignored(data_flags, "with --images, which are taken as they are")

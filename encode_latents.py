@@ -20,7 +20,7 @@ from tqdm import tqdm
 from utils.base.console import log, progress_bar
 from utils.base.devices import batch_sharding, check_batch_memory, check_batch_size, gather, make_mesh, shard_replicated
 from utils.base.errors import UserError
-from utils.base.files import FolderLock, check_writable, explaining_full_disk, write_json
+from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
 from utils.codecs.registry import DEFAULT_HUB_ID, load_vae
 from utils.codecs.vae import StableVAE
 from utils.data import latents
@@ -114,7 +114,7 @@ def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the folder to write, such as latents/imagenet256")
     out, mesh, vae = Path(config.out), make_mesh(), config.vae or DEFAULT_HUB_ID
-    check_writable(out, "out", creates=False)
+    check_writable(out, "out")
     check_batch_size(config.batch_size, mesh.size)
     reading.check_data_flags(config.dataset_name)
     options = reading.read_data_options(config)
@@ -129,7 +129,7 @@ def main(config: ConfigDict) -> None:
     check_batch_memory(config.batch_size, train.image_shape)
     codec = load_vae(vae, mesh, train.image_shape)
     manifest = describe_latents(datasets, codec, vae, config.shard_size)
-    check_writable(out, "out")
+    prepare_output_folder(out, "out")
     with FolderLock(out).held("out"):
         prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
         names = [name for split in SPLITS for name, _ in manifest.shards(split)]

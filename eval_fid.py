@@ -36,7 +36,7 @@ from utils.base.devices import (
     replicated,
 )
 from utils.base.errors import UserError, WriteError
-from utils.base.files import atomic_write, check_writable
+from utils.base.files import atomic_write, check_writable, prepare_output_folder
 from utils.flags import program, reading
 from utils.flags.definitions import (
     define_path,
@@ -160,7 +160,7 @@ class Scoring:
         self.config, self.mesh = config, make_mesh()
         self.out = Path(config.out or default_out)
         self.failure: WriteError | None = None
-        check_writable(self.out, "out", names=FILES)
+        prepare_output_folder(self.out, "out", names=FILES)
         if config.json and Path(config.json).resolve() in [(self.out / name).resolve() for name in FILES]:
             raise UserError(f"--json={config.json} is the evaluation's own record of its rows; name another file")
         self.batch_size = self._choose_batch_size(num_samples, image_shape)
@@ -505,7 +505,7 @@ def main(config: ConfigDict) -> None:
         )
     refuse_ignored(config)
     if config.out:
-        check_writable(Path(config.out), "out", creates=False, names=FILES)
+        check_writable(Path(config.out), "out", names=FILES)
     check_json_path(config.json, {"samples": config.samples, "fid_stats": config.fid_stats})
     (evaluate_run if config.load_dir else evaluate_samples)(config)
 

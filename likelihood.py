@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from utils.base.console import configure_output, log, progress_bar, show_result
 from utils.base.devices import check_batch_size, explaining_out_of_memory, gather, make_mesh, shard_replicated
 from utils.base.errors import UserError
-from utils.base.files import check_file_writable, explaining_full_disk
+from utils.base.files import explaining_full_disk, prepare_output_file
 from utils.codecs.pixels import PixelCodec
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch
@@ -224,7 +224,7 @@ def main(config: ConfigDict) -> None:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
     check_effects(RULES["likelihood"], config)
     if config.per_image:
-        check_file_writable(Path(config.per_image), "per_image", "images.csv")
+        prepare_output_file(Path(config.per_image), "per_image", "images.csv")
     check_json_path(config.json, {"per_image": config.per_image})
     measurement = Measurement(config)
     probes = f"{config.num_probes} probe{'s' * (config.num_probes > 1)} an image"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from utils.base.console import log, progress_bar
 from utils.base.devices import RANDOM, changed_variables, check_batch_size, explaining_out_of_memory, gather
 from utils.base.errors import UserError
-from utils.base.files import FolderLock, check_writable, explaining_full_disk, write_json
+from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
 from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
 from utils.flags import program, reading
@@ -62,7 +62,7 @@ def main(config: ConfigDict) -> None:
     for name, what in {"load_dir": "a run", "out": "the pairs"}.items():
         if config[name] is None:
             raise UserError(f"--{name} is not given: name the folder of {what}")
-    check_writable(Path(config.out), "out", creates=False)
+    check_writable(Path(config.out), "out")
     check_num_files(config.num_pairs, config.shard_size, f"--num_pairs={config.num_pairs}")
     generator = load_generator(
         config.load_dir, params=config.params, seed=config.seed, label_mode=config.labels, dtype=config.dtype,
@@ -94,7 +94,7 @@ def main(config: ConfigDict) -> None:
         empty_classes=model.empty_classes,
         jax_variables=tuple(changed_variables(RANDOM)),
     )
-    check_writable(out, "out")
+    prepare_output_folder(out, "out")
     with FolderLock(out).held("out"):
         found = pairs.load_manifest(out)
         if found is None:

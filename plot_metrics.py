@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from utils.base.console import log
 from utils.base.errors import UserError
-from utils.base.files import atomic_write, check_file_writable
+from utils.base.files import atomic_write, prepare_output_file
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.images import plotting
@@ -63,7 +63,7 @@ def main(config: ConfigDict) -> None:
     if out.is_dir() or out.suffix.lower() != ".png":
         example = out / "curves.png" if out.is_dir() else "curves.png"
         raise UserError(f"--out={out}: name a .png file, such as {example}")
-    check_file_writable(out, "out", "curves.png")
+    prepare_output_file(out, "out", "curves.png")
     points = {metric: {run: list(curve.get(metric, {}).items()) for run, curve in curves.items()} for metric in metrics}
     for run in curves:
         if missing := [metric for metric in metrics if not points[metric][run]]:

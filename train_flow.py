@@ -50,7 +50,7 @@ from utils.base.devices import (
     unsplit_fraction,
 )
 from utils.base.errors import DataError, UserError
-from utils.base.files import FolderLock, check_writable, write_json
+from utils.base.files import FolderLock, check_writable, prepare_output_folder, write_json
 from utils.base.processes import EXIT_STOPPED, Interrupted, StopRequest, describe_processes, initialize_processes
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.data.batches import first_examples, training_batches
@@ -196,9 +196,9 @@ class Trainer:
         if not self.started_from:
             reading.refuse_ignored(("freeze", "lora_rank"), "without --load_dir")
         if not config.plan:  # before images are looked through, which may take long
-            check_writable(reading.run_folder(config), "save_dir", creates=False)
+            check_writable(reading.run_folder(config), "save_dir")
             if config.profile:
-                check_writable(Path(config.profile), "profile", creates=False)
+                check_writable(Path(config.profile), "profile")
         self._load_data()
         self._load_model()
         self._load_reference()
@@ -306,12 +306,12 @@ class Trainer:
     def _open_folder(self) -> None:
         config = self.config
         self.folder = reading.run_folder(config)
-        check_writable(self.folder, "save_dir")
+        prepare_output_folder(self.folder, "save_dir")
         self.lock = FolderLock(self.folder)
         if jax.process_index() == 0:
             self.lock.acquire("save_dir")
         if config.profile:
-            check_writable(Path(config.profile), "profile")
+            prepare_output_folder(Path(config.profile), "profile")
         self.checkpoints = Checkpoints(self.folder, config.keep_last, config.keep_every)
         self.checkpoints.remove_unfinished()
 

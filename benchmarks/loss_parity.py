@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_npz, read_npz_headers
-from utils.base.files import check_writable
+from utils.base.files import prepare_output_folder
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.images import plotting
@@ -80,7 +80,7 @@ def main(config: ConfigDict) -> None:
     names = name_runs(runs)
     window = config.window
     losses = {name: read_losses(runs, name, window) for name in ("training/l2_loss", "validation/l2_loss")}
-    check_writable(out, "out")
+    prepare_output_folder(out, "out")
 
     # Losses.
     curves = {}

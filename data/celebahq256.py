@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils/ is,
 
 from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_json
-from utils.base.files import check_writable, open_regular, write_json
+from utils.base.files import open_regular, prepare_output_folder, write_json
 from utils.data.image_folder import IMAGE_SUFFIXES
 from utils.data.tfds_files import import_tensorflow
 from utils.flags import program
@@ -305,7 +305,7 @@ def main(config: ConfigDict) -> None:
             raise UserError(
                 "--file_format=tfrecord needs TensorFlow: `pip install tensorflow`, or leave the flag out"
             ) from None
-    check_writable(data_dir, "data_dir")
+    prepare_output_folder(data_dir, "data_dir")
     remove_incomplete(builder)
     try:
         builder.download_and_prepare(file_format=config.file_format)

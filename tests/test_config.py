@@ -17,7 +17,7 @@ import train_flow
 from utils.base import checks
 from utils.base.devices import check_batch_size, make_mesh
 from utils.base.errors import UserError
-from utils.base.files import check_free_space, check_writable
+from utils.base.files import check_free_space, prepare_output_folder
 from utils.codecs.pixels import PixelCodec
 from utils.data.dataset import DataOptions
 from utils.flags import reading
@@ -184,7 +184,7 @@ def test_batch_size_must_divide():
 def test_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--save_dir"):
-        check_writable(tmp_path / "file" / "run", "save_dir")
+        prepare_output_folder(tmp_path / "file" / "run", "save_dir")
 
 
 def test_files_larger_than_the_free_space_are_refused_before_work(tmp_path):
@@ -196,7 +196,7 @@ def test_files_larger_than_the_free_space_are_refused_before_work(tmp_path):
 
 def test_processes_that_look_at_one_folder_do_not_disturb_each_other(tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: check_writable(tmp_path / "run", "save_dir"), range(400)))
+        list(pool.map(lambda _: prepare_output_folder(tmp_path / "run", "save_dir"), range(400)))
     assert not os.listdir(tmp_path / "run")
 
 

@@ -29,10 +29,10 @@ from utils.base.files import (
     FolderLock,
     atomic_write,
     cache_folder,
-    check_writable,
     explaining_full_disk,
     file_sha256,
     open_regular,
+    prepare_output_folder,
     read_bytes,
     remove_temporaries,
     set_aside,
@@ -190,7 +190,7 @@ def test_only_what_no_process_writes_any_more_is_removed(tmp_path):
     remove_temporaries(tmp_path, "a.npz")
     assert {path.name for path in tmp_path.iterdir()} == {alive, elsewhere, other}
     os.utime(tmp_path / elsewhere, (0, 0))
-    check_writable(tmp_path, "out")  # which every program asks before it works
+    prepare_output_folder(tmp_path, "out")  # which every program asks before it works
     assert {path.name for path in tmp_path.iterdir()} == {alive}
 
 

@@ -340,34 +340,44 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def check_writable(
-    folder: Path, flag: str, file: Path | None = None, creates: bool = True, names: Iterable[str] = ()
-) -> None:
-    """Creates `folder` and proves that files, or the one of --`flag`, can be written there, `names` among them; removes
-    what killed writers have left. Without `creates` it leaves nothing: it looks at the folder, or the first above it
-    that exists. UserError otherwise."""
+def check_writable(folder: Path, flag: str, file: Path | None = None, names: Iterable[str] = ()) -> None:
+    """Proves that files, or the one of --`flag`, can be written in a folder, `names` among them.
+
+    Leaves nothing: it looks at the folder, or at the first above it that exists. Raises UserError otherwise.
+    """
     for name in names:
         if (folder / name).is_dir():
             raise UserError(f"--{flag}={folder} holds a folder {name}, where a file is to be; choose another folder")
     try:
-        if creates:
-            folder.mkdir(parents=True, exist_ok=True)
         place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
         with tempfile.TemporaryFile(dir=place) as probe:  # of no name: the processes of a run try at the same time
             probe.write(bytes(4096))
     except OSError as error:
-        fix = f"{NO_ROOM[error.errno]}, or choose" if error.errno in NO_ROOM else "choose"
-        kind = "file" if file else "folder"
-        raise UserError(
-            f"--{flag}={file or folder} cannot be written ({error.strerror}); {fix} another {kind}"
-        ) from None
-    if creates:
-        remove_temporaries(folder, file.name if file else "")
+        raise _not_writable(folder, flag, file, error) from None
 
 
-def check_file_writable(path: Path, flag: str, example: str, inputs: Mapping[str, str | None] | None = None) -> None:
-    """Creates the folder of the file of --`flag`, named like `example`, and proves that it can be written. UserError
-    where it cannot be, is a folder or no regular file, or is one of the `inputs`, {flag: path}."""
+def prepare_output_folder(folder: Path, flag: str, file: Path | None = None, names: Iterable[str] = ()) -> None:
+    """Creates the folder of --`flag`, or of its `file`; proves that files can be written there (see `check_writable`),
+    and removes the temporary files that killed writers have left. Raises UserError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(folder, flag, file, error) from None
+    check_writable(folder, flag, file, names)
+    remove_temporaries(folder, file.name if file else "")
+
+
+def _not_writable(folder: Path, flag: str, file: Path | None, error: OSError) -> UserError:
+    fix = f"{NO_ROOM[error.errno]}, or choose" if error.errno in NO_ROOM else "choose"
+    kind = "file" if file else "folder"
+    return UserError(f"--{flag}={file or folder} cannot be written ({error.strerror}); {fix} another {kind}")
+
+
+def prepare_output_file(path: Path, flag: str, example: str, inputs: Mapping[str, str | None] | None = None) -> None:
+    """Prepares the folder of the file of --`flag`, named like `example`; see `prepare_output_folder`.
+
+    Raises UserError where it cannot be written, is a folder or no regular file, or is one of `inputs`, {flag: path}.
+    """
     if path.is_dir():
         raise UserError(f"--{flag}={path} is a folder; name the file to write, such as {path / example}")
     if path.exists() and not path.is_file():
@@ -375,7 +385,7 @@ def check_file_writable(path: Path, flag: str, example: str, inputs: Mapping[str
     for name, value in (inputs or {}).items():
         if value and Path(value).resolve() == path.resolve():
             raise UserError(f"--{flag}={path} is the file of --{name}, which would be lost; name another file")
-    check_writable(path.parent, flag, path)
+    prepare_output_folder(path.parent, flag, path)
 
 
 def check_free_space(path: Path, flag: str, num_bytes: int) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from utils.base.console import configure_output, warn
 from utils.base.devices import explaining_out_of_memory
 from utils.base.errors import UserError, WriteError
-from utils.base.files import check_writable
+from utils.base.files import check_writable, prepare_output_folder
 from utils.data.class_names import read_classes
 from utils.flags import reading
 from utils.flags.definitions import define_path, define_sampler_flags, define_tracker_flags, define_vae_flag
@@ -77,7 +77,7 @@ def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
     if config.batch_size is not None and config.batch_size < 1:
         raise UserError(f"--batch_size={config.batch_size}: use 1 or more")
     if config.out:
-        check_writable(Path(config.out), "out", creates=False, names=names)
+        check_writable(Path(config.out), "out", names=names)
     if config.save_samples:
         check_sample_path(config.save_samples)
 
@@ -143,7 +143,7 @@ def drawing(request: Request, names: tuple[str, ...]) -> Iterator[None]:
     Before the block it creates the folder; UserError if files of these `names` cannot be written there.
     """
     config, pictures = request.config, request.pictures
-    check_writable(pictures.folder, "out", names=names)
+    prepare_output_folder(pictures.folder, "out", names=names)
     try:
         with explaining_out_of_memory("sampling", "a smaller --batch_size"):
             yield

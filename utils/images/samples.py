@@ -24,13 +24,13 @@ from utils.base.files import (
     TEMPORARY,
     UNFINISHED,
     atomic_write,
-    check_file_writable,
     check_finished,
-    check_writable,
     explaining_full_disk,
     file_sha256,
     mark_finished,
     mark_unfinished,
+    prepare_output_file,
+    prepare_output_folder,
 )
 from utils.images.decoding import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, describe_range, open_image
 from utils.images.folders import is_system_name, scan, system_message
@@ -103,15 +103,15 @@ def holds_images(path: str | Path) -> bool:
 
 def check_sample_path(path: str | Path, inputs: Mapping[str, str | None] | None = None) -> None:
     """UserError where `SampleWriter` cannot write, or would have to remove something else than earlier samples; see
-    `check_file_writable`."""
+    `prepare_output_file`."""
     path = Path(path)
     if path.suffix == ".npz" and path.is_dir():
         raise UserError(f"--save_samples={path} is a folder; name a file, or a folder without .npz")
     if path.suffix == ".npz":
-        check_file_writable(path, "save_samples", "samples.npz", inputs)
+        prepare_output_file(path, "save_samples", "samples.npz", inputs)
         return
     if not path.exists():
-        check_writable(path.parent, "save_samples", path)
+        prepare_output_folder(path.parent, "save_samples", path)
         return
     if not path.is_dir():
         raise UserError(f"--save_samples={path} is a file; name an .npz or a folder")
@@ -119,7 +119,7 @@ def check_sample_path(path: str | Path, inputs: Mapping[str, str | None] | None 
     other = next((name for name in names if not TEMPORARY.fullmatch(name) and not _is_sample(path / name)), None)
     if other is not None:
         raise UserError(f"--save_samples={path} holds {printable(other)}, which is no sample; name a new folder")
-    check_writable(path, "save_samples")
+    prepare_output_folder(path, "save_samples")
 
 
 def _is_sample(file: Path) -> bool:

@@ -18,9 +18,10 @@ from utils.base.console import log
 from utils.base.errors import UserError
 from utils.base.files import (
     atomic_write,
-    check_file_writable,
     check_writable,
     explaining_full_disk,
+    prepare_output_file,
+    prepare_output_folder,
     write_json,
     write_text,
 )
@@ -45,9 +46,9 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     UserError where the run cannot be read or `out` cannot be written."""
     is_file = out.suffix == ".safetensors"
     if is_file:
-        check_file_writable(out, "out", EXPORTED)
+        prepare_output_file(out, "out", EXPORTED)
     else:
-        check_writable(out, "out", creates=False, names=(EXPORTED, *CARD))
+        check_writable(out, "out", names=(EXPORTED, *CARD))
     checkpoints, steps = open_checkpoint(load_dir)
     newest, config = checkpoints.restore_newest(checkpoints.restore_config, steps)
     name = "ema_params" if which == "ema" else "params"
@@ -66,7 +67,7 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
         raise UserError(f"--load_dir={load_dir} cannot be exported: {error}") from None
 
     if not is_file:
-        check_writable(out, "out")
+        prepare_output_folder(out, "out")
     file = out if is_file else out / EXPORTED
     write_safetensors(file, state, config)
     log(f"exported {which} parameters of step {step} of {load_dir}: {len(state)} tensors")

@@ -16,7 +16,7 @@ from utils.base.console import log, warn
 from utils.base.devices import make_mesh, replicated, shape_structs
 from utils.base.errors import AbsentVAEError, UserError
 from utils.base.external import BadFileError
-from utils.base.files import FolderLock, check_writable, refuse_url, write_json
+from utils.base.files import FolderLock, check_writable, prepare_output_folder, refuse_url, write_json
 from utils.codecs.absent import AbsentVAE
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.codecs.vae import StableVAE
@@ -191,7 +191,7 @@ def import_run(
     except BadFileError as error:
         raise UserError(f"--source={source_name}: {error}") from None
 
-    check_writable(out, "out")
+    prepare_output_folder(out, "out")
     with FolderLock(out).held("out"):
         check_new_run(out)  # which another process may have finished
         # The checkpoint last: with it, the run is whole.
@@ -210,7 +210,7 @@ def check_new_run(out: Path) -> None:
     stopped: a finished checkpoint, or the log of a training that has none yet."""
     if has_checkpoints(out) or any((out / name).exists() for name in ("configs", "metrics.jsonl")):
         raise UserError(f"--out={out} holds a run already; choose another folder")
-    check_writable(out, "out", creates=False)
+    check_writable(out, "out")
 
 
 def _choose_family(source: PublishedSource, family: str | None) -> str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from utils.base.console import log, show_result
 from utils.base.external import MAX_JSON_BYTES, BadFileError, parse_json
-from utils.base.files import atomic_write, check_file_writable, locked, read_bytes, set_aside, write_json
+from utils.base.files import atomic_write, locked, prepare_output_file, read_bytes, set_aside, write_json
 from utils.images import plotting
 from utils.metrics.metrics import metric_columns
 
@@ -142,9 +142,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def check_json_path(target: str | None, inputs: Mapping[str, str | None]) -> None:
-    """UserError where `write_json_rows` cannot write; see `check_file_writable`."""
+    """UserError where `write_json_rows` cannot write; see `prepare_output_file`."""
     if target and target != "-":
-        check_file_writable(Path(target), "json", "result.json", inputs)
+        prepare_output_file(Path(target), "json", "result.json", inputs)
 
 
 def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
