@@ -5,9 +5,8 @@ features are float32 whatever the compute dtype. Shape comments use b = batch, n
 h/w/c = image axes, p = patch.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,11 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
 
-from utils.base.settings import setting
-from utils.kernels.ops import AttentionForm, attention, dense, over_tokens, packed_attention, split_heads
+from utils.kernels.ops import (
+    AttentionForm,
+    attention,
+    choose_attention_for,
+    dense,
+    over_tokens,
+    packed_attention,
+    split_heads,
+)
+from utils.networks.dit_config import DiTConfig
+from utils.networks.network import NETWORKS, NetworkEntry
 
 TIMESTEP_FEATURES = 256
 
@@ -29,73 +37,6 @@ REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("dense"),  # matmuls with parameters, not attention's
     "blocks": jax.checkpoint_policies.nothing_saveable,  # its input alone
-}
-
-# Networks by the names of --model.network: called with (config, remat, attention_form), as DiT is, which is entered
-# below. Another one is a `Network` (utils/networks/models.py) and takes of these what it has use for.
-NETWORKS: dict[str, Callable[..., Any]] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """The architecture. This is its only list: --model.* flags, presets and the resume check derive from the fields.
-
-    `patch_size` divides the image sides, `num_heads` divides `hidden_size`, and `hidden_size` is a multiple of 4 (sines
-    and cosines of two axes).
-    """
-
-    patch_size: int = setting(8, "Side of a patch.", 1, 2**12)
-    hidden_size: int = setting(64, "Width of the transformer.", 4, 2**16)
-    depth: int = setting(2, "Transformer blocks.", 1, 1000)
-    num_heads: int = setting(2, "Attention heads.", 1, 2**16)
-    mlp_ratio: float = setting(1.0, "MLP width divided by --model.hidden_size.", 0, 100)
-    class_dropout_prob: float = setting(
-        0.1, "Probability of dropping a label in training, for classifier-free guidance.", 0, 1
-    )
-    num_classes: int = setting(1000, 'Number of labels; one more embedding stands for "no label".', 1, 10**8)
-    t_conditioning: int = setting(1, "0: the model is not conditioned on t.", 0, 1)
-    timestep_scale: float = setting(
-        10_000.0, "Factor of the time before its sinusoids: 10000 as jax-flow has it, 1 as SiT and DiT.", 1e-3, 1e6
-    )
-    step_conditioning: int = setting(0, "1: the model is also given the length of the step that it is asked for.", 0, 1)
-    learned_positions: int = setting(0, "1: the position table is a parameter, as jax-flow has it.", 0, 1)
-    learn_sigma: int = setting(0, "1: as many outputs again, the variance of a DiT's diffusion.", 0, 1)
-    norm: str = setting(
-        "layer", "layer: LayerNorm; rms: RMSNorm with a scale (LightningDiT).", choices=("layer", "rms")
-    )
-    mlp: str = setting("gelu", "gelu, or swiglu of as many parameters (LightningDiT).", choices=("gelu", "swiglu"))
-    rope: int = setting(0, "1: rotary positions in attention, too (LightningDiT).", 0, 1)
-    qk_norm: int = setting(0, "1: queries and keys are RMS-normalised.", 0, 1)
-    dtype: str = setting(
-        "bfloat16", "Compute dtype; parameters stay float32.", choices=("bfloat16", "float32"), is_fixed=False
-    )
-    network: str = setting("dit", "The network; docs/change_this.md adds one.", choices=NETWORKS)
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any] | ConfigDict) -> "DiTConfig":
-        """The configuration among the --model.* values of a run. What they lack (of older runs) has its default."""
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
-
-    @property
-    def mlp_width(self) -> int:
-        """Of the hidden layer; two thirds for SwiGLU, which has three matrices."""
-        width = int(self.mlp_ratio * self.hidden_size)
-        return int(2 / 3 * width) if self.mlp == "swiglu" else width
-
-
-SIZE_FIELDS = ("hidden_size", "patch_size", "depth", "num_heads", "mlp_ratio")
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
-# The recipe's presets, then the field's. A preset fills what the user left unset.
-PRESETS = {
-    "debug": dict(zip(SIZE_FIELDS, (64, 8, 2, 2, 1.0), strict=True)),
-    "big": dict(zip(SIZE_FIELDS, (768, 2, 12, 12, 4.0), strict=True)),
-    "semilarge": dict(zip(SIZE_FIELDS, (1024, 2, 22, 16, 4.0), strict=True)),
-    "large": dict(zip(SIZE_FIELDS, (1024, 2, 24, 16, 4.0), strict=True)),
-    "xlarge": dict(zip(SIZE_FIELDS, (1152, 2, 28, 16, 4.0), strict=True)),
-} | {
-    f"DiT-{name}/{patch}": dict(zip(SIZE_FIELDS, (width, patch, depth, heads, 4.0), strict=True))
-    for name, (width, depth, heads) in SIZES.items()
-    for patch in (2, 4, 8)
 }
 
 normal_init = nn.initializers.normal(0.02)
@@ -424,4 +365,9 @@ class DiT(nn.Module):
         return 2 * (config.depth * block + ends)
 
 
-NETWORKS["dit"] = DiT
+def build_dit(config: DiTConfig, remat: str, mesh: Mesh) -> DiT:
+    """Returns the network, with the form of attention that suits the devices of the mesh."""
+    return DiT(config, remat, choose_attention_for(mesh, config.head_dim, config.dtype))
+
+
+NETWORKS["dit"] = NetworkEntry(DiTConfig, build_dit)

@@ -33,46 +33,46 @@ KILLED, SURVIVED = 1, 0  # pytest's status for tests that failed, and for tests 
 # Each test with the faults that it has to notice: `file: text -> what stands there instead`.
 TABLE = """
 test_train_flow.py::test_training_and_validation_batches_are_of_their_splits
-  train_flow.py: self.datasets["validation"], config.batch_size -> self.datasets["train"], config.batch_size
+  utils/training/build.py: datasets["validation"], training.batch_size -> datasets["train"], training.batch_size
 test_train_flow.py::test_pictures_and_fid_are_of_the_ema_and_losses_of_the_parameters
-  train_flow.py: = ImageGenerator(self.model, state.ema_params -> = ImageGenerator(self.model, state.params
-  train_flow.py: from sample_panels(model, state.ema_params -> from sample_panels(model, state.params
-  train_flow.py: reconstruction_panel(model, state.ema_params -> reconstruction_panel(model, state.params
-  train_flow.py: generate(sampler, config.fid_samples -> generate(sampler, 10_000
-  train_flow.py: weights=config.inception_weights, convention -> weights=None, convention
-  train_flow.py: find_convention(self.reference, config.convention) -> find_convention(self.reference, "adm")
+  utils/training/evaluation.py: = ImageGenerator(run.model, state.ema_params -> = ImageGenerator(run.model, state.params
+  utils/training/evaluation.py: from sample_panels(model, state.ema_params -> from sample_panels(model, state.params
+  utils/training/evaluation.py: reconstruction_panel(model, state.ema_params -> reconstruction_panel(model, state.params
+  utils/training/evaluation.py: generate(sampler, num_samples -> generate(sampler, 10_000
+  utils/training/build.py: weights=evaluation.inception_weights, convention -> weights=None, convention
+  utils/training/build.py: find_convention(statistics, evaluation.convention) -> find_convention(statistics, "adm")
 test_train_flow.py::test_weight_decay_reaches_the_optimizer
-  train_flow.py: weight_decay=config.weight_decay, ->
+  utils/training/build.py: weight_decay=settings.weight_decay, ->
 test_train_flow.py::test_clipping_reaches_the_optimizer
-  train_flow.py: grad_clip=config.grad_clip, ->
+  utils/training/build.py: grad_clip=settings.grad_clip, ->
 test_train_flow.py::test_the_decays_of_adam_reach_the_optimizer
-  train_flow.py: config.model.beta2 -> 0.99
+  utils/training/build.py: settings.beta2 -> 0.99
 test_train_flow.py::test_rate_warm_up_and_cosine_reach_the_optimizer
-  train_flow.py: warmup_steps=config.warmup_steps, ->
+  utils/training/build.py: warmup_steps=settings.warmup_steps, ->
 test_train_flow.py::test_the_state_is_split_as_the_flag_says
-  train_flow.py: state_sharding(shapes, self.mesh, self.config.sharding) -> state_sharding(shapes, self.mesh, "dp")
+  utils/training/build.py: run.config.devices.sharding)) -> "dp"))
 test_train_flow.py::test_the_flops_of_a_step_are_those_the_compiler_counts
-  train_flow.py: self.flops_per_step = 3 * -> self.flops_per_step =
+  utils/training/build.py: return 3 * self.config -> return self.config
 test_train_flow.py::test_decay_of_the_ema_and_what_saves_memory_reach_the_step
-  train_flow.py: remat=config.remat, ->
+  utils/training/build.py: remat=config.devices.remat, ->
 test_train_flow.py::test_images_are_mirrored_on_request
-  utils/flags/reading.py: None if flip is None else bool(flip) -> None
+  utils/runs/config.py: None if self.random_flip is None else bool(self.random_flip) -> None
 test_train_flow.py::test_the_seed_is_that_of_the_first_state
-  train_flow.py: =shardings)(jax.random.key(self.config.seed)) -> =shardings)(jax.random.key(0))
+  utils/training/build.py: key = jax.random.key(run.config.training.seed) -> key = jax.random.key(0)
 test_config.py::test_options_of_the_data_are_those_of_the_flags
-  utils/flags/reading.py: config.max_megapixels, -> 500.0,
-  utils/flags/reading.py: config.broken_images, -> "refuse",
+  utils/runs/config.py: self.max_megapixels, flip -> 500.0, flip
+  utils/runs/config.py: self.broken_images, -> "refuse",
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
-  train_flow.py: config.keep_last, config.keep_every) -> config.keep_last)
-  train_flow.py: Checkpoints(self.folder, config.keep_last -> Checkpoints(self.folder, 2
-  train_flow.py: config.save_interval, config.save_minutes, -> config.save_interval, 15,
-  train_flow.py: trainer.flops_per_step, config.peak_tflops) -> trainer.flops_per_step, 1000)
+  utils/training/loop.py: keep.keep_last, keep.keep_every) -> keep.keep_last)
+  utils/training/loop.py: Checkpoints(run.folder, keep.keep_last -> Checkpoints(run.folder, 2
+  utils/training/loop.py: config.checkpoints.save_minutes -> 15
+  utils/training/loop.py: run.flops_per_step, config.logging.peak_tflops) -> run.flops_per_step, 1000)
 test_train_step.py::test_the_teacher_of_an_objective_is_the_ema
   utils/training/step.py: model_fn(model, ema_params)) -> model_fn(model, params))
 test_few_steps.py::test_dropped_labels_are_learned_without_a_step
   utils/objectives/mean_flow.py: h = jnp.where(is_dropped, -> h = jnp.where(is_dropped & False,
 test_config.py::test_what_a_run_keeps_cannot_be_another_when_it_resumes
-  diffusion_transformer.py: "Attention heads.", 1, 2**16 -> "Attention heads.", 1, 2**16, is_fixed=False
+  utils/networks/dit_config.py: "Attention heads.", 1, 2**16 -> "Attention heads.", 1, 2**16, is_fixed=False
 test_checkpoint.py::test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says
   utils/training/progress.py: jax.process_count() > 1 and self.pause < math.inf -> False
   utils/training/progress.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
@@ -105,8 +105,8 @@ test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
   eval_fid.py: self.settings["empty_classes"] = list(self.model.empty_classes) -> pass
   utils/runs/opening.py: class_names"], empty_classes=empty) -> class_names"])
 test_programs.py::test_updates_that_are_not_finite_are_left_out_until_there_are_too_many
-  train_flow.py: "skips_nonfinite": self.config.skip_nonfinite > 0 -> "skips_nonfinite": False
-  train_flow.py: SkippedUpdates(config.skip_nonfinite, -> SkippedUpdates(2,
+  utils/training/loop.py: "skips_nonfinite": run.config.optimizer.skip_nonfinite > 0 -> "skips_nonfinite": False
+  utils/training/loop.py: SkippedUpdates(config.optimizer.skip_nonfinite, -> SkippedUpdates(2,
 test_likelihood.py::test_what_is_measured_is_what_the_flags_say
   likelihood.py: jax.random.key(self.config.seed) -> jax.random.key(0)
   likelihood.py: LikelihoodConfig(config.num_probes, -> LikelihoodConfig(1,
@@ -135,13 +135,13 @@ test_vae.py::test_what_is_saved_is_the_same_network_to_diffusers
 test_convert_checkpoint.py::test_what_wrappers_put_before_names_is_no_part_of_them
   utils/convert/sources.py: [model for model in known if model.is_ema] or known -> known[:1]
 test_saved_config.py::test_settings_that_cannot_be_are_named
-  utils/runs/config.py: type(value) is int and low <= value <= high -> type(value) is int
+  utils/runs/saved_config.py: type(value) is int and low <= value <= high -> type(value) is int
 test_saved_config.py::test_neither_exported_files_nor_checkpoints_of_others_are_trusted
   utils/runs/checkpoint.py: if sums is not None:  # which -> if False:  # which
 test_checkpoint.py::test_another_x64_is_no_damage_and_is_named
   utils/runs/checkpoint.py: self._check_types(step, targets) -> pass
 test_resume.py::test_changed_settings_are_said_and_another_objective_is_refused
-  train_flow.py: , "jax": jax_settings()} -> }
+  utils/training/build.py: "jax": jax_settings(), ->
 test_environment.py::test_an_environment_in_which_nothing_runs_is_one_line
   utils/flags/program.py: start_devices() -> pass
   utils/flags/program.py: check_jax_settings() -> pass

@@ -111,6 +111,14 @@ def weights() -> Path:
 
 
 @pytest.fixture
+def configure(read_flags):
+    """configure(words) -> RunConfig of that command line of train_flow.py."""
+    import train_flow  # after the hook above
+
+    return lambda words: train_flow.configure(read_flags(train_flow, [*map(str, words)]))
+
+
+@pytest.fixture
 def read_flags():
     """read_flags(program, words) -> configuration of that command line; the flags are gone again afterwards."""
     builtin = set(flags.FLAGS)

@@ -89,9 +89,8 @@ def test_an_iterable_is_a_data_set(run):
 
 def test_an_own_network_and_loss_learn_in_an_own_loop(run):
     names = run("data", "network", "loss", "loop", "fit")
-    losses = names["losses"]
-    assert np.isfinite(losses).all()
-    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    losses = [line["training/l2_loss"] for line in read_metrics(Path("runs/python/metrics.jsonl"))]
+    assert losses[-1] < 0.7 * losses[0]
     assert (names["images"].shape, names["images"].dtype) == ((2, 8, 8, 1), np.uint8)
     cat, dog = names["images"].mean((1, 2, 3))
     assert cat < dog

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def printed_commands(output: str) -> dict[str, str]:
 
 
 def test_training_ends_with_commands_for_its_data(photographs, read_flags, capsys, signal_handlers, monkeypatch):
-    monkeypatch.setattr(train_flow, "train", lambda *_: 1)
+    monkeypatch.setattr(train_flow, "train", lambda *_: SimpleNamespace(step=1))
     train(photographs, read_flags)
     printed = printed_commands(capsys.readouterr().out)
     words = {purpose: shlex.split(command)[2:] for purpose, command in printed.items()}

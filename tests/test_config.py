@@ -8,13 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
-from ml_collections import ConfigDict
 
 import compute_fid_stats
 import encode_latents
 import eval_fid
 import train_flow
-from utils.base import checks
 from utils.base.devices import check_batch_size, make_mesh
 from utils.base.errors import UserError
 from utils.base.files import check_free_space, prepare_output_folder
@@ -23,11 +21,15 @@ from utils.data.dataset import DataOptions
 from utils.flags import reading
 from utils.networks.ema import EmaSchedule
 from utils.networks.models import init_params, make_model
+from utils.networks.network import NetworkConfig
 from utils.objectives.flow_matching import FlowMatching
+from utils.runs.config import RunConfig
 from utils.runs.resume import check_settings
+from utils.runs.saved_config import read_config
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 from utils.sampling.samplers import can_guide, guidance_scale
 from utils.sampling.solvers import SamplerConfig
+from utils.training.configure import translate_spellings
 
 DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4"
 
@@ -38,14 +40,20 @@ def parse(read_flags):
     return lambda line, program=train_flow: read_flags(program, line.split())
 
 
-def count_parameters(model: ConfigDict, shape=(32, 32, 4)) -> int:
+@pytest.fixture
+def config_of(configure):
+    """config_of('--flag value ...') -> the configuration of that run."""
+    return lambda line: configure(line.split())
+
+
+def count_parameters(model: NetworkConfig, shape=(32, 32, 4)) -> int:
     image_model = make_model(model, FlowMatching(), PixelCodec(), make_mesh(), shape, ("a",))
     shapes = jax.eval_shape(lambda key: init_params(image_model, key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def test_defaults_are_the_recipe(parse):
-    config = parse("")
+def test_defaults_are_the_recipe(config_of, parse):
+    config = config_of("")
     recipe = {
         "dataset_name": "imagenet256", "log_interval": 1000, "eval_interval": 50_000, "save_interval": 200_000,
         "batch_size": 256, "max_steps": 1_000_000,
@@ -56,8 +64,8 @@ def test_defaults_are_the_recipe(parse):
         "target_update_rate": 0.9999, "t_sampler": "logit_normal", "t_conditioning": 1, "preset": "debug",
         "use_stable_vae": 1,
     }  # fmt: skip
-    assert recipe.items() <= config.to_dict().items()
-    assert recipe_model.items() <= config.model.to_dict().items()
+    assert recipe.items() <= config.to_json().items()
+    assert recipe_model.items() <= config.to_json()["model"].items()
     assert config.wandb.project == "flow"
     assert config.wandb.name == "flow_imagenet256"
     assert {"use_cfg": 1, "num_samples": 50_000}.items() <= parse("", eval_fid).to_dict().items()
@@ -81,52 +89,52 @@ def test_defaults_are_the_recipe(parse):
         ("DiT-XL/2", (1152, 2, 28, 16, 4), 675),
     ],
 )
-def test_presets(parse, preset, sizes, millions):
-    model = parse(f"--model.preset {preset}").model
+def test_presets(config_of, preset, sizes, millions):
+    model = config_of(f"--model.preset {preset}").model
     assert (model.hidden_size, model.patch_size, model.depth, model.num_heads, model.mlp_ratio) == sizes
     if millions:
         assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
-def test_the_big_preset_has_the_recipes_parameters(parse):
+def test_the_big_preset_has_the_recipes_parameters(config_of):
     """But for the position table, which jax-flow counts and which is a constant here."""
-    assert count_parameters(parse("--model.preset big").model) == 130_500_112 - 196_608
+    assert count_parameters(config_of("--model.preset big").model) == 130_500_112 - 196_608
 
 
-def test_explicit_flags_win_over_the_preset_whatever_their_order(parse):
+def test_explicit_flags_win_over_the_preset_whatever_their_order(config_of):
     for line in ("--model.preset big --model.depth 3", "--model.depth 3 --model.preset big"):
-        model = parse(line).model
+        model = config_of(line).model
         assert (model.depth, model.hidden_size, model.num_heads) == (3, 768, 12)
     # Also where the value given is the flag's default.
-    assert parse("--model.preset big --model.depth 2").model.depth == 2
+    assert config_of("--model.preset big --model.depth 2").model.depth == 2
 
 
-def test_recipe_commands_are_dit_b(parse):
-    model = parse(f"--dataset_name imagenet256 --wandb.name DiT-B {DIT_B} --batch_size 512").model
+def test_recipe_commands_are_dit_b(config_of):
+    model = config_of(f"--dataset_name imagenet256 --wandb.name DiT-B {DIT_B} --batch_size 512").model
     assert count_parameters(model) == 130_500_112 - 196_608
-    pixels = parse(f"{DIT_B.replace('patch_size 2', 'patch_size 8')} --use_stable_vae 0").model
-    assert pixels.use_stable_vae == 0
-    assert pixels.patch_size == 8
+    pixels = config_of(f"{DIT_B.replace('patch_size 2', 'patch_size 8')} --use_stable_vae 0")
+    assert pixels.codec.use_stable_vae == 0
+    assert pixels.model.patch_size == 8
 
 
-def test_both_spellings_of_use_stable_vae(parse):
-    assert parse("--use_stable_vae 0").model.use_stable_vae == 0
-    assert parse("--model.use_stable_vae 0").model.use_stable_vae == 0
-    assert parse("--model.use_stable_vae=0 --use_stable_vae=0").model.use_stable_vae == 0
+def test_both_spellings_of_use_stable_vae(config_of):
+    assert config_of("--use_stable_vae 0").codec.use_stable_vae == 0
+    assert config_of("--model.use_stable_vae 0").codec.use_stable_vae == 0
+    assert config_of("--model.use_stable_vae=0 --use_stable_vae=0").codec.use_stable_vae == 0
     with pytest.raises(UserError, match="contradicts"):
-        parse("--model.use_stable_vae 0 --use_stable_vae 1")
+        config_of("--model.use_stable_vae 0 --use_stable_vae 1")
 
 
-def test_wandb_mode(parse, monkeypatch):
+def test_wandb_mode(config_of, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert parse("").wandb.mode == "online"
-    assert parse("--wandb.offline").wandb.mode == "offline"
-    assert parse("--wandb.mode disabled").wandb.mode == "disabled"
+    assert config_of("").wandb.mode == "online"
+    assert config_of("--wandb.offline").wandb.mode == "offline"
+    assert config_of("--wandb.mode disabled").wandb.mode == "disabled"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert parse("").wandb.mode == "offline"
-    assert parse("--wandb.mode disabled").wandb.mode == "disabled"
+    assert config_of("").wandb.mode == "offline"
+    assert config_of("--wandb.mode disabled").wandb.mode == "disabled"
     with pytest.raises(UserError, match="contradicts"):
-        parse("--wandb.offline --wandb.mode online")
+        config_of("--wandb.offline --wandb.mode online")
 
 
 @pytest.mark.parametrize(
@@ -163,15 +171,15 @@ def test_unreadable_flags_are_refused_in_one_line(parse, line, words):
         ("--model.beta2 1", ["--model.beta2=1"]),
     ],
 )
-def test_impossible_models_are_refused(parse, line, words):
+def test_impossible_models_are_refused(config_of, line, words):
     with pytest.raises(UserError) as error:
-        checks.check_model(parse(line).model, (32, 32, 4))
+        config_of(line).model.check((32, 32, 4))
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_options_of_the_data_are_those_of_the_flags(parse):
+def test_options_of_the_data_are_those_of_the_flags(config_of, parse):
     line = "--data_dir x --image_size 32 --broken_images skip --max_megapixels 3 --random_flip 0"
-    assert reading.read_data_options(parse(line)) == DataOptions("x", 32, "skip", 3.0, False)
+    assert config_of(f"--dataset_name folder:x {line}").data.options == DataOptions("x", 32, "skip", 3.0, False)
     assert reading.read_data_options(parse("--data_dir x", compute_fid_stats)) == DataOptions("x")
 
 
@@ -200,9 +208,9 @@ def test_processes_that_look_at_one_folder_do_not_disturb_each_other(tmp_path):
     assert not os.listdir(tmp_path / "run")
 
 
-def test_run_folder_is_named_after_the_run(parse):
-    assert str(reading.run_folder(parse("--dataset_name folder:/data/cats"))) == "runs/flow_folder_data_cats"
-    assert str(reading.run_folder(parse("--save_dir /tmp/x"))) == "/tmp/x"
+def test_run_folder_is_named_after_the_run(config_of):
+    assert str(config_of("--dataset_name folder:/data/cats").folder) == "runs/flow_folder_data_cats"
+    assert str(config_of("--save_dir /tmp/x").folder) == "/tmp/x"
 
 
 def test_legacy_values_end_at_the_flags():
@@ -280,7 +288,7 @@ def test_a_tilde_is_expanded_once_in_every_path(parse, monkeypatch, tmp_path):
 def test_flags_without_effect_are_refused(parse, program, line, message):
     config = parse(line, program)
     with pytest.raises(UserError, match=message):
-        program.refuse_ignored(config)
+        (train_flow.configure if program is train_flow else program.refuse_ignored)(config)
 
 
 @pytest.mark.parametrize(
@@ -295,8 +303,8 @@ def test_a_data_dir_that_nothing_reads_is_said(parse, name, is_said, capfd):
 @pytest.mark.parametrize(
     "line", ["--model.depth 3", "--model.lr 1", "--model.t_conditioning 0", "--model.preset big", "--use_stable_vae 0"]
 )
-def test_eval_takes_the_models_values_from_the_run(parse, line):
-    saved = parse("").model.to_dict()
+def test_eval_takes_the_models_values_from_the_run(config_of, parse, line):
+    saved = config_of("").to_json()["model"]
     parse(line, eval_fid)
     with pytest.raises(UserError, match=f"{line.replace(' ', '=')}.*, but the run of --load_dir has .*; leave "):
         reading.override_model(saved)
@@ -323,10 +331,22 @@ KEPT = """
 """.split()  # noqa: SIM905 (flags, as one types them)
 
 
+@pytest.fixture
+def record(parse):
+    """record('--flag value ...', name=value) -> what a run of that command line saves, with such a data set."""
+
+    def make(line, **data):
+        values = reading.flatten(parse(line))
+        given = {name: value for name, value in values.items() if reading.is_explicit(name) and value is not None}
+        facts = {"name": "x", "image_shape": [64, 64, 3], "class_names": ["a"], "vae": None, "vae_sha256": None}
+        return RunConfig.from_settings(translate_spellings(given)).to_json() | {"dataset": facts | data}
+
+    return make
+
+
 @pytest.mark.parametrize("flag", KEPT)
-def test_what_a_run_keeps_cannot_be_another_when_it_resumes(parse, tmp_path, flag):
-    recorded = {"dataset": {"vae": None, "vae_sha256": None}}
-    saved, changed = (parse(line).to_dict() | recorded for line in ("--save_dir x", f"--save_dir x --{flag}"))
+def test_what_a_run_keeps_cannot_be_another_when_it_resumes(record, tmp_path, flag):
+    saved, changed = (record(line) for line in ("--save_dir x", f"--save_dir x --{flag}"))
     name = re.escape(flag.partition("=")[0])
     with pytest.raises(UserError, match=rf"holds a run with --{name}=\S+, not \S+: give that value"):
         check_settings(changed, saved, tmp_path)
@@ -335,32 +355,31 @@ def test_what_a_run_keeps_cannot_be_another_when_it_resumes(parse, tmp_path, fla
 
 
 @pytest.mark.parametrize("flag", ["objective.distill=1", *KEPT[KEPT.index("freeze=blocks") :]])
-def test_a_run_from_before_a_flag_keeps_its_default(parse, tmp_path, flag):
-    recorded = {"dataset": {"vae": None, "vae_sha256": None}}
-    saved, changed = (parse(line).to_dict() | recorded for line in ("--save_dir x", f"--save_dir x --{flag}"))
+def test_a_run_from_before_a_flag_keeps_its_default(record, tmp_path, flag):
+    saved, changed = (record(line) for line in ("--save_dir x", f"--save_dir x --{flag}"))
     group, _, name = flag.partition("=")[0].rpartition(".")
     before = copy.deepcopy(saved)
     del (before[group] if group else before)[name]
+    before = read_config(before)
     assert check_settings(saved, before, tmp_path) == {}
     with pytest.raises(UserError, match=f"--{re.escape(flag.partition('=')[0])}="):
         check_settings(changed, before, tmp_path)
 
 
-def test_another_objective_source_or_vae_does_not_resume(parse, tmp_path):
-    recorded = {"dataset": {"vae": "some/vae", "vae_sha256": "0"}}
-    saved = parse("--save_dir x").to_dict() | recorded
-    check_settings(parse("--save_dir x --max_steps 5 --model.lr 1").to_dict() | recorded, saved, tmp_path)
+def test_another_objective_source_or_vae_does_not_resume(record, tmp_path):
+    vae = {"vae": "some/vae", "vae_sha256": "0"}
+    saved = record("--save_dir x", **vae)
+    check_settings(record("--save_dir x --max_steps 5 --model.lr 1", **vae), saved, tmp_path)
     same = "--model.timestep_scale 10000 --model.step_conditioning 0"  # of which a shortcut model has other defaults
     for line, name in (
         (f"--objective.name shortcut {same}", "objective.name=flow_matching, not shortcut"),
         ("--load_dir another/run", "load_dir=another/run"),
     ):
         with pytest.raises(UserError, match=name):
-            check_settings(parse(line).to_dict() | recorded, saved, tmp_path)
-    other = {"dataset": {"vae": "other/vae", "vae_sha256": "1"}}
+            check_settings(record(line, **vae), saved, tmp_path)
     with pytest.raises(UserError, match="--vae=some/vae, which is not other/vae"):
-        check_settings(parse("--save_dir x").to_dict() | other, saved, tmp_path)
-    check_settings(parse("").to_dict() | {"dataset": {"vae": "copy", "vae_sha256": "0"}}, saved, tmp_path)
+        check_settings(record("--save_dir x", vae="other/vae", vae_sha256="1"), saved, tmp_path)
+    check_settings(record("", vae="copy", vae_sha256="0"), saved, tmp_path)
 
 
 def samplers(words: str, parse):
@@ -413,7 +432,7 @@ def test_what_others_call_it_is_answered_with_the_flag(parse, words, message):
 
 def test_numbers_are_understood_as_people_write_them(parse):
     config = parse("--max_steps 1e3 --debug_overfit True --use_stable_vae False --random_flip=false")
-    assert (config.max_steps, config.debug_overfit, config.model.use_stable_vae, config.random_flip) == (1000, 1, 0, 0)
+    assert (config.max_steps, config.debug_overfit, config.use_stable_vae, config.random_flip) == (1000, 1, 0, 0)
     assert [sampler.num_steps for sampler in samplers("--denoise_timesteps 1e2,20", parse)] == [100, 20]
 
 

@@ -16,9 +16,9 @@ from utils.base.devices import RECORDED, compare_jax_settings, jax_settings, mak
 from utils.convert.sources import read_source
 from utils.networks.models import init_params
 from utils.runs.checkpoint import Checkpoints
-from utils.runs.config import read_config
 from utils.runs.export import export_run
 from utils.runs.opening import load_generator, load_model
+from utils.runs.saved_config import read_config
 from utils.training.fine_tune import Source, start_from
 
 

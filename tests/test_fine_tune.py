@@ -8,7 +8,6 @@ import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-import train_flow
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import run_program
 from utils.base.errors import UserError
@@ -19,6 +18,7 @@ from utils.networks.lora import add_lora, merge_lora
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import export_run
 from utils.runs.opening import load_generator, open_checkpoint
+from utils.training.build import build_run
 from utils.training.fine_tune import adapt_params, frozen_beside_lora, read_frozen
 from utils.training.state import apply_gradients, create_train_state, freeze_parts, learning_rate, make_optimizer
 
@@ -276,15 +276,15 @@ def test_another_size_takes_the_network_as_it_is(digits, base, tmp_path):
     ],
 )
 @tuned
-def test_what_does_not_fit_is_one_line(read_flags, digits, base, tmp_path, line, message):
+def test_what_does_not_fit_is_one_line(configure, digits, base, tmp_path, line, message):
     words = [*TUNE, "--dataset_name", f"folder:{digits / 'high'}", "--load_dir", base, "--save_dir", tmp_path / "run"]
     with pytest.raises(UserError, match=message):
-        train_flow.Trainer(read_flags(train_flow, [*map(str, words), *line.split()])).open_run()
+        build_run(configure([*words, *line.split()]))
     assert not (tmp_path / "run" / "checkpoints").exists() or not Checkpoints(tmp_path / "run").steps()
 
 
-def test_tuning_flags_need_a_source(read_flags, tmp_path):
+def test_tuning_flags_need_a_source(configure, tmp_path):
     for line in ("--freeze blocks", "--lora_rank 2"):
         words = [*TINY, "--dataset_name", "digits", "--model.num_classes", "10", "--save_dir", str(tmp_path)]
         with pytest.raises(UserError, match=f"{line.split()[0]}=.* has no effect without --load_dir"):
-            train_flow.Trainer(read_flags(train_flow, [*words, *line.split()]))
+            configure([*words, *line.split()])

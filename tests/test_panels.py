@@ -1,24 +1,23 @@
 """What training looks at, with networks whose answer is known: every panel shows what its title says."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 
-import train_flow
 from diffusion_transformer import DiTConfig
-from train_flow import Trainer
 from utils.base.devices import make_mesh
 from utils.codecs.pixels import PixelCodec
 from utils.data.dataset import PixelBatch
 from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching
+from utils.runs.config import RunConfig
 from utils.sampling.solvers import SamplerConfig
-from utils.training.panels import loss_by_time, panel_labels, reconstruction_panel, sample_panels
+from utils.training import evaluation
+from utils.training.build import build_run
+from utils.training.evaluation import loss_by_time, panel_labels, reconstruction_panel, sample_panels
+from utils.training.state import TrainState
 
 NUM_CLASSES = 10
 
@@ -143,26 +142,25 @@ def test_panels_show_every_class_with_images_over_the_evaluations(model):
 @pytest.mark.parametrize(("interval", "max_steps"), [(400, 2100), (1000, 4000), (50_000, 100_000), (3, 10)])
 def test_evaluations_are_counted_from_the_step_alone(interval, max_steps):
     """So that a run that goes on shows what it would have shown."""
-    trainer = object.__new__(Trainer)
-    trainer.config = ConfigDict({"eval_interval": interval, "max_steps": max_steps})
-    due = [step for step in range(1, max_steps + 1) if trainer.is_evaluation_due(step)]
-    assert [trainer.count_evaluations(step) for step in due] == list(range(len(due)))
+    config = RunConfig.from_settings({"eval_interval": interval, "max_steps": max_steps})
+    due = [step for step in range(1, max_steps + 1) if evaluation.is_evaluation_due(config, step)]
+    assert [evaluation.count_evaluations(config, step) for step in due] == list(range(len(due)))
 
 
-def test_a_training_says_which_evaluation_which_scale_and_which_classes(read_flags, tmp_path, monkeypatch):
+def test_a_training_says_which_evaluation_which_scale_and_which_classes(configure, tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "twelve.npz", images=images, labels=1 + np.arange(60) % 11)
     words = f"--dataset_name npz:{tmp_path}/twelve.npz --use_stable_vae 0 --batch_size 8 --eval_interval 500"
     words += " --model.hidden_size 8 --model.depth 1 --model.num_heads 1 --model.num_classes 12 --model.cfg_scale 2.5"
     words += " --model.patch_size 4 --wandb.mode disabled"
-    trainer = Trainer(read_flags(train_flow, words.split()))
+    run = build_run(configure(words.split()))
     shown = []
-    monkeypatch.setattr(train_flow, "sample_panels", lambda *args, **kwargs: shown.append((args, kwargs)) or ())
-    monkeypatch.setattr(train_flow, "loss_by_time", lambda *_: {})
-    monkeypatch.setattr(train_flow, "reconstruction_panel", lambda *_: None)
-    monkeypatch.setattr(train_flow.ImageGenerator, "straightness", lambda _: 0.0)
-    state = SimpleNamespace(key=jax.random.key(0), params="raw", ema_params="EMA", step=1500)
-    list(trainer.evaluate(state, None))
+    monkeypatch.setattr(evaluation, "sample_panels", lambda *args, **kwargs: shown.append((args, kwargs)) or ())
+    monkeypatch.setattr(evaluation, "loss_by_time", lambda *_: {})
+    monkeypatch.setattr(evaluation, "reconstruction_panel", lambda *_: None)
+    monkeypatch.setattr(evaluation.ImageGenerator, "straightness", lambda _: 0.0)
+    state = TrainState(step=1500, params="raw", ema_params="EMA", opt_state=None, key=jax.random.key(0))
+    list(evaluation.evaluate(run, state, None))
     ((model, params, _, sampler), of_ema), ((_, raw, *_), of_raw) = shown
     assert (params, raw, sampler.cfg_scale) == ("EMA", "raw", 2.5)
     assert of_ema["number"] == of_raw["number"] == 2  # after those of steps 500 and 1000

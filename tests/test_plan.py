@@ -4,11 +4,12 @@ import re
 
 import pytest
 
-import train_flow
 from utils.base.console import format_duration
 from utils.base.devices import memory_needed
 from utils.base.errors import UserError
+from utils.training import loop
 from utils.training.advice import MemoryModel, batch_structs, bytes_on_device
+from utils.training.build import build_run, state_structs
 
 RUN = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2
@@ -17,9 +18,8 @@ RUN = """
 
 
 @pytest.fixture
-def trainer(read_flags, tmp_path):
-    words = ["--plan", "1", "--max_steps", "500", "--save_dir", str(tmp_path / "run")]
-    return train_flow.Trainer(read_flags(train_flow, [*RUN, *words]))
+def run(configure, tmp_path):
+    return build_run(configure([*RUN, "--plan", "1", "--max_steps", "500", "--save_dir", tmp_path / "run"]))
 
 
 def test_a_line_through_two_batches():
@@ -30,21 +30,21 @@ def test_a_line_through_two_batches():
     assert memory.largest_batch(500, multiple=1) == 0
 
 
-def test_the_plan_is_what_the_compiler_says_of_another_batch(trainer, tmp_path, monkeypatch):
-    needed, compile_train_step = {}, trainer.compile_train_step
+def test_the_plan_is_what_the_compiler_says_of_another_batch(run, tmp_path, monkeypatch):
+    needed, compile_train_step = {}, loop.compile_train_step
 
-    def record(state, batch):
-        compiled = compile_train_step(state, batch)
+    def record(run, state, batch):
+        compiled = compile_train_step(run, state, batch)
         needed[len(batch.condition)] = memory_needed(compiled)
         return compiled
 
-    monkeypatch.setattr(trainer, "compile_train_step", record)
-    lines = list(trainer.plan())
+    monkeypatch.setattr(loop, "compile_train_step", record)
+    lines = list(loop.plan_run(run))
     assert set(needed) == {32, 64}
     memory = MemoryModel(needed)
 
-    state = trainer.state_structs()
-    actual = memory_needed(compile_train_step(state, batch_structs(trainer.validation_batch, 128)))
+    state = state_structs(run)
+    actual = memory_needed(compile_train_step(run, state, batch_structs(run.validation_batch, 128)))
     assert memory.bytes_of(128) == pytest.approx(actual, rel=0.05)
     assert " parameters, " in lines[0]
     assert f"memory at batch 64, on a device of this kind: {needed[64] / 2**20:,.0f} MiB" in lines
@@ -57,14 +57,14 @@ def test_the_plan_is_what_the_compiler_says_of_another_batch(trainer, tmp_path, 
     seconds = float(count) * {"second": 1, "minute": 60, "hour": 3600}[unit]
     assert seconds == pytest.approx(500 * 64 / float(rate.replace(",", "")), rel=0.1)
     (h100,) = [line for line in lines if "H100" in line]
-    rate = 0.4 * 989e12 / (trainer.flops_per_step / 64)
+    rate = 0.4 * 989e12 / (run.flops_per_step / 64)
     assert h100.endswith(f"{rate:,.0f} images/s, less than a second")
     assert not (tmp_path / "run").exists()  # nothing is made
 
 
-def test_a_plan_is_of_training_from_scratch(read_flags, tmp_path):
+def test_a_plan_is_of_training_from_scratch(configure, tmp_path):
     with pytest.raises(UserError, match=r"--load_dir=.* has no effect with --plan"):
-        train_flow.Trainer(read_flags(train_flow, [*RUN, "--plan", "1", "--load_dir", str(tmp_path / "none")]))
+        configure([*RUN, "--plan", "1", "--load_dir", tmp_path / "none"])
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,8 @@ def read_layout() -> dict[str, list[str]]:
             package = packages.setdefault(line.split()[0], [])
             folder = line.split()[0] if line.startswith("utils/") else ""
         elif line:
-            package.append(folder + line.split()[0])
+            name = line.split()[0]
+            package.append(name if (ROOT / name).is_file() else folder + name)
     return packages
 
 

@@ -21,8 +21,8 @@ from utils.convert.published import export_published
 from utils.convert.sources import METADATA_KEY, PublishedSource, read_source
 from utils.networks.models import init_params, model_fn
 from utils.runs.checkpoint import Checkpoints
-from utils.runs.config import check_parameters, read_config
 from utils.runs.opening import import_run, load_generator, load_model
+from utils.runs.saved_config import check_parameters, read_config
 
 DIT = DiTConfig(patch_size=2, hidden_size=24, depth=1, num_heads=3, num_classes=2, dtype="float32")
 OPTIMIZER = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "target_update_rate": 0.9999, "cfg_scale": 4.0}
@@ -32,6 +32,11 @@ CONFIG = {
     "batch_size": 8,
     "image_size": None,
     "lora_rank": 0,
+    "freeze": [],
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "grad_clip": None,
+    "lr_schedule": "constant",
     "frozen": [],
     "save_dir": "runs/a",
     "model": DIT.__dict__
@@ -123,7 +128,7 @@ def test_whole_configurations_are_read_as_they_are(sample_shape):
         "dit",
         "logit_normal",
     )
-    assert found["objective"] == {"name": "flow_matching"}
+    assert found["objective"] == {"name": "flow_matching", "distill": 0}
     assert found["dataset"]["name"] == "digits"
     assert "rope" not in oldest["model"]
     # The VAE of a run that does not say its latents' shape may have any number of channels, and any factor.

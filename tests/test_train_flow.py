@@ -1,5 +1,6 @@
 """The wiring of train_flow.py: every flag and every part arrives where it is used; nothing is trained here."""
 
+import dataclasses
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-import train_flow
 from utils.base.devices import SHARDING_MODES, replicated
 from utils.data.dataset import SPLITS
 from utils.data.loaders import load_dataset
@@ -18,6 +18,8 @@ from utils.metrics.extractors import POOL
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.networks.ema import EmaSchedule
 from utils.sampling.solvers import SamplerConfig
+from utils.training import build, evaluation
+from utils.training.build import Run, build_run, make_state, state_structs
 from utils.training.state import create_train_state
 from utils.training.step import jit_train_step
 
@@ -28,14 +30,9 @@ DIGITS = """
 
 
 @pytest.fixture
-def make_trainer(read_flags, tmp_path):
-    """make_trainer('--flag value ...') -> the Trainer of that command line."""
-
-    def make(line: str = "") -> train_flow.Trainer:
-        words = [*DIGITS, "--save_dir", str(tmp_path / "run"), *line.split()]
-        return train_flow.Trainer(read_flags(train_flow, words))
-
-    return make
+def make_run(configure, tmp_path):
+    """make_run('--flag value ...') -> the run of that command line."""
+    return lambda line="": build_run(configure([*DIGITS, "--save_dir", tmp_path / "run", *line.split()]))
 
 
 # --- Data ---
@@ -49,93 +46,91 @@ def images_in(batch) -> list[bytes]:
     return [image.tobytes() for image in np.asarray(batch.image)]
 
 
-def test_training_and_validation_batches_are_of_their_splits(make_trainer):
-    trainer, images = make_trainer(), {split: images_of(split) for split in SPLITS}
+def test_training_and_validation_batches_are_of_their_splits(make_run):
+    run, images = make_run(), {split: images_of(split) for split in SPLITS}
     assert not images["train"] & images["validation"]
-    assert set(images_in(trainer.validation_batch)) <= images["validation"]
-    assert set(images_in(next(trainer.batches))) <= images["train"]
+    assert set(images_in(run.validation_batch)) <= images["validation"]
+    assert set(images_in(next(run.training_batches()))) <= images["train"]
 
 
-def test_the_seed_orders_the_data(make_trainer):
-    first, again, other = (images_in(next(make_trainer(f"--seed {seed}").batches)) for seed in (1, 1, 2))
+def test_the_seed_orders_the_data(make_run):
+    first, again, other = (images_in(next(make_run(f"--seed {seed}").training_batches())) for seed in (1, 1, 2))
     assert first == again
     assert sorted(first) != sorted(other)
 
 
-def test_the_seed_is_that_of_the_first_state(make_trainer, monkeypatch):
-    trainer = make_trainer("--seed 5")
+def test_the_seed_is_that_of_the_first_state(make_run, monkeypatch):
     init = partial(create_train_state, {"w": jnp.zeros(2)}, optax.identity())  # of a network that compiles at once
-    monkeypatch.setattr(trainer, "_init_state", init)
-    trainer.open_run()
-    state = trainer.init_or_restore()
+    monkeypatch.setattr(build, "init_state", lambda run, key: init(key))
+    state = make_state(make_run("--seed 5"))
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(jax.random.key(5)))
 
 
-def test_images_are_mirrored_on_request(make_trainer):
+def test_images_are_mirrored_on_request(make_run):
     mirrored = {image[:, ::-1].tobytes() for image in load_dataset("digits").source.images}
-    plain, flipped = (images_in(next(make_trainer(f"--random_flip {flip}").batches)) for flip in (0, 1))
+    plain, flipped = (images_in(next(make_run(f"--random_flip {flip}").training_batches())) for flip in (0, 1))
     assert set(plain) <= images_of("train")
     assert 0 < len(set(flipped) - images_of("train")) < 16
     assert set(flipped) <= images_of("train") | mirrored
 
 
-def test_one_batch_is_overfitted_on_request(make_trainer):
-    batches = make_trainer("--debug_overfit 1").batches
+def test_one_batch_is_overfitted_on_request(make_run):
+    batches = make_run("--debug_overfit 1").training_batches()
     assert sorted(images_in(next(batches))) == sorted(images_in(next(batches)))
 
 
 # --- Optimizer, EMA, memory ---
 
 
-def updates(trainer: train_flow.Trainer, gradients, params) -> list:
+def updates(run: Run, gradients, params) -> list:
     """The updates that the run's optimizer makes of a sequence of gradients, the parameters staying as they are."""
-    state, found = trainer.optimizer.init(params), []
+    state, found = run.optimizer.init(params), []
     for gradient in gradients:
-        update, state = trainer.optimizer.update(gradient, state, params)
+        update, state = run.optimizer.update(gradient, state, params)
         found.append(update)
     return found
 
 
-def test_rate_warm_up_and_cosine_reach_the_optimizer(make_trainer):
+def test_rate_warm_up_and_cosine_reach_the_optimizer(make_run):
     """Where the gradient is always the same, Adam's update is the rate itself."""
-    trainer = make_trainer("--model.lr 0.5 --warmup_steps 4 --lr_schedule cosine --max_steps 12")
-    found = updates(trainer, [jnp.ones(1)] * 12, jnp.zeros(1))
+    run = make_run("--model.lr 0.5 --warmup_steps 4 --lr_schedule cosine --max_steps 12")
+    found = updates(run, [jnp.ones(1)] * 12, jnp.zeros(1))
     expected = [0.5 * n / 4 if n < 4 else 0.25 * (1 + np.cos(np.pi * (n - 4) / 8)) for n in range(12)]
     np.testing.assert_allclose(-np.concatenate(found), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_decays_of_adam_reach_the_optimizer(make_trainer):
+def test_the_decays_of_adam_reach_the_optimizer(make_run):
     """A gradient of 1, then 0: the moments are b (1 - b), divided by 1 - b^2."""
-    trainer = make_trainer("--model.lr 0.5 --model.beta1 0.5 --model.beta2 0.75")
-    _, second = updates(trainer, [jnp.ones(1), jnp.zeros(1)], jnp.zeros(1))
+    run = make_run("--model.lr 0.5 --model.beta1 0.5 --model.beta2 0.75")
+    _, second = updates(run, [jnp.ones(1), jnp.zeros(1)], jnp.zeros(1))
     np.testing.assert_allclose(second, -0.5 * (1 / 3) / np.sqrt(3 / 7), rtol=1e-5)
 
 
-def test_weight_decay_reaches_the_optimizer(make_trainer):
+def test_weight_decay_reaches_the_optimizer(make_run):
     params = {"matrix": jnp.full((2, 2), 3.0), "vector": jnp.full(2, 3.0)}
-    trainer = make_trainer("--model.lr 0.5 --weight_decay 0.1")
-    (update,) = updates(trainer, [jax.tree.map(jnp.zeros_like, params)], params)
+    run = make_run("--model.lr 0.5 --weight_decay 0.1")
+    (update,) = updates(run, [jax.tree.map(jnp.zeros_like, params)], params)
     np.testing.assert_allclose(update["matrix"], -0.5 * 0.1 * 3.0, rtol=1e-5)
     assert not update["vector"].any()
 
 
-def test_clipping_reaches_the_optimizer(make_trainer):
+def test_clipping_reaches_the_optimizer(make_run):
     """Gradients of 100 and 1, both of norm 1 once clipped, are the same to Adam: the second update is the rate."""
-    trainer = make_trainer("--model.lr 0.5 --grad_clip 1")
-    _, second = updates(trainer, [jnp.full(1, 100.0), jnp.ones(1)], jnp.zeros(1))
+    run = make_run("--model.lr 0.5 --grad_clip 1")
+    _, second = updates(run, [jnp.full(1, 100.0), jnp.ones(1)], jnp.zeros(1))
     np.testing.assert_allclose(second, -0.5, rtol=1e-5)
 
 
-def test_decay_of_the_ema_and_what_saves_memory_reach_the_step(make_trainer):
-    trainer = make_trainer("--model.target_update_rate 0.9 --ema_warmup 1 --grad_accum 4 --remat dots")
-    assert trainer.ema == EmaSchedule(0.9, has_warmup=True)
-    assert trainer.static["grad_accum"] == 4
-    assert trainer.static["model"].remat == "dots"
+def test_decay_of_the_ema_and_what_saves_memory_reach_the_step(make_run):
+    run = make_run("--model.target_update_rate 0.9 --ema_warmup 1 --grad_accum 4 --remat dots")
+    assert run.ema == EmaSchedule(0.9, has_warmup=True)
+    assert run.static["grad_accum"] == 4
+    assert run.static["model"].remat == "dots"
 
 
 @pytest.mark.parametrize("mode", SHARDING_MODES)
-def test_the_state_is_split_as_the_flag_says(make_trainer, mode):
-    state = make_trainer(f"--sharding {mode}").state_structs()
+def test_the_state_is_split_as_the_flag_says(make_run, mode):
+    state = state_structs(make_run(f"--sharding {mode}"))
     trees = {"params": state.params, "ema_params": state.ema_params, "opt_state": state.opt_state}
     split = {
         name
@@ -145,15 +140,15 @@ def test_the_state_is_split_as_the_flag_says(make_trainer, mode):
     assert split == {"dp": set(), "zero": {"ema_params", "opt_state"}}.get(mode, set(trees))
 
 
-def test_the_flops_of_a_step_are_those_the_compiler_counts(make_trainer):
+def test_the_flops_of_a_step_are_those_the_compiler_counts(make_run):
     """Matmuls dominate at this width; the compiler adds the elementwise operations."""
-    trainer = make_trainer("--model.hidden_size 384 --model.num_heads 6 --model.mlp_ratio 4")
-    state = trainer.state_structs()
+    run = make_run("--model.hidden_size 384 --model.num_heads 6 --model.mlp_ratio 4")
+    state = state_structs(run)
     step = jit_train_step(
-        jax.tree.map(lambda leaf: leaf.sharding, state), replicated(trainer.mesh), **trainer.static, ema=trainer.ema
+        jax.tree.map(lambda leaf: leaf.sharding, state), replicated(run.mesh), **run.static, ema=run.ema
     )
-    counted = step.lower(state, trainer.validation_batch, trainer.model.codec).cost_analysis()["flops"]
-    assert trainer.flops_per_step == pytest.approx(counted, rel=0.1)
+    counted = step.lower(state, run.validation_batch, run.model.codec).cost_analysis()["flops"]
+    assert run.flops_per_step == pytest.approx(counted, rel=0.1)
 
 
 # --- Evaluation ---
@@ -185,42 +180,42 @@ def calls(monkeypatch):
         calls.append((name, *details))
         return ()
 
-    monkeypatch.setattr(train_flow, "ImageGenerator", Generator)
+    monkeypatch.setattr(evaluation, "ImageGenerator", Generator)
     monkeypatch.setattr(
-        train_flow,
+        evaluation,
         "loss_by_time",
         lambda model, params, batch, key: dict(note("loss", float(params["w"]), batch["name"])),
     )
     monkeypatch.setattr(
-        train_flow,
+        evaluation,
         "reconstruction_panel",
         lambda model, params, batch, key: note("reconstruction", float(params["w"]), batch["name"]),
     )
     monkeypatch.setattr(
-        train_flow,
+        evaluation,
         "sample_panels",
         lambda model, params, key, sampler, name="sample", **_: note(name, float(params["w"]), sampler),
     )
-    monkeypatch.setattr(train_flow, "measure_images", lambda extractors, *_: note("measure", extractors))
+    monkeypatch.setattr(evaluation, "measure_images", lambda extractors, *_: note("measure", extractors))
     monkeypatch.setattr(
-        train_flow, "compute_fid", lambda statistics, reference: note("distance", str(reference.path)) or 7.0
+        evaluation, "compute_fid", lambda statistics, reference: note("distance", str(reference.path)) or 7.0
     )
-    monkeypatch.setattr(train_flow, "load_extractors", lambda weights, convention, sharding: (weights, convention))
+    monkeypatch.setattr(build, "load_extractors", lambda weights, convention, sharding: (weights, convention))
     moments = {POOL: FeatureReference(np.zeros(2), np.eye(2))}
-    monkeypatch.setattr(train_flow, "load_statistics", lambda path: ReferenceStatistics(moments, "0", Path(path)))
+    monkeypatch.setattr(build, "load_statistics", lambda path: ReferenceStatistics(moments, "0", Path(path)))
     return calls
 
 
-def test_pictures_and_fid_are_of_the_ema_and_losses_of_the_parameters(make_trainer, calls):
-    trainer = make_trainer(
+def test_pictures_and_fid_are_of_the_ema_and_losses_of_the_parameters(make_run, calls):
+    run = make_run(
         "--fid_stats stats.npz --fid_samples 40 --inception_weights weights.pt --convention pytorch_fid --seed 5 "
         "--model.denoise_timesteps 3 --model.cfg_scale 1.5"
     )
-    trainer.validation_batch = {"name": "held out"}
+    run = dataclasses.replace(run, validation_batch={"name": "held out"})
     state = create_train_state({"w": jnp.array(1.0)}, optax.identity(), jax.random.key(0))
     state = state.replace(ema_params={"w": jnp.array(2.0)})
     sampler = SamplerConfig(3, 1.5)
-    results = dict(trainer.evaluate(state, {"name": "trained on"}))
+    results = dict(evaluation.evaluate(run, state, {"name": "trained on"}))
     assert results["fid"] == 7
     assert calls == [
         ("loss", 1, "trained on"),
@@ -235,7 +230,14 @@ def test_pictures_and_fid_are_of_the_ema_and_losses_of_the_parameters(make_train
     ]
 
 
-def test_evaluations_are_due_as_the_flags_say(make_trainer):
-    trainer = make_trainer("--eval_interval 400 --max_steps 1500")
-    assert [step for step in range(1501) if trainer.is_evaluation_due(step)] == [400, 800, 1000, 1200, 1500]
-    assert not any(map(make_trainer("--eval_interval 0 --max_steps 1500").is_evaluation_due, range(1501)))
+def test_evaluations_are_due_as_the_flags_say(make_run):
+    run = make_run("--eval_interval 400 --max_steps 1500")
+    assert [step for step in range(1501) if evaluation.is_evaluation_due(run.config, step)] == [
+        400,
+        800,
+        1000,
+        1200,
+        1500,
+    ]
+    never = make_run("--eval_interval 0 --max_steps 1500").config
+    assert not any(evaluation.is_evaluation_due(never, step) for step in range(1501))

@@ -1,8 +1,18 @@
-"""Fields of dataclasses that are flags too: default, help and bounds stand once, where the value is used."""
+"""Fields of dataclasses that are settings of a run: default, help and bounds stand once, where the value is used.
+
+The flags, the checks of saved configurations and the names in a run's config.json follow from them.
+"""
 
 import dataclasses
-from collections.abc import Collection
+import math
+import typing
+from collections.abc import Collection, Mapping
+from types import UnionType
 from typing import Any
+
+from utils.base.errors import UserError
+
+MAX_INTEGER = 2**31 - 1  # the largest integer that compiled functions take
 
 
 def setting(
@@ -14,12 +24,93 @@ def setting(
     choices: Collection[str] = (),
     is_fixed: bool = True,
     flag: str | None = None,
+    is_path: bool = False,
 ) -> Any:
-    """A field of a frozen dataclass, with its default and what its flag needs.
+    """Returns a field of a frozen dataclass, with its default and what its flag needs.
 
     `choices`: the allowed values, perhaps of a registry, which is read when the flags are defined. `is_fixed`: a
-    trained model is bound to the value, so that a run is not resumed under another. `flag`: the flag's name, where it
-    is not that of the field in the dataclass's group.
+    trained model is bound to the value, so that a run is not resumed under another. `flag`: the setting's name, where
+    it is not that of the field in the dataclass's group. `is_path`: a leading ~ stands for a home folder.
     """
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "is_fixed": is_fixed, "flag": flag}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={**metadata, "is_path": is_path})
+
+
+def settings_of(config_class: Any, group: str = "") -> dict[str, dataclasses.Field]:
+    """Returns {name: field} of a dataclass's settings, named as flags are: `group.field` unless the field says."""
+    prefix = f"{group}." if group else ""
+    fields = [field for field in dataclasses.fields(config_class) if "help" in field.metadata]
+    return {field.metadata["flag"] or f"{prefix}{field.name}": field for field in fields}
+
+
+def kind_of(field: dataclasses.Field) -> type:
+    """Returns the type of a setting's value where it has one: int, float, str or tuple (of texts)."""
+    kinds = typing.get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+    kind: Any = next(kind for kind in kinds if kind is not type(None))
+    return typing.get_origin(kind) or kind
+
+
+def is_optional(field: dataclasses.Field) -> bool:
+    """Returns whether a setting may have no value, None."""
+    return isinstance(field.type, UnionType)
+
+
+def check_setting(name: str, field: dataclasses.Field, value: Any) -> Any:
+    """Returns the value of a setting as its dataclass holds it: a list as a tuple, an integer as a float where that is
+    the kind. Raises UserError for another type, for numbers out of bounds and for no choice."""
+    kind, metadata = kind_of(field), field.metadata
+    if value is None and is_optional(field):
+        return None
+    if metadata["choices"]:
+        if value not in metadata["choices"]:
+            raise UserError(f"--{name}={value}: use one of {', '.join(metadata['choices'])}")
+        return value
+    if kind is tuple and isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
+        return tuple(value)
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float) and isinstance(value, (int, float) if kind is float else int):
+        low = -math.inf if metadata["low"] is None else metadata["low"]
+        high = math.inf if metadata["high"] is None else metadata["high"]
+        if not low <= value <= high or not math.isfinite(value):
+            raise UserError(f"--{name}={value}: use a number from {low:g} to {high:g}")
+        return kind(value)
+    words: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
+    raise UserError(f"--{name}={value!r}: use {words[kind]}")
+
+
+def same_definition(first: dataclasses.Field, second: dataclasses.Field) -> bool:
+    """Returns whether two fields are one setting: of the same type, default, bounds, choices and help."""
+
+    def definition(field: dataclasses.Field) -> tuple[Any, ...]:
+        return (field.type, field.default, *(field.metadata[name] for name in ("help", "low", "high", "choices")))
+
+    return definition(first) == definition(second)
+
+
+def merge_settings(what: str, registry: Mapping[str, Any], group: str) -> dict[str, dataclasses.Field]:
+    """Returns {name: field} of all classes in a registry, each name once.
+
+    Raises UserError where two of them define one name in different ways: its flag could mean one of the two only.
+    """
+    merged: dict[str, dataclasses.Field] = {}
+    owners: dict[str, str] = {}
+    for owner, config_class in registry.items():
+        for name, field in settings_of(config_class, group).items():
+            if name in merged and not same_definition(merged[name], field):
+                raise UserError(
+                    f"--{name} is defined in different ways by the {what} {owners[name]} and {owner}; rename the "
+                    "field of one"
+                )
+            merged[name] = field
+            owners[name] = owner
+    return merged
+
+
+def find_entry(name: str, value: str, registry: Mapping[str, Any]) -> Any:
+    """Returns the entry `value` of a registry; raises UserError, naming the flag, where there is none."""
+    if value not in registry:
+        raise UserError(
+            f"--{name}={value} is unknown; known are {', '.join(registry)}. Register it first (docs/change_this.md)"
+        )
+    return registry[value]

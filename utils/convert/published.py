@@ -14,10 +14,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
-from diffusion_transformer import SIZES, DiT, DiTConfig, position_table, rope_angles
+from diffusion_transformer import DiT, DiTConfig, position_table, rope_angles
 from utils.base.external import BadFileError
 
-HEADS = {width: heads for width, _, heads in SIZES.values()}
+HEADS = {preset["hidden_size"]: preset["num_heads"] for name, preset in DiTConfig.PRESETS.items() if "/" in name}
 MAX_TOKENS = 2**14  # of an image whose table of positions is computed
 TABLE_TOLERANCE = 1e-5  # up to which a position table is the constant one
 State = Mapping[str, np.ndarray]

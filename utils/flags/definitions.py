@@ -8,18 +8,26 @@ from typing import Any
 
 from absl import flags
 
-from diffusion_transformer import PRESETS, DiTConfig
-from utils.codecs.registry import DEFAULT_HUB_ID
+import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
+from utils.base.settings import kind_of, settings_of
 from utils.data.loaders import list_names
 from utils.flags.help import hide, topic
-from utils.images.decoding import MAX_MEGAPIXELS
-from utils.objectives.registry import OBJECTIVES, flag_of, objective_fields
-from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
+from utils.networks.network import NETWORKS
+from utils.objectives.registry import OBJECTIVES
+from utils.runs.config import (
+    GROUPS,
+    OBJECTIVE_NAME,
+    PRESET,
+    CodecConfig,
+    DataConfig,
+    LoggingConfig,
+    WandbConfig,
+    network_settings,
+    objective_settings,
+)
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS
 
 FLAGS = flags.FLAGS
-
-BROKEN_IMAGES = ("refuse", "skip")
 
 # Flags whose value is a path, or a data set or a VAE that may be one.
 path_flags: set[str] = set()
@@ -31,37 +39,55 @@ def define_path(name: str, default: str | None, help: str) -> None:
     flags.DEFINE_string(name, default, help)
 
 
+def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
+    """Registers the flag of a `setting`, with the field's default and help or others."""
+    metadata = field.metadata
+    default = changes.get("default", field.default)
+    help_text = changes.get("help", metadata["help"])
+    kind = kind_of(field)
+    if metadata["is_path"]:
+        define_path(name, default, help_text)
+    elif metadata["choices"]:
+        flags.DEFINE_enum(name, default, list(metadata["choices"]), help_text)
+    elif kind is tuple:
+        flags.DEFINE_list(name, list(default), help_text)
+    elif kind is str:
+        flags.DEFINE_string(name, default, help_text)
+    elif kind is float:
+        flags.DEFINE_float(name, default, help_text, metadata["low"], metadata["high"])
+    else:
+        flags.DEFINE_integer(name, default, help_text, metadata["low"], metadata["high"])
+
+
+def define_group(part: str, without: tuple[str, ...] = ()) -> None:
+    """Registers the flags of a group of a run's settings (utils/runs/config.py)."""
+    for name, field in settings_of(*GROUPS[part]).items():
+        if name not in without:
+            define_setting(name, field)
+
+
 @topic("Data")
 def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
     """Registers which images are read, and how; see `read_data_options`. `dataset_name` None: the run's."""
-    default = "" if dataset_name else "; default: the run's"
-    define_path("dataset_name", dataset_name, f"Data set: {', '.join(list_names())}; see docs/data.md{default}.")
-    define_path("data_dir", None, "Where TFDS keeps prepared data sets; gs://... too.")
-    flags.DEFINE_integer("image_size", None, "Images are centre-cropped and resized to this side.", 1, 2**13)
+    ending = "" if dataset_name else "; default: the run's"
     folders = ", ".join(list_names(lambda loader: "broken_images" in loader.options))
-    flags.DEFINE_enum("broken_images", "refuse", BROKEN_IMAGES, f"What to do about broken files of {folders}.")
-    flags.DEFINE_float(
-        "max_megapixels", MAX_MEGAPIXELS, f"Largest image of {folders} to decode; 3 bytes a pixel.", 0, 10_000
-    )
+    helps = {
+        "dataset_name": f"Data set: {', '.join(list_names())}; see docs/data.md{ending}.",
+        "broken_images": f"What to do about broken files of {folders}.",
+        "max_megapixels": f"Largest image of {folders} to decode; 3 bytes a pixel.",
+    }
+    for name, field in settings_of(DataConfig).items():
+        if name != "random_flip":
+            default = dataset_name if name == "dataset_name" else field.default
+            define_setting(name, field, default=default, help=helps.get(name, field.metadata["help"]))
 
 
 @topic("Data")
 def define_flip_flag() -> None:
     """Registers --random_flip, of programs that train."""
     flipped = ", ".join(list_names(lambda loader: loader.flips))
-    help = f"1 mirrors half of the training images left to right, 0 none; default: 1 for {flipped}."
-    flags.DEFINE_integer("random_flip", None, help, 0, 1)
-
-
-def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
-    """Registers the flag of a `setting`, with the field's default or another."""
-    metadata, default = field.metadata, changes.get("default", field.default)
-    if metadata["choices"]:
-        flags.DEFINE_enum(name, default, metadata["choices"], metadata["help"])
-    elif isinstance(field.default, float):
-        flags.DEFINE_float(name, default, metadata["help"], metadata["low"], metadata["high"])
-    else:
-        flags.DEFINE_integer(name, default, metadata["help"], metadata["low"], metadata["high"])
+    help_text = f"1 mirrors half of the training images left to right, 0 none; default: 1 for {flipped}."
+    define_setting("random_flip", settings_of(DataConfig)["random_flip"], help=help_text)
 
 
 @topic("Sampling")
@@ -92,41 +118,66 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
 @topic("Model")
 def define_vae_flag() -> None:
     """Registers --vae."""
-    define_path(
-        "vae",
-        None,
-        f"Hub id or folder of the VAE; default: that of the run or of the cached latents, else {DEFAULT_HUB_ID}.",
-    )
+    define_setting("vae", settings_of(CodecConfig)["vae"])
 
 
 @topic("Model")
 def define_model_flags() -> None:
-    """Registers --model.*: the network, its objective and optimizer, and how samples are drawn."""
-    flags.DEFINE_enum("model.preset", "debug", list(PRESETS), "Sizes for the --model.* flags left unset.")
-    for field in dataclasses.fields(DiTConfig):
-        define_setting(f"model.{field.name}", field)
-    flags.DEFINE_float("model.lr", 1e-4, "Adam's learning rate.", lower_bound=0)
-    flags.DEFINE_float("model.beta1", 0.9, "Adam's first decay.", 0, 1)
-    flags.DEFINE_float("model.beta2", 0.99, "Adam's second decay.", 0, 1)
-    flags.DEFINE_float("model.target_update_rate", 0.9999, "Decay of the EMA of the parameters; 1: no EMA.", 0, 1)
-    flags.DEFINE_integer("model.denoise_timesteps", 32, "Euler steps of training-time samples.", 1, MAX_STEPS)
-    flags.DEFINE_float(
-        "model.cfg_scale", 4.0, "Guidance scale of training-time samples; -1: no guidance.", -1, MAX_SCALE
-    )
-    flags.DEFINE_integer("model.use_stable_vae", 1, "1 trains on the latents of a VAE, 0 on pixels.", 0, 1)
-    flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
+    """Registers --model.*: the network, and what turns images into the arrays that it learns."""
+    presets = [name for entry in NETWORKS.values() for name in entry.config_class.PRESETS]
+    flags.DEFINE_enum(PRESET, "debug", list(dict.fromkeys(presets)), "Sizes for the --model.* flags left unset.")
+    for name, field in network_settings().items():
+        define_setting(name, field)
+    codec = settings_of(CodecConfig)["model.use_stable_vae"]
+    define_setting("model.use_stable_vae", codec)
+    define_setting("use_stable_vae", codec, default=None, help="The same as --model.use_stable_vae.")
 
 
 @topic("Objective")
 def define_objective_flags() -> None:
     """Registers --objective.*: what is learned, and the fields of every objective."""
-    flags.DEFINE_enum("objective.name", "flow_matching", list(OBJECTIVES), "What the model learns.")
-    for field in objective_fields():
-        name = flag_of(field)
+    flags.DEFINE_enum(OBJECTIVE_NAME, "flow_matching", list(OBJECTIVES), "What the model learns.")
+    for name, field in objective_settings().items():
         if name.startswith("objective."):  # of one objective among several: it has the default
             define_setting(name, field, default=None)
         else:
             define_setting(name, field)
+
+
+@topic("Optimizer, and how samples are drawn in training")
+def define_optimizer_flags() -> None:
+    """Registers Adam's settings, the EMA's, and the sampler of training-time samples."""
+    define_group("optimizer")
+    define_group("sampling")
+
+
+def define_run_flags() -> None:
+    """Registers every setting of a run, by topic."""
+    with topic("Run"):
+        define_path(
+            "config",
+            None,
+            "YAML or JSON file of settings, which the command line overrides: a run's config.json, or a few.",
+        )
+        define_group("training")
+    define_data_flags()
+    define_flip_flag()
+    define_vae_flag()
+    define_model_flags()
+    define_objective_flags()
+    define_optimizer_flags()
+    for title, parts in {
+        "Starting from another run": ("start",),
+        "Logging and evaluation": ("logging", "evaluation"),
+        "Checkpoints": ("checkpoints",),
+        "Memory and devices": ("devices",),
+    }.items():
+        with topic(title):
+            for part in parts:
+                define_group(part, without=("trackers",))
+    define_tracker_flags()
+    with topic("Several processes"):
+        define_group("processes")
 
 
 def define_saved_model_flags() -> None:
@@ -135,40 +186,19 @@ def define_saved_model_flags() -> None:
     before = set(FLAGS)
     define_model_flags()
     define_objective_flags()
+    define_optimizer_flags()
     hide(name for name in set(FLAGS) - before if name != "model.dtype")
 
 
 @topic("Trackers")
-def define_tracker_flags(name: str = "flow_{dataset_name}", mode: str | None = None) -> None:
-    """Registers --trackers and --wandb.*, of which --wandb.name and --wandb.mode have these defaults."""
-    flags.DEFINE_list(
-        "trackers",
-        ["wandb"],
-        "Where numbers and images go beside the run's folder: wandb, tensorboard, or nowhere.",
-    )
-    flags.DEFINE_enum("wandb.mode", mode, ["online", "offline", "disabled"], "Default: $WANDB_MODE, else online.")
-    flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
-    flags.DEFINE_string("wandb.project", "flow", "Project; default: $WANDB_PROJECT, else flow.")
-    flags.DEFINE_string("wandb.entity", None, "User or team; default: $WANDB_ENTITY.")
-    flags.DEFINE_string("wandb.group", None, "Group of runs; default: $WANDB_RUN_GROUP.")
-    flags.DEFINE_string(
-        "wandb.name", name, "Name of the wandb run; train_flow.py names its folder under runs/ after it too."
-    )
-    flags.DEFINE_string("wandb.notes", None, "A longer description; default: $WANDB_NOTES.")
-    flags.DEFINE_list("wandb.tags", [], "Tags, separated by commas; default: $WANDB_TAGS.")
-
-
-@topic("Several processes")
-def define_device_flags() -> None:
-    """Registers how several processes find each other."""
-    flags.DEFINE_string(
-        "coordinator_address",
-        None,
-        "host:port of process 0 in a multi-process run; 'auto' on TPU pods, under SLURM and mpirun.",
-    )
-    flags.DEFINE_integer(
-        "num_processes",
-        None,
-        "Processes in the run, with --coordinator_address; 1 without it: a run of its own under srun or torchrun.",
-    )
-    flags.DEFINE_integer("process_id", None, "This process's number, with --coordinator_address.")
+def define_tracker_flags(name: str | None = None, mode: str | None = None) -> None:
+    """Registers --trackers and --wandb.*; --wandb.name and --wandb.mode perhaps with other defaults."""
+    define_setting("trackers", settings_of(LoggingConfig)["trackers"])
+    for setting_name, field in settings_of(WandbConfig, "wandb").items():
+        if setting_name == "wandb.mode":
+            define_setting(setting_name, field, default=mode)
+            flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
+        elif setting_name == "wandb.name":
+            define_setting(setting_name, field, default=name or field.default)
+        elif setting_name != "wandb.display_name":
+            define_setting(setting_name, field)

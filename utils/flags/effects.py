@@ -1,12 +1,16 @@
 """Which flag has no effect beside which other settings: one table, read before anything compiles."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from utils.flags.reading import refuse_ignored
+from utils.base.settings import settings_of
+from utils.flags.reading import check_data_flags, refuse_ignored
+from utils.runs.checkpoint import has_checkpoints
+from utils.runs.config import RunConfig, network_settings, objective_settings
+from utils.training.fine_tune import read_started_from
 
 
 class Rule(NamedTuple):
@@ -24,8 +28,30 @@ def _has_no_wandb(values: Any) -> bool:
     return "wandb" not in values.trackers
 
 
-# {program: its rules}, in the order in which they are looked at.
+# {program: its rules}, in the order in which they are looked at. The facts `is_new` and `is_started` say whether the
+# folder of a run has no checkpoint yet, and whether its parameters are those of another run.
 RULES: dict[str, tuple[Rule, ...]] = {
+    "train_flow.plan": (
+        Rule(
+            ("load_dir", "freeze", "lora_rank"),
+            "with --plan, which is of a whole network from scratch",
+            lambda v: v.plan,
+        ),
+        Rule(("profile",), "with --plan, which trains nothing", lambda v: v.plan),
+    ),
+    "train_flow": (
+        Rule(("fid_samples", "convention", "inception_weights"), "without --fid_stats", lambda v: not v.fid_stats),
+        Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),
+        Rule(("num_shards",), "with --sharding={sharding}, only with hybrid", lambda v: v.sharding != "hybrid"),
+        Rule(("vae",), "on pixels (--use_stable_vae 0)", lambda v: not v.model["use_stable_vae"]),
+        Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),
+        Rule(("freeze", "lora_rank"), "without --load_dir", lambda v: not v.is_started),
+        Rule(
+            ("ema_warmup",),
+            "with --model.target_update_rate=1, which is no EMA",
+            lambda v: v.is_new and v.model["target_update_rate"] == 1,
+        ),
+    ),
     "sample": (
         Rule(("labels",), "beside --classes", lambda given: given.classes is not None),
         Rule(("film_frames", "film_format"), "without --film", lambda given: not given.film),
@@ -82,12 +108,36 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def check_effects(rules: Iterable[Rule], config: ConfigDict, **facts: Any) -> None:
+def check_run_effects(values: ConfigDict, config: RunConfig | None = None) -> None:
+    """Raises UserError for a flag of training that has no effect; before a run's configuration is made, and after."""
+    if config is None:
+        check_effects(RULES["train_flow.plan"], values.to_dict())
+        return
+    is_new = not has_checkpoints(config.folder)
+    is_started = bool(config.start.load_dir or read_started_from(config.folder))
+    check_effects(RULES["train_flow"], config.to_json(), is_new=is_new, is_started=is_started)
+    check_data_flags(config.data.dataset_name)
+    if is_new:  # a run of an earlier version goes on as it began
+        refuse_other_settings(config)
+
+
+def refuse_other_settings(config: RunConfig) -> None:
+    """Raises UserError for a given setting of another objective or network than the run's."""
+    choices = {
+        "objective.name": (config.objective_name, config.objective, objective_settings(), "objective"),
+        "model.network": (config.model.network, config.model, network_settings(), "model"),
+    }
+    for flag, (name, chosen, known, group) in choices.items():
+        others = known.keys() - settings_of(type(chosen), group).keys()
+        refuse_ignored(sorted(others), f"with --{flag}={name}")
+
+
+def check_effects(rules: Iterable[Rule], config: Mapping[str, Any] | ConfigDict, **facts: Any) -> None:
     """Raises UserError for a flag that the user gave although it has no effect.
 
     `facts` are what a program knows beside its flags, such as is_latent=True; rules read them as `values.is_latent`.
     """
-    known = {**config.to_dict(), **facts}
+    known = {**(config.to_dict() if isinstance(config, ConfigDict) else config), **facts}
     values = SimpleNamespace(**known)
     for rule in rules:
         if rule.applies(values):

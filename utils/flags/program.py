@@ -17,6 +17,7 @@ from utils.base.console import finish_output, silence_orbax
 from utils.base.devices import check_jax_settings, keep_freed_memory, start_devices
 from utils.base.errors import NO_ROOM, UserError, WriteError
 from utils.base.processes import END_SIGNALS, handle_signals, warn_of_copies
+from utils.flags.config_file import expand_config_file
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import refuse_habits, show_help, to_integer, to_switch
 from utils.flags.reading import read_flags
@@ -123,10 +124,14 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
             is_switch = (parser.lower_bound, parser.upper_bound) == (0, 1)
             parser.convert = to_switch if is_switch else to_integer
     refuse_habits(argv[1:])
+    argv, untyped = expand_config_file(argv, names) if "config" in names else (argv, set())
     try:
         extra = FLAGS(argv)[1:]
     except flags.Error as error:
         raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
+    for name in untyped:
+        FLAGS[name].present = 0
+        setattr(FLAGS[name], "is_untyped", True)  # noqa: B010 (of a class without it)
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
     if "coordinator_address" not in names:

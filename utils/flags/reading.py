@@ -5,31 +5,28 @@ Flags that jax-flow has keep its names and defaults. Some of its spellings are t
 functions below.
 """
 
-import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from diffusion_transformer import PRESETS, DiTConfig
 from utils.base.console import log, warn
 from utils.base.errors import UserError
 from utils.base.files import expand_home, refuse_url
 from utils.data.dataset import DataOptions
-from utils.data.loaders import expand_name, find_loader, get_loader, list_names
+from utils.data.loaders import expand_name, find_loader, list_names
 from utils.flags.definitions import path_flags
 from utils.flags.help import to_integer
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objective import Objective, has_guidance
-from utils.objectives.registry import OBJECTIVES
+from utils.runs.config import OBJECTIVE_NAME, PRESET, DataConfig, RunConfig, all_settings, fill_settings
 from utils.sampling.samplers import FLAGS as SAMPLER_FLAGS
 from utils.sampling.samplers import can_guide, check_sampler, explain_no_guidance, guidance_scale
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
+from utils.training.configure import SPELLINGS, make_config
 
 FLAGS = flags.FLAGS
 
@@ -54,15 +51,8 @@ def expand_path(path: str, flag: str) -> str:
 
 
 def read_data_options(config: ConfigDict) -> DataOptions:
-    """The values of the flags of `define_data_flags` and, where the program has it, `define_flip_flag`."""
-    flip = config.get("random_flip")
-    return DataOptions(
-        config.data_dir,
-        config.image_size,
-        config.broken_images,
-        config.max_megapixels,
-        None if flip is None else bool(flip),
-    )
+    """Returns the values of the flags of `define_data_flags` and, where the program has it, `define_flip_flag`."""
+    return fill_settings(DataConfig, flatten(config), "").options
 
 
 def check_data_flags(dataset_name: str) -> None:
@@ -160,7 +150,7 @@ def read_time_shift(time_grid: str) -> float:
 
 
 def read_flags(names: Iterable[str]) -> ConfigDict:
-    """The values of flags `names`, those named `group.name` in a ConfigDict of their own, presets filled in.
+    """The values of flags `names`, those named `group.name` in a ConfigDict of their own.
 
     Raises UserError where two spellings of one flag contradict each other.
     """
@@ -171,10 +161,6 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
             config[group[0]] = ConfigDict()
         value = check_value(name, FLAGS[name].value)
         (config[group[0]] if group else config)[leaf] = value
-    if "model.preset" in names:
-        resolve_model(config)
-        if "objective.name" in names:
-            resolve_objective(config)
     if "trackers" in names:
         from utils.runs.trackers import check_trackers  # which takes a while to import: not every program has trackers
 
@@ -202,63 +188,6 @@ def check_value(name: str, value: Any) -> Any:
 def is_explicit(name: str) -> bool:
     """Whether the user gave flag `name`; a setting that is no flag here, of another network or objective, is none."""
     return name in FLAGS and bool(FLAGS[name].present)
-
-
-def explicit_flags() -> str:
-    """The flags that the user gave, as on the command line."""
-    names = [name for name in FLAGS if is_explicit(name)]
-    values = {name: FLAGS[name].value for name in names}
-    return " ".join(
-        f"--{name}={','.join(map(str, value)) if isinstance(value, list) else value}" for name, value in values.items()
-    )
-
-
-def resolve_model(config: ConfigDict) -> None:
-    """Fills the preset's sizes into what the user left unset, and translates legacy spellings."""
-    model = config.model
-    model.t_sampler = LEGACY_T_SAMPLERS.get(model.t_sampler, model.t_sampler)
-    for name, value in PRESETS[model.preset].items():
-        if not is_explicit(f"model.{name}"):
-            model[name] = value
-    use_stable_vae = FLAGS["use_stable_vae"].value
-    del config.use_stable_vae
-    if use_stable_vae is not None:
-        if is_explicit("model.use_stable_vae") and model.use_stable_vae != use_stable_vae:
-            raise UserError(
-                f"--use_stable_vae={use_stable_vae} contradicts --model.use_stable_vae={model.use_stable_vae}; give one"
-            )
-        model.use_stable_vae = use_stable_vae
-
-
-def inherit_settings(config: ConfigDict, saved: Mapping[str, Any]) -> None:
-    """Takes what this command line leaves open from the run it starts from, of configuration `saved`: architecture,
-    objective, VAE and, of images that can be resized, their size."""
-    model, theirs = config.model, saved["model"]
-    by_preset = PRESETS[model.preset] if is_explicit("model.preset") else {}
-    own = ("class_dropout_prob", "dtype")  # how this run trains and computes
-    names = [field.name for field in dataclasses.fields(DiTConfig) if field.name not in own]
-    for name in [*names, "t_sampler", "use_stable_vae"]:
-        is_open = not is_explicit(f"model.{name}") and name not in by_preset
-        if is_open and not (name == "use_stable_vae" and is_explicit("use_stable_vae")):
-            model[name] = theirs[name]
-    for name, value in saved["objective"].items():
-        if not is_explicit(f"objective.{name}"):
-            config.objective[name] = value
-    if config.objective.name != saved["objective"]["name"]:
-        resolve_objective(config)
-    loader = get_loader(config.dataset_name)
-    if config.vae is None and model.use_stable_vae and loader.holds != "latents":
-        config.vae = saved["dataset"]["vae"]
-    if config.image_size is None and loader.is_resizable:
-        config.image_size = saved["dataset"]["image_shape"][0]
-
-
-def resolve_objective(config: ConfigDict) -> None:
-    """Fills what the objective has another default of into what the user left unset."""
-    defaults = {"step_conditioning": 0, **getattr(OBJECTIVES[config.objective.name], "MODEL_DEFAULTS", {})}
-    for name, value in defaults.items():
-        if not is_explicit(f"model.{name}"):
-            config.model[name] = value
 
 
 def override_model(saved: dict[str, Any]) -> ConfigDict:
@@ -318,7 +247,6 @@ def resolve_wandb(config: ConfigDict) -> None:
     if wandb.mode is None:
         wandb.mode = _wandb_mode_of_environment()
     del wandb.offline
-    wandb.name = wandb.name.replace("{dataset_name}", str(config.get("dataset_name")))
     for leaf, variable in WANDB_VARIABLES.items():
         value = os.environ.get(variable)
         if value and not is_explicit(f"wandb.{leaf}"):
@@ -337,12 +265,30 @@ def _wandb_mode_of_environment() -> str:
     return mode
 
 
-def run_folder(config: ConfigDict) -> Path:
-    """Where a run keeps everything: --save_dir, or runs/<--wandb.name>, made fit for a file name."""
-    name = re.sub(r"[^\w.=+-]+", "_", config.wandb.name)
-    if not config.save_dir and (not name.strip(".") or len(name.encode()) > 255):
-        raise UserError(f"--wandb.name={config.wandb.name[:60]} is no name for a folder; choose another, or --save_dir")
-    return Path(config.save_dir or Path("runs") / name)
+def read_run_config(config: ConfigDict) -> RunConfig:
+    """Returns the configuration of the run that a command line asks for, of the values that `read_flags` has read."""
+    given: dict[str, Any] = {}
+    resolved: dict[str, Any] = {}
+    known = {*all_settings(), *SPELLINGS, PRESET, OBJECTIVE_NAME}
+    known_defaults = {name: field.default for name, field in all_settings().items()}
+    for name, value in flatten(config).items():
+        if is_explicit(name) and name in known:
+            given[name] = value
+        elif name in FLAGS and getattr(FLAGS[name], "is_untyped", False) and value is not None:  # of a run's own file
+            resolved[name] = value
+        elif name.startswith("wandb.") and value not in (None, [], known_defaults.get(name)):
+            resolved[name] = value  # of wandb's environment variables
+    if is_explicit("wandb.offline"):
+        given["wandb.mode"] = config.wandb.mode
+    return make_config(given, resolved)
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """Returns {flag: value} of a configuration."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= {f"{name}.{leaf}": value[leaf] for leaf in value} if isinstance(value, ConfigDict) else {name: value}
+    return flat
 
 
 def read_numbers(words: list[str], flag: str, kind: type) -> list:

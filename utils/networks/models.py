@@ -1,20 +1,19 @@
 """From a configuration to a model: the network, its objective, its codec and the data it is about."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
-from ml_collections import ConfigDict
 
-from diffusion_transformer import NETWORKS, DiTConfig
-from utils.base.checks import check_model
+import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
 from utils.base.errors import UserError
+from utils.base.settings import find_entry
 from utils.codecs.codec import Codec
-from utils.kernels.ops import choose_attention_for
 from utils.networks.lora import merge_lora
+from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.objective import ModelFn, Objective
 
 
@@ -22,10 +21,10 @@ from utils.objectives.objective import ModelFn, Objective
 class Network(Protocol):
     """What is trained and sampled, as flax modules have it; DiT is one. Immutable and hashable: a static argument.
 
-    One more is an entry of `diffusion_transformer.NETWORKS`.
+    One more is an entry of NETWORKS (utils/networks/network.py).
     """
 
-    config: DiTConfig  # of which guidance and training use `num_classes` and `class_dropout_prob`
+    config: NetworkConfig  # of which guidance and training use `num_classes` and `class_dropout_prob`
 
     def init(self, rngs: Any, x: Any, t: Any, labels: Any) -> Any:
         """{"params": fresh parameters}."""
@@ -61,8 +60,15 @@ class ImageModel(NamedTuple):
         return self.codec.latent_shape(self.image_shape)
 
 
+def read_network(values: Mapping[str, Any]) -> NetworkConfig:
+    """Returns the network's configuration among the --model.* values of a saved run. Raises UserError for a network
+    that is not registered."""
+    entry = find_entry("model.network", values.get("network", "dit"), NETWORKS)
+    return entry.config_class.from_mapping(values)
+
+
 def make_model(
-    config: ConfigDict,
+    config: NetworkConfig,
     objective: Objective,
     codec: Codec,
     mesh: Mesh,
@@ -71,24 +77,16 @@ def make_model(
     remat: str = "none",
     empty_classes: Sequence[int] = (),
 ) -> ImageModel:
-    """The model of the --model.* values `config` for a data set; UserError where they do not fit."""
+    """Returns the model of a network's configuration for a data set. Raises UserError where they do not fit."""
     height, width, channels = image_shape
     shape = (height, width, channels)
-    dit_config = DiTConfig.from_mapping(config)
-    if dit_config.network not in NETWORKS:
-        raise UserError(
-            f"--model.network={dit_config.network} is unknown; known are {', '.join(NETWORKS)}. Register it "
-            "first (docs/change_this.md)"
-        )
-    check_model(config, codec.latent_shape(shape))
+    config.check(codec.latent_shape(shape))
     if len(class_names) > config.num_classes:
         raise UserError(
             f"--model.num_classes={config.num_classes} is fewer than the {len(class_names)} classes of the data set; "
             f"use {len(class_names)} or more"
         )
-    head_dim = config.hidden_size // config.num_heads
-    attention_form = choose_attention_for(mesh, head_dim, config.dtype)
-    network = NETWORKS[dit_config.network](dit_config, remat, attention_form)
+    network = NETWORKS[config.network].build(config, remat, mesh)
     return ImageModel(network, objective, codec, mesh, shape, tuple(class_names), tuple(empty_classes))
 
 

@@ -28,7 +28,7 @@ from utils.base.errors import UserError, find_system_error
 from utils.base.external import BadFileError
 from utils.base.files import set_aside
 from utils.networks.lora import KEY as LORA
-from utils.runs.config import check_parameters, read_config
+from utils.runs.saved_config import check_parameters, read_config
 
 FOLDER = "checkpoints"
 DAMAGED = "damaged_checkpoints"

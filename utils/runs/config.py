@@ -1,290 +1,343 @@
-"""Configurations that were saved with a run: what older runs left out, and whether one can be a run's at all.
+"""The configuration of a run: one frozen dataclass a subject, and RunConfig, which has one of each.
 
-`read_config` is the only way in, whatever file a configuration is from: a checkpoint, a run's config.json, the metadata
-of an exported file, the hub. Bounds are those of the flags (utils/base/settings.py).
+Every field is a `setting`: its name as a flag, default, help and bounds stand here alone. A run saves its configuration
+as JSON under the names of the flags, `group.name` nested. `make_config` (utils/runs/configure.py) makes one.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from ml_collections import ConfigDict
-
-from diffusion_transformer import PRESETS, DiTConfig
-from utils.base.checks import check_sizes
+from diffusion_transformer import REMAT_POLICIES
+from utils.base.devices import SHARDING_MODES
 from utils.base.errors import UserError
-from utils.base.external import BadFileError
-from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
-from utils.objectives.registry import flag_of, objective_fields
+from utils.base.settings import check_setting, find_entry, merge_settings, setting, settings_of
+from utils.data.dataset import DataOptions
+from utils.images.decoding import MAX_MEGAPIXELS
+from utils.metrics.inception import CONVENTIONS
+from utils.networks.network import NETWORKS, NetworkConfig
+from utils.objectives.objective import Objective
+from utils.objectives.registry import OBJECTIVES
+from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
 
-# Settings without which a model cannot be made.
-MODEL_SETTINGS = (*(field.name for field in dataclasses.fields(DiTConfig)), "use_stable_vae", "t_sampler")
-# Those that older runs did not save, and had the default of.
-ADDED_SETTINGS = (
-    "network", "timestep_scale", "step_conditioning", "learned_positions", "learn_sigma", "norm", "mlp", "rope",
-    "qk_norm",
-)  # fmt: skip
-
-VAE_FACTOR = 8  # of Stable Diffusion's VAE: image side over latent side
-MAX_SIDE = 2**13
-MAX_CHANNELS = 256
-MAX_PATCHES = 2**20  # of an image; a table of their positions is a constant of the model
-MAX_TEXT = 4096
-MAX_NESTING = 10
+BROKEN_IMAGES = ("refuse", "skip")
 
 
-class Rule(NamedTuple):
-    """A test of a value, and what it asks for in words."""
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long a run trains, from which seed, and on how many images at a time."""
 
-    is_good: Callable[[Any], bool]
-    what: str
-
-
-def _integer(low: float, high: float) -> Rule:
-    return Rule(lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}")
-
-
-def _number(low: float | None, high: float | None) -> Rule:
-    bounds = (-math.inf if low is None else low, math.inf if high is None else high)
-
-    def is_good(value):
-        # Compared before it is converted: an integer of any length is no float.
-        return type(value) in (int, float) and bounds[0] <= value <= bounds[1] and abs(value) < 1e300
-
-    return Rule(is_good, f"a number from {bounds[0]} to {bounds[1]}")
+    save_dir: str | None = setting(None, "Folder of the run; default runs/<--wandb.name>.", is_path=True)
+    seed: int = setting(0, "Seed of parameters, data order, noise and samples.")
+    batch_size: int = setting(256, "Global batch size.")
+    max_steps: int = setting(1_000_000, "Training steps.", 0)
+    debug_overfit: int = setting(0, "1 trains on one repeated batch.", 0, 1)
+    plan: int = setting(0, "1: says what this training will take (memory, time), and ends.", 0, 1)
 
 
-def _choice(choices: Collection[str]) -> Rule:
-    return Rule(lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    """Another run whose parameters this one starts from, and which of them it trains."""
+
+    load_dir: str | None = setting(
+        None, "Run, or hf:USER/NAME, whose parameters and EMA this run starts from.", is_path=True
+    )
+    freeze: tuple[str, ...] = setting((), "Parts of --load_dir that are not trained: blocks.0-5, label_embed, ...")
+    lora_rank: int = setting(0, "Above 0: of --load_dir, train low-rank factors and labels alone.", 0, 4096)
 
 
-def _is_text(value: Any) -> bool:
-    """Whether this can be a name or a path: bytes that are no UTF-8 are surrogates, as in names of files."""
-    if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
-        return False
-    try:
-        value.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images are read, and how."""
+
+    dataset_name: str = setting("imagenet256", "Data set; docs/data.md lists them.", is_path=True)
+    data_dir: str | None = setting(None, "Where TFDS keeps prepared data sets; gs://... too.", is_path=True)
+    image_size: int | None = setting(None, "Images are centre-cropped and resized to this side.", 1, 2**13)
+    broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
+    max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)
+    random_flip: int | None = setting(
+        None,
+        "1 mirrors half of the training images left to right, 0 none; default: as usual for the data set.",
+        0,
+        1,
+    )
+
+    @property
+    def options(self) -> DataOptions:
+        """The settings as a data set's loader takes them."""
+        flip = None if self.random_flip is None else bool(self.random_flip)
+        return DataOptions(self.data_dir, self.image_size, self.broken_images, self.max_megapixels, flip)
 
 
-def _is_shape(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) != 3 or any(type(size) is not int for size in value):
-        return False
-    return all(1 <= size <= most for size, most in zip(value, (MAX_SIDE, MAX_SIDE, MAX_CHANNELS), strict=True))
+@dataclasses.dataclass(frozen=True)
+class CodecConfig:
+    """What turns images into the arrays that the model learns."""
 
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and all(map(_is_text, value))
-
-
-def _are_labels(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(type(label) is int and label >= 0 for label in value)
-
-
-def _are_splits(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(split, dict) and _is_text(split.get("format")) and type(split.get("num_examples")) is int
-        for split in value.values()
+    use_stable_vae: int = setting(
+        1, "1 trains on the latents of a VAE, 0 on pixels.", 0, 1, flag="model.use_stable_vae"
+    )
+    vae: str | None = setting(
+        None, "Hub id or folder of the VAE; default: that of the run or of the cached latents.", is_path=True
     )
 
 
-def _or_none(rule: Rule) -> Rule:
-    return Rule(lambda value: value is None or rule.is_good(value), f"{rule.what}, or null")
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam, what differs from it at a constant rate, and the EMA of the parameters."""
+
+    lr: float = setting(1e-4, "Adam's learning rate.", 0, flag="model.lr")
+    beta1: float = setting(0.9, "Adam's first decay.", 0, 1, flag="model.beta1")
+    beta2: float = setting(0.99, "Adam's second decay.", 0, 1, flag="model.beta2")
+    target_update_rate: float = setting(
+        0.9999, "Decay of the EMA of the parameters; 1: no EMA.", 0, 1, flag="model.target_update_rate"
+    )
+    ema_warmup: int = setting(
+        0, "1: the EMA's decay grows as (1 + n) / (10 + n) up to --model.target_update_rate.", 0, 1
+    )
+    warmup_steps: int = setting(0, "Steps in which the learning rate rises from 0.", 0)
+    lr_schedule: str = setting("constant", "cosine: to 0 at --max_steps.", choices=("constant", "cosine"))
+    weight_decay: float = setting(0.0, "AdamW's decay of matrices.", 0, 100)
+    grad_clip: float | None = setting(None, "Bound of the norm of the gradients.", 1e-6)
+    skip_nonfinite: int = setting(0, "Above 0: leave out updates that are not finite; so many in a row end the run.", 0)
 
 
-TEXT = Rule(_is_text, "a text")
-SWITCH = _integer(0, 1)
-NAMES = Rule(_are_names, "a list of names")
-SHAPE = Rule(_is_shape, f"a height and a width up to {MAX_SIDE} and up to {MAX_CHANNELS} channels")
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn while a run trains."""
 
-# What a run must have, beside MODEL_SETTINGS; and what may be missing, or of other kinds of runs.
-NEEDED = {"dataset.image_shape": SHAPE, "dataset.class_names": NAMES}
-OTHERS = {
-    "model.use_stable_vae": SWITCH,
-    "model.preset": _choice(PRESETS),
-    "model.lr": _number(0, None),
-    "model.beta1": _number(0, 1),
-    "model.beta2": _number(0, 1),
-    "model.target_update_rate": _number(0, 1),
-    "model.denoise_timesteps": _integer(1, 10**6),
-    "model.cfg_scale": _number(-1, 1000),
-    "objective.name": TEXT,
-    "dataset.name": TEXT,
-    "dataset.vae": _or_none(TEXT),
-    "dataset.vae_sha256": _or_none(TEXT),
-    "dataset.latent_shape": _or_none(SHAPE),
-    "dataset.splits": Rule(_are_splits, "the format and number of examples of each split"),
-    "dataset.empty_classes": Rule(_are_labels, "a list of labels"),
-    "dataset_name": TEXT,
-    "seed": _integer(0, 2**32 - 1),
-    "batch_size": _integer(1, 2**31 - 1),
-    "max_steps": _integer(0, 2**31 - 1),
-    "ema_warmup": SWITCH,
-    "lora_rank": _integer(0, 4096),
-    "image_size": _or_none(_integer(1, MAX_SIDE)),
-    "random_flip": _or_none(SWITCH),
-    "broken_images": TEXT,
-    "max_megapixels": _number(0, 10_000),
-    "frozen": Rule(lambda value: value == [] or _are_names(value), "a list of names"),
-    **{name: _or_none(TEXT) for name in ("data_dir", "save_dir", "load_dir", "vae")},
-}  # fmt: skip
+    denoise_timesteps: int = setting(
+        32, "Euler steps of training-time samples.", 1, MAX_STEPS, flag="model.denoise_timesteps"
+    )
+    cfg_scale: float = setting(
+        4.0,
+        "Guidance scale of training-time samples; -1: no guidance.",
+        -1,
+        MAX_SCALE,
+        flag="model.cfg_scale",
+    )
 
 
-def read_config(content: Any) -> dict[str, Any]:
-    """The configuration of a run, with what older runs did not save.
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """When a run looks at samples, and against which statistics it scores them."""
 
-    A network or an objective that is not registered here is accepted by its name: who makes it says that. BadFileError
-    naming the first setting that is missing, or that no run can have.
-    """
-    _check_nesting(content)
-    groups = ("model", "dataset", "objective", "jax")
-    if not isinstance(content, dict) or not all(isinstance(content.get(group, {}), dict) for group in groups):
-        raise BadFileError("it is no configuration of a run")
-    config = _complete(content)
-    odd = [name for group in groups for name in config.get(group, {}) if group != "dataset" and not name.isidentifier()]
-    if odd:
-        raise BadFileError(f"its configuration has a setting {odd[0][:60]!r}, which is no name of one")
-    rules = _rules()
-    for name in (*(f"model.{name}" for name in MODEL_SETTINGS), *NEEDED):
-        if not _has(config, name):
-            raise BadFileError(f"its configuration has no {name.partition('.')[2]}")
-    for name, rule in rules.items():
-        if _has(config, name) and not rule.is_good(_get(config, name)):
-            raise BadFileError(f"its configuration has {name}={_show(_get(config, name))}, not {rule.what}")
-    _check_together(config)
-    return config
+    eval_interval: int = setting(50_000, "Steps between evaluations; also at step 1000 and at the end. 0: none.", 0)
+    fid_stats: str | None = setting(
+        None, "Reference statistics; with them, `fid` is logged at every evaluation.", is_path=True
+    )
+    fid_samples: int = setting(10_000, "Samples of a training-time FID.", 2)
+    convention: str | None = setting(
+        None, "Inception preprocessing, if --fid_stats does not record it.", choices=CONVENTIONS
+    )
+    inception_weights: str | None = setting(None, "Local copy of the Inception weights.", is_path=True)
 
 
-def _check_nesting(content: Any, room: int = MAX_NESTING) -> None:
-    """BadFileError for values within values within values that no configuration has, which JSON cannot write again."""
-    if room == 0:
-        raise BadFileError("its configuration is nested too deep")
-    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
-        _check_nesting(value, room - 1)
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What a run logs, and where."""
+
+    trackers: tuple[str, ...] = setting(
+        ("wandb",), "Where numbers and images go beside the run's folder: wandb, tensorboard, or nowhere."
+    )
+    log_interval: int = setting(1000, "Steps between logged metrics; also at the first and last.", 1)
+    peak_tflops: float | None = setting(None, "Peak of one device, for the MFU of unknown kinds.", 0)
+    profile: str | None = setting(None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.", is_path=True)
 
 
-def _show(value: Any) -> str:
-    return repr(value)[:60] if isinstance(value, (int, float, str, list)) else type(value).__name__
+@dataclasses.dataclass(frozen=True)
+class WandbConfig:
+    """The run's page on wandb."""
+
+    mode: str = setting("online", "Default: $WANDB_MODE, else online.", choices=("online", "offline", "disabled"))
+    project: str = setting("flow", "Project; default: $WANDB_PROJECT, else flow.")
+    entity: str | None = setting(None, "User or team; default: $WANDB_ENTITY.")
+    group: str | None = setting(None, "Group of runs; default: $WANDB_RUN_GROUP.")
+    name: str = setting(
+        "flow_{dataset_name}", "Name of the wandb run; train_flow.py names its folder under runs/ after it too."
+    )
+    notes: str | None = setting(None, "A longer description; default: $WANDB_NOTES.")
+    tags: tuple[str, ...] = setting((), "Tags, separated by commas; default: $WANDB_TAGS.")
+    display_name: str | None = setting(None, "Name on wandb alone, from $WANDB_NAME; no flag.")
 
 
-def _complete(content: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with what older runs did not save."""
-    model, data = dict(content.get("model", {})), dict(content.get("dataset", {}))
-    config = {**content, "model": model}
-    absent = {"vae": None, "vae_sha256": None, "latent_shape": None}
-    if "dataset_name" in config:
-        absent = {"name": config["dataset_name"], **absent}
-    elif "name" in data:
-        config["dataset_name"] = data["name"]
-    config["dataset"] = absent | data
-    config.setdefault("objective", {"name": "flow_matching"})
-    t_sampler = model.get("t_sampler")
-    if isinstance(t_sampler, str):
-        model["t_sampler"] = LEGACY_T_SAMPLERS.get(t_sampler, t_sampler)
-    for name in ADDED_SETTINGS:
-        model.setdefault(name, getattr(DiTConfig, name))
-    return config
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved, and which checkpoints are kept."""
+
+    save_interval: int = setting(200_000, "Steps between checkpoints; also at the end.", 1)
+    save_minutes: float = setting(15.0, "Minutes between checkpoints, whatever the step; 0: never.", 0)
+    keep_last: int = setting(2, "Newest checkpoints to keep.", 1)
+    keep_every: int = setting(1_000_000, "Also keep checkpoints at multiples of this step.", 1)
 
 
-def _rules() -> dict[str, Rule]:
-    """{group.name: rule} of everything that is known; of registered objectives, too."""
-    fields = {f"model.{field.name}": field for field in dataclasses.fields(DiTConfig)}
-    rules = {name: _rule_of(field) for name, field in fields.items()}
-    rules["model.network"] = TEXT
-    for field in objective_fields():
-        name, rule = flag_of(field), _rule_of(field)
-        # Of several objectives, those that are not the run's have no value.
-        rules[name] = _or_none(rule) if name.startswith("objective.") else rule
-    return rules | NEEDED | OTHERS
+@dataclasses.dataclass(frozen=True)
+class DeviceConfig:
+    """How a step is spread over memory, devices and processes."""
+
+    grad_accum: int = setting(1, "Microbatches per step, to save memory.", 1)
+    remat: str = setting(
+        "none",
+        "What the backward pass recomputes, to save memory: dots is everything but matmuls.",
+        choices=REMAT_POLICIES,
+    )
+    sharding: str = setting(
+        "dp",
+        "dp: every device has the whole state; zero: the parameters alone; fsdp: a part of everything; hybrid: fsdp "
+        "within replicas.",
+        choices=SHARDING_MODES,
+    )
+    num_shards: int | None = setting(
+        None, "Devices of a replica of --sharding hybrid; default: of a slice, up to 16.", 1
+    )
 
 
-def _rule_of(field: dataclasses.Field) -> Rule:
-    metadata = field.metadata
-    if metadata["choices"]:
-        return _choice(metadata["choices"])
-    if isinstance(field.default, str):
-        return TEXT
-    low, high = metadata["low"], metadata["high"]
-    if isinstance(field.default, float):
-        return _number(low, high)
-    return _integer(-(2**31) if low is None else low, 2**31 if high is None else high)
+@dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """How several processes find each other."""
+
+    coordinator_address: str | None = setting(
+        None, "host:port of process 0 in a multi-process run; 'auto' on TPU pods, under SLURM and mpirun."
+    )
+    num_processes: int | None = setting(
+        None,
+        "Processes in the run, with --coordinator_address; 1 without it: a run of its own under srun or torchrun.",
+    )
+    process_id: int | None = setting(None, "This process's number, with --coordinator_address.")
 
 
-def _has(config: Mapping[str, Any], name: str) -> bool:
-    group, dot, leaf = name.rpartition(".")
-    return leaf in (config[group] if dot else config)
+# {field of RunConfig: (its class, group of its settings' names)}; network and objective are chosen by name instead.
+GROUPS: dict[str, tuple[Any, str]] = {
+    "training": (TrainingConfig, ""),
+    "start": (StartConfig, ""),
+    "data": (DataConfig, ""),
+    "codec": (CodecConfig, ""),
+    "optimizer": (OptimizerConfig, ""),
+    "sampling": (SamplingConfig, ""),
+    "evaluation": (EvaluationConfig, ""),
+    "logging": (LoggingConfig, ""),
+    "wandb": (WandbConfig, "wandb"),
+    "checkpoints": (CheckpointConfig, ""),
+    "devices": (DeviceConfig, ""),
+    "processes": (ProcessConfig, ""),
+}
+PRESET = "model.preset"
+OBJECTIVE_NAME = "objective.name"
 
 
-def _get(config: Mapping[str, Any], name: str) -> Any:
-    group, dot, leaf = name.rpartition(".")
-    return (config[group] if dot else config)[leaf]
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is trained with. `given` are the settings that its user gave, rather than defaults."""
 
+    training: TrainingConfig
+    start: StartConfig
+    data: DataConfig
+    codec: CodecConfig
+    model: NetworkConfig
+    objective_name: str
+    objective: Objective
+    optimizer: OptimizerConfig
+    sampling: SamplingConfig
+    evaluation: EvaluationConfig
+    logging: LoggingConfig
+    wandb: WandbConfig
+    checkpoints: CheckpointConfig
+    devices: DeviceConfig
+    processes: ProcessConfig
+    preset: str = "debug"
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
-def _check_together(config: Mapping[str, Any]) -> None:
-    """BadFileError for settings of which each may be, but not all together."""
-    model, data = config["model"], config["dataset"]
-    if not _has(config, "objective.name") or not _has(config, "dataset.name"):
-        raise BadFileError("its configuration has no name of an objective or of a data set")
-    if len(data["class_names"]) > model["num_classes"]:
-        raise BadFileError(f"its configuration has {len(data['class_names'])} names of {model['num_classes']} classes")
-    if max(data.get("empty_classes", ()), default=0) >= len(data["class_names"]):
-        raise BadFileError(
-            f"its configuration has dataset.empty_classes of more than {len(data['class_names'])} classes"
-        )
-    if 0 < len(data["class_names"]) == len(set(data.get("empty_classes", ()))):
-        raise BadFileError("its configuration has no class with images (dataset.empty_classes)")
-    shape = find_latent_shape(config)
-    if not model["use_stable_vae"] and list(shape) != list(data["image_shape"]):
-        raise BadFileError(f"its configuration has latents {shape} of a model of pixels {data['image_shape']}")
-    if model["network"] != "dit" or not _is_latent_known(config):
-        return
-    try:
-        check_sizes(ConfigDict(model), shape)
-    except UserError as error:
-        raise BadFileError(str(error)) from None
-    if shape[0] * shape[1] // model["patch_size"] ** 2 > MAX_PATCHES:
-        raise BadFileError(f"its configuration has images of more than {MAX_PATCHES:,} patches")
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], given: frozenset[str] = frozenset()) -> "RunConfig":
+        """Returns the configuration of {name: value}; what is missing has its default.
 
-
-def check_parameters(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """BadFileError where the parameters of a DiT, {path: shape}, are not those of its configuration: compared before
-    anything is made of its sizes."""
-    model, kernel = config["model"], "['patch_embed']['kernel']"
-    if model["network"] != "dit":
-        return
-    patch, width = model["patch_size"], model["hidden_size"]
-    # An older run does not say how many channels the latents of its VAE have.
-    channels = (find_latent_shape(config)[2],) if _is_latent_known(config) else shapes.get(kernel, ())[2:3]
-    expected = {
-        kernel: (patch, patch, *channels, width),
-        "['label_embed']['Embed_0']['embedding']": (model["num_classes"] + 1, width),
-    }
-    for path, shape in expected.items():
-        if shapes.get(path) != shape:
-            raise BadFileError(
-                f"its configuration is not of its parameters ({path} is {shapes.get(path)}, not {shape})"
+        Raises UserError for a value that a setting cannot have, and for an unknown network or objective.
+        """
+        parts: dict[str, Any] = {
+            part: fill_settings(group_class, settings, group) for part, (group_class, group) in GROUPS.items()
+        }
+        network = settings.get("model.network", "dit")
+        objective_name = settings.get(OBJECTIVE_NAME, "flow_matching")
+        parts["model"] = fill_settings(find_entry("model.network", network, NETWORKS).config_class, settings, "model")
+        try:
+            parts["objective"] = fill_settings(
+                find_entry(OBJECTIVE_NAME, objective_name, OBJECTIVES), settings, "objective"
             )
-    depth = len({path.partition("]")[0] for path in shapes if path.startswith("['block_")})
-    if depth != model["depth"]:
-        raise BadFileError(f"its configuration has model.depth={model['depth']}, its parameters {depth} blocks")
+        except ValueError as error:  # values that do not go together; the message names the flag
+            raise UserError(str(error)) from None
+        return cls(**parts, objective_name=objective_name, preset=settings.get(PRESET, "debug"), given=given)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns {name: value} of all settings. Those of other objectives are None, but for shared ones: their
+        default."""
+        values: dict[str, Any] = {
+            name: None if name.startswith("objective.") else field.default
+            for name, field in objective_settings().items()
+        }
+        for part, (group_class, group) in GROUPS.items():
+            values |= read_settings(getattr(self, part), group_class, group)
+        values |= read_settings(self.model, type(self.model), "model")
+        values |= read_settings(self.objective, type(self.objective), "objective")
+        if values["wandb.display_name"] is None:  # which is saved only where it differs from the folder's
+            del values["wandb.display_name"]
+        return values | {PRESET: self.preset, OBJECTIVE_NAME: self.objective_name}
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the settings as a run saves them: `group.name` in a dictionary of its own, lists for tuples."""
+        values = self.settings()
+        content: dict[str, Any] = {}
+        for name in sorted(values, key=lambda name: ("." in name, name)):
+            *group, leaf = name.split(".")
+            value = list(values[name]) if isinstance(values[name], tuple) else values[name]
+            (content.setdefault(group[0], {}) if group else content)[leaf] = value
+        return dict(sorted(content.items()))
+
+    def describe_given(self) -> str:
+        """Returns the settings that the user gave, as on a command line."""
+        values = {name: value for name, value in self.settings().items() if name in self.given}
+        texts = {name: ",".join(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return " ".join(f"--{name}={texts[name]}" for name in sorted(texts))
+
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps everything: --save_dir, or runs/<--wandb.name>, made fit for a file name."""
+        name = re.sub(r"[^\w.=+-]+", "_", self.wandb.name)
+        if not self.training.save_dir and (not name.strip(".") or len(name.encode()) > 255):
+            raise UserError(
+                f"--wandb.name={self.wandb.name[:60]} is no name for a folder; choose another, or --save_dir"
+            )
+        return Path(self.training.save_dir or Path("runs") / name)
 
 
-def _is_latent_known(config: Mapping[str, Any]) -> bool:
-    """Whether `find_latent_shape` is more than a guess."""
-    return bool(config["dataset"].get("latent_shape")) or not config["model"]["use_stable_vae"]
+def network_settings() -> dict[str, dataclasses.Field]:
+    """Returns {name: field} of the settings of all networks."""
+    return merge_settings("networks", {name: entry.config_class for name, entry in NETWORKS.items()}, "model")
 
 
-def find_latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """The shape (h, w, c) of the input of a run's model. Runs of before it was recorded had a VAE of factor 8 and 4
-    channels."""
-    data = config["dataset"]
-    if data.get("latent_shape"):
-        height, width, channels = data["latent_shape"]
-    else:
-        height, width, channels = data["image_shape"]
-        if config["model"]["use_stable_vae"]:
-            height, width, channels = height // VAE_FACTOR, width // VAE_FACTOR, 4
-    return height, width, channels
+def objective_settings() -> dict[str, dataclasses.Field]:
+    """Returns {name: field} of the settings of all objectives."""
+    return merge_settings("objectives", OBJECTIVES, "objective")
+
+
+def all_settings() -> dict[str, dataclasses.Field]:
+    """Returns {name: field} of every setting that a run can have, but for those that choose preset and objective."""
+    fields: dict[str, dataclasses.Field] = {}
+    for group_class, group in GROUPS.values():
+        fields |= settings_of(group_class, group)
+    return fields | network_settings() | objective_settings()
+
+
+def fill_settings(group_class: Any, settings: Mapping[str, Any], group: str) -> Any:
+    """Returns a dataclass of settings with the values among {name: value}; None stands for the default of a setting
+    that cannot be without a value."""
+    values = {}
+    for name, field in settings_of(group_class, group).items():
+        value = settings.get(name, field.default)
+        values[field.name] = field.default if value is None else check_setting(name, field, value)
+    return group_class(**values)
+
+
+def read_settings(part: Any, group_class: Any, group: str) -> dict[str, Any]:
+    """Returns {name: value} of a dataclass of settings."""
+    return {name: getattr(part, field.name) for name, field in settings_of(group_class, group).items()}

@@ -1,5 +1,6 @@
 """A run opened by what --load_dir names: a folder, one of its steps, or a model on the hub."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
 from diffusion_transformer import DiTConfig
 from utils.base.console import log, warn
@@ -25,10 +25,10 @@ from utils.convert.sources import METADATA_KEY, PublishedSource, fetch, read_sou
 from utils.data.class_names import imagenet_class_names
 from utils.networks.ema import young_ema_hint
 from utils.networks.lora import merge_lora
-from utils.networks.models import ImageModel, init_params, make_model
+from utils.networks.models import ImageModel, init_params, make_model, read_network
 from utils.objectives.registry import make_objective
 from utils.runs.checkpoint import FOLDER, Checkpoints, SaveError, has_checkpoints
-from utils.runs.config import VAE_FACTOR, find_latent_shape, read_config
+from utils.runs.saved_config import VAE_FACTOR, find_latent_shape, read_config
 from utils.sampling.generator import ImageGenerator
 
 # --load_dir of a run on the hub, and where that is kept.
@@ -107,14 +107,16 @@ def load_model(
 ) -> ImageModel:
     """The model of the configuration saved with a checkpoint, without parameters; not `needs_images`: a VAE that is not
     at hand is missed only where it is used."""
-    config, data = ConfigDict(saved["model"]), saved["dataset"]
+    data = saved["dataset"]
+    config = read_network(saved["model"])
+    is_latent = bool(saved["model"]["use_stable_vae"])
     if dtype:
-        config.dtype = dtype
-    if vae is not None and not config.use_stable_vae:
+        config = dataclasses.replace(config, dtype=dtype)
+    if vae is not None and not is_latent:
         raise UserError(f"--vae={vae} has no effect on a run of pixels; leave it out")
     shape, name = data["image_shape"], vae or data["vae"] or DEFAULT_HUB_ID
     try:
-        codec = load_codec(bool(config.use_stable_vae), name, mesh, shape, data["vae_sha256"])
+        codec = load_codec(is_latent, name, mesh, shape, data["vae_sha256"])
     except AbsentVAEError as error:
         if needs_images or vae is not None or not data["latent_shape"]:
             raise

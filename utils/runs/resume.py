@@ -1,32 +1,26 @@
 """Whether a run may go on from its checkpoint, or start from another's: data and settings compared."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from diffusion_transformer import DiTConfig
 from utils.base.devices import compare_jax_settings
 from utils.base.errors import UserError
+from utils.base.settings import settings_of
 from utils.data.dataset import ImageDataset
 from utils.data.fingerprint import compare_data, read_listing
-from utils.objectives.registry import flag_of, objective_fields
+from utils.networks.models import read_network
+from utils.runs.config import objective_settings
 from utils.runs.opening import split_load_dir
 
 NEW_RUN = "another --wandb.name or --save_dir starts a new run"
 
-# What a trained model fixes, and what it has learned.
-_SETTINGS = dataclasses.fields(DiTConfig)
-ARCHITECTURE = (*(field.name for field in _SETTINGS if field.metadata["is_fixed"]), "use_stable_vae")
-# A run is continued only under the same values of these; the rest may change, and is reported.
-FIXED = (*(f"model.{name}" for name in ARCHITECTURE), "objective.name", "batch_size", "seed", "debug_overfit")
-# Of these, what runs were trained with before there was a flag.
-ADDED: dict[str, Any] = {
-    "freeze": [], "lora_rank": 0, "warmup_steps": 0, "weight_decay": 0.0, "grad_clip": None, "lr_schedule": "constant",
-}  # fmt: skip
-FIXED += tuple(ADDED)
+# A run is continued only under the same values of these, beside the fixed settings of its network and its objective.
+# The rest may change, and is reported.
+FIXED = (
+    "model.use_stable_vae", "objective.name", "batch_size", "seed", "debug_overfit", "freeze", "lora_rank",
+    "warmup_steps", "weight_decay", "grad_clip", "lr_schedule",
+)  # fmt: skip
 # Parameters mean something else under another value of these, whatever their shapes are.
 OF_PARAMETERS = (
     "network", "hidden_size", "num_heads", "mlp_ratio", "norm", "mlp", "rope", "qk_norm", "timestep_scale",
@@ -76,10 +70,12 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
             f"{folder} holds a run on the latents of --vae={saved['dataset']['vae']}, which is not "
             f"{config['dataset']['vae']}; give that one, or {NEW_RUN}"
         )
-    of_objective = [flag_of(field) for field in objective_fields() if field.metadata["is_fixed"]]
-    old, new = {**dict.fromkeys(of_objective), **ADDED, **_flatten(saved)}, _flatten(config)
+    network = type(read_network(config["model"]))
+    of_network = [name for name, field in settings_of(network, "model").items() if field.metadata["is_fixed"]]
+    of_objective = [name for name, field in objective_settings().items() if field.metadata["is_fixed"]]
+    old, new = {**dict.fromkeys(of_objective), **_flatten(saved)}, _flatten(config)
     changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-    for name in (*FIXED, *of_objective):
+    for name in (*of_network, *FIXED, *of_objective):
         if name in changed:
             before, now = changed[name]
             raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")
@@ -91,7 +87,7 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
     return {name: values for name, values in changed.items() if name not in COMPARED_ELSEWHERE}
 
 
-def check_architecture(model: ConfigDict, saved: dict[str, Any], load_dir: str, is_other: bool = False) -> None:
+def check_architecture(model: Mapping[str, Any], saved: dict[str, Any], load_dir: str, is_other: bool = False) -> None:
     """UserError where the parameters of a run with the --model.* values `saved` mean something else in the `model`.
 
     The scale of time may differ where the objective `is_other`: the embedding is fitted anew then.
@@ -99,10 +95,10 @@ def check_architecture(model: ConfigDict, saved: dict[str, Any], load_dir: str, 
     for name in OF_PARAMETERS:
         if is_other and name == "timestep_scale":
             continue
-        if model[name] != saved[name]:
+        if model.get(name) != saved.get(name):
             raise UserError(
-                f"--model.{name}={model[name]}, but --load_dir={load_dir} has {saved[name]}; give that, or leave the "
-                "flag out"
+                f"--model.{name}={model.get(name)}, but --load_dir={load_dir} has {saved.get(name)}; give that, or "
+                "leave the flag out"
             )
 
 

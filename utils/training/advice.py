@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
 from utils.base.console import format_duration
 from utils.base.devices import GIB, device_memory, format_bytes, shape_structs
 from utils.data.dataset import Batch, DataOptions, ImageDataset
 from utils.data.loaders import find_loader
 from utils.networks.ema import YOUNG, EmaSchedule
+from utils.networks.network import NetworkConfig
 from utils.objectives.objective import has_guidance
 from utils.objectives.registry import make_objective
 from utils.sampling.samplers import can_guide
@@ -126,24 +126,19 @@ def plan_lines(
 
 
 def model_hints(
-    model: ConfigDict, latent_shape: tuple[int, int, int], dataset: ImageDataset, batch_size: int
+    config: NetworkConfig, latent_shape: tuple[int, int, int], dataset: ImageDataset, batch_size: int
 ) -> list[str]:
-    """About --model.*, the batch and the training split."""
-    hints, (height, width, _) = [], latent_shape
+    """Returns remarks on the network, the batch and the training split that are possible but hardly meant."""
+    hints = []
     num_images, num_classes = len(dataset.source), dataset.num_classes
-    if model.num_classes > max(2 * num_classes, num_classes + 10):
+    if config.num_classes > max(2 * num_classes, num_classes + 10):
         hints.append(
-            f"--model.num_classes={model.num_classes}, but the data has {num_classes}: the other labels are never "
+            f"--model.num_classes={config.num_classes}, but the data has {num_classes}: the other labels are never "
             f"trained; use --model.num_classes {num_classes}"
         )
     if batch_size > num_images:
         hints.append(f"--batch_size={batch_size} is more than the {num_images} training images: some come twice a step")
-    if model.get("network", "dit") == "dit" and model.patch_size == height == width:
-        hints.append(
-            f"--model.patch_size={model.patch_size} makes one token of each {height}x{width} input, which leaves "
-            "attention nothing to attend to; use a smaller one"
-        )
-    return hints
+    return hints + config.hints(latent_shape)
 
 
 def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) -> list[str]:

@@ -18,8 +18,8 @@ from utils.base.external import BadFileError, read_json
 from utils.networks.lora import KEY as LORA
 from utils.networks.lora import merge_lora
 from utils.runs.checkpoint import Checkpoints
-from utils.runs.config import read_config
 from utils.runs.opening import open_checkpoint
+from utils.runs.saved_config import read_config
 
 LABELS = ("label_embed", "Embed_0", "embedding")
 POSITIONS = ("pos_embed",)

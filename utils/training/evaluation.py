@@ -1,4 +1,4 @@
-"""What training looks at: loss by t, reconstructions, and samples by guidance scale and by step count.
+"""Evaluations of a run that trains: loss by t, reconstructions, samples by guidance scale and by step count, and FID.
 
 Parameters, codec, guidance scale, step count and times are arguments of the compiled functions, so that a new value of
 any of them compiles nothing anew; the network and the shapes are static.
@@ -8,23 +8,33 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, PyTree, UInt8
 from matplotlib.figure import Figure
 
 from utils.base.devices import gather
+from utils.base.processes import Interrupted, StopRequest
 from utils.data.dataset import Batch
 from utils.images import plotting
 from utils.images.pixels import images_to_uint8
+from utils.metrics.measure import measure_images
+from utils.metrics.metrics import compute_fid
+from utils.metrics.statistics import ImageStatistics
 from utils.networks.models import ImageModel, model_fn
 from utils.objectives.objective import has_guidance
+from utils.runs.config import RunConfig
+from utils.runs.trackers import Trackers, read_metrics
 from utils.sampling.generator import ImageGenerator
-from utils.sampling.samplers import can_guide, largest_steps
+from utils.sampling.samplers import can_guide, guidance_scale, largest_steps
 from utils.sampling.solvers import SamplerConfig, sample_noise
-from utils.training.step import draw_examples, loss_at_time
+from utils.training.build import Run
+from utils.training.state import TrainState
+from utils.training.step import VALIDATION, draw_examples, loss_at_time
 
 PANEL_SIZE = 8
 LOSS_TIMES = tuple(i / 10 for i in range(11))
@@ -119,3 +129,94 @@ def sample_panels(
         final = stages(1 if sampler.cfg_scale is None else sampler.cfg_scale, num_steps)[None, :, -1]
         title = f"{sampler._replace(num_steps=num_steps)}{note}"
         yield f"{name}_N/{num_steps}", plotting.image_table(final, (), names, title)
+
+
+# --- The evaluations of a run ---
+
+
+def is_evaluation_due(config: RunConfig, step: int) -> bool:
+    """Returns whether images are drawn, and FID computed, after this step."""
+    interval = config.evaluation.eval_interval
+    is_end = step == config.training.max_steps
+    return bool(step and interval and (step % interval == 0 or step == 1000 or is_end))
+
+
+def count_evaluations(config: RunConfig, step: int) -> int:
+    """Returns how many evaluations are due before this step, whenever the run was to end."""
+    interval = config.evaluation.eval_interval
+    return (step - 1) // interval + (step > 1000 and 1000 % interval > 0)
+
+
+def is_evaluation_missing(run: Run, step: int) -> bool:
+    """Returns whether the evaluation due after the step from which a run continues is not in its log: a kill or a
+    signal has ended it."""
+    if not is_evaluation_due(run.config, step):
+        return False
+    lines = read_metrics(run.folder / "metrics.jsonl") if jax.process_index() == 0 else []
+    is_logged = any(line["step"] == step and "validation_loss_t/mean" in line for line in lines)
+    if jax.process_count() > 1:
+        return not multihost_utils.broadcast_one_to_all(np.bool_(is_logged))
+    return not is_logged
+
+
+def evaluate(run: Run, state: TrainState, batch: PyTree) -> Iterator[tuple[str, Any]]:
+    """Yields (name, number or figure) of an evaluation. Images and FID use the EMA; while that is mostly the initial
+    parameters, images are drawn from the parameters too."""
+    config = run.config
+    model = run.model
+    key = jax.random.fold_in(state.key, VALIDATION)
+
+    # Losses, of the parameters.
+    for name, data in (("training", batch), ("validation", run.validation_batch)):
+        for t, loss in loss_by_time(model, state.params, data, key).items():
+            yield f"{name}_loss_t/{t}", loss
+    yield "reconstruction_n", reconstruction_panel(model, state.ema_params, run.validation_batch, key)
+
+    # Samples, with the sampler of the run.
+    is_guided = has_guidance(model.objective) and can_guide(config.model.class_dropout_prob)
+    scale = guidance_scale(config.sampling.cfg_scale) if is_guided else None
+    sampler = SamplerConfig(largest_steps(config.sampling.denoise_timesteps, model.objective), scale)
+    weight = run.ema.initial_weight(int(state.step))
+    note = f"EMA, {weight:.0%} of it initial parameters" if weight > 0.005 else "EMA"
+    number = count_evaluations(config, int(state.step))
+    yield from sample_panels(model, state.ema_params, key, sampler, number=number, note=note)
+    if weight > 0.5:
+        raw = {"number": number, "name": "sample_raw", "note": "parameters without EMA", "step_counts": ()}
+        yield from sample_panels(model, state.params, key, sampler, scales=(1 if scale is None else scale,), **raw)
+
+    # Numbers of many samples.
+    yield "straightness", ImageGenerator(model, state.ema_params, seed=config.training.seed).straightness()
+    if run.reference is not None:
+        yield "fid", score_samples(run, state, sampler)
+
+
+def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> float:
+    """Returns the FID of --fid_samples samples of the EMA against the run's reference."""
+    assert run.reference is not None
+    training = run.config.training
+    num_samples = run.config.evaluation.fid_samples
+    generator = ImageGenerator(run.model, state.ema_params, seed=training.seed)
+    needed = -(-num_samples // run.mesh.size) * run.mesh.size
+    samples = generator.generate(sampler, num_samples, min(training.batch_size, needed))
+    statistics = ImageStatistics()
+    measure_images(run.reference.extractors, samples, statistics)
+    return compute_fid(statistics, run.reference.statistics)
+
+
+def log_evaluation(trackers: Trackers, results: Iterator[tuple[str, Any]], step: int, stop: StopRequest) -> bool:
+    """Returns whether all results were logged; a signal ends it, and the same evaluation is made when the run
+    continues."""
+    numbers: dict[str, float] = {}
+    try:
+        with stop.interrupting():
+            for name, value in results:
+                if isinstance(value, Figure):
+                    trackers.log_figure(step, name, value)
+                else:
+                    numbers[name] = value
+                if jax.process_count() > 1 and stop.is_due():
+                    return False
+    except Interrupted:
+        return False
+    trackers.log(step, numbers)
+    return True

@@ -1,0 +1,138 @@
+"""The configuration of the Diffusion Transformer: sizes, presets, and checks before anything compiles."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from utils.base.devices import total_memory
+from utils.base.errors import UserError
+from utils.base.settings import setting
+from utils.networks.network import NetworkConfig
+
+# The recipe's presets, then the field's: width, depth, heads.
+_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+
+def _preset(hidden_size: int, patch_size: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden_size,
+        "patch_size": patch_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": mlp_ratio,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig(NetworkConfig):
+    """The architecture: --model.* flags, presets and the resume check derive from the fields.
+
+    `patch_size` divides the image sides, `num_heads` divides `hidden_size`, and `hidden_size` is a multiple of 4 (sines
+    and cosines of two axes).
+    """
+
+    PRESETS: ClassVar = {
+        "debug": _preset(64, 8, 2, 2, 1.0),
+        "big": _preset(768, 2, 12, 12),
+        "semilarge": _preset(1024, 2, 22, 16),
+        "large": _preset(1024, 2, 24, 16),
+        "xlarge": _preset(1152, 2, 28, 16),
+    } | {
+        f"DiT-{name}/{patch}": _preset(width, patch, depth, heads)
+        for name, (width, depth, heads) in _SIZES.items()
+        for patch in (2, 4, 8)
+    }
+
+    patch_size: int = setting(8, "Side of a patch.", 1, 2**12)
+    hidden_size: int = setting(64, "Width of the transformer.", 4, 2**16)
+    depth: int = setting(2, "Transformer blocks.", 1, 1000)
+    num_heads: int = setting(2, "Attention heads.", 1, 2**16)
+    mlp_ratio: float = setting(1.0, "MLP width divided by --model.hidden_size.", 0, 100)
+    t_conditioning: int = setting(1, "0: the model is not conditioned on t.", 0, 1)
+    timestep_scale: float = setting(
+        10_000.0, "Factor of the time before its sinusoids: 10000 as jax-flow has it, 1 as SiT and DiT.", 1e-3, 1e6
+    )
+    learned_positions: int = setting(0, "1: the position table is a parameter, as jax-flow has it.", 0, 1)
+    learn_sigma: int = setting(0, "1: as many outputs again, the variance of a DiT's diffusion.", 0, 1)
+    norm: str = setting(
+        "layer", "layer: LayerNorm; rms: RMSNorm with a scale (LightningDiT).", choices=("layer", "rms")
+    )
+    mlp: str = setting("gelu", "gelu, or swiglu of as many parameters (LightningDiT).", choices=("gelu", "swiglu"))
+    rope: int = setting(0, "1: rotary positions in attention, too (LightningDiT).", 0, 1)
+    qk_norm: int = setting(0, "1: queries and keys are RMS-normalised.", 0, 1)
+
+    @property
+    def mlp_width(self) -> int:
+        """The width of an MLP's hidden layer; two thirds for SwiGLU, which has three matrices."""
+        width = int(self.mlp_ratio * self.hidden_size)
+        return int(2 / 3 * width) if self.mlp == "swiglu" else width
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def describe(self) -> str:
+        return (
+            f"{self.network} {self.hidden_size} wide, {self.depth} deep, {self.num_heads} heads, "
+            f"patch {self.patch_size}"
+        )
+
+    def hints(self, latent_shape: tuple[int, int, int]) -> list[str]:
+        height, width, _ = latent_shape
+        if not self.patch_size == height == width:
+            return []
+        return [
+            f"--model.patch_size={self.patch_size} makes one token of each {height}x{width} input, which leaves "
+            "attention nothing to attend to; use a smaller one"
+        ]
+
+    def check(self, latent_shape: tuple[int, int, int]) -> None:
+        """Raises UserError where the sizes do not fit each other, latents (h, w, c) or the machine's memory."""
+        self.check_sizes(latent_shape)
+        num_params = self.count_parameters(latent_shape)
+        limit = total_memory()
+        if 16 * num_params > limit:  # float32 parameters, EMA and two moments
+            raise UserError(
+                f"a model of --model.hidden_size={self.hidden_size}, --model.depth={self.depth}, --model.mlp_ratio="
+                f"{self.mlp_ratio:g} and --model.num_classes={self.num_classes} has {num_params:,} parameters; with "
+                f"optimizer they need {16 * num_params / 2**30:,.0f} GiB, of which there are {limit / 2**30:,.0f}; use "
+                "less"
+            )
+
+    def check_sizes(self, latent_shape: tuple[int, int, int]) -> None:
+        """Raises UserError where the sizes do not fit each other or latents (h, w, c)."""
+        height, width, _ = latent_shape
+        patch = self.patch_size
+        if height % patch or width % patch:
+            fits = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
+            raise UserError(
+                f"--model.patch_size={patch} does not divide the {height}x{width} input of the model; "
+                f"use one of {', '.join(map(str, fits))}"
+            )
+        if self.hidden_size % self.num_heads:
+            divisors = [d for d in range(1, self.hidden_size + 1) if self.hidden_size % d == 0]
+            nearest = min(divisors, key=lambda d: abs(d - self.num_heads))
+            raise UserError(
+                f"--model.num_heads={self.num_heads} does not divide --model.hidden_size={self.hidden_size}; "
+                f"use {nearest} heads, for example"
+            )
+        if self.hidden_size % 4:
+            raise UserError(
+                f"--model.hidden_size={self.hidden_size} must be a multiple of 4 (sines and cosines of two axes); "
+                f"use {-(-self.hidden_size // 4) * 4}"
+            )
+        if self.rope and self.head_dim % 4:
+            raise UserError(
+                f"--model.rope=1: the width of a head, {self.head_dim}, must be a multiple of 4 (sines and cosines of "
+                f"two axes); use another --model.num_heads than {self.num_heads}, or --model.rope 0"
+            )
+        if self.mlp_width < 1:
+            raise UserError(f"--model.mlp_ratio={self.mlp_ratio} leaves the MLP no width; use 4, for example")
+
+    def count_parameters(self, latent_shape: tuple[int, int, int]) -> int:
+        """Returns the number of parameters for latents (h, w, c), but for biases; with the table of positions, a
+        constant as large as a parameter."""
+        height, width, channels = latent_shape
+        d, p = self.hidden_size, self.patch_size
+        block = (10 + 2 * self.mlp_ratio) * d * d
+        ends = (3 * d + 256 + 2 * p * p * channels + self.num_classes) * d
+        return int(self.depth * block + ends + (height // p) * (width // p) * d)

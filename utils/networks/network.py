@@ -1,0 +1,57 @@
+"""Networks by name, and what the configuration of each has."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from utils.base.settings import setting
+
+
+class NetworkEntry(NamedTuple):
+    """A network that --model.network can name: its configuration class, and `build(config, remat, mesh)`.
+
+    `config_class` is a frozen dataclass derived from NetworkConfig: its fields become --model.* flags. `remat` is one
+    of diffusion_transformer.REMAT_POLICIES, `mesh` the devices to build for; a network may ignore both.
+    """
+
+    config_class: type["NetworkConfig"]
+    build: Callable[..., Any]
+
+
+# One more network is one entry; DiT enters itself (diffusion_transformer.py).
+NETWORKS: dict[str, NetworkEntry] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """Settings that every network has, because training and guidance use them; a network adds its own."""
+
+    # {preset: {field: value}}, for --model.preset. A preset fills what the user left unset.
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    network: str = setting("dit", "The network; docs/change_this.md adds one.", choices=NETWORKS)
+    num_classes: int = setting(1000, 'Number of labels; one more embedding stands for "no label".', 1, 10**8)
+    class_dropout_prob: float = setting(
+        0.1, "Probability of dropping a label in training, for classifier-free guidance.", 0, 1
+    )
+    step_conditioning: int = setting(0, "1: the model is also given the length of the step that it is asked for.", 0, 1)
+    dtype: str = setting(
+        "bfloat16", "Compute dtype; parameters stay float32.", choices=("bfloat16", "float32"), is_fixed=False
+    )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Any:
+        """Returns the configuration among the --model.* values of a run. A missing value has its default, as in the
+        runs that were saved before there was such a setting."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+
+    def check(self, latent_shape: tuple[int, int, int]) -> None:
+        """Raises UserError where no such network can be made for latents (h, w, c); names the flag and a fix."""
+
+    def describe(self) -> str:
+        """Returns the network's sizes in a few words, for the log."""
+        return self.network
+
+    def hints(self, latent_shape: tuple[int, int, int]) -> list[str]:
+        """Returns remarks on settings that are possible for latents (h, w, c), but hardly meant."""
+        return []

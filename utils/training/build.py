@@ -1,0 +1,315 @@
+"""From a configuration to a run that is ready to train: data, model, optimizer. Bad input ends here."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from utils.base.console import log
+from utils.base.devices import (
+    SHARD,
+    check_batch_memory,
+    check_batch_size,
+    choose_num_shards,
+    find_devices,
+    jax_settings,
+    make_mesh,
+    next_batch,
+    place,
+    replicated,
+    shape_structs,
+    shard_batch,
+    state_sharding,
+    unsplit_fraction,
+)
+from utils.base.files import check_writable
+from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.data.batches import first_examples, training_batches
+from utils.data.dataset import SPLITS, ImageDataset, describe_data, summarize_data
+from utils.data.loaders import load_dataset
+from utils.metrics.extractors import load_extractors
+from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
+from utils.networks.ema import EmaSchedule
+from utils.networks.lora import add_lora
+from utils.networks.models import ImageModel, init_params, make_model
+from utils.objectives.objective import row_period
+from utils.runs.checkpoint import Checkpoints, has_checkpoints
+from utils.runs.config import RunConfig
+from utils.runs.resume import check_architecture
+from utils.sampling.samplers import can_guide, explain_no_guidance
+from utils.training.advice import model_hints
+from utils.training.configure import with_classes
+from utils.training.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
+from utils.training.state import TrainState, create_train_state, freeze_parts, make_optimizer
+from utils.training.step import INIT
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Statistics that training-time samples are scored against, and the networks that compute their features."""
+
+    statistics: ReferenceStatistics
+    extractors: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is ready to train: everything that is settled before its first step."""
+
+    config: RunConfig
+    record: dict[str, Any]  # what is saved with the run: its settings, and facts about its data
+    mesh: Mesh
+    datasets: Mapping[str, ImageDataset]  # by split
+    validation_batch: PyTree  # on the devices
+    model: ImageModel
+    optimizer: optax.GradientTransformation
+    ema: EmaSchedule
+    frozen: tuple[str, ...]  # top-level parts of the parameters that are not trained
+    start: list[PyTree]  # [parameters, EMA] of another run, as NumPy arrays; `make_state` empties it, to free memory
+    reference: Reference | None
+
+    @property
+    def folder(self) -> Path:
+        return self.config.folder
+
+    @property
+    def static(self) -> dict[str, Any]:
+        """The arguments that training and validation steps are compiled with."""
+        return {
+            "model": self.model.network,
+            "objective": self.model.objective,
+            "optimizer": self.optimizer,
+            "grad_accum": self.config.devices.grad_accum,
+            "frozen": self.frozen,
+        }
+
+    @property
+    def flops_per_step(self) -> int:
+        """Floating-point operations of a step, matmuls only: a backward pass counts as two forward passes."""
+        return 3 * self.config.training.batch_size * self.model.network.count_flops(self.model.latent_shape)
+
+    def training_batches(self) -> Any:
+        """Returns the endless batches of this process, from the first; they can be moved to any position."""
+        training = self.config.training
+        dataset = self.datasets["train"]
+        if training.debug_overfit:
+            dataset = first_examples(dataset, training.batch_size)
+        return training_batches(dataset, training.batch_size, training.seed, **this_host())
+
+
+def this_host() -> dict[str, int]:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
+def build_run(config: RunConfig) -> Run:
+    """Returns the run of a configuration, without writing anything.
+
+    Raises UserError for whatever keeps it from training: data that are missing, sizes that do not fit, devices that do
+    not divide the batch, a folder that cannot be written, a run to start from that has another architecture.
+    """
+    devices = config.devices
+    mesh = make_mesh(choose_num_shards(devices.sharding, devices.num_shards, find_devices()))
+    period = row_period(config.objective)
+    check_batch_size(config.training.batch_size, mesh.size, devices.grad_accum, period)
+    if not config.training.plan:  # before images are looked through, which may take long
+        check_writable(config.folder, "save_dir")
+        if config.logging.profile:
+            check_writable(Path(config.logging.profile), "profile")
+
+    # Data. The validation images are always the same, so that two points of a curve differ by the model alone.
+    datasets = {split: load_dataset(config.data.dataset_name, split, config.data.options) for split in SPLITS}
+    dataset = datasets["train"]
+    training = config.training
+    check_batch_memory(training.batch_size, dataset.image_shape)
+    validation = training_batches(datasets["validation"], training.batch_size, training.seed, **this_host())
+    validation_batch = shard_batch(next_batch(validation), mesh)
+    log(summarize_data(datasets, training.batch_size))
+
+    # Model. A run that starts from another has as many labels as its own data.
+    is_new = not has_checkpoints(config.folder)
+    source = Source.open(config.start.load_dir) if config.start.load_dir and is_new else None
+    if source:
+        config = with_classes(config, dataset.num_classes)
+    model, vae = build_model(config, dataset, mesh)
+    report_hints(config, model, dataset)
+
+    # Record, and the parameters to start from.
+    record = make_record(config, model, vae, datasets)
+    start, frozen = prepare_start(config, source, model, record)
+    record["frozen"] = list(frozen)
+    return Run(
+        config=config,
+        record=record,
+        mesh=mesh,
+        datasets=datasets,
+        validation_batch=validation_batch,
+        model=model,
+        optimizer=freeze_parts(build_optimizer(config), frozen),
+        ema=EmaSchedule.of_run(record),
+        frozen=frozen,
+        start=start,
+        reference=load_reference(config, mesh, dataset.image_shape),
+    )
+
+
+def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[ImageModel, str]:
+    """Returns (model, name of the VAE) for a data set; the VAE is the one that made cached latents, unless given."""
+    latents = dataset.latents
+    vae = config.codec.vae or (latents.vae if latents else DEFAULT_HUB_ID)
+    sha256 = latents.vae_sha256 if latents else None
+    codec = load_codec(bool(config.codec.use_stable_vae), vae, mesh, dataset.image_shape, sha256)
+    model = make_model(
+        config.model,
+        config.objective,
+        codec,
+        mesh,
+        dataset.image_shape,
+        dataset.class_names,
+        remat=config.devices.remat,
+        empty_classes=dataset.empty_classes,
+    )
+    return model, vae
+
+
+def report_hints(config: RunConfig, model: ImageModel, dataset: ImageDataset) -> None:
+    """Logs settings that are possible but hardly meant."""
+    for hint in model_hints(config.model, model.latent_shape, dataset, config.training.batch_size):
+        log(f"note: {hint}")
+    dropout = config.model.class_dropout_prob
+    if not can_guide(dropout):
+        log(f"{explain_no_guidance(dropout)}: samples are drawn without guidance")
+
+
+def make_record(config: RunConfig, model: ImageModel, vae: str, datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
+    """Returns what is saved with a run: its settings, and what identifies data, VAE and JAX's settings."""
+    saved = read_started_from(config.folder)
+    codec = model.codec
+    recorded = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
+    recorded["latent_shape"] = list(model.latent_shape)
+    return {
+        **config.to_json(),
+        "dataset": describe_data(datasets) | recorded,
+        "load_dir": config.start.load_dir or (saved and saved["load_dir"]),
+        "jax": jax_settings(),
+    }
+
+
+def build_optimizer(config: RunConfig) -> optax.GradientTransformation:
+    """Returns the optimizer of all parameters."""
+    settings = config.optimizer
+    return make_optimizer(
+        settings.lr,
+        settings.beta1,
+        settings.beta2,
+        warmup_steps=settings.warmup_steps,
+        decay_steps=config.training.max_steps if settings.lr_schedule == "cosine" else None,
+        weight_decay=settings.weight_decay,
+        grad_clip=settings.grad_clip,
+    )
+
+
+def load_reference(config: RunConfig, mesh: Mesh, image_shape: tuple[int, ...]) -> Reference | None:
+    """Returns what training-time FID needs; None without --fid_stats."""
+    evaluation = config.evaluation
+    if not evaluation.fid_stats:
+        return None
+    statistics = load_statistics(evaluation.fid_stats)
+    convention = find_convention(statistics, evaluation.convention).name
+    warn_of_other_shape(statistics, image_shape)
+    extractors = load_extractors(weights=evaluation.inception_weights, convention=convention, sharding=replicated(mesh))
+    return Reference(statistics, extractors)
+
+
+def prepare_start(
+    config: RunConfig, source: Source | None, model: ImageModel, record: dict[str, Any]
+) -> tuple[list[PyTree], tuple[str, ...]]:
+    """Returns ([parameters, EMA] to start from, nothing if from scratch; the parts that are not trained)."""
+    if has_checkpoints(config.folder):  # a run that is continued has its own parameters, and goes on as it began
+        checkpoints = Checkpoints(config.folder)
+        step, saved = checkpoints.restore_newest(checkpoints.restore_config, checkpoints.steps())
+        checkpoints.refuse_imported(step)
+        checkpoints.close()
+        return [], tuple(saved.get("frozen", ()))
+    if source is None:
+        return [], ()
+
+    # What fits of the source's parameters stands in place of fresh ones. What is frozen has one value: that of the
+    # EMA, which samples best.
+    settings = config.start
+    is_other = config.objective_name != source.saved["objective"]["name"]
+    check_architecture(record["model"], source.saved["model"], source.load_dir, is_other)
+    key = jax.random.key(config.training.seed)
+    fresh = jax.tree.map(np.asarray, init_params(model, jax.random.fold_in(key, INIT)))
+    has_one_value = bool(settings.freeze or settings.lora_rank)
+    start = start_from(source, fresh, record, replicated(model.mesh), from_ema=has_one_value)
+    for remark in start.remarks:
+        log(remark)
+
+    # Which parts are trained.
+    trees = [start.params, start.ema_params]
+    if settings.lora_rank:
+        trees = [jax.tree.map(np.asarray, add_lora(tree, settings.lora_rank, key)) for tree in trees]
+        frozen = frozen_beside_lora(tuple(trees[0]), start.new)
+    else:
+        frozen = read_frozen(settings.freeze, tuple(trees[0]))
+    return trees, frozen
+
+
+# --- The state of step 0 ---
+
+
+def state_structs(run: Run) -> TrainState:
+    """Returns the shapes of the run's state, and where each array lives."""
+    shapes = jax.eval_shape(lambda key: init_state(run, key), jax.random.key(run.config.training.seed))
+    return shape_structs(shapes, state_sharding(shapes, run.mesh, run.config.devices.sharding))
+
+
+def make_state(run: Run) -> TrainState:
+    """Returns the state of step 0, the same on every process and any number of devices; perhaps of another run."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_structs(run))
+    key = jax.random.key(run.config.training.seed)
+    state = jax.jit(lambda key: init_state(run, key), out_shardings=shardings)(key)
+    if not run.start:
+        return state
+    params, ema_params = (jax.tree.map(place, tree, shardings.params) for tree in run.start)
+    run.start.clear()
+    return state.replace(params=params, ema_params=ema_params)
+
+
+def init_state(run: Run, key: jax.Array) -> TrainState:
+    """Returns fresh parameters, with LoRA's factors if the run has them, and the optimizer's state."""
+    params = init_params(run.model, jax.random.fold_in(key, INIT))
+    if rank := run.config.start.lora_rank:
+        params = add_lora(params, rank, key)
+    return create_train_state(params, run.optimizer, key)
+
+
+def summarize_run(run: Run, state: TrainState) -> str:
+    """Returns sizes and devices of a run in one line; of its state the shapes count."""
+    training = run.config.training
+    counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in state.params.items()}
+    count = sum(counts.values())
+    trained = sum(counts[part] for part in counts if part not in run.frozen)
+    share = f" ({trained:,}, or {trained / count:.1%}, are trained)" if run.frozen else ""
+    return (
+        f"{run.config.model.describe()} on {'x'.join(map(str, run.model.latent_shape))}: {count:,} parameters{share}, "
+        f"{run.flops_per_step / 1e9:,.1f} GFLOP per step of {training.batch_size} images, on {run.mesh.size} x "
+        f"{jax.devices()[0].device_kind}{describe_sharding(run, state)}"
+    )
+
+
+def describe_sharding(run: Run, state: TrainState) -> str:
+    """Returns how the state is split over the devices, in words; nothing where every device has all of it."""
+    mode = run.config.devices.sharding
+    if mode == "dp" or run.mesh.size == 1:
+        return ""
+    num_shards = run.mesh.shape[SHARD]
+    replicas = f" ({run.mesh.size // num_shards} x {num_shards} shards)" if mode == "hybrid" else ""
+    whole = unsplit_fraction(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    return f", {mode}{replicas}, {whole:.1%} of the state whole on each"

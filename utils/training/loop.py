@@ -1,0 +1,300 @@
+"""Training: the loop that steps, logs, evaluates and saves, from the newest checkpoint to the last step."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+from jaxtyping import PyTree
+
+from utils.base.console import log
+from utils.base.devices import (
+    compile_step,
+    device_memory,
+    explaining_out_of_memory,
+    format_bytes,
+    memory_needed,
+    next_batch,
+    out_of_memory,
+    prefetch,
+    replicated,
+    shard_batch,
+)
+from utils.base.errors import DataError, UserError
+from utils.base.files import FolderLock, prepare_output_folder, write_json
+from utils.base.processes import StopRequest
+from utils.data.fingerprint import write_listing
+from utils.objectives.objective import row_period
+from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
+from utils.runs.resume import compare_with_saved
+from utils.runs.trackers import Trackers
+from utils.training.advice import batch_structs, ema_hints, plan_lines
+from utils.training.build import Run, make_state, state_structs, summarize_run
+from utils.training.evaluation import evaluate, is_evaluation_due, is_evaluation_missing, log_evaluation
+from utils.training.progress import Progress, Saver, SkippedUpdates, StepTrace, Throughput, check_finite
+from utils.training.state import TrainState
+from utils.training.step import jit_train_step, validation_step
+
+MEMORY_FLAGS = (
+    "a smaller --batch_size or --image_size, a larger --model.patch_size, --remat dots (or blocks), or --grad_accum 2 "
+    "(or more)"
+)
+
+
+class Resources(NamedTuple):
+    """What a run that trains holds: its folder, its data and its log."""
+
+    checkpoints: Checkpoints
+    batches: Any  # endless, at the position of the state
+    position: dict[str, Any]  # in the data, of the checkpoint that the run continues from
+    trackers: Trackers
+    stop: StopRequest
+
+
+def train(run: Run, stop: StopRequest | None = None) -> TrainState:
+    """Trains a run from its newest checkpoint, or from step 0, to --max_steps or until a signal asks for an end.
+
+    Writes checkpoints, metrics.jsonl and images to the run's folder, which no other process may use meanwhile. Returns
+    the last state, which is saved. Raises UserError where the folder holds another run, the data cannot be read, or
+    the update is no longer finite.
+    """
+    stop = stop or StopRequest()
+    prepare_output_folder(run.folder, "save_dir")
+    if run.config.logging.profile:
+        prepare_output_folder(Path(run.config.logging.profile), "profile")
+    lock = FolderLock(run.folder)
+    if jax.process_index() == 0:
+        lock.acquire("save_dir")
+    try:
+        return train_in_folder(run, stop)
+    finally:
+        lock.release()
+
+
+def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
+    """Trains a run whose folder is this process's own."""
+    keep = run.config.checkpoints
+    checkpoints = Checkpoints(run.folder, keep.keep_last, keep.keep_every)
+    checkpoints.remove_unfinished()
+    batches = run.training_batches()
+    state, position = restore_or_init(run, checkpoints, batches)
+    step = int(state.step)
+    if step >= run.config.training.max_steps and not is_evaluation_missing(run, step):
+        log(f"nothing to do: {run.folder} is at step {step} already; raise --max_steps to go on")
+        return state
+
+    # Everything is in place: say what is trained, and begin.
+    announce(run, state)
+    write_config(run, step)
+    settings = {**run.config.to_json(), "dataset": run.record["dataset"]}
+    trackers = Trackers(run.folder, settings, step)
+    with explaining_out_of_memory("training", MEMORY_FLAGS):
+        state = run_steps(run, state, Resources(checkpoints, batches, position, trackers, stop))
+    checkpoints.wait()
+    checkpoints.close()
+    trackers.close()
+    return state
+
+
+def announce(run: Run, state: TrainState) -> None:
+    """Logs what is trained, with which settings, and why first images may be noise."""
+    log(f"settings: {run.config.describe_given() or 'the defaults'}; all are in {run.folder / 'config.json'}")
+    log(summarize_run(run, state))
+    interval = run.config.evaluation.eval_interval
+    first_evaluation = min(1000, interval) if interval else None
+    for hint in ema_hints(run.ema, first_evaluation, run.config.training.max_steps):
+        log(f"note: {hint}")
+
+
+def restore_or_init(run: Run, checkpoints: Checkpoints, batches: Any) -> tuple[TrainState, dict[str, Any]]:
+    """Returns (state, position in the data) of the newest intact checkpoint, to which `batches` are moved; those of
+    step 0 without checkpoints.
+
+    What has changed since it was saved is logged. Raises UserError where the run would become another.
+    """
+    steps = checkpoints.steps()
+    if not steps:
+        return make_state(run), {}
+    target = state_structs(run)
+
+    def read(step: int) -> tuple[list[str], TrainState, dict[str, Any]]:
+        saved = checkpoints.restore_config(step)
+        differences = compare_with_saved(run.record, saved, run.datasets, run.folder)
+        state, position = checkpoints.restore(step, target)
+        next_index = position.get("next_index") if isinstance(position, dict) else None
+        if type(next_index) is not int or next_index < 0:
+            raise DamagedCheckpointError(f"checkpoint of step {step} is damaged: it has no position in the data")
+        return differences, state, position
+
+    step, (differences, state, position) = checkpoints.restore_newest(read, steps)
+    for damaged in steps[: steps.index(step)]:
+        checkpoints.set_aside(damaged)
+    batches.set_state({"next_index": position["next_index"]})
+    log(f"resuming {run.folder} from step {step}")
+    for difference in differences:
+        log(f"since step {step}: {difference}")
+    return state, position
+
+
+def write_config(run: Run, step: int) -> None:
+    """Writes config.json, a copy of it under the time and step of this start, and the listing of the data."""
+    if jax.process_index() > 0:
+        return
+    history = run.folder / "configs"
+    history.mkdir(exist_ok=True)
+    for path in (history / f"{time.strftime('%Y%m%d-%H%M%S')}_step{step}.json", run.folder / "config.json"):
+        write_json(path, run.record)
+    write_listing(run.folder, {split: dataset.fingerprint for split, dataset in run.datasets.items()})
+
+
+def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
+    """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last state."""
+    config = run.config
+    training = config.training
+    step = int(state.step)
+    metrics = position = None  # of the last step
+
+    if not finish_evaluation(run, state, resources) or step >= training.max_steps:
+        return state
+
+    # Compiled steps, and what saves, reports and traces.
+    compiled_step, validate = compile_steps(run, state)
+    saver = Saver(
+        resources.checkpoints, run.record, config.checkpoints.save_interval, config.checkpoints.save_minutes, step
+    )
+    throughput = Throughput(training.batch_size, run.flops_per_step, config.logging.peak_tflops)
+    check = partial(check_finite, checkpoints=resources.checkpoints)
+    skipped = SkippedUpdates(config.optimizer.skip_nonfinite, resources.checkpoints, state.params, resources.position)
+    progress = Progress(throughput, resources.trackers, skipped.count, check, step, training.max_steps)
+    trace = StepTrace(config.logging.profile, step)
+    batches = progress.throughput.waiting(prefetch(resources.batches, run.mesh), progress.is_idle)
+    with progress.bar:
+        while True:
+            try:
+                batch, position = next(batches)
+            except DataError as error:
+                progress.flush()
+                if metrics is not None:
+                    check(metrics, step)
+                end_without_data(error, step, saver, state, position and skipped.extend_position(position))
+
+            # Train; metrics are read while the next step runs.
+            step += 1
+            trace.before(step)
+            state, metrics = compiled_step(state, batch, run.model.codec)
+            trace.after(step, metrics)
+            is_end = step == training.max_steps
+            is_last = is_end or resources.stop.is_due()
+            is_logged = step % config.logging.log_interval == 0 or step == 1 or is_end
+            losses = validate(state, run.validation_batch, run.model.codec) if is_logged else None
+            progress.add(step, metrics, losses)
+
+            # Save, then evaluate, which takes its time.
+            is_evaluated = is_evaluation_due(config, step)
+            is_saved = saver.is_due(step) or is_last
+            if is_evaluated or is_saved:
+                progress.flush()
+                check(metrics, step, ema_params=state.ema_params)
+            if is_saved:
+                with progress.pausing("saving"):
+                    (saver.save_last if is_last else saver.save)(state, skipped.extend_position(position))
+            if is_evaluated:
+                with progress.pausing("evaluating"):
+                    is_complete = log_evaluation(resources.trackers, evaluate(run, state, batch), step, resources.stop)
+                    if not (is_complete or is_last):
+                        saver.save_last(state, skipped.extend_position(position))
+                        is_last = True
+            if is_last:
+                trace.close(metrics)
+                return state
+
+
+def finish_evaluation(run: Run, state: TrainState, resources: Resources) -> bool:
+    """Makes the evaluation that a kill or a signal left undone; returns False where it is interrupted again."""
+    step = int(state.step)
+    if not is_evaluation_missing(run, step):
+        return True
+    log(f"the evaluation of step {step} was not finished: running it now")
+    # Of the batch before the one that comes next.
+    batches = resources.batches
+    batches.set_state({"next_index": batches.get_state()["next_index"] - 1})
+    batch = shard_batch(next_batch(batches), run.mesh)
+    return log_evaluation(resources.trackers, evaluate(run, state, batch), step, resources.stop)
+
+
+def compile_steps(run: Run, state: TrainState) -> tuple[Callable, Callable]:
+    """Returns (train_step, validation_step), both of (state, batch, codec), compiled for this run's shapes; the first
+    donates the state's memory. Raises UserError where that takes more memory than there is."""
+    arguments = (state, run.validation_batch, run.model.codec)
+    log("compiling the training step ...")
+    started = time.monotonic()
+    with explaining_out_of_memory("the training step", MEMORY_FLAGS):
+        train_step = compile_train_step(run, state, run.validation_batch)
+        needed = memory_needed(train_step)
+        if needed > device_memory():
+            raise out_of_memory("the training step", MEMORY_FLAGS, needed)
+        validation = jax.jit(partial(validation_step, **run.static))
+        validate = compile_step(validation, *arguments, platform=run.mesh.devices.flat[0].platform)
+    seconds = time.monotonic() - started
+    log(f"compiled in {seconds:.1f} s; it needs {format_bytes(needed)} of {format_bytes(device_memory())} per device")
+    return train_step, validate
+
+
+def compile_train_step(run: Run, state: TrainState, batch: PyTree) -> jax.stages.Compiled:
+    """Returns the training step of (state, batch, codec), for arrays or shapes of a state and a batch."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    own = {"ema": run.ema, "skips_nonfinite": run.config.optimizer.skip_nonfinite > 0}
+    step = jit_train_step(shardings, replicated(run.mesh), **run.static, **own)
+    return compile_step(step, state, batch, run.model.codec, platform=run.mesh.devices.flat[0].platform)
+
+
+def end_without_data(error: DataError, step: int, saver: Saver, state: TrainState, position: object) -> NoReturn:
+    """Ends a run whose data cannot be read any more, after saving what it has learned."""
+    # Of several processes the others cannot be notified in time: they wait for this one in the middle of a step.
+    if position is None or jax.process_count() > 1:
+        raise error
+    saver.save_last(state, position)
+    raise UserError(f"{error}; saved at step {step}: with the data back, the same command continues from there")
+
+
+# --- What a training will take, before it starts ---
+
+
+def plan_run(run: Run) -> Iterator[str]:
+    """Yields what this training will take (memory, time), in lines; nothing of it is written."""
+    state = state_structs(run)
+    training = run.config.training
+    compiled = {}
+    yield summarize_run(run, state)
+
+    def measure(batch_size: int) -> int:
+        compiled[batch_size] = compile_train_step(run, state, batch_structs(run.validation_batch, batch_size))
+        return memory_needed(compiled[batch_size])
+
+    yield from plan_lines(
+        state,
+        measure,
+        lambda: time_step(run, compiled[training.batch_size]),
+        batch_size=training.batch_size,
+        multiple=run.mesh.size * run.config.devices.grad_accum * row_period(run.model.objective),
+        flops_per_image=run.flops_per_step / training.batch_size,
+        num_images=len(run.datasets["train"].source),
+        num_steps=training.max_steps,
+        devices=run.mesh.devices.flatten().tolist(),
+    )
+
+
+def time_step(run: Run, compiled_step: jax.stages.Compiled) -> float:
+    """Returns the seconds of the faster of the first two steps; the first may load code."""
+    state = make_state(run)
+    seconds = []
+    with explaining_out_of_memory("the training step", MEMORY_FLAGS):
+        for _ in range(2):
+            jax.block_until_ready(state)
+            started = time.monotonic()
+            state, metrics = compiled_step(state, run.validation_batch, run.model.codec)
+            jax.block_until_ready((state, metrics))
+            seconds.append(time.monotonic() - started)
+    return min(seconds)
