@@ -108,6 +108,7 @@ def load_model(
     """The model of the configuration saved with a checkpoint, without parameters; not `needs_images`: a VAE that is not
     at hand is missed only where it is used."""
     data = saved["dataset"]
+    objective = make_objective(saved)
     config = read_network(saved["model"])
     is_latent = bool(saved["model"]["use_stable_vae"])
     if dtype:
@@ -125,7 +126,7 @@ def load_model(
     if empty:
         num_classes = len(data["class_names"])
         warn(f"note: {len(empty)} of {num_classes} classes had no training images; labels are drawn from the others")
-    model = make_model(config, make_objective(saved), codec, mesh, shape, data["class_names"], empty_classes=empty)
+    model = make_model(config, objective, codec, mesh, shape, data["class_names"], empty_classes=empty)
     if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))
         raise UserError(
