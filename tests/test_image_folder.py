@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tarfile
+import warnings
 
 import numpy as np
 import pytest
@@ -23,11 +24,11 @@ from utils.images.decoding import (
     BrokenImageError,
     check_image,
     decode_image,
-    describe_range,
     open_image,
     read_image,
     read_image_file,
 )
+from utils.images.pixels import describe_range
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,19 @@ def read_one(folder, path, size) -> np.ndarray:
     assert image.shape == dataset.image_shape == (size, size, 3)
     assert image.dtype == np.uint8
     return image
+
+
+def test_pillow_has_its_settings_where_an_image_is_first_opened(tmp_path, monkeypatch, recwarn):
+    images.configure_pillow()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    path = tmp_path / "x.png"
+    write(path, noise(0, 40, 40, 3))
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(path)
+    images.configure_pillow.cache_clear()
+    assert read_image(path.read_bytes(), "x", 8).shape == (8, 8, 3)
+    warnings.warn_explicit("malformed", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
+    assert list(recwarn) == []
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (40, 63), (63, 40), (16, 16), (9, 12), (1, 1), (200, 17)])

@@ -20,7 +20,6 @@ from utils.base.errors import UserError
 from utils.data import tfds, tfds_files
 from utils.data.batches import epoch_batches, first_examples, training_batches
 from utils.data.dataset import Batch
-from utils.images import decoding as images
 
 
 @pytest.mark.parametrize(
@@ -273,7 +272,7 @@ def test_images_without_a_label_are_left_out_and_a_split_of_them_is_not_used(par
 def test_images_that_use_little_of_their_range_are_told_so(partly, monkeypatch, capfd):
     partly()
     assert "values" not in capfd.readouterr().err
-    monkeypatch.setattr(images, "MIN_RANGE", 300)  # what every image is below
+    monkeypatch.setattr("utils.images.pixels.MIN_RANGE", 300)  # what every image is below
     monkeypatch.setattr(tfds.RecordStream, "epoch_batches", None)  # the images are not read again
     monkeypatch.setattr(tfds, "read_image", None)
     partly()

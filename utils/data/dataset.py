@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int32, Key, PyTree, UInt8
 from utils.base.console import warn_once
 from utils.base.errors import UserError
 from utils.data.fingerprint import Fingerprint
-from utils.images.decoding import MAX_MEGAPIXELS, describe_range
-from utils.images.pixels import images_from_uint8, images_to_uint8
+from utils.images.decoding import MAX_MEGAPIXELS
+from utils.images.pixels import describe_range, images_from_uint8, images_to_uint8
 
 # "image": uint8 (h, w, c) and "label": int32 (); sources with a `Batch` of their own have other arrays beside "label".
 Example = dict[str, Any]

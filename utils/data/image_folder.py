@@ -23,7 +23,6 @@ from utils.data.fingerprint import Fingerprint, Row
 from utils.images.decoding import (
     MAX_MEGAPIXELS,
     BrokenImageError,
-    describe_range,
     read_image,
     read_image_file,
 )
@@ -37,6 +36,7 @@ from utils.images.folders import (
     system_message,
     unused_message,
 )
+from utils.images.pixels import describe_range
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_LISTED = 3  # files named in a message

@@ -15,7 +15,8 @@ from utils.base.files import check_regular
 from utils.data.class_names import imagenet_class_names
 from utils.data.dataset import DataOptions, Example, ImageDataset, PixelBatch, check_own_size
 from utils.data.tfds_files import NUM_SAMPLED, PreparedSplit, import_tensorflow, is_remote, remember
-from utils.images.decoding import describe_range, read_image
+from utils.images.decoding import read_image
+from utils.images.pixels import describe_range
 
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
 FILES_AT_A_TIME = 16

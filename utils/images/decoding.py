@@ -6,6 +6,7 @@ array_record and tfrecord give the same pixels: as stored, alpha dropped, 16 bit
 """
 
 import contextlib
+import functools
 import os
 import struct
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from utils.base.errors import UserError
@@ -34,15 +35,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"
 REREAD = 4  # bytes read of an image over those it has: its tags may all name the same ones
 SMALL_BYTES = 2**26  # image files up to it are read whole, of larger ones the header first
 
-# Larger images are refused here, by the limit in force, rather than by Pillow's own.
-Image.MAX_IMAGE_PIXELS = None
-# Malformed metadata, which nothing here needs, is no reason to write a line for each of a million files.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-# Below these, a data set is told that its images use little of 0 .. 255: all of them together, or half of them each.
-MIN_RANGE, MIN_TYPICAL_RANGE = 128, 64
-MIN_SHARE = 0.1  # of images below MIN_TYPICAL_RANGE, for a remark
-
 EXIF_ORIENTATION = 0x0112
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # of TIFF's tags
 UPRIGHT = {
@@ -54,6 +46,14 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+@functools.cache  # once a process
+def configure_pillow() -> None:
+    """Lets Pillow open images of any size, silently; `open_image` calls it, and has a limit of its own."""
+    Image.MAX_IMAGE_PIXELS = None
+    # Metadata are not needed. If they are malformed, Pillow would write a line for each of a million files.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class BrokenImageError(Exception):
@@ -110,6 +110,7 @@ def open_image(source: bytes | Path, max_megapixels: float = MAX_MEGAPIXELS) -> 
     BrokenImageError for one above the limit, for a large file that holds much more than its pixels, and for all that
     the block raises, but for UserError.
     """
+    configure_pillow()
     try:
         with BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
             size = file.seek(0, os.SEEK_END)
@@ -158,28 +159,6 @@ def read_orientation(image: Image.Image) -> int:
         return int(value.strip("\0 ") if isinstance(value, str) else value)
     except Exception:  # the metadata is malformed; the pixels are not
         return 1
-
-
-def describe_range(extremes: Integer[np.ndarray, "n 2"]) -> str:
-    """Says in words where images, of the lowest and highest values `extremes`, use little of 0 .. 255; '' where not.
-
-    Images of 12 bits in files of 16 do, or of [0, 1] that became uint8, perhaps only some of them.
-    """
-    lows, highs = extremes.astype(int).T
-    lowest, highest = lows.min(), highs.max()
-    is_near_black = lowest < 8
-    question = "were they in [0, 1], or of 12 bits in files of 16? " if is_near_black else ""
-    advice = f"{question}{'Rescale' if question else 'rescale'} them to 0 .. 255 first"
-    if lowest == highest:
-        return f"all values of all images are {lowest}"
-    if (lows == highs).all():
-        return "each image is of one value"
-    if highest - lowest < MIN_RANGE:
-        return f"the images' values are {lowest} to {highest} of 0 to 255: {advice}"
-    share = (highs - lows < MIN_TYPICAL_RANGE).mean()
-    if share >= MIN_SHARE:
-        return f"{share:.0%} of the images span fewer than {MIN_TYPICAL_RANGE} of 256 levels: {advice}"
-    return ""
 
 
 def _are_tags_too_large(exif: bytes) -> bool:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import PIL
 
-from utils.base.console import printable, progress_bar
+from utils.base.console import printable, progress_bar, warn_once
 from utils.base.errors import UserError, WriteError
 from utils.base.external import BadFileError, read_bounded
 from utils.base.files import cache_folder, open_regular, read_bytes, remove_temporaries, write_text
@@ -38,6 +38,7 @@ SYSTEM_NAMES = {
 }  # fmt: skip
 # AppleDouble files of macOS, bins by user id, Windows' recovered files, open files that NFS deleted.
 SYSTEM_PATTERN = re.compile(r"\._.*|\.trash-\d+|found\.\d{3}|\.nfs[0-9a-f]{8,}|\.fuse_hidden[0-9a-f]+", re.DOTALL)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those of pytorch-fid
 MAX_LISTED = 3  # names in a message
 CHECK_VERSION = 3  # of what is decoded how; raise it when utils/images/decoding.py takes other files for broken
 
@@ -75,6 +76,28 @@ def scan(folder: Path, suffixes: tuple[str, ...]) -> Scanned:
                 kind = scanned.folders if entry.is_dir() else scanned.images if is_image else scanned.others
                 kind.append(Path(entry.path))
     return scanned
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Returns the image files at any depth, sorted by path. Links are followed, but not in circles; files that are
+    hidden or the system's are left out, the latter with a warning."""
+    images = []
+    system = []
+
+    def visit(folder: Path, seen: set[Path]) -> None:
+        if folder.resolve() in seen:
+            return
+        seen.add(folder.resolve())
+        scanned = scan(folder, SUFFIXES)
+        images.extend(scanned.images)
+        system.extend(scanned.system)
+        for below in scanned.folders:
+            visit(below, seen)
+
+    visit(folder, set())
+    if message := system_message(system):
+        warn_once(f"{folder}: {message}")
+    return sorted(images, key=lambda file: file.relative_to(folder).parts)
 
 
 def is_system_name(name: str) -> bool:

@@ -4,10 +4,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Integer, UInt8
 from PIL import Image
 
 from utils.base.devices import gather
+
+# Limits of `describe_range`: the values of all images together, and of one image by itself.
+MIN_RANGE = 128
+MIN_TYPICAL_RANGE = 64
+MIN_SHARE = 0.1  # of images below MIN_TYPICAL_RANGE
 
 
 def images_from_uint8(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -27,6 +32,31 @@ def match_channels(images: UInt8[np.ndarray, "b h w c"], channels: int) -> UInt8
     if channels == 1:
         return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])[..., None]
     return np.repeat(images, 3, axis=-1)
+
+
+def describe_range(extremes: Integer[np.ndarray, "n 2"]) -> str:
+    """Returns a remark on images that use little of 0 .. 255, given the (lowest, highest) value of each; else ''.
+
+    Images of 12 bits in files of 16 do, and images of [0, 1] that became uint8; perhaps only some of them.
+    """
+    lows, highs = extremes.astype(int).T
+    lowest = lows.min()
+    highest = highs.max()
+
+    # The advice depends on where the values lie.
+    is_near_black = lowest < 8
+    question = "were they in [0, 1], or of 12 bits in files of 16? " if is_near_black else ""
+    advice = f"{question}{'Rescale' if question else 'rescale'} them to 0 .. 255 first"
+    if lowest == highest:
+        return f"all values of all images are {lowest}"
+    if (lows == highs).all():
+        return "each image is of one value"
+    if highest - lowest < MIN_RANGE:
+        return f"the images' values are {lowest} to {highest} of 0 to 255: {advice}"
+    share = (highs - lows < MIN_TYPICAL_RANGE).mean()
+    if share >= MIN_SHARE:
+        return f"{share:.0%} of the images span fewer than {MIN_TYPICAL_RANGE} of 256 levels: {advice}"
+    return ""
 
 
 class ImageBatch(NamedTuple):

@@ -17,7 +17,7 @@ from jaxtyping import Int, UInt8
 from numpy.lib import format as npy
 from PIL import Image
 
-from utils.base.console import printable, warn, warn_once
+from utils.base.console import printable, warn
 from utils.base.errors import UserError, WriteError
 from utils.base.external import ArrayHeader, BadFileError, map_npy, read_npz_headers, read_rows
 from utils.base.files import (
@@ -32,10 +32,10 @@ from utils.base.files import (
     prepare_output_file,
     prepare_output_folder,
 )
-from utils.images.decoding import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, describe_range, open_image
-from utils.images.folders import is_system_name, scan, system_message
+from utils.images.decoding import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, open_image
+from utils.images.folders import SUFFIXES, find_images, is_system_name
+from utils.images.pixels import describe_range
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those of pytorch-fid
 # Pillow's names of pixels of 8 bits.
 GREY_MODES = ("L", "LA", "1")
 ALPHA_MODES = ("RGBA", "LA")
@@ -245,27 +245,6 @@ def _open_folder(path: Path, flag: str) -> Samples:
             yield images
 
     return Samples(len(files), shape, partial(_warn_if_dark, read, flag))
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Image files at any depth, sorted by path; links are followed but not in circles, files that are hidden or the
-    system's left out."""
-    images, system = [], []
-
-    def visit(folder: Path, seen: set[Path]) -> None:
-        if folder.resolve() in seen:
-            return
-        seen.add(folder.resolve())
-        scanned = scan(folder, SUFFIXES)
-        images.extend(scanned.images)
-        system.extend(scanned.system)
-        for below in scanned.folders:
-            visit(below, seen)
-
-    visit(folder, set())
-    if message := system_message(system):
-        warn_once(f"{folder}: {message}")
-    return sorted(images, key=lambda file: file.relative_to(folder).parts)
 
 
 def _image_header(file: Path, flag: str) -> tuple[tuple[int, int], str]:

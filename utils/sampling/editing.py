@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int, UInt8
 from utils.base.console import warn
 from utils.base.errors import UserError
 from utils.images.decoding import BrokenImageError, open_image, read_image, read_image_file
-from utils.images.samples import SUFFIXES, find_images
+from utils.images.folders import SUFFIXES, find_images
 from utils.networks.models import ImageModel
 
 
