@@ -375,7 +375,7 @@ def test_figures_show_every_image_and_every_title(channels, height, width):
     figure = plotting.image_table(images, ("a", "b", "c"), [f"t = {i}" for i in range(5)], "title", ["x", "y"])
     assert texts(figure) == [*(f"t = {i}" for i in range(5)), "a", "b", "c", "x", "y", "title"]
     drawn = render(figure)
-    cell = plotting._Cell.of(height, width)
+    cell = plotting._Cell.fit(height, width)
     for row in range(3):  # from the lower right, where the margins are one gap
         bottom = drawn.shape[0] - plotting.GAP - (2 - row) * (cell.height + plotting.GAP)
         for column in range(5):
@@ -395,7 +395,7 @@ def test_grid_is_ordered_by_label_and_titled():
     images = (40 * np.arange(5, dtype=np.uint8))[:, None, None, None] * np.ones((1, 16, 16, 1), np.uint8)
     figure = plotting.sample_grid(images, np.array([2, 0, 1, 2, 0]), ("zero", "one", "two"))
     assert texts(figure) == ["zero"] * 2 + ["one", "two", "two"]
-    cell, gap, drawn = plotting._Cell.of(16, 16), plotting.GAP, render(figure)
+    cell, gap, drawn = plotting._Cell.fit(16, 16), plotting.GAP, render(figure)
     bottoms = [drawn.shape[0] - gap - row * (cell.height + gap) - 5 for row in (1, 0)]
     rights = [drawn.shape[1] - gap - column * (cell.width + gap) - 5 for column in (2, 1, 0)]
     shown = [[int(drawn[bottom, right, 0]) for right in rights] for bottom in bottoms]
@@ -405,7 +405,7 @@ def test_grid_is_ordered_by_label_and_titled():
 def test_a_film_without_labels_has_all_images_in_their_order(tmp_path):
     colours = (40 * np.arange(6, dtype=np.uint8)).reshape(2, 3, 1, 1, 1)
     plotting.save_film(tmp_path / "film.webp", np.broadcast_to(colours, (2, 3, 16, 16, 3)), "webp", seconds=1)
-    cell, gap = plotting._Cell.of(16, 16), plotting.GAP
+    cell, gap = plotting._Cell.fit(16, 16), plotting.GAP
     with Image.open(tmp_path / "film.webp") as film:
         for frame in range(2):
             film.seek(frame)

@@ -1,7 +1,7 @@
-"""One encoded image -> uint8 pixels: decoded, brought to RGB or grey, its middle square resized.
+"""Decodes images: encoded bytes -> uint8 pixels in RGB or grey, the middle square resized.
 
 Decoding follows one of two rules. Image files are decoded as a page shows them: upright by their EXIF orientation,
-transparency on white, 16 bits a channel rounded to 8. What TFDS stored is decoded as TFDS itself does, so that
+transparency on white, 16 bits a channel rounded to 8. Images stored by TFDS are decoded as TFDS itself does, so that
 array_record and tfrecord give the same pixels: as stored, alpha dropped, 16 bits cut to their upper 8.
 """
 
@@ -23,20 +23,29 @@ from PIL import Image, UnidentifiedImageError
 from utils.base.errors import UserError
 from utils.base.files import LimitedReads, open_regular, read_bytes
 
-# Above any photograph's (a 200-megapixel phone, 400 by sensor shift). It bounds memory: a megapixel is a million pixels
-# of three bytes each; of four-byte pixels, such as RGBA, three quarters as many are decoded.
+# The largest image to decode: above any photograph (200 megapixels from a phone, 400 by sensor shift). It bounds
+# memory: a megapixel is a million pixels of three bytes each. Of pixels of four bytes, such as RGBA, fewer are allowed.
 MAX_MEGAPIXELS = 500.0
 PIXEL_BYTES = 3
-LARGE_BYTES = 2**27  # images above it are decoded one at a time, by however many threads
+
+# Memory is bounded further by decoding large images one at a time, whatever the number of threads, and by converting
+# them in strips.
+LARGE_BYTES = 2**27
 STRIP_PIXELS = 2**20
 _large = threading.Lock()
-# Any of them under any of the usual suffixes. Of Pillow's others, one runs a program (EPS).
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-REREAD = 4  # bytes read of an image over those it has: its tags may all name the same ones
-SMALL_BYTES = 2**26  # image files up to it are read whole, of larger ones the header first
 
+# Image files up to this size are read at once; of larger ones the header is checked first.
+SMALL_BYTES = 2**26
+# How many times its size may be read from a file. Hostile metadata make Pillow read the same bytes again and again.
+REREAD = 4
+
+# Accepted under any of the usual suffixes. One of Pillow's other formats (EPS) runs a program.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# {type of a TIFF tag: bytes of a value}: TIFF 6.0, section 2.
+TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
+# {EXIF orientation: transposition that turns the image upright}.
 EXIF_ORIENTATION = 0x0112
-TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}  # of TIFF's tags
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,15 +66,15 @@ def configure_pillow() -> None:
 
 
 class BrokenImageError(Exception):
-    """Bytes that are no image, or not all of one; the message says why."""
+    """Bytes that are not an image, or only part of one; the message says why."""
 
 
 def read_image(
     content: bytes, name: str, size: int, *, mode: str = "RGB", as_tfds: bool = False, max_megapixels=MAX_MEGAPIXELS
 ) -> UInt8[np.ndarray, "size size c"]:
-    """The middle square of an encoded image, resized by antialiased bilinear interpolation.
+    """Decodes the middle square of an image and resizes it by antialiased bilinear interpolation.
 
-    `mode` is Pillow's 'RGB' or 'L' (c = 1). UserError, saying `name`, where the image cannot be decoded.
+    `mode` is Pillow's 'RGB' or 'L' (c = 1). Raises UserError, which names the image `name`, if it cannot be decoded.
     """
     try:
         with open_image(content, max_megapixels) as image:
@@ -78,15 +87,15 @@ def read_image(
 
 
 def decode_image(content: bytes, *, mode: str = "RGB", max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """The whole image file in `mode`; BrokenImageError where it cannot be decoded."""
+    """Decodes an image file at its own size into `mode`. Raises BrokenImageError if it cannot be decoded."""
     with open_image(content, max_megapixels) as image:
         image.load()
         return _to_mode(_turn_upright(image), mode)
 
 
 def check_image(content: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int, int]:
-    """(shorter side, lowest value, highest value) of an image file in RGB; BrokenImageError where it cannot be
-    decoded."""
+    """Returns (shorter side, lowest value, highest value) of an image file in RGB. Raises BrokenImageError if it cannot
+    be decoded."""
     with open_image(content, max_megapixels) as image:
         image.load()
         ranges = [(pixels.min(), pixels.max()) for pixels in map(np.asarray, _strips(image, "RGB", _to_mode))]
@@ -95,8 +104,10 @@ def check_image(content: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> tu
 
 
 def read_image_file(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> bytes:
-    """Returns the bytes of an image file, of a large one once its header has been found good. OSError where they cannot
-    be read, BrokenImageError as of `open_image`."""
+    """Returns the bytes of an image file; of a large one only after its header has passed the checks of `open_image`.
+
+    Raises OSError if they cannot be read, and the BrokenImageError of `open_image`.
+    """
     if path.stat().st_size > SMALL_BYTES:
         with open_image(path, max_megapixels):
             pass
@@ -105,10 +116,10 @@ def read_image_file(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> bytes
 
 @contextlib.contextmanager
 def open_image(source: bytes | Path, max_megapixels: float = MAX_MEGAPIXELS) -> Iterator[Image.Image]:
-    """Opens an encoded image, in memory or a regular file, not decoded yet but of an acceptable size.
+    """Opens an encoded image, in memory or in a regular file. It has an acceptable size, but is not decoded yet.
 
-    BrokenImageError for one above the limit, for a large file that holds much more than its pixels, and for all that
-    the block raises, but for UserError.
+    Raises BrokenImageError for an image above the limit, for a large file that holds much more than its pixels, and
+    instead of anything that the block raises, except UserError.
     """
     configure_pillow()
     try:
@@ -117,7 +128,7 @@ def open_image(source: bytes | Path, max_megapixels: float = MAX_MEGAPIXELS) -> 
             limited: Any = LimitedReads(file, REREAD * min(size, SMALL_BYTES) + 2**16)
             with Image.open(limited, formats=FORMATS) as image:
                 check_size(image, max_megapixels)
-                if size > 2 * decoded_bytes(image) + SMALL_BYTES:  # twice: of 16 bits a channel
+                if size > 2 * decoded_bytes(image) + SMALL_BYTES:  # twice, for 16 bits a channel
                     raise BrokenImageError(f"it has {size:,} bytes for {image.width}x{image.height} pixels")
                 limited.left = REREAD * size
                 with _large if decoded_bytes(image) > LARGE_BYTES else contextlib.nullcontext():
@@ -126,44 +137,47 @@ def open_image(source: bytes | Path, max_megapixels: float = MAX_MEGAPIXELS) -> 
         raise
     except UnidentifiedImageError:
         raise BrokenImageError("it is no image of a known format") from None
-    except OSError as error:  # the system's, or Pillow's
+    except OSError as error:  # from the system, or from Pillow
         raise BrokenImageError(error.strerror or str(error) or type(error).__name__) from error
-    except Exception as error:  # Pillow raises SyntaxError, ValueError, struct.error and more on broken files
+    except Exception as error:  # on broken files Pillow raises SyntaxError, ValueError, struct.error and more
         raise BrokenImageError(str(error) or type(error).__name__) from error
 
 
 def check_size(image: Image.Image, max_megapixels: float = MAX_MEGAPIXELS) -> None:
-    """BrokenImageError for an image, opened but not yet decoded, above the limit."""
-    megapixels, size = image.width * image.height / 1e6, decoded_bytes(image)
+    """Raises BrokenImageError for an image, opened but not yet decoded, that is above the limit."""
+    num_pixels = image.width * image.height
+    size = decoded_bytes(image)
     if size > max_megapixels * 1e6 * PIXEL_BYTES:
-        depth = size // (image.width * image.height)
+        depth = size // num_pixels
         deeper = f" of {depth} bytes each" if depth > PIXEL_BYTES else ""
-        raise BrokenImageError(f"{megapixels:,.0f} megapixels{deeper} are above --max_megapixels={max_megapixels:g}")
+        megapixels = f"{num_pixels / 1e6:,.0f} megapixels{deeper}"
+        raise BrokenImageError(f"{megapixels} are above --max_megapixels={max_megapixels:g}")
 
 
 def decoded_bytes(image: Image.Image) -> int:
-    """Returns the bytes that an image takes once it is decoded; pixels of fewer bytes count as RGB's three, which they
-    are made into."""
+    """Returns the bytes that an image takes once it is decoded. Smaller pixels count as the three bytes of RGB, into
+    which they are converted."""
     depth = {"I": 4, "F": 4}.get(image.mode, 2 if image.mode.startswith("I;16") else 1)
     return image.width * image.height * max(PIXEL_BYTES, depth * len(image.getbands()))
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 .. 8; 1 where there is none, or the metadata cannot be read."""
+    """Returns the EXIF orientation, 1 .. 8; 1 if there is none, or if the metadata cannot be read."""
     try:
-        exif, profile = image.info.get("exif"), image.info.get("Raw profile type exif", "")
+        exif = image.info.get("exif")
+        profile = image.info.get("Raw profile type exif", "")  # ImageMagick's, in PNG: lines of hexadecimal digits
         if _are_tags_too_large(exif or bytes.fromhex("".join(profile.split("\n")[3:]))):
             return 1
         value = image.getexif().get(EXIF_ORIENTATION, 1)
         value = value[0] if isinstance(value, tuple) else value
         return int(value.strip("\0 ") if isinstance(value, str) else value)
-    except Exception:  # the metadata is malformed; the pixels are not
+    except Exception:  # malformed metadata do not make the pixels bad
         return 1
 
 
 def _are_tags_too_large(exif: bytes) -> bool:
-    """Whether the tags of an EXIF block (TIFF 6.0, section 2) say that they hold far more than the block does, each the
-    same bytes perhaps: Pillow reads them all to find one."""
+    """Returns whether the tags of an EXIF block (TIFF 6.0, section 2) claim far more bytes than the block has. They may
+    all point at the same bytes, and Pillow reads all tags to find one."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = ">" if exif[:2] == b"MM" else "<"
     (start,) = struct.unpack_from(f"{order}I", exif, 4) if len(exif) >= 8 else (0,)
@@ -174,8 +188,9 @@ def _are_tags_too_large(exif: bytes) -> bool:
 
 
 def copy_pixels(image: Image.Image, pixels: UInt8[np.ndarray, "h w c"]) -> None:
-    """Fills an array with the pixels of an image, converted to RGB or grey as its channels say."""
-    mode, start = "L" if pixels.shape[-1] == 1 else "RGB", 0
+    """Fills an array with the pixels of an image, converted to grey or RGB by the array's number of channels."""
+    mode = "L" if pixels.shape[-1] == 1 else "RGB"
+    start = 0
     for strip in _strips(image, mode, Image.Image.convert):
         pixels[start : start + strip.height] = np.asarray(strip).reshape(strip.height, *pixels.shape[1:])
         start += strip.height
@@ -187,8 +202,8 @@ def _strips(
     convert: Callable[[Image.Image, str], Image.Image],
     box: tuple[int, int, int, int] | None = None,
 ) -> Iterator[Image.Image]:
-    """An image, or the part in a box, from top to bottom in strips that are converted: no second copy of a large one
-    is made."""
+    """Yields an image, or the part of it in a box, from top to bottom in converted strips, so that there is never a
+    second copy of a large one."""
     left, top, right, bottom = box or (0, 0, *image.size)
     num_rows = max(1, STRIP_PIXELS // (right - left))
     for start in range(top, bottom, num_rows):
@@ -203,14 +218,16 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 def _resize_square(
     image: Image.Image, size: int, mode: str, convert: Callable[[Image.Image, str], Image.Image]
 ) -> Image.Image:
-    """The middle square, converted to `mode` and resized.
+    """Returns the middle square, converted to `mode` and resized.
 
-    A large one is converted and resized to `size` columns in strips, then to `size` rows: Pillow's own order, and so
-    its own result (tests compare them), without a second copy of all pixels.
+    A large square is first resized to `size` columns strip by strip, then to `size` rows. Pillow has the same order,
+    so the result is the same (tests compare them), without a second copy of all pixels.
     """
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    narrow, start = None, 0
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    narrow = None
+    start = 0
     for strip in _strips(image, mode, convert, (left, top, left + side, top + side)):
         if strip.height == side:
             return strip.resize((size, size), Image.Resampling.BILINEAR)
@@ -222,17 +239,19 @@ def _resize_square(
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Converts the pixels of an image file."""
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
         levels = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(np.clip(np.round(levels), 0, 255).astype(np.uint8)).convert(mode)
-    if image.has_transparency_data:  # on white, as a page shows it; the colours below are arbitrary
+    if image.has_transparency_data:  # on white, as a page shows it; the colours of transparent pixels are arbitrary
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)
 
 
 def _to_mode_as_tfds(image: Image.Image, mode: str) -> Image.Image:
+    """Converts pixels that TFDS stored, to the values that TFDS gives."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert(mode)
-    image.info.pop("transparency", None)  # which `convert` would make into a colour of its own
+    image.info.pop("transparency", None)  # `convert` would turn it into a colour of its own
     return image.convert(mode)

@@ -1,7 +1,8 @@
-"""Folders of images: what lies in them, whether every image can be decoded, and tables of labels beside images.
+"""Folders of images: their contents, whether every image can be decoded, and tables of labels beside images.
 
-What systems put into folders is left out. Tables are recognised, described and named, but not read as labels; only the
-numbered folders of EDM and StyleGAN are understood, as far as to know that they are no classes.
+
+Files that systems put into folders are left out. Tables are recognised, described and named, but not read as labels;
+of the numbered folders of EDM and StyleGAN it is only known that they are not classes.
 """
 
 import codecs
@@ -24,8 +25,8 @@ from utils.base.external import BadFileError, read_bounded
 from utils.base.files import cache_folder, open_regular, read_bytes, remove_temporaries, write_text
 from utils.images.decoding import BrokenImageError, check_image, read_image_file
 
-# What file servers (Synology, QNAP, NetApp, Samba), Windows, macOS, Android, desktops and Jupyter keep beside the files
-# of their users, in any case. Most of it are thumbnails and deleted files.
+# Kept beside their users' files by file servers (Synology, QNAP, NetApp, Samba), Windows, macOS, Android, desktops and
+# Jupyter, in upper or lower case. Most of it is thumbnails and deleted files.
 SYSTEM_NAMES = {
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@__thumb", ".@__thumb", "#recycle", "#snapshot",
     "~snapshot", ".snapshot", ".snapshots", ".zfs", ".recycle", "lost+found", "$recycle.bin", "recycler", "recycled",
@@ -36,7 +37,7 @@ SYSTEM_NAMES = {
     ".thumbs", ".sh_thumbnails", "backups.backupdb", "_gsdata_", "$extend", ".xvpics", "lost.dir",
     ".ipynb_checkpoints", "__pycache__", ".directory",
 }  # fmt: skip
-# AppleDouble files of macOS, bins by user id, Windows' recovered files, open files that NFS deleted.
+# AppleDouble files of macOS, bins by user id, files recovered by Windows, files deleted on NFS while they were open.
 SYSTEM_PATTERN = re.compile(r"\._.*|\.trash-\d+|found\.\d{3}|\.nfs[0-9a-f]{8,}|\.fuse_hidden[0-9a-f]+", re.DOTALL)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those of pytorch-fid
 MAX_LISTED = 3  # names in a message
@@ -56,7 +57,8 @@ EDM_TABLE = "dataset.json"
 
 @dataclasses.dataclass(frozen=True)
 class Scanned:
-    """Entries of a folder, each kind sorted by name; hidden ones are left out. An image may turn out to be no file."""
+    """The entries of a folder, each kind sorted by name, without hidden ones. An "image" has the name of one: it may
+    turn out to be anything."""
 
     images: list[Path] = dataclasses.field(default_factory=list)
     others: list[Path] = dataclasses.field(default_factory=list)
@@ -65,7 +67,8 @@ class Scanned:
 
 
 def scan(folder: Path, suffixes: tuple[str, ...]) -> Scanned:
-    """Returns the entries of a folder; those with one of the `suffixes`, in lower case, are images."""
+    """Returns the entries of a folder. Images are the files that end with one of the `suffixes`, which are in lower
+    case."""
     scanned = Scanned()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -101,12 +104,12 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def is_system_name(name: str) -> bool:
-    """Whether a system, rather than a user, gives this name to a file or folder."""
+    """Returns whether a file or folder of this name comes from a system rather than from a user."""
     return name.lower() in SYSTEM_NAMES or bool(SYSTEM_PATTERN.fullmatch(name.lower()))
 
 
 def system_message(paths: Iterable[Path]) -> str:
-    """Says how many system files are left out; '' where there are none."""
+    """Returns a message on how many system files are left out; '' if there are none."""
     paths = list(paths)
     count = sum(_count_files(path) for path in paths)
     names = list(dict.fromkeys(printable(path.name) + "/" * path.is_dir() for path in paths))
@@ -114,7 +117,7 @@ def system_message(paths: Iterable[Path]) -> str:
     return f"left out {count:,} system file{'s' * (count != 1)} ({listed})" if paths else ""
 
 
-@functools.cache  # a file server may keep a folder of thumbnails for each image, and both splits ask
+@functools.cache  # both splits ask, and a file server may keep a folder of thumbnails for each image
 def _count_files(path: Path) -> int:
     if path.is_symlink() or not path.is_dir():
         return 1

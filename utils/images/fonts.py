@@ -1,5 +1,5 @@
-"""Texts of users, such as names of classes, as a figure can show them: in fonts of the system that have their
-characters, else spelled in Latin letters."""
+"""Draws users' texts, such as names of classes, in fonts of the system that have their characters; characters that no
+font has are spelled in Latin letters."""
 
 import functools
 import re
@@ -15,24 +15,28 @@ from matplotlib.ft2font import FT2Font
 
 from utils.base.console import printable
 
-OWN_FAMILY = "DejaVu Sans"  # Matplotlib brings it along
+OWN_FAMILY = "DejaVu Sans"  # comes with Matplotlib
 # Fonts that draw a box for any character.
 PLACEHOLDERS = re.compile(r"last.?resort|adobe.?blank|fallback sil", re.IGNORECASE)
-CAN_SHAPE = hasattr(ft2font, "__libraqm_version__")  # from 3.11 on: right to left, joined letters
+CAN_SHAPE = hasattr(ft2font, "__libraqm_version__")  # Matplotlib 3.11: right to left, joined letters
 
 
 def draw_text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    """Draws a text as it is, dollar signs included, at fractions of the figure."""
+    """Draws a text, with dollar signs as they are, at (x, y) in fractions of the figure."""
     text, families = legible(text)
     figure.text(x, y, text, fontfamily=families, parse_math=False, **style)
 
 
 def legible(text: str) -> tuple[str, list[str]]:
-    """Returns the text with what no font has spelled out, and the families of the fonts that draw it."""
+    """Returns the text, with characters that no font has spelled out, and the families of the fonts that draw it."""
     text = "".join(" " if unicodedata.category(c) == "Cc" and c != "\n" else c for c in printable(text))
+
+    # The usual case: Matplotlib's own font has all of it.
     lacking = frozenset(c for c in text if c != "\n" and OWN_FAMILY not in _families_of(c))
     if not lacking:
         return text, [OWN_FAMILY]
+
+    # One font for all the other characters, if there is one; else the first for each.
     candidates = [_families_of(c) for c in sorted(lacking)]
     shared = [family for family in candidates[0] if all(family in families for families in candidates)]
     families = shared[:1] or list(dict.fromkeys(found[0] for found in candidates if found))
@@ -41,7 +45,7 @@ def legible(text: str) -> tuple[str, list[str]]:
 
 
 def display_width(text: str) -> int:
-    """Returns the columns that a text takes: two for a wide character, none for a mark on another."""
+    """Returns the columns that a text takes: two for a wide character, none for a combining mark."""
     return sum(
         0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(c) in "WF")
         for c in text
@@ -49,7 +53,7 @@ def display_width(text: str) -> int:
 
 
 def shorten(text: str, width: int) -> str:
-    """Returns as much of a text as fits into so many columns, the last of them an ellipsis if something is left out."""
+    """Returns as much of a text as fits into `width` columns. If something is left out, it ends with an ellipsis."""
     if display_width(text) <= width:
         return text
     end = next(end for end in range(len(text), -1, -1) if display_width(text[:end]) < width)
@@ -58,7 +62,7 @@ def shorten(text: str, width: int) -> str:
 
 @functools.cache
 def _families_of(character: str) -> list[str]:
-    """Returns the families that have a character, Matplotlib's own first, then those of the system."""
+    """Returns the families of fonts that have a character: Matplotlib's own first, then those of the system."""
     if not CAN_SHAPE and unicodedata.bidirectional(character) in ("R", "AL"):
         return []
     families = [family for family, code_points in _fonts() if ord(character) in code_points]
@@ -67,8 +71,8 @@ def _families_of(character: str) -> list[str]:
 
 @functools.cache
 def _fonts() -> list[tuple[str, UInt32[np.ndarray, " n"]]]:
-    """Returns (family, code points that it has) of the upright fonts of regular weight, which Matplotlib finds by their
-    family alone."""
+    """Returns (family, its code points) for every upright font of regular weight. Matplotlib finds these by the family
+    alone."""
     found = []
     for font in sorted(fontManager.ttflist, key=lambda font: (font.name != OWN_FAMILY, font.name)):
         is_regular = font.style == "normal" and font.weight in (400, "normal", "regular")
@@ -91,18 +95,23 @@ def spell(text: str, unknown: set[str]) -> str:
         if character not in unknown:
             spelled += character
             continue
+
+        # Forms of Latin letters: full-width, circled, ligatures.
         plain = unicodedata.normalize("NFKD", character)
-        if plain != character and not set(plain) & unknown and plain.isascii():  # full-width, circled, ligatures
+        if plain != character and not set(plain) & unknown and plain.isascii():
             spelled += plain
             continue
-        name, category = unicodedata.name(character, ""), unicodedata.category(character)
+
+        # Names such as "DEVANAGARI LETTER KA" and "HIRAGANA LETTER SMALL A" end with the sound.
+        name = unicodedata.name(character, "")
+        category = unicodedata.category(character)
         _, is_letter, letter = name.partition(" LETTER ")
         sound = re.sub(r" (WITH .*|MARBUTA|MAKSURA)", "", letter or name).rpartition(" ")[2].lower()
-        if " VOWEL SIGN " in name:  # in place of the vowel a consonant has by itself
+        if " VOWEL SIGN " in name:  # it replaces the vowel that a consonant has by itself
             spelled = spelled.removesuffix("a") + sound
         elif "VIRAMA" in name:
             spelled = spelled.removesuffix("a")
-        elif is_letter and unicodedata.bidirectional(character) in ("R", "AL"):  # consonants, named by words
+        elif is_letter and unicodedata.bidirectional(character) in ("R", "AL"):  # consonants with words for names
             spelled += re.split("[aeiou]", sound)[0] or sound[:1]
         elif is_letter or " SYLLABLE " in name:
             spelled += sound

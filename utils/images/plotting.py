@@ -1,4 +1,4 @@
-"""Arrays -> figures and animations. Knows no model and no wandb."""
+"""Draws figures and animations of arrays: tables of images first, then curves. It knows no model and no tracker."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,8 +20,11 @@ GAP = 3  # pixels between images in a table
 MAX_ROW_TITLE = 40  # columns of text
 
 
+# --- Images ---
+
+
 class _Cell(NamedTuple):
-    """How an image of a table is drawn: as so many pixels, enlarged or reduced by Pillow's filter."""
+    """The size at which the images of a table are drawn, in pixels, and the filter of Pillow that resizes them."""
 
     height: int
     width: int
@@ -29,17 +32,22 @@ class _Cell(NamedTuple):
     dpi: int
 
     @classmethod
-    def of(cls, height: int, width: int) -> "_Cell":
+    def fit(cls, height: int, width: int) -> "_Cell":
+        """Returns the cell of images of this size: small ones are enlarged, large ones reduced."""
         longer = max(height, width)
-        if longer < 16:  # of a few pixels the eye makes out more when they are smoothed
-            factor, resample = max(1, 64 // longer), Image.Resampling.BICUBIC
+        if longer < 16:  # the eye makes out more of a few pixels when they are smoothed
+            factor = max(1, 64 // longer)
+            resample = Image.Resampling.BICUBIC
         elif longer < 128:
-            factor, resample = max(1, round(112 / longer)), Image.Resampling.NEAREST
+            factor = max(1, round(112 / longer))
+            resample = Image.Resampling.NEAREST
         else:
-            factor, resample = min(1, 184 / longer), Image.Resampling.LANCZOS
+            factor = min(1, 184 / longer)
+            resample = Image.Resampling.LANCZOS
         return cls(round(height * factor), round(width * factor), resample, 100 if longer < 128 else 160)
 
     def draw(self, image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "height width c"]:
+        """Returns the image at the size of the cell."""
         drawn = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
         if drawn.size != (self.width, self.height):
             drawn = drawn.resize((self.width, self.height), self.resample)
@@ -47,8 +55,10 @@ class _Cell(NamedTuple):
 
 
 class _Table:
-    """Images of one size in rows and columns, titled on the left and on top, perhaps with a caption on each. Of
-    Matplotlib it takes texts and one image, no axes: those of 64 images cost half a second."""
+    """Images of one size in rows and columns, titled on the left and on top, with or without a caption on each.
+
+    Matplotlib draws the texts and one image that holds all others. Axes for 64 images would cost half a second.
+    """
 
     def __init__(
         self,
@@ -59,31 +69,39 @@ class _Table:
         title: str,
         captions: Sequence[str],
     ):
-        """`shape` is (rows, columns), `image_size` (height, width)."""
-        rows, columns = self.shape = shape
-        cell = self.cell = _Cell.of(*image_size)
-        self.pitch = pitch_y, pitch_x = cell.height + GAP, cell.width + GAP
-        row_titles = [shorten(legible(name)[0], MAX_ROW_TITLE) for name in row_titles]
+        """Lays the table out and writes its texts. `shape` is (rows, columns), `image_size` (height, width)."""
+        rows, columns = shape
+        cell = _Cell.fit(*image_size)
+        pitch_y = cell.height + GAP
+        pitch_x = cell.width + GAP
+        self.shape = shape
+        self.cell = cell
+        self.pitch = (pitch_y, pitch_x)
 
         def pixels(inches: float) -> int:
             return round(inches * cell.dpi)
 
         def fit(text: str, points: int) -> str:
-            """Cut to the width of a cell, at the usual width of a letter."""
+            """Cuts a text to the width of a cell, at the usual width of a letter."""
             return shorten(legible(text)[0], max(8, int(pitch_x / cell.dpi / (0.0088 * points))))
 
-        # The margins, as large as the titles.
+        # The margins are as large as the titles.
+        row_titles = [shorten(legible(name)[0], MAX_ROW_TITLE) for name in row_titles]
         column_titles = ["\n".join(fit(line, 8) for line in name.split("\n")) for name in column_titles]
-        self.left = left = pixels(0.1 + 0.085 * max(map(display_width, row_titles), default=0))
+        left = pixels(0.1 + 0.085 * max(map(display_width, row_titles), default=0))
         num_lines = max([1 + name.count("\n") for name in column_titles], default=0)
-        self.top = top = pixels(0.1 + 0.3 * bool(title) + 0.16 * num_lines)
-        self.width, self.height = left + columns * pitch_x, top + rows * pitch_y
+        top = pixels(0.1 + 0.3 * bool(title) + 0.16 * num_lines)
+        self.left = left
+        self.top = top
+        self.width = left + columns * pitch_x
+        self.height = top + rows * pitch_y
         self.texts = Figure(figsize=(self.width / cell.dpi, self.height / cell.dpi), dpi=cell.dpi)
 
         def write(x: float, y: float, text: str, **style: Any) -> None:
-            """At so many pixels from the left and from the top."""
+            """Writes at so many pixels from the left and from the top."""
             draw_text(self.texts, x / self.width, 1 - y / self.height, text, **style)
 
+        # Titles and captions.
         for column, name in enumerate(column_titles):
             write(left + column * pitch_x + cell.width / 2, top - 3, name, fontsize=8, ha="center", va="bottom")
         for row, name in enumerate(row_titles):
@@ -91,9 +109,10 @@ class _Table:
         box = {"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0}
         for place, name in enumerate(captions):
             row, column = divmod(place, columns)
-            x, y = left + column * pitch_x + 2, top + row * pitch_y + 2
+            x = left + column * pitch_x + 2
+            y = top + row * pitch_y + 2
             write(x, y, fit(name, 6), fontsize=6, va="top", color="white", bbox=box)
-        if title:  # at the points at which it fits a narrow figure
+        if title:  # small enough for a narrow figure
             fontsize = min(10, 130 * self.width / cell.dpi / max(1, display_width(title)))
             write(self.width / 2, pixels(0.08), title, fontsize=fontsize, ha="center", va="top")
 
@@ -102,16 +121,18 @@ class _Table:
         canvas = np.full((self.height - self.top - GAP, self.width - self.left - GAP, 3), 255, np.uint8)
         for place, image in enumerate(images):
             row, column = divmod(place, self.shape[1])
-            top, left = row * self.pitch[0], column * self.pitch[1]
+            top = row * self.pitch[0]
+            left = column * self.pitch[1]
             canvas[top : top + self.cell.height, left : left + self.cell.width] = self.cell.draw(image)
         return canvas
 
     def draw(self, images: UInt8[np.ndarray, "n h w c"]) -> Figure:
+        """Returns the table with these images; to be called once."""
         self.texts.figimage(self.paste(images), self.left, GAP)
         return self.texts
 
     def draw_pages(self, frames: Iterable[UInt8[np.ndarray, "n h w c"]]) -> Iterator[Image.Image]:
-        """Yields what `draw` shows, of each frame; the texts are drawn once."""
+        """Yields each frame as `draw` would show it. The texts are drawn once for all."""
         self.texts.patch.set_alpha(0)
         drawn = FigureCanvasAgg(self.texts)
         drawn.draw()
@@ -130,8 +151,8 @@ def image_table(
     title: str = "",
     captions: Sequence[str] = (),
 ) -> Figure:
-    """Returns a figure of images (grey or RGB) in rows and columns, titled on the left and on top; with `captions`
-    (rows * columns at most, in reading order) each bears its own."""
+    """Returns a figure of images (grey or RGB) in rows and columns, titled on the left and on top. `captions` stand on
+    the images, in reading order: rows * columns at most."""
     rows, columns, height, width, _ = images.shape
     table = _Table((rows, columns), (height, width), row_titles, column_titles, title, captions)
     return table.draw(images.reshape(-1, *images.shape[2:]))
@@ -140,7 +161,7 @@ def image_table(
 def _grid(
     image_size: tuple[int, int], labels: np.ndarray, class_names: Sequence[str], title: str
 ) -> tuple[_Table, Int[np.ndarray, " n"]]:
-    """Returns (near-square table of samples, their order in it: by label)."""
+    """Returns (near-square table of samples, the order in which they fill it: by label)."""
     order = np.argsort(labels, kind="stable")
     columns = math.ceil(math.sqrt(len(labels)))
     captions = [class_names[label] for label in labels[order]]
@@ -164,13 +185,14 @@ def save_film(
     class_names: Sequence[str] = ("",),
     title: str = "",
 ) -> None:
-    """Writes an animation of the frames, each a `sample_grid` (without captions where no labels are given); the first
-    is held for half a second, the last for two."""
+    """Writes an animation in Pillow's `file_format`, webp or gif. Each frame looks like a `sample_grid`, without
+    captions if there are no labels. The first frame is held for half a second, the last for two."""
     labels = np.zeros(frames.shape[1], np.int32) if labels is None else labels
     table, order = _grid(frames.shape[2:4], labels, class_names, title)
     pages = table.draw_pages(images[order] for images in frames)
     durations = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
-    durations[0], durations[-1] = 500, 2000
+    durations[0] = 500
+    durations[-1] = 2000
     next(pages).save(
         path,
         format=file_format.upper(),
@@ -182,15 +204,20 @@ def save_film(
     )
 
 
+# --- Curves ---
+
+
 def curves(
     points: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str, markers: bool = True
 ) -> Figure:
-    """A figure of named curves of (x, y) points, x logarithmic, and y where it spans more than a factor of five; with
-    `markers` every point is marked, and its x stands on the axis."""
+    """Returns a figure of named curves of (x, y) points. The x axis is logarithmic; so is the y axis, if it spans more
+    than a factor of five. With `markers` every point is marked, and its x stands on the axis."""
     figure = Figure(figsize=(5.5, 3.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, pairs in points.items():
         axes.plot(*zip(*sorted(pairs), strict=True), marker="o" if markers else None, label=name)
+
+    # Ticks: at the points, or where Matplotlib puts them; as plain numbers.
     xs, ys = ({pair[i] for pairs in points.values() for pair in pairs} for i in range(2))
     axes.set_xscale("log")
     if markers:
@@ -210,17 +237,18 @@ def curves(
 
 
 def running_mean(values: Sequence[float], window: int) -> Float[np.ndarray, " n"]:
-    """Mean of each value and those before it, `window` in all, or as many as there are."""
+    """Returns the mean of each value and the `window` - 1 before it, or as many as there are."""
     return np.array([np.mean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)])
 
 
 def metric_curves(
     points: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], smooth: int = 1, log_y: bool = False
 ) -> Figure:
-    """A figure of {metric: {run: (step, value) points}}: an axis for each metric, a colour for each run.
+    """Returns a figure of {metric: {run: (step, value) points}} with axes for each metric and a colour for each run.
 
     With `smooth` above 1, the running mean of that many values is drawn over the values themselves.
     """
+    # Colours and places.
     runs = list(dict.fromkeys(run for curves in points.values() for run in curves))
     palette = color_sequences["tab10" if len(runs) <= 10 else "tab20"]
     colours = {run: palette[i % len(palette)] for i, run in enumerate(runs)}
@@ -228,14 +256,18 @@ def metric_curves(
     rows = -(-len(points) // columns)
     figure = Figure(figsize=(1 + 3.6 * columns, 0.6 + 2.5 * rows), dpi=120, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+
     for axis, (metric, curves) in zip(axes, points.items(), strict=False):
+        # The curves of one metric.
         for run in (run for run in curves if curves[run]):
             steps, values = zip(*curves[run], strict=True)
-            marker = "." if len(steps) <= 30 else None  # a single point makes no line
+            marker = "." if len(steps) <= 30 else None  # a single point would show no line
             if smooth > 1:
                 axis.plot(steps, values, color=colours[run], alpha=0.25)
                 values = running_mean(values, smooth)
             axis.plot(steps, values, color=colours[run], marker=marker)
+
+        # Their axes.
         if log_y and any(value > 0 for curve in curves.values() for _, value in curve):
             axis.set_yscale("log", nonpositive="mask")
             low, high = axis.get_ylim()
@@ -249,8 +281,9 @@ def metric_curves(
         axis.grid(alpha=0.3)
     for axis in axes[len(points) :]:
         axis.set_axis_off()
+
+    # One legend. Its texts are set afterwards: a legend leaves out names that begin with an underscore.
     lines = [Line2D([], [], color=colour) for colour in colours.values()]
-    # Named afterwards, as a legend leaves out what begins with an underscore.
     columns = min(len(runs), columns + 1)
     legend = figure.legend(lines, [" "] * len(runs), loc="outside upper center", ncols=columns, fontsize=8)
     for entry, run in zip(legend.get_texts(), runs, strict=True):

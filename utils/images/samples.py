@@ -1,5 +1,5 @@
-"""Sampled images as files: ADM's npz (`arr_0` uint8 NHWC, `arr_1` labels) or a folder of PNGs. Both are written and
-read a batch at a time, so that any number of samples fits in memory."""
+"""Reads and writes files of samples: ADM's npz (`arr_0` uint8 NHWC, `arr_1` labels) or a folder of PNGs. Both are read
+and written a batch at a time, so that any number of samples fits in memory."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ from utils.images.decoding import MAX_MEGAPIXELS, BrokenImageError, copy_pixels,
 from utils.images.folders import SUFFIXES, find_images, is_system_name
 from utils.images.pixels import describe_range
 
-# Pillow's names of pixels of 8 bits.
+# Pillow's names for pixels of 8 bits.
 GREY_MODES = ("L", "LA", "1")
 ALPHA_MODES = ("RGBA", "LA")
 MODES = ("RGB", "RGBA", "P", *GREY_MODES)
@@ -44,14 +44,15 @@ MODES = ("RGB", "RGBA", "P", *GREY_MODES)
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images of one shape, in a fixed order; `read(batch_size)` yields them, the last batch perhaps short."""
+    """Images of one shape, in a fixed order. `read(batch_size)` yields them in batches, of which the last may be
+    short."""
 
     num_samples: int
     image_shape: tuple[int, int, int]
     read: Callable[[int], Iterator[UInt8[np.ndarray, "b h w c"]]]
 
     def first(self, num_samples: int) -> "Samples":
-        """The first of them alone."""
+        """Returns the first of these samples alone."""
 
         def read(batch_size: int) -> Iterator[np.ndarray]:
             left = num_samples
@@ -65,11 +66,11 @@ class Samples:
 
 
 def open_samples(path: str | Path, flag: str = "samples") -> Samples:
-    """The samples in an npz or .npy or in a folder of images (at any depth, as EDM writes them, sorted by path).
+    """Opens the samples in an npz or .npy, or in a folder of images (at any depth, as EDM writes them, sorted by path).
 
-    In an npz they are `arr_0` or the only array that can be images. UserError, naming --`flag`, where there are none,
-    or they are not uint8 images (n, h, w, 1 or 3) of one size. Reading them warns where no value is above 1, as in
-    images that were in [0, 1] before.
+    In an npz they are `arr_0` or the only array that can be images. Raises UserError, naming --`flag`, if there are
+    none, or if they are not uint8 images (n, h, w, 1 or 3) of one size. Reading them to the end warns if they use
+    little of 0 .. 255, like images that were in [0, 1] before.
     """
     path = Path(path)
     if path.is_dir():
@@ -80,7 +81,7 @@ def open_samples(path: str | Path, flag: str = "samples") -> Samples:
 
 
 def content_sha256(path: str | Path) -> str:
-    """Of a file, or of the names and contents of all images in a folder."""
+    """Returns the sha256 of a file, or of the names and contents of all images in a folder."""
     path = Path(path)
     if path.is_file():
         return file_sha256(path)
@@ -91,7 +92,7 @@ def content_sha256(path: str | Path) -> str:
 
 
 def holds_images(path: str | Path) -> bool:
-    """Whether `path` is a folder, a .npy, or an npz with ADM's array of images, `arr_0`."""
+    """Returns whether `path` is a folder, a .npy, or an npz with ADM's array of images, `arr_0`."""
     path = Path(path)
     if path.is_dir() or path.suffix == ".npy":
         return True
@@ -102,14 +103,18 @@ def holds_images(path: str | Path) -> bool:
 
 
 def check_sample_path(path: str | Path, inputs: Mapping[str, str | None] | None = None) -> None:
-    """UserError where `SampleWriter` cannot write, or would have to remove something else than earlier samples; see
-    `prepare_output_file`."""
+    """Raises UserError if `SampleWriter` cannot write to `path`, or would have to remove anything but earlier samples.
+    For `inputs`, see `prepare_output_file`."""
     path = Path(path)
+
+    # A file.
     if path.suffix == ".npz" and path.is_dir():
         raise UserError(f"--save_samples={path} is a folder; name a file, or a folder without .npz")
     if path.suffix == ".npz":
         prepare_output_file(path, "save_samples", "samples.npz", inputs)
         return
+
+    # A folder: a new one, or one with nothing but samples, traces of killed writers and the system's files.
     if not path.exists():
         prepare_output_folder(path.parent, "save_samples", path)
         return
@@ -123,11 +128,12 @@ def check_sample_path(path: str | Path, inputs: Mapping[str, str | None] | None 
 
 
 def _is_sample(file: Path) -> bool:
-    """Whether `SampleWriter` may have written the file, and may replace it."""
+    """Returns whether `SampleWriter` may have written the file, and so may replace it."""
     return bool(re.fullmatch(r"\d{6,}\.png", file.name)) and file.is_file() and not file.is_symlink()
 
 
 def _open_npz(path: Path, flag: str) -> Samples:
+    """Opens the array of images in an npz. Nothing is read yet but the arrays' headers."""
     try:
         headers = read_npz_headers(path)
     except BadFileError as error:
@@ -143,10 +149,11 @@ def _open_npz(path: Path, flag: str) -> Samples:
         except BadFileError as error:
             raise UserError(f"{flag}: {error}; write it again") from None
 
-    return Samples(shape[0], shape[1:], partial(_warn_if_dark, read, flag))
+    return Samples(shape[0], shape[1:], partial(_warn_of_range, read, flag))
 
 
 def _open_npy(path: Path, flag: str) -> Samples:
+    """Opens a .npy, mapped into memory."""
     try:
         header, array = map_npy(path)
     except BadFileError as error:
@@ -157,11 +164,11 @@ def _open_npy(path: Path, flag: str) -> Samples:
         for start in range(0, len(array), batch_size):
             yield np.array(array[start : start + batch_size])
 
-    return Samples(shape[0], shape[1:], partial(_warn_if_dark, read, flag))
+    return Samples(shape[0], shape[1:], partial(_warn_of_range, read, flag))
 
 
 def _check_array(header: ArrayHeader, flag: str) -> tuple[int, int, int, int]:
-    """The shape (n, h, w, c) of uint8 images; UserError for any other array."""
+    """Returns the shape (n, h, w, c) of uint8 images. Raises UserError for any other array."""
     shape, is_fortran, dtype = header
     if dtype != np.uint8:
         raise UserError(
@@ -181,7 +188,7 @@ def _check_array(header: ArrayHeader, flag: str) -> tuple[int, int, int, int]:
 
 
 def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
-    """The name of the array that holds the images; UserError where that is not clear."""
+    """Returns the name of the array that holds the images. Raises UserError if that is not clear."""
     if "arr_0" in headers or len(headers) == 1:
         return "arr_0" if "arr_0" in headers else next(iter(headers))
     candidates = [name for name, (shape, _, dtype) in headers.items() if len(shape) == 4 and dtype == np.uint8]
@@ -194,9 +201,9 @@ def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
     )
 
 
-def _warn_if_dark(read: Callable, flag: str, batch_size: int) -> Iterator[np.ndarray]:
-    """The batches of `read`; a warning at the end if their values are a small part of 0 .. 255."""
-    extremes = []
+def _warn_of_range(read: Callable, flag: str, batch_size: int) -> Iterator[np.ndarray]:
+    """Yields the batches of `read`, and warns at the end if their values are a small part of 0 .. 255."""
+    extremes = []  # (lowest, highest) of every image
     for batch in read(batch_size):
         pixels = batch.reshape(len(batch), -1)
         extremes.append(np.stack([pixels.min(axis=1), pixels.max(axis=1)], axis=1))
@@ -212,11 +219,14 @@ def _warn_if_dark(read: Callable, flag: str, batch_size: int) -> Iterator[np.nda
 
 
 def _open_folder(path: Path, flag: str) -> Samples:
+    """Opens a folder of images. All headers are read now, the pixels later."""
     files = find_images(path)
     check_finished(files, path, flag)
     if not files:
         raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
-    headers = [_image_header(file, flag) for file in files]
+
+    # One size.
+    headers = [_read_header(file, flag) for file in files]
     sizes = [size for size, _ in headers]
     other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
     if other is not None:
@@ -225,10 +235,12 @@ def _open_folder(path: Path, flag: str) -> Samples:
             for file, size in ((files[0], sizes[0]), (files[other], sizes[other]))
         )
         raise UserError(f"{flag}: {first} but {second}; samples are of one size")
+
+    # One number of channels: a mixture of grey and colour is RGB.
     num_alpha = sum(mode in ALPHA_MODES for _, mode in headers)
     if num_alpha:
         warn(f"{flag}: {num_alpha} of {len(files)} images have an alpha channel, which is left out, as in pytorch-fid")
-    is_grey = all(mode in GREY_MODES for _, mode in headers)  # a mixture is RGB
+    is_grey = all(mode in GREY_MODES for _, mode in headers)
     width, height = sizes[0]
     shape = (height, width, 1 if is_grey else 3)
 
@@ -237,28 +249,29 @@ def _open_folder(path: Path, flag: str) -> Samples:
             batch = files[start : start + batch_size]
             images = np.empty((len(batch), *shape), np.uint8)
             for file, pixels in zip(batch, images, strict=True):
-                with _opened(file, flag) as image:
+                with _open(file, flag) as image:
                     if image.size != (width, height):
                         raise BrokenImageError(f"it is another one than before, {'x'.join(map(str, image.size))}")
                     image.load()
                     copy_pixels(image, pixels)
             yield images
 
-    return Samples(len(files), shape, partial(_warn_if_dark, read, flag))
+    return Samples(len(files), shape, partial(_warn_of_range, read, flag))
 
 
-def _image_header(file: Path, flag: str) -> tuple[tuple[int, int], str]:
-    """((width, height), mode of the pixels)."""
-    with _opened(file, flag) as image:
-        mode, size = image.mode, image.size
+def _read_header(file: Path, flag: str) -> tuple[tuple[int, int], str]:
+    """Returns ((width, height), Pillow's mode of the pixels). Raises UserError for pixels that samples do not have."""
+    with _open(file, flag) as image:
+        size = image.size
+        mode = image.mode
     if mode not in MODES:
         raise UserError(f"{flag}: {file.name} has the pixels {mode}; samples are RGB or grey of 8 bits")
     return size, mode
 
 
 @contextlib.contextmanager
-def _opened(file: Path, flag: str) -> Iterator[Image.Image]:
-    """The image, not decoded yet; UserError for what opening or decoding it raises."""
+def _open(file: Path, flag: str) -> Iterator[Image.Image]:
+    """Opens an image, not decoded yet. Raises UserError instead of what opening or decoding it raises."""
     try:
         with open_image(file) as image:
             yield image
@@ -267,17 +280,19 @@ def _opened(file: Path, flag: str) -> Iterator[Image.Image]:
 
 
 class SampleWriter:
-    """Writes batches to `path`, an npz if that is its suffix, else a folder of PNGs (000000.png, ...), in which earlier
-    samples are replaced; the npz appears when it is whole, and the folder says until then that it is not. To be used in
-    a `with` statement.
+    """Writes batches to `path`: into an npz if that is its suffix, else as PNGs (000000.png, ...) into a folder, where
+    they replace earlier samples. It is a context manager: the npz appears at the end of the block, and until then a
+    folder is marked as unfinished.
 
-    UserError where the folder holds anything else; WriteError where the system does not let the samples be written,
-    which is then kept as `failure`; ValueError for other numbers of samples or labels.
+    Raises UserError if the folder holds anything else, WriteError if the system does not let the samples be written,
+    which is also kept as `failure`, and ValueError for another number of samples or labels.
     """
 
     def __init__(self, path: str | Path, num_samples: int):
         check_sample_path(path)
-        self.path, self.num_samples, self.labels = Path(path), num_samples, []
+        self.path = Path(path)
+        self.num_samples = num_samples
+        self.labels: list[np.ndarray] = []
         self.archive: zipfile.ZipFile | None = None
         self.file: IO[bytes] | None = None
         self.failure: WriteError | None = None
@@ -288,6 +303,7 @@ class SampleWriter:
         return self
 
     def write(self, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " labels"]) -> None:
+        """Writes the next images."""
         if len(images) != len(labels):
             raise ValueError(f"{len(labels)} labels of {len(images)} images")
         try:
@@ -304,7 +320,7 @@ class SampleWriter:
         self.labels.append(labels)
 
     def __exit__(self, kind, error, trace) -> None:
-        error = error or self.failure  # of which the caller may have chosen to go on
+        error = error or self.failure  # the caller may have suppressed it
         try:
             self.writing.__exit__(type(error) if error else None, error, trace)
         except WriteError as failure:
@@ -313,10 +329,12 @@ class SampleWriter:
 
     @property
     def num_written(self) -> int:
+        """The number of samples so far."""
         return sum(map(len, self.labels))
 
     @contextlib.contextmanager
     def _write_npz(self) -> Iterator[None]:
+        """Opens the archive, and completes it after the block: labels come last."""
         with (
             atomic_write(self.path) as temporary,
             open(os.devnull, "wb") as nowhere,
@@ -331,7 +349,7 @@ class SampleWriter:
                         npy.write_array(labels, np.concatenate(self.labels))
                 self._check_count()
             except BaseException:
-                # What closing writes would fail again, over the first error.
+                # Closing writes: on a full disk it would fail again, and hide the first error.
                 self.archive.fp = nowhere
                 if self.file is not None:
                     self.file.close()
@@ -339,6 +357,7 @@ class SampleWriter:
                 raise
 
     def _append(self, images: UInt8[np.ndarray, "b h w c"]) -> None:
+        """Writes images to the array in the archive. Its header comes with the first of them, which tell the shape."""
         assert self.archive is not None
         if self.file is None:
             self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
@@ -348,6 +367,7 @@ class SampleWriter:
 
     @contextlib.contextmanager
     def _fill_folder(self) -> Iterator[None]:
+        """Empties the folder of earlier samples, and marks it as unfinished until the end of the block."""
         self.path.mkdir(parents=True, exist_ok=True)
         mark_unfinished(self.path, self.num_samples)
         for file in self.path.iterdir():

@@ -1,4 +1,4 @@
-"""Images and masks from files, as inversion and inpainting take them."""
+"""Reads the images, masks and labels that inversion and inpainting take."""
 
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from utils.networks.models import ImageModel
 def read_images(
     folder: str | Path, image_shape: tuple[int, int, int], limit: int, flag: str
 ) -> tuple[UInt8[np.ndarray, "n h w c"], list[Path]]:
-    """(images, their files) of a folder, sorted by path, `limit` at most; the middle square of each is resized, as in
-    training. UserError, naming --`flag`, where there are none or one cannot be read."""
+    """Returns (images, their files) of a folder, sorted by path, `limit` at most. The middle square of each is resized
+    to (height, width, channels) `image_shape`, as in training. Raises UserError, naming --`flag`, if there are none, or
+    if one cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--{flag}={folder} is no folder; give a folder of images")
@@ -26,6 +27,7 @@ def read_images(
     files = find_images(folder)[:limit]
     if not files:
         raise UserError(f"--{flag}={folder} holds no images ({', '.join(SUFFIXES)})")
+
     mode = "L" if channels == 1 else "RGB"
     images = np.empty((len(files), *image_shape), np.uint8)
     for file, image in zip(files, images, strict=True):
@@ -38,8 +40,8 @@ def read_images(
 
 
 def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.ndarray, "h w"]:
-    """Where a mask image is white, more than half: the hole to fill. UserError where it is no image of that size, or
-    is all hole or none."""
+    """Returns where a mask image is white, brighter than half: the hole to fill. Raises UserError if it is not an image
+    of that size, and if it is all hole or has none."""
     height, width, _ = image_shape
     try:
         with open_image(Path(path)) as image:
@@ -74,7 +76,7 @@ def choose_labels(folder: str | Path, files: list[Path], model: ImageModel, flag
 
 
 def labels_from_folders(folder: str | Path, files: list[Path], class_names: tuple[str, ...]) -> list[int] | None:
-    """The classes after which the subfolders of the files are named; None where one is no class."""
+    """Returns the classes that the subfolders of the files are named after; None if one of the names is no class."""
     names = [file.relative_to(folder).parts[0] for file in files]
     if not set(names) <= set(class_names):
         return None
