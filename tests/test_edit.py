@@ -1,4 +1,4 @@
-"""The editing program: images between two samples, inversion and editing of given ones, holes that are filled."""
+"""Tests of edit.py: images between two samples, inversion and editing of given images, inpainting."""
 
 import re
 import shutil
@@ -28,8 +28,9 @@ def draw(read_flags, run, tmp_path):  # noqa: F811
 
 @pytest.fixture
 def tables(monkeypatch):
-    """[(images, titles of the rows)] of the tables that are drawn."""
-    tables, draw_table = [], plotting.image_table
+    """Records (images, titles of the rows) of every table that is drawn."""
+    tables = []
+    draw_table = plotting.image_table
 
     def keep(images, row_titles=(), *others):
         tables.append((images, list(row_titles)))
@@ -40,7 +41,7 @@ def tables(monkeypatch):
 
 
 def assert_shows(found, generator, noise, labels):  # noqa: F811
-    """Whether images are those of this noise and these labels, up to rounding in a batch of another size."""
+    """Compares images with samples from this noise and these labels, up to rounding in a batch of another size."""
     images = generator.decode(generator.sample_latents(noise, labels, SamplerConfig(2, 50.0)))
     assert np.abs(found.astype(int) - images).max() <= 1
 
@@ -68,7 +69,7 @@ def test_between_two_classes_the_first_is_on_the_left(draw, generator, tables): 
 
 @pytest.fixture
 def own(tmp_path):
-    """A folder of two larger images in folders of classes, and a mask of the run's size."""
+    """Writes two larger images into folders of classes, and a mask of the run's size."""
     rng = np.random.default_rng(0)
     for label in ("3", "7"):
         (tmp_path / "own" / label).mkdir(parents=True)
@@ -80,7 +81,7 @@ def own(tmp_path):
     return tmp_path
 
 
-def test_images_of_ones_own_are_inverted_and_made_again(draw, own, capsys):
+def test_given_images_are_inverted_and_made_again(draw, own, capsys):
     samples = own / "samples.npz"
     out = draw(
         f"--invert {own}/own --edit 1,8 --denoise_timesteps 8 --solver midpoint --cfg_scale 2 --save_samples {samples}"
@@ -104,17 +105,21 @@ def test_a_hole_is_filled(draw, own, classes, capfd):
         assert list(saved["arr_1"]) == ([5, 5] if classes else [3, 7])
         assert saved["arr_0"].shape == (2, 8, 8, 1)
         filled = saved["arr_0"]
+
+    # Fewer repeats fit less well.
     draw(
         f"--inpaint {own}/own --mask {own}/mask.png --denoise_timesteps 2 {classes} --inpaint_repeats 1 "
         f"--save_samples {own}/filled.npz"
     )
-    with np.load(own / "filled.npz") as saved:  # less fitting than the five times of the default
+    with np.load(own / "filled.npz") as saved:
         assert not np.array_equal(saved["arr_0"], filled)
+
+    # Folders that do not tell the classes.
     (own / "other" / "cat").mkdir(parents=True, exist_ok=True)
     shutil.copy(own / "own" / "3" / "a.png", own / "other" / "cat")
     draw(f"--inpaint {own}/other --mask {own}/mask.png --denoise_timesteps 2")
     assert "not all of its folders are named after classes, so its images have no label" in capfd.readouterr().err
-    flat = own / "own" / "3"  # the images of which no folder is named after a class
+    flat = own / "own" / "3"  # an image without a folder of its class below
     draw(f"--inpaint {flat} --mask {own}/mask.png --denoise_timesteps 2 --save_samples {own}/filled.npz")
     with np.load(own / "filled.npz") as saved:
         assert list(saved["arr_1"]) == [10]
@@ -145,7 +150,7 @@ def test_a_hole_is_filled(draw, own, classes, capfd):
         ("--interpolate 3 --solver sde", r"--solver=sde cannot interpolate; use one of euler"),
     ],
 )
-def test_bad_input_about_ones_own_images_is_one_line(draw, own, words, message):
+def test_bad_input_is_one_line(draw, own, words, message):
     Image.new("L", (8, 8), 255).save(own / "white.png")
     with pytest.raises(UserError, match=message):
         draw(words.replace("OWN", str(own)))

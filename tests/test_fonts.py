@@ -13,7 +13,7 @@ from utils.images import fonts, plotting
 
 @pytest.fixture
 def only_own_font(monkeypatch):
-    """A system without fonts but Matplotlib's."""
+    """Hides all fonts but Matplotlib's own."""
     own = [font for font in fontManager.ttflist if font.name == fonts.OWN_FAMILY]
     monkeypatch.setattr(fontManager, "ttflist", own)
     for cached in (fonts._fonts, fonts._families_of, fontManager._findfont_cached):
@@ -25,12 +25,13 @@ def only_own_font(monkeypatch):
 
 @pytest.fixture
 def cat_font(only_own_font, tmp_path):
-    """A font whose only sign, a black square, is that of the cat."""
+    """Builds a font that draws the character for cat, its only one, as a black square."""
     pen = TTGlyphPen(None)
     for i, point in enumerate(((0, 0), (0, 800), (800, 800), (800, 0))):
         (pen.lineTo if i else pen.moveTo)(point)
     pen.closePath()
-    square, builder = pen.glyph(), FontBuilder(1000)
+    square = pen.glyph()
+    builder = FontBuilder(1000)
     builder.setupGlyphOrder([".notdef", "cat"])
     builder.setupCharacterMap({ord("猫"): "cat"})
     builder.setupGlyf({".notdef": square, "cat": square})
@@ -44,7 +45,7 @@ def cat_font(only_own_font, tmp_path):
 
 
 def draw(names: list[str]) -> np.ndarray:
-    """The pixels of a table of white images titled on every side; any warning is an error."""
+    """Returns the pixels of a table of white images with titles on every side. Any warning is an error."""
     images = np.full((len(names), len(names), 8, 8, 3), 255, np.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -84,7 +85,8 @@ def test_letters_from_right_to_left_are_spelled_by_their_consonants(only_own_fon
 def test_a_font_of_the_system_draws_what_matplotlibs_lacks(cat_font):
     assert fonts.legible("猫 x") == ("猫 x", [fonts.OWN_FAMILY, "Cats"])
     assert fonts.legible("猫犬") == ("猫 U+72AC", [fonts.OWN_FAMILY, "Cats"])
-    drawn, empty = draw(["猫"]), draw([" "])
+    drawn = draw(["猫"])
+    empty = draw([" "])
     assert (drawn < 50).all(axis=-1).sum() > (empty < 50).all(axis=-1).sum() + 100
 
 

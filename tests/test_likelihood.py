@@ -26,11 +26,12 @@ from utils.sampling.density import (
     midpoint_log_likelihood,
 )
 
-MEAN, STD = jnp.array([2.0409191, -2.555665, 0.4180988, -0.5677696]), 0.5
+MEAN = jnp.array([2.0409191, -2.555665, 0.4180988, -0.5677696])
+STD = 0.5
 
 
 def gaussian_field(labels=None):
-    """The velocity of data N(m, s^2 I)."""
+    """Returns the velocity of data N(m, s^2 I)."""
 
     def velocity_fn(x, t, t_next):
         t = t[:, None]
@@ -91,7 +92,8 @@ def test_through_the_network_it_is_that_of_the_published_solver(dit, shared):
     flat = {name.removeprefix("params/"): value for name, value in golden.items() if name.startswith("params/")}
     function = model_fn(network, jax.tree.map(jnp.asarray, import_jax_flow_params(flat)))
     count = int(published["num_examples"])
-    x_1, labels = jnp.asarray(golden["x_1"][:count]), jnp.asarray(golden["labels"][:count])
+    x_1 = jnp.asarray(golden["x_1"][:count])
+    labels = jnp.asarray(golden["labels"][:count])
     signs = jnp.asarray(published["signs"], jnp.float32)[None]
 
     def velocity_fn(x, t, t_next):

@@ -1,4 +1,4 @@
-"""The sampling program: classes by name, the same images as an evaluation's, films from noise to image."""
+"""Tests of sample.py: classes by name, the same images as in an evaluation, films from noise to image."""
 
 import os
 import re
@@ -84,7 +84,7 @@ def test_eight_devices_and_another_working_directory_change_no_image(run, genera
         assert np.abs(saved["arr_0"].astype(int) - batch.to_host()[0]).max() <= 1
 
 
-def test_what_is_whole_on_a_full_disk_is_named(draw, full_disk, tmp_path, capsys):
+def test_files_finished_before_the_disk_was_full_are_named(draw, full_disk, tmp_path, capsys):
     full_disk(12_000)  # for 100 samples of 8x8, but no grid of them
     words = f"--num_samples 100 --denoise_timesteps 1 --cfg_scale 1 --save_samples {tmp_path / 's.npz'}"
     with pytest.raises(
@@ -108,7 +108,9 @@ def test_a_film_starts_at_the_noise_and_ends_at_the_images(draw, generator, file
         film.seek(0)
         first = np.asarray(film.convert("RGB")).astype(int)
     noise = generator.decode(generator.noise(range(4)))
-    labels, names, title = generator.labels(range(4)), generator.class_names, "6 Euler steps, guidance 4, seed 3"
+    labels = generator.labels(range(4))
+    names = generator.class_names
+    title = "6 Euler steps, guidance 4, seed 3"
     sample_grid(noise, labels, names, title).savefig(tmp_path / "noise.png")
     sample_grid(noise, labels, [" "] * len(names), " ").savefig(tmp_path / "without_texts.png")
 
@@ -135,11 +137,11 @@ def test_labels_parameters_and_dtype_are_those_of_the_flags(draw, read_flags, ru
     jax.tree.map(np.testing.assert_array_equal, generator.params, load_generator(run, params="raw").params)
 
 
-def test_more_classes_than_samples_are_said(read_flags, run, tmp_path, capfd):  # noqa: F811
+def test_more_classes_than_samples_are_reported(read_flags, run, tmp_path, capfd):  # noqa: F811
     words = ["--load_dir", str(run), "--out", str(tmp_path), "--classes", "1,2,3", "--num_samples", "2"]
     assert drawing.load_request(read_flags(sample, words)).labels.tolist() == [1, 2]
-    said = capfd.readouterr().err
-    assert "--classes=1,2,3 names 3 classes; only the first are drawn with --num_samples=2" in said
+    warned = capfd.readouterr().err
+    assert "--classes=1,2,3 names 3 classes; only the first are drawn with --num_samples=2" in warned
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_bad_input_is_one_line(draw, words, message):
         ),
     ],
 )
-def test_flags_that_are_edits_now_are_answered_with_its_command(read_flags, words, flag, answer):
+def test_flags_of_edit_are_answered_with_its_command(read_flags, words, flag, answer):
     words = ["--load_dir", "my run", *words.split()]
     command = rf"\S*python \S*edit\.py --load_dir 'my run' {re.escape(answer)}"
     with pytest.raises(UserError, match=f"^{flag} is a flag of edit.py: {command}$") as error:

@@ -1,4 +1,4 @@
-"""Sample files: the same images from npz and PNGs, whole or refused by name."""
+"""Tests of sample files: npz and PNGs give back the same images, and damaged ones are refused by name."""
 
 import contextlib
 import gc
@@ -14,7 +14,8 @@ from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset
 from utils.images.samples import SampleWriter, content_sha256, open_samples
 
-IMAGES, LABELS = noise(0, 10, 6, 5, 3), np.arange(10, dtype=np.int32)
+IMAGES = noise(0, 10, 6, 5, 3)
+LABELS = np.arange(10, dtype=np.int32)
 
 
 def write_samples(path, images=IMAGES, batch_size=4):
@@ -96,7 +97,8 @@ def test_a_folder_that_is_not_finished_is_refused_with_both_numbers(tmp_path):
 
 @pytest.mark.parametrize("name", ["samples.npz", "folder"])
 def test_a_full_disk_is_one_line_and_who_wants_to_go_on_can(tmp_path, full_disk, capfd, name):
-    images, labels = noise(0, 4, 40, 40, 3), np.arange(4)
+    images = noise(0, 4, 40, 40, 3)
+    labels = np.arange(4)
     full_disk(4500)  # which has room for less than one of them
 
     def write(catching):
@@ -120,7 +122,8 @@ def test_a_full_disk_is_one_line_and_who_wants_to_go_on_can(tmp_path, full_disk,
 
 @pytest.mark.parametrize(("num_images", "num_labels"), [(3, 4), (9, 9), (11, 11)])
 def test_no_npz_of_fewer_samples_or_other_labels_appears(tmp_path, num_images, num_labels):
-    images, labels = np.resize(IMAGES, (num_images, *IMAGES.shape[1:])), np.zeros(num_labels, np.int32)
+    images = np.resize(IMAGES, (num_images, *IMAGES.shape[1:]))
+    labels = np.zeros(num_labels, np.int32)
     expected = pytest.raises(ValueError, match=r"labels of|samples were written")
     with expected, SampleWriter(tmp_path / "samples.npz", 10) as writer:
         writer.write(images, labels)

@@ -1,4 +1,4 @@
-"""The parts that sample.py and edit.py share: flags, the run that they draw from, and the end of the program."""
+"""Flags, loading and reporting of the programs that draw, sample.py and edit.py."""
 
 import contextlib
 import dataclasses
@@ -85,6 +85,7 @@ def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
 def load_request(config: ConfigDict) -> Request:
     """Restores the run and settles sampler and labels. Raises UserError for a run that cannot be loaded and for values
     that do not suit it."""
+    # The run.
     generator = load_generator(
         config.load_dir,
         params=config.params,
@@ -95,6 +96,8 @@ def load_request(config: ConfigDict) -> Request:
         needs_images=True,
     )
     sampler = read_sampler(config, generator.model)
+
+    # A label for each sample: the classes in turn, or drawn ones.
     classes = choose_classes(config.classes, generator.model)
     if classes is None:
         labels = generator.labels(range(config.num_samples))
@@ -105,6 +108,7 @@ def load_request(config: ConfigDict) -> Request:
                 f"--num_samples={config.num_samples}"
             )
         labels = np.resize(np.array(classes, np.int32), config.num_samples)
+
     folder = Path(config.out or split_load_dir(config.load_dir)[0] / "samples")
     return Request(config, generator, sampler, classes, labels, PictureFolder(folder))
 
@@ -142,13 +146,14 @@ def drawing(request: Request, names: tuple[str, ...]) -> Iterator[None]:
 
     Before the block it creates the folder; UserError if files of these `names` cannot be written there.
     """
-    config, pictures = request.config, request.pictures
+    config = request.config
+    pictures = request.pictures
     prepare_output_folder(pictures.folder, "out", names=names)
     try:
         with explaining_out_of_memory("sampling", "a smaller --batch_size"):
             yield
     except WriteError as error:
-        pictures.show_written()
+        pictures.show_written()  # finished files are not lost with the others
         finished = "the files above are" if pictures.written else "no file is"
         raise WriteError(error.path, error.error, error.whole or f"{finished} whole") from error
     settings = config.to_dict()
