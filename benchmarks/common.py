@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved measurements, the rate of plain matmuls, tables."""
+"""Shared by the benchmarks: interleaved measurements, the rate of plain matmuls, tables."""
 
 import importlib.util
 import json

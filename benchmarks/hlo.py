@@ -1,4 +1,4 @@
-"""What the text of an optimised program (HLO) says: its operations, their estimated time, its collectives."""
+"""Reads the text of an optimised program (HLO): its operations, their estimated time, its collectives."""
 
 import collections
 import math
@@ -109,7 +109,8 @@ def count_dot(line: str, shapes: dict[str, str]) -> int:
 
 
 def count_flops(line: str, shapes: dict[str, str], matmuls: dict[str, int]) -> int:
-    """Of the matmuls in a fusion, or of cuDNN's attention: two matmuls forward, five backward (arXiv:2205.14135)."""
+    """Counts the operations of the matmuls in a fusion, or of cuDNN's attention: two forward, five backward
+    (arXiv:2205.14135)."""
     if "__cudnn$fmha" in line:
         query, key = (count_axes(shapes[name]) for name in read_operands(line)[:2])
         images, queries, heads, width = query
@@ -173,7 +174,7 @@ def part_of(operation: Operation) -> str:
 
 
 def count_bytes(shape: str) -> int:
-    """Of an HLO shape, such as bf16[64,256]{1,0} or a tuple of them."""
+    """Counts the bytes of an HLO shape, such as bf16[64,256]{1,0} or a tuple of them."""
     return sum(
         SIZES.get(dtype, 4) * math.prod(int(size) for size in axes.split(",") if size)
         for dtype, axes in re.findall(r"\b(\w+)\[([\d,]*)\]", shape)

@@ -1,4 +1,4 @@
-"""What predictors without training reach on the digits, by t: how low l2_loss can be, and what a model has to beat.
+"""Losses of predictors without training on the digits, by t: how low l2_loss can be, and what a model has to beat.
 
 python benchmarks/loss_floor.py
 """

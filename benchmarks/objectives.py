@@ -77,7 +77,7 @@ RECIPES = {
 
 
 class Cell(NamedTuple):
-    """What is scored with one command: a model at these step counts, with guidance 2 or none."""
+    """A model that one command scores at these step counts, with guidance 2 or none."""
 
     name: str
     seed: int

@@ -39,7 +39,7 @@ BASELINE = "jax-flow baseline"
 
 
 class Variant(NamedTuple):
-    """Of our step."""
+    """Settings of our step."""
 
     dtype: str = "bfloat16"
     remat: str = "none"

@@ -252,7 +252,7 @@ def absolute(source: str) -> str:
 
 
 def describe_source(builder: Celebahq256, source: str) -> str:
-    """What to say of the source of a set that is prepared already, where it is not known to be `source`."""
+    """Returns a message about a prepared set whose source is not known to be `source`."""
     path = Path(builder.data_path) / SOURCE_FILE
     try:
         prepared_from = read_json(path).get("source")

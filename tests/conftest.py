@@ -1,4 +1,4 @@
-"""What the tests share: golden files, the folder of larger real data beside the checkout, how programs are run."""
+"""Shared by the tests: golden files, the folder of larger real data beside the checkout, how programs are run."""
 
 import atexit
 import functools

@@ -42,7 +42,7 @@ def run(argv: list[str]) -> int:
 
 
 def start(request: dict) -> None:
-    """What the forked process does; it never returns."""
+    """Runs the program in the forked process; never returns."""
     null = os.open(os.devnull, os.O_RDONLY)
     outputs = [os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("stdout", "stderr")]
     for number, descriptor in enumerate([null, *outputs]):

@@ -138,7 +138,7 @@ def exact_noise(x_k, level, labels):
 
 
 def exact_velocity(x, t, labels):
-    """Of flow matching, for the same data."""
+    """Returns the velocity of flow matching for the same data."""
     t = t[:, None]
     variance = t**2 * STD**2 + (1 - t) ** 2
     return MEAN + (t * STD**2 - (1 - t)) / variance * (x - t * MEAN)

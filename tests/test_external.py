@@ -252,7 +252,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size
     st.binary(max_size=400) | st.tuples(st.sampled_from(WHOLE_FILES), EDITS, st.none() | st.integers(0, 2**16)),
 )
 def test_readers_raise_nothing_but_their_own_error(tmp_path_factory, content):
-    """Of random bytes, and of whole files with bytes changed and, perhaps, their end cut off."""
+    """Random bytes, and good files with bytes changed and, perhaps, their end cut off."""
     if not isinstance(content, bytes):
         whole, edits, end = content
         content = bytearray(whole)

@@ -205,7 +205,7 @@ def cifar10_test_images(shared: Path, count: int) -> np.ndarray:
 
 @pytest.mark.slow
 def test_fid_of_cifar10_test_images_is_the_published_one(weights, shared):
-    """Of the first thousand against the training images: 30.430, in PyTorch and by another's code."""
+    """The first thousand against the training images: 30.430, in PyTorch and by another's code."""
     extract, statistics = inception.load_inception(weights, "pytorch_fid"), FeatureStatistics()
     for images in np.split(cifar10_test_images(shared, 1000), 20):
         statistics.update(np.asarray(extract(images)["pool"]))

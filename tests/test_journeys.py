@@ -1,4 +1,4 @@
-"""What three kinds of users do in their first hour, by the documented commands. Minutes long: `pytest --slow`."""
+"""The first hour of three kinds of users, by the documented commands. Minutes long: `pytest --slow`."""
 
 import json
 import os

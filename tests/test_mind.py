@@ -24,7 +24,7 @@ def test_the_error_is_the_deviation_over_draws_of_both_sets_and_at_most_half_as_
 
 
 def test_a_scale_counts_by_the_wasserstein_distance_of_its_projections():
-    """Of normal laws of deviations 1 and 2 the squared distance is (2 - 1)^2 in every direction: 3 d."""
+    """Between normal laws of deviations 1 and 2, the squared distance is (2 - 1)^2 in every direction: 3 d."""
     x = RNG.standard_normal((2000, 16))
     assert mind(x, 2 * x)[0] == pytest.approx(3 * 16, rel=0.05)
 

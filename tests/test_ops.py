@@ -112,7 +112,7 @@ def test_forward_mode_in_bfloat16_is_that_of_float32_within_rounding():
 
 
 def test_the_gradient_of_a_forward_derivative_is_that_of_plain_formulas():
-    """What mean-flow objectives take: reverse over forward mode, through both derivatives written by hand."""
+    """Mean-flow objectives take these: reverse over forward mode, through both derivatives written by hand."""
     keys = jax.random.split(jax.random.key(0), 5)
     x, dx, weights = (jax.random.normal(key, (2, 9, 2, 4)) for key in keys[:3])
     kernel, bias = jax.random.normal(keys[3], (8, 8)), jax.random.normal(keys[4], (8,))

@@ -1,4 +1,4 @@
-"""What training looks at, with networks whose answer is known: every panel shows what its title says."""
+"""The panels of training, with networks whose answer is known: every panel shows what its title says."""
 
 import jax
 import jax.numpy as jnp

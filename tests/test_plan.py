@@ -1,4 +1,4 @@
-"""What --plan says is what the compiled program then needs."""
+"""--plan says how much memory the compiled program then needs."""
 
 import re
 

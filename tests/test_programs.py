@@ -373,7 +373,7 @@ def test_a_sweep_of_a_run_and_its_samples_scored_again(finished, weights, read_f
     common = ["--num_samples", 7, "--batch_size", 8, "--wandb.mode", "disabled", "--inception_weights", weights]
 
     def evaluate(*words) -> str:
-        """What the program prints; in this process, which compiles the Inception network once."""
+        """Returns the output of the program; in this process, which compiles the Inception network once."""
         capsys.readouterr()
         eval_fid.main(read_flags(eval_fid, [str(word) for word in (*common, *words)]))
         return capsys.readouterr().out

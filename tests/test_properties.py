@@ -1,4 +1,4 @@
-"""What holds for any size, seed and number of hosts: every image once, hosts in step, positions, shards, splits."""
+"""Properties for any size, seed and number of hosts: every image once, hosts in step, positions, shards, splits."""
 
 import dataclasses
 import functools

@@ -45,7 +45,7 @@ def error(found, expected):
 
 
 def load(name):
-    """What a file is imported as, and its golden numbers, images NHWC."""
+    """Returns a published file as it is imported, and its golden numbers, images NHWC."""
     path, family = PLACES[name], FILES[name]
     stem = name.split(".")[0].removesuffix("_train").removesuffix("_diffusers")
     numbers = np.load(path.parent / f"{stem}_golden.npz")

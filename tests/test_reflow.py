@@ -27,13 +27,13 @@ reflow = pytest.mark.xdist_group("reflow")
 
 
 def marginal_velocity(x, t, t_next):
-    """Of Gaussian data N(MEAN, STD^2)."""
+    """Returns the exact velocity for Gaussian data N(MEAN, STD^2)."""
     t = expand_times(t, x)
     return MEAN + (t * STD**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * STD**2) * (x - t * MEAN)
 
 
 def straight_velocity(x, t, t_next):
-    """Of the same data after reflow."""
+    """Returns the velocity for the same data after reflow."""
     t = expand_times(t, x)
     return MEAN + (STD - 1) * (x - t * MEAN) / (1 + (STD - 1) * t)
 

@@ -1,4 +1,4 @@
-"""What may happen to a run between two starts: other data, other settings, damaged files, another process."""
+"""Changes to a run between two starts: other data, other settings, damaged files, another process."""
 
 import contextlib
 import json

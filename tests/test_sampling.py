@@ -271,7 +271,7 @@ def test_the_error_of_a_round_trip_falls_with_the_solvers_order(solver, order):
 
 @pytest.mark.parametrize("num_repeats", [1, 4])
 def test_inpainting_keeps_what_is_known_and_the_law_of_the_rest(num_repeats):
-    """Of elements that are independent, the unknown one keeps its own distribution."""
+    """If elements are independent, the unknown one keeps its own distribution."""
     mean, std = GAUSSIAN
     noise, count = jax.random.normal(KEY, (4000, 2)), 4000
     keys = jax.random.split(jax.random.key(1), count)

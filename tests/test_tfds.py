@@ -1,4 +1,4 @@
-"""What TFDS prepared, read at random from array_record and as a stream from tfrecord."""
+"""Data sets prepared by TFDS, read at random from array_record and as a stream from tfrecord."""
 
 import dataclasses
 import json

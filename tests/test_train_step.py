@@ -1,4 +1,4 @@
-"""What a step passes to its network: labels dropped in training alone, new noise each step, the same in validation."""
+"""Inputs of the network in a step: labels dropped in training alone, new noise each step, the same in validation."""
 
 import jax
 import jax.numpy as jnp

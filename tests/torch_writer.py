@@ -1,4 +1,4 @@
-"""What `torch.save` writes, without PyTorch: a pickle of tensors by reference, and their bytes beside it."""
+"""Writes the files of `torch.save` without PyTorch: a pickle of tensors by reference, and their bytes beside it."""
 
 import collections
 import io

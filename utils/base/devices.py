@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 from utils.base.errors import DataError, UserError
 from utils.base.files import cache_folder
 
-# What enters shapes, types and random numbers, with JAX's defaults, which are assumed of runs that did not record them.
+# Settings that change shapes, types or random numbers, with JAX's defaults, which runs that recorded none had.
 RECORDED = {
     "jax_enable_x64": False,
     "jax_default_prng_impl": "threefry2x32",
@@ -34,7 +34,7 @@ RECORDED = {
     "jax_default_matmul_precision": None,
 }
 RANDOM = tuple(name for name in RECORDED if name != "jax_default_matmul_precision")  # by which numbers are drawn
-# Under these nothing here runs: arrays of two types or ranks are added everywhere, and steps are compiled in advance.
+# Nothing here runs under these: arrays of two types or ranks are added everywhere, and steps are compiled in advance.
 UNSUPPORTED = {
     "jax_numpy_dtype_promotion": ("strict",),
     "jax_numpy_rank_promotion": ("raise",),
@@ -51,25 +51,25 @@ MAX_SHARDS = 16  # beyond, XLA no longer gathers parameters where they are used 
 
 
 def _value(name: str) -> Any:
-    """A setting of JAX as JSON has it."""
-    value = jax.config.values.get(name, RECORDED.get(name))  # of another JAX, one setting may be gone
-    value = getattr(value, "value", value)  # of an enumeration
+    """Returns a setting of JAX as a value of JSON."""
+    value = jax.config.values.get(name, RECORDED.get(name))  # another JAX may lack one
+    value = getattr(value, "value", value)  # an enumeration's
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def jax_settings() -> dict[str, Any]:
-    """Returns the settings that are recorded with a run."""
+    """Returns the settings to record with a run."""
     return {name: _value(name) for name in RECORDED}
 
 
 def changed_variables(names: Collection[str] = RECORDED) -> list[str]:
-    """Lists the settings that are not JAX's default, as environment variables: ["JAX_RANDOM_SEED_OFFSET=3"]."""
+    """Lists the settings that differ from JAX's defaults, as environment variables: ["JAX_RANDOM_SEED_OFFSET=3"]."""
     return [f"{name.upper()}={_show(_value(name))}" for name in names if _value(name) != RECORDED[name]]
 
 
 def compare_jax_settings(found: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Lists the differences between what two runs recorded, by environment variables; a setting that one lacks has
-    JAX's default."""
+    """Lists the differences between two runs' settings as environment variables; one that is not recorded is JAX's
+    default."""
     pairs = {name: (saved.get(name, default), found.get(name, default)) for name, default in RECORDED.items()}
     return [
         f"{name.upper()}={_show(new)}, was {_show(old)}: the numbers are others from here on"
@@ -83,20 +83,22 @@ def _show(value: Any) -> str:
 
 
 def check_jax_settings() -> None:
-    """UserError for a setting of JAX with which the programs cannot run."""
+    """Raises UserError for a setting of JAX under which the programs cannot run."""
     for name, values in UNSUPPORTED.items():
         if _value(name) in values:
             raise UserError(f"{name.upper()}={_show(_value(name))}: the programs do not run so; unset it")
 
 
 def find_devices() -> list[jax.Device]:
-    """All devices of all processes. UserError, naming JAX_PLATFORMS, where it asks for one that is not there."""
+    """Returns all devices of all processes. Raises UserError, naming JAX_PLATFORMS, if that asks for a missing one."""
     try:
         return jax.devices()
     except (AssertionError, RuntimeError) as error:
+        # JAX's reason, without its advice, which is for other programs.
         first_line = str(error).partition("\n")[0]
         reason = re.sub(r" \((set JAX_PLATFORMS|you may need).*", "", first_line)[:200]
         reason = f" ({reason})" if reason else ""
+        # The older of the two variables counts if the newer one is not set.
         name = "jax_platform_name" if first_line.startswith("Unknown backend") else "jax_platforms"
         if platform := _value(name):
             raise UserError(
@@ -122,21 +124,23 @@ def format_bytes(size: float) -> str:
 
 
 def memory_needed(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a compiled function needs on each device, arguments included, by the compiler's own analysis."""
+    """Returns the bytes that a compiled function needs on each device, with arguments, by the compiler's analysis."""
     sizes: Any = compiled.memory_analysis()
     arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return arguments + sizes.temp_size_in_bytes
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that it frees, where CPUs alone compute; before JAX looks for devices.
+    """Lets this process keep the memory that it frees, if only CPUs compute; call it before JAX looks for devices.
 
     XLA's CPU allocates what a step needs anew for every step. glibc would return so large a piece to the system each
     time, and the system would clear its pages again: a fifth of a training step.
     """
+    # Without JAX_PLATFORMS, JAX takes an accelerator if there is a plugin for one.
     platforms = jax.config.values["jax_platforms"]
     has_plugins = importlib.util.find_spec("jax_plugins") or importlib.util.find_spec("libtpu")
     is_cpu = platforms == "cpu" if platforms else not has_plugins
+    # One arena, no pieces by mmap, nothing trimmed: what is freed is used again.
     if is_cpu and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
@@ -144,36 +148,35 @@ def keep_freed_memory() -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes free on the fullest of the devices, the same on every process; None where devices do not report it, as
-    CPUs."""
+    """Returns the free bytes of the fullest device, the same on every process; None if devices report none (CPUs)."""
     stats = [device.memory_stats() for device in jax.local_devices()]
-    if not all(stats):
+    if not all(stats):  # every process sees the same kind of device
         return None
     free = min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
     return int(np.min(multihost_utils.process_allgather(np.int64(free))))
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory."""
+    """Returns the bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def device_memory() -> int:
-    """Bytes that there are for each device of this process; CPU devices share the machine's."""
+    """Returns the bytes of each device of this process; CPU devices share the machine's."""
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
     return min(limits) or host_memory() // len(limits)
 
 
 def total_memory() -> int:
-    """Bytes of this machine's memory, or of all devices if those have more."""
+    """Returns the bytes of this machine's memory, or of all devices if they have more."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max(host_memory(), sum(stat.get("bytes_limit", 0) for stat in stats) * jax.process_count())
 
 
 @contextlib.contextmanager
 def explaining_out_of_memory(what: str, fixes: str, needed: int | None = None) -> Iterator[None]:
-    """Turns JAX's own error where memory runs out into a UserError: what `what` needs, by the compiler's analysis,
-    beside what there is, and the flags `fixes` to use."""
+    """Turns JAX's error for memory that runs out into a UserError: what `what` needs (`needed` bytes), beside what
+    there is, and the flags `fixes` to use."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -188,7 +191,8 @@ def out_of_memory(what: str, fixes: str, needed: int | None) -> UserError:
 
 
 def check_batch_memory(batch_size: int, image_shape: tuple[int, ...], copies: int = 6) -> None:
-    """UserError where the machine cannot hold that many images: a batch, those prefetched, and work on it."""
+    """Raises UserError if the machine cannot hold `copies` batches of images (h, w, c): one, those prefetched, work on
+    it."""
     needed = copies * batch_size * math.prod(image_shape) // jax.process_count()
     limit = total_memory()
     if needed > limit:
@@ -210,13 +214,16 @@ def make_mesh(num_shards: int = 1, devices: Sequence[jax.Device] | None = None) 
 
 
 def choose_num_shards(mode: str, requested: int | None, devices: Sequence[Any]) -> int:
-    """The devices that share one copy of the state: all for 'fsdp'; for 'hybrid' as many as requested, or the most up
-    to MAX_SHARDS that divide the devices of a slice (of a host, on GPUs). UserError where they do not divide all."""
+    """Returns how many devices share one copy of the state.
+
+    All for 'fsdp'; for 'hybrid' the `requested` number, or the largest up to MAX_SHARDS that divides the devices of a
+    slice (of a host, on GPUs); else one. Raises UserError if `requested` does not divide all devices.
+    """
     total = len(devices)
     if mode != "hybrid":
         return total if mode == "fsdp" else 1
     if requested is None:
-        # TPUs without a slice_index are all of one slice.
+        # Sums over neighbours go over their fast links. TPUs without a slice_index are all in one slice.
         groups = collections.Counter(
             getattr(device, "slice_index", 0 if device.platform == "tpu" else device.process_index)
             for device in devices
@@ -229,7 +236,7 @@ def choose_num_shards(mode: str, requested: int | None, devices: Sequence[Any]) 
 
 
 def compile_step(function: jax.stages.Wrapped, *arguments: Any, platform: str) -> jax.stages.Compiled:
-    """A jitted function compiled for arguments of these shapes and shardings."""
+    """Compiles a jitted function for arguments of these shapes and shardings."""
     # XLA's default order on CPUs starts all that can start. On few cores that gains no time, and it brings forward what
     # rematerialisation puts off to save memory.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -246,36 +253,36 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_sharding(state: Any, mesh: Mesh, mode: str) -> Any:
-    """A sharding for each leaf of a train state (arrays or shapes).
+    """Returns a sharding for each leaf of a train state (arrays or shapes).
 
-    'dp' replicates it. 'fsdp' and 'hybrid' split every leaf over the shards of a replica (arXiv:2304.11277); 'zero'
-    keeps the parameters whole, and splits the rest of the state over all devices (ZeRO, arXiv:1910.02054, stage 1). A
-    leaf is split along its longest axis that divides, and stays whole where there is none.
+    'dp' replicates all. 'fsdp' and 'hybrid' split every leaf over the shards of a replica (arXiv:2304.11277). 'zero'
+    replicates the parameters, and splits the rest over all devices (ZeRO, arXiv:1910.02054, stage 1). A leaf is split
+    along its longest axis that divides; if none does, it is replicated.
     """
-    whole = replicated(mesh)
+    unsplit = replicated(mesh)
     axes = mesh.axis_names if mode == "zero" else (SHARD,)
     count = math.prod(mesh.shape[axis] for axis in axes)
 
     def split(leaf):
         divisible = [i for i, size in enumerate(leaf.shape) if size % count == 0]
         if mode == "dp" or not divisible:
-            return whole
+            return unsplit
         longest = max(divisible, key=lambda i: leaf.shape[i])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, axes))
 
     shardings = jax.tree.map(split, state)
-    return shardings.replace(params=jax.tree.map(lambda _: whole, state.params)) if mode == "zero" else shardings
+    return shardings.replace(params=jax.tree.map(lambda _: unsplit, state.params)) if mode == "zero" else shardings
 
 
 def unsplit_fraction(tree: PyTree, shardings: PyTree) -> float:
-    """The fraction of a tree's elements that every device holds whole."""
+    """Returns the fraction of a tree's elements that every device holds."""
     leaves = list(zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True))
-    whole = sum(leaf.size for leaf, sharding in leaves if sharding.is_fully_replicated)
-    return whole / max(1, sum(leaf.size for leaf, _ in leaves))
+    unsplit = sum(leaf.size for leaf, sharding in leaves if sharding.is_fully_replicated)
+    return unsplit / max(1, sum(leaf.size for leaf, _ in leaves))
 
 
 def shape_structs(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Shapes and types of a tree (of arrays or shapes), to be placed as `shardings` (a tree, or one for all) says."""
+    """Returns the shapes and types of a tree (of arrays or shapes), with `shardings` (a tree, or one for all)."""
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
@@ -288,7 +295,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 
 def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """The global array whose value, the same on every process, is `value`, placed as the sharding says."""
+    """Returns the global array of `value`, which is the same on every process, placed as the sharding says."""
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
@@ -298,20 +305,20 @@ def shard_replicated(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def gather(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole of a global array as numpy, on every process."""
+    """Returns all of a global array as numpy, on every process."""
     return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
 
 
 def prefetch(batches: Any, mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple[PyTree, Any]]:
-    """(batch on the devices, position of `batches` just after it), with `buffer_size` batches more on their way.
+    """Yields (batch on the devices, position of `batches` just after it), with `buffer_size` more on their way.
 
-    `batches` has `get_state()`; pairing each batch with its position keeps a checkpoint exact although the iterator
-    itself is already further on. Where the next batch cannot be read, the ones before it are yielded first; then
-    DataError.
+    `batches` has `get_state()`. Pairing each batch with its position keeps a checkpoint exact although the iterator is
+    already further on. If a batch cannot be read, those before it are yielded first; then DataError is raised.
     """
     queue = collections.deque()
     failure = None
     while True:
+        # Fill the queue first: the devices work on one batch while the next are copied.
         while len(queue) <= buffer_size and failure is None:
             try:
                 batch = next_batch(batches)
@@ -326,19 +333,20 @@ def prefetch(batches: Any, mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple[P
 
 
 def next_batch(batches: Any) -> PyTree:
-    """The next batch; DataError, in one line, for whatever keeps its source from reading it."""
+    """Returns the next batch. Raises DataError, in one line, for whatever keeps its source from reading it."""
     try:
         return next(batches)
     except UserError as error:
         raise DataError(str(error)) from error
-    except Exception as error:  # of any source's library
+    except Exception as error:  # each source's library has its own
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"the data cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1, period: int = 1) -> None:
-    """Raises UserError where a global batch cannot be sharded evenly over the devices of all processes, in every one of
-    `grad_accum` microbatches, by `period` rows at a time."""
+    """Raises UserError if a global batch cannot be split evenly over the devices of all processes, in each of
+    `grad_accum` microbatches, `period` rows at a time."""
+    # Each device takes the same number of rows in each microbatch, whole periods of them.
     divisor = num_devices * grad_accum * period
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size}: use {divisor} or a multiple of it")

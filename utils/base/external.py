@@ -1,5 +1,4 @@
-"""Values from outside become values inside: files of others, read without running code, typed, and of bounded size
-before anything is allocated for them.
+"""Other people's files, read without running code and typed; their size is bounded before anything is allocated.
 
 Everything here raises BadFileError with a reason in one line; callers add the flag and the fix.
 """
@@ -21,11 +20,11 @@ from numpy.lib import format as npy
 
 from utils.base.files import LimitedReads, open_regular
 
-MAX_JSON_BYTES = 16 * 2**20  # of a manifest or a configuration
+MAX_JSON_BYTES = 16 * 2**20  # a manifest or a configuration
 MAX_JSON_VALUES = 2**20  # in it; each takes up to 250 bytes once it is parsed
-MAX_DIRECTORY_BYTES = 4 * 2**20  # of the list of a zip's members
+MAX_DIRECTORY_BYTES = 4 * 2**20  # the list of a zip's members
 MAX_HEADER_BYTES = 2**14  # of a .npy; NumPy's own limit, which it applies after reading, is 10,000
-MAX_TEXT_BYTES = 2**16  # of a text within an npz
+MAX_TEXT_BYTES = 2**16  # a text within an npz
 CHUNK_BYTES = 2**20
 SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -36,12 +35,12 @@ SAFETENSORS_DTYPES = {
 
 
 class BadFileError(ValueError):
-    """A file that is not what it should be; the message says in what way."""
+    """A file that is not what it should be; the message says how."""
 
 
 @contextlib.contextmanager
 def _reading(path: Path, what: str) -> Iterator[io.BufferedReader]:
-    """Opens a regular file; BadFileError, saying `what` it is not, for whatever is raised in the block."""
+    """Opens a regular file. Turns whatever is raised in the block into BadFileError, saying `what` the file is not."""
     try:
         with open_regular(path) as file:
             yield file
@@ -56,7 +55,7 @@ def _reading(path: Path, what: str) -> Iterator[io.BufferedReader]:
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file of no more than `max_bytes`."""
+    """Returns the content of a regular file of at most `max_bytes`."""
     with _reading(path, "file") as file:
         is_larger = os.fstat(file.fileno()).st_size > max_bytes
         content = b"" if is_larger else file.read(max_bytes + 1)  # a file of /proc has the size 0
@@ -66,24 +65,25 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
 
 
 def read_start(path: Path, num_bytes: int) -> bytes:
-    """The first bytes of a regular file, by which its kind is told."""
+    """Returns the first bytes of a regular file, which tell its kind."""
     with _reading(path, "file") as file:
         return file.read(num_bytes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. BadFileError for anything else, NaN and infinity included."""
+    """Returns the object in a JSON file. Raises BadFileError for anything else, NaN and infinity included."""
     return parse_json(read_bounded(path, MAX_JSON_BYTES))
 
 
 def parse_json(content: str | bytes, *, is_finite: bool = True) -> dict[str, Any]:
-    """The object in a JSON text; BadFileError as for `read_json`. Not `is_finite`: with NaN and infinity."""
+    """Returns the object in a JSON text, as `read_json`; unless `is_finite`, NaN and infinity are read too."""
 
     def refuse(constant: str) -> float:
         if is_finite:
             raise BadFileError(f"it holds {constant}")
         return float(constant)
 
+    # Sizes first: parsing would take the memory.
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     if len(raw) > MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise BadFileError(f"it is JSON of more than {MAX_JSON_VALUES:,} values")
@@ -102,7 +102,7 @@ def parse_json(content: str | bytes, *, is_finite: bool = True) -> dict[str, Any
 
 
 class Safetensors(NamedTuple):
-    """A safetensors file: its tensors, which are read from the file where they are used, and its metadata."""
+    """A safetensors file: its tensors, mapped from the file, and its metadata."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, Any]
@@ -111,10 +111,11 @@ class Safetensors(NamedTuple):
 def open_safetensors(path: Path) -> Safetensors:
     """Maps a safetensors file (an 8-byte length, a header in JSON, the tensors' bytes); arrays are read-only.
 
-    BadFileError where it is cut short, and where tensors share bytes: a small file could then stand for any size.
+    Raises BadFileError if it is cut short, or if tensors share bytes: a small file could then stand for any size.
     """
     with _reading(path, "safetensors file") as file:
         size = os.fstat(file.fileno()).st_size
+        # The header, whose length stands before it.
         length = int.from_bytes(file.read(8), "little")
         if 8 + length > size:
             raise ValueError("it is cut short")
@@ -122,13 +123,17 @@ def open_safetensors(path: Path) -> Safetensors:
             raise BadFileError(f"its header has more than {MAX_JSON_BYTES:,} bytes")
         header = parse_json(file.read(length))
         metadata = header.pop("__metadata__", None)
+        # Entries are checked against the file's size before any array is made.
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + length :]
         spans = {name: _read_span(name, entry, len(content)) for name, entry in header.items()}
+
+        # In the order of the file, no tensor begins before the last one ends.
         end = 0
         for name, (start, stop, _, _) in sorted(spans.items(), key=lambda item: item[1][:2]):
             if start < end:
                 raise BadFileError(f"its tensor {name[:100]} shares bytes with another")
             end = stop
+
         tensors = {
             name: np.frombuffer(content[start:stop], dtype).reshape(shape) if stop > start else np.zeros(shape, dtype)
             for name, (start, stop, dtype, shape) in spans.items()
@@ -137,7 +142,7 @@ def open_safetensors(path: Path) -> Safetensors:
 
 
 def _read_span(name: str, entry: Any, num_bytes: int) -> tuple[int, int, np.dtype, tuple[int, ...]]:
-    """(start, stop, dtype, shape) of a tensor from its entry in the header."""
+    """Returns (start, stop, dtype, shape) of a tensor from its entry in the header."""
     match entry:
         case {"dtype": str(kind), "shape": [*shape], "data_offsets": [start, stop]} if kind in SAFETENSORS_DTYPES:
             dtype = np.dtype(SAFETENSORS_DTYPES[kind])
@@ -148,8 +153,11 @@ def _read_span(name: str, entry: Any, num_bytes: int) -> tuple[int, int, np.dtyp
 
 
 def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The tensors `shapes` ({name: shape}) of a safetensors file as float32, all finite. BadFileError, before a tensor
-    is read, where one is missing or of another shape."""
+    """Returns the tensors `shapes` ({name: shape}) of a safetensors file as float32.
+
+    Raises BadFileError if one is missing or has another shape, before any is read, or if a value is not finite.
+    """
+    # Names and shapes first: nothing is read for a refusal.
     found = open_safetensors(path).tensors
     for name, shape in shapes.items():
         if name not in found:
@@ -164,7 +172,7 @@ def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
 
 
 def read_safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """{name of a tensor: shape} of a safetensors file, none of which is read."""
+    """Returns {name of a tensor: shape} of a safetensors file, without reading any tensor."""
     return {name: tensor.shape for name, tensor in open_safetensors(path).tensors.items()}
 
 
@@ -185,8 +193,12 @@ class ArrayHeader(NamedTuple):
 
 @contextlib.contextmanager
 def open_zip(file: io.BufferedIOBase) -> Iterator[zipfile.ZipFile]:
-    """A zip that NumPy or PyTorch may have written; BadFileError for one of too many members, or compressed in a way
-    that neither uses, of which a few bytes stand for any size."""
+    """Opens a zip that NumPy or PyTorch may have written.
+
+    Raises BadFileError for too many members, or for compression that neither uses, in which a few bytes stand for any
+    size.
+    """
+    # zipfile reads the list of members into memory as it opens the file.
     limited = LimitedReads(file, MAX_DIRECTORY_BYTES)
     with zipfile.ZipFile(limited) as archive:  # ty: ignore[no-matching-overload]
         limited.left = math.inf
@@ -197,7 +209,7 @@ def open_zip(file: io.BufferedIOBase) -> Iterator[zipfile.ZipFile]:
 
 
 def read_npz_headers(path: Path) -> dict[str, ArrayHeader]:
-    """{name of an array: header} of an npz, without reading any array. BadFileError where it is no whole npz."""
+    """Returns {name of an array: header} of an npz, without reading any array. Raises BadFileError."""
     with _reading(path, "npz") as content, open_zip(content) as archive:
         headers = {}
         for info in archive.infolist():
@@ -213,11 +225,14 @@ def read_npz_headers(path: Path) -> dict[str, ArrayHeader]:
 def read_npz(
     path: Path, names: Mapping[str, ArrayHeader], kinds: str = "fiubU", max_text_bytes: int = MAX_TEXT_BYTES
 ) -> dict[str, np.ndarray]:
-    """The arrays `names`, whose headers the caller has found acceptable, of dtypes of these kinds alone: numbers, truth
-    values or short texts."""
+    """Returns the arrays `names`, {name: header}; the caller has found the headers acceptable.
+
+    `kinds`: the kinds of dtypes that may be read: numbers, truth values, short texts. Raises BadFileError.
+    """
     arrays = {}
     with _reading(path, "npz") as content, open_zip(content) as archive:
         for name, header in names.items():
+            # Pickled objects have the kind O, which no caller asks for.
             is_text = header.dtype.kind in "US"
             if header.dtype.kind not in kinds or (is_text and header.num_bytes > max_text_bytes):
                 raise BadFileError(f"array {name} holds {header.dtype}, no numbers")
@@ -229,7 +244,7 @@ def read_npz(
 
 
 def read_rows(path: Path, name: str, num_rows: int) -> Iterator[np.ndarray]:
-    """The array `name` of an npz in C order, `num_rows` rows at a time; its header has been found acceptable."""
+    """Yields the array `name` of an npz in C order, `num_rows` rows at a time; its header has been found acceptable."""
     with _reading(path, f"array {name}") as content, open_zip(content) as archive, _open_array(archive, name) as file:
         (total, *shape), _, dtype = _read_header(file)
         for start in range(0, total, num_rows):
@@ -239,11 +254,12 @@ def read_rows(path: Path, name: str, num_rows: int) -> Iterator[np.ndarray]:
 
 
 def map_npy(path: Path) -> tuple[ArrayHeader, np.ndarray]:
-    """(header, array) of a .npy, which is read from the file where it is used."""
+    """Returns (header, array) of a .npy; the array is mapped from the file."""
     with _reading(path, ".npy") as file:
         header = _read_header(file)
         if header.dtype.hasobject:
             raise BadFileError("it holds objects, no numbers")
+        # The file has to hold what its header promises; mapping would fail only where it is used.
         start = file.tell()
         if start + header.num_bytes > os.fstat(file.fileno()).st_size:
             raise BadFileError("it is cut short")
@@ -258,7 +274,7 @@ def _open_array(archive: zipfile.ZipFile, name: str) -> Any:
 
 
 def _read_exactly(file: Any, num_bytes: int) -> np.ndarray:
-    """So many bytes, of which no more are in memory than the file has."""
+    """Returns the next `num_bytes`; memory that a cut file does not fill is not touched."""
     content = np.empty(num_bytes, np.uint8)
     place = 0
     while place < num_bytes:
@@ -272,6 +288,7 @@ def _read_exactly(file: Any, num_bytes: int) -> np.ndarray:
 
 
 def _read_header(file: Any) -> ArrayHeader:
+    # NumPy evaluates the header as a literal, after reading all of it: hence the bound.
     readers = {(1, 0): (2, npy.read_array_header_1_0), (2, 0): (4, npy.read_array_header_2_0)}
     version = npy.read_magic(file)
     if version not in readers:

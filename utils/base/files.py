@@ -1,4 +1,4 @@
-"""Where files are kept between runs; how one is read, written whole, set aside and locked."""
+"""Files: opened, read, written atomically, set aside, locked; paths checked before any work."""
 
 import contextlib
 import errno
@@ -48,8 +48,8 @@ LASTING_ERRORS = (
 def open_regular(path: str | os.PathLike) -> io.BufferedReader:
     """Opens a regular file to read its bytes: the one way in which files of others are opened.
 
-    OSError (EINVAL, "it is no regular file") for a named pipe, a socket, a device or a folder, which a reader might
-    wait on for ever. What has been opened is what is judged, so that nothing can be put in its place in between.
+    Raises OSError (EINVAL, "it is no regular file") for a named pipe, a socket, a device or a folder, on which a reader
+    might wait for ever.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -57,6 +57,7 @@ def open_regular(path: str | os.PathLike) -> io.BufferedReader:
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device without a driver
             raise _no_regular_file(path) from None
         raise
+    # The open file is judged, not its path: nothing can be put in its place in between.
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
@@ -64,7 +65,7 @@ def open_regular(path: str | os.PathLike) -> io.BufferedReader:
 
 
 def check_regular(path: str | os.PathLike) -> None:
-    """OSError where `open_regular` would raise it, for files that a library opens by their names."""
+    """Raises OSError as `open_regular` does, for files that a library opens by their names."""
     open_regular(path).close()
 
 
@@ -73,7 +74,8 @@ def _no_regular_file(path: str | os.PathLike) -> OSError:
 
 
 def expand_home(path: str, setting: str) -> str:
-    """`path` with a leading ~ or ~user replaced; UserError, naming the `setting`, where there is no such home."""
+    """Returns `path` with a leading ~ or ~user replaced. Raises UserError, naming the `setting`, if there is no such
+    home."""
     if not path.startswith("~"):
         return path
     expanded = os.path.expanduser(path)
@@ -83,16 +85,19 @@ def expand_home(path: str, setting: str) -> str:
 
 
 def refuse_url(path: str | os.PathLike, flag: str) -> None:
-    """UserError for a URL, which would otherwise be taken for the name of a local folder."""
+    """Raises UserError for a URL, which would otherwise be taken for the name of a local folder."""
     path = os.fspath(path)
+    # TFDS reads gs:// itself. A Path has lost a slash, and a local folder may be called hf:.
     is_supported = flag == "data_dir" and path.startswith("gs://")
     if URL.match(path) and not is_supported and ("://" in path or not os.path.exists(path)):
         raise UserError(f"--{flag}={path} is a URL, which is not supported; give {BESIDE_URLS.get(flag, LOCAL)}")
 
 
 class LimitedReads:
-    """A file of which no more than so many bytes may be read, those that are read again counted again; ValueError at
-    the next. For libraries that take a file at its word about what it holds."""
+    """A file from which at most `limit` bytes may be read, bytes read twice counted twice; then ValueError.
+
+    For libraries that believe what a file says about its own size.
+    """
 
     def __init__(self, file: io.BufferedIOBase, limit: float):
         self.file = file
@@ -103,7 +108,7 @@ class LimitedReads:
         self.close = file.close
 
     def read(self, size: int = -1) -> bytes:
-        if size < 0 or size > self.left:  # no more than tells whether it is too much
+        if size < 0 or size > self.left:  # one byte too many is enough to know
             size = -1 if math.isinf(self.left) else int(self.left) + 1
         content = self.file.read(size)
         if len(content) > self.left:
@@ -119,8 +124,10 @@ def file_sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """`jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache, or for a user without a home one of their own in the folder
-    of temporary files; it need not exist yet."""
+    """Returns `jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache; it need not exist yet.
+
+    A user without a home gets a folder of their own among the temporary files.
+    """
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base).expanduser() / "jax-flow-matching"
     try:
@@ -130,10 +137,9 @@ def cache_folder() -> Path:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Returns the content of a regular file. A read that fails is tried again for two seconds: network file systems
-    have hiccups.
+    """Returns the content of a regular file, trying again for two seconds: network file systems have hiccups.
 
-    OSError where it still fails, at once where trying again cannot help.
+    Raises OSError if it still fails, and at once if trying again cannot help.
     """
     for pause in (*READ_PAUSES, None):
         try:
@@ -147,23 +153,25 @@ def read_bytes(path: Path) -> bytes:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process prepares what is going to be `path`; see `remove_temporaries`."""
+    """Returns the path at which this process prepares `path`; see `remove_temporaries`."""
     return path.with_name(f".{path.name[:MAX_STEM]}.{machine_id()}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, is_synced: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends, whole and on disk; a kill, a power cut
-    or an error in the block leaves what was there before. Without `is_synced`, for one of many small files, the system
-    decides when it goes to disk. The file gets the umask's mode, whatever writes it.
+    """Yields a temporary path beside `path`, which takes its place when the block ends: complete and on disk.
 
-    WriteError where the system does not let it be written, whichever library says so.
+    A kill, a power cut or an error in the block leaves the old file. Without `is_synced`, for one of many small files,
+    the system decides when it goes to disk. The file gets the umask's mode, whatever writes it. Raises WriteError if
+    the system does not let it be written, whichever library says so.
     """
     temporary = temporary_path(path)
     try:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+
+        # The content is on disk before the name is.
         with temporary.open("rb") as file:
             if stat.S_IMODE(os.fstat(file.fileno()).st_mode) != mode:  # safetensors replaces it by a file of mode 0600
                 os.fchmod(file.fileno(), mode)
@@ -173,6 +181,7 @@ def atomic_write(path: Path, is_synced: bool = True) -> Iterator[Path]:
     except UserError:
         raise
     except Exception as error:
+        # Libraries wrap the system's error: it may be anywhere in the chain.
         for link in _chain(error):
             if _is_about(link, temporary, path):
                 raise WriteError(path, link) from error
@@ -183,14 +192,14 @@ def atomic_write(path: Path, is_synced: bool = True) -> Iterator[Path]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those during whose handling it was raised: closing what could not be written raises others."""
+    """Yields the error and its causes: closing a file that could not be written raises further ones."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _is_about(error: BaseException, temporary: Path, path: Path) -> bool:
-    """Whether writing is what failed, rather than a file that was read meanwhile."""
+    """Whether writing failed, rather than reading some other file in the block."""
     name = getattr(error, "filename", None)
     if name is not None:
         return str(name) in (str(temporary), str(path))
@@ -199,7 +208,7 @@ def _is_about(error: BaseException, temporary: Path, path: Path) -> bool:
 
 @contextlib.contextmanager
 def explaining_full_disk(describe: Callable[[], str]) -> Iterator[None]:
-    """Adds to a WriteError what `describe` says is whole when it happens."""
+    """Adds to a WriteError what is finished by then, in the words of `describe`."""
     try:
         yield
     except WriteError as error:
@@ -208,8 +217,8 @@ def explaining_full_disk(describe: Callable[[], str]) -> Iterator[None]:
 
 @functools.cache
 def machine_id() -> str:
-    """Eight digits of this machine, since it was started, and of the container: here alone the number of a process says
-    whether it lives."""
+    """Returns eight digits of this machine, its start and the container: elsewhere a process's number says nothing."""
+    # Containers share a host's name and start; the namespace of processes tells them apart.
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
@@ -218,8 +227,12 @@ def machine_id() -> str:
 
 
 def remove_temporaries(folder: Path, name: str = "") -> None:
-    """Removes what killed `atomic_write`s have left in a folder, or of the file `name` in it: that of processes of this
-    machine which are gone, and that of others, which may share the folder, once it is a day old."""
+    """Removes what killed `atomic_write`s have left in a folder, or only of the file `name` in it.
+
+    Processes of this machine are known to be gone; other machines may share the folder, so their files must be a day
+    old.
+    """
+    # Names as in `temporary_path`: .FILE.MACHINE.PROCESS.tmp
     start = f".{glob.escape(name[:MAX_STEM])}" if name else ""
     for path in folder.glob(f"{start}.*.tmp"):
         match = TEMPORARY.fullmatch(path.name)
@@ -229,7 +242,7 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
 
 
 def _is_gone(machine: str | None, pid: str) -> bool:
-    """Whether a process is known to have ended: one of this machine."""
+    """Whether a process is known to have ended; only this machine's are known."""
     if machine != machine_id():
         return False
     try:
@@ -242,8 +255,7 @@ def _is_gone(machine: str | None, pid: str) -> bool:
 
 
 def mark_unfinished(folder: Path, num_files: int) -> None:
-    """Says in a folder that so many files are going to be written there, until `mark_finished`: readers are told by
-    `check_finished` where a kill has left fewer."""
+    """Marks a folder as being filled with `num_files` files, until `mark_finished`; see `check_finished`."""
     write_json(folder / UNFINISHED, {"num_files": num_files})
 
 
@@ -252,8 +264,8 @@ def mark_finished(folder: Path) -> None:
 
 
 def check_finished(files: Sequence[Path], folder: Path, flag: str) -> None:
-    """UserError, which begins with `flag`, where the folder, or another of these files' folders, is one that a program
-    has begun to fill and not finished."""
+    """Raises UserError, which begins with `flag`, if a program has begun to fill the folder, or one of these files'
+    folders, and not finished."""
     for each in dict.fromkeys((folder, *(file.parent for file in files))):
         if not (each / UNFINISHED).is_file():
             continue
@@ -261,6 +273,7 @@ def check_finished(files: Sequence[Path], folder: Path, flag: str) -> None:
             total = json.loads(read_bytes(each / UNFINISHED))["num_files"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             total = "an unknown number"
+        # The mark says how many there are going to be.
         count = sum(file.parent == each for file in files)
         raise UserError(
             f"{flag}: {each} holds {count} of {total} samples: the program that writes them was stopped, or is still "
@@ -278,8 +291,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def set_aside(path: Path, folder: Path | None = None) -> Path:
-    """Moves a damaged file or folder out of the way, into `folder` (default: where it is) under a name that is free;
-    returns where it is now. Nothing is removed."""
+    """Moves a damaged file or folder to a free name in `folder` (default: where it is), and returns the new path.
+
+    Nothing is removed.
+    """
     folder = folder or path.parent
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
@@ -290,8 +305,11 @@ def set_aside(path: Path, folder: Path | None = None) -> Path:
 
 
 class FolderLock:
-    """Lets one process at a time work in a folder: a lock on FOLDER/.NAME.lock that the system drops when its process
-    ends in any way, and FOLDER/NAME.json, which tells others who holds it."""
+    """Lets one process at a time work in a folder.
+
+    The system drops the lock on FOLDER/.NAME.lock when its process ends in any way. FOLDER/NAME.json tells others who
+    holds it.
+    """
 
     def __init__(self, folder: Path, name: str = "running"):
         self.folder = folder
@@ -299,7 +317,7 @@ class FolderLock:
         self.lock = filelock.FileLock(folder / f".{name}.lock")
 
     def acquire(self, flag: str) -> None:
-        """Takes the lock until the process ends or `release`; UserError, naming the other process, where it is held."""
+        """Takes the lock until `release` or the process's end. Raises UserError, naming the holder, if it is taken."""
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -309,6 +327,7 @@ class FolderLock:
             ) from None
         except OSError as error:  # a file system without locks
             warn(f"{self.folder} cannot be locked ({error.strerror}): make sure that no other process writes there")
+        # Only told to others; the lock alone decides.
         own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(self.holder, own)
 
@@ -345,9 +364,11 @@ def check_writable(folder: Path, flag: str, file: Path | None = None, names: Ite
 
     Leaves nothing: it looks at the folder, or at the first above it that exists. Raises UserError otherwise.
     """
+    # A folder in a file's place would be found only when the file is written.
     for name in names:
         if (folder / name).is_dir():
             raise UserError(f"--{flag}={folder} holds a folder {name}, where a file is to be; choose another folder")
+    # Write something: permissions alone do not tell of full or read-only file systems.
     try:
         place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
         with tempfile.TemporaryFile(dir=place) as probe:  # of no name: the processes of a run try at the same time
@@ -389,7 +410,7 @@ def prepare_output_file(path: Path, flag: str, example: str, inputs: Mapping[str
 
 
 def check_free_space(path: Path, flag: str, num_bytes: int) -> None:
-    """UserError where the file system of a file to be written has less room than that: work for it would be lost."""
+    """Raises UserError if a file of `num_bytes` does not fit where it is to be written: the work would be lost."""
     free = shutil.disk_usage(path.parent).free
     if free < num_bytes:
         raise UserError(

@@ -86,10 +86,13 @@ class SafeUnpickler(pickle.Unpickler):
         if self.num_values > self.max_values or not depth:
             raise BadFileError(f"it holds more than {self.max_values:,} values, or {MAX_DEPTH} levels")
         match value:
+            # Plain values.
             case None | bool() | int() | float() | str() | bytes():
                 return value
+            # Arrays, which have been opaque until now.
             case StandIn(value=np.ndarray() as array):
                 return array
+            # Containers, of exactly the types that the reader allows.
             case dict() if dict in self.containers:
                 for key in value:
                     if not isinstance(key, self.key_types):
@@ -114,6 +117,7 @@ def _check_opcodes(content: bytes, max_opcodes: int) -> None:
         is_put = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
         if count > max_opcodes or (is_put and isinstance(argument, int) and argument > count):
             raise BadFileError("it holds more than a description of arrays does")
+        # A mark opens a container whose items follow; MARK within MARK is a level.
         num_marks += opcode.name == "MARK"
         num_marks -= pickletools.markobject in opcode.stack_before
         if num_marks > MAX_DEPTH:
@@ -153,6 +157,7 @@ class _Array(StandIn):
 def _make_array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if not (isinstance(content, (bytes, bytearray)) and isinstance(dtype, _DType) and isinstance(shape, tuple)):
         raise BadFileError("it holds an array whose state is not one")
+    # The bytes have to be those of the shape: an array is a view of them.
     resolved = dtype.resolve()
     if len(shape) > 8 or any(type(size) is not int or not 0 <= size < 2**48 for size in shape):
         raise BadFileError("it holds an array whose shape is none")
@@ -186,7 +191,7 @@ def read_pickled_arrays(path: Path) -> Any:
         ("numpy", "dtype"): Function(_DType),
         ("_codecs", "encode"): Function(_make_encoder(len(content))),
     }
-    for package in ("numpy.core", "numpy._core"):
+    for package in ("numpy.core", "numpy._core"):  # the same functions, in NumPy 1 and 2
         allowed[f"{package}.multiarray", "_reconstruct"] = Function(lambda kind, shape, code: _Array())
         allowed[f"{package}.numeric", "_frombuffer"] = Function(
             lambda content, dtype, shape, order: _Array(_make_array(content, dtype, shape, order))

@@ -1,4 +1,4 @@
-"""Derivatives by hand, in both modes.
+"""Derivatives written by hand, in forward and reverse mode.
 
 jax.custom_vjp forbids forward mode, and jax.custom_jvp leaves reverse mode to JAX's transposition. Here the tangent is
 one primitive, linear in the tangents of the arguments, that brings its own transpose.
@@ -24,18 +24,19 @@ def define_derivatives(
     tangent: Callable[[Sequence[Array], Sequence[Array]], Array],
     cotangents: Callable[[Sequence[Array], PyTree, Array], Sequence[Array]],
 ) -> Callable[..., Array]:
-    """A function of arrays with both its derivatives.
+    """Returns a function of arrays with both its derivatives.
 
     `function(*arguments)` returns (output, anything to save for reverse mode). `tangent(arguments, tangents)` is the
     output's tangent, in operations that JAX can differentiate. `cotangents(arguments, saved, cotangent)` are those of
     the arguments: the transpose of `tangent`.
     """
+    # Both are custom_jvp: the primitive below has the derivative of the first, and the second may be differentiated.
     with_saved = jax.custom_jvp(function)
     pull = jax.custom_jvp(cotangents)
 
     @pull.defjvp
     def derivative_of_cotangents(operands, tangents):
-        """Order 2 goes by the formula, of which what was saved is no variable."""
+        """Differentiates `tangent`'s own transpose: what was saved is no variable there."""
         arguments, saved, cotangent = operands
         argument_tangents, _, cotangent_tangent = tangents
 
@@ -47,6 +48,7 @@ def define_derivatives(
 
     @with_saved.defjvp
     def derivative(arguments, tangents):
+        # The primitive carries what was saved to its transpose; saved values have no tangents.
         output, saved = with_saved(*arguments)
         leaves, tree = jax.tree.flatten(saved)
         output_tangent, = _linear_p.bind(
@@ -68,7 +70,7 @@ def _apply_linear(*operands, tangent, cotangents, count, saved_tree):
 
 
 def _linear_jvp(primals, tangents, *, count, **params):
-    """Order 2: `tangent` is differentiated by JAX, in its arguments and in the tangents."""
+    """Has JAX differentiate `tangent`, in its arguments and in the tangents: order 2."""
 
     def differentiable(arguments, argument_tangents):
         return params["tangent"](arguments, argument_tangents)
@@ -85,6 +87,7 @@ def _linear_transpose(output_cotangents, *operands, tangent, cotangents, count, 
     if type(cotangent) is ad.Zero:
         return results
     arguments = tuple(operands[:count])
+    # The operands are the arguments, what was saved, and the tangents, of which some are asked for.
     saved = jax.tree.unflatten(saved_tree, operands[count:-count])
     found = cotangents(arguments, saved, cotangent)
     are_wanted = [ad.is_undefined_primal(x) for x in operands[-count:]]
@@ -93,24 +96,17 @@ def _linear_transpose(output_cotangents, *operands, tangent, cotangents, count, 
 
 
 def _linear_batch(operands, axes, **params):
+    # Every operand gets the mapped axis in front; the functions are then mapped as a whole.
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
     moved = [
         jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(operands, axes, strict=True)
     ]
-    count = params["count"]
-    tangent = params["tangent"]
-    cotangents = params["cotangents"]
-    tree = params["saved_tree"]
-    batched = {
-        "tangent": jax.vmap(tangent),
-        "cotangents": jax.vmap(cotangents),
-        "count": count,
-        "saved_tree": tree,
-    }
-    return _linear_p.bind(*moved, **batched), [0]
+    batched = {name: jax.vmap(params[name]) for name in ("tangent", "cotangents")}
+    return _linear_p.bind(*moved, **(params | batched)), [0]
 
 
+# How JAX evaluates, differentiates, transposes and maps the primitive.
 _linear_p.def_impl(_apply_linear)
 _linear_p.def_abstract_eval(
     lambda *operands, **params: [
@@ -124,7 +120,8 @@ batching.primitive_batchers[_linear_p] = _linear_batch
 
 
 def save_pullback(function: Callable[..., Array]) -> tuple[Callable, Callable]:
-    """(function, cotangents) for `define_derivatives` of a function that has a custom VJP: what that saves is saved."""
+    """Returns (function, cotangents) for `define_derivatives` of a function with a custom VJP; what that saves is
+    saved."""
 
     def with_saved(*arguments):
         output, pullback = jax.vjp(function, *arguments)

@@ -1,4 +1,4 @@
-"""What a transformer spends its time on, in the form that is fast on what computes it: `dense` and `attention`.
+"""`dense` and `attention`, on which a transformer spends its time, in the form that is fast on each platform.
 
 Both take any compute dtype and sum in float32; the gradients of dense's parameters are left in float32. XLA's CPU
 kernels for bfloat16 are twice as fast as those for float32 where they write float32 and find their operands as rows of
@@ -27,7 +27,7 @@ AttentionForm = str | TpuAttention
 
 
 def matmul(x: Array, y: Array, axes: tuple[int, int], dtype: Any = None) -> Array:
-    """Sum of products over one axis of each, taken in float32; of dtype `dtype`, if given, else that of x."""
+    """Contracts one axis of x with one of y, summing in float32; the result has `dtype`, by default that of x."""
     dtype = dtype or x.dtype
     dimensions = (([axes[0] % x.ndim], [axes[1]]), ([], []))
 
@@ -39,7 +39,7 @@ def matmul(x: Array, y: Array, axes: tuple[int, int], dtype: Any = None) -> Arra
 
 
 def transpose(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
-    """x.T to be contracted over n. Folded into the matmul, it would cost a CPU's fast kernels."""
+    """Returns x.T, to be contracted over n. Folded into the matmul, it would cost a CPU's fast kernels."""
     if x.dtype != jnp.bfloat16:
         return x.T
 
@@ -56,8 +56,8 @@ def _dense(x, kernel, bias):
 
 
 def _dense_tangent(arguments, tangents):
-    (x, kernel, _) = arguments
-    (dx, dkernel, dbias) = tangents
+    x, kernel, _ = arguments
+    dx, dkernel, dbias = tangents
     from_x = matmul(dx, kernel.astype(x.dtype), (-1, 0))
     from_kernel = matmul(x, dkernel.astype(x.dtype), (-1, 0))
     return from_x + from_kernel + dbias.astype(x.dtype)
@@ -86,7 +86,8 @@ def dense(x: Float[Array, "*rows k"], kernel: Float[Array, "k m"], bias: Float[A
 
 
 def _sum_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-    """Summed in float32, in the dtype of x. XLA's CPU would reduce in two passes, each in one thread."""
+    """Sums over tokens in float32, and returns the dtype of x."""
+    # As a matmul on CPUs, where XLA would reduce in two passes, each in one thread.
 
     def by_matmul(x):
         ones = jnp.ones((len(x), x.shape[1]), x.dtype)
@@ -100,7 +101,7 @@ def _sum_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
 
 
 def over_tokens(x: Float[Array, "b d"], num_tokens: int) -> Float[Array, "b n d"]:
-    """x for each of n tokens."""
+    """Repeats x for each of n tokens."""
 
     def broadcast(x):
         return jnp.broadcast_to(x[:, None], (len(x), num_tokens, x.shape[1]))
@@ -116,8 +117,10 @@ def over_tokens(x: Float[Array, "b d"], num_tokens: int) -> Float[Array, "b n d"
 
 
 def choose_attention(platform: str, head_dim: int, dtype: Any, compute_capability: float = 0.0) -> str:
-    """The form of `attention` for devices of a platform ('cpu', 'gpu', 'tpu'); cuDNN's takes bfloat16 and heads of up
-    to 128 channels on NVIDIA's Ampere (compute capability 8) or newer."""
+    """Returns the form of `attention` for devices of a platform ('cpu', 'gpu', 'tpu').
+
+    cuDNN's takes bfloat16 and heads of up to 128 channels on NVIDIA's Ampere (compute capability 8) or newer.
+    """
     if platform == "cpu":
         return "by_head"
     is_supported = jnp.dtype(dtype) == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
@@ -125,7 +128,7 @@ def choose_attention(platform: str, head_dim: int, dtype: Any, compute_capabilit
 
 
 def choose_attention_for(mesh: Mesh, head_dim: int, dtype: Any) -> AttentionForm:
-    """The form of attention for a mesh's devices, which may be only described."""
+    """Returns the form of attention for a mesh's devices, which may exist only as descriptions."""
     device = mesh.devices.flat[0]
     if device.platform == "tpu" and head_dim % 8 == 0:
         return TpuAttention(mesh)
@@ -135,7 +138,7 @@ def choose_attention_for(mesh: Mesh, head_dim: int, dtype: Any) -> AttentionForm
 
 
 def packed_attention(qkv: Float[Array, "b n c"], num_heads: int, form: AttentionForm) -> Float[Array, "b n d"]:
-    """`attention` of qkv, whose channels are those of query, key and value, each by head."""
+    """Computes `attention` of qkv, whose channels are those of query, key and value, each by head."""
     if isinstance(form, TpuAttention):
         return form(qkv, num_heads)
     query, key, value = split_heads(qkv, num_heads)
@@ -148,13 +151,12 @@ def attention(
     value: Float[Array, "b n h d"],
     form: AttentionForm = "auto",
 ) -> Float[Array, "b n h d"]:
-    """softmax(query key^T / sqrt(d)) value of each head, in the dtype of the query; the softmax in float32.
+    """Returns softmax(query key^T / sqrt(d)) value of each head, in the dtype of the query; the softmax is float32.
 
     `form`: 'by_head' takes the heads in turn, so that only one head's weights are in memory, and recomputes them for
     derivatives (arXiv:2205.14135); 'cudnn' is NVIDIA's fused kernel; 'xla' the plain formula; a TpuAttention packs
-    its arguments first. 'auto' is 'by_head' on
-    CPUs and 'xla' elsewhere, by the platform that is compiled for: good without derivatives, whose memory would be that
-    of both.
+    its arguments first. 'auto' is 'by_head' on CPUs and 'xla' elsewhere, by the platform that is compiled for; with
+    derivatives it would take the memory of both.
     """
     if isinstance(form, TpuAttention):
         b, n, num_heads, _ = query.shape
@@ -174,8 +176,8 @@ def attention(
 
 
 def _over_heads(function: Callable, *arrays: Float[Array, "h b n d"]) -> PyTree:
-    """function(n d, ...) mapped over images at once and over heads in turn: what one head's n x n weights take stays
-    small, and its memory is used again for the next."""
+    """Maps function(n d, ...) over images at once and over heads in turn: the memory of one head's n x n weights is
+    small, and is used again for the next."""
     dtype = arrays[0].dtype
 
     # XLA's CPU would convert a whole bfloat16 array to float32 and back for each slice that is taken or written.
@@ -201,6 +203,7 @@ def _attend(query, key, value):
 
 def _attend_tangent(query, key, value, dquery, dkey, dvalue):
     weights = _weights(query, key)
+    # The product rule for the scores, then the softmax's derivative: diag(w) - w w^T.
     dscores = matmul(dquery, key, (1, 1), jnp.float32) + matmul(query, dkey, (1, 1), jnp.float32)
     dscores = dscores * query.shape[-1] ** -0.5
     dweights = weights * (dscores - (weights * dscores).sum(axis=-1, keepdims=True))
@@ -209,6 +212,7 @@ def _attend_tangent(query, key, value, dquery, dkey, dvalue):
 
 def _attend_cotangents(query, key, value, cotangent):
     weights = _weights(query, key)
+    # Back through the product with value, the softmax, and the scores.
     dweights = matmul(cotangent, value, (1, 1), jnp.float32)
     dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True)) * query.shape[-1] ** -0.5
     weights = weights.astype(value.dtype)
@@ -218,7 +222,7 @@ def _attend_cotangents(query, key, value, cotangent):
     return dquery, dkey, matmul(transpose(weights), cotangent, (1, 0))
 
 
-# Outside of a compiled function, it compiles once.
+# Jitted, so that calls outside of a compiled function compile once.
 _by_head = jax.jit(lambda *heads: _over_heads(_attend, *heads), inline=True)
 _by_head_tangent = jax.jit(lambda *heads: jax.vmap(jax.vmap(_attend_tangent))(*heads), inline=True)
 _by_head_cotangents = jax.jit(lambda *heads: _over_heads(_attend_cotangents, *heads), inline=True)

@@ -28,7 +28,7 @@ VMEM_FRACTION = 0.78  # of it, what a kernel may take
 
 
 def count_buffers(num_tokens: int, width: int, itemsize: int, vmem_bytes: int) -> int:
-    """How many copies of an image's arrays fit beside its weights, of the backward kernel, which takes more."""
+    """Counts the copies of an image's arrays that fit on the chip beside its weights, in the backward kernel."""
     tokens = _pad(num_tokens)
     arrays = 7 * tokens * width * itemsize  # qkv, the cotangent, and the gradient of qkv
     weights = 6 * tokens * min(CHUNK, tokens) * 4  # weights, scores and their derivatives, float32
@@ -36,13 +36,13 @@ def count_buffers(num_tokens: int, width: int, itemsize: int, vmem_bytes: int) -
 
 
 def _pad(num_tokens: int) -> int:
-    """The next number of tokens that the kernels take."""
+    """Rounds up to a number of tokens that the kernels take."""
     step = ALIGNMENT if num_tokens <= CHUNK else CHUNK
     return -(-num_tokens // step) * step
 
 
 def _weights(query: Array, key: Array, num_tokens: int) -> Array:
-    """Softmax over keys, (keys, queries) float32; keys from `num_tokens` on are padding."""
+    """Returns the softmax over keys, (keys, queries) float32; keys from `num_tokens` on are padding."""
     scores = _matmul(key, query, 1, 1) * query.shape[-1] ** -0.5
     if num_tokens < len(key):
         is_token = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < num_tokens
@@ -56,12 +56,13 @@ def _matmul(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
 
 
 def _slices(width: int, num_heads: int, head: int) -> list[slice]:
-    """Channels of a head's query, key and value in the packed array."""
+    """Returns the channels of a head's query, key and value in the packed array."""
     size = width // num_heads
     return [slice(part * width + head * size, part * width + (head + 1) * size) for part in range(3)]
 
 
 def _forward_kernel(qkv_ref, out_ref, *, num_heads: int, num_tokens: int):
+    """Writes the attention of one image: qkv_ref (1, n, 3 d), out_ref (1, n, d)."""
     padded, width = out_ref.shape[1:]
     chunk = min(CHUNK, padded)
     for head in range(num_heads):
@@ -78,6 +79,7 @@ def _forward_kernel(qkv_ref, out_ref, *, num_heads: int, num_tokens: int):
 
 
 def _backward_kernel(qkv_ref, cotangent_ref, dqkv_ref, *, num_heads: int, num_tokens: int):
+    """Writes the gradient of one image's qkv; the weights are recomputed, a chunk of queries at a time."""
     padded, width = cotangent_ref.shape[1:]
     chunk = min(CHUNK, padded)
     for head in range(num_heads):
@@ -92,6 +94,7 @@ def _backward_kernel(qkv_ref, cotangent_ref, dqkv_ref, *, num_heads: int, num_to
             query = qkv_ref[0, rows, of_query]
             cotangent = cotangent_ref[0, rows, of_query]
             weights = _weights(query, key, num_tokens)
+            # Through the softmax (arXiv:2205.14135, appendix B); gradients of keys and values sum over the chunks.
             dweights = _matmul(value, cotangent, 1, 1)
             dscores = weights * (dweights - (weights * dweights).sum(axis=0, keepdims=True)) * scale
             weights = weights.astype(dtype)
@@ -108,13 +111,13 @@ def _backward_kernel(qkv_ref, cotangent_ref, dqkv_ref, *, num_heads: int, num_to
 def _run(
     kernel: Callable, num_heads: int, out_factor: int, vmem_bytes: int, is_interpreted: bool, *arrays: Array
 ) -> Array:
-    """A kernel over the images of arrays (b, n, channels), qkv first, to (b, n, `out_factor` * width)."""
+    """Runs a kernel over the images of arrays (b, n, channels), qkv first; returns (b, n, `out_factor` * width)."""
     b, n, channels = arrays[0].shape
     width = channels // 3
     dtype = arrays[0].dtype
     padded = _pad(n)
     arrays = tuple(jnp.pad(x, ((0, 0), (0, padded - n), (0, 0))) for x in arrays)
-    # Two copies let the next image be read meanwhile.
+    # With room for two copies, the next image is read meanwhile.
     mode = None if count_buffers(n, width, dtype.itemsize, vmem_bytes) > 1 else pl.Buffered(1)
 
     def spec(channels: int) -> pl.BlockSpec:
@@ -133,19 +136,19 @@ def _run(
 
 
 def split_heads(qkv: Float[Array, "b n c"], num_heads: int) -> tuple[Array, ...]:
-    """Query, key and value, each (b, n, heads, d / heads), of the packed array."""
+    """Returns query, key and value, each (b, n, heads, d / heads), of the packed array."""
     b, n, channels = qkv.shape
     return tuple(jnp.moveaxis(qkv.reshape(b, n, 3, num_heads, channels // (3 * num_heads)), 2, 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuAttention:
-    """softmax(query key^T / sqrt(h)) value of each head, as a function of qkv (b, n, 3 d) that returns (b, n, d).
+    """A function of qkv (b, n, 3 d) that returns softmax(query key^T / sqrt(h)) value of each head, (b, n, d).
 
     The channels of qkv are those of query, key and value, each by head. The softmax is float32, whatever the dtype.
-    Every device of the mesh takes its own images. A batch that they do not divide and images too large for the chip go
-    by the plain formula, as do forward-mode derivatives and those of higher order. `is_interpreted`: by JAX on any
-    platform; for tests.
+    Every device of the mesh takes its own images. The plain formula serves batches that the devices do not divide,
+    images too large for the chip, and derivatives in forward mode or of higher order. `is_interpreted`: JAX interprets
+    the kernels, on any platform; for tests.
     """
 
     mesh: Mesh
@@ -174,7 +177,7 @@ class TpuAttention:
         )
 
     def _sharded(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        """Over all axes of the mesh, along the first axis of the arrays."""
+        """Splits a function over all axes of the mesh, along the first axis of the arrays."""
         spec = PartitionSpec(self.mesh.axis_names)
         return jax.shard_map(function, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
