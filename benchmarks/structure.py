@@ -30,13 +30,18 @@ def measure_structure(root: Path = ROOT) -> dict[str, float | None]:
     lengths = {name: text.count("\n") for name, text in files.items()}
     total = sum(lengths.values())
 
-    section = (root / "docs/layout.md").read_text().partition("From an image to its loss")[2].partition("\n## ")[0]
+    section = (
+        (root / "docs/layout.md")
+        .read_text(encoding="utf-8")
+        .partition("From an image to its loss")[2]
+        .partition("\n## ")[0]
+    )
     listed = dict.fromkeys(re.findall(r"^(?:- |\d+\. |\| ?)`([\w/]+\.py)`", section, flags=re.MULTILINE))
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
     comments = [
         token
-        for path in paths
-        for token in tokenize.generate_tokens(iter(path.read_text().splitlines(True)).__next__)
+        for text in files.values()
+        for token in tokenize.generate_tokens(iter(text.splitlines(True)).__next__)
         if token.type == tokenize.COMMENT
     ]
     packed = [
@@ -55,7 +60,7 @@ def measure_structure(root: Path = ROOT) -> dict[str, float | None]:
         1000 * len(packed) / total,
         openings.count("What") + openings.count("Of"),
         count_cycles(trees),
-        len((root / "README.md").read_text().split()),
+        len((root / "README.md").read_text(encoding="utf-8").split()),
     ]
     return dict(zip(GOALS, values, strict=True))
 
