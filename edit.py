@@ -88,6 +88,7 @@ def interpolate(request: Request) -> None:
         labels = ClassMix(*sides, np.tile(fractions, num_rows))
         titles = [f"{names[a]} to {names[b]}" for a, b in zip(first, second, strict=True)]
 
+    # From one axis to rows and columns.
     images = np.concatenate(list(_decode_in_batches(request, noise, labels)))
     table = images.reshape(num_rows, num_columns, *images.shape[1:])
     between = "two noises" if config.between == "noise" else "two classes"
@@ -134,6 +135,7 @@ def invert(request: Request) -> None:
         columns.append(generator.decode(latents))
         titles.append(generator.class_names[label])
 
+    # What is written: a row for each image, the noise, and the edited images by themselves.
     guidance = f", to other classes with {request.title}" if edits else ""
     table = np.stack(columns, axis=1)
     request.pictures.save_table("inversion.png", table, shorten_names(files), titles, f"{plain}{guidance}")
@@ -147,9 +149,13 @@ def invert(request: Request) -> None:
 def inpaint(request: Request) -> None:
     """Fills the hole of a mask in given images; all other pixels stay as they are."""
     config = request.config
+
+    # The mask first: it is refused sooner than a folder is read.
     is_hole = read_mask(config.mask, request.generator.model.image_shape)
     images, files, labels = _read_own_images(request, "inpaint")
     filled = request.generator.inpaint(images, is_hole, labels, request.sampler, config.inpaint_repeats)
+
+    # Three columns: as given, with a grey hole, filled.
     masked = np.where(is_hole[..., None], np.uint8(127), images)
     table = np.stack([images, masked, filled], axis=1)
     titles = ("image", "hole", "filled")
@@ -184,6 +190,7 @@ MODES = {"interpolate": interpolate, "invert": invert, "inpaint": inpaint}
 def choose_mode(config: ConfigDict) -> str:
     """Returns the one of --interpolate, --invert and --inpaint that is given. Raises UserError for none, for several,
     and for a solver or a mask that it lacks."""
+    # One of the three.
     modes = [name for name in MODES if config[name] is not None]
     if not modes:
         raise UserError("--interpolate, --invert and --inpaint: give one of them; sample.py draws new images")
@@ -191,6 +198,8 @@ def choose_mode(config: ConfigDict) -> str:
         raise UserError(f"--{modes[0]} and --{modes[1]}: give one of them")
     check_effects(RULES["edit"], config)
     (mode,) = modes
+
+    # Needs of its own.
     if mode == "inpaint" and config.mask is None:
         raise UserError(
             "--inpaint: --mask is not given; name an image of the run's size, white where it is to be filled"

@@ -71,7 +71,7 @@ def draw(names: list[str]) -> np.ndarray:
     ],
 )
 def test_what_no_font_has_is_spelled(only_own_font, text, expected):
-    assert fonts.legible(text) == (expected, [fonts.OWN_FAMILY])
+    assert fonts.make_legible(text) == (expected, [fonts.OWN_FAMILY])
 
 
 def test_letters_from_right_to_left_are_spelled_by_their_consonants(only_own_font, monkeypatch):
@@ -79,12 +79,12 @@ def test_letters_from_right_to_left_are_spelled_by_their_consonants(only_own_fon
     assert fonts.spell("שלום", set("שלום")) == "shlvm"
     monkeypatch.setattr(fonts, "CAN_SHAPE", False)  # Matplotlib before 3.11 would draw them backwards
     fonts._families_of.cache_clear()
-    assert fonts.legible("שלום") == ("shlvm", [fonts.OWN_FAMILY])
+    assert fonts.make_legible("שלום") == ("shlvm", [fonts.OWN_FAMILY])
 
 
 def test_a_font_of_the_system_draws_what_matplotlibs_lacks(cat_font):
-    assert fonts.legible("猫 x") == ("猫 x", [fonts.OWN_FAMILY, "Cats"])
-    assert fonts.legible("猫犬") == ("猫 U+72AC", [fonts.OWN_FAMILY, "Cats"])
+    assert fonts.make_legible("猫 x") == ("猫 x", [fonts.OWN_FAMILY, "Cats"])
+    assert fonts.make_legible("猫犬") == ("猫 U+72AC", [fonts.OWN_FAMILY, "Cats"])
     drawn = draw(["猫"])
     empty = draw([" "])
     assert (drawn < 50).all(axis=-1).sum() > (empty < 50).all(axis=-1).sum() + 100

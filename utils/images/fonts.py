@@ -23,11 +23,11 @@ CAN_SHAPE = hasattr(ft2font, "__libraqm_version__")  # Matplotlib 3.11: right to
 
 def draw_text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     """Draws a text, with dollar signs as they are, at (x, y) in fractions of the figure."""
-    text, families = legible(text)
+    text, families = make_legible(text)
     figure.text(x, y, text, fontfamily=families, parse_math=False, **style)
 
 
-def legible(text: str) -> tuple[str, list[str]]:
+def make_legible(text: str) -> tuple[str, list[str]]:
     """Returns the text, with characters that no font has spelled out, and the families of the fonts that draw it."""
     text = "".join(" " if unicodedata.category(c) == "Cc" and c != "\n" else c for c in printable(text))
 
@@ -44,7 +44,7 @@ def legible(text: str) -> tuple[str, list[str]]:
     return (spell(text, unknown) if unknown else text), [OWN_FAMILY, *families]
 
 
-def display_width(text: str) -> int:
+def count_columns(text: str) -> int:
     """Returns the columns that a text takes: two for a wide character, none for a combining mark."""
     return sum(
         0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(c) in "WF")
@@ -54,9 +54,9 @@ def display_width(text: str) -> int:
 
 def shorten(text: str, width: int) -> str:
     """Returns as much of a text as fits into `width` columns. If something is left out, it ends with an ellipsis."""
-    if display_width(text) <= width:
+    if count_columns(text) <= width:
         return text
-    end = next(end for end in range(len(text), -1, -1) if display_width(text[:end]) < width)
+    end = next(end for end in range(len(text), -1, -1) if count_columns(text[:end]) < width)
     return text[:end] + "…"
 
 

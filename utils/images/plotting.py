@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 from PIL import Image
 
-from utils.images.fonts import display_width, draw_text, legible, shorten
+from utils.images.fonts import count_columns, draw_text, make_legible, shorten
 
 GAP = 3  # pixels between images in a table
 MAX_ROW_TITLE = 40  # columns of text
@@ -83,12 +83,12 @@ class _Table:
 
         def fit(text: str, points: int) -> str:
             """Cuts a text to the width of a cell, at the usual width of a letter."""
-            return shorten(legible(text)[0], max(8, int(pitch_x / cell.dpi / (0.0088 * points))))
+            return shorten(make_legible(text)[0], max(8, int(pitch_x / cell.dpi / (0.0088 * points))))
 
         # The margins are as large as the titles.
-        row_titles = [shorten(legible(name)[0], MAX_ROW_TITLE) for name in row_titles]
+        row_titles = [shorten(make_legible(name)[0], MAX_ROW_TITLE) for name in row_titles]
         column_titles = ["\n".join(fit(line, 8) for line in name.split("\n")) for name in column_titles]
-        left = pixels(0.1 + 0.085 * max(map(display_width, row_titles), default=0))
+        left = pixels(0.1 + 0.085 * max(map(count_columns, row_titles), default=0))
         num_lines = max([1 + name.count("\n") for name in column_titles], default=0)
         top = pixels(0.1 + 0.3 * bool(title) + 0.16 * num_lines)
         self.left = left
@@ -113,7 +113,7 @@ class _Table:
             y = top + row * pitch_y + 2
             write(x, y, fit(name, 6), fontsize=6, va="top", color="white", bbox=box)
         if title:  # small enough for a narrow figure
-            fontsize = min(10, 130 * self.width / cell.dpi / max(1, display_width(title)))
+            fontsize = min(10, 130 * self.width / cell.dpi / max(1, count_columns(title)))
             write(self.width / 2, pixels(0.08), title, fontsize=fontsize, ha="center", va="top")
 
     def paste(self, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "height width 3"]:
@@ -274,7 +274,7 @@ def metric_curves(
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
             axis.yaxis.set_major_formatter(ScalarFormatter())
             axis.minorticks_off()
-        text, families = legible(metric)
+        text, families = make_legible(metric)
         axis.set_title(text, fontsize=9, fontfamily=families, parse_math=False)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -287,6 +287,6 @@ def metric_curves(
     columns = min(len(runs), columns + 1)
     legend = figure.legend(lines, [" "] * len(runs), loc="outside upper center", ncols=columns, fontsize=8)
     for entry, run in zip(legend.get_texts(), runs, strict=True):
-        text, families = legible(run)
+        text, families = make_legible(run)
         entry.set(text=text, fontfamily=families, parse_math=False)
     return figure

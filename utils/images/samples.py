@@ -85,6 +85,8 @@ def content_sha256(path: str | Path) -> str:
     path = Path(path)
     if path.is_file():
         return file_sha256(path)
+
+    # Names count: another order of the same images is another set of samples.
     digest = hashlib.sha256()
     for file in find_images(path):
         digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
@@ -170,6 +172,8 @@ def _open_npy(path: Path, flag: str) -> Samples:
 def _check_array(header: ArrayHeader, flag: str) -> tuple[int, int, int, int]:
     """Returns the shape (n, h, w, c) of uint8 images. Raises UserError for any other array."""
     shape, is_fortran, dtype = header
+
+    # Values, then the layout of the axes.
     if dtype != np.uint8:
         raise UserError(
             f"{flag} holds {dtype} images; FID is of uint8 pixels: clip, round and convert them to uint8 first"
@@ -181,6 +185,7 @@ def _check_array(header: ArrayHeader, flag: str) -> tuple[int, int, int, int]:
             f"{flag} holds its images in Fortran order, last axis first; save numpy.ascontiguousarray(images) instead"
         )
 
+    # Memory: images are read in batches of any size.
     count, height, width, channels = shape
     if height * width > MAX_MEGAPIXELS * 1e6:
         raise UserError(f"{flag} holds images of {height}x{width}, above {MAX_MEGAPIXELS:g} megapixels; resize them")
@@ -189,8 +194,11 @@ def _check_array(header: ArrayHeader, flag: str) -> tuple[int, int, int, int]:
 
 def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
     """Returns the name of the array that holds the images. Raises UserError if that is not clear."""
+    # By its name, or as the only array.
     if "arr_0" in headers or len(headers) == 1:
         return "arr_0" if "arr_0" in headers else next(iter(headers))
+
+    # By its shape and dtype.
     candidates = [name for name, (shape, _, dtype) in headers.items() if len(shape) == 4 and dtype == np.uint8]
     if len(candidates) == 1:
         return candidates[0]
@@ -241,6 +249,7 @@ def _open_folder(path: Path, flag: str) -> Samples:
     if num_alpha:
         warn(f"{flag}: {num_alpha} of {len(files)} images have an alpha channel, which is left out, as in pytorch-fid")
     is_grey = all(mode in GREY_MODES for _, mode in headers)
+
     width, height = sizes[0]
     shape = (height, width, 1 if is_grey else 3)
 
@@ -250,7 +259,7 @@ def _open_folder(path: Path, flag: str) -> Samples:
             images = np.empty((len(batch), *shape), np.uint8)
             for file, pixels in zip(batch, images, strict=True):
                 with _open(file, flag) as image:
-                    if image.size != (width, height):
+                    if image.size != (width, height):  # replaced after its header was read
                         raise BrokenImageError(f"it is another one than before, {'x'.join(map(str, image.size))}")
                     image.load()
                     copy_pixels(image, pixels)
@@ -292,10 +301,12 @@ class SampleWriter:
         check_sample_path(path)
         self.path = Path(path)
         self.num_samples = num_samples
-        self.labels: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []  # of the images so far, batch by batch
+        self.failure: WriteError | None = None
+
+        # Of an npz: the archive, and the array of images in it, to which batches are appended.
         self.archive: zipfile.ZipFile | None = None
         self.file: IO[bytes] | None = None
-        self.failure: WriteError | None = None
         self.writing = self._write_npz() if self.path.suffix == ".npz" else self._fill_folder()
 
     def __enter__(self) -> "SampleWriter":
@@ -378,6 +389,7 @@ class SampleWriter:
         mark_finished(self.path)
 
     def _write_pngs(self, images: UInt8[np.ndarray, "b h w c"]) -> None:
+        """Writes images under the next numbers."""
         for number, image in enumerate(images, self.num_written):
             with (
                 explaining_full_disk(lambda number=number: f"{number} of {self.num_samples} samples are whole"),
@@ -386,5 +398,6 @@ class SampleWriter:
                 Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
 
     def _check_count(self) -> None:
+        """Raises ValueError if samples are missing, or are too many."""
         if self.num_written != self.num_samples:
             raise ValueError(f"{self.num_written} samples were written to {self.path}, not {self.num_samples}")

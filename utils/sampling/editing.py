@@ -18,6 +18,7 @@ def read_images(
     """Returns (images, their files) of a folder, sorted by path, `limit` at most. The middle square of each is resized
     to (height, width, channels) `image_shape`, as in training. Raises UserError, naming --`flag`, if there are none, or
     if one cannot be read."""
+    # A folder of images, for a run of square images.
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--{flag}={folder} is no folder; give a folder of images")
@@ -28,6 +29,7 @@ def read_images(
     if not files:
         raise UserError(f"--{flag}={folder} holds no images ({', '.join(SUFFIXES)})")
 
+    # One after another into a single array: originals may be large.
     mode = "L" if channels == 1 else "RGB"
     images = np.empty((len(files), *image_shape), np.uint8)
     for file, image in zip(files, images, strict=True):
@@ -42,6 +44,7 @@ def read_images(
 def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.ndarray, "h w"]:
     """Returns where a mask image is white, brighter than half: the hole to fill. Raises UserError if it is not an image
     of that size, and if it is all hole or has none."""
+    # Its size is checked before it is decoded.
     height, width, _ = image_shape
     try:
         with open_image(Path(path)) as image:
@@ -51,6 +54,7 @@ def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.nd
             levels = np.asarray(image.convert("L"))
     except BrokenImageError as error:
         raise UserError(f"--mask={path} cannot be read as an image ({error}); give a PNG") from None
+
     is_hole = levels > 127
     if is_hole.all() or not is_hole.any():
         raise UserError(
@@ -62,12 +66,15 @@ def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.nd
 def choose_labels(folder: str | Path, files: list[Path], model: ImageModel, flag: str) -> Int[np.ndarray, " n"]:
     """Returns the labels of images: the classes that their subfolders are named after, if all are classes; else the
     model's only class, or "no label". Raises UserError, naming --`flag`, if the model knows no "no label"."""
+    # Folders named after classes tell the labels.
     folder = Path(folder)
     labels = labels_from_folders(folder, files, model.class_names)
     if labels is not None:
         return np.array(labels, np.int32)
     if any(file.parent != folder for file in files):
         warn(f"--{flag}={folder}: not all of its folders are named after classes, so its images have no label")
+
+    # The only class there is, or no label.
     if len(model.class_names) == 1:
         return np.zeros(len(files), np.int32)
     if model.network.config.class_dropout_prob == 0:
