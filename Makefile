@@ -8,7 +8,8 @@ BIN := .venv/bin
 JAX := jax$(if $(filter-out cpu,$(DEVICE)),[$(DEVICE)])
 EXTRAS ?=
 STAMP := .venv/.installed-$(DEVICE)
-# TensorFlow, which only data sets prepared by TFDS and their tests need, is the larger half of an installation.
+# TensorFlow, which only data sets prepared by TFDS and their tests need, is half of what the tests install: the programs
+# take 1.2 GB and 80 s on two cores, dev 0.2 GB and 33 s, tfds 1.4 GB and 44 s.
 TESTED := $(STAMP)-dev $(STAMP)-tfds
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.txt
 
