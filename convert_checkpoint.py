@@ -18,15 +18,14 @@ from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_bounded
 from utils.convert.published import FAMILIES
 from utils.convert.sources import read_source
-from utils.flags import program, reading
+from utils.flags import program
 from utils.flags.definitions import define_path, define_saved_model_flags
+from utils.flags.effects import RULES, check_effects
 from utils.flags.help import hide, topic
 from utils.runs.export import export_run, push
 from utils.runs.opening import check_new_run, import_run
 from utils.training.advice import write_command
 
-OF_IMPORT = ("family", "num_heads", "class_names", "vae")
-OF_EXPORT = ("params", "push", "private")
 MAX_NAMES_BYTES = 2**24
 
 
@@ -48,7 +47,7 @@ def define_flags() -> None:
 
 
 def read_class_names(path: str) -> list[str]:
-    """The lines of a text file. UserError where there is none, or one is empty or there twice."""
+    """Returns the lines of a text file. Raises UserError where it has none, or where one is empty or there twice."""
     try:
         names = read_bounded(Path(path), MAX_NAMES_BYTES).decode().splitlines()
     except (BadFileError, UnicodeDecodeError) as error:
@@ -59,10 +58,10 @@ def read_class_names(path: str) -> list[str]:
 
 
 def import_checkpoint(config: ConfigDict) -> None:
+    """Makes a run of --source in the folder --out, and says what it is and how to sample it."""
     check_new_run(Path(config.out))
     source = read_source(config.source)
-    if source.run is not None:
-        reading.refuse_ignored(OF_IMPORT, f"on {config.source}, which says it itself")
+    check_effects(RULES["convert_checkpoint.source"], config, is_exported=source.run is not None)
     saved = import_run(
         config.source,
         source,
@@ -73,7 +72,10 @@ def import_checkpoint(config: ConfigDict) -> None:
         class_names=read_class_names(config.class_names) if config.class_names else None,
         vae=config.vae,
     )
-    model, data = saved["model"], saved["dataset"]
+
+    # What it is.
+    model = saved["model"]
+    data = saved["dataset"]
     log(
         f"{model['hidden_size']} wide, {model['depth']} deep, {model['num_heads']} heads, patch {model['patch_size']} "
         f"on {'x'.join(map(str, data['latent_shape']))}, {len(data['class_names'])} classes, objective "
@@ -83,12 +85,15 @@ def import_checkpoint(config: ConfigDict) -> None:
         log("its position table has been trained: it is kept")
     if model["use_stable_vae"]:
         log(f"latents of {data['vae'] or 'a VAE that is not read here: give --vae'}")
+
+    # How it is sampled.
     guidance = ["--cfg_scale", 1.5, "--cfg_channels", 3] if model["use_stable_vae"] else []
     log(f"samples: {write_command('sample.py', '--load_dir', config.out, *guidance, '--num_samples', 4)}")
     show_result(config.out)
 
 
 def export_checkpoint(config: ConfigDict) -> None:
+    """Writes the run of --load_dir to --out under the published names, and uploads it with --push."""
     out = Path(config.out)
     if config.push and out.suffix == ".safetensors":
         raise UserError(f"--push={config.push}: --out={out} is a file; give a folder")
@@ -104,14 +109,10 @@ def main(config: ConfigDict) -> None:
         raise UserError("give one of --source (a published checkpoint) and --load_dir (a run to export)")
     if not config.out:
         raise UserError("--out is not given: name a folder for the run, or a file X.safetensors for the export")
-    reading.refuse_ignored(reading.model_flags(), "here: a checkpoint has its own")
+    check_effects(RULES["convert_checkpoint"], config)
     if config.source:
-        reading.refuse_ignored(OF_EXPORT, "with --source")
         import_checkpoint(config)
     else:
-        reading.refuse_ignored(OF_IMPORT, "with --load_dir")
-        if not config.push:
-            reading.refuse_ignored(("private",), "without --push")
         export_checkpoint(config)
 
 

@@ -19,7 +19,7 @@ from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import export_run
 from utils.runs.opening import load_generator, load_model
 from utils.runs.saved_config import read_config
-from utils.training.fine_tune import Source, start_from
+from utils.training.fine_tune import SourceRun, start_from
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_float32_parameters_serve_programs_with_x64(tmp_path, model, params, set
     # Fine-tuning starts from parameters of the new run's types.
     shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
     fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    source = Source.open(str(tmp_path / "run"))
+    source = SourceRun.open(str(tmp_path / "run"))
     start = start_from(source, fresh, CONFIG, replicated(make_mesh()), from_ema=False)
     jax.tree.map(lambda ours, new: np.testing.assert_equal(ours.dtype, new.dtype), start.params, fresh)
     assert np.dtype(np.float64) in {leaf.dtype for leaf in jax.tree.leaves(fresh)}

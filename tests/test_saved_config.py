@@ -18,7 +18,7 @@ from utils.base.devices import make_mesh
 from utils.base.errors import UserError
 from utils.base.external import BadFileError
 from utils.convert.published import export_published
-from utils.convert.sources import METADATA_KEY, PublishedSource, read_source
+from utils.convert.sources import METADATA_KEY, PublishedCheckpoint, read_source
 from utils.networks.models import init_params, model_fn
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.opening import import_run, load_generator, load_model
@@ -222,7 +222,9 @@ def test_neither_exported_files_nor_checkpoints_of_others_are_trusted(tmp_path, 
     config = changed(change)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(UserError, match=r"no configuration of a run|has the shape|no tensor") as error:
-        import_run("x", PublishedSource(export_published(trained, DIT, (8, 8, 3)), run=config), tmp_path / "run", {})
+        import_run(
+            "x", PublishedCheckpoint(export_published(trained, DIT, (8, 8, 3)), run=config), tmp_path / "run", {}
+        )
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
     checkpoints = Checkpoints(tmp_path / "other")
@@ -237,7 +239,7 @@ def test_neither_exported_files_nor_checkpoints_of_others_are_trusted(tmp_path, 
 
 def test_an_exported_network_of_another_kind_is_refused(tmp_path, trained):
     state = export_published(trained, DIT, (8, 8, 3))
-    source = PublishedSource(state, run=changed({("model", "network"): "convnet"}))
+    source = PublishedCheckpoint(state, run=changed({("model", "network"): "convnet"}))
     with pytest.raises(UserError, match="name the network 'convnet'; only dit is exported"):
         import_run("x", source, tmp_path / "run", {})
 

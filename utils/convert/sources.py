@@ -40,7 +40,7 @@ SCHEDULE = {
 }  # fmt: skip
 
 
-class PublishedSource(NamedTuple):
+class PublishedCheckpoint(NamedTuple):
     """The tensors of a checkpoint under the published names, and what is known beside them."""
 
     state: dict[str, np.ndarray]
@@ -51,7 +51,7 @@ class PublishedSource(NamedTuple):
     run: dict[str, Any] | None = None  # the configuration of the run that was exported
 
 
-def read_source(source: str, flag: str | None = None) -> PublishedSource:
+def read_source(source: str, flag: str | None = None) -> PublishedCheckpoint:
     """The checkpoint in a file (.pt, .bin, .safetensors), in a folder (of diffusers, or exported here), or of a hub id.
 
     No pickle is executed. UserError, naming --source (or another `flag`), where there is none or it cannot be read.
@@ -83,7 +83,7 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
         ) from None
 
 
-def _read_folder(folder: Path) -> PublishedSource:
+def _read_folder(folder: Path) -> PublishedCheckpoint:
     for name in (EXPORTED, f"{EXPORTED}{INDEX}"):
         if (folder / name).is_file():
             return _read_file(folder / name)
@@ -100,7 +100,7 @@ def _read_folder(folder: Path) -> PublishedSource:
     )
     tensors = _find_model(_read_tensors(transformer / weights), DIFFUSERS_ROOT)
     state = rename_diffusers(tensors, side, heads * head_dim, patch)
-    return PublishedSource(
+    return PublishedCheckpoint(
         state,
         family="dit",
         num_heads=heads,
@@ -136,7 +136,7 @@ def _label_names(path: Path) -> tuple[str, ...] | None:
     return tuple(str(labels[str(i)]) for i in range(len(labels)))
 
 
-def _read_file(path: Path) -> PublishedSource:
+def _read_file(path: Path) -> PublishedCheckpoint:
     if not path.exists():
         raise BadFileError("there is no such file or folder, and it is no hub id (USER/NAME)")
     run = _read_metadata(path)
@@ -148,8 +148,8 @@ def _read_file(path: Path) -> PublishedSource:
         _check_transport(arguments)
     state = _find_model(content, ROOT)
     if run is not None:
-        return PublishedSource(state, run=run)
-    return PublishedSource(state, family=family)
+        return PublishedCheckpoint(state, run=run)
+    return PublishedCheckpoint(state, family=family)
 
 
 class _Model(NamedTuple):

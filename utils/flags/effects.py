@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from utils.base.settings import settings_of
@@ -12,6 +13,8 @@ from utils.runs.checkpoint import has_checkpoints
 from utils.runs.config import RunConfig, network_settings, objective_settings
 from utils.training.fine_tune import read_started_from
 
+FLAGS = flags.FLAGS
+
 
 class Rule(NamedTuple):
     """Flags without effect where `applies` to the values of all flags and the facts that a program adds.
@@ -19,9 +22,13 @@ class Rule(NamedTuple):
     `reason` completes "--flag=value has no effect ..."; {names} in it are values of flags or facts.
     """
 
-    flags: tuple[str, ...]
+    flags: tuple[str, ...]  # "model.*" stands for all flags of that group
     reason: str
     applies: Callable[[Any], bool]
+
+
+# Flags about a published checkpoint.
+OF_IMPORT = ("family", "num_heads", "class_names", "vae")
 
 
 def _has_no_wandb(values: Any) -> bool:
@@ -91,6 +98,16 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda given: given.solver != "midpoint",
         ),
     ),
+    "convert_checkpoint": (
+        Rule(("model.*", "objective.*"), "here: a checkpoint has its own", lambda given: True),
+        Rule(("params", "push", "private"), "with --source", lambda given: given.source),
+        Rule(OF_IMPORT, "with --load_dir", lambda given: given.load_dir),
+        Rule(("private",), "without --push", lambda given: not given.push),
+    ),
+    # Once it is known whether the source is a file that was exported here.
+    "convert_checkpoint.source": (
+        Rule(OF_IMPORT, "on {source}, which says it itself", lambda given: given.is_exported),
+    ),
     # Of every program with --trackers.
     "trackers": (
         Rule(
@@ -141,4 +158,11 @@ def check_effects(rules: Iterable[Rule], config: Mapping[str, Any] | ConfigDict,
     values = SimpleNamespace(**known)
     for rule in rules:
         if rule.applies(values):
-            refuse_ignored(rule.flags, rule.reason.format(**known))
+            names = [name for flag in rule.flags for name in _expand(flag)]
+            refuse_ignored(names, rule.reason.format(**known))
+
+
+def _expand(flag: str) -> list[str]:
+    """Returns the flags that a rule names by `flag`."""
+    group, is_group, _ = flag.partition("*")
+    return [name for name in FLAGS if name.startswith(group)] if is_group else [flag]

@@ -21,7 +21,7 @@ from utils.codecs.absent import AbsentVAE
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.codecs.vae import StableVAE
 from utils.convert.published import FAMILIES, find_config, import_published
-from utils.convert.sources import METADATA_KEY, PublishedSource, fetch, read_source
+from utils.convert.sources import METADATA_KEY, PublishedCheckpoint, fetch, read_source
 from utils.data.class_names import imagenet_class_names
 from utils.networks.ema import young_ema_hint
 from utils.networks.lora import merge_lora
@@ -160,7 +160,7 @@ def restore_params(
 
 def import_run(
     source_name: str,
-    source: PublishedSource,
+    source: PublishedCheckpoint,
     out: Path,
     model: Mapping[str, Any],
     *,
@@ -216,7 +216,7 @@ def check_new_run(out: Path) -> None:
     check_writable(out, "out")
 
 
-def _choose_family(source: PublishedSource, family: str | None) -> str:
+def _choose_family(source: PublishedCheckpoint, family: str | None) -> str:
     if family is None and source.family is None:
         raise BadFileError("no tensor tells DiT from SiT: give --family dit or --family sit (or lightningdit)")
     if family and source.family and family != source.family:
@@ -238,7 +238,7 @@ def _exported_config(run: dict[str, Any]) -> dict[str, Any]:
 
 def _new_config(
     source_name: str,
-    source: PublishedSource,
+    source: PublishedCheckpoint,
     family: str,
     architecture: DiTConfig,
     latent_shape: tuple[int, int, int],

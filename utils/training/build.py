@@ -45,7 +45,7 @@ from utils.runs.resume import check_architecture
 from utils.sampling.samplers import can_guide, explain_no_guidance
 from utils.training.advice import model_hints
 from utils.training.configure import with_classes
-from utils.training.fine_tune import Source, frozen_beside_lora, read_frozen, read_started_from, start_from
+from utils.training.fine_tune import SourceRun, frozen_beside_lora, read_frozen, read_started_from, start_from
 from utils.training.state import TrainState, create_train_state, freeze_parts, make_optimizer
 from utils.training.step import INIT
 
@@ -133,7 +133,7 @@ def build_run(config: RunConfig) -> Run:
 
     # Model. A run that starts from another has as many labels as its own data.
     is_new = not has_checkpoints(config.folder)
-    source = Source.open(config.start.load_dir) if config.start.load_dir and is_new else None
+    source = SourceRun.open(config.start.load_dir) if config.start.load_dir and is_new else None
     if source:
         config = with_classes(config, dataset.num_classes)
     model, vae = build_model(config, dataset, mesh)
@@ -227,7 +227,7 @@ def load_reference(config: RunConfig, mesh: Mesh, image_shape: tuple[int, ...]) 
 
 
 def prepare_start(
-    config: RunConfig, source: Source | None, model: ImageModel, record: dict[str, Any]
+    config: RunConfig, source: SourceRun | None, model: ImageModel, record: dict[str, Any]
 ) -> tuple[list[PyTree], tuple[str, ...]]:
     """Returns ([parameters, EMA] to start from, nothing if from scratch; the parts that are not trained)."""
     if has_checkpoints(config.folder):  # a run that is continued has its own parameters, and goes on as it began

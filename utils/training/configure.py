@@ -26,7 +26,7 @@ from utils.runs.config import (
     RunConfig,
     all_settings,
 )
-from utils.training.fine_tune import Source, read_started_from
+from utils.training.fine_tune import SourceRun, read_started_from
 
 # Other spellings of settings.
 SPELLINGS = {"use_stable_vae": "model.use_stable_vae"}
@@ -107,7 +107,7 @@ def read_own_settings(given: Mapping[str, Any]) -> dict[str, Any] | None:
         subjects |= settings_of(*GROUPS[part]).keys()
     if any(name in subjects or name.startswith(("model.", "objective.")) for name in given):
         return None
-    saved = Source.open(folder).saved
+    saved = SourceRun.open(folder).saved
     return {name: value for name, value in flatten_settings(saved).items() if name not in OF_A_START}
 
 
@@ -116,7 +116,7 @@ def find_inherited(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
     draft = RunConfig.from_settings(fill_layers(values, {}))
     folder = draft.folder
     if draft.start.load_dir and not has_checkpoints(folder):
-        saved: Mapping[str, Any] | None = Source.open(draft.start.load_dir).saved
+        saved: Mapping[str, Any] | None = SourceRun.open(draft.start.load_dir).saved
     else:
         saved = read_started_from(folder)
     if saved is None:

@@ -29,7 +29,7 @@ MAX_LISTED = 3
 SHARPNESS = 16.0  # of a time embedding that is fitted to another
 
 
-class Source(NamedTuple):
+class SourceRun(NamedTuple):
     """The run that --load_dir names."""
 
     load_dir: str
@@ -38,7 +38,7 @@ class Source(NamedTuple):
     saved: dict[str, Any]  # its configuration
 
     @classmethod
-    def open(cls, load_dir: str) -> "Source":
+    def open(cls, load_dir: str) -> "SourceRun":
         """UserError where there is no whole checkpoint."""
         checkpoints, steps = open_checkpoint(load_dir)
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
@@ -169,7 +169,7 @@ class Start(NamedTuple):
     new: tuple[str, ...]  # paths of arrays that are new
 
 
-def start_from(source: Source, fresh: PyTree, config: dict[str, Any], sharding: Any, *, from_ema: bool) -> Start:
+def start_from(source: SourceRun, fresh: PyTree, config: dict[str, Any], sharding: Any, *, from_ema: bool) -> Start:
     """The parameters of `source` for a run of this configuration, whose own would be `fresh`, and their EMA; `from_ema`
     takes both from the source's EMA."""
     step, trees = source.restore(sharding)
