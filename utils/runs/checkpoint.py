@@ -1,9 +1,9 @@
 """Checkpoints through Orbax: asynchronous and atomic, each complete enough to continue a run bit for bit.
 
 RUN/checkpoints/STEP/ holds the items `params`, `ema_params`, `optimizer` (its state, the step and the random key),
-`config` (the run's resolved flags and what its data are), `data` (the data iterator's position) and `checksums` of all
-of these, which are compared on reading. Older checkpoints have no checksums. An imported model has `ema_params`,
-`config` and `checksums` alone: it is sampled, and started from, but not continued.
+`config` (the run's resolved flags and a description of its data), `data` (the data iterator's position) and `checksums`
+of all of these, which are compared on reading. Older checkpoints have no checksums. An imported model has `ema_params`,
+`config` and `checksums` alone: it can be sampled, and be started from, but not be continued.
 """
 
 import contextlib
@@ -37,16 +37,16 @@ Content = TypeVar("Content")
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint whose files are not those that were written."""
+    """A checkpoint whose files are not as they were written."""
 
 
 class SaveError(UserError):
-    """A checkpoint that could not be written; the message says why, and which are safe."""
+    """A checkpoint that could not be written; the message says why, and which one is safe."""
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turns what a damaged checkpoint makes Orbax, TensorStore or the JSON reader raise into one line."""
+    """Turns the errors that Orbax, TensorStore and the JSON reader raise on a damaged checkpoint into one line."""
     _check_permissions(path)
     try:
         yield
@@ -64,7 +64,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _check_permissions(path: Path) -> None:
-    """UserError where a file of the checkpoint may not be opened, which is no damage."""
+    """Raises UserError where a file of the checkpoint may not be opened: it is not damaged then."""
     for file in path.rglob("*") if path.is_dir() else ():
         if not os.access(file, os.R_OK):
             raise UserError(f"{file} may not be read by this user; change its permissions")
@@ -73,11 +73,17 @@ def _check_permissions(path: Path) -> None:
 
 
 def _checksum(x: Array) -> UInt32[Array, ""]:
-    """A sum over all elements' bits, each multiplied by an odd number of its place, modulo 2^32: any change of one
-    element changes it, and one of several does but for a chance of 2^-32. Integers: the same however x is split."""
+    """Returns the sum over all elements' bits, each multiplied by an odd number of its place, modulo 2^32.
+
+    A change of one element always changes it, a change of several with a probability of 1 - 2^-32. Sums of integers do
+    not depend on how x is split over devices.
+    """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8: two words each
     bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
-    place, stride = jnp.uint32(0), 1
+
+    # The place of each element, row by row.
+    place = jnp.uint32(0)
+    stride = 1
     for axis in reversed(range(bits.ndim)):
         place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
@@ -90,7 +96,7 @@ def _checksums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
 
 
 def checksums(tree: PyTree) -> dict[str, list[int]]:
-    """{path of a leaf: [checksum, *shape]}; computed on the devices, where that is a matter of milliseconds."""
+    """Returns {path of a leaf: [checksum, *shape]}, computed on the devices within milliseconds."""
     shapes = _shapes(tree)
     values = jax.device_get(_checksums(jax.block_until_ready(jax.tree.leaves(tree))))
     return {path: [int(value), *shape] for (path, shape), value in zip(shapes.items(), values, strict=True)}
@@ -106,7 +112,7 @@ def _text_checksum(content: Any) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; the newest `keep_last` and every `keep_every`-th step are kept."""
+    """The checkpoints of a run, of which the newest `keep_last` and those of every `keep_every`-th step stay."""
 
     def __init__(self, run_dir: Path, keep_last: int | None = None, keep_every: int | None = None):
         self.run_dir = Path(run_dir).absolute()
@@ -116,18 +122,19 @@ class Checkpoints:
         self.writing = None  # the step whose files are being written in the background
 
     def steps(self) -> list[int]:
-        """Of all finished checkpoints, newest first."""
+        """Returns the steps of all finished checkpoints, newest first."""
         return sorted(self.manager.all_steps(), reverse=True)
 
     def save(self, state: PyTree, config: dict[str, Any], data_position: Any) -> None:
-        """Starts writing; returns when the state may be donated. Atomic: a killed save leaves no checkpoint behind.
+        """Starts to write a checkpoint, and returns when the state may be donated.
 
-        SaveError where this, or what is still being written of the save before, fails.
+        It is atomic: a save that is killed leaves no checkpoint behind. Raises SaveError where this save fails, or the
+        one before, which may still be at work.
         """
         self._save(int(state.step), _array_items(state), {"config": config, "data": {"position": data_position}})
 
     def save_params(self, params: PyTree, config: dict[str, Any]) -> None:
-        """Writes parameters alone, as step 0, once; returns when they are on disk. SaveError where they cannot be."""
+        """Writes parameters alone, as step 0, and returns when they are on disk. Raises SaveError where that fails."""
         self._save(0, {"ema_params": params}, {"config": config})
         self.wait()
 
@@ -136,9 +143,13 @@ class Checkpoints:
             return
         self.wait()
         self.remove_unfinished()
+
+        # Checksums of all items, and of the checksums.
         sums: dict[str, Any] = {name: checksums(tree) for name, tree in items.items()}
         sums |= {name: _text_checksum(content) for name, content in texts.items()}
         json_items = {**texts, "checksums": sums | {"checksums": _text_checksum(sums)}}
+
+        # In the background from here on.
         self.writing = step
         with self._reporting():
             self.manager.save(
@@ -150,12 +161,12 @@ class Checkpoints:
             )
 
     def poll(self) -> None:
-        """SaveError if what was being written in the background has failed."""
+        """Raises SaveError if a save in the background has failed."""
         if self.writing is not None and not self.manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; SaveError where it cannot be written."""
+        """Returns when everything is on disk. Raises SaveError where it cannot be written."""
         with self._reporting():
             self.manager.wait_until_finished()
         self.writing = None
@@ -165,7 +176,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of TensorStore and Orbax, which share no type
-            step, self.writing = self.writing, None
+            step = self.writing
+            self.writing = None
             self.remove_unfinished()
             logging.debug("%s", error, exc_info=True)
             _, reason = find_system_error(error) or (0, type(error).__name__)
@@ -176,16 +188,17 @@ class Checkpoints:
             ) from error
 
     def remove_unfinished(self) -> None:
-        """Removes what saves that failed or were killed have left. Only for the process that writes here, while nothing
-        is being written."""
+        """Removes the remains of saves that failed or were killed. Only the process that writes here may call it, and
+        only while nothing is being written."""
         if jax.process_index() == 0:
             for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
 
     def restore(self, step: int, target: PyTree) -> tuple[PyTree, Any]:
-        """(state placed as the abstract state `target` says, data position) of `step`.
+        """Returns (state, position in the data) of `step`; the state is placed as the abstract state `target` is.
 
-        DamagedCheckpointError where files are missing or not as they were written; UserError for an imported model.
+        Raises DamagedCheckpointError where files are missing or not as they were written, and UserError for an imported
+        model.
         """
         self.refuse_imported(step)
         items = self._read(step, _array_items(target), ("data",))
@@ -195,7 +208,7 @@ class Checkpoints:
         return state, items["data"]["position"]
 
     def refuse_imported(self, step: int) -> None:
-        """UserError where `step` is of an imported model."""
+        """Raises UserError where `step` is an imported model's."""
         if self.is_imported(step):
             raise UserError(
                 f"{self.run_dir} holds an imported model, which has no optimizer to continue with; train from it with "
@@ -203,13 +216,14 @@ class Checkpoints:
             )
 
     def is_imported(self, step: int) -> bool:
-        """Whether `step` holds parameters alone, as `save_params` writes them."""
+        """Returns whether `step` holds parameters alone, as `save_params` writes them."""
         sums = self._read_checksums(step)
         return sums is not None and "ema_params" in sums and "params" not in sums
 
     def restore_config(self, step: int) -> dict[str, Any]:
-        """The configuration kept with `step`. DamagedCheckpointError where it cannot be read."""
-        path, sums = self.folder / str(step), self._read_checksums(step)
+        """Returns the configuration kept with `step`. Raises DamagedCheckpointError where it cannot be read."""
+        path = self.folder / str(step)
+        sums = self._read_checksums(step)
         try:
             config = read_config(self._read(step, {}, ("config",))["config"])
             if sums is not None:  # which the oldest checkpoints have not
@@ -221,10 +235,10 @@ class Checkpoints:
         return config
 
     def restore_params(self, step: int, target: PyTree, names: tuple[str, ...]) -> list[PyTree]:
-        """The parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract tree `target` says.
+        """Returns the parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract `target` is.
 
-        DamagedCheckpointError where files are missing or not as they were written; UserError where the checkpoint is of
-        another model. An imported one has the EMA's alone, which are then both.
+        An imported model has the EMA's alone, which then serve as both. Raises DamagedCheckpointError where files are
+        missing or not as they were written, and UserError where the checkpoint is another model's.
         """
         stored = {name: "ema_params" if self.is_imported(step) else name for name in names}
         self._check_shapes(step, target, stored[names[0]])
@@ -233,38 +247,39 @@ class Checkpoints:
         return [items[stored[name]] for name in names]
 
     def restore_stored(self, step: int, name: str, sharding: Any = None) -> PyTree:
-        """The parameters `name` ('params' or 'ema_params') of `step`, whatever model they are of, on this device or as
-        `sharding` places them.
+        """Returns the parameters `name` ('params' or 'ema_params') of `step`, whichever model they belong to, on this
+        device or as `sharding` places them.
 
-        DamagedCheckpointError where files are missing or not as they were written.
+        Raises DamagedCheckpointError where files are missing or not as they were written.
         """
         name = "ema_params" if self.is_imported(step) else name
         return self._read(step, {name: self.stored_shapes(step, name, sharding)}, ())[name]
 
     def _metadata(self, step: int, name: str) -> PyTree:
-        """The shapes and types of an item of `step`, as they were when it was saved."""
+        """Returns the shapes and types with which an item of `step` was saved."""
         path = self.folder / str(step)
         with _readable(path):
             metadata: Any = ocp.Checkpointer(ocp.StandardCheckpointHandler()).metadata(path / name)
             return metadata.item_metadata.tree
 
     def stored_shapes(self, step: int, name: str, sharding: Any = None) -> PyTree:
-        """The shapes of an item of `step`, to be restored on this device or as `sharding` places them."""
+        """Returns the shapes of an item of `step`, to be restored on this device or as `sharding` places them."""
         tree = self._metadata(step, name)
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     def stored_lora(self, step: int, name: str, sharding: Any) -> PyTree:
-        """{"lora": shapes} of the factors in an item of `step`, nothing where it has none."""
-        sums, name = self._read_checksums(step), "ema_params" if self.is_imported(step) else name
+        """Returns {"lora": shapes} of LoRA's factors in an item of `step`; {} where it has none."""
+        sums = self._read_checksums(step)
+        name = "ema_params" if self.is_imported(step) else name
         if sums is None or not any(leaf.startswith(f"['{LORA}']") for leaf in sums[name]):
             return {}
         return {LORA: self.stored_shapes(step, name, sharding)[LORA]}
 
     def restore_newest(self, read: Callable[[int], Content], steps: list[int]) -> tuple[int, Content]:
-        """(step, read(step)) of the first of `steps` that is not damaged; the others are named.
+        """Returns (step, read(step)) for the first of `steps` that is intact on every process, and names the others.
 
-        UserError where all are.
+        Raises UserError where none is.
         """
         problems = []
         for step in steps:
@@ -283,7 +298,7 @@ class Checkpoints:
         raise UserError(f"{problems[-1]}{others}; restore it from a copy")
 
     def set_aside(self, step: int) -> None:
-        """Moves the damaged checkpoint of `step` to RUN/damaged_checkpoints, so that its step can be saved again."""
+        """Moves a damaged checkpoint to RUN/damaged_checkpoints, so that its step can be saved again."""
         if jax.process_index() == 0:
             target = set_aside(self.folder / str(step), self.run_dir / DAMAGED)
             log(f"moved {self.folder / str(step)} to {target}")
@@ -294,7 +309,7 @@ class Checkpoints:
         self.manager.close()
 
     def _read(self, step: int, targets: Mapping[str, PyTree], json_names: tuple[str, ...]) -> dict[str, Any]:
-        """The items of `step`, each compared with its checksum."""
+        """Returns items of `step`, each compared with its checksum."""
         path = self.folder / str(step)
         expected = self._read_checksums(step)
         self._check_types(step, targets)
@@ -314,7 +329,7 @@ class Checkpoints:
         return dict(items.items())
 
     def _with_stored_types(self, step: int, name: str, target: PyTree) -> PyTree:
-        """`target` with the types of an item of `step`: with JAX_ENABLE_X64=1 a model would have others."""
+        """Returns `target` with the types of an item of `step`: under JAX_ENABLE_X64=1 a model would have others."""
         if not jax.config.values["jax_enable_x64"]:
             return target
         types = {
@@ -329,8 +344,8 @@ class Checkpoints:
         return jax.tree_util.tree_map_with_path(with_type, target)
 
     def _check_types(self, step: int, targets: Mapping[str, PyTree]) -> None:
-        """UserError, naming the environment variable, where arrays were saved under another setting of JAX than the one
-        under which they would be read."""
+        """Raises UserError, naming the environment variable, where arrays were saved under another setting of JAX than
+        that under which they would be read."""
         path = self.folder / str(step)
         for name, target in targets.items():
             tree = self._metadata(step, name)
@@ -347,7 +362,7 @@ class Checkpoints:
                 )
 
     def _read_checksums(self, step: int) -> dict[str, Any] | None:
-        """The item of that name; None in older checkpoints."""
+        """Returns the checksums of `step`; None for older checkpoints, which have none."""
         path = self.folder / str(step)
         if not (path / "checksums").is_dir():
             return None
@@ -360,8 +375,9 @@ class Checkpoints:
         return sums
 
     def _check_shapes(self, step: int, target: PyTree, name: str) -> None:
-        """UserError where the parameters of `step` are not of the shapes of `target`."""
-        path, sums = self.folder / str(step), self._read_checksums(step)
+        """Raises UserError where the parameters of `step` have other shapes than `target`."""
+        path = self.folder / str(step)
+        sums = self._read_checksums(step)
         with _readable(path):
             if sums is not None:
                 found = {leaf: tuple(shape) for leaf, (_, *shape) in sums[name].items()}
@@ -378,8 +394,8 @@ class Checkpoints:
 
 
 def _array_items(state: PyTree) -> dict[str, PyTree]:
-    """The items that hold arrays, of a state or an abstract one; the key as its raw words, which any Orbax version
-    stores."""
+    """Returns the items that hold arrays, of a state or of an abstract one. The random key is in raw words, which every
+    version of Orbax stores."""
     if isinstance(state.key, jax.ShapeDtypeStruct):
         key_data = jax.eval_shape(jax.random.key_data, state.key)
         key_data = jax.ShapeDtypeStruct(key_data.shape, key_data.dtype, sharding=state.key.sharding)
@@ -394,12 +410,12 @@ def _has_float64(tree: PyTree) -> bool:
 
 
 def _all_processes_agree(is_fine: bool) -> bool:
-    """Whether something went well on every process of the run."""
+    """Returns whether something went well on every process of the run."""
     if jax.process_count() == 1:
         return is_fine
     return bool(np.all(multihost_utils.process_allgather(np.bool_(is_fine))))
 
 
 def has_checkpoints(run_dir: Path) -> bool:
-    """Whether a checkpoint was finished there."""
+    """Returns whether a checkpoint has been finished in a run's folder."""
     return any(path.name.isdigit() for path in (run_dir / FOLDER).glob("*"))

@@ -32,8 +32,8 @@ MFU = 0.4  # model FLOPs utilisation that the times of other devices assume
 
 
 class MemoryModel:
-    """Bytes a device needs as a function of the global batch: a constant and a part for each image, of two batches that
-    were compiled."""
+    """Estimates the bytes that a device needs for a global batch: a constant, and a part for each image. Both follow
+    from two batch sizes that were compiled, {batch size: bytes}."""
 
     def __init__(self, measured: Mapping[int, int]):
         (small, low), (large, high) = sorted(measured.items())
@@ -41,21 +41,22 @@ class MemoryModel:
         self.constant = low - small * self.per_image
 
     def bytes_of(self, batch_size: int) -> int:
+        """Returns the bytes that a device needs for a batch."""
         return round(self.constant + batch_size * self.per_image)
 
     def largest_batch(self, num_bytes: float, multiple: int) -> int:
-        """The largest batch, a multiple of so many images, that fits; 0 where none does."""
+        """Returns the largest batch that fits, a multiple of so many images; 0 where none does."""
         return max(0, int((num_bytes - self.constant) / self.per_image) // multiple * multiple)
 
 
 def batch_structs(batch: Batch, batch_size: int) -> Batch:
-    """The shapes of a batch (of arrays) of another size, placed as it is."""
+    """Returns the shapes of a batch (of arrays) of another size, placed as that batch is."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), batch)
     return shape_structs(shapes, jax.tree.leaves(batch)[0].sharding)
 
 
 def bytes_on_device(structs: PyTree) -> int:
-    """Of a tree of shapes with shardings, on the fullest device."""
+    """Returns the bytes that a tree of shapes with shardings takes on the fullest device."""
 
     def size(leaf):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -76,10 +77,14 @@ def plan_lines(
     num_steps: int,
     devices: Sequence[jax.Device],
 ) -> Iterator[str]:
-    """Yields lines to print. `state` has shapes with shardings; `measure` compiles the training step of a batch size,
-    and returns the bytes it needs on a device; `time_step` returns the seconds of a step of `batch_size`. Batches are
-    multiples of `multiple`."""
+    """Yields lines to print about a training's memory and time.
+
+    `state` has shapes with shardings. `measure` compiles the training step for a batch size and returns the bytes that
+    it needs on a device; `time_step` returns the seconds of one of `batch_size`. Batches are multiples of `multiple`.
+    """
     num_devices = len(devices)
+
+    # Memory by part, and the batches that fit.
     small = max(multiple, batch_size // 2 // multiple * multiple)
     other = small if small < batch_size else 2 * batch_size
     memory = MemoryModel({size: measure(size) for size in (other, batch_size)})
@@ -102,6 +107,7 @@ def plan_lines(
         fitting = f"{largest:,}" if largest else "none: see --remat, --grad_accum and --sharding"
         yield f"  {num_devices} x {gib} GiB: {fitting}"
 
+    # Time: here measured, elsewhere by the peak of the devices.
     images = num_steps * batch_size
     epochs = images / num_images
     yield f"{num_steps:,} steps are {epochs:,.{0 if epochs >= 100 else 2}f} epochs of {num_images:,} images"
@@ -128,9 +134,10 @@ def plan_lines(
 def model_hints(
     config: NetworkConfig, latent_shape: tuple[int, int, int], dataset: ImageDataset, batch_size: int
 ) -> list[str]:
-    """Returns remarks on the network, the batch and the training split that are possible but hardly meant."""
+    """Returns hints about settings of the network, the batch and the training split that are hardly meant."""
     hints = []
-    num_images, num_classes = len(dataset.source), dataset.num_classes
+    num_images = len(dataset.source)
+    num_classes = dataset.num_classes
     if config.num_classes > max(2 * num_classes, num_classes + 10):
         hints.append(
             f"--model.num_classes={config.num_classes}, but the data has {num_classes}: the other labels are never "
@@ -142,10 +149,11 @@ def model_hints(
 
 
 def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) -> list[str]:
-    """About the EMA, from which images are drawn and FID is computed, where it is mostly the initial parameters.
+    """Returns a hint if the EMA, from which images are drawn and FID is computed, is mostly initial parameters.
 
-    `first_evaluation` is the step of the run's first one; None: it has none.
+    `first_evaluation` is the step of the run's first evaluation; None: it has none.
     """
+    # How much of it is, at the first evaluation if there is one.
     at_last = ema.initial_weight(max_steps)
     share = f"{at_last:.0%} is initial parameters at --max_steps"
     if first_evaluation is not None:
@@ -157,6 +165,8 @@ def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) ->
         )
     if (at_last if first_evaluation is None else at_first) < YOUNG:
         return []
+
+    # What helps.
     fixes = ["--ema_warmup 1 follows the parameters from the start"]
     if at_last > 0.02:
         rate = 1 - math.ceil(1e4 * (1 - 0.01 ** (1 / max_steps))) / 1e4
@@ -167,12 +177,15 @@ def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) ->
 # --- Commands ---
 
 PROGRAMS = Path(__file__).resolve().parents[2]
-MOST_SAMPLES, FEWEST_SAMPLES = 50_000, 1_000  # of a FID
+# Samples of a FID.
+MOST_SAMPLES = 50_000
+FEWEST_SAMPLES = 1_000
 
 
 def write_command(program: str, *words: object) -> str:
     """Returns the command line of a program of this project, from the current folder, quoted for a shell."""
-    found, python = shutil.which("python"), sys.executable
+    python = sys.executable
+    found = shutil.which("python")
     if found and Path(found).absolute().parent == Path(python).absolute().parent:
         python = "python"
     here = f"{Path.cwd()}/"
@@ -187,9 +200,10 @@ def shipped_statistics(dataset_name: str) -> Path | None:
 
 
 def write_statistics_command(saved: dict[str, Any], out: Path) -> str:
-    """Returns the command that makes reference statistics of the images that a run was trained on, or whose latents or
-    samples it was trained on; `saved` is the run's configuration."""
-    data, defaults = saved["dataset"], DataOptions()
+    """Returns the command that makes reference statistics of the images that a run of configuration `saved` was trained
+    on: those of its cached latents, too, and those from which its pairs of noise and sample derive."""
+    data = saved["dataset"]
+    defaults = DataOptions()
     words = ["--dataset_name", data["name"]]
     source = find_loader(str(saved.get("dataset_name")))  # None of data registered elsewhere
     loader = find_loader(data["name"])
@@ -210,10 +224,13 @@ def write_statistics_command(saved: dict[str, Any], out: Path) -> str:
 def commands_after_training(
     folder: Path, saved: dict[str, Any], num_images: int, params: str
 ) -> Iterator[tuple[str, str]]:
-    """Yields (purpose, command) of what comes after the training of a run: samples, and their FID against the images
-    of the data, of which there are `num_images` to train on. `saved` is the run's configuration, `params` 'ema' or
-    'raw'."""
-    model, data = saved["model"], saved["dataset"]
+    """Yields (purpose, command) for what follows a training: samples, and their FID against the training images.
+
+    `saved` is the run's configuration; there are `num_images` to train on; `params` is 'ema' or 'raw'.
+    """
+    # Samples.
+    model = saved["model"]
+    data = saved["dataset"]
     words = ["--load_dir", folder, "--denoise_timesteps", model["denoise_timesteps"]]
     if has_guidance(make_objective(saved)) and can_guide(model["class_dropout_prob"]):
         words.append(f"--cfg_scale={model['cfg_scale']:g}")  # may be negative
@@ -221,7 +238,7 @@ def commands_after_training(
         words += ["--params", params]
     yield "samples", write_command("sample.py", *words)
 
-    # As many samples as images, within what FID is usually computed of.
+    # FID, of as many samples as there are images, within the usual numbers.
     words += ["--num_samples", min(MOST_SAMPLES, max(FEWEST_SAMPLES, num_images))]
     if saved.get("fid_stats"):
         words += ["--fid_stats", saved["fid_stats"]]

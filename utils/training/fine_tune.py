@@ -30,7 +30,7 @@ SHARPNESS = 16.0  # of a time embedding that is fitted to another
 
 
 class SourceRun(NamedTuple):
-    """The run that --load_dir names."""
+    """The run that --load_dir of a training names."""
 
     load_dir: str
     checkpoints: Checkpoints
@@ -39,13 +39,13 @@ class SourceRun(NamedTuple):
 
     @classmethod
     def open(cls, load_dir: str) -> "SourceRun":
-        """UserError where there is no whole checkpoint."""
+        """Opens it. Raises UserError where no checkpoint is intact."""
         checkpoints, steps = open_checkpoint(load_dir)
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
         return cls(load_dir, checkpoints, steps[steps.index(newest) :], saved)
 
     def restore(self, sharding: Any) -> tuple[int, list[PyTree]]:
-        """(step, [parameters, EMA]), NumPy arrays of the run's own shapes, LoRA merged."""
+        """Returns (step, [parameters, EMA]): NumPy arrays of the run's own shapes, LoRA's factors merged."""
 
         def read(step):
             trees = (self.checkpoints.restore_stored(step, name, sharding) for name in ("params", "ema_params"))
@@ -54,9 +54,10 @@ class SourceRun(NamedTuple):
         return self.checkpoints.restore_newest(read, self.steps)
 
     def differences(self, config: dict[str, Any]) -> list[str]:
-        """What a run of this configuration has to learn anew, in words."""
+        """Says what a run of this configuration has to learn anew, a line each."""
         remarks = []
-        ours, theirs = config["objective"]["name"], self.saved["objective"]["name"]
+        ours = config["objective"]["name"]
+        theirs = self.saved["objective"]["name"]
         if ours != theirs:
             remarks.append(f"note: --load_dir has learned {theirs}, which this run unlearns: its objective is {ours}")
         vaes = [settings["dataset"]["vae_sha256"] for settings in (config, self.saved)]
@@ -70,7 +71,7 @@ def _to_host(x: jax.Array) -> np.ndarray:
 
 
 def read_started_from(folder: Path) -> dict[str, Any] | None:
-    """The configuration of the run in `folder`, if that started from another one."""
+    """Returns the configuration of the run in `folder` if that started from another one; None otherwise."""
     try:
         config = read_config(read_json(folder / "config.json"))
     except BadFileError:
@@ -89,16 +90,22 @@ class Adapted(NamedTuple):
 def adapt_params(
     source: PyTree, fresh: PyTree, old_classes: Sequence[str], new_classes: Sequence[str], patch_size: int
 ) -> Adapted:
-    """`fresh` parameters of a model in whose places those of `source` stand as far as they fit.
+    """Returns the `fresh` parameters of a model with those of `source` in their places, as far as they fit.
 
     - Arrays of one shape are taken as they are.
     - Labels: a class that the source knows by name keeps its row; the others start from its "no label".
     - A learned table of positions is resized to another grid.
-    - Channels: those that both have are taken; further inputs count nothing at first, further outputs are zero.
+    - Channels that both have are taken. Further inputs count nothing at first, and further outputs are zero.
     - Everything else (another patch size, more blocks) is made new.
     """
-    old, target = flatten_dict(source), flatten_dict(fresh)
-    adapted, remarks, made_new, num_taken = {}, [], [], 0
+    old = flatten_dict(source)
+    target = flatten_dict(fresh)
+    adapted = {}
+    remarks = []
+    made_new = []
+    num_taken = 0
+
+    # Each array by the first rule that fits it.
     for path, new in target.items():
         value = old.get(path)
         if path == LABELS and value is not None:
@@ -106,7 +113,8 @@ def adapt_params(
             remarks += remark
             num_taken += not remark
         elif value is not None and value.shape == new.shape:
-            adapted[path], num_taken = value, num_taken + 1
+            adapted[path] = value
+            num_taken += 1
         elif value is not None and path == POSITIONS:
             adapted[path] = _resize_positions(value, new.shape)
             remarks.append(f"position table: resized from {value.shape[1]} to {new.shape[1]} tokens")
@@ -120,6 +128,8 @@ def adapt_params(
         else:
             adapted[path] = np.asarray(new)
             made_new.append("/".join(path))
+
+    # What happened, in words.
     taken = f"{num_taken} of {len(target)} arrays taken as they are"
     if made_new:
         others = f" and {len(made_new) - MAX_LISTED} more" if len(made_new) > MAX_LISTED else ""
@@ -131,7 +141,7 @@ def adapt_params(
 def _adapt_labels(
     rows: np.ndarray, shape: tuple[int, ...], old_classes: Sequence[str], new_classes: Sequence[str]
 ) -> tuple[np.ndarray, list[str]]:
-    """(label table of `shape`, what to say of it)."""
+    """Returns (label table of `shape`, remarks about it)."""
     if tuple(old_classes) == tuple(new_classes) and rows.shape == shape:
         return rows, []
     known = {name: label for label, name in enumerate(old_classes)}
@@ -145,14 +155,14 @@ def _adapt_labels(
 
 
 def _resize_positions(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A table (1, tokens, width) of a square grid for another one, bicubic."""
+    """Resizes a table (1, tokens, width) from one square grid to another, bicubically."""
     old_side, new_side = (round(tokens**0.5) for tokens in (table.shape[1], shape[1]))
     grid = jnp.asarray(table).reshape(old_side, old_side, -1)
     return np.asarray(jax.image.resize(grid, (new_side, new_side, grid.shape[-1]), "bicubic")).reshape(shape)
 
 
 def _fit(value: np.ndarray, blank: np.ndarray, axis: int) -> np.ndarray:
-    """`blank` with what both have of `value` along an axis."""
+    """Returns `blank` with what `value` has in common with it along an axis."""
     count = min(value.shape[axis], blank.shape[axis])
     place = [slice(None)] * blank.ndim
     place[axis] = slice(count)
@@ -161,7 +171,7 @@ def _fit(value: np.ndarray, blank: np.ndarray, axis: int) -> np.ndarray:
 
 
 class Start(NamedTuple):
-    """What a run starts from that starts from another."""
+    """The parameters with which a run starts that starts from another."""
 
     params: PyTree
     ema_params: PyTree
@@ -170,16 +180,22 @@ class Start(NamedTuple):
 
 
 def start_from(source: SourceRun, fresh: PyTree, config: dict[str, Any], sharding: Any, *, from_ema: bool) -> Start:
-    """The parameters of `source` for a run of this configuration, whose own would be `fresh`, and their EMA; `from_ema`
-    takes both from the source's EMA."""
+    """Returns the parameters of `source` and their EMA, made fit for a run of this configuration.
+
+    The run's own parameters would be `fresh`. `from_ema` takes both from the source's EMA.
+    """
+    # What fits is taken.
     step, trees = source.restore(sharding)
     if from_ema:
         trees = [trees[1], trees[1]]
     classes = source.saved["dataset"]["class_names"], config["dataset"]["class_names"]
     adapted = [adapt_params(tree, fresh, *classes, config["model"]["patch_size"]) for tree in trees]
-    remarks, new = adapted[0].remarks, adapted[0].new
+    remarks = adapted[0].remarks
+    new = adapted[0].new
     remarks[0] = f"starting from {source.load_dir}, step {step}: {remarks[0]}"
     params = [tree.params for tree in adapted]
+
+    # A network that is given the step as well, or the time at another scale, computes what it did before.
     if any(path.startswith("step_embed/") for path in new):
         params = [zero_step_embed(tree) for tree in params]
     scales = [settings["model"]["timestep_scale"] for settings in (source.saved, config)]
@@ -193,19 +209,20 @@ def start_from(source: SourceRun, fresh: PyTree, config: dict[str, Any], shardin
 
 
 def zero_step_embed(params: PyTree) -> PyTree:
-    """The embedding of the step made zero: the model computes what it did without."""
+    """Makes the embedding of the step zero: the model then computes what it did without one."""
     last = jax.tree.map(np.zeros_like, params["step_embed"]["dense_1"])
     return {**params, "step_embed": {**params["step_embed"], "dense_1": last}}
 
 
 def refit_times(params: PyTree, old_scale: float, new_scale: float) -> tuple[PyTree, float]:
-    """(parameters whose embedding of t at `new_scale` is near that at `old_scale`, the error that is left: root mean
-    square, over that of the embedding without its mean).
+    """Fits the embedding of t to another scale of t.
 
-    The new hidden units switch on one after the other over [0, 1], softly, and the last layer is fitted to the old
-    embedding by least squares. What oscillates faster than about SHARPNESS is left out: a derivative by t, which
-    MeanFlow takes, would be led by it.
+    Returns (parameters, error): the embedding at `new_scale` is near the old one at `old_scale`, and the error is the
+    root mean square of the difference, over that of the old embedding without its mean. The new hidden units switch on
+    one after the other over [0, 1], softly, and the last layer is fitted by least squares. What oscillates faster than
+    about SHARPNESS is left out: a derivative by t, which MeanFlow takes, would be led by it.
     """
+    # The old embedding, which is to be met.
     old = jax.tree.map(jnp.asarray, params["timestep_embed"])
     width = old["dense_1"]["bias"].size
     times = jnp.linspace(0, 1, 1024)
@@ -218,6 +235,8 @@ def refit_times(params: PyTree, old_scale: float, new_scale: float) -> tuple[PyT
     centres = np.linspace(-0.1, 1.1, width)
     hidden = {"kernel": kernel, "bias": np.float32(-slope * np.sin(min(new_scale, 1) * centres))}
     units = np.asarray(timestep_features(times, new_scale), np.float64) @ hidden["kernel"] + hidden["bias"]
+
+    # The last layer: ridge regression.
     units = np.append(units / (1 + np.exp(-units)), np.ones((len(times), 1)), axis=1)
     gram = units.T @ units + 1e-6 * len(times) * np.eye(width + 1)
     last = np.linalg.solve(gram, units.T @ targets)
@@ -230,8 +249,11 @@ def refit_times(params: PyTree, old_scale: float, new_scale: float) -> tuple[PyT
 
 
 def read_frozen(words: Sequence[str], parts: Sequence[str]) -> tuple[str, ...]:
-    """The top-level parts of the parameters, such as block_3, that --freeze names: blocks, blocks.N, blocks.A-B (ends
-    included) or a part by its own name. UserError for what is none."""
+    """Returns the top-level parts of the parameters, such as block_3, that --freeze names.
+
+    A word is blocks, blocks.N, blocks.A-B (both included) or the name of a part. Raises UserError for any other, and
+    where nothing would be trained.
+    """
     depth = sum(part.startswith("block_") for part in parts)
     others = [part for part in parts if not part.startswith("block_") and part != LORA]
     frozen: dict[str, None] = {}
@@ -253,6 +275,6 @@ def read_frozen(words: Sequence[str], parts: Sequence[str]) -> tuple[str, ...]:
 
 
 def frozen_beside_lora(parts: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
-    """With LoRA all parts are frozen but its factors, the labels, and what has been made new."""
+    """Returns the parts that LoRA freezes: all but its factors, the labels, and what has been made new."""
     trained = {LORA, LABELS[0], *(path.split("/")[0] for path in new)}
     return tuple(part for part in parts if part not in trained)

@@ -58,13 +58,13 @@ class Window:
 
 
 class Throughput:
-    """Rates of steps that all devices share, over a window of MIN_STEPS at least.
+    """Measures rates of steps that all devices share, over a window of at least MIN_STEPS.
 
-    A step counts from the end of the one before it, so that compilation, logging, saving and evaluating are left out:
-    after `pause`, the next step only starts the clock. (Where every step is followed by a pause, each counts from its
-    end.) `flops_per_step` are the model's (not those that rematerialisation adds), so that their fraction of the peak
-    is the model FLOPs utilisation (MFU, arXiv:2204.02311, appendix B). `peak_tflops` is that of one device; None: by
-    its kind.
+    A step counts from the end of the one before it. After `pause`, the next step only starts the clock, so that
+    compilation, logging, saving and evaluating are left out. (Where every step is followed by a pause, each counts from
+    the pause's end.) `flops_per_step` are the model's, not those that rematerialisation adds: their fraction of the
+    peak is the model FLOPs utilisation (MFU, arXiv:2204.02311, appendix B). `peak_tflops` is the peak of one device;
+    None stands for that of its kind.
     """
 
     MIN_STEPS = 3
@@ -80,20 +80,25 @@ class Throughput:
         self.pause()
 
     def start_window(self) -> None:
-        self.steady, self.resumed = Window(), Window()
+        self.steady = Window()  # steps that follow another one
+        self.resumed = Window()  # steps that follow a pause
 
     def pause(self) -> None:
         """Ends a pause: the time since the last step is no part of the next."""
-        self.last, self.is_steady = time.monotonic(), False
+        self.last = time.monotonic()
+        self.is_steady = False
 
     def finish_step(self) -> None:
+        """Counts a step that has just ended."""
         now = time.monotonic()
         window = self.steady if self.is_steady else self.resumed
         window.add(now - self.last, self.waited)
-        self.last, self.is_steady, self.waited = now, True, 0.0
+        self.last = now
+        self.is_steady = True
+        self.waited = 0.0
 
     def waiting(self, batches: Iterator[Item], is_idle: Callable[[], bool]) -> Iterator[Item]:
-        """The batches; the time that each takes to come counts as waited if `is_idle()` once it is there."""
+        """Yields the batches. The time that one takes to come counts as waited if `is_idle()` is true once it has."""
         while True:
             started = time.monotonic()
             batch = next(batches)
@@ -102,8 +107,12 @@ class Throughput:
             yield batch
 
     def read(self) -> dict[str, float]:
-        """`images_per_second`, `tflops_per_second`, `data_wait_fraction`, and `mfu` where the peak is known: of the
-        present window, or the one before while that is too short; nothing before the first."""
+        """Returns `images_per_second`, `tflops_per_second`, `data_wait_fraction` (0 to 1) and, where the peak is known,
+        `mfu` (0 to 1).
+
+        They are those of the present window, or of the one before while that is too short; there are none before the
+        first window.
+        """
         window = self.steady if self.steady.num_steps >= self.MIN_STEPS else self.resumed
         if window.num_steps < self.MIN_STEPS:
             return self.rates
@@ -119,7 +128,7 @@ class Throughput:
         return self.rates
 
     def read_window(self) -> dict[str, float]:
-        """`read`, and the next window begins, if this one was long enough."""
+        """Returns what `read` does, and starts the next window if this one was long enough."""
         rates = self.read()
         if max(self.steady.num_steps, self.resumed.num_steps) >= self.MIN_STEPS:
             self.start_window()
@@ -138,11 +147,16 @@ class Throughput:
 
 
 class StepTrace:
-    """Writes a trace of ten steps into `folder`, if one is given, from the sixth step after `step` on: for xprof, and
-    `perfetto_trace.json.gz` for ui.perfetto.dev."""
+    """Writes a trace of ten steps into `folder`, if one is given, from the sixth step after `step` on.
+
+    It is for xprof; `perfetto_trace.json.gz` in it is for ui.perfetto.dev.
+    """
 
     def __init__(self, folder: str | None, step: int):
-        self.folder, self.first, self.last, self.is_running = folder, step + 6, step + 15, False
+        self.folder = folder
+        self.first = step + 6
+        self.last = step + 15
+        self.is_running = False
 
     def before(self, step: int) -> None:
         if self.folder and step == self.first:
@@ -150,11 +164,12 @@ class StepTrace:
             self.is_running = True
 
     def after(self, step: int, outputs: object) -> None:
-        """Ends the trace with the last of its steps, or with `close`, once `outputs` are there."""
+        """Ends the trace after the last of its steps, once that step's `outputs` have been computed."""
         if step == self.last:
             self.close(outputs)
 
     def close(self, outputs: object) -> None:
+        """Ends the trace, if one is being written, once `outputs` have been computed."""
         if self.is_running:
             jax.block_until_ready(outputs)
             jax.profiler.stop_trace()
@@ -162,10 +177,10 @@ class StepTrace:
 
 
 class Progress:
-    """A progress bar, and metrics at the steps that are logged.
+    """Shows a progress bar, and logs the metrics of some steps.
 
-    A step is reported once the next one is dispatched, so that its numbers are read without leaving the devices idle
-    (and, as that waits for it, no more than two are ever in flight). `flush` reports what is left.
+    A step is reported once the next one is dispatched, so that its numbers are read without leaving the devices idle.
+    As that waits for the step, no more than two are ever in flight. `flush` reports the last one.
     """
 
     def __init__(
@@ -177,8 +192,8 @@ class Progress:
         step: int,
         max_steps: int,
     ):
-        """`count_skipped(metrics, step)` is called for every step, and returns the metrics as they are logged;
-        `check(metrics, step)` before they are."""
+        """`count_skipped(metrics, step)` is called at every step and returns the metrics to log, `check(metrics, step)`
+        before they are logged."""
         self.throughput = throughput
         self.trackers = trackers
         self.count_skipped = count_skipped
@@ -194,18 +209,24 @@ class Progress:
         )
 
     def add(self, step: int, metrics: dict[str, Any], validation: dict[str, Any] | None) -> None:
-        """Reports the step before; then step `step` is the one to be reported, and logged if it has `validation`."""
+        """Reports the step before, and keeps this one to be reported next. It is logged if it has `validation`."""
         self.flush()
         self.pending = (step, metrics, validation)
 
     def flush(self) -> None:
+        """Reports the step that is kept, if there is one; waits until it has been computed."""
         if self.pending is None:
             return
-        (step, metrics, validation), self.pending = self.pending, None
+        step, metrics, validation = self.pending
+        self.pending = None
+
+        # The bar. Reading the loss waits for the step.
         loss = float(metrics["l2_loss"])
         self.throughput.finish_step()
         self.bar.set_postfix_str(f"loss {loss:.4f}, {self.throughput}", refresh=False)
         self.bar.update()
+
+        # The log.
         logged = self.count_skipped(metrics, step)
         if validation is not None:
             self.check(metrics, step)
@@ -216,7 +237,7 @@ class Progress:
 
     @contextlib.contextmanager
     def pausing(self, what: str) -> Iterator[None]:
-        """Between two training steps: neither the rates nor the bar's estimate count the time of the block."""
+        """Leaves the time of a block between two steps out of the rates and of the bar's estimate."""
         started = time.monotonic()
         self.bar.set_description_str(what, refresh=sys.stderr.isatty())
         yield
@@ -228,7 +249,7 @@ class Progress:
             self.bar.last_print_t += seconds
 
     def is_idle(self) -> bool:
-        """Whether the devices have finished all that was dispatched."""
+        """Returns whether the devices have finished all that was dispatched."""
         return self.pending is None or self.pending[1]["l2_loss"].is_ready()
 
 
@@ -236,31 +257,35 @@ class Progress:
 
 tree_norm = jax.jit(optax.tree.norm)
 
-# Metrics of a step that are for `SkippedUpdates` alone (see `train_step.skip_nonfinite_update`).
+# Metrics of a step that are for `SkippedUpdates` alone (see `step.skip_nonfinite_update`).
 INTERNAL = ("is_skipped", "largest_gradient", "largest_gradient_norm")
-TOTAL, IN_A_ROW = "skipped_updates", "skipped_in_a_row"  # beside the position in the data, in a checkpoint
+# Beside the position in the data, in a checkpoint.
+TOTAL = "skipped_updates"
+IN_A_ROW = "skipped_in_a_row"
 
 
 class SkippedUpdates:
-    """Counts the updates that were left out; the run ends with `limit` of them in a row, at 0 with none.
+    """Counts the updates that were left out, and ends the run after `limit` of them in a row (0: none is left out).
 
-    The counts are saved with the position in the data, so that a run that is continued counts on.
+    The counts are saved with the position in the data, so that a resumed run counts on.
     """
 
     def __init__(self, limit: int, checkpoints: Checkpoints, params: PyTree, position: dict[str, Any]):
-        """`params`: a tree of the parameters' structure, for the gradients' names. `position`: as saved."""
-        self.limit, self.checkpoints = limit, checkpoints
+        """`params` is a tree of the parameters' structure, for the gradients' names; `position` is as it was saved."""
+        self.limit = limit
+        self.checkpoints = checkpoints
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         self.names = ["/".join(str(key.key) for key in path) for path in paths]
-        self.total, self.in_a_row = position.get(TOTAL, 0), position.get(IN_A_ROW, 0)
+        self.total = position.get(TOTAL, 0)
+        self.in_a_row = position.get(IN_A_ROW, 0)
 
     def extend_position(self, position: dict[str, Any]) -> dict[str, Any]:
-        """The position in the data with the counts; without them where updates are not left out."""
+        """Returns the position in the data with the counts; without them where no update is left out."""
         return position | {TOTAL: self.total, IN_A_ROW: self.in_a_row} if self.limit else position
 
     def count(self, metrics: dict[str, Any], step: int) -> dict[str, Any]:
-        """The metrics of a finished step as they are logged: with the number of updates left out so far, without what
-        is not finite. UserError where too many in a row were left out."""
+        """Returns the metrics of a finished step to log: with the number of updates left out so far, without values
+        that are not finite. Raises UserError where too many in a row were left out."""
         if not self.limit:
             return metrics
         is_skipped = bool(metrics["is_skipped"])
@@ -285,8 +310,10 @@ class SkippedUpdates:
 def check_finite(
     metrics: dict[str, Any], step: int, checkpoints: Checkpoints, ema_params: PyTree | None = None
 ) -> None:
-    """Ends a run that has diverged, before its state is saved over a good one. The loss of an update that was left out
-    may be anything."""
+    """Raises UserError in a run that has diverged, before its state is saved over a good one.
+
+    The loss of an update that was left out may be anything.
+    """
     values = [metrics["param_norm"]]
     if not metrics.get("is_skipped", False):
         values.append(metrics["l2_loss"])
@@ -307,21 +334,23 @@ def _way_on(checkpoints: Checkpoints) -> str:
 
 
 class Saver:
-    """Saves a run on its way: every `interval` steps, and where `minutes` have passed since it last did (0: never).
+    """Saves a run every `interval` steps, and when `minutes` have passed since the last save (0: never).
 
-    A save that fails, because the disk is full for example, is reported in one line and tried again a minute later;
-    the run goes on.
+    A save that fails, for example because the disk is full, is reported in one line and tried again a minute later; the
+    run goes on.
     """
 
     RETRY_SECONDS = 60.0
 
     def __init__(self, checkpoints: Checkpoints, config: dict[str, Any], interval: int, minutes: float, step: int):
-        self.checkpoints, self.config = checkpoints, config
-        self.interval, self.seconds = interval, minutes * 60 or math.inf
+        self.checkpoints = checkpoints
+        self.config = config
+        self.interval = interval
+        self.seconds = minutes * 60 or math.inf
         self._wait(step, self.seconds)
 
     def is_due(self, step: int) -> bool:
-        """The answer on which all processes of the run agree at this step."""
+        """Returns whether to save after this step; all processes of the run agree on the answer."""
         try:
             self.checkpoints.poll()
         except SaveError as error:
@@ -329,7 +358,7 @@ class Saver:
         return step % self.interval == 0 or self._is_time(step)
 
     def save(self, state: PyTree, position: Any) -> None:
-        """Starts to save; the run may go on."""
+        """Starts to save, and returns when the state may be donated to the next step."""
         step = int(state.step)
         self._wait(step, self.seconds)
         for act in (self.checkpoints.wait, partial(self.checkpoints.save, state, self.config, position)):
@@ -339,7 +368,7 @@ class Saver:
                 self._note(error, step)
 
     def save_last(self, state: PyTree, position: Any) -> None:
-        """Saves; returns when all is on disk. SaveError where it cannot be written."""
+        """Saves, and returns when everything is on disk. Raises SaveError where it cannot be written."""
         with contextlib.suppress(SaveError):  # of an earlier step, which this one replaces
             self.checkpoints.wait()
         try:
@@ -349,19 +378,23 @@ class Saver:
             raise SaveError(f"{error}: make room, and the same command continues from there") from None
 
     def _note(self, error: SaveError, step: int) -> None:
+        # Several processes would have to agree to go on.
         if jax.process_count() > 1:
             raise error
         log(f"{error}; training goes on and saves again in a minute")
         self._wait(step, self.RETRY_SECONDS)
 
     def _wait(self, step: int, seconds: float) -> None:
-        self.started, self.first, self.next_look, self.pause = time.monotonic(), step, step + 1, seconds
+        self.started = time.monotonic()
+        self.first = step
+        self.next_look = step + 1
+        self.pause = seconds
 
     def _is_time(self, step: int) -> bool:
         elapsed = time.monotonic() - self.started
         if jax.process_count() > 1 and self.pause < math.inf:
-            # The clock of the first process counts, which it tells at steps on which all agree: halfway to where it
-            # will be time, by the pace so far.
+            # The clock of the first process counts. It tells the others at steps on which all agree: halfway to where
+            # it will be time, by the pace so far.
             if step < self.next_look:
                 return False
             elapsed = float(multihost_utils.broadcast_one_to_all(np.float32(elapsed)))
