@@ -1,8 +1,6 @@
-"""Runs made of published checkpoints, and published checkpoints made of runs.
+"""Exports a run: its parameters under the published names, a folder for the hub, and the upload.
 
-An imported run holds its parameters once, and the configuration that train_flow.py would have written. An exported
-file holds the same tensors under the published names, and the run's configuration in its metadata, so that importing it
-again gives the same run.
+An exported file has the run's configuration in its metadata, so that importing it again gives the same run.
 """
 
 import json
@@ -37,18 +35,21 @@ from utils.sampling.samplers import can_guide
 CARD = ("config.json", "README.md")  # beside the weights of an exported folder
 
 
-# --- Export ---
-
-
 def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None = None) -> list[Path]:
-    """Writes a run's parameters under the published names: `out` is a file *.safetensors, or a folder for the hub with
-    model.safetensors, config.json and a model card, which names the repository `hub_id`. Returns what was written.
-    UserError where the run cannot be read or `out` cannot be written."""
+    """Writes a run's parameters under the published names, and returns the files that it has written.
+
+    `out` is a file *.safetensors, or a folder for the hub: with model.safetensors, config.json and a model card, which
+    names the repository `hub_id`. `which` is 'ema' or 'raw'. Raises UserError where the run cannot be read or `out`
+    cannot be written.
+    """
+    # Room first: reading a large run takes a while.
     is_file = out.suffix == ".safetensors"
     if is_file:
         prepare_output_file(out, "out", EXPORTED)
     else:
         check_writable(out, "out", names=(EXPORTED, *CARD))
+
+    # The run, in memory.
     checkpoints, steps = open_checkpoint(load_dir)
     newest, config = checkpoints.restore_newest(checkpoints.restore_config, steps)
     name = "ema_params" if which == "ema" else "params"
@@ -66,6 +67,7 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     except ValueError as error:
         raise UserError(f"--load_dir={load_dir} cannot be exported: {error}") from None
 
+    # The files, the weights first.
     if not is_file:
         prepare_output_folder(out, "out")
     file = out if is_file else out / EXPORTED
@@ -80,7 +82,7 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    """A safetensors file whose metadata hold the configuration of its run."""
+    """Writes a safetensors file whose metadata hold the configuration of its run."""
     from safetensors.numpy import save_file
 
     metadata = {"format": "pt", METADATA_KEY: json.dumps(config)}
@@ -89,9 +91,13 @@ def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mappi
 
 
 def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
-    """README.md of the hub repository `hub_id`, with the metadata that the hub reads. Of data and of a VAE on this
-    machine it names no folder."""
-    model, data, objective = config["model"], config["dataset"], config["objective"]["name"]
+    """Returns the README.md of the hub repository `hub_id`, with the metadata that the hub reads.
+
+    It names no folder of this machine: neither that of the data nor that of a VAE.
+    """
+    model = config["model"]
+    data = config["dataset"]
+    objective = config["objective"]["name"]
     shape = "x".join(map(str, data["image_shape"]))
     latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of {_public_vae(data)}" if data["vae"] else ""
     is_guided = can_guide(model["class_dropout_prob"]) and has_guidance(OBJECTIVES.get(objective))
@@ -124,24 +130,23 @@ images = generator.sample(labels=[0], num_steps=64{guidance})  # uint8 (1, {", "
 
 
 def _public_name(dataset_name: str) -> str:
-    """The name of a data set without the folders of a path in it."""
+    """Returns the name of a data set without the folders of a path in it."""
     kind, colon, path = dataset_name.partition(":")
     return f"{kind}{colon}{Path(path).name}" if colon else Path(dataset_name).name
 
 
 def _public_vae(data: Mapping[str, Any]) -> str:
-    """The hub id of a VAE; of one in a folder, what identifies it anywhere."""
+    """Returns the hub id of a VAE, or the hash of one in a folder, which identifies it anywhere."""
     if re.fullmatch(HUB_ID, data["vae"]) and not Path(data["vae"]).exists():
         return f"`{data['vae']}`"
     return f"a VAE with sha256 {data['vae_sha256']}" if data["vae_sha256"] else "a VAE"
 
 
-# --- The hub ---
-
-
 def push(folder: Path, hub_id: str, is_private: bool = False) -> str:
-    """Uploads an exported folder to a model repository, which is made where there is none; returns its address.
-    UserError where the hub refuses."""
+    """Uploads an exported folder to a model repository, which is created if need be, and returns its address.
+
+    Raises UserError where the hub refuses.
+    """
     import huggingface_hub as hub
 
     try:

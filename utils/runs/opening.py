@@ -33,14 +33,12 @@ from utils.sampling.generator import ImageGenerator
 
 # --load_dir of a run on the hub, and where that is kept.
 HUB_PREFIX = "hf:"
-
-
 HUB_RUNS = Path("runs")
 
 
 def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
-    """(folder of the run, step or None for the newest) that --load_dir names: RUN, RUN/checkpoints,
-    RUN/checkpoints/STEP, or hf:USER/NAME, which is kept in runs/USER--NAME."""
+    """Returns (folder of the run, step or None for the newest) for RUN, RUN/checkpoints, RUN/checkpoints/STEP or
+    hf:USER/NAME, which is kept in runs/USER--NAME."""
     if str(load_dir).startswith(HUB_PREFIX):
         load_dir = HUB_RUNS / str(load_dir).removeprefix(HUB_PREFIX).replace("/", "--")
     path = Path(load_dir).absolute()
@@ -51,9 +49,9 @@ def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
 
 
 def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
-    """(checkpoints, steps to be tried, newest first) of what --load_dir names; what is on the hub is fetched.
+    """Opens what --load_dir names, and fetches it from the hub if it is there.
 
-    Raises UserError naming --load_dir where there is none.
+    Returns (checkpoints, steps to try, newest first). Raises UserError naming --load_dir where there is none.
     """
     refuse_url(load_dir, "load_dir")
     run_dir, step = split_load_dir(load_dir)
@@ -83,12 +81,13 @@ def load_generator(
     mesh: Mesh | None = None,
     needs_images: bool = False,
 ) -> ImageGenerator:
-    """The generator of a run: its folder, RUN/checkpoints/STEP for another checkpoint than the newest, or hf:USER/NAME.
+    """Loads the generator of a run: of its folder, of RUN/checkpoints/STEP for an older checkpoint, or of hf:USER/NAME.
 
-    `params` is 'ema' or 'raw'; `label_mode` says how labels are drawn where none are given; `dtype` is another compute
-    dtype than in training; `vae` is where the VAE is now, if not where it was. A VAE that is not at hand is missed
-    where images are asked for, or with `needs_images` here. UserError where there is no whole checkpoint or the VAE is
-    another.
+    `params` is 'ema' or 'raw'. `label_mode` says how labels are drawn where none are given. `dtype` is the compute
+    dtype if it is not that of the training, and `vae` the place of the VAE if that has moved. A VAE that cannot be
+    found is reported when images are decoded, or at once with `needs_images`.
+
+    Raises UserError where no checkpoint is intact, and where the VAE is not the one of the training.
     """
     if params not in ("ema", "raw"):
         raise UserError(f"--params={params} is unknown; use ema or raw")
@@ -105,8 +104,11 @@ def load_generator(
 def load_model(
     saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, vae: str | None = None, needs_images: bool = True
 ) -> ImageModel:
-    """The model of the configuration saved with a checkpoint, without parameters; not `needs_images`: a VAE that is not
-    at hand is missed only where it is used."""
+    """Makes the model of a saved configuration, without parameters.
+
+    Without `needs_images`, a VAE that cannot be found is reported only when it is used. Raises UserError where the VAE
+    is not the one of the training.
+    """
     data = saved["dataset"]
     objective = make_objective(saved)
     config = read_network(saved["model"])
@@ -139,9 +141,9 @@ def load_model(
 def restore_params(
     checkpoints: Any, steps: list[int], model: ImageModel, saved: Mapping[str, Any], which: str = "ema"
 ) -> tuple[int, PyTree]:
-    """(step, parameters) of the first whole checkpoint of `steps`, on every device; `which` is 'ema' or 'raw'.
+    """Returns (step, parameters) of the first checkpoint of `steps` that is intact, placed on every device.
 
-    Warns of an EMA that is mostly initial parameters, by the run's configuration `saved`.
+    `which` is 'ema' or 'raw'. Warns of an EMA that is mostly initial parameters, as the configuration `saved` tells.
     """
     shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
     target = shape_structs(shapes, replicated(model.mesh))
@@ -169,12 +171,13 @@ def import_run(
     class_names: Sequence[str] | None = None,
     vae: str | None = None,
 ) -> dict[str, Any]:
-    """Writes the run of a published checkpoint to the folder `out`; returns its configuration.
+    """Writes the run of a published checkpoint to the folder `out`, and returns its configuration.
 
-    `model` has the --model.* values of what a checkpoint does not say (how it would be trained). `vae` is that of its
-    latents, if not the family's usual one. UserError where something is missing, contradicts, or does not fit, and
-    where `out` holds a run; nothing is written then.
+    `model` has the --model.* values that a checkpoint does not tell: how it would be trained. `vae` is the VAE of its
+    latents if that is not the family's usual one. Raises UserError, and writes nothing, where something is missing,
+    contradicts or does not fit, and where `out` holds a run.
     """
+    # Configuration and parameters, in memory.
     check_new_run(out)
     try:
         if source.run is not None:
@@ -194,10 +197,10 @@ def import_run(
     except BadFileError as error:
         raise UserError(f"--source={source_name}: {error}") from None
 
+    # On disk, the checkpoint last: with it, the run is complete.
     prepare_output_folder(out, "out")
     with FolderLock(out).held("out"):
-        check_new_run(out)  # which another process may have finished
-        # The checkpoint last: with it, the run is whole.
+        check_new_run(out)  # another process may have finished one
         write_json(out / "config.json", config)
         checkpoints = Checkpoints(out)
         try:
@@ -209,8 +212,8 @@ def import_run(
 
 
 def check_new_run(out: Path) -> None:
-    """UserError where no run can be written to `out`, or it holds one, rather than what is left of an import that was
-    stopped: a finished checkpoint, or the log of a training that has none yet."""
+    """Raises UserError where no run can be written to `out`, and where it holds one: a finished checkpoint, or the log
+    of a training that has none yet. The remains of an import that was stopped are no run."""
     if has_checkpoints(out) or any((out / name).exists() for name in ("configs", "metrics.jsonl")):
         raise UserError(f"--out={out} holds a run already; choose another folder")
     check_writable(out, "out")
@@ -225,7 +228,7 @@ def _choose_family(source: PublishedCheckpoint, family: str | None) -> str:
 
 
 def _exported_config(run: dict[str, Any]) -> dict[str, Any]:
-    """The configuration in an exported file, which may be of anyone. BadFileError where it cannot be that of a run."""
+    """Returns the configuration in an exported file, which may be anyone's. Raises BadFileError if it is no run's."""
     try:
         config = read_config(run)
     except BadFileError as error:
@@ -246,12 +249,14 @@ def _new_config(
     class_names: Sequence[str] | None,
     vae: str | None,
 ) -> dict[str, Any]:
-    """The configuration of a run for a checkpoint of others."""
+    """Returns the configuration of a run for somebody else's checkpoint."""
     known = FAMILIES[family]
     height, width, channels = latent_shape
-    # Pixels are what has the channels of pixels.
+
+    # Images or latents: a model of one channel or three takes pixels.
     is_latent = vae is not None or channels not in (1, 3)
-    factor, sha256 = VAE_FACTOR, None
+    factor = VAE_FACTOR
+    sha256 = None
     if vae is not None:
         codec = StableVAE.load(vae)
         factor, sha256 = codec.config.downsampling, codec.sha256
@@ -260,6 +265,8 @@ def _new_config(
                 f"--vae={vae} has latents of {codec.config.latent_channels} channels, the model {channels}; give the "
                 "VAE with which it was trained"
             )
+
+    # The data: ImageNet is known by its classes and size.
     shape = [height * factor, width * factor, 3] if is_latent else list(latent_shape)
     names = _check_class_names(class_names, architecture.num_classes)
     is_imagenet = architecture.num_classes == 1000 and shape[:2] == [256, 256]
@@ -294,7 +301,7 @@ def _check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequenc
 
 
 def fetch_run(load_dir: str, folder: Path) -> None:
-    """Makes a run in `folder` of what hf:USER/NAME, or hf:USER/NAME@REVISION, names. UserError where it cannot be."""
+    """Makes a run in `folder` of hf:USER/NAME or hf:USER/NAME@REVISION. Raises UserError where that fails."""
     check_new_run(folder)
     hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
     source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")
