@@ -35,23 +35,25 @@ def define_flags() -> None:
 
 
 def choose_metrics(known: Iterable[str], requested: list[str], is_optional: bool) -> list[str]:
-    """The known metrics that `requested` names or matches, in its order, each once.
+    """Returns the known metrics that `requested` names or matches, in its order, each once.
 
-    UserError for one that nothing matches, or where `is_optional`, if none does.
+    Raises UserError for a name that nothing matches; where `is_optional`, only if no name matches anything.
     """
     known = sorted(known)
     matches = {pattern: [name for name in known if fnmatchcase(name, pattern)] for pattern in requested}
     missing = [pattern for pattern, names in matches.items() if not names]
     if not requested or (len(missing) == len(matches) if is_optional else missing):
-        there = dict.fromkeys(name.partition("_t/")[0] + "_t/*" if "_t/" in name else name for name in known)
+        choices = dict.fromkeys(name.partition("_t/")[0] + "_t/*" if "_t/" in name else name for name in known)
         raise UserError(
-            f"--metrics={missing[0] if missing else ''} matches no logged metric; there are {', '.join(there)}"
+            f"--metrics={missing[0] if missing else ''} matches no logged metric; there are {', '.join(choices)}"
         )
     return list(dict.fromkeys(name for names in matches.values() for name in names))
 
 
 def main(config: ConfigDict) -> None:
     jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerators
+
+    # Which runs and which metrics.
     if not all(config.runs) or not config.runs:
         given = f"={','.join(config.runs)} has an empty name" if config.runs else " is not given"
         raise UserError(f"--runs{given}: name run folders, separated by commas, such as runs/a,runs/b")
@@ -59,11 +61,15 @@ def main(config: ConfigDict) -> None:
     curves = {name: read_curves(path, "runs") for name, path in zip(name_runs(paths), paths, strict=True)}
     known = {metric for curve in curves.values() for metric in curve}
     metrics = choose_metrics(known, config.metrics, is_optional=not reading.is_explicit("metrics"))
+
+    # Where the figure goes: before it is drawn.
     out = Path(config.out)
     if out.is_dir() or out.suffix.lower() != ".png":
         example = out / "curves.png" if out.is_dir() else "curves.png"
         raise UserError(f"--out={out}: name a .png file, such as {example}")
     prepare_output_file(out, "out", "curves.png")
+
+    # The figure.
     points = {metric: {run: list(curve.get(metric, {}).items()) for run, curve in curves.items()} for metric in metrics}
     for run in curves:
         if missing := [metric for metric in metrics if not points[metric][run]]:

@@ -1,4 +1,4 @@
-"""Parameters of jax-flow's checkpoints."""
+"""Imports the parameters of jax-flow's checkpoints."""
 
 from collections.abc import Mapping
 
@@ -9,12 +9,13 @@ from diffusion_transformer import position_table
 
 
 def import_jax_flow_params(flat: Mapping[str, Array | np.ndarray]) -> PyTree:
-    """DiT parameters from those of a jax-flow checkpoint, `flat` = {'DiTBlock_0/Dense_0/kernel': array, ...}.
+    """Returns DiT parameters for those of a jax-flow checkpoint, `flat` = {'DiTBlock_0/Dense_0/kernel': array, ...}.
 
-    Query, key and value become one kernel. jax-flow trained its position table, which is a constant here: a `pos_embed`
-    that has left the constant is kept as a parameter of that name, and DiT then uses it, so that the imported model
-    computes what the old one did. Raises ValueError for a tree that is not a jax-flow DiT's.
+    Query, key and value become one kernel. jax-flow trained its table of positions, which is a constant here: a
+    `pos_embed` that differs from the constant stays a parameter of that name, which DiT then uses, so that the imported
+    model computes what the old one did. Raises ValueError for a tree that is not a jax-flow DiT's.
     """
+    # Each tensor is taken once: what is left at the end has no counterpart.
     left = {name: np.asarray(value) for name, value in flat.items()}
     depth = sum(name.startswith("DiTBlock_") and name.endswith("/MlpBlock_0/Dense_0/kernel") for name in left)
 
@@ -55,6 +56,8 @@ def import_jax_flow_params(flat: Mapping[str, Array | np.ndarray]) -> PyTree:
         raise ValueError(f"not the parameter tree of a jax-flow DiT: {error.args[0]} is missing") from None
     if "TimestepEmbedder_1/Dense_0/kernel" in left:  # of shortcut models and MeanFlow
         params["step_embed"] = take_pair("TimestepEmbedder_1")
+
+    # The table of positions, if it has been trained.
     pos_embed = left.pop("pos_embed", None)
     if left:
         raise ValueError(f"not the parameter tree of a jax-flow DiT: {sorted(left)[0]} has no counterpart")

@@ -1,4 +1,4 @@
-"""Published DiT-family checkpoints: their tensors by name, and the parameters of this DiT that they are.
+"""Published checkpoints of the DiT family: their tensors by name, as parameters of this project's DiT, and back.
 
 DiT (arXiv:2212.09748), SiT (arXiv:2401.08740) and LightningDiT (arXiv:2501.01423) share one layout; diffusers' names
 are rewritten to it first. One table of names serves both directions.
@@ -24,7 +24,7 @@ State = Mapping[str, np.ndarray]
 
 
 class Family(NamedTuple):
-    """What the tensors do not say: they have the same names and shapes in all of a family's models."""
+    """What is common to a family of models, and not to be seen in their tensors."""
 
     title: str
     objective: dict[str, Any]  # --objective.* of a run
@@ -59,7 +59,7 @@ FAMILIES = {
 
 
 class Tensor(NamedTuple):
-    """One tensor of a published file, and the parameter that it is."""
+    """A tensor of a published file, and the parameter that it becomes."""
 
     name: str
     path: tuple[str, ...]
@@ -90,7 +90,8 @@ def _linear(name: str, *path: str) -> Iterator[Tensor]:
 
 
 def tensor_table(config: DiTConfig) -> list[Tensor]:
-    """The tensors of a model, but for `pos_embed`, which is a constant in most."""
+    """Lists the tensors of a model, without `pos_embed`, which is a constant in most."""
+    # The embeddings.
     table = [
         Tensor("x_embedder.proj.weight", ("patch_embed", "kernel"), _load_patches, _store_patches),
         Tensor("x_embedder.proj.bias", ("patch_embed", "bias"), _same, _same),
@@ -98,8 +99,11 @@ def tensor_table(config: DiTConfig) -> list[Tensor]:
         *_linear("t_embedder.mlp.2", "timestep_embed", "dense_1"),
         Tensor("y_embedder.embedding_table.weight", ("label_embed", "Embed_0", "embedding"), _same, _same),
     ]
+
+    # The blocks.
     for i in range(config.depth):
-        theirs, ours = f"blocks.{i}", f"block_{i}"
+        theirs = f"blocks.{i}"
+        ours = f"block_{i}"
         table += _linear(f"{theirs}.attn.qkv", ours, "attention", "qkv")
         table += _linear(f"{theirs}.attn.proj", ours, "attention", "out")
         for name, layer in zip(_mlp_names(config), ("dense_0", "dense_1"), strict=True):
@@ -108,6 +112,8 @@ def tensor_table(config: DiTConfig) -> list[Tensor]:
         table += [_scale(f"{theirs}.{norm}", ours, norm) for norm in ("norm1", "norm2") if config.norm == "rms"]
         if config.qk_norm:
             table += [_scale(f"{theirs}.attn.{norm}", ours, "attention", norm) for norm in ("q_norm", "k_norm")]
+
+    # The output.
     table += _linear("final_layer.adaLN_modulation.1", "final_layer", "ada_ln", "dense")
     table += _linear("final_layer.linear", "final_layer", "dense")
     if config.norm == "rms":
@@ -127,16 +133,18 @@ def _mlp_names(config: DiTConfig) -> tuple[str, str]:
 
 
 def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, int, int]) -> PyTree:
-    """Parameters (NumPy arrays, float32) of a checkpoint in the published names; see `find_config`.
+    """Returns the parameters (float32 NumPy arrays) of a checkpoint in the published names.
 
-    Raises BadFileError, naming it, for a tensor that is missing, left over or misshapen, or holds no finite numbers.
+    `config` and `latent_shape` (h, w, c) are those of `find_config`. Raises BadFileError, naming it, for a tensor that
+    is missing, left over or misshapen, or that holds NaN or infinity.
     """
+    # Sizes and names first: nothing large is made for a file that is refused.
     state = dict(state)
     height, width, channels = latent_shape
     pos_embed = _take(state, "pos_embed", 3)
     del state["pos_embed"]
-    # Sizes from anywhere, which are those of the file from here on.
-    p, d = config.patch_size, config.hidden_size
+    p = config.patch_size
+    d = config.hidden_size
     _check_shape("pos_embed", pos_embed, (1, height * width // p**2, d))
     _check_shape("x_embedder.proj.weight", _take(state, "x_embedder.proj.weight", 4), (d, channels, p, p))
     if config.rope:
@@ -144,6 +152,7 @@ def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, i
     table = tensor_table(config)
     _check_names(state, [tensor.name for tensor in table])
 
+    # Each tensor as the parameter that it becomes.
     outputs = channels * (2 if config.learn_sigma else 1)
     flat = {}
     for tensor in table:
@@ -153,13 +162,13 @@ def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, i
             raise BadFileError(f"its tensor {tensor.name} has the shape {value.shape}")
         value = tensor.load(value)
         if tensor.path[:2] == ("final_layer", "dense"):
-            # Outputs are (row, column, channel) of a patch; a half that nothing uses is left out.
+            # Outputs are (row, column, channel) of a patch. The second half is left out where nothing uses it.
             if value.shape[-1] % p**2:
                 raise BadFileError(f"its tensor {tensor.name} has the shape {state[tensor.name].shape}")
             value = value.reshape(*value.shape[:-1], p**2, -1)[..., :outputs]
             value = value.reshape(*value.shape[:-2], -1)
         if tensor.path[0] == "label_embed" and len(value) == config.num_classes:
-            value = np.concatenate([value, np.zeros_like(value[:1])])  # "no label", which it was trained without
+            value = np.concatenate([value, np.zeros_like(value[:1])])  # "no label", unknown to this model
         flat[tensor.path] = value
     if config.learned_positions:
         flat[("pos_embed",)] = _to_float32("pos_embed", pos_embed)
@@ -170,12 +179,13 @@ def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, i
 def find_config(
     state: State, family: str, num_heads: int | None = None, num_classes: int | None = None
 ) -> tuple[DiTConfig, tuple[int, int, int]]:
-    """(configuration, latent shape (h, w, c)) of a checkpoint in the published names, from its tensors' shapes.
+    """Returns (configuration, latent shape (h, w, c)) of a checkpoint in the published names, by its tensors' shapes.
 
-    `family` is a key of FAMILIES. `num_heads`: by default that of the published model of this width. `num_classes`
-    tells a table of labels without a row for "no label", of a model trained without dropout, from one with it. Raises
-    BadFileError, naming it, for a tensor without which nothing is known, and for what does not fit the family.
+    `family` is a key of FAMILIES. `num_heads` is by default that of the published model of this width. By `num_classes`
+    a table of labels with a row for "no label" is told from one without it, of a model trained without dropout. Raises
+    BadFileError, naming it, for a tensor that is needed here and missing, and for what does not fit the family.
     """
+    # Sizes, and the family.
     kernel = _take(state, "x_embedder.proj.weight", 4)
     hidden_size, channels, patch_size, _ = kernel.shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
@@ -185,6 +195,7 @@ def find_config(
     elif family == "lightningdit":
         raise BadFileError("it is no LightningDiT's, which has blocks.0.mlp.w12 or blocks.0.norm1")
 
+    # The MLP, the classes and the output.
     is_swiglu = "blocks.0.mlp.w12.weight" in state
     mlp_width = _take(state, f"blocks.0.mlp.{'w3' if is_swiglu else 'fc2'}.weight", 2).shape[1]
     num_rows = len(_take(state, "y_embedder.embedding_table.weight", 2))
@@ -223,7 +234,8 @@ def _take(state: State, name: str, ndim: int) -> np.ndarray:
 
 
 def _grid_of(state: State) -> tuple[int, int]:
-    """Rows and columns of patches. A file without a table of positions, diffusers', says it by `sample_size`."""
+    """Returns rows and columns of patches, by the table of positions. diffusers' files lack it: `rename_diffusers` has
+    added one by their `sample_size`."""
     tokens = state["pos_embed"].shape[1] if "pos_embed" in state and state["pos_embed"].ndim == 3 else 0
     side = round(tokens**0.5)
     if side == 0 or side**2 != tokens:
@@ -232,7 +244,7 @@ def _grid_of(state: State) -> tuple[int, int]:
 
 
 def _has_moved(state: State, rows: int, columns: int, width: int) -> bool:
-    """Whether the position table is another than the constant one."""
+    """Returns whether the table of positions differs from the constant one."""
     table = state["pos_embed"]
     if width % 4:
         raise BadFileError(f"its tensors are {width} wide, which is no multiple of 4 (sines and cosines of two axes)")
@@ -260,7 +272,7 @@ def _choose_heads(state: State, hidden_size: int, num_heads: int | None) -> int:
 
 
 def _mlp_ratio(hidden_size: int, width: int, is_swiglu: bool) -> float:
-    """The ratio that gives an MLP of this width (see `DiTConfig.mlp_width`)."""
+    """Returns the ratio that gives an MLP of this width (see `DiTConfig.mlp_width`)."""
     scale = 1.5 if is_swiglu else 1.0
     candidates = (4.0, scale * width / hidden_size, scale * (width + 0.5) / hidden_size)
     for ratio in candidates:
@@ -271,7 +283,7 @@ def _mlp_ratio(hidden_size: int, width: int, is_swiglu: bool) -> float:
 
 
 def _drop_rope_table(state: dict[str, np.ndarray], config: DiTConfig, num_tokens: int) -> None:
-    """Removes the tables of angles, which are constants; BadFileError where they are of another image size."""
+    """Removes the tables of angles, which are constants. Raises BadFileError where they are of another image size."""
     for name in ("feat_rope.freqs_cos", "feat_rope.freqs_sin"):
         table = state.pop(name, None)
         if table is not None and table.shape != (num_tokens, config.hidden_size // config.num_heads):
@@ -314,7 +326,11 @@ def _to_float32(name: str, value: np.ndarray) -> np.ndarray:
 
 
 def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """{published name: tensor} of parameters: the inverse of `import_published`, bit for bit."""
+    """Returns {published name: tensor} of parameters: the inverse of `import_published`, bit for bit.
+
+    Raises ValueError for parameters that no published model has.
+    """
+    # The table of positions, which is a parameter in some models only.
     flat = flatten_dict(params)
     height, width, _ = latent_shape
     p = config.patch_size
@@ -322,6 +338,8 @@ def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int,
     if table is None:
         table = position_table(height // p, width // p, config.hidden_size)[None]
     state = {"pos_embed": np.asarray(table, np.float32)}
+
+    # All others.
     for tensor in tensor_table(config):
         value = np.asarray(flat.pop(tensor.path), np.float32)  # of a run with JAX_ENABLE_X64=1, float64
         if tensor.path[0] == "label_embed" and config.class_dropout_prob == 0:
@@ -331,7 +349,8 @@ def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int,
         raise ValueError(f"no published model has {'/'.join(min(flat))}")
     if config.rope:
         angles = rope_angles(height // p, width // p, config.hidden_size // config.num_heads)
-        state["feat_rope.freqs_cos"], state["feat_rope.freqs_sin"] = np.cos(angles), np.sin(angles)
+        state["feat_rope.freqs_cos"] = np.cos(angles)
+        state["feat_rope.freqs_sin"] = np.sin(angles)
     return state
 
 
@@ -346,7 +365,7 @@ _DIFFUSERS = {
     r"proj_out_1": "final_layer.adaLN_modulation.1",
     r"proj_out_2": "final_layer.linear",
 }
-# Repeated in every block.
+# diffusers' files repeat these in every block.
 _DIFFUSERS_EMBEDDINGS = {
     "timestep_embedder.linear_1": "t_embedder.mlp.0",
     "timestep_embedder.linear_2": "t_embedder.mlp.2",
@@ -355,11 +374,12 @@ _DIFFUSERS_EMBEDDINGS = {
 
 
 def rename_diffusers(state: State, sample_size: int, hidden_size: int, patch_size: int) -> dict[str, np.ndarray]:
-    """The tensors of diffusers' DiTTransformer2DModel under the published names.
+    """Returns the tensors of diffusers' DiTTransformer2DModel under the published names.
 
-    The position table, which is not in its files, is added. Raises BadFileError where a block's copy of the embeddings
-    is not that of the others, and where the sizes, which are those of a config.json, are not the tensors'.
+    The table of positions, which its files lack, is added. Raises BadFileError where a block's copy of the embeddings
+    differs from the first one's, and where the sizes in a config.json are not those of the tensors.
     """
+    # The sizes of the config.json.
     kernel = state.get("pos_embed.proj.weight", np.zeros(0))
     if kernel.ndim != 4 or (len(kernel), *kernel.shape[2:]) != (hidden_size, patch_size, patch_size):
         raise BadFileError(
@@ -368,6 +388,8 @@ def rename_diffusers(state: State, sample_size: int, hidden_size: int, patch_siz
         )
     if sample_size % patch_size or (sample_size // patch_size) ** 2 > MAX_TOKENS:
         raise BadFileError(f"its config.json has sample_size {sample_size}, which no model of patches {patch_size} has")
+
+    # Names. Queries, keys and values are collected, and the copies of the embeddings compared.
     renamed: dict[str, np.ndarray] = {}
     projections: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name, value in state.items():
@@ -383,6 +405,8 @@ def rename_diffusers(state: State, sample_size: int, hidden_size: int, patch_siz
             for pattern, replacement in _DIFFUSERS.items():
                 stem = re.sub(f"^{pattern}$", replacement, stem)
             renamed[f"{stem}.{leaf}"] = value
+
+    # Queries, keys and values are one tensor.
     for (block, leaf), parts in projections.items():
         if parts.keys() != set("qkv"):
             raise BadFileError(f"it has no whole to_q, to_k and to_v of block {block}")

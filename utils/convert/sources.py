@@ -1,4 +1,4 @@
-"""Where published checkpoints come from: files of PyTorch and safetensors, folders, the Hugging Face hub."""
+"""Reads published checkpoints from files of PyTorch and safetensors, from folders, and from the Hugging Face hub."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,15 @@ from utils.convert.torch_files import read_torch_file
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 METADATA_KEY = "jax_flow_matching"  # of a safetensors file that `convert_checkpoint.py --load_dir` wrote: its run
 EXPORTED = "model.safetensors"
-INDEX = ".index.json"  # of shards, behind the name of the file that they would be together
+INDEX = ".index.json"  # of shards: follows the name of the file that they would be together
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 DIFFUSERS_WEIGHTS += tuple(f"{name}{INDEX}" for name in DIFFUSERS_WEIGHTS)
-# The tensor by which a model is found, whatever stands before it.
-ROOT, DIFFUSERS_ROOT = "x_embedder.proj.weight", "pos_embed.proj.weight"
+# The tensor by which a model is found, whatever prefix it has.
+ROOT = "x_embedder.proj.weight"
+DIFFUSERS_ROOT = "pos_embed.proj.weight"
 # What wrappers put anywhere into a name: (D)DP and DeepSpeed, torch.compile, FSDP, activation checkpointing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-# Under what training keeps a network; an average of it has "ema" in its name.
+# Names under which trainings keep a network; an average of it has "ema" in its name.
 MODELS = {
     "model", "net", "network", "online_model", "diffusion_model", "transformer", "denoiser", "backbone", "dit", "sit",
     "state_dict", "model_state_dict", "params", "weights", "checkpoint", "state",
@@ -33,7 +34,7 @@ MODELS = {
 COUNTERS = {"n_averaged", "step", "initted", "decay", "num_updates", "update_counter", "global_step"}
 OTHER_PARTS = {"vae", "first_stage_model", "cond_stage_model", "text_encoder", "loss", "lpips", "discriminator"}
 MAX_NESTING = 8
-# The noise schedule that a published DiT has been trained with.
+# The noise schedule with which the published DiTs were trained.
 SCHEDULE = {
     "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
@@ -52,9 +53,11 @@ class PublishedCheckpoint(NamedTuple):
 
 
 def read_source(source: str, flag: str | None = None) -> PublishedCheckpoint:
-    """The checkpoint in a file (.pt, .bin, .safetensors), in a folder (of diffusers, or exported here), or of a hub id.
+    """Reads the checkpoint in a file (.pt, .bin, .safetensors), in a folder (of diffusers, or exported here), or of a
+    hub id.
 
-    No pickle is executed. UserError, naming --source (or another `flag`), where there is none or it cannot be read.
+    No pickle is executed. Raises UserError, naming --source or another `flag`, where there is none, and where it cannot
+    be read.
     """
     path = Path(source)
     if not path.exists() and re.fullmatch(HUB_ID, source):
@@ -68,7 +71,10 @@ def read_source(source: str, flag: str | None = None) -> PublishedCheckpoint:
 
 
 def fetch(hub_id: str, revision: str | None = None) -> Path:
-    """The folder, in the hub's cache, of what `_read_folder` reads of a repository. UserError where it is not there."""
+    """Downloads what `_read_folder` needs of a repository, and returns its folder in the hub's cache.
+
+    Raises UserError where that fails.
+    """
     import huggingface_hub as hub
 
     wanted = ["config.json", EXPORTED, f"{EXPORTED}{INDEX}", "model-*-of-*.safetensors", "diffusion_pytorch_model*"]
@@ -84,9 +90,12 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
 
 
 def _read_folder(folder: Path) -> PublishedCheckpoint:
+    # Exported here, or published like that.
     for name in (EXPORTED, f"{EXPORTED}{INDEX}"):
         if (folder / name).is_file():
             return _read_file(folder / name)
+
+    # Of diffusers: the network may be in a folder of its own.
     transformer = next((place for place in (folder / "transformer", folder) if _find_weights(place)), None)
     if transformer is None:
         names = f"{EXPORTED} or {' or '.join(DIFFUSERS_WEIGHTS[:2])}, here or in a folder transformer, or their {INDEX}"
@@ -129,7 +138,7 @@ def _check_schedule(path: Path) -> None:
 
 
 def _label_names(path: Path) -> tuple[str, ...] | None:
-    """The names in model_index.json, `id2label` {"0": name, ...}."""
+    """Returns the names of classes in a model_index.json, `id2label` {"0": name, ...}; None where it has none."""
     labels = read_json(path).get("id2label") if path.is_file() else None
     if not isinstance(labels, dict) or sorted(labels, key=str) != sorted(map(str, range(len(labels)))):
         return None
@@ -153,11 +162,11 @@ def _read_file(path: Path) -> PublishedCheckpoint:
 
 
 class _Model(NamedTuple):
-    """Tensors under one prefix of a file."""
+    """The tensors under one prefix of a file."""
 
     prefix: str
     tensors: dict[str, np.ndarray]
-    others: dict[str, Any]  # what stands beside them in the same dictionary
+    others: dict[str, Any]  # values beside them in the same dictionary
 
     @property
     def is_ema(self) -> bool:
@@ -173,12 +182,13 @@ def _is_ema(part: str) -> bool:
 
 
 def _find_model(content: Mapping[str, Any], root: str) -> dict[str, np.ndarray]:
-    """The tensors of the model in a file, of several the EMA, without what wrappers and training scripts put before
-    their names, in any order and nesting. `root` is a tensor that every such model has.
+    """Returns the tensors of the model in a file, without the prefixes of wrappers and training scripts.
 
-    BadFileError for a prefix that is not known, for several models of which none is the EMA, and for a tensor beside a
-    model that is not known to stand there.
+    Of several models it is the EMA. Dictionaries may be nested, and prefixes stand in any order. `root` is a tensor
+    that every such model has. Raises BadFileError for an unknown prefix, for several models of which none is the EMA,
+    and for an unknown tensor beside a model.
     """
+    # All models in the file, and the one that is meant.
     models = [model for path, mapping in _walk(content, (), set()) for model in _models_in(path, mapping, root)]
     if not models:
         return _tensors_without_root(content, root)
@@ -193,6 +203,8 @@ def _find_model(content: Mapping[str, Any], root: str) -> dict[str, np.ndarray]:
         prefixes = " and ".join(repr(model.prefix) for model in chosen[:2])
         raise BadFileError(f"it holds {len(chosen)} models, under {prefixes}; save the one that is meant alone")
     (model,) = chosen
+
+    # What is left out.
     left = [repr(other.prefix) for other in models if other is not model]
     if left:
         what = "the EMA" if model.is_ema else "what is"
@@ -209,7 +221,7 @@ def _find_model(content: Mapping[str, Any], root: str) -> dict[str, np.ndarray]:
 
 
 def _walk(content: Mapping, path: tuple[str, ...], seen: set[int]) -> Iterator[tuple[tuple[str, ...], Mapping]]:
-    """(keys that lead there, dictionary) of all dictionaries within `content`, each once."""
+    """Yields (keys that lead there, dictionary) for all dictionaries within `content`, each once."""
     if id(content) in seen or len(path) > MAX_NESTING:
         return
     seen.add(id(content))
@@ -220,7 +232,8 @@ def _walk(content: Mapping, path: tuple[str, ...], seen: set[int]) -> Iterator[t
 
 
 def _models_in(path: tuple[str, ...], mapping: Mapping, root: str) -> list[_Model]:
-    """The models of which a dictionary of tensors has the `root`."""
+    """Returns the models whose `root` a dictionary of tensors holds."""
+    # Names without wrappers.
     tensors: dict[str, np.ndarray] = {}
     for name, value in mapping.items():
         if isinstance(value, np.ndarray):
@@ -228,8 +241,9 @@ def _models_in(path: tuple[str, ...], mapping: Mapping, root: str) -> list[_Mode
             if short in tensors:
                 raise BadFileError(f"it has two tensors {short}, under different wrappers; save one of the two models")
             tensors[short] = value
-    prefixes = [name.removesuffix(root) for name in tensors if name == root or name.endswith(f".{root}")]
+
     # Each tensor belongs to the longest prefix that it has.
+    prefixes = [name.removesuffix(root) for name in tensors if name == root or name.endswith(f".{root}")]
     groups: dict[str | None, dict[str, np.ndarray]] = {prefix: {} for prefix in (*prefixes, None)}
     for name, value in tensors.items():
         is_beside = "" in prefixes and _is_known_beside(name)
@@ -250,8 +264,8 @@ def _is_known_beside(name: str) -> bool:
 
 
 def _tensors_without_root(content: Mapping[str, Any], root: str) -> dict[str, np.ndarray]:
-    """The tensors of a file without `root`, of which the import names what is missing; BadFileError where the file
-    holds none, or has them elsewhere."""
+    """Returns the tensors of a file that lacks `root`: the import then names what is missing. Raises BadFileError where
+    it holds none, or has them elsewhere."""
     found = [
         (".".join((*path, str(name))), value)
         for path, mapping in _walk(content, (), set())
@@ -271,14 +285,14 @@ def _tensors_without_root(content: Mapping[str, Any], root: str) -> dict[str, np
 
 
 def _check_transport(arguments: Any) -> None:
-    """BadFileError for a SiT trained on another path or prediction than the published models."""
+    """Raises BadFileError for a SiT trained with another path or prediction than the published models."""
     for name, value in {"path_type": "Linear", "prediction": "velocity"}.items():
         if getattr(arguments, name, value) != value:
             raise BadFileError(f"it was trained with {name} {getattr(arguments, name)}; only {value} is imported")
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:
-    """Returns the content of a file, of the kind that its first bytes say; for an index, that of its shards."""
+    """Returns the content of a file, whose first bytes tell its kind; for an index, the content of its shards."""
     if path.name.endswith(INDEX):
         return _read_shards(path)
     start = read_start(path, 9)
@@ -293,7 +307,8 @@ def _read_tensors(path: Path) -> dict[str, Any]:
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
-    """The tensors of all the files that an index names, which are beside it."""
+    """Returns the tensors of all files that an index names; they are beside it."""
+    # The files.
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
         raise BadFileError(f"{index.name} has no weight_map to files beside it")
@@ -303,6 +318,8 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
         raise BadFileError(
             f"its shard {missing[0]} is missing ({len(missing)} of {len(shards)} are): all belong beside {index.name}"
         )
+
+    # Their tensors.
     tensors = {}
     for shard in shards:
         try:
@@ -312,18 +329,18 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
         for name in (name for name, place in weight_map.items() if place == shard):
             if name not in content:
                 raise BadFileError(f"its shard {shard} has no tensor {name[:100]}, which {index.name} says it has")
-        # Those that the index leaves out belong to the model, too, or are found to be surplus later.
+        # Tensors that the index leaves out belong to the model too, or turn out to be surplus later.
         tensors |= {name: value for name, value in content.items() if weight_map.get(name, shard) == shard}
     return tensors
 
 
 def _is_shard(name: Any) -> bool:
-    """Whether this can be the name of a file beside an index."""
+    """Returns whether this can be the name of a file beside an index."""
     return isinstance(name, str) and bool(re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin|pt)", name))
 
 
 def _read_metadata(path: Path) -> dict[str, Any] | None:
-    """The run that an exported file says it is of."""
+    """Returns the configuration in an exported file's metadata; None for other files."""
     try:
         text = open_safetensors(path).metadata.get(METADATA_KEY)
     except BadFileError:  # no safetensors file: read by other means, or refused there
