@@ -136,7 +136,9 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(state, CONFIG, {"next_index": 1200})
     checkpoints.close()
-    like, rng, noticed = shape_structs(state, replicated(make_mesh())), np.random.default_rng(0), 0
+    like = shape_structs(state, replicated(make_mesh()))
+    rng = np.random.default_rng(0)
+    noticed = 0
     files = files_of(tmp_path / "checkpoints" / "1")
     for file in [*files, *rng.choice(files, 20)]:
         content = file.read_bytes()
@@ -349,7 +351,9 @@ def test_saves_are_due_by_step_and_by_time(tmp_path, monkeypatch):
 
 def test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says(tmp_path, monkeypatch):
     """Steps of a second on the first process; the second's clock runs at another pace."""
-    checkpoints, told, now = checkpoint.Checkpoints(tmp_path), [], 0.0
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    told = []
+    now = 0.0
     monkeypatch.setattr(checkpoint.Checkpoints, "poll", lambda self: None)
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -358,7 +362,8 @@ def test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says(tm
         nonlocal now
         now = 0.0
         monkeypatch.setattr(progress.multihost_utils, "broadcast_one_to_all", broadcast)
-        saver, due = progress.Saver(checkpoints, CONFIG, interval=10**6, minutes=15, step=0), []
+        saver = progress.Saver(checkpoints, CONFIG, interval=10**6, minutes=15, step=0)
+        due = []
         for step in range(1, 2001):
             now += seconds
             if saver.is_due(step):
@@ -405,10 +410,8 @@ def test_import_keeps_a_position_table_that_training_moved(golden, monkeypatch):
     flat["pos_embed"] = flat["pos_embed"] * 2
     meta = {name.removeprefix("meta/"): int(value) for name, value in golden.items() if name.startswith("meta/")}
     del meta["image_size"], meta["channels"]
-    model, inputs = (
-        DiT(DiTConfig(class_dropout_prob=0.1, dtype="float32", **meta)),
-        (golden["x_1"], golden["t"], golden["labels"]),
-    )
+    model = DiT(DiTConfig(class_dropout_prob=0.1, dtype="float32", **meta))
+    inputs = (golden["x_1"], golden["t"], golden["labels"])
     moved = jax.jit(model.apply)({"params": import_jax_flow_params(flat)}, *inputs)
     # The same model with its constant moved instead.
     flat["pos_embed"] = flat["pos_embed"] / 2

@@ -276,7 +276,8 @@ def write_no_model(tmp_path, state):
     ],
 )
 def test_what_cannot_be_imported_is_refused_and_leaves_nothing(convert, tmp_path, state, write, message):
-    source, out = write(tmp_path, state), tmp_path / "run"
+    source = write(tmp_path, state)
+    out = tmp_path / "run"
     with pytest.raises(UserError, match=message) as error:
         convert("--source", source, "--family", "sit", "--num_heads", 2, "--vae", VAE, "--out", out)
     assert "\n" not in str(error.value)

@@ -43,7 +43,8 @@ def make_params(channels=3, side=4, **changes):
 
 
 def test_what_is_the_same_is_taken_bit_for_bit():
-    source, fresh = make_params(), make_params()
+    source = make_params()
+    fresh = make_params()
     adapted = adapt_params(source, jax.tree.map(np.zeros_like, fresh), CLASSES, CLASSES, 2)
     for path, value in flatten_dict(source).items():
         np.testing.assert_array_equal(flatten_dict(adapted.params)[path], value)
@@ -56,7 +57,8 @@ def test_what_is_the_same_is_taken_bit_for_bit():
     [(("c", "x", "a"), 2, 1), (("x", "y", "z"), 0, 3), (("b",), 1, 0), (("a", "b", "c", "d", "e"), 3, 2)],
 )
 def test_labels_go_by_name_and_new_ones_start_from_no_label(classes, kept, new):
-    source, fresh = make_params(), make_params(num_classes=len(classes))
+    source = make_params()
+    fresh = make_params(num_classes=len(classes))
     adapted = adapt_params(source, fresh, CLASSES, classes, 2)
     rows, table = (tree["label_embed"]["Embed_0"]["embedding"] for tree in (source, adapted.params))
     for label, name in enumerate(classes):
@@ -67,7 +69,8 @@ def test_labels_go_by_name_and_new_ones_start_from_no_label(classes, kept, new):
 
 
 def test_other_channels_keep_those_that_both_have():
-    source, fresh = make_params(channels=3), make_params(channels=4)
+    source = make_params(channels=3)
+    fresh = make_params(channels=4)
     adapted = adapt_params(source, fresh, CLASSES, CLASSES, 2).params
     kernel = adapted["patch_embed"]["kernel"]
     np.testing.assert_array_equal(kernel[:, :, :3], source["patch_embed"]["kernel"])
@@ -76,7 +79,9 @@ def test_other_channels_keep_those_that_both_have():
     np.testing.assert_array_equal(out[..., :3], theirs)
     assert not out[..., 3].any()
     # A further channel changes nothing at first.
-    x, t, labels = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)), jnp.ones(2), jnp.zeros(2, jnp.int32)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+    t = jnp.ones(2)
+    labels = jnp.zeros(2, jnp.int32)
     config = DiTConfig(patch_size=2, hidden_size=8, depth=1, num_classes=3, dtype="float32")
     found = DiT(config).apply({"params": jax.tree.map(jnp.asarray, adapted)}, x, t, labels)
     expected = DiT(config).apply({"params": jax.tree.map(jnp.asarray, source)}, x[..., :3], t, labels)
@@ -84,7 +89,8 @@ def test_other_channels_keep_those_that_both_have():
 
 
 def test_another_patch_size_and_more_blocks_are_made_new():
-    source, fresh = make_params(), make_params(patch_size=1, depth=3)
+    source = make_params()
+    fresh = make_params(patch_size=1, depth=3)
     adapted = adapt_params(source, fresh, CLASSES, CLASSES, 1)
     np.testing.assert_array_equal(adapted.params["patch_embed"]["kernel"], fresh["patch_embed"]["kernel"])
     np.testing.assert_array_equal(
@@ -98,7 +104,8 @@ def test_another_patch_size_and_more_blocks_are_made_new():
 
 
 def test_a_learned_table_of_positions_is_resized():
-    source, fresh = make_params(learned_positions=1), make_params(side=8, learned_positions=1)
+    source = make_params(learned_positions=1)
+    fresh = make_params(side=8, learned_positions=1)
     source["pos_embed"] = np.broadcast_to(np.float32(3), source["pos_embed"].shape)  # a constant remains one
     adapted = adapt_params(source, fresh, CLASSES, CLASSES, 2)
     np.testing.assert_allclose(adapted.params["pos_embed"], 3, rtol=1e-6)
@@ -154,7 +161,8 @@ def test_schedules_clipping_and_decay():
 
 def test_all_that_is_off_is_adam_alone():
     params = {"w": jnp.ones(2)}
-    ours, plain = make_optimizer(1e-3, 0.9, 0.99), optax.adam(1e-3, b1=0.9, b2=0.99)
+    ours = make_optimizer(1e-3, 0.9, 0.99)
+    plain = optax.adam(1e-3, b1=0.9, b2=0.99)
     assert jax.tree.structure(ours.init(params)) == jax.tree.structure(plain.init(params))
     assert freeze_parts(ours, ()) is ours
 
@@ -217,7 +225,8 @@ def test_a_run_is_fine_tuned_frozen_and_resumed(digits, base, tmp_path):
     assert "are trained)" in done.stdout
     run_program("train_flow.py", *words, "--max_steps", "3", "--keep_last", "9")
     run_program("train_flow.py", *words, "--max_steps", "4", "--keep_last", "9")
-    before, moved = params_of(base, 6, "ema_params"), set()
+    before = params_of(base, 6, "ema_params")
+    moved = set()
     for path, value in params_of(tmp_path / "run", 4).items():
         if path[0] == "block_0":
             np.testing.assert_array_equal(value, before[path], err_msg="/".join(path))
@@ -240,7 +249,8 @@ def test_lora_is_trained_sampled_exported_and_continued_without_its_source(digit
     run_program("train_flow.py", *words, "--load_dir", base, "--max_steps", "2")
     done = run_program("train_flow.py", *words, "--max_steps", "4")  # what it does not say is as in its own run
     assert "resuming" in done.stdout
-    before, after = params_of(base, 6, "ema_params"), params_of(tmp_path / "run", 4)
+    before = params_of(base, 6, "ema_params")
+    after = params_of(tmp_path / "run", 4)
     for path, value in after.items():
         if path[0] not in ("lora", "label_embed"):
             np.testing.assert_array_equal(value, before[path])

@@ -43,7 +43,8 @@ def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path, monkeypatch):
     source = read_source(str(GOLDEN / "checkpoints" / "sit_small_train.pt"))
     vae = str(GOLDEN / "vae_tiny")
     import_run("sit_small_train.pt", source, tmp_path / "run", MODEL, num_heads=2, vae=vae)
-    here, there = tmp_path / "here", tmp_path / "there"
+    here = tmp_path / "here"
+    there = tmp_path / "there"
     for folder in (here, there):
         folder.mkdir()
     push = ["convert_checkpoint.py", "--load_dir", tmp_path / "run", "--out", here / "faces", "--push", "someone/faces"]
@@ -88,7 +89,8 @@ def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path, monkeypatch):
 
 def test_a_run_that_was_not_fetched_to_its_end_is_fetched_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source, folder = read_source(str(GOLDEN / "checkpoints" / "sit_small_train.pt")), Path("runs/someone--faces")
+    source = read_source(str(GOLDEN / "checkpoints" / "sit_small_train.pt"))
+    folder = Path("runs/someone--faces")
     left = folder / "checkpoints" / "0.orbax-checkpoint-tmp-0"
     left.mkdir(parents=True)
     (folder / "config.json").write_text("{}", encoding="utf-8")

@@ -45,7 +45,8 @@ class Table(Figure):
 
     def __init__(self, images, row_titles=(), column_titles=(), title=""):
         super().__init__()
-        self.cells, self.column_titles = images, column_titles
+        self.cells = images
+        self.column_titles = column_titles
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,8 @@ def test_reconstructions_are_clean_noised_and_predicted(model):
     labels = np.arange(8, dtype=np.int32)
     panel = reconstruction_panel(model, PARAMS, PixelBatch(condition=labels, image=images), jax.random.key(0))
     for column in range(8):
-        t, x_1 = column / 8, values[column] / 127.5 - 1
+        t = column / 8
+        x_1 = values[column] / 127.5 - 1
         clean, noised, predicted = (pixels(panel, row, column) for row in range(3))
         np.testing.assert_allclose(clean, x_1, atol=0.005)
         noise = (noised - t * x_1) / (1 - t)
@@ -97,7 +99,8 @@ def test_sample_panels_show_their_scale_and_their_labels(model):
     start = {label: pixels(panels["sample_cfg_1"], label, 0) for label in range(8)}
     for scale in scales:
         for label in range(8):
-            v_uncond, v_cond = 0.02 * NUM_CLASSES - 0.1, 0.02 * label - 0.1
+            v_uncond = 0.02 * NUM_CLASSES - 0.1
+            v_cond = 0.02 * label - 0.1
             velocity = v_uncond + scale * (v_cond - v_uncond)
             first, last = (pixels(panels[f"sample_cfg_{scale}"], label, column) for column in (0, 7))
             moved = np.nanmedian(last - first)

@@ -31,7 +31,8 @@ def test_a_line_through_two_batches():
 
 
 def test_the_plan_is_what_the_compiler_says_of_another_batch(run, tmp_path, monkeypatch):
-    needed, compile_train_step = {}, loop.compile_train_step
+    needed = {}
+    compile_train_step = loop.compile_train_step
 
     def record(run, state, batch):
         compiled = compile_train_step(run, state, batch)

@@ -38,7 +38,8 @@ def test_a_second_ctrl_c_interrupts_at_once():
 
 
 def test_a_repeated_signal_interrupts_an_evaluation_once():
-    stop, cleaned = processes.StopRequest(), []
+    stop = processes.StopRequest()
+    cleaned = []
 
     def evaluate():
         with stop.interrupting():

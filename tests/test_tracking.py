@@ -138,7 +138,8 @@ def test_a_resumed_offline_run_has_all_steps_in_its_newest_folder(tmp_path, capf
 
 def assert_written(file: Path, *names: str) -> None:
     """wandb's own process may write a moment behind."""
-    missing, deadline = names, time.monotonic() + 30
+    missing = names
+    deadline = time.monotonic() + 30
     while missing and time.monotonic() < deadline:
         content = file.read_bytes()
         missing = [name for name in missing if name.encode() not in content]
@@ -228,10 +229,12 @@ def test_a_server_that_answers_anything_is_there(monkeypatch):
 class Broken:
     """A wandb run whose own process has gone."""
 
-    offline, dir = False, "/run/wandb/run-x/files"
+    offline = False
+    dir = "/run/wandb/run-x/files"
 
     def __init__(self, log: bool):
-        self.num_calls, self.breaks = 0, log
+        self.num_calls = 0
+        self.breaks = log
 
     def log(self, values, step=None):
         self.num_calls += 1
@@ -387,7 +390,8 @@ def test_figures_show_every_image_and_every_title(channels, height, width):
 
 def test_pixels_are_enlarged_by_a_whole_factor():
     images = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 32, 3), np.uint8)
-    gap, drawn = plotting.GAP, render(plotting.image_table(images))
+    gap = plotting.GAP
+    drawn = render(plotting.image_table(images))
     np.testing.assert_array_equal(drawn[-gap - 128 : -gap, -gap - 128 : -gap][::4, ::4], images[0, 0])
 
 
@@ -395,7 +399,9 @@ def test_grid_is_ordered_by_label_and_titled():
     images = (40 * np.arange(5, dtype=np.uint8))[:, None, None, None] * np.ones((1, 16, 16, 1), np.uint8)
     figure = plotting.sample_grid(images, np.array([2, 0, 1, 2, 0]), ("zero", "one", "two"))
     assert texts(figure) == ["zero"] * 2 + ["one", "two", "two"]
-    cell, gap, drawn = plotting._Cell.fit(16, 16), plotting.GAP, render(figure)
+    cell = plotting._Cell.fit(16, 16)
+    gap = plotting.GAP
+    drawn = render(figure)
     bottoms = [drawn.shape[0] - gap - row * (cell.height + gap) - 5 for row in (1, 0)]
     rights = [drawn.shape[1] - gap - column * (cell.width + gap) - 5 for column in (2, 1, 0)]
     shown = [[int(drawn[bottom, right, 0]) for right in rights] for bottom in bottoms]
@@ -405,7 +411,8 @@ def test_grid_is_ordered_by_label_and_titled():
 def test_a_film_without_labels_has_all_images_in_their_order(tmp_path):
     colours = (40 * np.arange(6, dtype=np.uint8)).reshape(2, 3, 1, 1, 1)
     plotting.save_film(tmp_path / "film.webp", np.broadcast_to(colours, (2, 3, 16, 16, 3)), "webp", seconds=1)
-    cell, gap = plotting._Cell.fit(16, 16), plotting.GAP
+    cell = plotting._Cell.fit(16, 16)
+    gap = plotting.GAP
     with Image.open(tmp_path / "film.webp") as film:
         for frame in range(2):
             film.seek(frame)

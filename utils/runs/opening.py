@@ -117,7 +117,8 @@ def load_model(
         config = dataclasses.replace(config, dtype=dtype)
     if vae is not None and not is_latent:
         raise UserError(f"--vae={vae} has no effect on a run of pixels; leave it out")
-    shape, name = data["image_shape"], vae or data["vae"] or DEFAULT_HUB_ID
+    shape = data["image_shape"]
+    name = vae or data["vae"] or DEFAULT_HUB_ID
     try:
         codec = load_codec(is_latent, name, mesh, shape, data["vae_sha256"])
     except AbsentVAEError as error:
@@ -259,7 +260,8 @@ def _new_config(
     sha256 = None
     if vae is not None:
         codec = StableVAE.load(vae)
-        factor, sha256 = codec.config.downsampling, codec.sha256
+        factor = codec.config.downsampling
+        sha256 = codec.sha256
         if codec.config.latent_channels != channels:
             raise UserError(
                 f"--vae={vae} has latents of {codec.config.latent_channels} channels, the model {channels}; give the "
