@@ -24,7 +24,7 @@ from utils.networks.models import init_params, make_model
 from utils.networks.network import NetworkConfig
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.config import RunConfig
-from utils.runs.resume import check_settings
+from utils.runs.opening import check_settings
 from utils.runs.saved_config import read_config
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 from utils.sampling.samplers import can_guide, guidance_scale

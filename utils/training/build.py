@@ -41,7 +41,7 @@ from utils.networks.models import ImageModel, init_params, make_model
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, has_checkpoints
 from utils.runs.config import RunConfig
-from utils.runs.resume import check_architecture
+from utils.runs.opening import check_architecture
 from utils.sampling.samplers import can_guide, explain_no_guidance
 from utils.training.advice import model_hints
 from utils.training.configure import with_classes

@@ -28,7 +28,7 @@ from utils.base.processes import StopRequest
 from utils.data.fingerprint import write_listing
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
-from utils.runs.resume import compare_with_saved
+from utils.runs.opening import compare_with_saved
 from utils.runs.trackers import Trackers
 from utils.training.advice import batch_structs, ema_hints, plan_lines
 from utils.training.build import Run, make_state, state_structs, summarize_run
