@@ -99,12 +99,12 @@ def test_a_run_that_was_not_fetched_to_its_end_is_fetched_again(tmp_path, monkey
         assert (load_dir, into.resolve()) == ("hf:someone/faces", folder.resolve())
         import_run(load_dir, source, into, MODEL, num_heads=2, vae=str(GOLDEN / "vae_tiny"))
 
-    monkeypatch.setattr("utils.runs.export.fetch_run", fetch)
+    monkeypatch.setattr("utils.runs.opening.fetch_run", fetch)
     _, steps = open_checkpoint("hf:someone/faces")
     assert steps == [0]
     assert not left.exists()
     assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["imported"]["family"] == "sit"
-    monkeypatch.setattr("utils.runs.export.fetch_run", None)  # no more
+    monkeypatch.setattr("utils.runs.opening.fetch_run", None)  # no more
     assert open_checkpoint("hf:someone/faces")[1] == [0]
 
 
