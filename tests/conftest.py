@@ -4,6 +4,7 @@ import atexit
 import functools
 import itertools
 import json
+import logging
 import os
 import resource
 import shutil
@@ -12,9 +13,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 from importlib import metadata
 from pathlib import Path
 
+import absl.logging
 import numpy as np
 import pytest
 from absl import flags
@@ -37,7 +40,7 @@ from tests import typecheck  # noqa: F401  the hook below imports it by name
 # Shapes, dtypes and types of every annotated function are checked while the suite runs.
 install_import_hook(["diffusion_transformer", "utils"], "tests.typecheck.check")
 
-from utils.base.console import configure_output
+from utils.base.console import configure_output, silence_orbax
 from utils.base.errors import UserError
 from utils.base.processes import END_SIGNALS, KEYBOARD_SIGNALS
 from utils.flags.program import parse_flags
@@ -133,6 +136,16 @@ def read_flags():
 
     yield read
     forget()
+
+
+@pytest.fixture
+def silent_orbax(monkeypatch):
+    """What Orbax logs is kept off the screen, as in a program; afterwards Python's hooks are as they were."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    for logger in (absl.logging.get_absl_logger(), logging.getLogger("asyncio")):
+        monkeypatch.setattr(logger, "filters", list(logger.filters))
+    silence_orbax.__wrapped__()
 
 
 @pytest.fixture

@@ -307,7 +307,7 @@ def test_checkpoints_without_checksums_load(tmp_path, state):
     assert_equal(checkpoint.Checkpoints(tmp_path).restore(1, like)[0], state)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, state, full_disk, capfd):
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, state, full_disk, silent_orbax, capfd):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=2)
     saver = progress.Saver(checkpoints, CONFIG, interval=10, minutes=0, step=0)
     saver.save(state.replace(step=jnp.int32(10)), 10)

@@ -83,7 +83,7 @@ def stop_here(*arguments):
 def test_an_import_that_was_stopped_is_done_by_the_same_command(convert, tmp_path, monkeypatch, place):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(f"utils.runs.export.{place}", stop_here)
+        patch.setattr(f"utils.runs.opening.{place}", stop_here)
         with pytest.raises(KeyboardInterrupt):
             convert(*SIT, "--vae", VAE, "--out", run)
     if place == "Checkpoints.close":  # all is there
@@ -108,7 +108,7 @@ def test_a_training_without_a_checkpoint_is_a_run(convert, tmp_path, name):
     assert [file.name for file in (tmp_path / "run").iterdir()] == [name.partition("/")[0]]
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(convert, tmp_path, full_disk, capfd):
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(convert, tmp_path, full_disk, silent_orbax, capfd):
     full_disk(4096)
     with pytest.raises(
         UserError, match=r"step 0 could not be written .*File too large.*: make room, and give the same"
