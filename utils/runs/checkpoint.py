@@ -78,7 +78,8 @@ def _checksum(x: Array) -> UInt32[Array, ""]:
     A change of one element always changes it, a change of several with a probability of 1 - 2^-32. Sums of integers do
     not depend on how x is split over devices.
     """
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]  # 8: two words each
+    # The bits as unsigned integers; a type of eight bytes becomes two words.
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     bits = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, unsigned)
 
     # The place of each element, row by row.
@@ -125,6 +126,8 @@ class Checkpoints:
         """Returns the steps of all finished checkpoints, newest first."""
         return sorted(self.manager.all_steps(), reverse=True)
 
+    # --- Writing ---
+
     def save(self, state: PyTree, config: dict[str, Any], data_position: Any) -> None:
         """Starts to write a checkpoint, and returns when the state may be donated.
 
@@ -139,6 +142,7 @@ class Checkpoints:
         self.wait()
 
     def _save(self, step: int, items: Mapping[str, PyTree], texts: Mapping[str, Any]) -> None:
+        # One save at a time, and each step once.
         if step in self.manager.all_steps():
             return
         self.wait()
@@ -194,6 +198,8 @@ class Checkpoints:
             for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(left, ignore_errors=True)
 
+    # --- Reading: the state of a training ---
+
     def restore(self, step: int, target: PyTree) -> tuple[PyTree, Any]:
         """Returns (state, position in the data) of `step`; the state is placed as the abstract state `target` is.
 
@@ -202,6 +208,7 @@ class Checkpoints:
         """
         self.refuse_imported(step)
         items = self._read(step, _array_items(target), ("data",))
+        # The random key is stored as its raw words.
         optimizer = dict(items["optimizer"])
         key = jax.random.wrap_key_data(optimizer.pop("key_data"))
         state = target.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
@@ -219,6 +226,8 @@ class Checkpoints:
         """Returns whether `step` holds parameters alone, as `save_params` writes them."""
         sums = self._read_checksums(step)
         return sums is not None and "ema_params" in sums and "params" not in sums
+
+    # --- Reading: a configuration, or parameters alone ---
 
     def restore_config(self, step: int) -> dict[str, Any]:
         """Returns the configuration kept with `step`. Raises DamagedCheckpointError where it cannot be read."""
@@ -276,6 +285,8 @@ class Checkpoints:
             return {}
         return {LORA: self.stored_shapes(step, name, sharding)[LORA]}
 
+    # --- The newest that is intact ---
+
     def restore_newest(self, read: Callable[[int], Content], steps: list[int]) -> tuple[int, Content]:
         """Returns (step, read(step)) for the first of `steps` that is intact on every process, and names the others.
 
@@ -289,6 +300,7 @@ class Checkpoints:
                 content = read(step)
             except DamagedCheckpointError as error:
                 problem = str(error)
+            # A checkpoint that is damaged for one process is damaged for all: they go on from the same one.
             if _all_processes_agree(not problem):
                 return step, content
             problems.append(problem or f"checkpoint {self.folder / str(step)} is damaged for another process")
@@ -308,11 +320,16 @@ class Checkpoints:
     def close(self) -> None:
         self.manager.close()
 
+    # --- Items of a step ---
+
     def _read(self, step: int, targets: Mapping[str, PyTree], json_names: tuple[str, ...]) -> dict[str, Any]:
         """Returns items of `step`, each compared with its checksum."""
         path = self.folder / str(step)
+        # What was written, and whether it can be read under these settings of JAX.
         expected = self._read_checksums(step)
         self._check_types(step, targets)
+
+        # What is there now.
         with _readable(path):
             items = self.manager.restore(
                 step,
@@ -323,6 +340,8 @@ class Checkpoints:
             )
             found: dict[str, Any] = {name: checksums(items[name]) for name in targets}
             found |= {name: _text_checksum(items[name]) for name in json_names}
+
+        # Older checkpoints have no checksums to compare with.
         wrong = [name for name in found if expected is not None and found[name] != expected.get(name)]
         if wrong:
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: {wrong[0]} is not what was written")
@@ -348,12 +367,14 @@ class Checkpoints:
         that under which they would be read."""
         path = self.folder / str(step)
         for name, target in targets.items():
+            # 64-bit types.
             tree = self._metadata(step, name)
             was_x64 = _has_float64(tree)
             would_be_x64 = _has_float64(target) and jax.config.values["jax_enable_x64"]
             if was_x64 != would_be_x64:
                 what, fix = ("with", "set it") if was_x64 else ("without", "unset it")
                 raise UserError(f"checkpoint {path} was saved {what} JAX_ENABLE_X64=1: {fix} to read it")
+            # The kind of the random key.
             if name == "optimizer" and tuple(tree["key_data"].shape) != target["key_data"].shape:
                 implementation = str(jax.config.values["jax_default_prng_impl"])
                 raise UserError(
@@ -376,6 +397,7 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, target: PyTree, name: str) -> None:
         """Raises UserError where the parameters of `step` have other shapes than `target`."""
+        # Shapes stand beside the checksums; those of older checkpoints are read from the arrays.
         path = self.folder / str(step)
         sums = self._read_checksums(step)
         with _readable(path):
@@ -383,6 +405,8 @@ class Checkpoints:
                 found = {leaf: tuple(shape) for leaf, (_, *shape) in sums[name].items()}
             else:
                 found = _shapes(self.stored_shapes(step, name))
+
+        # The first difference is named.
         expected_shapes = _shapes(target)
         for leaf in sorted(found.keys() | expected_shapes.keys()):
             if found.get(leaf) != expected_shapes.get(leaf):

@@ -97,6 +97,8 @@ def load_generator(
         raise UserError(f"--params={params} is unknown; use ema or raw")
     if dtype not in (None, "bfloat16", "float32"):
         raise UserError(f"--dtype={dtype} is unknown; use bfloat16 or float32")
+
+    # The newest checkpoint whose configuration is intact, then the newest from there on whose parameters are.
     mesh = mesh or make_mesh()
     checkpoints, steps = open_checkpoint(str(run))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
@@ -121,6 +123,8 @@ def load_model(
         config = dataclasses.replace(config, dtype=dtype)
     if vae is not None and not is_latent:
         raise UserError(f"--vae={vae} has no effect on a run of pixels; leave it out")
+
+    # The codec: without its VAE, a model can still draw latents.
     shape = data["image_shape"]
     name = vae or data["vae"] or DEFAULT_HUB_ID
     try:
@@ -129,6 +133,8 @@ def load_model(
         if needs_images or vae is not None or not data["latent_shape"]:
             raise
         codec = AbsentVAE(str(error), tuple(data["latent_shape"]))
+
+    # The model, which has to fit the codec's latents.
     empty = data.get("empty_classes", ())
     if empty:
         num_classes = len(data["class_names"])

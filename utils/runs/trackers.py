@@ -71,12 +71,15 @@ class MetricsFile:
 
         Raises UserError where it cannot be read, WriteError where it cannot be written.
         """
+        # Lines of an earlier start, rewritten only if some of them go.
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         self.kept = [line for line in read_metrics(path) if line["step"] <= first_step]
         text = "".join(json.dumps(line) + "\n" for line in self.kept)
         if not path.exists() or read_bytes(path) != text.encode():
             write_text(path, text)
+
+        # Unbuffered: what `write` has taken is in the file.
         self.file = path.open("ab", buffering=0)
         self.unwritten = b""
         self.has_warned = False
@@ -86,6 +89,7 @@ class MetricsFile:
         clock = {"time": round(time.time(), 3), "seconds": round(time.monotonic() - self.started, 3)}
         self.unwritten += json.dumps({"step": step, **clock, **numbers}).encode() + b"\n"
         try:
+            # A full disk takes a part of a line; the rest waits.
             while self.unwritten:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
             self.has_warned = False
@@ -183,8 +187,11 @@ class Trackers:
         self.trackers: dict[str, Tracker] = {}
         if jax.process_index() > 0:
             return
+        # The folder first: without it, a run keeps nothing.
         file = MetricsFile(self.folder, first_step)
         self.trackers[METRICS_FILE] = file
+
+        # The others, each of which may fail.
         run = TrackedRun(self.folder, settings, first_step, file.kept, axis)
         for name in choose_trackers(settings):
             try:
@@ -297,11 +304,13 @@ def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
         lines = read_metrics(run / METRICS_FILE if run.is_dir() else run)
     except UserError as error:
         raise UserError(f"--{flag}={run}: {error}") from None
+    # A step that was logged twice, by its losses and by its evaluation, has the values of both lines.
     curves: dict[str, dict[int, float]] = {}
     for line in sorted(lines, key=lambda line: line["step"]):
         for name, value in metrics_of(line).items():
             if type(value) in (int, float):
                 curves.setdefault(name, {})[line["step"]] = value if abs(value) < MAX_DRAWN else math.nan
+    # Nothing: which folders nearby would have something?
     if not curves:
         bases = (run, run.parent) if run.is_dir() else (run.parent,)
         others = sorted(str(file.parent) for base in bases for file in base.glob(f"*/{METRICS_FILE}") if file != run)

@@ -145,12 +145,14 @@ def explain_offline() -> str:
     answer within PROBE_SECONDS. wandb itself would try for 90 seconds."""
     import wandb
 
+    # An account.
     try:
         settings = wandb.setup().settings  # of its environment variables and files
     except Exception as error:
         return one_line(error)
     if not has_wandb_account(settings.base_url):
         return "no account is set up (`wandb login` does it)"
+    # A server: one behind a proxy is not asked.
     if settings.http_proxy or settings.https_proxy:
         return ""
     problems: list[str] = ["no answer"]
