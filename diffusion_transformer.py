@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, PyTree
 
+from utils.conditions.classes import ClassCondition
+from utils.conditions.condition import Condition, count_rows
 from utils.kernels.ops import (
     AttentionForm,
     attention,
@@ -136,26 +138,6 @@ class TimestepEmbed(nn.Module):
         features = timestep_features(t, self.scale)
         x = Dense(self.hidden_size, self.dtype, normal_init, name="dense_0")(features)
         return Dense(self.hidden_size, self.dtype, normal_init, name="dense_1")(nn.silu(x))
-
-
-class LabelEmbed(nn.Module):
-    """Labels (b,) in [0, num_classes] -> (b, d); row `num_classes` means "no label" (arXiv:2207.12598).
-
-    A model whose labels are always dropped in training sees none after it either: no row of theirs has been learned.
-    """
-
-    num_classes: int
-    hidden_size: int
-    dropout_prob: float
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, labels):
-        if self.dropout_prob == 1:
-            labels = jnp.full_like(labels, self.num_classes)
-        # Rows are rounded after they are taken, so that their gradients are summed in float32.
-        table = nn.Embed(self.num_classes + 1, self.hidden_size, embedding_init=normal_init, dtype=jnp.float32)
-        return table(labels).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -285,22 +267,28 @@ class DiT(nn.Module):
 
     The output is float32; with `learn_sigma` it has twice the channels of its input, predictions first. `remat` names
     what a block recomputes in its backward pass: 'none'; 'dots', all but matmuls with parameters; 'blocks', everything.
-    `attention_form` is a form of `ops.attention`.
+    `attention_form` is a form of `ops.attention`. `condition` is the kind of condition that it takes; default: a label
+    below `config.num_classes`.
     """
 
     config: DiTConfig
     remat: str = "none"
     attention_form: AttentionForm = "by_head"
+    condition: Condition = ClassCondition()
+
+    def __post_init__(self):
+        self.condition = self.condition.fit(self.config.num_classes)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b h w c"],
         t: Float[Array, " b"],
-        labels: Int[Array, " b"],
+        condition: PyTree,
         step: Float[Array, " b"] | None = None,
     ) -> Float[Array, "b h w c_out"]:
-        """Velocity at x_t (noise at t = 0, data at t = 1); the label num_classes means "no label".
+        """Velocity at x_t (noise at t = 0, data at t = 1), given `condition`, arrays (b, ...) of `self.condition`.
 
         With `step_conditioning`, `step` says of which step the velocity is the average, in the objective's own units.
         """
@@ -319,25 +307,36 @@ class DiT(nn.Module):
 
         # What every block is conditioned on.
         t = t if config.t_conditioning else jnp.zeros_like(t)
-        condition = TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="timestep_embed")(t)
-        label_embed = LabelEmbed(
-            config.num_classes, config.hidden_size, config.class_dropout_prob, dtype, name="label_embed"
-        )
-        condition += label_embed(labels)
+        conditioning = TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="timestep_embed")(t)
+        conditioning += self.embed_condition(condition)
         if config.step_conditioning:
             step = jnp.zeros_like(t) if step is None else step
-            condition += TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="step_embed")(step)
+            conditioning += TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="step_embed")(step)
 
-        tokens = self.apply_blocks(tokens, condition, (h // p, w // p))
+        tokens = self.apply_blocks(tokens, conditioning, (h // p, w // p))
 
         # Back to an image.
         c_out = 2 * c if config.learn_sigma else c
-        patches = FinalLayer(p * p * c_out, config.norm, dtype, name="final_layer")(tokens, condition)
+        patches = FinalLayer(p * p * c_out, config.norm, dtype, name="final_layer")(tokens, conditioning)
         image = patches.reshape(b, h // p, w // p, p, p, c_out).swapaxes(2, 3)  # (b, h/p, p, w/p, p, c_out)
         return image.reshape(b, h, w, c_out).astype(jnp.float32)
 
+    def embed_condition(self, condition: PyTree) -> Float[Array, "b d"]:
+        """The vector that is added to the embedding of time.
+
+        The one place where a condition enters the network: its tokens would join the sequence here, its channels x.
+        """
+        config = self.config
+        if config.class_dropout_prob == 1:
+            # Always dropped in training, so that nothing else has been learned.
+            condition = self.condition.null(count_rows(condition))
+        embedded = self.condition.embedder(config.hidden_size, jnp.dtype(config.dtype))(condition)
+        if embedded.vector is None or embedded.tokens is not None or embedded.channels is not None:
+            raise NotImplementedError("DiT takes the vector of a condition; it has no use for tokens or channels yet")
+        return embedded.vector
+
     def apply_blocks(
-        self, tokens: Float[Array, "b n d"], condition: Float[Array, "b d"], grid: tuple[int, int]
+        self, tokens: Float[Array, "b n d"], conditioning: Float[Array, "b d"], grid: tuple[int, int]
     ) -> Float[Array, "b n d"]:
         # Unrolled rather than scanned over: benchmarks/train_step.py measures what that costs and gains.
         config = self.config
@@ -345,7 +344,7 @@ class DiT(nn.Module):
         Block = DiTBlock if self.remat == "none" else nn.remat(DiTBlock, policy=REMAT_POLICIES[self.remat])
         for i in range(config.depth):
             block = Block(config, grid, dtype, self.attention_form, name=f"block_{i}")
-            tokens = block(tokens, condition)
+            tokens = block(tokens, conditioning)
         return tokens
 
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
@@ -365,9 +364,9 @@ class DiT(nn.Module):
         return 2 * (config.depth * block + ends)
 
 
-def build_dit(config: DiTConfig, remat: str, mesh: Mesh) -> DiT:
+def build_dit(config: DiTConfig, remat: str, mesh: Mesh, condition: Condition) -> DiT:
     """Returns the network, with the form of attention that suits the devices of the mesh."""
-    return DiT(config, remat, choose_attention_for(mesh, config.head_dim, config.dtype))
+    return DiT(config, remat, choose_attention_for(mesh, config.head_dim, config.dtype), condition)
 
 
 NETWORKS["dit"] = NetworkEntry(DiTConfig, build_dit)

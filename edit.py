@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from utils.base.console import log, progress_bar
 from utils.base.devices import gather
 from utils.base.errors import UserError
+from utils.conditions.condition import Mixture
 from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.flags.drawing import (
@@ -36,7 +37,7 @@ from utils.flags.drawing import (
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.sampling.editing import choose_labels, read_images, read_mask
-from utils.sampling.generator import RECIPE_BATCH_SIZE, ClassMix
+from utils.sampling.generator import RECIPE_BATCH_SIZE
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, slerp
 
 FILES = ("interpolation.png", "inversion.png", "noise.npz", "inpainting.png")
@@ -85,7 +86,7 @@ def interpolate(request: Request) -> None:
     else:
         noise = jnp.repeat(ends[0::2], num_columns, axis=0)
         sides = (np.repeat(side, num_columns) for side in (first, second))
-        labels = ClassMix(*sides, np.tile(fractions, num_rows))
+        labels = generator.condition.mix(*sides, np.tile(fractions, num_rows))
         titles = [f"{names[a]} to {names[b]}" for a, b in zip(first, second, strict=True)]
 
     # From one axis to rows and columns.
@@ -96,7 +97,7 @@ def interpolate(request: Request) -> None:
 
 
 def _decode_in_batches(
-    request: Request, noise: Float[Array, "n h w c"], labels: Int[np.ndarray, " n"] | ClassMix
+    request: Request, noise: Float[Array, "n h w c"], labels: Int[np.ndarray, " n"] | Mixture
 ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
     """Yields the images that the noise leads to, as many at a time as --batch_size says."""
     size = request.config.batch_size or RECIPE_BATCH_SIZE

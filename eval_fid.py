@@ -37,6 +37,7 @@ from utils.base.devices import (
 )
 from utils.base.errors import UserError, WriteError
 from utils.base.files import atomic_write, check_writable, prepare_output_folder
+from utils.conditions.classes import ClassCondition
 from utils.flags import program, reading
 from utils.flags.definitions import (
     define_path,
@@ -75,7 +76,7 @@ from utils.runs.opening import load_model, open_checkpoint, restore_params
 from utils.runs.results import Results, check_json_path, plot_fid, to_markdown, write_csv, write_json_rows
 from utils.runs.trackers import Trackers, choose_trackers
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
-from utils.sampling.solvers import LABELS, SOLVERS, SamplerConfig
+from utils.sampling.solvers import SOLVERS, SamplerConfig
 from utils.training.advice import shipped_statistics, write_statistics_command
 
 GRID_IMAGES = 64
@@ -102,7 +103,10 @@ def define_flags() -> None:
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
         flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
         flags.DEFINE_enum(
-            "labels", "uniform", list(LABELS), "How labels are drawn; dataset: as often as in --fid_stats."
+            "labels",
+            "uniform",
+            list(ClassCondition.DRAW_MODES),
+            "How labels are drawn; dataset: as often as in --fid_stats.",
         )
         flags.DEFINE_integer(
             "batch_size", None, "Samples at a time, over all devices; default: what fits, 128 on CPUs."
@@ -305,14 +309,14 @@ class RunEvaluation(Scoring):
             self.settings["objective"] = saved["objective"]["name"]
         if config.params != "ema":
             self.settings["params"] = config.params
-        if self.model.empty_classes and config.labels != "dataset":
-            self.settings["empty_classes"] = list(self.model.empty_classes)
+        if self.model.condition.empty_classes and config.labels != "dataset":
+            self.settings["empty_classes"] = list(self.model.condition.empty_classes)
         if variables := changed_variables():
             self.settings["jax_variables"] = variables
 
     def _class_counts(self) -> np.ndarray:
         counts = self.reference.label_counts
-        if counts is None or len(counts) != len(self.model.class_names):
+        if counts is None or len(counts) != len(self.model.condition.class_names):
             raise UserError(
                 f"--labels=dataset: {self.reference.path} does not say how often each of the run's classes is; "
                 "make it with compute_fid_stats.py from the run's data set"
@@ -363,7 +367,9 @@ class RunEvaluation(Scoring):
             )
         images, labels = (np.concatenate(parts) for parts in zip(*grid_images, strict=True))
         title = f"{sampler}, checkpoint of step {self.step}"
-        self.save_figure(plotting.sample_grid(images, labels, self.model.class_names, title), grid_name(sampler))
+        self.save_figure(
+            plotting.sample_grid(images, labels, self.model.condition.class_names, title), grid_name(sampler)
+        )
         nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
         straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
         return {"nfe": nfe, "straightness": straightness, **self.compute(statistics)}

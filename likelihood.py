@@ -23,6 +23,7 @@ from utils.base.devices import check_batch_size, explaining_out_of_memory, gathe
 from utils.base.errors import UserError
 from utils.base.files import explaining_full_disk, prepare_output_file
 from utils.codecs.pixels import PixelCodec
+from utils.conditions.condition import resize_rows
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch
 from utils.data.loaders import load_dataset
@@ -129,7 +130,7 @@ class Measurement:
 
     def _is_conditional(self) -> bool:
         """Returns whether the images' labels are given to the model. Raises UserError for --labels that it lacks."""
-        is_own = self.dataset.class_names == self.model.class_names
+        is_own = self.model.condition.accepts(self.dataset.condition)
         choice = self.config.labels or ("data" if is_own else "none")
         dropout = self.model.network.config.class_dropout_prob
         if choice == "data" and not is_own:
@@ -154,11 +155,10 @@ class Measurement:
             indices = np.arange(first, first + batch.num_examples, dtype=np.int32)
             first += batch.num_examples
             if not self.is_conditional:
-                no_label = np.full_like(batch.condition, self.model.network.config.num_classes)
-                batch = batch.replace(condition=no_label)
+                batch = batch.replace(condition=self.model.condition.null(batch.num_examples))
             if isinstance(batch, PixelBatch):
                 batch = batch.replace(image=match_channels(batch.image, self.model.image_shape[2]))
-            yield jax.tree.map(lambda rows: np.resize(rows, (size, *rows.shape[1:])), (batch, indices))
+            yield resize_rows((batch, indices), size)
 
     def measure(self) -> list[dict[str, Any]]:
         """Returns a row {index, label, value, NFE} for each image."""

@@ -51,7 +51,7 @@ def make(
     for start in range(rows.start, rows.stop, batch_size):
         # The last batch is computed whole: another shape would compile.
         indices = np.arange(start, start + batch_size, dtype=np.int32)
-        labels = generator.labels(indices)
+        labels = generator.conditions(indices)
         latents = gather(generator.sample_latents(generator.noise(indices), labels, sampler))
         for label, x_1 in list(zip(labels, latents, strict=True))[: rows.stop - start]:
             yield int(label), np.asarray(x_1, np.float32)
@@ -88,10 +88,10 @@ def main(config: ConfigDict) -> None:
         shard_size=config.shard_size,
         image_shape=model.image_shape,
         latent_shape=model.latent_shape,
-        class_names=model.class_names,
+        class_names=model.condition.class_names,
         vae=getattr(codec, "name", None) if codec.sha256 else None,
         vae_sha256=codec.sha256,
-        empty_classes=model.empty_classes,
+        empty_classes=model.condition.empty_classes,
         jax_variables=tuple(changed_variables(RANDOM)),
     )
     prepare_output_folder(out, "out")

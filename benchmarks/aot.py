@@ -156,8 +156,7 @@ def make_network(config: ConfigDict, mesh: Mesh) -> DiT:
 
 
 def make_image_model(config: ConfigDict, mesh: Mesh) -> ImageModel:
-    classes = tuple(map(str, range(common.NUM_CLASSES)))
-    return ImageModel(make_network(config, mesh), FlowMatching(), PixelCodec(), mesh, common.LATENT_SHAPE, classes)
+    return ImageModel(make_network(config, mesh), FlowMatching(), PixelCodec(), mesh, common.LATENT_SHAPE)
 
 
 def describe_vae(mesh: Mesh, config: VAEConfig) -> Any:

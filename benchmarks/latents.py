@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.base.devices import check_batch_size, make_mesh, replicated, shard_batch
 from utils.codecs.vae import StableVAE
+from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.data.latents import LatentBatch
 from utils.flags import program
@@ -47,7 +48,7 @@ def main(config: ConfigDict) -> None:
     check_batch_size(config.batch_size, mesh.size)
     codec = jax.device_put(StableVAE.random(1), replicated(mesh))
     names = tuple(map(str, range(config.model.num_classes)))
-    image_model = make_model(config.model, FlowMatching(), codec, mesh, (size, size, 3), names)
+    image_model = make_model(config.model, FlowMatching(), codec, mesh, (size, size, 3), ClassCondition(names))
     optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)
     key = jax.random.key(0)
     state = create_train_state(init_params(image_model, key), optimizer, key)

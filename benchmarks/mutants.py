@@ -102,8 +102,8 @@ test_eval_fid.py::test_raw_parameters_are_another_row_which_says_so
   eval_fid.py: remaining, self.model, saved, config.params) -> remaining, self.model, saved)
   eval_fid.py: self.settings["params"] = config.params -> pass
 test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
-  eval_fid.py: self.settings["empty_classes"] = list(self.model.empty_classes) -> pass
-  utils/runs/opening.py: class_names"], empty_classes=empty) -> class_names"])
+  eval_fid.py: self.settings["empty_classes"] = list(self.model.condition.empty_classes) -> pass
+  utils/conditions/classes.py: tuple(data.get("empty_classes", ()))) -> ())
 test_programs.py::test_updates_that_are_not_finite_are_left_out_until_there_are_too_many
   utils/training/loop.py: "skips_nonfinite": run.config.optimizer.skip_nonfinite > 0 -> "skips_nonfinite": False
   utils/training/loop.py: SkippedUpdates(config.optimizer.skip_nonfinite, -> SkippedUpdates(2,

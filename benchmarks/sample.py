@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from utils.base.devices import make_mesh
 from utils.codecs.pixels import PixelCodec
+from utils.conditions.classes import ClassCondition
 from utils.flags import program
 from utils.networks.models import ImageModel, init_params
 from utils.objectives.flow_matching import FlowMatching
@@ -36,9 +37,9 @@ def define_flags() -> None:
 
 
 def our_sampler(config: ConfigDict, dtype: str) -> common.Work:
-    classes = tuple(map(str, range(common.NUM_CLASSES)))
-    model = common.make_model(config, dtype)
-    image_model = ImageModel(model, FlowMatching(), PixelCodec(), make_mesh(), common.LATENT_SHAPE, classes)
+    classes = ClassCondition(tuple(map(str, range(common.NUM_CLASSES))))
+    model = common.make_model(config, dtype).clone(condition=classes)
+    image_model = ImageModel(model, FlowMatching(), PixelCodec(), make_mesh(), common.LATENT_SHAPE)
     params = jax.jit(lambda key: init_params(image_model, key))(jax.random.key(0))
     generator = ImageGenerator(image_model, params, seed=0)
     sampler = SamplerConfig(config.steps, config.cfg_scale)

@@ -9,8 +9,8 @@ import pytest
 
 from tests.data_sets import load
 from utils.base.errors import UserError
+from utils.conditions.classes import IMAGENET_LABELS
 from utils.data.batches import epoch_batches, first_examples, training_batches
-from utils.data.class_names import IMAGENET_LABELS
 from utils.data.dataset import ImageDataset, array_dataset, iterable_dataset, split_rows
 from utils.data.fingerprint import Fingerprint
 from utils.data.loaders import LOADERS, Loader

@@ -16,6 +16,7 @@ import pytest
 from diffusion_transformer import NETWORKS
 from tests.conftest import ROOT
 from utils.base.errors import UserError
+from utils.conditions.condition import CONDITIONS
 from utils.data.batches import training_batches
 from utils.data.loaders import LOADERS, load_dataset
 from utils.metrics.extractors import POOL
@@ -40,7 +41,7 @@ def run(monkeypatch, tmp_path):
     images = rng.integers(0, 100, (100, 8, 8, 1)) + 150 * labels[:, None, None, None]  # cats dark, dogs bright
     np.savez(tmp_path / "mine.npz", images=images.astype(np.uint8), labels=labels)
     monkeypatch.chdir(tmp_path)
-    registries = (LOADERS, NETWORKS, OBJECTIVES, TRACKERS)
+    registries = (LOADERS, CONDITIONS, NETWORKS, OBJECTIVES, TRACKERS)
     before = [dict(entries) for entries in registries]
     metrics = list(METRICS)
 
@@ -59,7 +60,18 @@ def run(monkeypatch, tmp_path):
 
 def test_every_block_has_a_test():
     assert PAGE.count("```python\n") == len(BLOCKS)
-    assert set(BLOCKS) == {"data", "iterable", "network", "loss", "metric", "tracker", "programs", "loop", "fit"}
+    assert set(BLOCKS) == {
+        "condition",
+        "data",
+        "iterable",
+        "network",
+        "loss",
+        "metric",
+        "tracker",
+        "programs",
+        "loop",
+        "fit",
+    }
     source = Path(__file__).read_text()
     assert [name for name in BLOCKS if not re.search(rf'(run|script)\(.*"{name}"', source)] == []
 
@@ -85,6 +97,17 @@ def test_an_iterable_is_a_data_set(run):
     assert sorted(batch.condition) == [0, 0, 1, 1]
     for image, label in zip(batch.image, batch.condition, strict=True):
         np.testing.assert_array_equal(image, load_sample_images().images[label][:320, :320])
+
+
+def test_data_have_a_condition_of_their_own(run):
+    names = run("condition")
+    dataset = load_dataset("ramps")
+    batch = next(training_batches(dataset, 8, seed=0))
+    assert (batch.condition.shape, batch.condition.dtype) == ((8, 2), np.float32)
+    right = batch.image[:, :, 4:].mean((1, 2, 3)) - batch.image[:, :, :4].mean((1, 2, 3))
+    np.testing.assert_allclose(right / 91, batch.condition[:, 0], atol=0.02)
+    drawn = names["Direction"]().draw(jax.random.key(0), jnp.arange(5))
+    np.testing.assert_allclose(jnp.square(drawn).sum(axis=1), 1, rtol=1e-5)
 
 
 def test_an_own_network_and_loss_learn_in_an_own_loop(run):

@@ -3,7 +3,7 @@
 import pytest
 
 from utils.base.errors import UserError
-from utils.data.class_names import find_class, read_classes
+from utils.conditions.classes import find_class, read_classes
 
 NAMES = ("tench", "goldfish", "great white shark", "tiger shark")
 

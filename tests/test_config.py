@@ -17,6 +17,7 @@ from utils.base.devices import check_batch_size, make_mesh
 from utils.base.errors import UserError
 from utils.base.files import check_free_space, prepare_output_folder
 from utils.codecs.pixels import PixelCodec
+from utils.conditions.classes import ClassCondition
 from utils.data.dataset import DataOptions
 from utils.flags import reading
 from utils.networks.ema import EmaSchedule
@@ -47,7 +48,7 @@ def config_of(configure):
 
 
 def count_parameters(model: NetworkConfig, shape=(32, 32, 4)) -> int:
-    image_model = make_model(model, FlowMatching(), PixelCodec(), make_mesh(), shape, ("a",))
+    image_model = make_model(model, FlowMatching(), PixelCodec(), make_mesh(), shape, ClassCondition(("a",)))
     shapes = jax.eval_shape(lambda key: init_params(image_model, key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 

@@ -13,6 +13,7 @@ import eval_fid
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import GOLDEN, run_program
 from utils.base.errors import UserError
+from utils.conditions.classes import ClassCondition
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.flags import reading
 from utils.networks.models import model_fn
@@ -76,7 +77,7 @@ def test_loss_and_prediction_equal_published(golden, model):
     np.testing.assert_allclose(metrics["v_abs_mean"], np.abs(golden["eps"]).mean((1, 2, 3)), rtol=1e-5)
     predicted = objective.predict_data(network, golden["x_t"], draws["t"], golden["labels"])
     assert error(predicted, golden["x_1_pred"]) < 2e-5
-    guided = sampling.guide(network, 10, float(golden["meta/eps_pred_guided_scale"]))
+    guided = sampling.guide(network, ClassCondition(num_classes=10).null, float(golden["meta/eps_pred_guided_scale"]))
     found = guided(golden["x_t"], golden["k"].astype(jnp.float32), golden["labels"])
     assert error(found, golden["eps_pred_guided"]) < 1e-5
 
@@ -110,7 +111,7 @@ def test_chains_equal_published(golden, model, name):
     solver, steps, guidance = name.split("_")
     num_steps, objective = int(steps.removeprefix("steps")), Diffusion()
     cfg_scale = None if guidance == "nocfg" else float(guidance.removeprefix("cfg"))
-    guided = sampling.guide(model_fn(model.network, model.params), 10, cfg_scale)
+    guided = sampling.guide(model_fn(model.network, model.params), model.network.condition.null, cfg_scale)
     field, times = objective.velocity(guided, golden["sample_labels"]), objective.time_at
     levels = [round(float(objective.level_at(times(i, num_steps)))) for i in range(num_steps)]
     assert levels == golden[f"index_steps{num_steps}"].tolist()

@@ -99,7 +99,7 @@ def test_samples_equal_published(golden, model, params, case):
     num_steps, guidance = case.split("_")
     cfg_scale = None if guidance == "nocfg" else float(guidance.removeprefix("cfg"))
 
-    guided = sampling.guide(model_fn(model, params), model.config.num_classes, cfg_scale)
+    guided = sampling.guide(model_fn(model, params), model.condition.null, cfg_scale)
     velocity_fn = FlowMatching().velocity(guided, golden["sample_labels"])
     samples = sampling.sample(velocity_fn, golden["noise"], int(num_steps))
     np.testing.assert_allclose(samples, golden[f"sample_steps{case}"], atol=TOLERANCE)

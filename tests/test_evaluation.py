@@ -12,6 +12,7 @@ from diffusion_transformer import PRESETS
 from eval_fid import Scoring
 from utils.base.devices import make_mesh
 from utils.codecs.pixels import PixelCodec
+from utils.conditions.classes import ClassCondition
 from utils.images.pixels import ImageBatch
 from utils.metrics import measure
 from utils.metrics.extractors import POOL, SPATIAL
@@ -32,7 +33,9 @@ MODEL = {
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(ConfigDict(MODEL), FlowMatching(), PixelCodec(), make_mesh(), (8, 8, 1), tuple("0123456789"))
+    return make_model(
+        ConfigDict(MODEL), FlowMatching(), PixelCodec(), make_mesh(), (8, 8, 1), ClassCondition(tuple("0123456789"))
+    )
 
 
 @pytest.fixture(scope="module")

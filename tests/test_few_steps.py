@@ -15,6 +15,7 @@ from tests.conftest import run_program
 from tests.golden_network import error, load_golden
 from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
+from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.flags.reading import read_samplers
 from utils.networks.models import model_fn
@@ -50,7 +51,7 @@ def shortcut():
 
 def shortcut_batch(golden):
     rows = {name: golden[name][SHORTCUT_ROWS] for name in ("x_1", "x_0", "t", "d", "labels")}
-    draws = {"x_0": rows["x_0"], "t": rows["t"], "level": rows["d"]}
+    draws = {"x_0": rows["x_0"], "t": rows["t"], "level": rows["d"], "null": jnp.full(64, 10)}
     return rows["x_1"], rows["labels"], draws
 
 
@@ -67,7 +68,7 @@ def test_targets_losses_and_gradients_of_shortcuts_equal_published(shortcut, cas
     ema_params = scaled(shortcut.params, float(golden["meta/ema_factor"])) if has_ema else shortcut.params
     ema_model = model_fn(shortcut.network, ema_params)
     x_t = objective.corrupt(x_1, draws)
-    rows = (x_t[::8], draws["t"][::8], labels[::8], draws["level"][::8])
+    rows = (x_t[::8], draws["t"][::8], labels[::8], draws["null"][::8], draws["level"][::8])
     assert error(rows[0], golden["x_t_first8"]) < TOLERANCE
     assert error(objective.bootstrap_targets(ema_model, *rows), golden[f"v_target_{case}"]) < TOLERANCE
 
@@ -92,7 +93,7 @@ def test_targets_losses_and_gradients_of_shortcuts_equal_published(shortcut, cas
 @pytest.mark.parametrize("guidance", [None, 1.5])
 def test_samples_of_shortcuts_equal_published(shortcut, num_steps, guidance):
     golden = shortcut.numbers
-    guided = sampling.guide(model_fn(shortcut.network, shortcut.params), 10, guidance)
+    guided = sampling.guide(model_fn(shortcut.network, shortcut.params), shortcut.network.condition.null, guidance)
     field = Shortcut().velocity(guided, golden["sample_labels"])
     found = jax.jit(lambda noise: sampling.sample(field, noise, num_steps))(golden["noise"])
     name = "nocfg" if guidance is None else f"cfg{guidance}"
@@ -149,11 +150,11 @@ def test_targets_losses_and_gradients_of_mean_flow_equal_published(mean_flow, ca
     x_1, x_0, labels = golden["x"], golden["e"], golden["labels"]
     t, h = 1 - golden["t"], golden["t"] - golden["r"]
     assert (golden[f"{case}/num_dropped"], h[1::2].tolist()) == (0, [0, 0, 0, 0])
-    draws = {"x_0": x_0, "t": t, "h": h, "is_dropped": jnp.zeros(8, bool)}
+    draws = {"x_0": x_0, "t": t, "h": h, "is_dropped": jnp.zeros(8, bool), "null": jnp.full(8, 10)}
     network = in_our_convention(mean_flow.network, mean_flow.params)
     x_t = objective.corrupt(x_1, draws)
     assert error(x_t, golden["z_t"]) < TOLERANCE
-    velocity = objective.guided_velocity(network, x_t, t, labels, draws["is_dropped"], x_1 - x_0)
+    velocity = objective.guided_velocity(network, x_t, t, labels, draws, x_1 - x_0)
     assert error(velocity, -golden[f"{case}/v_g"]) < TOLERANCE
     rows = (x_t[::2], t[::2], h[::2], labels[::2], velocity[::2])
     u, du_dt = objective.derivative(network, *rows)
@@ -192,10 +193,13 @@ def test_dropped_labels_are_learned_without_a_step():
     def network(x, t, labels, h):
         """1 of a label, 0 of none, and minus the rest of the path, so that du/dt = 1 along it."""
         seen.append(labels)
-        return jnp.zeros_like(x) + (0 if labels is None else 1.0) - h.reshape(-1, 1, 1, 1)
+        return jnp.zeros_like(x) + ((labels < 10) * 1.0 - h).reshape(-1, 1, 1, 1)
 
     x_1, labels = jnp.ones((8, 2, 2, 1)), jnp.arange(8)
-    draws = objective.draw(jax.random.key(0), jax.random.key(1), 8) | {"is_dropped": jnp.arange(8) == 4}
+    draws = objective.draw(jax.random.key(0), jax.random.key(1), 8) | {
+        "is_dropped": jnp.arange(8) == 4,
+        "null": jnp.full(8, 10),
+    }
     _, metrics = objective.loss(network, network, x_1, labels, draws)
     x_0 = draw_noise(draws, x_1)
     h = draws["h"].at[4].set(0).reshape(-1, 1, 1, 1)  # the other row that would learn a step is row 0
@@ -203,7 +207,7 @@ def test_dropped_labels_are_learned_without_a_step():
     expected = expected.at[4].set((1 - x_0)[4]) + h
     np.testing.assert_allclose(metrics["v_abs_mean"], np.abs(expected).mean((1, 2, 3)), rtol=1e-5)
     assert (draws["h"] > 0).tolist() == [i % 4 == 0 for i in range(8)]
-    assert any(labels is None for labels in seen)
+    assert any((labels == 10).all() for labels in seen)
 
 
 # --- Theory: Gaussian data ---
@@ -253,7 +257,7 @@ def test_the_exact_average_velocity_is_the_target_of_shortcuts(double):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((7, 2, 2, 1)))
     level, labels = jnp.arange(7.0), jnp.zeros(7, jnp.int32)
     t = jnp.array([0, 0.5, 0.25, 0.5, 3 / 16, 0, 0.5])
-    found = Shortcut().bootstrap_targets(network, x, t, labels, level)
+    found = Shortcut().bootstrap_targets(network, x, t, labels, labels, level)
     np.testing.assert_allclose(found, network(x, t, labels, level), atol=1e-9)
     one = sampling.sample(Shortcut().velocity(network, labels), x, 1)
     np.testing.assert_allclose(one, MEAN + STD * x, atol=1e-7)
@@ -292,6 +296,7 @@ class Network:
     """A linear network of all that it is given, which counts as a static argument."""
 
     config = DiTConfig(num_classes=10)
+    condition = ClassCondition(num_classes=10)
 
     def apply(self, variables, x, t, labels, step):
         weights = variables["params"]

@@ -12,10 +12,11 @@ from tests.conftest import GOLDEN, ROOT
 from utils.base.devices import make_mesh
 from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
+from utils.conditions.classes import ClassCondition
 from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.opening import load_generator, load_model, open_checkpoint
-from utils.sampling.generator import ClassMix, ImageGenerator
+from utils.sampling.generator import ImageGenerator
 from utils.sampling.solvers import SamplerConfig
 
 
@@ -44,7 +45,7 @@ def test_images_are_of_the_labels_and_the_seed(generator):
 def test_without_labels_they_are_those_that_an_evaluation_draws(generator):
     (batch,) = generator.generate(SamplerConfig(4, None), 5, 5)
     expected, labels = batch.to_host()
-    np.testing.assert_array_equal(generator.labels(range(5)), labels)
+    np.testing.assert_array_equal(generator.conditions(range(5)), labels)
     np.testing.assert_array_equal(generator.sample(num_samples=5, num_steps=4), expected)
     np.testing.assert_array_equal(generator.sample(labels, num_steps=4), expected)
 
@@ -55,11 +56,15 @@ def test_labels_that_are_not_there_are_refused(generator, label):
         generator.sample(np.array([label]))
 
 
+def with_classes(model, *classes):
+    return model._replace(network=model.network.clone(condition=ClassCondition(*classes)))
+
+
 def test_labels_may_be_names_of_classes(generator):
     named = generator.with_seed(3)
-    named.model = generator.model._replace(class_names=("cat", "dog", *generator.class_names[2:]))
-    np.testing.assert_array_equal(named.check_labels(["dog", "CAT", "7"]), [1, 0, 7])
-    np.testing.assert_array_equal(named.check_labels("cat"), [0])
+    named.model = with_classes(generator.model, ("cat", "dog", *generator.class_names[2:]))
+    np.testing.assert_array_equal(named.condition.check(["dog", "CAT", "7"]), [1, 0, 7])
+    np.testing.assert_array_equal(named.condition.check("cat"), [0])
     np.testing.assert_array_equal(named.sample("dog", num_steps=2), generator.sample(1, num_steps=2))
     with pytest.raises(UserError, match="'cot' is no class of this run; did you mean cat"):
         named.sample(["cot"])
@@ -106,11 +111,11 @@ def test_scales_of_the_flags_for_no_guidance_are_none(generator):
 
 
 def test_no_samples_are_drawn_of_classes_without_images(generator):
-    sparse = ImageGenerator(generator.model._replace(empty_classes=(0, 3, 9)), generator.params, seed=3)
-    labels = sparse.labels(range(200))
+    sparse = ImageGenerator(with_classes(generator.model, generator.class_names, (0, 3, 9)), generator.params, seed=3)
+    labels = sparse.conditions(range(200))
     assert set(labels.tolist()) == {1, 2, 4, 5, 6, 7, 8}
     balanced = ImageGenerator(sparse.model, generator.params, label_mode="balanced")
-    assert balanced.labels(range(8)).tolist() == [1, 2, 4, 5, 6, 7, 8, 1]
+    assert balanced.conditions(range(8)).tolist() == [1, 2, 4, 5, 6, 7, 8, 1]
 
 
 @pytest.mark.parametrize("sampler", [SamplerConfig(6, 2.0), SamplerConfig(0, None, solver="dopri5", rtol=1e-3)])
@@ -158,13 +163,14 @@ class Affine(Network):
     """v = label / 10 + t everywhere; "no label" is the label 10."""
 
     config = DiTConfig(num_classes=10)
+    condition = ClassCondition(tuple("abcdefghij"))
 
     def apply(self, variables, x, t, labels):
         return jnp.broadcast_to((labels / 10 + t)[:, None, None, None], x.shape) + 0 * variables["params"]["unused"]
 
 
 def affine_generator(codec=None, image_shape=(8, 8, 1)) -> ImageGenerator:
-    model = ImageModel(Affine(), FlowMatching(), codec or PixelCodec(), make_mesh(), image_shape, tuple("abcdefghij"))
+    model = ImageModel(Affine(), FlowMatching(), codec or PixelCodec(), make_mesh(), image_shape)
     return ImageGenerator(model, {"unused": jnp.zeros(())})
 
 
@@ -220,7 +226,7 @@ def test_what_is_in_the_hole_does_not_enter_its_filling():
 @pytest.mark.parametrize("sampler", [SamplerConfig(3, 50.0), SamplerConfig(0, 50.0, solver="dopri5", rtol=1e-2)])
 def test_between_two_classes_the_ends_are_those_of_the_classes(generator, sampler):
     noise = generator.noise([0, 0, 0])
-    mixed = generator.sample_latents(noise, ClassMix([3] * 3, [7] * 3, [0.0, 0.5, 1.0]), sampler)
+    mixed = generator.sample_latents(noise, generator.condition.mix([3] * 3, [7] * 3, [0.0, 0.5, 1.0]), sampler)
     for row, label in ((0, 3), (2, 7)):
         alone = generator.sample_latents(noise, [label] * 3, sampler)
         np.testing.assert_allclose(mixed[row], alone[row], atol=0.02)
@@ -252,7 +258,7 @@ def test_a_run_says_that_classes_had_no_images(run, tmp_path, capsys):
     saved = checkpoints.restore_config(step)
     model = load_model(saved | {"dataset": saved["dataset"] | {"empty_classes": [2, 5]}}, make_mesh())
     assert "note: 2 of 10 classes had no training images" in capsys.readouterr().err
-    assert model.drawn_classes.tolist() == [1, 1, 0, 1, 1, 0, 1, 1, 1, 1]
+    assert model.condition.drawn_classes.tolist() == [1, 1, 0, 1, 1, 0, 1, 1, 1, 1]
 
 
 def test_an_ema_of_initial_parameters_is_named(run, capsys):

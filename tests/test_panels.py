@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from diffusion_transformer import DiTConfig
 from utils.base.devices import make_mesh
 from utils.codecs.pixels import PixelCodec
+from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching
@@ -16,7 +17,7 @@ from utils.runs.config import RunConfig
 from utils.sampling.solvers import SamplerConfig
 from utils.training import evaluation
 from utils.training.build import build_run
-from utils.training.evaluation import loss_by_time, panel_labels, reconstruction_panel, sample_panels
+from utils.training.evaluation import loss_by_time, reconstruction_panel, sample_panels
 from utils.training.state import TrainState
 
 NUM_CLASSES = 10
@@ -26,6 +27,7 @@ class Probe(Network):
     """A network with v = 0.2 label / 10 - 0.1 + 0.25 t everywhere; "no label" is the label 10."""
 
     config = DiTConfig(num_classes=NUM_CLASSES)
+    condition = ClassCondition(tuple("abcdefghij"))
 
     def apply(self, variables, x, t, labels):
         velocity = 0.02 * labels - 0.1 + 0.25 * t
@@ -37,7 +39,7 @@ PARAMS = {"unused": jnp.zeros(())}
 
 @pytest.fixture(scope="module")
 def model():
-    return ImageModel(Probe(), FlowMatching(), PixelCodec(), make_mesh(), (8, 8, 1), tuple("abcdefghij"))
+    return ImageModel(Probe(), FlowMatching(), PixelCodec(), make_mesh(), (8, 8, 1))
 
 
 class Table(Figure):
@@ -130,13 +132,17 @@ def test_panels_take_no_more_steps_than_the_objective_has(model):
 
 def test_panels_show_every_class_with_images_over_the_evaluations(model):
     """Ten classes, of which half of the rows are always the first four."""
-    assert [panel_labels(model, number) for number in range(3)] == [
+
+    def show(number, names="abcdefghij", empty=()):
+        return ClassCondition(tuple(names), empty).show(number, 8).tolist()
+
+    assert [show(number) for number in range(3)] == [
         [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 8, 9, 4, 5], [0, 1, 2, 3, 6, 7, 8, 9]
     ]  # fmt: skip
-    assert panel_labels(model._replace(empty_classes=(0, 4)), 5) == [1, 2, 3, 5, 6, 7, 8, 9]
-    assert panel_labels(model._replace(class_names=("a", "b", "c")), 5) == [0, 1, 2, 0, 1, 2, 0, 1]
-    many = model._replace(class_names=tuple(map(str, range(1000))), empty_classes=(999,))
-    shown = {label for number in range(-(-995 // 4)) for label in panel_labels(many, number)}
+    assert show(5, empty=(0, 4)) == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert show(5, "abc") == [0, 1, 2, 0, 1, 2, 0, 1]
+    many = tuple(map(str, range(1000)))
+    shown = {label for number in range(-(-995 // 4)) for label in show(number, many, (999,))}
     assert shown == set(range(999))
     panel = dict(sample_panels(model, PARAMS, jax.random.key(0), SamplerConfig(8, 2.0), number=1))["sample_N/4"]
     assert panel.column_titles == list("abcdijef")
@@ -167,4 +173,4 @@ def test_a_training_says_which_evaluation_which_scale_and_which_classes(configur
     ((model, params, _, sampler), of_ema), ((_, raw, *_), of_raw) = shown
     assert (params, raw, sampler.cfg_scale) == ("EMA", "raw", 2.5)
     assert of_ema["number"] == of_raw["number"] == 2  # after those of steps 500 and 1000
-    assert panel_labels(model, 0) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert model.condition.show(0, 8).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -14,6 +14,7 @@ from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import GOLDEN, ROOT
 from tests.published_network import forward
 from utils.base.external import BadFileError
+from utils.conditions.classes import ClassCondition
 from utils.convert.published import FAMILIES, export_published, find_config, import_published, tensor_table
 from utils.convert.sources import read_source
 from utils.networks.models import model_fn
@@ -81,8 +82,12 @@ def dit(request):
     return load(request.param)
 
 
+def null_of(model):
+    return ClassCondition(num_classes=model.config.num_classes).null
+
+
 def velocity(model, labels, cfg_scale, cfg_channels=3):
-    guided = sampling.guide(model.network, model.config.num_classes, cfg_scale, cfg_channels)
+    guided = sampling.guide(model.network, null_of(model), cfg_scale, cfg_channels)
     return model.objective.velocity(guided, jnp.asarray(labels, jnp.int32))
 
 
@@ -149,7 +154,7 @@ def test_a_dit_computes_what_the_published_one_does(dit):
 
 def test_guidance_of_a_dit_leaves_its_last_channel_and_sigma(dit):
     golden = dit.golden
-    guided = sampling.guide(dit.network, dit.config.num_classes, float(golden["cfg_scale"]), 3)
+    guided = sampling.guide(dit.network, null_of(dit), float(golden["cfg_scale"]), 3)
     found = guided(golden["cfg_z"], jnp.asarray(golden["cfg_t"], jnp.float32), jnp.asarray(golden["cfg_y"], jnp.int32))
     assert error(found, golden["cfg_out"]) < TOLERANCE
 
@@ -179,7 +184,7 @@ def test_ddpm_of_a_dit_has_its_learned_variance(dit):
         found = SOLVERS["ddpm"].step(field, x, t, t_next, golden["step_noise"])[i] / jnp.hypot(t_next, 1 - t_next)
         assert error(found, golden["step_ddpm"][i]) < 2 * TOLERANCE
     for name, cfg_scale in (("ddpm4", float(golden["sample_cfg"])), ("ddpm4_nocfg", None)):
-        guided = sampling.guide(dit.network, dit.config.num_classes, cfg_scale, 3)
+        guided = sampling.guide(dit.network, null_of(dit), cfg_scale, 3)
         field = dit.objective.velocity_with_variance(guided, golden["sample_y"].astype(jnp.int32))
         times = dit.objective.time_at
         assert [round(float(dit.objective.level_at(times(i, 4)))) for i in range(4)] == [999, 666, 333, 0]

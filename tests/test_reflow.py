@@ -220,7 +220,7 @@ def test_pairs_are_those_of_the_flags(golden_run, read_flags, tmp_path, monkeypa
     assert generator.model.network.config.dtype == "float32"
     jax.tree.map(np.testing.assert_array_equal, generator.params, like.params)
     np.testing.assert_array_equal(noise, like.noise(range(30)))
-    assert [*shards.values()] == [like.labels(rows).tolist() for rows in (range(60), range(60, 110))]
+    assert [*shards.values()] == [like.conditions(rows).tolist() for rows in (range(60), range(60, 110))]
     manifest = pairs.load_manifest(tmp_path)
     assert (manifest.seed, manifest.jax_variables) == (5, ("JAX_RANDOM_SEED_OFFSET=3",))
 

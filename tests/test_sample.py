@@ -19,6 +19,7 @@ import sample
 from tests.conftest import ROOT, xla_flags
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
 from utils.base.errors import UserError, WriteError
+from utils.conditions.classes import ClassCondition
 from utils.flags import drawing
 from utils.images.plotting import sample_grid
 from utils.images.samples import open_samples
@@ -40,8 +41,13 @@ def draw(read_flags, run, tmp_path):  # noqa: F811
     return start
 
 
+def rename(model, *names):
+    """The model with other classes."""
+    return model._replace(network=model.network.clone(condition=ClassCondition(*names)))
+
+
 def test_classes_are_named_by_names_and_numbers(generator):  # noqa: F811
-    model = generator.model._replace(class_names=NAMES)
+    model = rename(generator.model, NAMES)
     assert drawing.choose_classes("goldfish, 3,Tench", model) == [1, 3, 0]
     assert drawing.choose_classes("all", model) == [0, 1, 2, 3]
     assert drawing.choose_classes(None, model) is None
@@ -50,7 +56,7 @@ def test_classes_are_named_by_names_and_numbers(generator):  # noqa: F811
 
 
 def test_classes_without_images_are_not_among_all_and_named_where_asked_for(generator, capsys):  # noqa: F811
-    model = generator.model._replace(class_names=NAMES, empty_classes=(0, 2))
+    model = rename(generator.model, NAMES, (0, 2))
     assert drawing.choose_classes("all", model) == [1, 3]
     assert capsys.readouterr().err == ""
     assert drawing.choose_classes("tench,3", model) == [0, 3]
@@ -108,7 +114,7 @@ def test_a_film_starts_at_the_noise_and_ends_at_the_images(draw, generator, file
         film.seek(0)
         first = np.asarray(film.convert("RGB")).astype(int)
     noise = generator.decode(generator.noise(range(4)))
-    labels = generator.labels(range(4))
+    labels = generator.conditions(range(4))
     names = generator.class_names
     title = "6 Euler steps, guidance 4, seed 3"
     sample_grid(noise, labels, names, title).savefig(tmp_path / "noise.png")

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from utils.conditions.classes import ClassCondition, draw_labels
 from utils.sampling import solvers as sampling
 
 KEY = jax.random.key(3)
+CLASSES = ClassCondition(num_classes=10)
 
 
 def model_fn(x, t, labels):
@@ -71,13 +73,15 @@ def test_guidance_is_on_in_its_interval_alone():
 
     @jax.jit
     def velocity(t, low, high):
-        fields = (lambda x, t, t_next, f=f: f(x, t, labels) for f in (sampling.guide(counting, 10, 4.0), counting))
+        fields = (
+            lambda x, t, t_next, f=f: f(x, t, labels) for f in (sampling.guide(counting, CLASSES.null, 4.0), counting)
+        )
         times = jnp.full(2, t)
         return sampling.within(*fields, low, high)(x, times, times)
 
     for t, on in ((0.0, False), (0.25, True), (0.5, True), (0.75, True), (0.8, False)):
         passes.clear()
-        expected = sampling.guide(model_fn, 10, 4.0 if on else None)(x, jnp.full(2, t), labels)
+        expected = sampling.guide(model_fn, CLASSES.null, 4.0 if on else None)(x, jnp.full(2, t), labels)
         np.testing.assert_allclose(velocity(t, 0.25, 0.75), expected, rtol=1e-6)
         jax.effects_barrier()
         assert passes == [4 if on else 2]  # no second pass outside
@@ -104,7 +108,7 @@ def test_step_count_and_scale_compile_nothing_anew():
     def sample(x, scale, steps):
         traces.append(1)
         labels = jnp.zeros(4, jnp.int32)
-        guided = sampling.guide(model_fn, 10, scale)
+        guided = sampling.guide(model_fn, CLASSES.null, scale)
         return sampling.sample(lambda x, t, t_next: guided(x, t, labels), x, steps)
 
     for scale, steps in ((4.0, 1), (1.5, 7), (0.0, 500)):
@@ -117,7 +121,7 @@ def test_guidance_is_the_formula(scale):
     x, t = jax.random.normal(KEY, (5, 3)), jnp.linspace(0, 1, 5)
     labels = jnp.array([0, 3, 9, 1, 2])
     v_uncond, v_cond = model_fn(x, t, jnp.full(5, 10)), model_fn(x, t, labels)
-    v = sampling.guide(model_fn, 10, scale)(x, t, labels)
+    v = sampling.guide(model_fn, CLASSES.null, scale)(x, t, labels)
     np.testing.assert_allclose(v, v_uncond + scale * (v_cond - v_uncond), rtol=1e-5)
 
 
@@ -129,18 +133,18 @@ def test_no_guidance_is_one_conditional_pass():
         batches.append(len(x))
         return model_fn(x, t, labels)
 
-    v = sampling.guide(counting, 10, None)(x, t, labels)
+    v = sampling.guide(counting, CLASSES.null, None)(x, t, labels)
     assert batches == [5]
     np.testing.assert_array_equal(v, model_fn(x, t, labels))
 
 
-@pytest.mark.parametrize("mode", sampling.LABELS)
+@pytest.mark.parametrize("mode", ClassCondition.DRAW_MODES)
 def test_noise_and_labels_depend_on_seed_and_index_alone(mode):
     whole_noise = sampling.sample_noise(KEY, jnp.arange(50), (4, 4, 1))
-    whole_labels = sampling.sample_labels(KEY, jnp.arange(50), jnp.ones(10), mode)
+    whole_labels = draw_labels(KEY, jnp.arange(50), jnp.ones(10), mode)
     for indices in (jnp.arange(7, 20), jnp.array([49, 0, 3])):
         np.testing.assert_array_equal(sampling.sample_noise(KEY, indices, (4, 4, 1)), whole_noise[indices])
-        np.testing.assert_array_equal(sampling.sample_labels(KEY, indices, jnp.ones(10), mode), whole_labels[indices])
+        np.testing.assert_array_equal(draw_labels(KEY, indices, jnp.ones(10), mode), whole_labels[indices])
     assert len(np.unique(whole_noise[:, 0, 0, 0])) == 50
     assert not np.array_equal(whole_noise, sampling.sample_noise(jax.random.key(4), jnp.arange(50), (4, 4, 1)))
 
@@ -154,23 +158,23 @@ def test_noise_and_labels_depend_on_seed_and_index_alone(mode):
     ],
 )
 def test_labels_are_drawn_with_the_fractions_of_their_mode(mode, counts, fractions):
-    labels = sampling.sample_labels(KEY, jnp.arange(10_000), jnp.array(counts), mode)
+    labels = draw_labels(KEY, jnp.arange(10_000), jnp.array(counts), mode)
     found = np.bincount(labels, minlength=len(counts)) / 10_000
     np.testing.assert_allclose(found, fractions, atol=5 * 0.5 / 100)  # five standard deviations of a fair coin
     assert found[np.equal(fractions, 0)].sum() == 0
 
 
 def test_balanced_labels_are_interleaved():
-    labels = sampling.sample_labels(KEY, jnp.arange(7), jnp.array([5, 5, 90]), "balanced")
+    labels = draw_labels(KEY, jnp.arange(7), jnp.array([5, 5, 90]), "balanced")
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    labels = sampling.sample_labels(KEY, jnp.arange(5), jnp.array([0, 5, 0, 90]), "balanced")
+    labels = draw_labels(KEY, jnp.arange(5), jnp.array([0, 5, 0, 90]), "balanced")
     assert labels.tolist() == [1, 3, 1, 3, 1]
 
 
 def test_uniform_labels_of_whole_tables_are_those_of_earlier_versions():
     """Entry i is randint(fold_in(key, i), classes), so that older evaluations are found again."""
     expected = [int(jax.random.randint(jax.random.fold_in(KEY, i), (), 0, 10)) for i in range(20)]
-    assert sampling.sample_labels(KEY, jnp.arange(20), jnp.ones(10)).tolist() == expected
+    assert draw_labels(KEY, jnp.arange(20), jnp.ones(10)).tolist() == expected
 
 
 GAUSSIAN = (jnp.array([0.7, -0.3]), 0.5)
@@ -243,8 +247,8 @@ def test_times_are_uniform_or_shifted_as_those_of_sd3():
 
 def test_guidance_of_some_channels_leaves_the_others_conditional():
     x, t, labels = jax.random.normal(KEY, (4, 3)), jnp.full(4, 0.3), jnp.arange(4)
-    whole = sampling.guide(model_fn, 10, 3.0)(x, t, labels)
-    part = sampling.guide(model_fn, 10, 3.0, cfg_channels=2)(x, t, labels)
+    whole = sampling.guide(model_fn, CLASSES.null, 3.0)(x, t, labels)
+    part = sampling.guide(model_fn, CLASSES.null, 3.0, cfg_channels=2)(x, t, labels)
     np.testing.assert_array_equal(part[:, :2], whole[:, :2])
     np.testing.assert_array_equal(part[:, 2:], model_fn(x, t, labels)[:, 2:])
 

@@ -45,7 +45,7 @@ CONFIG = {
     "objective": {"name": "flow_matching", "distill": 0, "diffusion_timesteps": None, "omega": None},
     "dataset": {
         "name": "digits", "image_shape": [8, 8, 3], "latent_shape": [8, 8, 3], "class_names": ["a", "b"], "vae": None,
-        "vae_sha256": None, "empty_classes": [],
+        "vae_sha256": None, "empty_classes": [], "condition": {"kind": "class", "arrays": [[[], "int32"]]},
         "splits": {"train": {"format": "array", "num_examples": 9, "sha256": "x"}},
     },
     "jax": {"jax_enable_x64": False},

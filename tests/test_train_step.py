@@ -9,6 +9,7 @@ import pytest
 from diffusion_transformer import DiTConfig
 from utils.base.errors import UserError
 from utils.codecs.pixels import PixelCodec
+from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.networks.ema import EmaSchedule
 from utils.networks.models import Network
@@ -26,6 +27,7 @@ class Probe(Network):
     """A network that answers with its input, and shows what it was asked."""
 
     config = DiTConfig(class_dropout_prob=0.3, num_classes=10)
+    condition = ClassCondition(num_classes=10)
 
     def __init__(self):
         self.seen = []
@@ -116,6 +118,7 @@ class Poisoned(Network):
     """A network whose output is infinite, or a finite number too large, on batches with the label 7."""
 
     config = DiTConfig(class_dropout_prob=0.0, num_classes=10)
+    condition = ClassCondition(num_classes=10)
 
     def __init__(self, poison):
         self.poison = poison

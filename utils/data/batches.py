@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grain
+import jax
 import numpy as np
 
 from utils.base.errors import UserError
@@ -138,7 +140,9 @@ class _BatchReader:
         def fill(rows: range) -> None:
             for row in rows:
                 for name, value in self.dataset.row(indices[row], flips[row]).items():
-                    getattr(batch, name)[row] = value
+                    jax.tree.map(
+                        lambda rows, leaf, row=row: operator.setitem(rows, row, leaf), getattr(batch, name), value
+                    )
 
         # Some pieces for every thread evens out slow images; single rows would cost more than a small image itself.
         piece = max(1, len(indices) // (4 * self.num_threads))

@@ -19,17 +19,19 @@ from jaxtyping import Array, Float, Int32, Key, PyTree, UInt8
 
 from utils.base.console import warn_once
 from utils.base.errors import UserError
+from utils.conditions.classes import ClassCondition
+from utils.conditions.condition import Condition, empty_rows, record_condition
 from utils.data.fingerprint import Fingerprint
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.images.pixels import describe_range, images_from_uint8, images_to_uint8
 
-# "image": uint8 (h, w, c) and "label": int32 (); sources with a `Batch` of their own have other arrays beside "label".
+# "image": uint8 (h, w, c), and what the condition of the data reads: the class reads "label", int32 (). Sources with a
+# `Batch` of their own have other arrays in place of "image".
 Example = dict[str, Any]
 
 SPLITS = ("train", "validation")
 HELD_OUT_FRACTION = 0.02  # of a data set that brings no validation split
 NUM_SAMPLED = 256  # images whose range is looked at
-MAX_LISTED = 5  # classes named in a message
 
 
 class Batch(flax.struct.PyTreeNode):
@@ -38,16 +40,16 @@ class Batch(flax.struct.PyTreeNode):
     `codec` is a codec of utils/codecs, `keys` are one for each example or one to be split among them.
     """
 
-    condition: PyTree  # labels, int32 (b,)
+    condition: PyTree  # of its kind: of classes, labels int32 (b,)
 
     @classmethod
-    def empty(cls, count: int, shape: Sequence[int]) -> "Batch":
-        """Returns `count` examples of this shape as NumPy arrays to be filled."""
+    def empty(cls, count: int, shape: Sequence[int], condition: PyTree) -> "Batch":
+        """Returns `count` examples of this shape as NumPy arrays to be filled, as those of `condition` are."""
         raise NotImplementedError
 
     @classmethod
     def select(cls, example: Example, flip: bool) -> Example:
-        """Returns one row of every field from an example of a source, mirrored left to right if `flip`."""
+        """Returns one row of every field but the condition from an example, mirrored left to right if `flip`."""
         raise NotImplementedError
 
     @property
@@ -68,18 +70,18 @@ class Batch(flax.struct.PyTreeNode):
 
 
 class PixelBatch(Batch):
-    """Images with their labels."""
+    """Images with their conditions."""
 
     image: PyTree  # uint8 (b, h, w, c)
 
     @classmethod
-    def empty(cls, count: int, shape: Sequence[int]) -> "PixelBatch":
-        return cls(condition=np.empty(count, np.int32), image=np.empty((count, *shape), np.uint8))
+    def empty(cls, count: int, shape: Sequence[int], condition: PyTree) -> "PixelBatch":
+        return cls(condition=condition, image=np.empty((count, *shape), np.uint8))
 
     @classmethod
     def select(cls, example: Example, flip: bool) -> Example:
         image = example["image"]
-        return {"image": image[:, ::-1] if flip else image, "condition": example["label"]}
+        return {"image": image[:, ::-1] if flip else image}
 
     def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
         return codec.encode(keys, images_from_uint8(self.image))
@@ -137,7 +139,10 @@ class LatentMetadata(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageDataset:
-    """One split of a data set; its images are uint8 of one shape, its labels 0 .. num_classes - 1."""
+    """One split of a data set; its images are uint8 of one shape.
+
+    Its condition is the class, by labels 0 .. num_classes - 1, unless `own_condition` is another.
+    """
 
     name: str  # of the images, also where it is their latents that are read
     split: str  # 'train' or 'validation'
@@ -150,6 +155,12 @@ class ImageDataset:
     pair_shape: tuple[int, int, int] | None = None  # of samples that come with their noise (utils/data/pairs.py)
     empty_classes: tuple[int, ...] = ()  # labels of which the split has no image, as far as that is known
     batch_type: type[Batch] = PixelBatch
+    own_condition: Condition | None = None  # of examples without classes, whose class_names are ()
+
+    @property
+    def condition(self) -> Condition:
+        """The kind of condition that the examples have, with what it knows of them."""
+        return self.own_condition or ClassCondition(self.class_names, self.empty_classes)
 
     @property
     def num_classes(self) -> int:
@@ -162,11 +173,12 @@ class ImageDataset:
 
     def empty_batch(self, count: int) -> Batch:
         """Returns a batch to be filled with `row`s."""
-        return self.batch_type.empty(count, self.example_shape)
+        return self.batch_type.empty(count, self.example_shape, empty_rows(self.condition, count))
 
     def row(self, index: int, flip: bool) -> Example:
         """Example `index`, mirrored left to right if `flip`, by the fields of a batch."""
-        return self.batch_type.select(cast(Source, self.source)[index], flip)  # a stream has no rows
+        example = cast(Source, self.source)[index]  # a stream has no rows
+        return {**self.batch_type.select(example, flip), "condition": self.condition.read(example)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,8 +322,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
     return {
         "name": dataset.name,
         "image_shape": list(dataset.image_shape),
-        "class_names": list(dataset.class_names),
-        "empty_classes": list(dataset.empty_classes),
+        **record_condition(dataset.condition),
         "splits": {split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
     }
 
@@ -319,16 +330,12 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
 def summarize_data(datasets: Mapping[str, ImageDataset], batch_size: int) -> str:
     """Sums up in a line what was found, to see at once whether it is what was meant."""
     train, validation = (datasets[split] for split in SPLITS)
-    num_images, num_classes = len(train.source), train.num_classes
-    empty = ""
-    if train.empty_classes:
-        names = ", ".join(train.class_names[label] for label in train.empty_classes[:MAX_LISTED])
-        more = ", ..." * (len(train.empty_classes) > MAX_LISTED)
-        empty = f", {len(train.empty_classes)} of them without images to train on ({names}{more})"
+    num_images = len(train.source)
+    condition = train.condition.summary()
     return (
         f"data: {train.name}, {num_images:,} image{'s' * (num_images != 1)} to train on and "
         f"{len(validation.source):,} held out, "
-        f"{'x'.join(map(str, train.image_shape))}, {num_classes} class{'es' * (num_classes != 1)}{empty}, "
+        f"{'x'.join(map(str, train.image_shape))}, {condition}{', ' * bool(condition)}"
         f"{num_images / batch_size:,.1f} steps per epoch, {'half of them' if train.random_flip else 'none'} mirrored"
     )
 

@@ -103,8 +103,9 @@ def compare_data(
     if list(saved["image_shape"]) != list(found["image_shape"]):
         raise UserError(f"its images were {_size(saved['image_shape'])}, not {_size(found['image_shape'])}")
     remarks = []
-    if difference := _first_class_difference(saved["class_names"], found["class_names"]):
-        if len(saved["class_names"]) != 1 or len(found["class_names"]) != 1:
+    old_names, new_names = (data.get("class_names", ()) for data in (saved, found))
+    if difference := _first_class_difference(old_names, new_names):
+        if len(old_names) != 1 or len(new_names) != 1:
             raise UserError(difference)
         remarks.append(difference)  # nothing but the name of the only class, which may be its folder's
     if "splits" not in saved:

@@ -17,7 +17,7 @@ import numpy as np
 from utils.base.console import printable, warn, warn_once
 from utils.base.errors import UserError
 from utils.base.files import UNFINISHED, check_finished
-from utils.data.class_names import imagenet_class_names
+from utils.conditions.classes import imagenet_class_names
 from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row
 from utils.images.decoding import (

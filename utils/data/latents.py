@@ -200,12 +200,12 @@ class LatentBatch(Batch):
     moments: PyTree  # float16 (b, 2, h, w, c): mean and log-variance
 
     @classmethod
-    def empty(cls, count: int, shape: Sequence[int]) -> "LatentBatch":
-        return cls(condition=np.empty(count, np.int32), moments=np.empty((count, 2, *shape), np.float16))
+    def empty(cls, count: int, shape: Sequence[int], condition: PyTree) -> "LatentBatch":
+        return cls(condition=condition, moments=np.empty((count, 2, *shape), np.float16))
 
     @classmethod
     def select(cls, example: Example, flip: bool) -> Example:
-        return {"moments": example["moments"][int(flip)], "condition": example["label"]}
+        return {"moments": example["moments"][int(flip)]}
 
     def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
         """Latents drawn from the posterior; the same keys draw the same as for the images."""

@@ -124,9 +124,9 @@ class PairBatch(Batch):
     pair: PyTree  # uint32 (b, 2): the seed and the number from which the noise is drawn
 
     @classmethod
-    def empty(cls, count: int, shape: Sequence[int]) -> "PairBatch":
+    def empty(cls, count: int, shape: Sequence[int], condition: PyTree) -> "PairBatch":
         return cls(
-            condition=np.empty(count, np.int32),
+            condition=condition,
             x_1=np.empty((count, *shape), np.float32),
             pair=np.empty((count, 2), np.uint32),
         )
@@ -134,7 +134,7 @@ class PairBatch(Batch):
     @classmethod
     def select(cls, example: Example, flip: bool) -> Example:
         assert not flip, "pairs cannot be mirrored"
-        return {"x_1": example["x_1"], "pair": example["pair"], "condition": example["label"]}
+        return {"x_1": example["x_1"], "pair": example["pair"]}
 
     def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
         return self.x_1

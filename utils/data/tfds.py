@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from utils.base.console import warn_once
 from utils.base.errors import UserError
 from utils.base.files import check_regular
-from utils.data.class_names import imagenet_class_names
+from utils.conditions.classes import imagenet_class_names
 from utils.data.dataset import DataOptions, Example, ImageDataset, PixelBatch, check_own_size
 from utils.data.tfds_files import NUM_SAMPLED, PreparedSplit, import_tensorflow, is_remote, remember
 from utils.images.decoding import read_image

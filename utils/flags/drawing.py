@@ -14,7 +14,6 @@ from utils.base.console import configure_output, warn
 from utils.base.devices import explaining_out_of_memory
 from utils.base.errors import UserError, WriteError
 from utils.base.files import check_writable, prepare_output_folder
-from utils.data.class_names import read_classes
 from utils.flags import reading
 from utils.flags.definitions import define_path, define_sampler_flags, define_tracker_flags, define_vae_flag
 from utils.flags.help import topic
@@ -100,7 +99,7 @@ def load_request(config: ConfigDict) -> Request:
     # A label for each sample: the classes in turn, or drawn ones.
     classes = choose_classes(config.classes, generator.model)
     if classes is None:
-        labels = generator.labels(range(config.num_samples))
+        labels = generator.conditions(range(config.num_samples))
     else:
         if len(classes) > config.num_samples:
             warn(
@@ -126,16 +125,14 @@ def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
 def choose_classes(text: str | None, model: ImageModel, flag: str = "classes") -> list[int] | None:
     """Returns the labels that a flag names by names or numbers of classes, in its order; None without it. 'all' stands
     for the classes of which the run had images. Raises UserError for a word that is no class."""
-    names = model.class_names
     if text is None:
         return None
-    if text.strip() == "all" and "all" not in names:
-        return np.flatnonzero(model.drawn_classes).tolist()
+    classes = model.condition
     try:
-        labels = read_classes(text, names)
+        labels = classes.parse(text).tolist()
     except UserError as error:
         raise UserError(f"--{flag}={text}: {error}") from None
-    if empty := [names[label] for label in dict.fromkeys(labels) if label in model.empty_classes]:
+    if empty := [classes.class_names[label] for label in dict.fromkeys(labels) if label in classes.empty_classes]:
         warn(f"--{flag}={text}: the run had no training images of {', '.join(empty[:5])}; expect noise")
     return labels
 

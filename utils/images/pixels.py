@@ -2,9 +2,10 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, UInt8
+from jaxtyping import Array, Float, Int, Integer, PyTree, UInt8
 from PIL import Image
 
 from utils.base.devices import gather
@@ -60,15 +61,16 @@ def describe_range(extremes: Integer[np.ndarray, "n 2"]) -> str:
 
 
 class ImageBatch(NamedTuple):
-    """Images on the devices, with labels if they are known; rows after the first `count` are padding."""
+    """Images on the devices, with their conditions if these are known; rows after the first `count` are padding."""
 
     images: UInt8[Array, "b h w c"]
-    labels: Int[Array, " b"] | None
+    conditions: PyTree | None
     count: int
     nfe: Int[Array, " b"] | None = None  # evaluations of the velocity that each took; adaptive solvers only
 
-    def to_host(self) -> tuple[UInt8[np.ndarray, "count h w c"], Int[np.ndarray, " count"]]:
-        """Returns (images, labels) without the padding. Raises ValueError if the labels are not known."""
-        if self.labels is None:
-            raise ValueError("the labels of these images are not known")
-        return gather(self.images)[: self.count], gather(self.labels)[: self.count]
+    def to_host(self) -> tuple[UInt8[np.ndarray, "count h w c"], PyTree]:
+        """Returns (images, conditions) without the padding. Raises ValueError if the conditions are not known."""
+        if self.conditions is None:
+            raise ValueError("the conditions of these images are not known")
+        images, conditions = jax.tree.map(lambda rows: gather(rows)[: self.count], (self.images, self.conditions))
+        return images, conditions

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Key, PyTree
 
 import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
-from utils.base.errors import UserError
 from utils.base.settings import find_entry
 from utils.codecs.codec import Codec
+from utils.conditions.condition import Condition
 from utils.networks.lora import merge_lora
 from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.objective import ModelFn, Objective
@@ -24,14 +23,15 @@ class Network(Protocol):
     One more is an entry of NETWORKS (utils/networks/network.py).
     """
 
-    config: NetworkConfig  # of which guidance and training use `num_classes` and `class_dropout_prob`
+    config: NetworkConfig  # of which guidance and training use `class_dropout_prob`
+    condition: Condition  # the kind that it takes
 
-    def init(self, rngs: Any, x: Any, t: Any, labels: Any) -> Any:
+    def init(self, rngs: Any, x: Any, t: Any, condition: Any) -> Any:
         """{"params": fresh parameters}."""
 
-    def apply(self, variables: Any, x: Any, t: Any, labels: Any) -> Any:
-        """The output for x_t (b, h, w, c), times (b,) and labels (b,): of the shape of x_t, or with more channels. With
-        `config.step_conditioning`, a fourth argument is the step (b,)."""
+    def apply(self, variables: Any, x: Any, t: Any, condition: Any) -> Any:
+        """The output for x_t (b, h, w, c), times (b,) and conditions (b, ...): of the shape of x_t, or with more
+        channels. With `config.step_conditioning`, a fourth argument is the step (b,)."""
 
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
         """Of one forward pass on one image, matmuls only (2 per MAC)."""
@@ -45,15 +45,11 @@ class ImageModel(NamedTuple):
     codec: Codec
     mesh: Mesh
     image_shape: tuple[int, int, int]
-    class_names: tuple[str, ...]
-    empty_classes: tuple[int, ...] = ()  # labels without training images, of which no samples are drawn
 
     @property
-    def drawn_classes(self) -> Float[np.ndarray, " classes"]:
-        """1 for each class of which samples are drawn, 0 for the empty ones."""
-        counts = np.ones(len(self.class_names))
-        counts[list(self.empty_classes)] = 0
-        return counts
+    def condition(self) -> Condition:
+        """The kind of condition that the network takes, with what it knows of the data."""
+        return self.network.condition
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -73,37 +69,29 @@ def make_model(
     codec: Codec,
     mesh: Mesh,
     image_shape: Sequence[int],
-    class_names: Sequence[str],
+    condition: Condition,
     remat: str = "none",
-    empty_classes: Sequence[int] = (),
 ) -> ImageModel:
     """Returns the model of a network's configuration for a data set. Raises UserError where they do not fit."""
     height, width, channels = image_shape
     shape = (height, width, channels)
     config.check(codec.latent_shape(shape))
-    if len(class_names) > config.num_classes:
-        raise UserError(
-            f"--model.num_classes={config.num_classes} is fewer than the {len(class_names)} classes of the data set; "
-            f"use {len(class_names)} or more"
-        )
-    network = NETWORKS[config.network].build(config, remat, mesh)
-    return ImageModel(network, objective, codec, mesh, shape, tuple(class_names), tuple(empty_classes))
+    network = NETWORKS[config.network].build(config, remat, mesh, condition.fit(config.num_classes))
+    return ImageModel(network, objective, codec, mesh, shape)
 
 
 def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
     """Freshly initialised parameters of the network, float32."""
     latents = jnp.zeros((1, *model.latent_shape))
-    return model.network.init(key, latents, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+    return model.network.init(key, latents, jnp.zeros(1), model.condition.null(1))["params"]
 
 
 def model_fn(network: Network, params: PyTree) -> ModelFn:
     """The network as objectives, guidance and solvers call it; LoRA's factors are merged into its kernels."""
     params = merge_lora(params)
 
-    def apply(x, t, labels, *step):
-        if labels is None:
-            labels = jnp.full(t.shape, network.config.num_classes)
-        output: Any = network.apply({"params": params}, x, t, labels, *step)
+    def apply(x, t, condition, *step):
+        output: Any = network.apply({"params": params}, x, t, condition, *step)
         return output
 
     return apply

@@ -8,10 +8,12 @@ from utils.base.settings import setting
 
 
 class NetworkEntry(NamedTuple):
-    """A network that --model.network can name: its configuration class, and `build(config, remat, mesh)`.
+    """A network that --model.network can name: its configuration class, and `build(config, remat, mesh,
+    condition)`.
 
     `config_class` is a frozen dataclass derived from NetworkConfig: its fields become --model.* flags. `remat` is one
     of diffusion_transformer.REMAT_POLICIES, `mesh` the devices to build for; a network may ignore both.
+    `condition` is the kind of condition that its data have (utils/conditions/condition.py): it keeps it as a field.
     """
 
     config_class: type["NetworkConfig"]

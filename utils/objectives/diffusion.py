@@ -12,7 +12,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from utils.base.settings import setting
 from utils.objectives.flow_matching import expand_times
@@ -85,7 +85,7 @@ class Diffusion:
         model_fn: ModelFn,
         ema_model_fn: ModelFn,
         x_1: Float[Array, "b ..."],
-        labels: Int[Array, " b"],
+        condition: PyTree,
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
         """Mean squared error of the noise, every level weighing the same.
@@ -94,7 +94,7 @@ class Diffusion:
         """
         x_0 = draw_noise(draws, x_1)
         x_k, level = self._diffuse(x_0, x_1, draws["t"])
-        prediction = self._predict_noise(model_fn, x_k, level, labels)
+        prediction = self._predict_noise(model_fn, x_k, level, condition)
 
         loss = example_mean(jnp.square(prediction - x_0))
         return loss, {"v_abs_mean": example_mean(jnp.abs(x_0)), "v_pred_abs_mean": example_mean(jnp.abs(prediction))}
@@ -109,34 +109,34 @@ class Diffusion:
         return (t * x_1 + (1 - t) * x_0) / jnp.hypot(t, 1 - t), level
 
     def _predict_noise(
-        self, model_fn: ModelFn, x_k: Float[Array, "b ..."], level: Float[Array, " b"], labels: Int[Array, " b"]
+        self, model_fn: ModelFn, x_k: Float[Array, "b ..."], level: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
         # A network that also predicts a variance has twice the channels.
-        return model_fn(x_k, level, labels)[..., : x_k.shape[-1]].astype(jnp.float32)
+        return model_fn(x_k, level, condition)[..., : x_k.shape[-1]].astype(jnp.float32)
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """x_k of `draws`."""
         return self._diffuse(draw_noise(draws, x_1), x_1, draws["t"])[0]
 
     def predict_data(
-        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]
+        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
         """(x_k - s_k eps) / a_k."""
         t = self._clip(t)
-        noise = self._predict_noise(model_fn, x_t, self.level_at(t), labels)
+        noise = self._predict_noise(model_fn, x_t, self.level_at(t), condition)
         t = expand_times(t, x_t)
         return (x_t * jnp.hypot(t, 1 - t) - (1 - t) * noise) / t
 
-    def velocity(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+    def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
         """(x - eps) / t at x on the straight path, the field of the probability-flow ODE (arXiv:2011.13456).
 
         Before t_(T-1) and after t_0 the network sees x as noisy as there, which is all it knows.
         """
 
-        with_variance = self.velocity_with_variance(model_fn, labels)
+        with_variance = self.velocity_with_variance(model_fn, condition)
         return lambda x, t, t_next: with_variance(x, t, t_next)[..., : x.shape[-1]]
 
-    def velocity_with_variance(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+    def velocity_with_variance(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
         """`velocity`, and behind it what the network says of the variance of an ancestral step, if it does."""
 
         def velocity_fn(x, t, t_next):
@@ -144,7 +144,7 @@ class Diffusion:
             level = self.level_at(inside)
             t, inside = expand_times(t, x), expand_times(inside, x)
             x_k = x / jnp.hypot(t, 1 - t)
-            noise, variance = jnp.split(model_fn(x_k, level, labels).astype(jnp.float32), [x.shape[-1]], axis=-1)
+            noise, variance = jnp.split(model_fn(x_k, level, condition).astype(jnp.float32), [x.shape[-1]], axis=-1)
             velocity = (x_k * jnp.hypot(inside, 1 - inside) - noise) / inside
             return jnp.concatenate([velocity, variance], axis=-1)
 

@@ -7,7 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from utils.base.settings import setting
 from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
@@ -70,7 +70,7 @@ class FlowMatching:
         model_fn: ModelFn,
         ema_model_fn: ModelFn,
         x_1: Float[Array, "b ..."],
-        labels: Int[Array, " b"],
+        condition: PyTree,
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
         """Mean squared error of the velocity at x_t.
@@ -80,7 +80,7 @@ class FlowMatching:
         x_0 = draw_noise(draws, x_1)
         t = draws["t"]
         velocity = (x_1 - x_0).astype(jnp.float32)
-        prediction = model_fn(interpolate(x_0, x_1, t), t, labels).astype(jnp.float32)
+        prediction = model_fn(interpolate(x_0, x_1, t), t, condition).astype(jnp.float32)
 
         loss = example_mean(jnp.square(prediction - velocity))
         return loss, {
@@ -93,11 +93,11 @@ class FlowMatching:
         return interpolate(draw_noise(draws, x_1), x_1, draws["t"])
 
     def predict_data(
-        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]
+        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
         """Where one straight step from x_t along the predicted velocity ends: x_t + (1 - t) v."""
-        return x_t + (1 - expand_times(t, x_t)) * model_fn(x_t, t, labels)
+        return x_t + (1 - expand_times(t, x_t)) * model_fn(x_t, t, condition)
 
-    def velocity(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+    def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
         """The network itself: an instantaneous field, so that t_next has no effect."""
-        return lambda x, t, t_next: model_fn(x, t, labels)
+        return lambda x, t, t_next: model_fn(x, t, condition)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from utils.base.settings import setting
 from utils.objectives.flow_matching import expand_times
@@ -65,7 +65,7 @@ class MeanFlow:
         model_fn: ModelFn,
         ema_model_fn: ModelFn,
         x_1: Float[Array, "b ..."],
-        labels: Int[Array, " b"],
+        condition: PyTree,
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
         """Squared error over its own power, which keeps outliers from leading (the paper's adaptive weight).
@@ -74,18 +74,16 @@ class MeanFlow:
         and `du_dt_abs_mean`, which is zero where h is. The loss itself is nearly constant with norm_p 1.
         """
         x_0 = draw_noise(draws, x_1)
-        is_dropped = draws.get("is_dropped", jnp.zeros(len(labels), bool))
+        is_dropped = draws.get("is_dropped", jnp.zeros(len(x_1), bool))
         t = draws["t"]
-        h = jnp.where(is_dropped, 0, jnp.clip(draws["h"], 0, 1 - t))  # "no label" is learned at r = t
+        h = jnp.where(is_dropped, 0, jnp.clip(draws["h"], 0, 1 - t))  # "no condition" is learned at r = t
         x_t = expand_times(1 - t, x_1) * x_0 + expand_times(t, x_1) * x_1
-        velocity = self.guided_velocity(model_fn, x_t, t, labels, is_dropped, x_1 - x_0)
+        velocity = self.guided_velocity(model_fn, x_t, t, condition, draws, x_1 - x_0)
 
         # Rows that learn a step have a derivative along the path; the others are plain evaluations.
-        stepping = slice(None, None, self.step_every)
-        u_step, du_dt = self.derivative(
-            model_fn, x_t[stepping], t[stepping], h[stepping], labels[stepping], velocity[stepping]
-        )
-        u_rest = model_fn(*map(self._others, (x_t, t, labels, h))).astype(x_t.dtype)
+        stepping = jax.tree.map(lambda rows: rows[:: self.step_every], (x_t, t, h, condition, velocity))
+        u_step, du_dt = self.derivative(model_fn, *stepping)
+        u_rest = model_fn(*jax.tree.map(self._others, (x_t, t, condition, h))).astype(x_t.dtype)
         prediction = self._interleave(u_step, u_rest)
         derivative = self._interleave(du_dt, jnp.zeros_like(u_rest))
         target = jax.lax.stop_gradient(velocity + expand_times(h, x_t) * derivative)
@@ -105,21 +103,23 @@ class MeanFlow:
         model_fn: ModelFn,
         x_t: Float[Array, "b ..."],
         t: Float[Array, " b"],
-        labels: Int[Array, " b"],
-        is_dropped: Array,
+        condition: PyTree,
+        draws: Draws,
         velocity: Float[Array, "b ..."],
     ) -> Float[Array, "b ..."]:
-        """omega v + (1 - omega - kappa) u(no label) + kappa u(label), both at r = t and without gradient.
+        """omega v + (1 - omega - kappa) u(no condition) + kappa u(condition), both at r = t and without gradient.
 
-        Where the label is dropped, and outside of the guidance's times, v itself.
+        Where the condition is dropped, and outside of the guidance's times, v itself.
         """
         if (self.omega, self.kappa) == (1, 0):
             return velocity
         still = jnp.zeros_like(t)
-        parts = self.omega * velocity + (1 - self.omega - self.kappa) * model_fn(x_t, t, None, still)
+        parts = self.omega * velocity + (1 - self.omega - self.kappa) * model_fn(x_t, t, draws["null"], still)
         if self.kappa:
-            parts += self.kappa * model_fn(x_t, t, labels, still)
-        is_guided = (self.guidance_start <= t) & (t <= self.guidance_end) & ~is_dropped
+            parts += self.kappa * model_fn(x_t, t, condition, still)
+        is_guided = (self.guidance_start <= t) & (t <= self.guidance_end)
+        if "is_dropped" in draws:
+            is_guided &= ~draws["is_dropped"]
         return jax.lax.stop_gradient(jnp.where(expand_times(is_guided, x_t), parts, velocity))
 
     def derivative(
@@ -128,12 +128,12 @@ class MeanFlow:
         x_t: Float[Array, "n ..."],
         t: Float[Array, " n"],
         h: Float[Array, " n"],
-        labels: Int[Array, " n"],
+        condition: PyTree,
         velocity: Float[Array, "n ..."],
     ) -> tuple[Float[Array, "n ..."], Float[Array, "n ..."]]:
         """(u, du/dt along the path with r = t + h fixed; the latter without gradient)."""
         u, du_dt = jax.jvp(
-            lambda x, t, h: model_fn(x, t, labels, h), (x_t, t, h), (velocity, jnp.ones_like(t), -jnp.ones_like(h))
+            lambda x, t, h: model_fn(x, t, condition, h), (x_t, t, h), (velocity, jnp.ones_like(t), -jnp.ones_like(h))
         )
         return u.astype(x_t.dtype), jax.lax.stop_gradient(du_dt.astype(x_t.dtype))
 
@@ -153,11 +153,11 @@ class MeanFlow:
         return (1 - t) * draw_noise(draws, x_1) + t * x_1
 
     def predict_data(
-        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]
+        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
         """Where one step from x_t to t = 1 leads: x_t + (1 - t) u(x_t, t, 1)."""
-        return x_t + expand_times(1 - t, x_t) * model_fn(x_t, t, labels, 1 - t)
+        return x_t + expand_times(1 - t, x_t) * model_fn(x_t, t, condition, 1 - t)
 
-    def velocity(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+    def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
         """The average velocity from t to t_next; the instantaneous one where they are equal."""
-        return lambda x, t, t_next: model_fn(x, t, labels, t_next - t)
+        return lambda x, t, t_next: model_fn(x, t, condition, t_next - t)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, PyTree
 
-# The network without label dropout: model_fn(x_t, t, labels), where labels None are "no label" for all; of objectives
-# whose network is given the step, too: model_fn(x_t, t, labels, step).
+# The network: model_fn(x_t, t, condition), and of objectives whose network is given the step, too:
+# model_fn(x_t, t, condition, step). The condition is a pytree of arrays (b, ...), which objectives pass through
+# (utils/conditions/condition.py).
 ModelFn = Callable[..., Float[Array, "b ..."]]
 # velocity_fn(x, t, t_next): the average velocity from t to t_next, of which an instantaneous field uses t alone.
 VelocityFn = Callable[[Float[Array, "b ..."], Float[Array, " b"], Float[Array, " b"]], Float[Array, "b ..."]]
@@ -65,19 +66,22 @@ class Objective(Protocol):
         model_fn: ModelFn,
         ema_model_fn: ModelFn,
         x_1: Float[Array, "b ..."],
-        labels: Int[Array, " b"],
+        condition: PyTree,
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-        """(loss, other metrics to log), all per example and float32. `ema_model_fn` is for targets from the EMA; in
-        training, `draws` also say which labels are dropped, "is_dropped" (b,)."""
+        """(loss, other metrics to log), all per example and float32. `ema_model_fn` is for targets from the EMA.
+
+        Besides what was drawn, `draws` hold "is_dropped" (b,), whether `condition` is dropped, and "null", "no
+        condition" for each example.
+        """
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """What the network sees of x_1 at the times and with the noise of `draws`."""
 
     def predict_data(
-        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]
+        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
         """x_1 as one evaluation of the network at x_t predicts it."""
 
-    def velocity(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+    def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
         """The field whose integration from t = 0 to 1 turns noise into data."""

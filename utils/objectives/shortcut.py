@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from utils.base.settings import setting
 from utils.objectives.flow_matching import expand_times
@@ -26,7 +26,7 @@ class Shortcut:
     """The network predicts the average velocity of a step of size 2^-d at x_t, for d = 0 .. log2 of the finest steps.
 
     Every `bootstrap_every`-th row of a batch learns from the EMA, the levels taking turns; the others learn the
-    velocity of the straight path. All rows are used once, and labels are dropped at every level.
+    velocity of the straight path. All rows are used once, and conditions are dropped at every level.
     """
 
     # --model.* whose default is another for this objective.
@@ -81,7 +81,7 @@ class Shortcut:
         model_fn: ModelFn,
         ema_model_fn: ModelFn,
         x_1: Float[Array, "b ..."],
-        labels: Int[Array, " b"],
+        condition: PyTree,
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
         """Mean squared error of the average velocity.
@@ -94,9 +94,10 @@ class Shortcut:
         velocity = x_1 - (1 - MIN_NOISE) * x_0
 
         every = self.bootstrap_every
-        bootstrapped = self.bootstrap_targets(ema_model_fn, x_t[::every], t[::every], labels[::every], level[::every])
+        rows = jax.tree.map(lambda rows: rows[::every], (x_t, t, condition, draws["null"], level))
+        bootstrapped = self.bootstrap_targets(ema_model_fn, *rows)
         targets = velocity.at[::every].set(bootstrapped)
-        prediction = model_fn(x_t, t, labels, level).astype(x_t.dtype)
+        prediction = model_fn(x_t, t, condition, level).astype(x_t.dtype)
 
         loss = example_mean(jnp.square(prediction - targets))
         return loss, {
@@ -109,17 +110,18 @@ class Shortcut:
         ema_model_fn: ModelFn,
         x_t: Float[Array, "n ..."],
         t: Float[Array, " n"],
-        labels: Int[Array, " n"],
+        condition: PyTree,
+        null: PyTree,
         level: Float[Array, " n"],
     ) -> Float[Array, "n ..."]:
         """The average velocity of two steps of the next finer level, guided where that is the finest."""
         half = 2.0 ** -(level + 1)
 
         def velocity(x, t):
-            conditional = ema_model_fn(x, t, labels, level + 1)
+            conditional = ema_model_fn(x, t, condition, level + 1)
             if self.bootstrap_guidance == 1:
                 return conditional
-            unconditional = ema_model_fn(x, t, None, level + 1)
+            unconditional = ema_model_fn(x, t, null, level + 1)
             guided = unconditional + self.bootstrap_guidance * (conditional - unconditional)
             return jnp.where(expand_times(level == self.num_levels - 1, x), guided, conditional)
 
@@ -140,19 +142,19 @@ class Shortcut:
         return self._interpolate(draw_noise(draws, x_1), x_1, draws["t"])
 
     def predict_data(
-        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], labels: Int[Array, " b"]
+        self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
         """Where one straight step from x_t along the velocity of the finest level ends."""
-        velocity = model_fn(x_t, t, labels, jnp.full_like(t, self.num_levels))
+        velocity = model_fn(x_t, t, condition, jnp.full_like(t, self.num_levels))
         return x_t + (1 - expand_times(t, x_t)) * velocity
 
-    def velocity(self, model_fn: ModelFn, labels: Int[Array, " b"]) -> VelocityFn:
+    def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
         """The average velocity from t to t_next, whose distance is that of a level; the finest where there is none."""
 
         def velocity_fn(x, t, t_next):
             size = jnp.abs(t_next - t)
             level = jnp.round(-jnp.log2(jnp.maximum(size, 1 / self.finest_steps)))
-            return model_fn(x, t, labels, level)
+            return model_fn(x, t, condition, level)
 
         return velocity_fn
 

@@ -21,9 +21,10 @@ from utils.base.settings import settings_of
 from utils.codecs.absent import AbsentVAE
 from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
 from utils.codecs.vae import StableVAE
+from utils.conditions.classes import ClassCondition, imagenet_class_names
+from utils.conditions.condition import restore_condition
 from utils.convert.published import FAMILIES, find_config, import_published
 from utils.convert.sources import METADATA_KEY, PublishedCheckpoint, fetch, read_source
-from utils.data.class_names import imagenet_class_names
 from utils.data.dataset import ImageDataset
 from utils.data.fingerprint import compare_data, read_listing
 from utils.networks.ema import young_ema_hint
@@ -135,11 +136,10 @@ def load_model(
         codec = AbsentVAE(str(error), tuple(data["latent_shape"]))
 
     # The model, which has to fit the codec's latents.
-    empty = data.get("empty_classes", ())
-    if empty:
-        num_classes = len(data["class_names"])
-        warn(f"note: {len(empty)} of {num_classes} classes had no training images; labels are drawn from the others")
-    model = make_model(config, objective, codec, mesh, shape, data["class_names"], empty_classes=empty)
+    condition = restore_condition(data)
+    if remark := condition.remark():
+        warn(f"note: {remark}")
+    model = make_model(config, objective, codec, mesh, shape, condition)
     if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))
         raise UserError(
@@ -363,6 +363,9 @@ def compare_with_saved(
         old = saved["dataset_name"]
         raise UserError(f"{folder} holds a run with --dataset_name={old}, not {name}: give it, or {NEW_RUN}")
     fingerprints = {split: dataset.fingerprint for split, dataset in datasets.items()}
+    old, new = restore_condition(saved["dataset"]), datasets["train"].condition
+    if not isinstance(old, ClassCondition) and old != new:  # differences between classes have words of their own
+        raise UserError(f"{folder} holds a run whose condition is {old}, not {new}: give the same data, or {NEW_RUN}")
     try:
         remarks = compare_data(
             saved["dataset"], read_listing(folder, _example_counts(saved)), config["dataset"], fingerprints

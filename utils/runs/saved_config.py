@@ -96,6 +96,10 @@ def _are_labels(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(type(label) is int and label >= 0 for label in value)
 
 
+def _is_condition(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("kind")) and isinstance(value.get("arrays", []), list)
+
+
 def _are_splits(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(split, dict) and _is_text(split.get("format")) and type(split.get("num_examples")) is int
@@ -110,10 +114,11 @@ def _or_none(rule: Rule) -> Rule:
 TEXT = Rule(_is_text, "a text")
 SWITCH = _integer(0, 1)
 NAMES = Rule(_are_names, "a list of names")
+CONDITION = Rule(_is_condition, "a kind of condition with its arrays")
 SHAPE = Rule(_is_shape, f"a height and a width up to {MAX_SIDE} and up to {MAX_CHANNELS} channels")
 
 # What a run must have, beside MODEL_SETTINGS; and what may be missing, or of other kinds of runs.
-NEEDED = {"dataset.image_shape": SHAPE, "dataset.class_names": NAMES}
+NEEDED = {"dataset.image_shape": SHAPE, "dataset.condition": CONDITION}
 OTHERS = {
     "model.preset": TEXT,
     "objective.name": TEXT,
@@ -122,6 +127,7 @@ OTHERS = {
     "dataset.vae_sha256": _or_none(TEXT),
     "dataset.latent_shape": _or_none(SHAPE),
     "dataset.splits": Rule(_are_splits, "the format and number of examples of each split"),
+    "dataset.class_names": NAMES,
     "dataset.empty_classes": Rule(_are_labels, "a list of labels"),
     "seed": _integer(0, 2**32 - 1),
     "batch_size": _integer(1, 2**31 - 1),
@@ -171,7 +177,7 @@ def _complete(content: dict[str, Any]) -> dict[str, Any]:
     """The configuration with what older runs did not save."""
     model, data = dict(content.get("model", {})), dict(content.get("dataset", {}))
     config = {**content, "model": model}
-    absent = {"vae": None, "vae_sha256": None, "latent_shape": None}
+    absent = {"vae": None, "vae_sha256": None, "latent_shape": None, "condition": {"kind": "class"}}
     if "dataset_name" in config:
         absent = {"name": config["dataset_name"], **absent}
     elif "name" in data:
@@ -247,14 +253,8 @@ def _check_together(config: Mapping[str, Any]) -> None:
     model, data = config["model"], config["dataset"]
     if not _has(config, "objective.name") or not _has(config, "dataset.name"):
         raise BadFileError("its configuration has no name of an objective or of a data set")
-    if len(data["class_names"]) > model["num_classes"]:
-        raise BadFileError(f"its configuration has {len(data['class_names'])} names of {model['num_classes']} classes")
-    if max(data.get("empty_classes", ()), default=0) >= len(data["class_names"]):
-        raise BadFileError(
-            f"its configuration has dataset.empty_classes of more than {len(data['class_names'])} classes"
-        )
-    if 0 < len(data["class_names"]) == len(set(data.get("empty_classes", ()))):
-        raise BadFileError("its configuration has no class with images (dataset.empty_classes)")
+    if data["condition"]["kind"] == "class":
+        _check_classes(data, model["num_classes"])
     shape = find_latent_shape(config)
     if not model["use_stable_vae"] and list(shape) != list(data["image_shape"]):
         raise BadFileError(f"its configuration has latents {shape} of a model of pixels {data['image_shape']}")
@@ -268,6 +268,20 @@ def _check_together(config: Mapping[str, Any]) -> None:
         raise BadFileError(f"its configuration has images of more than {MAX_PATCHES:,} patches")
 
 
+def _check_classes(data: Mapping[str, Any], num_classes: int) -> None:
+    """BadFileError where names, labels without images and the number of labels do not go together."""
+    if "class_names" not in data:
+        raise BadFileError("its configuration has no class_names")
+    num_names = len(data["class_names"])
+    empty = set(data.get("empty_classes", ()))
+    if num_names > num_classes:
+        raise BadFileError(f"its configuration has {num_names} names of {num_classes} classes")
+    if max(empty, default=0) >= num_names:
+        raise BadFileError(f"its configuration has dataset.empty_classes of more than {num_names} classes")
+    if len(empty) == num_names:
+        raise BadFileError("its configuration has no class with images (dataset.empty_classes)")
+
+
 def check_parameters(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """BadFileError where the parameters of a DiT, {path: shape}, are not those of its configuration: compared before
     anything is made of its sizes."""
@@ -277,10 +291,9 @@ def check_parameters(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     patch, width = model["patch_size"], model["hidden_size"]
     # An older run does not say how many channels the latents of its VAE have.
     channels = (find_latent_shape(config)[2],) if _is_latent_known(config) else shapes.get(kernel, ())[2:3]
-    expected = {
-        kernel: (patch, patch, *channels, width),
-        "['label_embed']['Embed_0']['embedding']": (model["num_classes"] + 1, width),
-    }
+    expected = {kernel: (patch, patch, *channels, width)}
+    if config["dataset"]["condition"]["kind"] == "class":
+        expected["['label_embed']['Embed_0']['embedding']"] = (model["num_classes"] + 1, width)
     for path, shape in expected.items():
         if shapes.get(path) != shape:
             raise BadFileError(

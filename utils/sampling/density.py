@@ -95,9 +95,9 @@ def midpoint_log_likelihood(
 
 
 def adaptive_log_likelihood(
-    velocity_of: Callable[[Int[Array, " b"]], VelocityFn],
+    velocity_of: Callable[[PyTree], VelocityFn],
     x_1: Float[Array, "b ..."],
-    labels: Int[Array, " b"],
+    condition: PyTree,
     probes: Float[Array, "p b ..."] | None,
     *,
     rtol: float | Float[Array, ""] = 1e-5,
@@ -106,14 +106,15 @@ def adaptive_log_likelihood(
     """By Dopri5, x and the integral of the divergence under one error control, each example with steps of its own."""
 
     def field(t, state, args):
-        label, probes = args
+        condition, probes = args
         times = jnp.full((1,), t, jnp.float32)
-        v, div = divergence(velocity_of(label[None]), state[0][None], times, probes)
+        velocity_fn = velocity_of(jax.tree.map(lambda leaf: leaf[None], condition))
+        v, div = divergence(velocity_fn, state[0][None], times, probes)
         return v[0], div[0]
 
     start = (x_1, jnp.zeros(len(x_1)))
     moved = None if probes is None else jnp.moveaxis(probes, 1, 0)[:, :, None]
-    (x_0, integral), nfe = solve_adaptively(field, start, (labels, moved), 1.0, 0.0, rtol=rtol, atol=atol)
+    (x_0, integral), nfe = solve_adaptively(field, start, (condition, moved), 1.0, 0.0, rtol=rtol, atol=atol)
     # Backwards, the integral has the other sign.
     return LogLikelihood(log_normal(x_0) + integral, x_0, nfe)
 
@@ -157,11 +158,11 @@ def measure_batch(
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
     """(bits per dimension, or nats per element of the latents where not `is_pixels`; NFE) of each image of a batch.
 
-    `batch` has the label `num_classes` where none is meant. `indices` are the images' numbers: all that is random of
+    `indices` are the images' numbers: all that is random of
     image i is a function of (key, i) alone.
     """
     image_key, probe_key = jax.random.split(key)
-    labels = batch.condition
+    condition = batch.condition
     if is_pixels:
         assert isinstance(batch, PixelBatch)
         x_1 = dequantise(image_key, indices, batch.image)
@@ -170,13 +171,13 @@ def measure_batch(
         x_1 = batch.to_latents(codec, keys)
     probes = draw_probes(probe_key, indices, x_1.shape[1:], config.num_probes) if config.num_probes else None
 
-    def velocity_of(labels):
-        return objective.velocity(model_fn(network, params), labels)
+    def velocity_of(condition):
+        return objective.velocity(model_fn(network, params), condition)
 
     if config.num_steps is None:
-        found = adaptive_log_likelihood(velocity_of, x_1, labels, probes, rtol=config.rtol, atol=config.atol)
+        found = adaptive_log_likelihood(velocity_of, x_1, condition, probes, rtol=config.rtol, atol=config.atol)
     else:
-        found = midpoint_log_likelihood(velocity_of(labels), x_1, probes, config.num_steps)
+        found = midpoint_log_likelihood(velocity_of(condition), x_1, probes, config.num_steps)
     num_elements = math.prod(x_1.shape[1:])
     if is_pixels:
         return bits_per_dim(found.log_p, num_elements), found.nfe

@@ -68,18 +68,18 @@ def choose_labels(folder: str | Path, files: list[Path], model: ImageModel, flag
     model's only class, or "no label". Raises UserError, naming --`flag`, if the model knows no "no label"."""
     # Folders named after classes tell the labels.
     folder = Path(folder)
-    labels = labels_from_folders(folder, files, model.class_names)
+    labels = labels_from_folders(folder, files, model.condition.class_names)
     if labels is not None:
         return np.array(labels, np.int32)
     if any(file.parent != folder for file in files):
         warn(f"--{flag}={folder}: not all of its folders are named after classes, so its images have no label")
 
     # The only class there is, or no label.
-    if len(model.class_names) == 1:
+    if len(model.condition.class_names) == 1:
         return np.zeros(len(files), np.int32)
     if model.network.config.class_dropout_prob == 0:
         raise UserError(f"--{flag}={folder}: of which classes are the images? Give --classes")
-    return np.full(len(files), model.network.config.num_classes, np.int32)
+    return np.asarray(model.condition.null(len(files)))
 
 
 def labels_from_folders(folder: str | Path, files: list[Path], class_names: tuple[str, ...]) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""Samples from a velocity field: guidance, solvers, and the noise and label of sample i.
+"""Samples from a velocity field: guidance, solvers, and the noise of sample i.
 
 The number of steps and the guidance scale are ordinary arguments of the compiled function: changing them compiles
 nothing anew. Nothing here knows the network.
@@ -9,16 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, Num, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from utils.objectives.objective import ModelFn, VelocityFn
-
-LABELS = ("uniform", "balanced", "dataset")
 
 
 def guide(
     model_fn: ModelFn,
-    num_classes: int,
+    null: Callable[[int], PyTree],
     cfg_scale: float | Float[Array, ""] | None,
     cfg_channels: int | None = None,
 ) -> ModelFn:
@@ -26,7 +24,7 @@ def guide(
     as DiT and SiT have it, of the first `cfg_channels`; the others are conditional. So are outputs beyond the channels
     of x, a learned variance.
 
-    Label `num_classes` means "no label"; both halves go through the network in one batch of 2b. `cfg_scale` None turns
+    `null(n)` is n times "no condition"; both halves go through the network in one batch of 2b. `cfg_scale` None turns
     guidance off: the conditional prediction, at half the cost (equal to s = 1 up to rounding).
     """
 
@@ -34,9 +32,9 @@ def guide(
         return model_fn
     scale = cfg_scale
 
-    def guided(x, t, labels, *step):
-        both_labels = jnp.concatenate([jnp.full_like(labels, num_classes), labels])
-        v = model_fn(*(jnp.concatenate([rows, rows]) for rows in (x, t)), both_labels, *(jnp.tile(s, 2) for s in step))
+    def guided(x, t, condition, *step):
+        both = jax.tree.map(lambda *halves: jnp.concatenate(halves), null(len(x)), condition)
+        v = model_fn(*(jnp.concatenate([rows, rows]) for rows in (x, t)), both, *(jnp.tile(s, 2) for s in step))
         v_uncond, v_cond = jnp.split(v, 2)
         v = v_uncond + scale * (v_cond - v_uncond)
         num_guided = x.shape[-1] if cfg_channels is None else cfg_channels
@@ -56,7 +54,8 @@ def within(
 
 
 def mix(first: VelocityFn, second: VelocityFn, fractions: Float[Array, " b"]) -> VelocityFn:
-    """(1 - fraction) of the first field, and the fraction of each example of the second: between two classes."""
+    """(1 - fraction) of the first field, and the fraction of each example of the second: between two
+    conditions."""
 
     def velocity_fn(x, t, t_next):
         fraction = fractions.reshape(-1, *[1] * (x.ndim - 1))
@@ -365,25 +364,26 @@ def _fold(key: Key[Array, ""], *numbers: Int[Array, ""]) -> Key[Array, ""]:
 def adaptive_sample(
     velocity_of: Callable[[PyTree], VelocityFn],
     x: Float[Array, "b ..."],
-    labels: PyTree,
+    condition: PyTree,
     t_start: float | Float[Array, ""] = 0.0,
     t_end: float | Float[Array, ""] = 1.0,
     *,
     rtol: float | Float[Array, ""] = 1e-5,
     atol: float | Float[Array, ""] = 1e-5,
 ) -> tuple[Float[Array, "b ..."], Int[Array, " b"]]:
-    """(x carried from `t_start` to `t_end`, evaluations of the velocity for each) on the field `velocity_of(labels)`.
+    """(x carried from `t_start` to `t_end`, evaluations of the velocity for each) on the field
+    `velocity_of(condition)`.
 
     Dormand and Prince's method of order 5 with error control (diffrax's Dopri5): the error of each step is kept below
     atol + rtol |x|, root mean square over a sample. Each sample has steps of its own, so that it does not depend on
     its batch.
     """
 
-    def field(t, x, label):
+    def field(t, x, condition):
         times = jnp.full((1,), t, jnp.float32)
-        return velocity_of(jax.tree.map(lambda leaf: leaf[None], label))(x[None], times, times)[0]
+        return velocity_of(jax.tree.map(lambda leaf: leaf[None], condition))(x[None], times, times)[0]
 
-    return solve_adaptively(field, x, labels, t_start, t_end, rtol=rtol, atol=atol)
+    return solve_adaptively(field, x, condition, t_start, t_end, rtol=rtol, atol=atol)
 
 
 def solve_adaptively(
@@ -439,24 +439,3 @@ def slerp(
     cosine = (x * y).sum(axes, keepdims=True) / (norm(x) * norm(y))
     angle = jnp.arccos(jnp.clip(cosine, -1, 1))
     return (jnp.sin((1 - fraction) * angle) * x + jnp.sin(fraction * angle) * y) / jnp.sin(angle)
-
-
-def sample_labels(
-    key: Key[Array, ""], indices: Int[Array, " b"], counts: Num[Array, " classes"], mode: str = "uniform"
-) -> Int[Array, " b"]:
-    """Labels (b,) of samples by number; entry j is a function of (key, indices[j]) alone.
-
-    `mode`: 'uniform' draws every class with the same probability, 'balanced' interleaves them, 'dataset' draws them in
-    proportion to `counts`. Classes whose count is 0 are never drawn.
-    """
-    if mode == "dataset":
-        fractions = jnp.cumsum(counts) / jnp.sum(counts)
-        draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(indices)
-        # The last fraction is 1, up to rounding.
-        return jnp.searchsorted(fractions[:-1], draws, side="right").astype(jnp.int32)
-    num_drawn = jnp.count_nonzero(counts)
-    labels = jnp.argsort(counts == 0, stable=True).astype(jnp.int32)  # those that are drawn first, ascending
-    if mode == "balanced":
-        return labels[indices % num_drawn]
-    places = jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(key, i), (), 0, num_drawn))(indices)
-    return labels[places]

@@ -138,7 +138,7 @@ def model_hints(
     hints = []
     num_images = len(dataset.source)
     num_classes = dataset.num_classes
-    if config.num_classes > max(2 * num_classes, num_classes + 10):
+    if num_classes and config.num_classes > max(2 * num_classes, num_classes + 10):
         hints.append(
             f"--model.num_classes={config.num_classes}, but the data has {num_classes}: the other labels are never "
             f"trained; use --model.num_classes {num_classes}"

@@ -170,9 +170,8 @@ def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[I
         codec,
         mesh,
         dataset.image_shape,
-        dataset.class_names,
+        dataset.condition,
         remat=config.devices.remat,
-        empty_classes=dataset.empty_classes,
     )
     return model, vae
 

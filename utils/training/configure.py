@@ -202,6 +202,6 @@ def check_new_run(config: RunConfig) -> None:
 
 def with_classes(config: RunConfig, num_classes: int) -> RunConfig:
     """Returns the configuration with as many labels as the data have, unless the user gave their number."""
-    if "model.num_classes" in config.given:
+    if "model.num_classes" in config.given or not num_classes:
         return config
     return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=num_classes))

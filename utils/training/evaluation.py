@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from utils.base.devices import gather
 from utils.base.processes import Interrupted, StopRequest
+from utils.conditions.condition import resize_rows
 from utils.data.dataset import Batch
 from utils.images import plotting
 from utils.images.pixels import images_to_uint8
@@ -43,7 +44,7 @@ PANEL_STEPS = (1, 4, 32)
 
 
 def loss_by_time(model: ImageModel, params: PyTree, batch: Batch, key: Key[Array, ""]) -> dict[str, float]:
-    """Loss of `batch`, all labels kept, at t = 0.0, 0.1, ..., 1.0, and `mean` over 0.1 .. 0.9; one noise for all t."""
+    """Loss of `batch`, conditions kept, at t = 0.0, 0.1, ..., 1.0, and `mean` over 0.1 .. 0.9; one noise for all t."""
     static = {"model": model.network, "objective": model.objective}
     losses = [float(loss_at_time(params, model.codec, key, batch, t, **static)) for t in LOSS_TIMES]
     named = {f"{t:.1f}": loss for t, loss in zip(LOSS_TIMES, losses, strict=True)}
@@ -62,31 +63,21 @@ def _reconstruct(params, codec, key, batch, t, *, network, objective):
 
 def reconstruction_panel(model: ImageModel, params: PyTree, batch: Batch, key: Key[Array, ""]) -> Figure:
     """Eight images of `batch` noised to t = 0, 1/8, ..., 7/8 and denoised in one step: clean, noised, predicted."""
-    rows = jax.tree.map(lambda values: np.resize(gather(values), (PANEL_SIZE, *values.shape[1:])), batch)
+    rows = resize_rows(jax.tree.map(gather, batch), PANEL_SIZE)
     t = np.arange(PANEL_SIZE, dtype=np.float32) / PANEL_SIZE
     images = _reconstruct(params, model.codec, key, rows, t, network=model.network, objective=model.objective)
-    titles = [f"t = {value:.3g}\n{model.class_names[label]}" for value, label in zip(t, rows.condition, strict=True)]
+    names = model.condition.titles(rows.condition)
+    titles = [f"t = {value:.3g}\n{name}" for value, name in zip(t, names, strict=True)]
     return plotting.image_table(gather(images), ("clean", "noised", "predicted"), titles)
 
 
 def sample_stages(
-    model: ImageModel, params: PyTree, noise: Array, labels: Array, cfg_scale: float | None, num_steps: int
+    model: ImageModel, params: PyTree, noise: Array, condition: PyTree, cfg_scale: float | None, num_steps: int
 ) -> UInt8[np.ndarray, "rows stages h w c"]:
     """Decoded states of an Euler path of `num_steps` after 1/8, 2/8, ..., 8/8 of its steps."""
     generator = ImageGenerator(model, params)
-    stages = generator.path(noise, labels, SamplerConfig(num_steps, cfg_scale), PANEL_SIZE)
+    stages = generator.path(noise, condition, SamplerConfig(num_steps, cfg_scale), PANEL_SIZE)
     return np.stack([generator.decode(latents) for latents in itertools.islice(stages, 1, None)], axis=1)
-
-
-def panel_labels(model: ImageModel, number: int) -> list[int]:
-    """Returns the labels of the panels of evaluation `number`, among the classes that have images: all of them where
-    they fit; otherwise half of the places have the same at every evaluation, and the others take the rest in turn."""
-    labels = np.flatnonzero(model.drawn_classes).tolist()
-    if len(labels) <= PANEL_SIZE:
-        return np.resize(labels, PANEL_SIZE).tolist()
-    half = PANEL_SIZE // 2
-    rest = np.roll(labels[half:], -half * number)
-    return [*labels[:half], *rest[:half].tolist()]
 
 
 def sample_panels(
@@ -105,17 +96,17 @@ def sample_panels(
     each step count; of a model that cannot be guided, scale 1 alone. `number` counts the evaluations of a run; `note`
     ends every title.
 
-    Every panel starts from the same noise and labels, so that scales and step counts can be compared by eye.
+    Every panel starts from the same noise and conditions, so that scales and step counts can be compared by eye.
     """
-    labels = jnp.array(panel_labels(model, number))
+    condition = model.condition.show(number, PANEL_SIZE)
     noise = sample_noise(key, jnp.arange(PANEL_SIZE), model.latent_shape)
-    names = [model.class_names[label] for label in np.asarray(labels)]
+    names = model.condition.titles(condition)
     stage_titles = [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]
 
     @functools.cache
     def stages(scale, num_steps):
         # Scales of 0 and 1 leave one of guidance's two passes without effect, so they go without it.
-        shown = jnp.full_like(labels, model.network.config.num_classes) if scale == 0 else labels
+        shown = model.condition.null(PANEL_SIZE) if scale == 0 else condition
         return sample_stages(model, params, noise, shown, None if scale in (0, 1) else scale, num_steps)
 
     note = note and f"; {note}"

@@ -188,7 +188,7 @@ def start_from(source: SourceRun, fresh: PyTree, config: dict[str, Any], shardin
     step, trees = source.restore(sharding)
     if from_ema:
         trees = [trees[1], trees[1]]
-    classes = source.saved["dataset"]["class_names"], config["dataset"]["class_names"]
+    classes = [settings["dataset"].get("class_names", ()) for settings in (source.saved, config)]
     adapted = [adapt_params(tree, fresh, *classes, config["model"]["patch_size"]) for tree in trees]
     remarks = adapted[0].remarks
     new = adapted[0].new

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Key, PyTree
 
 from utils.codecs.codec import Codec
+from utils.conditions.condition import drop_rows
 from utils.data.dataset import Batch
 from utils.networks.ema import EmaSchedule
 from utils.networks.models import Network, model_fn
@@ -51,7 +52,7 @@ def draw_examples(
     key: Key[Array, ""], batch: Batch, objective: Objective, class_dropout_prob: float
 ) -> dict[str, PyTree]:
     """The batch with all that is random in its loss, per example: keys for the codec, the objective's draws, and which
-    labels are dropped (classifier-free guidance, arXiv:2207.12598)."""
+    conditions are dropped (classifier-free guidance, arXiv:2207.12598)."""
     codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
     return {
         "batch": batch,
@@ -72,9 +73,11 @@ def example_losses(
 ) -> tuple[Array, dict[str, Array]]:
     """(losses, metrics) of the examples, each (b,)."""
     x_1 = examples["batch"].to_latents(codec, examples["codec_key"])
-    labels = jnp.where(examples["is_dropped"], model.config.num_classes, examples["batch"].condition)
+    is_dropped = examples["is_dropped"]
+    null = model.condition.null(len(is_dropped))
+    condition = drop_rows(is_dropped, null, examples["batch"].condition)
     functions = (model_fn(model, params), model_fn(model, ema_params))
-    return objective.loss(*functions, x_1, labels, examples["draws"] | {"is_dropped": examples["is_dropped"]})
+    return objective.loss(*functions, x_1, condition, examples["draws"] | {"is_dropped": is_dropped, "null": null})
 
 
 def compute_gradients(
@@ -189,8 +192,8 @@ def validation_step(
     grad_accum: int,
     frozen: tuple[str, ...] = (),
 ) -> dict[str, Array]:
-    """Metrics of a batch with all labels kept, and the same noise and times whatever the step; the norms are those of
-    the update that this batch would cause, which is not applied."""
+    """Metrics of a batch with all conditions kept, and the same noise and times whatever the step; the norms are those
+    of the update that this batch would cause, which is not applied."""
     grads, metrics = compute_gradients(
         state,
         jax.random.fold_in(state.key, VALIDATION),
@@ -217,7 +220,7 @@ def loss_at_time(
     model: Network,
     objective: Objective,
 ) -> Array:
-    """Mean loss of a batch, all labels kept, with every time set to `t` and the same noise at every t."""
+    """Mean loss of a batch, all conditions kept, with every time set to `t` and the same noise at every t."""
     examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
     examples["draws"] |= {"t": jnp.full_like(examples["draws"]["t"], t)}
     losses, _ = example_losses(params, params, codec, examples, model=model, objective=objective)

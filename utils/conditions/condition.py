@@ -1,0 +1,189 @@
+"""Conditions: what a model is given beside x and t. The class of an image is one kind.
+
+In a batch, in `model_fn(x, t, condition)` and everywhere in between, a condition is a pytree of arrays whose first axis
+is that of the batch. Objectives, guidance, solvers, panels and likelihoods pass it through. Only its kind looks inside:
+how it is read from data, drawn, written by a user, shown, mixed and embedded.
+
+One more kind is a frozen dataclass that implements `Condition`, and a line `CONDITIONS["name"] = MyCondition`.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from utils.base.errors import UserError
+
+
+class Embedded(NamedTuple):
+    """A condition as a network takes it; None stands for what the kind does not use."""
+
+    vector: Float[Array, "b d"] | None = None  # added to the embedding of time
+    tokens: Float[Array, "b m d"] | None = None  # beside those of the image
+    channels: Float[Array, "b h w k"] | None = None  # beside those of x
+
+
+class Mixture(NamedTuple):
+    """Two conditions that are mixed by their velocities: (1 - fraction) v(first) + fraction v(second)."""
+
+    first: PyTree  # (n, ...)
+    second: PyTree  # (n, ...)
+    fraction: Any  # (n,) in [0, 1]
+
+
+@runtime_checkable
+class Condition(Protocol):
+    """A kind of condition, with what it knows of its data. Immutable and hashable: a static argument.
+
+    A class that derives from this one has to define what has no default here.
+    """
+
+    # How conditions of samples can be drawn; the first is the default.
+    DRAW_MODES: ClassVar[tuple[str, ...]] = ("uniform",)
+
+    @property
+    def spec(self) -> PyTree:
+        """Shapes and dtypes of the condition of one example: a tree of jax.ShapeDtypeStruct."""
+        ...
+
+    def read(self, example: Mapping[str, Any]) -> PyTree:
+        """Returns the condition of an example of a data source: the values under the keys that this kind reads."""
+        ...
+
+    def null(self, count: int) -> PyTree:
+        """Returns `count` times "no condition", as training drops it and guidance leads away from it."""
+        ...
+
+    def draw(
+        self, key: Key[Array, ""], indices: Int[Array, " n"], mode: str = "uniform", weights: Array | None = None
+    ) -> PyTree:
+        """Returns the conditions of samples by number; row j is a function of (key, indices[j]) alone.
+
+        `mode` is one of DRAW_MODES. `weights` says how often each is wanted, where a kind counts its conditions.
+        """
+        ...
+
+    def embedder(self, width: int, dtype: Any) -> nn.Module:
+        """Returns the module condition (b, ...) -> Embedded, `width` wide, for use inside a network."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what a run records of it, for `from_json`."""
+        return {}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Condition":
+        """Returns the condition of a run that recorded `data`, which other facts stand beside."""
+        return cls()
+
+    def fit(self, num_classes: int) -> "Condition":
+        """Returns the condition as a model of --model.num_classes takes it; UserError where it cannot."""
+        return self
+
+    def accepts(self, other: "Condition") -> bool:
+        """Whether conditions of data of this `other` kind mean the same to a model with this one."""
+        return self == other
+
+    def check(self, values: Any) -> PyTree:
+        """Returns the conditions (n, ...) that a user gives in Python, as NumPy arrays; UserError for what is none."""
+        try:
+            return jax.tree.map(_as_rows, self.spec, values)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"conditions={values!r}: {error}") from None
+
+    def parse(self, text: str) -> PyTree:
+        """Returns the conditions (n, ...) that a user writes on a command line; UserError for what is none."""
+        raise UserError(f"{text!r}: conditions of this kind cannot be written; give them in Python")
+
+    def titles(self, condition: PyTree) -> list[str]:
+        """Returns how a figure names each of the conditions (n, ...)."""
+        rows = zip(*(np.asarray(leaf) for leaf in jax.tree.leaves(condition)), strict=True)
+        return [", ".join(np.array2string(value, precision=3) for value in row) for row in rows]
+
+    def mix(self, first: PyTree, second: PyTree, fraction: Any) -> PyTree | Mixture:
+        """Returns conditions (n, ...) between two, at each `fraction` (n,) of the way."""
+        return Mixture(first, second, fraction)
+
+    def show(self, number: int, count: int) -> PyTree:
+        """Returns the `count` conditions that the panels of evaluation `number` show."""
+        return self.draw(jax.random.key(0), jnp.arange(count))
+
+    def summary(self) -> str:
+        """Returns a few words on what there is, for the line about a run's data."""
+        return ""
+
+    def remark(self) -> str:
+        """Returns what a user who samples the model should know of it; empty where there is nothing."""
+        return ""
+
+
+# Kinds by the names that runs record. One more is one file and one line.
+CONDITIONS: dict[str, type[Condition]] = {}
+
+
+def record_condition(condition: Condition) -> dict[str, Any]:
+    """Returns what a run records: {"condition": kind, shapes and dtypes}, and the kind's own facts beside it.
+
+    ValueError for a kind that is not registered: the run could not be sampled."""
+    kinds = [name for name, kind in CONDITIONS.items() if type(condition) is kind]
+    if not kinds:
+        raise ValueError(f"{type(condition).__name__} is not in CONDITIONS; register it under a name")
+    arrays = [[list(leaf.shape), str(leaf.dtype)] for leaf in jax.tree.leaves(condition.spec)]
+    return {"condition": {"kind": kinds[0], "arrays": arrays}, **condition.to_json()}
+
+
+def restore_condition(data: Mapping[str, Any]) -> Condition:
+    """Returns the condition that `record_condition` recorded; older runs do not name theirs, which is the class.
+
+    UserError for a kind that is not registered, or whose arrays are not the recorded ones."""
+    record = data.get("condition", {"kind": "class"})
+    if record["kind"] not in CONDITIONS:
+        raise UserError(
+            f"the run's condition {record['kind']!r} is unknown; known are {', '.join(CONDITIONS)}. Register it first "
+            "(docs/change_this.md)"
+        )
+    condition = CONDITIONS[record["kind"]].from_json(data)
+    found = record_condition(condition)["condition"]
+    if found["arrays"] != record.get("arrays", found["arrays"]):
+        raise UserError(
+            f"the run's condition has arrays {record['arrays']}, but {record['kind']!r} is {found['arrays']}"
+        )
+    return condition
+
+
+# --- Rows of a tree of arrays ---
+
+
+def count_rows(condition: PyTree) -> int:
+    """Returns how many conditions a tree of arrays (n, ...) holds."""
+    return len(jax.tree.leaves(condition)[0])
+
+
+def drop_rows(is_dropped: Bool[Array, " b"], null: PyTree, condition: PyTree) -> PyTree:
+    """Returns `null` in the rows that are dropped, and `condition` in the others."""
+
+    def choose(none, given):
+        return jnp.where(is_dropped.reshape(-1, *[1] * (given.ndim - 1)), none, given)
+
+    return jax.tree.map(choose, null, condition)
+
+
+def resize_rows(condition: PyTree, count: int) -> PyTree:
+    """Returns `count` rows as NumPy arrays, from the first on and around."""
+    return jax.tree.map(lambda rows: np.resize(rows, (count, *np.shape(rows)[1:])), condition)
+
+
+def empty_rows(condition: Condition, count: int) -> PyTree:
+    """Returns NumPy arrays for `count` conditions, to be filled."""
+    return jax.tree.map(lambda leaf: np.empty((count, *leaf.shape), leaf.dtype), condition.spec)
+
+
+def _as_rows(leaf: jax.ShapeDtypeStruct, values: Any) -> np.ndarray:
+    rows = np.asarray(values, leaf.dtype)
+    if rows.shape[1:] != leaf.shape or not len(rows):
+        raise ValueError(f"the shape is {rows.shape}, not (n{''.join(f', {size}' for size in leaf.shape)})")
+    return rows
