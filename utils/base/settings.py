@@ -61,14 +61,17 @@ def check_setting(name: str, field: dataclasses.Field, value: Any) -> Any:
     kind, metadata = kind_of(field), field.metadata
     if value is None and is_optional(field):
         return None
+    # Of some settings the values are listed.
     if metadata["choices"]:
         if value not in metadata["choices"]:
             raise UserError(f"--{name}={value}: use one of {', '.join(metadata['choices'])}")
         return value
+    # Texts, and lists of them.
     if kind is tuple and isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value):
         return tuple(value)
     if kind is str and isinstance(value, str):
         return value
+    # Numbers, within bounds; no flag takes one that is not finite.
     if kind in (int, float) and isinstance(value, (int, float) if kind is float else int):
         low = -math.inf if metadata["low"] is None else metadata["low"]
         high = math.inf if metadata["high"] is None else metadata["high"]

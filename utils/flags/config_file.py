@@ -25,6 +25,7 @@ def expand_config_file(argv: Sequence[str], names: Collection[str]) -> tuple[lis
     path = find_value(argv, "config")
     if path is None:
         return list(argv), set()
+    # What the file has, but for what belongs to one start of a run.
     settings = read_settings_file(Path(path).expanduser())
     untyped: set[str] = set()
     if isinstance(settings.get("dataset.image_shape"), list):  # a run's own file
@@ -35,6 +36,7 @@ def expand_config_file(argv: Sequence[str], names: Collection[str]) -> tuple[lis
                 "continue that run with --save_dir alone"
             )
         untyped = {name for name in settings if find_value(argv, name) is None}
+    # A misspelt setting would be without effect.
     unknown = sorted(settings.keys() - set(names))
     if unknown:
         raise UserError(f"--config={path}: {unknown[0]} is no setting (--help lists the flags)")

@@ -100,6 +100,7 @@ class DiTConfig(NetworkConfig):
 
     def check_sizes(self, latent_shape: tuple[int, int, int]) -> None:
         """Raises UserError where the sizes do not fit each other or latents (h, w, c)."""
+        # Patches cover the latents.
         height, width, _ = latent_shape
         patch = self.patch_size
         if height % patch or width % patch:
@@ -108,6 +109,7 @@ class DiTConfig(NetworkConfig):
                 f"--model.patch_size={patch} does not divide the {height}x{width} input of the model; "
                 f"use one of {', '.join(map(str, fits))}"
             )
+        # Heads share the width.
         if self.hidden_size % self.num_heads:
             divisors = [d for d in range(1, self.hidden_size + 1) if self.hidden_size % d == 0]
             nearest = min(divisors, key=lambda d: abs(d - self.num_heads))
@@ -115,6 +117,7 @@ class DiTConfig(NetworkConfig):
                 f"--model.num_heads={self.num_heads} does not divide --model.hidden_size={self.hidden_size}; "
                 f"use {nearest} heads, for example"
             )
+        # Positions are sines and cosines of two axes.
         if self.hidden_size % 4:
             raise UserError(
                 f"--model.hidden_size={self.hidden_size} must be a multiple of 4 (sines and cosines of two axes); "
@@ -133,6 +136,7 @@ class DiTConfig(NetworkConfig):
         constant as large as a parameter."""
         height, width, channels = latent_shape
         d, p = self.hidden_size, self.patch_size
+        # A block: 4 d^2 of attention, 6 d^2 of modulation, and the MLP's two matrices.
         block = (10 + 2 * self.mlp_ratio) * d * d
         ends = (3 * d + 256 + 2 * p * p * channels + self.num_classes) * d
         return int(self.depth * block + ends + (height // p) * (width // p) * d)

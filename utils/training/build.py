@@ -113,6 +113,7 @@ def build_run(config: RunConfig) -> Run:
     Raises UserError for whatever keeps it from training: data that are missing, sizes that do not fit, devices that do
     not divide the batch, a folder that cannot be written, a run to start from that has another architecture.
     """
+    # Devices, and a batch that divides over them.
     devices = config.devices
     mesh = make_mesh(choose_num_shards(devices.sharding, devices.num_shards, find_devices()))
     period = row_period(config.objective)
@@ -187,6 +188,7 @@ def report_hints(config: RunConfig, model: ImageModel, dataset: ImageDataset) ->
 
 def make_record(config: RunConfig, model: ImageModel, vae: str, datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
     """Returns what is saved with a run: its settings, and what identifies data, VAE and JAX's settings."""
+    # A run that is continued has its source in its own configuration.
     saved = read_started_from(config.folder)
     codec = model.codec
     recorded = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
@@ -265,15 +267,18 @@ def prepare_start(
 
 def state_structs(run: Run) -> TrainState:
     """Returns the shapes of the run's state, and where each array lives."""
+    # Shapes alone: nothing is computed, and no device holds anything yet.
     shapes = jax.eval_shape(lambda key: init_state(run, key), jax.random.key(run.config.training.seed))
     return shape_structs(shapes, state_sharding(shapes, run.mesh, run.config.devices.sharding))
 
 
 def make_state(run: Run) -> TrainState:
     """Returns the state of step 0, the same on every process and any number of devices; perhaps of another run."""
+    # Each device computes its own part: the state is never whole on one that is to hold a shard.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_structs(run))
     key = jax.random.key(run.config.training.seed)
     state = jax.jit(lambda key: init_state(run, key), out_shardings=shardings)(key)
+    # Another run's parameters take the place of fresh ones.
     if not run.start:
         return state
     params, ema_params = (jax.tree.map(place, tree, shardings.params) for tree in run.start)

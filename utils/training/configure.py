@@ -45,6 +45,7 @@ def make_config(given: Mapping[str, Any], resolved: Mapping[str, Any] | None = N
     a run and nothing that says what is learned, that run's own configuration stands below what is given. Raises
     UserError for unknown names, values that cannot be, and settings that contradict each other.
     """
+    # Names first: a setting that is none is answered with the nearest.
     known = all_settings()
     given = translate_spellings(given)
     for name in given:
@@ -99,9 +100,11 @@ def flatten_settings(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_own_settings(given: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the settings of the run in `save_dir`, where there is one and nothing given says what is learned."""
+    # Only a run that is there can be continued, and only where no other one is to be started from.
     folder = given.get("save_dir")
     if folder is None or not has_checkpoints(Path(folder)) or "load_dir" in given:
         return None
+    # A command line that says what is learned is a whole one, as ever.
     subjects = {PRESET, OBJECTIVE_NAME, "batch_size", "seed", "debug_overfit"}
     for part in SUBJECTS:
         subjects |= settings_of(*GROUPS[part]).keys()
@@ -113,6 +116,7 @@ def read_own_settings(given: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def find_inherited(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of the run from which a new one starts, or from which the one in its folder has started."""
+    # A draft says where the run is and what it names; its architecture is not settled yet.
     draft = RunConfig.from_settings(fill_layers(values, {}))
     folder = draft.folder
     if draft.start.load_dir and not has_checkpoints(folder):
@@ -160,6 +164,7 @@ def fill_layers(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[
 
 def check_together(config: RunConfig) -> None:
     """Raises UserError for settings of which each may be, but not all together."""
+    # Sampler and optimizer.
     optimizer = config.optimizer
     scale = config.sampling.cfg_scale
     if scale < 0 and scale != -1:
@@ -173,6 +178,7 @@ def check_together(config: RunConfig) -> None:
             f"--warmup_steps={optimizer.warmup_steps}: --lr_schedule=cosine ends at --max_steps="
             f"{config.training.max_steps}; use fewer"
         )
+    # What is trained.
     if config.start.lora_rank and config.start.freeze:
         raise UserError(
             f"--freeze={','.join(config.start.freeze)}: with --lora_rank the whole network is frozen but for its "
@@ -184,6 +190,7 @@ def check_together(config: RunConfig) -> None:
 
 def check_new_run(config: RunConfig) -> None:
     """Raises UserError for settings of a new run that its objective or its data make pointless."""
+    # The network's step is the objective's to ask for.
     needs_step = getattr(config.objective, "MODEL_DEFAULTS", {}).get("step_conditioning", 0)
     has_step = config.model.step_conditioning
     if "model.step_conditioning" in config.given and has_step != needs_step:
@@ -191,6 +198,7 @@ def check_new_run(config: RunConfig) -> None:
             f"--model.step_conditioning={has_step}: --objective.name={config.objective_name} "
             f"{'needs it' if needs_step else 'gives the network no step'}; leave the flag out"
         )
+    # Objective and data.
     if getattr(config.objective, "distill", 0) and get_loader(config.data.dataset_name).holds != "pairs":
         raise UserError(
             f"--objective.distill=1 learns one step from pairs, not from --dataset_name={config.data.dataset_name}; "

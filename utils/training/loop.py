@@ -64,6 +64,7 @@ def train(run: Run, stop: StopRequest | None = None) -> TrainState:
     prepare_output_folder(run.folder, "save_dir")
     if run.config.logging.profile:
         prepare_output_folder(Path(run.config.logging.profile), "profile")
+    # One process at a time writes to a run; of several processes of one run, the first answers for all.
     lock = FolderLock(run.folder)
     if jax.process_index() == 0:
         lock.acquire("save_dir")
@@ -75,6 +76,7 @@ def train(run: Run, stop: StopRequest | None = None) -> TrainState:
 
 def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
     """Trains a run whose folder is this process's own."""
+    # Where the run stands.
     keep = run.config.checkpoints
     checkpoints = Checkpoints(run.folder, keep.keep_last, keep.keep_every)
     checkpoints.remove_unfinished()
@@ -92,6 +94,7 @@ def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
     trackers = Trackers(run.folder, settings, step)
     with explaining_out_of_memory("training", MEMORY_FLAGS):
         state = run_steps(run, state, Resources(checkpoints, batches, position, trackers, stop))
+    # Everything is on disk before the run says so.
     checkpoints.wait()
     checkpoints.close()
     trackers.close()
@@ -114,9 +117,11 @@ def restore_or_init(run: Run, checkpoints: Checkpoints, batches: Any) -> tuple[T
 
     What has changed since it was saved is logged. Raises UserError where the run would become another.
     """
+    # Without checkpoints, the run begins.
     steps = checkpoints.steps()
     if not steps:
         return make_state(run), {}
+    # The newest checkpoint may be damaged: then the one before it is read.
     target = state_structs(run)
 
     def read(step: int) -> tuple[list[str], TrainState, dict[str, Any]]:
@@ -129,8 +134,10 @@ def restore_or_init(run: Run, checkpoints: Checkpoints, batches: Any) -> tuple[T
         return differences, state, position
 
     step, (differences, state, position) = checkpoints.restore_newest(read, steps)
+    # Damaged ones make room for new ones of their step, but nothing of them is lost.
     for damaged in steps[: steps.index(step)]:
         checkpoints.set_aside(damaged)
+    # The data go on where the state has stopped.
     batches.set_state({"next_index": position["next_index"]})
     log(f"resuming {run.folder} from step {step}")
     for difference in differences:
@@ -156,6 +163,7 @@ def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
     step = int(state.step)
     metrics = position = None  # of the last step
 
+    # An evaluation that a kill has cut short comes first: it is of this step's state.
     if not finish_evaluation(run, state, resources) or step >= training.max_steps:
         return state
 
@@ -172,6 +180,7 @@ def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
     batches = progress.throughput.waiting(prefetch(resources.batches, run.mesh), progress.is_idle)
     with progress.bar:
         while True:
+            # The next batch; where the data end, what has been learned is saved.
             try:
                 batch, position = next(batches)
             except DataError as error:
@@ -185,6 +194,8 @@ def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
             trace.before(step)
             state, metrics = compiled_step(state, batch, run.model.codec)
             trace.after(step, metrics)
+
+            # Validate on the same batch at every logged step.
             is_end = step == training.max_steps
             is_last = is_end or resources.stop.is_due()
             is_logged = step % config.logging.log_interval == 0 or step == 1 or is_end
@@ -227,6 +238,7 @@ def finish_evaluation(run: Run, state: TrainState, resources: Resources) -> bool
 def compile_steps(run: Run, state: TrainState) -> tuple[Callable, Callable]:
     """Returns (train_step, validation_step), both of (state, batch, codec), compiled for this run's shapes; the first
     donates the state's memory. Raises UserError where that takes more memory than there is."""
+    # Memory is known before the first step: the compiler says what the step needs.
     arguments = (state, run.validation_batch, run.model.codec)
     log("compiling the training step ...")
     started = time.monotonic()
@@ -235,6 +247,7 @@ def compile_steps(run: Run, state: TrainState) -> tuple[Callable, Callable]:
         needed = memory_needed(train_step)
         if needed > device_memory():
             raise out_of_memory("the training step", MEMORY_FLAGS, needed)
+        # Validation needs less, and donates nothing.
         validation = jax.jit(partial(validation_step, **run.static))
         validate = compile_step(validation, *arguments, platform=run.mesh.devices.flat[0].platform)
     seconds = time.monotonic() - started
@@ -269,6 +282,7 @@ def plan_run(run: Run) -> Iterator[str]:
     compiled = {}
     yield summarize_run(run, state)
 
+    # Two batches are compiled, and the memory of others lies on the line through them.
     def measure(batch_size: int) -> int:
         compiled[batch_size] = compile_train_step(run, state, batch_structs(run.validation_batch, batch_size))
         return memory_needed(compiled[batch_size])
