@@ -169,14 +169,7 @@ def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
 
     # Compiled steps, and what saves, reports and traces.
     compiled_step, validate = compile_steps(run, state)
-    saver = Saver(
-        resources.checkpoints, run.record, config.checkpoints.save_interval, config.checkpoints.save_minutes, step
-    )
-    throughput = Throughput(training.batch_size, run.flops_per_step, config.logging.peak_tflops)
-    check = partial(check_finite, checkpoints=resources.checkpoints)
-    skipped = SkippedUpdates(config.optimizer.skip_nonfinite, resources.checkpoints, state.params, resources.position)
-    progress = Progress(throughput, resources.trackers, skipped.count, check, step, training.max_steps)
-    trace = StepTrace(config.logging.profile, step)
+    saver, skipped, check, progress, trace = make_instruments(run, state, resources)
     batches = progress.throughput.waiting(prefetch(resources.batches, run.mesh), progress.is_idle)
     with progress.bar:
         while True:
@@ -220,6 +213,22 @@ def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
             if is_last:
                 trace.close(metrics)
                 return state
+
+
+def make_instruments(
+    run: Run, state: TrainState, resources: Resources
+) -> tuple[Saver, SkippedUpdates, Callable, Progress, StepTrace]:
+    """Returns what accompanies the steps: what saves, what counts skipped updates, `check(metrics, step)` for values
+    that are not finite, the progress bar, and the trace of some steps."""
+    config = run.config
+    step = int(state.step)
+    checkpoints = resources.checkpoints
+    saver = Saver(checkpoints, run.record, config.checkpoints.save_interval, config.checkpoints.save_minutes, step)
+    skipped = SkippedUpdates(config.optimizer.skip_nonfinite, checkpoints, state.params, resources.position)
+    check = partial(check_finite, checkpoints=checkpoints)
+    throughput = Throughput(config.training.batch_size, run.flops_per_step, config.logging.peak_tflops)
+    progress = Progress(throughput, resources.trackers, skipped.count, check, step, config.training.max_steps)
+    return saver, skipped, check, progress, StepTrace(config.logging.profile, step)
 
 
 def finish_evaluation(run: Run, state: TrainState, resources: Resources) -> bool:
