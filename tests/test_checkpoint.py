@@ -27,9 +27,16 @@ pytestmark = [
 METADATA = {"image_shape": [8, 8, 1], "class_names": ["a"]}
 SETTINGS = DiTConfig(network="another").__dict__ | {"use_stable_vae": 0, "t_sampler": "uniform"}
 OLD_CONFIG = {"model": SETTINGS, "dataset_name": "digits", "dataset": METADATA}
+# With what runs were trained with before there was a setting for it.
 CONFIG = {
     **OLD_CONFIG,
-    "objective": {"name": "flow_matching"},
+    "objective": {"name": "flow_matching", "distill": 0},
+    "freeze": [],
+    "lora_rank": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "grad_clip": None,
+    "lr_schedule": "constant",
     "dataset": {**METADATA, "name": "digits", "vae": None, "vae_sha256": None, "latent_shape": None},
 }
 OPTIMIZER = make_optimizer(1e-3, 0.9, 0.99)
@@ -221,7 +228,7 @@ def test_a_checkpoint_of_another_model_is_not_called_damaged(tmp_path, state):
 
 def test_a_configuration_that_lacks_a_setting_is_damaged(tmp_path, state):
     checkpoints = checkpoint.Checkpoints(tmp_path)
-    model = {name: value for name, value in SETTINGS.items() if name != "num_heads"}
+    model = {name: value for name, value in SETTINGS.items() if name != "num_heads"} | {"network": "dit"}
     checkpoints.save(state, {**CONFIG, "model": model}, None)
     checkpoints.wait()
     with pytest.raises(checkpoint.DamagedCheckpointError, match="its configuration has no num_heads"):

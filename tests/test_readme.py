@@ -87,18 +87,11 @@ def test_the_recipes_commands_stand_there_as_written():
     assert [command for command in RECIPE if command not in commands] == []
 
 
-def test_the_recipes_commands_resolve_to_what_they_name(read_flags):
+def test_the_recipes_commands_resolve_to_what_they_name(configure):
     for command, patch, vae in zip(RECIPE, (2, 2, 8), (1, 1, 0), strict=True):
-        model = read_flags(train_flow, shlex.split(command)[2:]).model
-        sizes = (
-            model.hidden_size,
-            model.depth,
-            model.num_heads,
-            model.mlp_ratio,
-            model.patch_size,
-            model.use_stable_vae,
-        )
-        assert sizes == (768, 12, 16, 4, patch, vae)
+        model = configure(shlex.split(command)[2:]).to_json()["model"]
+        names = ("hidden_size", "depth", "num_heads", "mlp_ratio", "patch_size", "use_stable_vae")
+        assert tuple(model[name] for name in names) == (768, 12, 16, 4, patch, vae)
 
 
 def test_the_table_of_flags_is_that_of_the_programs():
