@@ -6,9 +6,11 @@ python compute_fid_stats.py --dataset_name digits --out data/fid_stats_digits.np
 import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
@@ -21,9 +23,10 @@ from utils.data.dataset import Batch, ImageDataset, PixelBatch, StreamSource, Su
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_path
+from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.samples import Samples, open_samples
-from utils.metrics.extractors import load_extractors
+from utils.metrics.extractors import DEFAULT_EXTRACTOR, check_extractors, load_extractors
 from utils.metrics.inception import CONVENTIONS
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.reference import MAX_ROWS, save_statistics, statistics_bytes
@@ -49,10 +52,85 @@ def define_flags() -> None:
         flags.DEFINE_integer(
             "compact", 0, "1: no covariance where all features are kept; smaller, and for this suite alone.", 0, 1
         )
+        flags.DEFINE_list("extractor", [DEFAULT_EXTRACTOR], "Feature networks, separated by commas.")
         flags.DEFINE_enum("convention", "adm", list(CONVENTIONS), "Resize and scaling before Inception.")
         define_path("inception_weights", None, "Local copy of the Inception weights.")
         flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
         flags.DEFINE_bool("quiet", False, "Errors alone.")
+
+
+class ReferenceImages(NamedTuple):
+    """Images of a data set's split, or those of --images, with which samples will be compared."""
+
+    source: str
+    split: str | None
+    images: ImageDataset | Samples
+    image_shape: tuple[int, ...]
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.split}" if self.split else self.source
+
+    def read(self, batch_size: int, count: int, label_counts: np.ndarray | None) -> Iterator[np.ndarray]:
+        """Yields batches of `count` images, and adds their labels to `label_counts`, if they have any."""
+        if isinstance(self.images, Samples):
+            return choose_images(self.images, batch_size, count)
+        assert label_counts is not None
+        return count_labels(choose_examples(self.images, batch_size, count), label_counts)
+
+
+def open_images(config: ConfigDict) -> ReferenceImages:
+    """Returns the images that the flags name, unread. Raises UserError for latents, pairs and a single image."""
+    if config.images:
+        samples = open_samples(config.images, "images")
+        opened = ReferenceImages(config.images, None, samples, samples.image_shape, samples.num_samples)
+    else:
+        reading.check_data_flags(config.dataset_name)
+        dataset = load_dataset(config.dataset_name, config.split, reading.read_data_options(config))
+        if dataset.latents or dataset.pair_shape:
+            raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
+        opened = ReferenceImages(dataset.name, config.split, dataset, dataset.image_shape, len(dataset.source))
+    if opened.total < 2:
+        raise UserError(f"{opened} holds 1 image; statistics are of 2 or more")
+    if config.num_images is not None and config.num_images > opened.total:
+        raise UserError(f"--num_images={config.num_images}: {opened.source} holds {opened.total}")
+    return opened
+
+
+def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out: Path) -> int:
+    """Writes the statistics of the images into `out`. Returns of how many they are."""
+    num_images = opened.total if config.num_images is None else config.num_images
+
+    # Room first: nothing is measured for a refusal.
+    num_rows = min(config.num_features, num_images)
+    check_free_space(out, "out", statistics_bytes(num_rows, config.extractor))
+    batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
+    check_batch_memory(batch_size, tuple(opened.image_shape))
+    check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
+
+    extractors = load_extractors(
+        config.extractor,
+        weights=config.inception_weights,
+        convention=config.convention,
+        sharding=replicated(mesh),
+    )
+    statistics = ImageStatistics(config.num_features)
+    has_labels = isinstance(opened.images, ImageDataset)
+    label_counts = np.zeros(opened.images.num_classes, np.int64) if has_labels else None
+    batches = pad_and_shard(opened.read(batch_size, num_images, label_counts), batch_size, mesh)
+    measure_images(extractors, batches, statistics, num_images, flag="num_images")
+    save_statistics(
+        out,
+        statistics,
+        convention=config.convention if DEFAULT_EXTRACTOR in config.extractor else None,
+        dataset=opened.source,
+        split=opened.split,
+        image_shape=opened.image_shape,
+        label_counts=label_counts,
+        is_compact=bool(config.compact),
+        total_images=opened.total,
+    )
+    return num_images
 
 
 def main(config: ConfigDict) -> None:
@@ -61,54 +139,14 @@ def main(config: ConfigDict) -> None:
         raise UserError("--out is not given: name the file to write, such as stats.npz")
     out = Path(config.out)
     prepare_output_file(out, "out", "stats.npz", {"images": config.images})
-    if config.images:
-        data_flags = ("dataset_name", "split", "data_dir", "image_size", "broken_images", "max_megapixels")
-        reading.refuse_ignored(data_flags, "with --images, which are taken as they are")
+    check_extractors(config.extractor)
+    check_effects(RULES["compute_fid_stats"], config)
     mesh = make_mesh()
     check_batch_size(config.batch_size, mesh.size)
-    samples = open_samples(config.images, "images") if config.images else None
-    if samples is None:
-        reading.check_data_flags(config.dataset_name)
-        dataset = load_dataset(config.dataset_name, config.split, reading.read_data_options(config))
-        if dataset.latents or dataset.pair_shape:
-            raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
-    if samples:
-        source, split, shape, total = config.images, None, samples.image_shape, samples.num_samples
-    else:
-        source, split, shape, total = dataset.name, config.split, dataset.image_shape, len(dataset.source)
-    num_images = total if config.num_images is None else config.num_images
-    if total < 2:
-        raise UserError(f"{source}{f', {split}' * bool(split)} holds 1 image; statistics are of 2 or more")
-    if num_images > total:
-        raise UserError(f"--num_images={num_images}: {source} holds {total}")
-    check_free_space(out, "out", statistics_bytes(min(config.num_features, num_images)))
-    batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
-    check_batch_memory(batch_size, tuple(shape))
-    check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
-    extractors = load_extractors(
-        weights=config.inception_weights, convention=config.convention, sharding=replicated(mesh)
-    )
-    statistics, label_counts = ImageStatistics(config.num_features), None
-    if samples:
-        batches = choose_images(samples, batch_size, num_images)
-    else:
-        label_counts = np.zeros(dataset.num_classes, np.int64)
-        batches = count_labels(choose_examples(dataset, batch_size, num_images), label_counts)
-    batches = pad_and_shard(batches, batch_size, mesh)
-    measure_images(extractors, batches, statistics, num_images, flag="num_images")
-    save_statistics(
-        out,
-        statistics,
-        convention=config.convention,
-        dataset=source,
-        split=split,
-        image_shape=shape,
-        label_counts=label_counts,
-        is_compact=bool(config.compact),
-        total_images=total,
-    )
-    of_all = f" of {total}" * (num_images < total)
-    log(f"written: {out} ({num_images}{of_all} images of {source}{f', {split}' * bool(split)})")
+    opened = open_images(config)
+    num_images = make_statistics(config, opened, mesh, out)
+    of_all = f" of {opened.total}" * (num_images < opened.total)
+    log(f"written: {out} ({num_images}{of_all} images of {opened})")
 
 
 def choose_rows(total: int, count: int) -> list[int]:
@@ -133,7 +171,8 @@ def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UIn
         return
     is_chosen = np.zeros(samples.num_samples, bool)
     is_chosen[choose_rows(samples.num_samples, count)] = True
-    waiting, start = np.empty((0, *samples.image_shape), np.uint8), 0
+    waiting = np.empty((0, *samples.image_shape), np.uint8)
+    start = 0
     for images in samples.read(batch_size):
         waiting = np.concatenate([waiting, images[is_chosen[start : start + len(images)]]])
         start += len(images)
@@ -143,7 +182,7 @@ def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UIn
 
 
 def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator[np.ndarray]:
-    """The images of the batches, whose labels are added to `label_counts` on the way."""
+    """Yields the images of the batches, whose labels are added to `label_counts` on the way."""
     for batch in batches:
         assert isinstance(batch, PixelBatch)
         label_counts += np.bincount(batch.condition, minlength=len(label_counts))

@@ -19,7 +19,7 @@ from utils.base.errors import UserError
 from utils.conditions.condition import CONDITIONS
 from utils.data.batches import training_batches
 from utils.data.loaders import LOADERS, load_dataset
-from utils.metrics.extractors import POOL
+from utils.metrics.extractors import EXTRACTORS, POOL, FeatureKey, load_extractors
 from utils.metrics.metrics import METRICS, compute_metrics, metric_columns
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
@@ -41,7 +41,7 @@ def run(monkeypatch, tmp_path):
     images = rng.integers(0, 100, (100, 8, 8, 1)) + 150 * labels[:, None, None, None]  # cats dark, dogs bright
     np.savez(tmp_path / "mine.npz", images=images.astype(np.uint8), labels=labels)
     monkeypatch.chdir(tmp_path)
-    registries = (LOADERS, CONDITIONS, NETWORKS, OBJECTIVES, TRACKERS)
+    registries = (LOADERS, CONDITIONS, NETWORKS, OBJECTIVES, EXTRACTORS, TRACKERS)
     before = [dict(entries) for entries in registries]
     metrics = list(METRICS)
 
@@ -67,6 +67,7 @@ def test_every_block_has_a_test():
         "network",
         "loss",
         "metric",
+        "extractor",
         "tracker",
         "programs",
         "loop",
@@ -142,6 +143,21 @@ def test_a_metric_is_a_result_and_a_column(run):
     assert results["mean_distance"] == pytest.approx(5)
     assert results["fid"] == pytest.approx(25)
     assert metric_columns()["mean_distance"] == "mean distance"
+
+
+def test_a_feature_network_has_its_own_distance(run):
+    run("extractor")
+    (extract,) = load_extractors(["colours"]).values()
+    greys = np.array([0, 255, 51, 51], np.uint8)
+    features = extract(jnp.broadcast_to(greys[:, None, None, None], (4, 8, 8, 3)))
+    samples, mean = ImageStatistics(), FeatureKey("colours", "mean")
+    samples.update({name: np.asarray(rows) for name, rows in features.items()}, "colours")
+    np.testing.assert_allclose(samples[mean].rows[:, 0], [0, 1, 0.2, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(samples[FeatureKey("colours", "contrast")].mu, 0, atol=1e-6)
+    moments = FeatureReference(samples[mean].mu + np.array([3, 0, 4]), samples[mean].sigma)
+    results = compute_metrics(samples, ReferenceStatistics({mean: moments}, "", Path("mine_stats.npz")))
+    assert results == {"fd_colours": pytest.approx(25)}
+    assert metric_columns()["fd_colours"] == "FD (colours)"
 
 
 def test_a_tracker_is_told_of_numbers_and_images(run, tmp_path):

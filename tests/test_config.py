@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import pytest
@@ -20,6 +21,7 @@ from utils.codecs.pixels import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import DataOptions
 from utils.flags import reading
+from utils.flags.effects import RULES, check_effects
 from utils.networks.ema import EmaSchedule
 from utils.networks.models import init_params, make_model
 from utils.networks.network import NetworkConfig
@@ -288,8 +290,9 @@ def test_a_tilde_is_expanded_once_in_every_path(parse, monkeypatch, tmp_path):
 )
 def test_flags_without_effect_are_refused(parse, program, line, message):
     config = parse(line, program)
+    refuse = train_flow.configure if program is train_flow else partial(check_effects, RULES[program.__name__])
     with pytest.raises(UserError, match=message):
-        (train_flow.configure if program is train_flow else program.refuse_ignored)(config)
+        refuse(config)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffusion_transformer import PRESETS
-from eval_fid import Scoring
 from utils.base.devices import make_mesh
 from utils.codecs.pixels import PixelCodec
 from utils.conditions.classes import ClassCondition
@@ -20,6 +19,7 @@ from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.statistics import ImageStatistics
 from utils.networks.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
+from utils.runs.evaluation import Scoring
 from utils.sampling import solvers as sampling
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, _generate
 from utils.sampling.solvers import SamplerConfig

@@ -563,7 +563,7 @@ def marked_images(tmp_path, monkeypatch):
         pool = np.asarray(batch)[:, 0, 0].astype(np.float32)
         return {"pool": pool, "spatial": pool[:, :2]}
 
-    monkeypatch.setattr(compute_fid_stats, "load_extractors", lambda **_: {"inception": extract})
+    monkeypatch.setattr(compute_fid_stats, "load_extractors", lambda *_, **__: {"inception": extract})
     return tmp_path / "marked.npz"
 
 
@@ -595,7 +595,7 @@ def test_statistics_are_of_the_split_and_hold_what_the_flags_say(marked_images, 
     asked = []
     extractors = compute_fid_stats.load_extractors()
 
-    def load_extractors(weights, convention, sharding):
+    def load_extractors(names, weights, convention, sharding):
         asked.append((weights, convention))
         return extractors
 

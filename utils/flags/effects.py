@@ -19,6 +19,7 @@ FLAGS = flags.FLAGS
 class Rule(NamedTuple):
     """Flags without effect where `applies` to the values of all flags and the facts that a program adds.
 
+    `flags` may name a group, as "model.*".
     `reason` completes "--flag=value has no effect ..."; {names} in it are values of flags or facts.
     """
 
@@ -30,6 +31,12 @@ class Rule(NamedTuple):
 # Flags about a published checkpoint.
 OF_IMPORT = ("family", "num_heads", "class_names", "vae")
 
+_INCEPTION = Rule(
+    ("convention", "inception_weights", "inception_logits"),
+    "without inception in --extractor",
+    lambda given: "inception" not in given.extractor,
+)
+
 
 def _has_no_wandb(values: Any) -> bool:
     return "wandb" not in values.trackers
@@ -38,6 +45,34 @@ def _has_no_wandb(values: Any) -> bool:
 # {program: its rules}, in the order in which they are looked at. The facts `is_new` and `is_started` say whether the
 # folder of a run has no checkpoint yet, and whether its parameters are those of another run.
 RULES: dict[str, tuple[Rule, ...]] = {
+    "eval_fid": (
+        Rule(
+            (
+                *("cfg_scale", "cfg_interval", "cfg_channels", "use_cfg", "denoise_timesteps", "time_grid", "solver"),
+                *("rtol", "atol", "labels", "params", "seed", "save_samples", "vae", "dataset_name", "use_stable_vae"),
+                *("model.*", "objective.*"),
+            ),
+            "on --samples, which are scored as they are",
+            lambda given: given.samples,
+        ),
+        Rule(
+            ("model.preset", "model.lr", "model.beta1", "model.beta2", "model.target_update_rate"),
+            "in an evaluation",
+            lambda given: True,
+        ),
+        Rule(("model.cfg_scale",), "here, where --cfg_scale says it", lambda given: True),
+        Rule(("model.denoise_timesteps",), "here, where --denoise_timesteps says it", lambda given: True),
+        Rule(("dataset_name",), "beside --fid_stats", lambda given: given.fid_stats),
+        _INCEPTION,
+    ),
+    "compute_fid_stats": (
+        Rule(
+            ("dataset_name", "split", "data_dir", "image_size", "broken_images", "max_megapixels"),
+            "with --images, which are taken as they are",
+            lambda given: given.images,
+        ),
+        _INCEPTION,
+    ),
     "train_flow.plan": (
         Rule(
             ("load_dir", "freeze", "lora_rank"),

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, UInt8
 
 from utils.base.errors import UserError
-from utils.metrics.inception import CONVENTIONS, INCEPTION_SHA256, NUM_FEATURES, NUM_SPATIAL, load_inception
+from utils.metrics.inception import INCEPTION_SHA256, NUM_FEATURES, NUM_SPATIAL, load_inception
 
 DEFAULT_EXTRACTOR = "inception"
 
-# Images (b, h, w, 3), numpy or jax -> {feature: (b, d)} on the devices.
-Extract = Callable[[UInt8[Array | np.ndarray, "b h w 3"]], Mapping[str, Float[Array, "b _"]]]
+# Images -> {feature: its rows}, on the devices.
+Extract = Callable[[UInt8[Array, "b h w 3"]], Mapping[str, Float[Array, "b _"]]]
 
 
 class Extractor(NamedTuple):
@@ -25,13 +24,12 @@ class Extractor(NamedTuple):
 
     `features` are its features' widths. The first is the main one: of it the rows themselves are kept too, which KID,
     MIND, precision and the like compare. `load(weights, convention, sharding)` returns the function from images to
-    features, with its weights placed by `sharding`; `weights` is a local copy of them, `convention` one of
-    `conventions`, or None.
+    features, with its weights placed by `sharding`; `weights` is a local copy of them, or None; `convention` is
+    Inception's (see utils/metrics/inception.py), None for every other network.
     """
 
     features: Mapping[str, int]
     load: Callable[[str | Path | None, str | None, Sharding | None], Extract]
-    conventions: tuple[str, ...] = ()
     sha256: str | None = None  # of the weights
 
     @property
@@ -40,9 +38,7 @@ class Extractor(NamedTuple):
 
 
 EXTRACTORS: dict[str, Extractor] = {
-    DEFAULT_EXTRACTOR: Extractor(
-        {"pool": NUM_FEATURES, "spatial": NUM_SPATIAL}, load_inception, tuple(CONVENTIONS), INCEPTION_SHA256
-    ),
+    DEFAULT_EXTRACTOR: Extractor({"pool": NUM_FEATURES, "spatial": NUM_SPATIAL}, load_inception, INCEPTION_SHA256),
 }
 
 
@@ -63,11 +59,12 @@ SPATIAL = FeatureKey(DEFAULT_EXTRACTOR, "spatial")
 
 
 def check_extractors(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names, each once. Raises UserError for an unknown one."""
-    for name in names:
+    """Returns the names, each once. Raises UserError for an unknown one, and where there is none."""
+    names = tuple(dict.fromkeys(names))
+    for name in names or ("",):
         if name not in EXTRACTORS:
             raise UserError(f"--extractor={name} is unknown; known are {', '.join(EXTRACTORS)}")
-    return tuple(dict.fromkeys(names))
+    return names
 
 
 def feature_widths(names: Iterable[str]) -> dict[FeatureKey, int]:

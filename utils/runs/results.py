@@ -15,11 +15,13 @@ from utils.base.external import MAX_JSON_BYTES, BadFileError, parse_json
 from utils.base.files import atomic_write, locked, prepare_output_file, read_bytes, set_aside, write_json
 from utils.images import plotting
 from utils.metrics.metrics import metric_columns
+from utils.sampling.solvers import SOLVERS, SamplerConfig
 
 NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
 NUMBERS = ("kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")  # or None
 OPTIONAL = (
     "rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes", "jax_variables",
+    "extractor", "extractor_sha256",
 )  # fmt: skip
 
 
@@ -94,12 +96,34 @@ def _is_row(row: Any) -> bool:
 
 
 def _is_finished(row: Mapping[str, Any]) -> bool:
-    return row.get("fid") is not None and bool(row.get("num_steps") or row.get("nfe"))
+    """Whether a row has its scores: the FID, or any of those of other feature networks than Inception."""
+    has_inception = "inception" in row.get("extractor", ["inception"])
+    scores = ["fid"] if has_inception else list(metric_columns())
+    return any(row.get(name) is not None for name in scores) and bool(row.get("num_steps") or row.get("nfe"))
 
 
 def _is_of(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Whether a row has these settings, and none of OPTIONAL beside them."""
     return settings.items() <= row.items() and all(row.get(name) == settings.get(name) for name in OPTIONAL)
+
+
+def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
+    """The settings of a sampler's row: of what was added later, only what is not the default."""
+    settings = {
+        "num_steps": None if sampler.is_adaptive else sampler.num_steps,
+        "cfg_scale": sampler.cfg_scale,
+        "solver": sampler.solver,
+        "cfg_interval": [float(end) for end in sampler.cfg_interval],
+    }
+    if sampler.is_adaptive:
+        settings |= {"rtol": sampler.rtol, "atol": sampler.atol}
+    if sampler.time_shift != 1:
+        settings["time_shift"] = sampler.time_shift
+    if SOLVERS.get(sampler.solver, SOLVERS["euler"]).grid == "diffusion":
+        settings["spacing"] = sampler.spacing
+    if sampler.cfg_channels is not None:
+        settings["cfg_channels"] = sampler.cfg_channels
+    return settings
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
@@ -158,7 +182,9 @@ def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
 def plot_fid(rows: list[dict[str, Any]]) -> Figure:
     """FID against steps, a curve for each guidance scale."""
     curves = {}
-    for row in filter(_is_finished, rows):
+    for row in rows:
+        if row.get("fid") is None or not _is_finished(row):
+            continue
         name = "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
         curves.setdefault(name, []).append((row["num_steps"] or row["nfe"], row["fid"]))
     return plotting.curves(curves, "steps", "FID")

@@ -1,0 +1,443 @@
+"""Evaluations: samples of a run, or of a file, scored against a reference; each is a row of fid.json.
+
+Everything that enters a number is among its row's settings, by which a finished row is found again.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import PyTree
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
+
+from utils.base.console import log, show_result, warn
+from utils.base.devices import (
+    changed_variables,
+    check_batch_memory,
+    check_batch_size,
+    explaining_out_of_memory,
+    free_memory,
+    gather,
+    make_mesh,
+    replicated,
+)
+from utils.base.errors import UserError, WriteError
+from utils.base.files import atomic_write, prepare_output_folder
+from utils.images import plotting
+from utils.images.pixels import ImageBatch
+from utils.images.samples import Samples, SampleWriter, check_sample_path, content_sha256, holds_images, open_samples
+from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, check_extractors, feature_widths, load_extractors
+from utils.metrics.inception import DEFAULT_CONVENTION, load_logits
+from utils.metrics.measure import measure_images, pad_and_shard
+from utils.metrics.metrics import caveats, compute_metrics, metric_columns
+from utils.metrics.reference import (
+    Convention,
+    ReferenceStatistics,
+    find_convention,
+    has_statistics,
+    load_statistics,
+    save_statistics,
+    warn_of_other_shape,
+)
+from utils.metrics.statistics import MAX_SAMPLE_ROWS, ImageStatistics
+from utils.runs.checkpoint import Checkpoints
+from utils.runs.opening import load_model, restore_params
+from utils.runs.results import Results, plot_fid, sampler_settings, to_markdown, write_csv, write_json_rows
+from utils.runs.trackers import Trackers, choose_trackers
+from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
+from utils.sampling.solvers import SamplerConfig
+
+GRID_IMAGES = 64
+FILES = ("fid.json", "fid.csv", "fid.png")  # beside grids of samples
+LARGE_IMAGE_BYTES = 2**22  # of an image above which a batch, but for --batch_size, takes LARGE_BATCH_BYTES at most
+LARGE_BATCH_BYTES = 2**28
+STRAIGHTNESS_SAMPLES = 64  # at most
+
+
+class Scoring:
+    """The parts that all evaluations share: the reference, the extractors, and where results go.
+
+    `config` holds the values of eval_fid.py's flags. Wrong input ends in the constructor, before anything compiles.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        reference: Path,
+        image_shape: tuple[int, ...],
+        num_samples: int,
+        default_out: Path,
+    ):
+        self.config = config
+        self.mesh = make_mesh()
+        self.extractor_names = check_extractors(config.extractor)
+        self.out = Path(config.out or default_out)
+        self.failure: WriteError | None = None
+        prepare_output_folder(self.out, "out", names=FILES)
+        if config.json and Path(config.json).resolve() in [(self.out / name).resolve() for name in FILES]:
+            raise UserError(f"--json={config.json} is the evaluation's own record of its rows; name another file")
+        self.batch_size = self._choose_batch_size(num_samples, image_shape)
+        self.logits = load_logits(config.inception_logits) if config.inception_logits else None
+        self._load_reference(reference)
+        warn_of_other_shape(self.reference, image_shape)
+        for caveat in caveats(num_samples, self.reference, self.logits is not None):
+            log(f"note: {caveat}")
+        self.settings = self._describe_reference()
+
+    def _choose_batch_size(self, num_samples: int, image_shape: tuple[int, ...]) -> int:
+        """--batch_size or the recipe's, but no more than the samples need, and fewer of large images."""
+        num_devices = self.mesh.size
+        requested = RECIPE_BATCH_SIZE if self.config.batch_size is None else self.config.batch_size
+        if self.config.batch_size is not None:
+            check_batch_size(requested, num_devices)
+        elif math.prod(image_shape) > LARGE_IMAGE_BYTES:
+            requested = max(1, LARGE_BATCH_BYTES // math.prod(image_shape))
+        batch_size = -(-min(requested, num_samples) // num_devices) * num_devices
+        check_batch_memory(batch_size, tuple(image_shape))
+        # Images in float32, and the outputs of the first layers.
+        check_batch_memory(batch_size, (299, 299, 3), copies=40)
+        return batch_size
+
+    def _load_reference(self, path: Path) -> None:
+        """Statistics from a file; of images, those that the file does not have are measured."""
+        images = open_samples(path, "fid_stats") if holds_images(path) else None
+        stated = None
+        if images is None or has_statistics(path):
+            stated = load_statistics(path, feature_widths(self.extractor_names))
+
+        # Both sides enter Inception alike.
+        requested = self.config.convention
+        self.convention: Convention | None = None
+        if DEFAULT_EXTRACTOR in self.extractor_names:
+            if stated is not None:
+                self.convention = find_convention(stated, requested)
+            else:  # both sides are measured here
+                source = "flag" if requested else "default"
+                self.convention = Convention(requested or DEFAULT_CONVENTION, source)
+        self.extractors = load_extractors(
+            self.extractor_names,
+            weights=self.config.inception_weights,
+            convention=self.convention and self.convention.name,
+            sharding=replicated(self.mesh),
+        )
+        if images and (stated is None or not stated.has_rows):
+            self.reference = self._measure_reference(path, images, stated)
+        else:
+            assert stated is not None
+            self.reference = stated
+
+    def _measure_reference(
+        self, path: Path, images: Samples, stated: ReferenceStatistics | None
+    ) -> ReferenceStatistics:
+        """The statistics `stated` in the file of the images with the images' rows, or all of the images' own. What is
+        measured is kept in --out."""
+        sha256 = content_sha256(path)
+        others = [name for name in self.extractor_names if name != DEFAULT_EXTRACTOR]
+        parts = [sha256[:12], *([self.convention.name] if self.convention else []), *others]
+        measured_path = self.out / f"reference_{'_'.join(parts)}.npz"
+        if measured_path.exists():
+            measured = load_statistics(measured_path, feature_widths(self.extractor_names))
+        else:
+            measured = self._measure_images(path, images, measured_path)
+        if stated is None:
+            return dataclasses.replace(measured, sha256=sha256, path=path)
+        return stated.with_rows(measured)
+
+    def _measure_images(self, path: Path, images: Samples, measured_path: Path) -> ReferenceStatistics:
+        statistics = ImageStatistics()
+        self.measure_samples(images, statistics, f"images of {path.name}")
+        widths = feature_widths(self.extractor_names)
+        save = functools.partial(
+            save_statistics,
+            statistics=statistics,
+            convention=self.convention and self.convention.name,
+            dataset=str(path),
+            image_shape=images.image_shape,
+        )
+        with self.going_on():
+            save(measured_path)
+            return load_statistics(measured_path, widths)
+        with tempfile.TemporaryDirectory() as folder:  # where --out has no room: for this once
+            save(Path(folder) / measured_path.name)
+            return load_statistics(Path(folder) / measured_path.name, widths)
+
+    def _describe_reference(self) -> dict[str, Any]:
+        """The settings of every row that is scored here."""
+        is_default = self.extractor_names == (DEFAULT_EXTRACTOR,)
+        sha256s = {name: EXTRACTORS[name].sha256 for name in self.extractor_names}
+        settings: dict[str, Any] = {
+            "fid_stats": str(self.reference.path),
+            "fid_stats_sha256": self.reference.sha256,
+            "convention": self.convention and self.convention.name,
+            "convention_source": self.convention and self.convention.source,
+            "inception_sha256": sha256s.get(DEFAULT_EXTRACTOR),
+            "inception_logits_sha256": None if self.logits is None else hash_params(self.logits),
+        }
+        # Only where it is not Inception alone: rows of older versions are found again.
+        if not is_default:
+            settings["extractor"] = list(sha256s)
+            settings["extractor_sha256"] = list(sha256s.values())
+        return settings
+
+    def measure_samples(
+        self, samples: Samples, statistics: ImageStatistics, title: str, flag: str | None = None
+    ) -> None:
+        """Adds all samples to `statistics`; `flag` is that of their number."""
+        batches = pad_and_shard(samples.read(self.batch_size), self.batch_size, self.mesh)
+        measure_images(self.extractors, batches, statistics, samples.num_samples, title, flag=flag)
+
+    def new_statistics(self) -> ImageStatistics:
+        return ImageStatistics(MAX_SAMPLE_ROWS if self.reference.has_rows else 0, self.logits)
+
+    def compute(self, statistics: ImageStatistics) -> dict[str, float]:
+        log("computing the distances ...")
+        return compute_metrics(statistics, self.reference)
+
+    def save_figure(self, figure: Figure, name: str) -> None:
+        with self.going_on(), atomic_write(self.out / name) as temporary:
+            figure.savefig(temporary, format="png")
+
+    def show_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Prints the rows as a table, or as JSON for --json -; --json FILE is written."""
+        if self.config.json != "-":
+            show_result(to_markdown(rows))
+        if self.config.json:
+            write_json_rows(self.config.json, rows)
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Keeps a WriteError for `finish`: the result is printed first."""
+        try:
+            yield
+        except WriteError as error:
+            self.failure = self.failure or error
+            warn(f"{error.path} could not be written ({error.strerror}); the scores come nevertheless")
+
+    def finish(self) -> None:
+        """Raises the first WriteError, if there was one, after the scores are printed."""
+        if self.failure:
+            raise WriteError(self.failure.path, self.failure.error, "the scores are above")
+
+
+class RunEvaluation(Scoring):
+    """The samples of a run's checkpoint, drawn by `samplers` from `model`, the configuration of its network.
+
+    `checkpoints` are the run's, `steps` those to be tried, the newest first, and `saved` is the run's configuration.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        reference: Path,
+        checkpoints: Checkpoints,
+        steps: list[int],
+        saved: dict[str, Any],
+        model: ConfigDict,
+        samplers: list[SamplerConfig],
+    ):
+        data = saved["dataset"]
+        self.samplers = samplers
+        check_save_samples(config, samplers)
+        image_shape = tuple(data["image_shape"])
+        super().__init__(config, reference, image_shape, config.num_samples, checkpoints.folder.parent)
+
+        # The model, its parameters, and how its samples are drawn.
+        self.model = load_model(saved, self.mesh, dtype=model.dtype, vae=config.vae)
+        self.step, params = restore_params(checkpoints, steps, self.model, saved, config.params)
+        counts = self._class_counts() if config.labels == "dataset" else None
+        self.generator = ImageGenerator(
+            self.model, params, seed=config.seed, label_mode=config.labels, class_counts=counts
+        )
+        if config.batch_size is None:
+            costliest = max(samplers, key=lambda sampler: sampler.cfg_scale is not None)
+            self.batch_size = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
+            log(f"--batch_size {self.batch_size}")
+        self.straightness = functools.cache(self.generator.straightness)  # the same for every number of steps
+        self.settings |= self._describe_run(params, model, saved)
+
+    def _class_counts(self) -> np.ndarray:
+        counts = self.reference.label_counts
+        if counts is None or len(counts) != len(self.model.condition.class_names):
+            raise UserError(
+                f"--labels=dataset: {self.reference.path} does not say how often each of the run's classes is; "
+                "make it with compute_fid_stats.py from the run's data set"
+            )
+        return counts
+
+    def _describe_run(self, params: PyTree, model: ConfigDict, saved: dict[str, Any]) -> dict[str, Any]:
+        """The settings that enter the numbers of a run."""
+        config = self.config
+        data = saved["dataset"]
+        settings: dict[str, Any] = {
+            "checkpoint": str(Path(config.load_dir).absolute()),
+            "image_shape": list(data["image_shape"]),
+            "num_classes": len(data["class_names"]),
+            "num_heads": model.num_heads,
+            "checkpoint_step": self.step,
+            "params_sha256": hash_params(params),
+            "vae_sha256": data["vae_sha256"],
+            "dtype": model.dtype,
+            "t_conditioning": model.t_conditioning,
+            "num_samples": config.num_samples,
+            "seed": config.seed,
+            "labels": config.labels,
+        }
+        # Of what was added later, only what is not the default: rows of older versions are found again.
+        if saved["objective"]["name"] != "flow_matching":
+            settings["objective"] = saved["objective"]["name"]
+        if config.params != "ema":
+            settings["params"] = config.params
+        if self.model.condition.empty_classes and config.labels != "dataset":
+            settings["empty_classes"] = list(self.model.condition.empty_classes)
+        if variables := changed_variables():
+            settings["jax_variables"] = variables
+        return settings
+
+    def evaluate(self, sampler: SamplerConfig) -> dict[str, float | None]:
+        """The metrics of one sampler; its grid is written on the way, and its samples, if asked for."""
+        config = self.config
+        statistics = self.new_statistics()
+        grid_images: list[tuple[np.ndarray, np.ndarray]] = []
+        evaluations: list[np.ndarray] = []  # of an adaptive solver
+        batches = self.generator.generate(sampler, config.num_samples, self.batch_size)
+
+        saving = SampleWriter(config.save_samples, config.num_samples) if config.save_samples else None
+        with self.going_on(), saving or contextlib.nullcontext() as writer:
+
+            def collect(batch: ImageBatch) -> None:
+                if batch.nfe is not None:
+                    evaluations.append(gather(batch.nfe)[: batch.count])
+                if writer is None and count_images(grid_images) == GRID_IMAGES:
+                    return
+                images, labels = batch.to_host()
+                collect_grid(grid_images, images, labels)
+                if writer is not None and writer.failure is None:
+                    with self.going_on():
+                        writer.write(images, labels)
+
+            measure_images(
+                self.extractors, batches, statistics, config.num_samples, str(sampler), collect, "num_samples"
+            )
+
+        # The grid, and what is measured of the sampler itself.
+        images, labels = (np.concatenate(parts) for parts in zip(*grid_images, strict=True))
+        title = f"{sampler}, checkpoint of step {self.step}"
+        figure = plotting.sample_grid(images, labels, self.model.condition.class_names, title)
+        self.save_figure(figure, grid_name(sampler))
+        nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
+        straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
+        return {"nfe": nfe, "straightness": straightness, **self.compute(statistics)}
+
+
+def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> None:
+    """Raises UserError where --save_samples cannot be written, or is of several samplers."""
+    if not config.save_samples:
+        return
+    if len(samplers) > 1:
+        raise UserError(f"--save_samples={config.save_samples} is of one step count and guidance scale; give one")
+    check_sample_path(config.save_samples, {"fid_stats": config.fid_stats, "json": config.json})
+
+
+def count_images(grid_images: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
+    return sum(len(images) for images, _ in grid_images)
+
+
+def collect_grid(grid_images: list[tuple[np.ndarray, np.ndarray]], images: np.ndarray, labels: np.ndarray) -> None:
+    """Adds the images of a batch that the first GRID_IMAGES samples still lack."""
+    missing = GRID_IMAGES - count_images(grid_images)
+    if missing > 0:
+        grid_images.append((images[:missing], labels[:missing]))
+
+
+def grid_name(sampler: SamplerConfig) -> str:
+    steps = sampler.solver if sampler.is_adaptive else sampler.num_steps
+    return f"samples_{steps}_{guidance_name(sampler)}.png"
+
+
+def guidance_name(sampler: SamplerConfig) -> str:
+    return "none" if sampler.cfg_scale is None else f"{sampler.cfg_scale:g}"
+
+
+def evaluate_run(run: RunEvaluation) -> None:
+    """Scores every sampler of a run, in turn, and writes and prints the rows."""
+    config = run.config
+    results = Results(run.out)
+    trackers = None
+    if choose_trackers(config.to_dict()):
+        trackers = Trackers(run.out / "evaluation", config.to_dict(), first_step=-1, axis="num_steps")
+
+    # A row for every sampler: the one that an earlier evaluation has finished, or a new one.
+    rows: list[dict[str, Any]] = []
+    for number, sampler in enumerate(run.samplers):
+        row = score_sampler(run, sampler, results)
+        rows.append(row)
+        if trackers:
+            scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in metric_columns() if key in row}
+            trackers.log(number, scores | {"num_steps": row["num_steps"] or row["nfe"]})
+        if run.failure:
+            break  # the others would be lost as well
+
+    # Files, and the table at last.
+    with run.going_on():
+        write_csv(run.out / "fid.csv", results.rows)
+    if len(rows) > 1:
+        figure = plot_fid(rows)
+        run.save_figure(figure, "fid.png")
+        if trackers:
+            trackers.log_figure(len(rows), "fid", figure)
+    if trackers:
+        trackers.log_table("scores", rows)
+        trackers.close()
+    of_params = "" if config.params == "ema" else f", {config.params} parameters"
+    log(f"step {run.step} of {config.load_dir}{of_params}, labels {config.labels}, against {run.reference.path}")
+    with run.going_on():
+        run.show_rows(rows)
+    run.finish()
+    log(f"written in {run.out}: fid.json, fid.csv, {', '.join(map(grid_name, run.samplers))}")
+
+
+def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results) -> dict[str, Any]:
+    """Returns the row of a sampler: a finished one of the same settings, or a new one, which is added to `results`.
+    With --save_samples it is always a new one."""
+    settings = {**sampler_settings(sampler), **run.settings}
+    row = None if run.config.save_samples else results.find(settings)
+    if row is not None:
+        return row
+    with explaining_out_of_memory("sampling", "a smaller --batch_size"):
+        metrics = run.evaluate(sampler)
+    with run.going_on():
+        results.add(settings, metrics)
+    return {**settings, **metrics}
+
+
+def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path) -> None:
+    """Scores the samples of --samples, and writes and prints their row."""
+    path = Path(config.samples)
+    # A folder of its own: others' files may lie beside the samples.
+    default_out = path.with_name(f"{path.stem if path.is_file() else path.name}_fid")
+    scoring = Scoring(config, reference, samples.image_shape, samples.num_samples, default_out)
+    settings = {
+        "samples": str(config.samples),
+        "samples_sha256": content_sha256(path),
+        "num_samples": samples.num_samples,
+        **scoring.settings,
+    }
+    results = Results(scoring.out)
+    statistics = scoring.new_statistics()
+    with explaining_out_of_memory("Inception", "a smaller --batch_size"):
+        scoring.measure_samples(samples, statistics, "scoring", "num_samples")
+    metrics = scoring.compute(statistics)
+    with scoring.going_on():
+        results.add(settings, metrics)
+        write_csv(scoring.out / "fid.csv", results.rows)
+    with scoring.going_on():
+        scoring.show_rows([{**settings, **metrics}])
+    scoring.finish()
+    log(f"written in {scoring.out}: fid.json, fid.csv")
