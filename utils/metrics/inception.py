@@ -126,7 +126,7 @@ def _kernel_size(conv: Conv) -> tuple[int, int]:
 
 
 def _mix_channels(x: Float[Array, "n h w c"], kernel: Float[Array, "1 1 c d"], *_, **__) -> Float[Array, "n h w d"]:
-    """A 1x1 convolution of stride 1: as a matmul, all of Inception takes a CPU 8 % less time."""
+    """Returns a 1x1 convolution of stride 1, as a matmul: Inception takes a CPU 8 % less time."""
     return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0], precision=HIGHEST)
 
 
@@ -162,7 +162,7 @@ class InceptionV3(nn.Module):
 
 
 def resize_matrix(size: int, new_size: int, half_pixel: bool) -> Float[np.ndarray, "new_size size"]:
-    """The matrix M of a bilinear resize along one axis, x -> M x; float64, each row sums to 1.
+    """Returns the matrix M of a bilinear resize along one axis, x -> M x, in float64; each row sums to 1.
 
     Output i is read at i * size / new_size, or with `half_pixel` at (i + 1/2) * size / new_size - 1/2, clamped to the
     image. There is no antialiasing when shrinking: the reference networks have none.
@@ -220,12 +220,13 @@ def load_inception(
 
 
 def load_logits(path: str | Path) -> Float[np.ndarray, "2048 1008"]:
-    """The matrix from pool3 features to logits of 1,008 classes, for the Inception Score; its bias is left out, as in
-    ADM's evaluator. `path`: npz or safetensors with `fc.weight` (1008, 2048), as in pytorch-fid's weights.
+    """Returns the matrix from pool3 features to logits of 1,008 classes, for the Inception Score.
 
-    UserError where the file has no such matrix.
+    Its bias is left out, as in ADM's evaluator. `path`: npz or safetensors with `fc.weight` (1008, 2048), as in
+    pytorch-fid's weights. Raises UserError where the file has no such matrix.
     """
-    path, shape = Path(path), (NUM_LOGITS, NUM_FEATURES)
+    path = Path(path)
+    shape = (NUM_LOGITS, NUM_FEATURES)
     try:
         if path.suffix == ".safetensors":
             weight = read_safetensors(path, {"fc.weight": shape})["fc.weight"]
@@ -247,10 +248,11 @@ def load_logits(path: str | Path) -> Float[np.ndarray, "2048 1008"]:
 
 
 def inception_weights_path(weights: str | Path | None = None) -> Path:
-    """Path of the weights: the one given, else the cache, into which they are fetched (81 MB) where it is empty.
+    """Returns the path of the weights: the one given, else the cache, into which they are fetched (81 MB) if it is
+    empty.
 
-    The cache is `jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache. UserError where the file given is missing or the
-    fetch fails. The content is checked when it is loaded.
+    The cache is `jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache. The content is checked when it is loaded. Raises
+    UserError where the file given is missing and where the fetch fails.
     """
     if weights is not None:
         if not Path(weights).is_file():
@@ -268,7 +270,8 @@ def inception_weights_path(weights: str | Path | None = None) -> Path:
 
 
 def _read_weights(weights: str | Path | None = None) -> bytes:
-    """The verified weights; a file in the cache that is not they is set aside, and fetched once more."""
+    """Returns the verified weights. A file in the cache that does not hold them is set aside, and they are fetched
+    again."""
     path = inception_weights_path(weights)
     try:
         return _read_verified(path)
@@ -332,9 +335,10 @@ def _convolutions(node: Conv | Pool | list | tuple) -> Iterator[Conv]:
 
 
 def _read_params(content: bytes) -> PyTree:
-    """Parameters of InceptionV3 (numpy) from a TorchScript archive: a zip of float32 arrays, four to a convolution.
+    """Returns the parameters of InceptionV3 (numpy) from a TorchScript archive.
 
-    Weight (out, in, height, width), then beta, mean and variance of a batch norm without gamma, folded in here.
+    It is a zip of float32 arrays, four to a convolution: weight (out, in, height, width), then beta, mean and variance
+    of a batch norm without gamma, which is folded in here.
     """
     params = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

@@ -25,8 +25,9 @@ INCEPTION_SCORE_PART = 5000  # samples
 
 
 def _check_gaussian(mu: np.ndarray, sigma: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The two in float64, sigma exactly symmetric."""
-    mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
+    """Returns the two in float64, sigma exactly symmetric. Raises ValueError where they are no Gaussian."""
+    mu = np.asarray(mu, np.float64)
+    sigma = np.asarray(sigma, np.float64)
     if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
         raise ValueError(f"{name}: mean {mu.shape} and covariance {sigma.shape} must have shapes (d,) and (d, d)")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
@@ -38,14 +39,14 @@ def _check_gaussian(mu: np.ndarray, sigma: np.ndarray, name: str) -> tuple[np.nd
 
 
 def _check_eigenvalues(values: np.ndarray, name: str) -> np.ndarray:
-    """The eigenvalues of a covariance, those that rounding made negative raised to 0."""
+    """Returns the eigenvalues of a covariance, those that rounding made negative raised to 0."""
     if values.min() < -ROUNDING * values.max():
         raise ValueError(f"{name}: the covariance has the negative eigenvalue {values.min():.3g}")
     return values.clip(min=0)
 
 
 def check_covariance(mu: np.ndarray, sigma: np.ndarray, name: str) -> None:
-    """ValueError where `frechet_distance` would refuse the Gaussian, found in a tenth of the time."""
+    """Raises ValueError where `frechet_distance` would refuse the Gaussian, in a tenth of its time."""
     _, sigma = _check_gaussian(mu, sigma, name)
     _check_semidefinite(sigma, name)
 
@@ -56,14 +57,14 @@ def _check_semidefinite(sigma: np.ndarray, name: str) -> None:
         return
     try:
         largest = scipy.sparse.linalg.eigsh(sigma, 1, which="LA", return_eigenvectors=False, tol=1e-3)[0]
-        # Which succeeds where no eigenvalue is below the lowest that rounding may leave.
+        # The decomposition succeeds if no eigenvalue is below the lowest that rounding may leave.
         scipy.linalg.cholesky(sigma + 0.99 * ROUNDING * largest * np.eye(len(sigma)))
     except (scipy.linalg.LinAlgError, scipy.sparse.linalg.ArpackError):
         _check_eigenvalues(scipy.linalg.eigvalsh(sigma), name)
 
 
 def covariance_root(sigma: Float[np.ndarray, "d d"], name: str = "covariance") -> Float[np.ndarray, "d d"]:
-    """L with L L^T = sigma; ValueError, saying `name`, where sigma is not positive semi-definite."""
+    """Returns L with L L^T = sigma. Raises ValueError, naming `name`, where sigma is not positive semi-definite."""
     values, vectors = scipy.linalg.eigh(sigma)
     return vectors * np.sqrt(_check_eigenvalues(values, name))
 
@@ -75,14 +76,15 @@ def frechet_distance(
     sigma_2: np.ndarray,
     root_2: Float[np.ndarray, "d d"] | None = None,
 ) -> float:
-    """Squared Fréchet distance of two Gaussians, means (d,) and covariances (d, d), in [0, inf); of Inception features,
-    the FID.
+    """Returns the squared Fréchet distance of two Gaussians, means (d,) and covariances (d, d), in [0, inf).
+
+    Of Inception's features it is the FID.
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., arXiv:1706.08500, eq. 6), in float64. With
     S_2 = L L^T the product S_1 S_2 has the eigenvalues of the symmetric L^T S_1 L, so that no square root of an
     unsymmetric matrix is taken and covariances of any rank will do. `root_2` is L where it is known, from
-    `covariance_root`. ValueError where shapes differ or a covariance is not symmetric or not positive semi-definite
-    (beyond rounding in float32).
+    `covariance_root`. Raises ValueError where shapes differ, and where a covariance is not symmetric or not positive
+    semi-definite (beyond rounding in float32).
     """
     mu_1, sigma_1 = _check_gaussian(mu_1, sigma_1, "first Gaussian")
     mu_2, sigma_2 = _check_gaussian(mu_2, sigma_2, "second Gaussian")
@@ -96,7 +98,10 @@ def frechet_distance(
 
 
 def check_feature_sets(x: np.ndarray, y: np.ndarray, more_than: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    """Returns two sets of features, (n, d) and (m, d), in float64. Raises ValueError where they are too small or of
+    different widths."""
+    x = np.asarray(x, np.float64)
+    y = np.asarray(y, np.float64)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"features of shapes {x.shape} and {y.shape} cannot be compared")
     if min(len(x), len(y)) <= more_than:
@@ -121,7 +126,7 @@ def kid(
     The error is the standard deviation that the distance would have if both sets were drawn anew: the variance of the
     U-statistic of all n and m rows (cf. Sutherland et al., arXiv:1611.04488, sec. 3; all terms are kept, as for equal
     distributions the first order vanishes), plus that of the mean over random subsets. None below four rows.
-    ValueError below two rows or for different widths.
+    Raises ValueError below two rows and for different widths.
     """
     x, y = check_feature_sets(features_1, features_2)
     rng = np.random.RandomState(seed)
@@ -129,7 +134,10 @@ def kid(
     has_error = min(sizes) >= MIN_ROWS_FOR_KID_ERROR
     if sizes == [len(x), len(y)]:
         num_subsets = 1  # all would hold the same rows
-    values, components = [], []
+
+    # The distance of each pair of subsets.
+    values = []
+    components = []
     for _ in range(num_subsets):
         a, b = (rows[rng.choice(len(rows), size, replace=False)] for rows, size in zip((x, y), sizes, strict=True))
         k_aa, k_bb, k_ab = ((p @ q.T / x.shape[1] + 1) ** 3 for p, q in ((a, a), (b, b), (a, b)))
@@ -137,6 +145,8 @@ def kid(
         values.append(sum(within) - 2 * k_ab.mean())
         if has_error:
             components.append(_variance_components(k_aa, k_bb, k_ab))
+
+    # The error: of the sets, and of the choice of subsets.
     if not has_error:
         return float(np.mean(values)), None
     of_sets = _variance(np.mean(components, axis=0), len(x), len(y))
@@ -157,10 +167,12 @@ def _variance_components(k_xx: np.ndarray, k_yy: np.ndarray, k_xy: np.ndarray) -
     With k~ the kernel centred in both arguments, in the order of `_variance`'s weights: of E k(x, x') - E k(x, y) over
     x, the same over y, and E k~(x, x')^2, E k~(y, y')^2, E k~(x, y)^2.
     """
-    (sums_x, pairs_x), (sums_y, pairs_y) = _within(k_xx), _within(k_yy)
+    sums_x, pairs_x = _within(k_xx)
+    sums_y, pairs_y = _within(k_yy)
     n, m = k_xy.shape
     # The interaction of a layout with two random factors.
-    rows, columns = k_xy.sum(axis=1), k_xy.sum(axis=0)
+    rows = k_xy.sum(axis=1)
+    columns = k_xy.sum(axis=0)
     squares = np.square(k_xy).sum() - np.square(rows).sum() / m - np.square(columns).sum() / n
     across = (squares + rows.sum() ** 2 / (n * m)) / ((n - 1) * (m - 1))
     # Estimated means of each row scatter by more than the means themselves.
@@ -172,7 +184,8 @@ def _variance_components(k_xx: np.ndarray, k_yy: np.ndarray, k_xy: np.ndarray) -
 def _within(kernel: np.ndarray) -> tuple[np.ndarray, float]:
     """Returns (row sums without the diagonal, E k~(x, x')^2 of pairs without bias: Szekely and Rizzo, Annals of
     Statistics 2014, eq. 3.7)."""
-    n, diagonal = len(kernel), np.diagonal(kernel)
+    n = len(kernel)
+    diagonal = np.diagonal(kernel)
     sums = kernel.sum(axis=1) - diagonal
     squares = np.square(kernel).sum() - np.square(diagonal).sum() - 2 / (n - 2) * np.square(sums).sum()
     return sums, (squares + sums.sum() ** 2 / ((n - 1) * (n - 2))) / (n * (n - 3))
@@ -190,14 +203,18 @@ def mind(
     The error is the standard deviation that the distance would have if both sets and the directions were drawn anew,
     to first order: the influence of a row on it is its Kantorovich potential (del Barrio and Loubes, arXiv:1705.01299),
     here averaged over the directions. It is up to 1.5 times too large for sets of one distribution, where the first
-    order vanishes. ValueError below two rows or for different widths.
+    order vanishes. Raises ValueError below two rows and for different widths.
     """
     x, y = check_feature_sets(features_1, features_2)
     rng = np.random.default_rng(seed)
-    count, width = min(len(x), len(y)), x.shape[1]
+    count = min(len(x), len(y))
+    width = x.shape[1]
     x, y = (rows if len(rows) == count else rows[rng.choice(len(rows), count, replace=False)] for rows in (x, y))
-    values, influences = [], np.zeros((2, count))
+
+    values = []  # of each direction
+    influences = np.zeros((2, count))  # of each row
     for start in range(0, num_projections, MIND_BLOCK):
+        # In one dimension the optimal transport pairs the sorted values.
         directions = rng.standard_normal((width, min(MIND_BLOCK, num_projections - start)))
         directions /= np.linalg.norm(directions, axis=0)
         projections = np.stack([x @ directions, y @ directions])
@@ -212,6 +229,8 @@ def mind(
         by_row = np.empty_like(potentials)
         np.put_along_axis(by_row, order, potentials, axis=1)
         influences += by_row.sum(axis=2)
+
+    # The error: of the sets, and of the choice of directions.
     distances = 3 * width * np.concatenate(values)
     influences *= 3 * width / num_projections
     of_sets = influences.var(axis=1, ddof=1).sum() / count
@@ -225,19 +244,26 @@ def prdc(
     precision_k: int = PRECISION_NEIGHBOURS,
     density_k: int = DENSITY_NEIGHBOURS,
 ) -> dict[str, float]:
-    """`precision`, `recall`, `density` and `coverage` of samples against reference features, from nearest neighbours.
+    """Returns `precision`, `recall`, `density` and `coverage` of samples against a reference, each in [0, 1] but for
+    the density, which is in [0, inf).
 
     Around each point of a set lies a ball out to its k-th nearest neighbour in the set. Precision: fraction of samples
     in a ball of the reference; recall: fraction of the reference in a ball of the samples (Kynkaanniemi et al.,
     arXiv:1904.06991, k = 3, as ADM's evaluator). Density: number of the reference's balls that a sample is in, over k;
     coverage: fraction of the reference's balls with a sample inside (Naeem et al., arXiv:2002.09797, k = 5). Time grows
-    with the square of the numbers, memory with the numbers. ValueError where a set has no more than k rows.
+    with the square of the numbers, memory with the numbers. Raises ValueError where a set has no more than k rows.
     """
     reference, samples = check_feature_sets(reference, samples, more_than=max(precision_k, density_k))
     ks = (precision_k, density_k)
-    reference_radii, sample_radii = _neighbour_radii(reference, ks), _neighbour_radii(samples, ks[:1])
-    precise, balls = np.zeros(len(samples), bool), np.zeros(len(samples), int)
-    recalled, covered = np.zeros(len(reference), bool), np.zeros(len(reference), bool)
+    reference_radii = _neighbour_radii(reference, ks)
+    sample_radii = _neighbour_radii(samples, ks[:1])
+
+    # Of each sample: whether it lies in a ball, and in how many. Of each image: whether it does, and whether its own
+    # ball holds a sample.
+    precise = np.zeros(len(samples), bool)
+    balls = np.zeros(len(samples), int)
+    recalled = np.zeros(len(reference), bool)
+    covered = np.zeros(len(reference), bool)
     for rows, distances in _squared_distances(reference, samples):
         precise |= (distances <= reference_radii[rows, :1]).any(axis=0)
         recalled[rows] = (distances <= sample_radii[:, 0]).any(axis=1)
@@ -253,7 +279,7 @@ def prdc(
 
 
 def _squared_distances(x: np.ndarray, y: np.ndarray, block: int = 1024) -> Iterator[tuple[slice, np.ndarray]]:
-    """(rows of x, their squared distances (block, m) to all of y), block by block."""
+    """Yields (rows of x, their squared distances (block, m) to all of y)."""
     y_norms = np.square(y).sum(axis=1)
     for start in range(0, len(x), block):
         part = x[start : start + block]
@@ -262,7 +288,7 @@ def _squared_distances(x: np.ndarray, y: np.ndarray, block: int = 1024) -> Itera
 
 
 def _neighbour_radii(x: np.ndarray, ks: tuple[int, ...]) -> np.ndarray:
-    """Squared distance of each row to its k-th nearest other row, (n, len(ks))."""
+    """Returns the squared distance of each row to its k-th nearest other row, (n, len(ks))."""
     radii = np.empty((len(x), len(ks)))
     for rows, distances in _squared_distances(x, x):
         distances[np.arange(len(distances)), np.arange(rows.start, rows.start + len(distances))] = 0  # itself, exactly
@@ -272,12 +298,17 @@ def _neighbour_radii(x: np.ndarray, ks: tuple[int, ...]) -> np.ndarray:
 
 class InceptionScore:
     """Inception Score (Salimans et al., arXiv:1606.03498, section 4) of class probabilities, in memory that does not
-    grow: exp of the mean divergence of each sample's probabilities from their average, over parts of `split_size`
-    samples as ADM's evaluator takes them; then mean and standard deviation over the parts."""
+    grow.
+
+    It is exp of the mean divergence of each sample's probabilities from their average, over parts of `split_size`
+    samples as ADM's evaluator takes them; then mean and standard deviation over the parts.
+    """
 
     def __init__(self, split_size: int = INCEPTION_SCORE_PART):
         self.split_size = split_size
-        self._counts, self._sums, self._negative_entropies = [], [], []
+        self._counts = []  # of samples in each part
+        self._sums = []  # of their probabilities
+        self._negative_entropies = []  # of each sample, summed
 
     def update(self, probabilities: Float[np.ndarray, "n c"]) -> None:
         """Adds rows that sum to 1."""
@@ -294,7 +325,7 @@ class InceptionScore:
 
     @property
     def mean_and_std(self) -> tuple[float, float]:
-        """UserError before the first row."""
+        """Mean and standard deviation over the parts. Raises UserError before the first row."""
         if not self._counts:
             raise UserError("the Inception Score of no samples is not defined; --num_samples must be 2 or more")
         scores = []

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: fid.json, fid.csv, a table and a plot. The rows of fid.json are its `cells`."""
+"""Results of evaluations: fid.json, fid.csv, a table and a plot. The rows of fid.json are its `cells`."""
 
 import csv
 import errno
@@ -17,8 +17,11 @@ from utils.images import plotting
 from utils.metrics.metrics import metric_columns
 from utils.sampling.solvers import SOLVERS, SamplerConfig
 
+# Settings that are no part of a row's key: places of files, which are known by their hash.
 NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
-NUMBERS = ("kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")  # or None
+# Results that are numbers or None, beside the metrics.
+NUMBERS = ("kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")
+# Settings that a row has only where they are not the default, so that rows of older versions are found again.
 OPTIONAL = (
     "rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes", "jax_variables",
     "extractor", "extractor_sha256",
@@ -37,15 +40,18 @@ class Results:
             self._read()
 
     def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The finished row of these settings; files are identified by their hash, wherever they are. One that also has
-        an Inception Score will do where none is requested."""
+        """Returns the finished row of these settings, or None.
+
+        Files are identified by their hash, wherever they are. A row that also has an Inception Score will do where none
+        is requested.
+        """
         requested = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
         if requested["inception_logits_sha256"] is None:
             del requested["inception_logits_sha256"]
         return next((row for row in self.rows if _is_of(row, requested) and _is_finished(row)), None)
 
     def add(self, settings: dict[str, Any], metrics: Mapping[str, float | None]) -> dict[str, Any]:
-        """The row, which replaces an earlier one of the same settings."""
+        """Writes and returns the row, which replaces an earlier one of the same settings."""
         with locked(self.path):
             self._read()  # another process may have added some
             self.rows = [row for row in self.rows if not _is_of(row, settings)]
@@ -57,6 +63,8 @@ class Results:
         self.rows = []
         if not self.path.exists():
             return
+
+        # A file that is damaged, or no file, is set aside.
         try:
             if self.path.stat().st_size > MAX_JSON_BYTES:
                 raise BadFileError(f"it has more than {MAX_JSON_BYTES:,} bytes")
@@ -71,6 +79,8 @@ class Results:
                 raise
             log(f"{self.path}: {error.strerror}; it is kept as {set_aside(self.path)}")
             return
+
+        # Rows of another kind are left out of it.
         self.rows = [row for row in rows if _is_row(row)]
         if others := len(rows) - len(self.rows):
             kept = set_aside(self.path)
@@ -79,8 +89,11 @@ class Results:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a value is a row: settings and metrics by name, each one value or a list of a few. A number that is no
-    float, and a metric that is no number, would end a program when they are shown."""
+    """Whether a value is a row: settings and metrics by name, each one value or a list of a few.
+
+    A number that is no float, and a metric that is no number, would end a program when they are shown.
+    """
+    results = {*NUMBERS, *metric_columns()}
     try:
         for name, value in row.items():
             values = value if isinstance(value, list) else [value]
@@ -88,7 +101,7 @@ def _is_row(row: Any) -> bool:
                 return False
             numbers = [float(each) for each in values if isinstance(each, (int, float))]
             is_number = bool(numbers) and not isinstance(value, (list, bool))
-            if (name in NUMBERS or name in metric_columns()) and not (value is None or is_number):
+            if name in results and not (value is None or is_number):
                 return False
     except (AttributeError, OverflowError):
         return False
@@ -127,7 +140,7 @@ def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of the rows: step count, guidance and every metric that one of them has."""
+    """Returns a table of the rows: step count, guidance and every metric that one of them has."""
     columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | metric_columns()
     columns["straightness"] = "straightness"
     if any(row.get("num_steps", 0) is None for row in rows):  # an adaptive solver
@@ -140,6 +153,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def to_text(name: str, row: dict[str, Any]) -> str:
+    """Returns a cell of the table."""
     if name not in row:
         return ""
     value = row[name]
@@ -155,6 +169,7 @@ def to_text(name: str, row: dict[str, Any]) -> str:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows, with a column for everything that one of them has."""
     columns = dict.fromkeys(name for row in rows for name in row)
     with (
         atomic_write(path) as temporary,
@@ -166,13 +181,13 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def check_json_path(target: str | None, inputs: Mapping[str, str | None]) -> None:
-    """UserError where `write_json_rows` cannot write; see `prepare_output_file`."""
+    """Raises UserError where `write_json_rows` cannot write; see `prepare_output_file`."""
     if target and target != "-":
         prepare_output_file(Path(target), "json", "result.json", inputs)
 
 
 def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
-    """The rows as JSON into the file `target`, or on the standard output for '-'."""
+    """Writes the rows as JSON into the file `target`, or prints them for '-'."""
     if target == "-":
         show_result(json.dumps(rows, indent=2))
     else:
@@ -180,7 +195,7 @@ def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
 
 
 def plot_fid(rows: list[dict[str, Any]]) -> Figure:
-    """FID against steps, a curve for each guidance scale."""
+    """Draws FID against steps, a curve for each guidance scale."""
     curves = {}
     for row in rows:
         if row.get("fid") is None or not _is_finished(row):
