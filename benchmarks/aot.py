@@ -150,7 +150,16 @@ def describe_devices(topology: str) -> list[Any]:
 
 def make_network(config: ConfigDict, mesh: Mesh) -> DiT:
     hidden, depth, heads = common.SIZES[config.model]
-    dit_config = DiTConfig(config.patch_size, hidden, depth, heads, 4.0, 0.1, common.NUM_CLASSES, dtype=config.dtype)
+    dit_config = DiTConfig(
+        patch_size=config.patch_size,
+        hidden_size=hidden,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=4.0,
+        class_dropout_prob=0.1,
+        num_classes=common.NUM_CLASSES,
+        dtype=config.dtype,
+    )
     form = "xla" if config.attention == "xla" else choose_attention_for(mesh, hidden // heads, config.dtype)
     return DiT(dit_config, config.remat, form)
 

@@ -53,7 +53,17 @@ def define_measurement_flags(batch: int, repeats: int = 1) -> None:
 def make_model(config: ConfigDict, dtype: str, remat: str = "none", **settings: Any) -> DiT:
     """The network, with further fields of DiTConfig as `settings`."""
     hidden, depth, heads = SIZES[config.model]
-    dit_config = DiTConfig(config.patch_size, hidden, depth, heads, 4.0, 0.1, NUM_CLASSES, dtype=dtype, **settings)
+    dit_config = DiTConfig(
+        patch_size=config.patch_size,
+        hidden_size=hidden,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=4.0,
+        class_dropout_prob=0.1,
+        num_classes=NUM_CLASSES,
+        dtype=dtype,
+        **settings,
+    )
     form = choose_attention_for(make_mesh(), hidden // heads, dtype)
     return DiT(dit_config, remat, form)
 

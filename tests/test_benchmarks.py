@@ -32,7 +32,18 @@ def baseline(monkeypatch):
 
 
 def test_the_baseline_model_is_the_same_function(baseline):
-    model = DiT(DiTConfig(2, 32, 1, 4, 4.0, 0.1, 10, dtype="float32"))
+    model = DiT(
+        DiTConfig(
+            patch_size=2,
+            hidden_size=32,
+            depth=1,
+            num_heads=4,
+            mlp_ratio=4.0,
+            class_dropout_prob=0.1,
+            num_classes=10,
+            dtype="float32",
+        )
+    )
     params = baseline.create_params(model, (8, 8, 4))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), params)

@@ -114,7 +114,11 @@ def test_position_table_formula():
 
 
 def test_initial_parameters_are_the_recipes():
-    model = DiT(DiTConfig(2, 256, 1, 4, 4, 0.1, 10))
+    model = DiT(
+        DiTConfig(
+            patch_size=2, hidden_size=256, depth=1, num_heads=4, mlp_ratio=4, class_dropout_prob=0.1, num_classes=10
+        )
+    )
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     params = params["params"]
     assert "pos_embed" not in params
@@ -164,7 +168,18 @@ def test_bfloat16_stays_close_and_keeps_float32_parameters(golden, model, params
 
 @pytest.mark.parametrize("remat", ["dots", "blocks"])
 def test_rematerialisation_changes_no_gradient(remat):
-    model = DiT(DiTConfig(4, 16, 2, 2, 2.0, 0.1, 10, dtype="float32"))
+    model = DiT(
+        DiTConfig(
+            patch_size=4,
+            hidden_size=16,
+            depth=2,
+            num_heads=2,
+            mlp_ratio=2.0,
+            class_dropout_prob=0.1,
+            num_classes=10,
+            dtype="float32",
+        )
+    )
     x, t, labels = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.array([0.2, 0.7]), jnp.array([3, 10])
     rng, shapes = np.random.default_rng(0), jax.eval_shape(model.init, jax.random.key(0), x, t, labels)
     params = jax.tree.map(lambda like: jnp.asarray(0.2 * rng.normal(size=like.shape), jnp.float32), shapes)
@@ -180,7 +195,19 @@ def test_rematerialisation_changes_no_gradient(remat):
 @pytest.mark.slow
 def test_rematerialisation_saves_memory_by_the_compilers_analysis():
     def memory(remat):
-        model = DiT(DiTConfig(2, 64, 4, 2, 4.0, 0.1, 10, dtype="bfloat16"), remat)
+        model = DiT(
+            DiTConfig(
+                patch_size=2,
+                hidden_size=64,
+                depth=4,
+                num_heads=2,
+                mlp_ratio=4.0,
+                class_dropout_prob=0.1,
+                num_classes=10,
+                dtype="bfloat16",
+            ),
+            remat,
+        )
         x, t, labels = jnp.zeros((64, 8, 8, 4)), jnp.zeros(64), jnp.zeros(64, jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), x, t, labels)
         step = jax.jit(jax.grad(lambda params: jnp.square(model.apply(params, x, t, labels)).mean()))
@@ -198,5 +225,9 @@ def test_flops_are_those_the_compiler_counts(golden, model, params):
     wide_params = jax.jit(wide.init)(jax.random.key(0), *args)
     counted = jax.jit(wide.apply).lower(wide_params, *args).cost_analysis()["flops"]
     assert len(x) * wide.count_flops(x.shape[1:]) == pytest.approx(counted, rel=0.1)
-    dit_b = DiT(DiTConfig(2, 768, 12, 12, 4, 0.1, 1000))
+    dit_b = DiT(
+        DiTConfig(
+            patch_size=2, hidden_size=768, depth=12, num_heads=12, mlp_ratio=4, class_dropout_prob=0.1, num_classes=1000
+        )
+    )
     assert 3 * dit_b.count_flops((32, 32, 4)) == pytest.approx(138e9, rel=0.01)

@@ -294,7 +294,7 @@ def test_files_of_others_are_opened_by_one_function():
         "utils/base/console.py": {"os.open(os.devnull, os.O_WRONLY)"},
         "utils/base/external.py": {'np.memmap(file, header.dtype, "r", start, header.shape, order)'},
         "utils/images/decoding.py": {"Image.open(limited, formats=FORMATS)"},
-        "utils/data/class_names.py": {'IMAGENET_LABELS.read_text(encoding="utf-8")'},
+        "utils/conditions/classes.py": {'IMAGENET_LABELS.read_text(encoding="utf-8")'},
         "utils/data/fingerprint.py": {'gzip.open(compressed, "rb")'},
         "utils/data/tfds_files.py": {"path.read_bytes()", 'file.open("rb")'},  # after `check_regular`, and remote ones
         "utils/metrics/inception.py": {"extracted.read_bytes()"},

@@ -73,7 +73,20 @@ def test_attention_and_its_derivative_are_those_of_the_formula(shape, form):
 
 def random_model(dtype: str, remat: str = "none", form: str = "by_head"):
     """(a DiT whose output depends on its inputs, parameters, inputs)."""
-    model = DiT(DiTConfig(2, 32, 2, 2, 2.0, 0.1, 10, dtype=dtype), remat, form)
+    model = DiT(
+        DiTConfig(
+            patch_size=2,
+            hidden_size=32,
+            depth=2,
+            num_heads=2,
+            mlp_ratio=2.0,
+            class_dropout_prob=0.1,
+            num_classes=10,
+            dtype=dtype,
+        ),
+        remat,
+        form,
+    )
     x = jax.random.normal(jax.random.key(0), (3, 8, 8, 2))
     t = jnp.array([1.0, 2.0, 4.0]) * 2.0**-10  # 10,000 t, of which sines are taken, is exact to 1e-6
     labels = jnp.array([0, 3, 10])

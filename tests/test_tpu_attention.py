@@ -72,7 +72,17 @@ def test_forward_mode_is_that_of_the_formula(form):
 
 @pytest.mark.parametrize("settings", [{}, {"qk_norm": 1, "rope": 1}])
 def test_a_network_computes_the_same_in_this_form(form, settings):
-    config = DiTConfig(2, 128, 1, 2, 2.0, 0.1, 10, dtype="float32", **settings)
+    config = DiTConfig(
+        patch_size=2,
+        hidden_size=128,
+        depth=1,
+        num_heads=2,
+        mlp_ratio=2.0,
+        class_dropout_prob=0.1,
+        num_classes=10,
+        dtype="float32",
+        **settings,
+    )
     x, labels = jax.random.normal(jax.random.key(1), (2, 16, 16, 4)), jnp.array([3, 10])
 
     @jax.jit
