@@ -122,7 +122,8 @@ def test_an_own_network_and_loss_learn_in_an_own_loop(run):
 
 def test_the_loss_is_quadratic_for_small_errors_and_linear_for_large_ones(run):
     huber = run("loss")["Huber"]
-    x_1, labels = jnp.ones((4, 8, 8, 1)), jnp.zeros(4, jnp.int32)
+    x_1 = jnp.ones((4, 8, 8, 1))
+    labels = jnp.zeros(4, jnp.int32)
     draws = FlowMatching().draw(jax.random.key(0), jax.random.key(1), 4)
 
     def losses(objective):  # of a network that answers 0
@@ -136,7 +137,8 @@ def test_the_loss_is_quadratic_for_small_errors_and_linear_for_large_ones(run):
 
 def test_a_metric_is_a_result_and_a_column(run):
     run("metric")
-    samples, features = ImageStatistics(0), np.random.default_rng(0).normal(size=(50, 3))
+    samples = ImageStatistics(0)
+    features = np.random.default_rng(0).normal(size=(50, 3))
     samples.update({"pool": features + np.array([3, 0, 4])})
     moments = FeatureReference(features.mean(0), np.cov(features, rowvar=False))
     results = compute_metrics(samples, ReferenceStatistics({POOL: moments}, "", Path("mine_stats.npz")))
@@ -150,7 +152,8 @@ def test_a_feature_network_has_its_own_distance(run):
     (extract,) = load_extractors(["colours"]).values()
     greys = np.array([0, 255, 51, 51], np.uint8)
     features = extract(jnp.broadcast_to(greys[:, None, None, None], (4, 8, 8, 3)))
-    samples, mean = ImageStatistics(), FeatureKey("colours", "mean")
+    samples = ImageStatistics()
+    mean = FeatureKey("colours", "mean")
     samples.update({name: np.asarray(rows) for name, rows in features.items()}, "colours")
     np.testing.assert_allclose(samples[mean].rows[:, 0], [0, 1, 0.2, 0.2], rtol=1e-6)
     np.testing.assert_allclose(samples[FeatureKey("colours", "contrast")].mu, 0, atol=1e-6)

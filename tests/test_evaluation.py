@@ -92,7 +92,8 @@ def test_the_batch_is_what_fits_the_memory(model, params):
     assert fit(None) == 128
     assert fit(None, num_samples=10) == 10
     assert fit(1) == 1
-    small, large = fit(2**30), fit(2**33)
+    small = fit(2**30)
+    large = fit(2**33)
     assert small > 1
     assert large == 8 * small
     assert fit(2**40, num_samples=100) == 100

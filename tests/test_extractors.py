@@ -53,7 +53,8 @@ def write_images(path, greys):
 
 # Greys of mean 100 and 160 whose standard deviations (divisor n - 1) are in the ratio 1 to 3.
 SPREAD = np.array([-1, -1, 1, 1, 0, 0]) * 10
-REFERENCE, SAMPLES = 100 + SPREAD, 160 + 3 * SPREAD
+REFERENCE = 100 + SPREAD
+SAMPLES = 160 + 3 * SPREAD
 
 
 def expected_distance() -> float:
@@ -64,7 +65,8 @@ def expected_distance() -> float:
 
 
 def test_it_is_scored_from_images_to_a_row(read_flags, tmp_path, capsys):
-    reference, samples = write_images(tmp_path / "a.npz", REFERENCE), write_images(tmp_path / "b.npz", SAMPLES)
+    reference = write_images(tmp_path / "a.npz", REFERENCE)
+    samples = write_images(tmp_path / "b.npz", SAMPLES)
     words = ["--images", str(reference), "--out", str(tmp_path / "stats.npz"), "--extractor", "colour"]
     compute_fid_stats.main(read_flags(compute_fid_stats, words))
     with np.load(tmp_path / "stats.npz") as file:

@@ -56,7 +56,9 @@ def test_distance_in_one_dimension(mean, deviation):
 
 
 def test_distance_of_commuting_covariances(rng):
-    rotation, a, b = random_rotation(30, rng), rng.uniform(0, 3, 30), rng.uniform(0, 3, 30)
+    rotation = random_rotation(30, rng)
+    a = rng.uniform(0, 3, 30)
+    b = rng.uniform(0, 3, 30)
     mu_1, mu_2 = rng.normal(size=(2, 30))
     expected = np.sum((mu_1 - mu_2) ** 2) + np.sum((np.sqrt(a) - np.sqrt(b)) ** 2)
     for basis in (np.eye(30), rotation):
@@ -67,7 +69,8 @@ def test_distance_of_commuting_covariances(rng):
 def test_distance_of_general_covariances_against_sqrtm(rng):
     for size in (2, 17, 100):
         mu_1, mu_2 = rng.normal(size=(2, size))
-        sigma_1, sigma_2 = random_covariance(size, rng), random_covariance(size, rng)
+        sigma_1 = random_covariance(size, rng)
+        sigma_2 = random_covariance(size, rng)
         cross = scipy.linalg.sqrtm(sigma_1 @ sigma_2).real
         expected = np.sum((mu_1 - mu_2) ** 2) + np.trace(sigma_1 + sigma_2 - 2 * cross)
         assert frechet_distance(mu_1, sigma_1, mu_2, sigma_2) == pytest.approx(expected, rel=1e-6)
@@ -76,29 +79,36 @@ def test_distance_of_general_covariances_against_sqrtm(rng):
 
 def test_distance_of_covariances_in_two_dimensions(rng):
     """tr (S_1 S_2)^(1/2) = sqrt(tr S_1 S_2 + 2 sqrt(det S_1 S_2)) for 2x2 matrices (Cayley-Hamilton)."""
-    a, b = random_covariance(2, rng), random_covariance(2, rng)
+    a = random_covariance(2, rng)
+    b = random_covariance(2, rng)
     cross = np.sqrt(np.trace(a @ b) + 2 * np.sqrt(np.linalg.det(a @ b)))
     expected = np.trace(a) + np.trace(b) - 2 * cross
     assert frechet_distance(np.zeros(2), a, np.zeros(2), b) == pytest.approx(expected, rel=1e-6)
 
 
 def test_distance_of_rank_deficient_covariances(rng):
-    zero, basis = np.zeros(40), random_rotation(40, rng)
-    u, v = basis[:, 0], (basis[:, 0] + basis[:, 1]) / np.sqrt(2)
-    a, b = 4 * np.outer(u, u), 9 * np.outer(v, v)  # rank one: tr (S_1 S_2)^(1/2) = 2 * 3 * |u.v|
+    zero = np.zeros(40)
+    basis = random_rotation(40, rng)
+    u = basis[:, 0]
+    v = (basis[:, 0] + basis[:, 1]) / np.sqrt(2)
+    a = 4 * np.outer(u, u)
+    b = 9 * np.outer(v, v)  # rank one: tr (S_1 S_2)^(1/2) = 2 * 3 * |u.v|
     assert frechet_distance(zero, a, zero, b) == pytest.approx(4 + 9 - 2 * 6 / np.sqrt(2), rel=1e-6)
     left, right = (basis[:, cut] @ basis[:, cut].T for cut in (slice(0, 20), slice(20, 40)))  # disjoint supports
     assert frechet_distance(zero, left, zero, right) == pytest.approx(40, rel=1e-6)
     assert frechet_distance(zero, left, zero, np.zeros((40, 40))) == pytest.approx(20, rel=1e-6)
     assert frechet_distance(zero, np.zeros((40, 40)), zero, np.zeros((40, 40))) == 0
-    few, shift = random_covariance(40, rng, rank=7), rng.normal(size=40)
+    few = random_covariance(40, rng, rank=7)
+    shift = rng.normal(size=40)
     assert frechet_distance(zero, few, zero, few) == pytest.approx(0, abs=1e-6 * np.trace(few))
     assert frechet_distance(zero, few, shift, few) == pytest.approx(shift @ shift, rel=1e-6)
 
 
 def test_distance_is_invariant_to_a_change_of_basis_and_scales_quadratically(rng):
     mu_1, mu_2 = rng.normal(size=(2, 25))
-    sigma_1, sigma_2, basis = random_covariance(25, rng), random_covariance(25, rng, rank=10), random_rotation(25, rng)
+    sigma_1 = random_covariance(25, rng)
+    sigma_2 = random_covariance(25, rng, rank=10)
+    basis = random_rotation(25, rng)
     distance = frechet_distance(mu_1, sigma_1, mu_2, sigma_2)
     turned = (basis @ mu_1, basis @ sigma_1 @ basis.T, basis @ mu_2, basis @ sigma_2 @ basis.T)
     assert frechet_distance(*turned) == pytest.approx(distance, rel=1e-6)
@@ -143,7 +153,8 @@ def test_streamed_statistics_equal_numpys(rng, sizes, offset):
 
 def test_streamed_statistics_do_not_depend_on_order(rng):
     features = rng.normal(size=(300, 9))
-    one, other = stream(features, 100, 50), stream(features[::-1], 7, 90)
+    one = stream(features, 100, 50)
+    other = stream(features[::-1], 7, 90)
     np.testing.assert_allclose(one.mu, other.mu, rtol=0, atol=1e-14)
     np.testing.assert_allclose(one.sigma, other.sigma, rtol=0, atol=1e-13)
 
@@ -160,7 +171,8 @@ def test_streamed_statistics_take_float32_and_sum_in_float64():
 def test_statistics_are_copies(rng):
     statistics = stream(rng.normal(size=(10, 3)))
     before = statistics.mu, statistics.sigma
-    statistics.mu[:], statistics.sigma[:] = 0, 0
+    statistics.mu[:] = 0
+    statistics.sigma[:] = 0
     mu = statistics.mu
     statistics.update(rng.normal(size=(10, 3)))
     np.testing.assert_array_equal(mu, before[0])
@@ -209,7 +221,9 @@ def images_of(features: np.ndarray, spatial: np.ndarray | None = None, max_rows:
 @pytest.mark.parametrize("num_samples", [15, 400])
 def test_saved_statistics_load_back(rng, tmp_path, num_samples):
     features = rng.normal(size=(num_samples, 20)) @ random_covariance(20, rng)
-    spatial, counts, path = rng.normal(size=(num_samples, 6)), np.array([3, 0, 7]), tmp_path / "new" / "stats"
+    spatial = rng.normal(size=(num_samples, 6))
+    counts = np.array([3, 0, 7])
+    path = tmp_path / "new" / "stats"
     statistics = images_of(features, spatial, max_rows=10)
     metadata = {"convention": "adm", "dataset": "digits", "split": "train"}
     save_statistics(path, statistics, **metadata, label_counts=counts)
@@ -228,7 +242,8 @@ def test_saved_statistics_load_back(rng, tmp_path, num_samples):
 
 def test_compact_statistics_are_those_of_the_features(rng, tmp_path):
     features = rng.normal(size=(30, 20)).astype(np.float32)
-    statistics, path = images_of(features, max_rows=30), tmp_path / "stats.npz"
+    statistics = images_of(features, max_rows=30)
+    path = tmp_path / "stats.npz"
     save_statistics(path, statistics, convention="adm", dataset="x", is_compact=True)
     with np.load(path) as archive:
         content = dict(archive)
@@ -299,7 +314,8 @@ def test_statistics_that_do_not_fit_are_refused_in_one_line(tmp_path):
 
 def test_what_would_fail_after_sampling_is_refused_on_loading(rng, tmp_path):
     features = rng.normal(size=(20, 30))
-    mu, sigma = features.mean(axis=0), np.cov(features, rowvar=False)
+    mu = features.mean(axis=0)
+    sigma = np.cov(features, rowvar=False)
     good = {"mu": mu, "sigma": sigma}
     load_statistics(write_arrays(tmp_path / "good.npz", **good), {POOL: 30})
     cases = {
@@ -358,8 +374,10 @@ def test_edm2s_pickles_load_and_no_other_does(tmp_path):
 
 
 def test_every_metric_that_the_reference_allows(rng, tmp_path):
-    real, fake = rng.normal(size=(40, 4)), rng.normal(0.3, 1, size=(50, 4))
-    real_s, fake_s = rng.normal(size=(40, 2)), rng.normal(0.5, 1, size=(50, 2))
+    real = rng.normal(size=(40, 4))
+    fake = rng.normal(0.3, 1, size=(50, 4))
+    real_s = rng.normal(size=(40, 2))
+    fake_s = rng.normal(0.5, 1, size=(50, 2))
     samples = images_of(fake, fake_s, max_rows=30)
     save_statistics(tmp_path / "all", images_of(real, real_s, 100), convention="adm", dataset="x")
     write_arrays(tmp_path / "few.npz", mu=real.mean(axis=0), sigma=np.cov(real, rowvar=False))
@@ -440,7 +458,8 @@ def test_the_inception_score_needs_logits(rng):
 
 def test_published_statistics_load_and_make_gaussians(shared):
     loaded = load_statistics(shared / "data" / "cifar10_train_stats_pytorch_fid.npz")
-    mu, sigma = loaded[POOL].mu, loaded[POOL].sigma
+    mu = loaded[POOL].mu
+    sigma = loaded[POOL].sigma
     assert (mu.shape, sigma.shape, loaded.convention) == ((2048,), (2048, 2048), None)
     mu, sigma = mu[:200], sigma[:200, :200]  # of some of the features: all would take half a minute
     assert frechet_distance(mu, sigma, mu + 0.1, sigma) == pytest.approx(200 * 0.1**2, rel=1e-6)
@@ -453,7 +472,8 @@ def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
     def kernel(a, b):
         return (float(np.dot(a, b)) / len(a) + 1) ** 3
 
-    n, m = len(x), len(y)
+    n = len(x)
+    m = len(y)
     xx = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
     yy = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
     return xx + yy - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
@@ -461,7 +481,8 @@ def polynomial_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 def test_kernel_distance_is_its_definition():
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(30, 7)), rng.normal(0.3, 1.2, size=(20, 7))
+    x = rng.normal(size=(30, 7))
+    y = rng.normal(0.3, 1.2, size=(20, 7))
     value, error = kid(x, y)  # sets below a subset are taken whole
     assert value == pytest.approx(polynomial_mmd(x, y), rel=1e-10)
     assert (value, error) == pytest.approx(kid(x, y, num_subsets=1), rel=1e-10)
@@ -470,7 +491,8 @@ def test_kernel_distance_is_its_definition():
 
 def test_kernel_distance_draws_the_subsets_of_torch_fidelity():
     rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(60, 5)), rng.normal(0.5, 1, size=(50, 5))
+    x = rng.normal(size=(60, 5))
+    y = rng.normal(0.5, 1, size=(50, 5))
     draw = np.random.RandomState(2020)
     values = [polynomial_mmd(x[draw.choice(60, 12, False)], y[draw.choice(50, 12, False)]) for _ in range(8)]
     value, _ = kid(x, y, num_subsets=8, subset_size=12)
@@ -480,7 +502,8 @@ def test_kernel_distance_draws_the_subsets_of_torch_fidelity():
 @pytest.mark.parametrize("shift", [0, 0.3])
 @pytest.mark.parametrize("sizes", [(40, 60), (20, 400), (150, 120)])
 def test_the_error_of_the_kernel_distance_is_its_deviation_over_draws_of_both_sets(sizes, shift):
-    rng, (n, m) = np.random.default_rng(6), sizes
+    rng = np.random.default_rng(6)
+    (n, m) = sizes
     draws = [(rng.normal(shift, 1, size=(n, 16)), rng.normal(size=(m, 16))) for _ in range(250)]
     values, errors = zip(*(kid(x, y, num_subsets=8, subset_size=50) for x, y in draws), strict=True)
     # The deviation of 250 values is itself known to 5 to 10 %.
@@ -501,8 +524,11 @@ def balls(points: np.ndarray, k: int) -> list[tuple[np.ndarray, float]]:
 
 def test_manifold_metrics_are_their_definitions():
     rng = np.random.default_rng(3)
-    real, fake = rng.normal(size=(40, 3)), rng.normal(0.8, 0.7, size=(30, 3))
-    real_3, fake_3, real_5 = balls(real, 3), balls(fake, 3), balls(real, 5)
+    real = rng.normal(size=(40, 3))
+    fake = rng.normal(0.8, 0.7, size=(30, 3))
+    real_3 = balls(real, 3)
+    fake_3 = balls(fake, 3)
+    real_5 = balls(real, 5)
     inside = np.array([[np.linalg.norm(y - x) <= radius for x, radius in real_5] for y in fake])
     expected = {
         "precision": np.mean([any(np.linalg.norm(y - x) <= radius for x, radius in real_3) for y in fake]),
@@ -574,7 +600,8 @@ def test_fewer_images_are_drawn_at_random_from_all_classes(marked_images, read_f
         return dict(np.load(tmp_path / "made.npz"))
 
     data = ["--dataset_name", f"npz:{marked_images}"]
-    whole, part = make(*data), make(*data, "--num_images", "20")
+    whole = make(*data)
+    part = make(*data, "--num_images", "20")
     total = int(whole["num_images"])
     assert (part["num_images"], part["total_images"], whole["total_images"]) == (20, total, total)
     assert f"(20 of {total} images of npz:" in capsys.readouterr().err
@@ -601,7 +628,8 @@ def test_statistics_are_of_the_split_and_hold_what_the_flags_say(marked_images, 
 
     monkeypatch.setattr(compute_fid_stats, "load_extractors", load_extractors)
     with np.load(marked_images) as file:
-        images, labels = file["images"], file["labels"]
+        images = file["images"]
+        labels = file["labels"]
     validation = {"validation_images": images[:30] + np.uint8(100), "validation_labels": labels[:30]}
     np.savez(tmp_path / "splits.npz", images=images, labels=labels, **validation)
 

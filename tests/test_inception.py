@@ -45,9 +45,11 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("size", [32, 256])
 def test_features_equal_the_published_networks(extractor, golden, size):
     convention, extract = extractor
-    images, expected = golden[f"images_{size}"], golden[f"features_{size}_{convention}"]
+    images = golden[f"images_{size}"]
+    expected = golden[f"features_{size}_{convention}"]
     found = extract(images)
-    features, spatial = found["pool"], found["spatial"]
+    features = found["pool"]
+    spatial = found["spatial"]
     assert isinstance(features, jax.Array)
     assert (spatial.dtype, spatial.shape) == (np.float32, (len(images), 17 * 17 * 7))
     assert (spatial >= 0).all()  # behind a ReLU
@@ -79,7 +81,8 @@ def test_resize_is_linear_interpolation_at_the_source_coordinate(size, half_pixe
     for i in range(299):
         x = (i + 0.5) * (size / 299) - 0.5 if half_pixel else i * (size / 299)
         x = min(max(x, 0), size - 1)
-        left, right = pixels[int(x)], pixels[min(int(x) + 1, size - 1)]
+        left = pixels[int(x)]
+        right = pixels[min(int(x) + 1, size - 1)]
         expected.append(left + (right - left) * (x % 1))
     np.testing.assert_allclose(inception.resize_matrix(size, 299, half_pixel) @ pixels, expected, rtol=1e-9)
 
@@ -195,10 +198,12 @@ def cifar10_test_images(shared: Path, count: int) -> np.ndarray:
     Read without TensorFlow: a record is length (8 bytes), checksum (4), Example, checksum (4).
     """
     content = (shared / "data/tfds/cifar10/3.0.2/cifar10-test.tfrecord-00000-of-00001").read_bytes()
-    images, start = {}, 0
+    images = {}
+    start = 0
     while start < len(content):
         end = start + 16 + struct.unpack_from("<Q", content, start)[0]
-        example, start = content[start:end], end
+        example = content[start:end]
+        start = end
         images[re.search(rb"test_(\d{5})", example)[1]] = example[example.index(b"\x89PNG") :]
     return np.stack([np.asarray(Image.open(io.BytesIO(images[key]))) for key in sorted(images)[:count]])
 
@@ -206,7 +211,8 @@ def cifar10_test_images(shared: Path, count: int) -> np.ndarray:
 @pytest.mark.slow
 def test_fid_of_cifar10_test_images_is_the_published_one(weights, shared):
     """The first thousand against the training images: 30.430, in PyTorch and by another's code."""
-    extract, statistics = inception.load_inception(weights, "pytorch_fid"), FeatureStatistics()
+    extract = inception.load_inception(weights, "pytorch_fid")
+    statistics = FeatureStatistics()
     for images in np.split(cifar10_test_images(shared, 1000), 20):
         statistics.update(np.asarray(extract(images)["pool"]))
     reference = load_statistics(shared / "data" / "cifar10_train_stats_pytorch_fid.npz")

@@ -9,7 +9,8 @@ RNG = np.random.default_rng(0)
 
 
 def test_a_shift_counts_three_times_its_square():
-    x, shift = RNG.standard_normal((300, 64)), RNG.standard_normal(64)
+    x = RNG.standard_normal((300, 64))
+    shift = RNG.standard_normal(64)
     value, _ = mind(x, x + shift)
     assert value == pytest.approx(3 * np.square(shift).sum(), rel=0.15)  # of 1,000 directions
     assert mind(x, x) == (0, 0)
@@ -30,7 +31,8 @@ def test_a_scale_counts_by_the_wasserstein_distance_of_its_projections():
 
 
 def test_sets_of_other_sizes_are_cut_and_other_widths_refused():
-    x, y = RNG.standard_normal((500, 8)), RNG.standard_normal((200, 8))
+    x = RNG.standard_normal((500, 8))
+    y = RNG.standard_normal((200, 8))
     assert mind(x, y) == mind(x, y)
     assert mind(x, y)[0] < 3
     with pytest.raises(ValueError, match="cannot be compared"):
