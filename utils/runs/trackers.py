@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple, Protocol, SupportsFloat
 
 import jax
 from matplotlib.figure import Figure
-from PIL import Image
 
 from utils.base.console import warn
 from utils.base.errors import UserError, WriteError, one_line
@@ -133,9 +133,9 @@ class TensorBoardTracker:
         self._write(step, summary=self.summaries(value=values))
 
     def image(self, step: int, name: str, file: Path) -> None:
-        with Image.open(file) as opened:
-            width, height = opened.size
-        image = self.summaries.Image(height=height, width=width, colorspace=3, encoded_image_string=read_bytes(file))
+        content = read_bytes(file)
+        width, height = struct.unpack(">II", content[16:24])  # a PNG's first chunk begins with them
+        image = self.summaries.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
         self._write(step, summary=self.summaries(value=[self.summaries.Value(tag=name, image=image)]))
 
     def close(self) -> None:
