@@ -16,19 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from utils.base.console import log, progress_bar
 from utils.base.devices import gather
 from utils.base.errors import UserError
-from utils.conditions.condition import Mixture
+from utils.conditions.classes import ClassCondition
+from utils.conditions.condition import Mixture, number_rows, resize_rows
 from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.flags.drawing import (
     Request,
     check_request,
-    choose_classes,
+    choose_conditions,
     define_drawing_flags,
     define_generator_flags,
     drawing,
@@ -68,42 +69,48 @@ def interpolate(request: Request) -> None:
     from the noise of the first, under classes between theirs."""
     config = request.config
     generator = request.generator
-    names = generator.class_names
 
-    # A row has two ends. An odd number of labels begins again for the last of them.
+    # A row has two ends. An odd number of conditions begins again for the last of them.
     num_rows = max(1, config.num_samples // 2)
     num_columns = config.interpolate
-    first = request.labels[0::2][:num_rows]
-    second = np.resize(request.labels, 2 * num_rows)[1::2]
+    both = resize_rows(request.conditions, 2 * num_rows)
+    first = jax.tree.map(lambda rows: rows[0::2], both)
+    second = jax.tree.map(lambda rows: rows[1::2], both)
+    names = generator.condition.titles(first)
     ends = generator.noise(range(2 * num_rows))
     fractions = jnp.linspace(0, 1, num_columns)
 
     # Every image of every row, side by side in one axis.
     if config.between == "noise":
         noise = slerp(ends[0::2], ends[1::2], fractions).reshape(-1, *ends.shape[1:])
-        labels = np.repeat(first, num_columns)
-        titles = [names[label] for label in first]
+        conditions = _repeat(first, num_columns)
+        titles = names
     else:
         noise = jnp.repeat(ends[0::2], num_columns, axis=0)
-        sides = (np.repeat(side, num_columns) for side in (first, second))
-        labels = generator.condition.mix(*sides, np.tile(fractions, num_rows))
-        titles = [f"{names[a]} to {names[b]}" for a, b in zip(first, second, strict=True)]
+        sides = (_repeat(side, num_columns) for side in (first, second))
+        conditions = generator.condition.mix(*sides, np.tile(fractions, num_rows))
+        titles = [f"{a} to {b}" for a, b in zip(names, generator.condition.titles(second), strict=True)]
 
     # From one axis to rows and columns.
-    images = np.concatenate(list(_decode_in_batches(request, noise, labels)))
+    images = np.concatenate(list(_decode_in_batches(request, noise, conditions)))
     table = images.reshape(num_rows, num_columns, *images.shape[1:])
     between = "two noises" if config.between == "noise" else "two classes"
     request.pictures.save_table("interpolation.png", table, titles, (), f"{request.title}, between {between}")
 
 
+def _repeat(conditions: PyTree, count: int) -> PyTree:
+    """Returns each row `count` times."""
+    return jax.tree.map(lambda rows: np.repeat(rows, count, axis=0), conditions)
+
+
 def _decode_in_batches(
-    request: Request, noise: Float[Array, "n h w c"], labels: Int[np.ndarray, " n"] | Mixture
+    request: Request, noise: Float[Array, "n h w c"], conditions: PyTree | Mixture
 ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
     """Yields the images that the noise leads to, as many at a time as --batch_size says."""
     size = request.config.batch_size or RECIPE_BATCH_SIZE
     for start in progress_bar(range(0, len(noise), size), "interpolation", unit="batch"):
         rows = slice(start, start + size)
-        batch = jax.tree.map(lambda values, rows=rows: values[rows], labels)
+        batch = jax.tree.map(lambda values, rows=rows: values[rows], conditions)
         yield request.generator.decode(request.generator.sample_latents(noise[rows], batch, request.sampler))
 
 
@@ -117,7 +124,8 @@ def invert(request: Request) -> None:
     """
     config = request.config
     generator = request.generator
-    edits = choose_classes(config.edit, generator.model, "edit") or []
+    chosen = choose_conditions(config.edit, generator.model, "edit")
+    edits = [] if chosen is None else chosen.tolist()
     images, files, labels = _read_own_images(request, "invert")
 
     # There and back without guidance: the two directions are the same ODE.
@@ -174,7 +182,7 @@ def _read_own_images(
     model = request.generator.model
     images, files = read_images(config[flag], model.image_shape, config.num_samples, flag)
     if config.classes is not None:
-        return images, files, request.labels[: len(files)]
+        return images, files, request.conditions[: len(files)]
     return images, files, choose_labels(config[flag], files, model, flag)
 
 
@@ -219,8 +227,12 @@ def main(config: ConfigDict) -> None:
     mode = choose_mode(config)
     check_request(config, FILES)
     request = load_request(config)
+    kind = request.generator.condition
+    if mode != "interpolate" and not isinstance(kind, ClassCondition):
+        raise UserError(f"--{mode} is for runs that are conditioned on classes; --load_dir={config.load_dir} is not")
     if config.interpolate is not None:
-        if config.between == "classes" and request.classes and len(set(request.classes)) == 1:
+        chosen = request.chosen
+        if config.between == "classes" and chosen is not None and len(number_rows(kind, chosen)[1]) == 1:
             raise UserError(f"--classes={config.classes}: --between=classes needs two classes; give another")
         several = "s" * (config.num_samples > 1)
         log(f"{config.num_samples:,} sample{several} of {config.load_dir}, {request.title}")

@@ -11,6 +11,7 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
 from jaxtyping import UInt8
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 
 from utils.base.console import log, progress_bar
 from utils.base.files import check_free_space
+from utils.conditions.condition import number_rows
 from utils.flags import program
 from utils.flags.drawing import (
     Request,
@@ -67,23 +69,24 @@ def draw(request: Request) -> None:
     requested = min(config.batch_size or RECIPE_BATCH_SIZE, config.num_samples)
     batch_size = -(-requested // num_devices) * num_devices
     shown: list[UInt8[np.ndarray, "b h w c"]] = []
-    batches = generator.generate(request.sampler, config.num_samples, batch_size, request.labels)
+    batches = generator.generate(request.sampler, config.num_samples, batch_size, request.conditions)
     bar = progress_bar(total=config.num_samples, unit="image", desc=str(request.sampler))
     saving = SampleWriter(config.save_samples, config.num_samples) if config.save_samples else nullcontext()
     with bar, saving as writer:
         for batch in batches:
-            images, labels = batch.to_host()
+            images, conditions = batch.to_host()
             if sum(map(len, shown)) < MAX_SHOWN:
                 shown.append(images)
             if writer is not None:
-                writer.write(images, labels)
+                writer.write(images, conditions)
             bar.update(len(images))
 
     # The grid comes last, but its path first. The samples are complete even if the grid does not fit on the disk.
     images = np.concatenate(shown)[:MAX_SHOWN]
-    labels = request.labels[: len(images)]
+    conditions = jax.tree.map(lambda rows: rows[: len(images)], request.conditions)
+    places, names = number_rows(generator.condition, conditions)
     try:
-        request.pictures.save_grid("grid.png", images, labels, generator.class_names, request.title)
+        request.pictures.save_grid("grid.png", images, places, names, request.title)
     finally:
         if config.save_samples:
             request.pictures.written.append(Path(config.save_samples))
@@ -98,17 +101,17 @@ def film(request: Request) -> None:
     num_frames = config.film_frames if sampler.is_adaptive else min(config.film_frames, sampler.num_steps)
 
     # The animation.
-    labels = request.labels[:count]
-    path = generator.path(generator.noise(range(count)), labels, sampler, num_frames)
+    conditions = jax.tree.map(lambda rows: rows[:count], request.conditions)
+    path = generator.path(generator.noise(range(count)), conditions, sampler, num_frames)
     bar = progress_bar(path, "film", num_frames + 1, unit="frame")
     frames = np.stack([generator.decode(latents) for latents in bar])
-    names = generator.class_names
-    request.pictures.save_film(f"film.{config.film_format}", frames, labels, names, request.title)
+    places, names = number_rows(generator.condition, conditions)
+    request.pictures.save_film(f"film.{config.film_format}", frames, places, names, request.title)
 
     # The strip.
     stages = np.linspace(0, num_frames, min(NUM_STAGES, num_frames) + 1).round().astype(int)
     rows = np.swapaxes(frames[stages, :NUM_STAGES], 0, 1)
-    classes = [names[label] for label in labels[:NUM_STAGES]]
+    classes = [names[place] for place in places[:NUM_STAGES]]
     titles = [f"{stage / num_frames:.0%}" for stage in stages]
     title = f"{request.title}, by fraction of the path"
     request.pictures.save_table("strip.png", rows, classes, titles, title)

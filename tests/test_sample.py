@@ -48,18 +48,18 @@ def rename(model, *names):
 
 def test_classes_are_named_by_names_and_numbers(generator):  # noqa: F811
     model = rename(generator.model, NAMES)
-    assert drawing.choose_classes("goldfish, 3,Tench", model) == [1, 3, 0]
-    assert drawing.choose_classes("all", model) == [0, 1, 2, 3]
-    assert drawing.choose_classes(None, model) is None
+    assert drawing.choose_conditions("goldfish, 3,Tench", model).tolist() == [1, 3, 0]
+    assert drawing.choose_conditions("all", model).tolist() == [0, 1, 2, 3]
+    assert drawing.choose_conditions(None, model) is None
     with pytest.raises(UserError, match="--edit=goldfsh: 'goldfsh' is no class"):
-        drawing.choose_classes("goldfsh", model, "edit")
+        drawing.choose_conditions("goldfsh", model, "edit")
 
 
 def test_classes_without_images_are_not_among_all_and_named_where_asked_for(generator, capsys):  # noqa: F811
     model = rename(generator.model, NAMES, (0, 2))
-    assert drawing.choose_classes("all", model) == [1, 3]
+    assert drawing.choose_conditions("all", model).tolist() == [1, 3]
     assert capsys.readouterr().err == ""
-    assert drawing.choose_classes("tench,3", model) == [0, 3]
+    assert drawing.choose_conditions("tench,3", model).tolist() == [0, 3]
     assert "--classes=tench,3: the run had no training images of tench; expect noise" in capsys.readouterr().err
 
 
@@ -145,7 +145,7 @@ def test_labels_parameters_and_dtype_are_those_of_the_flags(draw, read_flags, ru
 
 def test_more_classes_than_samples_are_reported(read_flags, run, tmp_path, capfd):  # noqa: F811
     words = ["--load_dir", str(run), "--out", str(tmp_path), "--classes", "1,2,3", "--num_samples", "2"]
-    assert drawing.load_request(read_flags(sample, words)).labels.tolist() == [1, 2]
+    assert drawing.load_request(read_flags(sample, words)).conditions.tolist() == [1, 2]
     warned = capfd.readouterr().err
     assert "--classes=1,2,3 names 3 classes; only the first are drawn with --num_samples=2" in warned
 

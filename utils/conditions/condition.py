@@ -163,6 +163,13 @@ def count_rows(condition: PyTree) -> int:
     return len(jax.tree.leaves(condition)[0])
 
 
+def number_rows(condition: Condition, values: PyTree) -> tuple[Int[np.ndarray, " n"], list[str]]:
+    """Returns (the place of each condition (n, ...) among the distinct ones, in ascending order; their titles)."""
+    columns = [np.asarray(leaf).reshape(count_rows(values), -1) for leaf in jax.tree.leaves(values)]
+    _, first, places = np.unique(np.concatenate(columns, axis=1), axis=0, return_index=True, return_inverse=True)
+    return places.reshape(-1), condition.titles(jax.tree.map(lambda rows: np.asarray(rows)[first], values))
+
+
 def drop_rows(is_dropped: Bool[Array, " b"], null: PyTree, condition: PyTree) -> PyTree:
     """Returns `null` in the rows that are dropped, and `condition` in the others."""
 

@@ -5,15 +5,16 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from absl import flags
-from jaxtyping import Int
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from utils.base.console import configure_output, warn
 from utils.base.devices import explaining_out_of_memory
 from utils.base.errors import UserError, WriteError
 from utils.base.files import check_writable, prepare_output_folder
+from utils.conditions.classes import ClassCondition
+from utils.conditions.condition import count_rows, resize_rows
 from utils.flags import reading
 from utils.flags.definitions import define_path, define_sampler_flags, define_tracker_flags, define_vae_flag
 from utils.flags.help import topic
@@ -58,8 +59,8 @@ class Request:
     config: ConfigDict
     generator: ImageGenerator
     sampler: SamplerConfig
-    classes: list[int] | None  # those of --classes, in its order
-    labels: Int[np.ndarray, " num_samples"]  # of samples 0, 1, 2, ...
+    chosen: PyTree | None  # the conditions of --classes, in its order
+    conditions: PyTree  # (num_samples, ...) of samples 0, 1, 2, ...; of classes, labels
     pictures: PictureFolder
 
     @property
@@ -82,8 +83,8 @@ def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
 
 
 def load_request(config: ConfigDict) -> Request:
-    """Restores the run and settles sampler and labels. Raises UserError for a run that cannot be loaded and for values
-    that do not suit it."""
+    """Restores the run and settles sampler and conditions. Raises UserError for a run that cannot be loaded and for
+    values that do not suit it."""
     # The run.
     generator = load_generator(
         config.load_dir,
@@ -96,20 +97,20 @@ def load_request(config: ConfigDict) -> Request:
     )
     sampler = read_sampler(config, generator.model)
 
-    # A label for each sample: the classes in turn, or drawn ones.
-    classes = choose_classes(config.classes, generator.model)
-    if classes is None:
-        labels = generator.conditions(range(config.num_samples))
+    # A condition for each sample: the chosen ones in turn, or drawn ones.
+    chosen = choose_conditions(config.classes, generator.model)
+    if chosen is None:
+        conditions = generator.conditions(range(config.num_samples))
     else:
-        if len(classes) > config.num_samples:
+        if count_rows(chosen) > config.num_samples:
             warn(
-                f"--classes={config.classes} names {len(classes)} classes; only the first are drawn with "
+                f"--classes={config.classes} names {count_rows(chosen)} classes; only the first are drawn with "
                 f"--num_samples={config.num_samples}"
             )
-        labels = np.resize(np.array(classes, np.int32), config.num_samples)
+        conditions = resize_rows(chosen, config.num_samples)
 
     folder = Path(config.out or split_load_dir(config.load_dir)[0] / "samples")
-    return Request(config, generator, sampler, classes, labels, PictureFolder(folder))
+    return Request(config, generator, sampler, chosen, conditions, PictureFolder(folder))
 
 
 def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
@@ -122,19 +123,21 @@ def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
     return samplers[0]
 
 
-def choose_classes(text: str | None, model: ImageModel, flag: str = "classes") -> list[int] | None:
-    """Returns the labels that a flag names by names or numbers of classes, in its order; None without it. 'all' stands
-    for the classes of which the run had images. Raises UserError for a word that is no class."""
+def choose_conditions(text: str | None, model: ImageModel, flag: str = "classes") -> PyTree | None:
+    """Returns the conditions (n, ...) that a flag gives, in its order; None without it. Classes are given by names or
+    numbers; 'all' stands for those of which the run had images. Raises UserError for a word that is no condition."""
     if text is None:
         return None
-    classes = model.condition
+    kind = model.condition
     try:
-        labels = classes.parse(text).tolist()
+        chosen = kind.parse(text)
     except UserError as error:
         raise UserError(f"--{flag}={text}: {error}") from None
-    if empty := [classes.class_names[label] for label in dict.fromkeys(labels) if label in classes.empty_classes]:
-        warn(f"--{flag}={text}: the run had no training images of {', '.join(empty[:5])}; expect noise")
-    return labels
+    if isinstance(kind, ClassCondition):
+        labels = dict.fromkeys(chosen.tolist())
+        if empty := [kind.class_names[label] for label in labels if label in kind.empty_classes]:
+            warn(f"--{flag}={text}: the run had no training images of {', '.join(empty[:5])}; expect noise")
+    return chosen
 
 
 @contextlib.contextmanager

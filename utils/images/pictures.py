@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import PyTree, UInt8
 from matplotlib.figure import Figure
 
 from utils.base.console import show_result
@@ -68,12 +68,10 @@ class PictureFolder:
             np.savez(file, **arrays)
         self.written.append(self.folder / name)
 
-    def save_samples(
-        self, path: str | Path, images: UInt8[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"]
-    ) -> None:
+    def save_samples(self, path: str | Path, images: UInt8[np.ndarray, "n h w c"], conditions: PyTree) -> None:
         """Writes each image by itself, in an npz or as PNGs; see `SampleWriter`. The path need not be in the folder."""
         with SampleWriter(path, len(images)) as writer:
-            writer.write(images, labels)
+            writer.write(images, conditions)
         self.written.append(Path(path))
 
     def show_written(self) -> None:

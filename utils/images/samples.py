@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import PyTree, UInt8
 from numpy.lib import format as npy
 from PIL import Image
 
@@ -301,7 +302,8 @@ class SampleWriter:
         check_sample_path(path)
         self.path = Path(path)
         self.num_samples = num_samples
-        self.labels: list[np.ndarray] = []  # of the images so far, batch by batch
+        self.num_written = 0
+        self.labels: list[PyTree] = []  # of the images so far, batch by batch
         self.failure: WriteError | None = None
 
         # Of an npz: the archive, and the array of images in it, to which batches are appended.
@@ -313,10 +315,11 @@ class SampleWriter:
         self.writing.__enter__()
         return self
 
-    def write(self, images: UInt8[np.ndarray, "b h w c"], labels: Int[np.ndarray, " labels"]) -> None:
-        """Writes the next images."""
-        if len(images) != len(labels):
-            raise ValueError(f"{len(labels)} labels of {len(images)} images")
+    def write(self, images: UInt8[np.ndarray, "b h w c"], labels: PyTree) -> None:
+        """Writes the next images. `labels` are their conditions: an array (b, ...), or a tree of arrays."""
+        for leaf in jax.tree.leaves(labels):
+            if len(leaf) != len(images):
+                raise ValueError(f"{len(leaf)} labels of {len(images)} images")
         try:
             if self.archive is None:
                 self._write_pngs(images)
@@ -329,6 +332,7 @@ class SampleWriter:
             self.failure = error
             raise
         self.labels.append(labels)
+        self.num_written += len(images)
 
     def __exit__(self, kind, error, trace) -> None:
         error = error or self.failure  # the caller may have suppressed it
@@ -337,11 +341,6 @@ class SampleWriter:
         except WriteError as failure:
             self.failure = failure
             raise
-
-    @property
-    def num_written(self) -> int:
-        """The number of samples so far."""
-        return sum(map(len, self.labels))
 
     @contextlib.contextmanager
     def _write_npz(self) -> Iterator[None]:
@@ -356,8 +355,9 @@ class SampleWriter:
                 yield
                 if self.file is not None:
                     self.file.close()
-                    with self.archive.open("arr_1.npy", "w") as labels:
-                        npy.write_array(labels, np.concatenate(self.labels))
+                    for number, batches in enumerate(zip(*map(jax.tree.leaves, self.labels), strict=True), start=1):
+                        with self.archive.open(f"arr_{number}.npy", "w") as labels:
+                            npy.write_array(labels, np.concatenate(batches))
                 self._check_count()
             except BaseException:
                 # Closing writes: on a full disk it would fail again, and hide the first error.

@@ -68,14 +68,15 @@ def choose_labels(folder: str | Path, files: list[Path], model: ImageModel, flag
     model's only class, or "no label". Raises UserError, naming --`flag`, if the model knows no "no label"."""
     # Folders named after classes tell the labels.
     folder = Path(folder)
-    labels = labels_from_folders(folder, files, model.condition.class_names)
+    class_names = getattr(model.condition, "class_names", ())
+    labels = labels_from_folders(folder, files, class_names)
     if labels is not None:
         return np.array(labels, np.int32)
     if any(file.parent != folder for file in files):
         warn(f"--{flag}={folder}: not all of its folders are named after classes, so its images have no label")
 
     # The only class there is, or no label.
-    if len(model.condition.class_names) == 1:
+    if len(class_names) == 1:
         return np.zeros(len(files), np.int32)
     if model.network.config.class_dropout_prob == 0:
         raise UserError(f"--{flag}={folder}: of which classes are the images? Give --classes")
