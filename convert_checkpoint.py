@@ -70,7 +70,7 @@ def import_checkpoint(config: ConfigDict) -> None:
         family=config.family,
         num_heads=config.num_heads,
         class_names=read_class_names(config.class_names) if config.class_names else None,
-        vae=config.vae,
+        codec=f"kl:{config.vae}" if config.vae else None,
     )
 
     # What it is.
@@ -83,11 +83,12 @@ def import_checkpoint(config: ConfigDict) -> None:
     )
     if model["learned_positions"]:
         log("its position table has been trained: it is kept")
-    if model["use_stable_vae"]:
-        log(f"latents of {data['vae'] or 'a VAE that is not read here: give --vae'}")
+    is_latent = data["codec"]["name"] != "pixels"
+    if is_latent:
+        log(f"latents of {data['codec']['source'] or 'a VAE that is not read here: give --vae'}")
 
     # How it is sampled.
-    guidance = ["--cfg_scale", 1.5, "--cfg_channels", 3] if model["use_stable_vae"] else []
+    guidance = ["--cfg_scale", 1.5, "--cfg_channels", 3] if is_latent else []
     log(f"samples: {write_command('sample.py', '--load_dir', config.out, *guidance, '--num_samples', 4)}")
     show_result(config.out)
 

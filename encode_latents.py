@@ -1,4 +1,4 @@
-"""Encodes a data set once: VAE posterior moments of every image, for `train_flow.py --dataset_name latents:DIR`.
+"""Encodes a data set once: moments of the latents of every image, for `train_flow.py --dataset_name latents:DIR`.
 
     python encode_latents.py --dataset_name imagenet256 --out latents/imagenet256
 
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from jaxtyping import Array, Float16, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -21,8 +22,7 @@ from utils.base.console import log, progress_bar
 from utils.base.devices import batch_sharding, check_batch_memory, check_batch_size, gather, make_mesh, shard_replicated
 from utils.base.errors import UserError
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
-from utils.codecs.registry import DEFAULT_HUB_ID, load_vae
-from utils.codecs.vae import StableVAE
+from utils.codecs.codec import CodecSpec, MomentCodec, load_codec, name_for_manifest, parse_codec
 from utils.data import latents
 from utils.data.batches import epoch_batches
 from utils.data.dataset import SPLITS, ImageDataset, PixelBatch
@@ -46,9 +46,9 @@ def define_flags() -> None:
 
 
 def encode_views(
-    codec: StableVAE, images: UInt8[Array, "b h w 3"], *, num_views: int
+    codec: MomentCodec, images: UInt8[Array, "b h w 3"], *, num_views: int
 ) -> Float16[Array, "b views 2 h2 w2 c"]:
-    """Mean and log-variance of the images and, as a second view, of their mirror images."""
+    """Returns mean and log-variance of the latents of the images and, as a second view, of their mirror images."""
     views = (images, images[:, :, ::-1])[:num_views]
     moments = [jnp.stack(codec.encode_moments(images_from_uint8(view)), axis=1) for view in views]
     return jnp.stack(moments, axis=1).astype(jnp.float16)
@@ -57,7 +57,7 @@ def encode_views(
 def encode_examples(
     dataset: ImageDataset, rows: range, batch_size: int, encode: Callable[[np.ndarray], jax.Array]
 ) -> Iterator[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]:
-    """(label, moments) of the images `rows`, one batch being computed while the one before it is taken."""
+    """Yields (label, moments) of the images `rows`; a batch is computed while the one before it is taken."""
 
     def finish(labels, moments):
         return zip(labels, gather(moments), strict=False)  # the last batch is computed whole: another would compile
@@ -74,16 +74,41 @@ def encode_examples(
         yield from finish(*waiting)
 
 
-def counted(examples: Iterator, bar: tqdm) -> Iterator:
+def count_examples(examples: Iterator, bar: tqdm) -> Iterator:
+    """Yields the examples, each of which moves the bar."""
     for example in examples:
         yield example
         bar.update()
 
 
+def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
+    """Returns {split: data set}; UserError where they are no images, or would make too many files."""
+    reading.check_data_flags(config.dataset_name)
+    options = reading.read_data_options(config)
+    datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
+    train = datasets["train"]
+    if train.latents or train.pair_shape:
+        what = "pairs" if train.pair_shape else "latents"
+        raise UserError(f"--dataset_name={config.dataset_name} holds {what} already; give a data set of images")
+    for split, dataset in datasets.items():
+        count = len(dataset.source)
+        latents.check_num_files(count, config.shard_size, f"the {count:,} images of the {split} split")
+    check_batch_memory(config.batch_size, train.image_shape)
+    return datasets
+
+
+def load_moment_codec(spec: CodecSpec, mesh: Mesh, image_shape: tuple[int, int, int]) -> MomentCodec:
+    """Returns the codec of images of this shape; UserError where its latents have no moments."""
+    codec = load_codec(spec, mesh, image_shape)
+    if not isinstance(codec, MomentCodec):
+        raise UserError(f"--codec={spec} has no moments to cache; train on the images themselves")
+    return codec
+
+
 def describe_latents(
-    datasets: dict[str, ImageDataset], codec: StableVAE, vae: str, shard_size: int
+    datasets: dict[str, ImageDataset], codec: MomentCodec, spec: CodecSpec, shard_size: int
 ) -> latents.Manifest:
-    """Returns the manifest of the latents of {split: data set} under a codec that `vae` names."""
+    """Returns the manifest of the latents of {split: data set} under a codec."""
     train = datasets["train"]
     return latents.Manifest(
         dataset_name=train.name,
@@ -93,8 +118,8 @@ def describe_latents(
         num_examples={split: len(dataset.source) for split, dataset in datasets.items()},
         num_views={split: 1 + dataset.random_flip for split, dataset in datasets.items()},
         shard_size=shard_size,
-        vae=vae,
-        vae_sha256=codec.sha256,
+        vae=name_for_manifest(spec),
+        vae_sha256=codec.sha256 or "",
         splits={split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
         empty_classes=train.empty_classes,
     )
@@ -110,45 +135,51 @@ def prepare_folder(out: Path, manifest: latents.Manifest, fingerprints: dict[str
         latents.check_same(out, found, manifest, fingerprints)
 
 
+def write_latents(
+    out: Path,
+    manifest: latents.Manifest,
+    datasets: dict[str, ImageDataset],
+    codec: MomentCodec,
+    mesh: Mesh,
+    batch_size: int,
+) -> None:
+    """Writes the files of the manifest that are not finished yet."""
+    names = [name for split in SPLITS for name, _ in manifest.shards(split)]
+    explaining = explaining_full_disk(lambda: latents.count_finished(out, names))
+    with progress_bar(total=sum(manifest.num_examples.values()), unit="image") as bar, explaining:
+        for split, dataset in datasets.items():
+            views = partial(encode_views, num_views=manifest.num_views[split])
+            compiled = jax.jit(views, out_shardings=batch_sharding(mesh))
+
+            def encode(images: np.ndarray, compiled=compiled) -> jax.Array:
+                return compiled(codec, shard_replicated(images, mesh))
+
+            for name, rows in manifest.shards(split):
+                if (out / name).exists():
+                    bar.update(len(rows))
+                    continue
+                examples = encode_examples(dataset, rows, batch_size, encode)
+                latents.write_shard(out / name, count_examples(examples, bar))
+
+
 def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the folder to write, such as latents/imagenet256")
-    out, mesh, vae = Path(config.out), make_mesh(), config.vae or DEFAULT_HUB_ID
+    out = Path(config.out)
+    mesh = make_mesh()
     check_writable(out, "out")
     check_batch_size(config.batch_size, mesh.size)
-    reading.check_data_flags(config.dataset_name)
-    options = reading.read_data_options(config)
-    datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
-    train = datasets["train"]
-    if train.latents or train.pair_shape:
-        what = "pairs" if train.pair_shape else "latents"
-        raise UserError(f"--dataset_name={config.dataset_name} holds {what} already; give a data set of images")
-    for split, dataset in datasets.items():
-        count = len(dataset.source)
-        latents.check_num_files(count, config.shard_size, f"the {count:,} images of the {split} split")
-    check_batch_memory(config.batch_size, train.image_shape)
-    codec = load_vae(vae, mesh, train.image_shape)
-    manifest = describe_latents(datasets, codec, vae, config.shard_size)
+
+    # What is encoded, and by what.
+    datasets = load_images(config)
+    spec = parse_codec(reading.read_codec(config) or "kl")
+    codec = load_moment_codec(spec, mesh, datasets["train"].image_shape)
+    manifest = describe_latents(datasets, codec, spec, config.shard_size)
+
     prepare_output_folder(out, "out")
     with FolderLock(out).held("out"):
         prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
-        names = [name for split in SPLITS for name, _ in manifest.shards(split)]
-        explaining = explaining_full_disk(lambda: latents.count_finished(out, names))
-        with progress_bar(total=sum(manifest.num_examples.values()), unit="image") as bar, explaining:
-            for split, dataset in datasets.items():
-                num_views = manifest.num_views[split]
-                encode = jax.jit(partial(encode_views, num_views=num_views), out_shardings=batch_sharding(mesh))
-                for name, rows in manifest.shards(split):
-                    if (out / name).exists():
-                        bar.update(len(rows))
-                        continue
-                    examples = encode_examples(
-                        dataset,
-                        rows,
-                        config.batch_size,
-                        lambda images, f=encode: f(codec, shard_replicated(images, mesh)),
-                    )
-                    latents.write_shard(out / name, counted(examples, bar))
+        write_latents(out, manifest, datasets, codec, mesh, config.batch_size)
     words = ["--dataset_name", f"latents:{out}", "--model.num_classes", len(manifest.class_names)]
     log(f"written: {out}; train on it: {write_command('train_flow.py', *words)}")
 

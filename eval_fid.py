@@ -111,6 +111,7 @@ def open_run(config: ConfigDict) -> RunEvaluation:
     samplers = reading.read_samplers(config, dropout, make_objective(saved), channels)
     model = reading.override_model(saved["model"])
     reading.refuse_other_objective(saved["objective"])
+    config.codec = reading.read_codec(config)
 
     reference = find_statistics(config, config.dataset_name or data["name"], saved)
     remaining = steps[steps.index(newest) :]

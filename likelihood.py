@@ -22,7 +22,7 @@ from utils.base.console import configure_output, log, progress_bar, show_result
 from utils.base.devices import check_batch_size, explaining_out_of_memory, gather, make_mesh, shard_replicated
 from utils.base.errors import UserError
 from utils.base.files import explaining_full_disk, prepare_output_file
-from utils.codecs.pixels import PixelCodec
+from utils.codecs.codec import is_identity
 from utils.conditions.condition import resize_rows
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch
@@ -81,8 +81,8 @@ class Measurement:
         checkpoints, steps = open_checkpoint(config.load_dir)
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
         self.dataset = self._load_dataset(saved)
-        self.model = load_model(saved, self.mesh, dtype=config.dtype, vae=config.vae)
-        self.is_pixels = isinstance(self.model.codec, PixelCodec)
+        self.model = load_model(saved, self.mesh, dtype=config.dtype, codec=reading.read_codec(config))
+        self.is_pixels = is_identity(self.model.codec)
         self.unit = "bits_per_dim" if self.is_pixels else "nats_per_latent_element"
         self._check_dataset()
         self.is_conditional = self._is_conditional()

@@ -23,6 +23,7 @@ from utils.data.latents import check_num_files, count_finished
 from utils.flags import program, reading
 from utils.flags.definitions import define_path, define_sampler_flags, define_vae_flag
 from utils.flags.help import topic
+from utils.networks.models import ImageModel
 from utils.runs.opening import load_generator
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
 from utils.sampling.solvers import SOLVERS, SamplerConfig
@@ -44,10 +45,10 @@ def define_flags() -> None:
     define_sampler_flags(cfg_scale="1", denoise_timesteps="100")
 
 
-def make(
+def make_examples(
     generator: ImageGenerator, sampler: SamplerConfig, rows: range, batch_size: int, bar: tqdm
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(label, x_1) of the pairs `rows`."""
+    """Yields (label, x_1) of the pairs `rows`; x_1 is float32 (h, w, c)."""
     for start in range(rows.start, rows.stop, batch_size):
         # The last batch is computed whole: another shape would compile.
         indices = np.arange(start, start + batch_size, dtype=np.int32)
@@ -58,62 +59,95 @@ def make(
             bar.update()
 
 
-def main(config: ConfigDict) -> None:
+def check_requests(config: ConfigDict) -> None:
+    """Raises UserError for what can be told before a run is loaded."""
     for name, what in {"load_dir": "a run", "out": "the pairs"}.items():
         if config[name] is None:
             raise UserError(f"--{name} is not given: name the folder of {what}")
     check_writable(Path(config.out), "out")
     check_num_files(config.num_pairs, config.shard_size, f"--num_pairs={config.num_pairs}")
-    generator = load_generator(
-        config.load_dir, params=config.params, seed=config.seed, label_mode=config.labels, dtype=config.dtype,
-        vae=config.vae, needs_images=True,
-    )  # fmt: skip
-    model, out = generator.model, Path(config.out)
-    check_batch_size(config.batch_size, model.mesh.size)
+
+
+def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
+    """Returns the one sampler of the pairs; UserError where several are given, or one that draws noise on the way."""
     dropout = model.network.config.class_dropout_prob
-    samplers = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
-    if len(samplers) > 1:
+    sampler, *others = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
+    if others:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each")
-    if SOLVERS.get(samplers[0].solver, SOLVERS["euler"]).is_stochastic:
+    if SOLVERS.get(sampler.solver, SOLVERS["euler"]).is_stochastic:
         raise UserError(
-            f"--solver={samplers[0].solver} draws noise on the way, so that a sample has no one noise; use euler"
+            f"--solver={sampler.solver} draws noise on the way, so that a sample has no one noise; use euler"
         )
+    return sampler
+
+
+def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: SamplerConfig) -> pairs.PairsManifest:
+    """Returns the manifest of the pairs that a generator makes."""
+    model = generator.model
     codec = model.codec
-    manifest = pairs.PairsManifest(
+    return pairs.PairsManifest(
         dataset_name=f"pairs of {config.load_dir}",
         params_sha256=hash_params(generator.params),
-        sampler=f"{samplers[0]}, {config.labels} labels",
+        sampler=f"{sampler}, {config.labels} labels",
         seed=config.seed,
         num_pairs=config.num_pairs,
         shard_size=config.shard_size,
         image_shape=model.image_shape,
         latent_shape=model.latent_shape,
         class_names=model.condition.class_names,
-        vae=getattr(codec, "name", None) if codec.sha256 else None,
+        vae=getattr(codec, "source", None) if codec.sha256 else None,
         vae_sha256=codec.sha256,
         empty_classes=model.condition.empty_classes,
         jax_variables=tuple(changed_variables(RANDOM)),
     )
+
+
+def prepare_folder(out: Path, manifest: pairs.PairsManifest) -> None:
+    """Writes the manifest into a new folder; UserError where it holds other pairs."""
+    found = pairs.load_manifest(out)
+    if found is None:
+        write_json(out / pairs.MANIFEST, manifest.to_json())
+    elif found != manifest:
+        raise UserError(f"--out={out} holds pairs of another model or sampler ({found.sampler}); choose another folder")
+
+
+def write_pairs(
+    out: Path, manifest: pairs.PairsManifest, generator: ImageGenerator, sampler: SamplerConfig, batch_size: int
+) -> None:
+    """Writes the files of the manifest that are not finished yet."""
+    shards = manifest.shards()
+    with (
+        progress_bar(total=manifest.num_pairs, unit="pair") as bar,
+        explaining_out_of_memory("sampling", "a smaller --batch_size"),
+        explaining_full_disk(lambda: count_finished(out, [name for name, _ in shards])),
+    ):
+        for name, rows in shards:
+            if (out / name).exists():
+                bar.update(len(rows))
+            else:
+                pairs.write_shard(out / name, make_examples(generator, sampler, rows, batch_size, bar))
+
+
+def main(config: ConfigDict) -> None:
+    check_requests(config)
+    out = Path(config.out)
+    generator = load_generator(
+        config.load_dir,
+        params=config.params,
+        seed=config.seed,
+        label_mode=config.labels,
+        dtype=config.dtype,
+        codec=reading.read_codec(config),
+        needs_images=True,
+    )
+    check_batch_size(config.batch_size, generator.model.mesh.size)
+    sampler = read_sampler(config, generator.model)
+    manifest = describe_pairs(config, generator, sampler)
+
     prepare_output_folder(out, "out")
     with FolderLock(out).held("out"):
-        found = pairs.load_manifest(out)
-        if found is None:
-            write_json(out / pairs.MANIFEST, manifest.to_json())
-        elif found != manifest:
-            raise UserError(
-                f"--out={out} holds pairs of another model or sampler ({found.sampler}); choose another folder"
-            )
-        shards = manifest.shards()
-        with (
-            progress_bar(total=config.num_pairs, unit="pair") as bar,
-            explaining_out_of_memory("sampling", "a smaller --batch_size"),
-            explaining_full_disk(lambda: count_finished(out, [name for name, _ in shards])),
-        ):
-            for name, rows in shards:
-                if (out / name).exists():
-                    bar.update(len(rows))
-                else:
-                    pairs.write_shard(out / name, make(generator, samplers[0], rows, config.batch_size, bar))
+        prepare_folder(out, manifest)
+        write_pairs(out, manifest, generator, sampler, config.batch_size)
     words = ["--load_dir", config.load_dir, "--dataset_name", f"pairs:{out}"]
     log(f"written: {out}; train on it: {write_command('train_flow.py', *words)}")
 

@@ -60,8 +60,8 @@ from utils.base.devices import (
     unsplit_fraction,
 )
 from utils.base.errors import UserError
-from utils.codecs.pixels import PixelCodec
-from utils.codecs.vae import StableVAE, VAEConfig
+from utils.codecs.codec import PixelCodec
+from utils.codecs.kl import KLCodec, KLConfig
 from utils.data.latents import LatentBatch
 from utils.flags import program
 from utils.flags.definitions import define_path
@@ -168,9 +168,9 @@ def make_image_model(config: ConfigDict, mesh: Mesh) -> ImageModel:
     return ImageModel(make_network(config, mesh), FlowMatching(), PixelCodec(), mesh, common.LATENT_SHAPE)
 
 
-def describe_vae(mesh: Mesh, config: VAEConfig) -> Any:
+def describe_vae(mesh: Mesh, config: KLConfig) -> Any:
     """The shapes of a VAE's weights, on every device."""
-    return shape_structs(jax.eval_shape(lambda: StableVAE.random(0, config)), replicated(mesh))
+    return shape_structs(jax.eval_shape(lambda: KLCodec.random(0, config)), replicated(mesh))
 
 
 def lower_train_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, Any]]:
@@ -184,7 +184,7 @@ def lower_train_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered
         moments=jax.ShapeDtypeStruct((config.batch, 2, *common.LATENT_SHAPE), jnp.float16),
     )
     # Moments are not encoded: any VAE will do.
-    codec = describe_vae(mesh, VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=8))
+    codec = describe_vae(mesh, KLConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=8))
     step = jit_train_step(
         shardings,
         replicated(mesh),
@@ -209,7 +209,7 @@ def lower_encoder(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, d
     """Stable Diffusion's VAE on images of 256x256."""
     images = jax.ShapeDtypeStruct((config.batch, 256, 256, 3), jnp.float32)
     encode = jax.jit(lambda codec, images: codec.encode_moments(images))
-    return encode.lower(describe_vae(mesh, VAEConfig()), shape_structs(images, batch_sharding(mesh))), {}
+    return encode.lower(describe_vae(mesh, KLConfig()), shape_structs(images, batch_sharding(mesh))), {}
 
 
 PROGRAMS = {"train": lower_train_step, "sample": lower_sampler, "encode": lower_encoder}

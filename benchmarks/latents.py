@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.base.devices import check_batch_size, make_mesh, replicated, shard_batch
-from utils.codecs.vae import StableVAE
+from utils.codecs.kl import KLCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.data.latents import LatentBatch
@@ -46,7 +46,7 @@ def main(config: ConfigDict) -> None:
     mesh = make_mesh()
     size = config.image_size
     check_batch_size(config.batch_size, mesh.size)
-    codec = jax.device_put(StableVAE.random(1), replicated(mesh))
+    codec = jax.device_put(KLCodec.random(1), replicated(mesh))
     names = tuple(map(str, range(config.model.num_classes)))
     image_model = make_model(config.model, FlowMatching(), codec, mesh, (size, size, 3), ClassCondition(names))
     optimizer = make_optimizer(config.model.lr, config.model.beta1, config.model.beta2)

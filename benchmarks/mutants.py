@@ -118,7 +118,7 @@ test_fid.py::test_statistics_are_of_the_split_and_hold_what_the_flags_say
   compute_fid_stats.py: ImageStatistics(config.num_features) -> ImageStatistics(10_000)
   compute_fid_stats.py: is_compact=bool(config.compact), ->
 test_latents.py::test_what_is_encoded_is_what_the_flags_say
-  encode_latents.py: codec, vae, config.shard_size) -> codec, vae, 4096)
+  encode_latents.py: codec, spec, config.shard_size) -> codec, spec, 4096)
 test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported
   convert_checkpoint.py: out, config.params, config.push) -> out, "ema", config.push)
 test_tracking.py::test_what_wandb_shows_is_what_the_flags_say
@@ -135,7 +135,7 @@ test_reflow.py::test_noise_is_drawn_as_it_was
 test_eval_fid.py::test_a_row_under_other_settings_of_jax_is_another_row
   utils/runs/evaluation.py: if variables := changed_variables(): -> if variables := []:
 test_vae.py::test_what_is_saved_is_the_same_network_to_diffusers
-  utils/codecs/vae.py: "down_block_types": ["DownEncoderBlock2D"] * depth, ->
+  utils/codecs/kl.py: "down_block_types": ["DownEncoderBlock2D"] * depth, ->
   utils/base/files.py: os.fchmod(file.fileno(), mode) -> pass
 test_convert_checkpoint.py::test_what_wrappers_put_before_names_is_no_part_of_them
   utils/convert/sources.py: [model for model in known if model.is_ema] or known -> known[:1]

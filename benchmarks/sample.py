@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from utils.base.devices import make_mesh
-from utils.codecs.pixels import PixelCodec
+from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.flags import program
 from utils.networks.models import ImageModel, init_params

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from diffusion_transformer import DiT, DiTBlock, DiTConfig
 from utils.base.devices import compile_step, memory_needed
-from utils.codecs.vae import StableVAE, VAEConfig
+from utils.codecs.kl import KLCodec, KLConfig
 from utils.data.latents import LatentBatch
 from utils.flags import program
 from utils.networks.ema import EmaSchedule
@@ -119,7 +119,7 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
         states[kind] = init(jax.random.key(0))
     # Latents come as cached moments do, of no variance.
     moments = np.stack([latents, np.full_like(latents, -30)], axis=1).astype(np.float16)
-    codec = StableVAE.random(0, VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=8))
+    codec = KLCodec.random(0, KLConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=8))
     step = partial(
         train_step,
         model=model,

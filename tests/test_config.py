@@ -17,7 +17,7 @@ import train_flow
 from utils.base.devices import check_batch_size, make_mesh
 from utils.base.errors import UserError
 from utils.base.files import check_free_space, prepare_output_folder
-from utils.codecs.pixels import PixelCodec
+from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import DataOptions
 from utils.flags import reading

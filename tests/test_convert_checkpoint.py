@@ -470,7 +470,7 @@ def test_a_vae_of_other_latents_is_refused(convert, tmp_path):
     convert("--source", FILES / "lightningdit_tiny.pt", "--family", "lightningdit", "--out", tmp_path / "run")
     saved = Checkpoints(tmp_path / "run").restore_config(0)
     with pytest.raises(UserError, match="makes latents 4x4x4 of images 32x32x3, but the model takes 4x4x8"):
-        load_model(saved, make_mesh(), vae=str(VAE))
+        load_model(saved, make_mesh(), codec=f"kl:{VAE}")
     with pytest.raises(UserError, match="has latents of 4 channels, the model 8"):
         convert(
             "--source",
@@ -600,7 +600,7 @@ def test_latents_need_no_vae(convert, tmp_path):
     convert("--source", saved, "--family", "dit", "--num_heads", 4, "--out", tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["dataset"]["vae"] == "stabilityai/sd-vae-ft-ema"
-    config["dataset"]["vae"] = "no/such/vae"
+    config["dataset"]["codec"]["source"] = "no/such/vae"
     params = Checkpoints(tmp_path / "run").restore_stored(0, "ema_params")
     Checkpoints(tmp_path / "other").save_params(params, config)
     generator = load_generator(tmp_path / "other")
@@ -608,7 +608,7 @@ def test_latents_need_no_vae(convert, tmp_path):
     sampler = SamplerConfig(2, 1.5, solver="ddim", cfg_channels=3)
     latents = generator.sample_latents(generator.noise([0]), [3], sampler)
     assert latents.shape == (1, 8, 8, 4)
-    with pytest.raises(UserError, match="--vae=no/such/vae is neither a folder nor a hub id"):
+    with pytest.raises(UserError, match="--codec=kl:no/such/vae is neither a folder nor a hub id"):
         generator.decode(latents)
-    with pytest.raises(UserError, match="--vae=no/such/vae"):
+    with pytest.raises(UserError, match="--codec=kl:no/such/vae"):
         load_generator(tmp_path / "other", needs_images=True)

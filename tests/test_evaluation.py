@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from diffusion_transformer import PRESETS
 from utils.base.devices import make_mesh
-from utils.codecs.pixels import PixelCodec
+from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.images.pixels import ImageBatch
 from utils.metrics import measure

@@ -270,7 +270,7 @@ HOSTILE = """
 import sys
 from pathlib import Path
 from etils import epath
-from utils.codecs import vae
+from utils.codecs import kl
 from utils.convert import sources
 from utils.data import arrays, tfds_files
 from utils.images import decoding as images
@@ -293,7 +293,7 @@ folder, before = Path(sys.argv[1]), memory("VmRSS")
 read = {
     "statistics": reference.load_statistics,
     "samples": samples.open_samples,
-    "vae": vae.StableVAE.load,
+    "vae": kl.KLCodec.load,
     "logits": inception.load_logits,
     "image": lambda path: images.read_image(images.read_image_file(path), path.name, 64),
     "checked": lambda path: images.check_image(images.read_image_file(path)),

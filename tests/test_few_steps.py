@@ -14,7 +14,7 @@ from diffusion_transformer import DiTConfig, TimestepEmbed
 from tests.conftest import run_program
 from tests.golden_network import error, load_golden
 from utils.base.errors import UserError
-from utils.codecs.pixels import PixelCodec
+from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.flags.reading import read_samplers

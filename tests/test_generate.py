@@ -11,7 +11,7 @@ from diffusion_transformer import DiTConfig
 from tests.conftest import GOLDEN, ROOT
 from utils.base.devices import make_mesh
 from utils.base.errors import UserError
-from utils.codecs.pixels import PixelCodec
+from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching

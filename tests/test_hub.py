@@ -41,8 +41,8 @@ def run(hub, cwd, *args, check=True):
 
 def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path, monkeypatch):
     source = read_source(str(GOLDEN / "checkpoints" / "sit_small_train.pt"))
-    vae = str(GOLDEN / "vae_tiny")
-    import_run("sit_small_train.pt", source, tmp_path / "run", MODEL, num_heads=2, vae=vae)
+    codec = f"kl:{GOLDEN / 'vae_tiny'}"
+    import_run("sit_small_train.pt", source, tmp_path / "run", MODEL, num_heads=2, codec=codec)
     here = tmp_path / "here"
     there = tmp_path / "there"
     for folder in (here, there):
@@ -97,7 +97,7 @@ def test_a_run_that_was_not_fetched_to_its_end_is_fetched_again(tmp_path, monkey
 
     def fetch(load_dir, into):
         assert (load_dir, into.resolve()) == ("hf:someone/faces", folder.resolve())
-        import_run(load_dir, source, into, MODEL, num_heads=2, vae=str(GOLDEN / "vae_tiny"))
+        import_run(load_dir, source, into, MODEL, num_heads=2, codec=f"kl:{GOLDEN / 'vae_tiny'}")
 
     monkeypatch.setattr("utils.runs.opening.fetch_run", fetch)
     _, steps = open_checkpoint("hf:someone/faces")

@@ -20,7 +20,7 @@ import make_pairs
 import sample
 from tests.conftest import GOLDEN, ROOT, run_program
 from utils.base.errors import UserError
-from utils.codecs.vae import StableVAE, VAEConfig
+from utils.codecs.kl import KLCodec, KLConfig
 from utils.runs.trackers import read_metrics
 from utils.sampling.editing import read_images
 
@@ -169,19 +169,17 @@ def refused(*args) -> str:
 
 
 def test_another_vae_is_refused_everywhere(encoding, latents, cached_run, weights, read_flags, tmp_path):
-    StableVAE.random(0, VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)).save(
-        tmp_path
-    )
+    KLCodec.random(0, KLConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)).save(tmp_path)
     before = shards(latents)
     assert "holds latents with vae_sha256" in refused(*encoding, "--vae", tmp_path, "--out", latents)
     assert shards(latents) == before
     train = ["train_flow.py", "--dataset_name", f"latents:{latents}", *MODEL, "--save_dir", tmp_path / "run"]
-    assert re.search(r"--vae=.* is another VAE", refused(*train, "--vae", tmp_path))
+    assert re.search(r"--codec=kl:.* is another VAE", refused(*train, "--vae", tmp_path))
     evaluate = ["eval_fid.py", "--load_dir", cached_run, "--fid_stats", "data/fid_stats_digits.npz", "--num_samples", 4]
-    assert re.search(r"--vae=.* is another VAE", refused(*evaluate, "--vae", tmp_path))
+    assert re.search(r"--codec=kl:.* is another VAE", refused(*evaluate, "--vae", tmp_path))
     for program, words in ((sample, []), (likelihood, []), (make_pairs, ["--out", tmp_path / "pairs"])):
         words = map(str, ["--load_dir", cached_run, "--vae", tmp_path, *words])
-        with pytest.raises(UserError, match=r"--vae=.* is another VAE"):
+        with pytest.raises(UserError, match=r"--codec=kl:.* is another VAE"):
             program.main(read_flags(program, list(words)))
     assert "leave the flag out" in refused(*train, "--use_stable_vae", 0)
 

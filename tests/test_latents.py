@@ -11,7 +11,8 @@ from encode_latents import describe_latents
 from tests.conftest import GOLDEN
 from tests.data_sets import load
 from utils.base.errors import UserError
-from utils.codecs.vae import StableVAE, VAEConfig
+from utils.codecs.codec import CodecSpec
+from utils.codecs.kl import KLCodec, KLConfig
 from utils.data.batches import epoch_batches, training_batches
 from utils.data.dataset import SPLITS, array_dataset
 from utils.data.latents import MANIFEST, Manifest, check_num_files, check_same, load_manifest, write_shard
@@ -166,10 +167,10 @@ def test_classes_without_images_come_along_and_older_latents_do_not_say(folder):
     older = {name: value for name, value in new.to_json().items() if name != "empty_classes"}
     (folder / MANIFEST).write_text(json.dumps(older))
     assert load(f"latents:{folder}").empty_classes == ()
-    codec = StableVAE.random(0, VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
+    codec = KLCodec.random(0, KLConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))
     images = np.zeros((4, 8, 8, 3), np.uint8)
     datasets = {split: array_dataset("gaps", images, np.array([0, 2, 2, 4]), split=split) for split in SPLITS}
-    assert describe_latents(datasets, codec, "vae", 4).empty_classes == (1, 3)
+    assert describe_latents(datasets, codec, CodecSpec("kl", "vae"), 4).empty_classes == (1, 3)
     for wrong in ([2], [-1], ["cat"], 3):
         (folder / MANIFEST).write_text(json.dumps(older | {"empty_classes": wrong}))
         with pytest.raises(UserError, match="not a valid latents manifest"):

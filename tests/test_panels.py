@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from diffusion_transformer import DiTConfig
 from utils.base.devices import make_mesh
-from utils.codecs.pixels import PixelCodec
+from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.networks.models import ImageModel, Network

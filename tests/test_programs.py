@@ -119,7 +119,7 @@ def test_the_run_says_what_it_does(finished):
     saved = json.loads((folder / "config.json").read_text())
     assert saved["model"]["hidden_size"] == 32
     recorded = {"name": "digits", "image_shape": [8, 8, 1], "class_names": list("0123456789")}
-    recorded |= {"vae": None, "vae_sha256": None}
+    recorded |= {"vae": None, "vae_sha256": None, "codec": {"name": "pixels", "source": None, "sha256": None}}
     assert recorded.items() <= saved["dataset"].items()
     train, validation = (saved["dataset"]["splits"][split] for split in ("train", "validation"))
     assert (train["format"], train["num_examples"], validation["num_examples"]) == ("arrays", 1500, 297)
@@ -337,7 +337,7 @@ REFUSED = {
     ),
     "no run to load": (["--load_dir", "no/run"], ["--load_dir=no/run", "no checkpoint"]),
     "folder": (["--save_dir", "README.md/run"], ["--save_dir=README.md/run", "cannot be written"]),
-    "VAE of grey images": (["--use_stable_vae", "1"], ["--model.use_stable_vae=1", "--use_stable_vae 0"]),
+    "VAE of grey images": (["--use_stable_vae", "1"], ["--codec=kl", "the images are grey", "--codec pixels"]),
     "processes": (["--num_processes", "2"], ["--coordinator_address"]),
 }
 

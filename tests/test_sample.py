@@ -159,7 +159,7 @@ def test_more_classes_than_samples_are_reported(read_flags, run, tmp_path, capfd
         ("--film_frames 9", r"--film_frames=9 has no effect without --film"),
         ("--classes 3 --labels balanced", r"--labels=balanced has no effect beside --classes"),
         ("--batch_size 0", r"--batch_size=0: use 1 or more"),
-        ("--vae x", r"--vae=x has no effect on a run of pixels"),
+        ("--vae x", r"--codec=kl:x has no effect on a run of pixels"),
         ("--cfg_channels 2", r"--cfg_channels=2: the model has 1 channels"),
         ("--classes ²", r"--classes=²: '²' is no class of this run"),
     ],

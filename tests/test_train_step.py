@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_transformer import DiTConfig
 from utils.base.errors import UserError
-from utils.codecs.pixels import PixelCodec
+from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.networks.ema import EmaSchedule

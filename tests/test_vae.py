@@ -18,17 +18,17 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import GOLDEN
 from utils.base.errors import UserError
-from utils.codecs import vae
-from utils.codecs.pixels import PixelCodec
-from utils.codecs.vae import StableVAE, VAEConfig
-from utils.codecs.vae_files import CONFIG, WEIGHTS
+from utils.codecs import kl
+from utils.codecs.codec import PixelCodec
+from utils.codecs.kl import KLCodec, KLConfig
+from utils.codecs.kl_files import CONFIG, WEIGHTS
 from utils.data.dataset import PixelBatch
 from utils.data.latents import LatentBatch
 from utils.images.pixels import images_from_uint8
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
-TINY = VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
+TINY = KLConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4)
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +39,15 @@ def golden():
 @pytest.fixture(scope="module")
 def published():
     """The small VAE whose outputs under the published implementation are the golden numbers."""
-    return StableVAE.load(str(GOLDEN / "vae_tiny"))
+    return KLCodec.load(str(GOLDEN / "vae_tiny"))
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return StableVAE.random(0, TINY)
+    return KLCodec.random(0, TINY)
 
 
-encode_moments, decode = jax.jit(StableVAE.encode_moments), jax.jit(StableVAE.decode)
+encode_moments, decode = jax.jit(KLCodec.encode_moments), jax.jit(KLCodec.decode)
 
 
 def images(*shape: int) -> jax.Array:
@@ -149,12 +149,12 @@ def test_families_load_as_saved_and_scale_as_their_configuration_says(family, tm
     if family in ("SD3", "FLUX"):
         changes = changes | {"use_quant_conv": False, "use_post_quant_conv": False}
     config = dataclasses.replace(TINY, **changes)
-    made = StableVAE.random(0, config)
+    made = KLCodec.random(0, config)
     made.save(tmp_path / "vae")  # as in a pipeline's folder
-    loaded = StableVAE.load(str(tmp_path))
+    loaded = KLCodec.load(str(tmp_path))
     assert loaded.config == config
     assert loaded.sha256 == hashlib.sha256((tmp_path / "vae" / WEIGHTS).read_bytes()).hexdigest()
-    assert loaded.name == str(tmp_path)
+    assert loaded.source == str(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, made.params)
     assert ("quant_conv" in loaded.params) == (family not in ("SD3", "FLUX"))
 
@@ -165,7 +165,7 @@ def test_families_load_as_saved_and_scale_as_their_configuration_says(family, tm
     expected = (np.array(mean) - shift) * config.scaling_factor / np.array(config.latents_std or 1)
     latents = loaded.sample_latents(jax.random.key(0), mean, jnp.full_like(logvar, -jnp.inf))
     np.testing.assert_allclose(latents, expected, rtol=1e-5, atol=1e-6)
-    raw = vae.AutoencoderKL(config, jnp.float32).apply({"params": loaded.params}, mean, method="decode")
+    raw = kl.AutoencoderKL(config, jnp.float32).apply({"params": loaded.params}, mean, method="decode")
     np.testing.assert_allclose(loaded.decode(latents), raw, atol=1e-4)
 
 
@@ -182,7 +182,7 @@ DIFFUSERS = {
 def test_what_is_saved_is_the_same_network_to_diffusers(tmp_path):
     given = json.loads((GOLDEN / "vae_tiny" / CONFIG).read_text())  # which diffusers wrote
     del given["_diffusers_version"]
-    StableVAE.load(str(GOLDEN / "vae_tiny")).save(tmp_path)
+    KLCodec.load(str(GOLDEN / "vae_tiny")).save(tmp_path)
     assert json.loads((tmp_path / CONFIG).read_text()) == given
     assert {"_class_name", *DIFFUSERS} == given.keys()
     others = {
@@ -191,7 +191,7 @@ def test_what_is_saved_is_the_same_network_to_diffusers(tmp_path):
         "use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": False, "sample_size": 256,
         "force_upcast": False,
     }  # fmt: skip
-    StableVAE.random(0, VAEConfig(**others)).save(tmp_path)
+    KLCodec.random(0, KLConfig(**others)).save(tmp_path)
     read = DIFFUSERS | json.loads((tmp_path / CONFIG).read_text())
     expected = {name: list(value) if isinstance(value, tuple) else value for name, value in others.items()}
     expected |= {"down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
@@ -200,7 +200,7 @@ def test_what_is_saved_is_the_same_network_to_diffusers(tmp_path):
 
 
 def test_stable_diffusions_size():
-    vae = StableVAE.random(0)
+    vae = KLCodec.random(0)
     assert sum(leaf.size for leaf in jax.tree.leaves(vae.params)) == 83_653_863
     assert vae.latent_shape((256, 256, 3)) == (32, 32, 4)
 
@@ -235,20 +235,20 @@ def test_old_names_of_attention_load_the_same(tiny, folder):
         return renamed
 
     rewrite(folder, rename)
-    jax.tree.map(np.testing.assert_array_equal, StableVAE.load(str(folder)).params, tiny.params)
+    jax.tree.map(np.testing.assert_array_equal, KLCodec.load(str(folder)).params, tiny.params)
 
 
 def test_keys_that_old_configurations_lack_have_stable_diffusions_values(folder):
     absent = ("scaling_factor", "shift_factor", "use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
     reconfigure(folder, **dict.fromkeys(absent, "absent"), _diffusers_version="0.4", sample_size=256, force_upcast=True)
-    assert StableVAE.load(str(folder)).config == dataclasses.replace(TINY, sample_size=256)
+    assert KLCodec.load(str(folder)).config == dataclasses.replace(TINY, sample_size=256)
 
 
 @pytest.mark.parametrize(("kind", "digits"), [("float16", 11), ("bfloat16", 8)])
 def test_half_precision_files_load_as_float32(kind, digits, tiny, folder):
     tensors = load_file(folder / WEIGHTS)
     save_jax_file({name: jnp.asarray(value, kind) for name, value in tensors.items()}, folder / WEIGHTS)
-    params = StableVAE.load(str(folder)).params
+    params = KLCodec.load(str(folder)).params
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2.0**-digits, atol=1e-6), params, tiny.params)
 
@@ -289,16 +289,16 @@ BROKEN = {
 def test_broken_folders_are_refused_in_one_line(case, folder):
     damage, message = BROKEN[case]
     damage(folder)
-    with pytest.raises(UserError, match=f"--vae.*{re.escape(str(folder))}.*{message}") as error:
-        StableVAE.load(str(folder))
+    with pytest.raises(UserError, match=f"--codec=kl:.*{re.escape(str(folder))}.*{message}") as error:
+        KLCodec.load(str(folder))
     assert "\n" not in str(error.value)
 
 
 def test_what_is_neither_folder_nor_hub_id_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for path in ("no/such/folder", "/nowhere", "word", f"{folder.name}/{CONFIG}"):
-        with pytest.raises(UserError, match=f"--vae={path} is neither a folder nor a hub id"):
-            StableVAE.load(path)
+        with pytest.raises(UserError, match=f"--codec=kl:{path} is neither a folder nor a hub id"):
+            KLCodec.load(path)
 
 
 @pytest.fixture
@@ -356,36 +356,38 @@ def test_hub_ids_are_fetched_once(place, hub, tiny, folder):
     """A VAE's own repository or a whole pipeline's; nothing but the two files, and nothing at all the second time."""
     names = (CONFIG, WEIGHTS, "diffusion_pytorch_model.bin")
     asked = hub({place + name: (folder / name).read_bytes() if name != names[2] else b"pickle" for name in names})
-    first = StableVAE.load("owner/name")
+    first = KLCodec.load("owner/name")
     jax.tree.map(np.testing.assert_array_equal, first.params, tiny.params)
-    assert first.name == "owner/name"
+    assert first.source == "owner/name"
     fetched = [path for method, path in asked if method == "GET" and path.startswith("/owner/name/")]
     assert fetched == [f"/owner/name/resolve/main/{place}{name}" for name in (CONFIG, WEIGHTS)]
     assert not any(path.endswith(".bin") for _, path in asked)
 
     hub.redirect(UNREACHABLE)
-    assert StableVAE.load("owner/name").sha256 == first.sha256
+    assert KLCodec.load("owner/name").sha256 == first.sha256
 
 
 def test_repositories_without_the_files_are_refused(hub, folder):
-    ways_on = "fetch config.json and .* give --vae their folder, or train on pixels with --use_stable_vae 0"
+    ways_on = (
+        "fetch config.json and .* name their folder with --codec kl:FOLDER, or train on pixels with --codec pixels"
+    )
     hub({CONFIG: (folder / CONFIG).read_bytes(), "diffusion_pytorch_model.bin": b"pickle"})
-    with pytest.raises(UserError, match=rf"--vae=owner/name .*it has no {WEIGHTS} beside .*\.bin.*{ways_on}"):
-        StableVAE.load("owner/name")
+    with pytest.raises(UserError, match=rf"--codec=kl:owner/name .*it has no {WEIGHTS} beside .*\.bin.*{ways_on}"):
+        KLCodec.load("owner/name")
     hub({"model.ckpt": b"pickle"})
     with pytest.raises(
-        UserError, match=rf"--vae=owner/other .*neither it nor its folder vae has a {CONFIG}.*{ways_on}"
+        UserError, match=rf"--codec=kl:owner/other .*neither it nor its folder vae has a {CONFIG}.*{ways_on}"
     ):
-        StableVAE.load("owner/other")
+        KLCodec.load("owner/other")
 
 
 def test_an_unreachable_hub_is_told_soon_with_ways_on(hub):
     hub.redirect(UNREACHABLE)
     start = time.monotonic()
     with pytest.raises(
-        UserError, match=r"--vae=owner/name is no folder .*refused.*folder.*--use_stable_vae 0"
+        UserError, match=r"--codec=kl:owner/name is no folder .*refused.*folder.*--codec pixels"
     ) as error:
-        StableVAE.load("owner/name")
+        KLCodec.load("owner/name")
     assert time.monotonic() - start < 10  # the client's own repeats take 23 s
     assert "\n" not in str(error.value)
 
@@ -393,5 +395,5 @@ def test_an_unreachable_hub_is_told_soon_with_ways_on(hub):
 def test_images_that_the_vae_cannot_take_are_refused(tiny):
     with pytest.raises(UserError, match=r"multiples of 2, not 15x16; use --image_size 14"):
         tiny.latent_shape((15, 16, 3))
-    with pytest.raises(UserError, match=r"3 channels, not 1; .*--use_stable_vae 0"):
+    with pytest.raises(UserError, match=r"3 channels, not 1; .*--codec pixels"):
         tiny.latent_shape((16, 16, 1))

@@ -9,8 +9,8 @@ class UserError(ValueError):
     """A message in one line that names the value, the flag and the fix; the programs print it and exit non-zero."""
 
 
-class AbsentVAEError(UserError):
-    """A VAE that is neither here nor can be fetched."""
+class AbsentCodecError(UserError):
+    """A codec whose weights are neither here nor can be fetched."""
 
 
 class DataError(UserError):

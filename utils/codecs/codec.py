@@ -1,33 +1,204 @@
-"""The interface of codecs, between images and what the model learns. Only likelihoods ask for the codec of pixels."""
+"""Codecs: what stands between images and the arrays that a model learns.
 
-from typing import Protocol, runtime_checkable
+One more codec is a class that meets `Codec`, and an entry of CODECS; the programs then take it as `--codec NAME`, or
+`--codec NAME:SOURCE`. A codec of which the moments can be cached (`MomentCodec`) also has its encode_latents.py.
+"""
 
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
+
+import flax.struct
+import jax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
+
+from utils.base.devices import replicated
+from utils.base.errors import UserError
+from utils.codecs.kl import KLCodec
+
+DEFAULT_HUB_ID = "stabilityai/sd-vae-ft-mse"
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """A pytree: its parameters, if any, are arguments of the compiled functions."""
+    """A pytree: its parameters, if any, are arguments of the compiled functions.
+
+    `IS_IDENTITY = True` says that latents are the images themselves, so that a density of latents is one of images.
+    """
 
     @property
     def sha256(self) -> str | None:
-        """Of the weights; None of a codec without."""
+        """Hash of the weights; None of a codec without weights."""
 
     def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        """Latents of images in [-1, 1]. `key` is one for each example, or one to be split among them."""
+        """Returns latents of images in [-1, 1]. `key` is one for each example, or one to be split among them."""
 
     def decode(self, latents: Float[Array, "b h2 w2 c2"]) -> Float[Array, "b h w c"]:
-        """Images, about in [-1, 1]."""
+        """Returns images, about in [-1, 1]."""
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(h2, w2, c2) of images (h, w, c); UserError where the codec does not take them."""
+        """Returns (h2, w2, c2) of images (h, w, c); UserError where the codec does not take them."""
 
 
 @runtime_checkable
 class MomentCodec(Codec, Protocol):
     """A codec of which the mean and log-variance of the latents can be cached."""
 
+    def encode_moments(
+        self, images: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b h2 w2 c2"], Float[Array, "b h2 w2 c2"]]:
+        """Returns (mean, log-variance) of the posterior of images in [-1, 1]."""
+
     def sample_latents(
         self, key: Key[Array, "*b"], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
     ) -> Float[Array, "b h w c"]:
-        """Latents drawn from the posterior, scaled as those of `encode`."""
+        """Returns latents drawn from the posterior, scaled as those of `encode`."""
+
+
+class PixelCodec(flax.struct.PyTreeNode):
+    """Latents are the images."""
+
+    IS_IDENTITY = True
+
+    def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return images
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        return latents
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        return image_shape
+
+    @property
+    def sha256(self) -> None:
+        return None
+
+
+class AbsentCodec(flax.struct.PyTreeNode):
+    """The codec of a run whose weights cannot be loaded: latents can be drawn, images cannot.
+
+    Raises UserError with `reason` where it is asked for images or for their latents.
+    """
+
+    reason: str = flax.struct.field(pytree_node=False)
+    shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)  # of the latents
+
+    def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w c"]) -> NoReturn:
+        raise UserError(self.reason)
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> NoReturn:
+        raise UserError(self.reason)
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        return self.shape
+
+    @property
+    def sha256(self) -> None:
+        return None
+
+
+def is_identity(codec: Codec) -> bool:
+    """Whether latents are the images themselves."""
+    return getattr(codec, "IS_IDENTITY", False)
+
+
+class CodecSpec(NamedTuple):
+    """Which codec is asked for, as --codec says it: its name in CODECS, and where it is loaded from."""
+
+    name: str
+    source: str | None = None  # None: the kind's default
+
+    def __str__(self) -> str:
+        return self.name if self.source is None else f"{self.name}:{self.source}"
+
+
+class CodecKind(NamedTuple):
+    """How codecs of one name are made.
+
+    `load(source)` returns the codec; `source` is None for a kind without `placeholder`. Its UserErrors begin with
+    --codec=NAME:SOURCE.
+    """
+
+    load: Callable[[Any], Codec]
+    help: str
+    placeholder: str = ""  # what follows the colon of --codec NAME:SOURCE; empty: nothing does
+    default: str | None = None  # the source where none is named
+    num_channels: int | None = None  # of images, where only so many are taken
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the source may be a path, in which a leading ~ stands for a home folder."""
+        return "PATH" in self.placeholder
+
+
+CODECS: dict[str, CodecKind] = {
+    "pixels": CodecKind(lambda source: PixelCodec(), "no codec: the images themselves"),
+    "kl": CodecKind(
+        KLCodec.load,
+        "a KL autoencoder, such as Stable Diffusion's",
+        placeholder="PATH_OR_HUB",
+        default=DEFAULT_HUB_ID,
+        num_channels=3,
+    ),
+}
+
+
+def list_codecs() -> str:
+    """Returns the values of --codec, in words: pixels or kl:PATH_OR_HUB."""
+    return " or ".join(f"{name}:{kind.placeholder}" if kind.placeholder else name for name, kind in CODECS.items())
+
+
+def parse_codec(text: str) -> CodecSpec:
+    """Reads NAME or NAME:SOURCE; UserError where no codec has this name, or it takes no source."""
+    name, colon, source = text.partition(":")
+    spec = CodecSpec(name, source if colon else None)
+    if name not in CODECS:
+        guess = difflib.get_close_matches(name, CODECS, n=1)
+        hint = f"did you mean {guess[0]}? " if guess else f"did you mean kl:{text}? " if "/" in text else ""
+        raise UserError(f"--codec={text} is unknown; {hint}Use {list_codecs()}")
+    kind = CODECS[name]
+    if colon and not (kind.placeholder and source):
+        raise UserError(f"--codec={text}: use {name}{f':{kind.placeholder}' if kind.placeholder else ''}")
+    return spec
+
+
+def load_codec(spec: CodecSpec, mesh: Mesh, image_shape: Sequence[int], expected_sha256: str | None = None) -> Codec:
+    """Returns the codec of images (h, w, c), replicated over the mesh.
+
+    UserError where it cannot be loaded, does not take such images, or is another than the one that made latents:
+    `expected_sha256` is the hash of its weights, empty of a codec without.
+    """
+    kind = CODECS[spec.name]
+    shown = f"--codec={spec}"
+    height, width, channels = image_shape
+    if expected_sha256 is not None and spec.name == "pixels":
+        raise UserError(f"{shown}, but the data set is of latents; leave the flag out")
+    if kind.num_channels not in (None, channels):
+        what = "grey" if channels == 1 else f"of {channels} channels"
+        raise UserError(f"{shown}, but the images are {what}; train on pixels with --codec pixels")
+
+    codec = kind.load(spec.source or kind.default)
+    if expected_sha256 is not None and expected_sha256 != (codec.sha256 or ""):
+        raise UserError(
+            f"{shown} is another VAE (sha256 {str(codec.sha256)[:12]}...) than the one that made the latents "
+            f"({expected_sha256[:12]}...); name that one"
+        )
+    codec.latent_shape((height, width, channels))
+    return jax.device_put(codec, replicated(mesh))
+
+
+def describe_codec(spec: CodecSpec, sha256: str | None) -> dict[str, Any]:
+    """Returns what a run records of its codec: "codec", and "vae" and "vae_sha256" for readers of earlier versions."""
+    record = {"name": spec.name, "source": spec.source, "sha256": sha256}
+    return {"codec": record, "vae": spec.source if spec.name == "kl" else None, "vae_sha256": sha256}
+
+
+def name_for_manifest(spec: CodecSpec) -> str:
+    """Returns what a manifest of latents calls their codec: the source alone where it is a KL autoencoder."""
+    return str(spec) if spec.name != "kl" else spec.source or DEFAULT_HUB_ID
+
+
+def read_manifest_name(name: str) -> CodecSpec:
+    """Returns the codec that `name_for_manifest` has called so."""
+    return parse_codec(name) if name.partition(":")[0] in CODECS else CodecSpec("kl", name)

@@ -92,7 +92,7 @@ def load_request(config: ConfigDict) -> Request:
         seed=config.seed,
         label_mode=config.labels,
         dtype=config.dtype,
-        vae=config.vae,
+        codec=reading.read_codec(config),
         needs_images=True,
     )
     sampler = read_sampler(config, generator.model)

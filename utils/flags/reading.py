@@ -190,6 +190,11 @@ def is_explicit(name: str) -> bool:
     return name in FLAGS and bool(FLAGS[name].present)
 
 
+def read_codec(config: ConfigDict) -> str | None:
+    """Returns the value of --codec that a command line gives, in whatever spelling; None where it leaves it open."""
+    return f"kl:{config.vae}" if config.vae else None
+
+
 def override_model(saved: dict[str, Any]) -> ConfigDict:
     """The --model.* values `saved` with a run, with the compute dtype of this command line, if it gives one.
 

@@ -14,13 +14,11 @@ from jaxtyping import PyTree
 from diffusion_transformer import DiTConfig
 from utils.base.console import log, warn
 from utils.base.devices import compare_jax_settings, make_mesh, replicated, shape_structs
-from utils.base.errors import AbsentVAEError, UserError
+from utils.base.errors import AbsentCodecError, UserError
 from utils.base.external import BadFileError
 from utils.base.files import FolderLock, check_writable, prepare_output_folder, refuse_url, write_json
 from utils.base.settings import settings_of
-from utils.codecs.absent import AbsentVAE
-from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
-from utils.codecs.vae import StableVAE
+from utils.codecs.codec import CODECS, AbsentCodec, CodecSpec, describe_codec, load_codec, parse_codec
 from utils.conditions.classes import ClassCondition, imagenet_class_names
 from utils.conditions.condition import restore_condition
 from utils.convert.published import FAMILIES, find_config, import_published
@@ -38,6 +36,10 @@ from utils.sampling.generator import ImageGenerator
 
 # --load_dir of a run on the hub, and where that is kept.
 HUB_PREFIX = "hf:"
+
+MAX_FACTOR = 256  # of image sides to latent sides, by which sides of this length divide
+
+
 HUB_RUNS = Path("runs")
 
 
@@ -82,17 +84,16 @@ def load_generator(
     seed: int = 0,
     label_mode: str = "uniform",
     dtype: str | None = None,
-    vae: str | None = None,
+    codec: str | None = None,
     mesh: Mesh | None = None,
     needs_images: bool = False,
 ) -> ImageGenerator:
     """Loads the generator of a run: of its folder, of RUN/checkpoints/STEP for an older checkpoint, or of hf:USER/NAME.
 
     `params` is 'ema' or 'raw'. `label_mode` says how labels are drawn where none are given. `dtype` is the compute
-    dtype if it is not that of the training, and `vae` the place of the VAE if that has moved. A VAE that cannot be
-    found is reported when images are decoded, or at once with `needs_images`.
-
-    Raises UserError where no checkpoint is intact, and where the VAE is not the one of the training.
+    dtype if it is not that of the training, and `codec`, such as kl:PATH, the place of the codec if that has moved. A
+    codec that cannot be found is reported when images are decoded, or at once with `needs_images`.
+    Raises UserError where no checkpoint is intact, and where the codec is not the one of the training.
     """
     if params not in ("ema", "raw"):
         raise UserError(f"--params={params} is unknown; use ema or raw")
@@ -103,50 +104,66 @@ def load_generator(
     mesh = mesh or make_mesh()
     checkpoints, steps = open_checkpoint(str(run))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
-    model = load_model(saved, mesh, dtype=dtype, vae=vae, needs_images=needs_images)
+    model = load_model(saved, mesh, dtype=dtype, codec=codec, needs_images=needs_images)
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, saved, params)
     return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode)
 
 
 def load_model(
-    saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, vae: str | None = None, needs_images: bool = True
+    saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, codec: str | None = None, needs_images: bool = True
 ) -> ImageModel:
     """Makes the model of a saved configuration, without parameters.
 
-    Without `needs_images`, a VAE that cannot be found is reported only when it is used. Raises UserError where the VAE
-    is not the one of the training.
+    Without `needs_images`, a codec that cannot be found is reported only when it is used. Raises UserError where the
+    codec is not the one of the training.
     """
     data = saved["dataset"]
     objective = make_objective(saved)
     config = read_network(saved["model"])
-    is_latent = bool(saved["model"]["use_stable_vae"])
     if dtype:
         config = dataclasses.replace(config, dtype=dtype)
-    if vae is not None and not is_latent:
-        raise UserError(f"--vae={vae} has no effect on a run of pixels; leave it out")
 
-    # The codec: without its VAE, a model can still draw latents.
+    # The codec: without its weights, a model can still draw latents.
     shape = data["image_shape"]
-    name = vae or data["vae"] or DEFAULT_HUB_ID
+    spec = choose_codec(data["codec"], codec)
     try:
-        codec = load_codec(is_latent, name, mesh, shape, data["vae_sha256"])
-    except AbsentVAEError as error:
-        if needs_images or vae is not None or not data["latent_shape"]:
+        loaded = load_codec(spec, mesh, shape, data["codec"]["sha256"])
+    except AbsentCodecError as error:
+        if needs_images or codec is not None or not data["latent_shape"]:
             raise
-        codec = AbsentVAE(str(error), tuple(data["latent_shape"]))
+        loaded = AbsentCodec(str(error), tuple(data["latent_shape"]))
 
     # The model, which has to fit the codec's latents.
     condition = restore_condition(data)
     if remark := condition.remark():
         warn(f"note: {remark}")
-    model = make_model(config, objective, codec, mesh, shape, condition)
+    model = make_model(config, objective, loaded, mesh, shape, condition)
     if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))
         raise UserError(
-            f"--vae={name} makes latents {theirs} of images "
+            f"--codec={spec} makes latents {theirs} of images "
             f"{'x'.join(map(str, shape))}, but the model takes {ours}; give the VAE with which it was trained"
         )
     return model
+
+
+def choose_codec(recorded: Mapping[str, Any], requested: str | None) -> CodecSpec:
+    """Returns the codec of a run: the `requested` one (a value of --codec), or as the run `recorded` it.
+
+    UserError where another kind of codec is requested, or the run's kind is not registered.
+    """
+    name = recorded["name"]
+    if name not in CODECS:
+        raise UserError(
+            f"--codec={name} is unknown; known are {', '.join(CODECS)}. Register it first (docs/change_this.md)"
+        )
+    if requested is None:
+        return CodecSpec(name, recorded["source"])
+    spec = parse_codec(requested)
+    if spec.name != name:
+        what = "a run of pixels" if name == "pixels" else f"a run with --codec {name}"
+        raise UserError(f"--codec={requested} has no effect on {what}; leave it out")
+    return spec
 
 
 def restore_params(
@@ -180,13 +197,13 @@ def import_run(
     family: str | None = None,
     num_heads: int | None = None,
     class_names: Sequence[str] | None = None,
-    vae: str | None = None,
+    codec: str | None = None,
 ) -> dict[str, Any]:
     """Writes the run of a published checkpoint to the folder `out`, and returns its configuration.
 
-    `model` has the --model.* values that a checkpoint does not tell: how it would be trained. `vae` is the VAE of its
-    latents if that is not the family's usual one. Raises UserError, and writes nothing, where something is missing,
-    contradicts or does not fit, and where `out` holds a run.
+    `model` has the --model.* values that a checkpoint does not tell: how it would be trained. `codec`, such as kl:PATH,
+    is that of its latents if it is not the family's usual one. Raises UserError, and writes nothing, where something is
+    missing, contradicts or does not fit, and where `out` holds a run.
     """
     # Configuration and parameters, in memory.
     check_new_run(out)
@@ -202,7 +219,7 @@ def import_run(
             heads = num_heads or source.num_heads
             architecture, latent_shape = find_config(source.state, family, heads, num_classes)
             config = read_config(
-                _new_config(source_name, source, family, architecture, latent_shape, model, names, vae)
+                _new_config(source_name, source, family, architecture, latent_shape, model, names, codec)
             )
         params = import_published(source.state, architecture, latent_shape)
     except BadFileError as error:
@@ -258,24 +275,26 @@ def _new_config(
     latent_shape: tuple[int, int, int],
     model: Mapping[str, Any],
     class_names: Sequence[str] | None,
-    vae: str | None,
+    codec: str | None,
 ) -> dict[str, Any]:
     """Returns the configuration of a run for somebody else's checkpoint."""
     known = FAMILIES[family]
     height, width, channels = latent_shape
 
     # Images or latents: a model of one channel or three takes pixels.
-    is_latent = vae is not None or channels not in (1, 3)
+    is_latent = codec is not None or channels not in (1, 3)
+    spec = parse_codec(codec) if codec else CodecSpec("kl", known.vae) if is_latent else CodecSpec("pixels")
     factor = VAE_FACTOR
     sha256 = None
-    if vae is not None:
-        codec = StableVAE.load(vae)
-        factor = codec.config.downsampling
-        sha256 = codec.sha256
-        if codec.config.latent_channels != channels:
+    if codec is not None:
+        loaded = CODECS[spec.name].load(spec.source)
+        side, _, found = loaded.latent_shape((MAX_FACTOR, MAX_FACTOR, 3))
+        factor = MAX_FACTOR // side
+        sha256 = loaded.sha256
+        if found != channels:
             raise UserError(
-                f"--vae={vae} has latents of {codec.config.latent_channels} channels, the model {channels}; give the "
-                "VAE with which it was trained"
+                f"--codec={codec} has latents of {found} channels, the model {channels}; give the VAE with which it "
+                "was trained"
             )
 
     # The data: ImageNet is known by its classes and size.
@@ -297,8 +316,7 @@ def _new_config(
             "image_shape": shape,
             "latent_shape": list(latent_shape),
             "class_names": list(names),
-            "vae": (vae or known.vae) if is_latent else None,
-            "vae_sha256": sha256,
+            **describe_codec(spec, sha256),
         },
         "imported": {"source": source_name, "family": family, "tensors": len(source.state)},
     }

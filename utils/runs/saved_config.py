@@ -107,6 +107,15 @@ def _are_splits(value: Any) -> bool:
     )
 
 
+def _is_codec(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"name", "source", "sha256"}
+        and _is_text(value["name"])
+        and all(text is None or _is_text(text) for text in (value["source"], value["sha256"]))
+    )
+
+
 def _or_none(rule: Rule) -> Rule:
     return Rule(lambda value: value is None or rule.is_good(value), f"{rule.what}, or null")
 
@@ -123,6 +132,7 @@ OTHERS = {
     "model.preset": TEXT,
     "objective.name": TEXT,
     "dataset.name": TEXT,
+    "dataset.codec": Rule(_is_codec, "name, source and sha256 of a codec"),
     "dataset.vae": _or_none(TEXT),
     "dataset.vae_sha256": _or_none(TEXT),
     "dataset.latent_shape": _or_none(SHAPE),
@@ -183,6 +193,9 @@ def _complete(content: dict[str, Any]) -> dict[str, Any]:
     elif "name" in data:
         config["dataset_name"] = data["name"]
     config["dataset"] = absent | data
+    codec = "kl" if model.get("use_stable_vae") else "pixels"
+    record = {"name": codec, "source": config["dataset"]["vae"], "sha256": config["dataset"]["vae_sha256"]}
+    config["dataset"].setdefault("codec", record)
     t_sampler = model.get("t_sampler")
     if isinstance(t_sampler, str):
         model["t_sampler"] = LEGACY_T_SAMPLERS.get(t_sampler, t_sampler)

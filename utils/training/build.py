@@ -29,7 +29,7 @@ from utils.base.devices import (
     unsplit_fraction,
 )
 from utils.base.files import check_writable
-from utils.codecs.registry import DEFAULT_HUB_ID, load_codec
+from utils.codecs.codec import DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
 from utils.data.batches import first_examples, training_batches
 from utils.data.dataset import SPLITS, ImageDataset, describe_data, summarize_data
 from utils.data.loaders import load_dataset
@@ -137,11 +137,11 @@ def build_run(config: RunConfig) -> Run:
     source = SourceRun.open(config.start.load_dir) if config.start.load_dir and is_new else None
     if source:
         config = with_classes(config, dataset.num_classes)
-    model, vae = build_model(config, dataset, mesh)
+    model, spec = build_model(config, dataset, mesh)
     report_hints(config, model, dataset)
 
     # Record, and the parameters to start from.
-    record = make_record(config, model, vae, datasets)
+    record = make_record(config, model, spec, datasets)
     start, frozen = prepare_start(config, source, model, record)
     record["frozen"] = list(frozen)
     return Run(
@@ -159,12 +159,13 @@ def build_run(config: RunConfig) -> Run:
     )
 
 
-def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[ImageModel, str]:
-    """Returns (model, name of the VAE) for a data set; the VAE is the one that made cached latents, unless given."""
+def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[ImageModel, CodecSpec]:
+    """Returns (model, its codec) for a data set; the codec is the one that made cached latents, unless given."""
     latents = dataset.latents
-    vae = config.codec.vae or (latents.vae if latents else DEFAULT_HUB_ID)
-    sha256 = latents.vae_sha256 if latents else None
-    codec = load_codec(bool(config.codec.use_stable_vae), vae, mesh, dataset.image_shape, sha256)
+    made_by = read_manifest_name(latents.vae) if latents else CodecSpec("kl", DEFAULT_HUB_ID)
+    spec = CodecSpec("kl", config.codec.vae) if config.codec.vae else made_by
+    spec = spec if config.codec.use_stable_vae else CodecSpec("pixels")
+    codec = load_codec(spec, mesh, dataset.image_shape, latents.vae_sha256 if latents else None)
     model = make_model(
         config.model,
         config.objective,
@@ -174,7 +175,7 @@ def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[I
         dataset.condition,
         remat=config.devices.remat,
     )
-    return model, vae
+    return model, spec
 
 
 def report_hints(config: RunConfig, model: ImageModel, dataset: ImageDataset) -> None:
@@ -186,13 +187,13 @@ def report_hints(config: RunConfig, model: ImageModel, dataset: ImageDataset) ->
         log(f"{explain_no_guidance(dropout)}: samples are drawn without guidance")
 
 
-def make_record(config: RunConfig, model: ImageModel, vae: str, datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
+def make_record(
+    config: RunConfig, model: ImageModel, spec: CodecSpec, datasets: Mapping[str, ImageDataset]
+) -> dict[str, Any]:
     """Returns what is saved with a run: its settings, and what identifies data, VAE and JAX's settings."""
     # A run that is continued has its source in its own configuration.
     saved = read_started_from(config.folder)
-    codec = model.codec
-    recorded = {"vae": vae if codec.sha256 else None, "vae_sha256": codec.sha256}
-    recorded["latent_shape"] = list(model.latent_shape)
+    recorded = {**describe_codec(spec, model.codec.sha256), "latent_shape": list(model.latent_shape)}
     return {
         **config.to_json(),
         "dataset": describe_data(datasets) | recorded,

@@ -22,14 +22,14 @@ from jaxtyping import Array, Float, Key, PyTree
 from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_json
 from utils.base.files import atomic_write, file_sha256, write_json
-from utils.codecs.vae_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
+from utils.codecs.kl_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
 from utils.kernels.ops import attention
 
 MAX_LATENT_CHANNELS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEConfig:
+class KLConfig:
     """What config.json says; the defaults are those of files that leave a key out."""
 
     in_channels: int = 3
@@ -45,13 +45,14 @@ class VAEConfig:
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
-    # Not of the network: kept for those who read a file that `StableVAE.save` wrote.
+    # Not of the network: kept for those who read a file that `KLCodec.save` wrote.
     sample_size: int = 32
     force_upcast: bool = True
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any], path: str) -> "VAEConfig":
-        """The configuration in a config.json; UserError, naming `path`, where it is of another network."""
+    def from_dict(cls, content: Mapping[str, Any], path: str, shown: str) -> "KLConfig":
+        """Reads the content of a config.json; UserError, naming the flag `shown` and `path`, where it is of another
+        network."""
         kinds = {
             "_class_name": {"AutoencoderKL"},
             "down_block_types": {"DownEncoderBlock2D"},
@@ -62,7 +63,7 @@ class VAEConfig:
             found = content.get(name) or []
             unknown = set([found] if isinstance(found, str) else found) - known
             if unknown:
-                raise UserError(f"--vae: {path} has {name} {min(unknown)}, but only {min(known)} is known here")
+                raise UserError(f"{shown}: {path} has {name} {min(unknown)}, but only {min(known)} is known here")
         names = {field.name for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
@@ -73,11 +74,11 @@ class VAEConfig:
             if type(values.get(name)) is not kind:
                 values.pop(name, None)
         config = cls(**values)
-        config.check(path)
+        config.check(path, shown)
         return config
 
-    def check(self, path: str) -> None:
-        """UserError, naming `path`, for values that no VAE in use comes near, before anything is made of them."""
+    def check(self, path: str, shown: str) -> None:
+        """Raises UserError, naming the flag `shown` and `path`, for values that no VAE in use comes near."""
 
         def is_number(value, low, high):
             return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
@@ -106,7 +107,7 @@ class VAEConfig:
         for name, is_good in rules.items():
             if not is_good(getattr(self, name)):
                 value = str(getattr(self, name))[:100]
-                raise UserError(f"--vae: no VAE has the sizes in {path} ({name} {value}); fetch it again")
+                raise UserError(f"{shown}: no VAE has the sizes in {path} ({name} {value}); fetch it again")
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a config.json: everything in which this network may differ from diffusers' defaults."""
@@ -137,10 +138,10 @@ class VAEConfig:
 # The modules below are named as the tensors in the weights file are, so that one rule converts all of them.
 
 
-class VAEModule(nn.Module):
+class KLModule(nn.Module):
     """Layers as the VAE has them; statistics of the normalisation are float32 in any compute dtype."""
 
-    config: VAEConfig
+    config: KLConfig
     dtype: Any
 
     def conv(self, channels: int, name: str, side: int = 3, **kwargs) -> nn.Conv:
@@ -150,7 +151,7 @@ class VAEModule(nn.Module):
         return nn.GroupNorm(self.config.norm_num_groups, epsilon=1e-6, dtype=self.dtype, name=name)
 
 
-class ResnetBlock(VAEModule):
+class ResnetBlock(KLModule):
     """(b, h, w, c) -> (b, h, w, channels)."""
 
     channels: int
@@ -162,7 +163,7 @@ class ResnetBlock(VAEModule):
         return y + (x if x.shape[-1] == self.channels else self.conv(self.channels, "conv_shortcut", side=1)(x))
 
 
-class AttentionBlock(VAEModule):
+class AttentionBlock(KLModule):
     """Self-attention of one head over all places."""
 
     @nn.compact
@@ -174,7 +175,7 @@ class AttentionBlock(VAEModule):
         return x + nn.Dense(c, dtype=self.dtype, name="to_out_0")(y).reshape(x.shape)
 
 
-class MidBlock(VAEModule):
+class MidBlock(KLModule):
     @nn.compact
     def __call__(self, x):
         x = ResnetBlock(self.config, self.dtype, x.shape[-1], name="resnets_0")(x)
@@ -183,19 +184,19 @@ class MidBlock(VAEModule):
         return ResnetBlock(self.config, self.dtype, x.shape[-1], name="resnets_1")(x)
 
 
-class Downsampler(VAEModule):
+class Downsampler(KLModule):
     @nn.compact
     def __call__(self, x):
         return self.conv(x.shape[-1], "conv", strides=2, padding=((0, 1), (0, 1)))(x)  # right and bottom only
 
 
-class Upsampler(VAEModule):
+class Upsampler(KLModule):
     @nn.compact
     def __call__(self, x):
         return self.conv(x.shape[-1], "conv")(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
-class Stage(VAEModule):
+class Stage(KLModule):
     """`depth` residual blocks of one width, then, if `resample` names one, a change of size."""
 
     channels: int
@@ -212,7 +213,7 @@ class Stage(VAEModule):
         return kind(self.config, self.dtype, name=self.resample)(x)
 
 
-class Encoder(VAEModule):
+class Encoder(KLModule):
     """Images (b, h, w, 3) in [-1, 1] -> (b, h/f, w/f, 2 c): mean and log-variance before the last 1x1 convolution."""
 
     @nn.compact
@@ -226,7 +227,7 @@ class Encoder(VAEModule):
         return self.conv(2 * self.config.latent_channels, "conv_out")(nn.silu(self.norm("conv_norm_out")(x)))
 
 
-class Decoder(VAEModule):
+class Decoder(KLModule):
     """Latents (b, h, w, c) -> images (b, f h, f w, 3)."""
 
     @nn.compact
@@ -240,7 +241,7 @@ class Decoder(VAEModule):
         return self.conv(self.config.out_channels, "conv_out")(nn.silu(self.norm("conv_norm_out")(x)))
 
 
-class AutoencoderKL(VAEModule):
+class AutoencoderKL(KLModule):
     """The whole network; `encode` and `decode` without the scale and shift of latents."""
 
     def setup(self):
@@ -264,40 +265,44 @@ class AutoencoderKL(VAEModule):
         return self.decode(jnp.split(self.encode(images), 2, axis=-1)[0])
 
 
-class StableVAE(flax.struct.PyTreeNode):
+class KLCodec(flax.struct.PyTreeNode):
     """The codec of latent models. Parameters float32; `dtype` is the compute dtype; results are float32."""
 
     params: PyTree
-    config: VAEConfig = flax.struct.field(pytree_node=False)
+    config: KLConfig = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
     sha256: str = flax.struct.field(pytree_node=False)  # of the weights file; empty for random weights
-    name: str = flax.struct.field(pytree_node=False, default="random weights")  # the folder or hub id it came from
+    source: str = flax.struct.field(pytree_node=False, default="random weights")  # the folder or hub id it came from
 
     @classmethod
-    def load(cls, path: str, dtype: Any = jnp.float32) -> "StableVAE":
-        """The VAE in a folder (or in its subfolder `vae`), else of that id on the Hugging Face hub.
+    def load(cls, path: str, dtype: Any = jnp.float32) -> "KLCodec":
+        """Loads the VAE in a folder (or in its subfolder `vae`), else of that id on the Hugging Face hub.
 
-        UserError, naming --vae and what to do, where it is not there, broken, or of another architecture.
+        UserError, naming --codec=kl:PATH and what to do, where it is not to be found,
+        broken, or of another architecture.
         """
-        config_file, weights_file = find_files(path)
+        shown = f"--codec=kl:{path}"
+        config_file, weights_file = find_files(path, shown)
         try:
             content = read_json(config_file)
         except BadFileError as error:
-            raise UserError(f"--vae={path}: {config_file} is no configuration ({error}); fetch it again") from None
-        config = VAEConfig.from_dict(content, str(config_file))
+            raise UserError(f"{shown}: {config_file} is no configuration ({error}); fetch it again") from None
+        config = KLConfig.from_dict(content, str(config_file), shown)
+
+        # Sizes that contradict each other are told before weights are read.
         try:
             shapes = _param_shapes(config)
             np.broadcast_to(config.scale * config.shift, config.latent_channels)
         except (TypeError, ValueError, ArithmeticError) as error:
             reason = str(error).partition("\n")[0]
-            raise UserError(f"--vae={path}: no VAE has the sizes in {config_file} ({reason}); fetch it again") from None
-        params = read_params(weights_file, shapes)
+            raise UserError(f"{shown}: no VAE has the sizes in {config_file} ({reason}); fetch it again") from None
+        params = read_params(weights_file, shapes, shown)
         return cls(params, config, jnp.dtype(dtype), file_sha256(weights_file), path)
 
     @classmethod
-    def random(cls, seed: int, config: VAEConfig | None = None, dtype: Any = jnp.float32) -> "StableVAE":
+    def random(cls, seed: int, config: KLConfig | None = None, dtype: Any = jnp.float32) -> "KLCodec":
         """Random weights that keep the size of what passes; default: Stable Diffusion's sizes. To test and measure."""
-        config, rng = config or VAEConfig(), np.random.default_rng(seed)
+        config, rng = config or KLConfig(), np.random.default_rng(seed)
         draw = {
             "kernel": lambda shape: rng.standard_normal(shape, np.float32) / np.prod(shape[:-1]) ** 0.5,
             "scale": lambda shape: np.ones(shape),
@@ -352,12 +357,12 @@ class StableVAE(flax.struct.PyTreeNode):
         if channels != self.config.in_channels:
             raise UserError(
                 f"the VAE takes images of {self.config.in_channels} channels, not {channels}; "
-                "train on pixels with --use_stable_vae 0"
+                "train on pixels with --codec pixels"
             )
         if height % factor or width % factor:
             raise UserError(
                 f"the VAE takes images whose sides are multiples of {factor}, not {height}x{width}; "
-                f"use --image_size {max(1, height // factor) * factor}, or pixels with --use_stable_vae 0"
+                f"use --image_size {max(1, height // factor) * factor}, or pixels with --codec pixels"
             )
         return height // factor, width // factor, self.config.latent_channels
 
@@ -365,7 +370,7 @@ class StableVAE(flax.struct.PyTreeNode):
         return AutoencoderKL(self.config, self.dtype).apply({"params": self.params}, x, method=method)
 
 
-def _param_shapes(config: VAEConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+def _param_shapes(config: KLConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     image = jnp.zeros((1, config.downsampling, config.downsampling, config.in_channels))
     init = partial(AutoencoderKL(config, jnp.float32).init, jax.random.key(0))
     return flatten_dict(jax.eval_shape(init, image)["params"])

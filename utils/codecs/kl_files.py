@@ -12,32 +12,32 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
-from utils.base.errors import AbsentVAEError, UserError
+from utils.base.errors import AbsentCodecError, UserError
 from utils.base.external import BadFileError, read_safetensors, read_safetensors_shapes
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def find_files(path: str) -> tuple[Path, Path]:
+def find_files(path: str, shown: str) -> tuple[Path, Path]:
     """(config.json, weights) in a folder or its subfolder `vae`, or fetched from the hub."""
     folder = Path(path)
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-        return _fetch_files(path)
+        return _fetch_files(path, shown)
     if not folder.is_dir():
-        raise AbsentVAEError(f"--vae={path} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
+        raise AbsentCodecError(f"{shown} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
     found = next((place for place in (folder, folder / "vae") if (place / CONFIG).is_file()), None)
     if found is None:
-        raise UserError(f"--vae={path}: the folder has no {CONFIG}; give a folder of a VAE in the Hugging Face layout")
+        raise UserError(f"{shown}: the folder has no {CONFIG}; give a folder of a VAE in the Hugging Face layout")
     if not (found / WEIGHTS).is_file():
         raise UserError(
-            f"--vae={path}: {found} has no {WEIGHTS}; fetch it beside {CONFIG} "
+            f"{shown}: {found} has no {WEIGHTS}; fetch it beside {CONFIG} "
             "(a .bin file is not read: save the model again with safetensors)"
         )
     return found / CONFIG, found / WEIGHTS
 
 
-def _fetch_files(hub_id: str) -> tuple[Path, Path]:
+def _fetch_files(hub_id: str, shown: str) -> tuple[Path, Path]:
     """(config.json, weights) out of the hub's cache, else fetched into it."""
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
@@ -58,9 +58,9 @@ def _fetch_files(hub_id: str) -> tuple[Path, Path]:
                 return Path(config), Path(hub.hf_hub_download(hub_id, WEIGHTS, subfolder=place))
     except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
         reason = " ".join(str(error).split()) or type(error).__name__
-    raise AbsentVAEError(
-        f"--vae={hub_id} is no folder and cannot be fetched from the hub ({reason}); fetch {CONFIG} and {WEIGHTS} "
-        "elsewhere and give --vae their folder, or train on pixels with --use_stable_vae 0"
+    raise AbsentCodecError(
+        f"{shown} is no folder and cannot be fetched from the hub ({reason}); fetch {CONFIG} and {WEIGHTS} "
+        "elsewhere and name their folder with --codec kl:FOLDER, or train on pixels with --codec pixels"
     )
 
 
@@ -76,15 +76,15 @@ def to_torch_layout(value: np.ndarray) -> np.ndarray:
     return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
-def read_params(file: Path, targets: Mapping[tuple[str, ...], Any]) -> PyTree:
+def read_params(file: Path, targets: Mapping[tuple[str, ...], Any], shown: str) -> PyTree:
     """Parameters of the shapes of `targets`, float32, from a safetensors file. UserError, before a
     tensor is read, where one is missing, left over or misshapen."""
     try:
         found = read_safetensors_shapes(file)
-        requested = _match_tensors(found, targets, file)
+        requested = _match_tensors(found, targets, file, shown)
         tensors = read_safetensors(file, {name: found[name] for name in requested})
     except (BadFileError, OSError) as error:
-        raise UserError(f"--vae: {file} cannot be read ({error}); fetch it again") from None
+        raise UserError(f"{shown}: {file} cannot be read ({error}); fetch it again") from None
     params = {}
     for name, path in requested.items():
         value = tensors[name]
@@ -95,7 +95,7 @@ def read_params(file: Path, targets: Mapping[tuple[str, ...], Any]) -> PyTree:
 
 
 def _match_tensors(
-    found: Mapping[str, tuple[int, ...]], targets: Mapping[tuple[str, ...], Any], file: Path
+    found: Mapping[str, tuple[int, ...]], targets: Mapping[tuple[str, ...], Any], file: Path, shown: str
 ) -> dict[str, tuple[str, ...]]:
     """{name in the file: path of the parameter}, attention under its older names too."""
     newer = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -105,16 +105,16 @@ def _match_tensors(
     for path, target in targets.items():
         requested = tensor_name(path)
         if requested not in names:
-            raise UserError(f"--vae: {file} has no tensor {requested}, which its {CONFIG} asks for; fetch both again")
+            raise UserError(f"{shown}: {file} has no tensor {requested}, which its {CONFIG} asks for; fetch both again")
         shape = tuple(target.shape)
         shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
         # Attention may be written as convolutions of side 1.
         if found[names[requested]] not in (shape, (*shape, 1, 1) if len(shape) == 2 else shape):
             raise UserError(
-                f"--vae: {file} has {requested} of another shape than its {CONFIG} asks for; fetch both again"
+                f"{shown}: {file} has {requested} of another shape than its {CONFIG} asks for; fetch both again"
             )
         matched[names[requested]] = path
     left = sorted(found.keys() - matched.keys())
     if left:
-        raise UserError(f"--vae: {file} has a tensor {left[0]} that its {CONFIG} does not know; fetch both again")
+        raise UserError(f"{shown}: {file} has a tensor {left[0]} that its {CONFIG} does not know; fetch both again")
     return matched
