@@ -29,7 +29,7 @@ from utils.data.dataset import SPLITS, ImageDataset, PixelBatch
 from utils.data.fingerprint import Fingerprint, write_listing
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
-from utils.flags.definitions import define_data_flags, define_flip_flag, define_path, define_vae_flag
+from utils.flags.definitions import define_codec_flags, define_data_flags, define_flip_flag, define_path
 from utils.flags.help import topic
 from utils.images.pixels import images_from_uint8
 from utils.training.advice import write_command
@@ -38,7 +38,7 @@ from utils.training.advice import write_command
 def define_flags() -> None:
     define_data_flags()
     define_flip_flag()
-    define_vae_flag()
+    define_codec_flags()
     with topic("Latents"):
         define_path("out", None, "Folder to write.")
         flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")

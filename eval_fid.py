@@ -20,11 +20,11 @@ from utils.base.files import check_writable
 from utils.conditions.classes import ClassCondition
 from utils.flags import program, reading
 from utils.flags.definitions import (
+    define_codec_flags,
     define_path,
     define_sampler_flags,
     define_saved_model_flags,
     define_tracker_flags,
-    define_vae_flag,
 )
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
@@ -73,7 +73,7 @@ def define_flags() -> None:
     define_sampler_flags(cfg_scale="4", denoise_timesteps="500", takes_several=True)
     with topic("Sampling"):
         flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
-    define_vae_flag()
+    define_codec_flags()
     define_saved_model_flags()
     define_tracker_flags(name="eval")
 

@@ -28,7 +28,7 @@ from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
-from utils.flags.definitions import define_data_flags, define_path, define_vae_flag
+from utils.flags.definitions import define_codec_flags, define_data_flags, define_path
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.pixels import match_channels
@@ -44,7 +44,7 @@ def define_flags() -> None:
     with topic("Model"):
         define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
-        define_vae_flag()
+        define_codec_flags()
     define_data_flags(dataset_name=None)
     with topic("Data"):
         flags.DEFINE_enum("split", "validation", ["train", "validation"], "Split of the data set.")

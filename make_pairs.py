@@ -21,7 +21,7 @@ from utils.base.files import FolderLock, check_writable, explaining_full_disk, p
 from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
 from utils.flags import program, reading
-from utils.flags.definitions import define_path, define_sampler_flags, define_vae_flag
+from utils.flags.definitions import define_codec_flags, define_path, define_sampler_flags
 from utils.flags.help import topic
 from utils.networks.models import ImageModel
 from utils.runs.opening import load_generator
@@ -41,7 +41,7 @@ def define_flags() -> None:
         flags.DEFINE_integer("batch_size", RECIPE_BATCH_SIZE, "Pairs at a time, over all devices.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
         flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
-        define_vae_flag()
+        define_codec_flags()
     define_sampler_flags(cfg_scale="1", denoise_timesteps="100")
 
 

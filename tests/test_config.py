@@ -17,7 +17,7 @@ import train_flow
 from utils.base.devices import check_batch_size, make_mesh
 from utils.base.errors import UserError
 from utils.base.files import check_free_space, prepare_output_folder
-from utils.codecs.codec import PixelCodec
+from utils.codecs.codec import CodecSpec, PixelCodec, describe_codec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import DataOptions
 from utils.flags import reading
@@ -116,14 +116,28 @@ def test_recipe_commands_are_dit_b(config_of):
     model = config_of(f"--dataset_name imagenet256 --wandb.name DiT-B {DIT_B} --batch_size 512").model
     assert count_parameters(model) == 130_500_112 - 196_608
     pixels = config_of(f"{DIT_B.replace('patch_size 2', 'patch_size 8')} --use_stable_vae 0")
-    assert pixels.codec.use_stable_vae == 0
+    assert pixels.codec.text == "pixels"
     assert pixels.model.patch_size == 8
 
 
-def test_both_spellings_of_use_stable_vae(config_of):
-    assert config_of("--use_stable_vae 0").codec.use_stable_vae == 0
-    assert config_of("--model.use_stable_vae 0").codec.use_stable_vae == 0
-    assert config_of("--model.use_stable_vae=0 --use_stable_vae=0").codec.use_stable_vae == 0
+def test_spellings_of_the_codec(config_of):
+    for line in ("--codec pixels", "--use_stable_vae 0", "--model.use_stable_vae=0 --use_stable_vae=0"):
+        content = config_of(line).to_json()
+        assert (content["codec"], content["vae"], content["model"]["use_stable_vae"]) == ("pixels", None, 0)
+    for line in ("--codec kl:x", "--vae x", "--codec kl --vae x", "--use_stable_vae 1 --codec kl:x"):
+        content = config_of(line).to_json()
+        assert (content["codec"], content["vae"], content["model"]["use_stable_vae"]) == ("kl:x", "x", 1)
+    for line, message in {
+        "--codec pixels --use_stable_vae 1": "--use_stable_vae=1 contradicts --codec=pixels; give one",
+        "--codec kl:x --model.use_stable_vae 0": "--model.use_stable_vae=0 contradicts --codec=kl:x; give one",
+        "--codec kl:x --vae y": "--vae=y contradicts --codec=kl:x; give one",
+        "--codec pixels --vae y": "--vae=y contradicts --codec=pixels; give one",
+        "--codec pixles": "--codec=pixles is unknown; did you mean pixels?",
+        "--codec pixels:x": "--codec=pixels:x: use pixels",
+        "--codec kl:": "--codec=kl:: use kl:PATH_OR_HUB",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            config_of(line)
     with pytest.raises(UserError, match="contradicts"):
         config_of("--model.use_stable_vae 0 --use_stable_vae 1")
 
@@ -254,6 +268,7 @@ def test_a_tilde_is_expanded_once_in_every_path(parse, monkeypatch, tmp_path):
     paths = ("save_dir", "load_dir", "data_dir", "vae", "profile", "fid_stats", "inception_weights", "dataset_name")
     config = parse(" ".join(f"--{name}=~/x" for name in paths))
     assert {config[name] for name in paths} == {f"{tmp_path}/x"}
+    assert parse("--codec=kl:~/x").codec == f"kl:{tmp_path}/x"
     for prefix in ("folder", "latents"):
         assert parse(f"--dataset_name={prefix}:~/x").dataset_name == f"{prefix}:{tmp_path}/x"
     for program, names in {
@@ -330,7 +345,7 @@ KEPT = """
     model.patch_size=4 model.hidden_size=128 model.depth=5 model.num_heads=4 model.mlp_ratio=2
     model.class_dropout_prob=0.9 model.num_classes=7 model.t_conditioning=0 model.timestep_scale=1
     model.step_conditioning=1 model.learned_positions=1 model.learn_sigma=1 model.norm=rms model.mlp=swiglu model.rope=1
-    model.qk_norm=1 model.use_stable_vae=0 model.t_sampler=uniform objective.distill=1 batch_size=8 seed=1
+    model.qk_norm=1 codec=pixels model.t_sampler=uniform objective.distill=1 batch_size=8 seed=1
     debug_overfit=1 freeze=blocks lora_rank=2 warmup_steps=3 weight_decay=0.1 grad_clip=1 lr_schedule=cosine
 """.split()  # noqa: SIM905 (flags, as one types them)
 
@@ -342,8 +357,14 @@ def record(parse):
     def make(line, **data):
         values = reading.flatten(parse(line))
         given = {name: value for name, value in values.items() if reading.is_explicit(name) and value is not None}
-        facts = {"name": "x", "image_shape": [64, 64, 3], "class_names": ["a"], "vae": None, "vae_sha256": None}
-        return RunConfig.from_settings(translate_spellings(given)).to_json() | {"dataset": facts | data}
+        config = RunConfig.from_settings(translate_spellings(given))
+        facts = {
+            "name": "x",
+            "image_shape": [64, 64, 3],
+            "class_names": ["a"],
+            **describe_codec(config.codec.spec, None),
+        }
+        return config.to_json() | {"dataset": facts | data}
 
     return make
 
@@ -371,7 +392,7 @@ def test_a_run_from_before_a_flag_keeps_its_default(record, tmp_path, flag):
 
 
 def test_another_objective_source_or_vae_does_not_resume(record, tmp_path):
-    vae = {"vae": "some/vae", "vae_sha256": "0"}
+    vae = describe_codec(CodecSpec("kl", "some/vae"), "0")
     saved = record("--save_dir x", **vae)
     check_settings(record("--save_dir x --max_steps 5 --model.lr 1", **vae), saved, tmp_path)
     same = "--model.timestep_scale 10000 --model.step_conditioning 0"  # of which a shortcut model has other defaults
@@ -381,9 +402,9 @@ def test_another_objective_source_or_vae_does_not_resume(record, tmp_path):
     ):
         with pytest.raises(UserError, match=name):
             check_settings(record(line, **vae), saved, tmp_path)
-    with pytest.raises(UserError, match="--vae=some/vae, which is not other/vae"):
-        check_settings(record("--save_dir x", vae="other/vae", vae_sha256="1"), saved, tmp_path)
-    check_settings(record("", vae="copy", vae_sha256="0"), saved, tmp_path)
+    with pytest.raises(UserError, match="--codec=kl:some/vae, not kl:other/vae"):
+        check_settings(record("--save_dir x", **describe_codec(CodecSpec("kl", "other/vae"), "1")), saved, tmp_path)
+    check_settings(record("", **describe_codec(CodecSpec("kl", "copy"), "0")), saved, tmp_path)
 
 
 def samplers(words: str, parse):
@@ -454,7 +475,7 @@ def test_help_is_by_topic_and_hides_what_is_only_refused(read_flags, capsys, wor
 
 
 def test_a_loaded_run_is_the_same_however_it_is_written(parse, tmp_path):
-    recorded = {"dataset": {"vae_sha256": None, "vae": None}}
+    recorded = {"dataset": describe_codec(CodecSpec("kl"), None)}
     saved = parse("--load_dir runs/a").to_dict() | recorded
     for same in ("runs/a/", "runs/a/checkpoints", "./runs/a"):
         assert check_settings(parse(f"--load_dir {same}").to_dict() | recorded, saved, tmp_path) == {}

@@ -5,7 +5,7 @@ One more codec is a class that meets `Codec`, and an entry of CODECS; the progra
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import flax.struct
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from utils.base.devices import replicated
 from utils.base.errors import UserError
+from utils.base.files import expand_home, refuse_url
 from utils.codecs.kl import KLCodec
 
 DEFAULT_HUB_ID = "stabilityai/sd-vae-ft-mse"
@@ -133,10 +134,10 @@ class CodecKind(NamedTuple):
 
 
 CODECS: dict[str, CodecKind] = {
-    "pixels": CodecKind(lambda source: PixelCodec(), "no codec: the images themselves"),
+    "pixels": CodecKind(lambda source: PixelCodec(), "the images themselves"),
     "kl": CodecKind(
         KLCodec.load,
-        "a KL autoencoder, such as Stable Diffusion's",
+        "latents of a KL autoencoder, such as Stable Diffusion's",
         placeholder="PATH_OR_HUB",
         default=DEFAULT_HUB_ID,
         num_channels=3,
@@ -161,6 +162,46 @@ def parse_codec(text: str) -> CodecSpec:
     if colon and not (kind.placeholder and source):
         raise UserError(f"--codec={text}: use {name}{f':{kind.placeholder}' if kind.placeholder else ''}")
     return spec
+
+
+def expand_codec(text: str) -> str:
+    """Returns NAME:SOURCE with a leading ~ of a source that may be a path replaced.
+
+    UserError where there is no such home, and for URLs.
+    """
+    name, colon, source = text.partition(":")
+    if not colon or name not in CODECS or not CODECS[name].is_path:
+        return text
+    refuse_url(source, "codec")
+    return f"{name}:{expand_home(source, f'--codec={text}')}"
+
+
+def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings {name: value} with those of earlier versions as "codec".
+
+    `use_stable_vae` and `model.use_stable_vae` (1: kl, 0: pixels) and `vae` (the source of kl) are spellings of it.
+    Raises UserError where two of them contradict each other.
+    """
+    values = dict(given)
+    spellings = ("model.use_stable_vae", "use_stable_vae")
+    switches = {name: values.pop(name, None) for name in spellings}
+    switches = {name: value for name, value in switches.items() if value is not None}
+    vae = values.pop("vae", None)
+    codec = values.get("codec")
+    if len(set(switches.values())) > 1:
+        first, second = (f"--{name}={value}" for name, value in reversed(switches.items()))
+        raise UserError(f"{first} contradicts {second}; give one")
+    for name, value in switches.items():
+        if codec is not None and bool(value) != (parse_codec(codec).name != "pixels"):
+            raise UserError(f"--{name}={value} contradicts --codec={codec}; give one")
+        if vae is not None and not value:
+            raise UserError(f"--vae={vae} has no effect on pixels (--{name} 0); leave it out")
+        values["codec"] = codec or ("kl" if value else "pixels")
+    if vae is not None:
+        if codec not in (None, "kl", f"kl:{vae}"):
+            raise UserError(f"--vae={vae} contradicts --codec={codec}; give one")
+        values["codec"] = f"kl:{vae}"
+    return values
 
 
 def load_codec(spec: CodecSpec, mesh: Mesh, image_shape: Sequence[int], expected_sha256: str | None = None) -> Codec:

@@ -10,6 +10,7 @@ from absl import flags
 
 import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
 from utils.base.settings import kind_of, settings_of
+from utils.codecs.codec import CODECS
 from utils.data.loaders import list_names
 from utils.flags.help import hide, topic
 from utils.networks.network import NETWORKS
@@ -116,9 +117,12 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
 
 
 @topic("Model")
-def define_vae_flag() -> None:
-    """Registers --vae."""
-    define_setting("vae", settings_of(CodecConfig)["vae"])
+def define_codec_flags() -> None:
+    """Registers --codec, and --vae, which is a spelling of it."""
+    field = settings_of(CodecConfig)["codec"]
+    kinds = "; ".join(f"{name}: {kind.help}" for name, kind in CODECS.items())
+    define_setting("codec", field, help=f"{field.metadata['help'].rstrip('.')}. {kinds}.")
+    define_path("vae", None, "Hub id or folder of a VAE: the same as --codec kl:VAE.")
 
 
 @topic("Model")
@@ -128,9 +132,8 @@ def define_model_flags() -> None:
     flags.DEFINE_enum(PRESET, "debug", list(dict.fromkeys(presets)), "Sizes for the --model.* flags left unset.")
     for name, field in network_settings().items():
         define_setting(name, field)
-    codec = settings_of(CodecConfig)["model.use_stable_vae"]
-    define_setting("model.use_stable_vae", codec)
-    define_setting("use_stable_vae", codec, default=None, help="The same as --model.use_stable_vae.")
+    flags.DEFINE_integer("model.use_stable_vae", None, "1: the same as --codec kl; 0: as --codec pixels.", 0, 1)
+    flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
 
 
 @topic("Objective")
@@ -162,7 +165,7 @@ def define_run_flags() -> None:
         define_group("training")
     define_data_flags()
     define_flip_flag()
-    define_vae_flag()
+    define_codec_flags()
     define_model_flags()
     define_objective_flags()
     define_optimizer_flags()

@@ -16,7 +16,7 @@ from utils.base.files import check_writable, prepare_output_folder
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import count_rows, resize_rows
 from utils.flags import reading
-from utils.flags.definitions import define_path, define_sampler_flags, define_tracker_flags, define_vae_flag
+from utils.flags.definitions import define_codec_flags, define_path, define_sampler_flags, define_tracker_flags
 from utils.flags.help import topic
 from utils.images.pictures import PictureFolder
 from utils.images.samples import check_sample_path
@@ -48,7 +48,7 @@ def define_generator_flags(wandb_name: str) -> None:
     with topic("Compute"):
         flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
         flags.DEFINE_integer("batch_size", None, "Samples at a time, over all devices; default: 128 at most.")
-        define_vae_flag()
+        define_codec_flags()
     define_tracker_flags(name=wandb_name, mode="disabled")
 
 

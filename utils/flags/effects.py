@@ -49,7 +49,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             (
                 *("cfg_scale", "cfg_interval", "cfg_channels", "use_cfg", "denoise_timesteps", "time_grid", "solver"),
-                *("rtol", "atol", "labels", "params", "seed", "save_samples", "vae", "dataset_name", "use_stable_vae"),
+                *("rtol", "atol", "labels", "params", "seed", "save_samples", "codec", "vae", "dataset_name", "use_stable_vae"),
                 *("model.*", "objective.*"),
             ),
             "on --samples, which are scored as they are",
@@ -85,7 +85,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(("fid_samples", "convention", "inception_weights"), "without --fid_stats", lambda v: not v.fid_stats),
         Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),
         Rule(("num_shards",), "with --sharding={sharding}, only with hybrid", lambda v: v.sharding != "hybrid"),
-        Rule(("vae",), "on pixels (--use_stable_vae 0)", lambda v: not v.model["use_stable_vae"]),
         Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),
         Rule(("freeze", "lora_rank"), "without --load_dir", lambda v: not v.is_started),
         Rule(

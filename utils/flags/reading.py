@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from utils.base.console import log, warn
 from utils.base.errors import UserError
 from utils.base.files import expand_home, refuse_url
+from utils.codecs.codec import expand_codec, translate_spellings
 from utils.data.dataset import DataOptions
 from utils.data.loaders import expand_name, find_loader, list_names
 from utils.flags.definitions import path_flags
@@ -46,6 +47,8 @@ def expand_path(path: str, flag: str) -> str:
     """
     if flag == "dataset_name":
         return expand_name(path)
+    if flag == "codec":
+        return expand_codec(path)
     refuse_url(path, flag)
     return expand_home(path, f"--{flag}={path}")
 
@@ -192,7 +195,8 @@ def is_explicit(name: str) -> bool:
 
 def read_codec(config: ConfigDict) -> str | None:
     """Returns the value of --codec that a command line gives, in whatever spelling; None where it leaves it open."""
-    return f"kl:{config.vae}" if config.vae else None
+    given = {name: config[name] for name in ("codec", "vae") if config.get(name) is not None}
+    return translate_spellings(given).get("codec")
 
 
 def override_model(saved: dict[str, Any]) -> ConfigDict:

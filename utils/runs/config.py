@@ -14,6 +14,7 @@ from diffusion_transformer import REMAT_POLICIES
 from utils.base.devices import SHARDING_MODES
 from utils.base.errors import UserError
 from utils.base.settings import check_setting, find_entry, merge_settings, setting, settings_of
+from utils.codecs.codec import DEFAULT_HUB_ID, CodecSpec, list_codecs, parse_codec
 from utils.data.dataset import DataOptions
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.metrics.inception import CONVENTIONS
@@ -75,12 +76,17 @@ class DataConfig:
 class CodecConfig:
     """What turns images into the arrays that the model learns."""
 
-    use_stable_vae: int = setting(
-        1, "1 trains on the latents of a VAE, 0 on pixels.", 0, 1, flag="model.use_stable_vae"
+    text: str | None = setting(
+        None,
+        f"Codec: {list_codecs()}; default: that of the run or of the cached latents, else kl:{DEFAULT_HUB_ID}.",
+        flag="codec",
+        is_path=True,
     )
-    vae: str | None = setting(
-        None, "Hub id or folder of the VAE; default: that of the run or of the cached latents.", is_path=True
-    )
+
+    @property
+    def spec(self) -> CodecSpec:
+        """The codec that is asked for; without a source where the data or a default decide it."""
+        return parse_codec(self.text or "kl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +297,11 @@ class RunConfig:
             *group, leaf = name.split(".")
             value = list(values[name]) if isinstance(values[name], tuple) else values[name]
             (content.setdefault(group[0], {}) if group else content)[leaf] = value
+
+        # As readers of earlier versions know the codec.
+        spec = self.codec.spec
+        content["model"]["use_stable_vae"] = int(spec.name != "pixels")
+        content["vae"] = spec.source if spec.name == "kl" else None
         return dict(sorted(content.items()))
 
     def describe_given(self) -> str:

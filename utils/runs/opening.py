@@ -351,18 +351,20 @@ NEW_RUN = "another --wandb.name or --save_dir starts a new run"
 # A run is resumed only under the same values of these, beside the fixed settings of its network and its objective.
 # The rest may change, and is reported.
 FIXED = (
-    "model.use_stable_vae", "objective.name", "batch_size", "seed", "debug_overfit", "freeze", "lora_rank",
+    "objective.name", "batch_size", "seed", "debug_overfit", "freeze", "lora_rank",
     "warmup_steps", "weight_decay", "grad_clip", "lr_schedule",
 )  # fmt: skip
 # Parameters mean something else under another value of these, even if their shapes are the same.
 MEANING_OF_PARAMETERS = (
     "network", "hidden_size", "num_heads", "mlp_ratio", "norm", "mlp", "rope", "qk_norm", "timestep_scale",
-    "use_stable_vae",
 )  # fmt: skip
 # Groups of a configuration that are no flags.
 NOT_FLAGS = ("dataset", "jax")
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
-COMPARED_ELSEWHERE = ("dataset_name", "data_dir", "image_size", "vae", "load_dir", "save_dir", "wandb.display_name")
+COMPARED_ELSEWHERE = (
+    "dataset_name", "data_dir", "image_size", "codec", "vae", "model.use_stable_vae", "load_dir", "save_dir",
+    "wandb.display_name",
+)  # fmt: skip
 
 
 def compare_with_saved(
@@ -407,12 +409,11 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
 
     Raises UserError where the run cannot be resumed so. Data are compared by compare_with_saved.
     """
-    # The VAE.
-    if saved["dataset"]["vae_sha256"] != config["dataset"]["vae_sha256"]:
-        raise UserError(
-            f"{folder} holds a run on the latents of --vae={saved['dataset']['vae']}, which is not "
-            f"{config['dataset']['vae']}; give that one, or {NEW_RUN}"
-        )
+    # The codec.
+    theirs, ours = (settings["dataset"]["codec"] for settings in (saved, config))
+    if (theirs["name"], theirs["sha256"]) != (ours["name"], ours["sha256"]):
+        before, now = (CodecSpec(record["name"], record["source"]) for record in (theirs, ours))
+        raise UserError(f"{folder} holds a run with --codec={before}, not {now}: give that value, or {NEW_RUN}")
 
     # Settings that must be the same.
     network = type(read_network(config["model"]))
@@ -435,18 +436,23 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
     return {name: values for name, values in changed.items() if name not in COMPARED_ELSEWHERE}
 
 
-def check_architecture(model: Mapping[str, Any], saved: dict[str, Any], load_dir: str, is_other: bool = False) -> None:
-    """Raises UserError where the parameters of a run with the --model.* values `saved` mean something else in `model`.
+def check_architecture(
+    config: Mapping[str, Any], saved: Mapping[str, Any], load_dir: str, is_other: bool = False
+) -> None:
+    """Raises UserError where the parameters of a run of the configuration `saved` mean something else in `config`.
 
     The scale of time may differ where the objective `is_other`: the embedding is then fitted anew.
     """
-    for name in MEANING_OF_PARAMETERS:
-        if is_other and name == "timestep_scale":
+    ours = {f"model.{name}": config["model"].get(name) for name in MEANING_OF_PARAMETERS}
+    theirs = {f"model.{name}": saved["model"].get(name) for name in MEANING_OF_PARAMETERS}
+    ours["codec"] = config["dataset"]["codec"]["name"]
+    theirs["codec"] = saved["dataset"]["codec"]["name"]
+    for name, value in ours.items():
+        if is_other and name == "model.timestep_scale":
             continue
-        if model.get(name) != saved.get(name):
+        if value != theirs[name]:
             raise UserError(
-                f"--model.{name}={model.get(name)}, but --load_dir={load_dir} has {saved.get(name)}; give that, or "
-                "leave the flag out"
+                f"--{name}={value}, but --load_dir={load_dir} has {theirs[name]}; give that, or leave the flag out"
             )
 
 

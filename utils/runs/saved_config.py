@@ -193,9 +193,7 @@ def _complete(content: dict[str, Any]) -> dict[str, Any]:
     elif "name" in data:
         config["dataset_name"] = data["name"]
     config["dataset"] = absent | data
-    codec = "kl" if model.get("use_stable_vae") else "pixels"
-    record = {"name": codec, "source": config["dataset"]["vae"], "sha256": config["dataset"]["vae_sha256"]}
-    config["dataset"].setdefault("codec", record)
+    _complete_codec(config)
     t_sampler = model.get("t_sampler")
     if isinstance(t_sampler, str):
         model["t_sampler"] = LEGACY_T_SAMPLERS.get(t_sampler, t_sampler)
@@ -212,6 +210,16 @@ def _complete(content: dict[str, Any]) -> dict[str, Any]:
         if group != "model" or hasattr(network, leaf):
             (config[group] if group else config).setdefault(leaf, value)
     return config
+
+
+def _complete_codec(config: dict[str, Any]) -> None:
+    """Adds what runs of before --codec did not save: the codec that was asked for, and the one that was loaded."""
+    data = config["dataset"]
+    is_latent = config["model"].get("use_stable_vae")
+    record = {"name": "kl" if is_latent else "pixels", "source": data["vae"], "sha256": data["vae_sha256"]}
+    data.setdefault("codec", record)
+    asked = f"kl:{config['vae']}" if config.get("vae") else None
+    config.setdefault("codec", asked if is_latent else "pixels")
 
 
 def _find_network(name: Any) -> Any:

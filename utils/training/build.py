@@ -29,7 +29,7 @@ from utils.base.devices import (
     unsplit_fraction,
 )
 from utils.base.files import check_writable
-from utils.codecs.codec import DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
+from utils.codecs.codec import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
 from utils.data.batches import first_examples, training_batches
 from utils.data.dataset import SPLITS, ImageDataset, describe_data, summarize_data
 from utils.data.loaders import load_dataset
@@ -162,9 +162,12 @@ def build_run(config: RunConfig) -> Run:
 def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[ImageModel, CodecSpec]:
     """Returns (model, its codec) for a data set; the codec is the one that made cached latents, unless given."""
     latents = dataset.latents
+    spec = config.codec.spec
     made_by = read_manifest_name(latents.vae) if latents else CodecSpec("kl", DEFAULT_HUB_ID)
-    spec = CodecSpec("kl", config.codec.vae) if config.codec.vae else made_by
-    spec = spec if config.codec.use_stable_vae else CodecSpec("pixels")
+    if config.codec.text is None or spec == CodecSpec(made_by.name):
+        spec = made_by
+    if spec.source is None:
+        spec = spec._replace(source=CODECS[spec.name].default)
     codec = load_codec(spec, mesh, dataset.image_shape, latents.vae_sha256 if latents else None)
     model = make_model(
         config.model,
@@ -245,7 +248,7 @@ def prepare_start(
     # EMA, which samples best.
     settings = config.start
     is_other = config.objective_name != source.saved["objective"]["name"]
-    check_architecture(record["model"], source.saved["model"], source.load_dir, is_other)
+    check_architecture(record, source.saved, source.load_dir, is_other)
     key = jax.random.key(config.training.seed)
     fresh = jax.tree.map(np.asarray, init_params(model, jax.random.fold_in(key, INIT)))
     has_one_value = bool(settings.freeze or settings.lora_rank)

@@ -13,6 +13,7 @@ from typing import Any
 from utils.base.console import log
 from utils.base.errors import UserError
 from utils.base.settings import find_entry, settings_of
+from utils.codecs import codec
 from utils.data.loaders import get_loader
 from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
@@ -28,8 +29,8 @@ from utils.runs.config import (
 )
 from utils.training.fine_tune import SourceRun, read_started_from
 
-# Other spellings of settings.
-SPELLINGS = {"use_stable_vae": "model.use_stable_vae"}
+# Settings under which earlier versions, and jax-flow, know the codec.
+SPELLINGS = ("use_stable_vae", "model.use_stable_vae", "vae")
 # Groups of settings that say what is learned and how. A command line with none of them continues a run as it is.
 SUBJECTS = ("data", "codec", "optimizer", "sampling", "devices")
 # Settings of a start rather than of a run: not taken from another run.
@@ -48,16 +49,21 @@ def make_config(given: Mapping[str, Any], resolved: Mapping[str, Any] | None = N
     # Names first: a setting that is none is answered with the nearest.
     known = all_settings()
     given = translate_spellings(given)
+    resolved = translate_spellings(resolved or {})
     for name in given:
         if name not in known and name not in (PRESET, OBJECTIVE_NAME):
             close = difflib.get_close_matches(name, known, 1)
             raise UserError(f"--{name} is no setting of a run" + (f"; did you mean --{close[0]}?" if close else ""))
 
     # The run that is continued, or started from, decides what is left open.
-    settled = {**(resolved or {}), **given}
+    settled = {**resolved, **given}
     layers = read_own_settings(given)
     if layers is None:
-        layers = fill_layers(settled, find_inherited(settled, given))
+        inherited = find_inherited(settled)
+        # A codec that is named without its source has the run's.
+        if inherited.get("codec", "").startswith(f"{settled.get('codec')}:"):
+            settled["codec"] = inherited["codec"]
+        layers = fill_layers(settled, inherited)
     else:
         log(f"continuing {given['save_dir']} with its own configuration")
     values = {**layers, **settled}
@@ -73,13 +79,7 @@ def make_config(given: Mapping[str, Any], resolved: Mapping[str, Any] | None = N
 
 def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings under one name and value each. Raises UserError where two spellings contradict each other."""
-    values = dict(given)
-    for spelling, name in SPELLINGS.items():
-        value = values.pop(spelling, None)
-        if value is not None and values.get(name, value) != value:
-            raise UserError(f"--{spelling}={value} contradicts --{name}={values[name]}; give one")
-        if value is not None:
-            values[name] = value
+    values = codec.translate_spellings(given)
     if "model.t_sampler" in values:
         sampler = values["model.t_sampler"]
         values["model.t_sampler"] = LEGACY_T_SAMPLERS.get(sampler, sampler)
@@ -114,7 +114,7 @@ def read_own_settings(given: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: value for name, value in flatten_settings(saved).items() if name not in OF_A_START}
 
 
-def find_inherited(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def find_inherited(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of the run from which a new one starts, or from which the one in its folder has started."""
     # A draft says where the run is and what it names; its architecture is not settled yet.
     draft = RunConfig.from_settings(fill_layers(values, {}))
@@ -126,16 +126,16 @@ def find_inherited(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
     if saved is None:
         return {}
 
-    # The architecture and the objective, VAE and, of images that can be resized, their size.
+    # The architecture and the objective, the codec and, of images that can be resized, their size.
     model = find_entry("model.network", saved["model"]["network"], NETWORKS).config_class
     names = [name for name in settings_of(model, "model") if name not in OWN_MODEL_SETTINGS]
     theirs = flatten_settings(saved)
-    names += ["model.t_sampler", "model.use_stable_vae", *(name for name in theirs if name.startswith("objective."))]
+    names += ["model.t_sampler", *(name for name in theirs if name.startswith("objective."))]
     inherited = {name: theirs[name] for name in names if name in theirs}
     loader = get_loader(draft.data.dataset_name)
-    use_stable_vae = given.get("model.use_stable_vae", inherited["model.use_stable_vae"])
-    if use_stable_vae and loader.holds != "latents" and saved["dataset"]["vae"]:
-        inherited["vae"] = saved["dataset"]["vae"]
+    record = saved["dataset"]["codec"]
+    if record["name"] == "pixels" or loader.holds != "latents":  # latents say themselves what made them
+        inherited["codec"] = str(codec.CodecSpec(record["name"], record["source"]))
     if loader.is_resizable:
         inherited["image_size"] = saved["dataset"]["image_shape"][0]
     return inherited

@@ -60,8 +60,8 @@ class SourceRun(NamedTuple):
         theirs = self.saved["objective"]["name"]
         if ours != theirs:
             remarks.append(f"note: --load_dir has learned {theirs}, which this run unlearns: its objective is {ours}")
-        vaes = [settings["dataset"]["vae_sha256"] for settings in (config, self.saved)]
-        if all(vaes) and vaes[0] != vaes[1]:
+        weights = [settings["dataset"]["codec"]["sha256"] for settings in (config, self.saved)]
+        if all(weights) and weights[0] != weights[1]:
             remarks.append("note: the latents are of another VAE than those of --load_dir")
         return remarks
 
