@@ -16,6 +16,7 @@ import pytest
 from diffusion_transformer import NETWORKS
 from tests.conftest import ROOT
 from utils.base.errors import UserError
+from utils.codecs.codec import CODECS
 from utils.conditions.condition import CONDITIONS
 from utils.data.batches import training_batches
 from utils.data.loaders import LOADERS, load_dataset
@@ -41,7 +42,7 @@ def run(monkeypatch, tmp_path):
     images = rng.integers(0, 100, (100, 8, 8, 1)) + 150 * labels[:, None, None, None]  # cats dark, dogs bright
     np.savez(tmp_path / "mine.npz", images=images.astype(np.uint8), labels=labels)
     monkeypatch.chdir(tmp_path)
-    registries = (LOADERS, CONDITIONS, NETWORKS, OBJECTIVES, EXTRACTORS, TRACKERS)
+    registries = (LOADERS, CONDITIONS, NETWORKS, OBJECTIVES, CODECS, EXTRACTORS, TRACKERS)
     before = [dict(entries) for entries in registries]
     metrics = list(METRICS)
 
@@ -66,6 +67,7 @@ def test_every_block_has_a_test():
         "iterable",
         "network",
         "loss",
+        "codec",
         "metric",
         "extractor",
         "tracker",
@@ -133,6 +135,17 @@ def test_the_loss_is_quadratic_for_small_errors_and_linear_for_large_ones(run):
     np.testing.assert_allclose(losses(huber(delta=30.0))[0], squared, rtol=0.01)
     linear, metrics = losses(huber(delta=0.001))
     np.testing.assert_allclose(linear, 2 * 0.001 * metrics["abs_error"], rtol=0.01)
+
+
+def test_a_codec_is_inverted(run):
+    codec = run("codec")["Blocks"]()
+    images = jax.random.normal(jax.random.key(0), (2, 6, 4, 3))
+    latents = codec.encode(jax.random.key(1), images)
+    assert latents.shape[1:] == codec.latent_shape((6, 4, 3)) == (3, 2, 12)
+    np.testing.assert_array_equal(latents[:, 1, 0, 3:6], images[:, 2, 1])
+    np.testing.assert_array_equal(codec.decode(latents), images)
+    with pytest.raises(UserError, match="--codec=blocks takes images of even sides, not 5x4"):
+        codec.latent_shape((5, 4, 3))
 
 
 def test_a_metric_is_a_result_and_a_column(run):
