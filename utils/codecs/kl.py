@@ -30,7 +30,7 @@ MAX_LATENT_CHANNELS = 256
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
-    """What config.json says; the defaults are those of files that leave a key out."""
+    """Contents of config.json; a key that a file leaves out has the default."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -45,7 +45,7 @@ class KLConfig:
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
-    # Not of the network: kept for those who read a file that `KLCodec.save` wrote.
+    # Not used here: other programs expect them in a file that `KLCodec.save` writes.
     sample_size: int = 32
     force_upcast: bool = True
 
@@ -53,6 +53,7 @@ class KLConfig:
     def from_dict(cls, content: Mapping[str, Any], path: str, shown: str) -> "KLConfig":
         """Reads the content of a config.json; UserError, naming the flag `shown` and `path`, where it is of another
         network."""
+        # Another kind of network first, since its other keys would mislead.
         kinds = {
             "_class_name": {"AutoencoderKL"},
             "down_block_types": {"DownEncoderBlock2D"},
@@ -64,6 +65,8 @@ class KLConfig:
             unknown = set([found] if isinstance(found, str) else found) - known
             if unknown:
                 raise UserError(f"{shown}: {path} has {name} {min(unknown)}, but only {min(known)} is known here")
+
+        # Some files have null for their scaling factor, or odd values for what is not used here.
         names = {field.name for field in dataclasses.fields(cls)}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
@@ -80,6 +83,7 @@ class KLConfig:
     def check(self, path: str, shown: str) -> None:
         """Raises UserError, naming the flag `shown` and `path`, for values that no VAE in use comes near."""
 
+        # Tests of one value. A type must be exact: True is no integer here.
         def is_number(value, low, high):
             return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
 
@@ -89,6 +93,7 @@ class KLConfig:
         def is_count(most):
             return lambda value: type(value) is int and 1 <= value <= most
 
+        # Bounds far above any VAE in use, but far below what fills a memory.
         rules = {
             "in_channels": is_count(4),
             "out_channels": is_count(4),
@@ -110,7 +115,7 @@ class KLConfig:
                 raise UserError(f"{shown}: no VAE has the sizes in {path} ({name} {value}); fetch it again")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a config.json: everything in which this network may differ from diffusers' defaults."""
+        """Returns the content of a config.json: all in which this network may differ from diffusers' defaults."""
         depth = len(self.block_out_channels)
         return {
             "_class_name": "AutoencoderKL",
@@ -127,11 +132,12 @@ class KLConfig:
 
     @property
     def shift(self) -> np.ndarray:
-        """What is taken from latents before `scale` multiplies them: one number, or one for every channel."""
+        """Shift that is subtracted from latents before `scale` multiplies them: one number, or one for each channel."""
         return np.array((self.shift_factor or 0) if self.latents_mean is None else self.latents_mean, np.float32)
 
     @property
     def scale(self) -> np.ndarray:
+        """Factor that brings shifted latents to about unit variance: one number, or one for each channel."""
         return np.asarray(np.float32(self.scaling_factor) / np.array(self.latents_std or 1, np.float32))
 
 
@@ -139,7 +145,7 @@ class KLConfig:
 
 
 class KLModule(nn.Module):
-    """Layers as the VAE has them; statistics of the normalisation are float32 in any compute dtype."""
+    """Layers that all parts have. Normalisation takes its statistics in float32, whatever the compute dtype."""
 
     config: KLConfig
     dtype: Any
@@ -152,7 +158,7 @@ class KLModule(nn.Module):
 
 
 class ResnetBlock(KLModule):
-    """(b, h, w, c) -> (b, h, w, channels)."""
+    """Two convolutions beside a shortcut, (b, h, w, c) -> (b, h, w, channels)."""
 
     channels: int
 
@@ -164,7 +170,7 @@ class ResnetBlock(KLModule):
 
 
 class AttentionBlock(KLModule):
-    """Self-attention of one head over all places."""
+    """Self-attention with one head over all positions."""
 
     @nn.compact
     def __call__(self, x):
@@ -218,7 +224,8 @@ class Encoder(KLModule):
 
     @nn.compact
     def __call__(self, x):
-        widths, depth = self.config.block_out_channels, self.config.layers_per_block
+        widths = self.config.block_out_channels
+        depth = self.config.layers_per_block
         x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
         for i, width in enumerate(widths):
             resample = "downsamplers_0" if i < len(widths) - 1 else None
@@ -232,7 +239,8 @@ class Decoder(KLModule):
 
     @nn.compact
     def __call__(self, x):
-        widths, depth = self.config.block_out_channels[::-1], self.config.layers_per_block + 1
+        widths = self.config.block_out_channels[::-1]
+        depth = self.config.layers_per_block + 1
         x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
         x = MidBlock(self.config, self.dtype, name="mid_block")(x)
         for i, width in enumerate(widths):
@@ -242,7 +250,7 @@ class Decoder(KLModule):
 
 
 class AutoencoderKL(KLModule):
-    """The whole network; `encode` and `decode` without the scale and shift of latents."""
+    """The network; `encode` and `decode` neither scale nor shift latents."""
 
     def setup(self):
         self.encoder = Encoder(self.config, self.dtype)
@@ -266,7 +274,7 @@ class AutoencoderKL(KLModule):
 
 
 class KLCodec(flax.struct.PyTreeNode):
-    """The codec of latent models. Parameters float32; `dtype` is the compute dtype; results are float32."""
+    """KL autoencoder as a codec. Parameters are float32, `dtype` is the compute dtype, results are float32."""
 
     params: PyTree
     config: KLConfig = flax.struct.field(pytree_node=False)
@@ -301,8 +309,12 @@ class KLCodec(flax.struct.PyTreeNode):
 
     @classmethod
     def random(cls, seed: int, config: KLConfig | None = None, dtype: Any = jnp.float32) -> "KLCodec":
-        """Random weights that keep the size of what passes; default: Stable Diffusion's sizes. To test and measure."""
-        config, rng = config or KLConfig(), np.random.default_rng(seed)
+        """Returns a codec with random weights that keep the variance of what passes, for tests and measurements.
+
+        `config` defaults to the sizes of Stable Diffusion's VAE.
+        """
+        config = config or KLConfig()
+        rng = np.random.default_rng(seed)
         draw = {
             "kernel": lambda shape: rng.standard_normal(shape, np.float32) / np.prod(shape[:-1]) ** 0.5,
             "scale": lambda shape: np.ones(shape),
@@ -313,7 +325,7 @@ class KLCodec(flax.struct.PyTreeNode):
         return cls(unflatten_dict(params), config, jnp.dtype(dtype), "")
 
     def save(self, folder: Path) -> None:
-        """Writes the Hugging Face layout, as `load` and diffusers read it."""
+        """Writes the codec in the Hugging Face layout, which `load` and diffusers read."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -328,7 +340,7 @@ class KLCodec(flax.struct.PyTreeNode):
     def encode_moments(
         self, images: Float[Array, "b h w 3"]
     ) -> tuple[Float[Array, "b h2 w2 c"], Float[Array, "b h2 w2 c"]]:
-        """(mean, log-variance) of the posterior of images in [-1, 1], neither scaled nor shifted."""
+        """Returns (mean, log-variance) of the posterior of images in [-1, 1], neither scaled nor shifted."""
         moments = self._apply(images, "encode").astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30, 20)
@@ -336,22 +348,26 @@ class KLCodec(flax.struct.PyTreeNode):
     def sample_latents(
         self, key: Key[Array, "*b"], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
     ) -> Float[Array, "b h w c"]:
-        """Scaled latents: a posterior sample, brought to about unit variance. `key` is one for each example, or one to
-        be split among them."""
-        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        """Returns a sample of the posterior, scaled to about unit variance.
+
+        `key` is one for each example, or one to be split among them.
+        """
+        mean = mean.astype(jnp.float32)
+        logvar = logvar.astype(jnp.float32)
         keys = key if key.ndim else jax.random.split(key, len(mean))
         z = mean + jnp.exp(logvar / 2) * jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         return (z - self.config.shift) * self.config.scale
 
     def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
-        """Scaled latents of images in [-1, 1]; `key` as `sample_latents` has it."""
+        """Returns scaled latents of images in [-1, 1]; `key` as `sample_latents` takes it."""
         return self.sample_latents(key, *self.encode_moments(images))
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
-        """Images, about in [-1, 1], of scaled latents."""
+        """Returns images, about in [-1, 1], of scaled latents."""
         return self._apply(latents / self.config.scale + self.config.shift, "decode").astype(jnp.float32)
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Returns (h / f, w / f, c), where f is `downsampling`; UserError where a side does not divide by it."""
         height, width, channels = image_shape
         factor = self.config.downsampling
         if channels != self.config.in_channels:

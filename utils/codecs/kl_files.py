@@ -20,7 +20,10 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def find_files(path: str, shown: str) -> tuple[Path, Path]:
-    """(config.json, weights) in a folder or its subfolder `vae`, or fetched from the hub."""
+    """Returns the paths of (config.json, weights) in a folder or its subfolder `vae`, or fetched from the hub.
+
+    UserError, which begins with the flag `shown`, where they are not found.
+    """
     folder = Path(path)
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return _fetch_files(path, shown)
@@ -38,7 +41,7 @@ def find_files(path: str, shown: str) -> tuple[Path, Path]:
 
 
 def _fetch_files(hub_id: str, shown: str) -> tuple[Path, Path]:
-    """(config.json, weights) out of the hub's cache, else fetched into it."""
+    """Returns the paths of (config.json, weights) in the hub's cache, after fetching what is not there."""
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
@@ -65,20 +68,22 @@ def _fetch_files(hub_id: str, shown: str) -> tuple[Path, Path]:
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
-    """('encoder', 'down_blocks_0', 'conv1', 'kernel') -> 'encoder.down_blocks.0.conv1.weight'."""
+    """Returns a parameter's name in the file: ('down_blocks_0', 'conv1', 'kernel') is 'down_blocks.0.conv1.weight'."""
     *modules, leaf = path
     leaf = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
     return ".".join([*(re.sub(r"_(\d+)$", r".\1", module) for module in modules), leaf])
 
 
 def to_torch_layout(value: np.ndarray) -> np.ndarray:
-    """Kernels (h, w, in, out) -> (out, in, h, w) and (in, out) -> (out, in)."""
+    """Returns a kernel (h, w, in, out) as (out, in, h, w), or (in, out) as (out, in)."""
     return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
 def read_params(file: Path, targets: Mapping[tuple[str, ...], Any], shown: str) -> PyTree:
-    """Parameters of the shapes of `targets`, float32, from a safetensors file. UserError, before a
-    tensor is read, where one is missing, left over or misshapen."""
+    """Returns float32 parameters of the shapes of `targets` from a safetensors file.
+
+    UserError, before a tensor is read, where one is missing, left over, or of another shape.
+    """
     try:
         found = read_safetensors_shapes(file)
         requested = _match_tensors(found, targets, file, shown)
@@ -97,7 +102,7 @@ def read_params(file: Path, targets: Mapping[tuple[str, ...], Any], shown: str) 
 def _match_tensors(
     found: Mapping[str, tuple[int, ...]], targets: Mapping[tuple[str, ...], Any], file: Path, shown: str
 ) -> dict[str, tuple[str, ...]]:
-    """{name in the file: path of the parameter}, attention under its older names too."""
+    """Returns {name in the file: path of the parameter}; attention may have its older names."""
     newer = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     names = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{newer[m[1]]}.", name): name for name in found}
     names |= {name: name for name in found if name in names}  # where a file has both, the older one is left over

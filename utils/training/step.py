@@ -30,9 +30,10 @@ VALIDATION = 2**31 - 2
 def accumulate_microbatches(
     function: Callable[[PyTree], PyTree], examples: PyTree, grad_accum: int, period: int = 1
 ) -> PyTree:
-    """The mean of function(microbatch) over `grad_accum` microbatches of the examples' rows, one after the other.
+    """Returns the mean of function(microbatch) over `grad_accum` microbatches of the examples, one after the other.
 
-    Rows go to microbatches in turn, `period` at a time."""
+    Rows go to microbatches in turn, `period` at a time.
+    """
     if grad_accum == 1:
         return function(examples)
 
@@ -51,8 +52,11 @@ def accumulate_microbatches(
 def draw_examples(
     key: Key[Array, ""], batch: Batch, objective: Objective, class_dropout_prob: float
 ) -> dict[str, PyTree]:
-    """The batch with all that is random in its loss, per example: keys for the codec, the objective's draws, and which
-    conditions are dropped (classifier-free guidance, arXiv:2207.12598)."""
+    """Returns the batch with all that is random in its loss, per example.
+
+    These are keys for the codec, the objective's draws, and which conditions are dropped (classifier-free guidance,
+    arXiv:2207.12598).
+    """
     codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
     return {
         "batch": batch,
@@ -71,7 +75,7 @@ def example_losses(
     model: Network,
     objective: Objective,
 ) -> tuple[Array, dict[str, Array]]:
-    """(losses, metrics) of the examples, each (b,)."""
+    """Returns (losses, metrics) of the examples, each (b,)."""
     x_1 = examples["batch"].to_latents(codec, examples["codec_key"])
     is_dropped = examples["is_dropped"]
     null = model.condition.null(len(is_dropped))
@@ -92,7 +96,7 @@ def compute_gradients(
     class_dropout_prob: float,
     frozen: tuple[str, ...] = (),
 ) -> tuple[PyTree, dict[str, Array]]:
-    """(gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is the loss, whatever it is.
+    """Returns (gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is that loss.
 
     The gradients of `frozen` parts of the parameters are zero, and are not computed.
     """
@@ -130,7 +134,7 @@ def train_step(
     frozen: tuple[str, ...] = (),
     skips_nonfinite: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """(next state, metrics) of one Adam step on a global batch.
+    """Returns (next state, metrics) of one Adam step on a global batch.
 
     With `skips_nonfinite`, an update that is not finite changes nothing but the step.
     """
@@ -154,7 +158,8 @@ def train_step(
 def skip_nonfinite_update(
     state: TrainState, new_state: TrainState, grads: PyTree, metrics: dict[str, Array]
 ) -> tuple[TrainState, dict[str, Array]]:
-    """(`new_state`, or where its update is not finite `state` one step on; metrics with what `SkippedUpdates` counts).
+    """Returns (`new_state`, or where its update is not finite `state` one step on; metrics with what
+    `SkippedUpdates` counts).
 
     An update is finite if its loss and the norms of gradients and update are: an infinite gradient can end as a finite
     update, but leaves Adam's second moment infinite for ever.
@@ -177,7 +182,7 @@ def skip_nonfinite_update(
 
 
 def jit_train_step(shardings: TrainState, metrics_sharding: NamedSharding, **static: Any) -> jax.stages.Wrapped:
-    """`train_step` with these static arguments; it donates the state's memory, and leaves the next state there."""
+    """Returns `train_step`, compiled for these static arguments; the next state takes the memory of the state."""
     return jax.jit(partial(train_step, **static), donate_argnums=0, out_shardings=(shardings, metrics_sharding))
 
 
@@ -192,8 +197,10 @@ def validation_step(
     grad_accum: int,
     frozen: tuple[str, ...] = (),
 ) -> dict[str, Array]:
-    """Metrics of a batch with all conditions kept, and the same noise and times whatever the step; the norms are those
-    of the update that this batch would cause, which is not applied."""
+    """Returns metrics of a batch with all conditions kept, and the same noise and times whatever the step.
+
+    The norms are those of the update that this batch would cause, which is not applied.
+    """
     grads, metrics = compute_gradients(
         state,
         jax.random.fold_in(state.key, VALIDATION),
@@ -220,7 +227,7 @@ def loss_at_time(
     model: Network,
     objective: Objective,
 ) -> Array:
-    """Mean loss of a batch, all conditions kept, with every time set to `t` and the same noise at every t."""
+    """Returns the mean loss of a batch, all conditions kept, with every time set to `t` and the same noise at every t."""
     examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
     examples["draws"] |= {"t": jnp.full_like(examples["draws"]["t"], t)}
     losses, _ = example_losses(params, params, codec, examples, model=model, objective=objective)
