@@ -39,13 +39,15 @@ CONFIG = {
     "lr_schedule": "constant",
     "frozen": [],
     "save_dir": "runs/a",
+    "codec": "pixels",
     "model": DIT.__dict__
     | OPTIMIZER
     | {"use_stable_vae": 0, "t_sampler": "uniform", "preset": "debug", "denoise_timesteps": 32},
     "objective": {"name": "flow_matching", "distill": 0, "diffusion_timesteps": None, "omega": None},
     "dataset": {
         "name": "digits", "image_shape": [8, 8, 3], "latent_shape": [8, 8, 3], "class_names": ["a", "b"], "vae": None,
-        "vae_sha256": None, "empty_classes": [], "condition": {"kind": "class", "arrays": [[[], "int32"]]},
+        "vae_sha256": None, "codec": {"name": "pixels", "source": None, "sha256": None}, "empty_classes": [],
+        "condition": {"kind": "class", "arrays": [[[], "int32"]]},
         "splits": {"train": {"format": "array", "num_examples": 9, "sha256": "x"}},
     },
     "jax": {"jax_enable_x64": False},
@@ -131,8 +133,12 @@ def test_whole_configurations_are_read_as_they_are(sample_shape):
     assert found["objective"] == {"name": "flow_matching", "distill": 0}
     assert found["dataset"]["name"] == "digits"
     assert "rope" not in oldest["model"]
+    assert (found["codec"], found["dataset"]["codec"]["name"]) == ("pixels", "pixels")
     # The VAE of a run that does not say its latents' shape may have any number of channels, and any factor.
     oldest["model"]["use_stable_vae"] = 1
+    del oldest["codec"]
+    assert read_config(oldest | {"vae": "x"})["codec"] == "kl:x"
+    assert read_config(oldest)["dataset"]["codec"] == {"name": "kl", "source": None, "sha256": None}
     shapes = {"['patch_embed']['kernel']": (2, 2, 16, 24), "['label_embed']['Embed_0']['embedding']": (3, 24)}
     check_parameters(read_config(oldest), shapes | {"['block_0']['mlp']": ()})
 

@@ -227,7 +227,7 @@ def loss_at_time(
     model: Network,
     objective: Objective,
 ) -> Array:
-    """Returns the mean loss of a batch, all conditions kept, with every time set to `t` and the same noise at every t."""
+    """Returns the mean loss of a batch, all conditions kept, with every time set to `t`; the noise is that of any t."""
     examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
     examples["draws"] |= {"t": jnp.full_like(examples["draws"]["t"], t)}
     losses, _ = example_losses(params, params, codec, examples, model=model, objective=objective)
