@@ -49,7 +49,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             (
                 *("cfg_scale", "cfg_interval", "cfg_channels", "use_cfg", "denoise_timesteps", "time_grid", "solver"),
-                *("rtol", "atol", "labels", "params", "seed", "save_samples", "codec", "vae", "dataset_name", "use_stable_vae"),
+                *("rtol", "atol", "labels", "params", "seed", "save_samples"),
+                *("codec", "vae", "dataset_name", "use_stable_vae"),
                 *("model.*", "objective.*"),
             ),
             "on --samples, which are scored as they are",
