@@ -32,9 +32,9 @@ from utils.images.samples import Samples, open_samples
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, check_extractors
 from utils.metrics.inception import CONVENTIONS
 from utils.objectives.registry import make_objective
-from utils.runs.evaluation import FILES, RunEvaluation, evaluate_run, evaluate_samples
 from utils.runs.opening import open_checkpoint
 from utils.runs.results import check_json_path
+from utils.runs.scoring import FILES, RunEvaluation, evaluate_run, evaluate_samples
 from utils.training.advice import shipped_statistics, write_statistics_command
 
 

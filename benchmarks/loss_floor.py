@@ -13,7 +13,7 @@ from utils.data.dataset import DataOptions
 from utils.flags import program
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.objectives.flow_matching import MAX_PATH_TIME
-from utils.training.panels import LOSS_TIMES
+from utils.training.evaluation import LOSS_TIMES
 
 SHRINKAGE = 0.1  # of a class's covariance towards that within all classes
 

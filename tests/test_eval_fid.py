@@ -10,7 +10,7 @@ import eval_fid
 from tests.test_generate import run  # noqa: F401 (fixture)
 from utils.metrics.extractors import POOL
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
-from utils.runs import evaluation
+from utils.runs import scoring
 from utils.runs.opening import load_generator
 from utils.runs.results import Results
 from utils.sampling.generator import ImageGenerator, hash_params
@@ -34,10 +34,10 @@ def evaluate(run, read_flags, tmp_path, monkeypatch):  # noqa: F811
         loaded.append(path)
         return np.zeros((2048, 1008), np.float32)
 
-    monkeypatch.setattr(evaluation, "load_extractors", load_extractors)
-    monkeypatch.setattr(evaluation, "load_statistics", load_statistics)
-    monkeypatch.setattr(evaluation, "load_logits", load_logits)
-    monkeypatch.setattr(evaluation.RunEvaluation, "evaluate", lambda self, sampler: {"fid": 1.0})
+    monkeypatch.setattr(scoring, "load_extractors", load_extractors)
+    monkeypatch.setattr(scoring, "load_statistics", load_statistics)
+    monkeypatch.setattr(scoring, "load_logits", load_logits)
+    monkeypatch.setattr(scoring.RunEvaluation, "evaluate", lambda self, sampler: {"fid": 1.0})
 
     def start(line=""):
         words = ["--load_dir", str(run), "--out", str(tmp_path), "--wandb.mode", "disabled", "--fid_stats", "s.npz"]
@@ -51,13 +51,13 @@ def evaluate(run, read_flags, tmp_path, monkeypatch):  # noqa: F811
 def test_a_row_of_other_parameters_is_another_row(evaluate, monkeypatch):
     (row,) = evaluate()
     assert evaluate() == [row]
-    restore_params = evaluation.restore_params
+    restore_params = scoring.restore_params
 
     def restore_others(*arguments):
         step, params = restore_params(*arguments)
         return step, jax.tree.map(lambda leaf: leaf + 1, params)  # of a run that began again, say
 
-    monkeypatch.setattr(evaluation, "restore_params", restore_others)
+    monkeypatch.setattr(scoring, "restore_params", restore_others)
     first, second = evaluate()
     assert first == row
     assert {name for name in row if row[name] != second[name]} == {"params_sha256"}
@@ -104,18 +104,18 @@ def test_weights_labels_and_batches_are_those_of_the_flags(evaluate, monkeypatch
         seen.append(self)
         return {"fid": 1.0}
 
-    monkeypatch.setattr(evaluation.RunEvaluation, "evaluate", look)
+    monkeypatch.setattr(scoring.RunEvaluation, "evaluate", look)
     flags = "--inception_weights w.pt --inception_logits fc.npz --labels dataset --batch_size 6 --seed 5"
     rows = evaluate(f"{flags} --json {tmp_path / 'rows.json'}")
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
-    (seen_evaluation,) = seen
+    (evaluation,) = seen
     assert evaluate.loaded == ["fc.npz", ("w.pt", "adm")]
-    assert seen_evaluation.logits is not None
-    assert seen_evaluation.batch_size == 6
-    assert seen_evaluation.generator.label_mode == "dataset"
-    np.testing.assert_array_equal(seen_evaluation.generator.counts, COUNTS)
-    expected = ImageGenerator(seen_evaluation.model, seen_evaluation.generator.params, seed=5)
-    np.testing.assert_array_equal(seen_evaluation.generator.noise([3]), expected.noise([3]))
+    assert evaluation.logits is not None
+    assert evaluation.batch_size == 6
+    assert evaluation.generator.label_mode == "dataset"
+    np.testing.assert_array_equal(evaluation.generator.counts, COUNTS)
+    expected = ImageGenerator(evaluation.model, evaluation.generator.params, seed=5)
+    np.testing.assert_array_equal(evaluation.generator.noise([3]), expected.noise([3]))
 
 
 def test_raw_parameters_are_another_row_which_says_so(evaluate, run):  # noqa: F811
@@ -130,12 +130,12 @@ def test_raw_parameters_are_another_row_which_says_so(evaluate, run):  # noqa: F
 
 def test_classes_without_images_are_not_drawn_and_make_another_row(evaluate, monkeypatch):
     (whole,) = evaluate()
-    load_model = evaluation.load_model
+    load_model = scoring.load_model
 
     def load(saved, *arguments, **keywords):
         return load_model(saved | {"dataset": saved["dataset"] | {"empty_classes": [4]}}, *arguments, **keywords)
 
-    monkeypatch.setattr(evaluation, "load_model", load)
+    monkeypatch.setattr(scoring, "load_model", load)
     first, second = evaluate()
     assert first == whole
     assert {name for name in second if second[name] != first.get(name)} == {"empty_classes"}

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from diffusion_transformer import PRESETS
 from utils.base.devices import make_mesh
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
@@ -17,25 +16,21 @@ from utils.metrics import measure
 from utils.metrics.extractors import POOL, SPATIAL
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.statistics import ImageStatistics
+from utils.networks.dit_config import DiTConfig
 from utils.networks.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
-from utils.runs.evaluation import Scoring
+from utils.runs.scoring import Scoring
 from utils.sampling import solvers as sampling
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, _generate
 from utils.sampling.solvers import SamplerConfig
-from utils.training.panels import sample_stages
+from utils.training.evaluation import sample_stages
 
-MODEL = {
-    **PRESETS["debug"], "patch_size": 2, "num_classes": 10, "class_dropout_prob": 0.1, "use_stable_vae": 0,
-    "t_conditioning": 1, "dtype": "float32", "t_sampler": "logit_normal", "cfg_scale": 4.0, "beta1": 0.9, "beta2": 0.99,
-}  # fmt: skip
+MODEL = DiTConfig(patch_size=2, num_classes=10, class_dropout_prob=0.1, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(
-        ConfigDict(MODEL), FlowMatching(), PixelCodec(), make_mesh(), (8, 8, 1), ClassCondition(tuple("0123456789"))
-    )
+    return make_model(MODEL, FlowMatching(), PixelCodec(), make_mesh(), (8, 8, 1), ClassCondition(tuple("0123456789")))
 
 
 @pytest.fixture(scope="module")

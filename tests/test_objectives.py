@@ -15,7 +15,7 @@ from utils.objectives.flow_matching import FlowMatching, expand_times
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.registry import OBJECTIVES, flag_of, make_objective
 from utils.objectives.shortcut import Shortcut
-from utils.runs import evaluation
+from utils.runs import scoring
 from utils.runs.trackers import read_metrics
 
 RUN = """
@@ -65,7 +65,7 @@ def train(monkeypatch, read_flags, tmp_path, signal_handlers):
 
 
 def test_a_new_objective_is_trained_evaluated_and_resumed(train, read_flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_extractors", lambda *names, **options: {})
+    monkeypatch.setattr(scoring, "load_extractors", lambda *names, **options: {})
     # Saved after every step, for the minutes' sake; of those the newest stays, and every second.
     keep = ["--save_minutes", "1e-9", "--keep_last", "1", "--keep_every", "2"]
     train("--max_steps", "2", "--objective.weight", "3", "--peak_tflops", "2", *keep)
