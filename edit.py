@@ -39,7 +39,8 @@ from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.sampling.editing import choose_labels, read_images, read_mask
 from utils.sampling.generator import RECIPE_BATCH_SIZE
-from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, slerp
+from utils.sampling.paths import slerp
+from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS
 
 FILES = ("interpolation.png", "inversion.png", "noise.npz", "inpainting.png")
 

@@ -31,7 +31,7 @@ from utils.flags.help import topic
 from utils.images.samples import Samples, open_samples
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, check_extractors
 from utils.metrics.inception import CONVENTIONS
-from utils.objectives.registry import make_objective
+from utils.objectives.objectives import make_objective
 from utils.runs.opening import open_checkpoint
 from utils.runs.results import check_json_path
 from utils.runs.scoring import FILES, RunEvaluation, evaluate_run, evaluate_samples

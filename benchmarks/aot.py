@@ -70,7 +70,7 @@ from utils.kernels.tpu_attention import CHUNK
 from utils.networks.ema import EmaSchedule
 from utils.networks.models import ImageModel, init_params
 from utils.objectives.flow_matching import FlowMatching
-from utils.sampling import generator as generate
+from utils.sampling import compiled
 from utils.sampling.solvers import SamplerConfig
 from utils.training.progress import PEAK_TFLOPS
 from utils.training.state import create_train_state, make_optimizer
@@ -202,7 +202,7 @@ def lower_sampler(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, d
     """A guided sampler of latents; its loop over Euler steps is counted once."""
     model = make_image_model(config, mesh)
     params = shape_structs(jax.eval_shape(partial(init_params, model), jax.random.key(0)), replicated(mesh))
-    return generate.lower_sampler(model, params, SamplerConfig(32, 4.0), config.batch), {}
+    return compiled.lower_sampler(model, params, SamplerConfig(32, 4.0), config.batch), {}
 
 
 def lower_encoder(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, dict[str, Any]]:

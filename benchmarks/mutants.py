@@ -77,11 +77,11 @@ test_checkpoint.py::test_processes_of_one_run_save_at_the_step_that_the_first_on
   utils/training/progress.py: jax.process_count() > 1 and self.pause < math.inf -> False
   utils/training/progress.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
 test_generate.py::test_what_is_in_the_hole_does_not_enter_its_filling
-  utils/sampling/generator.py: factors[1]).any(axis=(1, 3)) -> factors[1]).all(axis=(1, 3))
+  utils/sampling/compiled.py: factors[1]).any(axis=(1, 3)) -> factors[1]).all(axis=(1, 3))
 test_generate.py::test_guidance_and_times_are_those_of_the_sampler
-  utils/sampling/generator.py: (float(low), float(high)) -> (0.0, 1.0)
+  utils/sampling/compiled.py: (float(low), float(high)) -> (0.0, 1.0)
 test_generate.py::test_tolerances_are_those_of_the_sampler
-  utils/sampling/generator.py: sampler.rtol, sampler.atol) -> sampler.rtol, sampler.rtol)
+  utils/sampling/compiled.py: sampler.rtol, sampler.atol) -> sampler.rtol, sampler.rtol)
 test_edit.py::test_interpolations_begin_and_end_at_the_samples
   edit.py: slerp(ends[0::2], ends[1::2], fractions) -> slerp(ends[1::2], ends[0::2], fractions)
 test_edit.py::test_between_two_classes_the_first_is_on_the_left

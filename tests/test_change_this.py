@@ -25,7 +25,7 @@ from utils.metrics.metrics import METRICS, compute_metrics, metric_columns
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
 from utils.objectives.flow_matching import FlowMatching
-from utils.objectives.registry import OBJECTIVES
+from utils.objectives.objectives import OBJECTIVES
 from utils.runs.opening import load_generator
 from utils.runs.trackers import TRACKERS, Trackers, read_metrics
 

@@ -13,7 +13,7 @@ from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import CONDITIONS, Mixture, drop_rows, record_condition, restore_condition
 from utils.runs.opening import load_generator
 from utils.runs.trackers import read_metrics
-from utils.sampling.solvers import guide
+from utils.sampling.guidance import guide
 
 CLASSES = ClassCondition(("cat", "dog", "golden retriever"), (1,), num_classes=5)
 
@@ -28,26 +28,23 @@ SIZES = {"hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": 2, "denois
 def test_an_own_condition_is_trained_sampled_and_resumed(run, tmp_path, monkeypatch, capsys):  # noqa: F811
     names = run("condition", "loop")
     settings = {f"model.{name}": value for name, value in SIZES.items()} | {"model.target_update_rate": 0.9}
-    settings |= {"dataset_name": "ramps", "batch_size": 64, "log_interval": 1, "eval_interval": 60}
+    settings |= {"dataset_name": "ramps", "batch_size": 64, "log_interval": 1, "eval_interval": 0}
 
     def train(max_steps):
         return names["fit"](str(tmp_path / "run"), max_steps, **settings)
 
-    # Trained, with the panels of an evaluation.
+    # Trained.
     generator = train(60)
-    losses = [
-        line["training/l2_loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"] < 61
-    ]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [line["training/l2_loss"] for line in lines if "training/l2_loss" in line]
     assert losses[-1] < 0.7 * losses[0]
-    assert list((tmp_path / "run" / "images").glob("sample_cfg_*"))
+    assert generator.condition.titles(generator.condition.show(0, 8))[1].startswith("[")
     assert generator.condition == names["Direction"]()
 
     # Sampled under guidance: bright on the right, and below.
     images = generator.sample(conditions=[[1, 0], [0, 1]], num_steps=8, cfg_scale=2.0).astype(float)
-    right, below = (
-        (images[:, :, 4:] - images[:, :, :4]).mean((1, 2, 3)),
-        (images[:, 4:] - images[:, :4]).mean((1, 2, 3)),
-    )
+    right = (images[:, :, 4:] - images[:, :, :4]).mean((1, 2, 3))
+    below = (images[:, 4:] - images[:, :4]).mean((1, 2, 3))
     assert right[0] > abs(right[1]) + 10
     assert below[1] > abs(below[0]) + 10
     drawn = generator.conditions(range(3))
@@ -60,7 +57,7 @@ def test_an_own_condition_is_trained_sampled_and_resumed(run, tmp_path, monkeypa
 
     # Resumed, but under no other condition; and known only where it is registered.
     train(61)
-    assert "resuming" in capsys.readouterr().err
+    assert "resuming" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setattr(names["Direction"], "spec", jax.ShapeDtypeStruct((3,), jnp.float32))
         with pytest.raises(UserError, match=r"has arrays \[\[\[2\], 'float32'\]\], but 'direction' is"):

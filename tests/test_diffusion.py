@@ -22,6 +22,7 @@ from utils.objectives.flow_matching import FlowMatching
 from utils.runs.opening import load_generator
 from utils.runs.trackers import read_metrics
 from utils.sampling import solvers as sampling
+from utils.sampling.guidance import guide
 from utils.sampling.solvers import SOLVERS, ancestral_step
 from utils.training.state import apply_gradients, create_train_state, make_optimizer
 
@@ -77,7 +78,7 @@ def test_loss_and_prediction_equal_published(golden, model):
     np.testing.assert_allclose(metrics["v_abs_mean"], np.abs(golden["eps"]).mean((1, 2, 3)), rtol=1e-5)
     predicted = objective.predict_data(network, golden["x_t"], draws["t"], golden["labels"])
     assert error(predicted, golden["x_1_pred"]) < 2e-5
-    guided = sampling.guide(network, ClassCondition(num_classes=10).null, float(golden["meta/eps_pred_guided_scale"]))
+    guided = guide(network, ClassCondition(num_classes=10).null, float(golden["meta/eps_pred_guided_scale"]))
     found = guided(golden["x_t"], golden["k"].astype(jnp.float32), golden["labels"])
     assert error(found, golden["eps_pred_guided"]) < 1e-5
 
@@ -111,7 +112,7 @@ def test_chains_equal_published(golden, model, name):
     solver, steps, guidance = name.split("_")
     num_steps, objective = int(steps.removeprefix("steps")), Diffusion()
     cfg_scale = None if guidance == "nocfg" else float(guidance.removeprefix("cfg"))
-    guided = sampling.guide(model_fn(model.network, model.params), model.network.condition.null, cfg_scale)
+    guided = guide(model_fn(model.network, model.params), model.network.condition.null, cfg_scale)
     field, times = objective.velocity(guided, golden["sample_labels"]), objective.time_at
     levels = [round(float(objective.level_at(times(i, num_steps)))) for i in range(num_steps)]
     assert levels == golden[f"index_steps{num_steps}"].tolist()
@@ -158,7 +159,7 @@ def test_samples_of_exact_fields_have_the_law_of_the_data(objective, solver):
     count, num_steps = 20_000, 400
     labels, noise = jnp.zeros(count, jnp.int32), jax.random.normal(jax.random.key(1), (count, 1))
     network = exact_noise if isinstance(objective, Diffusion) else exact_velocity
-    times = {"any": sampling.time_at, "sde": sampling.sde_time_at, "diffusion": Diffusion(1000).time_at}
+    times = {"any": sampling.time_at, "sde": sampling.sde_time_at, "objective": Diffusion(1000).time_at}
     keys = jax.random.split(jax.random.key(2), count)
     field = objective.velocity(network, labels)
     samples = sampling.sample(field, noise, num_steps, solver, times[SOLVERS[solver].grid], keys)

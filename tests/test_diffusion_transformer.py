@@ -15,6 +15,7 @@ from utils.convert.jax_flow import import_jax_flow_params
 from utils.networks.models import model_fn
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling import solvers as sampling
+from utils.sampling.guidance import guide
 from utils.training.state import apply_gradients, create_train_state, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -99,7 +100,7 @@ def test_samples_equal_published(golden, model, params, case):
     num_steps, guidance = case.split("_")
     cfg_scale = None if guidance == "nocfg" else float(guidance.removeprefix("cfg"))
 
-    guided = sampling.guide(model_fn(model, params), model.condition.null, cfg_scale)
+    guided = guide(model_fn(model, params), model.condition.null, cfg_scale)
     velocity_fn = FlowMatching().velocity(guided, golden["sample_labels"])
     samples = sampling.sample(velocity_fn, golden["noise"], int(num_steps))
     np.testing.assert_allclose(samples, golden[f"sample_steps{case}"], atol=TOLERANCE)

@@ -20,8 +20,9 @@ from utils.networks.dit_config import DiTConfig
 from utils.networks.models import init_params, make_model
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.scoring import Scoring
+from utils.sampling import compiled
 from utils.sampling import solvers as sampling
-from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, _generate
+from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator
 from utils.sampling.solvers import SamplerConfig
 from utils.training.evaluation import sample_stages
 
@@ -73,9 +74,9 @@ def test_the_first_samples_do_not_depend_on_how_many_follow(model, params):
 
 def test_guidance_scale_and_steps_compile_one_program(model, params):
     generate(model, params, 32, 32, cfg_scale=2.0, num_steps=3)
-    compiled = _generate._cache_size()
+    num_compiled = compiled.generate._cache_size()
     generate(model, params, 32, 32, cfg_scale=0.5, num_steps=9)
-    assert _generate._cache_size() == compiled
+    assert compiled.generate._cache_size() == num_compiled
 
 
 def test_the_batch_is_what_fits_the_memory(model, params):

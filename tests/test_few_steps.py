@@ -24,6 +24,7 @@ from utils.objectives.objective import draw_noise
 from utils.objectives.shortcut import Shortcut
 from utils.runs.opening import load_generator
 from utils.sampling import solvers as sampling
+from utils.sampling.guidance import guide
 from utils.training.fine_tune import refit_times, zero_step_embed
 from utils.training.state import create_train_state, make_optimizer
 from utils.training.step import compute_gradients
@@ -93,7 +94,7 @@ def test_targets_losses_and_gradients_of_shortcuts_equal_published(shortcut, cas
 @pytest.mark.parametrize("guidance", [None, 1.5])
 def test_samples_of_shortcuts_equal_published(shortcut, num_steps, guidance):
     golden = shortcut.numbers
-    guided = sampling.guide(model_fn(shortcut.network, shortcut.params), shortcut.network.condition.null, guidance)
+    guided = guide(model_fn(shortcut.network, shortcut.params), shortcut.network.condition.null, guidance)
     field = Shortcut().velocity(guided, golden["sample_labels"])
     found = jax.jit(lambda noise: sampling.sample(field, noise, num_steps))(golden["noise"])
     name = "nocfg" if guidance is None else f"cfg{guidance}"

@@ -13,7 +13,7 @@ from utils.base.settings import setting
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching, expand_times
 from utils.objectives.mean_flow import MeanFlow
-from utils.objectives.registry import OBJECTIVES, flag_of, make_objective
+from utils.objectives.objectives import OBJECTIVES, flag_of, make_objective
 from utils.objectives.shortcut import Shortcut
 from utils.runs import scoring
 from utils.runs.trackers import read_metrics

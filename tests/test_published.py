@@ -18,8 +18,9 @@ from utils.conditions.classes import ClassCondition
 from utils.convert.published import FAMILIES, export_published, find_config, import_published, tensor_table
 from utils.convert.sources import read_source
 from utils.networks.models import model_fn
-from utils.objectives.registry import make_objective
+from utils.objectives.objectives import make_objective
 from utils.sampling import solvers as sampling
+from utils.sampling.guidance import guide, within
 from utils.sampling.solvers import SOLVERS, SamplerConfig
 
 TOLERANCE = 1e-5  # of the largest value; recipe_checkpoints.md says what a wrong import would differ by
@@ -87,7 +88,7 @@ def null_of(model):
 
 
 def velocity(model, labels, cfg_scale, cfg_channels=3):
-    guided = sampling.guide(model.network, null_of(model), cfg_scale, cfg_channels)
+    guided = guide(model.network, null_of(model), cfg_scale, cfg_channels)
     return model.objective.velocity(guided, jnp.asarray(labels, jnp.int32))
 
 
@@ -154,7 +155,7 @@ def test_a_dit_computes_what_the_published_one_does(dit):
 
 def test_guidance_of_a_dit_leaves_its_last_channel_and_sigma(dit):
     golden = dit.golden
-    guided = sampling.guide(dit.network, null_of(dit), float(golden["cfg_scale"]), 3)
+    guided = guide(dit.network, null_of(dit), float(golden["cfg_scale"]), 3)
     found = guided(golden["cfg_z"], jnp.asarray(golden["cfg_t"], jnp.float32), jnp.asarray(golden["cfg_y"], jnp.int32))
     assert error(found, golden["cfg_out"]) < TOLERANCE
 
@@ -184,7 +185,7 @@ def test_ddpm_of_a_dit_has_its_learned_variance(dit):
         found = SOLVERS["ddpm"].step(field, x, t, t_next, golden["step_noise"])[i] / jnp.hypot(t_next, 1 - t_next)
         assert error(found, golden["step_ddpm"][i]) < 2 * TOLERANCE
     for name, cfg_scale in (("ddpm4", float(golden["sample_cfg"])), ("ddpm4_nocfg", None)):
-        guided = sampling.guide(dit.network, null_of(dit), cfg_scale, 3)
+        guided = guide(dit.network, null_of(dit), cfg_scale, 3)
         field = dit.objective.velocity_with_variance(guided, golden["sample_y"].astype(jnp.int32))
         times = dit.objective.time_at
         assert [round(float(dit.objective.level_at(times(i, 4)))) for i in range(4)] == [999, 666, 333, 0]
@@ -200,7 +201,7 @@ def test_a_lightningdit_computes_what_the_published_one_does():
     assert (model.config.norm, model.config.mlp, model.config.rope) == ("rms", "swiglu", 1)
     assert error(model.network(golden["x"], golden["t"], golden["y"]), golden["out"]) < TOLERANCE
     plain, guided = (velocity(model, golden["sample_y"], scale) for scale in (None, 6.7))
-    field = sampling.within(guided, plain, 0.125, 1.0)
+    field = within(guided, plain, 0.125, 1.0)
 
     def times(step, num_steps):
         return sampling.time_at(step, num_steps, 1 / 0.3)

@@ -20,7 +20,8 @@ from utils.objectives.flow_matching import expand_times
 from utils.runs.opening import load_generator
 from utils.runs.trackers import read_metrics
 from utils.sampling.generator import ImageGenerator
-from utils.sampling.solvers import SamplerConfig, sample, straightness
+from utils.sampling.paths import straightness
+from utils.sampling.solvers import SamplerConfig, sample
 
 MEAN, STD = 0.4, 0.5
 reflow = pytest.mark.xdist_group("reflow")

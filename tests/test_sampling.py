@@ -7,6 +7,8 @@ import pytest
 
 from utils.conditions.classes import ClassCondition, draw_labels
 from utils.sampling import solvers as sampling
+from utils.sampling.guidance import guide, mix, within
+from utils.sampling.paths import inpaint, invert, slerp
 
 KEY = jax.random.key(3)
 CLASSES = ClassCondition(num_classes=10)
@@ -73,15 +75,13 @@ def test_guidance_is_on_in_its_interval_alone():
 
     @jax.jit
     def velocity(t, low, high):
-        fields = (
-            lambda x, t, t_next, f=f: f(x, t, labels) for f in (sampling.guide(counting, CLASSES.null, 4.0), counting)
-        )
+        fields = (lambda x, t, t_next, f=f: f(x, t, labels) for f in (guide(counting, CLASSES.null, 4.0), counting))
         times = jnp.full(2, t)
-        return sampling.within(*fields, low, high)(x, times, times)
+        return within(*fields, low, high)(x, times, times)
 
     for t, on in ((0.0, False), (0.25, True), (0.5, True), (0.75, True), (0.8, False)):
         passes.clear()
-        expected = sampling.guide(model_fn, CLASSES.null, 4.0 if on else None)(x, jnp.full(2, t), labels)
+        expected = guide(model_fn, CLASSES.null, 4.0 if on else None)(x, jnp.full(2, t), labels)
         np.testing.assert_allclose(velocity(t, 0.25, 0.75), expected, rtol=1e-6)
         jax.effects_barrier()
         assert passes == [4 if on else 2]  # no second pass outside
@@ -108,7 +108,7 @@ def test_step_count_and_scale_compile_nothing_anew():
     def sample(x, scale, steps):
         traces.append(1)
         labels = jnp.zeros(4, jnp.int32)
-        guided = sampling.guide(model_fn, CLASSES.null, scale)
+        guided = guide(model_fn, CLASSES.null, scale)
         return sampling.sample(lambda x, t, t_next: guided(x, t, labels), x, steps)
 
     for scale, steps in ((4.0, 1), (1.5, 7), (0.0, 500)):
@@ -121,7 +121,7 @@ def test_guidance_is_the_formula(scale):
     x, t = jax.random.normal(KEY, (5, 3)), jnp.linspace(0, 1, 5)
     labels = jnp.array([0, 3, 9, 1, 2])
     v_uncond, v_cond = model_fn(x, t, jnp.full(5, 10)), model_fn(x, t, labels)
-    v = sampling.guide(model_fn, CLASSES.null, scale)(x, t, labels)
+    v = guide(model_fn, CLASSES.null, scale)(x, t, labels)
     np.testing.assert_allclose(v, v_uncond + scale * (v_cond - v_uncond), rtol=1e-5)
 
 
@@ -133,7 +133,7 @@ def test_no_guidance_is_one_conditional_pass():
         batches.append(len(x))
         return model_fn(x, t, labels)
 
-    v = sampling.guide(counting, CLASSES.null, None)(x, t, labels)
+    v = guide(counting, CLASSES.null, None)(x, t, labels)
     assert batches == [5]
     np.testing.assert_array_equal(v, model_fn(x, t, labels))
 
@@ -247,15 +247,15 @@ def test_times_are_uniform_or_shifted_as_those_of_sd3():
 
 def test_guidance_of_some_channels_leaves_the_others_conditional():
     x, t, labels = jax.random.normal(KEY, (4, 3)), jnp.full(4, 0.3), jnp.arange(4)
-    whole = sampling.guide(model_fn, CLASSES.null, 3.0)(x, t, labels)
-    part = sampling.guide(model_fn, CLASSES.null, 3.0, cfg_channels=2)(x, t, labels)
+    whole = guide(model_fn, CLASSES.null, 3.0)(x, t, labels)
+    part = guide(model_fn, CLASSES.null, 3.0, cfg_channels=2)(x, t, labels)
     np.testing.assert_array_equal(part[:, :2], whole[:, :2])
     np.testing.assert_array_equal(part[:, 2:], model_fn(x, t, labels)[:, 2:])
 
 
 def test_spherical_interpolation_keeps_the_length_of_noise():
     x, y = jax.random.normal(KEY, (2, 3, 8, 8, 4))
-    between = sampling.slerp(x, y, jnp.array([0.0, 0.5, 1.0]))
+    between = slerp(x, y, jnp.array([0.0, 0.5, 1.0]))
     np.testing.assert_allclose(between[:, 0], x, atol=1e-5)
     np.testing.assert_allclose(between[:, 2], y, atol=1e-5)
     np.testing.assert_allclose(between.std(axis=(2, 3, 4)), 1, atol=0.1)  # that of the mean is 0.7
@@ -267,7 +267,7 @@ def test_the_error_of_a_round_trip_falls_with_the_solvers_order(solver, order):
     x_0 = jax.random.normal(KEY, (6, 2))
     field, errors = gaussian_field(None), []
     for steps in (20, 40):
-        noise = sampling.invert(field, mean + std * x_0, steps, solver)
+        noise = invert(field, mean + std * x_0, steps, solver)
         errors.append(float(np.abs(noise - x_0).max()))
     assert errors[1] < 0.1
     assert np.log2(errors[0] / errors[1]) > order - 0.25  # midpoint gains an order here, as the field is linear
@@ -280,7 +280,7 @@ def test_inpainting_keeps_what_is_known_and_the_law_of_the_rest(num_repeats):
     noise, count = jax.random.normal(KEY, (4000, 2)), 4000
     keys = jax.random.split(jax.random.key(1), count)
     x_known, is_known = jnp.full((count, 2), 9.0), jnp.array([True, False])
-    filled = jax.jit(sampling.inpaint, static_argnums=(0, 6, 7))(
+    filled = jax.jit(inpaint, static_argnums=(0, 6, 7))(
         gaussian_field(None), keys, noise, x_known, is_known, 40, "heun", sampling.time_at, num_repeats
     )
     np.testing.assert_array_equal(filled[:, 0], 9.0)
@@ -296,7 +296,7 @@ def test_inpainting_sees_the_known_elements_on_their_path():
     def velocity_fn(x, t, t_next):
         return jnp.stack([jnp.zeros(len(x)), x[:, 0]], axis=1)
 
-    filled = sampling.inpaint(
+    filled = inpaint(
         velocity_fn, jax.random.split(KEY, 1), jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.array([True, False]), 10
     )
     np.testing.assert_allclose(filled, [[1, (10 - 1) / 20]], rtol=1e-5)
@@ -304,5 +304,5 @@ def test_inpainting_sees_the_known_elements_on_their_path():
 
 def test_a_mixture_of_fields_leads_from_one_to_the_other():
     first, second = (lambda x, t, t_next, v=v: jnp.full_like(x, v) for v in (1.0, 3.0))
-    mixed = sampling.mix(first, second, jnp.array([0.0, 0.5, 1.0]))
+    mixed = mix(first, second, jnp.array([0.0, 0.5, 1.0]))
     np.testing.assert_allclose(sampling.sample(mixed, jnp.zeros((3, 2)), 4), [[1, 1], [2, 2], [3, 3]])

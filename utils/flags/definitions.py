@@ -14,7 +14,7 @@ from utils.codecs.codec import CODECS
 from utils.data.loaders import list_names
 from utils.flags.help import hide, topic
 from utils.networks.network import NETWORKS
-from utils.objectives.registry import OBJECTIVES
+from utils.objectives.objectives import OBJECTIVES
 from utils.runs.config import (
     GROUPS,
     OBJECTIVE_NAME,

@@ -127,7 +127,7 @@ def read_time_grid(config: ConfigDict) -> dict[str, Any]:
     """The fields of a SamplerConfig that --time_grid sets; UserError where the solver does not take its value."""
     solver, grid = config.solver, config.time_grid
     kind = "any" if solver in ADAPTIVE_SOLVERS else SOLVERS[solver].grid
-    if kind == "diffusion":
+    if kind == "objective":
         if is_explicit("time_grid") and grid not in SPACINGS:
             raise UserError(f"--time_grid={grid}: with --solver={solver} use one of {', '.join(SPACINGS)}")
         return {"spacing": grid if grid in SPACINGS else SPACINGS[0]}

@@ -7,6 +7,7 @@ that predicts noise, and DDIM is Euler's method over the times t_k.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -56,6 +57,14 @@ class Diffusion:
         """k of each time, exact at every t_k and linear in between; 0 and T - 1 beyond the first and last."""
         times = jnp.asarray(path_times(self.num_levels)[::-1], jnp.float32)
         return jnp.interp(t, times, jnp.arange(self.num_levels - 1, -1, -1, dtype=jnp.float32))
+
+    @property
+    def max_grid_steps(self) -> int:
+        return self.num_levels
+
+    def time_grid(self, spacing: str) -> Callable[..., Float[Array, ""]]:
+        """The times of ddim and ddpm, see `time_at`."""
+        return functools.partial(self.time_at, spacing=spacing)
 
     def time_at(
         self, step: int | Int[Array, ""], num_steps: int | Int[Array, ""], spacing: str = "linspace"

@@ -52,6 +52,8 @@ class Objective(Protocol):
     - `SOLVERS`: the solvers that fit its velocity; default, all of ODEs and the SDE's.
     - `NEEDS_UNIFORM_STEPS`: whether steps of equal length are all that it learns; default False.
     - `check_steps(num_steps)`: what is wrong with a number of sampling steps, in words; empty where nothing is.
+    - `time_grid(spacing)`: grid(step, num_steps) of solvers whose times are the objective's own (`Solver.grid`), and
+      `max_grid_steps`, the most steps that it has times for.
     - `HAS_GUIDANCE`: whether its samples can be guided; False where that is part of what is learned.
     """
 

@@ -20,7 +20,7 @@ from utils.images.decoding import MAX_MEGAPIXELS
 from utils.metrics.inception import CONVENTIONS
 from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.objective import Objective
-from utils.objectives.registry import OBJECTIVES
+from utils.objectives.objectives import OBJECTIVES
 from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
 
 BROKEN_IMAGES = ("refuse", "skip")

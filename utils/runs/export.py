@@ -27,7 +27,7 @@ from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
 from utils.networks.lora import merge_lora
 from utils.objectives.objective import has_guidance
-from utils.objectives.registry import OBJECTIVES
+from utils.objectives.objectives import OBJECTIVES
 from utils.runs.opening import open_checkpoint
 from utils.runs.saved_config import find_latent_shape
 from utils.sampling.samplers import can_guide

@@ -28,7 +28,7 @@ from utils.data.fingerprint import compare_data, read_listing
 from utils.networks.ema import young_ema_hint
 from utils.networks.lora import merge_lora
 from utils.networks.models import ImageModel, init_params, make_model, read_network
-from utils.objectives.registry import make_objective
+from utils.objectives.objectives import make_objective
 from utils.runs.checkpoint import FOLDER, Checkpoints, SaveError, has_checkpoints
 from utils.runs.config import objective_settings
 from utils.runs.saved_config import VAE_FACTOR, find_latent_shape, read_config

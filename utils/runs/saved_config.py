@@ -15,7 +15,7 @@ from utils.base.settings import is_optional, kind_of, settings_of
 from utils.networks.dit_config import DiTConfig
 from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
-from utils.objectives.registry import OBJECTIVES
+from utils.objectives.objectives import OBJECTIVES
 from utils.runs.config import GROUPS, objective_settings
 
 # {setting: value} of runs that were saved before there was such a setting.

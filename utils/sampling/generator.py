@@ -8,7 +8,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,187 +16,21 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 
-from utils.base.devices import batch_sharding, gather, shape_structs, shard_replicated
+from utils.base.devices import gather, shard_replicated
 from utils.base.errors import UserError
 from utils.conditions.condition import Condition, Mixture, count_rows, resize_rows
-from utils.images.pixels import ImageBatch, images_from_uint8, images_to_uint8
-from utils.networks.models import ImageModel, model_fn
-from utils.objectives.objective import ModelFn, VelocityFn
-from utils.sampling import solvers as sampling
+from utils.images.pixels import ImageBatch
+from utils.networks.models import ImageModel
+from utils.sampling import compiled
+from utils.sampling.compiled import CompiledFor, SamplerNumbers, lower_sampler
 from utils.sampling.samplers import check_sampler, guidance_scale, is_integer
 from utils.sampling.solvers import (
-    ADAPTIVE_SOLVERS,
     ODE_SOLVERS,
-    SOLVERS,
     SamplerConfig,
-    adaptive_sample,
-    sample_noise,
 )
 
 RECIPE_BATCH_SIZE = 128
-STEPS = 2**31 - 1  # a random stream beside the samples', which fold 0, 1, 2, ... into the noise key
 Labels = Sequence[str | int] | np.ndarray | str | int  # labels, or names of classes
-
-
-class _Settings(NamedTuple):
-    """Settings of a sampler that may change without compiling anew. Numbers are of one type each: a function compiled
-    for 4 would not serve 1.5."""
-
-    cfg_scale: float
-    cfg_interval: tuple[float, float]
-    time_shift: float
-    rtol: float
-    atol: float
-
-    @classmethod
-    def of(cls, sampler: SamplerConfig) -> "_Settings":
-        low, high = sampler.cfg_interval
-        numbers = (sampler.time_shift, sampler.rtol, sampler.atol)
-        return cls(float(sampler.cfg_scale or 0), (float(low), float(high)), *map(float, numbers))
-
-
-class _Static(NamedTuple):
-    """Values that a compiled function is bound to."""
-
-    network: Any
-    objective: Any
-    solver: str
-    spacing: str
-    is_guided: bool
-    cfg_channels: int | None
-
-    @classmethod
-    def of(cls, model: ImageModel, sampler: SamplerConfig) -> "_Static":
-        is_guided = sampler.cfg_scale is not None
-        return cls(model.network, model.objective, sampler.solver, sampler.spacing, is_guided, sampler.cfg_channels)
-
-    def times(self, settings: _Settings) -> sampling.TimeGrid:
-        """The times of the solver's steps."""
-        grid = SOLVERS[self.solver].grid
-        if grid == "sde":
-            return sampling.sde_time_at
-        if grid == "diffusion":
-            return partial(self.objective.time_at, spacing=self.spacing)
-        return partial(sampling.time_at, time_shift=settings.time_shift)
-
-    def step_keys(self, noise_key: Any, indices: Int[Array, " b"]) -> Any:
-        """Keys of the samples' fresh noise; None where the solver draws none."""
-        if not SOLVERS[self.solver].is_stochastic:
-            return None
-        return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(noise_key, STEPS)))(indices)
-
-    def velocity(self, params: PyTree, settings: _Settings, condition: PyTree) -> VelocityFn:
-        """The field with guidance, in its interval."""
-        model = model_fn(self.network, params)
-        if isinstance(condition, Mixture):
-            fields = (self._guided(model, settings, side) for side in (condition.first, condition.second))
-            return sampling.mix(*fields, condition.fraction)
-        return self._guided(model, settings, condition)
-
-    def _guided(self, model: ModelFn, settings: _Settings, condition: PyTree) -> VelocityFn:
-        has_variance = self.solver == "ddpm" and self.network.config.learn_sigma
-        velocity = self.objective.velocity_with_variance if has_variance else self.objective.velocity
-        plain = velocity(model, condition)
-        if not self.is_guided:
-            return plain
-        guided = sampling.guide(model, self.network.condition.null, settings.cfg_scale, self.cfg_channels)
-        return sampling.within(velocity(guided, condition), plain, *settings.cfg_interval)
-
-
-@partial(jax.jit, static_argnames=("kind", "mode"))
-def _draw_conditions(key, indices, weights, *, kind, mode):
-    return kind.draw(key, indices, mode, weights)
-
-
-@partial(jax.jit, static_argnames=("shape",))
-def _draw_noise(key, indices, *, shape):
-    return sample_noise(key, indices, shape)
-
-
-@partial(jax.jit, static_argnames=("static",))
-def _integrate(params, key, x, condition, settings, first, last, num_steps, *, static):
-    """x after some of the steps of a fixed-step solver; before the first of them it is noise."""
-    velocity_fn, times = static.velocity(params, settings, condition), static.times(settings)
-    x = jnp.where(first == 0, sampling.start_path(x, num_steps, times), x)
-    keys = static.step_keys(key, jnp.arange(len(x)))
-    return sampling.take_steps(velocity_fn, x, first, last, num_steps, static.solver, times, keys)
-
-
-@partial(jax.jit, static_argnames=("static", "latent_shape"))
-def _generate(params, codec, key, indices, condition, settings, num_steps, *, static, latent_shape):
-    """(images, evaluations of the velocity for each, or None) of the samples `indices`."""
-    noise = sample_noise(key, indices, latent_shape)
-    if static.solver in ADAPTIVE_SOLVERS:
-        velocity_of = partial(static.velocity, params, settings)
-        latents, nfe = adaptive_sample(velocity_of, noise, condition, rtol=settings.rtol, atol=settings.atol)
-    else:
-        velocity_fn, times = static.velocity(params, settings, condition), static.times(settings)
-        keys = static.step_keys(key, indices)
-        latents, nfe = sampling.sample(velocity_fn, noise, num_steps, static.solver, times, keys), None
-    return images_to_uint8(codec.decode(latents)), nfe
-
-
-def lower_sampler(model: ImageModel, params: PyTree, sampler: SamplerConfig, batch_size: int) -> jax.stages.Lowered:
-    """Lowers the function that draws `batch_size` samples; for parameters (or their shapes) on the devices of the
-    model's mesh, which may be only described."""
-    sharding = batch_sharding(model.mesh)
-    rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding)
-    condition = shape_structs(jax.eval_shape(lambda: model.condition.null(batch_size)), sharding)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = (params, model.codec, key, rows, condition, _Settings.of(sampler), sampler.num_steps)
-    return _generate.lower(*arguments, static=_Static.of(model, sampler), latent_shape=model.latent_shape)
-
-
-@partial(jax.jit, static_argnames=("static",))
-def _solve(params, x, condition, settings, t_start, t_end, *, static):
-    velocity_of = partial(static.velocity, params, settings)
-    return adaptive_sample(velocity_of, x, condition, t_start, t_end, rtol=settings.rtol, atol=settings.atol)
-
-
-@partial(jax.jit, static_argnames=("static",))
-def _straightness(params, noise, condition, settings, *, static):
-    return sampling.straightness(static.velocity(params, settings, condition), noise)
-
-
-@partial(jax.jit, static_argnames=("static",))
-def _invert(params, x, condition, settings, num_steps, *, static):
-    """The noise that leads to x."""
-    if static.solver in ADAPTIVE_SOLVERS:
-        velocity_of = partial(static.velocity, params, settings)
-        return adaptive_sample(velocity_of, x, condition, 1.0, 0.0, rtol=settings.rtol, atol=settings.atol)[0]
-    velocity_fn = static.velocity(params, settings, condition)
-    return sampling.invert(velocity_fn, x, num_steps, static.solver, static.times(settings))
-
-
-@partial(jax.jit, static_argnames=("static",))
-def _inpaint(params, codec, key, images, is_hole, noise, condition, settings, num_steps, num_repeats, *, static):
-    """Images whose hole (h, w) is filled; their other pixels are those of `images`."""
-    encode_key, noise_key = jax.random.split(key)
-    x_known = codec.encode(encode_key, images_from_uint8(images))
-    # A latent is known where all of its pixels are.
-    factors = (images.shape[1] // x_known.shape[1], images.shape[2] // x_known.shape[2])
-    is_known = ~is_hole.reshape(x_known.shape[1], factors[0], x_known.shape[2], factors[1]).any(axis=(1, 3))[..., None]
-    velocity_fn = static.velocity(params, settings, condition)
-    keys = jax.vmap(partial(jax.random.fold_in, noise_key))(jnp.arange(len(images)))
-    latents = sampling.inpaint(
-        velocity_fn, keys, noise, x_known, is_known, num_steps, static.solver, static.times(settings), num_repeats
-    )
-    return jnp.where(is_hole[..., None], images_to_uint8(codec.decode(latents)), images)
-
-
-@partial(jax.jit, static_argnames=("network", "objective"))
-def _velocity(params, x, t, condition, *, network, objective):
-    return objective.velocity(model_fn(network, params), condition)(x, t, t)
-
-
-@jax.jit
-def _decode(codec, latents):
-    return images_to_uint8(codec.decode(latents))
-
-
-@jax.jit
-def _encode(codec, key, images):
-    return codec.encode(key, images_from_uint8(images))
 
 
 class ImageGenerator:
@@ -258,7 +92,7 @@ class ImageGenerator:
                 given = jax.tree.map(lambda leaf, start=start: leaf[start:][:batch_size], conditions)
                 rows = resize_rows(given, batch_size)
             arguments, static = self._arguments(sampler, indices, rows)
-            images, nfe = _generate(*arguments, **static)
+            images, nfe = compiled.generate(*arguments, **static)
             yield ImageBatch(images, arguments[4], min(batch_size, num_samples - start), nfe)
 
     def _arguments(
@@ -270,12 +104,12 @@ class ImageGenerator:
             drawn = self._draw(placed)
         else:
             drawn = jax.tree.map(partial(shard_replicated, mesh=self.model.mesh), conditions)
-        settings = _Settings.of(sampler)
+        settings = SamplerNumbers.of(sampler)
         arguments = (self.params, self.model.codec, self.noise_key, placed, drawn, settings, sampler.num_steps)
         return arguments, {"static": self._static(sampler), "latent_shape": self.model.latent_shape}
 
-    def _static(self, sampler: SamplerConfig) -> _Static:
-        return _Static.of(self.model, sampler)
+    def _static(self, sampler: SamplerConfig) -> CompiledFor:
+        return CompiledFor.of(self.model, sampler)
 
     def fitting_batch_size(self, sampler: SamplerConfig, num_samples: int, free_memory: int | None) -> int:
         """A batch for devices with that many bytes free, by the compiler's analysis of one sample for each: a power of
@@ -336,14 +170,14 @@ class ImageGenerator:
 
     def noise(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Float[Array, "n h w c"]:
         """The noise, of latents, from which the samples `indices` start."""
-        return _draw_noise(self.noise_key, np.asarray(indices, np.int32), shape=self.model.latent_shape)
+        return compiled.draw_noise(self.noise_key, np.asarray(indices, np.int32), shape=self.model.latent_shape)
 
     def conditions(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> PyTree:
         """The drawn conditions of the samples `indices`, on the host: of classes, labels (n,)."""
         return jax.tree.map(gather, self._draw(np.asarray(indices, np.int32)))
 
     def _draw(self, indices: Any) -> PyTree:
-        return _draw_conditions(self.label_key, indices, self.counts, kind=self.condition, mode=self.label_mode)
+        return compiled.draw_conditions(self.label_key, indices, self.counts, kind=self.condition, mode=self.label_mode)
 
     def sample_latents(
         self, noise: Float[Array, "n h w c"], condition: PyTree, sampler: SamplerConfig
@@ -359,25 +193,26 @@ class ImageGenerator:
         as near as the step count allows). Row j has the fresh noise of sample j, if the solver draws any."""
         self.check_sampler(sampler)
         condition = self._as_arrays(condition)
-        settings, static = _Settings.of(sampler), self._static(sampler)
+        settings, static = SamplerNumbers.of(sampler), self._static(sampler)
         yield noise
         if sampler.is_adaptive:
             for first, last in itertools.pairwise(np.linspace(0, 1, num_stages + 1).tolist()):
-                noise, _ = _solve(self.params, noise, condition, settings, first, last, static=static)
+                noise, _ = compiled.solve(self.params, noise, condition, settings, first, last, static=static)
                 yield noise
             return
         cuts = [sampler.num_steps * i // num_stages for i in range(num_stages + 1)]
         for first, last in itertools.pairwise(cuts):
             steps = (first, last, sampler.num_steps)
-            noise = _integrate(self.params, self.noise_key, noise, condition, settings, *steps, static=static)
+            noise = compiled.integrate(self.params, self.noise_key, noise, condition, settings, *steps, static=static)
             yield noise
 
     def straightness(self, num_samples: int = 64, cfg_scale: float | None = None) -> float:
-        """Returns the straightness of the paths of the first samples, see `sampling.straightness`."""
+        """Returns the straightness of the paths of the first samples, see `paths.straightness`."""
         sampler = SamplerConfig(1, cfg_scale)
         noise = self.noise(range(num_samples))
         condition = self._as_arrays(self.conditions(range(num_samples)))
-        values = _straightness(self.params, noise, condition, _Settings.of(sampler), static=self._static(sampler))
+        arguments = (self.params, noise, condition, SamplerNumbers.of(sampler))
+        values = compiled.measure_straightness(*arguments, static=self._static(sampler))
         return float(gather(values).mean())
 
     def invert(
@@ -388,8 +223,8 @@ class ImageGenerator:
         ValueError for a solver that is none of ODEs on times from 0 to 1.
         """
         self._check_ode(sampler, "invert")
-        arguments = (self.params, latents, self._as_arrays(condition), _Settings.of(sampler), sampler.num_steps)
-        return _invert(*arguments, static=self._static(sampler))
+        arguments = (self.params, latents, self._as_arrays(condition), SamplerNumbers.of(sampler), sampler.num_steps)
+        return compiled.find_noise(*arguments, static=self._static(sampler))
 
     def inpaint(
         self,
@@ -401,7 +236,7 @@ class ImageGenerator:
     ) -> UInt8[np.ndarray, "n h w c"]:
         """The images with the hole filled; every other pixel as it was. Hole i starts at the noise of sample i.
 
-        For the method, and what `num_repeats` is good for, see `sampling.inpaint`. The hole of a latent model is
+        For the method, and what `num_repeats` is good for, see `paths.inpaint`. The hole of a latent model is
         widened to whole latents. ValueError for an adaptive solver, which takes no fixed steps, and for one that is
         none of ODEs.
         """
@@ -412,8 +247,10 @@ class ImageGenerator:
         self._check_ode(sampler, "inpaint")
         noise = self.noise(range(len(images)))
         condition = self._as_arrays(condition)
-        arguments = (images, is_hole, noise, condition, _Settings.of(sampler), sampler.num_steps, num_repeats)
-        filled = _inpaint(self.params, self.model.codec, self.noise_key, *arguments, static=self._static(sampler))
+        arguments = (images, is_hole, noise, condition, SamplerNumbers.of(sampler), sampler.num_steps, num_repeats)
+        filled = compiled.fill_hole(
+            self.params, self.model.codec, self.noise_key, *arguments, static=self._static(sampler)
+        )
         return gather(filled)
 
     def _check_ode(self, sampler: SamplerConfig, verb: str) -> None:
@@ -426,7 +263,7 @@ class ImageGenerator:
         (t = 1), times (n,) and conditions (n, ...); whatever the network predicts."""
         t = jnp.asarray(t, jnp.float32)
         static = {"network": self.model.network, "objective": self.model.objective}
-        return _velocity(self.params, x, t, self._as_arrays(condition), **static)
+        return compiled.evaluate_velocity(self.params, x, t, self._as_arrays(condition), **static)
 
     def _as_arrays(self, condition: PyTree) -> PyTree:
         """Conditions (n, ...) as JAX arrays of their own dtypes."""
@@ -437,11 +274,11 @@ class ImageGenerator:
 
     def encode(self, images: UInt8[np.ndarray | Array, "n h w c"], seed: int = 0) -> Float[Array, "n h2 w2 c2"]:
         """Latents of images; drawn from the posterior of a VAE."""
-        return _encode(self.model.codec, jax.random.key(seed), images)
+        return compiled.encode_images(self.model.codec, jax.random.key(seed), images)
 
     def decode(self, latents: Float[Array, "n h2 w2 c2"]) -> UInt8[np.ndarray, "n h w c"]:
         """Images of latents."""
-        return gather(_decode(self.model.codec, latents))
+        return gather(compiled.decode_images(self.model.codec, latents))
 
 
 def check_seed(seed: int) -> int:

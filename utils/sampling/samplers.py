@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from utils.base.errors import UserError
-from utils.objectives.diffusion import Diffusion
 from utils.objectives.objective import Objective, has_guidance
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
 
@@ -63,7 +62,7 @@ def _check_solver(sampler: SamplerConfig, objective: Objective | None) -> Proble
         yield "solver", f"{f'did you mean {near[0]}? ' if near else ''}Solvers are {', '.join(known)}"
     fitting = getattr(objective, "SOLVERS", (*ODE_SOLVERS, "sde", *ADAPTIVE_SOLVERS))
     if sampler.solver not in fitting:
-        is_of_diffusion = not sampler.is_adaptive and SOLVERS[sampler.solver].grid == "diffusion"
+        is_of_diffusion = not sampler.is_adaptive and SOLVERS[sampler.solver].grid == "objective"
         reason = "is of models trained as diffusions" if is_of_diffusion else "does not fit what the model learned"
         yield "solver", f"it {reason}; use one of {', '.join(fitting)}"
 
@@ -81,8 +80,8 @@ def _check_steps(sampler: SamplerConfig, objective: Objective | None) -> Problem
         yield "num_steps", f"use a whole number from {fewest} to {MAX_STEPS:,}{of_solver}"
     if problem := getattr(objective, "check_steps", lambda _: "")(sampler.num_steps):
         yield "num_steps", problem
-    if grid == "diffusion" and isinstance(objective, Diffusion) and sampler.num_steps > objective.num_levels:
-        most = objective.num_levels
+    most = getattr(objective, "max_grid_steps", None)
+    if grid == "objective" and most is not None and sampler.num_steps > most:
         yield "num_steps", f"the model has {most} noise levels, the most that {sampler.solver} can take"
 
 

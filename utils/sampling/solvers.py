@@ -1,7 +1,7 @@
-"""Samples from a velocity field: guidance, solvers, and the noise of sample i.
+"""Samples from a velocity field: solvers of fixed and of adaptive steps, their times, and the noise of sample i.
 
-The number of steps and the guidance scale are ordinary arguments of the compiled function: changing them compiles
-nothing anew. Nothing here knows the network.
+The number of steps is an ordinary argument of the compiled function: changing it compiles nothing anew. Nothing here
+knows the network.
 """
 
 from collections.abc import Callable
@@ -9,67 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-from utils.objectives.objective import ModelFn, VelocityFn
-
-
-def guide(
-    model_fn: ModelFn,
-    null: Callable[[int], PyTree],
-    cfg_scale: float | Float[Array, ""] | None,
-    cfg_channels: int | None = None,
-) -> ModelFn:
-    """model_fn with classifier-free guidance (arXiv:2207.12598): v_uncond + s (v_cond - v_uncond), of all channels or,
-    as DiT and SiT have it, of the first `cfg_channels`; the others are conditional. So are outputs beyond the channels
-    of x, a learned variance.
-
-    `null(n)` is n times "no condition"; both halves go through the network in one batch of 2b. `cfg_scale` None turns
-    guidance off: the conditional prediction, at half the cost (equal to s = 1 up to rounding).
-    """
-
-    if cfg_scale is None:
-        return model_fn
-    scale = cfg_scale
-
-    def guided(x, t, condition, *step):
-        both = jax.tree.map(lambda *halves: jnp.concatenate(halves), null(len(x)), condition)
-        v = model_fn(*(jnp.concatenate([rows, rows]) for rows in (x, t)), both, *(jnp.tile(s, 2) for s in step))
-        v_uncond, v_cond = jnp.split(v, 2)
-        v = v_uncond + scale * (v_cond - v_uncond)
-        num_guided = x.shape[-1] if cfg_channels is None else cfg_channels
-        if num_guided >= v.shape[-1]:
-            return v
-        return jnp.concatenate([v[..., :num_guided], v_cond[..., num_guided:]], axis=-1)
-
-    return guided
-
-
-def within(
-    guided: VelocityFn, plain: VelocityFn, low: float | Float[Array, ""], high: float | Float[Array, ""]
-) -> VelocityFn:
-    """The first field at times from `low` to `high`, and the second, at half the cost, before and after
-    (arXiv:2404.07724); t is one for all examples."""
-    return lambda x, t, t_next: jax.lax.cond((low <= t[0]) & (t[0] <= high), guided, plain, x, t, t_next)
-
-
-def mix(first: VelocityFn, second: VelocityFn, fractions: Float[Array, " b"]) -> VelocityFn:
-    """(1 - fraction) of the first field, and the fraction of each example of the second: between two
-    conditions."""
-
-    def velocity_fn(x, t, t_next):
-        fraction = fractions.reshape(-1, *[1] * (x.ndim - 1))
-        return (1 - fraction) * first(x, t, t_next) + fraction * second(x, t, t_next)
-
-    return velocity_fn
-
+from utils.objectives.objective import VelocityFn
 
 StepFn = Callable[..., Float[Array, "b ..."]]
 # grid(step, num_steps): the time before step `step` of `num_steps`, and at its end after the last.
 TimeGrid = Callable[[int | Int[Array, ""], int | Int[Array, ""]], Float[Array, ""]]
 
 
-def _times(t: Float[Array, ""], x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+def full_times(t: Float[Array, ""], x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """The time t for each example of x."""
     return jnp.full((x.shape[0],), t, jnp.float32)
 
 
@@ -77,15 +27,15 @@ def euler_step(
     velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, ""], t_next: Float[Array, ""]
 ) -> Float[Array, "b ..."]:
     """Order 1."""
-    return x + (t_next - t) * velocity_fn(x, _times(t, x), _times(t_next, x))
+    return x + (t_next - t) * velocity_fn(x, full_times(t, x), full_times(t_next, x))
 
 
 def heun_step(
     velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, ""], t_next: Float[Array, ""]
 ) -> Float[Array, "b ..."]:
     """Order 2: the trapezoidal rule with an Euler predictor."""
-    v = velocity_fn(x, _times(t, x), _times(t_next, x))
-    v_end = velocity_fn(x + (t_next - t) * v, _times(t_next, x), _times(t_next, x))
+    v = velocity_fn(x, full_times(t, x), full_times(t_next, x))
+    v_end = velocity_fn(x + (t_next - t) * v, full_times(t_next, x), full_times(t_next, x))
     return x + (t_next - t) * (v + v_end) / 2
 
 
@@ -94,8 +44,8 @@ def midpoint_step(
 ) -> Float[Array, "b ..."]:
     """Order 2: the velocity halfway, reached by an Euler step."""
     middle = (t + t_next) / 2
-    v = velocity_fn(x, _times(t, x), _times(middle, x))
-    v = velocity_fn(x + (middle - t) * v, _times(middle, x), _times(t_next, x))
+    v = velocity_fn(x, full_times(t, x), full_times(middle, x))
+    v = velocity_fn(x + (middle - t) * v, full_times(middle, x), full_times(t_next, x))
     return x + (t_next - t) * v
 
 
@@ -111,7 +61,7 @@ def euler_maruyama_step(
     On the straight path the score is (t v - x) / (1 - t), so that dx = (v + (t v - x)) dt + sqrt(2 (1 - t)) dW. The
     step that ends at t = 1 takes the mean alone.
     """
-    v = velocity_fn(x, _times(t, x), _times(t_next, x))
+    v = velocity_fn(x, full_times(t, x), full_times(t_next, x))
     drift = v + (t * v - x)
     deviation = jnp.where(t_next < 1, jnp.sqrt(2 * (1 - t) * (t_next - t)), 0)
     return x + (t_next - t) * drift + deviation * fresh_noise
@@ -133,7 +83,7 @@ def ancestral_step(
     A field of twice the channels of x has a learned variance in its second half (arXiv:2102.09672, eq. 15): 1 is the
     forward process's, c h' / (h t'^2) with h = t^2 + s^2, and -1 that of the posterior.
     """
-    field = velocity_fn(x, _times(t, x), _times(t_next, x))
+    field = velocity_fn(x, full_times(t, x), full_times(t_next, x))
     velocity, learned = field[..., : x.shape[-1]], field[..., x.shape[-1] :]
     x_1 = x + (1 - t) * velocity
     s, s_next = 1 - t, 1 - t_next
@@ -153,7 +103,7 @@ class Solver(NamedTuple):
     """One step, and the velocities it takes (NFE: number of function evaluations).
 
     A stochastic one takes standard normal noise (b, ...) as its last argument. `grid` names its times: 'any' of
-    --time_grid; 'sde', `sde_time_at`; 'diffusion', those of the noise levels that a diffusion objective trains.
+    --time_grid; 'sde', `sde_time_at`; 'objective', those that the objective brings (`Objective.time_grid`).
     """
 
     step: StepFn
@@ -168,8 +118,8 @@ SOLVERS = {
     "heun": Solver(heun_step, 2),
     "midpoint": Solver(midpoint_step, 2),
     "sde": Solver(euler_maruyama_step, 1, is_stochastic=True, grid="sde"),
-    "ddim": Solver(euler_step, 1, grid="diffusion"),  # the straight path makes it Euler's
-    "ddpm": Solver(ancestral_step, 1, is_stochastic=True, grid="diffusion"),
+    "ddim": Solver(euler_step, 1, grid="objective"),  # the straight path makes it Euler's
+    "ddpm": Solver(ancestral_step, 1, is_stochastic=True, grid="objective"),
 }
 ADAPTIVE_SOLVERS = ("dopri5",)
 ODE_SOLVERS = tuple(name for name, solver in SOLVERS.items() if solver.grid == "any")
@@ -281,86 +231,6 @@ def sample(
     return take_steps(velocity_fn, x, 0, num_steps, num_steps, solver, times, keys)
 
 
-def invert(
-    velocity_fn: VelocityFn,
-    x_1: Float[Array, "b ..."],
-    num_steps: int | Int[Array, ""],
-    solver: str = "euler",
-    times: TimeGrid = time_at,
-) -> Float[Array, "b ..."]:
-    """The noise from which `sample` leads to `x_1`, up to the solver's error: its steps from t = 1 to t = 0."""
-
-    def backwards(step, num_steps):
-        return times(num_steps - step, num_steps)
-
-    return take_steps(velocity_fn, x_1, 0, num_steps, num_steps, solver, backwards)
-
-
-def straightness(velocity_fn: VelocityFn, noise: Float[Array, "b ..."], num_steps: int = 100) -> Float[Array, " b"]:
-    """How far each path is from a straight line (arXiv:2209.03003, eq. 8), per element: the mean over `num_steps` Euler
-    steps of |z_1 - z_0 - v|^2, the variance of v along the path. Zero where one step is as good as many."""
-    axes = tuple(range(1, noise.ndim))
-
-    def body(i, carried):
-        x, mean, squares = carried
-        t, t_next = time_at(i, num_steps), time_at(i + 1, num_steps)
-        v = velocity_fn(x, _times(t, x), _times(t, x))  # at t, of models of whole steps too
-        new_mean = mean + (v - mean) / (i + 1)  # Welford's update, which loses no digits
-        return x + (t_next - t) * v, new_mean, squares + ((v - mean) * (v - new_mean)).mean(axes)
-
-    start = (noise, jnp.zeros_like(noise), jnp.zeros(len(noise)))
-    _, _, squares = jax.lax.fori_loop(0, num_steps, body, start)
-    return squares / num_steps
-
-
-def inpaint(
-    velocity_fn: VelocityFn,
-    keys: Key[Array, " b"],
-    noise: Float[Array, "b ..."],
-    x_known: Float[Array, "b ..."],
-    is_known: Bool[Array, "..."],
-    num_steps: int | Int[Array, ""],
-    solver: str = "euler",
-    times: TimeGrid = time_at,
-    num_repeats: int | Int[Array, ""] = 1,
-) -> Float[Array, "b ..."]:
-    """Samples that are `x_known` where `is_known`, of the shape of one example.
-
-    After every step the known elements are put on their own path, t x_known + (1 - t) x_0. So that the others fit them,
-    each step is taken `num_repeats` times, as RePaint does (arXiv:2201.09865): between two, x goes back from t' to t by
-    fresh noise e, x_t = (t / t') x_t' + sqrt((1 - t)^2 - (t (1 - t') / t')^2) e. `keys` draw that of each example.
-    """
-    step = SOLVERS[solver].step
-
-    def on_path(x, x_0, t):
-        return jnp.where(is_known, t * x_known + (1 - t) * x_0, x)
-
-    def body(i, carried):
-        x, x_0 = carried
-        t, t_next = times(i, num_steps), times(i + 1, num_steps)
-
-        def again(repeat, carried):
-            x, _ = carried
-            fresh = jax.vmap(lambda key: jax.random.normal(_fold(key, i, repeat), x.shape[1:]))(keys)
-            ratio = t / t_next
-            x = ratio * x + jnp.sqrt((1 - t) ** 2 - (ratio * (1 - t_next)) ** 2) * fresh
-            return forward(on_path(x, fresh, t), fresh)
-
-        def forward(x, x_0):
-            return on_path(step(velocity_fn, x, t, t_next), x_0, t_next), x_0
-
-        return jax.lax.fori_loop(1, num_repeats, again, forward(x, x_0))
-
-    x, _ = jax.lax.fori_loop(0, num_steps, body, (noise, noise))
-    return jnp.where(is_known, x_known, x)
-
-
-def _fold(key: Key[Array, ""], *numbers: Int[Array, ""]) -> Key[Array, ""]:
-    for number in numbers:
-        key = jax.random.fold_in(key, number)
-    return key
-
-
 def adaptive_sample(
     velocity_of: Callable[[PyTree], VelocityFn],
     x: Float[Array, "b ..."],
@@ -424,18 +294,3 @@ def solve_adaptively(
 def sample_noise(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Standard normal noise (b, *shape); row j is a function of (key, indices[j]) alone."""
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
-
-
-def slerp(
-    x: Float[Array, "n h w c"], y: Float[Array, "n h w c"], fractions: Float[Array, " k"]
-) -> Float[Array, "n k h w c"]:
-    """Spherical interpolation (Shoemake 1985) from each x to its y: noise in between has the length of noise, too."""
-    axes = (-3, -2, -1)
-
-    def norm(z):
-        return jnp.sqrt(jnp.square(z).sum(axes, keepdims=True))
-
-    x, y, fraction = x[:, None], y[:, None], fractions[None, :, None, None, None]
-    cosine = (x * y).sum(axes, keepdims=True) / (norm(x) * norm(y))
-    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
-    return (jnp.sin((1 - fraction) * angle) * x + jnp.sin(fraction * angle) * y) / jnp.sin(angle)

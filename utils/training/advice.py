@@ -19,7 +19,7 @@ from utils.data.loaders import find_loader
 from utils.networks.ema import YOUNG, EmaSchedule
 from utils.networks.network import NetworkConfig
 from utils.objectives.objective import has_guidance
-from utils.objectives.registry import make_objective
+from utils.objectives.objectives import make_objective
 from utils.sampling.samplers import can_guide
 from utils.training.progress import PEAK_TFLOPS
 from utils.training.state import TrainState

@@ -17,7 +17,7 @@ from utils.codecs import codec
 from utils.data.loaders import get_loader
 from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
-from utils.objectives.registry import OBJECTIVES
+from utils.objectives.objectives import OBJECTIVES
 from utils.runs.checkpoint import has_checkpoints
 from utils.runs.config import (
     GROUPS,

@@ -1,0 +1,183 @@
+"""The compiled functions of a generator: each is a path, or a part of one, for a network, an objective and a solver.
+
+`static` names what they are compiled for; parameters, codec, conditions and the numbers of a sampler are arguments.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
+
+from utils.base.devices import batch_sharding, shape_structs
+from utils.conditions.condition import Mixture
+from utils.images.pixels import images_from_uint8, images_to_uint8
+from utils.networks.models import ImageModel, model_fn
+from utils.objectives.objective import ModelFn, VelocityFn
+from utils.sampling import paths, solvers
+from utils.sampling.guidance import guide, mix, within
+from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig, adaptive_sample, sample_noise
+
+STEPS = 2**31 - 1  # a random stream beside the samples', which fold 0, 1, 2, ... into the noise key
+
+
+class SamplerNumbers(NamedTuple):
+    """Numbers of a sampler that may change without compiling anew. Each is of one type: a function compiled for 4 would
+    not serve 1.5."""
+
+    cfg_scale: float
+    cfg_interval: tuple[float, float]
+    time_shift: float
+    rtol: float
+    atol: float
+
+    @classmethod
+    def of(cls, sampler: SamplerConfig) -> "SamplerNumbers":
+        low, high = sampler.cfg_interval
+        numbers = (sampler.time_shift, sampler.rtol, sampler.atol)
+        return cls(float(sampler.cfg_scale or 0), (float(low), float(high)), *map(float, numbers))
+
+
+class CompiledFor(NamedTuple):
+    """What a function of this file is compiled for: another value compiles it anew."""
+
+    network: Any
+    objective: Any
+    solver: str
+    spacing: str
+    is_guided: bool
+    cfg_channels: int | None
+
+    @classmethod
+    def of(cls, model: ImageModel, sampler: SamplerConfig) -> "CompiledFor":
+        is_guided = sampler.cfg_scale is not None
+        return cls(model.network, model.objective, sampler.solver, sampler.spacing, is_guided, sampler.cfg_channels)
+
+    def times(self, settings: SamplerNumbers) -> solvers.TimeGrid:
+        """The times of the solver's steps."""
+        grid = SOLVERS[self.solver].grid
+        if grid == "sde":
+            return solvers.sde_time_at
+        if grid == "objective":
+            return self.objective.time_grid(self.spacing)
+        return partial(solvers.time_at, time_shift=settings.time_shift)
+
+    def step_keys(self, noise_key: Any, indices: Int[Array, " b"]) -> Any:
+        """Keys of the samples' fresh noise; None where the solver draws none."""
+        if not SOLVERS[self.solver].is_stochastic:
+            return None
+        return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(noise_key, STEPS)))(indices)
+
+    def velocity(self, params: PyTree, settings: SamplerNumbers, condition: PyTree) -> VelocityFn:
+        """The field with guidance, in its interval."""
+        model = model_fn(self.network, params)
+        if isinstance(condition, Mixture):
+            fields = (self._guided(model, settings, side) for side in (condition.first, condition.second))
+            return mix(*fields, condition.fraction)
+        return self._guided(model, settings, condition)
+
+    def _guided(self, model: ModelFn, settings: SamplerNumbers, condition: PyTree) -> VelocityFn:
+        has_variance = self.solver == "ddpm" and self.network.config.learn_sigma
+        velocity = self.objective.velocity_with_variance if has_variance else self.objective.velocity
+        plain = velocity(model, condition)
+        if not self.is_guided:
+            return plain
+        guided = guide(model, self.network.condition.null, settings.cfg_scale, self.cfg_channels)
+        return within(velocity(guided, condition), plain, *settings.cfg_interval)
+
+
+@partial(jax.jit, static_argnames=("kind", "mode"))
+def draw_conditions(key, indices, weights, *, kind, mode):
+    return kind.draw(key, indices, mode, weights)
+
+
+@partial(jax.jit, static_argnames=("shape",))
+def draw_noise(key, indices, *, shape):
+    return sample_noise(key, indices, shape)
+
+
+@partial(jax.jit, static_argnames=("static",))
+def integrate(params, key, x, condition, settings, first, last, num_steps, *, static):
+    """x after some of the steps of a fixed-step solver; before the first of them it is noise."""
+    velocity_fn, times = static.velocity(params, settings, condition), static.times(settings)
+    x = jnp.where(first == 0, solvers.start_path(x, num_steps, times), x)
+    keys = static.step_keys(key, jnp.arange(len(x)))
+    return solvers.take_steps(velocity_fn, x, first, last, num_steps, static.solver, times, keys)
+
+
+@partial(jax.jit, static_argnames=("static", "latent_shape"))
+def generate(params, codec, key, indices, condition, settings, num_steps, *, static, latent_shape):
+    """(images, evaluations of the velocity for each, or None) of the samples `indices`."""
+    noise = sample_noise(key, indices, latent_shape)
+    if static.solver in ADAPTIVE_SOLVERS:
+        velocity_of = partial(static.velocity, params, settings)
+        latents, nfe = adaptive_sample(velocity_of, noise, condition, rtol=settings.rtol, atol=settings.atol)
+    else:
+        velocity_fn, times = static.velocity(params, settings, condition), static.times(settings)
+        keys = static.step_keys(key, indices)
+        latents, nfe = solvers.sample(velocity_fn, noise, num_steps, static.solver, times, keys), None
+    return images_to_uint8(codec.decode(latents)), nfe
+
+
+def lower_sampler(model: ImageModel, params: PyTree, sampler: SamplerConfig, batch_size: int) -> jax.stages.Lowered:
+    """Lowers the function that draws `batch_size` samples; for parameters (or their shapes) on the devices of the
+    model's mesh, which may be only described."""
+    sharding = batch_sharding(model.mesh)
+    rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding)
+    condition = shape_structs(jax.eval_shape(lambda: model.condition.null(batch_size)), sharding)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = (params, model.codec, key, rows, condition, SamplerNumbers.of(sampler), sampler.num_steps)
+    return generate.lower(*arguments, static=CompiledFor.of(model, sampler), latent_shape=model.latent_shape)
+
+
+@partial(jax.jit, static_argnames=("static",))
+def solve(params, x, condition, settings, t_start, t_end, *, static):
+    velocity_of = partial(static.velocity, params, settings)
+    return adaptive_sample(velocity_of, x, condition, t_start, t_end, rtol=settings.rtol, atol=settings.atol)
+
+
+@partial(jax.jit, static_argnames=("static",))
+def measure_straightness(params, noise, condition, settings, *, static):
+    return paths.straightness(static.velocity(params, settings, condition), noise)
+
+
+@partial(jax.jit, static_argnames=("static",))
+def find_noise(params, x, condition, settings, num_steps, *, static):
+    """The noise that leads to x."""
+    if static.solver in ADAPTIVE_SOLVERS:
+        velocity_of = partial(static.velocity, params, settings)
+        return adaptive_sample(velocity_of, x, condition, 1.0, 0.0, rtol=settings.rtol, atol=settings.atol)[0]
+    velocity_fn = static.velocity(params, settings, condition)
+    return paths.invert(velocity_fn, x, num_steps, static.solver, static.times(settings))
+
+
+@partial(jax.jit, static_argnames=("static",))
+def fill_hole(params, codec, key, images, is_hole, noise, condition, settings, num_steps, num_repeats, *, static):
+    """Images whose hole (h, w) is filled; their other pixels are those of `images`."""
+    encode_key, noise_key = jax.random.split(key)
+    x_known = codec.encode(encode_key, images_from_uint8(images))
+    # A latent is known where all of its pixels are.
+    factors = (images.shape[1] // x_known.shape[1], images.shape[2] // x_known.shape[2])
+    is_known = ~is_hole.reshape(x_known.shape[1], factors[0], x_known.shape[2], factors[1]).any(axis=(1, 3))[..., None]
+    velocity_fn = static.velocity(params, settings, condition)
+    keys = jax.vmap(partial(jax.random.fold_in, noise_key))(jnp.arange(len(images)))
+    latents = paths.inpaint(
+        velocity_fn, keys, noise, x_known, is_known, num_steps, static.solver, static.times(settings), num_repeats
+    )
+    return jnp.where(is_hole[..., None], images_to_uint8(codec.decode(latents)), images)
+
+
+@partial(jax.jit, static_argnames=("network", "objective"))
+def evaluate_velocity(params, x, t, condition, *, network, objective):
+    return objective.velocity(model_fn(network, params), condition)(x, t, t)
+
+
+@jax.jit
+def decode_images(codec, latents):
+    return images_to_uint8(codec.decode(latents))
+
+
+@jax.jit
+def encode_images(codec, key, images):
+    return codec.encode(key, images_from_uint8(images))

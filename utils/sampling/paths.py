@@ -1,0 +1,103 @@
+"""What is made of whole paths: their noise, their straightness, images filled in, and noise between two noises."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from utils.objectives.objective import VelocityFn
+from utils.sampling.solvers import SOLVERS, TimeGrid, full_times, take_steps, time_at
+
+
+def invert(
+    velocity_fn: VelocityFn,
+    x_1: Float[Array, "b ..."],
+    num_steps: int | Int[Array, ""],
+    solver: str = "euler",
+    times: TimeGrid = time_at,
+) -> Float[Array, "b ..."]:
+    """The noise from which `sample` leads to `x_1`, up to the solver's error: its steps from t = 1 to t = 0."""
+
+    def backwards(step, num_steps):
+        return times(num_steps - step, num_steps)
+
+    return take_steps(velocity_fn, x_1, 0, num_steps, num_steps, solver, backwards)
+
+
+def straightness(velocity_fn: VelocityFn, noise: Float[Array, "b ..."], num_steps: int = 100) -> Float[Array, " b"]:
+    """How far each path is from a straight line (arXiv:2209.03003, eq. 8), per element: the mean over `num_steps` Euler
+    steps of |z_1 - z_0 - v|^2, the variance of v along the path. Zero where one step is as good as many."""
+    axes = tuple(range(1, noise.ndim))
+
+    def body(i, carried):
+        x, mean, squares = carried
+        t, t_next = time_at(i, num_steps), time_at(i + 1, num_steps)
+        v = velocity_fn(x, full_times(t, x), full_times(t, x))  # at t, of models of whole steps too
+        new_mean = mean + (v - mean) / (i + 1)  # Welford's update, which loses no digits
+        return x + (t_next - t) * v, new_mean, squares + ((v - mean) * (v - new_mean)).mean(axes)
+
+    start = (noise, jnp.zeros_like(noise), jnp.zeros(len(noise)))
+    _, _, squares = jax.lax.fori_loop(0, num_steps, body, start)
+    return squares / num_steps
+
+
+def inpaint(
+    velocity_fn: VelocityFn,
+    keys: Key[Array, " b"],
+    noise: Float[Array, "b ..."],
+    x_known: Float[Array, "b ..."],
+    is_known: Bool[Array, "..."],
+    num_steps: int | Int[Array, ""],
+    solver: str = "euler",
+    times: TimeGrid = time_at,
+    num_repeats: int | Int[Array, ""] = 1,
+) -> Float[Array, "b ..."]:
+    """Samples that are `x_known` where `is_known`, of the shape of one example.
+
+    After every step the known elements are put on their own path, t x_known + (1 - t) x_0. So that the others fit them,
+    each step is taken `num_repeats` times, as RePaint does (arXiv:2201.09865): between two, x goes back from t' to t by
+    fresh noise e, x_t = (t / t') x_t' + sqrt((1 - t)^2 - (t (1 - t') / t')^2) e. `keys` draw that of each example.
+    """
+    step = SOLVERS[solver].step
+
+    def on_path(x, x_0, t):
+        return jnp.where(is_known, t * x_known + (1 - t) * x_0, x)
+
+    def body(i, carried):
+        x, x_0 = carried
+        t, t_next = times(i, num_steps), times(i + 1, num_steps)
+
+        def again(repeat, carried):
+            x, _ = carried
+            fresh = jax.vmap(lambda key: jax.random.normal(_fold(key, i, repeat), x.shape[1:]))(keys)
+            ratio = t / t_next
+            x = ratio * x + jnp.sqrt((1 - t) ** 2 - (ratio * (1 - t_next)) ** 2) * fresh
+            return forward(on_path(x, fresh, t), fresh)
+
+        def forward(x, x_0):
+            return on_path(step(velocity_fn, x, t, t_next), x_0, t_next), x_0
+
+        return jax.lax.fori_loop(1, num_repeats, again, forward(x, x_0))
+
+    x, _ = jax.lax.fori_loop(0, num_steps, body, (noise, noise))
+    return jnp.where(is_known, x_known, x)
+
+
+def _fold(key: Key[Array, ""], *numbers: Int[Array, ""]) -> Key[Array, ""]:
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def slerp(
+    x: Float[Array, "n h w c"], y: Float[Array, "n h w c"], fractions: Float[Array, " k"]
+) -> Float[Array, "n k h w c"]:
+    """Spherical interpolation (Shoemake 1985) from each x to its y: noise in between has the length of noise, too."""
+    axes = (-3, -2, -1)
+
+    def norm(z):
+        return jnp.sqrt(jnp.square(z).sum(axes, keepdims=True))
+
+    x, y, fraction = x[:, None], y[:, None], fractions[None, :, None, None, None]
+    cosine = (x * y).sum(axes, keepdims=True) / (norm(x) * norm(y))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    return (jnp.sin((1 - fraction) * angle) * x + jnp.sin(fraction * angle) * y) / jnp.sin(angle)
