@@ -55,7 +55,7 @@ class CompiledFor(NamedTuple):
         return cls(model.network, model.objective, sampler.solver, sampler.spacing, is_guided, sampler.cfg_channels)
 
     def times(self, settings: SamplerNumbers) -> solvers.TimeGrid:
-        """The times of the solver's steps."""
+        """Returns the times of the solver's steps."""
         grid = SOLVERS[self.solver].grid
         if grid == "sde":
             return solvers.sde_time_at
@@ -64,13 +64,13 @@ class CompiledFor(NamedTuple):
         return partial(solvers.time_at, time_shift=settings.time_shift)
 
     def step_keys(self, noise_key: Any, indices: Int[Array, " b"]) -> Any:
-        """Keys of the samples' fresh noise; None where the solver draws none."""
+        """Returns the keys of the samples' fresh noise; None where the solver draws none."""
         if not SOLVERS[self.solver].is_stochastic:
             return None
         return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(noise_key, STEPS)))(indices)
 
     def velocity(self, params: PyTree, settings: SamplerNumbers, condition: PyTree) -> VelocityFn:
-        """The field with guidance, in its interval."""
+        """Returns the field, guided in the interval of guidance; of a mixture, the mean of two fields."""
         model = model_fn(self.network, params)
         if isinstance(condition, Mixture):
             fields = (self._guided(model, settings, side) for side in (condition.first, condition.second))
@@ -78,6 +78,7 @@ class CompiledFor(NamedTuple):
         return self._guided(model, settings, condition)
 
     def _guided(self, model: ModelFn, settings: SamplerNumbers, condition: PyTree) -> VelocityFn:
+        # An ancestral step takes the variance that the network has learned, too.
         has_variance = self.solver == "ddpm" and self.network.config.learn_sigma
         velocity = self.objective.velocity_with_variance if has_variance else self.objective.velocity
         plain = velocity(model, condition)
@@ -89,18 +90,21 @@ class CompiledFor(NamedTuple):
 
 @partial(jax.jit, static_argnames=("kind", "mode"))
 def draw_conditions(key, indices, weights, *, kind, mode):
+    """Returns the conditions (b, ...) of the samples `indices`, see `Condition.draw`."""
     return kind.draw(key, indices, mode, weights)
 
 
 @partial(jax.jit, static_argnames=("shape",))
 def draw_noise(key, indices, *, shape):
+    """Returns the noise (b, *shape) of the samples `indices`."""
     return sample_noise(key, indices, shape)
 
 
 @partial(jax.jit, static_argnames=("static",))
 def integrate(params, key, x, condition, settings, first, last, num_steps, *, static):
-    """x after some of the steps of a fixed-step solver; before the first of them it is noise."""
-    velocity_fn, times = static.velocity(params, settings, condition), static.times(settings)
+    """Returns x after the steps first .. last - 1 of a solver of fixed steps; before step 0 it is noise."""
+    velocity_fn = static.velocity(params, settings, condition)
+    times = static.times(settings)
     x = jnp.where(first == 0, solvers.start_path(x, num_steps, times), x)
     keys = static.step_keys(key, jnp.arange(len(x)))
     return solvers.take_steps(velocity_fn, x, first, last, num_steps, static.solver, times, keys)
@@ -108,15 +112,17 @@ def integrate(params, key, x, condition, settings, first, last, num_steps, *, st
 
 @partial(jax.jit, static_argnames=("static", "latent_shape"))
 def generate(params, codec, key, indices, condition, settings, num_steps, *, static, latent_shape):
-    """(images, evaluations of the velocity for each, or None) of the samples `indices`."""
+    """Returns (images, evaluations of the velocity for each) of the samples `indices`; None for a fixed number."""
     noise = sample_noise(key, indices, latent_shape)
     if static.solver in ADAPTIVE_SOLVERS:
         velocity_of = partial(static.velocity, params, settings)
         latents, nfe = adaptive_sample(velocity_of, noise, condition, rtol=settings.rtol, atol=settings.atol)
     else:
-        velocity_fn, times = static.velocity(params, settings, condition), static.times(settings)
+        velocity_fn = static.velocity(params, settings, condition)
+        times = static.times(settings)
         keys = static.step_keys(key, indices)
-        latents, nfe = solvers.sample(velocity_fn, noise, num_steps, static.solver, times, keys), None
+        latents = solvers.sample(velocity_fn, noise, num_steps, static.solver, times, keys)
+        nfe = None
     return images_to_uint8(codec.decode(latents)), nfe
 
 
@@ -133,18 +139,20 @@ def lower_sampler(model: ImageModel, params: PyTree, sampler: SamplerConfig, bat
 
 @partial(jax.jit, static_argnames=("static",))
 def solve(params, x, condition, settings, t_start, t_end, *, static):
+    """Returns (x carried from t_start to t_end by an adaptive solver, evaluations for each)."""
     velocity_of = partial(static.velocity, params, settings)
     return adaptive_sample(velocity_of, x, condition, t_start, t_end, rtol=settings.rtol, atol=settings.atol)
 
 
 @partial(jax.jit, static_argnames=("static",))
 def measure_straightness(params, noise, condition, settings, *, static):
+    """Returns how far each path is from a straight line, see `paths.straightness`."""
     return paths.straightness(static.velocity(params, settings, condition), noise)
 
 
 @partial(jax.jit, static_argnames=("static",))
 def find_noise(params, x, condition, settings, num_steps, *, static):
-    """The noise that leads to x."""
+    """Returns the noise that leads to x."""
     if static.solver in ADAPTIVE_SOLVERS:
         velocity_of = partial(static.velocity, params, settings)
         return adaptive_sample(velocity_of, x, condition, 1.0, 0.0, rtol=settings.rtol, atol=settings.atol)[0]
@@ -154,12 +162,15 @@ def find_noise(params, x, condition, settings, num_steps, *, static):
 
 @partial(jax.jit, static_argnames=("static",))
 def fill_hole(params, codec, key, images, is_hole, noise, condition, settings, num_steps, num_repeats, *, static):
-    """Images whose hole (h, w) is filled; their other pixels are those of `images`."""
+    """Returns images whose hole (h, w) is filled; their other pixels are those of `images`."""
     encode_key, noise_key = jax.random.split(key)
+
     x_known = codec.encode(encode_key, images_from_uint8(images))
     # A latent is known where all of its pixels are.
     factors = (images.shape[1] // x_known.shape[1], images.shape[2] // x_known.shape[2])
     is_known = ~is_hole.reshape(x_known.shape[1], factors[0], x_known.shape[2], factors[1]).any(axis=(1, 3))[..., None]
+
+    # The path, and the pixels that it was to keep.
     velocity_fn = static.velocity(params, settings, condition)
     keys = jax.vmap(partial(jax.random.fold_in, noise_key))(jnp.arange(len(images)))
     latents = paths.inpaint(
@@ -170,6 +181,7 @@ def fill_hole(params, codec, key, images, is_hole, noise, condition, settings, n
 
 @partial(jax.jit, static_argnames=("network", "objective"))
 def evaluate_velocity(params, x, t, condition, *, network, objective):
+    """Returns the velocity at x and t, without guidance."""
     return objective.velocity(model_fn(network, params), condition)(x, t, t)
 
 

@@ -18,23 +18,24 @@ def guide(
     cfg_scale: float | Float[Array, ""] | None,
     cfg_channels: int | None = None,
 ) -> ModelFn:
-    """model_fn with classifier-free guidance (arXiv:2207.12598): v_uncond + s (v_cond - v_uncond), of all channels or,
-    as DiT and SiT have it, of the first `cfg_channels`; the others are conditional. So are outputs beyond the channels
-    of x, a learned variance.
+    """Returns model_fn with classifier-free guidance (arXiv:2207.12598): v_uncond + s (v_cond - v_uncond).
 
-    `null(n)` is n times "no condition"; both halves go through the network in one batch of 2b. `cfg_scale` None turns
+    `cfg_channels` guides the first channels alone, as DiT and SiT do; None: all. The others are conditional, and so are
+    outputs beyond the channels of x, a learned variance. `null(n)` is n times "no condition". `cfg_scale` None turns
     guidance off: the conditional prediction, at half the cost (equal to s = 1 up to rounding).
     """
-
     if cfg_scale is None:
         return model_fn
     scale = cfg_scale
 
     def guided(x, t, condition, *step):
+        # Both halves go through the network in one batch of 2b.
         both = jax.tree.map(lambda *halves: jnp.concatenate(halves), null(len(x)), condition)
         v = model_fn(*(jnp.concatenate([rows, rows]) for rows in (x, t)), both, *(jnp.tile(s, 2) for s in step))
         v_uncond, v_cond = jnp.split(v, 2)
         v = v_uncond + scale * (v_cond - v_uncond)
+
+        # Channels without guidance.
         num_guided = x.shape[-1] if cfg_channels is None else cfg_channels
         if num_guided >= v.shape[-1]:
             return v
@@ -46,14 +47,13 @@ def guide(
 def within(
     guided: VelocityFn, plain: VelocityFn, low: float | Float[Array, ""], high: float | Float[Array, ""]
 ) -> VelocityFn:
-    """The first field at times from `low` to `high`, and the second, at half the cost, before and after
-    (arXiv:2404.07724); t is one for all examples."""
+    """Returns a field that is `guided` at times from `low` to `high`, and `plain`, at half the cost, before and after
+    (arXiv:2404.07724). The time must be the same for all examples."""
     return lambda x, t, t_next: jax.lax.cond((low <= t[0]) & (t[0] <= high), guided, plain, x, t, t_next)
 
 
 def mix(first: VelocityFn, second: VelocityFn, fractions: Float[Array, " b"]) -> VelocityFn:
-    """(1 - fraction) of the first field, and the fraction of each example of the second: between two
-    conditions."""
+    """Returns (1 - fraction) of the first field and fraction of the second, one fraction for each example."""
 
     def velocity_fn(x, t, t_next):
         fraction = fractions.reshape(-1, *[1] * (x.ndim - 1))
