@@ -119,7 +119,8 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, x):
         b, h, w, c = x.shape
-        p, d = self.patch_size, self.hidden_size
+        p = self.patch_size
+        d = self.hidden_size
         kernel = self.param("kernel", xavier_uniform, (p, p, c, d))
         bias = self.param("bias", zeros_init, (d,))
         patches = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)  # (b, h/p, w/p, p, p, c)
@@ -163,7 +164,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        config, d = self.config, x.shape[-1]
+        config = self.config
+        d = x.shape[-1]
         # Three kernels (d, d) side by side, each of which starts as Xavier would have it.
         qkv_init = nn.initializers.variance_scaling(2, "fan_avg", "uniform")
         qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x)
@@ -176,10 +178,12 @@ class Attention(nn.Module):
     def _attend(self, query, key, value):
         """With what is done to queries and keys beforehand."""
         if self.config.qk_norm:
-            query, key = RMSNorm(self.dtype, name="q_norm")(query), RMSNorm(self.dtype, name="k_norm")(key)
+            query = RMSNorm(self.dtype, name="q_norm")(query)
+            key = RMSNorm(self.dtype, name="k_norm")(key)
         if self.config.rope:
             angles = rope_angles(*self.grid, query.shape[-1])
-            query, key = rotate(query, angles), rotate(key, angles)
+            query = rotate(query, angles)
+            key = rotate(key, angles)
         return attention(query, key, value, self.form)
 
 
@@ -238,7 +242,8 @@ class DiTBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, c):
-        config, dtype = self.config, self.dtype
+        config = self.config
+        dtype = self.dtype
         modulations = AdaLayerNorm(6, dtype, name="ada_ln")(c)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulations
         y = modulate(make_norm(config.norm, dtype, "norm1")(x), shift_attention, scale_attention)

@@ -9,11 +9,11 @@ import pytest
 import eval_fid
 import train_flow
 from utils.base.errors import UserError
-from utils.base.settings import setting
+from utils.base.settings import setting, settings_of
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching, expand_times
 from utils.objectives.mean_flow import MeanFlow
-from utils.objectives.objectives import OBJECTIVES, flag_of, make_objective
+from utils.objectives.objectives import OBJECTIVES, make_objective
 from utils.objectives.shortcut import Shortcut
 from utils.runs import scoring
 from utils.runs.trackers import read_metrics
@@ -120,4 +120,4 @@ def test_every_field_of_an_objective_is_its_flags(read_flags, line, expected):
     words = f"--objective.name {line}".split()
     assert make_objective(read_flags(train_flow, words)) == expected
     given = {word.removeprefix("--") for word in words if word.startswith("--")}
-    assert given == {"objective.name", *map(flag_of, dataclasses.fields(expected))}
+    assert given == {"objective.name", *settings_of(expected, "objective")}

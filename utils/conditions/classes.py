@@ -27,11 +27,11 @@ def imagenet_class_names() -> tuple[str, ...]:
 
 
 def find_class(word: str, class_names: Sequence[str]) -> int:
-    """The label of a class that a user writes by name or number.
+    """Returns the label of a class that a user writes by name or number.
 
     A name in its exact spelling goes first, then a number (classes may be named by digits), then the only name that is
-    the same but for case, spaces around it and Unicode composition (macOS writes é as e and an accent). UserError,
-    listing the candidates, where none is or several are.
+    the same but for case, spaces around it and Unicode composition (macOS writes é as e and an accent). Raises
+    UserError, listing the candidates, where there is none or are several.
     """
     exact = [label for label, name in enumerate(class_names) if name == word]
     alike = exact or [label for label, name in enumerate(class_names) if _fold(name) == _fold(word)]
@@ -58,8 +58,11 @@ def _fold(name: str) -> str:
 
 
 def read_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """The labels of classes separated by commas, each as `find_class` reads it. A name may hold commas itself."""
-    words, labels, start = text.split(","), [], 0
+    """Returns the labels of classes separated by commas, each as `find_class` reads it. A name may hold
+    commas itself."""
+    words = text.split(",")
+    labels = []
+    start = 0
     while start < len(words):
         # The longest run of words that is a name.
         runs = ((",".join(words[start:stop]).strip(), stop) for stop in range(len(words), start + 1, -1))
@@ -184,8 +187,10 @@ class ClassCondition(Condition):
     def remark(self) -> str:
         if not self.empty_classes:
             return ""
-        num_empty, num_classes = len(self.empty_classes), len(self.class_names)
-        return f"{num_empty} of {num_classes} classes had no training images; labels are drawn from the others"
+        return (
+            f"{len(self.empty_classes)} of {len(self.class_names)} classes had no training images; labels are drawn "
+            "from the others"
+        )
 
     # --- A run ---
 
@@ -211,7 +216,7 @@ CONDITIONS["class"] = ClassCondition
 def draw_labels(
     key: Key[Array, ""], indices: Int[Array, " b"], counts: Num[Array | np.ndarray, " classes"], mode: str = "uniform"
 ) -> Int[Array, " b"]:
-    """Labels (b,) of samples by number; entry j is a function of (key, indices[j]) alone.
+    """Returns the labels (b,) of samples by number; entry j is a function of (key, indices[j]) alone.
 
     `mode`: 'uniform' draws every class with the same probability, 'balanced' interleaves them, 'dataset' draws them in
     proportion to `counts`. Classes whose count is 0 are never drawn.

@@ -28,7 +28,8 @@ def path_times(num_levels: int) -> np.ndarray:
     """
     betas = np.linspace(0.1 / num_levels, 20 / num_levels, num_levels)
     log_abar = np.cumsum(np.log1p(-betas))
-    a, s = np.exp(log_abar / 2), np.sqrt(-np.expm1(log_abar))
+    a = np.exp(log_abar / 2)
+    s = np.sqrt(-np.expm1(log_abar))
     return a / (a + s)
 
 
@@ -63,13 +64,13 @@ class Diffusion:
         return self.num_levels
 
     def time_grid(self, spacing: str) -> Callable[..., Float[Array, ""]]:
-        """The times of ddim and ddpm, see `time_at`."""
+        """Returns the times of ddim and ddpm, see `time_at`."""
         return functools.partial(self.time_at, spacing=spacing)
 
     def time_at(
         self, step: int | Int[Array, ""], num_steps: int | Int[Array, ""], spacing: str = "linspace"
     ) -> Float[Array, ""]:
-        """The time before step `step` of `num_steps` no more than T, and 1 after the last, for ddim and ddpm.
+        """Returns the time before step `step` of `num_steps` no more than T, and 1 after the last, for ddim and ddpm.
 
         `spacing` 'linspace' takes the levels round(i (T - 1) / (N - 1)), both ends included, as DiT's DDPM does;
         'leading' the multiples of T // N, as DiT's DDIM and diffusers do.
@@ -151,7 +152,8 @@ class Diffusion:
         def velocity_fn(x, t, t_next):
             inside = self._clip(t)
             level = self.level_at(inside)
-            t, inside = expand_times(t, x), expand_times(inside, x)
+            t = expand_times(t, x)
+            inside = expand_times(inside, x)
             x_k = x / jnp.hypot(t, 1 - t)
             noise, variance = jnp.split(model_fn(x_k, level, condition).astype(jnp.float32), [x.shape[-1]], axis=-1)
             velocity = (x_k * jnp.hypot(inside, 1 - inside) - noise) / inside

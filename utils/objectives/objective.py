@@ -28,7 +28,7 @@ def draw_noise(draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."
 
 
 def example_mean(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
-    """The mean over all axes but the first."""
+    """Returns the mean over all axes but the first."""
     return x.mean(axis=tuple(range(1, x.ndim)))
 
 
@@ -38,7 +38,7 @@ def row_period(objective: "Objective") -> int:
 
 
 def has_guidance(objective: Any) -> bool:
-    """Whether samples of a model with this objective (an instance or its class) can be guided."""
+    """Returns whether samples of a model with this objective (an instance or its class) can be guided."""
     return getattr(objective, "HAS_GUIDANCE", True)
 
 
@@ -51,7 +51,7 @@ class Objective(Protocol):
     - `row_period`: rows of a batch have roles that repeat after so many; microbatches and devices get whole periods.
     - `SOLVERS`: the solvers that fit its velocity; default, all of ODEs and the SDE's.
     - `NEEDS_UNIFORM_STEPS`: whether steps of equal length are all that it learns; default False.
-    - `check_steps(num_steps)`: what is wrong with a number of sampling steps, in words; empty where nothing is.
+    - `check_steps(num_steps)`: why a number of sampling steps cannot be taken, in words; empty where it can.
     - `time_grid(spacing)`: grid(step, num_steps) of solvers whose times are the objective's own (`Solver.grid`), and
       `max_grid_steps`, the most steps that it has times for.
     - `HAS_GUIDANCE`: whether its samples can be guided; False where that is part of what is learned.
@@ -78,7 +78,7 @@ class Objective(Protocol):
         """
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
-        """What the network sees of x_1 at the times and with the noise of `draws`."""
+        """Returns what the network sees of x_1 at the times and with the noise of `draws`."""
 
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
@@ -86,4 +86,4 @@ class Objective(Protocol):
         """x_1 as one evaluation of the network at x_t predicts it."""
 
     def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
-        """The field whose integration from t = 0 to 1 turns noise into data."""
+        """Returns the field whose integration from t = 0 to 1 turns noise into data."""

@@ -1,12 +1,12 @@
-"""The objectives. One more is one file that implements `Objective`, and one line here."""
+"""The objectives by name. One more is one file that implements `Objective`, and one line here."""
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from utils.base.errors import UserError
+from utils.base.settings import find_entry, settings_of
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow
@@ -22,33 +22,18 @@ OBJECTIVES: dict[str, Any] = {
 }
 
 
-def flag_of(field: dataclasses.Field) -> str:
-    """The flag of an objective's field."""
-    return field.metadata["flag"] or f"objective.{field.name}"
-
-
-def objective_fields() -> Iterator[dataclasses.Field]:
-    """The fields of all objectives, each flag once."""
-    fields = [field for objective in OBJECTIVES.values() for field in dataclasses.fields(objective)]
-    yield from {flag_of(field): field for field in fields}.values()
-
-
 def make_objective(config: Mapping[str, Any] | ConfigDict) -> Objective:
-    """The objective of a run's configuration: `config["objective"]["name"]`, its fields from their flags' values.
-    UserError where it is not registered."""
-    name = config["objective"]["name"]
-    if name not in OBJECTIVES:
-        raise UserError(
-            f"--objective.name={name} is unknown; known are {', '.join(OBJECTIVES)}. Register it first "
-            "(docs/change_this.md)"
-        )
-    objective = OBJECTIVES[name]
+    """Returns the objective of a saved configuration, with the values of its settings; missing ones have their default.
+
+    Raises UserError for one that is not registered, and for values that do not go together.
+    """
+    objective = find_entry("objective.name", config["objective"]["name"], OBJECTIVES)
     values = {}
-    for field in dataclasses.fields(objective):
-        group, _, name = flag_of(field).partition(".")
-        if config[group].get(name) is not None:
-            values[field.name] = config[group][name]
+    for name, field in settings_of(objective, "objective").items():
+        group, _, leaf = name.partition(".")
+        if config[group].get(leaf) is not None:
+            values[field.name] = config[group][leaf]
     try:
         return objective(**values)
-    except ValueError as error:  # values that do not go together; the message names the flag
+    except ValueError as error:  # the message names the flags
         raise UserError(str(error)) from None

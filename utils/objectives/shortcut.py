@@ -89,7 +89,8 @@ class Shortcut:
         Metrics: `v_abs_mean` and `v_pred_abs_mean` of the targets and the predictions.
         """
         x_0 = draw_noise(draws, x_1)
-        t, level = draws["t"], draws["level"]
+        t = draws["t"]
+        level = draws["level"]
         x_t = self._interpolate(x_0, x_1, t)
         velocity = x_1 - (1 - MIN_NOISE) * x_0
 
@@ -159,7 +160,7 @@ class Shortcut:
         return velocity_fn
 
     def check_steps(self, num_steps: int) -> str:
-        """What is wrong with a number of sampling steps; empty where nothing is."""
+        """Returns why a number of sampling steps cannot be taken; empty where it can."""
         if num_steps > self.finest_steps or num_steps & (num_steps - 1):
             return f"a shortcut model takes a power of two up to {self.finest_steps} steps"
         return ""

@@ -162,18 +162,19 @@ class ImageGenerator:
     def check_sampler(self, sampler: SamplerConfig) -> None:
         """Raises UserError for a sampler that the model cannot be sampled with."""
         model = self.model
-        dropout, channels = model.network.config.class_dropout_prob, model.latent_shape[-1]
+        dropout = model.network.config.class_dropout_prob
+        channels = model.latent_shape[-1]
         check_sampler(sampler, model.objective, class_dropout_prob=dropout, num_channels=channels)
 
     def with_seed(self, seed: int) -> "ImageGenerator":
         return ImageGenerator(self.model, self.params, seed=seed, label_mode=self.label_mode, class_counts=self.counts)
 
     def noise(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Float[Array, "n h w c"]:
-        """The noise, of latents, from which the samples `indices` start."""
+        """Returns the noise, of latents, from which the samples `indices` start."""
         return compiled.draw_noise(self.noise_key, np.asarray(indices, np.int32), shape=self.model.latent_shape)
 
     def conditions(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> PyTree:
-        """The drawn conditions of the samples `indices`, on the host: of classes, labels (n,)."""
+        """Returns the drawn conditions of the samples `indices`, on the host: of classes, labels (n,)."""
         return jax.tree.map(gather, self._draw(np.asarray(indices, np.int32)))
 
     def _draw(self, indices: Any) -> PyTree:
@@ -193,7 +194,8 @@ class ImageGenerator:
         as near as the step count allows). Row j has the fresh noise of sample j, if the solver draws any."""
         self.check_sampler(sampler)
         condition = self._as_arrays(condition)
-        settings, static = SamplerNumbers.of(sampler), self._static(sampler)
+        settings = SamplerNumbers.of(sampler)
+        static = self._static(sampler)
         yield noise
         if sampler.is_adaptive:
             for first, last in itertools.pairwise(np.linspace(0, 1, num_stages + 1).tolist()):
@@ -218,9 +220,9 @@ class ImageGenerator:
     def invert(
         self, latents: Float[Array, "n h w c"], condition: PyTree, sampler: SamplerConfig
     ) -> Float[Array, "n h w c"]:
-        """The noise from which the ODE leads to `latents`: `sample_latents` backwards, up to the solver's error.
+        """Returns the noise from which the ODE leads to `latents`, up to the solver's error.
 
-        ValueError for a solver that is none of ODEs on times from 0 to 1.
+        Raises UserError for a solver of SDEs, and for one whose times do not go from 0 to 1.
         """
         self._check_ode(sampler, "invert")
         arguments = (self.params, latents, self._as_arrays(condition), SamplerNumbers.of(sampler), sampler.num_steps)
@@ -234,11 +236,11 @@ class ImageGenerator:
         sampler: SamplerConfig,
         num_repeats: int = 1,
     ) -> UInt8[np.ndarray, "n h w c"]:
-        """The images with the hole filled; every other pixel as it was. Hole i starts at the noise of sample i.
+        """Returns the images with the hole filled; every other pixel as it was. Hole i starts at the noise of sample i.
 
         For the method, and what `num_repeats` is good for, see `paths.inpaint`. The hole of a latent model is
-        widened to whole latents. ValueError for an adaptive solver, which takes no fixed steps, and for one that is
-        none of ODEs.
+        widened to whole latents. Raises UserError for an adaptive solver, which takes no fixed steps, and for
+        one of SDEs.
         """
         if sampler.is_adaptive:
             raise UserError(f"{sampler.solver} cannot inpaint: use a solver of fixed steps")
@@ -268,7 +270,8 @@ class ImageGenerator:
     def _as_arrays(self, condition: PyTree) -> PyTree:
         """Conditions (n, ...) as JAX arrays of their own dtypes."""
         if isinstance(condition, Mixture):
-            first, second = self._as_arrays(condition.first), self._as_arrays(condition.second)
+            first = self._as_arrays(condition.first)
+            second = self._as_arrays(condition.second)
             return Mixture(first, second, jnp.asarray(condition.fraction, jnp.float32))
         return jax.tree.map(lambda leaf, rows: jnp.asarray(rows, leaf.dtype), self.condition.spec, condition)
 
@@ -289,7 +292,7 @@ def check_seed(seed: int) -> int:
 
 
 def hash_params(params: PyTree) -> str:
-    """The sha256 of all parameters' bytes, in the tree's order."""
+    """Returns the sha256 of all parameters' bytes, in the tree's order."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(gather(leaf)).data)

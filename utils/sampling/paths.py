@@ -15,7 +15,7 @@ def invert(
     solver: str = "euler",
     times: TimeGrid = time_at,
 ) -> Float[Array, "b ..."]:
-    """The noise from which `sample` leads to `x_1`, up to the solver's error: its steps from t = 1 to t = 0."""
+    """Returns the noise from which `sample` leads to `x_1`, up to the solver's error: its steps from t = 1 to t = 0."""
 
     def backwards(step, num_steps):
         return times(num_steps - step, num_steps)

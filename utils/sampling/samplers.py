@@ -97,7 +97,8 @@ def _check_times(sampler: SamplerConfig, objective: Objective | None) -> Problem
 def _check_guidance(
     sampler: SamplerConfig, objective: Objective | None, class_dropout_prob: float | None, num_channels: int | None
 ) -> Problems:
-    scale, interval = sampler.cfg_scale, sampler.cfg_interval
+    scale = sampler.cfg_scale
+    interval = sampler.cfg_interval
     if not (scale is None or _is_number(scale, -1, -1) or _is_number(scale, 0, MAX_SCALE)):
         yield "cfg_scale", f"use a scale from 0 to {MAX_SCALE}, or -1 for no guidance"
     if guidance_scale(scale) is not None:
@@ -114,7 +115,7 @@ def _check_guidance(
 
 
 def largest_steps(num_steps: int, objective: Objective) -> int:
-    """The most steps, up to `num_steps`, that a model of the objective can take."""
+    """Returns the most steps, up to `num_steps`, that a model of the objective can take."""
     check = getattr(objective, "check_steps", lambda _: "")
     return next(count for count in range(num_steps, 0, -1) if not check(count))
 
