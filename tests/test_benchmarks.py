@@ -250,5 +250,5 @@ def test_a_gpu_day_trains_in_two_parts_and_scores_the_result(tmp_path, weights):
 def test_the_structure_keeps_the_goals_that_it_has_reached():
     """The goals of `benchmarks/structure.py` that the code is at; others join as they are reached."""
     figures = measure_structure()
-    reached = ["import cycles", "README, words"]
+    reached = ["packed assignments per 1,000 lines", "import cycles", "README, words"]
     assert [name for name in reached if figures[name] > GOALS[name]] == []
