@@ -19,7 +19,7 @@ from utils.base.files import atomic_write, prepare_output_file
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.images import plotting
-from utils.runs.trackers import name_runs, read_curves
+from utils.trackers.trackers import name_runs, read_curves
 
 DEFAULT_METRICS = ("training/l2_loss", "validation/l2_loss", "training/grad_norm", "fid")
 

@@ -16,12 +16,12 @@ from utils.flags.definitions import define_run_flags
 from utils.flags.effects import check_run_effects
 from utils.flags.program import run_program
 from utils.flags.reading import read_run_config
+from utils.networks.state import TrainState
 from utils.runs.config import RunConfig
 from utils.training.advice import commands_after_training
 from utils.training.build import Run, build_run
 from utils.training.evaluation import is_evaluation_missing
 from utils.training.loop import plan_run, train
-from utils.training.state import TrainState
 
 define_flags = define_run_flags
 

@@ -67,13 +67,12 @@ from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.kernels.ops import choose_attention_for
 from utils.kernels.tpu_attention import CHUNK
-from utils.networks.ema import EmaSchedule
 from utils.networks.models import ImageModel, init_params
+from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling import compiled
 from utils.sampling.solvers import SamplerConfig
 from utils.training.progress import PEAK_TFLOPS
-from utils.training.state import create_train_state, make_optimizer
 from utils.training.step import jit_train_step
 
 

@@ -14,8 +14,8 @@ from jaxtyping import PyTree
 
 from diffusion_transformer import DiT as OurDiT
 from diffusion_transformer import position_table, timestep_features
+from utils.networks.state import TrainState
 from utils.objectives import flow_matching
-from utils.training.state import TrainState
 
 
 def modulate(x, shift, scale):

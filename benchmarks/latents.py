@@ -27,10 +27,9 @@ from utils.data.dataset import PixelBatch
 from utils.data.latents import LatentBatch
 from utils.flags import program
 from utils.flags.definitions import define_model_flags
-from utils.networks.ema import EmaSchedule
 from utils.networks.models import init_params, make_model
+from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
 from utils.objectives.flow_matching import FlowMatching
-from utils.training.state import create_train_state, make_optimizer
 from utils.training.step import train_step
 
 

@@ -18,7 +18,7 @@ from utils.base.files import prepare_output_folder
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.images import plotting
-from utils.runs.trackers import name_runs, read_curves
+from utils.trackers.trackers import name_runs, read_curves
 
 NUM_SAMPLES = 8
 

@@ -122,12 +122,12 @@ test_latents.py::test_what_is_encoded_is_what_the_flags_say
 test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported
   convert_checkpoint.py: out, config.params, config.push) -> out, "ema", config.push)
 test_tracking.py::test_what_wandb_shows_is_what_the_flags_say
-  utils/runs/wandb_tracker.py: **options, ->
+  utils/trackers/wandb_tracker.py: **options, ->
 test_trackers.py::test_lines_say_when_they_were_written_and_how_long_the_run_has_been_running
-  utils/runs/trackers.py: time.monotonic() - last_seconds(self.kept) -> time.monotonic()
-  utils/runs/trackers.py: in metrics_of(line).items(): -> in line.items():
+  utils/trackers/trackers.py: time.monotonic() - last_seconds(self.kept) -> time.monotonic()
+  utils/trackers/trackers.py: in metrics_of(line).items(): -> in line.items():
 test_trackers.py::test_what_fails_is_named_once_and_left_out
-  utils/runs/trackers.py: del self.trackers[name] -> pass
+  utils/trackers/trackers.py: del self.trackers[name] -> pass
 test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards
   docs/layout.md: advice.py -> advise.py
 test_reflow.py::test_noise_is_drawn_as_it_was

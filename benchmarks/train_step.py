@@ -26,13 +26,12 @@ from utils.base.devices import compile_step, memory_needed
 from utils.codecs.kl import KLCodec, KLConfig
 from utils.data.latents import LatentBatch
 from utils.flags import program
-from utils.networks.ema import EmaSchedule
+from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objective import Objective
 from utils.objectives.shortcut import Shortcut
-from utils.training.state import create_train_state, make_optimizer
 from utils.training.step import train_step
 
 BASELINE = "jax-flow baseline"

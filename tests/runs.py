@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from tests.conftest import ROOT, run_program, xla_flags
-from utils.runs.trackers import read_metrics
+from utils.trackers.trackers import read_metrics
 
 SCALARS = ("l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm")
 

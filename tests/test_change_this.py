@@ -27,7 +27,7 @@ from utils.metrics.statistics import ImageStatistics
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.objectives import OBJECTIVES
 from utils.runs.opening import load_generator
-from utils.runs.trackers import TRACKERS, Trackers, read_metrics
+from utils.trackers.trackers import TRACKERS, Trackers, read_metrics
 
 PAGE = (ROOT / "docs" / "change_this.md").read_text()
 BLOCKS = dict(re.findall(r"^```python\n# (\w+)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE))

@@ -13,10 +13,10 @@ from diffusion_transformer import DiT, DiTConfig, position_table
 from utils.base.devices import make_mesh, replicated, shape_structs, state_sharding
 from utils.base.errors import UserError
 from utils.convert.jax_flow import import_jax_flow_params
+from utils.networks.state import apply_gradients, create_train_state, make_optimizer
 from utils.runs import checkpoint
 from utils.runs.opening import open_checkpoint
 from utils.training import progress
-from utils.training.state import apply_gradients, create_train_state, make_optimizer
 
 # Orbax reports a damaged checkpoint from several threads, beside the error that is tested.
 pytestmark = [

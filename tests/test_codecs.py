@@ -16,8 +16,8 @@ from utils.codecs.codec import CODECS, CodecKind, CodecSpec, load_codec, parse_c
 from utils.data.loaders import load_dataset
 from utils.images.pixels import images_to_uint8
 from utils.runs.opening import load_generator
-from utils.runs.trackers import read_metrics
 from utils.sampling.solvers import SamplerConfig
+from utils.trackers.trackers import read_metrics
 from utils.training import build_run, make_config, train
 
 SETTINGS = {

@@ -12,8 +12,8 @@ from utils.base.errors import UserError
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import CONDITIONS, Mixture, drop_rows, record_condition, restore_condition
 from utils.runs.opening import load_generator
-from utils.runs.trackers import read_metrics
 from utils.sampling.guidance import guide
+from utils.trackers.trackers import read_metrics
 
 CLASSES = ClassCondition(("cat", "dog", "golden retriever"), (1,), num_classes=5)
 

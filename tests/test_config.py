@@ -22,17 +22,17 @@ from utils.conditions.classes import ClassCondition
 from utils.data.dataset import DataOptions
 from utils.flags import reading
 from utils.flags.effects import RULES, check_effects
-from utils.networks.ema import EmaSchedule
 from utils.networks.models import init_params, make_model
 from utils.networks.network import NetworkConfig
+from utils.networks.state import EmaSchedule
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.config import RunConfig
-from utils.runs.opening import check_settings
 from utils.runs.saved_config import read_config
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 from utils.sampling.samplers import can_guide, guidance_scale
 from utils.sampling.solvers import SamplerConfig
 from utils.training.configure import translate_spellings
+from utils.training.start import check_settings
 
 DIT_B = "--model.depth 12 --model.hidden_size 768 --model.patch_size 2 --model.num_heads 16 --model.mlp_ratio 4"
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.special import erf
 
 from tests.conftest import ROOT, run_program
-from utils.runs.trackers import read_curves
+from utils.trackers.trackers import read_curves
 
 PAGE = (ROOT / "docs" / "metrics.md").read_text()
 NUM_OUTPUTS = (128 + 1) * 2 * 2  # weights and biases of the demo's last layer

@@ -17,14 +17,14 @@ from utils.conditions.classes import ClassCondition
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.flags import reading
 from utils.networks.models import model_fn
+from utils.networks.state import apply_gradients, create_train_state, make_optimizer
 from utils.objectives.diffusion import Diffusion, path_times
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.opening import load_generator
-from utils.runs.trackers import read_metrics
 from utils.sampling import solvers as sampling
 from utils.sampling.guidance import guide
 from utils.sampling.solvers import SOLVERS, ancestral_step
-from utils.training.state import apply_gradients, create_train_state, make_optimizer
+from utils.trackers.trackers import read_metrics
 
 
 def error(found, expected):

@@ -13,10 +13,10 @@ from diffusion_transformer import DiT, DiTConfig
 from utils.base.devices import compile_step, memory_needed
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.networks.models import model_fn
+from utils.networks.state import apply_gradients, create_train_state, make_optimizer
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling import solvers as sampling
 from utils.sampling.guidance import guide
-from utils.training.state import apply_gradients, create_train_state, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("optimised")
 

@@ -19,7 +19,7 @@ from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import export_run
 from utils.runs.opening import load_generator, load_model
 from utils.runs.saved_config import read_config
-from utils.training.fine_tune import SourceRun, start_from
+from utils.training.start import SourceRun, start_from
 
 
 @pytest.fixture

@@ -19,14 +19,14 @@ from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.flags.reading import read_samplers
 from utils.networks.models import model_fn
+from utils.networks.state import create_train_state, make_optimizer
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objective import draw_noise
 from utils.objectives.shortcut import Shortcut
 from utils.runs.opening import load_generator
 from utils.sampling import solvers as sampling
 from utils.sampling.guidance import guide
-from utils.training.fine_tune import refit_times, zero_step_embed
-from utils.training.state import create_train_state, make_optimizer
+from utils.training.start import refit_times, zero_step_embed
 from utils.training.step import compute_gradients
 
 TOLERANCE = 1e-5

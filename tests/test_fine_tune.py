@@ -15,12 +15,12 @@ from utils.convert.sources import read_source
 from utils.data.arrays import load_digits
 from utils.data.dataset import DataOptions
 from utils.networks.lora import add_lora, merge_lora
+from utils.networks.state import apply_gradients, create_train_state, freeze_parts, learning_rate, make_optimizer
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import export_run
 from utils.runs.opening import load_generator, open_checkpoint
 from utils.training.build import build_run
-from utils.training.fine_tune import adapt_params, frozen_beside_lora, read_frozen
-from utils.training.state import apply_gradients, create_train_state, freeze_parts, learning_rate, make_optimizer
+from utils.training.start import adapt_params, frozen_beside_lora, read_frozen
 
 CLASSES = ("a", "b", "c")
 TINY = """

@@ -10,7 +10,7 @@ from utils.base.devices import explaining_out_of_memory
 from utils.base.errors import UserError
 from utils.data.dataset import SPLITS, DataOptions, array_dataset, describe_data, summarize_data
 from utils.data.loaders import load_dataset
-from utils.networks.ema import EmaSchedule, young_ema_hint
+from utils.networks.state import EmaSchedule, young_ema_hint
 from utils.training import loop
 from utils.training.advice import ema_hints, model_hints
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.test_packaging import copy_checkout
-from utils.runs.trackers import read_metrics
+from utils.trackers.trackers import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("journeys")]
 

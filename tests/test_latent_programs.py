@@ -21,8 +21,8 @@ import sample
 from tests.conftest import GOLDEN, ROOT, run_program
 from utils.base.errors import UserError
 from utils.codecs.kl import KLCodec, KLConfig
-from utils.runs.trackers import read_metrics
 from utils.sampling.editing import read_images
+from utils.trackers.trackers import read_metrics
 
 pytestmark = pytest.mark.xdist_group("latents")
 MODEL = """

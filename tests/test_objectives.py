@@ -16,7 +16,7 @@ from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objectives import OBJECTIVES, make_objective
 from utils.objectives.shortcut import Shortcut
 from utils.runs import scoring
-from utils.runs.trackers import read_metrics
+from utils.trackers.trackers import read_metrics
 
 RUN = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 16 --model.depth 1 --model.num_heads 2

@@ -12,13 +12,13 @@ from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.networks.models import ImageModel, Network
+from utils.networks.state import TrainState
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.config import RunConfig
 from utils.sampling.solvers import SamplerConfig
 from utils.training import evaluation
 from utils.training.build import build_run
 from utils.training.evaluation import loss_by_time, reconstruction_panel, sample_panels
-from utils.training.state import TrainState
 
 NUM_CLASSES = 10
 

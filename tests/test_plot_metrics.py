@@ -12,7 +12,7 @@ import plot_metrics
 from tests.conftest import run_program
 from utils.base.errors import UserError
 from utils.images import plotting
-from utils.runs.trackers import name_runs, read_curves
+from utils.trackers.trackers import name_runs, read_curves
 
 
 def write_run(folder: Path, *lines: dict) -> Path:

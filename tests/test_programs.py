@@ -24,7 +24,7 @@ from utils.metrics.extractors import POOL, SPATIAL
 from utils.metrics.reference import load_statistics
 from utils.metrics.scores import frechet_distance
 from utils.runs import scoring
-from utils.runs.trackers import read_metrics
+from utils.trackers.trackers import read_metrics
 
 TINY = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2

@@ -18,10 +18,10 @@ from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset
 from utils.objectives.flow_matching import expand_times
 from utils.runs.opening import load_generator
-from utils.runs.trackers import read_metrics
 from utils.sampling.generator import ImageGenerator
 from utils.sampling.paths import straightness
 from utils.sampling.solvers import SamplerConfig, sample
+from utils.trackers.trackers import read_metrics
 
 MEAN, STD = 0.4, 0.5
 reflow = pytest.mark.xdist_group("reflow")

@@ -43,7 +43,7 @@ def test_gather_and_shard_are_inverse():
 LAYOUT = """
 import jax, jax.numpy as jnp
 from utils.base.devices import choose_num_shards, make_mesh, shard_replicated, state_sharding, unsplit_fraction
-from utils.training.state import TrainState
+from utils.networks.state import TrainState
 tree = {"kernel": jnp.zeros((16, 64)), "odd": jnp.zeros((3, 12)), "none": jnp.zeros((3, 5)), "scalar": jnp.zeros(())}
 state = TrainState(jnp.zeros(()), tree, tree, (), jax.random.key(0))
 for mode, requested in (("dp", None), ("zero", None), ("fsdp", None), ("hybrid", 4), ("hybrid", None)):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 import train_flow
 from utils.base.errors import UserError
 from utils.base.processes import Interrupted
-from utils.runs.trackers import PACKAGES, TRACKERS, Trackers, choose_trackers, metrics_of, read_curves, read_metrics
+from utils.trackers.trackers import PACKAGES, TRACKERS, Trackers, choose_trackers, metrics_of, read_curves, read_metrics
 
 RUN = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 16 --model.depth 1 --model.num_heads 2

@@ -16,11 +16,10 @@ from utils.data.dataset import SPLITS
 from utils.data.loaders import load_dataset
 from utils.metrics.extractors import POOL
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
-from utils.networks.ema import EmaSchedule
+from utils.networks.state import EmaSchedule, create_train_state
 from utils.sampling.solvers import SamplerConfig
 from utils.training import build, evaluation
 from utils.training.build import Run, build_run, make_state, state_structs
-from utils.training.state import create_train_state
 from utils.training.step import jit_train_step
 
 DIGITS = """

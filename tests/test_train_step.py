@@ -11,12 +11,11 @@ from utils.base.errors import UserError
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
-from utils.networks.ema import EmaSchedule
 from utils.networks.models import Network
+from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.checkpoint import Checkpoints
 from utils.training.progress import SkippedUpdates, check_finite
-from utils.training.state import create_train_state, make_optimizer
 from utils.training.step import accumulate_microbatches, draw_examples, train_step, validation_step
 
 OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)

@@ -22,9 +22,9 @@ from utils.images.pictures import PictureFolder
 from utils.images.samples import check_sample_path
 from utils.networks.models import ImageModel
 from utils.runs.opening import load_generator, split_load_dir
-from utils.runs.trackers import Trackers, choose_trackers
 from utils.sampling.generator import ImageGenerator
 from utils.sampling.solvers import SamplerConfig
+from utils.trackers.trackers import Trackers, choose_trackers
 
 
 def define_drawing_flags(num_samples: str) -> None:

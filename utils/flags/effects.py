@@ -11,7 +11,7 @@ from utils.base.settings import settings_of
 from utils.flags.reading import check_data_flags, refuse_ignored
 from utils.runs.checkpoint import has_checkpoints
 from utils.runs.config import RunConfig, network_settings, objective_settings
-from utils.training.fine_tune import read_started_from
+from utils.training.start import read_started_from
 
 FLAGS = flags.FLAGS
 

@@ -165,7 +165,9 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
         value = check_value(name, FLAGS[name].value)
         (config[group[0]] if group else config)[leaf] = value
     if "trackers" in names:
-        from utils.runs.trackers import check_trackers  # which takes a while to import: not every program has trackers
+        from utils.trackers.trackers import (
+            check_trackers,  # which takes a while to import: not every program has trackers
+        )
 
         resolve_wandb(config)
         check_trackers(config.trackers)

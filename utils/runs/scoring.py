@@ -50,9 +50,9 @@ from utils.metrics.statistics import MAX_SAMPLE_ROWS, ImageStatistics
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.opening import load_model, restore_params
 from utils.runs.results import Results, plot_fid, sampler_settings, to_markdown, write_csv, write_json_rows
-from utils.runs.trackers import Trackers, choose_trackers
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
 from utils.sampling.solvers import SamplerConfig
+from utils.trackers.trackers import Trackers, choose_trackers
 
 GRID_IMAGES = 64
 FILES = ("fid.json", "fid.csv", "fid.png")  # beside grids of samples

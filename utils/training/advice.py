@@ -16,13 +16,12 @@ from utils.base.console import format_duration
 from utils.base.devices import GIB, device_memory, format_bytes, shape_structs
 from utils.data.dataset import Batch, DataOptions, ImageDataset
 from utils.data.loaders import find_loader
-from utils.networks.ema import YOUNG, EmaSchedule
 from utils.networks.network import NetworkConfig
+from utils.networks.state import YOUNG, EmaSchedule, TrainState
 from utils.objectives.objective import has_guidance
 from utils.objectives.objectives import make_objective
 from utils.sampling.samplers import can_guide
 from utils.training.progress import PEAK_TFLOPS
-from utils.training.state import TrainState
 
 # --- The plan: memory and time ---
 

@@ -35,18 +35,23 @@ from utils.data.dataset import SPLITS, ImageDataset, describe_data, summarize_da
 from utils.data.loaders import load_dataset
 from utils.metrics.extractors import load_extractors
 from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
-from utils.networks.ema import EmaSchedule
 from utils.networks.lora import add_lora
 from utils.networks.models import ImageModel, init_params, make_model
+from utils.networks.state import EmaSchedule, TrainState, create_train_state, freeze_parts, make_optimizer
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, has_checkpoints
 from utils.runs.config import RunConfig
-from utils.runs.opening import check_architecture
 from utils.sampling.samplers import can_guide, explain_no_guidance
 from utils.training.advice import model_hints
 from utils.training.configure import with_classes
-from utils.training.fine_tune import SourceRun, frozen_beside_lora, read_frozen, read_started_from, start_from
-from utils.training.state import TrainState, create_train_state, freeze_parts, make_optimizer
+from utils.training.start import (
+    SourceRun,
+    check_architecture,
+    frozen_beside_lora,
+    read_frozen,
+    read_started_from,
+    start_from,
+)
 from utils.training.step import INIT
 
 

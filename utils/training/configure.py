@@ -27,7 +27,7 @@ from utils.runs.config import (
     RunConfig,
     all_settings,
 )
-from utils.training.fine_tune import SourceRun, read_started_from
+from utils.training.start import SourceRun, read_started_from
 
 # Settings under which earlier versions, and jax-flow, know the codec.
 SPELLINGS = ("use_stable_vae", "model.use_stable_vae", "vae")

@@ -27,14 +27,14 @@ from utils.metrics.measure import measure_images
 from utils.metrics.metrics import compute_fid
 from utils.metrics.statistics import ImageStatistics
 from utils.networks.models import ImageModel, model_fn
+from utils.networks.state import TrainState
 from utils.objectives.objective import has_guidance
 from utils.runs.config import RunConfig
-from utils.runs.trackers import Trackers, read_metrics
 from utils.sampling.generator import ImageGenerator
 from utils.sampling.samplers import can_guide, guidance_scale, largest_steps
 from utils.sampling.solvers import SamplerConfig, sample_noise
+from utils.trackers.trackers import Trackers, read_metrics
 from utils.training.build import Run
-from utils.training.state import TrainState
 from utils.training.step import VALIDATION, draw_examples, loss_at_time
 
 PANEL_SIZE = 8

@@ -26,15 +26,15 @@ from utils.base.errors import DataError, UserError
 from utils.base.files import FolderLock, prepare_output_folder, write_json
 from utils.base.processes import StopRequest
 from utils.data.fingerprint import write_listing
+from utils.networks.state import TrainState
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
-from utils.runs.opening import compare_with_saved
-from utils.runs.trackers import Trackers
+from utils.trackers.trackers import Trackers
 from utils.training.advice import batch_structs, ema_hints, plan_lines
 from utils.training.build import Run, make_state, state_structs, summarize_run
 from utils.training.evaluation import evaluate, is_evaluation_due, is_evaluation_missing, log_evaluation
 from utils.training.progress import Progress, Saver, SkippedUpdates, StepTrace, Throughput, check_finite
-from utils.training.state import TrainState
+from utils.training.start import compare_with_saved
 from utils.training.step import jit_train_step, validation_step
 
 MEMORY_FLAGS = (

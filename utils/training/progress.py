@@ -19,7 +19,7 @@ from tqdm import tqdm
 from utils.base.console import TolerantStream, log
 from utils.base.errors import UserError
 from utils.runs.checkpoint import Checkpoints, SaveError
-from utils.runs.trackers import Trackers
+from utils.trackers.trackers import Trackers
 
 Item = TypeVar("Item")
 

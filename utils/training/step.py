@@ -17,10 +17,9 @@ from jaxtyping import Array, Key, PyTree
 from utils.codecs.codec import Codec
 from utils.conditions.condition import drop_rows
 from utils.data.dataset import Batch
-from utils.networks.ema import EmaSchedule
 from utils.networks.models import Network, model_fn
+from utils.networks.state import EmaSchedule, TrainState, apply_gradients, select_parts
 from utils.objectives.objective import Objective, row_period
-from utils.training.state import TrainState, apply_gradients, select_parts
 
 # Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key.
 INIT = 2**31 - 1

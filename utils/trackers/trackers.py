@@ -22,7 +22,7 @@ from utils.base.console import warn
 from utils.base.errors import UserError, WriteError, one_line
 from utils.base.files import atomic_write, open_regular, read_bytes, write_text
 from utils.base.processes import Interrupted
-from utils.runs.wandb_tracker import WandbTracker
+from utils.trackers.wandb_tracker import WandbTracker
 
 METRICS_FILE = "metrics.jsonl"
 IMAGE_SUFFIXES = (".png", ".webp", ".gif")
