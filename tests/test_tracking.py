@@ -23,8 +23,8 @@ import train_flow
 from utils.base.errors import UserError
 from utils.flags import reading
 from utils.images import plotting
-from utils.runs import trackers as tracking
-from utils.runs import wandb_tracker
+from utils.trackers import trackers as tracking
+from utils.trackers import wandb_tracker
 
 
 def config(mode: str, *names: str) -> dict[str, Any]:
