@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from utils.base.console import log, progress_bar
 from utils.base.devices import gather
 from utils.base.errors import UserError
+from utils.codecs.codec import pixel_format
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Mixture, number_rows, resize_rows
 from utils.flags import program
@@ -37,6 +38,7 @@ from utils.flags.drawing import (
 )
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
+from utils.images.pixels import check_pictures
 from utils.sampling.editing import choose_labels, read_images, read_mask
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 from utils.sampling.paths import slerp
@@ -112,7 +114,8 @@ def _decode_in_batches(
     for start in progress_bar(range(0, len(noise), size), "interpolation", unit="batch"):
         rows = slice(start, start + size)
         batch = jax.tree.map(lambda values, rows=rows: values[rows], conditions)
-        yield request.generator.decode(request.generator.sample_latents(noise[rows], batch, request.sampler))
+        latents = request.generator.sample_latents(noise[rows], batch, request.sampler)
+        yield request.generator.to_pictures(request.generator.decode(latents))
 
 
 # --- Images of your own ---
@@ -181,6 +184,7 @@ def _read_own_images(
     --classes, in turn, or those that `choose_labels` finds."""
     config = request.config
     model = request.generator.model
+    check_pictures(pixel_format(model.codec), model.image_shape, f"--{flag}")
     images, files = read_images(config[flag], model.image_shape, config.num_samples, flag)
     if config.classes is not None:
         return images, files, request.conditions[: len(files)]

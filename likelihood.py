@@ -22,16 +22,16 @@ from utils.base.console import configure_output, log, progress_bar, show_result
 from utils.base.devices import check_batch_size, explaining_out_of_memory, gather, make_mesh, shard_replicated
 from utils.base.errors import UserError
 from utils.base.files import explaining_full_disk, prepare_output_file
-from utils.codecs.codec import is_identity
+from utils.codecs.codec import is_identity, pixel_format
 from utils.conditions.condition import resize_rows
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch
-from utils.data.loaders import load_dataset
+from utils.data.loaders import get_loader, load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_codec_flags, define_data_flags, define_path
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
-from utils.images.pixels import match_channels
+from utils.images.pixels import check_pictures, match_channels
 from utils.runs.opening import load_model, open_checkpoint, restore_params
 from utils.runs.results import check_json_path, write_csv, write_json_rows
 from utils.sampling.density import LikelihoodConfig, check_probes, measure_batch
@@ -83,6 +83,7 @@ class Measurement:
         self.dataset = self._load_dataset(saved)
         self.model = load_model(saved, self.mesh, dtype=config.dtype, codec=reading.read_codec(config))
         self.is_pixels = is_identity(self.model.codec)
+        check_pictures(pixel_format(self.model.codec), self.model.image_shape, "The likelihood in bits per dimension")
         self.unit = "bits_per_dim" if self.is_pixels else "nats_per_latent_element"
         self._check_dataset()
         self.is_conditional = self._is_conditional()
@@ -106,7 +107,7 @@ class Measurement:
             config[name] = saved.get(name, config[name])
         name = config.dataset_name or saved["dataset_name"]
         reading.check_data_flags(name)
-        if not is_own and config.image_size is None and name.partition(":")[0] in ("folder", "tfds"):
+        if not is_own and config.image_size is None and get_loader(name).is_resizable:
             config.image_size = saved["dataset"]["image_shape"][0]
         return load_dataset(name, config.split, reading.read_data_options(config))
 

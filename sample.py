@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from utils.base.console import log, progress_bar
 from utils.base.files import check_free_space
+from utils.codecs.codec import pixel_format
 from utils.conditions.condition import number_rows
 from utils.flags import program
 from utils.flags.drawing import (
@@ -31,6 +32,7 @@ from utils.flags.drawing import (
 )
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import define_moved_flags, refuse_moved_flags, topic
+from utils.images.pixels import check_pictures
 from utils.images.samples import SampleWriter
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 
@@ -59,6 +61,10 @@ def draw(request: Request) -> None:
     config = request.config
     generator = request.generator
 
+    if config.save_samples:
+        model = generator.model
+        check_pictures(pixel_format(model.codec), model.image_shape, f"--save_samples={config.save_samples}")
+
     # Room first: the samples of a large file take hours.
     if config.save_samples and config.save_samples.endswith(".npz"):
         size = config.num_samples * math.prod(generator.model.image_shape)
@@ -76,7 +82,7 @@ def draw(request: Request) -> None:
         for batch in batches:
             images, conditions = batch.to_host()
             if sum(map(len, shown)) < MAX_SHOWN:
-                shown.append(images)
+                shown.append(generator.to_pictures(images))
             if writer is not None:
                 writer.write(images, conditions)
             bar.update(len(images))
@@ -104,7 +110,7 @@ def film(request: Request) -> None:
     conditions = jax.tree.map(lambda rows: rows[:count], request.conditions)
     path = generator.path(generator.noise(range(count)), conditions, sampler, num_frames)
     bar = progress_bar(path, "film", num_frames + 1, unit="frame")
-    frames = np.stack([generator.decode(latents) for latents in bar])
+    frames = np.stack([generator.to_pictures(generator.decode(latents)) for latents in bar])
     places, names = number_rows(generator.condition, conditions)
     request.pictures.save_film(f"film.{config.film_format}", frames, places, names, request.title)
 

@@ -1,15 +1,21 @@
 """The records of data sources, and a loader that is registered from outside of the suite."""
 
+import dataclasses
+import json
 import re
 
+import numpy as np
 import pytest
 
 import train_flow
 from tests.conftest import ROOT
 from utils.base.errors import UserError
 from utils.data import loaders
+from utils.data.dataset import SPLITS, ArraySource, ImageDataset
 from utils.data.loaders import LOADERS, expand_name, list_names, load_dataset
 from utils.flags import reading
+from utils.images.pixels import PixelFormat
+from utils.runs.opening import load_generator
 
 
 @pytest.mark.parametrize("name", [name for name, loader in LOADERS.items() if loader.is_path])
@@ -53,3 +59,51 @@ def test_options_without_effect_follow_from_the_record(words, message, read_flag
     config = read_flags(train_flow, words.split())
     with pytest.raises(UserError, match=message):
         reading.check_data_flags(config.dataset_name)
+
+
+def load_fields(name, split, options):
+    """32 float32 fields of 8x12 with 4 channels in -3 .. 3; class 0 is near the lower end, class 1 near the upper."""
+    rng = np.random.default_rng(SPLITS.index(split))
+    labels = np.arange(32, dtype=np.int32) % 2
+    images = rng.normal(4.0 * labels[:, None, None, None] - 2, 0.1, (32, 8, 12, 4)).astype(np.float32)
+    return ImageDataset(
+        name=name,
+        split=split,
+        source=(source := ArraySource(images, labels)),
+        image_shape=(8, 12, 4),
+        class_names=("low", "high"),
+        random_flip=False,
+        fingerprint=source.fingerprint(),
+        pixels=FIELDS,
+    )
+
+
+FIELDS = PixelFormat("float32", -3.0, 3.0)
+TRAIN = """--dataset_name fields --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 1
+    --model.patch_size 4 --model.num_classes 2 --model.lr 1e-2 --model.class_dropout_prob 0 --batch_size 16
+    --log_interval 100 --wandb.mode disabled --random_flip 0"""
+
+
+def test_float_images_of_four_channels_are_trained_sampled_and_resumed(monkeypatch, read_flags, tmp_path):
+    monkeypatch.setitem(LOADERS, "fields", loaders.Loader(load_fields))
+    words = [*TRAIN.split(), "--save_dir", str(tmp_path / "run")]
+    train_flow.main(read_flags(train_flow, [*words, "--max_steps", "60", "--eval_interval", "60"]))
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())["dataset"]["pixels"]
+    assert PixelFormat.from_json(recorded) == FIELDS
+
+    # Samples are in the format of the data.
+    generator = load_generator(tmp_path / "run")
+    images = generator.sample(["low", "high"], num_steps=8)
+    assert (images.shape, images.dtype) == ((2, 8, 12, 4), np.float32)
+    low, high = images.mean((1, 2, 3))
+    assert -3 <= low < -1
+    assert 1 < high <= 3
+    assert list((tmp_path / "run").rglob("*.png"))  # figures show the first three channels
+
+    # Other data are refused, be it only by their range.
+    other = dataclasses.replace(load_fields("fields", "train", None), pixels=PixelFormat("float32", 0.0, 9.0))
+    monkeypatch.setitem(LOADERS, "fields", loaders.Loader(lambda name, split, options: other))
+    with pytest.raises(UserError, match=r"images were float32 in -3 .. 3, not float32 in 0 .. 9"):
+        train_flow.main(read_flags(train_flow, [*words, "--max_steps", "61", "--eval_interval", "0"]))
+    monkeypatch.setitem(LOADERS, "fields", loaders.Loader(load_fields))
+    train_flow.main(read_flags(train_flow, [*words, "--max_steps", "61", "--eval_interval", "0"]))

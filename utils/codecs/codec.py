@@ -17,6 +17,7 @@ from utils.base.devices import replicated
 from utils.base.errors import UserError
 from utils.base.files import expand_home, refuse_url
 from utils.codecs.kl import KLCodec
+from utils.images.pixels import UINT8, PixelFormat
 
 DEFAULT_HUB_ID = "stabilityai/sd-vae-ft-mse"
 
@@ -61,6 +62,7 @@ class PixelCodec(flax.struct.PyTreeNode):
     """Latents are the images."""
 
     IS_IDENTITY = True
+    pixels: PixelFormat = flax.struct.field(pytree_node=False, default=UINT8)  # of the data
 
     def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         return images
@@ -102,6 +104,20 @@ class AbsentCodec(flax.struct.PyTreeNode):
 def is_identity(codec: Codec) -> bool:
     """Whether latents are the images themselves."""
     return getattr(codec, "IS_IDENTITY", False)
+
+
+def pixel_format(codec: Codec) -> PixelFormat:
+    """The format of the images that a codec encodes and decodes; uint8 of every codec but that of pixels."""
+    return codec.pixels if isinstance(codec, PixelCodec) else UINT8
+
+
+def set_pixel_format(codec: Codec, pixels: PixelFormat) -> Codec:
+    """Returns the codec for images of this format; UserError where it takes uint8 alone."""
+    if isinstance(codec, PixelCodec):
+        return codec.replace(pixels=pixels)
+    if pixels != UINT8:
+        raise UserError(f"the images are {pixels}, and the codec takes uint8; use --codec pixels")
+    return codec
 
 
 class CodecSpec(NamedTuple):

@@ -1,9 +1,10 @@
 """The contract that every data set meets, whatever its source.
 
 Arrays and iterables become data sets by `array_dataset` and `iterable_dataset`. Any other random-access source has
-`len(source)` and `source[i] -> {"image": uint8 (h, w, c), "label": int32}`, all images of one shape; shuffling, flips,
-hosts and resuming are shared code. A stream (TFDS's tfrecord files) makes its batches itself. A batch knows how it
-becomes latents; sources of something else than images bring a `Batch` of their own (`LatentBatch`, `PairBatch`).
+`len(source)` and `source[i] -> {"image": uint8 (h, w, c), "label": int32}`, all images of one shape, of any size and
+number of channels, or of float32 where the data set's `pixels` give their range. Shuffling, flips, hosts and resuming
+are shared code. A stream (TFDS's tfrecord files) makes its batches itself. A batch knows how it becomes latents;
+sources of something else than images bring a `Batch` of their own (`LatentBatch`, `PairBatch`).
 """
 
 import dataclasses
@@ -23,10 +24,10 @@ from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition, empty_rows, record_condition
 from utils.data.fingerprint import Fingerprint
 from utils.images.decoding import MAX_MEGAPIXELS
-from utils.images.pixels import describe_range, images_from_uint8, images_to_uint8
+from utils.images.pixels import UINT8, Images, PixelFormat, describe_range, images_to_uint8
 
-# "image": uint8 (h, w, c), and what the condition of the data reads: the class reads "label", int32 (). Sources with a
-# `Batch` of their own have other arrays in place of "image".
+# "image": uint8 or float32 (h, w, c), and what the condition of the data reads: the class reads "label", int32 ().
+# Sources with a `Batch` of their own have other arrays in place of "image".
 Example = dict[str, Any]
 
 SPLITS = ("train", "validation")
@@ -43,8 +44,8 @@ class Batch(flax.struct.PyTreeNode):
     condition: PyTree  # of its kind: of classes, labels int32 (b,)
 
     @classmethod
-    def empty(cls, count: int, shape: Sequence[int], condition: PyTree) -> "Batch":
-        """Returns `count` examples of this shape as NumPy arrays to be filled, as those of `condition` are."""
+    def empty(cls, count: int, dataset: "ImageDataset", condition: PyTree) -> "Batch":
+        """Returns `count` examples of a data set as NumPy arrays to be filled, as those of `condition` are."""
         raise NotImplementedError
 
     @classmethod
@@ -61,7 +62,7 @@ class Batch(flax.struct.PyTreeNode):
         raise NotImplementedError
 
     def to_images(self, codec: Any, x_1: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 c2"]:
-        """Returns the images of which `x_1` are the latents."""
+        """Returns the images of which `x_1` are the latents, as they are shown."""
         return images_to_uint8(codec.decode(x_1))
 
     def draws(self) -> dict[str, Array]:
@@ -72,11 +73,13 @@ class Batch(flax.struct.PyTreeNode):
 class PixelBatch(Batch):
     """Images with their conditions."""
 
-    image: PyTree  # uint8 (b, h, w, c)
+    image: PyTree  # uint8 or float32 (b, h, w, c)
+    pixels: PixelFormat = flax.struct.field(pytree_node=False, default=UINT8)
 
     @classmethod
-    def empty(cls, count: int, shape: Sequence[int], condition: PyTree) -> "PixelBatch":
-        return cls(condition=condition, image=np.empty((count, *shape), np.uint8))
+    def empty(cls, count: int, dataset: "ImageDataset", condition: PyTree) -> "PixelBatch":
+        images = np.empty((count, *dataset.image_shape), dataset.pixels.dtype)
+        return cls(condition=condition, image=images, pixels=dataset.pixels)
 
     @classmethod
     def select(cls, example: Example, flip: bool) -> Example:
@@ -84,14 +87,16 @@ class PixelBatch(Batch):
         return {"image": image[:, ::-1] if flip else image}
 
     def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
-        return codec.encode(keys, images_from_uint8(self.image))
+        return codec.encode(keys, self.pixels.to_unit(self.image))
 
     def to_images(self, codec: Any, x_1: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 c2"]:
-        return self.image
+        return self.pixels.to_uint8(self.image)
 
 
 @runtime_checkable
-class Source(Protocol):
+class RandomAccess(Protocol):
+    """A source whose examples can be read in any order, by several threads."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
@@ -139,14 +144,14 @@ class LatentMetadata(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ImageDataset:
-    """One split of a data set; its images are uint8 of one shape.
+    """One split of a data set; its images are of one shape and format.
 
     Its condition is the class, by labels 0 .. num_classes - 1, unless `own_condition` is another.
     """
 
     name: str  # of the images, also where it is their latents that are read
     split: str  # 'train' or 'validation'
-    source: Source | StreamSource
+    source: RandomAccess | StreamSource
     image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]  # in label order
     random_flip: bool  # whether training batches mirror half of the images left to right
@@ -155,6 +160,7 @@ class ImageDataset:
     pair_shape: tuple[int, int, int] | None = None  # of samples that come with their noise (utils/data/pairs.py)
     empty_classes: tuple[int, ...] = ()  # labels of which the split has no image, as far as that is known
     batch_type: type[Batch] = PixelBatch
+    pixels: PixelFormat = UINT8  # how the images hold their values
     own_condition: Condition | None = None  # of examples without classes, whose class_names are ()
 
     @property
@@ -166,18 +172,13 @@ class ImageDataset:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    @property
-    def example_shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of what the source has: images, or latents in their place."""
-        return self.pair_shape or (self.latents.latent_shape if self.latents else self.image_shape)
-
     def empty_batch(self, count: int) -> Batch:
         """Returns a batch to be filled with `row`s."""
-        return self.batch_type.empty(count, self.example_shape, empty_rows(self.condition, count))
+        return self.batch_type.empty(count, self, empty_rows(self.condition, count))
 
     def row(self, index: int, flip: bool) -> Example:
         """Example `index`, mirrored left to right if `flip`, by the fields of a batch."""
-        example = cast(Source, self.source)[index]  # a stream has no rows
+        example = cast(RandomAccess, self.source)[index]  # a stream has no rows
         return {**self.batch_type.select(example, flip), "condition": self.condition.read(example)}
 
 
@@ -202,7 +203,7 @@ class DataOptions:
 class ArraySource:
     """Images and labels in memory."""
 
-    images: UInt8[np.ndarray, "n h w c"]
+    images: Images
     labels: Int32[np.ndarray, " n"]
 
     def __len__(self) -> int:
@@ -211,12 +212,18 @@ class ArraySource:
     def __getitem__(self, index: int) -> Example:
         return {"image": self.images[index], "label": self.labels[index]}
 
+    def fingerprint(self) -> Fingerprint:
+        """Returns what identifies the arrays: a hash of all of their bytes."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
+        return Fingerprint("arrays", len(self), digest.hexdigest())
+
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
     """Some rows of a source."""
 
-    source: Source
+    source: RandomAccess
     rows: Sequence[int]
 
     def __len__(self) -> int:
@@ -272,9 +279,6 @@ def array_dataset(
     if lowest < 0 or highest >= len(names):
         raise UserError(f"{name}: labels are {lowest} to {highest}, but must be 0 to {len(names) - 1}, one for a class")
     source = ArraySource(np.ascontiguousarray(images), np.ascontiguousarray(labels, np.int32))
-    digest = hashlib.sha256(source.images.data)
-    digest.update(source.labels.data)
-    fingerprint = Fingerprint("arrays", len(source), digest.hexdigest())
     _, height, width, channels = images.shape
     is_flipped = random_flip and split == "train"
     empty = find_empty_classes(source.labels, len(names))
@@ -284,7 +288,7 @@ def array_dataset(
         if remark := describe_range(np.stack([sampled.min(axis=1), sampled.max(axis=1)], axis=1)):
             warn_once(f"{name}: {remark}")
     shape = (height, width, channels)
-    return ImageDataset(name, split, source, shape, names, is_flipped, fingerprint, empty_classes=empty)
+    return ImageDataset(name, split, source, shape, names, is_flipped, source.fingerprint(), empty_classes=empty)
 
 
 def iterable_dataset(
@@ -323,6 +327,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
         "name": dataset.name,
         "image_shape": list(dataset.image_shape),
         **record_condition(dataset.condition),
+        **({} if dataset.pixels == UINT8 else {"pixels": dataset.pixels.to_json()}),
         "splits": {split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
     }
 

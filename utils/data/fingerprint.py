@@ -102,6 +102,8 @@ def compare_data(
     """
     if list(saved["image_shape"]) != list(found["image_shape"]):
         raise UserError(f"its images were {_size(saved['image_shape'])}, not {_size(found['image_shape'])}")
+    if saved.get("pixels") != found.get("pixels"):
+        raise UserError(f"its images were {_pixels(saved)}, not {_pixels(found)}")
     remarks = []
     old_names, new_names = (data.get("class_names", ()) for data in (saved, found))
     if difference := _first_class_difference(old_names, new_names):
@@ -181,3 +183,9 @@ def _list(keys: Sequence[str], limit: int = 3) -> str:
 
 def _size(image_shape: Sequence[int]) -> str:
     return "x".join(map(str, image_shape))
+
+
+def _pixels(data: Mapping[str, Any]) -> str:
+    """The format of images, in words; without a record they are uint8."""
+    pixels = data.get("pixels")
+    return f"{pixels['dtype']} in {pixels['range'][0]:g} .. {pixels['range'][1]:g}" if pixels else "uint8"

@@ -200,8 +200,10 @@ class LatentBatch(Batch):
     moments: PyTree  # float16 (b, 2, h, w, c): mean and log-variance
 
     @classmethod
-    def empty(cls, count: int, shape: Sequence[int], condition: PyTree) -> "LatentBatch":
-        return cls(condition=condition, moments=np.empty((count, 2, *shape), np.float16))
+    def empty(cls, count: int, dataset: ImageDataset, condition: PyTree) -> "LatentBatch":
+        assert dataset.latents is not None
+        moments = np.empty((count, 2, *dataset.latents.latent_shape), np.float16)
+        return cls(condition=condition, moments=moments)
 
     @classmethod
     def select(cls, example: Example, flip: bool) -> Example:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,10 +124,11 @@ class PairBatch(Batch):
     pair: PyTree  # uint32 (b, 2): the seed and the number from which the noise is drawn
 
     @classmethod
-    def empty(cls, count: int, shape: Sequence[int], condition: PyTree) -> "PairBatch":
+    def empty(cls, count: int, dataset: ImageDataset, condition: PyTree) -> "PairBatch":
+        assert dataset.pair_shape is not None
         return cls(
             condition=condition,
-            x_1=np.empty((count, *shape), np.float32),
+            x_1=np.empty((count, *dataset.pair_shape), np.float32),
             pair=np.empty((count, 2), np.uint32),
         )
 

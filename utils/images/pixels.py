@@ -1,14 +1,19 @@
-"""Images as arrays: uint8 for files, float32 in [-1, 1] for networks."""
+"""Images as arrays: uint8 for files, float32 in [-1, 1] for networks, and the formats of data between them."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, PyTree, UInt8
+from jaxtyping import Array, Float, Float32, Int, Integer, PyTree, UInt8
 from PIL import Image
 
 from utils.base.devices import gather
+from utils.base.errors import UserError
+
+Images = UInt8[Array | np.ndarray, "*b h w c"] | Float32[Array | np.ndarray, "*b h w c"]
 
 # Limits of `describe_range`: the values of all images together, and of one image by itself.
 MIN_RANGE = 128
@@ -60,15 +65,68 @@ def describe_range(extremes: Integer[np.ndarray, "n 2"]) -> str:
     return ""
 
 
+class PixelFormat(NamedTuple):
+    """How a data set's images hold their values: uint8, or float32 of which low .. high become [-1, 1]."""
+
+    dtype: str = "uint8"
+    low: float = 0.0
+    high: float = 255.0
+
+    def to_unit(self, images: Images) -> Float[Array, "b h w c"]:
+        """Returns images in [-1, 1], as far as their values are in the range."""
+        if self == UINT8:
+            return images_from_uint8(images)
+        return (jnp.asarray(images) - self.low) * (2 / (self.high - self.low)) - 1
+
+    def from_unit(self, images: Float[Array, "b h w c"]) -> Images:
+        """Clips images in [-1, 1] and returns them in this format."""
+        if self == UINT8:
+            return images_to_uint8(images)
+        return self.low + (jnp.clip(images, -1, 1) + 1) * ((self.high - self.low) / 2)
+
+    def to_uint8(self, images: Images) -> UInt8[Array | np.ndarray, "*b h w c"]:
+        """Returns images that can be shown: the range becomes 0 .. 255."""
+        return images if self == UINT8 else images_to_uint8(self.to_unit(images))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the format as a run's configuration records it."""
+        return {"dtype": self.dtype, "range": [self.low, self.high]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "PixelFormat":
+        """Returns a recorded format. Raises ValueError if it is none."""
+        low, high = content["range"]
+        found = cls(content["dtype"], float(low), float(high))
+        if found != UINT8 and not (found.dtype == "float32" and math.isfinite(high - low) and low < high):
+            raise ValueError(f"pixels are uint8 in 0 .. 255 or float32 in LOW .. HIGH, not {content}")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.dtype} in {self.low:g} .. {self.high:g}"
+
+
+UINT8 = PixelFormat()
+
+
+def check_pictures(pixels: PixelFormat, image_shape: Sequence[int], what: str) -> None:
+    """Raises UserError, which begins with `what`, for images that are not uint8 with 1 or 3 channels."""
+    channels = image_shape[-1]
+    if pixels != UINT8 or channels not in (1, 3):
+        raise UserError(
+            f"{what} takes uint8 images of 1 or 3 channels, but the model's are {pixels} with {channels}; draw them "
+            "from Python, with load_generator"
+        )
+
+
 class ImageBatch(NamedTuple):
     """Images on the devices, with their conditions if these are known; rows after the first `count` are padding."""
 
-    images: UInt8[Array, "b h w c"]
+    images: UInt8[Array, "b h w c"] | Float32[Array, "b h w c"]
     conditions: PyTree | None
     count: int
     nfe: Int[Array, " b"] | None = None  # evaluations of the velocity that each took; adaptive solvers only
 
-    def to_host(self) -> tuple[UInt8[np.ndarray, "count h w c"], PyTree]:
+    def to_host(self) -> tuple[Images, PyTree]:
         """Returns (images, conditions) without the padding. Raises ValueError if the conditions are not known."""
         if self.conditions is None:
             raise ValueError("the conditions of these images are not known")

@@ -47,8 +47,8 @@ class _Cell(NamedTuple):
         return cls(round(height * factor), round(width * factor), resample, 100 if longer < 128 else 160)
 
     def draw(self, image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "height width c"]:
-        """Returns the image at the size of the cell."""
-        drawn = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        """Returns the image at the size of the cell; of images that are neither grey nor RGB, the first channels."""
+        drawn = Image.fromarray(image[..., :3] if image.shape[-1] >= 3 else image[..., 0])
         if drawn.size != (self.width, self.height):
             drawn = drawn.resize((self.width, self.height), self.resample)
         return np.asarray(drawn).reshape(self.height, self.width, -1)

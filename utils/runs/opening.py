@@ -17,11 +17,12 @@ from utils.base.devices import make_mesh, replicated, shape_structs
 from utils.base.errors import AbsentCodecError, UserError
 from utils.base.external import BadFileError
 from utils.base.files import FolderLock, check_writable, prepare_output_folder, refuse_url, write_json
-from utils.codecs.codec import CODECS, AbsentCodec, CodecSpec, describe_codec, load_codec, parse_codec
+from utils.codecs.codec import CODECS, AbsentCodec, CodecSpec, describe_codec, load_codec, parse_codec, set_pixel_format
 from utils.conditions.classes import imagenet_class_names
 from utils.conditions.condition import restore_condition
 from utils.convert.published import FAMILIES, find_config, import_published
 from utils.convert.sources import METADATA_KEY, PublishedCheckpoint, fetch, read_source
+from utils.images.pixels import PixelFormat
 from utils.networks.lora import merge_lora
 from utils.networks.models import ImageModel, init_params, make_model, read_network
 from utils.networks.state import young_ema_hint
@@ -124,6 +125,8 @@ def load_model(
     spec = choose_codec(data["codec"], codec)
     try:
         loaded = load_codec(spec, mesh, shape, data["codec"]["sha256"])
+        if "pixels" in data:
+            loaded = set_pixel_format(loaded, PixelFormat.from_json(data["pixels"]))
     except AbsentCodecError as error:
         if needs_images or codec is not None or not data["latent_shape"]:
             raise

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from utils.base.errors import UserError
 from utils.base.external import BadFileError
 from utils.base.settings import is_optional, kind_of, settings_of
+from utils.images.pixels import PixelFormat
 from utils.networks.dit_config import DiTConfig
 from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
@@ -100,6 +101,14 @@ def _is_condition(value: Any) -> bool:
     return isinstance(value, dict) and _is_text(value.get("kind")) and isinstance(value.get("arrays", []), list)
 
 
+def _are_pixels(value: Any) -> bool:
+    try:
+        PixelFormat.from_json(value)
+    except (ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
 def _are_splits(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(split, dict) and _is_text(split.get("format")) and type(split.get("num_examples")) is int
@@ -138,6 +147,7 @@ OTHERS = {
     "dataset.vae_sha256": _or_none(TEXT),
     "dataset.codec": Rule(_is_codec, "name, source and sha256 of a codec"),
     "dataset.latent_shape": _or_none(SHAPE),
+    "dataset.pixels": Rule(_are_pixels, "the dtype and range of images"),
     "dataset.splits": Rule(_are_splits, "the format and number of examples of each split"),
     "dataset.class_names": NAMES,
     "dataset.empty_classes": Rule(_are_labels, "a list of labels"),

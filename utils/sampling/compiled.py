@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from utils.base.devices import batch_sharding, shape_structs
+from utils.codecs.codec import pixel_format
 from utils.conditions.condition import Mixture
-from utils.images.pixels import images_from_uint8, images_to_uint8
 from utils.networks.models import ImageModel, model_fn
 from utils.objectives.objective import ModelFn, VelocityFn
 from utils.sampling import paths, solvers
@@ -123,7 +123,7 @@ def generate(params, codec, key, indices, condition, settings, num_steps, *, sta
         keys = static.step_keys(key, indices)
         latents = solvers.sample(velocity_fn, noise, num_steps, static.solver, times, keys)
         nfe = None
-    return images_to_uint8(codec.decode(latents)), nfe
+    return pixel_format(codec).from_unit(codec.decode(latents)), nfe
 
 
 def lower_sampler(model: ImageModel, params: PyTree, sampler: SamplerConfig, batch_size: int) -> jax.stages.Lowered:
@@ -165,7 +165,7 @@ def fill_hole(params, codec, key, images, is_hole, noise, condition, settings, n
     """Returns images whose hole (h, w) is filled; their other pixels are those of `images`."""
     encode_key, noise_key = jax.random.split(key)
 
-    x_known = codec.encode(encode_key, images_from_uint8(images))
+    x_known = codec.encode(encode_key, pixel_format(codec).to_unit(images))
     # A latent is known where all of its pixels are.
     factors = (images.shape[1] // x_known.shape[1], images.shape[2] // x_known.shape[2])
     is_known = ~is_hole.reshape(x_known.shape[1], factors[0], x_known.shape[2], factors[1]).any(axis=(1, 3))[..., None]
@@ -176,7 +176,7 @@ def fill_hole(params, codec, key, images, is_hole, noise, condition, settings, n
     latents = paths.inpaint(
         velocity_fn, keys, noise, x_known, is_known, num_steps, static.solver, static.times(settings), num_repeats
     )
-    return jnp.where(is_hole[..., None], images_to_uint8(codec.decode(latents)), images)
+    return jnp.where(is_hole[..., None], pixel_format(codec).from_unit(codec.decode(latents)), images)
 
 
 @partial(jax.jit, static_argnames=("network", "objective"))
@@ -187,9 +187,9 @@ def evaluate_velocity(params, x, t, condition, *, network, objective):
 
 @jax.jit
 def decode_images(codec, latents):
-    return images_to_uint8(codec.decode(latents))
+    return pixel_format(codec).from_unit(codec.decode(latents))
 
 
 @jax.jit
 def encode_images(codec, key, images):
-    return codec.encode(key, images_from_uint8(images))
+    return codec.encode(key, pixel_format(codec).to_unit(images))

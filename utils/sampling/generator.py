@@ -18,8 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 
 from utils.base.devices import gather, shard_replicated
 from utils.base.errors import UserError
+from utils.codecs.codec import pixel_format
 from utils.conditions.condition import Condition, Mixture, count_rows, resize_rows
-from utils.images.pixels import ImageBatch
+from utils.images.pixels import ImageBatch, Images
 from utils.networks.models import ImageModel
 from utils.sampling import compiled
 from utils.sampling.compiled import CompiledFor, SamplerNumbers, lower_sampler
@@ -135,8 +136,10 @@ class ImageGenerator:
         cfg_scale: float | None = None,
         seed: int | None = None,
         **sampler: Any,
-    ) -> UInt8[np.ndarray, "n h w c"]:
-        """Images uint8 (n, h, w, c), in one batch: one for each of `labels`, or `num_samples` with drawn ones.
+    ) -> Images:
+        """Images (n, h, w, c), in one batch: one for each of `labels`, or `num_samples` with drawn ones.
+
+        They have the format of the data: uint8, or float32 in the recorded range.
 
         Labels are numbers or names of classes; a model of another kind of condition takes `conditions` (n, ...) in
         their place, see `Condition.check`. `cfg_scale` None, -1 or 1 is no guidance. `seed`: default, the
@@ -230,12 +233,12 @@ class ImageGenerator:
 
     def inpaint(
         self,
-        images: UInt8[np.ndarray, "n h w c"],
+        images: Images,
         is_hole: Bool[np.ndarray, "h w"],
         condition: PyTree,
         sampler: SamplerConfig,
         num_repeats: int = 1,
-    ) -> UInt8[np.ndarray, "n h w c"]:
+    ) -> Images:
         """Returns the images with the hole filled; every other pixel as it was. Hole i starts at the noise of sample i.
 
         For the method, and what `num_repeats` is good for, see `paths.inpaint`. The hole of a latent model is
@@ -275,13 +278,17 @@ class ImageGenerator:
             return Mixture(first, second, jnp.asarray(condition.fraction, jnp.float32))
         return jax.tree.map(lambda leaf, rows: jnp.asarray(rows, leaf.dtype), self.condition.spec, condition)
 
-    def encode(self, images: UInt8[np.ndarray | Array, "n h w c"], seed: int = 0) -> Float[Array, "n h2 w2 c2"]:
+    def encode(self, images: Images, seed: int = 0) -> Float[Array, "n h2 w2 c2"]:
         """Latents of images; drawn from the posterior of a VAE."""
         return compiled.encode_images(self.model.codec, jax.random.key(seed), images)
 
-    def decode(self, latents: Float[Array, "n h2 w2 c2"]) -> UInt8[np.ndarray, "n h w c"]:
-        """Images of latents."""
+    def decode(self, latents: Float[Array, "n h2 w2 c2"]) -> Images:
+        """Images of latents, in the format of the data."""
         return gather(compiled.decode_images(self.model.codec, latents))
+
+    def to_pictures(self, images: Images) -> UInt8[np.ndarray, "*n h w c"]:
+        """Images as figures show them: uint8, whatever the format of the data."""
+        return np.asarray(pixel_format(self.model.codec).to_uint8(images))
 
 
 def check_seed(seed: int) -> int:

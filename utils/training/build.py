@@ -29,10 +29,19 @@ from utils.base.devices import (
     unsplit_fraction,
 )
 from utils.base.files import check_writable
-from utils.codecs.codec import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
+from utils.codecs.codec import (
+    CODECS,
+    DEFAULT_HUB_ID,
+    CodecSpec,
+    describe_codec,
+    load_codec,
+    read_manifest_name,
+    set_pixel_format,
+)
 from utils.data.batches import first_examples, training_batches
 from utils.data.dataset import SPLITS, ImageDataset, describe_data, summarize_data
 from utils.data.loaders import load_dataset
+from utils.images.pixels import check_pictures
 from utils.metrics.extractors import load_extractors
 from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
 from utils.networks.lora import add_lora
@@ -160,7 +169,7 @@ def build_run(config: RunConfig) -> Run:
         ema=EmaSchedule.of_run(record),
         frozen=frozen,
         start=start,
-        reference=load_reference(config, mesh, dataset.image_shape),
+        reference=load_reference(config, mesh, dataset),
     )
 
 
@@ -174,6 +183,7 @@ def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[I
     if spec.source is None:
         spec = spec._replace(source=CODECS[spec.name].default)
     codec = load_codec(spec, mesh, dataset.image_shape, latents.vae_sha256 if latents else None)
+    codec = set_pixel_format(codec, dataset.pixels)
     model = make_model(
         config.model,
         config.objective,
@@ -224,14 +234,15 @@ def build_optimizer(config: RunConfig) -> optax.GradientTransformation:
     )
 
 
-def load_reference(config: RunConfig, mesh: Mesh, image_shape: tuple[int, ...]) -> Reference | None:
+def load_reference(config: RunConfig, mesh: Mesh, dataset: ImageDataset) -> Reference | None:
     """Returns what training-time FID needs; None without --fid_stats."""
     evaluation = config.evaluation
     if not evaluation.fid_stats:
         return None
+    check_pictures(dataset.pixels, dataset.image_shape, f"--fid_stats={evaluation.fid_stats}")
     statistics = load_statistics(evaluation.fid_stats)
     convention = find_convention(statistics, evaluation.convention).name
-    warn_of_other_shape(statistics, image_shape)
+    warn_of_other_shape(statistics, dataset.image_shape)
     extractors = load_extractors(weights=evaluation.inception_weights, convention=convention, sharding=replicated(mesh))
     return Reference(statistics, extractors)
 

@@ -77,7 +77,8 @@ def sample_stages(
     """Decoded states of an Euler path of `num_steps` after 1/8, 2/8, ..., 8/8 of its steps."""
     generator = ImageGenerator(model, params)
     stages = generator.path(noise, condition, SamplerConfig(num_steps, cfg_scale), PANEL_SIZE)
-    return np.stack([generator.decode(latents) for latents in itertools.islice(stages, 1, None)], axis=1)
+    shown = itertools.islice(stages, 1, None)
+    return np.stack([generator.to_pictures(generator.decode(latents)) for latents in shown], axis=1)
 
 
 def sample_panels(
