@@ -107,10 +107,10 @@ def load_moment_codec(spec: CodecSpec, mesh: Mesh, image_shape: tuple[int, int, 
 
 def describe_latents(
     datasets: dict[str, ImageDataset], codec: MomentCodec, spec: CodecSpec, shard_size: int
-) -> latents.Manifest:
+) -> latents.LatentsManifest:
     """Returns the manifest of the latents of {split: data set} under a codec."""
     train = datasets["train"]
-    return latents.Manifest(
+    return latents.LatentsManifest(
         dataset_name=train.name,
         image_shape=train.image_shape,
         latent_shape=codec.latent_shape(train.image_shape),
@@ -125,9 +125,9 @@ def describe_latents(
     )
 
 
-def prepare_folder(out: Path, manifest: latents.Manifest, fingerprints: dict[str, Fingerprint]) -> None:
+def prepare_folder(out: Path, manifest: latents.LatentsManifest, fingerprints: dict[str, Fingerprint]) -> None:
     """Writes the manifest and the listing of the images into a new folder; UserError where it holds other latents."""
-    found = latents.load_manifest(out)
+    found = latents.load_latents_manifest(out)
     if found is None:
         write_listing(out, fingerprints)
         write_json(out / latents.MANIFEST, manifest.to_json())
@@ -137,7 +137,7 @@ def prepare_folder(out: Path, manifest: latents.Manifest, fingerprints: dict[str
 
 def write_latents(
     out: Path,
-    manifest: latents.Manifest,
+    manifest: latents.LatentsManifest,
     datasets: dict[str, ImageDataset],
     codec: MomentCodec,
     mesh: Mesh,
@@ -159,7 +159,7 @@ def write_latents(
                     bar.update(len(rows))
                     continue
                 examples = encode_examples(dataset, rows, batch_size, encode)
-                latents.write_shard(out / name, count_examples(examples, bar))
+                latents.write_latents(out / name, count_examples(examples, bar))
 
 
 def main(config: ConfigDict) -> None:

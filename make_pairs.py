@@ -104,7 +104,7 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
 
 def prepare_folder(out: Path, manifest: pairs.PairsManifest) -> None:
     """Writes the manifest into a new folder; UserError where it holds other pairs."""
-    found = pairs.load_manifest(out)
+    found = pairs.load_pairs_manifest(out)
     if found is None:
         write_json(out / pairs.MANIFEST, manifest.to_json())
     elif found != manifest:
@@ -125,7 +125,7 @@ def write_pairs(
             if (out / name).exists():
                 bar.update(len(rows))
             else:
-                pairs.write_shard(out / name, make_examples(generator, sampler, rows, batch_size, bar))
+                pairs.write_pairs(out / name, make_examples(generator, sampler, rows, batch_size, bar))
 
 
 def main(config: ConfigDict) -> None:

@@ -229,7 +229,7 @@ def write_pairs(folder):
     manifest = pairs.PairsManifest("few", "0" * 64, "euler", 0, 4, 4, (8, 8, 1), (8, 8, 1), ("a",), None, None)
     write_json(folder / pairs.MANIFEST, manifest.to_json())
     ((name, rows),) = manifest.shards()
-    pairs.write_shard(folder / name, ((0, np.zeros((8, 8, 1), np.float32)) for _ in rows))
+    pairs.write_pairs(folder / name, ((0, np.zeros((8, 8, 1), np.float32)) for _ in rows))
     return folder
 
 

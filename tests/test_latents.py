@@ -15,7 +15,14 @@ from utils.codecs.codec import CodecSpec
 from utils.codecs.kl import KLCodec, KLConfig
 from utils.data.batches import epoch_batches, training_batches
 from utils.data.dataset import SPLITS, array_dataset
-from utils.data.latents import MANIFEST, Manifest, check_num_files, check_same, load_manifest, write_shard
+from utils.data.latents import (
+    MANIFEST,
+    LatentsManifest,
+    check_num_files,
+    check_same,
+    load_latents_manifest,
+    write_latents,
+)
 
 MOMENTS = (
     np.random.default_rng(0).normal(size=(10, 2, 2, 3, 3, 4)).astype(np.float16)
@@ -23,7 +30,7 @@ MOMENTS = (
 SHA256 = "0" * 64
 
 
-def manifest(**changes) -> Manifest:
+def manifest(**changes) -> LatentsManifest:
     values = {
         "dataset_name": "folder:/images",
         "image_shape": (24, 24, 3),
@@ -35,7 +42,7 @@ def manifest(**changes) -> Manifest:
         "vae": "some/vae",
         "vae_sha256": SHA256,
     }
-    return Manifest(**(values | changes))
+    return LatentsManifest(**(values | changes))
 
 
 @pytest.fixture
@@ -45,13 +52,13 @@ def folder(tmp_path):
     (tmp_path / MANIFEST).write_text(json.dumps(made.to_json()))
     for split, views in made.num_views.items():
         for name, rows in made.shards(split):
-            write_shard(tmp_path / name, [(i % 2, MOMENTS[i, :views]) for i in rows])
+            write_latents(tmp_path / name, [(i % 2, MOMENTS[i, :views]) for i in rows])
     return tmp_path
 
 
 def test_a_manifest_comes_back(folder):
-    assert load_manifest(folder) == manifest()
-    assert load_manifest(folder / "elsewhere") is None
+    assert load_latents_manifest(folder) == manifest()
+    assert load_latents_manifest(folder / "elsewhere") is None
     shards = manifest().shards("train")
     assert [list(rows) for _, rows in shards] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert shards[2][0] == "train-00002-of-00003.array_record"
@@ -85,7 +92,7 @@ def test_training_takes_either_view_of_every_image(folder):
 
 def test_a_shard_of_the_same_examples_has_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        write_shard(tmp_path / name, [(i, MOMENTS[i]) for i in range(10)])
+        write_latents(tmp_path / name, [(i, MOMENTS[i]) for i in range(10)])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -95,7 +102,7 @@ def test_an_interrupted_shard_leaves_no_file_of_its_name(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shard(tmp_path / "a", examples())
+        write_latents(tmp_path / "a", examples())
     assert not (tmp_path / "a").exists()
 
 
@@ -109,7 +116,7 @@ def test_what_is_missing_is_told(folder, tmp_path_factory):
     with pytest.raises(UserError, match="1 of its 3 files are missing, such as train-00001"):
         load(f"latents:{folder}")
     (folder / "validation-00000-of-00001.array_record").write_bytes(b"")
-    write_shard(folder / "validation-00000-of-00001.array_record", [(0, MOMENTS[0, :1])])
+    write_latents(folder / "validation-00000-of-00001.array_record", [(0, MOMENTS[0, :1])])
     with pytest.raises(UserError, match="holds 1 records, but its manifest says 3"):
         load(f"latents:{folder}", "validation")
     (folder / MANIFEST).write_text('{"format": 1}')

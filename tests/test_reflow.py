@@ -92,7 +92,7 @@ def test_a_pair_is_a_sample_and_its_noise(run, made):
     generator = load_generator(run)
     labels = np.arange(110) % 10
     expected = generator.sample_latents(generator.noise(range(110)), labels, SamplerConfig(4, None))
-    source = pairs.Pairs(made[0], pairs.load_manifest(made[0]))
+    source = pairs.Pairs(made[0], pairs.load_pairs_manifest(made[0]))
     for i in (0, 49, 50, 109):
         example = source[i]
         np.testing.assert_allclose(example["x_1"], expected[i], atol=1e-5)
@@ -117,9 +117,9 @@ def test_noise_is_drawn_as_it_was(tmp_path):
                 load_dataset(f"pairs:{tmp_path}", "train", DataOptions())
         finally:
             jax.config.update("jax_random_seed_offset", 0)
-    prints = [pairs.load_manifest(tmp_path).fingerprint("train", 98).sha256]
+    prints = [pairs.load_pairs_manifest(tmp_path).fingerprint("train", 98).sha256]
     (tmp_path / pairs.MANIFEST).write_text(json.dumps(made | {"jax_variables": []}))
-    assert pairs.load_manifest(tmp_path).fingerprint("train", 98).sha256 != prints[0]
+    assert pairs.load_pairs_manifest(tmp_path).fingerprint("train", 98).sha256 != prints[0]
 
 
 def test_classes_without_images_come_along_and_change_no_fingerprint(tmp_path):
@@ -132,12 +132,12 @@ def test_classes_without_images_come_along_and_change_no_fingerprint(tmp_path):
     expected = hashlib.sha256(json.dumps(["train", older], sort_keys=True).encode()).hexdigest()
     for content, empty_classes in ((older, ()), (older | {"empty_classes": [1]}, (1,))):
         (tmp_path / pairs.MANIFEST).write_text(json.dumps(content))
-        manifest = pairs.load_manifest(tmp_path)
+        manifest = pairs.load_pairs_manifest(tmp_path)
         assert manifest.empty_classes == empty_classes
         assert manifest.fingerprint("train", 98).sha256 == expected
     (tmp_path / pairs.MANIFEST).write_text(json.dumps(older | {"empty_classes": [2]}))
     with pytest.raises(UserError, match="not a valid manifest of pairs"):
-        pairs.load_manifest(tmp_path)
+        pairs.load_pairs_manifest(tmp_path)
 
 
 @reflow
@@ -205,7 +205,7 @@ def test_pairs_are_those_of_the_flags(golden_run, read_flags, tmp_path, monkeypa
         return noise
 
     calls = []
-    monkeypatch.setattr(make_pairs.pairs, "write_shard", write)
+    monkeypatch.setattr(make_pairs.pairs, "write_pairs", write)
     monkeypatch.setattr(ImageGenerator, "sample_latents", sample_latents)
     words = "--num_pairs 110 --shard_size 60 --batch_size 30 --seed 5 --labels uniform --params raw --dtype float32"
     words += " --cfg_scale 2 --denoise_timesteps 3 --time_grid shift:3 --solver heun --cfg_interval 0,0.5"
@@ -222,7 +222,7 @@ def test_pairs_are_those_of_the_flags(golden_run, read_flags, tmp_path, monkeypa
     jax.tree.map(np.testing.assert_array_equal, generator.params, like.params)
     np.testing.assert_array_equal(noise, like.noise(range(30)))
     assert [*shards.values()] == [like.conditions(rows).tolist() for rows in (range(60), range(60, 110))]
-    manifest = pairs.load_manifest(tmp_path)
+    manifest = pairs.load_pairs_manifest(tmp_path)
     assert (manifest.seed, manifest.jax_variables) == (5, ("JAX_RANDOM_SEED_OFFSET=3",))
 
 

@@ -22,7 +22,7 @@ from utils.base.console import log
 from utils.base.errors import UserError
 from utils.base.external import read_json
 from utils.base.files import atomic_write, check_regular
-from utils.data.dataset import Batch, DataOptions, Example, ImageDataset, check_own_size
+from utils.data.dataset import Batch, DataOptions, Example, ImageDataset
 from utils.data.fingerprint import Fingerprint, compare_data, read_listing
 
 MANIFEST = "manifest.json"
@@ -31,8 +31,8 @@ MAX_FILES = 10**6  # of a split, or of pairs
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
-    """Contents of a folder of latents; the same for every machine that makes it from the same data and VAE."""
+class LatentsManifest:
+    """Contents of a folder of latents; every machine that makes it from the same data and VAE writes the same."""
 
     dataset_name: str
     image_shape: tuple[int, int, int]
@@ -48,11 +48,12 @@ class Manifest:
     empty_classes: tuple[int, ...] = ()  # labels without training images; older latents do not say
 
     def check(self) -> None:
-        """ValueError where a value is not of its kind, or beyond what latents are."""
+        """Raises ValueError for a value of the wrong type, or beyond the sizes that latents can have."""
 
         def is_count(value, lowest, highest):
             return type(value) is int and lowest <= value <= highest
 
+        # Sizes.
         shapes = {"image_shape": self.image_shape, "latent_shape": self.latent_shape}
         for name, shape in shapes.items():
             if len(shape) != 3 or not all(is_count(size, 1, 2**14) for size in shape):
@@ -64,6 +65,8 @@ class Manifest:
                 raise ValueError(f"{name} {_short(counts)}")
         if not is_count(self.shard_size, 1, 2**40) or max(self.num_examples.values()) > MAX_FILES * self.shard_size:
             raise ValueError(f"shard_size {_short(self.shard_size)}")
+
+        # Names, and labels of the classes that they name.
         texts = (*self.class_names, self.dataset_name, self.vae, self.vae_sha256)
         if not self.class_names or not all(isinstance(text, str) for text in texts):
             raise ValueError("names that are not strings")
@@ -94,8 +97,8 @@ class Manifest:
         )
 
 
-def load_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder of latents, None where it has none; UserError where it cannot be understood."""
+def load_latents_manifest(folder: Path) -> LatentsManifest | None:
+    """The manifest of a folder of latents, None where it has none. Raises UserError if it cannot be understood."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -104,7 +107,7 @@ def load_manifest(folder: Path) -> Manifest | None:
         for name in ("image_shape", "latent_shape", "class_names"):
             content[name] = tuple(content[name])
         content["empty_classes"] = tuple(content.get("empty_classes", ()))
-        manifest = Manifest(**content)
+        manifest = LatentsManifest(**content)
         manifest.check()
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -115,10 +118,15 @@ def load_manifest(folder: Path) -> Manifest | None:
     return manifest
 
 
-def check_same(folder: Path, found: Manifest, requested: Manifest, fingerprints: Mapping[str, Fingerprint]) -> None:
-    """UserError where latents in `folder` are of something else than what is requested: a VAE is identified by its
-    weights, images by their `fingerprints` ({split: of the images}); where the latents do not say, neither can this."""
-    for field in dataclasses.fields(Manifest):
+def check_same(
+    folder: Path, found: LatentsManifest, requested: LatentsManifest, fingerprints: Mapping[str, Fingerprint]
+) -> None:
+    """Raises UserError if the latents in `folder` are not those requested.
+
+    A VAE is identified by its weights, images by their `fingerprints`, {split: fingerprint}. Older latents do not say
+    which images they are of; that is logged.
+    """
+    for field in dataclasses.fields(LatentsManifest):
         old, new = getattr(found, field.name), getattr(requested, field.name)
         # What is left out here is compared with the images below, or follows from them.
         if field.name not in ("vae", "dataset_name", "splits", "empty_classes") and old != new:
@@ -143,8 +151,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def write_shard(path: Path, examples: Iterable[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]) -> None:
-    """Writes (label, moments) pairs; a kill leaves no file of that name behind."""
+def write_latents(path: Path, examples: Iterable[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]) -> None:
+    """Writes a file of (label, moments) records, complete or not at all."""
     with atomic_write(path) as temporary:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # noise does not compress
         for label, moments in examples:
@@ -153,9 +161,10 @@ def write_shard(path: Path, examples: Iterable[tuple[int, Float16[np.ndarray, "v
 
 
 def check_num_files(num_records: int, shard_size: int, what: str) -> None:
-    """UserError where so many records, as `what` says them, would make more files than `load_manifest` takes."""
+    """Raises UserError, naming the records `what`, if so many would make more files than a manifest may name."""
     if num_records > MAX_FILES * shard_size:
-        num_files, lowest = -(-num_records // shard_size), -(-num_records // MAX_FILES)
+        num_files = -(-num_records // shard_size)
+        lowest = -(-num_records // MAX_FILES)
         raise UserError(
             f"--shard_size={shard_size}: {what} would be {num_files:,} files, of which there may be {MAX_FILES:,}; use "
             f"{lowest} or more"
@@ -163,14 +172,16 @@ def check_num_files(num_records: int, shard_size: int, what: str) -> None:
 
 
 def count_finished(folder: Path, names: Sequence[str]) -> str:
-    """How many of these files there are, in words."""
+    """Returns in words how many of these files are finished."""
     count = sum((folder / name).exists() for name in names)
     return f"{count} of {len(names)} files are finished, and kept"
 
 
 def open_records(what: str, folder: Path, names: list[str], num_records: int, program: str) -> ArrayRecordDataSource:
-    """The records in the files `names`; UserError, which begins with `what`, where files are missing or cannot be read,
-    or hold another number of records. `program` makes them."""
+    """The records in the files `names`, which `program` makes.
+
+    Raises UserError, which begins with `what`, if files are missing, cannot be read, or hold another number of records.
+    """
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise UserError(
@@ -215,11 +226,12 @@ class LatentBatch(Batch):
 
 
 class LatentRecords:
-    """Source of cached moments: item i is {'moments': float16 (views, 2, h, w, c), 'label': int32}."""
+    """Source of cached moments: example i is {'moments': float16 (views, 2, h, w, c), 'label': int32}."""
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str):
+    def __init__(self, folder: Path, manifest: LatentsManifest, split: str):
         self.shape = (manifest.num_views[split], 2, *manifest.latent_shape)
-        self.num_classes, self.folder = len(manifest.class_names), folder
+        self.num_classes = len(manifest.class_names)
+        self.folder = folder
         names = [name for name, _ in manifest.shards(split)]
         what = f"--dataset_name=latents:{folder}"
         self.records = open_records(what, folder, names, manifest.num_examples[split], "encode_latents.py")
@@ -231,7 +243,8 @@ class LatentRecords:
         record = self.records[index]
         if len(record) != 4 + 2 * math.prod(self.shape):
             raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the latents again")
-        moments, label = np.frombuffer(record, "<f2", offset=4).reshape(self.shape), np.frombuffer(record, "<i4", 1)[0]
+        moments = np.frombuffer(record, "<f2", offset=4).reshape(self.shape)
+        label = np.frombuffer(record, "<i4", 1)[0]
         if not 0 <= label < self.num_classes:
             raise UserError(
                 f"{self.folder}: record {index} has the label {label}, but there are {self.num_classes} classes; make "
@@ -241,14 +254,14 @@ class LatentRecords:
 
 
 def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
-    folder = Path(name.removeprefix("latents:"))
-    manifest = load_manifest(folder)
+    """The split of a folder of cached latents; they can be mirrored if the folder holds mirror images too."""
+    folder = Path(name.partition(":")[2])
+    manifest = load_latents_manifest(folder)
     if manifest is None:
         raise UserError(
             f"--dataset_name={name}: {folder} holds no cached latents; make them: "
             f"python encode_latents.py --dataset_name imagenet256 --out {folder}"
         )
-    check_own_size(name, manifest.image_shape, options)
     source = LatentRecords(folder, manifest, split)
     flips = split == "train" and manifest.num_views[split] == 2
     return ImageDataset(

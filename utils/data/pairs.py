@@ -29,7 +29,6 @@ from utils.data.dataset import (
     ImageDataset,
     LatentMetadata,
     Subset,
-    check_own_size,
     split_rows,
 )
 from utils.data.fingerprint import Fingerprint
@@ -41,7 +40,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True)
 class PairsManifest:
-    """Contents of a folder of pairs; the same for every machine that makes it from the same model."""
+    """Contents of a folder of pairs; every machine that makes it from the same model writes the same."""
 
     dataset_name: str
     params_sha256: str
@@ -79,8 +78,8 @@ class PairsManifest:
         return Fingerprint("pairs", num_pairs, hashlib.sha256(content.encode()).hexdigest())
 
 
-def load_manifest(folder: Path) -> PairsManifest | None:
-    """The manifest of a folder of pairs, None where it has none; UserError where it cannot be understood."""
+def load_pairs_manifest(folder: Path) -> PairsManifest | None:
+    """The manifest of a folder of pairs, None where it has none. Raises UserError if it cannot be understood."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -91,6 +90,8 @@ def load_manifest(folder: Path) -> PairsManifest | None:
         for name in ("empty_classes", "jax_variables"):
             content[name] = tuple(content.get(name, ()))
         manifest = PairsManifest(**content)
+
+        # Sizes, then the draw, then names and labels.
         sizes = (*manifest.image_shape, *manifest.latent_shape, manifest.num_pairs, manifest.shard_size)
         are_counts = all(type(size) is int and 0 < size < 2**40 for size in sizes)
         if len(sizes) != 8 or not are_counts or manifest.num_pairs > MAX_FILES * manifest.shard_size:
@@ -108,8 +109,8 @@ def load_manifest(folder: Path) -> PairsManifest | None:
     return manifest
 
 
-def write_shard(path: Path, pairs: Iterable[tuple[int, Float32[np.ndarray, "h w c"]]]) -> None:
-    """Writes (label, x_1); a kill leaves no file of that name behind."""
+def write_pairs(path: Path, pairs: Iterable[tuple[int, Float32[np.ndarray, "h w c"]]]) -> None:
+    """Writes a file of (label, x_1) records, complete or not at all."""
     with atomic_write(path) as temporary:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for label, x_1 in pairs:
@@ -145,7 +146,7 @@ class PairBatch(Batch):
 
 
 class Pairs:
-    """Source of pairs: item i is {'x_1': float32 (h, w, c), 'label': int32, 'pair': uint32 (2,)}, seed and number."""
+    """Source of pairs: {'x_1': float32 (h, w, c), 'label': int32, 'pair': uint32 (2,)}, of seed and number."""
 
     def __init__(self, folder: Path, manifest: PairsManifest):
         self.folder, self.manifest = folder, manifest
@@ -158,7 +159,8 @@ class Pairs:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        record, shape = self.records[index], self.manifest.latent_shape
+        record = self.records[index]
+        shape = self.manifest.latent_shape
         if len(record) != 4 + 4 * math.prod(shape):
             raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the pairs again")
         label = np.frombuffer(record, "<i4", 1)[0]
@@ -169,20 +171,21 @@ class Pairs:
 
 
 def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
-    folder = Path(name.removeprefix("pairs:"))
-    manifest = load_manifest(folder)
+    """The split of a folder of pairs; a part is held out. UserError if their noise cannot be drawn again."""
+    folder = Path(name.partition(":")[2])
+    manifest = load_pairs_manifest(folder)
     if manifest is None:
         raise UserError(
             f"--dataset_name={name}: {folder} holds no pairs; make them: "
             f"python make_pairs.py --load_dir RUN --out {folder}"
         )
-    theirs, ours = (" ".join(variables) or "none" for variables in (manifest.jax_variables, changed_variables(RANDOM)))
+    theirs = " ".join(manifest.jax_variables) or "none"
+    ours = " ".join(changed_variables(RANDOM)) or "none"
     if theirs != ours:
         raise UserError(
             f"--dataset_name={name}: the pairs were made with the environment variables {theirs[:200]}, now there are "
             f"{ours}, by which their noise would be other noise; set them as they were"
         )
-    check_own_size(name, manifest.image_shape, options)
     rows = split_rows(manifest.num_pairs, split)
     return ImageDataset(
         name=manifest.dataset_name,
