@@ -56,7 +56,8 @@ def training_batches(
     reader = _BatchReader(dataset, num_threads)
 
     def read(batch: int) -> Batch:
-        indices, flips = [], []
+        indices = []
+        flips = []
         first = batch * batch_size + process_index * local_size
         for position in range(first, first + local_size):
             epoch, place = divmod(position, num_images)
@@ -80,11 +81,11 @@ def epoch_batches(
     num_threads: int | None = None,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """The images start .. stop - 1 (default: all) once, in the split's own order and unflipped; batches as
-    `training_batches` has them, the last may be short.
+    """The images start .. stop - 1 (default: all) once, in the split's own order and unflipped.
 
-    Hosts see disjoint images that are together the whole split, in equally many batches, so that they can take them
-    in step: of a short last batch a host may get no rows. UserError where batch_size does not divide over the hosts.
+    Batches are those of `training_batches`, but the last may be short. Hosts see disjoint images, all of the split
+    together, in equally many batches, so that they stay in step: a host may get no rows of a short last batch.
+    UserError where batch_size does not divide over the hosts.
     """
     _check_batch_size(batch_size, process_count)
     stop = len(dataset.source) if stop is None else stop
@@ -101,7 +102,7 @@ def epoch_batches(
 
 
 def first_examples(dataset: ImageDataset, num_examples: int) -> ImageDataset:
-    """The data set cut to its first `num_examples` images (all, if it has fewer), never flipped: to be overfitted."""
+    """The data set cut to its first `num_examples` images (all, if it has fewer) and never flipped, to overfit it."""
     num_examples = min(num_examples, len(dataset.source))
     if isinstance(dataset.source, StreamSource):
         (batch,) = epoch_batches(dataset, num_examples, stop=num_examples)

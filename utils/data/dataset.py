@@ -184,19 +184,13 @@ class ImageDataset:
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """How images are found and prepared.
+    """How images are found and prepared. Each loader says which of these it uses (utils/data/loaders.py)."""
 
-    `data_dir` is where TFDS keeps prepared data sets (default: $TFDS_DATA_DIR or ~/tensorflow_datasets). `image_size`
-    is the side to which images are cropped and resized. `broken_images` ('refuse' or 'skip') and `max_megapixels`, the
-    largest image decoded, are of folder:PATH. `random_flip` mirrors half of the training images left to right (None: as
-    usual for the data set).
-    """
-
-    data_dir: str | Path | None = None
-    image_size: int | None = None
-    broken_images: str = "refuse"
-    max_megapixels: float = MAX_MEGAPIXELS
-    random_flip: bool | None = None
+    data_dir: str | Path | None = None  # of prepared data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
+    image_size: int | None = None  # side to which images are cropped and resized; None: as the loader has it
+    broken_images: str = "refuse"  # or 'skip'
+    max_megapixels: float = MAX_MEGAPIXELS  # of the largest image that is decoded
+    random_flip: bool | None = None  # whether half of the training images are mirrored; None: as the loader has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +239,7 @@ class ArrayLike(Protocol):
 
 
 def check_arrays(name: str, images: ArrayLike, labels: ArrayLike | None) -> None:
-    """UserError where arrays are no images uint8 (n, h, w, c), or no labels of them."""
+    """Raises UserError unless images are uint8 (n, h, w, c) with 1 or 3 channels, and labels integers (n,)."""
     if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
         raise UserError(
             f"{name}: images must be uint8 (n, h, w, c) with 1 or 3 channels, not {images.dtype} {images.shape}"
@@ -265,19 +259,22 @@ def array_dataset(
     split: str = "train",
     random_flip: bool = False,
 ) -> ImageDataset:
-    """One split of a data set, from images uint8 (n, h, w, c) in memory, grey (c = 1) or colour (c = 3), and integer
-    labels (n,).
+    """One split of a data set in memory: images uint8 (n, h, w, c), grey (c = 1) or colour (c = 3), and labels (n,).
 
     `class_names` (default: "0", "1", ... up to the largest label) must be the same for both splits; `split_rows` holds
     out a part of data without a validation split. Only 'train' flips. UserError where the arrays are something else.
     """
+    # Labels and classes.
     check_arrays(name, images, labels)
-    lowest, highest = int(labels.min()), int(labels.max())
+    lowest = int(labels.min())
+    highest = int(labels.max())
     names = tuple(map(str, range(highest + 1))) if class_names is None else tuple(class_names)
     if len(names) > 1 and len(set(names)) == 1:
         raise UserError(f"{name}: all {len(names)} class names are {names[0]!r}; give each class a name of its own")
     if lowest < 0 or highest >= len(names):
         raise UserError(f"{name}: labels are {lowest} to {highest}, but must be 0 to {len(names) - 1}, one for a class")
+
+    # A look at the range of some images, and which classes have none.
     source = ArraySource(np.ascontiguousarray(images), np.ascontiguousarray(labels, np.int32))
     _, height, width, channels = images.shape
     is_flipped = random_flip and split == "train"
@@ -315,13 +312,16 @@ def find_empty_classes(labels: Sequence[int] | Int32[np.ndarray, " n"], num_clas
 
 
 def unlabelled_message(name: str, split: str, num_unlabelled: int, num_images: int) -> str:
-    """Says that images without a label are left out, as they are of every data set."""
+    """Returns the message that images without a label are left out, the same for every source."""
     return f"{name}: {num_unlabelled:,} of {num_images:,} images of {split} have no label (-1); they are left out"
 
 
 def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
-    """Returns what a run records of its data ({split: data set}): enough to sample without them, and to tell whether
-    they are the same when the run is continued (see utils/data/fingerprint.py)."""
+    """Returns a run's record of its data, {split: data set}.
+
+    It is enough to sample without them, and to tell whether they are the same when the run is continued (see
+    utils/data/fingerprint.py). Only images that are not uint8 have their format in it.
+    """
     dataset = datasets["train"]
     return {
         "name": dataset.name,
@@ -333,7 +333,7 @@ def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
 
 
 def summarize_data(datasets: Mapping[str, ImageDataset], batch_size: int) -> str:
-    """Sums up in a line what was found, to see at once whether it is what was meant."""
+    """Sums up the data in a line, to see at once whether they are those that were meant."""
     train, validation = (datasets[split] for split in SPLITS)
     num_images = len(train.source)
     condition = train.condition.summary()
@@ -351,14 +351,16 @@ def num_held_out(num_images: int) -> int:
 
 
 def hold_out(keys: Sequence[str], num_held_out: int) -> tuple[list[int], list[int]]:
-    """(rows left for training, rows held out), each ascending. Which ones depends on the keys alone, for ever."""
+    """(rows left for training, rows held out), each ascending. The choice depends on the keys alone, for ever."""
     by_hash = sorted(range(len(keys)), key=lambda row: hashlib.sha256(keys[row].encode()).digest())
     return sorted(by_hash[num_held_out:]), sorted(by_hash[:num_held_out])
 
 
 def split_rows(num_examples: int, split: str, count: int | None = None) -> list[int]:
-    """The rows of `split` in data without a validation split, of which `count` (default: 2 %) are held out. Which ones
-    depends on `num_examples` alone."""
+    """The rows of `split` in data without a validation split: `count` of them (default: 2 %) are held out.
+
+    Which ones depends on `num_examples` alone.
+    """
     count = num_held_out(num_examples) if count is None else count
     return hold_out([str(row) for row in range(num_examples)], count)[SPLITS.index(split)]
 

@@ -1,7 +1,7 @@
 """Fingerprints of data sets: their examples, identified by their content rather than by a name or a path.
 
-Runs and cached latents keep the fingerprints of what they were made from, and compare them with what is there when they
-are continued: other labels or another order would go on silently with other data.
+Runs and cached latents keep the fingerprints of their data and compare them when they are continued: with other labels,
+or in another order, they would go on silently on other data.
 """
 
 import dataclasses
@@ -59,8 +59,7 @@ class Fingerprint:
 
 
 def write_listing(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None:
-    """Writes FOLDER/examples.tsv.gz, {split: rows} line by line: split, label, digest, key. Nothing where no split has
-    rows."""
+    """Writes FOLDER/examples.tsv.gz, a line for each row: split, label, digest, key. No rows, no file."""
     if not any(fingerprint.rows for fingerprint in fingerprints.values()):
         return
     with (
@@ -73,8 +72,11 @@ def write_listing(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None
 
 
 def read_listing(folder: Path, num_examples: Mapping[str, int]) -> dict[str, list[Row]]:
-    """{split: rows} of FOLDER/examples.tsv.gz; empty where there is none that can be read, or that holds more rows of a
-    split than `num_examples`, {split: count}, or more than a file of its size can: their digests do not compress."""
+    """{split: rows} of FOLDER/examples.tsv.gz; empty if it is missing or cannot be trusted.
+
+    It is not trusted with more rows of a split than `num_examples`, {split: count}, or with more text than a file of
+    its size can hold: digests do not compress.
+    """
     rows: dict[str, list[Row]] = {split: [] for split in num_examples}
     try:
         with open_regular(folder / LISTING) as compressed, gzip.open(compressed, "rb") as file:
@@ -94,16 +96,19 @@ def compare_data(
     saved: Mapping[str, Any], saved_rows: Mapping[str, Sequence[Row]], found: Mapping[str, Any],
     fingerprints: Mapping[str, Fingerprint],
 ) -> list[str]:  # fmt: skip
-    """Says in words what differs between two data sets without harm to a run; UserError with the first difference by
-    which labels or the order of training would change.
+    """Describes in words the differences of two data sets that do a run no harm.
 
-    `saved` and `found`: {'image_shape', 'class_names', 'splits': {split: Fingerprint.to_json()}}, `saved` perhaps
-    without 'splits', as older runs have it. `saved_rows`: the listing kept with it.
+    Raises UserError with the first difference that would change labels or the order of training. `saved` and `found`
+    are {'image_shape', 'class_names', 'splits': {split: Fingerprint.to_json()}} and, if the images are not uint8,
+    'pixels'; in older runs `saved` has no 'splits'. `saved_rows` is the listing kept with it.
     """
+    # Images.
     if list(saved["image_shape"]) != list(found["image_shape"]):
         raise UserError(f"its images were {_size(saved['image_shape'])}, not {_size(found['image_shape'])}")
     if saved.get("pixels") != found.get("pixels"):
         raise UserError(f"its images were {_pixels(saved)}, not {_pixels(found)}")
+
+    # Classes.
     remarks = []
     old_names, new_names = (data.get("class_names", ()) for data in (saved, found))
     if difference := _first_class_difference(old_names, new_names):
@@ -111,10 +116,9 @@ def compare_data(
             raise UserError(difference)
         remarks.append(difference)  # nothing but the name of the only class, which may be its folder's
     if "splits" not in saved:
-        return [
-            *remarks,
-            UNKNOWN,
-        ]
+        return [*remarks, UNKNOWN]
+
+    # Examples.
     for split, fingerprint in fingerprints.items():
         harm, remark = _first_difference(saved["splits"].get(split), saved_rows.get(split), fingerprint)
         if split == "train" and harm:
@@ -127,7 +131,8 @@ def compare_data(
 
 def _first_class_difference(saved: Sequence[str], found: Sequence[str]) -> str:
     pairs = itertools.zip_longest(saved, found)
-    label, old, new = next(((i, old, new) for i, (old, new) in enumerate(pairs) if old != new), (None, None, None))
+    differing = ((label, old, new) for label, (old, new) in enumerate(pairs) if old != new)
+    label, old, new = next(differing, (None, None, None))
     if label is None:
         return ""
     if new not in saved and old in found:
@@ -142,7 +147,7 @@ def _first_class_difference(saved: Sequence[str], found: Sequence[str]) -> str:
 def _first_difference(
     saved: Mapping[str, Any] | None, saved_rows: Sequence[Row] | None, found: Fingerprint
 ) -> tuple[str, str]:
-    """(a difference in labels or order, or else a harmless one), in words or empty."""
+    """(a harmful difference, a harmless one) in words; at most one of the two is not empty."""
     if saved is None or saved == found.to_json():
         return "", ""
     if saved["format"] != found.format:
@@ -157,7 +162,9 @@ def _first_difference(
 
 
 def _compare_rows(saved: Sequence[Row], found: Sequence[Row]) -> tuple[str, str]:
-    old, new = ({row.key: row for row in rows} for rows in (saved, found))
+    """`_first_difference` of examples that can be told apart one by one."""
+    old = {row.key: row for row in saved}
+    new = {row.key: row for row in found}
     for keys, what in (
         ([key for key in new if key not in old], "new"),
         ([key for key in old if key not in new], "gone"),

@@ -120,7 +120,8 @@ class RecordStream:
     """
 
     def __init__(self, prepared: PreparedSplit):
-        self.prepared, self.tf = prepared, import_tensorflow()
+        self.prepared = prepared
+        self.tf = import_tensorflow()
 
     def __len__(self) -> int:
         return len(self.prepared.rows)
@@ -142,7 +143,8 @@ class RecordStream:
         place), so that a stream continues exactly, on as many hosts as before, by reading again what the epoch had
         read, without decoding it.
         """
-        first, end = (len(self) * host // process_count for host in (process_index, process_index + 1))
+        first = len(self) * process_index // process_count
+        end = len(self) * (process_index + 1) // process_count
         local_size = batch_size // process_count
         if first == end:
             raise UserError(f"{len(self)} training images cannot be divided over {process_count} processes; use fewer")
@@ -191,7 +193,7 @@ class RecordStream:
         return int(self.prepared.rows[start]), int(self.prepared.rows[stop - 1]) + 1
 
     def _files(self, start: int, stop: int):
-        """(paths, numbers of records to leave out, numbers of records to take) that make records start .. stop - 1."""
+        """Records start .. stop - 1 by file: (paths, numbers of records to leave out, numbers of records to take)."""
         parts = self.prepared.builder.info.splits[f"{self.prepared.split}[{start}:{stop}]"].file_instructions
         counts = np.array([(part.skip, part.take) for part in parts], np.int64)
         return tuple(map(self.tf.constant, ([str(part.filename) for part in parts], *counts.T)))
@@ -237,7 +239,8 @@ class RecordStream:
 
         tf = self.tf
         size, _, channels = self.prepared.image_shape
-        features, skip = self.prepared.builder.info.features, {"image": tfds.decode.SkipDecoding()}
+        features = self.prepared.builder.info.features
+        skip = {"image": tfds.decode.SkipDecoding()}
 
         def decode(serialized, flip):
             example = features.deserialize_example(serialized, decoders=skip)
@@ -262,11 +265,12 @@ class RecordStream:
 
 
 class StreamIterator:
-    """Batches with a position, {'next_index': number of batches taken}, as Grain's iterators have it."""
+    """Batches with a position, {'next_index': number of batches taken}, like Grain's iterators."""
 
     def __init__(self, start: Callable[[int], Iterator[dict[str, np.ndarray]]], origin: str):
-        """`start(next_index)` -> the stream from that batch on; `origin`: what it is of, for errors."""
-        self._start, self._origin = start, origin
+        """`start(next_index)` opens the stream at that batch; `origin` names the data in errors."""
+        self._start = start
+        self._origin = origin
         self.set_state({"next_index": 0})
 
     def __iter__(self) -> "StreamIterator":
@@ -284,12 +288,13 @@ class StreamIterator:
         return {"next_index": self._next_index}
 
     def set_state(self, state: dict[str, int]) -> None:
-        self._next_index, self._batches = state["next_index"], None  # opened when asked for
+        self._next_index = state["next_index"]
+        self._batches = None  # opened when asked for
 
 
 @contextlib.contextmanager
 def _naming_broken_images(origin: str) -> Iterator[None]:
-    """UserError for what TensorFlow raises where images cannot be decoded, or files are cut or gone."""
+    """Raises UserError for TensorFlow's errors: images that cannot be decoded, files that are cut or gone."""
     try:
         yield
     except import_tensorflow().errors.OpError as error:
@@ -304,7 +309,7 @@ def _to_batch(rows: dict[str, np.ndarray], origin: str) -> PixelBatch:
 
 
 def _check_labels(labels: Any, origin: str) -> None:
-    """UserError for an image without a label in a set too large to have been read through for them."""
+    """Raises UserError for an image without a label, in a set too large to be read through for labels first."""
     if np.min(labels, initial=0) < 0:
         raise UserError(f"an image of {origin} has no label (-1); prepare the set without such images")
 

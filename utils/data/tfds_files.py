@@ -41,12 +41,13 @@ def is_remote(path: os.PathLike | str) -> bool:
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
-    """BadFileError or OSError where it is no JSON object."""
+    """Reads a JSON object, from a bucket too. Raises BadFileError or OSError if it is none."""
     return parse_json(path.read_bytes()) if is_remote(path) else read_json(Path(path))
 
 
 def check_features(flag: str, folder: epath.Path) -> None:
-    """UserError where features.json names a class outside of TFDS's own features: it would import that module."""
+    """Raises UserError if features.json names a class that is not one of TFDS's features: its module would be
+    imported."""
 
     def names(value: Any) -> Iterator[str]:
         if isinstance(value, dict):
@@ -215,7 +216,8 @@ class PreparedSplit:
 
         Of a split too large to be read through: all records, and None.
         """
-        count, labels = self.builder.info.splits[self.split].num_examples, self._labels(self.split)
+        count = self.builder.info.splits[self.split].num_examples
+        labels = self._labels(self.split)
         if len(labels) < count or not count:
             return range(count), None
         rows = np.flatnonzero(labels >= 0)
@@ -280,7 +282,7 @@ class PreparedSplit:
                 yield messages.Example.FromString(record).features.feature["label"].int64_list.value[0]
 
     def fingerprint(self) -> Fingerprint:
-        """Version, shards, sizes and the start of the first file: telling enough, without reading the data set."""
+        """Identifies the split by version, shards, sizes and the start of its first file, without reading it all."""
         return Fingerprint(self.format, len(self.rows), self.digest(self.split, self.start, self.stop))
 
     def digest(self, split: str, start: int, stop: int) -> str:
@@ -295,8 +297,10 @@ class PreparedSplit:
 
 
 def remember(name: str, shape: tuple[int, ...], dtype: np.dtype, compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Returns the array that the cache folder keeps under `name`; where there is none of this shape and dtype, what
-    `compute` returns, and keeps it."""
+    """Returns the array that the cache folder keeps under `name`, or else computes and keeps it.
+
+    A kept array of another shape or dtype is replaced.
+    """
     path = cache_folder() / f"{name}.npz"
     try:
         headers = read_npz_headers(path)
