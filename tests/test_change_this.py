@@ -16,7 +16,7 @@ import pytest
 from diffusion_transformer import NETWORKS
 from tests.conftest import ROOT
 from utils.base.errors import UserError
-from utils.codecs.codec import CODECS
+from utils.codecs.codec import CODECS, PixelCodec
 from utils.conditions.condition import CONDITIONS
 from utils.data.batches import training_batches
 from utils.data.loaders import LOADERS, load_dataset
@@ -64,6 +64,7 @@ def test_every_block_has_a_test():
     assert set(BLOCKS) == {
         "condition",
         "data",
+        "fields",
         "iterable",
         "network",
         "loss",
@@ -111,6 +112,14 @@ def test_data_have_a_condition_of_their_own(run):
     np.testing.assert_allclose(right / 91, batch.condition[:, 0], atol=0.02)
     drawn = names["Direction"]().draw(jax.random.key(0), jnp.arange(5))
     np.testing.assert_allclose(jnp.square(drawn).sum(axis=1), 1, rtol=1e-5)
+
+
+def test_fields_of_floats_are_a_data_set(run):
+    run("fields")
+    batch = next(training_batches(load_dataset("fields"), 4, seed=0))
+    assert (batch.image.shape, batch.image.dtype) == ((4, 8, 12, 4), np.float32)
+    x_1 = batch.to_latents(PixelCodec(), jax.random.key(0))
+    np.testing.assert_allclose(x_1, batch.image / 3, atol=1e-6)
 
 
 def test_an_own_network_and_loss_learn_in_an_own_loop(run):
