@@ -40,19 +40,22 @@ def training_batches(
     _check_batch_size(batch_size, process_count)
     if seed < 0:
         raise UserError(f"--seed={seed} is negative; use 0, for example")
-    num_images, local_size = len(dataset.source), batch_size // process_count
+    num_images = len(dataset.source)
+    local_size = batch_size // process_count
     if isinstance(dataset.source, StreamSource):
         hosts = {"process_index": process_index, "process_count": process_count}
         return dataset.source.training_batches(batch_size, seed, dataset.random_flip, **hosts, prefetch=prefetch)
 
-    # Not Grain's shuffle: it orders epoch e of seed s as epoch 0 of seed s + e, so that runs under neighbouring seeds
-    # see the same orders, and it takes a millisecond an image where there are few.
+    # The order of an epoch. Not Grain's shuffle: it orders epoch e of seed s as epoch 0 of seed s + e, so that runs
+    # under neighbouring seeds see the same orders, and it takes a millisecond an image where there are few.
     @functools.lru_cache(maxsize=2)
     def epoch_order(epoch: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([seed, epoch])
-        order, flips = rng.permutation(num_images), rng.random(num_images) < 0.5
+        order = rng.permutation(num_images)
+        flips = rng.random(num_images) < 0.5
         return order, flips & dataset.random_flip
 
+    # A batch by its number: this host's positions in the endless stream, which run on across epochs.
     reader = _BatchReader(dataset, num_threads)
 
     def read(batch: int) -> Batch:
@@ -92,6 +95,8 @@ def epoch_batches(
     if isinstance(dataset.source, StreamSource):
         hosts = {"process_index": process_index, "process_count": process_count}
         return dataset.source.epoch_batches(batch_size, start, stop, **hosts, prefetch=prefetch)
+
+    # A batch by its first image; hosts take turns within it.
     reader = _BatchReader(dataset, num_threads)
 
     def read(first: int) -> Batch:

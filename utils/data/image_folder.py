@@ -278,7 +278,8 @@ def _list_split(folder: Path, root: Path, options: DataOptions, is_training: boo
             warn_once(f"{folder}: {remark}")
 
     # Classes, without what is to be skipped.
-    names, files = [], []
+    names = []
+    files = []
     for subfolder, scanned in classes.items():
         readable = [path for path in scanned.images if path not in broken]
         if not readable:
@@ -301,10 +302,13 @@ def _find_classes(folder: Path, root: Path) -> dict[Path, Scanned]:
     UserError where images lie beside folders of classes, or where there are none.
     """
     flag = f"--dataset_name=folder:{root}"
+    # All files, at any depth below the folders of classes.
     top = _scan(folder)
     classes = {subfolder: _scan_below(subfolder, flag) for subfolder in top.folders}
     found = (top, *classes.values())
     images = {subfolder: scanned.images for subfolder, scanned in classes.items() if scanned.images}
+
+    # One class, or a folder for each.
     if not images:
         if not top.images:
             raise UserError(f"{flag}: {folder} holds no images; {_layout(root)}")

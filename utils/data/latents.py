@@ -126,13 +126,16 @@ def check_same(
     A VAE is identified by its weights, images by their `fingerprints`, {split: fingerprint}. Older latents do not say
     which images they are of; that is logged.
     """
+    # The VAE's weights and the sizes. What is left out is compared with the images below, or follows from them.
     for field in dataclasses.fields(LatentsManifest):
-        old, new = getattr(found, field.name), getattr(requested, field.name)
-        # What is left out here is compared with the images below, or follows from them.
+        old = getattr(found, field.name)
+        new = getattr(requested, field.name)
         if field.name not in ("vae", "dataset_name", "splits", "empty_classes") and old != new:
             raise UserError(
                 f"--out={folder} holds latents with {field.name} {_short(old)}, not {_short(new)}; use another folder"
             )
+
+    # The images.
     if found.splits is None:
         log(f"{folder} does not say which images its latents are of: whether they have changed is not known")
         return
@@ -182,6 +185,7 @@ def open_records(what: str, folder: Path, names: list[str], num_records: int, pr
 
     Raises UserError, which begins with `what`, if files are missing, cannot be read, or hold another number of records.
     """
+    # A listing of the files says more than the library would.
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise UserError(
@@ -193,6 +197,8 @@ def open_records(what: str, folder: Path, names: list[str], num_records: int, pr
             check_regular(folder / name)
     except OSError as error:
         raise UserError(f"{what} cannot be read ({name}: {error.strerror}); bring the file back") from None
+
+    # Their records.
     try:
         records = ArrayRecordDataSource([str(folder / name) for name in names])
     except Exception as error:  # of the library, which has no type of its own

@@ -109,7 +109,8 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
 def find_loader(name: str) -> Loader | None:
     """The loader of the data set `name`; None where no loader has this name."""
     prefix, _, argument = name.partition(":")
-    exact, loader = LOADERS.get(name), LOADERS.get(prefix)
+    exact = LOADERS.get(name)
+    loader = LOADERS.get(prefix)
     if exact and exact.argument is None:
         return exact
     return loader if loader and loader.argument and argument else None

@@ -149,7 +149,8 @@ class Pairs:
     """Source of pairs: {'x_1': float32 (h, w, c), 'label': int32, 'pair': uint32 (2,)}, of seed and number."""
 
     def __init__(self, folder: Path, manifest: PairsManifest):
-        self.folder, self.manifest = folder, manifest
+        self.folder = folder
+        self.manifest = manifest
         names = [name for name, _ in manifest.shards()]
         self.records = open_records(
             f"--dataset_name=pairs:{folder}", folder, names, manifest.num_pairs, "make_pairs.py"
@@ -179,6 +180,8 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
             f"--dataset_name={name}: {folder} holds no pairs; make them: "
             f"python make_pairs.py --load_dir RUN --out {folder}"
         )
+
+    # The noise is drawn again: by the same random numbers, or it is other noise.
     theirs = " ".join(manifest.jax_variables) or "none"
     ours = " ".join(changed_variables(RANDOM)) or "none"
     if theirs != ours:

@@ -143,12 +143,14 @@ class RecordStream:
         place), so that a stream continues exactly, on as many hosts as before, by reading again what the epoch had
         read, without decoding it.
         """
+        # This host's part of the split.
         first = len(self) * process_index // process_count
         end = len(self) * (process_index + 1) // process_count
         local_size = batch_size // process_count
         if first == end:
             raise UserError(f"{len(self)} training images cannot be divided over {process_count} processes; use fewer")
 
+        # A position is found by skipping records of its epoch, before they are decoded.
         def start(next_index: int) -> Iterator[dict[str, np.ndarray]]:
             epoch, place = divmod(next_index * local_size, end - first)
             examples = self._shuffled(*self._record_range(first, end), seed, random_flip, epoch).skip(place)
@@ -210,10 +212,13 @@ class RecordStream:
         tf = self.tf
         paths, skips, takes = self._files(start, stop)
         info = self.prepared.builder.info.splits[self.prepared.split]
+
+        # As many encoded images as fit the buffer.
         average = max(1, int(info.num_bytes) // info.num_examples)
         buffer_size = max(1, min(stop - start, SHUFFLE_BYTES // average))
 
         def read_epoch(epoch):
+            # Files in a new order, some of them interleaved.
             key = tf.stack([tf.constant(seed, tf.int64), epoch])
             files = tf.random.experimental.stateless_shuffle(tf.range(len(paths)), key)
             records = tf.data.Dataset.from_tensor_slices(files).interleave(
@@ -222,6 +227,8 @@ class RecordStream:
                 num_parallel_calls=min(FILES_AT_A_TIME, len(paths)),
                 deterministic=True,
             )
+
+            # Records drawn from the buffer; a flip depends on the place alone.
             draw_seed, flip_seed = tf.unstack(tf.random.stateless_uniform([2], key, None, None, tf.int64))
             records = records.shuffle(buffer_size, seed=draw_seed, reshuffle_each_iteration=False).enumerate()
 

@@ -72,6 +72,8 @@ def find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) -
     refuse_url(data_dir, "data_dir")
     root = epath.Path(data_dir).expanduser()
     root = root if "://" in str(root) else root.absolute()
+
+    # Its versions.
     path, _, version = builder.partition(":")
     try:
         folders = [file.parent for file in (root / path).glob(f"{version or '[0-9]*'}/dataset_info.json")]
@@ -83,6 +85,8 @@ def find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) -
             f"{flag}: no data set {builder} under --data_dir={root}; {how}. "
             "`make demo` (--dataset_name digits) shows the suite at work now"
         )
+
+    # The newest of them, and in which formats it is.
     folder = max(folders, key=lambda folder: [int(number) for number in re.findall(r"\d+", folder.name)])
     try:
         info = _read_json(folder / "dataset_info.json")

@@ -230,7 +230,8 @@ def unused_message(folder: Path, others: Sequence[Path], images: Iterable[Path])
     if not found:
         return ""
     stems = {os.path.splitext(image)[0] for image in images}
-    tables, beside = [], []
+    tables = []
+    beside = []
     for path in found:
         (beside if os.path.splitext(path)[0] in stems else tables).append(path)
     parts = []
