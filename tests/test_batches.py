@@ -222,7 +222,8 @@ LABELS = np.array([0, 2, 1, 2, 1])
 
 def test_arrays_and_iterables_are_the_same_data_set():
     examples = [{"image": image, "label": label} for image, label in zip(IMAGES, LABELS.tolist(), strict=True)]
-    of_arrays, of_iterable = array_dataset("mine", IMAGES, LABELS), iterable_dataset("mine", iter(examples))
+    of_arrays = array_dataset("mine", IMAGES, LABELS)
+    of_iterable = iterable_dataset("mine", iter(examples))
     for dataset in (of_arrays, of_iterable):
         assert dataset.image_shape == (4, 4, 1)
         assert dataset.class_names == ("0", "1", "2")

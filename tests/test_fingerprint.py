@@ -91,7 +91,8 @@ def test_the_name_of_the_only_class_may_change(tmp_path):
     for name in ("faces", "copy"):
         for i in range(3):
             write(tmp_path / name / f"{i}.png", noise(i, 2, 2, 3))
-    before, after = load_splits(tmp_path / "faces"), load_splits(tmp_path / "copy")
+    before = load_splits(tmp_path / "faces")
+    after = load_splits(tmp_path / "copy")
     remarks = compare_data(describe_data(before), {}, describe_data(after), fingerprints(after))
     assert remarks == ["label 0 is class 'copy', which was 'faces'"]
 

@@ -127,7 +127,8 @@ def test_folders_are_classes_and_a_part_is_held_out(tmp_path):
     (tmp_path / "cat" / ".hidden.png").write_text("no image")
     (tmp_path / ".cache").mkdir()
     name = f"folder:{tmp_path}"
-    train, validation = contents(name, "train"), contents(name, "validation")
+    train = contents(name, "train")
+    validation = contents(name, "validation")
     dataset = load(name)
     assert dataset.class_names == ("Zebra", "cat", "dog")
     assert dataset.image_shape == (256, 256, 3)
@@ -666,7 +667,8 @@ BROKEN_EXIF = {
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 @pytest.mark.parametrize("case", BROKEN_EXIF)
 def test_pixels_are_kept_where_their_metadata_are_broken(case, kind):
-    buffer, pixels = io.BytesIO(), noise(0, 8, 12, 3)
+    buffer = io.BytesIO()
+    pixels = noise(0, 8, 12, 3)
     Image.fromarray(pixels).save(buffer, kind, exif=BROKEN_EXIF[case], lossless=True, quality=95)
     read = np.asarray(decode_image(buffer.getvalue())).astype(int)
     np.testing.assert_allclose(read, pixels, atol=0 if kind != "JPEG" else 255)

@@ -249,7 +249,8 @@ def partly(either_folder, tmp_path, monkeypatch):
 
 
 def test_images_without_a_label_are_left_out_and_a_split_of_them_is_not_used(partly, capfd):
-    train, validation = partly(), partly("validation")
+    train = partly()
+    validation = partly("validation")
     labelled = [(noise(i, 8, 8, 3).tobytes(), label) for i in range(40) if (label := PARTLY_LABELLED[i % 4]) >= 0]
     assert contents(train) + contents(validation) == Counter(labelled)
     assert (len(train.source), len(validation.source)) == (len(labelled) - 1, 1)

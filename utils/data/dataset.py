@@ -187,10 +187,10 @@ class DataOptions:
     """How images are found and prepared. Each loader says which of these it uses (utils/data/loaders.py)."""
 
     data_dir: str | Path | None = None  # of prepared data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    image_size: int | None = None  # side to which images are cropped and resized; None: as the loader has it
+    image_size: int | None = None  # side to which images are cropped and resized; None: the loader decides
     broken_images: str = "refuse"  # or 'skip'
     max_megapixels: float = MAX_MEGAPIXELS  # of the largest image that is decoded
-    random_flip: bool | None = None  # whether half of the training images are mirrored; None: as the loader has it
+    random_flip: bool | None = None  # whether half of the training images are mirrored; None: the loader decides
 
 
 @dataclasses.dataclass(frozen=True)

@@ -254,7 +254,7 @@ class RecordStream:
             encoded = example["image"]
             image = tf.cond(
                 tf.io.is_jpeg(encoded),
-                # The exact transform, as Pillow has it; TensorFlow's default is up to 5 levels off.
+                # The exact transform, like Pillow; TensorFlow's default is up to 5 levels off.
                 lambda: tf.io.decode_jpeg(encoded, channels=channels, dct_method="INTEGER_ACCURATE"),
                 lambda: tf.io.decode_image(encoded, channels=channels, expand_animations=False),
             )

@@ -1,4 +1,4 @@
-"""What TensorFlow Datasets has prepared: where it is, in which format, how to prepare it, which images it has."""
+"""Data sets that TensorFlow Datasets prepared: where they are, in which format, and which images a split has."""
 
 import contextlib
 import functools
