@@ -46,7 +46,7 @@ class _Cell(NamedTuple):
             resample = Image.Resampling.LANCZOS
         return cls(round(height * factor), round(width * factor), resample, 100 if longer < 128 else 160)
 
-    def draw(self, image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "height width c"]:
+    def draw(self, image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "height width shown"]:
         """Returns the image at the size of the cell; of images that are neither grey nor RGB, the first channels."""
         drawn = Image.fromarray(image[..., :3] if image.shape[-1] >= 3 else image[..., 0])
         if drawn.size != (self.width, self.height):
