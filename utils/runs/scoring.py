@@ -30,8 +30,9 @@ from utils.base.devices import (
 )
 from utils.base.errors import UserError, WriteError
 from utils.base.files import atomic_write, prepare_output_folder
+from utils.codecs.codec import pixel_format
 from utils.images import plotting
-from utils.images.pixels import ImageBatch
+from utils.images.pixels import ImageBatch, check_pictures
 from utils.images.samples import Samples, SampleWriter, check_sample_path, content_sha256, holds_images, open_samples
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, check_extractors, feature_widths, load_extractors
 from utils.metrics.inception import DEFAULT_CONVENTION, load_logits
@@ -250,6 +251,7 @@ class RunEvaluation(Scoring):
 
         # The model, its parameters, and how its samples are drawn.
         self.model = load_model(saved, self.mesh, dtype=model.dtype, codec=config.codec)
+        check_pictures(pixel_format(self.model.codec), image_shape, "FID")
         self.step, params = restore_params(checkpoints, steps, self.model, saved, config.params)
         counts = self._class_counts() if config.labels == "dataset" else None
         self.generator = ImageGenerator(
