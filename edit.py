@@ -174,7 +174,7 @@ def inpaint(request: Request) -> None:
     titles = ("image", "hole", "filled")
     request.pictures.save_table("inpainting.png", table, shorten_names(files), titles, request.title)
     if config.save_samples:
-        request.pictures.save_samples(config.save_samples, filled, labels)
+        request.pictures.save_samples(config.save_samples, request.generator.to_pictures(filled), labels)
 
 
 def _read_own_images(

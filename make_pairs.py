@@ -94,10 +94,10 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
         shard_size=config.shard_size,
         image_shape=model.image_shape,
         latent_shape=model.latent_shape,
-        class_names=model.condition.class_names,
+        class_names=generator.class_names,
         vae=getattr(codec, "source", None) if codec.sha256 else None,
         vae_sha256=codec.sha256,
-        empty_classes=model.condition.empty_classes,
+        empty_classes=getattr(model.condition, "empty_classes", ()),
         jax_variables=tuple(changed_variables(RANDOM)),
     )
 

@@ -84,7 +84,7 @@ def draw(request: Request) -> None:
             if sum(map(len, shown)) < MAX_SHOWN:
                 shown.append(generator.to_pictures(images))
             if writer is not None:
-                writer.write(images, conditions)
+                writer.write(generator.to_pictures(images), conditions)
             bar.update(len(images))
 
     # The grid comes last, but its path first. The samples are complete even if the grid does not fit on the disk.

@@ -61,7 +61,7 @@ class Batch(flax.struct.PyTreeNode):
         """Returns x_1, what the model learns."""
         raise NotImplementedError
 
-    def to_images(self, codec: Any, x_1: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 c2"]:
+    def to_images(self, codec: Any, x_1: Float[Array, "b h w c"]) -> UInt8[Array | np.ndarray, "b h2 w2 c2"]:
         """Returns the images of which `x_1` are the latents, as they are shown."""
         return images_to_uint8(codec.decode(x_1))
 
@@ -89,7 +89,7 @@ class PixelBatch(Batch):
     def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
         return codec.encode(keys, self.pixels.to_unit(self.image))
 
-    def to_images(self, codec: Any, x_1: Float[Array, "b h w c"]) -> UInt8[Array, "b h2 w2 c2"]:
+    def to_images(self, codec: Any, x_1: Float[Array, "b h w c"]) -> UInt8[Array | np.ndarray, "b h2 w2 c2"]:
         return self.pixels.to_uint8(self.image)
 
 

@@ -309,7 +309,7 @@ def _naming_broken_images(origin: str) -> Iterator[None]:
         raise UserError(f"an image of {origin} cannot be read: {reason}") from error
 
 
-def _to_batch(rows: dict[str, np.ndarray], origin: str) -> PixelBatch:
+def _to_batch(rows: dict[str, Any], origin: str) -> PixelBatch:
     """Returns what tf.data has batched; UserError as `_check_labels` raises it."""
     _check_labels(rows["condition"], origin)
     return PixelBatch(**rows)

@@ -21,9 +21,9 @@ MIN_TYPICAL_RANGE = 64
 MIN_SHARE = 0.1  # of images below MIN_TYPICAL_RANGE
 
 
-def images_from_uint8(images: UInt8[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def images_from_uint8(images: UInt8[Array | np.ndarray, "b h w c"]) -> Float[Array, "b h w c"]:
     """Returns images in [-1, 1]: x / 127.5 - 1."""
-    return images.astype(jnp.float32) / 127.5 - 1
+    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1
 
 
 def images_to_uint8(images: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:

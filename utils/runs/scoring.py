@@ -266,7 +266,7 @@ class RunEvaluation(Scoring):
 
     def _class_counts(self) -> np.ndarray:
         counts = self.reference.label_counts
-        if counts is None or len(counts) != len(self.model.condition.class_names):
+        if counts is None or len(counts) != len(getattr(self.model.condition, "class_names", ())):
             raise UserError(
                 f"--labels=dataset: {self.reference.path} does not say how often each of the run's classes is; "
                 "make it with compute_fid_stats.py from the run's data set"
@@ -296,8 +296,9 @@ class RunEvaluation(Scoring):
             settings["objective"] = saved["objective"]["name"]
         if config.params != "ema":
             settings["params"] = config.params
-        if self.model.condition.empty_classes and config.labels != "dataset":
-            settings["empty_classes"] = list(self.model.condition.empty_classes)
+        empty_classes = getattr(self.model.condition, "empty_classes", ())
+        if empty_classes and config.labels != "dataset":
+            settings["empty_classes"] = list(empty_classes)
         if variables := changed_variables():
             settings["jax_variables"] = variables
         return settings
@@ -318,7 +319,8 @@ class RunEvaluation(Scoring):
                     evaluations.append(gather(batch.nfe)[: batch.count])
                 if writer is None and count_images(grid_images) == GRID_IMAGES:
                     return
-                images, labels = batch.to_host()
+                drawn, labels = batch.to_host()
+                images = self.generator.to_pictures(drawn)
                 collect_grid(grid_images, images, labels)
                 if writer is not None and writer.failure is None:
                     with self.going_on():
@@ -331,7 +333,7 @@ class RunEvaluation(Scoring):
         # The grid, and what is measured of the sampler itself.
         images, labels = (np.concatenate(parts) for parts in zip(*grid_images, strict=True))
         title = f"{sampler}, checkpoint of step {self.step}"
-        figure = plotting.sample_grid(images, labels, self.model.condition.class_names, title)
+        figure = plotting.sample_grid(images, labels, self.generator.class_names, title)
         self.save_figure(figure, grid_name(sampler))
         nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
         straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
