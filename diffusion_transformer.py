@@ -32,38 +32,41 @@ from utils.kernels.ops import (
 from utils.networks.dit_config import DiTConfig
 from utils.networks.network import NETWORKS, NetworkEntry
 
+# Sinusoids of the time, before the first layer of its embedding.
 TIMESTEP_FEATURES = 256
 
-# What a block saves for its backward pass; the rest is recomputed (rematerialisation, arXiv:1604.06174).
+# {--remat: what a block saves for its backward pass}; the rest is recomputed (arXiv:1604.06174).
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names("dense"),  # matmuls with parameters, not attention's
     "blocks": jax.checkpoint_policies.nothing_saveable,  # its input alone
 }
 
+# As in DiT: normal for embeddings, Xavier for matmuls, zeros for modulations and the output.
 normal_init = nn.initializers.normal(0.02)
 xavier_uniform = nn.initializers.xavier_uniform()
 zeros_init = nn.initializers.zeros
 
 
 def position_table(rows: int, columns: int, width: int) -> np.ndarray:
-    """Fixed 2-D sin-cos position table, float32 (rows * columns, width); a constant of the model, never trained.
+    """Returns the 2-D sin-cos position table, float32 (rows * columns, width).
 
     The first half of the channels encodes the column, the second half the row; each half holds sines then cosines
     with frequencies 10000^(-2i / (width / 2)) (Vaswani et al., arXiv:1706.03762, along each axis).
     """
     half = width // 2
     frequencies = 10_000.0 ** (-np.arange(half // 2) / (half // 2))
+    # (rows * columns, width / 4) angles along each axis.
     row, column = np.divmod(np.arange(rows * columns), columns)
     angles = [np.outer(position, frequencies) for position in (column, row)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 def rope_angles(rows: int, columns: int, head_dim: int) -> np.ndarray:
-    """Angles of rotary positions (arXiv:2104.09864) on a grid, float32 (rows * columns, head_dim), as LightningDiT has.
+    """Returns angles of rotary positions (arXiv:2104.09864) on a grid, float32 (rows * columns, head_dim).
 
-    The first half of a head's channels turns by row, the second by column, at 10000^(-2j / (head_dim / 2)); neighbours
-    2i and 2i + 1 are one pair, and have the same angle.
+    As in LightningDiT, the first half of a head's channels turns by row, the second by column, with frequencies
+    10000^(-2j / (head_dim / 2)); neighbours 2i and 2i + 1 are one pair, and have the same angle.
     """
     half = head_dim // 2
     frequencies = 10_000.0 ** (-np.arange(0, half, 2) / half)
@@ -74,7 +77,7 @@ def rope_angles(rows: int, columns: int, head_dim: int) -> np.ndarray:
 
 
 def rotate(x: Float[Array, "b n heads h"], angles: np.ndarray) -> Float[Array, "b n heads h"]:
-    """Each pair (a, b) of neighbouring channels turned: (a cos - b sin, b cos + a sin), in float32."""
+    """Turns each pair (a, b) of neighbouring channels in float32: (a cos - b sin, b cos + a sin)."""
     cos, sin = (jnp.asarray(f(angles))[:, None] for f in (np.cos, np.sin))
     y = x.astype(jnp.float32)
     turned = jnp.stack([-y[..., 1::2], y[..., ::2]], axis=-1).reshape(y.shape)
@@ -82,7 +85,10 @@ def rotate(x: Float[Array, "b n heads h"], angles: np.ndarray) -> Float[Array, "
 
 
 def timestep_features(t: Float[Array, " b"], scale: float = 10_000.0) -> Float[Array, "b 256"]:
-    """Cosines then sines of `scale` t at 128 geometric frequencies; float32, because the arguments reach 10,000."""
+    """Returns cosines, then sines, of `scale` t at 128 geometric frequencies 1 .. 1 / 10,000 (exclusive).
+
+    They are float32: near the default scale, bfloat16 has steps of 64.
+    """
     half = TIMESTEP_FEATURES // 2
     frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = scale * t.astype(jnp.float32)[:, None] * frequencies
@@ -90,12 +96,13 @@ def timestep_features(t: Float[Array, " b"], scale: float = 10_000.0) -> Float[A
 
 
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b n d"]:
+    # One plus the scale: layers whose modulation starts at zero leave x as it is.
     num_tokens = x.shape[1]
     return x * (1 + over_tokens(scale, num_tokens)) + over_tokens(shift, num_tokens)
 
 
 class Dense(nn.Module):
-    """`dense` with its parameters; computes in `dtype`."""
+    """`ops.dense` with its parameters: rows (..., k) -> (..., features), computed in `dtype`."""
 
     features: int
     dtype: Any
@@ -106,6 +113,7 @@ class Dense(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", self.bias_init, (self.features,))
+        # The name is what the policy 'dots' saves.
         return checkpoint_name(dense(x.astype(self.dtype), kernel, bias), "dense")
 
 
@@ -121,6 +129,7 @@ class PatchEmbed(nn.Module):
         b, h, w, c = x.shape
         p = self.patch_size
         d = self.hidden_size
+        # The kernel has the shape of a convolution, for its fans and for checkpoints.
         kernel = self.param("kernel", xavier_uniform, (p, p, c, d))
         bias = self.param("bias", zeros_init, (d,))
         patches = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)  # (b, h/p, w/p, p, p, c)
@@ -136,13 +145,14 @@ class TimestepEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, t):
+        # From sinusoids (b, 256) through two layers.
         features = timestep_features(t, self.scale)
         x = Dense(self.hidden_size, self.dtype, normal_init, name="dense_0")(features)
         return Dense(self.hidden_size, self.dtype, normal_init, name="dense_1")(nn.silu(x))
 
 
 class RMSNorm(nn.Module):
-    """x over the root mean square of its last axis, in float32 (eps 1e-6), times a scale (arXiv:1910.07467)."""
+    """Divides x by the root mean square of its last axis, in float32 (eps 1e-6), times a scale (arXiv:1910.07467)."""
 
     dtype: Any
 
@@ -154,8 +164,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases on tokens of an image of `grid` = (rows, columns) patches; query, key and
-    value come from one matmul."""
+    """Multi-head self-attention with biases, tokens (b, n, d) -> (b, n, d), on an image of `grid` = (rows, columns)
+    patches. Query, key and value come from one matmul."""
 
     config: DiTConfig
     grid: tuple[int, int]
@@ -166,9 +176,10 @@ class Attention(nn.Module):
     def __call__(self, x):
         config = self.config
         d = x.shape[-1]
-        # Three kernels (d, d) side by side, each of which starts as Xavier would have it.
+        # Three kernels (d, d) side by side; variance 1 / d is what Xavier gives each of them.
         qkv_init = nn.initializers.variance_scaling(2, "fan_avg", "uniform")
         qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x)
+        # Queries and keys that nothing changes stay packed, as a TPU's kernels read them.
         if config.qk_norm or config.rope:
             x = self._attend(*split_heads(qkv, config.num_heads)).reshape(x.shape)
         else:
@@ -176,7 +187,7 @@ class Attention(nn.Module):
         return Dense(d, self.dtype, xavier_uniform, name="out")(x)
 
     def _attend(self, query, key, value):
-        """With what is done to queries and keys beforehand."""
+        """Returns attention (b, n, heads, h), query and key normalised and rotated first as the configuration says."""
         if self.config.qk_norm:
             query = RMSNorm(self.dtype, name="q_norm")(query)
             key = RMSNorm(self.dtype, name="k_norm")(key)
@@ -188,7 +199,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """GELU, or SwiGLU (arXiv:2002.05202), whose first matmul gives gate and values side by side."""
+    """Two layers around GELU, or SwiGLU (arXiv:2002.05202), whose first matmul gives gate and values side by side."""
 
     width: int
     kind: str
@@ -208,7 +219,7 @@ class Mlp(nn.Module):
 
 
 class AdaLayerNorm(nn.Module):
-    """c (b, d) -> `count` modulations of (b, d) each; zero-initialised, so that every block starts as the identity."""
+    """Condition c (b, d) -> `count` modulations (b, d); zero-initialised, so that each block starts as the identity."""
 
     count: int
     dtype: Any
@@ -221,19 +232,22 @@ class AdaLayerNorm(nn.Module):
 
 
 def layer_norm(x: Float[Array, "b n d"], dtype) -> Float[Array, "b n d"]:
-    """x normalised over its last axis in float32, without scale or bias (eps 1e-6), in the compute dtype."""
+    """Normalises x over its last axis in float32 (eps 1e-6), without scale or bias; returns the compute dtype."""
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)).astype(dtype)
 
 
 def make_norm(kind: str, dtype: Any, name: str) -> Callable:
-    """The normalisation of tokens: without parameters, or RMSNorm as a submodule `name`."""
+    """Returns the normalisation of tokens: layer_norm, without parameters, or RMSNorm as a submodule `name`."""
     return RMSNorm(dtype, name=name) if kind == "rms" else partial(layer_norm, dtype=dtype)
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each modulated before and gated after by the condition c (adaLN-Zero)."""
+    """Attention and MLP, each modulated before and gated after by the condition c (adaLN-Zero).
+
+    Maps tokens (b, n, d) and conditions (b, d) to tokens (b, n, d).
+    """
 
     config: DiTConfig
     grid: tuple[int, int]
@@ -246,9 +260,13 @@ class DiTBlock(nn.Module):
         dtype = self.dtype
         modulations = AdaLayerNorm(6, dtype, name="ada_ln")(c)
         shift_attention, scale_attention, gate_attention, shift_mlp, scale_mlp, gate_mlp = modulations
+
+        # Tokens attend to each other.
         y = modulate(make_norm(config.norm, dtype, "norm1")(x), shift_attention, scale_attention)
         attended = Attention(config, self.grid, dtype, self.attention_form, name="attention")(y)
         x = x + over_tokens(gate_attention, x.shape[1]) * attended
+
+        # Each token by itself.
         y = modulate(make_norm(config.norm, dtype, "norm2")(x), shift_mlp, scale_mlp)
         return x + over_tokens(gate_mlp, x.shape[1]) * Mlp(config.mlp_width, config.mlp, dtype, name="mlp")(y)
 
@@ -295,7 +313,7 @@ class DiT(nn.Module):
     ) -> Float[Array, "b h w c_out"]:
         """Velocity at x_t (noise at t = 0, data at t = 1), given `condition`, arrays (b, ...) of `self.condition`.
 
-        With `step_conditioning`, `step` says of which step the velocity is the average, in the objective's own units.
+        With `step_conditioning`, it is the average velocity over a step of length `step`, in the objective's own units.
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -305,7 +323,7 @@ class DiT(nn.Module):
         # Tokens with their positions.
         tokens = PatchEmbed(p, config.hidden_size, dtype, name="patch_embed")(x)
         table = jnp.asarray(position_table(h // p, w // p, config.hidden_size))[None]
-        # A checkpoint's that training has moved is used whatever the configuration says.
+        # A checkpoint's own table, which training has moved, is used whatever the configuration says.
         if config.learned_positions or self.has_variable("params", "pos_embed"):
             table = self.param("pos_embed", lambda key: table)
         tokens = tokens + table.astype(dtype)
@@ -327,13 +345,13 @@ class DiT(nn.Module):
         return image.reshape(b, h, w, c_out).astype(jnp.float32)
 
     def embed_condition(self, condition: PyTree) -> Float[Array, "b d"]:
-        """The vector that is added to the embedding of time.
+        """Returns the vector that is added to the embedding of time.
 
         The one place where a condition enters the network: its tokens would join the sequence here, its channels x.
         """
         config = self.config
         if config.class_dropout_prob == 1:
-            # Always dropped in training, so that nothing else has been learned.
+            # Always dropped in training: no other embedding has been learned.
             condition = self.condition.null(count_rows(condition))
         embedded = self.condition.embedder(config.hidden_size, jnp.dtype(config.dtype))(condition)
         if embedded.vector is None or embedded.tokens is not None or embedded.channels is not None:
@@ -353,7 +371,7 @@ class DiT(nn.Module):
         return tokens
 
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
-        """Floating-point operations of one forward pass on one (h, w, c) image, matmuls only (2 per MAC).
+        """Returns the floating-point operations of a forward pass on one (h, w, c) image, matmuls only (2 per MAC).
 
         A training step costs three times this per image; the usual basis of model FLOPs utilisation (MFU).
         """
@@ -362,8 +380,12 @@ class DiT(nn.Module):
         d = config.hidden_size
         p = config.patch_size
         n = (h // p) * (w // p)
+
+        # A block: projections and MLP by token, scores and weighted sums by pair of tokens, the modulation by image.
         mlp = (3 if config.mlp == "swiglu" else 2) * config.mlp_width * d
         block = n * (4 * d * d + mlp) + 2 * n * n * d + 6 * d * d
+
+        # Patches in and out, the final modulation, and the two layers of the time embedding.
         c_out = 2 * c if config.learn_sigma else c
         ends = n * p * p * (c + c_out) * d + 2 * d * d + TIMESTEP_FEATURES * d + d * d
         return 2 * (config.depth * block + ends)

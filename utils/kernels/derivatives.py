@@ -1,4 +1,4 @@
-"""Derivatives written by hand, in forward and reverse mode.
+"""Derivatives written by hand, in forward and in reverse mode.
 
 jax.custom_vjp forbids forward mode, and jax.custom_jvp leaves reverse mode to JAX's transposition. Here the tangent is
 one primitive, linear in the tangents of the arguments, that brings its own transpose.
@@ -15,6 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, PyTree
 
+# One primitive for all functions: which tangent and cotangents it means is in its parameters.
 _linear_p = Primitive("linear_with_transpose")
 _linear_p.multiple_results = True
 
@@ -26,9 +27,9 @@ def define_derivatives(
 ) -> Callable[..., Array]:
     """Returns a function of arrays with both its derivatives.
 
-    `function(*arguments)` returns (output, anything to save for reverse mode). `tangent(arguments, tangents)` is the
-    output's tangent, in operations that JAX can differentiate. `cotangents(arguments, saved, cotangent)` are those of
-    the arguments: the transpose of `tangent`.
+    `function(*arguments)` returns (output, anything to save for reverse mode). `tangent(arguments, tangents)` returns
+    the output's tangent, in operations that JAX can differentiate. `cotangents(arguments, saved, cotangent)` returns
+    the cotangents of the arguments: the transpose of `tangent`.
     """
     # Both are custom_jvp: the primitive below has the derivative of the first, and the second may be differentiated.
     with_saved = jax.custom_jvp(function)
@@ -36,10 +37,11 @@ def define_derivatives(
 
     @pull.defjvp
     def derivative_of_cotangents(operands, tangents):
-        """Differentiates `tangent`'s own transpose: what was saved is no variable there."""
+        """Differentiates the transpose of `tangent` in place of `cotangents`; saved values are constants there."""
         arguments, saved, cotangent = operands
         argument_tangents, _, cotangent_tangent = tangents
 
+        # The formula depends on the arguments alone, so that its derivative is complete without what was saved.
         def by_formula(arguments, cotangent):
             return jax.linear_transpose(partial(tangent, arguments), arguments)(cotangent)[0]
 
@@ -57,20 +59,23 @@ def define_derivatives(
         )  # fmt: skip
         return (output, saved), (output_tangent, jax.tree.map(_zero_tangent, saved))
 
+    # Callers see the output alone.
     return lambda *arguments: with_saved(*arguments)[0]
 
 
 def _zero_tangent(x: Array) -> Array | np.ndarray:
+    # What JAX wants as the tangent of a constant: integers have tangents of float0.
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     return jnp.zeros_like(x) if is_float else np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _apply_linear(*operands, tangent, cotangents, count, saved_tree):
+    # The tangent of `count` arguments; the saved values between them and their tangents are not needed.
     return [tangent(tuple(operands[:count]), tuple(operands[-count:]))]
 
 
 def _linear_jvp(primals, tangents, *, count, **params):
-    """Has JAX differentiate `tangent`, in its arguments and in the tangents: order 2."""
+    """Has JAX differentiate `tangent` in its arguments and in their tangents: derivatives of second order."""
 
     def differentiable(arguments, argument_tangents):
         return params["tangent"](arguments, argument_tangents)
@@ -87,7 +92,7 @@ def _linear_transpose(output_cotangents, *operands, tangent, cotangents, count, 
     if type(cotangent) is ad.Zero:
         return results
     arguments = tuple(operands[:count])
-    # The operands are the arguments, what was saved, and the tangents, of which some are asked for.
+    # The operands are the arguments, what was saved, and the tangents, of which the undefined are asked for.
     saved = jax.tree.unflatten(saved_tree, operands[count:-count])
     found = cotangents(arguments, saved, cotangent)
     are_wanted = [ad.is_undefined_primal(x) for x in operands[-count:]]
@@ -120,14 +125,15 @@ batching.primitive_batchers[_linear_p] = _linear_batch
 
 
 def save_pullback(function: Callable[..., Array]) -> tuple[Callable, Callable]:
-    """Returns (function, cotangents) for `define_derivatives` of a function with a custom VJP; what that saves is
-    saved."""
+    """Returns (function, cotangents) for `define_derivatives` from a function with a custom VJP, whose own residuals
+    are what is saved."""
 
     def with_saved(*arguments):
         output, pullback = jax.vjp(function, *arguments)
         return output, jax.tree.leaves(pullback)
 
     def cotangents(arguments, saved, cotangent):
+        # A pullback is a pytree of what it saves: its structure, found without computing, takes the saved leaves.
         pullback = jax.eval_shape(lambda *arguments: jax.vjp(function, *arguments)[1], *arguments)
         return jax.tree.unflatten(jax.tree.structure(pullback), saved)(cotangent)
 

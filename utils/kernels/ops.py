@@ -1,4 +1,4 @@
-"""`dense` and `attention`, on which a transformer spends its time, in the form that is fast on each platform.
+"""`dense` and `attention`, where a transformer spends its time, each in the form that is fast on a platform.
 
 Both take any compute dtype and sum in float32; the gradients of dense's parameters are left in float32. XLA's CPU
 kernels for bfloat16 are twice as fast as those for float32 where they write float32 and find their operands as rows of
@@ -20,6 +20,7 @@ from utils.kernels.tpu_attention import TpuAttention, split_heads
 
 # XLA's CPU, as of jax 0.11, ends with an error in batched bfloat16 matmuls that contract the left side's rows.
 FOLDED_MATMULS_FAIL = jax.__version_info__ >= (0, 11)
+# How `attention` can be computed (see there); a TpuAttention is a form, too, bound to its mesh.
 ATTENTION_FORMS = ("auto", "by_head", "xla", "cudnn")
 AttentionForm = str | TpuAttention
 
@@ -34,7 +35,7 @@ def matmul(x: Array, y: Array, axes: tuple[int, int], dtype: Any = None) -> Arra
     def written_as(written):
         return lambda x, y: jax.lax.dot_general(x, y, dimensions, preferred_element_type=written).astype(dtype)
 
-    # An accelerator is as fast with either.
+    # A CPU is faster when it writes float32 and rounds afterwards; an accelerator is as fast with either.
     return jax.lax.platform_dependent(x, y, cpu=written_as(jnp.float32), default=written_as(dtype))
 
 
@@ -46,7 +47,8 @@ def transpose(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
     def unfolded(x):
         if FOLDED_MATMULS_FAIL:
             return jax.lax.optimization_barrier(x.T)
-        return jnp.concatenate(jnp.array_split(x.T, 2))  # which is not folded, and faster than behind a barrier
+        # A concatenation is not folded either, and is faster than a barrier.
+        return jnp.concatenate(jnp.array_split(x.T, 2))
 
     return jax.lax.platform_dependent(x, cpu=unfolded, default=jnp.transpose)
 
@@ -58,15 +60,20 @@ def _dense(x, kernel, bias):
 def _dense_tangent(arguments, tangents):
     x, kernel, _ = arguments
     dx, dkernel, dbias = tangents
+    # The product rule; the bias enters linearly.
     from_x = matmul(dx, kernel.astype(x.dtype), (-1, 0))
     from_kernel = matmul(x, dkernel.astype(x.dtype), (-1, 0))
     return from_x + from_kernel + dbias.astype(x.dtype)
 
 
 def _dense_cotangents(arguments, saved, cotangent):
-    """JAX's own would round the parameters' gradients to the compute dtype before Adam sees them, and would contract
-    batch and tokens as two axes, which on a CPU takes half as long again."""
+    """Returns the cotangents of x, kernel and bias.
+
+    JAX's own rule would round the parameters' gradients to the compute dtype before Adam sees them, and would contract
+    batch and tokens as two axes, which takes a CPU half as long again.
+    """
     x, kernel, _ = arguments
+    # Batch and tokens as one axis.
     rows = x.reshape(-1, x.shape[-1])
     cotangents = cotangent.reshape(-1, cotangent.shape[-1])
     dx = matmul(cotangents, kernel.astype(x.dtype), (1, 1)).reshape(x.shape)
@@ -78,7 +85,7 @@ _differentiable_dense = define_derivatives(_dense, _dense_tangent, _dense_cotang
 
 
 def dense(x: Float[Array, "*rows k"], kernel: Float[Array, "k m"], bias: Float[Array, " m"]) -> Float[Array, "*rows m"]:
-    """x @ kernel + bias in the dtype of x; the gradients of kernel and bias in theirs."""
+    """Returns x @ kernel + bias in the dtype of x; kernel and bias get gradients of their own dtype."""
     return _differentiable_dense(x, kernel, bias)
 
 
@@ -86,7 +93,7 @@ def dense(x: Float[Array, "*rows k"], kernel: Float[Array, "k m"], bias: Float[A
 
 
 def _sum_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-    """Sums over tokens in float32, and returns the dtype of x."""
+    """Returns the sums over tokens, added up in float32, in the dtype of x."""
     # As a matmul on CPUs, where XLA would reduce in two passes, each in one thread.
 
     def by_matmul(x):
@@ -101,7 +108,7 @@ def _sum_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
 
 
 def over_tokens(x: Float[Array, "b d"], num_tokens: int) -> Float[Array, "b n d"]:
-    """Repeats x for each of n tokens."""
+    """Returns x repeated for each of n tokens; the gradient sums over tokens by `_sum_tokens`."""
 
     def broadcast(x):
         return jnp.broadcast_to(x[:, None], (len(x), num_tokens, x.shape[1]))
@@ -132,6 +139,7 @@ def choose_attention_for(mesh: Mesh, head_dim: int, dtype: Any) -> AttentionForm
     device = mesh.devices.flat[0]
     if device.platform == "tpu" and head_dim % 8 == 0:
         return TpuAttention(mesh)
+    # AMD's devices are of the platform 'gpu' too, and their compute capability is no number.
     is_nvidia = "nvidia" in device.device_kind.lower()
     capability = float(getattr(device, "compute_capability", 0) or 0) if is_nvidia else 0.0
     return choose_attention(device.platform, head_dim, dtype, capability)
@@ -158,12 +166,15 @@ def attention(
     its arguments first. 'auto' is 'by_head' on CPUs and 'xla' elsewhere, by the platform that is compiled for; with
     derivatives it would take the memory of both.
     """
+    # Arguments that were not packed, because queries and keys were normalised or rotated, are packed here.
     if isinstance(form, TpuAttention):
         b, n, num_heads, _ = query.shape
         packed = jnp.concatenate([x.reshape(b, n, -1) for x in (query, key, value)], axis=-1)
         return form(packed, num_heads).reshape(query.shape)
     if form not in ATTENTION_FORMS:
         raise ValueError(f"unknown form of attention {form!r}; use one of {', '.join(ATTENTION_FORMS)}")
+
+    # The platform is known when the function is lowered, so that both forms are traced.
     if form == "auto":
         forms = {name: partial(attention, form=name) for name in ("by_head", "xla")}
         return jax.lax.platform_dependent(query, key, value, cpu=forms["by_head"], default=forms["xla"])
@@ -217,6 +228,7 @@ def _attend_cotangents(query, key, value, cotangent):
     dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True)) * query.shape[-1] ** -0.5
     weights = weights.astype(value.dtype)
     dscores = dscores.astype(value.dtype)
+    # Each gradient is a matmul in the compute dtype, summed in float32.
     dquery = matmul(dscores, key, (1, 0))
     dkey = matmul(transpose(dscores), query, (1, 0))
     return dquery, dkey, matmul(transpose(weights), cotangent, (1, 0))
@@ -235,6 +247,7 @@ _attention_by_head = define_derivatives(
 
 
 def _tangent_over_heads(arguments, tangents):
+    # By formula: cuDNN's kernel has derivatives in reverse mode alone.
     heads = [jnp.moveaxis(x, 2, 0) for x in (*arguments, *tangents)]
     return jnp.moveaxis(_by_head_tangent(*heads), 0, 2)
 

@@ -24,7 +24,7 @@ CHUNK = 256  # queries at a time: their weights for all keys are in memory at on
 VMEM_MIB = {  # on-chip memory of a core, by device kind; older ones have 16
     "TPU v5 lite": 128, "TPU v5e": 128, "TPU v6 lite": 128, "TPU v6e": 128, "TPU v5": 64, "TPU v5p": 64, "TPU7x": 64,
 }  # fmt: skip
-VMEM_FRACTION = 0.78  # of it, what a kernel may take
+VMEM_FRACTION = 0.78  # the part of it that a kernel may take
 
 
 def count_buffers(num_tokens: int, width: int, itemsize: int, vmem_bytes: int) -> int:
@@ -44,9 +44,11 @@ def _pad(num_tokens: int) -> int:
 def _weights(query: Array, key: Array, num_tokens: int) -> Array:
     """Returns the softmax over keys, (keys, queries) float32; keys from `num_tokens` on are padding."""
     scores = _matmul(key, query, 1, 1) * query.shape[-1] ** -0.5
+    # Padding gets no weight: its scores are minus infinity.
     if num_tokens < len(key):
         is_token = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0) < num_tokens
         scores = jnp.where(is_token, scores, -jnp.inf)
+    # Less their maximum, scores cannot overflow.
     weights = jnp.exp(scores - scores.max(axis=0, keepdims=True))
     return weights / weights.sum(axis=0, keepdims=True)
 
@@ -67,6 +69,7 @@ def _forward_kernel(qkv_ref, out_ref, *, num_heads: int, num_tokens: int):
     chunk = min(CHUNK, padded)
     for head in range(num_heads):
         of_query, of_key, of_value = _slices(width, num_heads, head)
+        # Keys and values of a head are read once, for all chunks of its queries.
         key = qkv_ref[0, :, of_key]
         value = qkv_ref[0, :, of_value]
 
@@ -84,6 +87,7 @@ def _backward_kernel(qkv_ref, cotangent_ref, dqkv_ref, *, num_heads: int, num_to
     chunk = min(CHUNK, padded)
     for head in range(num_heads):
         of_query, of_key, of_value = _slices(width, num_heads, head)
+        # Keys and values of a head are read once, for all chunks of its queries.
         key = qkv_ref[0, :, of_key]
         value = qkv_ref[0, :, of_value]
         dtype = key.dtype
@@ -93,15 +97,18 @@ def _backward_kernel(qkv_ref, cotangent_ref, dqkv_ref, *, num_heads: int, num_to
             rows = pl.ds(i * chunk, chunk)
             query = qkv_ref[0, rows, of_query]
             cotangent = cotangent_ref[0, rows, of_query]
+            # Recomputed: the forward pass leaves no weights behind.
             weights = _weights(query, key, num_tokens)
             # Through the softmax (arXiv:2205.14135, appendix B); gradients of keys and values sum over the chunks.
             dweights = _matmul(value, cotangent, 1, 1)
             dscores = weights * (dweights - (weights * dweights).sum(axis=0, keepdims=True)) * scale
+            # Matmuls take the compute dtype and sum in float32.
             weights = weights.astype(dtype)
             dscores = dscores.astype(dtype)
             dqkv_ref[0, rows, of_query] = _matmul(dscores, key, 0, 0).astype(dtype)
             return sums[0] + _matmul(dscores, query, 1, 0), sums[1] + _matmul(weights, cotangent, 1, 0)
 
+        # Every query contributes to all keys and values, so that their gradients are complete at the end only.
         zeros = jnp.zeros(key.shape, jnp.float32)
         dkey, dvalue = jax.lax.fori_loop(0, padded // chunk, add, (zeros, zeros))
         dqkv_ref[0, :, of_key] = dkey.astype(dtype)
@@ -115,6 +122,7 @@ def _run(
     b, n, channels = arrays[0].shape
     width = channels // 3
     dtype = arrays[0].dtype
+    # Kernels take whole chunks; what is computed for padding is cut off at the end.
     padded = _pad(n)
     arrays = tuple(jnp.pad(x, ((0, 0), (0, padded - n), (0, 0))) for x in arrays)
     # With room for two copies, the next image is read meanwhile.
@@ -123,6 +131,7 @@ def _run(
     def spec(channels: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, padded, channels), lambda i: (i, 0, 0), pipeline_mode=mode)
 
+    # A program of the grid for each image. They are independent, so that cores of a chip may share them.
     out = pl.pallas_call(
         functools.partial(kernel, num_heads=num_heads, num_tokens=n),
         grid=(b,),
@@ -155,6 +164,7 @@ class TpuAttention:
     is_interpreted: bool = False
 
     def __call__(self, qkv: Float[Array, "b n c"], num_heads: int) -> Float[Array, "b n d"]:
+        # Kernels need whole images for each device, and one image at least on the chip.
         b, n, channels = qkv.shape
         if b % self.mesh.size or not count_buffers(n, channels // 3, qkv.dtype.itemsize, self.vmem_bytes):
             return _plain(qkv, num_heads)
@@ -162,10 +172,12 @@ class TpuAttention:
 
     @property
     def vmem_bytes(self) -> int:
+        # A mesh is of one kind of device; interpreted kernels get the memory of a common one.
         kind = "TPU v5e" if self.is_interpreted else self.mesh.devices.flat[0].device_kind
         return int(VMEM_FRACTION * VMEM_MIB.get(kind, 16) * 2**20)
 
     def _kernels(self, num_heads: int) -> Callable[[Array], Array]:
+        # Reverse mode, which training uses, has a kernel; forward mode is by the formula.
         how = (self.vmem_bytes, self.is_interpreted)
         forward = self._sharded(functools.partial(_run, _forward_kernel, num_heads, 1, *how))
         backward = self._sharded(functools.partial(_run, _backward_kernel, num_heads, 3, *how))
@@ -178,6 +190,7 @@ class TpuAttention:
 
     def _sharded(self, function: Callable[..., Array]) -> Callable[..., Array]:
         """Splits a function over all axes of the mesh, along the first axis of the arrays."""
+        # pallas_call does not say how its output varies over the mesh, which `check_vma` would ask for.
         spec = PartitionSpec(self.mesh.axis_names)
         return jax.shard_map(function, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
 

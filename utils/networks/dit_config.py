@@ -8,7 +8,7 @@ from utils.base.errors import UserError
 from utils.base.settings import setting
 from utils.networks.network import NetworkConfig
 
-# The recipe's presets, then the field's: width, depth, heads.
+# {size: (width, depth, heads)}: table 1 of the DiT paper (arXiv:2212.09748).
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
@@ -30,6 +30,7 @@ class DiTConfig(NetworkConfig):
     and cosines of two axes).
     """
 
+    # The recipe's own (jax-flow), then the paper's sizes at three patch sizes, DiT-S/2 to DiT-XL/8.
     PRESETS: ClassVar = {
         "debug": _preset(64, 8, 2, 2, 1.0),
         "big": _preset(768, 2, 12, 12),
@@ -42,17 +43,20 @@ class DiTConfig(NetworkConfig):
         for patch in (2, 4, 8)
     }
 
+    # Sizes.
     patch_size: int = setting(8, "Side of a patch.", 1, 2**12)
     hidden_size: int = setting(64, "Width of the transformer.", 4, 2**16)
     depth: int = setting(2, "Transformer blocks.", 1, 1000)
     num_heads: int = setting(2, "Attention heads.", 1, 2**16)
     mlp_ratio: float = setting(1.0, "MLP width divided by --model.hidden_size.", 0, 100)
+    # Conditioning on time, positions, and a second output.
     t_conditioning: int = setting(1, "0: the model is not conditioned on t.", 0, 1)
     timestep_scale: float = setting(
         10_000.0, "Factor of the time before its sinusoids: 10000 as jax-flow has it, 1 as SiT and DiT.", 1e-3, 1e6
     )
     learned_positions: int = setting(0, "1: the position table is a parameter, as jax-flow has it.", 0, 1)
     learn_sigma: int = setting(0, "1: as many outputs again, the variance of a DiT's diffusion.", 0, 1)
+    # Variants of the block, as published checkpoints have them.
     norm: str = setting(
         "layer", "layer: LayerNorm; rms: RMSNorm with a scale (LightningDiT).", choices=("layer", "rms")
     )
@@ -62,7 +66,7 @@ class DiTConfig(NetworkConfig):
 
     @property
     def mlp_width(self) -> int:
-        """The width of an MLP's hidden layer; two thirds for SwiGLU, which has three matrices."""
+        """Returns the width of an MLP's hidden layer; two thirds for SwiGLU, whose third matrix takes the rest."""
         width = int(self.mlp_ratio * self.hidden_size)
         return int(2 / 3 * width) if self.mlp == "swiglu" else width
 
@@ -78,6 +82,7 @@ class DiTConfig(NetworkConfig):
 
     def hints(self, latent_shape: tuple[int, int, int]) -> list[str]:
         height, width, _ = latent_shape
+        # One token attends to nothing but itself: trained, but hardly meant.
         if not self.patch_size == height == width:
             return []
         return [
@@ -90,7 +95,8 @@ class DiTConfig(NetworkConfig):
         self.check_sizes(latent_shape)
         num_params = self.count_parameters(latent_shape)
         limit = total_memory()
-        if 16 * num_params > limit:  # float32 parameters, EMA and two moments
+        # 16 bytes each: parameters, EMA and Adam's two moments, all float32. A refusal names flags; a kill would not.
+        if 16 * num_params > limit:
             raise UserError(
                 f"a model of --model.hidden_size={self.hidden_size}, --model.depth={self.depth}, --model.mlp_ratio="
                 f"{self.mlp_ratio:g} and --model.num_classes={self.num_classes} has {num_params:,} parameters; with "
@@ -123,20 +129,27 @@ class DiTConfig(NetworkConfig):
                 f"--model.hidden_size={self.hidden_size} must be a multiple of 4 (sines and cosines of two axes); "
                 f"use {-(-self.hidden_size // 4) * 4}"
             )
+
+        # Rotary positions turn each head by itself, half of its channels by an axis.
         if self.rope and self.head_dim % 4:
             raise UserError(
                 f"--model.rope=1: the width of a head, {self.head_dim}, must be a multiple of 4 (sines and cosines of "
                 f"two axes); use another --model.num_heads than {self.num_heads}, or --model.rope 0"
             )
+
+        # A ratio near zero rounds to no hidden channel at all.
         if self.mlp_width < 1:
             raise UserError(f"--model.mlp_ratio={self.mlp_ratio} leaves the MLP no width; use 4, for example")
 
     def count_parameters(self, latent_shape: tuple[int, int, int]) -> int:
-        """Returns the number of parameters for latents (h, w, c), but for biases; with the table of positions, a
-        constant as large as a parameter."""
+        """Returns the number of parameters for latents (h, w, c), without biases.
+
+        The table of positions counts: where it is not learned, it is a constant that takes as much memory.
+        """
         height, width, channels = latent_shape
         d, p = self.hidden_size, self.patch_size
         # A block: 4 d^2 of attention, 6 d^2 of modulation, and the MLP's two matrices.
         block = (10 + 2 * self.mlp_ratio) * d * d
+        # Final modulation and second layer of the time embedding, 3 d^2; its first layer; both ends' patches; labels.
         ends = (3 * d + 256 + 2 * p * p * channels + self.num_classes) * d
         return int(self.depth * block + ends + (height // p) * (width // p) * d)

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., arXiv:2106.09685): kernels W of attention and MLP become W + A B, of which A and B are trained.
+"""LoRA (Hu et al., arXiv:2106.09685): kernels W of attention and MLP become W + A B, where only A and B are trained.
 
 The factors lie beside the network's parameters, under "lora". The network is always given the merged kernels, so that
 it needs to know nothing of them, and a merged model computes exactly what was trained.
@@ -11,14 +11,16 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Key, PyTree
 
+# The top-level part of the parameters that holds the factors, and the layers of a block whose kernels get some.
 KEY = "lora"
 LAYERS = ("attention", "mlp")
 
 
 def add_lora(params: PyTree, rank: int, key: Key[Array, ""]) -> PyTree:
-    """The parameters with factors a (in, rank), normal of variance 1 / in, and b (rank, out), zero: the same function
-    to begin with."""
+    """Returns the parameters with factors a (in, rank), normal of variance 1 / in, and b (rank, out), zero: the model
+    starts as the same function."""
     factors = {}
+    # Sorted: a kernel's random key depends on the names alone, not on the order of the tree.
     for number, (path, kernel) in enumerate(sorted(flatten_dict(params).items())):
         if path[-1] == "kernel" and len(path) > 2 and path[1] in LAYERS:
             rows, columns = kernel.shape
@@ -28,7 +30,7 @@ def add_lora(params: PyTree, rank: int, key: Key[Array, ""]) -> PyTree:
 
 
 def merge_lora(params: PyTree) -> PyTree:
-    """The network's own parameters, W + A B in the place of every W that has factors."""
+    """Returns the network's own parameters, with W + A B in the place of every W that has factors."""
     if KEY not in params:
         return params
     plain = flatten_dict({name: value for name, value in params.items() if name != KEY})
@@ -36,5 +38,6 @@ def merge_lora(params: PyTree) -> PyTree:
     for *path, leaf in factors:
         if leaf == "a":
             a, b = factors[*path, "a"], factors[*path, "b"]
+            # An accelerator's default precision would round the factors: to TF32, or to bfloat16 on a TPU.
             plain[tuple(path)] = plain[tuple(path)] + jnp.dot(a, b, precision="highest")
     return unflatten_dict(plain)

@@ -18,23 +18,24 @@ from utils.objectives.objective import ModelFn, Objective
 
 @runtime_checkable
 class Network(Protocol):
-    """What is trained and sampled, as flax modules have it; DiT is one. Immutable and hashable: a static argument.
+    """Interface of what is trained and sampled, in the shape of a Flax module; DiT is one.
 
-    One more is an entry of NETWORKS (utils/networks/network.py).
+    Immutable and hashable, because compiled functions take it as a static argument. Another network is an entry of
+    NETWORKS (utils/networks/network.py).
     """
 
-    config: NetworkConfig  # of which guidance and training use `class_dropout_prob`
+    config: NetworkConfig  # guidance and training read its `class_dropout_prob`
     condition: Condition  # the kind that it takes
 
     def init(self, rngs: Any, x: Any, t: Any, condition: Any) -> Any:
-        """{"params": fresh parameters}."""
+        """Returns {"params": fresh parameters}; x, t and condition are a batch of any values, for their shapes."""
 
     def apply(self, variables: Any, x: Any, t: Any, condition: Any) -> Any:
-        """The output for x_t (b, h, w, c), times (b,) and conditions (b, ...): of the shape of x_t, or with more
-        channels. With `config.step_conditioning`, a fourth argument is the step (b,)."""
+        """Returns the output for x_t (b, h, w, c), times (b,) and conditions (b, ...): of the shape of x_t, or with
+        more channels. With `config.step_conditioning`, a fourth argument is the step (b,)."""
 
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
-        """Of one forward pass on one image, matmuls only (2 per MAC)."""
+        """Returns the floating-point operations of one forward pass on one image, matmuls only (2 per MAC)."""
 
 
 class ImageModel(NamedTuple):
@@ -75,19 +76,21 @@ def make_model(
     """Returns the model of a network's configuration for a data set. Raises UserError where they do not fit."""
     height, width, channels = image_shape
     shape = (height, width, channels)
+    # Checked before anything is built: a network that does not fit would fail in a trace, without a flag to name.
     config.check(codec.latent_shape(shape))
     network = NETWORKS[config.network].build(config, remat, mesh, condition.fit(config.num_classes))
     return ImageModel(network, objective, codec, mesh, shape)
 
 
 def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
-    """Freshly initialised parameters of the network, float32."""
+    """Returns freshly initialised parameters of the network, float32."""
+    # Only shapes matter to initialisation: one image of zeros at t = 0, without a label.
     latents = jnp.zeros((1, *model.latent_shape))
     return model.network.init(key, latents, jnp.zeros(1), model.condition.null(1))["params"]
 
 
 def model_fn(network: Network, params: PyTree) -> ModelFn:
-    """The network as objectives, guidance and solvers call it; LoRA's factors are merged into its kernels."""
+    """Returns the network as objectives, guidance and solvers call it, with LoRA's factors merged into its kernels."""
     params = merge_lora(params)
 
     def apply(x, t, condition, *step):

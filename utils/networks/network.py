@@ -13,7 +13,8 @@ class NetworkEntry(NamedTuple):
 
     `config_class` is a frozen dataclass derived from NetworkConfig: its fields become --model.* flags. `remat` is one
     of diffusion_transformer.REMAT_POLICIES, `mesh` the devices to build for; a network may ignore both.
-    `condition` is the kind of condition that its data have (utils/conditions/condition.py): it keeps it as a field.
+    `condition` is the kind of condition that its data have (utils/conditions/condition.py); the network keeps it as a
+    field.
     """
 
     config_class: type["NetworkConfig"]
@@ -32,10 +33,12 @@ class NetworkConfig:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     network: str = setting("dit", "The network; docs/change_this.md adds one.", choices=NETWORKS)
+    # Read by guidance, training and the data, whatever the network.
     num_classes: int = setting(1000, 'Number of labels; one more embedding stands for "no label".', 1, 10**8)
     class_dropout_prob: float = setting(
         0.1, "Probability of dropping a label in training, for classifier-free guidance.", 0, 1
     )
+    # Objectives that learn average velocities pass the step as a fourth argument.
     step_conditioning: int = setting(0, "1: the model is also given the length of the step that it is asked for.", 0, 1)
     dtype: str = setting(
         "bfloat16", "Compute dtype; parameters stay float32.", choices=("bfloat16", "float32"), is_fixed=False

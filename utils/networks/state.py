@@ -22,7 +22,7 @@ class EmaSchedule:
 
     @classmethod
     def of_run(cls, config: Mapping[str, Any] | ConfigDict) -> "EmaSchedule":
-        """The schedule of a run's configuration. The recipe's rate 1 means "no EMA" (decay 0), not "frozen"."""
+        """Returns the schedule of a run's configuration. The recipe's rate 1 means "no EMA" (decay 0), not "frozen"."""
         rate = config["model"]["target_update_rate"]
         return cls(0.0 if rate == 1 else rate, bool(config.get("ema_warmup")))
 
@@ -30,7 +30,7 @@ class EmaSchedule:
         return jnp.minimum(self.decay, (1 + step) / (10 + step)) if self.has_warmup else self.decay
 
     def initial_weight(self, num_steps: int) -> float:
-        """Weight in [0, 1] of the initial parameters after `num_steps` updates: the product of the decays."""
+        """Returns the weight in [0, 1] of the initial parameters after `num_steps` updates: the decays' product."""
         steps = np.arange(num_steps, dtype=np.float64)
         decays = np.full(num_steps, self.decay)
         if self.has_warmup:
@@ -39,7 +39,7 @@ class EmaSchedule:
 
 
 def update_ema(ema_params: PyTree, params: PyTree, ema_decay: float | Float[Array, ""]) -> PyTree:
-    """Exponential moving average: decay * ema + (1 - decay) * params, of the parameters just updated."""
+    """Returns decay * ema + (1 - decay) * params, given the parameters just updated."""
     return jax.tree.map(lambda ema, new: ema_decay * ema + (1 - ema_decay) * new, ema_params, params)
 
 
@@ -47,17 +47,24 @@ YOUNG = 0.1  # initial weight above which an EMA draws other images than the par
 
 
 def young_ema_hint(saved: Mapping[str, Any], step: int) -> str | None:
-    """A warning that the EMA at `step` of a run of the configuration `saved` is mostly initial parameters; None where
-    it is not."""
+    """Returns a warning that the EMA at `step` still holds much of the initial parameters; None where it does not.
+
+    `saved` is the configuration of the run.
+    """
     weight = EmaSchedule.of_run(saved).initial_weight(step)
     if weight < YOUNG:
         return None
+    # What that weight falls on: noise, unless the run started from the parameters of another.
     initial = "the parameters that the run started from" if saved.get("load_dir") else "initial parameters, noise"
     return f"the EMA at step {step:,} is still {weight:.0%} {initial}; --params raw takes the parameters themselves"
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """`step` counts finished steps; `key` never changes: step i draws from fold_in(key, i)."""
+    """Everything that a step of training reads and replaces.
+
+    `step` counts finished steps. `key` never changes: step i draws from fold_in(key, i), so that a resumed run draws
+    what an uninterrupted one would.
+    """
 
     # Trees of arrays, or of their shapes or shardings.
     step: PyTree  # int32 ()
@@ -83,15 +90,17 @@ def make_optimizer(
     `weight_decay` is AdamW's (arXiv:1711.05101), of matrices; `grad_clip` bounds the gradients' norm.
     """
     rate = learning_rate(lr, warmup_steps, decay_steps)
+    # Biases and scales are not decayed: only matrices are.
     if weight_decay:
         adam = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_is_matrix)
     else:
         adam = optax.adam(rate, b1=beta1, b2=beta2)
+    # Clipping comes first: Adam's moments then see the clipped gradients.
     return adam if grad_clip is None else optax.chain(optax.clip_by_global_norm(grad_clip), adam)
 
 
 def learning_rate(lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float | optax.Schedule:
-    """The rate, or a function of the step where it changes."""
+    """Returns the learning rate, or a function of the step if it changes."""
     if decay_steps is not None:
         return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else lr, lr, warmup_steps, decay_steps)
     return optax.linear_schedule(0.0, lr, warmup_steps) if warmup_steps else lr
@@ -102,26 +111,28 @@ def _is_matrix(params: PyTree) -> PyTree:
 
 
 def freeze_parts(optimizer: optax.GradientTransformation, frozen: tuple[str, ...]) -> optax.GradientTransformation:
-    """The optimizer of all top-level parts of the parameters but those; what is frozen has no state."""
+    """Returns the optimizer of all top-level parts of the parameters but the `frozen` ones, which get no state."""
     if not frozen:
         return optimizer
 
     def label(params):
         return {part: part in frozen for part in params}
 
+    # Moments are kept for the trained parts alone: frozen ones would take twice their own memory for zeros.
     return optax.partition({False: optimizer, True: optax.set_to_zero()}, label)
 
 
 def select_parts(params: PyTree, frozen: tuple[str, ...], of_frozen: PyTree) -> PyTree:
-    """The parts of `of_frozen` where they are frozen, and of `params` elsewhere."""
+    """Returns the top-level parts of `params`, with those named in `frozen` from `of_frozen` instead."""
     return {part: of_frozen[part] if part in frozen else tree for part, tree in params.items()} if frozen else params
 
 
 def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
-    """A state at step 0 whose EMA starts as the parameters themselves (a copy: the state is donated)."""
+    """Returns a state at step 0 whose EMA starts as the parameters themselves."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
+        # A copy: steps donate the state, and one buffer cannot be donated twice.
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         key=key,
@@ -135,8 +146,9 @@ def apply_gradients(
     ema_decay: float | Float[Array, ""],
     frozen: tuple[str, ...] = (),
 ) -> tuple[TrainState, PyTree]:
-    """(state one step on, the parameter updates that were added). The `frozen` parts stay as they are, bit for bit."""
+    """Returns (state one step on, the updates added to the parameters). `frozen` parts stay the same, bit for bit."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # Frozen parts are taken over rather than recomputed: averaging equal numbers would already round.
     params = select_parts(optax.apply_updates(state.params, updates), frozen, state.params)
     ema_params = select_parts(update_ema(state.ema_params, params, ema_decay), frozen, state.ema_params)
     return state.replace(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state), updates
