@@ -30,7 +30,7 @@ from utils.base.files import set_aside
 from utils.networks.lora import KEY as LORA
 from utils.runs.saved_config import check_parameters, read_config
 
-FOLDER = "checkpoints"
+FOLDER = "checkpoints"  # in a run's folder, as is the next
 DAMAGED = "damaged_checkpoints"
 
 Content = TypeVar("Content")
@@ -88,6 +88,8 @@ def _checksum(x: Array) -> UInt32[Array, ""]:
     for axis in reversed(range(bits.ndim)):
         place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
+
+    # Odd factors can be inverted modulo 2^32, so no change is lost; Knuth's constant spreads neighbours apart.
     return jnp.sum(bits.astype(jnp.uint32) * (place * jnp.uint32(2654435761) | 1), dtype=jnp.uint32)
 
 
@@ -113,7 +115,7 @@ def _text_checksum(content: Any) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a run, of which the newest `keep_last` and those of every `keep_every`-th step stay."""
+    """The checkpoints of a run; the newest `keep_last` are kept, and those at multiples of the step `keep_every`."""
 
     def __init__(self, run_dir: Path, keep_last: int | None = None, keep_every: int | None = None):
         self.run_dir = Path(run_dir).absolute()
@@ -142,13 +144,13 @@ class Checkpoints:
         self.wait()
 
     def _save(self, step: int, items: Mapping[str, PyTree], texts: Mapping[str, Any]) -> None:
-        # One save at a time, and each step once.
+        # One save at a time, and each step once. Waiting raises what the save before this one has met.
         if step in self.manager.all_steps():
             return
         self.wait()
         self.remove_unfinished()
 
-        # Checksums of all items, and of the checksums.
+        # Checksums of all items, and of the checksums. Now: the arrays may be donated once this returns.
         sums: dict[str, Any] = {name: checksums(tree) for name, tree in items.items()}
         sums |= {name: _text_checksum(content) for name, content in texts.items()}
         json_items = {**texts, "checksums": sums | {"checksums": _text_checksum(sums)}}
@@ -250,7 +252,7 @@ class Checkpoints:
         missing or not as they were written, and UserError where the checkpoint is another model's.
         """
         stored = {name: "ema_params" if self.is_imported(step) else name for name in names}
-        self._check_shapes(step, target, stored[names[0]])
+        self._check_shapes(step, target, stored[names[0]])  # parameters and EMA have the same
         targets = {name: self._with_stored_types(step, name, target) for name in stored.values()}
         items = self._read(step, targets, ())
         return [items[stored[name]] for name in names]
@@ -274,6 +276,7 @@ class Checkpoints:
     def stored_shapes(self, step: int, name: str, sharding: Any = None) -> PyTree:
         """Returns the shapes of an item of `step`, to be restored on this device or as `sharding` places them."""
         tree = self._metadata(step, name)
+        # Orbax would otherwise restore onto the devices of the training, which need not be here.
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
@@ -281,6 +284,7 @@ class Checkpoints:
         """Returns {"lora": shapes} of LoRA's factors in an item of `step`; {} where it has none."""
         sums = self._read_checksums(step)
         name = "ema_params" if self.is_imported(step) else name
+        # Checkpoints without checksums are older than LoRA.
         if sums is None or not any(leaf.startswith(f"['{LORA}']") for leaf in sums[name]):
             return {}
         return {LORA: self.stored_shapes(step, name, sharding)[LORA]}
@@ -299,7 +303,7 @@ class Checkpoints:
             try:
                 content = read(step)
             except DamagedCheckpointError as error:
-                problem = str(error)
+                problem = str(error)  # other errors end the program: they say nothing about the checkpoint
             # A checkpoint that is damaged for one process is damaged for all: they go on from the same one.
             if _all_processes_agree(not problem):
                 return step, content
@@ -314,7 +318,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             target = set_aside(self.folder / str(step), self.run_dir / DAMAGED)
             log(f"moved {self.folder / str(step)} to {target}")
-        _all_processes_agree(True)
+        _all_processes_agree(True)  # a barrier: no process lists the folder before the first has moved it
         self.manager.reload()
 
     def close(self) -> None:
@@ -390,7 +394,7 @@ class Checkpoints:
         with _readable(path):
             restored: Any = self.manager.restore(step, args=ocp.args.Composite(checksums=ocp.args.JsonRestore()))
             sums = restored.checksums
-            own = sums.pop("checksums")
+            own = sums.pop("checksums")  # not part of what it is the checksum of
         if own != _text_checksum(sums):
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: its checksums are not what was written")
         return sums
@@ -442,4 +446,4 @@ def _all_processes_agree(is_fine: bool) -> bool:
 
 def has_checkpoints(run_dir: Path) -> bool:
     """Returns whether a checkpoint has been finished in a run's folder."""
-    return any(path.name.isdigit() for path in (run_dir / FOLDER).glob("*"))
+    return any(path.name.isdigit() for path in (run_dir / FOLDER).glob("*"))  # unfinished ones have a suffix

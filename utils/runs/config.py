@@ -1,7 +1,8 @@
-"""The configuration of a run: one frozen dataclass a subject, and RunConfig, which has one of each.
+"""The configuration of a run: a frozen dataclass per subject, collected in RunConfig.
 
-Every field is a `setting`: its name as a flag, default, help and bounds stand here alone. A run saves its configuration
-as JSON under the names of the flags, `group.name` nested. `make_config` (utils/runs/configure.py) makes one.
+Every field is a `setting`: its name as a flag, default, help and bounds are defined here and nowhere else. A run saves
+its configuration as JSON under the names of the flags, `group.name` nested. `make_config` (utils/training/configure.py)
+makes one from what a user gives.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from utils.objectives.objective import Objective
 from utils.objectives.objectives import OBJECTIVES
 from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
 
+# End at the first broken file, or train on the others.
 BROKEN_IMAGES = ("refuse", "skip")
 
 
@@ -30,10 +32,13 @@ BROKEN_IMAGES = ("refuse", "skip")
 class TrainingConfig:
     """How long a run trains, from which seed, and on how many images at a time."""
 
+    # Where to write, and what to train.
     save_dir: str | None = setting(None, "Folder of the run; default runs/<--wandb.name>.", is_path=True)
     seed: int = setting(0, "Seed of parameters, data order, noise and samples.")
     batch_size: int = setting(256, "Global batch size.")
     max_steps: int = setting(1_000_000, "Training steps.", 0)
+
+    # Modes beside an ordinary training.
     debug_overfit: int = setting(0, "1 trains on one repeated batch.", 0, 1)
     plan: int = setting(0, "1: says what this training will take (memory, time), and ends.", 0, 1)
 
@@ -53,8 +58,11 @@ class StartConfig:
 class DataConfig:
     """Which images are read, and how."""
 
+    # The source.
     dataset_name: str = setting("imagenet256", "Data set; docs/data.md lists them.", is_path=True)
     data_dir: str | None = setting(None, "Where TFDS keeps prepared data sets; gs://... too.", is_path=True)
+
+    # How each image is decoded and prepared.
     image_size: int | None = setting(None, "Images are centre-cropped and resized to this side.", 1, 2**13)
     broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
     max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)
@@ -74,8 +82,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CodecConfig:
-    """What turns images into the arrays that the model learns."""
+    """The codec: it turns images into the arrays that the model learns."""
 
+    # As on the command line; `spec` is what it means.
     text: str | None = setting(
         None,
         f"Codec: {list_codecs()}; default: that of the run or of the cached latents, else kl:{DEFAULT_HUB_ID}.",
@@ -85,20 +94,23 @@ class CodecConfig:
 
     @property
     def spec(self) -> CodecSpec:
-        """The codec that is asked for; without a source where the data or a default decide it."""
+        """The requested codec; its source is None where the data or a default decide it."""
         return parse_codec(self.text or "kl")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam, what differs from it at a constant rate, and the EMA of the parameters."""
+    """Adam, its schedule and safeguards, and the EMA of the parameters."""
 
+    # The recipe; jax-flow knows these flags by the same names, in the group `model`.
     lr: float = setting(1e-4, "Adam's learning rate.", 0, flag="model.lr")
     beta1: float = setting(0.9, "Adam's first decay.", 0, 1, flag="model.beta1")
     beta2: float = setting(0.99, "Adam's second decay.", 0, 1, flag="model.beta2")
     target_update_rate: float = setting(
         0.9999, "Decay of the EMA of the parameters; 1: no EMA.", 0, 1, flag="model.target_update_rate"
     )
+
+    # Off by default, so that the recipe stays Adam at a constant rate.
     ema_warmup: int = setting(
         0, "1: the EMA's decay grows as (1 + n) / (10 + n) up to --model.target_update_rate.", 0, 1
     )
@@ -129,7 +141,10 @@ class SamplingConfig:
 class EvaluationConfig:
     """When a run looks at samples, and against which statistics it scores them."""
 
+    # The evaluation at step 1000 shows early whether a run goes wrong.
     eval_interval: int = setting(50_000, "Steps between evaluations; also at step 1000 and at the end. 0: none.", 0)
+
+    # FID is computed only with statistics; the other fields have no effect without them.
     fid_stats: str | None = setting(
         None, "Reference statistics; with them, `fid` is logged at every evaluation.", is_path=True
     )
@@ -144,10 +159,13 @@ class EvaluationConfig:
 class LoggingConfig:
     """What a run logs, and where."""
 
+    # Numbers and images.
     trackers: tuple[str, ...] = setting(
         ("wandb",), "Where numbers and images go beside the run's folder: wandb, tensorboard, or nowhere."
     )
     log_interval: int = setting(1000, "Steps between logged metrics; also at the first and last.", 1)
+
+    # Speed. The peak is TFLOP/s of dense bfloat16 matmuls (PEAK_TFLOPS in utils/training/progress.py).
     peak_tflops: float | None = setting(None, "Peak of one device, for the MFU of unknown kinds.", 0)
     profile: str | None = setting(None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.", is_path=True)
 
@@ -156,6 +174,7 @@ class LoggingConfig:
 class WandbConfig:
     """The run's page on wandb."""
 
+    # Variables of wandb's own stand in for flags that are left out.
     mode: str = setting("online", "Default: $WANDB_MODE, else online.", choices=("online", "offline", "disabled"))
     project: str = setting("flow", "Project; default: $WANDB_PROJECT, else flow.")
     entity: str | None = setting(None, "User or team; default: $WANDB_ENTITY.")
@@ -172,8 +191,11 @@ class WandbConfig:
 class CheckpointConfig:
     """When a run is saved, and which checkpoints are kept."""
 
+    # When to save: by steps, and by the time since the last save.
     save_interval: int = setting(200_000, "Steps between checkpoints; also at the end.", 1)
     save_minutes: float = setting(15.0, "Minutes between checkpoints, whatever the step; 0: never.", 0)
+
+    # What stays on disk.
     keep_last: int = setting(2, "Newest checkpoints to keep.", 1)
     keep_every: int = setting(1_000_000, "Also keep checkpoints at multiples of this step.", 1)
 
@@ -182,12 +204,15 @@ class CheckpointConfig:
 class DeviceConfig:
     """How a step is spread over memory, devices and processes."""
 
+    # Less memory for more time: neither changes what is computed, but for rounding.
     grad_accum: int = setting(1, "Microbatches per step, to save memory.", 1)
     remat: str = setting(
         "none",
         "What the backward pass recomputes, to save memory: dots is everything but matmuls.",
         choices=REMAT_POLICIES,
     )
+
+    # The layout of the state over the devices.
     sharding: str = setting(
         "dp",
         "dp: every device has the whole state; zero: the parameters alone; fsdp: a part of everything; hybrid: fsdp "
@@ -234,7 +259,7 @@ OBJECTIVE_NAME = "objective.name"
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run is trained with. `given` are the settings that its user gave, rather than defaults."""
+    """Everything that a run is trained with. `given` names the settings that the user gave; the others are defaults."""
 
     training: TrainingConfig
     start: StartConfig
@@ -252,17 +277,21 @@ class RunConfig:
     devices: DeviceConfig
     processes: ProcessConfig
     preset: str = "debug"
+    # Not compared: two runs with the same values are the same, whoever set them.
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], given: frozenset[str] = frozenset()) -> "RunConfig":
-        """Returns the configuration of {name: value}; what is missing has its default.
+        """Returns the configuration with the settings {name: value}; what is missing has its default.
 
         Raises UserError for a value that a setting cannot have, and for an unknown network or objective.
         """
+        # Groups whose fields are known beforehand.
         parts: dict[str, Any] = {
             part: fill_settings(group_class, settings, group) for part, (group_class, group) in GROUPS.items()
         }
+
+        # The network and the objective bring fields of their own.
         network = settings.get("model.network", "dit")
         objective_name = settings.get(OBJECTIVE_NAME, "flow_matching")
         parts["model"] = fill_settings(find_entry("model.network", network, NETWORKS).config_class, settings, "model")
@@ -275,12 +304,17 @@ class RunConfig:
         return cls(**parts, objective_name=objective_name, preset=settings.get(PRESET, "debug"), given=given)
 
     def settings(self) -> dict[str, Any]:
-        """Returns {name: value} of all settings. Those of other objectives are None, but for shared ones: their
-        default."""
+        """Returns {name: value} of all settings.
+
+        Fields of other objectives are None; settings that objectives share have their default.
+        """
+        # Every objective's names, so that all runs save the same keys.
         values: dict[str, Any] = {
             name: None if name.startswith("objective.") else field.default
             for name, field in objective_settings().items()
         }
+
+        # This run's own values replace them.
         for part, (group_class, group) in GROUPS.items():
             values |= read_settings(getattr(self, part), group_class, group)
         values |= read_settings(self.model, type(self.model), "model")
@@ -291,6 +325,7 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the settings as a run saves them: `group.name` in a dictionary of its own, lists for tuples."""
+        # Names without a group first, then the groups in order.
         values = self.settings()
         content: dict[str, Any] = {}
         for name in sorted(values, key=lambda name: ("." in name, name)):
@@ -298,7 +333,7 @@ class RunConfig:
             value = list(values[name]) if isinstance(values[name], tuple) else values[name]
             (content.setdefault(group[0], {}) if group else content)[leaf] = value
 
-        # As readers of earlier versions know the codec.
+        # Readers of earlier versions know the codec by these two.
         spec = self.codec.spec
         content["model"]["use_stable_vae"] = int(spec.name != "pixels")
         content["vae"] = spec.source if spec.name == "kl" else None
@@ -312,7 +347,11 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        """Where the run keeps everything: --save_dir, or runs/<--wandb.name>, made fit for a file name."""
+        """The folder of everything that the run keeps: --save_dir, or runs/<--wandb.name>, made fit for a file name.
+
+        Raises UserError where the name cannot be a folder's.
+        """
+        # Any name is fine on wandb; 255 bytes is the limit of most file systems.
         name = re.sub(r"[^\w.=+-]+", "_", self.wandb.name)
         if not self.training.save_dir and (not name.strip(".") or len(name.encode()) > 255):
             raise UserError(
@@ -340,8 +379,10 @@ def all_settings() -> dict[str, dataclasses.Field]:
 
 
 def fill_settings(group_class: Any, settings: Mapping[str, Any], group: str) -> Any:
-    """Returns a dataclass of settings with the values among {name: value}; None stands for the default of a setting
-    that cannot be without a value."""
+    """Returns an instance of `group_class` with its values among {name: value}; None stands for the default.
+
+    Raises UserError for a value that a setting cannot have.
+    """
     values = {}
     for name, field in settings_of(group_class, group).items():
         value = settings.get(name, field.default)

@@ -32,6 +32,7 @@ from utils.runs.opening import open_checkpoint
 from utils.runs.saved_config import find_latent_shape
 from utils.sampling.samplers import can_guide
 
+# The first holds the run's settings, the second is shown by the hub.
 CARD = ("config.json", "README.md")  # beside the weights of an exported folder
 
 
@@ -49,7 +50,8 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     else:
         check_writable(out, "out", names=(EXPORTED, *CARD))
 
-    # The run, in memory.
+    # The run, in memory: the newest checkpoint whose configuration is intact, then the newest from there on whose
+    # parameters are.
     checkpoints, steps = open_checkpoint(load_dir)
     newest, config = checkpoints.restore_newest(checkpoints.restore_config, steps)
     name = "ema_params" if which == "ema" else "params"
@@ -57,6 +59,8 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
         lambda step: checkpoints.restore_stored(step, name), steps[steps.index(newest) :]
     )
     params = merge_lora(params)
+
+    # As others will read it: without LoRA's factors, and with the shape of the latents, which older runs lack.
     architecture = DiTConfig.from_mapping(config["model"])
     if architecture.network != "dit":
         raise UserError(f"--load_dir={load_dir} is of --model.network={architecture.network}; only dit is exported")
@@ -67,7 +71,7 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     except ValueError as error:
         raise UserError(f"--load_dir={load_dir} cannot be exported: {error}") from None
 
-    # The files, the weights first.
+    # The files, the weights first: a full disk then costs the small ones alone.
     if not is_file:
         prepare_output_folder(out, "out")
     file = out if is_file else out / EXPORTED
@@ -85,6 +89,7 @@ def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mappi
     """Writes a safetensors file whose metadata hold the configuration of its run."""
     from safetensors.numpy import save_file
 
+    # "pt" tells Hugging Face's loaders that the layout is PyTorch's.
     metadata = {"format": "pt", METADATA_KEY: json.dumps(config)}
     with atomic_write(path) as temporary:
         save_file(dict(state), temporary, metadata=metadata)
@@ -95,11 +100,14 @@ def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
 
     It names no folder of this machine: neither that of the data nor that of a VAE.
     """
+    # What the text needs, as words.
     model = config["model"]
     data = config["dataset"]
     objective = config["objective"]["name"]
     shape = "x".join(map(str, data["image_shape"]))
     latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of {_public_vae(data)}" if data["vae"] else ""
+
+    # The example guides only a model that can be guided: it is to run as it stands.
     is_guided = can_guide(model["class_dropout_prob"]) and has_guidance(OBJECTIVES.get(objective))
     guidance = ", cfg_scale=2.0" if is_guided else ""
     return f"""---
@@ -136,7 +144,8 @@ def _public_name(dataset_name: str) -> str:
 
 
 def _public_vae(data: Mapping[str, Any]) -> str:
-    """Returns the hub id of a VAE, or the hash of one in a folder, which identifies it anywhere."""
+    """Returns the hub id of a VAE, or the hash of one in a folder: that identifies it on any machine."""
+    # "a/b" may be a hub id or a relative path; a folder of that name decides.
     if re.fullmatch(HUB_ID, data["vae"]) and not Path(data["vae"]).exists():
         return f"`{data['vae']}`"
     return f"a VAE with sha256 {data['vae_sha256']}" if data["vae_sha256"] else "a VAE"

@@ -1,4 +1,4 @@
-"""Opens a run by what --load_dir names: a folder, a step of it, or a model on the hub. Rules for resuming one."""
+"""Opens the run that --load_dir names (a folder, a step of it, or a model on the hub), and imports published models."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,8 @@ from utils.sampling.generator import ImageGenerator
 # --load_dir of a run on the hub, and where that is kept.
 HUB_PREFIX = "hf:"
 
-MAX_FACTOR = 256  # of image sides to latent sides, by which sides of this length divide
+# Side of the image by which a codec's factor (image side over latent side) is found; factors divide it.
+MAX_FACTOR = 256
 
 
 HUB_RUNS = Path("runs")
@@ -57,6 +58,7 @@ def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
 
     Returns (checkpoints, steps to try, newest first). Raises UserError naming --load_dir where there is none.
     """
+    # A run on the hub is fetched once, and a local one from then on.
     refuse_url(load_dir, "load_dir")
     run_dir, step = split_load_dir(load_dir)
     if str(load_dir).startswith(HUB_PREFIX) and not has_checkpoints(run_dir):
@@ -66,6 +68,8 @@ def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
             f"--load_dir={load_dir} holds no checkpoint (no folder {run_dir / FOLDER}); "
             "give a run's folder, as train_flow.py wrote it"
         )
+
+    # A step that is named is the only one to try.
     checkpoints = Checkpoints(run_dir)
     steps = checkpoints.steps()
     if not steps or (step is not None and step not in steps):
@@ -85,13 +89,14 @@ def load_generator(
     mesh: Mesh | None = None,
     needs_images: bool = False,
 ) -> ImageGenerator:
-    """Loads the generator of a run: of its folder, of RUN/checkpoints/STEP for an older checkpoint, or of hf:USER/NAME.
+    """Loads the generator of a run: RUN, RUN/checkpoints/STEP for an older checkpoint, or hf:USER/NAME.
 
     `params` is 'ema' or 'raw'. `label_mode` says how labels are drawn where none are given. `dtype` is the compute
-    dtype if it is not that of the training, and `codec`, such as kl:PATH, the place of the codec if that has moved. A
-    codec that cannot be found is reported when images are decoded, or at once with `needs_images`.
-    Raises UserError where no checkpoint is intact, and where the codec is not the one of the training.
+    dtype ('bfloat16' or 'float32') if it is not that of the training, and `codec`, such as kl:PATH, the place of the
+    codec if that has moved. A codec that cannot be found is reported when images are decoded, or at once with
+    `needs_images`. Raises UserError where no checkpoint is intact, and where the codec is not the one of the training.
     """
+    # Words first: nothing is loaded for a misspelt one.
     if params not in ("ema", "raw"):
         raise UserError(f"--params={params} is unknown; use ema or raw")
     if dtype not in (None, "bfloat16", "float32"):
@@ -114,6 +119,7 @@ def load_model(
     Without `needs_images`, a codec that cannot be found is reported only when it is used. Raises UserError where the
     codec is not the one of the training.
     """
+    # The network, in the run's dtype or another.
     data = saved["dataset"]
     objective = make_objective(saved)
     config = read_network(saved["model"])
@@ -149,13 +155,16 @@ def load_model(
 def choose_codec(recorded: Mapping[str, Any], requested: str | None) -> CodecSpec:
     """Returns the codec of a run: the `requested` one (a value of --codec), or as the run `recorded` it.
 
-    UserError where another kind of codec is requested, or the run's kind is not registered.
+    Raises UserError where another kind of codec is requested, or the run's kind is not registered.
     """
+    # A codec from outside this repository has to be registered by whoever loads its runs.
     name = recorded["name"]
     if name not in CODECS:
         raise UserError(
             f"--codec={name} is unknown; known are {', '.join(CODECS)}. Register it first (docs/change_this.md)"
         )
+
+    # Another place of the same kind is fine: the weights are compared by their hash when they are loaded.
     if requested is None:
         return CodecSpec(name, recorded["source"])
     spec = parse_codec(requested)
@@ -172,10 +181,12 @@ def restore_params(
 
     `which` is 'ema' or 'raw'. Warns of an EMA that is mostly initial parameters, as the configuration `saved` tells.
     """
+    # Shapes alone: the model's parameters are never made, only read.
     shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
     target = shape_structs(shapes, replicated(model.mesh))
     name = "ema_params" if which == "ema" else "params"
 
+    # LoRA's factors, of runs that have them, are merged: sampling needs one kernel per layer.
     def read(step):
         factors = checkpoints.stored_lora(step, name, replicated(model.mesh))
         (params,) = checkpoints.restore_params(step, target | factors, (name,))
@@ -200,18 +211,20 @@ def import_run(
 ) -> dict[str, Any]:
     """Writes the run of a published checkpoint to the folder `out`, and returns its configuration.
 
-    `model` has the --model.* values that a checkpoint does not tell: how it would be trained. `codec`, such as kl:PATH,
-    is that of its latents if it is not the family's usual one. Raises UserError, and writes nothing, where something is
-    missing, contradicts or does not fit, and where `out` holds a run.
+    `model` has the --model.* values that a checkpoint does not record, such as how it would be trained. `codec`, such
+    as kl:PATH, made its latents if that is not the family's usual one. Raises UserError, and writes nothing, where
+    something is missing, contradictory or does not fit, and where `out` holds a run.
     """
     # Configuration and parameters, in memory.
     check_new_run(out)
     try:
         if source.run is not None:
+            # Exported here: its own configuration says everything.
             config = _exported_config(source.run)
             architecture = DiTConfig.from_mapping(config["model"])
             latent_shape = find_latent_shape(config)
         else:
+            # Somebody else's: sizes are read from the tensors, the rest is the family's.
             family = _choose_family(source, family)
             names = class_names or source.class_names
             num_classes = len(names) if names else source.num_classes
@@ -247,6 +260,7 @@ def check_new_run(out: Path) -> None:
 
 
 def _choose_family(source: PublishedCheckpoint, family: str | None) -> str:
+    # What the file says and what the user says must not differ.
     if family is None and source.family is None:
         raise BadFileError("no tensor tells DiT from SiT: give --family dit or --family sit (or lightningdit)")
     if family and source.family and family != source.family:
@@ -280,11 +294,13 @@ def _new_config(
     known = FAMILIES[family]
     height, width, channels = latent_shape
 
-    # Images or latents: a model of one channel or three takes pixels.
+    # Images or latents: without --codec, a model of one or three channels takes pixels.
     is_latent = codec is not None or channels not in (1, 3)
     spec = parse_codec(codec) if codec else CodecSpec("kl", known.vae) if is_latent else CodecSpec("pixels")
     factor = VAE_FACTOR
     sha256 = None
+
+    # Only a codec that is named is loaded: the usual one's factor is known, and its weights may not be here.
     if codec is not None:
         loaded = CODECS[spec.name].load(spec.source)
         side, _, found = loaded.latent_shape((MAX_FACTOR, MAX_FACTOR, 3))

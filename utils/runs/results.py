@@ -1,4 +1,4 @@
-"""Results of evaluations: fid.json, fid.csv, a table and a plot. The rows of fid.json are its `cells`."""
+"""Results of evaluations: fid.json, fid.csv, a table and a plot. fid.json keeps its rows under the key `cells`."""
 
 import csv
 import errno
@@ -17,7 +17,7 @@ from utils.images import plotting
 from utils.metrics.metrics import metric_columns
 from utils.sampling.solvers import SOLVERS, SamplerConfig
 
-# Settings that are no part of a row's key: places of files, which are known by their hash.
+# Settings that do not identify a row: places of files, which are identified by their hash instead.
 NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
 # Results that are numbers or None, beside the metrics.
 NUMBERS = ("kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")
@@ -45,6 +45,7 @@ class Results:
         Files are identified by their hash, wherever they are. A row that also has an Inception Score will do where none
         is requested.
         """
+        # A requested Inception Score must be there; one that is not requested does no harm.
         requested = {name: value for name, value in settings.items() if name not in NOT_COMPARED}
         if requested["inception_logits_sha256"] is None:
             del requested["inception_logits_sha256"]
@@ -64,7 +65,7 @@ class Results:
         if not self.path.exists():
             return
 
-        # A file that is damaged, or no file, is set aside.
+        # A file that is damaged, or no regular file, is set aside: an evaluation takes too long to end for it.
         try:
             if self.path.stat().st_size > MAX_JSON_BYTES:
                 raise BadFileError(f"it has more than {MAX_JSON_BYTES:,} bytes")
@@ -80,7 +81,7 @@ class Results:
             log(f"{self.path}: {error.strerror}; it is kept as {set_aside(self.path)}")
             return
 
-        # Rows of another kind are left out of it.
+        # Values that are no rows are left out; a copy of the file keeps them.
         self.rows = [row for row in rows if _is_row(row)]
         if others := len(rows) - len(self.rows):
             kept = set_aside(self.path)
@@ -89,9 +90,9 @@ class Results:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether a value is a row: settings and metrics by name, each one value or a list of a few.
+    """Returns whether a value is a row: settings and metrics by name, each a single value or a list of them.
 
-    A number that is no float, and a metric that is no number, would end a program when they are shown.
+    An integer too large for a float, or a metric that is no number, would end a program when it is shown.
     """
     results = {*NUMBERS, *metric_columns()}
     try:
@@ -99,35 +100,41 @@ def _is_row(row: Any) -> bool:
             values = value if isinstance(value, list) else [value]
             if not all(isinstance(each, (bool, int, float, str, NoneType)) for each in values):
                 return False
+            # float() raises OverflowError for integers beyond its range, which JSON can hold.
             numbers = [float(each) for each in values if isinstance(each, (int, float))]
             is_number = bool(numbers) and not isinstance(value, (list, bool))
             if name in results and not (value is None or is_number):
                 return False
-    except (AttributeError, OverflowError):
+    except (AttributeError, OverflowError):  # no dictionary; a number too large
         return False
     return True
 
 
 def _is_finished(row: Mapping[str, Any]) -> bool:
-    """Whether a row has its scores: the FID, or any of those of other feature networks than Inception."""
+    """Returns whether a row has its scores: the FID, or any score where Inception is not among its networks."""
+    # Rows from before --extractor name no network: it was Inception.
     has_inception = "inception" in row.get("extractor", ["inception"])
     scores = ["fid"] if has_inception else list(metric_columns())
     return any(row.get(name) is not None for name in scores) and bool(row.get("num_steps") or row.get("nfe"))
 
 
 def _is_of(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether a row has these settings, and none of OPTIONAL beside them."""
+    """Returns whether a row has these settings, and none of OPTIONAL beyond them."""
+    # .get on both sides: an optional setting at its default is absent from both.
     return settings.items() <= row.items() and all(row.get(name) == settings.get(name) for name in OPTIONAL)
 
 
 def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
-    """The settings of a sampler's row: of what was added later, only what is not the default."""
+    """Returns the settings of a sampler's row; those that were added later only where they are not the default."""
+    # In every row.
     settings = {
         "num_steps": None if sampler.is_adaptive else sampler.num_steps,
         "cfg_scale": sampler.cfg_scale,
         "solver": sampler.solver,
         "cfg_interval": [float(end) for end in sampler.cfg_interval],
     }
+
+    # Where they have an effect and differ from the default: see OPTIONAL.
     if sampler.is_adaptive:
         settings |= {"rtol": sampler.rtol, "atol": sampler.atol}
     if sampler.time_shift != 1:
@@ -140,12 +147,15 @@ def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
 
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """Returns a table of the rows: step count, guidance and every metric that one of them has."""
+    """Returns a Markdown table of the rows: step count, guidance and every metric that one of them has."""
+    # Columns: those that some row can fill.
     columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | metric_columns()
     columns["straightness"] = "straightness"
     if any(row.get("num_steps", 0) is None for row in rows):  # an adaptive solver
         columns = {"nfe": "NFE"} | columns
     columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
+
+    # Numbers, to the right.
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
     for row in rows:
         lines.append("| " + " | ".join(to_text(name, row) for name in columns) + " |")
@@ -153,16 +163,21 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def to_text(name: str, row: dict[str, Any]) -> str:
-    """Returns a cell of the table."""
+    """Returns a cell of the table; empty where the row has no such value."""
+    # Absent, or a metric that could not be computed.
     if name not in row:
         return ""
     value = row[name]
     if value is None and name not in ("num_steps", "cfg_scale"):
         return ""
+
+    # Metrics: KID has more digits, as it is far below 1.
     if name == "kid":
         return f"{value:.5f} ± {row['kid_error']:.5f}" if row.get("kid_error") is not None else f"{value:.5f}"
     if name in metric_columns() or name == "straightness":
         return f"{value:.3f}"
+
+    # Settings; None means something for two of them.
     if value is None:
         return "adaptive" if name == "num_steps" else "none"
     return f"{value:g}"
@@ -195,7 +210,7 @@ def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
 
 
 def plot_fid(rows: list[dict[str, Any]]) -> Figure:
-    """Draws FID against steps, a curve for each guidance scale."""
+    """Draws FID against steps, a curve for each guidance scale. Adaptive solvers count network evaluations instead."""
     curves = {}
     for row in rows:
         if row.get("fid") is None or not _is_finished(row):

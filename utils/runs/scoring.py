@@ -1,6 +1,6 @@
 """Evaluations: samples of a run, or of a file, scored against a reference; each is a row of fid.json.
 
-Everything that enters a number is among its row's settings, by which a finished row is found again.
+A row's settings include everything that its numbers depend on; a finished row is found again by them.
 """
 
 import contextlib
@@ -55,9 +55,9 @@ from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_par
 from utils.sampling.solvers import SamplerConfig
 from utils.trackers.trackers import Trackers, choose_trackers
 
-GRID_IMAGES = 64
+GRID_IMAGES = 64  # in each sampler's picture
 FILES = ("fid.json", "fid.csv", "fid.png")  # beside grids of samples
-LARGE_IMAGE_BYTES = 2**22  # of an image above which a batch, but for --batch_size, takes LARGE_BATCH_BYTES at most
+LARGE_IMAGE_BYTES = 2**22  # without --batch_size, batches of larger images take LARGE_BATCH_BYTES at most
 LARGE_BATCH_BYTES = 2**28
 STRAIGHTNESS_SAMPLES = 64  # at most
 
@@ -80,7 +80,7 @@ class Scoring:
         self.mesh = make_mesh()
         self.extractor_names = check_extractors(config.extractor)
         self.out = Path(config.out or default_out)
-        self.failure: WriteError | None = None
+        self.failure: WriteError | None = None  # the first one; see `going_on`
         prepare_output_folder(self.out, "out", names=FILES)
         if config.json and Path(config.json).resolve() in [(self.out / name).resolve() for name in FILES]:
             raise UserError(f"--json={config.json} is the evaluation's own record of its rows; name another file")
@@ -93,27 +93,27 @@ class Scoring:
         self.settings = self._describe_reference()
 
     def _choose_batch_size(self, num_samples: int, image_shape: tuple[int, ...]) -> int:
-        """--batch_size or the recipe's, but no more than the samples need, and fewer of large images."""
+        """Returns --batch_size or the recipe's, but no more than the samples need, and less for large images."""
         num_devices = self.mesh.size
         requested = RECIPE_BATCH_SIZE if self.config.batch_size is None else self.config.batch_size
         if self.config.batch_size is not None:
             check_batch_size(requested, num_devices)
         elif math.prod(image_shape) > LARGE_IMAGE_BYTES:
             requested = max(1, LARGE_BATCH_BYTES // math.prod(image_shape))
-        batch_size = -(-min(requested, num_samples) // num_devices) * num_devices
+        batch_size = -(-min(requested, num_samples) // num_devices) * num_devices  # every device has as many
         check_batch_memory(batch_size, tuple(image_shape))
-        # Images in float32, and the outputs of the first layers.
+        # What Inception takes: images in float32, and the outputs of its first layers.
         check_batch_memory(batch_size, (299, 299, 3), copies=40)
         return batch_size
 
     def _load_reference(self, path: Path) -> None:
-        """Statistics from a file; of images, those that the file does not have are measured."""
+        """Loads the statistics from a file; those that a file of images lacks are measured."""
         images = open_samples(path, "fid_stats") if holds_images(path) else None
         stated = None
         if images is None or has_statistics(path):
             stated = load_statistics(path, feature_widths(self.extractor_names))
 
-        # Both sides enter Inception alike.
+        # Both sides enter Inception alike: a score across conventions measures the resizing as well.
         requested = self.config.convention
         self.convention: Convention | None = None
         if DEFAULT_EXTRACTOR in self.extractor_names:
@@ -137,13 +137,13 @@ class Scoring:
     def _measure_reference(
         self, path: Path, images: Samples, stated: ReferenceStatistics | None
     ) -> ReferenceStatistics:
-        """The statistics `stated` in the file of the images with the images' rows, or all of the images' own. What is
-        measured is kept in --out."""
+        """Returns the statistics `stated` in the images' file, with the images' rows, or all measured from the images.
+        What is measured is kept in --out."""
         sha256 = content_sha256(path)
         others = [name for name in self.extractor_names if name != DEFAULT_EXTRACTOR]
         parts = [sha256[:12], *([self.convention.name] if self.convention else []), *others]
         measured_path = self.out / f"reference_{'_'.join(parts)}.npz"
-        if measured_path.exists():
+        if measured_path.exists():  # of the same bytes and networks: they are in its name
             measured = load_statistics(measured_path, feature_widths(self.extractor_names))
         else:
             measured = self._measure_images(path, images, measured_path)
@@ -170,7 +170,7 @@ class Scoring:
             return load_statistics(Path(folder) / measured_path.name, widths)
 
     def _describe_reference(self) -> dict[str, Any]:
-        """The settings of every row that is scored here."""
+        """Returns the settings that all rows of this evaluation share."""
         is_default = self.extractor_names == (DEFAULT_EXTRACTOR,)
         sha256s = {name: EXTRACTORS[name].sha256 for name in self.extractor_names}
         settings: dict[str, Any] = {
@@ -195,6 +195,7 @@ class Scoring:
         measure_images(self.extractors, batches, statistics, samples.num_samples, title, flag=flag)
 
     def new_statistics(self) -> ImageStatistics:
+        # Single features are kept only where the reference has some to compare with.
         return ImageStatistics(MAX_SAMPLE_ROWS if self.reference.has_rows else 0, self.logits)
 
     def compute(self, statistics: ImageStatistics) -> dict[str, float]:
@@ -214,7 +215,7 @@ class Scoring:
 
     @contextlib.contextmanager
     def going_on(self) -> Iterator[None]:
-        """Keeps a WriteError for `finish`: the result is printed first."""
+        """Keeps a WriteError for `finish`: scores are printed before a full disk ends the program."""
         try:
             yield
         except WriteError as error:
@@ -228,9 +229,9 @@ class Scoring:
 
 
 class RunEvaluation(Scoring):
-    """The samples of a run's checkpoint, drawn by `samplers` from `model`, the configuration of its network.
+    """Scores the samples of a run's checkpoint, drawn by `samplers` from `model`, the configuration of its network.
 
-    `checkpoints` are the run's, `steps` those to be tried, the newest first, and `saved` is the run's configuration.
+    `checkpoints` are the run's, `steps` those to try, newest first, and `saved` is the run's configuration.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ class RunEvaluation(Scoring):
             self.model, params, seed=config.seed, label_mode=config.labels, class_counts=counts
         )
         if config.batch_size is None:
-            costliest = max(samplers, key=lambda sampler: sampler.cfg_scale is not None)
+            costliest = max(samplers, key=lambda sampler: sampler.cfg_scale is not None)  # two passes a step
             self.batch_size = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
             log(f"--batch_size {self.batch_size}")
         self.straightness = functools.cache(self.generator.straightness)  # the same for every number of steps
@@ -274,7 +275,8 @@ class RunEvaluation(Scoring):
         return counts
 
     def _describe_run(self, params: PyTree, model: ConfigDict, saved: dict[str, Any]) -> dict[str, Any]:
-        """The settings that enter the numbers of a run."""
+        """Returns the settings that a run's numbers depend on."""
+        # Weights by their hash, so that a run that was moved is known again.
         config = self.config
         data = saved["dataset"]
         settings: dict[str, Any] = {
@@ -304,11 +306,12 @@ class RunEvaluation(Scoring):
         return settings
 
     def evaluate(self, sampler: SamplerConfig) -> dict[str, float | None]:
-        """The metrics of one sampler; its grid is written on the way, and its samples, if asked for."""
+        """Returns the metrics of one sampler. Its grid is written on the way, and its samples if --save_samples is
+        given."""
         config = self.config
         statistics = self.new_statistics()
         grid_images: list[tuple[np.ndarray, np.ndarray]] = []
-        evaluations: list[np.ndarray] = []  # of an adaptive solver
+        evaluations: list[np.ndarray] = []  # of the network, by an adaptive solver, for each sample
         batches = self.generator.generate(sampler, config.num_samples, self.batch_size)
 
         saving = SampleWriter(config.save_samples, config.num_samples) if config.save_samples else None
@@ -318,12 +321,12 @@ class RunEvaluation(Scoring):
                 if batch.nfe is not None:
                     evaluations.append(gather(batch.nfe)[: batch.count])
                 if writer is None and count_images(grid_images) == GRID_IMAGES:
-                    return
+                    return  # the images stay on the devices
                 drawn, labels = batch.to_host()
                 images = self.generator.to_pictures(drawn)
                 collect_grid(grid_images, images, labels)
                 if writer is not None and writer.failure is None:
-                    with self.going_on():
+                    with self.going_on():  # scoring goes on without the file
                         writer.write(images, labels)
 
             measure_images(
@@ -341,7 +344,7 @@ class RunEvaluation(Scoring):
 
 
 def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> None:
-    """Raises UserError where --save_samples cannot be written, or is of several samplers."""
+    """Raises UserError where --save_samples cannot be written, or would have to hold several samplers' images."""
     if not config.save_samples:
         return
     if len(samplers) > 1:
@@ -354,7 +357,7 @@ def count_images(grid_images: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
 
 
 def collect_grid(grid_images: list[tuple[np.ndarray, np.ndarray]], images: np.ndarray, labels: np.ndarray) -> None:
-    """Adds the images of a batch that the first GRID_IMAGES samples still lack."""
+    """Adds images and labels (b, ...) of a batch until the grid has GRID_IMAGES."""
     missing = GRID_IMAGES - count_images(grid_images)
     if missing > 0:
         grid_images.append((images[:missing], labels[:missing]))
@@ -375,6 +378,7 @@ def evaluate_run(run: RunEvaluation) -> None:
     results = Results(run.out)
     trackers = None
     if choose_trackers(config.to_dict()):
+        # -1: no line of an earlier evaluation is kept, as finished rows are logged again below.
         trackers = Trackers(run.out / "evaluation", config.to_dict(), first_step=-1, axis="num_steps")
 
     # A row for every sampler: the one that an earlier evaluation has finished, or a new one.
@@ -411,7 +415,7 @@ def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results) 
     """Returns the row of a sampler: a finished one of the same settings, or a new one, which is added to `results`.
     With --save_samples it is always a new one."""
     settings = {**sampler_settings(sampler), **run.settings}
-    row = None if run.config.save_samples else results.find(settings)
+    row = None if run.config.save_samples else results.find(settings)  # a finished row has no images
     if row is not None:
         return row
     with explaining_out_of_memory("sampling", "a smaller --batch_size"):
@@ -429,7 +433,7 @@ def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path) -> N
     scoring = Scoring(config, reference, samples.image_shape, samples.num_samples, default_out)
     settings = {
         "samples": str(config.samples),
-        "samples_sha256": content_sha256(path),
+        "samples_sha256": content_sha256(path),  # wherever the file is
         "num_samples": samples.num_samples,
         **scoring.settings,
     }
@@ -441,7 +445,7 @@ def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path) -> N
     with scoring.going_on():
         results.add(settings, metrics)
         write_csv(scoring.out / "fid.csv", results.rows)
-    with scoring.going_on():
+    with scoring.going_on():  # the table comes though a file fails
         scoring.show_rows([{**settings, **metrics}])
     scoring.finish()
     log(f"written in {scoring.out}: fid.json, fid.csv")
