@@ -124,6 +124,7 @@ def open_image(source: bytes | Path, max_megapixels: float = MAX_MEGAPIXELS) -> 
     configure_pillow()
     try:
         with BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+            # The header may ask for little of a large file; the whole of it is allowed once the size is accepted.
             size = file.seek(0, os.SEEK_END)
             limited: Any = LimitedReads(file, REREAD * min(size, SMALL_BYTES) + 2**16)
             with Image.open(limited, formats=FORMATS) as image:
@@ -131,6 +132,7 @@ def open_image(source: bytes | Path, max_megapixels: float = MAX_MEGAPIXELS) -> 
                 if size > 2 * decoded_bytes(image) + SMALL_BYTES:  # twice, for 16 bits a channel
                     raise BrokenImageError(f"it has {size:,} bytes for {image.width}x{image.height} pixels")
                 limited.left = REREAD * size
+                # The lock is held while the caller decodes: large images come one at a time.
                 with _large if decoded_bytes(image) > LARGE_BYTES else contextlib.nullcontext():
                     yield image
     except (BrokenImageError, UserError):
@@ -169,6 +171,7 @@ def read_orientation(image: Image.Image) -> int:
         if _are_tags_too_large(exif or bytes.fromhex("".join(profile.split("\n")[3:]))):
             return 1
         value = image.getexif().get(EXIF_ORIENTATION, 1)
+        # Malformed values that are still clear: a tuple, or digits with padding.
         value = value[0] if isinstance(value, tuple) else value
         return int(value.strip("\0 ") if isinstance(value, str) else value)
     except Exception:  # malformed metadata do not make the pixels bad
@@ -179,6 +182,7 @@ def _are_tags_too_large(exif: bytes) -> bool:
     """Returns whether the tags of an EXIF block (TIFF 6.0, section 2) claim far more bytes than the block has. They may
     all point at the same bytes, and Pillow reads all tags to find one."""
     exif = exif.removeprefix(b"Exif\0\0")
+    # Header and first directory are read by hand, with bounds: a block that is cut has no tags here.
     order = ">" if exif[:2] == b"MM" else "<"
     (start,) = struct.unpack_from(f"{order}I", exif, 4) if len(exif) >= 8 else (0,)
     (count,) = struct.unpack_from(f"{order}H", exif, start) if 8 <= start <= len(exif) - 2 else (0,)
@@ -220,14 +224,16 @@ def _resize_square(
 ) -> Image.Image:
     """Returns the middle square, converted to `mode` and resized.
 
-    A large square is first resized to `size` columns strip by strip, then to `size` rows. Pillow has the same order,
-    so the result is the same (tests compare them), without a second copy of all pixels.
+    A large square is first resized to `size` columns strip by strip, then to `size` rows. Pillow resizes in the
+    same order, so the result is the same (tests compare them), without a second copy of all pixels.
     """
     side = min(image.size)
     left = (image.width - side) // 2
     top = (image.height - side) // 2
     narrow = None
     start = 0
+
+    # A single strip is the whole square; else all strips are narrowed and put together first.
     for strip in _strips(image, mode, convert, (left, top, left + side, top + side)):
         if strip.height == side:
             return strip.resize((size, size), Image.Resampling.BILINEAR)

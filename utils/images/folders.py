@@ -1,6 +1,5 @@
 """Folders of images: their contents, whether every image can be decoded, and tables of labels beside images.
 
-
 Files that systems put into folders are left out. Tables are recognised, described and named, but not read as labels;
 of the numbered folders of EDM and StyleGAN it is only known that they are not classes.
 """
@@ -43,6 +42,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", "
 MAX_LISTED = 3  # names in a message
 CHECK_VERSION = 3  # of what is decoded how; raise it when utils/images/decoding.py takes other files for broken
 
+# Files that may hold labels or captions, by their suffix, and those that only describe the data.
 TABLE_SUFFIXES = (
     ".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".parquet", ".arrow", ".feather",
     ".xls", ".xlsx", ".mat", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".hdf5", ".lst", ".cls", ".caption", ".tags",
@@ -50,7 +50,7 @@ TABLE_SUFFIXES = (
 )  # fmt: skip
 ABOUT_DATA = re.compile(r"(readme|licen[cs]e|copying|notice|attribution|citation|changelog|requirements)\b", re.I)
 HEAD_BYTES = 2**16  # of a table that is described
-# Those of ImageNet take 50 MB, and some ten times that once they are read.
+# Labels of ImageNet take 50 MB, and some ten times that once they are read.
 MAX_EDM_BYTES = 2**26
 EDM_TABLE = "dataset.json"
 
@@ -88,6 +88,7 @@ def find_images(folder: Path) -> list[Path]:
     system = []
 
     def visit(folder: Path, seen: set[Path]) -> None:
+        # A link to a folder that was visited.
         if folder.resolve() in seen:
             return
         seen.add(folder.resolve())
@@ -147,9 +148,12 @@ def _check_images(
     folder: Path, paths: tuple[Path, ...], stamps: tuple[str | None, ...], max_megapixels: float
 ) -> dict[Path, CheckedImage]:
     """`check_images` of files whose sizes and times are `stamps`."""
+    # What earlier checks found, if the rules of decoding and the limit are the same.
     kept = cache_folder() / f"checked-{hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:32]}.json"
     version = f"{CHECK_VERSION}, Pillow {PIL.__version__}, up to {max_megapixels:g} megapixels"
     remembered = _read_kept(kept, version)
+
+    # Files that have not changed since.
     keys = {path: str(path.relative_to(folder)) for path in paths}
     stamp_of = dict(zip(paths, stamps, strict=True))
     checked = {
@@ -157,6 +161,8 @@ def _check_images(
         for path in paths
         if stamp_of[path] and remembered.get(keys[path], [None])[0] == stamp_of[path]
     }
+
+    # All others are decoded, on threads: Pillow releases the interpreter meanwhile.
     unknown = [path for path in paths if path not in checked]
     lasting = set(checked)
     with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
@@ -167,6 +173,8 @@ def _check_images(
             checked[path] = image
             if is_lasting:
                 lasting.add(path)
+
+    # Kept as a whole, without files that are gone or could not be read.
     if unknown:
         files = {keys[path]: [stamp_of[path], *checked[path]] for path in paths if path in lasting and stamp_of[path]}
         _keep(kept, {"version": version, "files": files})
@@ -183,7 +191,7 @@ def _stamp(path: Path) -> str | None:
 
 
 def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
-    """(what is found, whether the bytes have shown it)."""
+    """Returns (the finding, whether the file's bytes have shown it, so that it lasts until they change)."""
     try:
         if not path.is_file():
             what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
@@ -193,6 +201,8 @@ def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
         return CheckedImage(0, "", error.strerror or str(error)), False
     except BrokenImageError as error:
         return CheckedImage(0, "", str(error)), False
+
+    # From here on the finding depends on the bytes alone.
     digest = hashlib.sha256(content).hexdigest()[:16]
     try:
         side, lowest, highest = check_image(content, max_megapixels=max_megapixels)
@@ -202,7 +212,7 @@ def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
 
 
 def _read_kept(file: Path, version: str) -> dict[str, list]:
-    """{path: [stamp, *CheckedImage]} of an earlier check; empty where there is none that can be understood."""
+    """Returns {path: [stamp, *CheckedImage]} of an earlier check; {} if there is none that can be understood."""
     try:
         content = json.loads(read_bytes(file))
         files = content["files"] if content["version"] == version else {}
@@ -222,18 +232,22 @@ def _keep(file: Path, content: dict) -> None:
 
 
 def unused_message(folder: Path, others: Sequence[Path], images: Iterable[Path]) -> str:
-    """Names files below `folder` that may hold labels or captions, as not used; '' where none does.
+    """Returns a message that names files below `folder` which may hold labels or captions, as not used; '' if none may.
 
     `others` are files that are no images, `images` those that are.
     """
     found = [path for path in others if is_table(path)]
     if not found:
         return ""
+
+    # A caption in a file of its own for each image would fill the message: these are only counted.
     stems = {os.path.splitext(image)[0] for image in images}
     tables = []
     beside = []
     for path in found:
         (beside if os.path.splitext(path)[0] in stems else tables).append(path)
+
+    # Tables first, described by what they begin with.
     parts = []
     if tables:
         listed = ", ".join(_name(path, folder) + describe_table(path) for path in tables[:MAX_LISTED])
@@ -246,26 +260,30 @@ def unused_message(folder: Path, others: Sequence[Path], images: Iterable[Path])
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file that is no image may hold labels or captions, by its name."""
+    """Returns whether a file that is no image may hold labels or captions, by its name."""
     return path.suffix.lower() in TABLE_SUFFIXES and not ABOUT_DATA.match(path.name)
 
 
 def describe_table(path: Path) -> str:
-    """Says in some words, with a space before them, what a table holds; '' where that is not clear."""
+    """Returns in a few words, with a space before them, what a table holds; '' if that is not clear."""
     if path.name == EDM_TABLE:
         labels = read_edm_labels(path)
         return "" if labels is None else f" with labels of {len(labels):,} images" if labels else " without labels"
+
+    # Of any other table the beginning: it may be of any size.
     try:
         with open_regular(path) as file:
             head = file.read(HEAD_BYTES)
     except OSError:
         return ""
+    # Spreadsheets write UTF-16, or UTF-8 with a byte-order mark.
     encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     first = head.decode(encoding, "replace").partition("\n")[0].strip()
     if path.suffix.lower() in (".csv", ".tsv"):
         return f" beginning {printable(first[:60])!r}" if first else " that is empty"
     if path.suffix.lower() in (".json", ".jsonl", ".ndjson"):
         try:
+            # A line of JSON lines, or all of a small file. Of a longer file the first line may be JSON by itself.
             row = json.loads(first if path.suffix.lower() != ".json" or len(head) == HEAD_BYTES else head)
         except (ValueError, RecursionError):
             return ""
@@ -275,20 +293,23 @@ def describe_table(path: Path) -> str:
 
 
 def read_edm_labels(table: Path) -> dict[str, str] | None:
-    """Returns {path of an image: its label as JSON} of a dataset.json as EDM and StyleGAN write it, empty where it
-    says that there are none; None where it is something else, or larger than MAX_EDM_BYTES."""
+    """Returns {path of an image: its label as JSON} of a dataset.json as EDM and StyleGAN write it.
+
+    {} if it says that there are none; None if it is something else, or larger than MAX_EDM_BYTES.
+    """
     try:
         content = json.loads(read_bounded(table, MAX_EDM_BYTES))
         labels = content["labels"]
         pairs = labels.items() if isinstance(labels, dict) else labels or ()
+        # Written on Windows, paths have backslashes.
         return {str(name).replace("\\", "/"): json.dumps(label) for name, label in pairs}
     except (BadFileError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def are_numbered(images: Mapping[Path, Sequence[Path]]) -> bool:
-    """Whether {folder: its images} are a thousand in a folder, numbered as EDM and StyleGAN write any images
-    (00001/img00001234.png) or as FFHQ and EDM's samples are (01000/01234.png)."""
+    """Returns whether {folder: its images} hold a thousand each, numbered as EDM and StyleGAN write any images
+    (00001/img00001234.png) or as in FFHQ and EDM's samples (01000/01234.png)."""
     return all(_is_numbered(folder.name, image.stem) for folder, paths in images.items() for image in paths)
 
 
@@ -303,9 +324,10 @@ def _is_numbered(folder: str, stem: str) -> bool:
 def check_folders(flag: str, folder: Path, root: Path, images: Mapping[Path, Sequence[Path]]) -> str:
     """Compares folders, {folder of a class: its images}, with the labels of a dataset.json in `folder` or `root`.
 
-    Returns why the folders are no classes, so that all images are of one, or ''. UserError where labels and folders
-    tell other classes apart.
+    Returns why the folders are no classes, so that all images are of one, or ''. Raises UserError if the labels tell
+    other classes apart than the folders do.
     """
+    # A table beside the folders. If it cannot be read, numbered folders say nothing of the classes.
     is_numbered = are_numbered(images)
     table = next((path for path in (folder / EDM_TABLE, root / EDM_TABLE) if path.is_file()), None)
     labels = read_edm_labels(table) if table else {}
@@ -324,6 +346,8 @@ def check_folders(flag: str, folder: Path, root: Path, images: Mapping[Path, Seq
         own = [labels[name] for name in names if name in labels] if labels else []
         num_labelled += len(own)
         found.append(set(own))
+
+    # Folders are classes where each has one label, and none shares it.
     values = set().union(*found)
     if is_numbered and len(values) <= 1:
         return "folders of a thousand numbered images, as EDM, StyleGAN and FFHQ have them, are no classes"

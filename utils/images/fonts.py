@@ -45,7 +45,7 @@ def make_legible(text: str) -> tuple[str, list[str]]:
 
 
 def count_columns(text: str) -> int:
-    """Returns the columns that a text takes: two for a wide character, none for a combining mark."""
+    """Returns the columns that a text takes: two for a wide character, none for a combining or invisible one."""
     return sum(
         0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 1 + (unicodedata.east_asian_width(c) in "WF")
         for c in text
@@ -71,8 +71,8 @@ def _families_of(character: str) -> list[str]:
 
 @functools.cache
 def _fonts() -> list[tuple[str, UInt32[np.ndarray, " n"]]]:
-    """Returns (family, its code points) for every upright font of regular weight. Matplotlib finds these by the family
-    alone."""
+    """Returns (family, its code points) for every upright font of regular weight: those that Matplotlib finds by the
+    family alone."""
     found = []
     for font in sorted(fontManager.ttflist, key=lambda font: (font.name != OWN_FAMILY, font.name)):
         is_regular = font.style == "normal" and font.weight in (400, "normal", "regular")

@@ -13,6 +13,7 @@ from utils.base.files import atomic_write
 from utils.images import plotting
 from utils.images.samples import SampleWriter
 
+# Duration of a film of any number of frames, before the first and the last are held.
 FILM_SECONDS = 3.0
 
 
@@ -24,7 +25,7 @@ class PictureFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.written: list[Path] = []
+        self.written: list[Path] = []  # complete files alone
 
     def save_grid(
         self,

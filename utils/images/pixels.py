@@ -45,6 +45,7 @@ def describe_range(extremes: Integer[np.ndarray, "n 2"]) -> str:
 
     Images of 12 bits in files of 16 do, and images of [0, 1] that became uint8; perhaps only some of them.
     """
+    # Wider integers: differences of uint8 would wrap around.
     lows, highs = extremes.astype(int).T
     lowest = lows.min()
     highest = highs.max()
@@ -53,12 +54,15 @@ def describe_range(extremes: Integer[np.ndarray, "n 2"]) -> str:
     is_near_black = lowest < 8
     question = "were they in [0, 1], or of 12 bits in files of 16? " if is_near_black else ""
     advice = f"{question}{'Rescale' if question else 'rescale'} them to 0 .. 255 first"
+
+    # From the worst finding to the mildest: constants, all images together, some of them.
     if lowest == highest:
         return f"all values of all images are {lowest}"
     if (lows == highs).all():
         return "each image is of one value"
     if highest - lowest < MIN_RANGE:
         return f"the images' values are {lowest} to {highest} of 0 to 255: {advice}"
+    # A few flat images are normal; a tenth of them points at a source that was not rescaled.
     share = (highs - lows < MIN_TYPICAL_RANGE).mean()
     if share >= MIN_SHARE:
         return f"{share:.0%} of the images span fewer than {MIN_TYPICAL_RANGE} of 256 levels: {advice}"
@@ -95,6 +99,7 @@ class PixelFormat(NamedTuple):
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "PixelFormat":
         """Returns a recorded format. Raises ValueError if it is none."""
+        # A run's configuration is a file that anybody may have edited.
         low, high = content["range"]
         found = cls(content["dtype"], float(low), float(high))
         if found != UINT8 and not (found.dtype == "float32" and math.isfinite(high - low) and low < high):
@@ -109,7 +114,7 @@ UINT8 = PixelFormat()
 
 
 def check_pictures(pixels: PixelFormat, image_shape: Sequence[int], what: str) -> None:
-    """Raises UserError, which begins with `what`, for images that are not uint8 with 1 or 3 channels."""
+    """Raises UserError, whose message begins with `what`, for images that are not uint8 with 1 or 3 channels."""
     channels = image_shape[-1]
     if pixels != UINT8 or channels not in (1, 3):
         raise UserError(
@@ -130,5 +135,6 @@ class ImageBatch(NamedTuple):
         """Returns (images, conditions) without the padding. Raises ValueError if the conditions are not known."""
         if self.conditions is None:
             raise ValueError("the conditions of these images are not known")
+        # Hosts gather their rows first: padding is at the end of the global batch.
         images, conditions = jax.tree.map(lambda rows: gather(rows)[: self.count], (self.images, self.conditions))
         return images, conditions

@@ -85,7 +85,7 @@ class _Table:
             """Cuts a text to the width of a cell, at the usual width of a letter."""
             return shorten(make_legible(text)[0], max(8, int(pitch_x / cell.dpi / (0.0088 * points))))
 
-        # The margins are as large as the titles.
+        # Sizes: the margins are as large as the titles.
         row_titles = [shorten(make_legible(name)[0], MAX_ROW_TITLE) for name in row_titles]
         column_titles = ["\n".join(fit(line, 8) for line in name.split("\n")) for name in column_titles]
         left = pixels(0.1 + 0.085 * max(map(count_columns, row_titles), default=0))
@@ -133,6 +133,7 @@ class _Table:
 
     def draw_pages(self, frames: Iterable[UInt8[np.ndarray, "n h w c"]]) -> Iterator[Image.Image]:
         """Yields each frame as `draw` would show it. The texts are drawn once for all."""
+        # Texts are drawn once, without a background, and laid over each frame.
         self.texts.patch.set_alpha(0)
         drawn = FigureCanvasAgg(self.texts)
         drawn.draw()
@@ -162,6 +163,7 @@ def _grid(
     image_size: tuple[int, int], labels: np.ndarray, class_names: Sequence[str], title: str
 ) -> tuple[_Table, Int[np.ndarray, " n"]]:
     """Returns (near-square table of samples, the order in which they fill it: by label)."""
+    # Stable: samples of one label keep the order in which they were drawn.
     order = np.argsort(labels, kind="stable")
     columns = math.ceil(math.sqrt(len(labels)))
     captions = [class_names[label] for label in labels[order]]
@@ -190,9 +192,11 @@ def save_film(
     labels = np.zeros(frames.shape[1], np.int32) if labels is None else labels
     table, order = _grid(frames.shape[2:4], labels, class_names, title)
     pages = table.draw_pages(images[order] for images in frames)
+    # Browsers slow down films with frames of less than 20 ms.
     durations = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
     durations[0] = 500
     durations[-1] = 2000
+    # Pillow takes the other pages one by one, so that one frame is in memory at a time.
     next(pages).save(
         path,
         format=file_format.upper(),
@@ -212,6 +216,7 @@ def curves(
 ) -> Figure:
     """Returns a figure of named curves of (x, y) points. The x axis is logarithmic; so is the y axis, if it spans more
     than a factor of five. With `markers` every point is marked, and its x stands on the axis."""
+    # Points may come in any order: a curve runs from left to right.
     figure = Figure(figsize=(5.5, 3.5), dpi=120, layout="constrained")
     axes = figure.subplots()
     for name, pairs in points.items():
@@ -228,6 +233,8 @@ def curves(
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
+
+    # Minor ticks of a logarithmic axis would write numbers between the points.
     axes.minorticks_off()
     axes.set_xlabel(x_title)
     axes.set_ylabel(y_title)
@@ -248,7 +255,7 @@ def metric_curves(
 
     With `smooth` above 1, the running mean of that many values is drawn over the values themselves.
     """
-    # Colours and places.
+    # Colours and places. A run has one colour in all axes, whichever metrics it has.
     runs = list(dict.fromkeys(run for curves in points.values() for run in curves))
     palette = color_sequences["tab10" if len(runs) <= 10 else "tab20"]
     colours = {run: palette[i % len(palette)] for i, run in enumerate(runs)}
@@ -279,6 +286,8 @@ def metric_curves(
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
+
+    # Places that no metric fills.
     for axis in axes[len(points) :]:
         axis.set_axis_off()
 

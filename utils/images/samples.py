@@ -45,8 +45,8 @@ MODES = ("RGB", "RGBA", "P", *GREY_MODES)
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images of one shape, in a fixed order. `read(batch_size)` yields them in batches, of which the last may be
-    short."""
+    """Images of one shape, in a fixed order. `read(batch_size)` yields them, uint8 (b, h, w, c), in batches; the last
+    may be short."""
 
     num_samples: int
     image_shape: tuple[int, int, int]
@@ -56,6 +56,7 @@ class Samples:
         """Returns the first of these samples alone."""
 
         def read(batch_size: int) -> Iterator[np.ndarray]:
+            # Reading ends with the last batch that is needed: files may be large.
             left = num_samples
             for batch in self.read(batch_size):
                 yield batch[:left]
@@ -110,7 +111,7 @@ def check_sample_path(path: str | Path, inputs: Mapping[str, str | None] | None 
     For `inputs`, see `prepare_output_file`."""
     path = Path(path)
 
-    # A file.
+    # A file: its folder is proved writable now, rather than after the samples are drawn.
     if path.suffix == ".npz" and path.is_dir():
         raise UserError(f"--save_samples={path} is a folder; name a file, or a folder without .npz")
     if path.suffix == ".npz":
@@ -143,10 +144,13 @@ def _open_npz(path: Path, flag: str) -> Samples:
         raise UserError(
             f"{flag} is not a whole npz of images ({error}); write it with eval_fid.py --save_samples"
         ) from None
+
+    # Acceptable before a byte of the images is read.
     name = _choose_images(headers, flag)
     shape = _check_array(headers[name], flag)
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
+        # Headers may be whole and the data after them cut.
         try:
             yield from read_rows(path, name, batch_size)
         except BadFileError as error:
@@ -217,6 +221,8 @@ def _warn_of_range(read: Callable, flag: str, batch_size: int) -> Iterator[np.nd
         pixels = batch.reshape(len(batch), -1)
         extremes.append(np.stack([pixels.min(axis=1), pixels.max(axis=1)], axis=1))
         yield batch
+
+    # After the last batch: the range is that of all images.
     found = np.concatenate(extremes)
     if found.max() == 1:
         warn(
@@ -234,7 +240,7 @@ def _open_folder(path: Path, flag: str) -> Samples:
     if not files:
         raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
 
-    # One size.
+    # One size. Files differ more often than arrays: the message names two of them.
     headers = [_read_header(file, flag) for file in files]
     sizes = [size for size, _ in headers]
     other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
@@ -251,6 +257,7 @@ def _open_folder(path: Path, flag: str) -> Samples:
         warn(f"{flag}: {num_alpha} of {len(files)} images have an alpha channel, which is left out, as in pytorch-fid")
     is_grey = all(mode in GREY_MODES for _, mode in headers)
 
+    # Pixels are decoded when they are asked for, a batch at a time.
     width, height = sizes[0]
     shape = (height, width, 1 if is_grey else 3)
 
@@ -304,7 +311,7 @@ class SampleWriter:
         self.num_samples = num_samples
         self.num_written = 0
         self.labels: list[PyTree] = []  # of the images so far, batch by batch
-        self.failure: WriteError | None = None
+        self.failure: WriteError | None = None  # for callers who go on without the samples
 
         # Of an npz: the archive, and the array of images in it, to which batches are appended.
         self.archive: zipfile.ZipFile | None = None
@@ -320,6 +327,8 @@ class SampleWriter:
         for leaf in jax.tree.leaves(labels):
             if len(leaf) != len(images):
                 raise ValueError(f"{len(leaf)} labels of {len(images)} images")
+
+        # The system's errors, whether raised here or by a helper, are kept and raised as WriteError.
         try:
             if self.archive is None:
                 self._write_pngs(images)
@@ -354,6 +363,7 @@ class SampleWriter:
             try:
                 yield
                 if self.file is not None:
+                    # An archive has one open member at a time, and the images are all written.
                     self.file.close()
                     for number, batches in enumerate(zip(*map(jax.tree.leaves, self.labels), strict=True), start=1):
                         with self.archive.open(f"arr_{number}.npy", "w") as labels:
@@ -371,6 +381,7 @@ class SampleWriter:
         """Writes images to the array in the archive. Its header comes with the first of them, which tell the shape."""
         assert self.archive is not None
         if self.file is None:
+            # zip64, because the member may pass 2 GiB, which is not known yet to the archive.
             self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
             shape = (self.num_samples, *images.shape[1:])
             npy.write_array_header_1_0(self.file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -380,6 +391,7 @@ class SampleWriter:
     def _fill_folder(self) -> Iterator[None]:
         """Empties the folder of earlier samples, and marks it as unfinished until the end of the block."""
         self.path.mkdir(parents=True, exist_ok=True)
+        # Marked before anything is removed: a killed writer leaves no folder that looks complete.
         mark_unfinished(self.path, self.num_samples)
         for file in self.path.iterdir():
             if _is_sample(file):
@@ -391,6 +403,7 @@ class SampleWriter:
     def _write_pngs(self, images: UInt8[np.ndarray, "b h w c"]) -> None:
         """Writes images under the next numbers."""
         for number, image in enumerate(images, self.num_written):
+            # Not synced one by one, which would be slow; after a kill each PNG is still whole or absent.
             with (
                 explaining_full_disk(lambda number=number: f"{number} of {self.num_samples} samples are whole"),
                 atomic_write(self.path / f"{number:06d}.png", is_synced=False) as temporary,
