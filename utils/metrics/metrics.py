@@ -8,6 +8,7 @@ from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.metrics.scores import DENSITY_NEIGHBOURS, INCEPTION_SCORE_PART, KID_SUBSET, frechet_distance, kid, mind, prdc
 from utils.metrics.statistics import MAX_SAMPLE_ROWS, FeatureStatistics, ImageStatistics
 
+# (samples, reference) of the feature that a metric needs -> {result: value}, empty where they do not allow it.
 Compute = Callable[[FeatureStatistics, FeatureReference], dict[str, float]]
 
 
@@ -19,7 +20,7 @@ def frechet_metric(name: str) -> Compute:
 
 
 def compute_kid(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
-    """Without `kid_error` where a set has fewer than four rows."""
+    """Returns `kid` and its standard error; no `kid_error` where a set has fewer than four rows."""
     if samples.rows is None or reference.rows is None:
         return {}
     mean, error = kid(samples.rows, reference.rows)
@@ -34,7 +35,7 @@ def compute_mind(samples: FeatureStatistics, reference: FeatureReference) -> dic
 
 
 def compute_prdc(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
-    """Where both sides have rows of more images than there are neighbours to look at."""
+    """Returns precision, recall, density and coverage where both sides have more rows than neighbours to look at."""
     if samples.rows is None or reference.rows is None:
         return {}
     if min(len(reference.rows), len(samples.rows)) <= DENSITY_NEIGHBOURS:
@@ -43,12 +44,14 @@ def compute_prdc(samples: FeatureStatistics, reference: FeatureReference) -> dic
 
 
 def compute_inception_score(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
+    # It compares nothing with the reference; without --inception_logits there are no class probabilities.
     if samples.logits is None:
         return {}
     mean, std = samples.inception_score.mean_and_std
     return {"inception_score": mean, "inception_score_std": std}
 
 
+# Caveats: results of few samples are computed all the same, and say what they are worth.
 def explain_few(name: str, num_features: int, num_samples: int) -> str | None:
     if num_samples >= num_features:
         return None
@@ -56,6 +59,7 @@ def explain_few(name: str, num_features: int, num_samples: int) -> str | None:
 
 
 def explain_neighbours(num_samples: int, reference: FeatureReference) -> str | None:
+    # These metrics depend on both numbers: balls shrink as sets grow.
     num_reference = 0 if reference.rows is None else len(reference.rows)
     if not num_reference or min(num_samples, num_reference) >= MAX_SAMPLE_ROWS:
         return None
@@ -72,10 +76,11 @@ def explain_kid(num_samples: int, reference: FeatureReference) -> str | None:
 
 
 class Metric(NamedTuple):
-    """A metric of one feature of one extractor, `needs`.
+    """A metric of one feature of one extractor, which `needs` names.
 
     `compute` is given that feature's statistics of the samples and of the reference; it returns {} where they do not
-    allow it. `columns` are {result: title in tables}. `explain` returns a caveat about so few samples, or None.
+    allow it. `columns` are {result: title in tables}. `explain(num_samples, reference)` returns a caveat about so few
+    samples, or None.
     """
 
     compute: Compute
@@ -84,6 +89,7 @@ class Metric(NamedTuple):
     explain: Callable[[int, FeatureReference], str | None] = lambda num_samples, reference: None
 
 
+# Of each, results are computed where both sides have what it `needs`; errors and deviations have no columns.
 METRICS = [  # in the order of the tables' columns
     Metric(
         frechet_metric("fid"),
@@ -113,7 +119,8 @@ def metric_columns() -> dict[str, str]:
 
 
 def caveats(num_samples: int, reference: ReferenceStatistics, has_logits: bool) -> list[str]:
-    """Returns what has to be known about metrics of so few samples."""
+    """Returns what a reader has to know about metrics of so few samples, a line each; empty where there are enough."""
+    # A metric that the reference does not allow needs no caveat.
     found = [metric.explain(num_samples, reference[metric.needs]) for metric in METRICS if metric.needs in reference]
     if has_logits and num_samples < INCEPTION_SCORE_PART:
         found.append(f"Inception Score: it grows with the number of samples, up to {INCEPTION_SCORE_PART}")
@@ -122,6 +129,7 @@ def caveats(num_samples: int, reference: ReferenceStatistics, has_logits: bool) 
 
 def compute_fid(samples: ImageStatistics, reference: ReferenceStatistics) -> float:
     """Returns the FID alone, as it is logged while a model is trained."""
+    # The first line of the table.
     return METRICS[0].compute(samples[POOL], reference[POOL])["fid"]
 
 
@@ -129,6 +137,7 @@ def compute_metrics(samples: ImageStatistics, reference: ReferenceStatistics) ->
     """Returns {name: value} of every metric that the two allow."""
     results: dict[str, float] = {}
     for metric in METRICS:
+        # sFID, for one, is missing where a file holds the moments of `pool` alone.
         if metric.needs in samples and metric.needs in reference:
             results |= metric.compute(samples[metric.needs], reference[metric.needs])
     return results

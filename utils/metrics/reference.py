@@ -1,4 +1,4 @@
-"""Reference statistics: the files that samples are compared with, read with care and written whole."""
+"""Reference statistics, which samples are compared with: files, checked before they are read and written whole."""
 
 import dataclasses
 import functools
@@ -26,10 +26,12 @@ from utils.metrics.scores import check_covariance, covariance_root
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 
 MAX_ROWS = 50_000  # rows that a statistics file may hold: 0.4 GB of Inception's as float32
-ROWS_AT_A_TIME = 1024
+ROWS_AT_A_TIME = 1024  # 8 MB of Inception's as float32
 
+# Scalars beside the arrays; a file may lack any of them.
 METADATA = ("num_images", "convention", "dataset", "image_shape")
 
+# {array: its shape}, as the headers of a file state them.
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -41,7 +43,7 @@ class ArrayNames(NamedTuple):
     rows: str
 
 
-# Those that TTUR, pytorch-fid and ADM's evaluator gave to Inception's.
+# The names that TTUR, pytorch-fid and ADM's evaluator gave to Inception's, so that files can be exchanged with them.
 _INCEPTION_NAMES = {
     POOL: ArrayNames("mu", "sigma", "features"),
     SPATIAL: ArrayNames("mu_s", "sigma_s", "features_s"),
@@ -49,14 +51,14 @@ _INCEPTION_NAMES = {
 
 
 def array_names(key: FeatureKey) -> ArrayNames:
-    """Returns the names of a feature's arrays: EXTRACTOR.FEATURE.mu and so on, but for Inception's."""
+    """Returns the names of a feature's arrays: EXTRACTOR.FEATURE.mu and so on; Inception's have shorter ones."""
     prefix = ".".join(key)
     return _INCEPTION_NAMES.get(key) or ArrayNames(f"{prefix}.mu", f"{prefix}.sigma", f"{prefix}.rows")
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureReference:
-    """Statistics of one feature of the reference's images; `rows` are its values of the first images."""
+    """Statistics of one feature over the reference's images; `rows` are the features of the first of them."""
 
     mu: Float[np.ndarray, " d"]
     sigma: Float[np.ndarray, "d d"]
@@ -65,16 +67,19 @@ class FeatureReference:
     @functools.cached_property
     def root(self) -> Float[np.ndarray, "d d"]:
         """L with L L^T = sigma, for any number of distances."""
+        # Cached: an eigendecomposition of 2048 features takes seconds, and every distance needs it.
         return covariance_root(self.sigma)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceStatistics:
-    """Statistics of the images that samples are compared with, by feature; None where the file does not have them."""
+    """Statistics of the images that samples are compared with, by feature; a field is None where the file lacks it."""
 
     by_feature: Mapping[FeatureKey, FeatureReference]
+    # Identity of the file: results record it, and `find_convention` knows some files by it.
     sha256: str
     path: Path
+    # What the file says of its origin.
     num_images: int | None = None
     convention: str | None = None
     dataset: str | None = None
@@ -104,11 +109,11 @@ class ReferenceStatistics:
 def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = None) -> ReferenceStatistics:
     """Reads reference statistics, moments as float64 and rows as float32.
 
-    `widths` are the features to read, and how many numbers each has; default: Inception's. Of each extractor the first
-    must be in the file, the others are read where they are. Inception's are read from an npz with `mu` (d,) and `sigma`
-    (d, d): those of TTUR, pytorch-fid, jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what
-    `save_statistics` writes; or from EDM2's pickle of {"fid": {"mu", "sigma"}}. Both follow from the rows where a file
-    has those of all images instead.
+    `widths` are {feature: width} of the features to read; default: Inception's. The file must have the first feature of
+    each extractor; the others are read where it has them. Inception's are read from an npz with `mu` (d,) and `sigma`
+    (d, d): the files of TTUR, pytorch-fid, jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what
+    `save_statistics` writes; or from EDM2's pickle of {"fid": {"mu", "sigma"}}. A file may instead have the rows of all
+    images, from which both moments are computed.
 
     Raises UserError for a file that is missing, broken, incomplete, of another extractor or not finite.
     """
@@ -118,6 +123,7 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
     if not path.is_file():
         raise UserError(f"--fid_stats={path} is not a file; {fix}")
     try:
+        # Each step trusts no more than the one before has checked: hash, headers, names, shapes, arrays.
         sha256 = file_sha256(path)
         shapes, read = _open_arrays(path)
         keys = _find_keys(path, shapes, widths)
@@ -126,13 +132,17 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
         content = read([name for name in (*METADATA, "label_counts") if name in shapes])
         by_feature = {key: _read_feature(path, key, shapes, read, content) for key in keys}
         counts = _read_label_counts(content)
+    # Errors that already name the flag and the fix.
     except UserError:
         raise
     except (BadFileError, OSError, TypeError) as error:
         raise UserError(f"--fid_stats={path} is not a whole npz (or pickle) of numbers ({error}); {fix}") from error
     except ValueError as error:
+        # float16 leaves eigenvalues below what rounding to float32 explains.
         hint = " (covariances need float32 at least)" if "eigenvalue" in str(error) else ""
         raise UserError(f"--fid_stats={path}: {error}{hint}; {fix}") from None
+
+    # Scalars, by the names of the fields.
     metadata = {name: content[name].item() for name in METADATA if name in content}
     return ReferenceStatistics(by_feature, sha256, path, **metadata, label_counts=counts)
 
@@ -140,12 +150,15 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
 def _open_arrays(path: Path) -> tuple[Shapes, Callable[[Iterable[str]], dict[str, np.ndarray]]]:
     """Returns (shapes of a file's arrays by name, a function that reads some of them)."""
     if path.suffix == ".pkl":
+        # EDM2's. A pickle is read as a whole, by a reader that runs no code in it.
         content = read_pickled_arrays(path)
         content = content.get("fid") if isinstance(content, dict) else None
         content = content if isinstance(content, dict) else {}
         arrays = {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
         shapes = {name: array.shape for name, array in arrays.items()}
         return shapes, lambda names: {name: arrays[name] for name in names}
+
+    # An npz is read array by array, and only those that are asked for.
     headers = read_npz_headers(path)
     shapes = {name: header.shape for name, header in headers.items()}
     return shapes, lambda names: read_npz(path, {name: headers[name] for name in names})
@@ -164,10 +177,13 @@ def _is_compact(key: FeatureKey, shapes: Shapes) -> bool:
 
 def _find_keys(path: Path, shapes: Shapes, widths: Mapping[FeatureKey, int]) -> list[FeatureKey]:
     """Returns the features among `widths` that a file has. Raises UserError where it lacks an extractor's main one."""
+    # Secondary features, such as that of sFID, may be missing; a main one may not.
     keys = [key for key in widths if _has_moments(key, shapes) or _is_compact(key, shapes)]
     for key in widths:
         if not key.is_main or key in keys:
             continue
+
+        # The file of another extractor needs another command than one that holds no statistics at all.
         recorded = [name for name in EXTRACTORS if _holds_extractor(name, shapes) and name != key.extractor]
         if recorded and not _holds_extractor(key.extractor, shapes):
             raise UserError(
@@ -194,6 +210,7 @@ def _missing_moments(path: Path, key: FeatureKey) -> UserError:
 def _check_shapes(shapes: Shapes, widths: Mapping[FeatureKey, int]) -> None:
     """Raises ValueError for shapes, as a file states them, that no metric could use or no memory hold."""
     for key, width in widths.items():
+        # A missing array passes as expected: `_find_keys` has said which features are there.
         names = array_names(key)
         expected = {names.mu: (width,), names.sigma: (width, width)}
         found = {name: shapes.get(name, shape) for name, shape in expected.items()}
@@ -203,9 +220,13 @@ def _check_shapes(shapes: Shapes, widths: Mapping[FeatureKey, int]) -> None:
         for name, shape in expected.items():
             if found[name] != shape:
                 raise ValueError(f"`{name}` has the shape {found[name]}, not {shape}")
+
+        # Rows: at least two for a covariance, at most what memory is meant for.
         rows = shapes.get(names.rows)
         if key.is_main and rows is not None and (rows[1:] != (width,) or not 2 <= rows[0] <= MAX_ROWS):
             raise ValueError(f"`{names.rows}` has the shape {rows}, not (2 to {MAX_ROWS:,}, {width})")
+
+    # The facts beside the features: scalars, and one count for each class.
     for name in METADATA:
         if shapes.get(name, ()) != ():
             raise ValueError(f"`{name}` has the shape {shapes[name]}, not ()")
@@ -221,17 +242,19 @@ def _read_feature(
     read: Callable[[Iterable[str]], dict[str, np.ndarray]],
     content: Mapping[str, np.ndarray],
 ) -> FeatureReference:
-    """Reads the moments of one feature and, of a main one, the rows that a file has."""
+    """Reads the moments of one feature and, for a main one, the rows that the file has."""
     names = array_names(key)
     has_rows = key.is_main and names.rows in shapes and path.suffix != ".pkl"
     if _is_compact(key, shapes):
-        # The rows must be those of all images.
+        # The moments of some of the images would pass for those of all.
         if "num_images" not in content or int(content["num_images"]) != shapes[names.rows][0]:
             raise _missing_moments(path, key)
         rows = _read_rows(path, names.rows)
         statistics = FeatureStatistics()
         statistics.update(rows)
         return FeatureReference(statistics.mu, statistics.sigma, rows)
+
+    # The moments as the file has them. Text would convert to numbers without an error.
     arrays = read([names.mu, names.sigma])
     for name, array in arrays.items():
         if array.dtype.kind == "U":
@@ -240,6 +263,7 @@ def _read_feature(
     sigma = arrays[names.sigma].astype(np.float64)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError("it holds NaN or infinity")
+    # Now, rather than once all samples have been drawn.
     check_covariance(mu, sigma, f"`{names.sigma}`")
     return FeatureReference(mu, sigma, _read_rows(path, names.rows) if has_rows else None)
 
@@ -250,6 +274,7 @@ def _read_rows(path: Path, name: str) -> Float[np.ndarray, "n d"]:
     header = read_npz_headers(path)[name]
     if header.dtype.kind not in "fiub":
         raise ValueError(f"`{name}` holds {header.dtype}, no numbers")
+    # Column after column, such a file has no rows to be read in parts.
     if header.is_fortran:
         features = np.asarray(read_npz(path, {name: header})[name], np.float32)
     else:
@@ -258,6 +283,7 @@ def _read_rows(path: Path, name: str) -> Float[np.ndarray, "n d"]:
         for rows in read_rows(path, name, ROWS_AT_A_TIME):
             features[place : place + len(rows)] = rows
             place += len(rows)
+    # In parts too: a mask of all entries would take another 0.1 GB.
     if not all(np.isfinite(features[i : i + ROWS_AT_A_TIME]).all() for i in range(0, len(features), ROWS_AT_A_TIME)):
         raise ValueError("it holds NaN or infinity")
     return features
@@ -271,13 +297,14 @@ def _read_label_counts(content: Mapping[str, np.ndarray]) -> Float[np.ndarray, "
     counts = content["label_counts"].astype(np.float64)
     if not np.isfinite(counts).all():
         raise ValueError("it holds NaN or infinity")
+    # Whole numbers of images, at least one of them.
     if (counts < 0).any() or counts.sum() < 1 or (counts % 1).any():
         raise ValueError("`label_counts` are not numbers of images")
     return counts
 
 
 def has_statistics(path: Path) -> bool:
-    """Whether a file that holds images, an npz perhaps, holds a mean too."""
+    """Whether a file, which may be an npz of images, holds a mean too; True where its headers cannot be read."""
     if path.is_dir() or path.suffix == ".npy":
         return False
     try:
@@ -287,7 +314,7 @@ def has_statistics(path: Path) -> bool:
 
 
 def format_shape(image_shape: Sequence[int]) -> str:
-    """(height, width, channels) as in '32x32x3'."""
+    """Returns (height, width, channels) as in '32x32x3'."""
     return "x".join(map(str, image_shape))
 
 
@@ -321,6 +348,7 @@ def find_convention(reference: ReferenceStatistics, requested: str | None) -> Co
     Raises UserError where neither they nor the user tell, or both do and differ: under another one, the FID would be
     wrong without a sign of it.
     """
+    # What the file says, or is known to be, outweighs the flag: the two may agree, not differ.
     known = KNOWN_FILES.get(reference.sha256)
     recorded = reference.convention or known
     if recorded and requested and recorded != requested:
@@ -336,8 +364,9 @@ def find_convention(reference: ReferenceStatistics, requested: str | None) -> Co
 
 
 def statistics_bytes(num_rows: int, extractors: Iterable[str] = (DEFAULT_EXTRACTOR,)) -> int:
-    """Returns the most bytes that `save_statistics` writes with so many rows."""
+    """Returns the most bytes that `save_statistics` writes with `num_rows` rows of each main feature."""
     widths = feature_widths(extractors)
+    # As if nothing were compressed: float32 for both, and 1 MB for means and metadata.
     covariances = 4 * sum(width**2 for width in widths.values())
     rows = 4 * num_rows * sum(width for key, width in widths.items() if key.is_main)
     return covariances + rows + 2**20
@@ -369,12 +398,13 @@ def save_statistics(
     # The arrays of every feature.
     for key, kept in statistics.by_feature.items():
         names = array_names(key)
+        # A compact file needs the rows of all images: fewer do not give their moments.
         if not (is_compact and key.is_main and kept.num_samples <= kept.max_rows):
             content |= {names.mu: kept.mu, names.sigma: kept.sigma.astype(np.float32)}
         if kept.rows is not None:
             content[names.rows] = kept.rows
 
-    # Where they come from.
+    # Where they come from: the convention above all, without which an FID cannot be trusted.
     if label_counts is not None:
         content["label_counts"] = label_counts
     content |= {"num_images": statistics.num_samples, "dataset": dataset, "split": split or ""}

@@ -25,7 +25,7 @@ INCEPTION_SCORE_PART = 5000  # samples
 
 
 def _check_gaussian(mu: np.ndarray, sigma: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the two in float64, sigma exactly symmetric. Raises ValueError where they are no Gaussian."""
+    """Returns mean and covariance in float64, the latter exactly symmetric; ValueError where they are no Gaussian."""
     mu = np.asarray(mu, np.float64)
     sigma = np.asarray(sigma, np.float64)
     if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
@@ -52,6 +52,7 @@ def check_covariance(mu: np.ndarray, sigma: np.ndarray, name: str) -> None:
 
 
 def _check_semidefinite(sigma: np.ndarray, name: str) -> None:
+    # Small enough for all eigenvalues; the Lanczos iteration needs a larger matrix.
     if len(sigma) < 32:
         _check_eigenvalues(scipy.linalg.eigvalsh(sigma), name)
         return
@@ -78,7 +79,7 @@ def frechet_distance(
 ) -> float:
     """Returns the squared Fréchet distance of two Gaussians, means (d,) and covariances (d, d), in [0, inf).
 
-    Of Inception's features it is the FID.
+    For Inception's features it is the FID.
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., arXiv:1706.08500, eq. 6), in float64. With
     S_2 = L L^T the product S_1 S_2 has the eigenvalues of the symmetric L^T S_1 L, so that no square root of an
@@ -92,6 +93,8 @@ def frechet_distance(
         raise ValueError(f"Gaussians over {mu_1.size} and {mu_2.size} features cannot be compared")
     _check_semidefinite(sigma_1, "first Gaussian")
     root = covariance_root(sigma_2, "second Gaussian") if root_2 is None else root_2
+
+    # tr (S_1 S_2)^(1/2) as the sum of the roots of its eigenvalues.
     cross = np.sqrt(scipy.linalg.eigvalsh(root.T @ sigma_1 @ root).clip(min=0)).sum()
     distance = np.sum((mu_1 - mu_2) ** 2) + np.trace(sigma_1) + np.trace(sigma_2) - 2 * cross
     return max(0.0, float(distance))  # equal Gaussians come out within rounding of 0, on either side
@@ -280,6 +283,7 @@ def prdc(
 
 def _squared_distances(x: np.ndarray, y: np.ndarray, block: int = 1024) -> Iterator[tuple[slice, np.ndarray]]:
     """Yields (rows of x, their squared distances (block, m) to all of y)."""
+    # |x - y|^2 = |x|^2 + |y|^2 - 2 x.y: one matmul. Rounding can leave it just below 0.
     y_norms = np.square(y).sum(axis=1)
     for start in range(0, len(x), block):
         part = x[start : start + block]
@@ -314,6 +318,7 @@ class InceptionScore:
         """Adds rows that sum to 1."""
         rows = np.asarray(probabilities, np.float64)
         while len(rows):
+            # A row may be the first of a part, and a batch may reach over several parts.
             if not self._counts or self._counts[-1] == self.split_size:
                 self._counts.append(0)
                 self._sums.append(np.zeros(rows.shape[1]))
@@ -330,6 +335,7 @@ class InceptionScore:
             raise UserError("the Inception Score of no samples is not defined; --num_samples must be 2 or more")
         scores = []
         for count, total, negative_entropy in zip(self._counts, self._sums, self._negative_entropies, strict=True):
+            # Mean divergence = entropy of the average less the average entropy.
             average = total / count
             scores.append(np.exp(negative_entropy / count - scipy.special.xlogy(average, average).sum()))
         return float(np.mean(scores)), float(np.std(scores))

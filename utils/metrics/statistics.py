@@ -10,7 +10,7 @@ from utils.base.errors import UserError
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, POOL, FeatureKey
 from utils.metrics.scores import InceptionScore
 
-MAX_SAMPLE_ROWS = 10_000  # of samples, of which the features themselves are kept
+MAX_SAMPLE_ROWS = 10_000  # samples whose features are kept, for the metrics that compare rows
 
 
 class FeatureStatistics:
@@ -27,6 +27,7 @@ class FeatureStatistics:
         self.max_rows = max_rows
         self.logits = logits
         self.inception_score = InceptionScore()
+        # The width is known with the first rows.
         self._mean = np.zeros(0)
         self._scatter = np.zeros((0, 0))  # sum of (x - mean)(x - mean)^T
         self._rows = []
@@ -36,6 +37,7 @@ class FeatureStatistics:
 
         Raises UserError where they are NaN or infinite, ValueError for another shape; nothing is added then.
         """
+        # Everything is checked first: a batch is added whole or not at all.
         rows = np.asarray(features, np.float64)
         if rows.ndim != 2 or (self.num_samples and rows.shape[1] != self._mean.size):
             expected = f"(n, {self._mean.size or 'd'})"
@@ -49,14 +51,14 @@ class FeatureStatistics:
         if not len(rows):
             return
 
-        # The rows themselves, and what their classes say.
+        # The first rows themselves, in float32 to halve their memory, and all rows' class probabilities.
         room = max(0, self.max_rows - self.num_samples)
         if room:
             self._rows.append(np.asarray(features[:room], np.float32))
         if self.logits is not None:
             self.inception_score.update(scipy.special.softmax(rows @ self.logits, axis=1))
 
-        # Moments.
+        # Moments of both parts merged: each about its own mean, plus the distance between the means.
         if not self.num_samples:
             self._mean = np.zeros(rows.shape[1])
             self._scatter = np.zeros((rows.shape[1],) * 2)
@@ -101,13 +103,14 @@ class ImageStatistics:
     def __init__(self, max_rows: int = MAX_SAMPLE_ROWS, logits: Float[np.ndarray, "d classes"] | None = None):
         self.max_rows = max_rows
         self.logits = logits
-        self.by_feature: dict[FeatureKey, FeatureStatistics] = {}
+        self.by_feature: dict[FeatureKey, FeatureStatistics] = {}  # filled by the first update
 
     def update(self, features: Mapping[str, np.ndarray], extractor: str = DEFAULT_EXTRACTOR) -> None:
         """Adds rows {feature: (n, d)} of an extractor, one for each image. Raises as `FeatureStatistics.update`."""
         for feature, rows in features.items():
             key = FeatureKey(extractor, feature)
             if key not in self.by_feature:
+                # Only main features have metrics of rows; Inception's logits belong to `pool`.
                 max_rows = self.max_rows if key.is_main else 0
                 self.by_feature[key] = FeatureStatistics(max_rows, self.logits if key == POOL else None)
             self.by_feature[key].update(rows)

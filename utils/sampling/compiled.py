@@ -23,8 +23,8 @@ STEPS = 2**31 - 1  # a random stream beside the samples', which fold 0, 1, 2, ..
 
 
 class SamplerNumbers(NamedTuple):
-    """Numbers of a sampler that may change without compiling anew. Each is of one type: a function compiled for 4 would
-    not serve 1.5."""
+    """Numbers of a sampler that may change without compiling anew. All are floats: a function compiled for the integer
+    4 would not serve 1.5."""
 
     cfg_scale: float
     cfg_interval: tuple[float, float]
@@ -36,12 +36,14 @@ class SamplerNumbers(NamedTuple):
     def of(cls, sampler: SamplerConfig) -> "SamplerNumbers":
         low, high = sampler.cfg_interval
         numbers = (sampler.time_shift, sampler.rtol, sampler.atol)
+        # Without guidance the scale is never read; a number keeps the shape of the arguments.
         return cls(float(sampler.cfg_scale or 0), (float(low), float(high)), *map(float, numbers))
 
 
 class CompiledFor(NamedTuple):
     """What a function of this file is compiled for: another value compiles it anew."""
 
+    # Static arguments of jit: hashable, and equal where the compiled functions are the same.
     network: Any
     objective: Any
     solver: str
@@ -56,6 +58,7 @@ class CompiledFor(NamedTuple):
 
     def times(self, settings: SamplerNumbers) -> solvers.TimeGrid:
         """Returns the times of the solver's steps."""
+        # Every grid takes (step, num_steps), both of which may be traced.
         grid = SOLVERS[self.solver].grid
         if grid == "sde":
             return solvers.sde_time_at
@@ -67,11 +70,13 @@ class CompiledFor(NamedTuple):
         """Returns the keys of the samples' fresh noise; None where the solver draws none."""
         if not SOLVERS[self.solver].is_stochastic:
             return None
+        # A function of (seed, sample) alone, whatever the batch; the step is folded in by the solver.
         return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(noise_key, STEPS)))(indices)
 
     def velocity(self, params: PyTree, settings: SamplerNumbers, condition: PyTree) -> VelocityFn:
         """Returns the field, guided in the interval of guidance; of a mixture, the mean of two fields."""
         model = model_fn(self.network, params)
+        # Conditions that cannot be averaged are mixed by their velocities, at twice the cost.
         if isinstance(condition, Mixture):
             fields = (self._guided(model, settings, side) for side in (condition.first, condition.second))
             return mix(*fields, condition.fraction)
@@ -103,8 +108,10 @@ def draw_noise(key, indices, *, shape):
 @partial(jax.jit, static_argnames=("static",))
 def integrate(params, key, x, condition, settings, first, last, num_steps, *, static):
     """Returns x after the steps first .. last - 1 of a solver of fixed steps; before step 0 it is noise."""
+    # One compiled function serves every stage of a path: `first`, `last` and `num_steps` are traced.
     velocity_fn = static.velocity(params, settings, condition)
     times = static.times(settings)
+    # A grid may start after t = 0, where noise is a little narrower.
     x = jnp.where(first == 0, solvers.start_path(x, num_steps, times), x)
     keys = static.step_keys(key, jnp.arange(len(x)))
     return solvers.take_steps(velocity_fn, x, first, last, num_steps, static.solver, times, keys)
@@ -112,8 +119,9 @@ def integrate(params, key, x, condition, settings, first, last, num_steps, *, st
 
 @partial(jax.jit, static_argnames=("static", "latent_shape"))
 def generate(params, codec, key, indices, condition, settings, num_steps, *, static, latent_shape):
-    """Returns (images, evaluations of the velocity for each) of the samples `indices`; None for a fixed number."""
+    """Returns (images, evaluations of the velocity for each, None for a solver of fixed steps) of samples `indices`."""
     noise = sample_noise(key, indices, latent_shape)
+    # An adaptive solver makes the field for each sample by itself, to take steps that its neighbours do not change.
     if static.solver in ADAPTIVE_SOLVERS:
         velocity_of = partial(static.velocity, params, settings)
         latents, nfe = adaptive_sample(velocity_of, noise, condition, rtol=settings.rtol, atol=settings.atol)
@@ -129,6 +137,7 @@ def generate(params, codec, key, indices, condition, settings, num_steps, *, sta
 def lower_sampler(model: ImageModel, params: PyTree, sampler: SamplerConfig, batch_size: int) -> jax.stages.Lowered:
     """Lowers the function that draws `batch_size` samples; for parameters (or their shapes) on the devices of the
     model's mesh, which may be only described."""
+    # Shapes with shardings stand for the arguments: nothing is computed, and the mesh needs no real devices.
     sharding = batch_sharding(model.mesh)
     rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding)
     condition = shape_structs(jax.eval_shape(lambda: model.condition.null(batch_size)), sharding)
@@ -146,13 +155,14 @@ def solve(params, x, condition, settings, t_start, t_end, *, static):
 
 @partial(jax.jit, static_argnames=("static",))
 def measure_straightness(params, noise, condition, settings, *, static):
-    """Returns how far each path is from a straight line, see `paths.straightness`."""
+    """Returns the straightness of the path of each noise, see `paths.straightness`."""
     return paths.straightness(static.velocity(params, settings, condition), noise)
 
 
 @partial(jax.jit, static_argnames=("static",))
 def find_noise(params, x, condition, settings, num_steps, *, static):
-    """Returns the noise that leads to x."""
+    """Returns the noise (b, ...) from which the ODE leads to the latents x."""
+    # Both run from data at t = 1 to noise at t = 0.
     if static.solver in ADAPTIVE_SOLVERS:
         velocity_of = partial(static.velocity, params, settings)
         return adaptive_sample(velocity_of, x, condition, 1.0, 0.0, rtol=settings.rtol, atol=settings.atol)[0]
@@ -163,14 +173,14 @@ def find_noise(params, x, condition, settings, num_steps, *, static):
 @partial(jax.jit, static_argnames=("static",))
 def fill_hole(params, codec, key, images, is_hole, noise, condition, settings, num_steps, num_repeats, *, static):
     """Returns images whose hole (h, w) is filled; their other pixels are those of `images`."""
+    # What is known of the latents.
     encode_key, noise_key = jax.random.split(key)
-
     x_known = codec.encode(encode_key, pixel_format(codec).to_unit(images))
-    # A latent is known where all of its pixels are.
+    # A latent is known where all of its pixels are: the hole grows to whole latents.
     factors = (images.shape[1] // x_known.shape[1], images.shape[2] // x_known.shape[2])
     is_known = ~is_hole.reshape(x_known.shape[1], factors[0], x_known.shape[2], factors[1]).any(axis=(1, 3))[..., None]
 
-    # The path, and the pixels that it was to keep.
+    # The path, then the known pixels themselves: a codec does not give them back exactly.
     velocity_fn = static.velocity(params, settings, condition)
     keys = jax.vmap(partial(jax.random.fold_in, noise_key))(jnp.arange(len(images)))
     latents = paths.inpaint(

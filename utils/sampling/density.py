@@ -20,7 +20,7 @@ from utils.networks.models import Network, model_fn
 from utils.objectives.objective import Objective, VelocityFn
 from utils.sampling.solvers import solve_adaptively
 
-# Of images in [-1, 1]: grey levels per unit, as a density of x has to be turned into one of levels.
+# Turns a density of x in [-1, 1] into one of grey levels, 127.5 to a unit of x.
 BITS_OFFSET = math.log2(127.5)
 MAX_EXACT = 3 * 32 * 32  # elements: the exact trace takes a backward pass for each
 
@@ -52,13 +52,17 @@ class LogLikelihood(NamedTuple):
 def divergence(
     velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, " b"], probes: Float[Array, "p b ..."] | None
 ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-    """(v, div v) at x: Hutchinson's estimate, the mean of e . (J^T e) over `probes` e of independent signs, or without
-    probes the exact trace, one reverse pass for each element. The field of an example must not depend on the others."""
+    """Returns (v, div v) at x, where div v is Hutchinson's estimate, the mean of e . (J^T e) over `probes` e of
+    independent signs, or, without probes, the exact trace, one reverse pass for each element. The field of an example
+    must not depend on the others."""
+    # One forward pass serves all probes. They run one after another: memory does not grow with their number.
     v, pull = jax.vjp(lambda x: velocity_fn(x, t, t), x)
     axes = tuple(range(1, x.ndim))
     if probes is not None:
         estimates = jax.lax.map(lambda e: (pull(e)[0] * e).sum(axes), probes)
         return v, estimates.mean(axis=0)
+
+    # Row i of J for the whole batch at once, of which the diagonal entry is taken.
     size = math.prod(x.shape[1:])
 
     def diagonal(i):
@@ -69,7 +73,7 @@ def divergence(
 
 
 def log_normal(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
-    """log N(x; 0, I) of each example, in nats."""
+    """Returns log N(x; 0, I) of each example, in nats."""
     x = x.reshape(len(x), -1)
     return -0.5 * (x.shape[1] * math.log(2 * math.pi) + jnp.square(x).sum(axis=1))
 
@@ -77,13 +81,17 @@ def log_normal(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
 def midpoint_log_likelihood(
     velocity_fn: VelocityFn, x_1: Float[Array, "b ..."], probes: Float[Array, "p b ..."] | None, num_steps: int
 ) -> LogLikelihood:
-    """By the midpoint rule in `num_steps` steps: velocity and divergence are both taken halfway."""
+    """Returns log-likelihoods by the midpoint rule in `num_steps` steps: velocity and divergence are taken halfway.
+
+    The result is in nats; each example costs 2 `num_steps` evaluations, the divergence's passes not counted.
+    """
     h = 1 / num_steps
 
     def at(t):
         return jnp.full(len(x_1), t, jnp.float32)
 
     def step(i, state):
+        # From t = 1 down: `total` grows to the integral of the divergence over [0, 1].
         x, total = state
         t = 1 - i * h
         middle = x - h / 2 * velocity_fn(x, at(t), at(t))
@@ -103,15 +111,18 @@ def adaptive_log_likelihood(
     rtol: float | Float[Array, ""] = 1e-5,
     atol: float | Float[Array, ""] = 1e-5,
 ) -> LogLikelihood:
-    """By Dopri5, x and the integral of the divergence under one error control, each example with steps of its own."""
+    """Returns log-likelihoods, in nats, by Dopri5: x and the integral of the divergence are under one error control,
+    and each example has steps of its own."""
 
     def field(t, state, args):
+        # A batch of one: the solver is mapped over the examples.
         condition, probes = args
         times = jnp.full((1,), t, jnp.float32)
         velocity_fn = velocity_of(jax.tree.map(lambda leaf: leaf[None], condition))
         v, div = divergence(velocity_fn, state[0][None], times, probes)
         return v[0], div[0]
 
+    # The examples go first, as `solve_adaptively` maps over the first axis, each with a batch axis of 1.
     start = (x_1, jnp.zeros(len(x_1)))
     moved = None if probes is None else jnp.moveaxis(probes, 1, 0)[:, :, None]
     (x_0, integral), nfe = solve_adaptively(field, start, (condition, moved), 1.0, 0.0, rtol=rtol, atol=atol)
@@ -120,7 +131,7 @@ def adaptive_log_likelihood(
 
 
 def draw_probes(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...], num_probes: int) -> Array:
-    """Signs (num_probes, b, *shape), those of image i a function of (key, i) alone."""
+    """Returns signs, +1 or -1, (num_probes, b, *shape); those of image i are a function of (key, i) alone."""
 
     def draw(i):
         return jax.random.rademacher(jax.random.fold_in(key, i), (num_probes, *shape), jnp.float32)
@@ -131,15 +142,18 @@ def draw_probes(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int
 def dequantise(
     key: Key[Array, ""], indices: Int[Array, " b"], images: UInt8[Array, "b h w c"]
 ) -> Float[Array, "b h w c"]:
-    """Images in about [-1, 1] with uniform noise as wide as a grey level, centred on it; that of image i is a function
-    of (key, i) alone. Their density bounds the likelihood of the images from below (Theis et al., arXiv:1511.01844)."""
+    """Returns images in about [-1, 1] with uniform noise as wide as a grey level, centred on it.
+
+    The noise of image i is a function of (key, i) alone. The density of the result bounds the likelihood of the images
+    from below (Theis et al., arXiv:1511.01844).
+    """
     shape = images.shape[1:]
     noise = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-0.5, maxval=0.5))(indices)
     return (images.astype(jnp.float32) + noise) / 127.5 - 1
 
 
 def bits_per_dim(log_p: Float[Array, " b"], num_elements: int) -> Float[Array, " b"]:
-    """Of 8-bit images, from the log density (nats) of what `dequantise` makes of them."""
+    """Returns bits per dimension of 8-bit images, from the log density (nats) of what `dequantise` makes of them."""
     return -log_p / (math.log(2) * num_elements) + BITS_OFFSET
 
 
@@ -156,11 +170,11 @@ def measure_batch(
     config: LikelihoodConfig,
     is_pixels: bool,
 ) -> tuple[Float[Array, " b"], Int[Array, " b"]]:
-    """(bits per dimension, or nats per element of the latents where not `is_pixels`; NFE) of each image of a batch.
+    """Returns (bits per dimension, NFE) of each image of a batch; nats per element of the latents unless `is_pixels`.
 
-    `indices` are the images' numbers: all that is random of
-    image i is a function of (key, i) alone.
+    `indices` are the images' numbers: everything random about image i is a function of (key, i) alone.
     """
+    # The point whose density is asked for: dequantised pixels, or latents, whose density is not one of images.
     image_key, probe_key = jax.random.split(key)
     condition = batch.condition
     if is_pixels:
@@ -169,6 +183,8 @@ def measure_batch(
     else:
         keys = jax.vmap(partial(jax.random.fold_in, image_key))(indices)
         x_1 = batch.to_latents(codec, keys)
+
+    # The same probes all along the path: an estimate that changes would defeat the error control.
     probes = draw_probes(probe_key, indices, x_1.shape[1:], config.num_probes) if config.num_probes else None
 
     def velocity_of(condition):
@@ -178,6 +194,8 @@ def measure_batch(
         found = adaptive_log_likelihood(velocity_of, x_1, condition, probes, rtol=config.rtol, atol=config.atol)
     else:
         found = midpoint_log_likelihood(velocity_of(condition), x_1, probes, config.num_steps)
+
+    # Per element, so that sizes compare.
     num_elements = math.prod(x_1.shape[1:])
     if is_pixels:
         return bits_per_dim(found.log_p, num_elements), found.nfe

@@ -15,10 +15,12 @@ from utils.networks.models import ImageModel
 def read_images(
     folder: str | Path, image_shape: tuple[int, int, int], limit: int, flag: str
 ) -> tuple[UInt8[np.ndarray, "n h w c"], list[Path]]:
-    """Returns (images, their files) of a folder, sorted by path, `limit` at most. The middle square of each is resized
-    to (height, width, channels) `image_shape`, as in training. Raises UserError, naming --`flag`, if there are none, or
-    if one cannot be read."""
-    # A folder of images, for a run of square images.
+    """Returns (images, their files) of a folder, sorted by path, `limit` at most.
+
+    The middle square of each is resized to `image_shape` (height, width, channels), as in training. Raises UserError,
+    naming --`flag`, where the folder has no images, one cannot be read, or the run's images are not square.
+    """
+    # What cannot work is refused before anything is decoded.
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--{flag}={folder} is no folder; give a folder of images")
@@ -42,9 +44,11 @@ def read_images(
 
 
 def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.ndarray, "h w"]:
-    """Returns where a mask image is white, brighter than half: the hole to fill. Raises UserError if it is not an image
-    of that size, and if it is all hole or has none."""
-    # Its size is checked before it is decoded.
+    """Returns the pixels of a mask image that are white, brighter than half: the hole to fill.
+
+    Raises UserError where it is not an image of that size, and where it is white or black throughout.
+    """
+    # Its size is checked before it is decoded, so that a huge file costs nothing.
     height, width, _ = image_shape
     try:
         with open_image(Path(path)) as image:
@@ -56,6 +60,7 @@ def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.nd
         raise UserError(f"--mask={path} cannot be read as an image ({error}); give a PNG") from None
 
     is_hole = levels > 127
+    # An inverted or empty mask is a likely mistake, and would else go unseen.
     if is_hole.all() or not is_hole.any():
         raise UserError(
             f"--mask={path} is {'white' if is_hole.all() else 'black'} throughout: white is filled, black is kept"
@@ -85,6 +90,7 @@ def choose_labels(folder: str | Path, files: list[Path], model: ImageModel, flag
 
 def labels_from_folders(folder: str | Path, files: list[Path], class_names: tuple[str, ...]) -> list[int] | None:
     """Returns the classes that the subfolders of the files are named after; None if one of the names is no class."""
+    # All or none: a folder that is no class may hold images of any.
     names = [file.relative_to(folder).parts[0] for file in files]
     if not set(names) <= set(class_names):
         return None

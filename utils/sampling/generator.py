@@ -1,4 +1,4 @@
-"""From a trained model to images: the one way samples are made, and a model as Python calls it.
+"""Draws images from a trained model: the one way in which samples are made, for programs and for Python.
 
 generator = load_generator("runs/demo")
 images = generator.sample(labels=[3, 7], num_steps=64, cfg_scale=2.0, seed=0)  # uint8 (2, 8, 8, 1)
@@ -30,7 +30,7 @@ from utils.sampling.solvers import (
     SamplerConfig,
 )
 
-RECIPE_BATCH_SIZE = 128
+RECIPE_BATCH_SIZE = 128  # on all devices together, where the free memory is not known
 Labels = Sequence[str | int] | np.ndarray | str | int  # labels, or names of classes
 
 
@@ -41,7 +41,7 @@ class ImageGenerator:
     function of (seed, i) alone, whatever the batch size or the number of devices. Guidance scale, interval, step count
     and time shift compile nothing anew; with and without guidance are two compiled functions.
 
-    UserError, which is a ValueError, for a sampler that the flags would refuse (see `samplers.check_sampler`), a seed
+    Raises UserError (a ValueError) for a sampler that the flags would refuse (see `samplers.check_sampler`), a seed
     outside of 0 .. 2^32 - 1, and conditions that the model does not take.
     """
 
@@ -59,6 +59,7 @@ class ImageGenerator:
             raise UserError(f"label_mode={label_mode!r}: use one of {', '.join(modes)}")
         self.model = model
         self.params = params
+        # Separate keys: the noise of a sample stays the same when its label is given instead of drawn.
         self.noise_key, self.label_key = jax.random.split(jax.random.key(check_seed(seed)))
         self.label_mode = label_mode
         self.counts = None if class_counts is None else np.asarray(class_counts, float)
@@ -78,10 +79,11 @@ class ImageGenerator:
     def generate(
         self, sampler: SamplerConfig, num_samples: int, batch_size: int, conditions: PyTree | None = None
     ) -> Iterator[ImageBatch]:
-        """Batches of `batch_size` rows until exactly `num_samples` are made, with these conditions (n, ...) or drawn
-        ones."""
+        """Yields batches of `batch_size` rows until exactly `num_samples` are made, with these conditions (n, ...) or
+        drawn ones. Raises ValueError for another number of conditions."""
         self.check_sampler(sampler)
         if conditions is not None:
+            # On the host, where a batch is a slice and costs no compilation.
             conditions = jax.tree.map(np.asarray, self._as_arrays(conditions))
             if count_rows(conditions) != num_samples:
                 raise ValueError(f"{count_rows(conditions)} conditions for {num_samples} samples")
@@ -92,6 +94,8 @@ class ImageGenerator:
             if conditions is not None:
                 given = jax.tree.map(lambda leaf, start=start: leaf[start:][:batch_size], conditions)
                 rows = resize_rows(given, batch_size)
+
+            # Dispatched, not waited for: the caller can prepare the next batch while this one is computed.
             arguments, static = self._arguments(sampler, indices, rows)
             images, nfe = compiled.generate(*arguments, **static)
             yield ImageBatch(images, arguments[4], min(batch_size, num_samples - start), nfe)
@@ -99,12 +103,15 @@ class ImageGenerator:
     def _arguments(
         self, sampler: SamplerConfig, indices: np.ndarray, conditions: PyTree | None
     ) -> tuple[tuple, dict[str, Any]]:
-        """(arguments, static arguments) of `_generate` for the samples `indices`."""
+        """Returns (arguments, static arguments) of `compiled.generate` for the samples `indices`."""
+        # Rows are split over the devices, and the computation follows them.
         placed = shard_replicated(indices, self.model.mesh)
         if conditions is None:
             drawn = self._draw(placed)
         else:
             drawn = jax.tree.map(partial(shard_replicated, mesh=self.model.mesh), conditions)
+
+        # Numbers are arguments, the rest of the sampler is what the function is compiled for.
         settings = SamplerNumbers.of(sampler)
         arguments = (self.params, self.model.codec, self.noise_key, placed, drawn, settings, sampler.num_steps)
         return arguments, {"static": self._static(sampler), "latent_shape": self.model.latent_shape}
@@ -113,12 +120,17 @@ class ImageGenerator:
         return CompiledFor.of(self.model, sampler)
 
     def fitting_batch_size(self, sampler: SamplerConfig, num_samples: int, free_memory: int | None) -> int:
-        """A batch for devices with that many bytes free, by the compiler's analysis of one sample for each: a power of
-        two times their number, no more than `num_samples` need. Where memory is not known: about the recipe's 128."""
+        """Returns the batch size for devices with `free_memory` bytes free each, None where that is not known.
+
+        By the compiler's analysis of one sample for each device it is a power of two times their number, and no more
+        than `num_samples` need. Where memory is not known: about the recipe's 128.
+        """
         num_devices = self.model.mesh.size
         most = -(-num_samples // num_devices)
         if free_memory is None:
             return min(most, max(1, RECIPE_BATCH_SIZE // num_devices)) * num_devices
+
+        # Temporary memory grows with the samples on a device; one is enough to measure it.
         sizes: Any = lower_sampler(self.model, self.params, sampler, num_devices).compile().memory_analysis()
         # A quarter is left for the Inception network, and for fragmentation.
         fitting = 0.75 * free_memory / max(1, sizes.temp_size_in_bytes)
@@ -137,7 +149,7 @@ class ImageGenerator:
         seed: int | None = None,
         **sampler: Any,
     ) -> Images:
-        """Images (n, h, w, c), in one batch: one for each of `labels`, or `num_samples` with drawn ones.
+        """Returns images (n, h, w, c), drawn in one batch: one for each of `labels`, or `num_samples` with drawn ones.
 
         They have the format of the data: uint8, or float32 in the recorded range.
 
@@ -145,6 +157,7 @@ class ImageGenerator:
         their place, see `Condition.check`. `cfg_scale` None, -1 or 1 is no guidance. `seed`: default, the
         generator's. `sampler`: further fields of SamplerConfig, such as solver="heun".
         """
+        # The conditions: given ones say how many samples there are.
         generator = self if seed is None else self.with_seed(seed)
         given = labels if conditions is None else conditions
         if given is not None:
@@ -153,11 +166,15 @@ class ImageGenerator:
             if num_samples not in (None, number):
                 raise UserError(f"num_samples={num_samples}, but there are {number} labels; give one of the two")
             num_samples = number
+
+        # Everything is checked before anything is compiled.
         count = 1 if num_samples is None else num_samples
         if not is_integer(count, 1, 2**31 - 1):
             raise UserError(f"num_samples={count}: use a whole number, 1 or more")
         config = SamplerConfig(num_steps, cfg_scale, **sampler)
         self.check_sampler(config)
+
+        # A whole number of rows for each device; those beyond `count` are cut off on the host.
         size = -(-count // self.model.mesh.size) * self.model.mesh.size
         (batch,) = generator.generate(config._replace(cfg_scale=guidance_scale(cfg_scale)), count, size, given)
         return batch.to_host()[0]
@@ -186,25 +203,32 @@ class ImageGenerator:
     def sample_latents(
         self, noise: Float[Array, "n h w c"], condition: PyTree, sampler: SamplerConfig
     ) -> Float[Array, "n h w c"]:
-        """Latents at t = 1 of the path that starts at `noise`."""
+        """Returns the latents at t = 1 of the path that starts at `noise`."""
         *_, latents = self.path(noise, condition, sampler, 1)
         return latents
 
     def path(
         self, noise: Float[Array, "n h w c"], condition: PyTree, sampler: SamplerConfig, num_stages: int
     ) -> Iterator[Float[Array, "n h w c"]]:
-        """The latents at `num_stages` + 1 times of the path, from `noise` itself to t = 1, equally many steps apart (or
-        as near as the step count allows). Row j has the fresh noise of sample j, if the solver draws any."""
+        """Yields the latents at `num_stages` + 1 times of the path, from `noise` itself to t = 1.
+
+        The stages are equally many steps apart, or as near as the step count allows. Row j has the fresh noise of
+        sample j, if the solver draws any.
+        """
         self.check_sampler(sampler)
         condition = self._as_arrays(condition)
         settings = SamplerNumbers.of(sampler)
         static = self._static(sampler)
         yield noise
+
+        # An adaptive solver has no steps to count: its stages are equal times.
         if sampler.is_adaptive:
             for first, last in itertools.pairwise(np.linspace(0, 1, num_stages + 1).tolist()):
                 noise, _ = compiled.solve(self.params, noise, condition, settings, first, last, static=static)
                 yield noise
             return
+
+        # Fixed steps are the same as in one run from start to end: the cuts fall between them.
         cuts = [sampler.num_steps * i // num_stages for i in range(num_stages + 1)]
         for first, last in itertools.pairwise(cuts):
             steps = (first, last, sampler.num_steps)
@@ -213,6 +237,7 @@ class ImageGenerator:
 
     def straightness(self, num_samples: int = 64, cfg_scale: float | None = None) -> float:
         """Returns the straightness of the paths of the first samples, see `paths.straightness`."""
+        # The number of steps is that of `paths.straightness`; only the guidance of the sampler counts.
         sampler = SamplerConfig(1, cfg_scale)
         noise = self.noise(range(num_samples))
         condition = self._as_arrays(self.conditions(range(num_samples)))
@@ -225,7 +250,7 @@ class ImageGenerator:
     ) -> Float[Array, "n h w c"]:
         """Returns the noise from which the ODE leads to `latents`, up to the solver's error.
 
-        Raises UserError for a solver of SDEs, and for one whose times do not go from 0 to 1.
+        Raises UserError for a solver that adds noise, and for one whose times do not go from 0 to 1.
         """
         self._check_ode(sampler, "invert")
         arguments = (self.params, latents, self._as_arrays(condition), SamplerNumbers.of(sampler), sampler.num_steps)
@@ -239,11 +264,11 @@ class ImageGenerator:
         sampler: SamplerConfig,
         num_repeats: int = 1,
     ) -> Images:
-        """Returns the images with the hole filled; every other pixel as it was. Hole i starts at the noise of sample i.
+        """Returns the images with the hole filled and no other pixel changed. Hole i starts at the noise of sample i.
 
-        For the method, and what `num_repeats` is good for, see `paths.inpaint`. The hole of a latent model is
-        widened to whole latents. Raises UserError for an adaptive solver, which takes no fixed steps, and for
-        one of SDEs.
+        `paths.inpaint` explains the method and `num_repeats`. For a latent model, the hole is widened to whole latents
+        while it is filled. Raises UserError for an adaptive solver, which takes no fixed steps, and for one that adds
+        noise.
         """
         if sampler.is_adaptive:
             raise UserError(f"{sampler.solver} cannot inpaint: use a solver of fixed steps")
@@ -264,14 +289,17 @@ class ImageGenerator:
             raise UserError(f"{sampler.solver} cannot {verb}: use one of {', '.join(ODE_SOLVERS)}")
 
     def model_fn(self, x: ArrayLike, t: Any, condition: Any) -> Float[Array, "n h w c"]:
-        """The velocity, float32, without guidance, at x (n, h, w, c) on the straight path from noise (t = 0) to data
-        (t = 1), times (n,) and conditions (n, ...); whatever the network predicts."""
+        """Returns the velocity, float32, without guidance, at x (n, h, w, c), times t (n,) and conditions (n, ...).
+
+        x is on the straight path from noise (t = 0) to data (t = 1), whatever the network itself predicts.
+        """
         t = jnp.asarray(t, jnp.float32)
         static = {"network": self.model.network, "objective": self.model.objective}
         return compiled.evaluate_velocity(self.params, x, t, self._as_arrays(condition), **static)
 
     def _as_arrays(self, condition: PyTree) -> PyTree:
-        """Conditions (n, ...) as JAX arrays of their own dtypes."""
+        """Returns conditions (n, ...) as JAX arrays of the dtypes that their kind declares."""
+        # A mixture is not of the kind itself, but both of its sides are.
         if isinstance(condition, Mixture):
             first = self._as_arrays(condition.first)
             second = self._as_arrays(condition.second)
@@ -279,20 +307,20 @@ class ImageGenerator:
         return jax.tree.map(lambda leaf, rows: jnp.asarray(rows, leaf.dtype), self.condition.spec, condition)
 
     def encode(self, images: Images, seed: int = 0) -> Float[Array, "n h2 w2 c2"]:
-        """Latents of images; drawn from the posterior of a VAE."""
+        """Returns latents of images; those of a VAE are drawn from its posterior by `seed`."""
         return compiled.encode_images(self.model.codec, jax.random.key(seed), images)
 
     def decode(self, latents: Float[Array, "n h2 w2 c2"]) -> Images:
-        """Images of latents, in the format of the data."""
+        """Returns images of latents, in the format of the data."""
         return gather(compiled.decode_images(self.model.codec, latents))
 
     def to_pictures(self, images: Images) -> UInt8[np.ndarray, "*n h w c"]:
-        """Images as figures show them: uint8, whatever the format of the data."""
+        """Returns images as figures show them: uint8, whatever the format of the data."""
         return np.asarray(pixel_format(self.model.codec).to_uint8(images))
 
 
 def check_seed(seed: int) -> int:
-    """Returns the seed; UserError for no integer, and for one beyond 32 bits, which JAX would cut."""
+    """Returns the seed. Raises UserError unless it is an integer of 32 bits: JAX would cut a longer one."""
     if not is_integer(seed, 0, 2**32 - 1):
         raise UserError(f"seed={seed}: use a number from 0 to {2**32 - 1}")
     return seed
@@ -302,5 +330,6 @@ def hash_params(params: PyTree) -> str:
     """Returns the sha256 of all parameters' bytes, in the tree's order."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
+        # Gathered leaf by leaf: all at once may not fit on the host.
         digest.update(np.ascontiguousarray(gather(leaf)).data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Guidance: fields made of a model's predictions with and without its condition, or of two conditions.
+"""Guidance: fields that combine a model's predictions with and without its condition, or under two conditions.
 
 The scale and the interval are ordinary arguments of the compiled function: changing them compiles nothing anew.
 """
@@ -22,7 +22,7 @@ def guide(
 
     `cfg_channels` guides the first channels alone, as DiT and SiT do; None: all. The others are conditional, and so are
     outputs beyond the channels of x, a learned variance. `null(n)` is n times "no condition". `cfg_scale` None turns
-    guidance off: the conditional prediction, at half the cost (equal to s = 1 up to rounding).
+    guidance off: the conditional prediction, at half the cost (what s = 1 gives, up to rounding).
     """
     if cfg_scale is None:
         return model_fn
@@ -35,7 +35,7 @@ def guide(
         v_uncond, v_cond = jnp.split(v, 2)
         v = v_uncond + scale * (v_cond - v_uncond)
 
-        # Channels without guidance.
+        # Channels without guidance: the rest of x, and a learned variance behind them.
         num_guided = x.shape[-1] if cfg_channels is None else cfg_channels
         if num_guided >= v.shape[-1]:
             return v
@@ -49,6 +49,7 @@ def within(
 ) -> VelocityFn:
     """Returns a field that is `guided` at times from `low` to `high`, and `plain`, at half the cost, before and after
     (arXiv:2404.07724). The time must be the same for all examples."""
+    # Outside of vmap, a cond runs one branch alone: that saves half of the cost.
     return lambda x, t, t_next: jax.lax.cond((low <= t[0]) & (t[0] <= high), guided, plain, x, t, t_next)
 
 
@@ -56,6 +57,7 @@ def mix(first: VelocityFn, second: VelocityFn, fractions: Float[Array, " b"]) ->
     """Returns (1 - fraction) of the first field and fraction of the second, one fraction for each example."""
 
     def velocity_fn(x, t, t_next):
+        # Broadcast over the elements of each example.
         fraction = fractions.reshape(-1, *[1] * (x.ndim - 1))
         return (1 - fraction) * first(x, t, t_next) + fraction * second(x, t, t_next)
 

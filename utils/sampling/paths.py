@@ -1,4 +1,4 @@
-"""What is made of whole paths: their noise, their straightness, images filled in, and noise between two noises."""
+"""Uses of whole paths: inversion to noise, straightness, inpainting, and interpolation between two noises."""
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,16 @@ def invert(
     def backwards(step, num_steps):
         return times(num_steps - step, num_steps)
 
+    # The same times in reverse order; a step with t_next < t goes backwards.
     return take_steps(velocity_fn, x_1, 0, num_steps, num_steps, solver, backwards)
 
 
 def straightness(velocity_fn: VelocityFn, noise: Float[Array, "b ..."], num_steps: int = 100) -> Float[Array, " b"]:
-    """How far each path is from a straight line (arXiv:2209.03003, eq. 8), per element: the mean over `num_steps` Euler
-    steps of |z_1 - z_0 - v|^2, the variance of v along the path. Zero where one step is as good as many."""
+    """Returns how far each path is from a straight line (arXiv:2209.03003, eq. 8), per element.
+
+    It is the mean over `num_steps` Euler steps of |z_1 - z_0 - v|^2, the variance of v along the path, in [0, inf).
+    Zero: one step is as good as many.
+    """
     axes = tuple(range(1, noise.ndim))
 
     def body(i, carried):
@@ -51,7 +55,7 @@ def inpaint(
     times: TimeGrid = time_at,
     num_repeats: int | Int[Array, ""] = 1,
 ) -> Float[Array, "b ..."]:
-    """Samples that are `x_known` where `is_known`, of the shape of one example.
+    """Returns samples (b, ...) that are `x_known` where `is_known`, a mask of the shape of one example.
 
     After every step the known elements are put on their own path, t x_known + (1 - t) x_0. So that the others fit them,
     each step is taken `num_repeats` times, as RePaint does (arXiv:2201.09865): between two, x goes back from t' to t by
@@ -66,9 +70,11 @@ def inpaint(
         x, x_0 = carried
         t, t_next = times(i, num_steps), times(i + 1, num_steps)
 
+        # Back to t by fresh noise, then forward again: the unknown elements can adapt to the known ones.
         def again(repeat, carried):
             x, _ = carried
             fresh = jax.vmap(lambda key: jax.random.normal(_fold(key, i, repeat), x.shape[1:]))(keys)
+            # The path shrinks x by the ratio; fresh noise fills its standard deviation up to 1 - t.
             ratio = t / t_next
             x = ratio * x + jnp.sqrt((1 - t) ** 2 - (ratio * (1 - t_next)) ** 2) * fresh
             return forward(on_path(x, fresh, t), fresh)
@@ -91,12 +97,17 @@ def _fold(key: Key[Array, ""], *numbers: Int[Array, ""]) -> Key[Array, ""]:
 def slerp(
     x: Float[Array, "n h w c"], y: Float[Array, "n h w c"], fractions: Float[Array, " k"]
 ) -> Float[Array, "n k h w c"]:
-    """Spherical interpolation (Shoemake 1985) from each x to its y: noise in between has the length of noise, too."""
+    """Returns the spherical interpolation (Shoemake 1985) from each x to its y at `fractions` in [0, 1].
+
+    Unlike a straight line, it keeps the length of noise in between.
+    """
     axes = (-3, -2, -1)
 
+    # Angles are between whole examples, not between their rows or channels.
     def norm(z):
         return jnp.sqrt(jnp.square(z).sum(axes, keepdims=True))
 
+    # One axis for the fractions, between the examples and their elements.
     x, y, fraction = x[:, None], y[:, None], fractions[None, :, None, None, None]
     cosine = (x * y).sum(axes, keepdims=True) / (norm(x) * norm(y))
     angle = jnp.arccos(jnp.clip(cosine, -1, 1))

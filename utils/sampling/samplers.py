@@ -1,4 +1,4 @@
-"""Rules for samplers: which steps, guidance and solver a model can be sampled with. Flags and Python share them."""
+"""Rules for samplers: which steps, guidance and solver suit a model. The flags and the Python interface share them."""
 
 import difflib
 import itertools
@@ -11,7 +11,7 @@ from utils.base.errors import UserError
 from utils.objectives.objective import Objective, has_guidance
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
 
-# Larger values are typing errors.
+# Bounds that no one reaches but by a typing error.
 MAX_STEPS = 10**6
 MAX_SCALE = 1000
 
@@ -38,6 +38,7 @@ def check_sampler(
     `objective` None stands for flow matching. `class_dropout_prob` and `num_channels` are the model's; None leaves out
     what depends on them. `names` say how messages write the fields: FLAGS for a command line, by default as in Python.
     """
+    # Lazily, the solver first: a later rule may look up what an earlier one has found to exist.
     problems = itertools.chain(
         _check_solver(sampler, objective),
         _check_steps(sampler, objective),
@@ -47,7 +48,7 @@ def check_sampler(
     for field, fix in problems:  # the first: what follows may not make sense beside it
         value = getattr(sampler, field)
         text = ",".join(map(_write, value)) if isinstance(value, tuple) else _write(value)
-        if field in ("num_steps", "cfg_channels"):  # 1.0 is not 1
+        if field in ("num_steps", "cfg_channels"):  # 4.0 is refused, and must not be shown as 4
             text = repr(value)
         raise UserError(f"{(names or {}).get(field, f'{field}=')}{text}: {fix}")
 
@@ -60,6 +61,7 @@ def _check_solver(sampler: SamplerConfig, objective: Objective | None) -> Proble
     if sampler.solver not in known:
         near = difflib.get_close_matches(str(sampler.solver), known, n=1)
         yield "solver", f"{f'did you mean {near[0]}? ' if near else ''}Solvers are {', '.join(known)}"
+    # An objective names its solvers where not all fit. Those of diffusions need noise levels.
     fitting = getattr(objective, "SOLVERS", (*ODE_SOLVERS, "sde", *ADAPTIVE_SOLVERS))
     if sampler.solver not in fitting:
         is_of_diffusion = not sampler.is_adaptive and SOLVERS[sampler.solver].grid == "objective"
@@ -68,11 +70,14 @@ def _check_solver(sampler: SamplerConfig, objective: Objective | None) -> Proble
 
 
 def _check_steps(sampler: SamplerConfig, objective: Objective | None) -> Problems:
+    # An adaptive solver takes tolerances in place of a number of steps.
     if sampler.is_adaptive:
         for field in ("rtol", "atol"):
             if not _is_number(getattr(sampler, field), 1e-7, 1):
                 yield field, "use a tolerance from 1e-7 to 1"
         return
+
+    # The bounds of the solver, of the objective, and of its noise levels.
     grid = SOLVERS[sampler.solver].grid
     fewest = 2 if grid == "sde" else 1
     if not is_integer(sampler.num_steps, fewest, MAX_STEPS):
@@ -86,6 +91,7 @@ def _check_steps(sampler: SamplerConfig, objective: Objective | None) -> Problem
 
 
 def _check_times(sampler: SamplerConfig, objective: Objective | None) -> Problems:
+    # A shift far from 1 puts all steps at one end.
     if not _is_number(sampler.time_shift, 0.01, 100):
         yield "time_shift", "use a shift from 0.01 to 100; 1 is the uniform grid"
     if sampler.time_shift != 1 and getattr(objective, "NEEDS_UNIFORM_STEPS", False):
@@ -99,6 +105,7 @@ def _check_guidance(
 ) -> Problems:
     scale = sampler.cfg_scale
     interval = sampler.cfg_interval
+    # -1 is how a command line says None.
     if not (scale is None or _is_number(scale, -1, -1) or _is_number(scale, 0, MAX_SCALE)):
         yield "cfg_scale", f"use a scale from 0 to {MAX_SCALE}, or -1 for no guidance"
     if guidance_scale(scale) is not None:
@@ -106,6 +113,8 @@ def _check_guidance(
             yield "cfg_scale", "guidance is part of what the model has learned; use 1"
         if class_dropout_prob is not None and not can_guide(class_dropout_prob):
             yield "cfg_scale", f"{explain_no_guidance(class_dropout_prob)}; use 1"
+
+    # Interval and channels, which matter only where there is guidance, are checked all the same.
     is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
     if not is_pair or not all(_is_number(t, 0, 1) for t in interval) or interval[0] > interval[1]:
         yield "cfg_interval", "give first and last time from 0 to 1, such as 0.1,0.9"
@@ -126,6 +135,7 @@ def _write(value: Any) -> str:
 
 def _is_number(value: Any, low: float, high: float) -> bool:
     try:
+        # True is a number to Python, but none to a user.
         return not isinstance(value, bool) and bool(math.isfinite(value) and low <= value <= high)
     except TypeError:
         return False

@@ -13,27 +13,28 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from utils.objectives.objective import VelocityFn
 
+# step(velocity_fn, x, t, t_next) -> x at t_next; a stochastic one is given fresh noise, too.
 StepFn = Callable[..., Float[Array, "b ..."]]
 # grid(step, num_steps): the time before step `step` of `num_steps`, and at its end after the last.
 TimeGrid = Callable[[int | Int[Array, ""], int | Int[Array, ""]], Float[Array, ""]]
 
 
 def full_times(t: Float[Array, ""], x: Float[Array, "b ..."]) -> Float[Array, " b"]:
-    """The time t for each example of x."""
+    """Returns the time t for each example of x, (b,)."""
     return jnp.full((x.shape[0],), t, jnp.float32)
 
 
 def euler_step(
     velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, ""], t_next: Float[Array, ""]
 ) -> Float[Array, "b ..."]:
-    """Order 1."""
+    """Takes a step of order 1: Euler's method. One evaluation."""
     return x + (t_next - t) * velocity_fn(x, full_times(t, x), full_times(t_next, x))
 
 
 def heun_step(
     velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, ""], t_next: Float[Array, ""]
 ) -> Float[Array, "b ..."]:
-    """Order 2: the trapezoidal rule with an Euler predictor."""
+    """Takes a step of order 2: the trapezoidal rule with an Euler predictor. Two evaluations."""
     v = velocity_fn(x, full_times(t, x), full_times(t_next, x))
     v_end = velocity_fn(x + (t_next - t) * v, full_times(t_next, x), full_times(t_next, x))
     return x + (t_next - t) * (v + v_end) / 2
@@ -42,7 +43,7 @@ def heun_step(
 def midpoint_step(
     velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, ""], t_next: Float[Array, ""]
 ) -> Float[Array, "b ..."]:
-    """Order 2: the velocity halfway, reached by an Euler step."""
+    """Takes a step of order 2: the velocity halfway, reached by an Euler step. Two evaluations."""
     middle = (t + t_next) / 2
     v = velocity_fn(x, full_times(t, x), full_times(middle, x))
     v = velocity_fn(x + (middle - t) * v, full_times(middle, x), full_times(t_next, x))
@@ -56,7 +57,7 @@ def euler_maruyama_step(
     t_next: Float[Array, ""],
     fresh_noise: Float[Array, "b ..."],
 ) -> Float[Array, "b ..."]:
-    """Order 1 of the SDE with the same marginals (SiT, arXiv:2401.08740, its diffusion coefficient 1 - t).
+    """Takes a step of order 1 of the SDE with the same marginals (SiT, arXiv:2401.08740, diffusion coefficient 1 - t).
 
     On the straight path the score is (t v - x) / (1 - t), so that dx = (v + (t v - x)) dt + sqrt(2 (1 - t)) dW. The
     step that ends at t = 1 takes the mean alone.
@@ -74,7 +75,7 @@ def ancestral_step(
     t_next: Float[Array, ""],
     fresh_noise: Float[Array, "b ..."],
 ) -> Float[Array, "b ..."]:
-    """The posterior of DDPM (arXiv:2006.11239, eq. 6 and 7) between two times of the straight path.
+    """Draws from the posterior of DDPM (arXiv:2006.11239, eq. 6 and 7) between two times of the straight path.
 
     With s = 1 - t, s' = 1 - t' and x_1 = x + s v predicted, its mean is a x_1 + b x for a = c / (t' s^2),
     b = (t / t') (s' / s)^2 and c = (t' - t) (t' s + t s'), and its variance s'^2 - (b s)^2 = c (s' / (t' s))^2. No two
@@ -83,27 +84,33 @@ def ancestral_step(
     A field of twice the channels of x has a learned variance in its second half (arXiv:2102.09672, eq. 15): 1 is the
     forward process's, c h' / (h t'^2) with h = t^2 + s^2, and -1 that of the posterior.
     """
+    # What the network says: the data that x comes from and, where it has learned it, a variance.
     field = velocity_fn(x, full_times(t, x), full_times(t_next, x))
     velocity, learned = field[..., : x.shape[-1]], field[..., x.shape[-1] :]
     x_1 = x + (1 - t) * velocity
+
+    # Mean and deviation of the posterior, in the terms of the docstring.
     s, s_next = 1 - t, 1 - t_next
     common = (t_next - t) * (t_next * s + t * s_next)
     mean = common / (t_next * s**2) * x_1 + (t / t_next) * (s_next / s) ** 2 * x
     deviation = jnp.sqrt(common) / t_next
     if learned.shape[-1]:
         fraction = (learned + 1) / 2
+        # Both bounds over the common factor, as deviations; the learned number interpolates their logarithms.
         forward = jnp.hypot(t_next, s_next) / jnp.hypot(t, s)
         ratio = forward**fraction * (s_next / s) ** (1 - fraction)
     else:
         ratio = s_next / s
+
+    # The step that ends at t = 1 takes the mean alone.
     return mean + jnp.where(t_next < 1, deviation * ratio, 0) * fresh_noise
 
 
 class Solver(NamedTuple):
     """One step, and the velocities it takes (NFE: number of function evaluations).
 
-    A stochastic one takes standard normal noise (b, ...) as its last argument. `grid` names its times: 'any' of
-    --time_grid; 'sde', `sde_time_at`; 'objective', those that the objective brings (`Objective.time_grid`).
+    A stochastic one takes standard normal noise (b, ...) as its last argument. `grid` names its times: 'any', those of
+    --time_grid; 'sde', those of `sde_time_at`; 'objective', the objective's own (`Objective.time_grid`).
     """
 
     step: StepFn
@@ -122,6 +129,7 @@ SOLVERS = {
     "ddpm": Solver(ancestral_step, 1, is_stochastic=True, grid="objective"),
 }
 ADAPTIVE_SOLVERS = ("dopri5",)
+# Those of fixed steps from 0 to 1 without fresh noise: they alone can invert and inpaint.
 ODE_SOLVERS = tuple(name for name, solver in SOLVERS.items() if solver.grid == "any")
 MAX_ADAPTIVE_STEP = 1 / 4  # the error estimate of a longer one does not see what lies between
 SPACINGS = ("linspace", "leading")  # of the noise levels of a diffusion, see `Diffusion.time_at`
@@ -159,6 +167,7 @@ class SamplerConfig(NamedTuple):
         if self.spacing != SPACINGS[0]:
             shift = f" with {self.spacing} spacing"
         guidance = "no guidance" if self.cfg_scale is None else f"guidance {self.cfg_scale:g}"
+        # Only what differs from the defaults, after what is always said.
         low, high = self.cfg_interval
         if self.cfg_scale is not None and (low > 0 or high < 1):
             guidance += f" for t in [{low:g}, {high:g}]"
@@ -168,17 +177,18 @@ class SamplerConfig(NamedTuple):
 
 
 def time_at(step: int | Int[Array, ""], num_steps: int | Int[Array, ""], time_shift: float | Float[Array, ""] = 1.0):
-    """Time in [0, 1] before step `step` of `num_steps`: u = step / num_steps, shifted to u / (u + S (1 - u)).
+    """Returns the time in [0, 1] before step `step` of `num_steps`.
 
-    S = 1 is the uniform grid. S > 1 spends more steps on noise, as SD3 (arXiv:2403.03206, section 5.3.2, where noise is
-    at t = 1) and LightningDiT do.
+    It is u = step / num_steps, shifted to u / (u + S (1 - u)). S = 1 is the uniform grid. S > 1 spends more steps on
+    noise, as SD3 (arXiv:2403.03206, section 5.3.2, where noise is at t = 1) and LightningDiT do.
     """
     u = jnp.float32(step / num_steps)
+    # The uniform grid is exact: the formula rounds even at S = 1.
     return jnp.where(time_shift == 1, u, u / (u + time_shift * (1 - u)))
 
 
 def sde_time_at(step: int | Int[Array, ""], num_steps: int | Int[Array, ""]) -> Float[Array, ""]:
-    """SiT's times for its SDE: `num_steps` from 0 to 0.96, ends included, and 1 after the last step."""
+    """Returns SiT's times for its SDE: `num_steps` from 0 to 0.96, ends included, and 1 after the last step."""
     u = jnp.float32(step / jnp.maximum(num_steps - 1, 1)) * (1 - SDE_LAST_STEP)
     return jnp.where(step < num_steps, u, 1)
 
@@ -186,7 +196,7 @@ def sde_time_at(step: int | Int[Array, ""], num_steps: int | Int[Array, ""]) -> 
 def start_path(
     noise: Float[Array, "b ..."], num_steps: int | Int[Array, ""], times: TimeGrid = time_at
 ) -> Float[Array, "b ..."]:
-    """Standard normal noise as it is at the first time t of the grid: times sqrt(t^2 + (1 - t)^2), 1 at t = 0."""
+    """Scales standard normal noise to the first time t of the grid, by sqrt(t^2 + (1 - t)^2), which is 1 at t = 0."""
     t = times(0, num_steps)
     return noise * jnp.hypot(t, 1 - t)
 
@@ -201,7 +211,7 @@ def take_steps(
     times: TimeGrid = time_at,
     keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "b ..."]:
-    """x after the steps i = first .. last - 1 of `num_steps`, each from times(i, num_steps) to that of i + 1.
+    """Returns x after the steps i = first .. last - 1 of `num_steps`, each from times(i, num_steps) to that of i + 1.
 
     `solver` is a key of SOLVERS; a stochastic one draws the noise of example j at step i from (keys[j], i). All three
     counts may be traced, so that one compiled function serves every step count and every stage of a path.
@@ -226,7 +236,7 @@ def sample(
     times: TimeGrid = time_at,
     keys: Key[Array, " b"] | None = None,
 ) -> Float[Array, "b ..."]:
-    """Samples: `noise` carried to t = 1 by `num_steps` steps; see `take_steps`."""
+    """Returns samples: `noise` carried to t = 1 by `num_steps` steps; see `take_steps`."""
     x = start_path(noise, num_steps, times)
     return take_steps(velocity_fn, x, 0, num_steps, num_steps, solver, times, keys)
 
@@ -241,7 +251,7 @@ def adaptive_sample(
     rtol: float | Float[Array, ""] = 1e-5,
     atol: float | Float[Array, ""] = 1e-5,
 ) -> tuple[Float[Array, "b ..."], Int[Array, " b"]]:
-    """(x carried from `t_start` to `t_end`, evaluations of the velocity for each) on the field
+    """Returns (x carried from `t_start` to `t_end`, evaluations of the velocity for each), on the field
     `velocity_of(condition)`.
 
     Dormand and Prince's method of order 5 with error control (diffrax's Dopri5): the error of each step is kept below
@@ -250,6 +260,7 @@ def adaptive_sample(
     """
 
     def field(t, x, condition):
+        # A batch of one: the solver is mapped over the examples.
         times = jnp.full((1,), t, jnp.float32)
         return velocity_of(jax.tree.map(lambda leaf: leaf[None], condition))(x[None], times, times)[0]
 
@@ -266,9 +277,11 @@ def solve_adaptively(
     rtol: float | Float[Array, ""],
     atol: float | Float[Array, ""],
 ) -> tuple[PyTree, Int[Array, " b"]]:
-    """(state at `t_end`, evaluations) of d state / dt = field(t, state, args) for each example, the first axis of the
-    leaves of `state` and `args`; see `adaptive_sample`."""
-    # Its solvers are all that is needed of it: seconds to import.
+    """Returns (state at `t_end`, evaluations) of d state / dt = field(t, state, args) for each example.
+
+    Examples are the first axis of the leaves of `state` and `args`; see `adaptive_sample`.
+    """
+    # Imported here: it takes seconds, and only adaptive solvers need it.
     import diffrax
 
     def solve(state, args):
@@ -277,20 +290,21 @@ def solve_adaptively(
             diffrax.Dopri5(),
             t_start,
             t_end,
-            dt0=None,
+            dt0=None,  # chosen from the field at the start
             y0=state,
             args=args,
             saveat=diffrax.SaveAt(t1=True),
             stepsize_controller=diffrax.PIDController(rtol, atol, dtmax=MAX_ADAPTIVE_STEP),
-            max_steps=None,
-            adjoint=diffrax.ForwardMode(),
+            max_steps=None,  # no sample is given up, whatever its tolerance
+            adjoint=diffrax.ForwardMode(),  # nothing is differentiated backwards through it
         )
         # Six evaluations a step, of which the last serves the next; and one to begin with.
         return jax.tree.map(lambda leaf: leaf[0], solution.ys), 6 * solution.stats["num_steps"] + 1
 
+    # Steps of its own for each example: a batch waits for its slowest.
     return jax.vmap(solve)(state, args)
 
 
 def sample_noise(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """Standard normal noise (b, *shape); row j is a function of (key, indices[j]) alone."""
+    """Returns standard normal noise (b, *shape); row j is a function of (key, indices[j]) alone."""
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
