@@ -306,8 +306,7 @@ class RunEvaluation(Scoring):
         return settings
 
     def evaluate(self, sampler: SamplerConfig) -> dict[str, float | None]:
-        """Returns the metrics of one sampler. Its grid is written on the way, and its samples if --save_samples is
-        given."""
+        """Returns the metrics of one sampler; writes its grid, and its samples for --save_samples."""
         config = self.config
         statistics = self.new_statistics()
         grid_images: list[tuple[np.ndarray, np.ndarray]] = []

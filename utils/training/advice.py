@@ -1,5 +1,5 @@
-"""What a user is told beside a training: its memory and time before it starts, settings that are hardly meant, and the
-commands that follow it."""
+"""Advice around a training: its memory and time before it starts, hints about settings that are hardly meant, and the
+commands that come next."""
 
 import math
 import shlex
@@ -25,6 +25,7 @@ from utils.training.progress import PEAK_TFLOPS
 
 # --- The plan: memory and time ---
 
+# Devices that people have: memory sizes, and kinds whose peak is known.
 DEVICE_GIB = (12, 16, 24, 80)
 DEVICE_KINDS = ("NVIDIA GeForce RTX 4090", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "TPU v5 lite")
 MFU = 0.4  # model FLOPs utilisation that the times of other devices assume
@@ -88,7 +89,6 @@ def plan_lines(
     other = small if small < batch_size else 2 * batch_size
     memory = MemoryModel({size: measure(size) for size in (other, batch_size)})
     needed = memory.bytes_of(batch_size)
-
     parts = {
         "parameters": bytes_on_device(state.params),
         "EMA": bytes_on_device(state.ema_params),
@@ -134,6 +134,7 @@ def model_hints(
     config: NetworkConfig, latent_shape: tuple[int, int, int], dataset: ImageDataset, batch_size: int
 ) -> list[str]:
     """Returns hints about settings of the network, the batch and the training split that are hardly meant."""
+    # A few labels to spare may be meant, twice as many hardly.
     hints = []
     num_images = len(dataset.source)
     num_classes = dataset.num_classes
@@ -168,6 +169,7 @@ def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) ->
     # What helps.
     fixes = ["--ema_warmup 1 follows the parameters from the start"]
     if at_last > 0.02:
+        # rate^max_steps = 1 %, solved for the rate and rounded down to four digits.
         rate = 1 - math.ceil(1e4 * (1 - 0.01 ** (1 / max_steps))) / 1e4
         fixes.insert(0, f"--model.target_update_rate {rate:g} leaves 1% at the end")
     return [f"images and FID use the EMA, of which {share}; {', or '.join(fixes)}"]
@@ -176,13 +178,14 @@ def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) ->
 # --- Commands ---
 
 PROGRAMS = Path(__file__).resolve().parents[2]
-# Samples of a FID.
+# Samples of a FID: papers report 50,000; fewer than 1,000 say little.
 MOST_SAMPLES = 50_000
 FEWEST_SAMPLES = 1_000
 
 
 def write_command(program: str, *words: object) -> str:
     """Returns the command line of a program of this project, from the current folder, quoted for a shell."""
+    # "python" where that is this one, as in an activated environment; else its path.
     python = sys.executable
     found = shutil.which("python")
     if found and Path(found).absolute().parent == Path(python).absolute().parent:
@@ -199,14 +202,19 @@ def shipped_statistics(dataset_name: str) -> Path | None:
 
 
 def write_statistics_command(saved: dict[str, Any], out: Path) -> str:
-    """Returns the command that makes reference statistics of the images that a run of configuration `saved` was trained
-    on: those of its cached latents, too, and those from which its pairs of noise and sample derive."""
+    """Returns the command that makes reference statistics of the images that a run was trained on.
+
+    `saved` is its configuration. Cached latents, and pairs of noise and sample, lead back to the images behind them.
+    """
+    # The record names the images; the flag may name what derives from them.
     data = saved["dataset"]
     defaults = DataOptions()
     words = ["--dataset_name", data["name"]]
     source = find_loader(str(saved.get("dataset_name")))  # None of data registered elsewhere
     loader = find_loader(data["name"])
     is_derived = source is not None and source.is_derived
+
+    # Options under which the same images are read again.
     height, width, _ = data["image_shape"]
     has_default_size = loader is not None and loader.default_size is not None
     if saved.get("image_size") is not None or has_default_size or (is_derived and height == width):
@@ -249,6 +257,8 @@ def commands_after_training(
         words += ["--fid_stats", statistics]
     if saved.get("inception_weights"):
         words += ["--inception_weights", saved["inception_weights"]]
+
+    # Results go where the training's went.
     trackers = saved.get("trackers", ["wandb"])  # older runs had no other
     if trackers != ["wandb"]:
         words.append(f"--trackers={','.join(trackers)}")

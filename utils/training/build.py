@@ -94,7 +94,7 @@ class Run:
 
     @property
     def static(self) -> dict[str, Any]:
-        """The arguments that training and validation steps are compiled with."""
+        """The static arguments of training and validation steps: another value compiles them anew."""
         return {
             "model": self.model.network,
             "objective": self.model.objective,
@@ -110,6 +110,7 @@ class Run:
 
     def training_batches(self) -> Any:
         """Returns the endless batches of this process, from the first; they can be moved to any position."""
+        # --debug_overfit repeats one batch; the seed decides the order of all others.
         training = self.config.training
         dataset = self.datasets["train"]
         if training.debug_overfit:
@@ -175,6 +176,7 @@ def build_run(config: RunConfig) -> Run:
 
 def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[ImageModel, CodecSpec]:
     """Returns (model, its codec) for a data set; the codec is the one that made cached latents, unless given."""
+    # Which codec: for a bare name, as for none at all, the one that made the latents, or the default.
     latents = dataset.latents
     spec = config.codec.spec
     made_by = read_manifest_name(latents.vae) if latents else CodecSpec("kl", DEFAULT_HUB_ID)
@@ -182,6 +184,8 @@ def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[I
         spec = made_by
     if spec.source is None:
         spec = spec._replace(source=CODECS[spec.name].default)
+
+    # Its weights, which must be those that made the latents; then the network for its latents.
     codec = load_codec(spec, mesh, dataset.image_shape, latents.vae_sha256 if latents else None)
     codec = set_pixel_format(codec, dataset.pixels)
     model = make_model(
@@ -236,6 +240,7 @@ def build_optimizer(config: RunConfig) -> optax.GradientTransformation:
 
 def load_reference(config: RunConfig, mesh: Mesh, dataset: ImageDataset) -> Reference | None:
     """Returns what training-time FID needs; None without --fid_stats."""
+    # Both sides enter Inception under one convention: the one that the statistics record.
     evaluation = config.evaluation
     if not evaluation.fid_stats:
         return None
@@ -293,7 +298,10 @@ def state_structs(run: Run) -> TrainState:
 
 
 def make_state(run: Run) -> TrainState:
-    """Returns the state of step 0, the same on every process and any number of devices; perhaps of another run."""
+    """Returns the state of step 0, the same on every process and any number of devices.
+
+    Its parameters are fresh, or another run's where the run starts from one.
+    """
     # Each device computes its own part: the state is never whole on one that is to hold a shard.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_structs(run))
     key = jax.random.key(run.config.training.seed)
@@ -302,7 +310,7 @@ def make_state(run: Run) -> TrainState:
     if not run.start:
         return state
     params, ema_params = (jax.tree.map(place, tree, shardings.params) for tree in run.start)
-    run.start.clear()
+    run.start.clear()  # copies on the host, as large as the model
     return state.replace(params=params, ema_params=ema_params)
 
 
@@ -315,7 +323,8 @@ def init_state(run: Run, key: jax.Array) -> TrainState:
 
 
 def summarize_run(run: Run, state: TrainState) -> str:
-    """Returns sizes and devices of a run in one line; of its state the shapes count."""
+    """Returns sizes and devices of a run in one line. `state` may have shapes instead of arrays."""
+    # By top-level part, as that is what is frozen.
     training = run.config.training
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in state.params.items()}
     count = sum(counts.values())
@@ -330,6 +339,7 @@ def summarize_run(run: Run, state: TrainState) -> str:
 
 def describe_sharding(run: Run, state: TrainState) -> str:
     """Returns how the state is split over the devices, in words; nothing where every device has all of it."""
+    # Arrays that no axis divides stay whole: their share says what sharding has left over.
     mode = run.config.devices.sharding
     if mode == "dp" or run.mesh.size == 1:
         return ""

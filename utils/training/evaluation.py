@@ -37,14 +37,17 @@ from utils.trackers.trackers import Trackers, read_metrics
 from utils.training.build import Run
 from utils.training.step import VALIDATION, draw_examples, loss_at_time
 
-PANEL_SIZE = 8
+PANEL_SIZE = 8  # images in a row, and stages of a path
 LOSS_TIMES = tuple(i / 10 for i in range(11))
-PANEL_GUIDANCE = (0, 0.1, 1, 4, 10)
+PANEL_GUIDANCE = (0, 0.1, 1, 4, 10)  # 0: no condition; 1: the condition, without guidance
 PANEL_STEPS = (1, 4, 32)
 
 
 def loss_by_time(model: ImageModel, params: PyTree, batch: Batch, key: Key[Array, ""]) -> dict[str, float]:
-    """Loss of `batch`, conditions kept, at t = 0.0, 0.1, ..., 1.0, and `mean` over 0.1 .. 0.9; one noise for all t."""
+    """Returns the loss of `batch` at t = 0.0, 0.1, ..., 1.0, by "0.0" etc., and the `mean` over 0.1 .. 0.9.
+
+    Conditions are kept, and the noise is the same for all t.
+    """
     static = {"model": model.network, "objective": model.objective}
     losses = [float(loss_at_time(params, model.codec, key, batch, t, **static)) for t in LOSS_TIMES]
     named = {f"{t:.1f}": loss for t, loss in zip(LOSS_TIMES, losses, strict=True)}
@@ -53,7 +56,8 @@ def loss_by_time(model: ImageModel, params: PyTree, batch: Batch, key: Key[Array
 
 @partial(jax.jit, static_argnames=("network", "objective"))
 def _reconstruct(params, codec, key, batch, t, *, network, objective):
-    """uint8 images (3, b, h, w, c): clean, noised to t, and predicted from that in one step."""
+    """Returns uint8 images (3, b, h, w, c): clean, noised to t, and predicted from that in one step."""
+    # The times are given; all other draws are as in training.
     examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
     x_1 = batch.to_latents(codec, examples["codec_key"])
     x_t = objective.corrupt(x_1, examples["draws"] | {"t": t})
@@ -62,7 +66,8 @@ def _reconstruct(params, codec, key, batch, t, *, network, objective):
 
 
 def reconstruction_panel(model: ImageModel, params: PyTree, batch: Batch, key: Key[Array, ""]) -> Figure:
-    """Eight images of `batch` noised to t = 0, 1/8, ..., 7/8 and denoised in one step: clean, noised, predicted."""
+    """Draws eight images of `batch`: clean, noised to t = 0, 1/8, ..., 7/8, and predicted from that in one step."""
+    # Gathered first: the rows of a global batch are spread over devices and processes.
     rows = resize_rows(jax.tree.map(gather, batch), PANEL_SIZE)
     t = np.arange(PANEL_SIZE, dtype=np.float32) / PANEL_SIZE
     images = _reconstruct(params, model.codec, key, rows, t, network=model.network, objective=model.objective)
@@ -74,10 +79,10 @@ def reconstruction_panel(model: ImageModel, params: PyTree, batch: Batch, key: K
 def sample_stages(
     model: ImageModel, params: PyTree, noise: Array, condition: PyTree, cfg_scale: float | None, num_steps: int
 ) -> UInt8[np.ndarray, "rows stages h w c"]:
-    """Decoded states of an Euler path of `num_steps` after 1/8, 2/8, ..., 8/8 of its steps."""
+    """Returns the decoded states of an Euler path of `num_steps` after 1/8, 2/8, ..., 8/8 of its steps."""
     generator = ImageGenerator(model, params)
     stages = generator.path(noise, condition, SamplerConfig(num_steps, cfg_scale), PANEL_SIZE)
-    shown = itertools.islice(stages, 1, None)
+    shown = itertools.islice(stages, 1, None)  # all but the noise itself
     return np.stack([generator.to_pictures(generator.decode(latents)) for latents in shown], axis=1)
 
 
@@ -94,22 +99,25 @@ def sample_panels(
     step_counts: Sequence[int] = PANEL_STEPS,
 ) -> Iterator[tuple[str, Figure]]:
     """Yields (`NAME_cfg_S`, panel) for each guidance scale, the sampler's own among them, and (`NAME_N/N`, panel) for
-    each step count; of a model that cannot be guided, scale 1 alone. `number` counts the evaluations of a run; `note`
-    ends every title.
+    each step count. A model that cannot be guided has a panel of scale 1 alone. `number` counts the evaluations of a
+    run; `note` ends every title.
 
     Every panel starts from the same noise and conditions, so that scales and step counts can be compared by eye.
     """
+    # The same for all panels.
     condition = model.condition.show(number, PANEL_SIZE)
     noise = sample_noise(key, jnp.arange(PANEL_SIZE), model.latent_shape)
     names = model.condition.titles(condition)
     stage_titles = [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]
 
+    # Cached: the panels by step count show the end of a path that may be drawn already.
     @functools.cache
     def stages(scale, num_steps):
         # Scales of 0 and 1 leave one of guidance's two passes without effect, so they go without it.
         shown = model.condition.null(PANEL_SIZE) if scale == 0 else condition
         return sample_stages(model, params, noise, shown, None if scale in (0, 1) else scale, num_steps)
 
+    # By guidance scale: how the path unfolds, eight stages of every image.
     note = note and f"; {note}"
     is_guided = has_guidance(model.objective) and can_guide(model.network.config.class_dropout_prob)
     own = () if sampler.cfg_scale is None else (sampler.cfg_scale,)
@@ -117,6 +125,8 @@ def sample_panels(
         images = stages(scale, sampler.num_steps)
         title = f"{sampler._replace(cfg_scale=scale)}, by fraction of the path{note}"
         yield f"{name}_cfg_{scale:g}", plotting.image_table(images, names, stage_titles, title)
+
+    # By step count: ends of paths. Two counts may become one where the objective allows fewer steps.
     for num_steps in dict.fromkeys(largest_steps(count, model.objective) for count in step_counts):
         final = stages(1 if sampler.cfg_scale is None else sampler.cfg_scale, num_steps)[None, :, -1]
         title = f"{sampler._replace(num_steps=num_steps)}{note}"
@@ -134,16 +144,19 @@ def is_evaluation_due(config: RunConfig, step: int) -> bool:
 
 
 def count_evaluations(config: RunConfig, step: int) -> int:
-    """Returns how many evaluations are due before this step, whenever the run was to end."""
+    """Returns how many evaluations are due before this step, not counting one at an earlier --max_steps."""
+    # Step 1000 counts once, also where it is a multiple of the interval.
     interval = config.evaluation.eval_interval
     return (step - 1) // interval + (step > 1000 and 1000 % interval > 0)
 
 
 def is_evaluation_missing(run: Run, step: int) -> bool:
-    """Returns whether the evaluation due after the step from which a run continues is not in its log: a kill or a
-    signal has ended it."""
+    """Returns whether an evaluation is due after the step from which a run continues, but missing from its log, because
+    a kill or a signal has ended it."""
     if not is_evaluation_due(run.config, step):
         return False
+
+    # The first process alone has the log; all follow its answer, as an evaluation needs all of them.
     lines = read_metrics(run.folder / "metrics.jsonl") if jax.process_index() == 0 else []
     is_logged = any(line["step"] == step and "validation_loss_t/mean" in line for line in lines)
     if jax.process_count() > 1:
@@ -172,11 +185,11 @@ def evaluate(run: Run, state: TrainState, batch: PyTree) -> Iterator[tuple[str, 
     note = f"EMA, {weight:.0%} of it initial parameters" if weight > 0.005 else "EMA"
     number = count_evaluations(config, int(state.step))
     yield from sample_panels(model, state.ema_params, key, sampler, number=number, note=note)
-    if weight > 0.5:
+    if weight > 0.5:  # the EMA's images are mostly noise still
         raw = {"number": number, "name": "sample_raw", "note": "parameters without EMA", "step_counts": ()}
         yield from sample_panels(model, state.params, key, sampler, scales=(1 if scale is None else scale,), **raw)
 
-    # Numbers of many samples.
+    # Numbers of many samples, which take the longest.
     yield "straightness", ImageGenerator(model, state.ema_params, seed=config.training.seed).straightness()
     if run.reference is not None:
         yield "fid", score_samples(run, state, sampler)
@@ -188,7 +201,7 @@ def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> float:
     training = run.config.training
     num_samples = run.config.evaluation.fid_samples
     generator = ImageGenerator(run.model, state.ema_params, seed=training.seed)
-    needed = -(-num_samples // run.mesh.size) * run.mesh.size
+    needed = -(-num_samples // run.mesh.size) * run.mesh.size  # batches divide over the devices
     samples = generator.generate(sampler, num_samples, min(training.batch_size, needed))
     statistics = ImageStatistics()
     measure_images(run.reference.extractors, samples, statistics)
@@ -196,8 +209,11 @@ def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> float:
 
 
 def log_evaluation(trackers: Trackers, results: Iterator[tuple[str, Any]], step: int, stop: StopRequest) -> bool:
-    """Returns whether all results were logged; a signal ends it, and the same evaluation is made when the run
-    continues."""
+    """Logs the results of an evaluation, and returns whether it was finished.
+
+    A signal ends it; the evaluation is then made again when the run continues.
+    """
+    # Figures at once. The numbers go into one line at the end, which marks the evaluation as finished.
     numbers: dict[str, float] = {}
     try:
         with stop.interrupting():
@@ -206,6 +222,7 @@ def log_evaluation(trackers: Trackers, results: Iterator[tuple[str, Any]], step:
                     trackers.log_figure(step, name, value)
                 else:
                     numbers[name] = value
+                # No signal interrupts one of several processes: they would wait for it in the next computation.
                 if jax.process_count() > 1 and stop.is_due():
                     return False
     except Interrupted:

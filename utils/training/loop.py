@@ -44,7 +44,7 @@ MEMORY_FLAGS = (
 
 
 class Resources(NamedTuple):
-    """What a run that trains holds: its folder, its data and its log."""
+    """Everything that a running training holds open: checkpoints, data and logs."""
 
     checkpoints: Checkpoints
     batches: Any  # endless, at the position of the state
@@ -311,6 +311,7 @@ def plan_run(run: Run) -> Iterator[str]:
 
 def time_step(run: Run, compiled_step: jax.stages.Compiled) -> float:
     """Returns the seconds of the faster of the first two steps; the first may load code."""
+    # Each step donates the state, and the next takes what it returned.
     state = make_state(run)
     seconds = []
     with explaining_out_of_memory("the training step", MEMORY_FLAGS):

@@ -1,4 +1,4 @@
-"""What accompanies the steps of a training: rates and traces, a progress bar, updates that are not finite, saving."""
+"""Instruments of a training: rates and traces, the progress bar, checks for values that are not finite, saving."""
 
 import contextlib
 import dataclasses
@@ -45,7 +45,7 @@ PEAK_TFLOPS = {
 
 @dataclasses.dataclass
 class Window:
-    """Steps, the seconds between their ends, and those of them spent waiting for data."""
+    """A number of steps, the seconds between their ends, and how many of these were spent waiting for data."""
 
     num_steps: int = 0
     seconds: float = 0.0
@@ -67,11 +67,12 @@ class Throughput:
     None stands for that of its kind.
     """
 
-    MIN_STEPS = 3
+    MIN_STEPS = 3  # rates of fewer jump too much to be shown
 
     def __init__(self, images_per_step: int, flops_per_step: float, peak_tflops: float | None = None):
         self.images_per_step = images_per_step
         self.flops_per_step = flops_per_step
+        # All devices count: `flops_per_step` are those of the global batch.
         peak = peak_tflops or PEAK_TFLOPS.get(jax.devices()[0].device_kind)
         self.peak_flops = peak and peak * 1e12 * jax.device_count()
         self.rates: dict[str, float] = {}  # of the last window that was long enough
@@ -102,6 +103,7 @@ class Throughput:
         while True:
             started = time.monotonic()
             batch = next(batches)
+            # A wait while the devices still compute costs nothing.
             if is_idle():
                 self.waited += time.monotonic() - started
             yield batch
@@ -113,6 +115,7 @@ class Throughput:
         They are those of the present window, or of the one before while that is too short; there are none before the
         first window.
         """
+        # Steps after a pause measure less exactly, and are used only where there are no others.
         window = self.steady if self.steady.num_steps >= self.MIN_STEPS else self.resumed
         if window.num_steps < self.MIN_STEPS:
             return self.rates
@@ -154,6 +157,7 @@ class StepTrace:
 
     def __init__(self, folder: str | None, step: int):
         self.folder = folder
+        # Past the first steps, which load code and fill buffers.
         self.first = step + 6
         self.last = step + 15
         self.is_running = False
@@ -241,6 +245,8 @@ class Progress:
         started = time.monotonic()
         self.bar.set_description_str(what, refresh=sys.stderr.isatty())
         yield
+
+        # tqdm estimates from the time since its start: both of its clocks move by the pause.
         self.bar.set_description_str("", refresh=False)
         self.throughput.pause()
         if not self.bar.disable:
@@ -274,6 +280,7 @@ class SkippedUpdates:
         """`params` is a tree of the parameters' structure, for the gradients' names; `position` is as it was saved."""
         self.limit = limit
         self.checkpoints = checkpoints
+        # In the order of the leaves, by whose number the step names the largest gradient.
         paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         self.names = ["/".join(str(key.key) for key in path) for path in paths]
         self.total = position.get(TOTAL, 0)
@@ -286,11 +293,14 @@ class SkippedUpdates:
     def count(self, metrics: dict[str, Any], step: int) -> dict[str, Any]:
         """Returns the metrics of a finished step to log: with the number of updates left out so far, without values
         that are not finite. Raises UserError where too many in a row were left out."""
+        # Count; without a limit, the step has no such metrics.
         if not self.limit:
             return metrics
         is_skipped = bool(metrics["is_skipped"])
         self.total += is_skipped
         self.in_a_row = self.in_a_row + 1 if is_skipped else 0
+
+        # One bad batch is passed over, but a run whose every update is bad has diverged.
         if self.in_a_row >= self.limit:
             name = self.names[int(metrics["largest_gradient"])]
             loss, update, gradient = (
@@ -301,6 +311,8 @@ class SkippedUpdates:
                 f"loss is {loss:g}, the norm of the update {update:g}, and the largest gradient that of {name} (norm "
                 f"{gradient:g}); {_way_on(self.checkpoints)}"
             )
+
+        # Strict JSON has no NaN or infinity, and no plot an axis for them.
         logged = {name: value for name, value in metrics.items() if name not in INTERNAL}
         if is_skipped:
             logged = {name: value for name, value in logged.items() if np.isfinite(value)}
@@ -314,6 +326,7 @@ def check_finite(
 
     The loss of an update that was left out may be anything.
     """
+    # A norm is finite only if all of its elements are: one number stands for a whole tree.
     values = [metrics["param_norm"]]
     if not metrics.get("is_skipped", False):
         values.append(metrics["l2_loss"])
@@ -324,6 +337,7 @@ def check_finite(
 
 
 def _way_on(checkpoints: Checkpoints) -> str:
+    # The newest checkpoint may still be on its way to the disk.
     checkpoints.wait()
     saved = checkpoints.steps()
     way = f"the same command continues from step {saved[0]}: run it" if saved else "start again"
@@ -361,6 +375,7 @@ class Saver:
         """Starts to save, and returns when the state may be donated to the next step."""
         step = int(state.step)
         self._wait(step, self.seconds)
+        # Waiting may raise the failure of the save before this one, which is no reason to leave this one out.
         for act in (self.checkpoints.wait, partial(self.checkpoints.save, state, self.config, position)):
             try:
                 act()
@@ -378,7 +393,7 @@ class Saver:
             raise SaveError(f"{error}: make room, and the same command continues from there") from None
 
     def _note(self, error: SaveError, step: int) -> None:
-        # Several processes would have to agree to go on.
+        # Several processes would have to agree to go on, and the others may know nothing of the failure.
         if jax.process_count() > 1:
             raise error
         log(f"{error}; training goes on and saves again in a minute")

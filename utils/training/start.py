@@ -1,6 +1,6 @@
-"""How a run starts: from its own checkpoint, if that is of the same data and settings, or from another run.
+"""Starts of a run: from its own checkpoint, if that has the same data and settings, or from another run.
 
-Of another run, the parameters that fit are taken and the others made new; and some of them may be frozen.
+The parameters of another run are taken where they fit and made new elsewhere; some of them may be frozen.
 """
 
 import math
@@ -38,7 +38,7 @@ POSITIONS = ("pos_embed",)
 PATCHES = ("patch_embed", "kernel")
 OUTPUTS = (("final_layer", "dense", "kernel"), ("final_layer", "dense", "bias"))
 MAX_LISTED = 3
-SHARPNESS = 16.0  # of a time embedding that is fitted to another
+SHARPNESS = 16.0  # slope of hidden units in a refitted time embedding; see `refit_times`
 
 
 NEW_RUN = "another --wandb.name or --save_dir starts a new run"
@@ -99,7 +99,7 @@ class SourceRun(NamedTuple):
 
 
 def _to_host(x: jax.Array) -> np.ndarray:
-    return np.asarray(x.addressable_data(0))
+    return np.asarray(x.addressable_data(0))  # replicated: any device has all of it
 
 
 def read_started_from(folder: Path) -> dict[str, Any] | None:
@@ -286,6 +286,7 @@ def read_frozen(words: Sequence[str], parts: Sequence[str]) -> tuple[str, ...]:
     A word is blocks, blocks.N, blocks.A-B (both included) or the name of a part. Raises UserError for any other, and
     where nothing would be trained.
     """
+    # LoRA's factors are no part to freeze: they exist to be trained.
     depth = sum(part.startswith("block_") for part in parts)
     others = [part for part in parts if not part.startswith("block_") and part != LORA]
     frozen: dict[str, None] = {}
@@ -301,6 +302,8 @@ def read_frozen(words: Sequence[str], parts: Sequence[str]) -> tuple[str, ...]:
             frozen[word] = None
         else:
             raise UserError(f"--freeze={word} is no part of the model; use blocks.A-B, {', '.join(others)}")
+
+    # Something has to be left.
     if frozen.keys() >= set(parts):
         raise UserError(f"--freeze={','.join(words)} leaves nothing to train; leave a part out")
     return tuple(frozen)
@@ -355,7 +358,7 @@ def _example_counts(saved: Mapping[str, Any]) -> dict[str, int]:
 def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:
     """Returns {flag: (old, new)} for what differs between `config` and the configuration `saved` of a run in `folder`.
 
-    Raises UserError where the run cannot be resumed so. Data are compared by compare_with_saved.
+    Raises UserError where a setting differs that has to stay as it is. Data are compared by `compare_with_saved`.
     """
     # The codec.
     theirs, ours = (settings["dataset"]["codec"] for settings in (saved, config))

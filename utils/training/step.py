@@ -21,7 +21,7 @@ from utils.networks.models import Network, model_fn
 from utils.networks.state import EmaSchedule, TrainState, apply_gradients, select_parts
 from utils.objectives.objective import Objective, row_period
 
-# Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key.
+# Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key: no run takes so many steps.
 INIT = 2**31 - 1
 VALIDATION = 2**31 - 2
 
@@ -41,6 +41,8 @@ def accumulate_microbatches(
         blocks = rows.reshape(-1, grad_accum, period, *rows.shape[1:]).swapaxes(0, 1)
         return blocks.reshape(grad_accum, -1, *rows.shape[1:])
 
+    # A loop rather than a sum of calls: one microbatch's activations are in memory at a time. All microbatches have one
+    # size, so the mean of their means is the batch's.
     batches = jax.tree.map(split, examples)
     shapes = jax.eval_shape(function, jax.tree.map(lambda rows: rows[0], batches))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -56,6 +58,8 @@ def draw_examples(
     These are keys for the codec, the objective's draws, and which conditions are dropped (classifier-free guidance,
     arXiv:2207.12598).
     """
+    # A key for each purpose, so that none depends on how much another draws. All rows are drawn at once, before any
+    # split into microbatches.
     codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
     return {
         "batch": batch,
@@ -74,11 +78,16 @@ def example_losses(
     model: Network,
     objective: Objective,
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns (losses, metrics) of the examples, each (b,)."""
+    """Returns (losses, metrics) of the examples, each (b,); `metrics` is {name: values}."""
+    # Data at t = 1, in the codec's space.
     x_1 = examples["batch"].to_latents(codec, examples["codec_key"])
+
+    # Rows without their condition teach the unconditional model, from which guidance leads away.
     is_dropped = examples["is_dropped"]
     null = model.condition.null(len(is_dropped))
     condition = drop_rows(is_dropped, null, examples["batch"].condition)
+
+    # The network under both sets of parameters: objectives may take targets from the EMA.
     functions = (model_fn(model, params), model_fn(model, ema_params))
     return objective.loss(*functions, x_1, condition, examples["draws"] | {"is_dropped": is_dropped, "null": null})
 
@@ -102,15 +111,18 @@ def compute_gradients(
 
     def gradients(examples):
         def loss_fn(params):
+            # Frozen parts are constants to autodiff: XLA drops what would only lead to their gradients.
             params = select_parts(params, frozen, jax.lax.stop_gradient(params))
             losses, metrics = example_losses(
                 params, state.ema_params, codec, examples, model=model, objective=objective
             )
+            # Over the global batch: the compiler adds the devices' parts.
             means = jax.tree.map(jnp.mean, {"l2_loss": losses, **metrics})
             return means["l2_loss"], means
 
         return jax.grad(loss_fn, has_aux=True)(state.params)
 
+    # Microbatches keep whole periods of rows, as an objective may give rows different roles.
     examples = draw_examples(key, batch, objective, class_dropout_prob)
     return accumulate_microbatches(gradients, examples, grad_accum, row_period(objective))
 
@@ -137,6 +149,7 @@ def train_step(
 
     With `skips_nonfinite`, an update that is not finite changes nothing but the step.
     """
+    # The key follows from the step alone: a resumed run draws what it would have drawn.
     grads, metrics = compute_gradients(
         state,
         jax.random.fold_in(state.key, state.step),
@@ -148,6 +161,8 @@ def train_step(
         class_dropout_prob=model.config.class_dropout_prob,
         frozen=frozen,
     )
+
+    # The scope's name is for readers of traces.
     with jax.named_scope("optimizer"):
         new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step), frozen)
         metrics = metrics | norms(grads, updates, new_state.params)
@@ -157,19 +172,21 @@ def train_step(
 def skip_nonfinite_update(
     state: TrainState, new_state: TrainState, grads: PyTree, metrics: dict[str, Array]
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Returns (`new_state`, or where its update is not finite `state` one step on; metrics with what
-    `SkippedUpdates` counts).
+    """Returns (next state, metrics): `new_state`, or if its update is not finite, `state` with the step counted.
 
-    An update is finite if its loss and the norms of gradients and update are: an infinite gradient can end as a finite
-    update, but leaves Adam's second moment infinite for ever.
+    `SkippedUpdates` reads the added metrics. An update is finite if its loss and the norms of gradients and update are:
+    an infinite gradient can end as a finite update, but leaves Adam's second moment infinite for ever.
     """
     is_finite = jnp.isfinite(jnp.stack([metrics[name] for name in ("l2_loss", "grad_norm", "update_norm")])).all()
 
+    # A select rather than a branch: the decision stays on the devices, and the host waits for nothing.
     def choose(new: PyTree, old: PyTree) -> PyTree:
         return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
 
     names = ("params", "ema_params", "opt_state")
     kept = new_state.replace(**{name: choose(getattr(new_state, name), getattr(state, name)) for name in names})
+
+    # For the message that ends a run. NaN counts as infinity: both are the largest, and the first one is named.
     sizes = jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)])
     sizes = jnp.where(jnp.isnan(sizes), jnp.inf, sizes)
     return kept, metrics | {
@@ -182,6 +199,7 @@ def skip_nonfinite_update(
 
 def jit_train_step(shardings: TrainState, metrics_sharding: NamedSharding, **static: Any) -> jax.stages.Wrapped:
     """Returns `train_step`, compiled for these static arguments; the next state takes the memory of the state."""
+    # Shardings are fixed, so that the next state is laid out as this one and fits the compiled step again.
     return jax.jit(partial(train_step, **static), donate_argnums=0, out_shardings=(shardings, metrics_sharding))
 
 
@@ -200,6 +218,7 @@ def validation_step(
 
     The norms are those of the update that this batch would cause, which is not applied.
     """
+    # One key for all steps: points of the curve differ by the parameters alone.
     grads, metrics = compute_gradients(
         state,
         jax.random.fold_in(state.key, VALIDATION),
@@ -211,6 +230,8 @@ def validation_step(
         class_dropout_prob=0.0,
         frozen=frozen,
     )
+
+    # The optimizer's state after this is dropped.
     updates, _ = optimizer.update(grads, state.opt_state, state.params)
     return metrics | norms(grads, updates, state.params)
 
@@ -228,6 +249,7 @@ def loss_at_time(
 ) -> Array:
     """Returns the mean loss of a batch, all conditions kept, with every time set to `t`; the noise is that of any t."""
     examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
+    # Replaced after they are drawn, so that the noise does not depend on t. As an array, t is traced: one compilation.
     examples["draws"] |= {"t": jnp.full_like(examples["draws"]["t"], t)}
     losses, _ = example_losses(params, params, codec, examples, model=model, objective=objective)
     return losses.mean()
