@@ -35,6 +35,7 @@ from utils.metrics.statistics import ImageStatistics
 
 def define_flags() -> None:
     define_data_flags()
+    # The reference: a data set, or images of one's own.
     with topic("Data"):
         define_path("images", None, "Instead of a data set: npz (arr_0) or folder of images, as they are.")
         flags.DEFINE_enum("split", "train", ["train", "validation"], "Split that is the reference.")
@@ -44,6 +45,7 @@ def define_flags() -> None:
             "Images: so many at random, always the same; of tfrecord, which is shuffled, the first. Default: all.",
             lower_bound=2,
         )
+    # What is kept of it, and how it is measured.
     with topic("Statistics"):
         define_path("out", None, "The .npz to write.")
         flags.DEFINE_integer(
@@ -60,19 +62,19 @@ def define_flags() -> None:
 
 
 class ReferenceImages(NamedTuple):
-    """Images of a data set's split, or those of --images, with which samples will be compared."""
+    """The images with which samples will be compared: a split of a data set, or --images."""
 
-    source: str
-    split: str | None
+    source: str  # name of the data set, or path of --images
+    split: str | None  # None: --images has none
     images: ImageDataset | Samples
-    image_shape: tuple[int, ...]
-    total: int
+    image_shape: tuple[int, ...]  # (h, w, c)
+    total: int  # images that there are; --num_images may take fewer
 
     def __str__(self) -> str:
         return f"{self.source}, {self.split}" if self.split else self.source
 
     def read(self, batch_size: int, count: int, label_counts: np.ndarray | None) -> Iterator[np.ndarray]:
-        """Yields batches of `count` images, and adds their labels to `label_counts`, if they have any."""
+        """Yields batches of uint8 images, `count` in all, and adds their labels to `label_counts`, if they have any."""
         if isinstance(self.images, Samples):
             return choose_images(self.images, batch_size, count)
         assert label_counts is not None
@@ -80,7 +82,7 @@ class ReferenceImages(NamedTuple):
 
 
 def open_images(config: ConfigDict) -> ReferenceImages:
-    """Returns the images that the flags name, unread. Raises UserError for latents, pairs and a single image."""
+    """Returns the images that the flags name, unread. Raises UserError for latents, pairs and too few images."""
     if config.images:
         samples = open_samples(config.images, "images")
         opened = ReferenceImages(config.images, None, samples, samples.image_shape, samples.num_samples)
@@ -90,6 +92,8 @@ def open_images(config: ConfigDict) -> ReferenceImages:
         if dataset.latents or dataset.pair_shape:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
         opened = ReferenceImages(dataset.name, config.split, dataset, dataset.image_shape, len(dataset.source))
+
+    # A covariance takes two images, and a choice of them no more than there are.
     if opened.total < 2:
         raise UserError(f"{opened} holds 1 image; statistics are of 2 or more")
     if config.num_images is not None and config.num_images > opened.total:
@@ -98,16 +102,18 @@ def open_images(config: ConfigDict) -> ReferenceImages:
 
 
 def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out: Path) -> int:
-    """Writes the statistics of the images into `out`. Returns of how many they are."""
+    """Writes the statistics of the images into `out`, and returns the number of images."""
     num_images = opened.total if config.num_images is None else config.num_images
 
     # Room first: nothing is measured for a refusal.
     num_rows = min(config.num_features, num_images)
     check_free_space(out, "out", statistics_bytes(num_rows, config.extractor))
+    # No larger than the images, up to a multiple of the devices: the rest would be padding.
     batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
     check_batch_memory(batch_size, tuple(opened.image_shape))
     check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
 
+    # Networks are replicated; batches are split over the devices.
     extractors = load_extractors(
         config.extractor,
         weights=config.inception_weights,
@@ -115,10 +121,14 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
         sharding=replicated(mesh),
     )
     statistics = ImageStatistics(config.num_features)
+
+    # Labels are counted as the images pass: `eval_fid.py --labels dataset` draws as often.
     has_labels = isinstance(opened.images, ImageDataset)
     label_counts = np.zeros(opened.images.num_classes, np.int64) if has_labels else None
     batches = pad_and_shard(opened.read(batch_size, num_images, label_counts), batch_size, mesh)
     measure_images(extractors, batches, statistics, num_images, flag="num_images")
+
+    # What is recorded makes a comparison with other settings an error later.
     save_statistics(
         out,
         statistics,
@@ -135,12 +145,16 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
 
 def main(config: ConfigDict) -> None:
     configure_output(is_apart=True, is_quiet=config.quiet)
+
+    # Whatever can be refused without reading an image.
     if config.out is None:
         raise UserError("--out is not given: name the file to write, such as stats.npz")
     out = Path(config.out)
     prepare_output_file(out, "out", "stats.npz", {"images": config.images})
     check_extractors(config.extractor)
     check_effects(RULES["compute_fid_stats"], config)
+
+    # Then the devices, the images, and the work.
     mesh = make_mesh()
     check_batch_size(config.batch_size, mesh.size)
     opened = open_images(config)
@@ -150,12 +164,13 @@ def main(config: ConfigDict) -> None:
 
 
 def choose_rows(total: int, count: int) -> list[int]:
-    """Returns `count` of the rows below `total` at random, always the same, ascending."""
+    """Returns `count` of the rows below `total`: random, the same at every call, and ascending, as files are read."""
     return np.sort(np.random.default_rng(0).choice(total, count, replace=False)).tolist()
 
 
 def choose_examples(dataset: ImageDataset, batch_size: int, count: int) -> Iterator[Batch]:
-    """Yields batches of `count` examples."""
+    """Yields batches of examples, `count` in all: at random, or the first of a stream."""
+    # Rows of a stream cannot be looked up. Its order is shuffled already.
     if isinstance(dataset.source, StreamSource):
         return epoch_batches(dataset, batch_size, stop=count)
     if count < len(dataset.source):
@@ -165,12 +180,14 @@ def choose_examples(dataset: ImageDataset, batch_size: int, count: int) -> Itera
 
 
 def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-    """Yields batches of `count` images; all are read for them."""
+    """Yields batches of `count` images, chosen at random; reads all of them in passing."""
     if count == samples.num_samples:
         yield from samples.read(batch_size)
         return
     is_chosen = np.zeros(samples.num_samples, bool)
     is_chosen[choose_rows(samples.num_samples, count)] = True
+
+    # Chosen images wait until they fill a batch; after the last image, the rest is one.
     waiting = np.empty((0, *samples.image_shape), np.uint8)
     start = 0
     for images in samples.read(batch_size):
@@ -182,7 +199,7 @@ def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UIn
 
 
 def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields the images of the batches, whose labels are added to `label_counts` on the way."""
+    """Yields the images of the batches, and adds their labels to `label_counts` in passing."""
     for batch in batches:
         assert isinstance(batch, PixelBatch)
         label_counts += np.bincount(batch.condition, minlength=len(label_counts))

@@ -26,7 +26,7 @@ from utils.runs.export import export_run, push
 from utils.runs.opening import check_new_run, import_run
 from utils.training.advice import write_command
 
-MAX_NAMES_BYTES = 2**24
+MAX_NAMES_BYTES = 2**24  # of --class_names
 
 
 def define_flags() -> None:
@@ -47,18 +47,21 @@ def define_flags() -> None:
 
 
 def read_class_names(path: str) -> list[str]:
-    """Returns the lines of a text file. Raises UserError where it has none, or where one is empty or there twice."""
+    """Returns the lines of a text file. Raises UserError if it has none, or if a line is empty or there twice."""
     try:
         names = read_bounded(Path(path), MAX_NAMES_BYTES).decode().splitlines()
     except (BadFileError, UnicodeDecodeError) as error:
         raise UserError(f"--class_names={path}: {error}; give a text file with a name a line") from None
+
+    # Classes are asked for by name, so each has to have one of its own.
     if not names or not all(map(str.strip, names)) or len(set(names)) != len(names):
         raise UserError(f"--class_names={path}: every line must hold a name of its own")
     return names
 
 
 def import_checkpoint(config: ConfigDict) -> None:
-    """Makes a run of --source in the folder --out, and says what it is and how to sample it."""
+    """Makes a run of --source in the folder --out, and logs what it is and how to sample it."""
+    # Refusals first: a published file may have gigabytes.
     check_new_run(Path(config.out))
     source = read_source(config.source)
     check_effects(RULES["convert_checkpoint.source"], config, is_exported=source.run is not None)
@@ -73,7 +76,7 @@ def import_checkpoint(config: ConfigDict) -> None:
         codec=f"kl:{config.vae}" if config.vae else None,
     )
 
-    # What it is.
+    # What it is: most of it was read from the shapes of tensors, for the user to compare.
     model = saved["model"]
     data = saved["dataset"]
     log(
@@ -110,6 +113,7 @@ def main(config: ConfigDict) -> None:
         raise UserError("give one of --source (a published checkpoint) and --load_dir (a run to export)")
     if not config.out:
         raise UserError("--out is not given: name a folder for the run, or a file X.safetensors for the export")
+    # The direction is known: flags of the other one are refused.
     check_effects(RULES["convert_checkpoint"], config)
     if config.source:
         import_checkpoint(config)

@@ -44,10 +44,12 @@ from utils.sampling.generator import RECIPE_BATCH_SIZE
 from utils.sampling.paths import slerp
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS
 
+# All that may be written into --out: a folder of such a name is refused before the work.
 FILES = ("interpolation.png", "inversion.png", "noise.npz", "inpainting.png")
 
 
 def define_flags() -> None:
+    # One of three things, each with flags of its own.
     with topic("What is done"):
         define_path("invert", None, "Folder of images whose noise is found; they are resized as needed.")
         flags.DEFINE_string("edit", None, "With --invert: classes under which the images are made again.")
@@ -68,8 +70,10 @@ def define_flags() -> None:
 
 
 def interpolate(request: Request) -> None:
-    """Draws rows of images between samples 2k and 2k + 1: under the class of the first, from noise between theirs; or
-    from the noise of the first, under classes between theirs."""
+    """Draws rows of images between samples 2k and 2k + 1.
+
+    They have the class of the first and noise between the two, or the noise of the first and classes between the two.
+    """
     config = request.config
     generator = request.generator
 
@@ -102,14 +106,14 @@ def interpolate(request: Request) -> None:
 
 
 def _repeat(conditions: PyTree, count: int) -> PyTree:
-    """Returns each row `count` times."""
+    """Returns conditions with each row `count` times in a row."""
     return jax.tree.map(lambda rows: np.repeat(rows, count, axis=0), conditions)
 
 
 def _decode_in_batches(
     request: Request, noise: Float[Array, "n h w c"], conditions: PyTree | Mixture
 ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-    """Yields the images that the noise leads to, as many at a time as --batch_size says."""
+    """Yields the images that are drawn from the noise, as many at a time as --batch_size says."""
     size = request.config.batch_size or RECIPE_BATCH_SIZE
     for start in progress_bar(range(0, len(noise), size), "interpolation", unit="batch"):
         rows = slice(start, start + size)
@@ -122,9 +126,9 @@ def _decode_in_batches(
 
 
 def invert(request: Request) -> None:
-    """Finds the noise of given images, and draws the images that it leads to under their own and under other classes.
+    """Finds the noise of given images, and draws from it under their own class and under those of --edit.
 
-    Prints the error of the round trip. Also writes the noise, and the edited images with --save_samples.
+    Logs the error of the round trip. Also writes the noise, and the edited images with --save_samples.
     """
     config = request.config
     generator = request.generator
@@ -180,8 +184,10 @@ def inpaint(request: Request) -> None:
 def _read_own_images(
     request: Request, flag: str
 ) -> tuple[UInt8[np.ndarray, "n h w c"], list[Path], Int[np.ndarray, " n"]]:
-    """Returns (images, their files, their labels) of the folder of --`flag`, --num_samples at most. Labels are those of
-    --classes, in turn, or those that `choose_labels` finds."""
+    """Returns (images, their files, their labels) of the folder of --`flag`, --num_samples at most.
+
+    Labels are those of --classes, in turn, or those that `choose_labels` finds.
+    """
     config = request.config
     model = request.generator.model
     check_pictures(pixel_format(model.codec), model.image_shape, f"--{flag}")
@@ -192,18 +198,21 @@ def _read_own_images(
 
 
 def shorten_names(files: list[Path]) -> list[str]:
-    """Returns FOLDER/NAME of each file, as much as fits beside an image."""
+    """Returns FOLDER/NAME of each file, or the end of it that fits beside an image."""
     return ["/".join(file.with_suffix("").parts[-2:])[-24:] for file in files]
 
 
 # --- The program ---
 
+# {flag: what it does}.
 MODES = {"interpolate": interpolate, "invert": invert, "inpaint": inpaint}
 
 
 def choose_mode(config: ConfigDict) -> str:
-    """Returns the one of --interpolate, --invert and --inpaint that is given. Raises UserError for none, for several,
-    and for a solver or a mask that it lacks."""
+    """Returns the one of --interpolate, --invert and --inpaint that is given.
+
+    Raises UserError for none, for several, and if the mask is missing or the solver does not suit.
+    """
     # One of the three.
     modes = [name for name in MODES if config[name] is not None]
     if not modes:
@@ -218,6 +227,7 @@ def choose_mode(config: ConfigDict) -> str:
         raise UserError(
             "--inpaint: --mask is not given; name an image of the run's size, white where it is to be filled"
         )
+    # Inversion needs an ODE to run backwards, a hole in addition fixed steps, a row images that chance does not part.
     fitting = {
         "interpolate": [name for name in SOLVERS if not SOLVERS[name].is_stochastic] + list(ADAPTIVE_SOLVERS),
         "invert": [*ODE_SOLVERS, *ADAPTIVE_SOLVERS],
@@ -237,6 +247,7 @@ def main(config: ConfigDict) -> None:
         raise UserError(f"--{mode} is for runs that are conditioned on classes; --load_dir={config.load_dir} is not")
     if config.interpolate is not None:
         chosen = request.chosen
+        # Between a class and itself, all images of a row would be equal.
         if config.between == "classes" and chosen is not None and len(number_rows(kind, chosen)[1]) == 1:
             raise UserError(f"--classes={config.classes}: --between=classes needs two classes; give another")
         several = "s" * (config.num_samples > 1)

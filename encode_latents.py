@@ -48,8 +48,9 @@ def define_flags() -> None:
 def encode_views(
     codec: MomentCodec, images: UInt8[Array, "b h w 3"], *, num_views: int
 ) -> Float16[Array, "b views 2 h2 w2 c"]:
-    """Returns mean and log-variance of the latents of the images and, as a second view, of their mirror images."""
+    """Returns mean and log-variance of the latents of uint8 images and, as a second view, of their mirror images."""
     views = (images, images[:, :, ::-1])[:num_views]
+    # float16 takes half the room on disk.
     moments = [jnp.stack(codec.encode_moments(images_from_uint8(view)), axis=1) for view in views]
     return jnp.stack(moments, axis=1).astype(jnp.float16)
 
@@ -57,11 +58,12 @@ def encode_views(
 def encode_examples(
     dataset: ImageDataset, rows: range, batch_size: int, encode: Callable[[np.ndarray], jax.Array]
 ) -> Iterator[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]:
-    """Yields (label, moments) of the images `rows`; a batch is computed while the one before it is taken."""
+    """Yields (label, moments) of the images `rows`; the devices compute a batch while the one before it is written."""
 
     def finish(labels, moments):
         return zip(labels, gather(moments), strict=False)  # the last batch is computed whole: another would compile
 
+    # JAX returns before it has computed: a batch is fetched only once the next is under way.
     waiting = None
     for batch in epoch_batches(dataset, batch_size, start=rows.start, stop=rows.stop):
         assert isinstance(batch, PixelBatch)
@@ -75,14 +77,14 @@ def encode_examples(
 
 
 def count_examples(examples: Iterator, bar: tqdm) -> Iterator:
-    """Yields the examples, each of which moves the bar."""
+    """Yields the examples, and moves the bar by each."""
     for example in examples:
         yield example
         bar.update()
 
 
 def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
-    """Returns {split: data set}; UserError where they are no images, or would make too many files."""
+    """Returns {split: data set}. Raises UserError if they hold no images, or would make too many files."""
     reading.check_data_flags(config.dataset_name)
     options = reading.read_data_options(config)
     datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
@@ -90,6 +92,8 @@ def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
     if train.latents or train.pair_shape:
         what = "pairs" if train.pair_shape else "latents"
         raise UserError(f"--dataset_name={config.dataset_name} holds {what} already; give a data set of images")
+
+    # Numbers that a folder or the memory could not take.
     for split, dataset in datasets.items():
         count = len(dataset.source)
         latents.check_num_files(count, config.shard_size, f"the {count:,} images of the {split} split")
@@ -98,7 +102,7 @@ def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
 
 
 def load_moment_codec(spec: CodecSpec, mesh: Mesh, image_shape: tuple[int, int, int]) -> MomentCodec:
-    """Returns the codec of images of this shape; UserError where its latents have no moments."""
+    """Returns the codec of images (h, w, c). Raises UserError if its latents have no moments, as those of pixels."""
     codec = load_codec(spec, mesh, image_shape)
     if not isinstance(codec, MomentCodec):
         raise UserError(f"--codec={spec} has no moments to cache; train on the images themselves")
@@ -108,7 +112,7 @@ def load_moment_codec(spec: CodecSpec, mesh: Mesh, image_shape: tuple[int, int, 
 def describe_latents(
     datasets: dict[str, ImageDataset], codec: MomentCodec, spec: CodecSpec, shard_size: int
 ) -> latents.LatentsManifest:
-    """Returns the manifest of the latents of {split: data set} under a codec."""
+    """Returns the manifest of the latents of {split: data set} under a codec, in files of `shard_size` examples."""
     train = datasets["train"]
     return latents.LatentsManifest(
         dataset_name=train.name,
@@ -119,15 +123,16 @@ def describe_latents(
         num_views={split: 1 + dataset.random_flip for split, dataset in datasets.items()},
         shard_size=shard_size,
         vae=name_for_manifest(spec),
-        vae_sha256=codec.sha256 or "",
+        vae_sha256=codec.sha256 or "",  # of the weights: a name may come to mean others
         splits={split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
         empty_classes=train.empty_classes,
     )
 
 
 def prepare_folder(out: Path, manifest: latents.LatentsManifest, fingerprints: dict[str, Fingerprint]) -> None:
-    """Writes the manifest and the listing of the images into a new folder; UserError where it holds other latents."""
+    """Writes manifest and listing of the images into a new folder. Raises UserError if it holds other latents."""
     found = latents.load_latents_manifest(out)
+    # The manifest last: a folder that has one is complete but for its shards.
     if found is None:
         write_listing(out, fingerprints)
         write_json(out / latents.MANIFEST, manifest.to_json())
@@ -148,6 +153,7 @@ def write_latents(
     explaining = explaining_full_disk(lambda: latents.count_finished(out, names))
     with progress_bar(total=sum(manifest.num_examples.values()), unit="image") as bar, explaining:
         for split, dataset in datasets.items():
+            # Compiled once a split, as only training has mirror images.
             views = partial(encode_views, num_views=manifest.num_views[split])
             compiled = jax.jit(views, out_shardings=batch_sharding(mesh))
 
@@ -155,6 +161,7 @@ def write_latents(
                 return compiled(codec, shard_replicated(images, mesh))
 
             for name, rows in manifest.shards(split):
+                # Files are written whole or not at all, so one that is there needs no second look.
                 if (out / name).exists():
                     bar.update(len(rows))
                     continue
@@ -165,6 +172,8 @@ def write_latents(
 def main(config: ConfigDict) -> None:
     if config.out is None:
         raise UserError("--out is not given: name the folder to write, such as latents/imagenet256")
+
+    # Refusals that need neither data nor codec.
     out = Path(config.out)
     mesh = make_mesh()
     check_writable(out, "out")
@@ -176,6 +185,7 @@ def main(config: ConfigDict) -> None:
     codec = load_moment_codec(spec, mesh, datasets["train"].image_shape)
     manifest = describe_latents(datasets, codec, spec, config.shard_size)
 
+    # One process at a time fills a folder; the same command goes on where it stopped.
     prepare_output_folder(out, "out")
     with FolderLock(out).held("out"):
         prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})

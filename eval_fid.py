@@ -39,6 +39,7 @@ from utils.training.advice import shipped_statistics, write_statistics_command
 
 
 def define_flags() -> None:
+    # Samples of a run, or images that are there already.
     with topic("What is scored"):
         define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
         define_path("samples", None, "Instead of a run: npz or .npy (uint8 NHWC) or folder of images to score.")
@@ -56,6 +57,7 @@ def define_flags() -> None:
         flags.DEFINE_integer(
             "batch_size", None, "Samples at a time, over all devices; default: what fits, 128 on CPUs."
         )
+    # What they are compared with, and by which features.
     with topic("Reference"):
         define_path("fid_stats", None, "Reference: statistics, as compute_fid_stats.py writes them, or images.")
         flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
@@ -65,11 +67,13 @@ def define_flags() -> None:
         )
         define_path("inception_weights", None, "Local copy of the Inception weights.")
         define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
+    # Results, and what is kept of the samples.
     with topic("Output"):
         define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")
         define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
         define_path("json", None, "Write the rows as JSON here; - is the standard output, instead of the table.")
         flags.DEFINE_bool("quiet", False, "Results and errors alone.")
+    # Every scale with every step count makes a row of the table.
     define_sampler_flags(cfg_scale="4", denoise_timesteps="500", takes_several=True)
     with topic("Sampling"):
         flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
@@ -81,7 +85,7 @@ def define_flags() -> None:
 def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[str, Any] | None = None) -> Path:
     """Returns the file of --fid_stats, or the one that ships for the data set.
 
-    Raises UserError where there is none, with the command that makes it from the images of the run whose configuration
+    Raises UserError if there is none, with the command that makes it from the images of the run, whose configuration
     is `saved`.
     """
     if config.fid_stats is not None:
@@ -91,6 +95,7 @@ def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[st
     path = shipped_statistics(dataset_name)
     if path is None:
         assert saved is not None
+        # The command is for the data set that was asked for, read as the run reads its own.
         saved = saved | {"dataset": saved["dataset"] | {"name": dataset_name}}
         raise UserError(
             f"--fid_stats is not given and no statistics ship for {dataset_name}; make them: "
@@ -100,7 +105,8 @@ def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[st
 
 
 def open_run(config: ConfigDict) -> RunEvaluation:
-    """Returns the evaluation that the flags ask for, of the newest checkpoint of --load_dir that is intact."""
+    """Returns the evaluation that the flags ask for, of the newest checkpoint with an intact configuration."""
+    # The configuration alone: flags are checked against it before the parameters are read.
     checkpoints, steps = open_checkpoint(config.load_dir)
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     data = saved["dataset"]
@@ -113,14 +119,16 @@ def open_run(config: ConfigDict) -> RunEvaluation:
     reading.refuse_other_objective(saved["objective"])
     config.codec = reading.read_codec(config)
 
+    # Statistics, and the checkpoints to try: should the newest be damaged, an older one is scored.
     reference = find_statistics(config, config.dataset_name or data["name"], saved)
     remaining = steps[steps.index(newest) :]
     return RunEvaluation(config, reference, checkpoints, remaining, saved, model, samplers)
 
 
 def open_own_samples(config: ConfigDict) -> Samples:
-    """Returns the samples of --samples, the first --num_samples of them if it is given."""
+    """Returns the samples of --samples, or the first --num_samples. Raises UserError if it holds fewer."""
     samples = open_samples(config.samples)
+    # The default of 50,000 is for runs: of a file, all are scored.
     if not reading.is_explicit("num_samples"):
         return samples
     if config.num_samples > samples.num_samples:
@@ -134,6 +142,8 @@ def main(config: ConfigDict) -> None:
         raise UserError(
             "give one of --load_dir (the folder of a run, such as runs/demo) and --samples (images to score)"
         )
+
+    # Features, flags and outputs, before anything is opened.
     check_extractors(config.extractor)
     check_effects(RULES["eval_fid"], config)
     if config.out:

@@ -52,6 +52,7 @@ def define_flags() -> None:
         flags.DEFINE_enum(
             "labels", None, ["data", "none"], "Condition on the images' labels or on none; default: data, if the run's."
         )
+    # How it is computed: the trace of the Jacobian, and the solver of the ODE.
     with topic("Likelihood"):
         flags.DEFINE_integer(
             "num_probes", 1, "Random signs per image for the trace (Hutchinson); 0: the exact trace.", 0, 10_000
@@ -64,6 +65,7 @@ def define_flags() -> None:
     with topic("Compute"):
         flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Compute dtype.")
         flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
+    # The mean is printed; each image by itself goes into a file.
     with topic("Output"):
         define_path("per_image", None, "Also write a CSV with a line for each image: index, label, value, NFE.")
         define_path("json", None, "Also write the result as JSON into this file; - prints it instead of the table.")
@@ -71,7 +73,7 @@ def define_flags() -> None:
 
 
 class Measurement:
-    """The likelihoods of one command's images. Raises UserError for bad input before anything compiles."""
+    """A run and the images that it measures. Raises UserError for bad input before anything compiles."""
 
     def __init__(self, config: ConfigDict):
         self.config = config
@@ -102,20 +104,24 @@ class Measurement:
     def _load_dataset(self, saved: dict[str, Any]) -> ImageDataset:
         """Loads --dataset_name, or the run's own data set with the options that the run had."""
         config = self.config
+        # The run's own images are read as it read them; flags that were typed win.
         is_own = config.dataset_name is None
         for name in (name for name in RUN_OPTIONS if is_own and not reading.is_explicit(name)):
             config[name] = saved.get(name, config[name])
         name = config.dataset_name or saved["dataset_name"]
         reading.check_data_flags(name)
+
+        # Other images are brought to the run's size, where their loader can resize.
         if not is_own and config.image_size is None and get_loader(name).is_resizable:
             config.image_size = saved["dataset"]["image_shape"][0]
         return load_dataset(name, config.split, reading.read_data_options(config))
 
     def _check_dataset(self) -> None:
-        """Raises UserError if the model does not take the images. Grey and colour are converted, which is logged."""
+        """Raises UserError if the model cannot take the images. Grey and colour are converted, and that is logged."""
         ours = self.dataset.image_shape
         theirs = self.model.image_shape
         name = self.config.dataset_name or self.dataset.name
+        # Sides have to agree: bits per dimension of resized images would be those of other images.
         if ours[:2] != theirs[:2]:
             sizes = [f"{height}x{width}" for height, width, _ in (ours, theirs)]
             raise UserError(f"--dataset_name={name}: its images are {sizes[0]}, the run's {sizes[1]}; give others")
@@ -130,12 +136,13 @@ class Measurement:
             log(f"the images of {name} are made {'grey' if theirs[2] == 1 else 'RGB'}, as the run's")
 
     def _is_conditional(self) -> bool:
-        """Returns whether the images' labels are given to the model. Raises UserError for --labels that it lacks."""
+        """Returns whether the model is given the images' labels. Raises UserError for --labels that it cannot use."""
         is_own = self.model.condition.accepts(self.dataset.condition)
         choice = self.config.labels or ("data" if is_own else "none")
         dropout = self.model.network.config.class_dropout_prob
         if choice == "data" and not is_own:
             raise UserError("--labels=data: the classes of the data set are not the run's; use --labels none")
+        # Without dropped labels in training, the model has never seen the row of "no label".
         if choice == "none" and dropout == 0:
             hint = "use --labels data" if is_own else "give images of the run's classes"
             raise UserError(f"--labels={choice}: the model was trained without dropping labels; {hint}")
@@ -149,9 +156,10 @@ class Measurement:
         return requested or held
 
     def batches(self) -> Iterator[tuple[Batch, Int32[np.ndarray, " b"]]]:
-        """Yields batches of one size, the last padded, with the model's labels; and the images' numbers."""
+        """Yields (batch, numbers of its images (b,)), with labels as the model takes them; the last batch is padded."""
         size = self.config.batch_size
         first = 0
+        # One shape for all batches, as another would compile; `measure` leaves the padding out.
         for batch in epoch_batches(self.dataset, size, stop=self.num_images):
             indices = np.arange(first, first + batch.num_examples, dtype=np.int32)
             first += batch.num_examples
@@ -162,18 +170,20 @@ class Measurement:
             yield resize_rows((batch, indices), size)
 
     def measure(self) -> list[dict[str, Any]]:
-        """Returns a row {index, label, value, NFE} for each image."""
+        """Returns a row {index, label, value, NFE} for each image; the value stands under the name of its unit."""
         model = self.model
         rows = []
         bar = progress_bar(total=self.num_images, desc="likelihood", unit="image")
         for batch, indices in self.batches():
             placed = jax.tree.map(lambda rows: shard_replicated(rows, self.mesh), (batch, indices))
+            # The same key for every batch: what is random of an image follows from its number.
             values, nfe = measure_batch(
                 self.params, model.codec, jax.random.key(self.config.seed), *placed, network=model.network,
                 objective=model.objective, config=self.settings, is_pixels=self.is_pixels,
             )  # fmt: skip
             values = gather(values)
             nfe = gather(nfe)
+            # The rows beyond are the padding of the last batch.
             for i in range(min(len(values), self.num_images - len(rows))):
                 label = int(batch.condition[i]) if self.is_conditional else None
                 rows.append({"index": len(rows), "label": label, self.unit: float(values[i]), "nfe": int(nfe[i])})
@@ -185,7 +195,9 @@ class Measurement:
         """Returns the mean over the images, its standard error, and the settings that it depends on."""
         config = self.config
         values = np.array([row[self.unit] for row in rows])
+        # Of a single image there is no standard error.
         error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+        # Everything that the number depends on, so that the JSON alone can be compared.
         return {
             self.unit: float(values.mean()),
             "standard_error": error,
@@ -224,9 +236,12 @@ def main(config: ConfigDict) -> None:
     if not config.load_dir:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
     check_effects(RULES["likelihood"], config)
+    # Outputs, before the run is opened: nothing is measured that cannot be written.
     if config.per_image:
         prepare_output_file(Path(config.per_image), "per_image", "images.csv")
     check_json_path(config.json, {"per_image": config.per_image})
+
+    # What is measured, said before it takes its time.
     measurement = Measurement(config)
     probes = f"{config.num_probes} probe{'s' * (config.num_probes > 1)} an image"
     trace = probes if config.num_probes else "the exact trace"
@@ -235,6 +250,7 @@ def main(config: ConfigDict) -> None:
     with explaining_out_of_memory("the likelihood", "a smaller --batch_size"):
         rows = measurement.measure()
     result = measurement.summarize(rows)
+
     # Printed first: a result that cannot be written is not lost.
     if config.json != "-":
         show_result(to_markdown(result))

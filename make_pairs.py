@@ -48,9 +48,9 @@ def define_flags() -> None:
 def make_examples(
     generator: ImageGenerator, sampler: SamplerConfig, rows: range, batch_size: int, bar: tqdm
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (label, x_1) of the pairs `rows`; x_1 is float32 (h, w, c)."""
+    """Yields (label, x_1) of the pairs `rows`; x_1, the latent that was drawn, is float32 (h, w, c)."""
     for start in range(rows.start, rows.stop, batch_size):
-        # The last batch is computed whole: another shape would compile.
+        # The last batch is computed whole: another shape would compile. Noise and labels follow from the numbers.
         indices = np.arange(start, start + batch_size, dtype=np.int32)
         labels = generator.conditions(indices)
         latents = gather(generator.sample_latents(generator.noise(indices), labels, sampler))
@@ -60,7 +60,7 @@ def make_examples(
 
 
 def check_requests(config: ConfigDict) -> None:
-    """Raises UserError for what can be told before a run is loaded."""
+    """Raises UserError for missing flags, and for outputs that cannot be written, before a run is loaded."""
     for name, what in {"load_dir": "a run", "out": "the pairs"}.items():
         if config[name] is None:
             raise UserError(f"--{name} is not given: name the folder of {what}")
@@ -69,11 +69,12 @@ def check_requests(config: ConfigDict) -> None:
 
 
 def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
-    """Returns the one sampler of the pairs; UserError where several are given, or one that draws noise on the way."""
+    """Returns the one sampler of the pairs. Raises UserError for several, and for one that draws noise on the way."""
     dropout = model.network.config.class_dropout_prob
     sampler, *others = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
     if others:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each")
+    # Solvers that are not in the table choose their steps, and are ODE solvers as Euler is.
     if SOLVERS.get(sampler.solver, SOLVERS["euler"]).is_stochastic:
         raise UserError(
             f"--solver={sampler.solver} draws noise on the way, so that a sample has no one noise; use euler"
@@ -85,6 +86,7 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
     """Returns the manifest of the pairs that a generator makes."""
     model = generator.model
     codec = model.codec
+    # Whatever decides the samples: the same command continues only if all of it is the same.
     return pairs.PairsManifest(
         dataset_name=f"pairs of {config.load_dir}",
         params_sha256=hash_params(generator.params),
@@ -98,12 +100,12 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
         vae=getattr(codec, "source", None) if codec.sha256 else None,
         vae_sha256=codec.sha256,
         empty_classes=getattr(model.condition, "empty_classes", ()),
-        jax_variables=tuple(changed_variables(RANDOM)),
+        jax_variables=tuple(changed_variables(RANDOM)),  # the noise is drawn again under these
     )
 
 
 def prepare_folder(out: Path, manifest: pairs.PairsManifest) -> None:
-    """Writes the manifest into a new folder; UserError where it holds other pairs."""
+    """Writes the manifest into a new folder. Raises UserError if it holds other pairs."""
     found = pairs.load_pairs_manifest(out)
     if found is None:
         write_json(out / pairs.MANIFEST, manifest.to_json())
@@ -114,7 +116,7 @@ def prepare_folder(out: Path, manifest: pairs.PairsManifest) -> None:
 def write_pairs(
     out: Path, manifest: pairs.PairsManifest, generator: ImageGenerator, sampler: SamplerConfig, batch_size: int
 ) -> None:
-    """Writes the files of the manifest that are not finished yet."""
+    """Writes the files of the manifest that are not finished yet, `batch_size` pairs at a time."""
     shards = manifest.shards()
     with (
         progress_bar(total=manifest.num_pairs, unit="pair") as bar,
@@ -122,6 +124,7 @@ def write_pairs(
         explaining_full_disk(lambda: count_finished(out, [name for name, _ in shards])),
     ):
         for name, rows in shards:
+            # Files are written whole or not at all.
             if (out / name).exists():
                 bar.update(len(rows))
             else:
@@ -131,6 +134,8 @@ def write_pairs(
 def main(config: ConfigDict) -> None:
     check_requests(config)
     out = Path(config.out)
+
+    # The run; with its codec, without which no image could be made of the pairs.
     generator = load_generator(
         config.load_dir,
         params=config.params,
@@ -140,10 +145,13 @@ def main(config: ConfigDict) -> None:
         codec=reading.read_codec(config),
         needs_images=True,
     )
+
+    # The sampler has to suit the model, and the batch its devices.
     check_batch_size(config.batch_size, generator.model.mesh.size)
     sampler = read_sampler(config, generator.model)
     manifest = describe_pairs(config, generator, sampler)
 
+    # One process at a time fills the folder.
     prepare_output_folder(out, "out")
     with FolderLock(out).held("out"):
         prepare_folder(out, manifest)

@@ -21,7 +21,7 @@ from utils.flags.definitions import define_path
 from utils.images import plotting
 from utils.trackers.trackers import name_runs, read_curves
 
-DEFAULT_METRICS = ("training/l2_loss", "validation/l2_loss", "training/grad_norm", "fid")
+DEFAULT_METRICS = ("training/l2_loss", "validation/l2_loss", "training/grad_norm", "fid")  # those that a run has logged
 
 
 def define_flags() -> None:
@@ -39,10 +39,12 @@ def choose_metrics(known: Iterable[str], requested: list[str], is_optional: bool
 
     Raises UserError for a name that nothing matches; where `is_optional`, only if no name matches anything.
     """
+    # Defaults may be missing, as runs without statistics log no FID; a name that was typed may not.
     known = sorted(known)
     matches = {pattern: [name for name in known if fnmatchcase(name, pattern)] for pattern in requested}
     missing = [pattern for pattern, names in matches.items() if not names]
     if not requested or (len(missing) == len(matches) if is_optional else missing):
+        # Metrics by time have many names: the error lists one pattern for them.
         choices = dict.fromkeys(name.partition("_t/")[0] + "_t/*" if "_t/" in name else name for name in known)
         raise UserError(
             f"--metrics={missing[0] if missing else ''} matches no logged metric; there are {', '.join(choices)}"

@@ -36,9 +36,10 @@ from utils.images.pixels import check_pictures
 from utils.images.samples import SampleWriter
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 
+# All that may be written into --out: a folder of such a name is refused before the work.
 FILES = ("grid.png", "film.webp", "film.gif", "strip.png")
-NUM_STAGES = 8
-MAX_FILM_SAMPLES = 64
+NUM_STAGES = 8  # columns of the strip beside the noise; rows at most
+MAX_FILM_SAMPLES = 64  # all frames of all of them are in memory at once
 MAX_SHOWN = 400  # samples in the grid
 
 # Flags that sample.py had before edit.py took them over, and those that edit.py does not have.
@@ -48,6 +49,7 @@ FILM_FLAGS = ("film", "film_frames", "film_format")
 
 def define_flags() -> None:
     define_drawing_flags(num_samples="Samples.")
+    # Frames are points of the path: no film has more of them than the sampler has steps.
     with topic("Films"):
         flags.DEFINE_bool("film", False, "Also an animation from noise to image, and a strip of eight stages.")
         flags.DEFINE_integer("film_frames", 32, "Frames of the film beside the noise; no more than steps.", 1, 1000)
@@ -57,11 +59,12 @@ def define_flags() -> None:
 
 
 def draw(request: Request) -> None:
-    """Draws the samples and writes the grid of the first; each by itself with --save_samples."""
+    """Draws the samples and writes a grid of the first; with --save_samples, each by itself, too."""
     config = request.config
     generator = request.generator
 
     if config.save_samples:
+        # Before any sampling: not every codec makes pictures that a file can hold.
         model = generator.model
         check_pictures(pixel_format(model.codec), model.image_shape, f"--save_samples={config.save_samples}")
 

@@ -34,6 +34,7 @@ def main(values: ConfigDict) -> None:
         stop.share()
     log(describe_processes())
 
+    # Everything that can be refused is, here and in `build_run`, before a step compiles.
     config = configure(values)
     run = build_run(config)
     if config.training.plan:
@@ -46,6 +47,7 @@ def main(values: ConfigDict) -> None:
 def configure(values: ConfigDict) -> RunConfig:
     """Returns the configuration of the run that a command line asks for. Raises UserError for flags without effect, and
     for settings that contradict each other."""
+    # Flags by themselves; then in view of the run that is continued or started from.
     check_run_effects(values)
     config = read_run_config(values)
     check_run_effects(values, config)
@@ -53,12 +55,14 @@ def configure(values: ConfigDict) -> RunConfig:
 
 
 def report_end(run: Run, state: TrainState) -> None:
-    """Says where everything is and what may follow; ends with a status of its own where the run was stopped."""
+    """Logs where everything is and what may follow; exits with EXIT_STOPPED if the run was stopped before its end."""
     step = int(state.step)
+    # Its own status, so that a job script knows to give the command again (docs/reliability.md).
     if step < run.config.training.max_steps or is_evaluation_missing(run, step):
         log(f"stopped at step {step} and saved; the same command continues from there")
         sys.exit(EXIT_STOPPED)
     log(f"done: images, metrics.jsonl and checkpoints are in {run.folder}")
+    # A young EMA still holds much of the initial parameters: then the raw ones are the better.
     params = "raw" if run.ema.initial_weight(step) > 0.5 else "ema"
     num_images = len(run.datasets["train"].source)
     for purpose, command in commands_after_training(run.folder, run.record, num_images, params):

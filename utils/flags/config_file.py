@@ -9,43 +9,52 @@ import yaml
 from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_bounded
 
-MAX_BYTES = 2**22
+MAX_BYTES = 2**22  # a run's config.json also lists its classes
 # Flags of a start rather than of a run: not taken from another run's config.json.
 OF_A_START = ("config", "save_dir", "plan", "profile", "coordinator_address", "num_processes", "process_id")
+# Without one of these, the file's own name of a run would lead back into that run's folder.
 FOLDER_FLAGS = ("save_dir", "wandb.name")
 
 
 def expand_config_file(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], set[str]]:
-    """Returns (a command line with the settings of its --config FILE in front of its own words, which win; the settings
-    that a run's own file gives, which nobody has typed: those without effect are no mistake).
+    """Returns (argv, untyped): the command line with the settings of its --config FILE put in front of its own words,
+    which override them; and the names of the settings that come from a run's own file, which nobody has typed.
 
-    `names` are the flags there are. FILE is YAML or JSON: a run's config.json as it is, or a few settings, `group.name`
-    nested or with a dot. Raises UserError for a file that cannot be read, and for names that are no flags.
+    `names` are the known flags. FILE is YAML or JSON: the config.json of a run, or a few settings, with `group.name`
+    nested or dotted. An untyped setting without effect is no mistake. Raises UserError if the file cannot be read, or
+    names an unknown flag.
     """
     path = find_value(argv, "config")
     if path is None:
         return list(argv), set()
-    # What the file has, but for what belongs to one start of a run.
+
+    # All that the file has; of a run's own file, without what belongs to one start of that run.
     settings = read_settings_file(Path(path).expanduser())
+
     untyped: set[str] = set()
-    if isinstance(settings.get("dataset.image_shape"), list):  # a run's own file
+    if isinstance(settings.get("dataset.image_shape"), list):  # only a run's own file records its data
         settings = {name: value for name, value in settings.items() if name in names and name not in OF_A_START}
         if not any(find_value(argv, flag) for flag in FOLDER_FLAGS):
             raise UserError(
                 f"--config={path} is the configuration of a run: name the folder of the new one with --save_dir, or "
                 "continue that run with --save_dir alone"
             )
+        # An old setting may have no effect beside a new one: that is for nobody to mend.
         untyped = {name for name in settings if find_value(argv, name) is None}
-    # A misspelt setting would be without effect.
+
+    # A misspelt setting would silently do nothing.
     unknown = sorted(settings.keys() - set(names))
     if unknown:
         raise UserError(f"--config={path}: {unknown[0]} is no setting (--help lists the flags)")
+
+    # In front of the command line's own words: of a flag that is given twice, the last value counts.
     words = [f"--{name}={write_value(value)}" for name, value in settings.items() if value is not None]
     return [argv[0], *words, *argv[1:]], untyped
 
 
 def find_value(argv: Iterable[str], flag: str) -> str | None:
     """Returns the last value of a flag on a command line, written --flag value or --flag=value."""
+    # By hand: absl can parse the words only once those of the file are among them.
     value, is_next = None, False
     for word in argv:
         if is_next:
@@ -59,7 +68,10 @@ def find_value(argv: Iterable[str], flag: str) -> str | None:
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
-    """Returns {name: value} of a YAML or JSON file, groups as group.name."""
+    """Returns {name: value} of a YAML or JSON file, groups as group.name.
+
+    Raises UserError if it cannot be read, is too large, or is no mapping.
+    """
     try:
         content = yaml.safe_load(read_bounded(path, MAX_BYTES))
     except (BadFileError, OSError, yaml.YAMLError, RecursionError) as error:
@@ -67,6 +79,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config={path} cannot be read ({reason}); give a YAML or JSON file of settings") from None
     if not isinstance(content, dict):
         raise UserError(f"--config={path} has no settings; write one a line, such as batch_size: 64")
+
+    # One level of nesting, as flags have: {model: {depth: 12}} is --model.depth=12.
     flat: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, dict):
@@ -77,7 +91,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
 
 def write_value(value: Any) -> str:
-    """Returns a setting's value as on a command line."""
+    """Returns the value of a setting as it is written on a command line."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return str(value)

@@ -1,4 +1,4 @@
-"""Definitions of the flags that several programs have.
+"""Definitions of the flags that several programs share.
 
 Flags that jax-flow has keep its names and defaults.
 """
@@ -30,7 +30,7 @@ from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS
 
 FLAGS = flags.FLAGS
 
-# Flags whose value is a path, or a data set or a VAE that may be one.
+# Flags whose value is a path, or a data set or a VAE that may be one: `check_value` expands a ~ in it.
 path_flags: set[str] = set()
 
 
@@ -41,11 +41,13 @@ def define_path(name: str, default: str | None, help: str) -> None:
 
 
 def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
-    """Registers the flag of a `setting`, with the field's default and help or others."""
+    """Registers the flag of a `setting`; `changes` may replace the default and the help of its field."""
     metadata = field.metadata
     default = changes.get("default", field.default)
     help_text = changes.get("help", metadata["help"])
     kind = kind_of(field)
+
+    # Paths and choices are texts too, so they come before the plain types.
     if metadata["is_path"]:
         define_path(name, default, help_text)
     elif metadata["choices"]:
@@ -69,7 +71,11 @@ def define_group(part: str, without: tuple[str, ...] = ()) -> None:
 
 @topic("Data")
 def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
-    """Registers which images are read, and how; see `read_data_options`. `dataset_name` None: the run's."""
+    """Registers the flags of which images are read, and how; see `read_data_options`.
+
+    `dataset_name` is the default of that flag; None stands for the data set of the run that the program loads.
+    """
+    # Help that depends on the registry of loaders, to which a user's own may have been added.
     ending = "" if dataset_name else "; default: the run's"
     folders = ", ".join(list_names(lambda loader: "broken_images" in loader.options))
     helps = {
@@ -77,6 +83,8 @@ def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
         "broken_images": f"What to do about broken files of {folders}.",
         "max_megapixels": f"Largest image of {folders} to decode; 3 bytes a pixel.",
     }
+
+    # Mirroring is left out: only programs that use training images need it (see `define_flip_flag`).
     for name, field in settings_of(DataConfig).items():
         if name != "random_flip":
             default = dataset_name if name == "dataset_name" else field.default
@@ -85,7 +93,7 @@ def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
 
 @topic("Data")
 def define_flip_flag() -> None:
-    """Registers --random_flip, of programs that train."""
+    """Registers --random_flip, for training and for the encoding of what is trained on."""
     flipped = ", ".join(list_names(lambda loader: loader.flips))
     help_text = f"1 mirrors half of the training images left to right, 0 none; default: 1 for {flipped}."
     define_setting("random_flip", settings_of(DataConfig)["random_flip"], help=help_text)
@@ -93,11 +101,18 @@ def define_flip_flag() -> None:
 
 @topic("Sampling")
 def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_several: bool = False) -> None:
-    """Registers how samples are drawn, with these defaults; see `read_samplers`."""
+    """Registers the flags of how samples are drawn; see `read_samplers`.
+
+    `cfg_scale` and `denoise_timesteps` are the defaults, as typed. `takes_several`: the program samples at each of
+    several scales and step counts.
+    """
+    # Guidance. Scales and steps are lists in all programs; one that takes a single sampler refuses more.
     scales = "Guidance scales, separated by commas" if takes_several else "Guidance scale"
     flags.DEFINE_list("cfg_scale", [cfg_scale], f"{scales}; -1 or 1: no guidance.")
     flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
     flags.DEFINE_integer("cfg_channels", None, "Channels that are guided, the first; default: all.", lower_bound=1)
+
+    # Steps: how many, and at which times.
     steps = "Step counts, separated by commas." if takes_several else "Steps."
     flags.DEFINE_list("denoise_timesteps", [denoise_timesteps], steps)
     flags.DEFINE_string(
@@ -105,6 +120,8 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
         "uniform",
         "Times of the steps: uniform, or shift:S (S > 1: more at noise); of ddim and ddpm: linspace, or leading.",
     )
+
+    # The solver. Only an adaptive one has tolerances.
     flags.DEFINE_enum(
         "solver",
         "euler",
@@ -120,6 +137,7 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
 def define_codec_flags() -> None:
     """Registers --codec, and --vae, which is a spelling of it."""
     field = settings_of(CodecConfig)["codec"]
+    # Each codec of the registry says itself how it is written.
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in CODECS.items())
     define_setting("codec", field, help=f"{field.metadata['help'].rstrip('.')}. {kinds}.")
     define_path("vae", None, "Hub id or folder of a VAE: the same as --codec kl:VAE.")
@@ -128,10 +146,13 @@ def define_codec_flags() -> None:
 @topic("Model")
 def define_model_flags() -> None:
     """Registers --model.*: the network, and what turns images into the arrays that it learns."""
+    # Networks may have presets of the same name; an enum lists each once.
     presets = [name for entry in NETWORKS.values() for name in entry.config_class.PRESETS]
     flags.DEFINE_enum(PRESET, "debug", list(dict.fromkeys(presets)), "Sizes for the --model.* flags left unset.")
     for name, field in network_settings().items():
         define_setting(name, field)
+
+    # Spellings of --codec, so that jax-flow's command lines keep their meaning.
     flags.DEFINE_integer("model.use_stable_vae", None, "1: the same as --codec kl; 0: as --codec pixels.", 0, 1)
     flags.DEFINE_integer("use_stable_vae", None, "The same as --model.use_stable_vae.", 0, 1)
 
@@ -141,7 +162,7 @@ def define_objective_flags() -> None:
     """Registers --objective.*: what is learned, and the fields of every objective."""
     flags.DEFINE_enum(OBJECTIVE_NAME, "flow_matching", list(OBJECTIVES), "What the model learns.")
     for name, field in objective_settings().items():
-        if name.startswith("objective."):  # of one objective among several: it has the default
+        if name.startswith("objective."):  # only the chosen objective knows its default
             define_setting(name, field, default=None)
         else:
             define_setting(name, field)
@@ -156,6 +177,7 @@ def define_optimizer_flags() -> None:
 
 def define_run_flags() -> None:
     """Registers every setting of a run, by topic."""
+    # In the order of --help.
     with topic("Run"):
         define_path(
             "config",
@@ -163,6 +185,7 @@ def define_run_flags() -> None:
             "YAML or JSON file of settings, which the command line overrides: a run's config.json, or a few.",
         )
         define_group("training")
+    # The order of the calls is that of --help.
     define_data_flags()
     define_flip_flag()
     define_codec_flags()
@@ -177,6 +200,7 @@ def define_run_flags() -> None:
     }.items():
         with topic(title):
             for part in parts:
+                # --trackers is a setting of logging, but stands with --wandb.* in --help.
                 define_group(part, without=("trackers",))
     define_tracker_flags()
     with topic("Several processes"):
@@ -184,8 +208,10 @@ def define_run_flags() -> None:
 
 
 def define_saved_model_flags() -> None:
-    """Registers --model.* and --objective.* of a program that loads a run: only the compute dtype can be another. The
-    others are not in --help, but so that training's command line may be told what to leave out."""
+    """Registers --model.* and --objective.* for a program that loads a run, of which only the compute dtype may change.
+
+    --help leaves out the others. They exist so that a pasted training command is told which flags to leave out.
+    """
     before = set(FLAGS)
     define_model_flags()
     define_objective_flags()
@@ -195,8 +221,9 @@ def define_saved_model_flags() -> None:
 
 @topic("Trackers")
 def define_tracker_flags(name: str | None = None, mode: str | None = None) -> None:
-    """Registers --trackers and --wandb.*; --wandb.name and --wandb.mode perhaps with other defaults."""
+    """Registers --trackers and --wandb.*. `name` and `mode` replace the defaults of --wandb.name and --wandb.mode."""
     define_setting("trackers", settings_of(LoggingConfig)["trackers"])
+    # wandb.display_name is no flag: only $WANDB_NAME sets it (see `resolve_wandb`).
     for setting_name, field in settings_of(WandbConfig, "wandb").items():
         if setting_name == "wandb.mode":
             define_setting(setting_name, field, default=mode)

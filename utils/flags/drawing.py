@@ -28,7 +28,7 @@ from utils.trackers.trackers import Trackers, choose_trackers
 
 
 def define_drawing_flags(num_samples: str) -> None:
-    """Registers which run and which samples are drawn, and where they are written. `num_samples`: the flag's help."""
+    """Registers the flags of the run, the samples and the output. `num_samples` is the help of that flag."""
     with topic("What is drawn"):
         define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
         flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, in turn; or all.")
@@ -43,7 +43,7 @@ def define_drawing_flags(num_samples: str) -> None:
 
 
 def define_generator_flags(wandb_name: str) -> None:
-    """Registers how samples are computed, and the trackers' flags."""
+    """Registers the flags of how samples are computed, and of the trackers, with wandb off by default."""
     define_sampler_flags(cfg_scale="4", denoise_timesteps="64")
     with topic("Compute"):
         flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
@@ -69,13 +69,18 @@ class Request:
 
 
 def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
-    """Raises UserError for a run that is not named and for places that cannot be written, before anything is loaded.
-    `names` are the files that may be written into --out."""
+    """Raises UserError if no run is named or an output cannot be written, before anything is loaded.
+
+    `names` are the files that may be written into --out.
+    """
+    # Before the first message, as the standard output is for the paths of what is written.
     configure_output(is_apart=True, is_quiet=config.quiet)
     if not config.load_dir:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
     if config.batch_size is not None and config.batch_size < 1:
         raise UserError(f"--batch_size={config.batch_size}: use 1 or more")
+
+    # Outputs, which would otherwise fail only after the sampling.
     if config.out:
         check_writable(Path(config.out), "out", names=names)
     if config.save_samples:
@@ -83,9 +88,11 @@ def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
 
 
 def load_request(config: ConfigDict) -> Request:
-    """Restores the run and settles sampler and conditions. Raises UserError for a run that cannot be loaded and for
-    values that do not suit it."""
-    # The run.
+    """Restores the run, and settles the sampler and the conditions.
+
+    Raises UserError if the run cannot be loaded, or a value does not suit it.
+    """
+    # The run, with its codec: latents alone are no pictures.
     generator = load_generator(
         config.load_dir,
         params=config.params,
@@ -97,7 +104,7 @@ def load_request(config: ConfigDict) -> Request:
     )
     sampler = read_sampler(config, generator.model)
 
-    # A condition for each sample: the chosen ones in turn, or drawn ones.
+    # A condition for each sample: the chosen ones in turn, or drawn ones, which depend on the seed.
     chosen = choose_conditions(config.classes, generator.model)
     if chosen is None:
         conditions = generator.conditions(range(config.num_samples))
@@ -109,13 +116,13 @@ def load_request(config: ConfigDict) -> Request:
             )
         conditions = resize_rows(chosen, config.num_samples)
 
+    # Of RUN/checkpoints/STEP, too, the folder is that of the run.
     folder = Path(config.out or split_load_dir(config.load_dir)[0] / "samples")
     return Request(config, generator, sampler, chosen, conditions, PictureFolder(folder))
 
 
 def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
-    """Returns the one sampler of the command line. Raises UserError if there are several, or the model takes none of
-    its settings."""
+    """Returns the one sampler of the command line. Raises UserError for several, and for one that the model lacks."""
     dropout = model.network.config.class_dropout_prob
     samplers = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
     if len(samplers) > 1:
@@ -124,15 +131,21 @@ def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
 
 
 def choose_conditions(text: str | None, model: ImageModel, flag: str = "classes") -> PyTree | None:
-    """Returns the conditions (n, ...) that a flag gives, in its order; None without it. Classes are given by names or
-    numbers; 'all' stands for those of which the run had images. Raises UserError for a word that is no condition."""
+    """Returns the conditions (n, ...) that --`flag` gives as `text`, in its order; None without it.
+
+    Classes are given by name or number; 'all' stands for those of which the run had images. Raises UserError for a word
+    that is no condition.
+    """
     if text is None:
         return None
+    # Each kind of condition reads its own words; its errors do not know the flag.
     kind = model.condition
     try:
         chosen = kind.parse(text)
     except UserError as error:
         raise UserError(f"--{flag}={text}: {error}") from None
+
+    # A class whose folder was empty has a label, but the model never saw it.
     if isinstance(kind, ClassCondition):
         labels = dict.fromkeys(chosen.tolist())
         if empty := [kind.class_names[label] for label in labels if label in kind.empty_classes]:
@@ -148,6 +161,7 @@ def drawing(request: Request, names: tuple[str, ...]) -> Iterator[None]:
     """
     config = request.config
     pictures = request.pictures
+    # Again, and in earnest: `check_request` has only looked at --out.
     prepare_output_folder(pictures.folder, "out", names=names)
     try:
         with explaining_out_of_memory("sampling", "a smaller --batch_size"):
@@ -156,6 +170,8 @@ def drawing(request: Request, names: tuple[str, ...]) -> Iterator[None]:
         pictures.show_written()  # finished files are not lost with the others
         finished = "the files above are" if pictures.written else "no file is"
         raise WriteError(error.path, error.error, error.whole or f"{finished} whole") from error
+
+    # Trackers last: by now everything is on disk.
     settings = config.to_dict()
     if choose_trackers(settings):
         trackers = Trackers(pictures.folder, settings, first_step=0)

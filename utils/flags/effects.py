@@ -45,6 +45,7 @@ def _has_no_wandb(values: Any) -> bool:
 # {program: its rules}, in the order in which they are looked at. The facts `is_new` and `is_started` say whether the
 # folder of a run has no checkpoint yet, and whether its parameters are those of another run.
 RULES: dict[str, tuple[Rule, ...]] = {
+    # Images of a file need no model. What was trained cannot be changed, and the sampler has flags of its own.
     "eval_fid": (
         Rule(
             (
@@ -66,6 +67,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(("dataset_name",), "beside --fid_stats", lambda given: given.fid_stats),
         _INCEPTION,
     ),
+    # --images takes the place of a data set, and of all that says how one is read.
     "compute_fid_stats": (
         Rule(
             ("dataset_name", "split", "data_dir", "image_size", "broken_images", "max_megapixels"),
@@ -74,6 +76,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         _INCEPTION,
     ),
+    # From the flags alone, before a run of --load_dir is opened.
     "train_flow.plan": (
         Rule(
             ("load_dir", "freeze", "lora_rank"),
@@ -82,6 +85,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(("profile",), "with --plan, which trains nothing", lambda v: v.plan),
     ),
+    # From the whole configuration, in which defaults and other runs have had their say.
     "train_flow": (
         Rule(("fid_samples", "convention", "inception_weights"), "without --fid_stats", lambda v: not v.fid_stats),
         Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),
@@ -89,6 +93,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),
         Rule(("freeze", "lora_rank"), "without --load_dir", lambda v: not v.is_started),
         Rule(
+            # Only of new runs: those of earlier versions may have been started so.
             ("ema_warmup",),
             "with --model.target_update_rate=1, which is no EMA",
             lambda v: v.is_new and v.model["target_update_rate"] == 1,
@@ -98,6 +103,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(("labels",), "beside --classes", lambda given: given.classes is not None),
         Rule(("film_frames", "film_format"), "without --film", lambda given: not given.film),
     ),
+    # --interpolate draws samples of its own; --invert and --inpaint take images.
     "edit": (
         Rule(("labels",), "beside --classes", lambda given: given.classes is not None),
         Rule(("between",), "without --interpolate", lambda given: given.interpolate is None),
@@ -121,6 +127,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(("mask", "inpaint_repeats"), "without --inpaint", lambda given: given.inpaint is None),
     ),
+    # One solver has tolerances, the other a number of steps.
     "likelihood": (
         Rule(
             ("rtol", "atol"),
@@ -133,6 +140,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda given: given.solver != "midpoint",
         ),
     ),
+    # A file that is imported has its own architecture; a run that is exported is complete.
     "convert_checkpoint": (
         Rule(("model.*", "objective.*"), "here: a checkpoint has its own", lambda given: True),
         Rule(("params", "push", "private"), "with --source", lambda given: given.source),
@@ -161,10 +169,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
 
 
 def check_run_effects(values: ConfigDict, config: RunConfig | None = None) -> None:
-    """Raises UserError for a flag of training that has no effect; before a run's configuration is made, and after."""
+    """Raises UserError for a flag of training without effect; called before the configuration is made, and after."""
     if config is None:
         check_effects(RULES["train_flow.plan"], values.to_dict())
         return
+
+    # Facts that no flag tells, but the folder of the run.
     is_new = not has_checkpoints(config.folder)
     is_started = bool(config.start.load_dir or read_started_from(config.folder))
     check_effects(RULES["train_flow"], config.to_json(), is_new=is_new, is_started=is_started)
@@ -174,12 +184,14 @@ def check_run_effects(values: ConfigDict, config: RunConfig | None = None) -> No
 
 
 def refuse_other_settings(config: RunConfig) -> None:
-    """Raises UserError for a given setting of another objective or network than the run's."""
+    """Raises UserError for a setting that belongs to another objective or network than the run has."""
+    # {flag: (chosen name, its configuration, settings of all that can be chosen, prefix of their names)}.
     choices = {
         "objective.name": (config.objective_name, config.objective, objective_settings(), "objective"),
         "model.network": (config.model.network, config.model, network_settings(), "model"),
     }
     for flag, (name, chosen, known, group) in choices.items():
+        # Flags exist for all of them, so absl takes a flag of the wrong one without a word.
         others = known.keys() - settings_of(type(chosen), group).keys()
         refuse_ignored(sorted(others), f"with --{flag}={name}")
 
@@ -190,6 +202,7 @@ def check_effects(rules: Iterable[Rule], config: Mapping[str, Any] | ConfigDict,
     `facts` are what a program knows beside its flags, such as is_latent=True; rules read them as `values.is_latent`.
     """
     known = {**(config.to_dict() if isinstance(config, ConfigDict) else config), **facts}
+    # By attribute, as rules read them; as keywords, for the {names} in their reasons.
     values = SimpleNamespace(**known)
     for rule in rules:
         if rule.applies(values):

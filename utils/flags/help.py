@@ -1,4 +1,4 @@
-"""What a program says of its flags: --help by topic, and the flag to use where another tool's name was typed."""
+"""Help on flags: --help by topic, and the flag to use where the name of another tool's flag was typed."""
 
 import contextlib
 import math
@@ -12,11 +12,11 @@ from utils.base.errors import UserError
 from utils.training.advice import write_command
 
 FLAGS = flags.FLAGS
-WIDTH = 100
+WIDTH = 100  # columns of --help
 
 TOPIC, HIDDEN = "topic", "hidden"  # an attribute of flags, and one of its values
 
-# What users of other tools type, and what is meant here.
+# Names that users of other tools type, separated by spaces, and the answer to each of them.
 _MEANINGS = {
     "lr learning_rate": "the learning rate is --model.lr",
     "steps num_steps iterations": "use --max_steps to train, --denoise_timesteps to sample",
@@ -39,7 +39,7 @@ HABITS = {name: meaning for names, meaning in _MEANINGS.items() for name in name
 
 @contextlib.contextmanager
 def topic(title: str) -> Iterator[None]:
-    """Flags that are registered in the block stand under `title` in --help."""
+    """Puts the flags that are registered in the block under `title` in --help."""
     before = set(FLAGS)
     yield
     for name in set(FLAGS) - before:
@@ -47,7 +47,7 @@ def topic(title: str) -> Iterator[None]:
 
 
 def hide(names: Iterable[str]) -> None:
-    """Leaves flags out of --help: they are there to be refused with a reason."""
+    """Leaves flags out of --help: they exist to be refused with a reason."""
     for name in names:
         setattr(FLAGS[name], TOPIC, HIDDEN)
 
@@ -66,11 +66,14 @@ def _set_topic(name: str, title: str) -> None:
 
 
 def refuse_habits(words: Iterable[str]) -> None:
-    """UserError, with the flag to use, for a word of the command line that is another tool's, or lacks its group."""
+    """Raises UserError, naming the flag to use, for a flag of another tool, or one that is typed without its group."""
     for word in words:
+        # Other tools write dashes within names.
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
         if not word.startswith("-") or name in FLAGS:
             continue
+
+        # --depth for --model.depth. A known habit goes first, as it says more.
         grouped = next((flag for flag in sorted(FLAGS) if flag.endswith(f".{name}")), None)
         meaning = HABITS.get(name) or (grouped and f"use --{grouped}")
         if meaning:
@@ -85,11 +88,15 @@ def define_moved_flags(names: Iterable[str]) -> None:
 
 
 def refuse_moved_flags(names: Iterable[str], program: str, but: Iterable[str] = ()) -> None:
-    """Raises UserError, with the command to type, for a flag that is one of `program` now. The command has all flags
-    that the user gave, `but` those that the program lacks."""
+    """Raises UserError, with the command to type, for a flag that belongs to `program` now.
+
+    The command repeats all flags that the user gave, except those of `but`, which that program lacks.
+    """
     given = [name for name in names if FLAGS[name].present]
     if not given:
         return
+
+    # The user's whole command, ready to paste: the run, the moved flags, then the others.
     others = [name for name in FLAGS if FLAGS[name].present and name not in {*given, *but, "load_dir"}]
     words = [word for name in ("load_dir", *given, *others) if FLAGS[name].present for word in _spell_flag(name)]
     first = "=".join(_spell_flag(given[0]))
@@ -97,24 +104,24 @@ def refuse_moved_flags(names: Iterable[str], program: str, but: Iterable[str] = 
 
 
 def _spell_flag(name: str) -> list[str]:
-    """Returns the words of a flag on the command line: one of a switch, and where the value might be taken for a flag,
-    else two."""
+    """Returns the words of a given flag: --name value; --name of a switch; --name=-1 if the value looks like a flag."""
     text = FLAGS[name].serialize()
     spelled, is_valued, value = text.partition("=")
     return [spelled, value] if is_valued and value and not value.startswith("-") else [text]
 
 
 def to_switch(value: str | int) -> int:
-    """The value of an integer flag that is 0 or 1: 'True' and 'False' are these. ValueError for other texts."""
+    """Returns the value of a flag that is 0 or 1, also written False or True. Raises ValueError for other texts."""
     text = str(value).strip().lower()
     return int(text == "true") if text in ("true", "false") else to_integer(value)
 
 
 def to_integer(value: str | int) -> int:
-    """An integer flag's value: '1e3' is 1000. ValueError for other texts."""
+    """Returns the value of an integer flag, which may be written 1e3. Raises ValueError for other texts."""
     if not isinstance(value, str):
         return value
     text = value.strip().lower()
+    # Plain digits first: they are exact, however many.
     try:
         return int(text)
     except ValueError:
@@ -129,8 +136,9 @@ def to_integer(value: str | int) -> int:
 
 
 def show_help(names: Iterable[str]) -> None:
-    """Prints how the program is used, from its docstring, and its flags by topic, in the order of their definition."""
+    """Prints the docstring of the program, and its flags by topic, both in the order of definition."""
     print(sys.modules["__main__"].__doc__ or "")
+    # Topics stand in the order of their first flags, although a topic may be opened more than once.
     by_topic: dict[str, list[str]] = {}
     for name in (name for name in names if not is_hidden(name)):
         by_topic.setdefault(get_topic(name), []).append(name)
@@ -145,5 +153,6 @@ def _describe(name: str) -> str:
     flag = FLAGS[name]
     is_switch = isinstance(flag, flags.BooleanFlag)
     default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+    # Defaults that say nothing are left out: None, an empty text, a switch that is off.
     shown = "" if default is None or (is_switch and not default) or default == "" else f" (default: {default})"
     return f"--{'[no]' * is_switch}{name}: {flag.help}{shown}"

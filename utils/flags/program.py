@@ -26,9 +26,12 @@ FLAGS = flags.FLAGS
 
 
 def use_utf8() -> None:
-    """Starts the program again in Python's UTF-8 mode where the locale is of another encoding, in which names of files,
-    classes and flags beyond ASCII could be neither read nor written. (From Python 3.15 on it is the default: PEP 686.)
+    """Starts the program again in Python's UTF-8 mode if the locale has another encoding.
+
+    Names of files and classes beyond ASCII could be neither read nor written in it. From Python 3.15 on, UTF-8 is the
+    default (PEP 686).
     """
+    # The same words in both lists: nobody has changed sys.argv to call the program from another one.
     first = len(sys.orig_argv) - len(sys.argv) + 1
     is_own_process = sys.orig_argv[first:] == sys.argv[1:]
     if sys.getfilesystemencoding() != "utf-8" and is_own_process:
@@ -48,6 +51,7 @@ def raise_on_signals() -> None:
     """Makes END_SIGNALS raise Terminated, as Ctrl-C raises KeyboardInterrupt; a second one ends the program at once."""
 
     def end(number, frame):
+        # The default from now on: a second signal ends what hangs while it cleans up.
         signal.signal(number, signal.SIG_DFL)
         raise Terminated(signal.Signals(number))
 
@@ -57,8 +61,12 @@ def raise_on_signals() -> None:
 def run_program(
     define_flags: Callable[[], None], main: Callable[[ConfigDict], None], *, needs_devices: bool = True
 ) -> None:
-    """Reads a program's flags and calls main(config); a UserError ends it with one line and status 1, and so does, if
-    it `needs_devices`, an environment in which JAX has none."""
+    """Reads a program's flags and calls main(config).
+
+    A UserError ends the program with one line and status 1. So does, if it `needs_devices`, a machine where JAX finds
+    none.
+    """
+    # A main that was imported, as by a test, runs in a process that is not its own.
     if main.__module__ == "__main__":
         use_utf8()
 
@@ -68,24 +76,29 @@ def run_program(
             start_devices()
         main(config)
 
+    # The process first: the allocator is set before JAX looks for devices, signals before there is work to lose.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
     keep_freed_memory()
     silence_orbax()
     raise_on_signals()
+
+    # One line for whatever the user can mend; a traceback is left to faults of the code.
     try:
         app.run(start, flags_parser=lambda argv: parse_flags(define_flags, argv))
     except UserError as error:
         _end(f"error: {error}")
     except BrokenPipeError:
-        pass  # who reads the output has left
+        pass  # the reader of the output has left, as `head` does
     except OSError as error:
         if error.errno in NO_ROOM:
             _end(f"error: {WriteError(error.filename or 'a file', error)}")
+        # Without a file there is nothing to name: a fault of the code.
         if error.errno is None or error.filename is None:
             raise
         _end(f"error: {error.filename}: {error.strerror}")
     except jax.errors.JaxRuntimeError as error:
+        # A collective fails on the processes that are left when one has ended.
         if not jax.distributed.is_initialized():
             raise
         reason = str(error).partition("\n")[0][:200]
@@ -94,6 +107,7 @@ def run_program(
             "again, and they continue from the last checkpoint"
         )
     except KeyboardInterrupt:
+        # As shells number statuses: 128 + signal.
         _end("interrupted", 128 + signal.SIGINT)
     except Terminated as end:
         _end(f"ended by {end.number.name}", 128 + end.number)
@@ -111,33 +125,46 @@ def _end(message: str, status: int = 1) -> NoReturn:
 
 
 def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict:
-    """The configuration that a command line (argv[0] = the program) asks for; UserError where it cannot be read."""
+    """Returns the values of the flags in `argv`, whose first word is the program.
+
+    Defines the flags first; prints the help and exits if asked to. Raises UserError for words that are no flags, and
+    for values that no flag can have.
+    """
+    # absl has flags of its own, which are neither listed nor recorded.
     builtin = set(FLAGS)
     define_flags()
     names = [name for name in FLAGS if name not in builtin]
     if {"-h", "-help", "--help"} & set(argv[1:]):
         show_help(names)
         sys.exit(0)
+
+    # Integers may be written 1e6, and switches True, as in other tools.
     for name in names:
         parser: Any = FLAGS[name].parser
         if isinstance(parser, flags.IntegerParser):
             is_switch = (parser.lower_bound, parser.upper_bound) == (0, 1)
             parser.convert = to_switch if is_switch else to_integer
+
+    # Words of other tools before absl sees them: it would only say that it does not know them.
     refuse_habits(argv[1:])
     argv, untyped = expand_config_file(argv, names) if "config" in names else (argv, set())
     try:
         extra = FLAGS(argv)[1:]
     except flags.Error as error:
         raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
+    # Values from the file of a run count as not given, so that none is refused as without effect.
     for name in untyped:
         FLAGS[name].present = 0
         setattr(FLAGS[name], "is_untyped", True)  # noqa: B010 (of a class without it)
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
+
+    # All programs but the training work in one process.
     if "coordinator_address" not in names:
         warn_of_copies(Path(argv[0]).name)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
     config = read_flags(set(FLAGS) - builtin)
+    # The rules that all programs share; each checks its own when it knows the facts.
     if "trackers" in config:
         check_effects(RULES["trackers"], config)
     return config

@@ -1,8 +1,8 @@
-"""Flags: registered when a program calls `define_*`, read once by `run_program`, plain values from there on.
+"""Values of flags: registered when a program calls `define_*`, read once by `run_program`, plain from there on.
 
 Flags that jax-flow has keep its names and defaults. Some of its spellings are translated here (log-normal,
---wandb.offline, --use_stable_vae); target_update_rate and the guidance scale -1 go on, and are translated by the
-functions below.
+--wandb.offline, --use_stable_vae); target_update_rate and the guidance scale -1 are passed on as they are, and
+translated by the functions below.
 """
 
 import math
@@ -31,6 +31,7 @@ from utils.training.configure import SPELLINGS, make_config
 
 FLAGS = flags.FLAGS
 
+# {leaf of a --wandb.* flag: wandb's own environment variable, which counts where the flag is not given}.
 WANDB_VARIABLES = {
     "project": "WANDB_PROJECT",
     "entity": "WANDB_ENTITY",
@@ -41,9 +42,9 @@ WANDB_VARIABLES = {
 
 
 def expand_path(path: str, flag: str) -> str:
-    """The path with a leading ~ or ~user replaced, also in the name of a data set (folder:~/x).
+    """Returns a path with a leading ~ or ~user replaced, also within the name of a data set (folder:~/x) or a codec.
 
-    UserError where there is no such home, and for URLs that are not supported.
+    Raises UserError if there is no such home, and for URLs that are not supported.
     """
     if flag == "dataset_name":
         return expand_name(path)
@@ -59,16 +60,22 @@ def read_data_options(config: ConfigDict) -> DataOptions:
 
 
 def check_data_flags(dataset_name: str) -> None:
-    """Raises UserError for flags of `define_data_flags` that have no effect on a data set; warns of --data_dir, which
-    scripts may give for any."""
+    """Raises UserError for flags of `define_data_flags` that have no effect on a data set.
+
+    --data_dir is only warned of: scripts may give it for every data set.
+    """
     loader = find_loader(dataset_name)
     if loader is None:  # refused where the data are loaded
         return
     options = loader.options
+
+    # Only loaders of image files decode, and may meet broken files.
     for name in ("broken_images", "max_megapixels"):
         if name not in options:
             takers = ", ".join(list_names(lambda loader, name=name: name in loader.options))
             refuse_ignored((name,), f"on {dataset_name}, only on {takers}")
+
+    # A script that loops over data sets may always name it.
     if is_explicit("data_dir") and "data_dir" not in options:
         warn(f"--data_dir={FLAGS.data_dir} has no effect on {dataset_name}, which TFDS does not prepare")
 
@@ -79,13 +86,13 @@ def read_samplers(
     objective: Objective | None = None,
     num_channels: int | None = None,
 ) -> list[SamplerConfig]:
-    """A sampler for every guidance scale and step count of the flags of `define_sampler_flags`.
+    """Returns a sampler for every guidance scale and step count of the flags of `define_sampler_flags`.
 
-    Models of this objective (None: flow matching), trained with `class_dropout_prob` on `num_channels` channels, are to
-    be sampled. Where they know no guidance and none was asked for, there is none, which is logged. UserError for values
-    that `check_sampler` refuses, and for flags that the solver does not take.
+    They are for models of this `objective` (None: flow matching), trained with `class_dropout_prob` on `num_channels`
+    channels. Guidance is left out, and that is logged, if the model cannot be guided and the user did not ask for it.
+    Raises UserError for values that `check_sampler` refuses, and for flags that the solver does not take.
     """
-    # Guidance.
+    # Guidance. A default that the model cannot follow is dropped; a scale that was typed is left to `check_sampler`.
     scales = read_numbers(config.cfg_scale, "cfg_scale", float) if config.get("use_cfg", 1) else [-1.0]
     if not is_explicit("cfg_scale"):
         if objective is not None and not has_guidance(objective):
@@ -97,7 +104,7 @@ def read_samplers(
     if not any(scale is not None for scale in guidance):
         refuse_ignored(("cfg_interval", "cfg_channels"), "without guidance")
 
-    # Steps.
+    # Steps. An adaptive solver has no number of them: one sampler for each scale.
     steps = read_numbers(config.denoise_timesteps, "denoise_timesteps", int)
     if config.solver in ADAPTIVE_SOLVERS:
         refuse_ignored(("denoise_timesteps", "time_grid"), f"with --solver={config.solver}, which chooses its steps")
@@ -105,6 +112,7 @@ def read_samplers(
     else:
         refuse_ignored(("rtol", "atol"), f"with --solver={config.solver}, which takes --denoise_timesteps")
 
+    # Every scale with every number of steps; one that was typed twice counts once.
     common = SamplerConfig(
         num_steps=0,
         cfg_scale=None,
@@ -124,9 +132,10 @@ def read_samplers(
 
 
 def read_time_grid(config: ConfigDict) -> dict[str, Any]:
-    """The fields of a SamplerConfig that --time_grid sets; UserError where the solver does not take its value."""
+    """Returns the fields of a SamplerConfig that --time_grid sets. Raises UserError if the solver does not take it."""
     solver, grid = config.solver, config.time_grid
     kind = "any" if solver in ADAPTIVE_SOLVERS else SOLVERS[solver].grid
+    # Times of a diffusion are spaced among its own noise levels; the flag's default means the first way.
     if kind == "objective":
         if is_explicit("time_grid") and grid not in SPACINGS:
             raise UserError(f"--time_grid={grid}: with --solver={solver} use one of {', '.join(SPACINGS)}")
@@ -138,12 +147,12 @@ def read_time_grid(config: ConfigDict) -> dict[str, Any]:
 
 
 def read_time_shift(time_grid: str) -> float:
-    """S of --time_grid=shift:S, 1 of 'uniform'; UserError for anything else."""
+    """Returns S of --time_grid=shift:S, and 1 for 'uniform'. Raises UserError for anything else."""
     kind, _, shift = time_grid.partition(":")
     try:
         value = 1.0 if time_grid == "uniform" else float(shift)
     except ValueError:
-        value = math.nan
+        value = math.nan  # which is within no bounds
     if kind not in ("uniform", "shift") or not 0.01 <= value <= 100:
         what = ", which is of --solver ddim and ddpm" if time_grid in SPACINGS else ""
         raise UserError(
@@ -153,9 +162,9 @@ def read_time_shift(time_grid: str) -> float:
 
 
 def read_flags(names: Iterable[str]) -> ConfigDict:
-    """The values of flags `names`, those named `group.name` in a ConfigDict of their own.
+    """Returns the values of the flags `names`, those named `group.name` in a ConfigDict of their group.
 
-    Raises UserError where two spellings of one flag contradict each other.
+    Raises UserError for values that no flag can have, and if two spellings of one flag contradict each other.
     """
     names, config = set(names), ConfigDict()
     for name in sorted(names, key=lambda name: ("." in name, name)):
@@ -175,14 +184,19 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
 
 
 def check_value(name: str, value: Any) -> Any:
-    """The value of flag `name` as the programs use it; UserError for what no flag can be: numbers that are not finite
-    or beyond 32 bits, names that no file can have."""
+    """Returns the value of flag `name` as the programs use it, paths expanded.
+
+    Raises UserError for numbers that are not finite or beyond 32 bits, and for names that no file can have.
+    """
+    # Numbers: seeds have 32 bits, and what goes into compiled functions has 31 and a sign.
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"--{name}={value} is no finite number; give one")
     if name == "seed" and not 0 <= value < 2**32:
         raise UserError(f"--seed={value}: use a number from 0 to {2**32 - 1}")
     if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
         raise UserError(f"--{name}={value} is too large; use a number below {2**31}")
+
+    # Paths: file systems take 255 bytes between two slashes.
     if name in path_flags and value is not None:
         value = expand_path(value, name)
         if not value or any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in value.split("/")):
@@ -191,26 +205,27 @@ def check_value(name: str, value: Any) -> Any:
 
 
 def is_explicit(name: str) -> bool:
-    """Whether the user gave flag `name`; a setting that is no flag here, of another network or objective, is none."""
+    """Returns whether the user gave the flag `name`; False for a setting that is not a flag of this program."""
     return name in FLAGS and bool(FLAGS[name].present)
 
 
 def read_codec(config: ConfigDict) -> str | None:
-    """Returns the value of --codec that a command line gives, in whatever spelling; None where it leaves it open."""
+    """Returns the value of --codec, in whatever spelling it was given; None if the command line leaves it open."""
     given = {name: config[name] for name in ("codec", "vae") if config.get(name) is not None}
     return translate_spellings(given).get("codec")
 
 
 def override_model(saved: dict[str, Any]) -> ConfigDict:
-    """The --model.* values `saved` with a run, with the compute dtype of this command line, if it gives one.
+    """Returns the --model.* values `saved` with a run, with the compute dtype of this command line if it gives one.
 
-    UserError where it gives another value for what a trained model has settled.
+    Raises UserError if it gives another value for anything else, which the trained parameters have settled.
     """
     model = ConfigDict(saved)
     for name in saved:
         if not is_explicit(f"model.{name}"):
             continue
         requested = FLAGS[f"model.{name}"].value
+        # An older spelling of the same value is no change.
         requested = LEGACY_T_SAMPLERS.get(requested, requested)
         if name == "dtype":
             model.dtype = requested
@@ -218,6 +233,8 @@ def override_model(saved: dict[str, Any]) -> ConfigDict:
             raise UserError(
                 f"--model.{name}={requested}, but the run of --load_dir has {model[name]}; leave the flag out"
             )
+
+    # The spelling without a group, which the loop has not seen.
     use_stable_vae = FLAGS["use_stable_vae"].value
     if use_stable_vae not in (None, model.use_stable_vae):
         raise UserError(
@@ -227,7 +244,7 @@ def override_model(saved: dict[str, Any]) -> ConfigDict:
 
 
 def refuse_other_objective(saved: Mapping[str, Any]) -> None:
-    """UserError where the command line gives another value for an --objective.* flag than a run was trained with."""
+    """Raises UserError if the command line gives an --objective.* flag another value than the run was trained with."""
     for flag in (flag for flag in FLAGS if flag.startswith("objective.") and is_explicit(flag)):
         requested, trained = FLAGS[flag].value, saved.get(flag.removeprefix("objective."))
         if requested != trained:
@@ -235,12 +252,12 @@ def refuse_other_objective(saved: Mapping[str, Any]) -> None:
 
 
 def model_flags() -> list[str]:
-    """The names of all flags about a model: --model.* and --objective.*."""
+    """Returns the names of all flags about a model: --model.* and --objective.*."""
     return [name for name in FLAGS if name.startswith(("model.", "objective."))]
 
 
 def refuse_ignored(names: Iterable[str], reason: str) -> None:
-    """UserError for a flag among `names` that the user gave although it has no effect here."""
+    """Raises UserError for a flag among `names` that the user gave although it has no effect here."""
     for name in names:
         if name in FLAGS and is_explicit(name):
             value = FLAGS[name].value
@@ -249,7 +266,11 @@ def refuse_ignored(names: Iterable[str], reason: str) -> None:
 
 
 def resolve_wandb(config: ConfigDict) -> None:
-    """Settles mode and name, and takes from wandb's environment variables what the command line leaves open."""
+    """Settles wandb's mode, and takes from its environment variables what the command line leaves open.
+
+    Raises UserError if --wandb.offline contradicts --wandb.mode, or $WANDB_MODE is unknown.
+    """
+    # One mode from two flags; `offline` is not recorded beside it.
     wandb = config.wandb
     if wandb.offline and is_explicit("wandb.mode") and wandb.mode != "offline":
         raise UserError(f"--wandb.offline contradicts --wandb.mode={wandb.mode}; give one")
@@ -258,6 +279,8 @@ def resolve_wandb(config: ConfigDict) -> None:
     if wandb.mode is None:
         wandb.mode = _wandb_mode_of_environment()
     del wandb.offline
+
+    # The flag wins over the variable.
     for leaf, variable in WANDB_VARIABLES.items():
         value = os.environ.get(variable)
         if value and not is_explicit(f"wandb.{leaf}"):
@@ -277,7 +300,8 @@ def _wandb_mode_of_environment() -> str:
 
 
 def read_run_config(config: ConfigDict) -> RunConfig:
-    """Returns the configuration of the run that a command line asks for, of the values that `read_flags` has read."""
+    """Returns the configuration of the run that a command line asks for, from the values of `read_flags`."""
+    # `given` is what the user typed: it is checked against the run and wins. `resolved` only fills gaps.
     given: dict[str, Any] = {}
     resolved: dict[str, Any] = {}
     known = {*all_settings(), *SPELLINGS, PRESET, OBJECTIVE_NAME}
@@ -289,6 +313,8 @@ def read_run_config(config: ConfigDict) -> RunConfig:
             resolved[name] = value
         elif name.startswith("wandb.") and value not in (None, [], known_defaults.get(name)):
             resolved[name] = value  # of wandb's environment variables
+
+    # --wandb.offline itself is no setting of a run: the mode that it means is.
     if is_explicit("wandb.offline"):
         given["wandb.mode"] = config.wandb.mode
     return make_config(given, resolved)
@@ -303,7 +329,7 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 
 
 def read_numbers(words: list[str], flag: str, kind: type) -> list:
-    """The numbers of a flag that takes several; UserError where one of the words is none."""
+    """Returns the numbers of a flag that takes several. Raises UserError if there is none, or a word is no number."""
     try:
         numbers = [to_integer(word) if kind is int else kind(word) for word in words]
     except ValueError:
