@@ -32,7 +32,7 @@ WANTED = "images uint8 (n, h, w, c) and labels (n,)"
 
 
 def load_digits(name: str, split: str, options: DataOptions) -> ImageDataset:
-    """The split of 1,797 real handwritten digits, 8x8 and grey, shipped with scikit-learn (UCI, CC BY 4.0)."""
+    """Returns the split of 1,797 real handwritten digits, 8x8 and grey, shipped with scikit-learn (UCI, CC BY 4.0)."""
     from sklearn import datasets  # slow to import
 
     digits = datasets.load_digits()  # 16 levels of ink, 0 .. 16
@@ -49,13 +49,14 @@ class SplitArrays(NamedTuple):
 
 
 def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset:
-    """The split of an npz with `images`, uint8 (n, h, w, c), and `labels` (n,), or ADM's `arr_0` and `arr_1`.
+    """Returns the split of an npz with `images`, uint8 (n, h, w, c), and `labels` (n,), or ADM's `arr_0` and `arr_1`.
 
     Integers (n,) called `label`, `targets`, `target` or `y` are labels too. Without labels all images are of one class;
     images labelled -1 are left out. `validation_images` and `validation_labels` are the validation split; without them,
     or where all of these labels are -1, a part is held out. `class_names` names the classes. The images of the split
     are held in memory.
-    UserError where the file is missing, damaged, larger than the memory, or holds something else.
+
+    Raises UserError if the file is missing, damaged, larger than the memory, or holds something else.
     """
     path = Path(name.partition(":")[2])
     flag = f"--dataset_name={name}"
@@ -101,7 +102,7 @@ class _Arrays(NamedTuple):
 
 
 def _read_arrays(path: Path, split: str, flag: str) -> _Arrays:
-    """Reads what `split` needs; BadFileError, or UserError for arrays that cannot be used."""
+    """Reads what `split` needs. Raises BadFileError, or UserError for arrays that cannot be used."""
     # Headers first: no array is read for a refusal.
     headers = read_npz_headers(path)
     train = _find_split(headers, "")
@@ -125,12 +126,13 @@ def _read_arrays(path: Path, split: str, flag: str) -> _Arrays:
 
 
 def _find_split(headers: Mapping[str, ArrayHeader], prefix: str) -> SplitArrays | None:
-    """The arrays of a split; None where it has no images."""
+    """Returns the arrays of a split, named `prefix` and one of the known names; None if it has no images."""
     images = next((prefix + name for name in IMAGES if prefix + name in headers), None)
     if images is None:
         return None
     labels = next((prefix + name for name in LABELS if prefix + name in headers), None)
     if labels is None:
+        # Other usual names may hold something else: they count only where their arrays could be labels.
         alike = (prefix + name for name in OTHER_LABELS if prefix + name in headers)
         labels = next((name for name in alike if _may_be_labels(headers[name], headers[images])), None)
     return SplitArrays(images, labels)
@@ -141,7 +143,7 @@ def _may_be_labels(header: ArrayHeader, images: ArrayHeader) -> bool:
 
 
 def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays], flag: str) -> None:
-    """UserError where the arrays of the splits hold objects or do not fit together; names the arrays that are not
+    """Raises UserError if arrays of the splits hold objects or do not fit together; warns of arrays that are not
     read."""
     # Arrays that are read: none of objects.
     used = {name for part in parts for name in part if name} | {CLASS_NAMES} & headers.keys()
@@ -172,6 +174,8 @@ def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays],
             f"{flag}: {labelled[0]} have labels, but {other} have none; add integers {prefix}labels (n,), or leave "
             f"validation_images out{f' ({not_read})' * bool(unread)}"
         )
+
+    # What a user may not expect, in one warning.
     remarks = [] if labelled else ["it has no labels, so all images are of one class"]
     if unread:
         remarks.append(not_read)
@@ -180,7 +184,7 @@ def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays],
 
 
 def _check_size(images: ArrayHeader, flag: str) -> None:
-    """UserError where the images take more than the memory of this machine."""
+    """Raises UserError if the images take more than the memory of this machine."""
     limit = host_memory()
     if images.num_bytes > limit:
         raise UserError(
@@ -190,7 +194,8 @@ def _check_size(images: ArrayHeader, flag: str) -> None:
 
 
 def _read_class_names(path: Path, headers: Mapping[str, ArrayHeader], flag: str) -> list[str] | None:
-    """The names of the classes; None where the file has none. UserError where they cannot be names."""
+    """Returns the names of the classes; None if the file has none. Raises UserError if they cannot be names."""
+    # One for a class, or a single one: by the header, before any text is read.
     header = headers.get(CLASS_NAMES)
     if header is None:
         return None
@@ -201,6 +206,8 @@ def _read_class_names(path: Path, headers: Mapping[str, ArrayHeader], flag: str)
             f"{flag}: class_names takes {format_bytes(header.num_bytes)}, above {format_bytes(MAX_NAMES_BYTES)}; give "
             "shorter names"
         )
+
+    # Numbers are names too; bytes are UTF-8.
     try:
         names = np.atleast_1d(read_npz(path, {CLASS_NAMES: header}, "fiubUS", MAX_NAMES_BYTES)[CLASS_NAMES]).tolist()
         return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
@@ -213,14 +220,14 @@ def _read_class_names(path: Path, headers: Mapping[str, ArrayHeader], flag: str)
 
 
 def _is_unlabelled(labels: np.ndarray | None) -> bool:
-    """Whether all labels are -1, no label."""
+    """Returns whether all labels are -1, no label."""
     return labels is not None and labels.dtype.kind == "i" and labels.size > 0 and bool((labels == -1).all())
 
 
 def _leave_out_unlabelled(
     images: np.ndarray, labels: np.ndarray, part: SplitArrays, flag: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels, without those that are labelled -1."""
+    """Returns images and labels without those labelled -1. Raises UserError if -1 may stand for something else."""
     if labels.dtype.kind != "i" or not (labels == -1).any():
         return images, labels
     if _is_unlabelled(labels):

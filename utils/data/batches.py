@@ -25,7 +25,7 @@ def training_batches(
     num_threads: int | None = None,
     prefetch: int = 2,
 ) -> Batches:
-    """Endless shuffled batches of batch_size / process_count examples, as the data set's `batch_type` has them.
+    """Returns endless shuffled batches of batch_size / process_count examples, of the data set's `batch_type`.
 
     Every epoch is a new order that has each image exactly once; batches run on across its end. Order and flips are
     functions of (seed, position in the endless stream) alone. Host `process_index` gets its part of each global batch,
@@ -35,7 +35,8 @@ def training_batches(
     `get_state()` is {'next_index': number of batches taken}, the same on every host; after `set_state` of it the
     stream goes on exactly. `num_threads` read images (default: a thread per core, 32 at most), up to `prefetch`
     batches ahead; prefetch=0 reads when asked. What a thread raises, `next` raises.
-    UserError where batch_size does not divide over the hosts or the seed is negative.
+
+    Raises UserError if batch_size does not divide over the hosts or the seed is negative.
     """
     _check_batch_size(batch_size, process_count)
     if seed < 0:
@@ -84,11 +85,12 @@ def epoch_batches(
     num_threads: int | None = None,
     prefetch: int = 2,
 ) -> Iterator[Batch]:
-    """The images start .. stop - 1 (default: all) once, in the split's own order and unflipped.
+    """Yields the images start .. stop - 1 (default: all) once, in the split's own order and unflipped.
 
     Batches are those of `training_batches`, but the last may be short. Hosts see disjoint images, all of the split
     together, in equally many batches, so that they stay in step: a host may get no rows of a short last batch.
-    UserError where batch_size does not divide over the hosts.
+
+    Raises UserError if batch_size does not divide over the hosts.
     """
     _check_batch_size(batch_size, process_count)
     stop = len(dataset.source) if stop is None else stop
@@ -107,8 +109,9 @@ def epoch_batches(
 
 
 def first_examples(dataset: ImageDataset, num_examples: int) -> ImageDataset:
-    """The data set cut to its first `num_examples` images (all, if it has fewer) and never flipped, to overfit it."""
+    """Returns the data set cut to its first `num_examples` images (all, if fewer) and never flipped, to overfit it."""
     num_examples = min(num_examples, len(dataset.source))
+    # A stream has no rows: its first images are read into memory.
     if isinstance(dataset.source, StreamSource):
         (batch,) = epoch_batches(dataset, num_examples, stop=num_examples)
         assert isinstance(batch, PixelBatch)
@@ -133,7 +136,7 @@ def _in_order(batches: grain.MapDataset, prefetch: int) -> grain.DatasetIterator
 
 
 class _BatchReader:
-    """reader(indices, flips) -> batch, its images read on threads straight into the batch's memory."""
+    """Callable (indices, flips) -> batch, whose examples threads read straight into the batch's memory."""
 
     def __init__(self, dataset: ImageDataset, num_threads: int | None):
         self.dataset = dataset
@@ -141,6 +144,7 @@ class _BatchReader:
         self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="read-images")
 
     def __call__(self, indices: Sequence[int], flips: Sequence[bool]) -> Batch:
+        # Rows are written in place: stacking examples afterwards would copy every image once more.
         batch = self.dataset.empty_batch(len(indices))
 
         def fill(rows: range) -> None:
@@ -153,6 +157,7 @@ class _BatchReader:
         # Some pieces for every thread evens out slow images; single rows would cost more than a small image itself.
         piece = max(1, len(indices) // (4 * self.num_threads))
         pieces = [range(row, min(row + piece, len(indices))) for row in range(0, len(indices), piece)]
+        # Waits for all pieces, and raises what a thread has raised.
         for _ in self.pool.map(fill, pieces):
             pass
         return batch

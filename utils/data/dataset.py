@@ -31,7 +31,7 @@ from utils.images.pixels import UINT8, Images, PixelFormat, describe_range, imag
 Example = dict[str, Any]
 
 SPLITS = ("train", "validation")
-HELD_OUT_FRACTION = 0.02  # of a data set that brings no validation split
+HELD_OUT_FRACTION = 0.02  # part of a data set without a validation split that becomes one
 NUM_SAMPLED = 256  # images whose range is looked at
 
 
@@ -66,7 +66,7 @@ class Batch(flax.struct.PyTreeNode):
         return images_to_uint8(codec.decode(x_1))
 
     def draws(self) -> dict[str, Array]:
-        """Returns what is not random for these examples, to replace an objective's draws of the same name."""
+        """Returns values known for these examples, such as noise, that replace an objective's random draws by name."""
         return {}
 
 
@@ -165,7 +165,7 @@ class ImageDataset:
 
     @property
     def condition(self) -> Condition:
-        """The kind of condition that the examples have, with what it knows of them."""
+        """The kind of condition that the examples have, with what it knows about them."""
         return self.own_condition or ClassCondition(self.class_names, self.empty_classes)
 
     @property
@@ -177,7 +177,7 @@ class ImageDataset:
         return self.batch_type.empty(count, self, empty_rows(self.condition, count))
 
     def row(self, index: int, flip: bool) -> Example:
-        """Example `index`, mirrored left to right if `flip`, by the fields of a batch."""
+        """Returns example `index`, mirrored left to right if `flip`, by the fields of a batch."""
         example = cast(RandomAccess, self.source)[index]  # a stream has no rows
         return {**self.batch_type.select(example, flip), "condition": self.condition.read(example)}
 
@@ -259,10 +259,10 @@ def array_dataset(
     split: str = "train",
     random_flip: bool = False,
 ) -> ImageDataset:
-    """One split of a data set in memory: images uint8 (n, h, w, c), grey (c = 1) or colour (c = 3), and labels (n,).
+    """Returns a split in memory of images uint8 (n, h, w, c), grey (c = 1) or colour (c = 3), and labels (n,).
 
     `class_names` (default: "0", "1", ... up to the largest label) must be the same for both splits; `split_rows` holds
-    out a part of data without a validation split. Only 'train' flips. UserError where the arrays are something else.
+    out a part of data without a validation split. Only 'train' flips. Raises UserError for any other arrays.
     """
     # Labels and classes.
     check_arrays(name, images, labels)
@@ -274,16 +274,19 @@ def array_dataset(
     if lowest < 0 or highest >= len(names):
         raise UserError(f"{name}: labels are {lowest} to {highest}, but must be 0 to {len(names) - 1}, one for a class")
 
-    # A look at the range of some images, and which classes have none.
+    # A source, and the classes of which it has no image.
     source = ArraySource(np.ascontiguousarray(images), np.ascontiguousarray(labels, np.int32))
     _, height, width, channels = images.shape
     is_flipped = random_flip and split == "train"
     empty = find_empty_classes(source.labels, len(names))
+
+    # A look at the range of some images, of one split: a data set is warned of once.
     if split == "train":
         step = -(-len(source) // NUM_SAMPLED)
         sampled = source.images[::step].reshape(len(source.images[::step]), -1)
         if remark := describe_range(np.stack([sampled.min(axis=1), sampled.max(axis=1)], axis=1)):
             warn_once(f"{name}: {remark}")
+
     shape = (height, width, channels)
     return ImageDataset(name, split, source, shape, names, is_flipped, source.fingerprint(), empty_classes=empty)
 
@@ -295,7 +298,10 @@ def iterable_dataset(
     split: str = "train",
     random_flip: bool = False,
 ) -> ImageDataset:
-    """`array_dataset` of {"image": uint8 (h, w, c), "label": int}, all read into memory here."""
+    """Returns the `array_dataset` of examples {"image": uint8 (h, w, c), "label": int}, all read into memory here.
+
+    Raises UserError if their images are of several shapes, and where `array_dataset` does.
+    """
     rows = [(np.asarray(example["image"]), example["label"]) for example in examples]
     shapes = {image.shape for image, _ in rows}
     if len(shapes) != 1:
@@ -346,27 +352,31 @@ def summarize_data(datasets: Mapping[str, ImageDataset], batch_size: int) -> str
 
 
 def num_held_out(num_images: int) -> int:
-    """How many images of a data set without a validation split make one."""
+    """Returns how many images are held out of a data set without a validation split: one at least."""
     return max(1, round(HELD_OUT_FRACTION * num_images))
 
 
 def hold_out(keys: Sequence[str], num_held_out: int) -> tuple[list[int], list[int]]:
-    """(rows left for training, rows held out), each ascending. The choice depends on the keys alone, for ever."""
+    """Returns (rows left for training, rows held out), each ascending, chosen by a hash of the keys alone."""
+    # Never by a generator, whose numbers may change with its version: a resumed run would train on what was held out.
     by_hash = sorted(range(len(keys)), key=lambda row: hashlib.sha256(keys[row].encode()).digest())
     return sorted(by_hash[num_held_out:]), sorted(by_hash[:num_held_out])
 
 
 def split_rows(num_examples: int, split: str, count: int | None = None) -> list[int]:
-    """The rows of `split` in data without a validation split: `count` of them (default: 2 %) are held out.
+    """Returns the rows of `split` in data without a validation split: `count` (default: 2 %) are held out.
 
-    Which ones depends on `num_examples` alone.
+    The choice depends on `num_examples` and `count` alone.
     """
     count = num_held_out(num_examples) if count is None else count
     return hold_out([str(row) for row in range(num_examples)], count)[SPLITS.index(split)]
 
 
 def check_own_size(name: str, image_shape: Sequence[int], options: DataOptions, instead: str = "") -> None:
-    """UserError where --image_size is another size than that of the images, (h, w) or (h, w, c)."""
+    """Raises UserError if --image_size is another size than that of the images, (h, w) or (h, w, c).
+
+    `instead` ends the message with another way to get that size.
+    """
     height, width = image_shape[:2]
     if options.image_size is not None and (height, width) != (options.image_size, options.image_size):
         raise UserError(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from utils.base.errors import UserError
 from utils.base.files import atomic_write, open_regular
 
+# A listing of examples, kept beside a run or latents; its limits stop a file that would expand without end.
 LISTING = "examples.tsv.gz"
 MAX_EXPANSION = 64  # of a listing over its compressed size
 MAX_LINE_BYTES = 2**16
@@ -72,7 +73,7 @@ def write_listing(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None
 
 
 def read_listing(folder: Path, num_examples: Mapping[str, int]) -> dict[str, list[Row]]:
-    """{split: rows} of FOLDER/examples.tsv.gz; empty if it is missing or cannot be trusted.
+    """Returns {split: rows} of FOLDER/examples.tsv.gz; {} if it is missing or cannot be trusted.
 
     It is not trusted with more rows of a split than `num_examples`, {split: count}, or with more text than a file of
     its size can hold: digests do not compress.
@@ -80,6 +81,7 @@ def read_listing(folder: Path, num_examples: Mapping[str, int]) -> dict[str, lis
     rows: dict[str, list[Row]] = {split: [] for split in num_examples}
     try:
         with open_regular(folder / LISTING) as compressed, gzip.open(compressed, "rb") as file:
+            # Counted while it is read: nothing is expanded beyond the limits.
             left = MAX_EXPANSION * os.fstat(compressed.fileno()).st_size + MAX_LINE_BYTES
             while line := file.readline(MAX_LINE_BYTES):
                 left -= len(line)
@@ -102,13 +104,13 @@ def compare_data(
     are {'image_shape', 'class_names', 'splits': {split: Fingerprint.to_json()}} and, if the images are not uint8,
     'pixels'; in older runs `saved` has no 'splits'. `saved_rows` is the listing kept with it.
     """
-    # Images.
+    # Images of another shape or range do not fit the model.
     if list(saved["image_shape"]) != list(found["image_shape"]):
         raise UserError(f"its images were {_size(saved['image_shape'])}, not {_size(found['image_shape'])}")
     if saved.get("pixels") != found.get("pixels"):
         raise UserError(f"its images were {_pixels(saved)}, not {_pixels(found)}")
 
-    # Classes.
+    # Classes: labels must mean the same.
     remarks = []
     old_names, new_names = (data.get("class_names", ()) for data in (saved, found))
     if difference := _first_class_difference(old_names, new_names):
@@ -118,7 +120,7 @@ def compare_data(
     if "splits" not in saved:
         return [*remarks, UNKNOWN]
 
-    # Examples.
+    # Examples: another order of training does harm, another validation set only breaks its curve.
     for split, fingerprint in fingerprints.items():
         harm, remark = _first_difference(saved["splits"].get(split), saved_rows.get(split), fingerprint)
         if split == "train" and harm:
@@ -135,6 +137,8 @@ def _first_class_difference(saved: Sequence[str], found: Sequence[str]) -> str:
     label, old, new = next(differing, (None, None, None))
     if label is None:
         return ""
+
+    # The usual causes have messages of their own: a class was added, removed or renamed.
     if new not in saved and old in found:
         return f"class {new!r} is new, so that labels shift: {label} was {old!r}"
     if old not in found and new in saved:
@@ -147,11 +151,12 @@ def _first_class_difference(saved: Sequence[str], found: Sequence[str]) -> str:
 def _first_difference(
     saved: Mapping[str, Any] | None, saved_rows: Sequence[Row] | None, found: Fingerprint
 ) -> tuple[str, str]:
-    """(a harmful difference, a harmless one) in words; at most one of the two is not empty."""
+    """Returns (a harmful difference, a harmless one) in words; at most one of the two is not empty."""
     if saved is None or saved == found.to_json():
         return "", ""
     if saved["format"] != found.format:
         return f"its images were read from {saved['format']}, now from {found.format}, in another order", ""
+    # Row by row where both listings are there; else all that is known is that the hashes differ.
     if saved_rows is not None and found.rows is not None:
         harm, remark = _compare_rows(saved_rows, found.rows)
         if harm or remark:
@@ -171,6 +176,8 @@ def _compare_rows(saved: Sequence[Row], found: Sequence[Row]) -> tuple[str, str]
     ):
         if keys:
             return f"{_count(keys)} {what}: {_list(keys)}", ""
+
+    # The same keys, with other labels, in another order, or with other contents.
     relabelled = [key for key in new if new[key].label != old[key].label]
     if relabelled:
         return f"{_count(relabelled)} of another class: {_list(relabelled)}", ""
@@ -193,6 +200,6 @@ def _size(image_shape: Sequence[int]) -> str:
 
 
 def _pixels(data: Mapping[str, Any]) -> str:
-    """The format of images, in words; without a record they are uint8."""
+    """Returns the format of images in words; without a record they are uint8."""
     pixels = data.get("pixels")
     return f"{pixels['dtype']} in {pixels['range'][0]:g} .. {pixels['range'][1]:g}" if pixels else "uint8"

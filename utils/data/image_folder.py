@@ -52,9 +52,11 @@ SPLIT_PATTERN = re.compile(rf"(?:seg[_-])?({'|'.join(SPLIT_NAMES)})(?:[_ -]?(?:s
 
 
 def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
-    """The split of a folder of image files, each turned upright, its middle square brought to `options.image_size`.
+    """Returns the split of a folder of image files, each turned upright, its middle square resized to
+    `options.image_size`.
 
-    UserError where the folder is missing, unfinished, or holds no images, splits that may be classes, or broken files.
+    Raises UserError if the folder is missing or unfinished, or holds no images, splits that may be classes, or broken
+    files.
     """
     root = Path(name.partition(":")[2])
     size = options.image_size
@@ -69,7 +71,7 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
             raise UserError(f"--dataset_name={name}: {root} holds 1 image; 2 are needed, one of them to hold out")
         listed = listed.take(hold_out(listed.keys, num_held_out(len(listed.files)))[SPLITS.index(split)])
 
-    # Classes.
+    # Classes. WordNet ids of ImageNet get their English names.
     names = listed.class_names
     if len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
         names = imagenet_class_names()
@@ -128,10 +130,10 @@ class FolderSplit:
 
 
 def list_folder(root: Path, split: str, options: DataOptions) -> tuple[FolderSplit, bool]:
-    """(images of `split` below `root`, whether they are all of the data, of which a part is to be held out).
+    """Returns (images of `split` below `root`, whether they are all of the data, of which a part is to be held out).
 
-    Broken files and classes without images raise UserError naming them, or are left out with a message, as
-    `options.broken_images` says. UserError too where folders may be splits or classes.
+    Raises UserError naming broken files and classes without images, or leaves them out with a warning, as
+    `options.broken_images` says. Raises it, too, if folders may be splits or classes.
     """
     flag = f"--dataset_name=folder:{root}"
     if not root.is_dir():
@@ -163,15 +165,15 @@ def list_folder(root: Path, split: str, options: DataOptions) -> tuple[FolderSpl
 
 
 def split_of(folder_name: str) -> str | None:
-    """The split that a folder's name stands for: 'train', 'validation', 'test' or 'no images to learn'; else None."""
+    """Returns the split that a folder's name stands for, a value of SPLIT_NAMES; None if it stands for none."""
     match = SPLIT_PATTERN.fullmatch(folder_name.lower())
     return match and SPLIT_NAMES[match[1]]
 
 
 def _find_splits(root: Path) -> tuple[Path, Path | None]:
-    """(folder of the training split, folder of the validation split or None where it is to be held out).
+    """Returns (folder of the training split, folder of the validation split or None if that is to be held out).
 
-    UserError where the names of splits stand beside other folders, or without one for training.
+    Raises UserError if names of splits stand beside other folders, or if none of them is for training.
     """
     flag = f"--dataset_name=folder:{root}"
     scanned = _scan(root)
@@ -217,7 +219,7 @@ def _find_splits(root: Path) -> tuple[Path, Path | None]:
 
 
 def _unwrap(split_folder: Path) -> Path:
-    """The folder of a split, or the only folder in it if that bears the same split's name.
+    """Returns the folder of a split, or the only folder in it if that bears the same split's name.
 
     An archive that is unpacked into a folder of its own name leaves such a nest.
     """
@@ -242,7 +244,7 @@ def _name_unused(folder: Path, *all_scanned: Scanned) -> None:
 
 
 def _text(name: str) -> str:
-    """A file's name as UTF-8, whatever the locale; bytes of another encoding as \\xNN."""
+    """Returns a file's name as UTF-8, whatever the locale; bytes of another encoding as \\xNN."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -272,6 +274,8 @@ def _list_split(folder: Path, root: Path, options: DataOptions, is_training: boo
         if options.broken_images == "refuse":
             raise UserError(f"{flag}: {what}. Put good copies in their place, or give --broken_images skip")
         warn(f"{folder}: skipped: {what}")
+
+    # A look at the range, of one split: a data set is warned of once.
     if is_training:
         extremes = [(image.lowest, image.highest) for image in checked.values() if not image.reason]
         if extremes and (remark := describe_range(np.array(extremes))):
@@ -297,18 +301,19 @@ def _list_split(folder: Path, root: Path, options: DataOptions, is_training: boo
 
 
 def _find_classes(folder: Path, root: Path) -> dict[Path, Scanned]:
-    """{folder of a class: what lies at any depth below it}; the root alone where all images are of one class.
+    """Returns {folder of a class: contents at any depth below it}; the root alone if all images are of one class.
 
-    UserError where images lie beside folders of classes, or where there are none.
+    Raises UserError if images lie beside folders of classes, or if there are none.
     """
     flag = f"--dataset_name=folder:{root}"
+
     # All files, at any depth below the folders of classes.
     top = _scan(folder)
     classes = {subfolder: _scan_below(subfolder, flag) for subfolder in top.folders}
     found = (top, *classes.values())
     images = {subfolder: scanned.images for subfolder, scanned in classes.items() if scanned.images}
 
-    # One class, or a folder for each.
+    # One class, or a folder for each. Where it might be meant otherwise, a message says what was understood.
     if not images:
         if not top.images:
             raise UserError(f"{flag}: {folder} holds no images; {_layout(root)}")
@@ -332,7 +337,8 @@ _scan = functools.partial(scan, suffixes=IMAGE_SUFFIXES)
 
 
 def _scan_below(folder: Path, flag: str) -> Scanned:
-    """All that lies at any depth below the folder of a class, links followed. UserError for splits inside of it."""
+    """Returns the contents at any depth below the folder of a class; links are followed. Raises UserError for splits
+    inside of it."""
     found = Scanned()
     seen = set()
 
@@ -342,12 +348,16 @@ def _scan_below(folder: Path, flag: str) -> Scanned:
             return
         seen.add(identity)
         scanned = _scan(folder)
+
+        # Splits below classes would mix what is to be held out with what is learned.
         splits = [below for below in scanned.folders if split_of(below.name)]
         if splits:
             raise UserError(
                 f"{flag}: the class {folder} holds {_names(splits)} as if there were splits in it; put them into "
                 "a folder for each split instead, PATH/train/CLASS"
             )
+
+        # One flat list: below the folder of a class, folders mean nothing.
         found.images.extend(scanned.images)
         found.others.extend(scanned.others)
         found.system.extend(scanned.system)

@@ -27,7 +27,7 @@ from utils.data.fingerprint import Fingerprint, compare_data, read_listing
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-MAX_FILES = 10**6  # of a split, or of pairs
+MAX_FILES = 10**6  # of a split, or of pairs: a manifest with more is taken for damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class LatentsManifest:
         def is_count(value, lowest, highest):
             return type(value) is int and lowest <= value <= highest
 
-        # Sizes.
+        # Sizes: a damaged one would ask for any amount of memory.
         shapes = {"image_shape": self.image_shape, "latent_shape": self.latent_shape}
         for name, shape in shapes.items():
             if len(shape) != 3 or not all(is_count(size, 1, 2**14) for size in shape):
@@ -74,7 +74,7 @@ class LatentsManifest:
             raise ValueError(f"empty_classes {_short(self.empty_classes)}")
 
     def shards(self, split: str) -> list[tuple[str, range]]:
-        """(file name, numbers of its examples) of a split."""
+        """Returns (file name, numbers of its examples) for every file of a split."""
         total = self.num_examples[split]
         starts = range(0, total, self.shard_size)
         return [
@@ -98,11 +98,12 @@ class LatentsManifest:
 
 
 def load_latents_manifest(folder: Path) -> LatentsManifest | None:
-    """The manifest of a folder of latents, None where it has none. Raises UserError if it cannot be understood."""
+    """Returns the manifest of a folder of latents; None if it has none. Raises UserError if it cannot be understood."""
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
+        # JSON's lists as tuples; older manifests have no empty classes.
         content = read_json(path)
         for name in ("image_shape", "latent_shape", "class_names"):
             content[name] = tuple(content[name])
@@ -135,7 +136,7 @@ def check_same(
                 f"--out={folder} holds latents with {field.name} {_short(old)}, not {_short(new)}; use another folder"
             )
 
-    # The images.
+    # The images, by their fingerprints: even a harmless difference leaves latents of other images.
     if found.splits is None:
         log(f"{folder} does not say which images its latents are of: whether they have changed is not known")
         return
@@ -181,7 +182,7 @@ def count_finished(folder: Path, names: Sequence[str]) -> str:
 
 
 def open_records(what: str, folder: Path, names: list[str], num_records: int, program: str) -> ArrayRecordDataSource:
-    """The records in the files `names`, which `program` makes.
+    """Returns the records in the files `names`, which `program` makes.
 
     Raises UserError, which begins with `what`, if files are missing, cannot be read, or hold another number of records.
     """
@@ -212,7 +213,7 @@ def open_records(what: str, folder: Path, names: list[str], num_records: int, pr
 
 
 class LatentBatch(Batch):
-    """Moments of the posterior of the latents of images."""
+    """Posterior moments of the latents of images, from which each epoch draws anew."""
 
     moments: PyTree  # float16 (b, 2, h, w, c): mean and log-variance
 
@@ -227,7 +228,7 @@ class LatentBatch(Batch):
         return {"moments": example["moments"][int(flip)]}
 
     def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
-        """Latents drawn from the posterior; the same keys draw the same as for the images."""
+        """Returns latents drawn from the posterior; the same keys draw the same as for the images."""
         return codec.sample_latents(keys, self.moments[:, 0], self.moments[:, 1])
 
 
@@ -260,7 +261,7 @@ class LatentRecords:
 
 
 def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
-    """The split of a folder of cached latents; they can be mirrored if the folder holds mirror images too."""
+    """Returns the split of a folder of cached latents; they can be mirrored if the folder holds mirror images too."""
     folder = Path(name.partition(":")[2])
     manifest = load_latents_manifest(folder)
     if manifest is None:
@@ -268,9 +269,12 @@ def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
             f"--dataset_name={name}: {folder} holds no cached latents; make them: "
             f"python encode_latents.py --dataset_name imagenet256 --out {folder}"
         )
+
+    # Mirror images are stored, not computed: the latents of a mirrored image are no mirrored latents.
     source = LatentRecords(folder, manifest, split)
     flips = split == "train" and manifest.num_views[split] == 2
     return ImageDataset(
+        # Under the name of the images: a run on latents is a run on that data set.
         name=manifest.dataset_name,
         split=split,
         source=source,

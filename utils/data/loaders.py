@@ -45,6 +45,7 @@ class Loader:
 
 _TFDS = ("data_dir", "image_size")
 LOADERS: dict[str, Loader] = {
+    # By a name alone.
     "digits": Loader(load_digits, "1,797 real handwritten digits, 8x8, grey, shipped with scikit-learn"),
     "imagenet256": Loader(
         functools.partial(load_imagenet, size=256), "ImageNet in square crops", options=("data_dir",), flips=True
@@ -54,6 +55,7 @@ LOADERS: dict[str, Loader] = {
     ),
     "celebahq256": Loader(load_celebahq, "CelebA-HQ, 256x256", options=("data_dir",)),
     "cifar10": Loader(functools.partial(load_tfds, builder="cifar10"), "CIFAR-10, 32x32", options=_TFDS, flips=True),
+    # By a kind, and what follows the colon.
     "folder": Loader(
         load_folder,
         "image files, in a folder for each class or in one folder",
@@ -65,6 +67,7 @@ LOADERS: dict[str, Loader] = {
     ),
     "npz": Loader(load_array_file, "images and labels in one NumPy file", "FILE", is_path=True),
     "tfds": Loader(load_tfds, "any labelled images of TensorFlow Datasets", "NAME", options=_TFDS),
+    # Made from the images of another data set.
     "latents": Loader(
         load_latents, "what encode_latents.py made of one of these", "DIR", is_path=True, holds="latents"
     ),
@@ -75,13 +78,15 @@ LOADERS: dict[str, Loader] = {
 
 
 def load_dataset(name: str, split: str = "train", options: DataOptions | None = None) -> ImageDataset:
-    """The `split` ('train' or 'validation') of the data set `name`, one of LOADERS; only 'train' ever flips.
+    """Returns the `split` ('train' or 'validation') of the data set `name`, one of LOADERS; only 'train' ever flips.
 
-    UserError, with what to do, where the data are missing, the name is unknown, or `options` ask for what the source
-    cannot do: another size, or mirror images of what is not kept as images.
+    Raises UserError, with what to do, if the data are missing, the name is unknown, or `options` ask for what the
+    source cannot do: another size, or mirror images of what is not kept as images.
     """
     if split not in SPLITS:
         raise UserError(f"--split={split} is unknown; use train or validation")
+
+    # The loader of the name, with its defaults for what was left unset.
     name = expand_name(name)
     loader = get_loader(name)
     options = options or DataOptions()
@@ -90,7 +95,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     dataset = loader.load(name, split, options)
     check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
 
-    # Mirror images, in training alone.
+    # Mirror images, in training alone. Pairs would need their noise mirrored, latents cannot be mirrored afterwards.
     flips = options.random_flip
     if flips is None or split != "train":
         flips = dataset.random_flip or loader.flips
@@ -107,8 +112,9 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
 
 
 def find_loader(name: str) -> Loader | None:
-    """The loader of the data set `name`; None where no loader has this name."""
+    """Returns the loader of the data set `name`; None if no loader has this name."""
     prefix, _, argument = name.partition(":")
+    # A name in full, or a kind with something after its colon.
     exact = LOADERS.get(name)
     loader = LOADERS.get(prefix)
     if exact and exact.argument is None:
@@ -117,10 +123,11 @@ def find_loader(name: str) -> Loader | None:
 
 
 def get_loader(name: str) -> Loader:
-    """The loader of the data set `name`; UserError, listing the known ones, where there is none."""
+    """Returns the loader of the data set `name`. Raises UserError, which lists the known ones, if there is none."""
     loader = find_loader(name)
     if loader is None:
         known = list_names()
+        # A path without its prefix is the usual slip, then a typing error.
         is_folder = Path(name).is_dir()
         guesses = [f"folder:{name}"] if is_folder else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"; did you mean {guesses[0]}?" if guesses else "."
@@ -129,15 +136,17 @@ def get_loader(name: str) -> Loader:
 
 
 def list_names(is_meant: Callable[[Loader], bool] = lambda loader: True) -> list[str]:
-    """The names of the loaders for which `is_meant` holds, as a user writes them: digits, folder:PATH."""
+    """Returns the names of the loaders for which `is_meant` holds, as a user writes them: digits, folder:PATH."""
     return [
         f"{name}:{loader.argument}" if loader.argument else name for name, loader in LOADERS.items() if is_meant(loader)
     ]
 
 
 def expand_name(name: str) -> str:
-    """The name of a data set with a leading ~ or ~user of its path replaced. UserError where there is no such home, and
-    for URLs that are not supported."""
+    """Returns the name of a data set with a leading ~ or ~user of its path replaced.
+
+    Raises UserError if there is no such home, and for URLs that are not supported.
+    """
     refuse_url(name, "dataset_name")
     setting = f"--dataset_name={name}"
     loader = find_loader(name)

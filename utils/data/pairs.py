@@ -58,7 +58,7 @@ class PairsManifest:
     jax_variables: tuple[str, ...] = ()  # under which numbers were drawn, where they are not JAX's default
 
     def shards(self) -> list[tuple[str, range]]:
-        """(file name, numbers of its pairs)."""
+        """Returns (file name, numbers of its pairs) for every file."""
         starts = range(0, self.num_pairs, self.shard_size)
         return [
             (f"pairs-{i:05d}-of-{len(starts):05d}.array_record", range(s, min(s + self.shard_size, self.num_pairs)))
@@ -79,11 +79,12 @@ class PairsManifest:
 
 
 def load_pairs_manifest(folder: Path) -> PairsManifest | None:
-    """The manifest of a folder of pairs, None where it has none. Raises UserError if it cannot be understood."""
+    """Returns the manifest of a folder of pairs; None if it has none. Raises UserError if it cannot be understood."""
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
+        # JSON's lists as tuples; older manifests lack the last two.
         content = read_json(path)
         for name in ("image_shape", "latent_shape", "class_names"):
             content[name] = tuple(content[name])
@@ -112,6 +113,7 @@ def load_pairs_manifest(folder: Path) -> PairsManifest | None:
 def write_pairs(path: Path, pairs: Iterable[tuple[int, Float32[np.ndarray, "h w c"]]]) -> None:
     """Writes a file of (label, x_1) records, complete or not at all."""
     with atomic_write(path) as temporary:
+        # Records by themselves, so that any order reads them one by one; floats hardly compress.
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for label, x_1 in pairs:
             writer.write(np.asarray(label, "<i4").tobytes() + x_1.astype("<f4").tobytes())
@@ -119,7 +121,7 @@ def write_pairs(path: Path, pairs: Iterable[tuple[int, Float32[np.ndarray, "h w 
 
 
 class PairBatch(Batch):
-    """Samples of a model with the noise that they were made of."""
+    """Samples of a model with the noise that they were made from."""
 
     x_1: PyTree  # float32 (b, h, w, c)
     pair: PyTree  # uint32 (b, 2): the seed and the number from which the noise is drawn
@@ -146,7 +148,7 @@ class PairBatch(Batch):
 
 
 class Pairs:
-    """Source of pairs: {'x_1': float32 (h, w, c), 'label': int32, 'pair': uint32 (2,)}, of seed and number."""
+    """Source of pairs: {'x_1': float32 (h, w, c), 'label': int32, 'pair': uint32 (2,), seed and number}."""
 
     def __init__(self, folder: Path, manifest: PairsManifest):
         self.folder = folder
@@ -172,7 +174,7 @@ class Pairs:
 
 
 def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
-    """The split of a folder of pairs; a part is held out. UserError if their noise cannot be drawn again."""
+    """Returns the split of a folder of pairs; a part is held out. Raises UserError if their noise cannot be drawn."""
     folder = Path(name.partition(":")[2])
     manifest = load_pairs_manifest(folder)
     if manifest is None:
@@ -189,6 +191,8 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
             f"--dataset_name={name}: the pairs were made with the environment variables {theirs[:200]}, now there are "
             f"{ours}, by which their noise would be other noise; set them as they were"
         )
+
+    # The data set of the model's samples: by its name, in its classes, never mirrored.
     rows = split_rows(manifest.num_pairs, split)
     return ImageDataset(
         name=manifest.dataset_name,
@@ -206,9 +210,10 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
 
 
 def pair_noise(pairs: UInt32[Array, "b 2"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """x_0 of each pair (seed, number): the noise of that sample of an ImageGenerator with that seed."""
+    """Returns x_0 of each pair (seed, number): the noise of that sample of an ImageGenerator with that seed."""
 
     def draw(pair: UInt32[Array, " 2"]) -> Array:
+        # As ImageGenerator splits its key: pairs hold no noise of their own, so that both must stay the same.
         noise_key, _ = jax.random.split(jax.random.key(pair[0]))
         return jax.random.normal(jax.random.fold_in(noise_key, pair[1]), shape)
 

@@ -18,13 +18,14 @@ from utils.data.tfds_files import NUM_SAMPLED, PreparedSplit, import_tensorflow,
 from utils.images.decoding import read_image
 from utils.images.pixels import describe_range
 
+# Memory of a stream; RecordStream says what they add up to.
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
 FILES_AT_A_TIME = 16
-READ_BYTES = 2**20  # of each of them
+READ_BYTES = 2**20  # buffered for each of them
 
 
 def load_imagenet(name: str, split: str, options: DataOptions, *, size: int) -> ImageDataset:
-    """ImageNet as TFDS prepared it, in crops of `size` x `size`, with the English names of its classes."""
+    """Returns ImageNet as TFDS prepared it, in crops of `size` x `size`, with the English names of its classes."""
     other = f", or use --dataset_name tfds:imagenet2012 --image_size {options.image_size}"
     check_own_size(name, (size, size), options, other)
     dataset = load_tfds(name, split, dataclasses.replace(options, image_size=size), builder="imagenet2012")
@@ -32,13 +33,13 @@ def load_imagenet(name: str, split: str, options: DataOptions, *, size: int) -> 
 
 
 def load_celebahq(name: str, split: str, options: DataOptions) -> ImageDataset:
-    """CelebA-HQ at 256x256, as data/celebahq256.py prepares it."""
+    """Returns CelebA-HQ at 256x256, as data/celebahq256.py prepares it."""
     check_own_size(name, (256, 256), options)
     return load_tfds(name, split, options, builder="celebahq256")
 
 
 def load_tfds(name: str, split: str, options: DataOptions, *, builder: str | None = None) -> ImageDataset:
-    """A data set that TFDS prepared. `builder` is its name there; default: what follows the colon of `name`."""
+    """Returns a data set that TFDS prepared. `builder` is its name there; default: what follows the colon of `name`."""
     flag = f"--dataset_name={name}"
     prepared = PreparedSplit(flag, options.data_dir, builder or name.partition(":")[2], split, options.image_size)
     source = open_split(prepared)
@@ -57,7 +58,8 @@ def load_tfds(name: str, split: str, options: DataOptions, *, builder: str | Non
 
 
 def open_split(prepared: PreparedSplit) -> "Records | RecordStream":
-    """Opens the files of a prepared split; UserError where one of them cannot be read."""
+    """Opens the files of a prepared split. Raises UserError if one of them cannot be read."""
+    # Before the libraries open them, which might wait for ever at a named pipe.
     for file in () if is_remote(prepared.folder) else prepared.folder.glob(f"*.{prepared.format}*"):
         try:
             check_regular(file)
@@ -73,6 +75,7 @@ def find_extremes(prepared: PreparedSplit, source: "Records | RecordStream") -> 
     count = min(NUM_SAMPLED, len(source))
 
     def compute() -> np.ndarray:
+        # Spread over the split where it can be read at random; the first of a stream.
         if isinstance(source, Records):
             images = (source[i * len(source) // count]["image"] for i in range(count))
         else:
@@ -136,7 +139,7 @@ class RecordStream:
         process_count: int,
         prefetch: int,
     ) -> "StreamIterator":
-        """Endless batches of this host's images, `batch_size` / `process_count` at a time.
+        """Returns endless batches of this host's images, `batch_size` / `process_count` at a time.
 
         A host reads its own part of the split, each image once an epoch: the files in a new order, FILES_AT_A_TIME
         interleaved, then drawn at random from a buffer of SHUFFLE_BYTES. Order and flips are functions of (seed, epoch,
@@ -169,7 +172,7 @@ class RecordStream:
         process_count: int,
         prefetch: int,
     ) -> Iterator[PixelBatch]:
-        """Images start .. stop - 1 of the split in its own order, every `process_count`-th of each batch."""
+        """Yields images start .. stop - 1 of the split in its own order, every `process_count`-th of each batch."""
         if start >= stop:
             return
         files = self._files(*self._record_range(start, stop))
@@ -178,24 +181,26 @@ class RecordStream:
         local_size = batch_size // process_count
         batches = iter(self._decoded(examples).batch(local_size).prefetch(prefetch).as_numpy_iterator())
         empty = {"image": np.empty((0, *self.prepared.image_shape), np.uint8), "condition": np.empty(0, np.int32)}
+
+        # As many batches as the other hosts get, the last of which may be empty here.
         for _ in range(start, stop, batch_size):
             with _naming_broken_images(self.prepared.origin):
                 batch = next(batches, empty)
             yield _to_batch(batch, self.prepared.origin)
 
     def memory_bound(self, batch_size: int, prefetch: int = 2, process_count: int = 1) -> int:
-        """Bytes that `training_batches` holds at most, beside TensorFlow itself."""
+        """Returns the bytes that `training_batches` holds at most, beside TensorFlow itself."""
         split_bytes = int(self.prepared.builder.info.splits[self.prepared.split].num_bytes)
         num_decoded = (prefetch + 2) * batch_size // process_count + num_cores()
         encoded = min(SHUFFLE_BYTES, split_bytes // process_count) + FILES_AT_A_TIME * READ_BYTES
         return encoded + num_decoded * int(np.prod(self.prepared.image_shape))
 
     def _record_range(self, start: int, stop: int) -> tuple[int, int]:
-        """(first record, one after the last) of the images start .. stop - 1, among those left out."""
+        """Returns (first record, one after the last) of the images start .. stop - 1; records left out count."""
         return int(self.prepared.rows[start]), int(self.prepared.rows[stop - 1]) + 1
 
     def _files(self, start: int, stop: int):
-        """Records start .. stop - 1 by file: (paths, numbers of records to leave out, numbers of records to take)."""
+        """Returns records start .. stop - 1 by file: (paths, how many records to skip, how many to take)."""
         parts = self.prepared.builder.info.splits[f"{self.prepared.split}[{start}:{stop}]"].file_instructions
         counts = np.array([(part.skip, part.take) for part in parts], np.int64)
         return tuple(map(self.tf.constant, ([str(part.filename) for part in parts], *counts.T)))
@@ -204,11 +209,12 @@ class RecordStream:
         records = self.tf.data.TFRecordDataset(path, buffer_size=READ_BYTES).skip(skip).take(take)
         if not self.prepared.is_filtered:
             return records
+        # The label alone is parsed: records that are left out are never decoded.
         label = {"label": self.tf.io.FixedLenFeature([], self.tf.int64)}
         return records.filter(lambda record: self.tf.io.parse_single_example(record, label)["label"] >= 0)
 
     def _shuffled(self, start: int, stop: int, seed: int, random_flip: bool, first_epoch: int):
-        """Dataset of (serialized example, whether to flip it), epoch after epoch."""
+        """Returns a tf.data Dataset of (serialized example, whether to flip it), epoch after epoch."""
         tf = self.tf
         paths, skips, takes = self._files(start, stop)
         info = self.prepared.builder.info.splits[self.prepared.split]
@@ -241,7 +247,7 @@ class RecordStream:
         return tf.data.Dataset.range(first_epoch, 2**53).flat_map(read_epoch)
 
     def _decoded(self, examples):
-        """Dataset of {'image': uint8 (size, size, c), 'condition': int32} from that of (serialized example, flip)."""
+        """Returns a Dataset of {'image': uint8 (size, size, c), 'condition': int32} from (serialized example, flip)."""
         import tensorflow_datasets as tfds
 
         tf = self.tf
@@ -258,12 +264,16 @@ class RecordStream:
                 lambda: tf.io.decode_jpeg(encoded, channels=channels, dct_method="INTEGER_ACCURATE"),
                 lambda: tf.io.decode_image(encoded, channels=channels, expand_animations=False),
             )
+
+            # The middle square, resized with antialiasing as in `read_image`; TensorFlow returns floats.
             height, width = tf.shape(image)[0], tf.shape(image)[1]
             side = tf.minimum(height, width)
             image = tf.image.crop_to_bounding_box(image, (height - side) // 2, (width - side) // 2, side, side)
             if self.prepared.builder.info.features["image"].shape[:2] != (size, size):
                 image = tf.image.resize(image, (size, size), antialias=True)
                 image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
+
+            # Mirrored last, so that a flipped image is exactly the mirror image of the other.
             image = tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
             image = tf.ensure_shape(image, self.prepared.image_shape)
             return {"image": image, "condition": tf.cast(example["label"], tf.int32)}
@@ -296,7 +306,8 @@ class StreamIterator:
 
     def set_state(self, state: dict[str, int]) -> None:
         self._next_index = state["next_index"]
-        self._batches = None  # opened when asked for
+        # Opened when asked for: skipping to a position takes time.
+        self._batches = None
 
 
 @contextlib.contextmanager
@@ -310,7 +321,7 @@ def _naming_broken_images(origin: str) -> Iterator[None]:
 
 
 def _to_batch(rows: dict[str, Any], origin: str) -> PixelBatch:
-    """Returns what tf.data has batched; UserError as `_check_labels` raises it."""
+    """Returns the batch of what tf.data has batched. Raises the UserError of `_check_labels`."""
     _check_labels(rows["condition"], origin)
     return PixelBatch(**rows)
 

@@ -29,6 +29,7 @@ PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself
     "celebahq256": "run `python data/celebahq256.py --source korexyz/celeba-hq-256x256 --data_dir {root}`",
 }
 KEY_FEATURE = re.compile(r"(^|_)(id|file_?name|path|url|key)$")  # of what stands for the image, and labels nothing
+# How much of a split is looked at before training.
 MAX_LABELLED_BYTES = 2**29  # of a split that is read through for its labels
 RECORDS_AT_A_TIME = 1024  # while labels are read
 NUM_SAMPLED = 64  # images of a split, or labels of a larger one, that are looked at before training
@@ -67,7 +68,10 @@ def check_features(flag: str, folder: epath.Path) -> None:
 
 
 def find_prepared(flag: str, data_dir: str | os.PathLike | None, builder: str) -> tuple[epath.Path, str]:
-    """(folder of the newest version of `builder`, 'array_record' where it is prepared as that, else 'tfrecord')."""
+    """Returns (folder of the newest version of `builder`, 'array_record' if it is prepared as that, else 'tfrecord').
+
+    Raises UserError, naming `flag`, if it is not prepared, or in no format that is read here.
+    """
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     refuse_url(data_dir, "data_dir")
     root = epath.Path(data_dir).expanduser()
@@ -122,7 +126,7 @@ def convert_command(folder: Any) -> str:
 
 @functools.cache
 def import_tensorflow():
-    """TensorFlow, kept off the accelerators, which are JAX's."""
+    """Returns TensorFlow, kept off the accelerators, which are JAX's."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nothing here multiplies, and it announces itself
     import tensorflow as tf
@@ -132,19 +136,24 @@ def import_tensorflow():
 
 
 def open_builder(flag: str, folder: epath.Path) -> Any:
-    """Opens a prepared data set of labelled images with a training split. UserError, naming `flag`, for others; says
-    which of its features are not read."""
+    """Opens a prepared data set of labelled images with a training split; warns of its features that are not read.
+
+    Raises UserError, naming `flag`, for any other data set.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(f"{flag} needs another package ({error}): `pip install {PACKAGES}`") from error
     check_features(flag, folder)
+
     # From the folder, not by name: that needs no builder's code and finds array_record beside another format.
     try:
         builder = tfds.builder_from_directory(folder)
     except Exception as error:  # of its JSON, its protocol buffers and its features
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{flag}: {folder} is no prepared data set ({reason}); prepare it again") from None
+
+    # An image and its class, and images to train on.
     features = dict(builder.info.features.items())
     splits = builder.info.splits
     image, label = (features.get(key) for key in ("image", "label"))
@@ -166,7 +175,7 @@ class PreparedSplit:
         """Finds `split` ('train' or 'validation') of `builder` (NAME, NAME/CONFIG or NAME:1.2.3).
 
         Of a set without the split 'validation' it is 'test', and of a set that has only 'train' the first 2 % of that.
-        UserError, naming `flag`, for what is missing.
+        Raises UserError, naming `flag`, for what is missing.
         """
         self.folder, self.format = find_prepared(flag, data_dir, builder)
         self.builder = open_builder(flag, self.folder)
@@ -205,10 +214,11 @@ class PreparedSplit:
         self.empty_classes = () if labels is None else find_empty_classes(labels[rows], len(self.class_names))
 
     def _find_validation_split(self, flag: str) -> str | None:
-        """The set's own split for validation; None where a part of 'train' is to be held out."""
+        """Returns the set's own split for validation; None if a part of 'train' is to be held out."""
         own = None
         for name in ("validation", "test"):
             if name in self.builder.info.splits and not own:
+                # Test images are often published without their labels, as -1.
                 if (labels := self._labels(name)).size and (labels < 0).all():
                     warn_once(f"{flag}: no image of its split {name} has a label, so others are used for validation")
                 else:
@@ -216,7 +226,7 @@ class PreparedSplit:
         return own
 
     def _labelled_rows(self, flag: str) -> tuple[range | Int64[np.ndarray, " n"], Int32[np.ndarray, " records"] | None]:
-        """(numbers of the split's records, without those that have no label; the labels of all records).
+        """Returns (numbers of the split's records, without those that have no label; the labels of all records).
 
         Of a split too large to be read through: all records, and None.
         """
@@ -224,6 +234,8 @@ class PreparedSplit:
         labels = self._labels(self.split)
         if len(labels) < count or not count:
             return range(count), None
+
+        # With all labels known, bad ones are refused now rather than in an epoch.
         rows = np.flatnonzero(labels >= 0)
         if not rows.size:
             raise UserError(f"{flag}: no image of its split {self.split} has a label; prepare a set that has labels")
@@ -265,6 +277,7 @@ class PreparedSplit:
         return remember(f"labels-{self.digest(split, 0, info.num_examples)}", (count,), np.dtype(np.int32), read)
 
     def _read_labels(self, split: str) -> Iterator[int]:
+        # TensorFlow parses a batch of tfrecord; without it, records are protocol buffers to be parsed one by one.
         if self.format == "tfrecord":
             tf = import_tensorflow()
             parts = self.builder.info.splits[split].file_instructions
@@ -286,10 +299,11 @@ class PreparedSplit:
                 yield messages.Example.FromString(record).features.feature["label"].int64_list.value[0]
 
     def fingerprint(self) -> Fingerprint:
-        """Identifies the split by version, shards, sizes and the start of its first file, without reading it all."""
+        """Returns what identifies the split: version, shards, sizes and the start of its first file."""
         return Fingerprint(self.format, len(self.rows), self.digest(self.split, self.start, self.stop))
 
     def digest(self, split: str, start: int, stop: int) -> str:
+        # Metadata first, then bytes: the same sizes with other images differ in them.
         info = self.builder.info.splits[split]
         metadata = [self.builder.info.full_name, split, start, stop, info.shard_lengths, info.num_bytes]
         digest = hashlib.sha256(json.dumps([*map(str, metadata), self.class_names]).encode())
