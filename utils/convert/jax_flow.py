@@ -1,4 +1,4 @@
-"""Imports the parameters of jax-flow's checkpoints."""
+"""Imports the parameters of jax-flow's checkpoints (docs/jax_flow.md)."""
 
 from collections.abc import Mapping
 
@@ -9,11 +9,11 @@ from diffusion_transformer import position_table
 
 
 def import_jax_flow_params(flat: Mapping[str, Array | np.ndarray]) -> PyTree:
-    """Returns DiT parameters for those of a jax-flow checkpoint, `flat` = {'DiTBlock_0/Dense_0/kernel': array, ...}.
+    """Returns this project's DiT parameters for a jax-flow checkpoint {'DiTBlock_0/Dense_0/kernel': array, ...}.
 
     Query, key and value become one kernel. jax-flow trained its table of positions, which is a constant here: a
-    `pos_embed` that differs from the constant stays a parameter of that name, which DiT then uses, so that the imported
-    model computes what the old one did. Raises ValueError for a tree that is not a jax-flow DiT's.
+    `pos_embed` that differs from the constant stays a parameter, which DiT then uses, so that the imported model
+    computes what the old one did. Raises ValueError for a tree that is not a jax-flow DiT's.
     """
     # Each tensor is taken once: what is left at the end has no counterpart.
     left = {name: np.asarray(value) for name, value in flat.items()}
@@ -28,7 +28,7 @@ def import_jax_flow_params(flat: Mapping[str, Array | np.ndarray]) -> PyTree:
     def take_block(path):
         attention = f"{path}/MultiHeadDotProductAttention_0"
         query, key, value, out = (take(f"{attention}/{name}") for name in ("query", "key", "value", "out"))
-        width = len(query["kernel"])
+        width = len(query["kernel"])  # kernels are (width, heads, width of a head)
         return {
             "ada_ln": {"dense": take(f"{path}/Dense_0")},
             "attention": {
@@ -36,7 +36,7 @@ def import_jax_flow_params(flat: Mapping[str, Array | np.ndarray]) -> PyTree:
                     "kernel": np.concatenate([part["kernel"].reshape(width, width) for part in (query, key, value)], 1),
                     "bias": np.concatenate([part["bias"].reshape(width) for part in (query, key, value)]),
                 },
-                "out": {"kernel": out["kernel"].reshape(width, width), "bias": out["bias"]},
+                "out": {"kernel": out["kernel"].reshape(width, width), "bias": out["bias"]},  # (heads, head, width)
             },
             "mlp": take_pair(f"{path}/MlpBlock_0"),
         }
@@ -63,7 +63,7 @@ def import_jax_flow_params(flat: Mapping[str, Array | np.ndarray]) -> PyTree:
         raise ValueError(f"not the parameter tree of a jax-flow DiT: {sorted(left)[0]} has no counterpart")
     if pos_embed is not None:
         _, tokens, width = pos_embed.shape
-        side = int(tokens**0.5)
+        side = int(tokens**0.5)  # its images are square
         if np.abs(pos_embed[0] - position_table(side, side, width)).max() > 1e-5:
             params["pos_embed"] = pos_embed
     return params

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from diffusion_transformer import DiT, DiTConfig, position_table, rope_angles
 from utils.base.external import BadFileError
 
+# {width: number of heads} of the published sizes: no tensor of DiT or SiT tells the heads.
 HEADS = {preset["hidden_size"]: preset["num_heads"] for name, preset in DiTConfig.PRESETS.items() if "/" in name}
 MAX_TOKENS = 2**14  # of an image whose table of positions is computed
 TABLE_TOLERANCE = 1e-5  # up to which a position table is the constant one
@@ -24,15 +25,16 @@ State = Mapping[str, np.ndarray]
 
 
 class Family(NamedTuple):
-    """What is common to a family of models, and not to be seen in their tensors."""
+    """Facts about a family of models that their tensors do not tell."""
 
     title: str
     objective: dict[str, Any]  # --objective.* of a run
     settings: dict[str, Any]  # --model.* of a run
-    vae: str | None
+    vae: str | None  # hub id of the one that made the latents; None: the user has to name it
     keeps_sigma: bool  # whether the second half of the outputs is used
 
 
+# {--family: how its published models were trained}
 FAMILIES = {
     "sit": Family(
         "SiT",
@@ -63,14 +65,15 @@ class Tensor(NamedTuple):
 
     name: str
     path: tuple[str, ...]
-    load: Callable[[np.ndarray], np.ndarray]
-    store: Callable[[np.ndarray], np.ndarray]
+    load: Callable[[np.ndarray], np.ndarray]  # from the file's layout to this project's
+    store: Callable[[np.ndarray], np.ndarray]  # its inverse
 
 
 def _same(value: np.ndarray) -> np.ndarray:
     return value
 
 
+# PyTorch's linear layers are (out, in), Flax's (in, out).
 def _transposed(value: np.ndarray) -> np.ndarray:
     return value.T
 
@@ -158,7 +161,7 @@ def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, i
     for tensor in table:
         value = _to_float32(tensor.name, state[tensor.name])
         ndim = {"kernel": 4 if tensor.path[0] == "patch_embed" else 2, "embedding": 2}.get(tensor.path[-1], 1)
-        if value.ndim != ndim:
+        if value.ndim != ndim:  # before it is transposed
             raise BadFileError(f"its tensor {tensor.name} has the shape {value.shape}")
         value = tensor.load(value)
         if tensor.path[:2] == ("final_layer", "dense"):
@@ -181,9 +184,9 @@ def find_config(
 ) -> tuple[DiTConfig, tuple[int, int, int]]:
     """Returns (configuration, latent shape (h, w, c)) of a checkpoint in the published names, by its tensors' shapes.
 
-    `family` is a key of FAMILIES. `num_heads` is by default that of the published model of this width. By `num_classes`
-    a table of labels with a row for "no label" is told from one without it, of a model trained without dropout. Raises
-    BadFileError, naming it, for a tensor that is needed here and missing, and for what does not fit the family.
+    `family` is a key of FAMILIES. `num_heads` defaults to that of the published model of this width. By `num_classes`,
+    a table of labels with a row for "no label" is told from one of a model trained without label dropout. Raises
+    BadFileError for a tensor that is needed here and missing, by its name, and for what does not fit the family.
     """
     # Sizes, and the family.
     kernel = _take(state, "x_embedder.proj.weight", 4)
@@ -198,6 +201,8 @@ def find_config(
     # The MLP, the classes and the output.
     is_swiglu = "blocks.0.mlp.w12.weight" in state
     mlp_width = _take(state, f"blocks.0.mlp.{'w3' if is_swiglu else 'fc2'}.weight", 2).shape[1]
+
+    # A table as long as the classes has no row for "no label"; without `num_classes` it is taken to have one.
     num_rows = len(_take(state, "y_embedder.embedding_table.weight", 2))
     has_no_label = num_rows != num_classes
     num_outputs = len(_take(state, "final_layer.linear.weight", 2)) // patch_size**2
@@ -205,6 +210,7 @@ def find_config(
         raise BadFileError(f"it has {num_outputs} output channels for {channels} of its input")
     rows, columns = _grid_of(state)
 
+    # What no tensor tells is the family's.
     config = DiTConfig(
         patch_size=patch_size,
         hidden_size=hidden_size,
@@ -234,8 +240,10 @@ def _take(state: State, name: str, ndim: int) -> np.ndarray:
 
 
 def _grid_of(state: State) -> tuple[int, int]:
-    """Returns rows and columns of patches, by the table of positions. diffusers' files lack it: `rename_diffusers` has
-    added one by their `sample_size`."""
+    """Returns (rows, columns) of patches, by the table of positions, which `rename_diffusers` adds to diffusers' files.
+
+    Raises BadFileError where the table is missing or not that of a square image.
+    """
     tokens = state["pos_embed"].shape[1] if "pos_embed" in state and state["pos_embed"].ndim == 3 else 0
     side = round(tokens**0.5)
     if side == 0 or side**2 != tokens:
@@ -255,7 +263,8 @@ def _has_moved(state: State, rows: int, columns: int, width: int) -> bool:
 
 
 def _choose_heads(state: State, hidden_size: int, num_heads: int | None) -> int:
-    if "blocks.0.attn.q_norm.weight" in state:  # as wide as a head
+    # Some tensors are as wide as a head; otherwise the width of the model says it, or the user.
+    if "blocks.0.attn.q_norm.weight" in state:
         found = hidden_size // _take(state, "blocks.0.attn.q_norm.weight", 1).size
     elif "feat_rope.freqs_cos" in state:
         found = hidden_size // _take(state, "feat_rope.freqs_cos", 2).shape[1]
@@ -273,6 +282,7 @@ def _choose_heads(state: State, hidden_size: int, num_heads: int | None) -> int:
 
 def _mlp_ratio(hidden_size: int, width: int, is_swiglu: bool) -> float:
     """Returns the ratio that gives an MLP of this width (see `DiTConfig.mlp_width`)."""
+    # 4 first, which nearly all models have; then the exact ratio, and one a bit above it: widths are rounded down.
     scale = 1.5 if is_swiglu else 1.0
     candidates = (4.0, scale * width / hidden_size, scale * (width + 0.5) / hidden_size)
     for ratio in candidates:
@@ -283,7 +293,7 @@ def _mlp_ratio(hidden_size: int, width: int, is_swiglu: bool) -> float:
 
 
 def _drop_rope_table(state: dict[str, np.ndarray], config: DiTConfig, num_tokens: int) -> None:
-    """Removes the tables of angles, which are constants. Raises BadFileError where they are of another image size."""
+    """Removes RoPE's tables of angles, which are constants. Raises BadFileError for those of another image size."""
     for name in ("feat_rope.freqs_cos", "feat_rope.freqs_sin"):
         table = state.pop(name, None)
         if table is not None and table.shape != (num_tokens, config.hidden_size // config.num_heads):
@@ -305,6 +315,7 @@ def _check_shape(name: str, value: np.ndarray, expected: tuple[int, ...]) -> Non
 
 
 def _check_shapes(flat: Mapping[tuple[str, ...], np.ndarray], config: DiTConfig, latent_shape: tuple) -> None:
+    # Against the network itself, whose parameters are only described, not made.
     arguments = (jnp.zeros((1, *latent_shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
     shapes = flatten_dict(jax.eval_shape(DiT(config).init, jax.random.key(0), *arguments)["params"])
     for path, shape in shapes.items():
@@ -313,6 +324,7 @@ def _check_shapes(flat: Mapping[tuple[str, ...], np.ndarray], config: DiTConfig,
 
 
 def _to_float32(name: str, value: np.ndarray) -> np.ndarray:
+    # NumPy files bfloat16 under "V", as it is not a type of its own.
     value = np.asarray(value)
     if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
         raise BadFileError(f"its tensor {name} holds {value.dtype}")
@@ -328,7 +340,7 @@ def _to_float32(name: str, value: np.ndarray) -> np.ndarray:
 def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """Returns {published name: tensor} of parameters: the inverse of `import_published`, bit for bit.
 
-    Raises ValueError for parameters that no published model has.
+    `latent_shape` is (h, w, c). Raises ValueError for parameters that no published model has.
     """
     # The table of positions, which is a parameter in some models only.
     flat = flatten_dict(params)
@@ -339,12 +351,14 @@ def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int,
         table = position_table(height // p, width // p, config.hidden_size)[None]
     state = {"pos_embed": np.asarray(table, np.float32)}
 
-    # All others.
+    # All others. Without label dropout, "no label" is a row that was never trained: the file goes without it.
     for tensor in tensor_table(config):
         value = np.asarray(flat.pop(tensor.path), np.float32)  # of a run with JAX_ENABLE_X64=1, float64
         if tensor.path[0] == "label_embed" and config.class_dropout_prob == 0:
             value = value[: config.num_classes]
         state[tensor.name] = np.ascontiguousarray(tensor.store(value))
+
+    # LightningDiT's files hold its angles too, though they are constants.
     if flat:
         raise ValueError(f"no published model has {'/'.join(min(flat))}")
     if config.rope:
@@ -356,6 +370,7 @@ def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int,
 
 # --- diffusers' names ---
 
+# {pattern of a whole name, without .weight and .bias: the published name}
 _DIFFUSERS = {
     r"pos_embed\.proj": "x_embedder.proj",
     r"transformer_blocks\.(\d+)\.norm1\.linear": r"blocks.\1.adaLN_modulation.1",
@@ -411,6 +426,8 @@ def rename_diffusers(state: State, sample_size: int, hidden_size: int, patch_siz
         if parts.keys() != set("qkv"):
             raise BadFileError(f"it has no whole to_q, to_k and to_v of block {block}")
         renamed[f"blocks.{block}.attn.qkv.{leaf}"] = np.concatenate([parts[part] for part in "qkv"])
+
+    # Its position table is a constant.
     side = sample_size // patch_size
     renamed["pos_embed"] = position_table(side, side, hidden_size)[None]
     return renamed

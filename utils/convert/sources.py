@@ -1,4 +1,4 @@
-"""Reads published checkpoints from files of PyTorch and safetensors, from folders, and from the Hugging Face hub."""
+"""Reads published checkpoints: files of PyTorch and safetensors, folders, and repositories of the Hugging Face hub."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -45,6 +45,7 @@ class PublishedCheckpoint(NamedTuple):
     """The tensors of a checkpoint under the published names, and what is known beside them."""
 
     state: dict[str, np.ndarray]
+    # None where the source does not tell.
     family: str | None = None
     num_heads: int | None = None
     num_classes: int | None = None
@@ -53,12 +54,12 @@ class PublishedCheckpoint(NamedTuple):
 
 
 def read_source(source: str, flag: str | None = None) -> PublishedCheckpoint:
-    """Reads the checkpoint in a file (.pt, .bin, .safetensors), in a folder (of diffusers, or exported here), or of a
-    hub id.
+    """Reads a checkpoint: a file (.pt, .bin, .safetensors), a folder (diffusers' or exported here), or a hub id.
 
-    No pickle is executed. Raises UserError, naming --source or another `flag`, where there is none, and where it cannot
-    be read.
+    No code of a pickle runs. Raises UserError, naming --source or another `flag`, where nothing is found and where the
+    checkpoint cannot be read.
     """
+    # A path that exists wins over a hub id that looks like it.
     path = Path(source)
     if not path.exists() and re.fullmatch(HUB_ID, source):
         path = fetch(source)
@@ -77,6 +78,7 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
     """
     import huggingface_hub as hub
 
+    # Not the whole repository: some hold the same weights in several formats.
     wanted = ["config.json", EXPORTED, f"{EXPORTED}{INDEX}", "model-*-of-*.safetensors", "diffusion_pytorch_model*"]
     wanted += ["model_index.json", "scheduler/*.json", "transformer/*"]
     try:
@@ -100,6 +102,8 @@ def _read_folder(folder: Path) -> PublishedCheckpoint:
     if transformer is None:
         names = f"{EXPORTED} or {' or '.join(DIFFUSERS_WEIGHTS[:2])}, here or in a folder transformer, or their {INDEX}"
         raise BadFileError(f"the folder holds no weights ({names})")
+
+    # Its settings are checked before the weights, which may be gigabytes, are read.
     config = read_json(transformer / "config.json")
     _check_schedule(transformer.parent / "scheduler" / "scheduler_config.json")
     weights = _find_weights(transformer)
@@ -184,9 +188,9 @@ def _is_ema(part: str) -> bool:
 def _find_model(content: Mapping[str, Any], root: str) -> dict[str, np.ndarray]:
     """Returns the tensors of the model in a file, without the prefixes of wrappers and training scripts.
 
-    Of several models it is the EMA. Dictionaries may be nested, and prefixes stand in any order. `root` is a tensor
-    that every such model has. Raises BadFileError for an unknown prefix, for several models of which none is the EMA,
-    and for an unknown tensor beside a model.
+    Among several models, the EMA is chosen. Dictionaries may be nested, and prefixes stand in any order. `root` is a
+    tensor that every such model has. Raises BadFileError for an unknown prefix, for several models without an EMA among
+    them, and for an unknown tensor beside a model.
     """
     # All models in the file, and the one that is meant.
     models = [model for path, mapping in _walk(content, (), set()) for model in _models_in(path, mapping, root)]
@@ -215,6 +219,7 @@ def _find_model(content: Mapping[str, Any], root: str) -> dict[str, np.ndarray]:
             f"it has a tensor {surplus[0]} beside those under {model.prefix!r} that no such model has "
             f"({len(surplus)} are left over)"
         )
+    # Counters and other networks of a training are no error, but worth a line.
     if model.others:
         log(f"not of the model, and left out: {', '.join(sorted(model.others)[:3])}{', ...' * (len(model.others) > 3)}")
     return model.tensors
@@ -233,7 +238,7 @@ def _walk(content: Mapping, path: tuple[str, ...], seen: set[int]) -> Iterator[t
 
 def _models_in(path: tuple[str, ...], mapping: Mapping, root: str) -> list[_Model]:
     """Returns the models whose `root` a dictionary of tensors holds."""
-    # Names without wrappers.
+    # Names without wrappers: they may stand anywhere, and say nothing about which model it is.
     tensors: dict[str, np.ndarray] = {}
     for name, value in mapping.items():
         if isinstance(value, np.ndarray):
@@ -264,8 +269,10 @@ def _is_known_beside(name: str) -> bool:
 
 
 def _tensors_without_root(content: Mapping[str, Any], root: str) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file that lacks `root`: the import then names what is missing. Raises BadFileError where
-    it holds none, or has them elsewhere."""
+    """Returns the tensors of a file that lacks `root`: the import then names what is missing.
+
+    Raises BadFileError where the file has no tensors at its top level.
+    """
     found = [
         (".".join((*path, str(name))), value)
         for path, mapping in _walk(content, (), set())
@@ -308,7 +315,7 @@ def _read_tensors(path: Path) -> dict[str, Any]:
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:
     """Returns the tensors of all files that an index names; they are beside it."""
-    # The files.
+    # The files. Names with a folder in them are refused, so that an index cannot lead elsewhere.
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_shard, weight_map.values())):
         raise BadFileError(f"{index.name} has no weight_map to files beside it")
@@ -319,7 +326,7 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
             f"its shard {missing[0]} is missing ({len(missing)} of {len(shards)} are): all belong beside {index.name}"
         )
 
-    # Their tensors.
+    # Their tensors; errors name the shard.
     tensors = {}
     for shard in shards:
         try:

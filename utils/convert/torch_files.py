@@ -1,4 +1,4 @@
-"""PyTorch's files without PyTorch, and without running what they hold.
+"""Reads PyTorch's files without PyTorch, and without running the code that a pickle may hold.
 
 `torch.save` writes an uncompressed zip: `STEM/data.pkl`, a pickle that describes the tensors, and `STEM/data/KEY`, the
 bytes of each storage. The pickle may name nothing but what tensors are made of; arrays are views of the mapped file.
@@ -18,10 +18,11 @@ from utils.base.external import BadFileError, open_zip
 from utils.base.files import open_regular
 from utils.base.pickles import Function, Namespace, SafeUnpickler, StandIn
 
-LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number with which files before 1.6 begin
+LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of files from before PyTorch 1.6
 # The pickle describes tensors, some fifty opcodes each, and holds none of their numbers.
 MAX_PICKLE_BYTES = 16 * 2**20
 MAX_SHARING = 4  # bytes of all tensors over those of the file: weights may be tied
+# Types of storage, by their names in the module torch.
 STORAGES = {
     "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "LongStorage": np.int64,
     "BFloat16Storage": ml_dtypes.bfloat16, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
@@ -44,11 +45,15 @@ class _StorageType(StandIn):
 
 
 def _rebuild_tensor(stored: StandIn, offset: int, shape: tuple, strides: tuple, *ignored: Any) -> StandIn:
-    """Returns a view of a storage, neither beyond it nor larger: of strides 0, a few bytes would stand for any size."""
+    """Returns a view of a storage, neither beyond its end nor larger: with strides of 0, a few bytes could stand for a
+    tensor of any size. Raises BadFileError for such a tensor."""
+    # Numbers first, as the file may be anyone's: 2^48 bounds what is computed with them.
     storage = stored.value
     numbers = [offset, *shape, *strides]
     if len(shape) != len(strides) or any(type(number) is not int or not 0 <= number < 2**48 for number in numbers):
         raise BadFileError("it holds a tensor whose shape and strides are none")
+
+    # The last element has to be in the storage; an empty tensor has none.
     is_empty = 0 in shape
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if not isinstance(storage, np.ndarray) or (not is_empty and last >= len(storage)):
@@ -59,14 +64,17 @@ def _rebuild_tensor(stored: StandIn, offset: int, shape: tuple, strides: tuple, 
         raise BadFileError(
             f"it holds a tensor of shape {shape} in {len(storage):,} numbers; save it again after .contiguous()"
         )
+
+    # NumPy counts strides in bytes, PyTorch in elements.
     byte_strides = [stride * storage.itemsize for stride in strides]
     return StandIn(np.lib.stride_tricks.as_strided(storage[offset:], shape, byte_strides, writeable=False))
 
 
 def _rebuild_parameter(tensor: StandIn, *ignored: Any) -> StandIn:
-    return tensor
+    return tensor  # without its gradient's settings
 
 
+# All that a pickle may name: (module, name) -> what stands for it here.
 ALLOWED = {
     ("collections", "OrderedDict"): _OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild_tensor),
@@ -79,6 +87,7 @@ ALLOWED = {
 class _Unpickler(SafeUnpickler):
     """Reads the description of tensors; their storages are mapped from the archive's file."""
 
+    # Bounds of what a pickle can build; a state_dict has some fifty opcodes for each tensor.
     containers = (dict, list, tuple, Namespace)
     key_types = (str, int)
     max_opcodes = 10**6
@@ -92,6 +101,7 @@ class _Unpickler(SafeUnpickler):
         self.storages: dict[str, StandIn] = {}
 
     def persistent_load(self, pid: Any) -> StandIn:
+        # Storages are shared: tied weights refer to one by the same key.
         match pid:
             case ("storage", _StorageType(value=dtype), str(key), *_):
                 if key not in self.storages:
@@ -100,7 +110,8 @@ class _Unpickler(SafeUnpickler):
         raise BadFileError("it refers to something that is no storage")
 
     def _map(self, name: str, dtype: np.dtype) -> np.ndarray:
-        """The bytes of a member, where they are in the file."""
+        """Returns a member of the archive as an array over the mapped file: nothing is copied."""
+        # Only stored members are in the file as they are.
         info = self.archive.getinfo(name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise BadFileError(f"{name} is compressed, which torch.save does not do")
@@ -114,6 +125,7 @@ class _Unpickler(SafeUnpickler):
 
 def _count_bytes(value: Any) -> int:
     """Counts the bytes of all tensors in a dictionary, and in those within it."""
+    # A list instead of recursion, which a nested file could exhaust.
     total = 0
     waiting = [value]
     while waiting:
@@ -129,13 +141,15 @@ def read_torch_file(path: Path) -> Any:
     """Returns what `torch.save` wrote: dictionaries, lists, numbers, texts, and tensors as read-only arrays that map
     the file.
 
-    BadFileError for a file that is none, is cut, is of PyTorch before 1.6, or whose pickle names anything but tensors,
-    OrderedDict and argparse.Namespace, which nothing is made of but attributes.
+    Raises BadFileError for a file of another kind, one that is cut short or from before PyTorch 1.6, and for a pickle
+    that names anything but tensors, OrderedDict and argparse.Namespace (of which only attributes are kept).
     """
     try:
         with open_regular(path) as file:
             if file.read(len(LEGACY_START)) == LEGACY_START:
                 raise BadFileError("PyTorch before 1.6 wrote it; read it there and save it again with torch.save")
+
+            # The archive: one pickle, in a folder whose name is free.
             with open_zip(file) as archive:
                 names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
                 if len(names) != 1:
@@ -144,6 +158,8 @@ def read_torch_file(path: Path) -> Any:
                 byte_order = f"{root}byteorder"
                 if byte_order in archive.NameToInfo and _read_member(archive, byte_order, 16) != b"little":
                     raise BadFileError("it is of a big-endian machine")
+
+                # The tensors: views that keep the mapping alive after the file is closed.
                 pickled = _read_member(archive, names[0], MAX_PICKLE_BYTES)
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 value = _Unpickler(pickled, archive, root, content).read()
@@ -162,6 +178,7 @@ def read_torch_file(path: Path) -> Any:
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
+    # One byte more than allowed is read: sizes in a zip's directory may lie.
     with archive.open(name) as member:
         content = member.read(max_bytes + 1)
     if len(content) > max_bytes:

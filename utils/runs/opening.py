@@ -269,7 +269,7 @@ def _choose_family(source: PublishedCheckpoint, family: str | None) -> str:
 
 
 def _exported_config(run: dict[str, Any]) -> dict[str, Any]:
-    """Returns the configuration in an exported file, which may be anyone's. Raises BadFileError if it is no run's."""
+    """Returns the configuration in an exported file. Raises BadFileError if no run of this suite can have it."""
     try:
         config = read_config(run)
     except BadFileError as error:
@@ -338,6 +338,7 @@ def _new_config(
 
 
 def _check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
+    # A model of 1000 classes is taken for one of ImageNet.
     if names is None:
         return imagenet_class_names() if num_classes == 1000 else [str(label) for label in range(num_classes)]
     if len(names) != num_classes:
@@ -346,7 +347,11 @@ def _check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequenc
 
 
 def fetch_run(load_dir: str, folder: Path) -> None:
-    """Makes a run in `folder` of hf:USER/NAME or hf:USER/NAME@REVISION. Raises UserError where that fails."""
+    """Downloads hf:USER/NAME or hf:USER/NAME@REVISION, and makes a run of it in `folder`.
+
+    Raises UserError where that fails, and for a model that was not exported here.
+    """
+    # The folder first: nothing is downloaded for one that cannot be used.
     check_new_run(folder)
     hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
     source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")

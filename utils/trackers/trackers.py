@@ -1,7 +1,7 @@
 """Where a run's numbers and images go: into its folder always, and to the trackers that --trackers names.
 
-A tracker is a sink with `log`, `image` and `close`. One more is a class and a line of TRACKERS; docs/change_this.md
-shows how. Readers of what the folder keeps are at the end of this file.
+A tracker is a sink with `log`, `image` and `close`. To add one, write a class and register it in TRACKERS;
+docs/change_this.md shows how. Functions that read a run's metrics are at the end of this file.
 """
 
 import importlib.util
@@ -24,13 +24,14 @@ from utils.base.files import atomic_write, open_regular, read_bytes, write_text
 from utils.base.processes import Interrupted
 from utils.trackers.wandb_tracker import WandbTracker
 
+# Files in a run's folder, and of those that programs write, the ones that trackers can show.
 METRICS_FILE = "metrics.jsonl"
 IMAGE_SUFFIXES = (".png", ".webp", ".gif")
 # Beside the metrics, a line has its step, the time (UTC, in seconds since 1970) and the seconds for which the run has
 # been running, all of its starts together. Lines of older runs have the step alone.
 NOT_METRICS = ("step", "time", "seconds")
-MAX_LINE_BYTES = 2**20
-MAX_DRAWN = 1e300
+MAX_LINE_BYTES = 2**20  # a longer one is damaged
+MAX_DRAWN = 1e300  # larger values overflow where an axis is scaled
 
 
 class Tracker(Protocol):
@@ -54,7 +55,7 @@ class Tracker(Protocol):
 
 
 class TrackedRun(NamedTuple):
-    """What a tracker is told of its run as that starts, or goes on."""
+    """The facts that a tracker gets about its run when the run starts or is resumed."""
 
     folder: Path
     settings: Mapping[str, Any]  # all flags, those of --wandb.* in a group `wandb`, and what is known of the data
@@ -86,6 +87,7 @@ class MetricsFile:
         self.started = time.monotonic() - last_seconds(self.kept)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        # Wall-clock time, which may jump, for people; seconds of training for curves.
         clock = {"time": round(time.time(), 3), "seconds": round(time.monotonic() - self.started, 3)}
         self.unwritten += json.dumps({"step": step, **clock, **numbers}).encode() + b"\n"
         try:
@@ -108,10 +110,10 @@ class MetricsFile:
 
 
 class TensorBoardTracker:
-    """Event files for TensorBoard in RUN/tensorboard.
+    """Writes event files for TensorBoard to RUN/tensorboard.
 
-    They are written at once, not by tensorboardX's SummaryWriter: on a full disk its thread dies, and whoever logs then
-    waits for it for ever.
+    They are written at once, not by tensorboardX's SummaryWriter: on a full disk its thread dies, and the next call to
+    it blocks forever.
     """
 
     def __init__(self, run: TrackedRun):
@@ -191,7 +193,7 @@ class Trackers:
         file = MetricsFile(self.folder, first_step)
         self.trackers[METRICS_FILE] = file
 
-        # The others, each of which may fail.
+        # The others may fail: a training does not end because a service cannot be reached.
         run = TrackedRun(self.folder, settings, first_step, file.kept, axis)
         for name in choose_trackers(settings):
             try:
@@ -255,6 +257,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Each has its `step`, values by the names of metrics and, but for older runs, `time` and `seconds` (see NOT_METRICS).
     Raises UserError where it cannot be read, as of a named pipe.
     """
+    # Line by line: what a kill has cut short is passed over, whatever it is, and the rest is used.
     lines = []
     num_damaged = 0
     try:
@@ -290,7 +293,7 @@ def metrics_of(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def last_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
-    """Returns for how long a run had been running when it wrote the last of these lines; 0 where none says it."""
+    """Returns the seconds for which a run had been running at the last of these lines; 0 if none records it."""
     known: list[Any] = [line.get("seconds") for line in lines]
     return max((float(each) for each in known if type(each) in (int, float) and 0 <= each < MAX_DRAWN), default=0.0)
 
@@ -298,7 +301,8 @@ def last_seconds(lines: Sequence[Mapping[str, Any]]) -> float:
 def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
     """Returns {metric: {step: value}} of a run's folder or of a metrics.jsonl, steps ascending.
 
-    What no axis has room for is NaN. Raises UserError, naming --`flag` and the runs beside it, if there are no metrics.
+    Values too large for an axis become NaN. Raises UserError, naming --`flag` and other runs nearby, if there are no
+    metrics.
     """
     try:
         lines = read_metrics(run / METRICS_FILE if run.is_dir() else run)
@@ -310,7 +314,7 @@ def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
         for name, value in metrics_of(line).items():
             if type(value) in (int, float):
                 curves.setdefault(name, {})[line["step"]] = value if abs(value) < MAX_DRAWN else math.nan
-    # Nothing: which folders nearby would have something?
+    # Nothing: the folder above or below may be the one that was meant.
     if not curves:
         bases = (run, run.parent) if run.is_dir() else (run.parent,)
         others = sorted(str(file.parent) for base in bases for file in base.glob(f"*/{METRICS_FILE}") if file != run)
@@ -324,6 +328,7 @@ def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
 
 def name_runs(runs: Sequence[Path]) -> list[str]:
     """Returns what to call each run: the name of its folder or file, or its path as given where two names are equal."""
+    # The absolute path, so that `.` and `..` have a name too.
     names = []
     for run in runs:
         path = Path(os.path.abspath(run))

@@ -19,6 +19,7 @@ from utils.base.console import log, warn
 from utils.base.errors import one_line
 from utils.base.files import open_regular, set_aside, write_text
 
+# Limits, so that a training never waits long for wandb.
 PROBE_SECONDS = 5  # for an answer of wandb's server
 INIT_SECONDS = 30  # for starting a run there
 FINISH_SECONDS = 60  # for uploading the rest at the end
@@ -53,7 +54,7 @@ class WandbTracker:
         self._send({name: wandb.Image(str(file))}, step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table of the rows; empty where a row has no such column."""
+        """Sends the rows as a table; a cell is empty where a row has no such column."""
         import wandb
 
         columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
@@ -81,7 +82,7 @@ class WandbTracker:
 
 
 def _tear_down() -> None:
-    """Forgets wandb's own process, which may be gone: it would be asked once more when Python ends."""
+    """Forgets wandb's own process, which may be gone: otherwise it is called once more when Python exits."""
     import wandb
 
     with contextlib.suppress(Exception):
@@ -91,8 +92,8 @@ def _tear_down() -> None:
 def start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
     """Starts or resumes the wandb run of a run's folder, and returns it.
 
-    It is offline, which is said in one line, where --wandb.mode is online but no account is set up, the server does not
-    answer, or it refuses. Raises what wandb raises where it cannot start at all.
+    Where --wandb.mode is online but no account is set up, the server does not answer, or it refuses, the run is offline
+    and one line says so. Raises whatever wandb raises if it cannot start at all.
     """
     import wandb
 
@@ -141,11 +142,14 @@ def start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
 
 
 def explain_offline() -> str:
-    """Returns why wandb cannot be reached, or an empty text where it can be: no account, or a server that does not
-    answer within PROBE_SECONDS. wandb itself would try for 90 seconds."""
+    """Returns why wandb cannot be reached, or an empty string if it can.
+
+    Reasons are a missing account and a server that does not answer within PROBE_SECONDS. wandb itself would try for 90
+    seconds.
+    """
     import wandb
 
-    # An account.
+    # An account: without one, wandb would ask on the terminal.
     try:
         settings = wandb.setup().settings  # of its environment variables and files
     except Exception as error:
@@ -176,7 +180,7 @@ def explain_offline() -> str:
 
 
 def _read_wandb_id(file: Path) -> str | None:
-    """Returns the id in a wandb_id.txt; None where there is none, or a power cut has damaged it."""
+    """Returns the id in a wandb_id.txt; None if the file is missing, or if a power cut has damaged it."""
     if not file.exists():
         return None
     try:

@@ -1,5 +1,5 @@
-"""Advice around a training: its memory and time before it starts, hints about settings that are hardly meant, and the
-commands that come next."""
+"""Advice around a training: its memory and time before it starts, hints about settings that are probably mistakes, and
+the commands that come next."""
 
 import math
 import shlex
@@ -32,8 +32,10 @@ MFU = 0.4  # model FLOPs utilisation that the times of other devices assume
 
 
 class MemoryModel:
-    """Estimates the bytes that a device needs for a global batch: a constant, and a part for each image. Both follow
-    from two batch sizes that were compiled, {batch size: bytes}."""
+    """Estimates the bytes that a device needs for a global batch: a constant, and a part for each image.
+
+    Both follow from two batch sizes that were compiled, {batch size: bytes}.
+    """
 
     def __init__(self, measured: Mapping[int, int]):
         (small, low), (large, high) = sorted(measured.items())
@@ -45,7 +47,7 @@ class MemoryModel:
         return round(self.constant + batch_size * self.per_image)
 
     def largest_batch(self, num_bytes: float, multiple: int) -> int:
-        """Returns the largest batch that fits, a multiple of so many images; 0 where none does."""
+        """Returns the largest batch that fits into `num_bytes`, a multiple of `multiple` images; 0 if none does."""
         return max(0, int((num_bytes - self.constant) / self.per_image) // multiple * multiple)
 
 
@@ -133,8 +135,8 @@ def plan_lines(
 def model_hints(
     config: NetworkConfig, latent_shape: tuple[int, int, int], dataset: ImageDataset, batch_size: int
 ) -> list[str]:
-    """Returns hints about settings of the network, the batch and the training split that are hardly meant."""
-    # A few labels to spare may be meant, twice as many hardly.
+    """Returns hints about settings of network, batch and training split that are possible but probably mistakes."""
+    # A few spare labels may be intended; twice as many are not.
     hints = []
     num_images = len(dataset.source)
     num_classes = dataset.num_classes

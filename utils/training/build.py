@@ -1,4 +1,4 @@
-"""From a configuration to a run that is ready to train: data, model, optimizer. Bad input ends here."""
+"""Builds a run that is ready to train from its configuration: data, model, optimizer. Bad input is refused here."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -201,7 +201,7 @@ def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[I
 
 
 def report_hints(config: RunConfig, model: ImageModel, dataset: ImageDataset) -> None:
-    """Logs settings that are possible but hardly meant."""
+    """Logs settings that are possible but probably mistakes."""
     for hint in model_hints(config.model, model.latent_shape, dataset, config.training.batch_size):
         log(f"note: {hint}")
     dropout = config.model.class_dropout_prob

@@ -1,4 +1,4 @@
-"""From the settings that a user gives to the configuration of a run, the same from Python as from a command line.
+"""Makes the configuration of a run from the settings that a user gives, in Python or on a command line.
 
 Later layers win: defaults, the preset, the objective's own defaults, the run that --load_dir names, a preset that was
 given, and what the user gave.
@@ -42,11 +42,11 @@ OWN_MODEL_SETTINGS = ("model.class_dropout_prob", "model.dtype")
 def make_config(given: Mapping[str, Any], resolved: Mapping[str, Any] | None = None) -> RunConfig:
     """Returns the configuration of a run with the settings {name: value}, named as the flags are.
 
-    `resolved` are further values, such as those of environment variables, which count as not given. With `save_dir` of
-    a run and nothing that says what is learned, that run's own configuration stands below what is given. Raises
-    UserError for unknown names, values that cannot be, and settings that contradict each other.
+    `resolved` are further values, such as those of environment variables, which count as not given. If `save_dir` is a
+    run's and no setting says what is learned, that run's own configuration is used below what is given. Raises
+    UserError for unknown names, values out of bounds, and settings that contradict each other.
     """
-    # Names first: a setting that is none is answered with the nearest.
+    # Names first: an unknown one is answered with the most similar setting.
     known = all_settings()
     given = translate_spellings(given)
     resolved = translate_spellings(resolved or {})
@@ -100,11 +100,11 @@ def flatten_settings(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_own_settings(given: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the settings of the run in `save_dir`, where there is one and nothing given says what is learned."""
-    # Only a run that is there can be continued, and only where no other one is to be started from.
+    # Only an existing run can be continued, and only if --load_dir does not ask to start from another.
     folder = given.get("save_dir")
     if folder is None or not has_checkpoints(Path(folder)) or "load_dir" in given:
         return None
-    # A command line that says what is learned is a whole one, as ever.
+    # A command line that says what is learned stands for itself: nothing of the run's configuration is mixed in.
     subjects = {PRESET, OBJECTIVE_NAME, "batch_size", "seed", "debug_overfit"}
     for part in SUBJECTS:
         subjects |= settings_of(*GROUPS[part]).keys()
@@ -163,7 +163,7 @@ def fill_layers(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[
 
 
 def check_together(config: RunConfig) -> None:
-    """Raises UserError for settings of which each may be, but not all together."""
+    """Raises UserError for settings that are valid one by one, but not together."""
     # Sampler and optimizer.
     optimizer = config.optimizer
     scale = config.sampling.cfg_scale

@@ -112,8 +112,8 @@ class Throughput:
         """Returns `images_per_second`, `tflops_per_second`, `data_wait_fraction` (0 to 1) and, where the peak is known,
         `mfu` (0 to 1).
 
-        They are those of the present window, or of the one before while that is too short; there are none before the
-        first window.
+        The rates are those of the present window, or of the one before while this one is too short; the result is empty
+        before the first window is long enough.
         """
         # Steps after a pause measure less exactly, and are used only where there are no others.
         window = self.steady if self.steady.num_steps >= self.MIN_STEPS else self.resumed

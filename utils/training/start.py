@@ -122,7 +122,7 @@ class Adapted(NamedTuple):
 def adapt_params(
     source: PyTree, fresh: PyTree, old_classes: Sequence[str], new_classes: Sequence[str], patch_size: int
 ) -> Adapted:
-    """Returns the `fresh` parameters of a model with those of `source` in their places, as far as they fit.
+    """Returns the `fresh` parameters of a model, replaced by those of `source` as far as they fit.
 
     - Arrays of one shape are taken as they are.
     - Labels: a class that the source knows by name keeps its row; the others start from its "no label".
@@ -203,7 +203,7 @@ def _fit(value: np.ndarray, blank: np.ndarray, axis: int) -> np.ndarray:
 
 
 class Start(NamedTuple):
-    """The parameters with which a run starts that starts from another."""
+    """The first parameters of a run that starts from another."""
 
     params: PyTree
     ema_params: PyTree
@@ -241,7 +241,7 @@ def start_from(source: SourceRun, fresh: PyTree, config: dict[str, Any], shardin
 
 
 def zero_step_embed(params: PyTree) -> PyTree:
-    """Makes the embedding of the step zero: the model then computes what it did without one."""
+    """Zeroes the last layer of the step's embedding: the model then computes what it did without one."""
     last = jax.tree.map(np.zeros_like, params["step_embed"]["dense_1"])
     return {**params, "step_embed": {**params["step_embed"], "dense_1": last}}
 
@@ -254,7 +254,7 @@ def refit_times(params: PyTree, old_scale: float, new_scale: float) -> tuple[PyT
     one after the other over [0, 1], softly, and the last layer is fitted by least squares. What oscillates faster than
     about SHARPNESS is left out: a derivative by t, which MeanFlow takes, would be led by it.
     """
-    # The old embedding, which is to be met.
+    # The old embedding at many times: the target of the fit.
     old = jax.tree.map(jnp.asarray, params["timestep_embed"])
     width = old["dense_1"]["bias"].size
     times = jnp.linspace(0, 1, 1024)
