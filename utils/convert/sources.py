@@ -273,6 +273,7 @@ def _tensors_without_root(content: Mapping[str, Any], root: str) -> dict[str, np
 
     Raises BadFileError where the file has no tensors at its top level.
     """
+    # Every array in the file, by its full name: the message can then say what there is instead.
     found = [
         (".".join((*path, str(name))), value)
         for path, mapping in _walk(content, (), set())
@@ -284,6 +285,8 @@ def _tensors_without_root(content: Mapping[str, Any], root: str) -> dict[str, np
         raise BadFileError(
             f"it holds no tensors of a model ({str(others[0])[:50] if others else 'neither ema nor model'})"
         )
+
+    # diffusers' names, or tensors deeper in the file than those of a bare state_dict.
     if root == ROOT and any(name.endswith(DIFFUSERS_ROOT) for name, _ in found):
         raise BadFileError("its tensors have diffusers' names; give the folder that it is in, with config.json")
     if not any(isinstance(value, np.ndarray) for value in content.values()):

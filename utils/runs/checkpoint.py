@@ -354,7 +354,7 @@ class Checkpoints:
     def _with_stored_types(self, step: int, name: str, target: PyTree) -> PyTree:
         """Returns `target` with the types of an item of `step`: under JAX_ENABLE_X64=1 a model would have others."""
         if not jax.config.values["jax_enable_x64"]:
-            return target
+            return target  # types depend on that setting alone
         types = {
             jax.tree_util.keystr(path): leaf.dtype
             for path, leaf in jax.tree_util.tree_leaves_with_path(self._metadata(step, name))

@@ -187,7 +187,7 @@ def _read_wandb_id(file: Path) -> str | None:
         with open_regular(file) as opened:
             text = opened.read(1000).decode(errors="replace").strip()
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno != errno.EINVAL:  # which `open_regular` raises for a folder or a pipe
             raise
         text = ""
     if re.fullmatch(r"[\w-]{1,64}", text):
