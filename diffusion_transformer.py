@@ -80,6 +80,7 @@ def rotate(x: Float[Array, "b n heads h"], angles: np.ndarray) -> Float[Array, "
     """Turns each pair (a, b) of neighbouring channels in float32: (a cos - b sin, b cos + a sin)."""
     cos, sin = (jnp.asarray(f(angles))[:, None] for f in (np.cos, np.sin))
     y = x.astype(jnp.float32)
+    # (-b, a) for each pair (a, b).
     turned = jnp.stack([-y[..., 1::2], y[..., ::2]], axis=-1).reshape(y.shape)
     return (y * cos + turned * sin).astype(x.dtype)
 
@@ -91,6 +92,7 @@ def timestep_features(t: Float[Array, " b"], scale: float = 10_000.0) -> Float[A
     """
     half = TIMESTEP_FEATURES // 2
     frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    # Products of float32 throughout: a rounded time would turn the fastest sinusoid by radians.
     angles = scale * t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -132,6 +134,7 @@ class PatchEmbed(nn.Module):
         # The kernel has the shape of a convolution, for its fans and for checkpoints.
         kernel = self.param("kernel", xavier_uniform, (p, p, c, d))
         bias = self.param("bias", zeros_init, (d,))
+        # Each patch becomes a row of p * p * c values.
         patches = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)  # (b, h/p, w/p, p, p, c)
         return dense(patches.reshape(b, -1, p * p * c), kernel.reshape(-1, d), bias)
 
@@ -207,6 +210,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        # As in ViT's MLP.
         bias_init = nn.initializers.normal(1e-6)
         if self.kind == "swiglu":
             hidden = Dense(2 * self.width, self.dtype, xavier_uniform, bias_init, name="dense_0")(x)
@@ -234,6 +238,7 @@ class AdaLayerNorm(nn.Module):
 def layer_norm(x: Float[Array, "b n d"], dtype) -> Float[Array, "b n d"]:
     """Normalises x over its last axis in float32 (eps 1e-6), without scale or bias; returns the compute dtype."""
     x = x.astype(jnp.float32)
+    # Centred before it is squared: the difference of two moments would cancel.
     x = x - x.mean(axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)).astype(dtype)
 
@@ -280,6 +285,7 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, c):
+        # No gate: the last matmul starts at zero itself.
         shift, scale = AdaLayerNorm(2, self.dtype, name="ada_ln")(c)
         x = modulate(make_norm(self.norm, self.dtype, "norm")(x), shift, scale)
         return Dense(self.out_features, self.dtype, zeros_init, name="dense")(x)
@@ -294,6 +300,7 @@ class DiT(nn.Module):
     below `config.num_classes`.
     """
 
+    # Hashable, all of them: a module is a static argument of compiled functions.
     config: DiTConfig
     remat: str = "none"
     attention_form: AttentionForm = "by_head"
@@ -329,10 +336,12 @@ class DiT(nn.Module):
         tokens = tokens + table.astype(dtype)
 
         # What every block is conditioned on.
+        # Zeroed rather than left out: the parameters are the same either way.
         t = t if config.t_conditioning else jnp.zeros_like(t)
         conditioning = TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="timestep_embed")(t)
         conditioning += self.embed_condition(condition)
         if config.step_conditioning:
+            # Initialisation passes no step.
             step = jnp.zeros_like(t) if step is None else step
             conditioning += TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="step_embed")(step)
 
@@ -362,6 +371,7 @@ class DiT(nn.Module):
         self, tokens: Float[Array, "b n d"], conditioning: Float[Array, "b d"], grid: tuple[int, int]
     ) -> Float[Array, "b n d"]:
         # Unrolled rather than scanned over: benchmarks/train_step.py measures what that costs and gains.
+        # Blocks have the names of checkpoints, whether they are rematerialised or not.
         config = self.config
         dtype = jnp.dtype(config.dtype)
         Block = DiTBlock if self.remat == "none" else nn.remat(DiTBlock, policy=REMAT_POLICIES[self.remat])

@@ -43,6 +43,7 @@ def training_batches(
         raise UserError(f"--seed={seed} is negative; use 0, for example")
     num_images = len(dataset.source)
     local_size = batch_size // process_count
+    # A stream shuffles and divides itself.
     if isinstance(dataset.source, StreamSource):
         hosts = {"process_index": process_index, "process_count": process_count}
         return dataset.source.training_batches(batch_size, seed, dataset.random_flip, **hosts, prefetch=prefetch)

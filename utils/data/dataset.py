@@ -302,6 +302,7 @@ def iterable_dataset(
 
     Raises UserError if their images are of several shapes, and where `array_dataset` does.
     """
+    # All of them, to be shuffled: an iterable can be read once, in its own order.
     rows = [(np.asarray(example["image"]), example["label"]) for example in examples]
     shapes = {image.shape for image, _ in rows}
     if len(shapes) != 1:

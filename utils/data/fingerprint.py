@@ -50,6 +50,7 @@ class Fingerprint:
 
     @classmethod
     def of_rows(cls, format: str, rows: Sequence[Row]) -> "Fingerprint":
+        # Over labels, contents, names and their order: each of them would change a run.
         digest = hashlib.sha256()
         for row in rows:
             digest.update(f"{row}\n".encode())
@@ -132,6 +133,7 @@ def compare_data(
 
 
 def _first_class_difference(saved: Sequence[str], found: Sequence[str]) -> str:
+    # The first label whose class is another.
     pairs = itertools.zip_longest(saved, found)
     differing = ((label, old, new) for label, (old, new) in enumerate(pairs) if old != new)
     label, old, new = next(differing, (None, None, None))
@@ -154,6 +156,7 @@ def _first_difference(
     """Returns (a harmful difference, a harmless one) in words; at most one of the two is not empty."""
     if saved is None or saved == found.to_json():
         return "", ""
+    # Each format has an order of its own.
     if saved["format"] != found.format:
         return f"its images were read from {saved['format']}, now from {found.format}, in another order", ""
     # Row by row where both listings are there; else all that is known is that the hashes differ.

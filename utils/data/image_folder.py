@@ -38,6 +38,7 @@ from utils.images.folders import (
 )
 from utils.images.pixels import describe_range
 
+# In lower case; a file with another suffix is named as ignored.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_LISTED = 3  # files named in a message
 
@@ -101,6 +102,7 @@ class ImageFiles:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
+        # Checked before training, but a run is long: files may go or be replaced meanwhile.
         path, label = self.files[index]
         try:
             content = read_image_file(path, self.max_megapixels)
@@ -144,6 +146,7 @@ def list_folder(root: Path, split: str, options: DataOptions) -> tuple[FolderSpl
     train = _list_split(train_folder, root, options)
     if validation_folder is None:
         return train, True
+    # A flat folder of validation images tells no classes apart.
     if len(train.class_names) > 1 and not _scan(validation_folder).folders:
         warn(
             f"{validation_folder} has no folders of classes: part of {train_folder} is held out for validation instead"
@@ -234,6 +237,7 @@ def _unwrap(split_folder: Path) -> Path:
 
 def _name_unused(folder: Path, *all_scanned: Scanned) -> None:
     """Warns of files below `folder` that are not used: those that may hold labels, others, and the system's."""
+    # Tables of labels matter most: a user may take them for read.
     others = [path for scanned in all_scanned for path in scanned.others]
     if message := unused_message(folder, others, (path for scanned in all_scanned for path in scanned.images)):
         warn_once(message)
@@ -296,6 +300,7 @@ def _list_split(folder: Path, root: Path, options: DataOptions, is_training: boo
         names.append(_text(subfolder.name))
     if not files:
         raise UserError(f"{flag}: {folder} holds no readable images; {_layout(root)}")
+    # Relative to the split, so that the data may be moved.
     keys = [_text(path.relative_to(folder).as_posix()) for path, _ in files]
     return FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files])
 

@@ -38,9 +38,11 @@ class LatentsManifest:
     image_shape: tuple[int, int, int]
     latent_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    # How many there are, in which files.
     num_examples: dict[str, int]  # by split
     num_views: dict[str, int]  # 2 where mirror images are stored
     shard_size: int  # examples a file
+    # Identity of the VAE is its weights; where they came from is for messages alone.
     vae: str  # hub id or folder it was loaded from
     vae_sha256: str
     format: int = FORMAT
@@ -90,6 +92,7 @@ class LatentsManifest:
 
     def fingerprint(self, folder: Path, split: str) -> Fingerprint:
         """Returns what the latents in `folder` were made from, and how."""
+        # Not the whole manifest: where the VAE came from, or the size of files, changes no latent.
         metadata = [(self.splits or {}).get(split), self.vae_sha256, self.num_views[split], self.latent_shape]
         sha256 = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()
         return Fingerprint(
@@ -250,6 +253,7 @@ class LatentRecords:
         record = self.records[index]
         if len(record) != 4 + 2 * math.prod(self.shape):
             raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the latents again")
+        # A view of the record, not a copy: batches copy it once, into their own memory.
         moments = np.frombuffer(record, "<f2", offset=4).reshape(self.shape)
         label = np.frombuffer(record, "<i4", 1)[0]
         if not 0 <= label < self.num_classes:

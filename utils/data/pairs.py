@@ -42,15 +42,18 @@ FORMAT = 1
 class PairsManifest:
     """Contents of a folder of pairs; every machine that makes it from the same model writes the same."""
 
+    # Which model, and the draw of its samples.
     dataset_name: str
     params_sha256: str
     sampler: str  # in words
     seed: int
+    # How many there are, in files of how many.
     num_pairs: int
     shard_size: int
     image_shape: tuple[int, int, int]
     latent_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
+    # The VAE that decodes the samples; None for a model of pixels.
     vae: str | None
     vae_sha256: str | None
     format: int = FORMAT
@@ -166,6 +169,7 @@ class Pairs:
         shape = self.manifest.latent_shape
         if len(record) != 4 + 4 * math.prod(shape):
             raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the pairs again")
+        # A record of the right size may still be damaged.
         label = np.frombuffer(record, "<i4", 1)[0]
         if not 0 <= label < len(self.manifest.class_names):
             raise UserError(f"{self.folder}: record {index} has the label {label}, which is of no class")

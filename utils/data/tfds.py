@@ -107,6 +107,7 @@ class Records:
 
     def __getitem__(self, index: int) -> Example:
         record = self.records[self.prepared.rows[index]]
+        # Labels first: nothing is decoded for a refusal.
         _check_labels(record["label"], self.prepared.origin)
         size, _, channels = self.prepared.image_shape
         mode = "L" if channels == 1 else "RGB"
@@ -201,6 +202,7 @@ class RecordStream:
 
     def _files(self, start: int, stop: int):
         """Returns records start .. stop - 1 by file: (paths, how many records to skip, how many to take)."""
+        # Files begin and end anywhere in a split: TFDS knows which part of each is meant.
         parts = self.prepared.builder.info.splits[f"{self.prepared.split}[{start}:{stop}]"].file_instructions
         counts = np.array([(part.skip, part.take) for part in parts], np.int64)
         return tuple(map(self.tf.constant, ([str(part.filename) for part in parts], *counts.T)))
@@ -224,7 +226,8 @@ class RecordStream:
         buffer_size = max(1, min(stop - start, SHUFFLE_BYTES // average))
 
         def read_epoch(epoch):
-            # Files in a new order, some of them interleaved.
+            # Files in a new order, some of them interleaved. All draws are functions of seed and epoch, and the order
+            # does not depend on which file is read faster: an epoch can be read again.
             key = tf.stack([tf.constant(seed, tf.int64), epoch])
             files = tf.random.experimental.stateless_shuffle(tf.range(len(paths)), key)
             records = tf.data.Dataset.from_tensor_slices(files).interleave(
@@ -252,6 +255,7 @@ class RecordStream:
 
         tf = self.tf
         size, _, channels = self.prepared.image_shape
+        # TFDS gives the bytes of an image: its own decoding would use a less exact transform.
         features = self.prepared.builder.info.features
         skip = {"image": tfds.decode.SkipDecoding()}
 
@@ -316,6 +320,7 @@ def _naming_broken_images(origin: str) -> Iterator[None]:
     try:
         yield
     except import_tensorflow().errors.OpError as error:
+        # TensorFlow appends the name of the operation; what is wrong stands before it.
         reason = " ".join(str(error).partition("[Op:")[0].split())[-200:]
         raise UserError(f"an image of {origin} cannot be read: {reason}") from error
 

@@ -58,6 +58,7 @@ class PictureFolder:
         title: str,
     ) -> None:
         """Writes an animation in the format of the name's suffix, .webp or .gif, each frame laid out like a grid."""
+        # Given by name: the temporary file that Pillow sees has another suffix.
         file_format = name.rpartition(".")[2]
         with atomic_write(self.folder / name) as temporary:
             plotting.save_film(temporary, frames, file_format, FILM_SECONDS, labels, class_names, title)

@@ -13,6 +13,7 @@ from PIL import Image
 from utils.base.devices import gather
 from utils.base.errors import UserError
 
+# Batches in either format of files and data sets.
 Images = UInt8[Array | np.ndarray, "*b h w c"] | Float32[Array | np.ndarray, "*b h w c"]
 
 # Limits of `describe_range`: the values of all images together, and of one image by itself.

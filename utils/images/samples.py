@@ -316,6 +316,7 @@ class SampleWriter:
         # Of an npz: the archive, and the array of images in it, to which batches are appended.
         self.archive: zipfile.ZipFile | None = None
         self.file: IO[bytes] | None = None
+        # A generator for each format: what is done before the first batch and after the last.
         self.writing = self._write_npz() if self.path.suffix == ".npz" else self._fill_folder()
 
     def __enter__(self) -> "SampleWriter":
@@ -324,6 +325,7 @@ class SampleWriter:
 
     def write(self, images: UInt8[np.ndarray, "b h w c"], labels: PyTree) -> None:
         """Writes the next images. `labels` are their conditions: an array (b, ...), or a tree of arrays."""
+        # A mistake of the caller, before anything is written.
         for leaf in jax.tree.leaves(labels):
             if len(leaf) != len(images):
                 raise ValueError(f"{len(leaf)} labels of {len(images)} images")

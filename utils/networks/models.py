@@ -91,6 +91,7 @@ def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
 
 def model_fn(network: Network, params: PyTree) -> ModelFn:
     """Returns the network as objectives, guidance and solvers call it, with LoRA's factors merged into its kernels."""
+    # Once, not in each call of the network.
     params = merge_lora(params)
 
     def apply(x, t, condition, *step):

@@ -31,6 +31,7 @@ class EmaSchedule:
 
     def initial_weight(self, num_steps: int) -> float:
         """Returns the weight in [0, 1] of the initial parameters after `num_steps` updates: the decays' product."""
+        # In float64: a run has many factors close to 1.
         steps = np.arange(num_steps, dtype=np.float64)
         decays = np.full(num_steps, self.decay)
         if self.has_warmup:
@@ -101,6 +102,7 @@ def make_optimizer(
 
 def learning_rate(lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float | optax.Schedule:
     """Returns the learning rate, or a function of the step if it changes."""
+    # The cosine ends at `decay_steps`, of which warm-up is a part, as optax counts.
     if decay_steps is not None:
         return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else lr, lr, warmup_steps, decay_steps)
     return optax.linear_schedule(0.0, lr, warmup_steps) if warmup_steps else lr
