@@ -157,7 +157,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """What a run logs, and where."""
+    """Logs of a run: where numbers and images go, how often, and traces."""
 
     # Numbers and images.
     trackers: tuple[str, ...] = setting(
