@@ -1,7 +1,7 @@
-"""Codecs: what stands between images and the arrays that a model learns.
+"""Codecs, which turn images into the arrays that a model learns, and back.
 
 One more codec is a class that meets `Codec`, and an entry of CODECS; the programs then take it as `--codec NAME`, or
-`--codec NAME:SOURCE`. A codec of which the moments can be cached (`MomentCodec`) also has its encode_latents.py.
+`--codec NAME:SOURCE`. A codec whose moments can be cached (`MomentCodec`) also works with encode_latents.py.
 """
 
 import difflib
@@ -19,19 +19,20 @@ from utils.base.files import expand_home, refuse_url
 from utils.codecs.kl import KLCodec
 from utils.images.pixels import UINT8, PixelFormat
 
+# The VAE of --codec kl without a source.
 DEFAULT_HUB_ID = "stabilityai/sd-vae-ft-mse"
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """A pytree: its parameters, if any, are arguments of the compiled functions.
+    """A way from images to latents and back. A pytree: its parameters, if any, are arguments of compiled functions.
 
     `IS_IDENTITY = True` says that latents are the images themselves, so that a density of latents is one of images.
     """
 
     @property
     def sha256(self) -> str | None:
-        """Hash of the weights; None of a codec without weights."""
+        """Hash of the weights; None for a codec without weights."""
 
     def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
         """Returns latents of images in [-1, 1]. `key` is one for each example, or one to be split among them."""
@@ -40,12 +41,12 @@ class Codec(Protocol):
         """Returns images, about in [-1, 1]."""
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Returns (h2, w2, c2) of images (h, w, c); UserError where the codec does not take them."""
+        """Returns (h2, w2, c2) for images (h, w, c). Raises UserError where the codec does not take them."""
 
 
 @runtime_checkable
 class MomentCodec(Codec, Protocol):
-    """A codec of which the mean and log-variance of the latents can be cached."""
+    """A codec whose latents have a mean and log-variance that can be cached."""
 
     def encode_moments(
         self, images: Float[Array, "b h w c"]
@@ -59,7 +60,7 @@ class MomentCodec(Codec, Protocol):
 
 
 class PixelCodec(flax.struct.PyTreeNode):
-    """Latents are the images."""
+    """The codec of models of pixels: latents are the images."""
 
     IS_IDENTITY = True
     pixels: PixelFormat = flax.struct.field(pytree_node=False, default=UINT8)  # of the data
@@ -84,6 +85,7 @@ class AbsentCodec(flax.struct.PyTreeNode):
     Raises UserError with `reason` where it is asked for images or for their latents.
     """
 
+    # Not arrays, hence static: the pytree has no leaves.
     reason: str = flax.struct.field(pytree_node=False)
     shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)  # of the latents
 
@@ -107,12 +109,12 @@ def is_identity(codec: Codec) -> bool:
 
 
 def pixel_format(codec: Codec) -> PixelFormat:
-    """The format of the images that a codec encodes and decodes; uint8 of every codec but that of pixels."""
+    """Returns the format of the images that a codec encodes and decodes: uint8, except for pixels."""
     return codec.pixels if isinstance(codec, PixelCodec) else UINT8
 
 
 def set_pixel_format(codec: Codec, pixels: PixelFormat) -> Codec:
-    """Returns the codec for images of this format; UserError where it takes uint8 alone."""
+    """Returns the codec for images of this format. Raises UserError where it takes uint8 alone."""
     if isinstance(codec, PixelCodec):
         return codec.replace(pixels=pixels)
     if pixels != UINT8:
@@ -121,7 +123,7 @@ def set_pixel_format(codec: Codec, pixels: PixelFormat) -> Codec:
 
 
 class CodecSpec(NamedTuple):
-    """Which codec is asked for, as --codec says it: its name in CODECS, and where it is loaded from."""
+    """The codec that --codec asks for: its name in CODECS, and where it is loaded from."""
 
     name: str
     source: str | None = None  # None: the kind's default
@@ -131,7 +133,7 @@ class CodecSpec(NamedTuple):
 
 
 class CodecKind(NamedTuple):
-    """How codecs of one name are made.
+    """A kind of codec: how those of one name are made.
 
     `load(source)` returns the codec; `source` is None for a kind without `placeholder`. Its UserErrors begin with
     --codec=NAME:SOURCE.
@@ -167,13 +169,16 @@ def list_codecs() -> str:
 
 
 def parse_codec(text: str) -> CodecSpec:
-    """Reads NAME or NAME:SOURCE; UserError where no codec has this name, or it takes no source."""
+    """Returns the codec of NAME or NAME:SOURCE. Raises UserError for an unknown name, and for a source in excess."""
     name, colon, source = text.partition(":")
     spec = CodecSpec(name, source if colon else None)
     if name not in CODECS:
+        # A hub id without its "kl:" is the likely mistake where there is a slash.
         guess = difflib.get_close_matches(name, CODECS, n=1)
         hint = f"did you mean {guess[0]}? " if guess else f"did you mean kl:{text}? " if "/" in text else ""
         raise UserError(f"--codec={text} is unknown; {hint}Use {list_codecs()}")
+
+    # A colon needs a source after it, and a kind that takes one.
     kind = CODECS[name]
     if colon and not (kind.placeholder and source):
         raise UserError(f"--codec={text}: use {name}{f':{kind.placeholder}' if kind.placeholder else ''}")
@@ -183,8 +188,9 @@ def parse_codec(text: str) -> CodecSpec:
 def expand_codec(text: str) -> str:
     """Returns NAME:SOURCE with a leading ~ of a source that may be a path replaced.
 
-    UserError where there is no such home, and for URLs.
+    Raises UserError where there is no such home, and for URLs.
     """
+    # Hub ids and pixels stay as they are, and a name that is unknown is for `parse_codec` to refuse.
     name, colon, source = text.partition(":")
     if not colon or name not in CODECS or not CODECS[name].is_path:
         return text
@@ -198,12 +204,15 @@ def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
     `use_stable_vae` and `model.use_stable_vae` (1: kl, 0: pixels) and `vae` (the source of kl) are spellings of it.
     Raises UserError where two of them contradict each other.
     """
+    # The old spellings are taken out; what they say comes back as "codec".
     values = dict(given)
     spellings = ("model.use_stable_vae", "use_stable_vae")
     switches = {name: values.pop(name, None) for name in spellings}
     switches = {name: value for name, value in switches.items() if value is not None}
     vae = values.pop("vae", None)
     codec = values.get("codec")
+
+    # Contradictions, in the words in which they were given.
     if len(set(switches.values())) > 1:
         first, second = (f"--{name}={value}" for name, value in reversed(switches.items()))
         raise UserError(f"{first} contradicts {second}; give one")
@@ -214,6 +223,7 @@ def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"--vae={vae} has no effect on pixels (--{name} 0); leave it out")
         values["codec"] = codec or ("kl" if value else "pixels")
     if vae is not None:
+        # --vae alone asks for kl, too.
         if codec not in (None, "kl", f"kl:{vae}"):
             raise UserError(f"--vae={vae} contradicts --codec={codec}; give one")
         values["codec"] = f"kl:{vae}"
@@ -223,9 +233,10 @@ def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
 def load_codec(spec: CodecSpec, mesh: Mesh, image_shape: Sequence[int], expected_sha256: str | None = None) -> Codec:
     """Returns the codec of images (h, w, c), replicated over the mesh.
 
-    UserError where it cannot be loaded, does not take such images, or is another than the one that made latents:
-    `expected_sha256` is the hash of its weights, empty of a codec without.
+    `expected_sha256` is the hash of the weights that made the latents of a data set, empty for a codec without weights.
+    Raises UserError where the codec cannot be loaded, does not take such images, or has other weights than those.
     """
+    # What the codec cannot take, before its weights are read or fetched.
     kind = CODECS[spec.name]
     shown = f"--codec={spec}"
     height, width, channels = image_shape
@@ -235,27 +246,31 @@ def load_codec(spec: CodecSpec, mesh: Mesh, image_shape: Sequence[int], expected
         what = "grey" if channels == 1 else f"of {channels} channels"
         raise UserError(f"{shown}, but the images are {what}; train on pixels with --codec pixels")
 
+    # Other weights would decode the latents to something, but not to the images.
     codec = kind.load(spec.source or kind.default)
     if expected_sha256 is not None and expected_sha256 != (codec.sha256 or ""):
         raise UserError(
             f"{shown} is another VAE (sha256 {str(codec.sha256)[:12]}...) than the one that made the latents "
             f"({expected_sha256[:12]}...); name that one"
         )
+
+    # Refuses sides that do not divide, now rather than while compiling.
     codec.latent_shape((height, width, channels))
     return jax.device_put(codec, replicated(mesh))
 
 
 def describe_codec(spec: CodecSpec, sha256: str | None) -> dict[str, Any]:
-    """Returns what a run records of its codec: "codec", and "vae" and "vae_sha256" for readers of earlier versions."""
+    """Returns the record of a run's codec: "codec", and "vae" and "vae_sha256" for readers of earlier versions."""
+    # With the hash, as the hub may later hold other weights under the same id.
     record = {"name": spec.name, "source": spec.source, "sha256": sha256}
     return {"codec": record, "vae": spec.source if spec.name == "kl" else None, "vae_sha256": sha256}
 
 
 def name_for_manifest(spec: CodecSpec) -> str:
-    """Returns what a manifest of latents calls their codec: the source alone where it is a KL autoencoder."""
+    """Returns the codec's name in a manifest of latents: the source alone where it is a KL autoencoder."""
     return str(spec) if spec.name != "kl" else spec.source or DEFAULT_HUB_ID
 
 
 def read_manifest_name(name: str) -> CodecSpec:
-    """Returns the codec that `name_for_manifest` has called so."""
+    """Returns the codec that `name_for_manifest` gave this name."""
     return parse_codec(name) if name.partition(":")[0] in CODECS else CodecSpec("kl", name)

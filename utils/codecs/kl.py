@@ -25,13 +25,15 @@ from utils.base.files import atomic_write, file_sha256, write_json
 from utils.codecs.kl_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
 from utils.kernels.ops import attention
 
+# Far above any VAE in use, whose latents have 4 to 32 channels.
 MAX_LATENT_CHANNELS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
-    """Contents of config.json; a key that a file leaves out has the default."""
+    """Contents of config.json; a key that a file leaves out has the default, which is Stable Diffusion's."""
 
+    # Sizes of the network.
     in_channels: int = 3
     out_channels: int = 3
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -39,8 +41,10 @@ class KLConfig:
     latent_channels: int = 4
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
+    # 1x1 convolutions on either side of the latents; SD3 and FLUX have none.
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+    # What brings latents to about unit variance: for all channels, or for each.
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
@@ -51,8 +55,10 @@ class KLConfig:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], path: str, shown: str) -> "KLConfig":
-        """Reads the content of a config.json; UserError, naming the flag `shown` and `path`, where it is of another
-        network."""
+        """Returns the configuration in the content of a config.json.
+
+        Raises UserError, naming the flag `shown` and `path`, where it is of another network.
+        """
         # Another kind of network first, since its other keys would mislead.
         kinds = {
             "_class_name": {"AutoencoderKL"},
@@ -76,6 +82,8 @@ class KLConfig:
         for name, kind in {"sample_size": int, "force_upcast": bool}.items():
             if type(values.get(name)) is not kind:
                 values.pop(name, None)
+
+        # Checked before any size reaches an allocation.
         config = cls(**values)
         config.check(path, shown)
         return config
@@ -104,6 +112,7 @@ class KLConfig:
             "mid_block_add_attention": lambda value: isinstance(value, bool),
             "use_quant_conv": lambda value: isinstance(value, bool),
             "use_post_quant_conv": lambda value: isinstance(value, bool),
+            # Factors of latents: finite, and divided by when decoding.
             "scaling_factor": lambda value: is_number(value, 1e-6, 1e6),
             "shift_factor": lambda value: value is None or is_number(value, -1e6, 1e6),
             "latents_mean": lambda value: value is None or are(value, lambda x: is_number(x, -1e6, 1e6)),
@@ -115,7 +124,7 @@ class KLConfig:
                 raise UserError(f"{shown}: no VAE has the sizes in {path} ({name} {value}); fetch it again")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the content of a config.json: all in which this network may differ from diffusers' defaults."""
+        """Returns the content of a config.json: everything where this network may differ from diffusers' defaults."""
         depth = len(self.block_out_channels)
         return {
             "_class_name": "AutoencoderKL",
@@ -174,6 +183,7 @@ class AttentionBlock(KLModule):
 
     @nn.compact
     def __call__(self, x):
+        # One head as wide as the channels: positions are the sequence.
         b, h, w, c = x.shape
         y = self.norm("group_norm")(x).reshape(b, h * w, 1, c)
         query, key, value = (nn.Dense(c, dtype=self.dtype, name=f"to_{name}")(y) for name in "qkv")
@@ -227,6 +237,7 @@ class Encoder(KLModule):
         widths = self.config.block_out_channels
         depth = self.config.layers_per_block
         x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
+        # All stages but the last halve the sides.
         for i, width in enumerate(widths):
             resample = "downsamplers_0" if i < len(widths) - 1 else None
             x = Stage(self.config, self.dtype, width, depth, resample, name=f"down_blocks_{i}")(x)
@@ -240,9 +251,11 @@ class Decoder(KLModule):
     @nn.compact
     def __call__(self, x):
         widths = self.config.block_out_channels[::-1]
+        # One block more in each stage than in the encoder, as in the reference network.
         depth = self.config.layers_per_block + 1
         x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
         x = MidBlock(self.config, self.dtype, name="mid_block")(x)
+        # All stages but the last double the sides.
         for i, width in enumerate(widths):
             resample = "upsamplers_0" if i < len(widths) - 1 else None
             x = Stage(self.config, self.dtype, width, depth, resample, name=f"up_blocks_{i}")(x)
@@ -269,6 +282,7 @@ class AutoencoderKL(KLModule):
     def decode(self, z):
         return self.decoder(self.post_quant_conv(z.astype(self.dtype)) if self.post_quant_conv else z)
 
+    # For initialisation alone: it passes through every layer once.
     def __call__(self, images):
         return self.decode(jnp.split(self.encode(images), 2, axis=-1)[0])
 
@@ -276,6 +290,7 @@ class AutoencoderKL(KLModule):
 class KLCodec(flax.struct.PyTreeNode):
     """KL autoencoder as a codec. Parameters are float32, `dtype` is the compute dtype, results are float32."""
 
+    # Only the parameters are leaves; the rest is what functions are compiled for.
     params: PyTree
     config: KLConfig = flax.struct.field(pytree_node=False)
     dtype: Any = flax.struct.field(pytree_node=False)
@@ -286,8 +301,8 @@ class KLCodec(flax.struct.PyTreeNode):
     def load(cls, path: str, dtype: Any = jnp.float32) -> "KLCodec":
         """Loads the VAE in a folder (or in its subfolder `vae`), else of that id on the Hugging Face hub.
 
-        UserError, naming --codec=kl:PATH and what to do, where it is not to be found,
-        broken, or of another architecture.
+        Raises UserError, naming --codec=kl:PATH and what to do, where it cannot be found, is broken, or has another
+        architecture.
         """
         shown = f"--codec=kl:{path}"
         config_file, weights_file = find_files(path, shown)
@@ -297,7 +312,7 @@ class KLCodec(flax.struct.PyTreeNode):
             raise UserError(f"{shown}: {config_file} is no configuration ({error}); fetch it again") from None
         config = KLConfig.from_dict(content, str(config_file), shown)
 
-        # Sizes that contradict each other are told before weights are read.
+        # Sizes that contradict each other are reported before weights are read.
         try:
             shapes = _param_shapes(config)
             np.broadcast_to(config.scale * config.shift, config.latent_channels)
@@ -309,12 +324,13 @@ class KLCodec(flax.struct.PyTreeNode):
 
     @classmethod
     def random(cls, seed: int, config: KLConfig | None = None, dtype: Any = jnp.float32) -> "KLCodec":
-        """Returns a codec with random weights that keep the variance of what passes, for tests and measurements.
+        """Returns a codec with random weights that keep the variance of their inputs, for tests and measurements.
 
         `config` defaults to the sizes of Stable Diffusion's VAE.
         """
         config = config or KLConfig()
         rng = np.random.default_rng(seed)
+        # Kernels over the root of their fan-in; normalisation as the identity.
         draw = {
             "kernel": lambda shape: rng.standard_normal(shape, np.float32) / np.prod(shape[:-1]) ** 0.5,
             "scale": lambda shape: np.ones(shape),
@@ -330,6 +346,7 @@ class KLCodec(flax.struct.PyTreeNode):
 
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CONFIG, self.config.to_dict())
+        # Names and layout of PyTorch, the reverse of `read_params`.
         tensors = {
             tensor_name(path): np.ascontiguousarray(to_torch_layout(np.asarray(value)))
             for path, value in flatten_dict(self.params).items()
@@ -343,6 +360,7 @@ class KLCodec(flax.struct.PyTreeNode):
         """Returns (mean, log-variance) of the posterior of images in [-1, 1], neither scaled nor shifted."""
         moments = self._apply(images, "encode").astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
+        # The bounds of the reference implementation, so that the deviation is finite.
         return mean, jnp.clip(logvar, -30, 20)
 
     def sample_latents(
@@ -352,8 +370,11 @@ class KLCodec(flax.struct.PyTreeNode):
 
         `key` is one for each example, or one to be split among them.
         """
+        # Moments from a cache are float16.
         mean = mean.astype(jnp.float32)
         logvar = logvar.astype(jnp.float32)
+
+        # Noise by example, whatever the batch that it is encoded in.
         keys = key if key.ndim else jax.random.split(key, len(mean))
         z = mean + jnp.exp(logvar / 2) * jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         return (z - self.config.shift) * self.config.scale
@@ -367,7 +388,8 @@ class KLCodec(flax.struct.PyTreeNode):
         return self._apply(latents / self.config.scale + self.config.shift, "decode").astype(jnp.float32)
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Returns (h / f, w / f, c), where f is `downsampling`; UserError where a side does not divide by it."""
+        """Returns (h / f, w / f, c), where f is `downsampling`. Raises UserError for images that do not fit."""
+        # The size that an error proposes is the next smaller multiple.
         height, width, channels = image_shape
         factor = self.config.downsampling
         if channels != self.config.in_channels:
@@ -387,6 +409,7 @@ class KLCodec(flax.struct.PyTreeNode):
 
 
 def _param_shapes(config: KLConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    # The smallest image there is: shapes of parameters do not depend on its sides. Nothing is computed.
     image = jnp.zeros((1, config.downsampling, config.downsampling, config.in_channels))
     init = partial(AutoencoderKL(config, jnp.float32).init, jax.random.key(0))
     return flatten_dict(jax.eval_shape(init, image)["params"])

@@ -22,13 +22,16 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def find_files(path: str, shown: str) -> tuple[Path, Path]:
     """Returns the paths of (config.json, weights) in a folder or its subfolder `vae`, or fetched from the hub.
 
-    UserError, which begins with the flag `shown`, where they are not found.
+    Raises UserError, which begins with the flag `shown`, where they are not found.
     """
+    # A folder goes first: a hub id may also be the path of one.
     folder = Path(path)
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return _fetch_files(path, shown)
     if not folder.is_dir():
         raise AbsentCodecError(f"{shown} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
+
+    # A VAE by itself, or one in the folder of a whole pipeline.
     found = next((place for place in (folder, folder / "vae") if (place / CONFIG).is_file()), None)
     if found is None:
         raise UserError(f"{shown}: the folder has no {CONFIG}; give a folder of a VAE in the Hugging Face layout")
@@ -42,12 +45,14 @@ def find_files(path: str, shown: str) -> tuple[Path, Path]:
 
 def _fetch_files(hub_id: str, shown: str) -> tuple[Path, Path]:
     """Returns the paths of (config.json, weights) in the hub's cache, after fetching what is not there."""
+    # Imported here, as only hub ids need it.
     import huggingface_hub as hub
     from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     reason = f"neither it nor its folder vae has a {CONFIG}"
     places = (None, "vae")  # a VAE's own repository, a whole pipeline's
     try:
+        # From the cache, without a network, where both files are there.
         for place in places:
             find = partial(hub.hf_hub_download, hub_id, subfolder=place, local_files_only=True)
             with contextlib.suppress(LocalEntryNotFoundError):
@@ -82,7 +87,7 @@ def to_torch_layout(value: np.ndarray) -> np.ndarray:
 def read_params(file: Path, targets: Mapping[tuple[str, ...], Any], shown: str) -> PyTree:
     """Returns float32 parameters of the shapes of `targets` from a safetensors file.
 
-    UserError, before a tensor is read, where one is missing, left over, or of another shape.
+    Raises UserError, before a tensor is read, where one is missing, left over, or of another shape.
     """
     try:
         found = read_safetensors_shapes(file)
@@ -90,9 +95,12 @@ def read_params(file: Path, targets: Mapping[tuple[str, ...], Any], shown: str) 
         tensors = read_safetensors(file, {name: found[name] for name in requested})
     except (BadFileError, OSError) as error:
         raise UserError(f"{shown}: {file} cannot be read ({error}); fetch it again") from None
+
+    # To Flax's layout, channels last.
     params = {}
     for name, path in requested.items():
         value = tensors[name]
+        # A dense layer that the file writes as a convolution of side 1.
         if len(targets[path].shape) == 2 and value.ndim == 4:
             value = value[:, :, 0, 0]
         params[path] = jnp.asarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T)
@@ -106,6 +114,8 @@ def _match_tensors(
     newer = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     names = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{newer[m[1]]}.", name): name for name in found}
     names |= {name: name for name in found if name in names}  # where a file has both, the older one is left over
+
+    # Every parameter needs its tensor, of the shape in PyTorch's layout.
     matched = {}
     for path, target in targets.items():
         requested = tensor_name(path)
@@ -119,6 +129,8 @@ def _match_tensors(
                 f"{shown}: {file} has {requested} of another shape than its {CONFIG} asks for; fetch both again"
             )
         matched[names[requested]] = path
+
+    # A tensor left over would mean another architecture than the one that is computed here.
     left = sorted(found.keys() - matched.keys())
     if left:
         raise UserError(f"{shown}: {file} has a tensor {left[0]} that its {CONFIG} does not know; fetch both again")

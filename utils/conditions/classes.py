@@ -17,12 +17,13 @@ from jaxtyping import Array, Float, Int, Key, Num
 from utils.base.errors import UserError
 from utils.conditions.condition import CONDITIONS, Condition, Embedded
 
+# A name a line, in label order.
 IMAGENET_LABELS = Path(__file__).resolve().parents[2] / "data" / "imagenet_labels.txt"
 MAX_LISTED = 5  # classes named in a message
 
 
 def imagenet_class_names() -> tuple[str, ...]:
-    """English names of the 1,000 classes in the order of their WordNet ids, which is that of the labels."""
+    """Returns the English names of ImageNet's 1,000 classes in label order, which is that of their WordNet ids."""
     return tuple(IMAGENET_LABELS.read_text(encoding="utf-8").splitlines())
 
 
@@ -33,6 +34,7 @@ def find_class(word: str, class_names: Sequence[str]) -> int:
     the same but for case, spaces around it and Unicode composition (macOS writes é as e and an accent). Raises
     UserError, listing the candidates, where there is none or are several.
     """
+    # In the order of the docstring. Two classes may differ in case alone: then the exact spelling decides.
     exact = [label for label, name in enumerate(class_names) if name == word]
     alike = exact or [label for label, name in enumerate(class_names) if _fold(name) == _fold(word)]
     number = int(word) if re.fullmatch(r"-?[0-9]{1,18}", word) else None
@@ -40,11 +42,15 @@ def find_class(word: str, class_names: Sequence[str]) -> int:
         if 0 <= number < len(class_names):
             return number
         raise UserError(f"there is no class {word}; use 0 to {len(class_names) - 1}, or names")
+
+    # By name, where it means one class.
     if len(alike) == 1:
         return alike[0]
     if alike:
         listed = ", ".join(f"{label} ({class_names[label]})" for label in alike)
         raise UserError(f"{word!r} may be any of the classes {listed}; give its number")
+
+    # Nothing fits: the nearest names, or a few for an idea of what names look like.
     by_folded = {_fold(name): name for name in class_names}
     near = difflib.get_close_matches(_fold(word), by_folded, n=3, cutoff=0.4)
     hint = f"there are {', '.join(class_names[:5])}, ..."
@@ -54,17 +60,17 @@ def find_class(word: str, class_names: Sequence[str]) -> int:
 
 
 def _fold(name: str) -> str:
+    # Composed again after the change of case, which may take letters apart.
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).strip()
 
 
 def read_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """Returns the labels of classes separated by commas, each as `find_class` reads it. A name may hold
-    commas itself."""
+    """Returns the labels of classes separated by commas, each as `find_class` reads it; names may hold commas."""
     words = text.split(",")
     labels = []
     start = 0
     while start < len(words):
-        # The longest run of words that is a name.
+        # The longest run of words that is a name; else one word, which `find_class` reads or refuses.
         runs = ((",".join(words[start:stop]).strip(), stop) for stop in range(len(words), start + 1, -1))
         name, stop = next((run for run in runs if run[0] in class_names), (words[start].strip(), start + 1))
         labels.append(find_class(name, class_names))
@@ -94,6 +100,7 @@ class ClassCondition(Condition):
     A model may have more labels than its data have classes: `fit` sets `num_classes`.
     """
 
+    # Values of --labels, see `draw_labels`.
     DRAW_MODES: ClassVar = ("uniform", "balanced", "dataset")
 
     class_names: tuple[str, ...] = ()  # in label order
@@ -101,6 +108,7 @@ class ClassCondition(Condition):
     num_classes: int = 0  # labels of the model; default: as many as there are names
 
     def __post_init__(self):
+        # The dataclass is frozen: its fields are set only here.
         if not self.num_classes:
             object.__setattr__(self, "num_classes", len(self.class_names))
 
@@ -118,7 +126,7 @@ class ClassCondition(Condition):
 
     @property
     def drawn_classes(self) -> Float[np.ndarray, " classes"]:
-        """1 for each class of which samples are drawn, 0 for the empty ones."""
+        """1 for each class whose samples are drawn, 0 for the empty ones."""
         counts = np.ones(len(self.class_names))
         counts[list(self.empty_classes)] = 0
         return counts
@@ -136,6 +144,7 @@ class ClassCondition(Condition):
     def show(self, number: int, count: int) -> Int[np.ndarray, " n"]:
         """Returns labels with images: all of them where they fit. Otherwise half of the places have the same at every
         evaluation, and the others take the rest in turn."""
+        # The fixed half shows progress, the other half every class in time.
         labels = np.flatnonzero(self.drawn_classes).astype(np.int32)
         if len(labels) <= count:
             return np.resize(labels, count)
@@ -152,8 +161,11 @@ class ClassCondition(Condition):
     # --- Words ---
 
     def check(self, values: Any) -> Int[np.ndarray, " n"]:
-        """Returns the labels (n,) of numbers or names of classes; `num_classes`, "no class", is one of them. UserError
-        for what is no class."""
+        """Returns the labels (n,) of numbers or names of classes; `num_classes`, "no class", is one of them.
+
+        Raises UserError for an unknown class, and for an empty list.
+        """
+        # Numbers become Python's; beside a name they become texts, which `find_class` reads too.
         found = []
         for value in [values] if isinstance(values, str) else np.atleast_1d(np.asarray(values)).tolist():
             if isinstance(value, str):
@@ -168,6 +180,7 @@ class ClassCondition(Condition):
 
     def parse(self, text: str) -> Int[np.ndarray, " n"]:
         """Returns the labels of `3,7` or `golden retriever`; "all" names all classes of which samples are drawn."""
+        # A class may itself be called "all".
         if text.strip() == "all" and "all" not in self.class_names:
             return np.flatnonzero(self.drawn_classes).astype(np.int32)
         return np.array(read_classes(text, self.class_names), np.int32)
@@ -223,10 +236,12 @@ def draw_labels(
     """
     counts = jnp.asarray(counts)
     if mode == "dataset":
+        # The inverse of the cumulative distribution.
         fractions = jnp.cumsum(counts) / jnp.sum(counts)
         draws = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(indices)
         # The last fraction is 1, up to rounding.
         return jnp.searchsorted(fractions[:-1], draws, side="right").astype(jnp.int32)
+    # Classes are drawn by their place among those with images.
     num_drawn = jnp.count_nonzero(counts)
     labels = jnp.argsort(counts == 0, stable=True).astype(jnp.int32)  # those that are drawn first, ascending
     if mode == "balanced":
@@ -236,4 +251,5 @@ def draw_labels(
 
 
 def _is_whole(value: Any) -> bool:
+    # 2.0 passes, as arrays of labels may be floats; True does not.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and float(value).is_integer()

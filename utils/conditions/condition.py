@@ -1,4 +1,4 @@
-"""Conditions: what a model is given beside x and t. The class of an image is one kind.
+"""Conditions, which a model is given beside x and t. The class of an image is one kind.
 
 In a batch, in `model_fn(x, t, condition)` and everywhere in between, a condition is a pytree of arrays whose first axis
 is that of the batch. Objectives, guidance, solvers, panels and likelihoods pass it through. Only its kind looks inside:
@@ -28,7 +28,7 @@ class Embedded(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Two conditions that are mixed by their velocities: (1 - fraction) v(first) + fraction v(second)."""
+    """Two conditions mixed by their velocities: (1 - fraction) v(first) + fraction v(second)."""
 
     first: PyTree  # (n, ...)
     second: PyTree  # (n, ...)
@@ -37,9 +37,9 @@ class Mixture(NamedTuple):
 
 @runtime_checkable
 class Condition(Protocol):
-    """A kind of condition, with what it knows of its data. Immutable and hashable: a static argument.
+    """A kind of condition, with its facts about the data. Immutable and hashable, as a static argument must be.
 
-    A class that derives from this one has to define what has no default here.
+    A class that derives from this one has to define the members that have no default here.
     """
 
     # How conditions of samples can be drawn; the first is the default.
@@ -72,16 +72,16 @@ class Condition(Protocol):
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what a run records of it, for `from_json`."""
+        """Returns the facts that a run records, for `from_json`."""
         return {}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Condition":
-        """Returns the condition of a run that recorded `data`, which other facts stand beside."""
+        """Returns the condition of a run that recorded `data`, in which there may be other facts too."""
         return cls()
 
     def fit(self, num_classes: int) -> "Condition":
-        """Returns the condition as a model of --model.num_classes takes it; UserError where it cannot."""
+        """Returns the condition for a model of --model.num_classes. Raises UserError where they do not fit."""
         return self
 
     def accepts(self, other: "Condition") -> bool:
@@ -89,27 +89,30 @@ class Condition(Protocol):
         return self == other
 
     def check(self, values: Any) -> PyTree:
-        """Returns the conditions (n, ...) that a user gives in Python, as NumPy arrays; UserError for what is none."""
+        """Returns the conditions (n, ...) that a user gives in Python, as NumPy arrays. Raises UserError for others."""
         try:
             return jax.tree.map(_as_rows, self.spec, values)
         except (TypeError, ValueError) as error:
             raise UserError(f"conditions={values!r}: {error}") from None
 
     def parse(self, text: str) -> PyTree:
-        """Returns the conditions (n, ...) that a user writes on a command line; UserError for what is none."""
+        """Returns the conditions (n, ...) that a user writes on a command line. Raises UserError for others."""
         raise UserError(f"{text!r}: conditions of this kind cannot be written; give them in Python")
 
     def titles(self, condition: PyTree) -> list[str]:
         """Returns how a figure names each of the conditions (n, ...)."""
+        # The numbers themselves, for want of names.
         rows = zip(*(np.asarray(leaf) for leaf in jax.tree.leaves(condition)), strict=True)
         return [", ".join(np.array2string(value, precision=3) for value in row) for row in rows]
 
     def mix(self, first: PyTree, second: PyTree, fraction: Any) -> PyTree | Mixture:
         """Returns conditions (n, ...) between two, at each `fraction` (n,) of the way."""
+        # By velocity, which works for every kind; a kind whose arrays can be averaged may do that instead.
         return Mixture(first, second, fraction)
 
     def show(self, number: int, count: int) -> PyTree:
         """Returns the `count` conditions that the panels of evaluation `number` show."""
+        # The same at every evaluation, so that its panels can be compared.
         return self.draw(jax.random.key(0), jnp.arange(count))
 
     def summary(self) -> str:
@@ -117,7 +120,7 @@ class Condition(Protocol):
         return ""
 
     def remark(self) -> str:
-        """Returns what a user who samples the model should know of it; empty where there is nothing."""
+        """Returns a remark for users who sample the model; empty where there is none."""
         return ""
 
 
@@ -126,9 +129,11 @@ CONDITIONS: dict[str, type[Condition]] = {}
 
 
 def record_condition(condition: Condition) -> dict[str, Any]:
-    """Returns what a run records: {"condition": kind, shapes and dtypes}, and the kind's own facts beside it.
+    """Returns a run's record: {"condition": kind, shapes and dtypes}, and the kind's own facts beside it.
 
-    ValueError for a kind that is not registered: the run could not be sampled."""
+    Raises ValueError for a kind that is not registered: the run could not be sampled.
+    """
+    # The exact type: a subclass under its parent's name would be restored as the parent.
     kinds = [name for name, kind in CONDITIONS.items() if type(condition) is kind]
     if not kinds:
         raise ValueError(f"{type(condition).__name__} is not in CONDITIONS; register it under a name")
@@ -137,15 +142,19 @@ def record_condition(condition: Condition) -> dict[str, Any]:
 
 
 def restore_condition(data: Mapping[str, Any]) -> Condition:
-    """Returns the condition that `record_condition` recorded; older runs do not name theirs, which is the class.
+    """Returns the condition that `record_condition` recorded; that of older runs, which name none, is the class.
 
-    UserError for a kind that is not registered, or whose arrays are not the recorded ones."""
+    Raises UserError for a kind that is not registered, or whose arrays are not the recorded ones.
+    """
+    # The kind may be defined outside of this repository, and must be registered by then.
     record = data.get("condition", {"kind": "class"})
     if record["kind"] not in CONDITIONS:
         raise UserError(
             f"the run's condition {record['kind']!r} is unknown; known are {', '.join(CONDITIONS)}. Register it first "
             "(docs/change_this.md)"
         )
+
+    # Its definition may have changed since; the parameters expect the arrays of then.
     condition = CONDITIONS[record["kind"]].from_json(data)
     found = record_condition(condition)["condition"]
     if found["arrays"] != record.get("arrays", found["arrays"]):
@@ -165,6 +174,7 @@ def count_rows(condition: PyTree) -> int:
 
 def number_rows(condition: Condition, values: PyTree) -> tuple[Int[np.ndarray, " n"], list[str]]:
     """Returns (the place of each condition (n, ...) among the distinct ones, in ascending order; their titles)."""
+    # A row for each condition, of all its numbers, so that whole conditions are compared.
     columns = [np.asarray(leaf).reshape(count_rows(values), -1) for leaf in jax.tree.leaves(values)]
     _, first, places = np.unique(np.concatenate(columns, axis=1), axis=0, return_index=True, return_inverse=True)
     return places.reshape(-1), condition.titles(jax.tree.map(lambda rows: np.asarray(rows)[first], values))
@@ -173,6 +183,7 @@ def number_rows(condition: Condition, values: PyTree) -> tuple[Int[np.ndarray, "
 def drop_rows(is_dropped: Bool[Array, " b"], null: PyTree, condition: PyTree) -> PyTree:
     """Returns `null` in the rows that are dropped, and `condition` in the others."""
 
+    # The mask broadcasts over the other axes of each leaf.
     def choose(none, given):
         return jnp.where(is_dropped.reshape(-1, *[1] * (given.ndim - 1)), none, given)
 

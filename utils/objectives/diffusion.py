@@ -26,6 +26,7 @@ def path_times(num_levels: int) -> np.ndarray:
 
     With T = 1000 these are DDPM's and DiT's betas 1e-4 to 0.02.
     """
+    # In logarithms: the least noise, 1 minus a product close to 1, would lose its digits.
     betas = np.linspace(0.1 / num_levels, 20 / num_levels, num_levels)
     log_abar = np.cumsum(np.log1p(-betas))
     a = np.exp(log_abar / 2)
@@ -37,8 +38,9 @@ def path_times(num_levels: int) -> np.ndarray:
 class Diffusion:
     """The network predicts the noise x_0 in x_k, of a level k that it is given as its time."""
 
-    # --model.* whose default is another for this objective: its times are levels, up to T - 1.
+    # Defaults of --model.* that differ for this objective: the network's times are levels, up to T - 1.
     MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0}
+    # Its own two, and all others by way of the straight path.
     SOLVERS: ClassVar = ("euler", "heun", "midpoint", "sde", "ddim", "ddpm", "dopri5")
 
     num_levels: int = setting(
@@ -46,16 +48,17 @@ class Diffusion:
     )
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
-        """`t` (b,), the times of levels drawn uniformly, and `noise_key` (b,), from which x_0 is drawn."""
+        """Draws `t` (b,), the times of levels drawn uniformly, and `noise_key` (b,), from which x_0 is drawn."""
         levels = jax.random.randint(time_key, (num_examples,), 0, self.num_levels)
         return {"t": self.time_of(levels), "noise_key": jax.random.split(noise_key, num_examples)}
 
     def time_of(self, levels: Int[Array, "..."]) -> Float[Array, "..."]:
-        """t_k of each level."""
+        """Returns t_k of each level k in 0 .. T - 1."""
         return jnp.asarray(path_times(self.num_levels), jnp.float32)[levels]
 
     def level_at(self, t: Float[Array, "..."]) -> Float[Array, "..."]:
-        """k of each time, exact at every t_k and linear in between; 0 and T - 1 beyond the first and last."""
+        """Returns k of each time, exact at every t_k and linear in between; 0 and T - 1 beyond the first and last."""
+        # Ascending, as interpolation needs them: t_k falls as k rises.
         times = jnp.asarray(path_times(self.num_levels)[::-1], jnp.float32)
         return jnp.interp(t, times, jnp.arange(self.num_levels - 1, -1, -1, dtype=jnp.float32))
 
@@ -80,13 +83,15 @@ class Diffusion:
             level = place * (self.num_levels // num_steps)
         else:
             intervals = jnp.maximum(num_steps - 1, 1)
+            # In integers: a rounded level is a whole network input, and float32 would miss some halves.
             level, rest = jnp.divmod(place * (self.num_levels - 1), intervals)
-            # Halves are rounded to even. One step starts from the noisiest level.
+            # Halves are rounded to even, as NumPy does. One step starts from the noisiest level.
             level += (2 * rest > intervals) | ((2 * rest == intervals) & (level % 2 == 1))
             level = jnp.where(num_steps == 1, self.num_levels - 1, level)
         return jnp.where(step < num_steps, self.time_of(level), 1)
 
     def _clip(self, t: Float[Array, " b"]) -> Float[Array, " b"]:
+        # In float32 as the times of the levels are, so that the ends are exactly theirs.
         times = path_times(self.num_levels).astype(np.float32)
         return jnp.clip(t, times[-1], times[0])
 
@@ -98,7 +103,7 @@ class Diffusion:
         condition: PyTree,
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-        """Mean squared error of the noise, every level weighing the same.
+        """Returns the mean squared error of the noise, every level weighing the same.
 
         Metrics: `v_abs_mean` and `v_pred_abs_mean` of the true and the predicted noise, under flow matching's names.
         """
@@ -112,9 +117,10 @@ class Diffusion:
     def _diffuse(
         self, x_0: Float[Array, "b ..."], x_1: Float[Array, "b ..."], t: Float[Array, " b"]
     ) -> tuple[Float[Array, "b ..."], Float[Array, " b"]]:
-        """(x_k, k) at the times t, which are moved into those of the levels."""
+        """Returns (x_k, k) at the times t, clipped to those of the levels."""
         t = self._clip(t)
         level = self.level_at(t)
+        # From the straight path to a_k^2 + s_k^2 = 1.
         t = expand_times(t, x_1)
         return (t * x_1 + (1 - t) * x_0) / jnp.hypot(t, 1 - t), level
 
@@ -125,20 +131,20 @@ class Diffusion:
         return model_fn(x_k, level, condition)[..., : x_k.shape[-1]].astype(jnp.float32)
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
-        """x_k of `draws`."""
+        """Returns x_k at the times and with the noise of `draws`."""
         return self._diffuse(draw_noise(draws, x_1), x_1, draws["t"])[0]
 
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
-        """(x_k - s_k eps) / a_k."""
+        """Returns the data that the predicted noise eps implies, (x_k - s_k eps) / a_k."""
         t = self._clip(t)
         noise = self._predict_noise(model_fn, x_t, self.level_at(t), condition)
         t = expand_times(t, x_t)
         return (x_t * jnp.hypot(t, 1 - t) - (1 - t) * noise) / t
 
     def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
-        """(x - eps) / t at x on the straight path, the field of the probability-flow ODE (arXiv:2011.13456).
+        """Returns (x - eps) / t at x on the straight path, the field of the probability-flow ODE (arXiv:2011.13456).
 
         Before t_(T-1) and after t_0 the network sees x as noisy as there, which is all it knows.
         """
@@ -147,13 +153,15 @@ class Diffusion:
         return lambda x, t, t_next: with_variance(x, t, t_next)[..., : x.shape[-1]]
 
     def velocity_with_variance(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
-        """`velocity`, and behind it what the network says of the variance of an ancestral step, if it does."""
+        """Returns `velocity` and, in further channels, the variance of an ancestral step where the network has one."""
 
         def velocity_fn(x, t, t_next):
+            # Times beyond the levels, such as 0 and 1, are those of the nearest level to the network.
             inside = self._clip(t)
             level = self.level_at(inside)
             t = expand_times(t, x)
             inside = expand_times(inside, x)
+            # The network takes x_k, of unit variance, in place of x on the straight path.
             x_k = x / jnp.hypot(t, 1 - t)
             noise, variance = jnp.split(model_fn(x_k, level, condition).astype(jnp.float32), [x.shape[-1]], axis=-1)
             velocity = (x_k * jnp.hypot(inside, 1 - inside) - noise) / inside

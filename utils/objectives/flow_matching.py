@@ -14,27 +14,29 @@ from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, e
 
 # The path stops just short of the data: x_t keeps at least this fraction of noise. The model sees the unclipped t.
 MAX_PATH_TIME = 0.99
+# Values of --model.t_sampler.
 T_SAMPLERS = ("logit_normal", "uniform")
 LEGACY_T_SAMPLERS = {"log-normal": "logit_normal"}  # jax-flow's spelling
 
 
 def expand_times(t: Shaped[Array, " b"], target: Float[Array, "b ..."]) -> Shaped[Array, "b ..."]:
-    """t with as many axes as `target`, to broadcast over its examples."""
+    """Returns t (b,) with as many axes as `target`, to broadcast over its examples."""
     return t.reshape(t.shape + (1,) * (target.ndim - 1))
 
 
 def interpolate(x_0: Float[Array, "b ..."], x_1: Float[Array, "b ..."], t: Float[Array, " b"]) -> Float[Array, "b ..."]:
-    """x_t = (1 - t) x_0 + t x_1, with t clipped to [0, 0.99]."""
+    """Returns x_t = (1 - t) x_0 + t x_1, with t clipped to [0, 0.99]."""
     t = expand_times(jnp.clip(t, 0, MAX_PATH_TIME), x_0)
     return (1 - t) * x_0 + t * x_1
 
 
 def sample_times(key: Key[Array, ""], num_examples: int, t_sampler: str) -> Float[Array, " b"]:
-    """Times in (0, 1), float32.
+    """Draws training times in (0, 1), float32.
 
     `t_sampler`: 'logit_normal', the sigmoid of a standard normal (arXiv:2403.03206, section 3.1), or 'uniform'.
-    ValueError for any other.
+    Raises ValueError for any other.
     """
+    # Puts most times in the middle of the path, where the velocity is hardest to predict.
     if t_sampler == "logit_normal":
         return jax.nn.sigmoid(jax.random.normal(key, (num_examples,)))
     if t_sampler == "uniform":
@@ -53,12 +55,14 @@ class FlowMatching:
         flag="model.t_sampler",
     )
 
+    # Meant for pairs (make_pairs.py): with independent noise, one step learns no more than the mean.
     distill: int = setting(
         0, "1: every training time is 0, to learn one step from pairs:DIR.", 0, 1, flag="objective.distill"
     )
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
-        """`t` (b,) and `noise_key` (b,), from which x_0 is drawn."""
+        """Draws `t` (b,) in [0, 1], and `noise_key` (b,), from which x_0 is drawn."""
+        # At t = 0 alone the network learns the whole path as one step.
         t = jnp.zeros(num_examples) if self.distill else sample_times(time_key, num_examples, self.t_sampler)
         return {
             "t": t,
@@ -73,12 +77,13 @@ class FlowMatching:
         condition: PyTree,
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-        """Mean squared error of the velocity at x_t.
+        """Returns the mean squared error of the velocity at x_t.
 
         Metrics: `v_abs_mean` and `v_pred_abs_mean` of the true and the predicted velocity.
         """
         x_0 = draw_noise(draws, x_1)
         t = draws["t"]
+        # The target is constant along the path. Errors are in float32, whatever the compute dtype.
         velocity = (x_1 - x_0).astype(jnp.float32)
         prediction = model_fn(interpolate(x_0, x_1, t), t, condition).astype(jnp.float32)
 
@@ -89,15 +94,15 @@ class FlowMatching:
         }
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
-        """x_t of `draws`."""
+        """Returns x_t at the times and with the noise of `draws`."""
         return interpolate(draw_noise(draws, x_1), x_1, draws["t"])
 
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
-        """Where one straight step from x_t along the predicted velocity ends: x_t + (1 - t) v."""
+        """Returns the end of one straight step from x_t along the predicted velocity: x_t + (1 - t) v."""
         return x_t + (1 - expand_times(t, x_t)) * model_fn(x_t, t, condition)
 
     def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
-        """The network itself: an instantaneous field, so that t_next has no effect."""
+        """Returns the network itself: an instantaneous field, so that t_next has no effect."""
         return lambda x, t, t_next: model_fn(x, t, condition)

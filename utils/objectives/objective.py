@@ -21,9 +21,10 @@ Draws = dict[str, Array]
 
 
 def draw_noise(draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """x_0 of the shape of x_1: that of `draws`, of pairs, else standard normal from its `noise_key`."""
+    """Returns x_0 of the shape of x_1: that of `draws` if the data are pairs, else standard normal by `noise_key`."""
     if "x_0" in draws:
         return draws["x_0"]
+    # A key for each example: its noise is the same however a batch is split over devices and microbatches.
     return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
 
 
@@ -33,7 +34,7 @@ def example_mean(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
 
 
 def row_period(objective: "Objective") -> int:
-    """Rows of a batch after which their roles repeat; 1 where they have none."""
+    """Returns the number of rows after which their roles in a batch repeat; 1 where they have none."""
     return getattr(objective, "row_period", 1)
 
 
@@ -42,23 +43,24 @@ def has_guidance(objective: Any) -> bool:
     return getattr(objective, "HAS_GUIDANCE", True)
 
 
+# Members that an objective may lack are read by `getattr`, as in the two functions above.
 @runtime_checkable
 class Objective(Protocol):
-    """Immutable and hashable: a static argument of the compiled steps.
+    """A way of learning. Immutable and hashable, as it is a static argument of the compiled steps.
 
-    What an objective may also have:
-    - `MODEL_DEFAULTS` {name: value}: --model.* whose default is another for it.
-    - `row_period`: rows of a batch have roles that repeat after so many; microbatches and devices get whole periods.
-    - `SOLVERS`: the solvers that fit its velocity; default, all of ODEs and the SDE's.
-    - `NEEDS_UNIFORM_STEPS`: whether steps of equal length are all that it learns; default False.
-    - `check_steps(num_steps)`: why a number of sampling steps cannot be taken, in words; empty where it can.
+    An objective may also have:
+    - `MODEL_DEFAULTS` {name: value}: defaults of --model.* that differ for it.
+    - `row_period`: the number of rows after which their roles repeat; microbatches and devices get whole periods.
+    - `SOLVERS`: the solvers that fit its velocity; by default all ODE solvers and `sde`.
+    - `NEEDS_UNIFORM_STEPS`: whether it learns steps of equal length alone; False by default.
+    - `check_steps(num_steps)`: the reason why it cannot be sampled in `num_steps` steps; empty where it can.
     - `time_grid(spacing)`: grid(step, num_steps) of solvers whose times are the objective's own (`Solver.grid`), and
       `max_grid_steps`, the most steps that it has times for.
     - `HAS_GUIDANCE`: whether its samples can be guided; False where that is part of what is learned.
     """
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
-        """Everything random in the loss of `num_examples` examples, as small as possible: keys rather than noise.
+        """Draws everything random in the loss of `num_examples` examples, as small as possible: keys rather than noise.
 
         Row i must not depend on how a batch is split over devices or microbatches.
         """
@@ -71,10 +73,10 @@ class Objective(Protocol):
         condition: PyTree,
         draws: Draws,
     ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-        """(loss, other metrics to log), all per example and float32. `ema_model_fn` is for targets from the EMA.
+        """Returns (loss, other metrics to log), all (b,) and float32. `ema_model_fn` is for targets from the EMA.
 
-        Besides what was drawn, `draws` hold "is_dropped" (b,), whether `condition` is dropped, and "null", "no
-        condition" for each example.
+        Besides the results of `draw`, `draws` has "is_dropped" (b,), whether `condition` is dropped, and "null", which
+        is "no condition" for each example.
         """
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
@@ -83,7 +85,7 @@ class Objective(Protocol):
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
-        """x_1 as one evaluation of the network at x_t predicts it."""
+        """Returns x_1 as one evaluation of the network at x_t, times t (b,), predicts it."""
 
     def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
         """Returns the field whose integration from t = 0 to 1 turns noise into data."""

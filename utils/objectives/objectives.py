@@ -30,6 +30,7 @@ def make_objective(config: Mapping[str, Any] | ConfigDict) -> Objective:
     objective = find_entry("objective.name", config["objective"]["name"], OBJECTIVES)
     values = {}
     for name, field in settings_of(objective, "objective").items():
+        # A setting may have a flag of another group, such as --model.t_sampler. Older runs lack the newer ones.
         group, _, leaf = name.partition(".")
         if config[group].get(leaf) is not None:
             values[field.name] = config[group][leaf]

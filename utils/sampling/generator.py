@@ -187,6 +187,7 @@ class ImageGenerator:
         check_sampler(sampler, model.objective, class_dropout_prob=dropout, num_channels=channels)
 
     def with_seed(self, seed: int) -> "ImageGenerator":
+        # Nothing is copied: the parameters are shared, and compiled functions too.
         return ImageGenerator(self.model, self.params, seed=seed, label_mode=self.label_mode, class_counts=self.counts)
 
     def noise(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Float[Array, "n h w c"]:
@@ -230,6 +231,7 @@ class ImageGenerator:
 
         # Fixed steps are the same as in one run from start to end: the cuts fall between them.
         cuts = [sampler.num_steps * i // num_stages for i in range(num_stages + 1)]
+        # Counts are traced: one function serves all stages.
         for first, last in itertools.pairwise(cuts):
             steps = (first, last, sampler.num_steps)
             noise = compiled.integrate(self.params, self.noise_key, noise, condition, settings, *steps, static=static)
@@ -252,6 +254,7 @@ class ImageGenerator:
 
         Raises UserError for a solver that adds noise, and for one whose times do not go from 0 to 1.
         """
+        # Noise that a solver adds could not be taken back.
         self._check_ode(sampler, "invert")
         arguments = (self.params, latents, self._as_arrays(condition), SamplerNumbers.of(sampler), sampler.num_steps)
         return compiled.find_noise(*arguments, static=self._static(sampler))

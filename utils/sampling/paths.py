@@ -30,6 +30,7 @@ def straightness(velocity_fn: VelocityFn, noise: Float[Array, "b ..."], num_step
     It is the mean over `num_steps` Euler steps of |z_1 - z_0 - v|^2, the variance of v along the path, in [0, inf).
     Zero: one step is as good as many.
     """
+    # Euler's path, of which z_1 - z_0 is the mean velocity; mean and variance are kept while it is followed.
     axes = tuple(range(1, noise.ndim))
 
     def body(i, carried):
@@ -67,6 +68,7 @@ def inpaint(
         return jnp.where(is_known, t * x_known + (1 - t) * x_0, x)
 
     def body(i, carried):
+        # x_0 is the noise that the known elements' path starts from; every repeat draws it anew.
         x, x_0 = carried
         t, t_next = times(i, num_steps), times(i + 1, num_steps)
 
