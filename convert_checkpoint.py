@@ -31,12 +31,14 @@ MAX_NAMES_BYTES = 2**24  # of --class_names
 
 def define_flags() -> None:
     define_path("out", None, "Folder of the new run; of --load_dir: a file X.safetensors, or a folder for the hub.")
+    # One direction ...
     with topic("Published to run"):
         define_path("source", None, "Published checkpoint: .pt, .bin or .safetensors; a folder of diffusers; a hub id.")
         flags.DEFINE_enum("family", None, list(FAMILIES), "Whose checkpoint it is, where the file does not say.")
         flags.DEFINE_integer("num_heads", None, "Attention heads; default: those of the published model that wide.", 1)
         define_path("class_names", None, "Text file with a class name a line; default: ImageNet's of 1,000.")
         define_path("vae", None, "Hub id or folder of the VAE of its latents; default: that of the publication.")
+    # ... and the other.
     with topic("Run to published"):
         define_path("load_dir", None, "Run to export; RUN/checkpoints/STEP for one of its checkpoints.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
@@ -101,6 +103,7 @@ def export_checkpoint(config: ConfigDict) -> None:
     out = Path(config.out)
     if config.push and out.suffix == ".safetensors":
         raise UserError(f"--push={config.push}: --out={out} is a file; give a folder")
+    # On disk first: the hub gets what has been written.
     written = export_run(config.load_dir, out, config.params, config.push)
     for path in written:
         show_result(str(path))

@@ -88,6 +88,7 @@ def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
     reading.check_data_flags(config.dataset_name)
     options = reading.read_data_options(config)
     datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
+    # Splits are of one kind: what holds of the training images holds of the others.
     train = datasets["train"]
     if train.latents or train.pair_shape:
         what = "pairs" if train.pair_shape else "latents"
@@ -150,6 +151,7 @@ def write_latents(
 ) -> None:
     """Writes the files of the manifest that are not finished yet."""
     names = [name for split in SPLITS for name, _ in manifest.shards(split)]
+    # A full disk is reported with the number of files that are finished.
     explaining = explaining_full_disk(lambda: latents.count_finished(out, names))
     with progress_bar(total=sum(manifest.num_examples.values()), unit="image") as bar, explaining:
         for split, dataset in datasets.items():

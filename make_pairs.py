@@ -71,6 +71,7 @@ def check_requests(config: ConfigDict) -> None:
 def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
     """Returns the one sampler of the pairs. Raises UserError for several, and for one that draws noise on the way."""
     dropout = model.network.config.class_dropout_prob
+    # A pair is made once: one scale, one number of steps.
     sampler, *others = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
     if others:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each")
@@ -123,6 +124,7 @@ def write_pairs(
         explaining_out_of_memory("sampling", "a smaller --batch_size"),
         explaining_full_disk(lambda: count_finished(out, [name for name, _ in shards])),
     ):
+        # A file at a time, in order: what a stop leaves behind is a whole number of files.
         for name, rows in shards:
             # Files are written whole or not at all.
             if (out / name).exists():

@@ -1,4 +1,4 @@
-"""Messages of the programs, printed by the first process of a run; names of files may be in any encoding.
+"""Messages of the programs, printed by process 0 of a run; names of files may be in any encoding.
 
 Output that cannot be written, to a full disk or a closed terminal, ends no run.
 """
@@ -23,10 +23,10 @@ def printable(text: str) -> str:
 
 
 class _Output:
-    """Where lines of progress go: with results on the standard output, or apart from them, or nowhere."""
+    """Destination of progress lines: the standard output, beside results, or the standard error output, or none."""
 
-    is_apart = False
-    is_quiet = False
+    is_apart = False  # results alone go to the standard output
+    is_quiet = False  # no progress, no warnings
 
 
 def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
@@ -62,11 +62,12 @@ def show_result(text: str) -> None:
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Warns once of what every split of a data set would warn of."""
+    """Prints a warning only the first time: every split of a data set would repeat it."""
     warn(text)
 
 
 def _print(text: str, file: Any) -> None:
+    # Of several processes one speaks; the others would say the same.
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
             print(printable(text), file=file, flush=True)
@@ -78,16 +79,17 @@ def finish_output() -> None:
         try:
             stream.flush()
         except OSError:
+            # From here on, flushes go to the null device and succeed.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
-    """Returns a tqdm that a full disk under the log does not end, and that --quiet silences."""
+    """Returns a tqdm bar that survives a full disk under the log, and that --quiet silences."""
     return tqdm(*args, **{"file": TolerantStream(), "disable": _Output.is_quiet, **options})
 
 
 class TolerantStream:
-    """The standard error output for a progress bar."""
+    """The standard error output for a progress bar; what cannot be written is dropped."""
 
     def write(self, text: str) -> None:
         with contextlib.suppress(OSError):
@@ -101,26 +103,29 @@ class TolerantStream:
         return sys.stderr.isatty()
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()  # of which tqdm asks the width
+        return sys.stderr.fileno()  # tqdm asks the terminal behind it for its width
 
 
 def format_duration(seconds: float) -> str:
     """Returns a time in the unit that suits it, such as '7 minutes' or '2.5 days'."""
+    # The largest unit of which there is at least one, but for rounding.
     units = (("day", 86400), ("hour", 3600), ("minute", 60))
     unit, size = next((pair for pair in units if seconds >= 0.99 * pair[1]), ("second", 1))
     count = seconds / size
     if unit == "second" and count < 1:
         return "less than a second"
+
+    # Two digits are enough for an estimate: 2.5 days, 37 minutes.
     text = f"{count:,.0f}" if count >= 9.95 else f"{count:.1f}".removesuffix(".0")
     return f"{text} {unit}{'s' * (text != '1')}"
 
 
 @functools.cache  # once: each call would wrap the hooks again
 def silence_orbax() -> None:
-    """Keeps off the screen what Orbax logs before it raises it: hundreds of lines from several threads.
+    """Keeps off the screen what Orbax logs about errors that it also raises: hundreds of lines from several threads.
 
-    It replaces Python's hooks for exceptions in threads and in coroutines, so it is for programs, which call it as they
-    start, and for those who use the suite from Python and want a damaged checkpoint to be one line.
+    It replaces Python's hooks for exceptions in threads and coroutines. Programs call it as they start; so may those
+    who use the suite from Python and want a damaged checkpoint to be one line.
     """
     # Its own log, and that of reads and writes which nobody waited for.
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in record.pathname)
@@ -142,6 +147,7 @@ def silence_orbax() -> None:
 
 
 def _is_of_orbax(record: LogRecord) -> bool:
+    # By its text, or by the files that its traceback passes through.
     error = record.exc_info and record.exc_info[1]
     frames = traceback.walk_tb(error.__traceback__) if error else ()
     return "orbax" in record.getMessage() or any("orbax" in frame.f_code.co_filename for frame, _ in frames)

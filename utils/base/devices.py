@@ -33,7 +33,7 @@ RECORDED = {
     "jax_random_seed_offset": 0,
     "jax_default_matmul_precision": None,
 }
-RANDOM = tuple(name for name in RECORDED if name != "jax_default_matmul_precision")  # by which numbers are drawn
+RANDOM = tuple(name for name in RECORDED if name != "jax_default_matmul_precision")  # of the draws
 # Nothing here runs under these: arrays of two types or ranks are added everywhere, and steps are compiled in advance.
 UNSUPPORTED = {
     "jax_numpy_dtype_promotion": ("strict",),
@@ -42,6 +42,7 @@ UNSUPPORTED = {
 }
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt, malloc.h
+# Values of --sharding, see `state_sharding`.
 SHARDING_MODES = ("dp", "fsdp", "hybrid", "zero")
 REPLICA, SHARD = "replica", "shard"  # the axes of the mesh
 MAX_SHARDS = 16  # beyond, XLA no longer gathers parameters where they are used (docs/speed_estimated.md)
@@ -63,13 +64,15 @@ def jax_settings() -> dict[str, Any]:
 
 
 def changed_variables(names: Collection[str] = RECORDED) -> list[str]:
-    """Lists the settings that differ from JAX's defaults, as environment variables: ["JAX_RANDOM_SEED_OFFSET=3"]."""
+    """Lists those of `names` that differ from JAX's defaults, as variables: ["JAX_RANDOM_SEED_OFFSET=3"]."""
     return [f"{name.upper()}={_show(_value(name))}" for name in names if _value(name) != RECORDED[name]]
 
 
 def compare_jax_settings(found: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Lists the differences between two runs' settings as environment variables; one that is not recorded is JAX's
-    default."""
+    """Lists the differences between the settings of two runs, as environment variables.
+
+    A setting that was not recorded had JAX's default.
+    """
     pairs = {name: (saved.get(name, default), found.get(name, default)) for name, default in RECORDED.items()}
     return [
         f"{name.upper()}={_show(new)}, was {_show(old)}: the numbers are others from here on"
@@ -108,8 +111,10 @@ def find_devices() -> list[jax.Device]:
 
 
 def start_devices() -> None:
-    """Finds the devices at a program's start, and has what is compiled for them cached on disk, unless the environment
-    names a folder for it. Raises UserError as `find_devices`."""
+    """Finds the devices as a program starts, and caches on disk what is compiled for accelerators.
+
+    A folder that the environment names for the cache is kept. Raises UserError as `find_devices`.
+    """
     devices = find_devices()
     # Not by default on CPUs, where a home shared by unlike machines would hand one the instructions of another.
     if jax.config.values["jax_compilation_cache_dir"] is None and devices[0].platform != "cpu":
@@ -126,6 +131,7 @@ def format_bytes(size: float) -> str:
 def memory_needed(compiled: jax.stages.Compiled) -> int:
     """Returns the bytes that a compiled function needs on each device, with arguments, by the compiler's analysis."""
     sizes: Any = compiled.memory_analysis()
+    # Donated arguments share their memory with outputs: these bytes are in both sizes.
     arguments = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return arguments + sizes.temp_size_in_bytes
 
@@ -152,6 +158,7 @@ def free_memory() -> int | None:
     stats = [device.memory_stats() for device in jax.local_devices()]
     if not all(stats):  # every process sees the same kind of device
         return None
+    # The least over devices, then over processes: a decision by it has to be the same on all.
     free = min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
     return int(np.min(multihost_utils.process_allgather(np.int64(free))))
 
@@ -163,6 +170,7 @@ def host_memory() -> int:
 
 def device_memory() -> int:
     """Returns the bytes of each device of this process; CPU devices share the machine's."""
+    # CPU devices report nothing: each counts as an equal part of the machine.
     limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
     return min(limits) or host_memory() // len(limits)
 
@@ -175,8 +183,10 @@ def total_memory() -> int:
 
 @contextlib.contextmanager
 def explaining_out_of_memory(what: str, fixes: str, needed: int | None = None) -> Iterator[None]:
-    """Turns JAX's error for memory that runs out into a UserError: what `what` needs (`needed` bytes), beside what
-    there is, and the flags `fixes` to use."""
+    """Turns JAX's error for exhausted memory into a UserError.
+
+    It says that `what` needs `needed` bytes (None: unknown), how many there are, and which flags (`fixes`) to use.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -191,8 +201,11 @@ def out_of_memory(what: str, fixes: str, needed: int | None) -> UserError:
 
 
 def check_batch_memory(batch_size: int, image_shape: tuple[int, ...], copies: int = 6) -> None:
-    """Raises UserError if the machine cannot hold `copies` batches of images (h, w, c): one, those prefetched, work on
-    it."""
+    """Raises UserError if the machine cannot hold `copies` batches of 8-bit images (h, w, c).
+
+    `copies` allows for the batch in work, those prefetched and what is computed from them.
+    """
+    # A byte per value; each process holds only its own part of the global batch.
     needed = copies * batch_size * math.prod(image_shape) // jax.process_count()
     limit = total_memory()
     if needed > limit:
@@ -206,8 +219,10 @@ def check_batch_memory(batch_size: int, image_shape: tuple[int, ...], copies: in
 
 
 def make_mesh(num_shards: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of all devices of all processes (or of `devices`), replicas of `num_shards` neighbours each. A
-    batch is split over both axes."""
+    """Returns a mesh (replicas, shards) of all devices of all processes, or of `devices`.
+
+    A replica is `num_shards` neighbours. A batch is split over both axes.
+    """
     if devices is None:
         devices = find_devices()
     return Mesh(np.array(devices).reshape(-1, num_shards), (REPLICA, SHARD))
@@ -229,6 +244,7 @@ def choose_num_shards(mode: str, requested: int | None, devices: Sequence[Any]) 
             for device in devices
         )
         near = min(groups.values())
+        # A divisor of both, so that no replica reaches over two groups.
         return max(count for count in range(1, min(near, MAX_SHARDS) + 1) if near % count == 0 == total % count)
     if total % requested:
         raise UserError(f"--num_shards={requested} does not divide the {total} devices; use a divisor of {total}")
@@ -267,15 +283,17 @@ def state_sharding(state: Any, mesh: Mesh, mode: str) -> Any:
         divisible = [i for i, size in enumerate(leaf.shape) if size % count == 0]
         if mode == "dp" or not divisible:
             return unsplit
+        # The longest axis keeps the pieces large; PartitionSpec leaves the axes after it whole.
         longest = max(divisible, key=lambda i: leaf.shape[i])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, axes))
 
+    # Only the forward pass needs whole parameters: under ZeRO they alone stay replicated.
     shardings = jax.tree.map(split, state)
     return shardings.replace(params=jax.tree.map(lambda _: unsplit, state.params)) if mode == "zero" else shardings
 
 
 def unsplit_fraction(tree: PyTree, shardings: PyTree) -> float:
-    """Returns the fraction of a tree's elements that every device holds."""
+    """Returns the fraction, from 0 to 1, of the elements of a tree that every device holds."""
     leaves = list(zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True))
     unsplit = sum(leaf.size for leaf, sharding in leaves if sharding.is_fully_replicated)
     return unsplit / max(1, sum(leaf.size for leaf, _ in leaves))
@@ -283,6 +301,7 @@ def unsplit_fraction(tree: PyTree, shardings: PyTree) -> float:
 
 def shape_structs(tree: PyTree, shardings: PyTree) -> PyTree:
     """Returns the shapes and types of a tree (of arrays or shapes), with `shardings` (a tree, or one for all)."""
+    # One sharding stands for all leaves.
     if isinstance(shardings, NamedSharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
@@ -296,6 +315,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
 
 def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """Returns the global array of `value`, which is the same on every process, placed as the sharding says."""
+    # Each process slices only the parts of its own devices.
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
@@ -305,7 +325,7 @@ def shard_replicated(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def gather(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Returns all of a global array as numpy, on every process."""
+    """Returns all of a global array as numpy, on every process; all processes have to call it."""
     return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
 
 
@@ -326,6 +346,7 @@ def prefetch(batches: Any, mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple[P
                 failure = error
             else:
                 queue.append((shard_batch(batch, mesh), batches.get_state()))
+        # The error waits until every batch that could be read has been used.
         if not queue:
             assert failure is not None
             raise failure

@@ -1,4 +1,4 @@
-"""Errors that the user can mend, in contrast to faults of the code."""
+"""Errors that the user can mend, as opposed to faults of the code."""
 
 import errno
 import os
@@ -39,8 +39,9 @@ class WriteError(UserError):
     def __init__(self, path: Path | str, error: BaseException, whole: str = ""):
         self.path = path
         self.error = error
+        # Errors of libraries may carry the system's number only as text, or not at all: then their type has to do.
         code, reason = find_system_error(error) or (0, getattr(error, "strerror", None) or type(error).__name__)
-        self.whole = whole
+        self.whole = whole  # `explaining_full_disk` adds to it
         self.strerror = reason
         fix = NO_ROOM.get(code, "see to it, or choose another place")
         middle = f"; {whole}" if whole else ""

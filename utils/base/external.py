@@ -1,4 +1,4 @@
-"""Other people's files, read without running code and typed; their size is bounded before anything is allocated.
+"""Other people's files, read as plain data, without running code; sizes are bounded before anything is allocated.
 
 Everything here raises BadFileError with a reason in one line; callers add the flag and the fix.
 """
@@ -25,7 +25,8 @@ MAX_JSON_VALUES = 2**20  # in it; each takes up to 250 bytes once it is parsed
 MAX_DIRECTORY_BYTES = 4 * 2**20  # the list of a zip's members
 MAX_HEADER_BYTES = 2**14  # of a .npy; NumPy's own limit, which it applies after reading, is 10,000
 MAX_TEXT_BYTES = 2**16  # a text within an npz
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**20  # of an array, read at a time
+# Names of the format for the types that NumPy, or ml_dtypes for bfloat16 and float8, can hold.
 SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -40,7 +41,7 @@ class BadFileError(ValueError):
 
 @contextlib.contextmanager
 def _reading(path: Path, what: str) -> Iterator[io.BufferedReader]:
-    """Opens a regular file. Turns whatever is raised in the block into BadFileError, saying `what` the file is not."""
+    """Opens a regular file, and turns whatever the block raises into BadFileError, which says `what` it is not."""
     try:
         with open_regular(path) as file:
             yield file
@@ -83,10 +84,11 @@ def parse_json(content: str | bytes, *, is_finite: bool = True) -> dict[str, Any
             raise BadFileError(f"it holds {constant}")
         return float(constant)
 
-    # Sizes first: parsing would take the memory.
+    # Sizes first: parsing would take the memory. Commas and brackets bound the number of values.
     raw = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     if len(raw) > MAX_JSON_BYTES or sum(map(raw.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
         raise BadFileError(f"it is JSON of more than {MAX_JSON_VALUES:,} values")
+    # Deep nesting ends in RecursionError. Constants that JSON lacks come to `refuse`.
     try:
         value = json.loads(raw, parse_constant=refuse)
     except BadFileError:
@@ -102,7 +104,7 @@ def parse_json(content: str | bytes, *, is_finite: bool = True) -> dict[str, Any
 
 
 class Safetensors(NamedTuple):
-    """A safetensors file: its tensors, mapped from the file, and its metadata."""
+    """The content of a safetensors file: tensors, which are mapped from the file, and metadata."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, Any]
@@ -123,6 +125,7 @@ def open_safetensors(path: Path) -> Safetensors:
             raise BadFileError(f"its header has more than {MAX_JSON_BYTES:,} bytes")
         header = parse_json(file.read(length))
         metadata = header.pop("__metadata__", None)
+
         # Entries are checked against the file's size before any array is made.
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8 + length :]
         spans = {name: _read_span(name, entry, len(content)) for name, entry in header.items()}
@@ -134,6 +137,7 @@ def open_safetensors(path: Path) -> Safetensors:
                 raise BadFileError(f"its tensor {name[:100]} shares bytes with another")
             end = stop
 
+        # Views of the mapped file: pages are read as they are used. An empty tensor has no bytes to view.
         tensors = {
             name: np.frombuffer(content[start:stop], dtype).reshape(shape) if stop > start else np.zeros(shape, dtype)
             for name, (start, stop, dtype, shape) in spans.items()
@@ -142,10 +146,11 @@ def open_safetensors(path: Path) -> Safetensors:
 
 
 def _read_span(name: str, entry: Any, num_bytes: int) -> tuple[int, int, np.dtype, tuple[int, ...]]:
-    """Returns (start, stop, dtype, shape) of a tensor from its entry in the header."""
+    """Returns (start, stop, dtype, shape) of a tensor from its entry in the header; ValueError for a bad one."""
     match entry:
         case {"dtype": str(kind), "shape": [*shape], "data_offsets": [start, stop]} if kind in SAFETENSORS_DTYPES:
             dtype = np.dtype(SAFETENSORS_DTYPES[kind])
+            # `type(...) is int`, as isinstance takes True for a number.
             are_counts = all(type(number) is int and 0 <= number < 2**48 for number in (*shape, start, stop))
             if are_counts and start <= stop <= num_bytes and stop - start == math.prod(shape) * dtype.itemsize:
                 return start, stop, dtype, tuple(shape)
@@ -165,6 +170,8 @@ def read_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[
         if found[name].shape != shape:
             raise BadFileError(f"its tensor {name} has the shape {found[name].shape}, not {shape}")
     tensors = {name: np.array(found[name], np.float32) for name in shapes}
+
+    # NaN would spread through a whole network without an error.
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise BadFileError(f"its tensor {name} holds NaN or infinity")
@@ -193,12 +200,12 @@ class ArrayHeader(NamedTuple):
 
 @contextlib.contextmanager
 def open_zip(file: io.BufferedIOBase) -> Iterator[zipfile.ZipFile]:
-    """Opens a zip that NumPy or PyTorch may have written.
+    """Opens a zip as NumPy and PyTorch write them.
 
     Raises BadFileError for too many members, or for compression that neither uses, in which a few bytes stand for any
     size.
     """
-    # zipfile reads the list of members into memory as it opens the file.
+    # zipfile reads the list of members into memory as it opens the file; the bound is for that alone.
     limited = LimitedReads(file, MAX_DIRECTORY_BYTES)
     with zipfile.ZipFile(limited) as archive:  # ty: ignore[no-matching-overload]
         limited.left = math.inf
@@ -225,9 +232,10 @@ def read_npz_headers(path: Path) -> dict[str, ArrayHeader]:
 def read_npz(
     path: Path, names: Mapping[str, ArrayHeader], kinds: str = "fiubU", max_text_bytes: int = MAX_TEXT_BYTES
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays `names`, {name: header}; the caller has found the headers acceptable.
+    """Returns the arrays `names`, {name: header}, whose headers the caller has found acceptable.
 
-    `kinds`: the kinds of dtypes that may be read: numbers, truth values, short texts. Raises BadFileError.
+    `kinds` are the kinds of dtypes (numpy.dtype.kind) that may be read: numbers, truth values, short texts. Raises
+    BadFileError for others, and if an array is cut short.
     """
     arrays = {}
     with _reading(path, "npz") as content, open_zip(content) as archive:
@@ -244,7 +252,7 @@ def read_npz(
 
 
 def read_rows(path: Path, name: str, num_rows: int) -> Iterator[np.ndarray]:
-    """Yields the array `name` of an npz in C order, `num_rows` rows at a time; its header has been found acceptable."""
+    """Yields the array `name` of an npz in C order, `num_rows` rows at a time. The caller has checked its header."""
     with _reading(path, f"array {name}") as content, open_zip(content) as archive, _open_array(archive, name) as file:
         (total, *shape), _, dtype = _read_header(file)
         for start in range(0, total, num_rows):
@@ -254,7 +262,7 @@ def read_rows(path: Path, name: str, num_rows: int) -> Iterator[np.ndarray]:
 
 
 def map_npy(path: Path) -> tuple[ArrayHeader, np.ndarray]:
-    """Returns (header, array) of a .npy; the array is mapped from the file."""
+    """Returns (header, array) of a .npy; the array is mapped from the file. Raises BadFileError for objects."""
     with _reading(path, ".npy") as file:
         header = _read_header(file)
         if header.dtype.hasobject:
@@ -263,6 +271,7 @@ def map_npy(path: Path) -> tuple[ArrayHeader, np.ndarray]:
         start = file.tell()
         if start + header.num_bytes > os.fstat(file.fileno()).st_size:
             raise BadFileError("it is cut short")
+        # Of an empty array there is nothing to map.
         if not header.num_bytes:
             return header, np.zeros(header.shape, header.dtype)
         order = "F" if header.is_fortran else "C"
@@ -270,11 +279,13 @@ def map_npy(path: Path) -> tuple[ArrayHeader, np.ndarray]:
 
 
 def _open_array(archive: zipfile.ZipFile, name: str) -> Any:
+    # NumPy adds .npy to the names; other writers may not.
     return archive.open(f"{name}.npy" if f"{name}.npy" in archive.NameToInfo else name)
 
 
 def _read_exactly(file: Any, num_bytes: int) -> np.ndarray:
-    """Returns the next `num_bytes`; memory that a cut file does not fill is not touched."""
+    """Returns the next `num_bytes` as uint8, read-only. Raises ValueError if there are fewer."""
+    # Pages get memory as they are written: what a header promises in vain is never filled.
     content = np.empty(num_bytes, np.uint8)
     place = 0
     while place < num_bytes:
@@ -299,6 +310,7 @@ def _read_header(file: Any) -> ArrayHeader:
     if length > MAX_HEADER_BYTES:
         raise BadFileError(f"a header of {length:,} bytes")
     header = ArrayHeader(*read(io.BytesIO(prefix + file.read(length))))
+    # A reshape would take -1 for "as many as there are".
     if any(size < 0 for size in header.shape):
         raise BadFileError(f"an array of shape {header.shape}")
     return header

@@ -1,4 +1,4 @@
-"""Files: opened, read, written atomically, set aside, locked; paths checked before any work."""
+"""Files: how they are opened, read, written atomically, set aside and locked; checks of paths before any work."""
 
 import contextlib
 import errno
@@ -28,10 +28,11 @@ UNFINISHED = ".unfinished.json"  # in a folder that is being filled
 MAX_STEM = 50  # letters of a file's name in that of its temporary, which has at most 255 bytes
 TEMPORARY = re.compile(r"\..+?(?:\.([0-9a-f]{8}))?\.(\d+)\.tmp")  # older ones do not name the machine
 READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
+# Schemes of storage that users may expect to work here.
 STORAGE_SCHEMES = "s3a?|r2|gcs?|gs|oss|cos|az|abfss?|wasbs?|adls?|hdfs|dbfs|viewfs|oci|swift|minio|https?|s?ftp|file|hf"
 # A URL, perhaps of a data set (folder:s3://...); as a Path, which has lost a slash, only of the schemes above.
 URL = re.compile(rf"(?:[a-z]+:)?(?:[a-z][a-z0-9+.-]*://|(?:{STORAGE_SCHEMES}):/)", re.IGNORECASE)
-LOCAL = "a path on this machine"
+LOCAL = "a path on this machine"  # what an error about a URL offers instead
 BESIDE_URLS = {  # for flags that take more than a path
     "data_dir": f"{LOCAL}, or gs://BUCKET/FOLDER",
     "dataset_name": f"{LOCAL}, as in folder:PATH, or tfds:NAME with --data_dir gs://BUCKET/FOLDER",
@@ -53,6 +54,7 @@ def open_regular(path: str | os.PathLike) -> io.BufferedReader:
     might wait for ever.
     """
     try:
+        # O_NONBLOCK: a named pipe would wait for a writer. O_NOCTTY: a terminal would become that of the process.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, a device without a driver
@@ -79,6 +81,7 @@ def expand_home(path: str, setting: str) -> str:
     home."""
     if not path.startswith("~"):
         return path
+    # Python leaves the path as it is where it knows no such user.
     expanded = os.path.expanduser(path)
     if expanded == path:
         raise UserError(f"{setting}: there is no home folder for {path.split('/')[0]}; give the whole path")
@@ -103,6 +106,7 @@ class LimitedReads:
     def __init__(self, file: io.BufferedIOBase, limit: float):
         self.file = file
         self.left = limit
+        # All that zipfile asks of a file, passed on.
         self.seek = file.seek
         self.tell = file.tell
         self.seekable = file.seekable
@@ -142,6 +146,7 @@ def read_bytes(path: Path) -> bytes:
 
     Raises OSError if it still fails, and at once if trying again cannot help.
     """
+    # None: the last try, after which there is nothing to wait for.
     for pause in (*READ_PAUSES, None):
         try:
             with open_regular(path) as file:
@@ -166,9 +171,10 @@ def atomic_write(path: Path, is_synced: bool = True) -> Iterator[Path]:
     the system decides when it goes to disk. The file gets the umask's mode, whatever writes it. Raises WriteError if
     the system does not let it be written, whichever library says so.
     """
+    # Beside `path`: a rename is atomic only within one file system.
     temporary = temporary_path(path)
     try:
-        temporary.touch()
+        temporary.touch()  # with the mode that the umask leaves
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
 
@@ -179,6 +185,7 @@ def atomic_write(path: Path, is_synced: bool = True) -> Iterator[Path]:
             if is_synced:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    # Already in words for the user, a WriteError of a file within the block among them.
     except UserError:
         raise
     except Exception as error:
@@ -200,7 +207,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_about(error: BaseException, temporary: Path, path: Path) -> bool:
-    """Whether writing failed, rather than reading some other file in the block."""
+    """Returns whether writing failed, rather than the reading of some other file in the block."""
     name = getattr(error, "filename", None)
     if name is not None:
         return str(name) in (str(temporary), str(path))
@@ -218,7 +225,7 @@ def explaining_full_disk(describe: Callable[[], str]) -> Iterator[None]:
 
 @functools.cache
 def machine_id() -> str:
-    """Returns eight digits of this machine, its start and the container: elsewhere a process's number says nothing."""
+    """Returns eight digits that differ between machines, their starts and containers, as numbers of processes do."""
     # Containers share a host's name and start; the namespace of processes tells them apart.
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
@@ -228,7 +235,7 @@ def machine_id() -> str:
 
 
 def remove_temporaries(folder: Path, name: str = "") -> None:
-    """Removes what killed `atomic_write`s have left in a folder, or only of the file `name` in it.
+    """Removes what killed `atomic_write`s have left in a folder, or only what they left of its file `name`.
 
     Processes of this machine are known to be gone; other machines may share the folder, so their files must be a day
     old.
@@ -243,10 +250,11 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
 
 
 def _is_gone(machine: str | None, pid: str) -> bool:
-    """Whether a process is known to have ended; only this machine's are known."""
+    """Returns whether a process is known to have ended; only those of this machine are known."""
     if machine != machine_id():
         return False
     try:
+        # Signal 0 only asks whether the process is there.
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
@@ -265,8 +273,8 @@ def mark_finished(folder: Path) -> None:
 
 
 def check_finished(files: Sequence[Path], folder: Path, flag: str) -> None:
-    """Raises UserError, which begins with `flag`, if a program has begun to fill the folder, or one of these files'
-    folders, and not finished."""
+    """Raises UserError, which begins with `flag`, if a program has begun to fill `folder`, or the folder of one of
+    `files`, and has not finished."""
     for each in dict.fromkeys((folder, *(file.parent for file in files))):
         if not (each / UNFINISHED).is_file():
             continue
@@ -292,7 +300,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def set_aside(path: Path, folder: Path | None = None) -> Path:
-    """Moves a damaged file or folder to a free name in `folder` (default: where it is), and returns the new path.
+    """Moves a damaged file or folder to a free name in `folder` (default: its own), and returns the new path.
 
     Nothing is removed.
     """
@@ -328,7 +336,7 @@ class FolderLock:
             ) from None
         except OSError as error:  # a file system without locks
             warn(f"{self.folder} cannot be locked ({error.strerror}): make sure that no other process writes there")
-        # Only told to others; the lock alone decides.
+        # For the error of the next one to try; the lock alone decides.
         own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_json(self.holder, own)
 
@@ -342,6 +350,7 @@ class FolderLock:
             self.release()
 
     def release(self) -> None:
+        # While the lock is still held: afterwards the file may be that of the next holder.
         self.holder.unlink(missing_ok=True)
         self.lock.release()
 
@@ -404,6 +413,8 @@ def prepare_output_file(path: Path, flag: str, example: str, inputs: Mapping[str
         raise UserError(f"--{flag}={path} is a folder; name the file to write, such as {path / example}")
     if path.exists() and not path.is_file():
         raise UserError(f"--{flag}={path} is no regular file; name another")
+
+    # Paths are resolved: two spellings, or a link, may lead to one file.
     for name, value in (inputs or {}).items():
         if value and Path(value).resolve() == path.resolve():
             raise UserError(f"--{flag}={path} is the file of --{name}, which would be lost; name another file")

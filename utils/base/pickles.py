@@ -19,6 +19,7 @@ from utils.base.external import BadFileError, read_bounded
 
 MAX_BYTES = 64 * 2**20  # half as much again as EDM2's largest; parsing takes up to seven times as much
 MAX_DEPTH = 100  # of containers within containers
+# All that plain data need. Those that call something, such as REDUCE, reach only what `find_class` allows.
 OPCODES = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
     "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT",
@@ -46,7 +47,7 @@ class Function(StandIn):
 
 
 class Namespace:
-    """A stand-in for argparse's, which is nothing but attributes."""
+    """Stands for argparse's Namespace, which is nothing but attributes."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state  # not copied, as many could share a large one
@@ -58,10 +59,11 @@ class SafeUnpickler(pickle.Unpickler):
     `allowed`: (module, name) -> the StandIn or class for which a name stands.
     """
 
+    # For arrays; a reader of other data may override these.
     containers: ClassVar[tuple[type, ...]] = (dict, list)
     key_types: ClassVar[tuple[type, ...]] = (str,)
-    max_opcodes = 100_000
-    max_values = 10_000
+    max_opcodes = 100_000  # the bytes of an array are an operand of one
+    max_values = 10_000  # counted as often as they are referred to
 
     def __init__(self, content: bytes, allowed: Mapping[tuple[str, str], Any]):
         super().__init__(io.BytesIO(content))
@@ -76,6 +78,7 @@ class SafeUnpickler(pickle.Unpickler):
 
     def read(self) -> Any:
         """Returns the value. Raises BadFileError if it is refused, and any other exception if it is no whole pickle."""
+        # The pass over the opcodes comes first: Python's unpickler has no bounds of its own.
         _check_opcodes(self.content, self.max_opcodes)
         return self._finish(self.load(), MAX_DEPTH)
 
@@ -128,7 +131,7 @@ def _check_opcodes(content: bytes, max_opcodes: int) -> None:
 
 
 class _DType(StandIn):
-    """numpy.dtype('f8', ...), and its state (version, byte order, ...)."""
+    """Stands for numpy.dtype('f8', ...), and takes its state (version, byte order, ...)."""
 
     def __init__(self, code: str, *ignored: Any):
         super().__init__()
@@ -147,7 +150,7 @@ class _DType(StandIn):
 
 
 class _Array(StandIn):
-    """numpy.ndarray before and after its state (version, shape, dtype, is_fortran, bytes)."""
+    """Stands for a numpy.ndarray, before and after it takes its state (version, shape, dtype, is_fortran, bytes)."""
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, is_fortran, content = state
@@ -167,11 +170,12 @@ def _make_array(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 
 def _make_encoder(max_bytes: int) -> Callable[[str, str], bytes]:
-    """Returns `_codecs.encode`, by which pickles before protocol 3 hold bytes as texts: once each."""
+    """Returns a `_codecs.encode` of at most `max_bytes` in all; pickles before protocol 3 hold bytes as texts."""
     num_encoded = 0
 
     def encode(text: str, encoding: str) -> bytes:
         nonlocal num_encoded
+        # One text in the file may be encoded many times over.
         num_encoded += len(text)
         if encoding != "latin1" or num_encoded > max_bytes:
             raise BadFileError("it encodes more than the text of its arrays")
@@ -186,6 +190,7 @@ def read_pickled_arrays(path: Path) -> Any:
     Raises BadFileError for everything else, naming it.
     """
     content = read_bounded(path, MAX_BYTES)
+    # Every name that a pickled array may ask for, and what it gets instead.
     allowed: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): StandIn("ndarray"),
         ("numpy", "dtype"): Function(_DType),
@@ -196,6 +201,8 @@ def read_pickled_arrays(path: Path) -> Any:
         allowed[f"{package}.numeric", "_frombuffer"] = Function(
             lambda content, dtype, shape, order: _Array(_make_array(content, dtype, shape, order))
         )
+
+    # Whatever random bytes make the unpickler raise, the answer is one line.
     try:
         return SafeUnpickler(content, allowed).read()
     except BadFileError:

@@ -1,4 +1,4 @@
-"""The processes of one run, how they find each other, and the signals that ask one to end.
+"""The processes of one run: how they find each other, and the signals that ask one to end.
 
 Under srun or mpirun, JAX by itself gives a process one device, that of its number on the host. Here a process that is
 alone on its host takes all devices, and several share them. At a signal, training saves first; the other programs
@@ -30,7 +30,7 @@ from utils.base.errors import UserError
 
 TIMEOUT = 300  # seconds, JAX's own
 REMINDERS = (3, 60, 120, 180, 240)  # seconds of waiting at which a line says so
-GUIDE = "docs/clusters.md"
+GUIDE = "docs/clusters.md"  # where errors send the user
 BY_HAND = "give HOST:PORT of process 0 with --num_processes and --process_id"
 # Variables of (number of processes, rank, processes on this host, rank on this host).
 LAUNCHERS = (
@@ -78,11 +78,11 @@ class StopRequest:
     """
 
     def __init__(self):
-        self.signal = None
-        self.is_interruptible = False
-        self.is_shared = False
-        self.num_asked = 0
-        self.is_agreed = False
+        self.signal = None  # the last one that came
+        self.is_interruptible = False  # see `interrupting`
+        self.is_shared = False  # whether signals are passed on
+        self.num_asked = 0  # of `is_due`, by which all processes count alike
+        self.is_agreed = False  # once true, it stays so
         handle_signals(END_SIGNALS, self._note)
         for number in KEYBOARD_SIGNALS:
             signal.signal(number, self._note)
@@ -91,15 +91,15 @@ class StopRequest:
     def _note(self, number, frame):
         is_first = self.signal is None
         self.signal = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C raises KeyboardInterrupt
         if is_first and self.is_shared:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells all processes of
         if self.is_interruptible:
             self.is_interruptible = False  # SIGXCPU comes once a second
             raise Interrupted
 
     def share(self) -> None:
-        """Begins to pass signals on to the other processes, which have joined; an earlier signal, too."""
+        """Passes signals on to the other processes, which have joined, from now on; an earlier signal, too."""
         self.is_shared = jax.process_count() > 1
         if not self.is_shared:
             signal.signal(signal.SIGTERM, self._note)  # JAX has taken it if this process has joined only itself
@@ -111,7 +111,7 @@ class StopRequest:
         """Lets a signal raise Interrupted in the block; not in a run of several processes, which have to agree."""
         self.is_interruptible = jax.process_count() == 1
         if self.is_interruptible and self.signal is not None:
-            raise Interrupted
+            raise Interrupted  # it came before the block
         try:
             yield
         finally:
@@ -129,7 +129,7 @@ class StopRequest:
 class Launch(NamedTuple):
     """The place of this process among those that a launcher has started."""
 
-    launcher: str
+    launcher: str  # srun, mpirun or torchrun
     num_processes: int
     process_id: int
     num_local: int  # processes on this host
@@ -137,9 +137,9 @@ class Launch(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where process 0 is, and who is expected there."""
+    """Address of process 0, and the processes that are expected there."""
 
-    flag: str
+    flag: str  # --coordinator_address=..., as errors name it
     host_port: str | None  # None: JAX finds out
     num_processes: int | None
     process_id: int | None
@@ -161,7 +161,8 @@ def initialize_processes(
         refuse_single(launch, num_processes, process_id)
         return
 
-    # Where process 0 is: as the flags say, as SLURM's variables say, or as JAX finds it.
+    # Where process 0 is: as the flags say, as SLURM's variables say, or as JAX finds it, whose own detection of a
+    # cluster is on in that last case alone.
     flag = f"--coordinator_address={coordinator_address}"
     devices = choose_local_devices(launch)
     keywords: dict[str, Any] = {"local_device_ids": devices, "cluster_detection_method": "deactivate"}
@@ -183,7 +184,7 @@ def initialize_processes(
     if address.process_id == 0:
         check_port(address)
     join(address, keywords, stop)
-    start_devices()
+    start_devices()  # no earlier: once JAX knows its devices, nothing can join
 
 
 def refuse_single(launch: Launch | None, num_processes: int | None, process_id: int | None) -> None:
@@ -201,7 +202,7 @@ def refuse_single(launch: Launch | None, num_processes: int | None, process_id: 
 
 
 def warn_of_copies(program: str) -> None:
-    """Warns if a launcher has started several times a program that works in one process."""
+    """Warns if a launcher has started several copies of a program that works in one process."""
     launch = find_launch()
     if launch is not None and launch.num_processes > 1:
         _say(
@@ -244,7 +245,7 @@ def check_port(address: Address) -> None:
     for host in hosts:
         try:
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as after a run that has just ended
                 listener.bind((host, int(port)))
             return
         except (OSError, ValueError, OverflowError) as error:
@@ -275,12 +276,12 @@ def join(address: Address, keywords: dict[str, Any], stop: StopRequest | None) -
         except Exception as error:  # JAX's, its cluster detection's and its RPC library's
             failures.append(error)
 
-    thread = threading.Thread(target=initialize, daemon=True)
+    thread = threading.Thread(target=initialize, daemon=True)  # never waited for at the end
     thread.start()
     started = time.monotonic()
     reminders = list(REMINDERS)
     while thread.is_alive():
-        thread.join(0.1)
+        thread.join(0.1)  # seconds, between looks at signals and the clock
         waited = time.monotonic() - started
         if stop is not None and stop.signal is not None:
             _end(f"stopped by {stop.signal.name} before the processes had met; nothing is to be saved", EXIT_STOPPED)
@@ -289,6 +290,7 @@ def join(address: Address, keywords: dict[str, Any], stop: StopRequest | None) -
         if reminders and waited > reminders[0]:
             reminders.pop(0)
             _say(f"{describe_wait(address)}; up to {TIMEOUT - waited:.0f} s more ...")
+    # JAX has returned. Its errors name no flag.
     if not failures:
         return
     reason = " ".join(str(failures[0]).split())[:200]
@@ -344,8 +346,7 @@ def _end(text: str, status: int) -> NoReturn:
 
 
 def find_launch() -> Launch | None:
-    """Returns the place that a launcher's variables give this process; None without a launcher, as in a shell within a
-    SLURM job."""
+    """Returns the place that a launcher gives this process; None without one, as in a shell within a SLURM job."""
     slurm = _find_slurm_task()
     # If srun has started torchrun or mpirun, these number the processes; they set all four variables.
     launches = [(launcher, *map(_number, names)) for launcher, names in LAUNCHERS]
@@ -355,6 +356,7 @@ def find_launch() -> Launch | None:
             return Launch(launcher, count, rank, num_local, local)
     if slurm is not None:
         return slurm
+    # Variables are missing: the process is taken to be alone on its host.
     for launcher, count, rank, num_local, local in launches:
         if not (count is None or rank is None):
             return Launch(launcher, count, rank, num_local or 1, local or 0)
@@ -386,7 +388,7 @@ def _count_slurm_tasks_here(num_tasks: int, rank: int) -> int:
         counts += [int(count)] * int(repeats or 1)
     if not counts:
         num_hosts = _number("SLURM_STEP_NUM_NODES") or _number("SLURM_NNODES") or 1
-        return -(-num_tasks // num_hosts)
+        return -(-num_tasks // num_hosts)  # evenly, rounded up
     host = _number("SLURM_NODEID")
     if host is None:  # tasks are numbered host by host
         host = sum(total <= rank for total in itertools.accumulate(counts))
@@ -415,10 +417,11 @@ def choose_local_devices(launch: Launch | None) -> list[int] | None:
     if visible is None:  # one for each process, as JAX does
         return [launch.local_id]
     per_task = re.findall(r"\d+$", os.environ.get("SLURM_GPUS_PER_TASK", ""))
+    # Its own: fewer than the host has, or as many as SLURM gives a task.
     is_own = visible < (_number("SLURM_GPUS_ON_NODE") or 0) or per_task == [str(visible)]
     if is_own or visible < launch.num_local:
         return None
-    share = visible // launch.num_local
+    share = visible // launch.num_local  # GPUs that remain are left idle
     return list(range(launch.local_id * share, (launch.local_id + 1) * share))
 
 
@@ -432,11 +435,11 @@ def count_visible_gpus() -> int | None:
 
 
 def describe_processes() -> str:
-    """Returns the run's processes, hosts and devices, in a line."""
+    """Returns a line on the processes, hosts and devices of the run; all processes have to call it."""
     count = jax.process_count()
     num_hosts = 1
     if count > 1:
-        digest = hashlib.sha256(socket.gethostname().encode()).digest()[:4]
+        digest = hashlib.sha256(socket.gethostname().encode()).digest()[:4]  # gathered as a number
         hosts = multihost_utils.process_allgather(np.frombuffer(digest, np.int32))
         num_hosts = len(np.unique(hosts))
     each = f", {jax.local_device_count()} in each process" if count > 1 else ""

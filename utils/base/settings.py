@@ -1,4 +1,4 @@
-"""Fields of dataclasses that are settings of a run: default, help and bounds stand once, where the value is used.
+"""Dataclass fields that are settings of a run: default, help and bounds stand once, where the value is used.
 
 The flags, the checks of saved configurations and the names in a run's config.json follow from them.
 """
@@ -32,6 +32,7 @@ def setting(
     trained model is bound to the value, so that a run is not resumed under another. `flag`: the setting's name, where
     it is not that of the field in the dataclass's group. `is_path`: a leading ~ stands for a home folder.
     """
+    # On the field itself, where `settings_of` finds it; fields without help are no settings.
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "is_fixed": is_fixed, "flag": flag}
     return dataclasses.field(default=default, metadata={**metadata, "is_path": is_path})
 
@@ -45,6 +46,7 @@ def settings_of(config_class: Any, group: str = "") -> dict[str, dataclasses.Fie
 
 def kind_of(field: dataclasses.Field) -> type:
     """Returns the type of a setting's value where it has one: int, float, str or tuple (of texts)."""
+    # Of "int | None", the part that is not None; of tuple[str, ...], tuple.
     kinds = typing.get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
     kind: Any = next(kind for kind in kinds if kind is not type(None))
     return typing.get_origin(kind) or kind
@@ -56,12 +58,13 @@ def is_optional(field: dataclasses.Field) -> bool:
 
 
 def check_setting(name: str, field: dataclasses.Field, value: Any) -> Any:
-    """Returns the value of a setting as its dataclass holds it: a list as a tuple, an integer as a float where that is
-    the kind. Raises UserError for another type, for numbers out of bounds and for no choice."""
+    """Returns the value of a setting as its dataclass holds it: a list as a tuple, and an integer as a float if the
+    field is one. Raises UserError for another type, a number out of bounds, or a value that is no choice."""
     kind, metadata = kind_of(field), field.metadata
+    # None leaves a setting open, where its type allows that.
     if value is None and is_optional(field):
         return None
-    # Of some settings the values are listed.
+    # Listed values, which may be of any type.
     if metadata["choices"]:
         if value not in metadata["choices"]:
             raise UserError(f"--{name}={value}: use one of {', '.join(metadata['choices'])}")
@@ -78,6 +81,8 @@ def check_setting(name: str, field: dataclasses.Field, value: Any) -> Any:
         if not low <= value <= high or not math.isfinite(value):
             raise UserError(f"--{name}={value}: use a number from {low:g} to {high:g}")
         return kind(value)
+
+    # No kind has fitted.
     words: dict[type, str] = {int: "a whole number", float: "a number", str: "a text", tuple: "a list of texts"}
     raise UserError(f"--{name}={value!r}: use {words[kind]}")
 
@@ -94,7 +99,7 @@ def same_definition(first: dataclasses.Field, second: dataclasses.Field) -> bool
 def merge_settings(what: str, registry: Mapping[str, Any], group: str) -> dict[str, dataclasses.Field]:
     """Returns {name: field} of all classes in a registry, each name once.
 
-    Raises UserError where two of them define one name in different ways: its flag could mean one of the two only.
+    Raises UserError if two of them define one name in different ways: a flag can have only one meaning.
     """
     merged: dict[str, dataclasses.Field] = {}
     owners: dict[str, str] = {}
@@ -105,6 +110,7 @@ def merge_settings(what: str, registry: Mapping[str, Any], group: str) -> dict[s
                     f"--{name} is defined in different ways by the {what} {owners[name]} and {owner}; rename the "
                     "field of one"
                 )
+            # Classes may share a setting; one definition serves all of them.
             merged[name] = field
             owners[name] = owner
     return merged
