@@ -1,6 +1,6 @@
 """Codecs, which turn images into the arrays that a model learns, and back.
 
-One more codec is a class that meets `Codec`, and an entry of CODECS; the programs then take it as `--codec NAME`, or
+A new codec is a class that implements `Codec`, and an entry of CODECS; the programs then take it as `--codec NAME`, or
 `--codec NAME:SOURCE`. A codec whose moments can be cached (`MomentCodec`) also works with encode_latents.py.
 """
 
@@ -115,6 +115,7 @@ def pixel_format(codec: Codec) -> PixelFormat:
 
 def set_pixel_format(codec: Codec, pixels: PixelFormat) -> Codec:
     """Returns the codec for images of this format. Raises UserError where it takes uint8 alone."""
+    # Only pixels can be of other formats; what other codecs decode becomes uint8.
     if isinstance(codec, PixelCodec):
         return codec.replace(pixels=pixels)
     if pixels != UINT8:

@@ -213,7 +213,7 @@ class Upsampler(KLModule):
 
 
 class Stage(KLModule):
-    """`depth` residual blocks of one width, then, if `resample` names one, a change of size."""
+    """A stage of `depth` residual blocks of one width, then, if `resample` names one, a change of size."""
 
     channels: int
     depth: int
@@ -305,6 +305,7 @@ class KLCodec(flax.struct.PyTreeNode):
         architecture.
         """
         shown = f"--codec=kl:{path}"
+        # The configuration first: a small file, which says what the weights must be.
         config_file, weights_file = find_files(path, shown)
         try:
             content = read_json(config_file)

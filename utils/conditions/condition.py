@@ -2,9 +2,9 @@
 
 In a batch, in `model_fn(x, t, condition)` and everywhere in between, a condition is a pytree of arrays whose first axis
 is that of the batch. Objectives, guidance, solvers, panels and likelihoods pass it through. Only its kind looks inside:
-how it is read from data, drawn, written by a user, shown, mixed and embedded.
+the kind knows how it is read from data, drawn, written by a user, shown, mixed and embedded.
 
-One more kind is a frozen dataclass that implements `Condition`, and a line `CONDITIONS["name"] = MyCondition`.
+A new kind is a frozen dataclass that implements `Condition`, and a line `CONDITIONS["name"] = MyCondition`.
 """
 
 from collections.abc import Mapping
@@ -124,7 +124,7 @@ class Condition(Protocol):
         return ""
 
 
-# Kinds by the names that runs record. One more is one file and one line.
+# Kinds by the names that runs record. A new one is one file and one line.
 CONDITIONS: dict[str, type[Condition]] = {}
 
 

@@ -1,6 +1,6 @@
 """The feature networks by name, and the names of their features.
 
-One more is a function, a record of its features and a line of EXTRACTORS (docs/change_this.md).
+A new one is a function, a record of its features and a line of EXTRACTORS (docs/change_this.md).
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -49,7 +49,7 @@ HIGHEST = jax.lax.Precision.HIGHEST  # a GPU would else multiply float32 as TF32
 
 
 class Preprocessing(NamedTuple):
-    """How a uint8 image enters the network: bilinear resize, then (x - mean) / scale, in grey levels of 0 to 255."""
+    """The way of a uint8 image into the network: bilinear resize, then (x - mean) / scale in grey levels, 0 to 255."""
 
     half_pixel: bool
     mean: float
@@ -129,7 +129,7 @@ def _kernel_size(conv: Conv) -> tuple[int, int]:
 
 
 def _mix_channels(x: Float[Array, "n h w c"], kernel: Float[Array, "1 1 c d"], *_, **__) -> Float[Array, "n h w d"]:
-    """Returns a 1x1 convolution of stride 1, as a matmul: Inception takes a CPU 8 % less time."""
+    """Returns a 1x1 convolution of stride 1 as a matmul: on a CPU, Inception takes 8 % less time."""
     return jnp.einsum("nhwc,cd->nhwd", x, kernel[0, 0], precision=HIGHEST)
 
 
@@ -268,7 +268,7 @@ def inception_weights_path(weights: str | Path | None = None) -> Path:
     empty.
 
     The cache is `jax-flow-matching/` in $XDG_CACHE_HOME or ~/.cache. The content is checked when it is loaded. Raises
-    UserError where the file given is missing and where the fetch fails.
+    UserError where the file given is missing, and where the fetch fails.
     """
     # A user's own copy is never written to.
     if weights is not None:

@@ -1,4 +1,4 @@
-"""The metrics of samples against a reference: a table. One more is one function and one line of METRICS."""
+"""The table of metrics of samples against a reference. A new metric is one function and one line of METRICS."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple

@@ -329,7 +329,7 @@ def warn_of_other_shape(reference: ReferenceStatistics, image_shape: Sequence[in
 
 
 class Convention(NamedTuple):
-    """How images enter Inception (see inception.CONVENTIONS), and how that is known."""
+    """The way in which images enter Inception (see inception.CONVENTIONS), and the source of this knowledge."""
 
     name: str
     source: str  # 'file', 'known file', 'flag' or 'default'

@@ -16,9 +16,9 @@ MAX_SAMPLE_ROWS = 10_000  # samples whose features are kept, for the metrics tha
 class FeatureStatistics:
     """Statistics of the rows of one feature seen so far.
 
-    Mean and covariance of all of them, in float64, at a memory cost that does not grow with them. Each batch is centred
-    on its own mean before it is merged (Chan, Golub and LeVeque 1983, eq. 2.1), so that a mean far larger than the
-    spread costs no precision. The first `max_rows` rows are kept too, in float32. With `logits`, the matrix from
+    Mean and covariance of all rows are kept in float64, in memory that does not grow with their number. Each batch is
+    centred on its own mean before it is merged (Chan, Golub and LeVeque 1983, eq. 2.1), so that a mean far larger than
+    the spread costs no precision. The first `max_rows` rows are kept too, in float32. With `logits`, the matrix from
     features to class logits, class probabilities enter `inception_score`.
     """
 
@@ -90,13 +90,14 @@ class FeatureStatistics:
     @property
     def rows(self) -> Float[np.ndarray, "n d"] | None:
         """The first rows, as float32; None where none are kept."""
+        # Kept batch by batch, and joined only when asked for.
         return np.concatenate(self._rows) if self._rows else None
 
 
 class ImageStatistics:
     """Statistics of a set of images: `statistics[key]` are those of one feature of one extractor.
 
-    The rows of the first `max_rows` images (80 MB for 10,000 of Inception) are kept of each extractor's main feature.
+    For each extractor's main feature, the rows of the first `max_rows` images are kept (Inception: 80 MB for 10,000).
     With `logits`, the matrix from Inception's pool features to class logits, the Inception Score is computed too.
     """
 

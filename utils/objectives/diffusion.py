@@ -22,7 +22,7 @@ from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, e
 
 @functools.cache
 def path_times(num_levels: int) -> np.ndarray:
-    """t_k for k = 0 .. T - 1, float64, descending, for betas that rise linearly from 0.1 / T to 20 / T.
+    """Returns t_k for k = 0 .. T - 1, float64, descending, for betas that rise linearly from 0.1 / T to 20 / T.
 
     With T = 1000 these are DDPM's and DiT's betas 1e-4 to 0.02.
     """
@@ -36,7 +36,7 @@ def path_times(num_levels: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion:
-    """The network predicts the noise x_0 in x_k, of a level k that it is given as its time."""
+    """The network predicts the noise x_0 in x_k; it is given the level k as its time."""
 
     # Defaults of --model.* that differ for this objective: the network's times are levels, up to T - 1.
     MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0}

@@ -101,6 +101,7 @@ class FlowMatching:
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
         """Returns the end of one straight step from x_t along the predicted velocity: x_t + (1 - t) v."""
+        # Exact where the path is straight.
         return x_t + (1 - expand_times(t, x_t)) * model_fn(x_t, t, condition)
 
     def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:

@@ -1,4 +1,4 @@
-"""The objectives by name. One more is one file that implements `Objective`, and one line here."""
+"""The objectives by name. A new one is a file that implements `Objective`, and one line here."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,6 +1,6 @@
-"""The compiled functions of a generator: each is a path, or a part of one, for a network, an objective and a solver.
+"""The compiled functions of a generator: paths, or parts of them, for a network, an objective and a solver.
 
-`static` names what they are compiled for; parameters, codec, conditions and the numbers of a sampler are arguments.
+They are compiled for `static`; parameters, codec, conditions and the numbers of a sampler are ordinary arguments.
 """
 
 from functools import partial
@@ -41,9 +41,9 @@ class SamplerNumbers(NamedTuple):
 
 
 class CompiledFor(NamedTuple):
-    """What a function of this file is compiled for: another value compiles it anew."""
+    """Static arguments of the functions of this file: another value compiles them anew."""
 
-    # Static arguments of jit: hashable, and equal where the compiled functions are the same.
+    # All are hashable, and equal where the compiled functions are the same.
     network: Any
     objective: Any
     solver: str
@@ -74,7 +74,7 @@ class CompiledFor(NamedTuple):
         return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(noise_key, STEPS)))(indices)
 
     def velocity(self, params: PyTree, settings: SamplerNumbers, condition: PyTree) -> VelocityFn:
-        """Returns the field, guided in the interval of guidance; of a mixture, the mean of two fields."""
+        """Returns the field, guided in the interval of guidance; for a mixture, the weighted mean of two fields."""
         model = model_fn(self.network, params)
         # Conditions that cannot be averaged are mixed by their velocities, at twice the cost.
         if isinstance(condition, Mixture):

@@ -26,7 +26,7 @@ MAX_EXACT = 3 * 32 * 32  # elements: the exact trace takes a backward pass for e
 
 
 class LikelihoodConfig(NamedTuple):
-    """How likelihoods are computed."""
+    """Method and accuracy of a likelihood."""
 
     num_probes: int = 1  # of Hutchinson's estimate; 0: the exact trace
     num_steps: int | None = None  # of the midpoint rule; None: Dopri5
@@ -93,6 +93,7 @@ def midpoint_log_likelihood(
     def step(i, state):
         # From t = 1 down: `total` grows to the integral of the divergence over [0, 1].
         x, total = state
+        # An Euler step of half the length reaches the middle; a whole step is taken by what is found there.
         t = 1 - i * h
         middle = x - h / 2 * velocity_fn(x, at(t), at(t))
         v, div = divergence(velocity_fn, middle, at(t - h / 2), probes)

@@ -35,7 +35,7 @@ Labels = Sequence[str | int] | np.ndarray | str | int  # labels, or names of cla
 
 
 class ImageGenerator:
-    """Samples of a model with parameters, sharded over the devices.
+    """Draws samples from a model with parameters, sharded over the devices.
 
     Sample i (its noise, and its condition, drawn as `label_mode` and `class_counts` say: see `Condition.draw`) is a
     function of (seed, i) alone, whatever the batch size or the number of devices. Guidance scale, interval, step count
@@ -273,6 +273,7 @@ class ImageGenerator:
         while it is filled. Raises UserError for an adaptive solver, which takes no fixed steps, and for one that adds
         noise.
         """
+        # Known elements are put back after each step, at a time that all samples must share.
         if sampler.is_adaptive:
             raise UserError(f"{sampler.solver} cannot inpaint: use a solver of fixed steps")
         if num_repeats < 1:

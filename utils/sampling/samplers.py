@@ -150,7 +150,7 @@ def is_integer(value: Any, low: int, high: int) -> bool:
 
 
 def can_guide(class_dropout_prob: float) -> bool:
-    """Whether a model trained so knows both sides of classifier-free guidance: the label dropped, and given."""
+    """Whether a model trained with this dropout knows both sides of guidance: labels given, and labels dropped."""
     return 0 < class_dropout_prob < 1
 
 

@@ -1,4 +1,4 @@
-"""Samples from a velocity field: solvers of fixed and of adaptive steps, their times, and the noise of sample i.
+"""Samples from a velocity field: solvers of fixed or adaptive steps, their times, and the noise of each sample.
 
 The number of steps is an ordinary argument of the compiled function: changing it compiles nothing anew. Nothing here
 knows the network.
@@ -119,7 +119,7 @@ class Solver(NamedTuple):
     grid: str = "any"
 
 
-# One more solver is one function and one line.
+# A new solver is one function and one line.
 SOLVERS = {
     "euler": Solver(euler_step, 1),
     "heun": Solver(heun_step, 2),
@@ -137,7 +137,7 @@ SDE_LAST_STEP = 0.04  # where the score is not to be trusted; SiT's
 
 
 class SamplerConfig(NamedTuple):
-    """How samples are drawn from a model."""
+    """Solver, steps and guidance with which samples are drawn from a model."""
 
     num_steps: int
     cfg_scale: float | None  # None: no guidance
@@ -166,6 +166,8 @@ class SamplerConfig(NamedTuple):
         shift = f" on times shifted by {self.time_shift:g}" if self.time_shift != 1 else ""
         if self.spacing != SPACINGS[0]:
             shift = f" with {self.spacing} spacing"
+
+        # Guidance: its scale, then the times and channels to which it is limited.
         guidance = "no guidance" if self.cfg_scale is None else f"guidance {self.cfg_scale:g}"
         # Only what differs from the defaults, after what is always said.
         low, high = self.cfg_interval
