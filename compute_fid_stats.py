@@ -128,7 +128,7 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
     batches = pad_and_shard(opened.read(batch_size, num_images, label_counts), batch_size, mesh)
     measure_images(extractors, batches, statistics, num_images, flag="num_images")
 
-    # What is recorded makes a comparison with other settings an error later.
+    # Settings stand beside the numbers: eval_fid.py takes the convention from there.
     save_statistics(
         out,
         statistics,

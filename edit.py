@@ -227,7 +227,7 @@ def choose_mode(config: ConfigDict) -> str:
         raise UserError(
             "--inpaint: --mask is not given; name an image of the run's size, white where it is to be filled"
         )
-    # Inversion needs an ODE to run backwards, a hole in addition fixed steps, a row images that chance does not part.
+    # Inversion runs an ODE backwards, inpainting needs its steps fixed, and a row may vary only by noise or class.
     fitting = {
         "interpolate": [name for name in SOLVERS if not SOLVERS[name].is_stochastic] + list(ADAPTIVE_SOLVERS),
         "invert": [*ODE_SOLVERS, *ADAPTIVE_SOLVERS],

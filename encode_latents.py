@@ -67,7 +67,7 @@ def encode_examples(
     waiting = None
     for batch in epoch_batches(dataset, batch_size, start=rows.start, stop=rows.stop):
         assert isinstance(batch, PixelBatch)
-        images = np.resize(batch.image, (batch_size, *dataset.image_shape))
+        images = np.resize(batch.image, (batch_size, *dataset.image_shape))  # the last batch repeats its own
         moments = encode(images)
         if waiting:
             yield from finish(*waiting)
@@ -159,7 +159,7 @@ def write_latents(
             views = partial(encode_views, num_views=manifest.num_views[split])
             compiled = jax.jit(views, out_shardings=batch_sharding(mesh))
 
-            def encode(images: np.ndarray, compiled=compiled) -> jax.Array:
+            def encode(images: np.ndarray, compiled=compiled) -> jax.Array:  # bound to this split's
                 return compiled(codec, shard_replicated(images, mesh))
 
             for name, rows in manifest.shards(split):

@@ -121,7 +121,7 @@ class Measurement:
         ours = self.dataset.image_shape
         theirs = self.model.image_shape
         name = self.config.dataset_name or self.dataset.name
-        # Sides have to agree: bits per dimension of resized images would be those of other images.
+        # Sides have to agree; channels are converted, batch by batch.
         if ours[:2] != theirs[:2]:
             sizes = [f"{height}x{width}" for height, width, _ in (ours, theirs)]
             raise UserError(f"--dataset_name={name}: its images are {sizes[0]}, the run's {sizes[1]}; give others")

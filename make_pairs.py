@@ -90,7 +90,7 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
     # Whatever decides the samples: the same command continues only if all of it is the same.
     return pairs.PairsManifest(
         dataset_name=f"pairs of {config.load_dir}",
-        params_sha256=hash_params(generator.params),
+        params_sha256=hash_params(generator.params),  # of the weights: the run may train on
         sampler=f"{sampler}, {config.labels} labels",
         seed=config.seed,
         num_pairs=config.num_pairs,
@@ -98,7 +98,7 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
         image_shape=model.image_shape,
         latent_shape=model.latent_shape,
         class_names=generator.class_names,
-        vae=getattr(codec, "source", None) if codec.sha256 else None,
+        vae=getattr(codec, "source", None) if codec.sha256 else None,  # None: a codec without weights
         vae_sha256=codec.sha256,
         empty_classes=getattr(model.condition, "empty_classes", ()),
         jax_variables=tuple(changed_variables(RANDOM)),  # the noise is drawn again under these

@@ -108,7 +108,7 @@ class TolerantStream:
 
 def format_duration(seconds: float) -> str:
     """Returns a time in the unit that suits it, such as '7 minutes' or '2.5 days'."""
-    # The largest unit of which there is at least one, but for rounding.
+    # The largest unit that the time fills at least once, up to rounding.
     units = (("day", 86400), ("hour", 3600), ("minute", 60))
     unit, size = next((pair for pair in units if seconds >= 0.99 * pair[1]), ("second", 1))
     count = seconds / size

@@ -39,7 +39,7 @@ def expand_config_file(argv: Sequence[str], names: Collection[str]) -> tuple[lis
                 f"--config={path} is the configuration of a run: name the folder of the new one with --save_dir, or "
                 "continue that run with --save_dir alone"
             )
-        # An old setting may have no effect beside a new one: that is for nobody to mend.
+        # A saved setting may have no effect beside a typed one. As nobody has typed it, it is not refused.
         untyped = {name for name in settings if find_value(argv, name) is None}
 
     # A misspelt setting would silently do nothing.

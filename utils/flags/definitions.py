@@ -177,7 +177,6 @@ def define_optimizer_flags() -> None:
 
 def define_run_flags() -> None:
     """Registers every setting of a run, by topic."""
-    # In the order of --help.
     with topic("Run"):
         define_path(
             "config",
@@ -227,7 +226,7 @@ def define_tracker_flags(name: str | None = None, mode: str | None = None) -> No
     for setting_name, field in settings_of(WandbConfig, "wandb").items():
         if setting_name == "wandb.mode":
             define_setting(setting_name, field, default=mode)
-            flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")
+            flags.DEFINE_bool("wandb.offline", False, "The same as --wandb.mode offline.")  # jax-flow's spelling
         elif setting_name == "wandb.name":
             define_setting(setting_name, field, default=name or field.default)
         elif setting_name != "wandb.display_name":

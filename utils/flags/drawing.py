@@ -125,6 +125,7 @@ def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
     """Returns the one sampler of the command line. Raises UserError for several, and for one that the model lacks."""
     dropout = model.network.config.class_dropout_prob
     samplers = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
+    # Files are named after what they show, not after a sampler: a second one would overwrite them.
     if len(samplers) > 1:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each; eval_fid.py compares several")
     return samplers[0]

@@ -85,7 +85,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(("profile",), "with --plan, which trains nothing", lambda v: v.plan),
     ),
-    # From the whole configuration, in which defaults and other runs have had their say.
+    # From the whole configuration, with defaults and the settings of the run of --load_dir.
     "train_flow": (
         Rule(("fid_samples", "convention", "inception_weights"), "without --fid_stats", lambda v: not v.fid_stats),
         Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),

@@ -173,6 +173,8 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
             config[group[0]] = ConfigDict()
         value = check_value(name, FLAGS[name].value)
         (config[group[0]] if group else config)[leaf] = value
+
+    # wandb's settings depend on each other and on the environment: they are settled together.
     if "trackers" in names:
         from utils.trackers.trackers import (
             check_trackers,  # which takes a while to import: not every program has trackers
@@ -322,6 +324,7 @@ def read_run_config(config: ConfigDict) -> RunConfig:
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """Returns {flag: value} of a configuration."""
+    # Groups are one level deep, as in the names of flags.
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= {f"{name}.{leaf}": value[leaf] for leaf in value} if isinstance(value, ConfigDict) else {name: value}
