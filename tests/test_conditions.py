@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import edit
+import sample
 from tests.test_change_this import run  # noqa: F401 (a fixture)
 from utils.base.errors import UserError
 from utils.conditions.classes import ClassCondition
@@ -25,7 +27,7 @@ SIZES = {"hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": 2, "denois
 
 
 @pytest.mark.usefixtures("signal_handlers")
-def test_an_own_condition_is_trained_sampled_and_resumed(run, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_an_own_condition_is_trained_sampled_and_resumed(run, read_flags, tmp_path, monkeypatch, capsys):  # noqa: F811
     names = run("condition", "loop")
     settings = {f"model.{name}": value for name, value in SIZES.items()} | {"model.target_update_rate": 0.9}
     settings |= {"dataset_name": "ramps", "batch_size": 64, "log_interval": 1, "eval_interval": 0}
@@ -55,9 +57,21 @@ def test_an_own_condition_is_trained_sampled_and_resumed(run, tmp_path, monkeypa
     with pytest.raises(UserError, match=r"conditions=\[\[1, 0, 0\]\]: the shape is \(1, 3\), not \(n, 2\)"):
         generator.sample(conditions=[[1, 0, 0]])
 
+    # By the programs too.
+    run_folder = tmp_path / "run"
+    words = f"--load_dir {run_folder} --out {tmp_path} --denoise_timesteps 2 --num_samples 4".split()
+    sample.main(read_flags(sample, [*words, "--film", "--save_samples", str(tmp_path / "s.npz")]))
+    with np.load(tmp_path / "s.npz") as saved:
+        np.testing.assert_array_equal(saved["arr_1"], generator.conditions(range(4)))
+    edit.main(read_flags(edit, [*words, "--interpolate", "3"]))
+    assert {"grid.png", "film.webp", "strip.png", "interpolation.png"} <= {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="--invert is for runs that are conditioned on classes"):
+        edit.main(read_flags(edit, [*words, "--invert", str(tmp_path)]))
+
     # Resumed, but under no other condition; and known only where it is registered.
     train(61)
-    assert "resuming" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "resuming" in printed.out + printed.err  # apart from results since a program has run here
     with monkeypatch.context() as patch:
         patch.setattr(names["Direction"], "spec", jax.ShapeDtypeStruct((3,), jnp.float32))
         with pytest.raises(UserError, match=r"has arrays \[\[\[2\], 'float32'\]\], but 'direction' is"):
