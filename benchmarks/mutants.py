@@ -102,7 +102,7 @@ test_eval_fid.py::test_raw_parameters_are_another_row_which_says_so
   utils/runs/scoring.py: steps, self.model, saved, config.params) -> steps, self.model, saved)
   utils/runs/scoring.py: settings["params"] = config.params -> pass
 test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
-  utils/runs/scoring.py: settings["empty_classes"] = list(self.model.condition.empty_classes) -> pass
+  utils/runs/scoring.py: settings["empty_classes"] = list(empty_classes) -> pass
   utils/conditions/classes.py: tuple(data.get("empty_classes", ()))) -> ())
 test_programs.py::test_updates_that_are_not_finite_are_left_out_until_there_are_too_many
   utils/training/loop.py: "skips_nonfinite": run.config.optimizer.skip_nonfinite > 0 -> "skips_nonfinite": False

@@ -37,7 +37,16 @@ CONFIG = {
     "weight_decay": 0.0,
     "grad_clip": None,
     "lr_schedule": "constant",
-    "dataset": {**METADATA, "name": "digits", "vae": None, "vae_sha256": None, "latent_shape": None},
+    "codec": "pixels",
+    "dataset": {
+        **METADATA,
+        "name": "digits",
+        "vae": None,
+        "vae_sha256": None,
+        "latent_shape": None,
+        "condition": {"kind": "class"},
+        "codec": {"name": "pixels", "source": None, "sha256": None},
+    },
 }
 OPTIMIZER = make_optimizer(1e-3, 0.9, 0.99)
 
