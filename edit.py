@@ -39,10 +39,9 @@ from utils.flags.drawing import (
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.pixels import check_pictures
-from utils.sampling.editing import choose_labels, read_images, read_mask
+from utils.sampling.editing import check_solver, choose_labels, read_images, read_mask, shorten_names
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 from utils.sampling.paths import slerp
-from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS
 
 # All that may be written into --out: a folder of such a name is refused before the work.
 FILES = ("interpolation.png", "inversion.png", "noise.npz", "inpainting.png")
@@ -197,11 +196,6 @@ def _read_own_images(
     return images, files, choose_labels(config[flag], files, model, flag)
 
 
-def shorten_names(files: list[Path]) -> list[str]:
-    """Returns FOLDER/NAME of each file, or the end of it that fits beside an image."""
-    return ["/".join(file.with_suffix("").parts[-2:])[-24:] for file in files]
-
-
 # --- The program ---
 
 # {flag: what it does}.
@@ -227,14 +221,7 @@ def choose_mode(config: ConfigDict) -> str:
         raise UserError(
             "--inpaint: --mask is not given; name an image of the run's size, white where it is to be filled"
         )
-    # Inversion runs an ODE backwards, inpainting needs its steps fixed, and a row may vary only by noise or class.
-    fitting = {
-        "interpolate": [name for name in SOLVERS if not SOLVERS[name].is_stochastic] + list(ADAPTIVE_SOLVERS),
-        "invert": [*ODE_SOLVERS, *ADAPTIVE_SOLVERS],
-        "inpaint": ODE_SOLVERS,
-    }[mode]
-    if config.solver not in fitting:
-        raise UserError(f"--solver={config.solver} cannot {mode}; use one of {', '.join(fitting)}")
+    check_solver(config.solver, mode)
     return mode
 
 

@@ -33,8 +33,8 @@ from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.pixels import check_pictures, match_channels
 from utils.runs.opening import load_model, open_checkpoint, restore_params
-from utils.runs.results import check_json_path, write_csv, write_json_rows
-from utils.sampling.density import LikelihoodConfig, check_probes, measure_batch
+from utils.runs.results import check_json_path, likelihood_to_markdown, write_csv, write_json_rows
+from utils.sampling.density import LikelihoodConfig, check_probes, describe_probes, measure_batch
 
 # Taken from the run, where the images are its own and no flag says otherwise.
 RUN_OPTIONS = ("image_size", "data_dir", "broken_images", "max_megapixels")
@@ -121,7 +121,6 @@ class Measurement:
         ours = self.dataset.image_shape
         theirs = self.model.image_shape
         name = self.config.dataset_name or self.dataset.name
-        # Sides have to agree; channels are converted, batch by batch.
         if ours[:2] != theirs[:2]:
             sizes = [f"{height}x{width}" for height, width, _ in (ours, theirs)]
             raise UserError(f"--dataset_name={name}: its images are {sizes[0]}, the run's {sizes[1]}; give others")
@@ -181,8 +180,7 @@ class Measurement:
                 self.params, model.codec, jax.random.key(self.config.seed), *placed, network=model.network,
                 objective=model.objective, config=self.settings, is_pixels=self.is_pixels,
             )  # fmt: skip
-            values = gather(values)
-            nfe = gather(nfe)
+            values, nfe = (gather(each) for each in (values, nfe))
             # The rows beyond are the padding of the last batch.
             for i in range(min(len(values), self.num_images - len(rows))):
                 label = int(batch.condition[i]) if self.is_conditional else None
@@ -219,18 +217,6 @@ class Measurement:
         }
 
 
-def to_markdown(result: dict[str, Any]) -> str:
-    """Returns the result of `summarize` as a table of one row."""
-    unit = "bits/dim" if "bits_per_dim" in result else "nats per element of the latents"
-    value = result.get("bits_per_dim", result.get("nats_per_latent_element"))
-    error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
-    return (
-        f"| {unit} | images | data | labels | NFE |\n|---:|---:|---|---|---:|\n"
-        f"| {value:.4f}{error} | {result['num_images']} | {result['dataset']}, {result['split']} | "
-        f"{result['labels']} | {result['nfe']:.1f} |"
-    )
-
-
 def main(config: ConfigDict) -> None:
     configure_output(is_apart=True, is_quiet=config.quiet)
     if not config.load_dir:
@@ -243,17 +229,15 @@ def main(config: ConfigDict) -> None:
 
     # What is measured, said before it takes its time.
     measurement = Measurement(config)
-    probes = f"{config.num_probes} probe{'s' * (config.num_probes > 1)} an image"
-    trace = probes if config.num_probes else "the exact trace"
     images = f"{measurement.num_images} image{'s' * (measurement.num_images > 1)} of {measurement.dataset.name}"
-    log(f"{images}, {config.split}, with {trace}")
+    log(f"{images}, {config.split}, with {describe_probes(config.num_probes)}")
     with explaining_out_of_memory("the likelihood", "a smaller --batch_size"):
         rows = measurement.measure()
     result = measurement.summarize(rows)
 
     # Printed first: a result that cannot be written is not lost.
     if config.json != "-":
-        show_result(to_markdown(result))
+        show_result(likelihood_to_markdown(result))
     with explaining_full_disk(lambda: "the result is above"):
         if config.json:
             write_json_rows(config.json, [result])

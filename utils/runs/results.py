@@ -162,6 +162,18 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def likelihood_to_markdown(result: dict[str, Any]) -> str:
+    """Returns the result of likelihood.py as a table of one row."""
+    unit = "bits/dim" if "bits_per_dim" in result else "nats per element of the latents"
+    value = result.get("bits_per_dim", result.get("nats_per_latent_element"))
+    error = "" if result["standard_error"] is None else f" ± {result['standard_error']:.4f}"
+    return (
+        f"| {unit} | images | data | labels | NFE |\n|---:|---:|---|---|---:|\n"
+        f"| {value:.4f}{error} | {result['num_images']} | {result['dataset']}, {result['split']} | "
+        f"{result['labels']} | {result['nfe']:.1f} |"
+    )
+
+
 def to_text(name: str, row: dict[str, Any]) -> str:
     """Returns a cell of the table; empty where the row has no such value."""
     # Absent, or a metric that could not be computed.

@@ -43,6 +43,11 @@ def check_probes(num_probes: int, num_elements: int) -> None:
         )
 
 
+def describe_probes(num_probes: int) -> str:
+    """Returns how the trace is found, in words."""
+    return f"{num_probes} probe{'s' * (num_probes > 1)} an image" if num_probes else "the exact trace"
+
+
 class LogLikelihood(NamedTuple):
     log_p: Float[Array, " b"]  # nats
     x_0: Float[Array, "b ..."]  # the noise arrived at

@@ -1,4 +1,4 @@
-"""Reads the images, masks and labels that inversion and inpainting take."""
+"""Reads the images, masks and labels that inversion and inpainting take, and checks the solver for either."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from utils.base.errors import UserError
 from utils.images.decoding import BrokenImageError, open_image, read_image, read_image_file
 from utils.images.folders import SUFFIXES, find_images
 from utils.networks.models import ImageModel
+from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS
 
 
 def read_images(
@@ -95,3 +96,20 @@ def labels_from_folders(folder: str | Path, files: list[Path], class_names: tupl
     if not set(names) <= set(class_names):
         return None
     return [class_names.index(name) for name in names]
+
+
+def shorten_names(files: list[Path]) -> list[str]:
+    """Returns FOLDER/NAME of each file, or the end of it that fits beside an image."""
+    return ["/".join(file.with_suffix("").parts[-2:])[-24:] for file in files]
+
+
+def check_solver(solver: str, mode: str) -> None:
+    """Raises UserError for a solver that cannot interpolate, invert or inpaint, whichever `mode` is."""
+    # Inversion runs an ODE backwards, inpainting needs its steps fixed, and a row may vary only by noise or class.
+    fitting = {
+        "interpolate": [name for name in SOLVERS if not SOLVERS[name].is_stochastic] + list(ADAPTIVE_SOLVERS),
+        "invert": [*ODE_SOLVERS, *ADAPTIVE_SOLVERS],
+        "inpaint": ODE_SOLVERS,
+    }[mode]
+    if solver not in fitting:
+        raise UserError(f"--solver={solver} cannot {mode}; use one of {', '.join(fitting)}")
