@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from utils.base.console import configure_output, log
-from utils.base.devices import check_batch_memory, check_batch_size, make_mesh, replicated
-from utils.base.errors import UserError
+from utils.base.devices import check_batch_memory
 from utils.base.files import check_free_space, prepare_output_file
+from utils.base.mesh import check_batch_size, make_mesh, replicated
+from utils.base.messages import UserError, configure_output, log
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch, StreamSource, Subset
 from utils.data.loaders import load_dataset

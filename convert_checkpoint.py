@@ -13,9 +13,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.console import log, show_result
-from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_bounded
+from utils.base.messages import UserError, log, show_result
 from utils.convert.published import FAMILIES
 from utils.convert.sources import read_source
 from utils.flags import program

@@ -19,9 +19,8 @@ from absl import flags
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from utils.base.console import log, progress_bar
-from utils.base.devices import gather
-from utils.base.errors import UserError
+from utils.base.mesh import gather
+from utils.base.messages import UserError, log, progress_bar
 from utils.codecs.codec import pixel_format
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Mixture, number_rows, resize_rows

@@ -18,11 +18,12 @@ from jaxtyping import Array, Float16, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from utils.base.console import log, progress_bar
-from utils.base.devices import batch_sharding, check_batch_memory, check_batch_size, gather, make_mesh, shard_replicated
-from utils.base.errors import UserError
+from utils.base.devices import check_batch_memory
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
-from utils.codecs.codec import CodecSpec, MomentCodec, load_codec, name_for_manifest, parse_codec
+from utils.base.mesh import batch_sharding, check_batch_size, gather, make_mesh, shard_replicated
+from utils.base.messages import UserError, log, progress_bar
+from utils.codecs.codec import MomentCodec
+from utils.codecs.codecs import CodecSpec, load_codec, name_for_manifest, parse_codec
 from utils.data import latents
 from utils.data.batches import epoch_batches
 from utils.data.dataset import SPLITS, ImageDataset, PixelBatch

@@ -14,9 +14,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.console import configure_output
-from utils.base.errors import UserError
 from utils.base.files import check_writable
+from utils.base.messages import UserError, configure_output
 from utils.conditions.classes import ClassCondition
 from utils.flags import program, reading
 from utils.flags.definitions import (

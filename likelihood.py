@@ -18,10 +18,10 @@ from absl import flags
 from jaxtyping import Int32
 from ml_collections import ConfigDict
 
-from utils.base.console import configure_output, log, progress_bar, show_result
-from utils.base.devices import check_batch_size, explaining_out_of_memory, gather, make_mesh, shard_replicated
-from utils.base.errors import UserError
+from utils.base.devices import explaining_out_of_memory
 from utils.base.files import explaining_full_disk, prepare_output_file
+from utils.base.mesh import check_batch_size, gather, make_mesh, shard_replicated
+from utils.base.messages import UserError, configure_output, log, progress_bar, show_result
 from utils.codecs.codec import is_identity, pixel_format
 from utils.conditions.condition import resize_rows
 from utils.data.batches import epoch_batches

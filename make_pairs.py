@@ -14,10 +14,10 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from utils.base.console import log, progress_bar
-from utils.base.devices import RANDOM, changed_variables, check_batch_size, explaining_out_of_memory, gather
-from utils.base.errors import UserError
+from utils.base.devices import RANDOM, changed_variables, explaining_out_of_memory
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
+from utils.base.mesh import check_batch_size, gather
+from utils.base.messages import UserError, log, progress_bar
 from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
 from utils.flags import program, reading

@@ -13,9 +13,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.console import log
-from utils.base.errors import UserError
 from utils.base.files import atomic_write, prepare_output_file
+from utils.base.messages import UserError, log
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.images import plotting

@@ -17,8 +17,8 @@ from absl import flags
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from utils.base.console import log, progress_bar
 from utils.base.files import check_free_space
+from utils.base.messages import log, progress_bar
 from utils.codecs.codec import pixel_format
 from utils.conditions.condition import number_rows
 from utils.flags import program

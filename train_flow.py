@@ -10,7 +10,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from utils.base.console import log
+from utils.base.messages import log
 from utils.base.processes import EXIT_STOPPED, StopRequest, describe_processes, initialize_processes
 from utils.flags.definitions import define_run_flags
 from utils.flags.effects import check_run_effects

@@ -46,20 +46,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from diffusion_transformer import REMAT_POLICIES, DiT, DiTConfig
-from utils.base.devices import (
-    GIB,
+from utils.base.devices import GIB, memory_needed
+from utils.base.mesh import (
     SHARD,
     SHARDING_MODES,
     batch_sharding,
     choose_num_shards,
     make_mesh,
-    memory_needed,
     replicated,
     shape_structs,
     state_sharding,
     unsplit_fraction,
 )
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.codecs.codec import PixelCodec
 from utils.codecs.kl import KLCodec, KLConfig
 from utils.data.latents import LatentBatch

@@ -19,8 +19,8 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusion_transformer import DiT, DiTConfig
-from utils.base.devices import make_mesh
-from utils.base.errors import UserError
+from utils.base.mesh import make_mesh
+from utils.base.messages import UserError
 from utils.flags.definitions import define_path
 from utils.kernels.ops import choose_attention_for
 from utils.training.progress import PEAK_TFLOPS

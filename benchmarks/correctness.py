@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiT, DiTConfig
-from utils.base.devices import make_mesh
+from utils.base.mesh import make_mesh
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.flags import program
 from utils.kernels.ops import choose_attention_for, packed_attention

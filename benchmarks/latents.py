@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.base.devices import check_batch_size, make_mesh, replicated, shard_batch
+from utils.base.mesh import check_batch_size, make_mesh, replicated, shard_batch
 from utils.codecs.kl import KLCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch

@@ -12,9 +12,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_npz, read_npz_headers
 from utils.base.files import prepare_output_folder
+from utils.base.messages import UserError
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.images import plotting

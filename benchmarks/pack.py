@@ -19,8 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image
 
-from utils.base.console import log
-from utils.base.errors import UserError
+from utils.base.messages import UserError, log
 from utils.data.batches import epoch_batches
 from utils.data.dataset import ImageDataset, array_dataset
 from utils.data.loaders import load_dataset

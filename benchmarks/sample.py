@@ -15,7 +15,7 @@ import jax_flow_baseline
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.devices import make_mesh
+from utils.base.mesh import make_mesh
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.flags import program

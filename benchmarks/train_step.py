@@ -22,7 +22,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffusion_transformer import DiT, DiTBlock, DiTConfig
-from utils.base.devices import compile_step, memory_needed
+from utils.base.devices import memory_needed
+from utils.base.mesh import compile_step
 from utils.codecs.kl import KLCodec, KLConfig
 from utils.data.latents import LatentBatch
 from utils.flags import program

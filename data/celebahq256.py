@@ -31,9 +31,9 @@ from tensorflow_datasets.core import shuffle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils/ is, which a program in data/ does not see
 
-from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_json
 from utils.base.files import open_regular, prepare_output_folder, write_json
+from utils.base.messages import UserError
 from utils.data.image_folder import IMAGE_SUFFIXES
 from utils.data.tfds_files import import_tensorflow
 from utils.flags import program

@@ -40,8 +40,7 @@ from tests import typecheck  # noqa: F401  the hook below imports it by name
 # Shapes, dtypes and types of every annotated function are checked while the suite runs.
 install_import_hook(["diffusion_transformer", "utils"], "tests.typecheck.check")
 
-from utils.base.console import configure_output, silence_orbax
-from utils.base.errors import UserError
+from utils.base.messages import UserError, configure_output, silence_orbax
 from utils.base.processes import END_SIGNALS, KEYBOARD_SIGNALS
 from utils.flags.program import parse_flags
 from utils.metrics.inception import inception_weights_path

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from utils.base.console import warn_once
-from utils.base.errors import UserError
+from utils.base.messages import UserError, warn_once
 from utils.data.dataset import DataOptions, array_dataset, iterable_dataset, split_rows
 from utils.data.loaders import load_dataset
 

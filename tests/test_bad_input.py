@@ -21,8 +21,8 @@ import plot_metrics
 import sample
 import train_flow
 from utils.base import devices
-from utils.base.errors import UserError
 from utils.base.files import write_json
+from utils.base.messages import UserError
 from utils.data import pairs
 from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset

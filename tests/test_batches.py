@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data_sets import load
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.conditions.classes import IMAGENET_LABELS
 from utils.data.batches import epoch_batches, first_examples, training_batches
 from utils.data.dataset import ImageDataset, array_dataset, iterable_dataset, split_rows

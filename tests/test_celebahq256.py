@@ -21,7 +21,7 @@ from data import celebahq256
 from data.celebahq256 import Celebahq256, fit
 from tests.conftest import run_program
 from tests.data_sets import load
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 
 pytestmark = pytest.mark.xdist_group("celebahq256")  # one worker imports TensorFlow, not both
 

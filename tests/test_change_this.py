@@ -15,8 +15,9 @@ import pytest
 
 from diffusion_transformer import NETWORKS
 from tests.conftest import ROOT
-from utils.base.errors import UserError
-from utils.codecs.codec import CODECS, PixelCodec
+from utils.base.messages import UserError
+from utils.codecs.codec import PixelCodec
+from utils.codecs.codecs import CODECS
 from utils.conditions.condition import CONDITIONS
 from utils.data.batches import training_batches
 from utils.data.loaders import LOADERS, load_dataset

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from diffusion_transformer import DiT, DiTConfig, position_table
-from utils.base.devices import make_mesh, replicated, shape_structs, state_sharding
-from utils.base.errors import UserError
+from utils.base.mesh import make_mesh, replicated, shape_structs, state_sharding
+from utils.base.messages import UserError
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.networks.state import apply_gradients, create_train_state, make_optimizer
 from utils.runs import checkpoint

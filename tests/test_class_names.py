@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.conditions.classes import find_class, read_classes
 
 NAMES = ("tench", "goldfish", "great white shark", "tiger shark")

@@ -10,9 +10,9 @@ import pytest
 
 import encode_latents
 from tests.test_change_this import BLOCKS
-from utils.base.devices import make_mesh
-from utils.base.errors import UserError
-from utils.codecs.codec import CODECS, CodecKind, CodecSpec, load_codec, parse_codec
+from utils.base.mesh import make_mesh
+from utils.base.messages import UserError
+from utils.codecs.codecs import CODECS, CodecKind, CodecSpec, load_codec, parse_codec
 from utils.data.loaders import load_dataset
 from utils.images.pixels import images_to_uint8
 from utils.runs.opening import load_generator

@@ -10,7 +10,7 @@ import pytest
 import edit
 import sample
 from tests.test_change_this import run  # noqa: F401 (a fixture)
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import CONDITIONS, Mixture, drop_rows, record_condition, restore_condition
 from utils.runs.opening import load_generator

@@ -14,10 +14,11 @@ import compute_fid_stats
 import encode_latents
 import eval_fid
 import train_flow
-from utils.base.devices import check_batch_size, make_mesh
-from utils.base.errors import UserError
 from utils.base.files import check_free_space, prepare_output_folder
-from utils.codecs.codec import CodecSpec, PixelCodec, describe_codec
+from utils.base.mesh import check_batch_size, make_mesh
+from utils.base.messages import UserError
+from utils.codecs.codec import PixelCodec
+from utils.codecs.codecs import CodecSpec, describe_codec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import DataOptions
 from utils.flags import reading

@@ -17,9 +17,9 @@ import convert_checkpoint
 from tests.conftest import GOLDEN, run_program
 from tests.test_generate import run as golden_run  # noqa: F401 (fixture)
 from tests.torch_writer import save_torch
-from utils.base.devices import make_mesh
-from utils.base.errors import UserError, WriteError
 from utils.base.external import BadFileError
+from utils.base.mesh import make_mesh
+from utils.base.messages import UserError, WriteError
 from utils.convert.sources import METADATA_KEY, read_source
 from utils.convert.torch_files import read_torch_file
 from utils.images.samples import open_samples

@@ -12,7 +12,7 @@ import pytest
 import eval_fid
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import GOLDEN, run_program
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.conditions.classes import ClassCondition
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.flags import reading

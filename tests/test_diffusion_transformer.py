@@ -10,7 +10,8 @@ import pytest
 
 import diffusion_transformer
 from diffusion_transformer import DiT, DiTConfig
-from utils.base.devices import compile_step, memory_needed
+from utils.base.devices import memory_needed
+from utils.base.mesh import compile_step
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.networks.models import model_fn
 from utils.networks.state import apply_gradients, create_train_state, make_optimizer

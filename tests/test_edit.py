@@ -9,7 +9,7 @@ from PIL import Image
 
 import edit
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.images import plotting
 from utils.sampling.solvers import SamplerConfig
 

@@ -12,7 +12,8 @@ import pytest
 from tests.conftest import run_program
 from tests.test_saved_config import CONFIG
 from utils.base import devices
-from utils.base.devices import RECORDED, compare_jax_settings, jax_settings, make_mesh, replicated
+from utils.base.devices import RECORDED, compare_jax_settings, jax_settings
+from utils.base.mesh import make_mesh, replicated
 from utils.convert.sources import read_source
 from utils.networks.models import init_params
 from utils.runs.checkpoint import Checkpoints

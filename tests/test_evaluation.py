@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from utils.base.devices import make_mesh
+from utils.base.mesh import make_mesh
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.images.pixels import ImageBatch

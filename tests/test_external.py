@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
 from tests.torch_writer import save_torch
-from utils.base.errors import UserError
 from utils.base.external import (
     BadFileError,
     open_safetensors,
@@ -32,6 +31,7 @@ from utils.base.external import (
     read_safetensors,
     read_safetensors_shapes,
 )
+from utils.base.messages import UserError
 from utils.base.pickles import read_pickled_arrays
 from utils.images import decoding as images
 from utils.metrics.reference import load_statistics
@@ -279,7 +279,7 @@ from utils.sampling.editing import read_images, read_mask
 from utils.base.external import BadFileError, read_json
 from utils.metrics import inception, reference
 from utils.images import samples
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 
 def memory(name):
     (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]

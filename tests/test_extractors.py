@@ -8,7 +8,7 @@ import pytest
 
 import compute_fid_stats
 import eval_fid
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.images.samples import SampleWriter
 from utils.metrics.extractors import EXTRACTORS, POOL, Extractor, FeatureKey, feature_widths, load_extractors
 from utils.metrics.metrics import METRICS, Metric, compute_metrics, frechet_metric

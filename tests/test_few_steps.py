@@ -13,15 +13,15 @@ import eval_fid
 from diffusion_transformer import DiTConfig, TimestepEmbed
 from tests.conftest import run_program
 from tests.golden_network import error, load_golden
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.flags.reading import read_samplers
 from utils.networks.models import model_fn
 from utils.networks.state import create_train_state, make_optimizer
+from utils.objectives.flow_matching import draw_noise
 from utils.objectives.mean_flow import MeanFlow
-from utils.objectives.objective import draw_noise
 from utils.objectives.shortcut import Shortcut
 from utils.runs.opening import load_generator
 from utils.sampling import solvers as sampling

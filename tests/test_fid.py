@@ -10,7 +10,7 @@ import scipy.linalg
 import scipy.stats
 
 import compute_fid_stats
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.metrics.extractors import POOL, SPATIAL
 from utils.metrics.inception import INCEPTION_SHA256
 from utils.metrics.metrics import caveats, compute_metrics

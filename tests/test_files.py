@@ -24,7 +24,6 @@ from safetensors.numpy import save_file
 
 from tests.conftest import ROOT
 from utils.base import files
-from utils.base.errors import UserError, WriteError
 from utils.base.files import (
     FolderLock,
     atomic_write,
@@ -39,6 +38,7 @@ from utils.base.files import (
     temporary_path,
     write_json,
 )
+from utils.base.messages import UserError, WriteError
 
 NOISE = np.random.default_rng(0).standard_normal((60, 60))
 
@@ -291,7 +291,7 @@ def test_files_of_others_are_opened_by_one_function():
             'temporary.open("rb")',
             'Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")',
         },
-        "utils/base/console.py": {"os.open(os.devnull, os.O_WRONLY)"},
+        "utils/base/messages.py": {"os.open(os.devnull, os.O_WRONLY)"},
         "utils/base/external.py": {'np.memmap(file, header.dtype, "r", start, header.shape, order)'},
         "utils/images/decoding.py": {"Image.open(limited, formats=FORMATS)"},
         "utils/conditions/classes.py": {'IMAGENET_LABELS.read_text(encoding="utf-8")'},
@@ -335,7 +335,7 @@ from pathlib import Path
 from absl import flags
 from utils.flags import program
 from utils.flags.definitions import define_path
-from utils.base.console import show_result
+from utils.base.messages import show_result
 
 def define_flags():
     flags.DEFINE_string("name", None, "A name.")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import run_program
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.convert.sources import read_source
 from utils.data.arrays import load_digits
 from utils.data.dataset import DataOptions

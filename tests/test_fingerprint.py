@@ -9,9 +9,9 @@ import pytest
 
 from tests.data_sets import load
 from tests.image_files import make_classes, noise, write
-from utils.base.errors import UserError
-from utils.data.dataset import describe_data
+from utils.base.messages import UserError
 from utils.data.fingerprint import LISTING, Fingerprint, Row, compare_data, read_listing, write_listing
+from utils.data.loaders import describe_data
 
 
 @pytest.fixture(autouse=True)

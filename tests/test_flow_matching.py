@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from utils.objectives.flow_matching import FlowMatching, interpolate, sample_times
-from utils.objectives.objective import draw_noise
+from utils.objectives.flow_matching import FlowMatching, draw_noise, interpolate, sample_times
 
 KEY = jax.random.key(0)
 X_1 = jax.random.normal(KEY, (5, 4, 4, 3))

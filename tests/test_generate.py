@@ -9,8 +9,8 @@ import pytest
 
 from diffusion_transformer import DiTConfig
 from tests.conftest import GOLDEN, ROOT
-from utils.base.devices import make_mesh
-from utils.base.errors import UserError
+from utils.base.mesh import make_mesh
+from utils.base.messages import UserError
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.networks.models import ImageModel, Network

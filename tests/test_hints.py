@@ -7,11 +7,11 @@ import pytest
 import train_flow
 from diffusion_transformer import DiTConfig
 from utils.base.devices import explaining_out_of_memory
-from utils.base.errors import UserError
-from utils.data.dataset import SPLITS, DataOptions, array_dataset, describe_data, summarize_data
-from utils.data.loaders import load_dataset
+from utils.base.messages import UserError
+from utils.data.dataset import SPLITS, DataOptions, array_dataset
+from utils.data.loaders import describe_data, load_dataset, summarize_data
 from utils.networks.state import EmaSchedule, young_ema_hint
-from utils.training import loop
+from utils.training import build
 from utils.training.advice import ema_hints, model_hints
 
 
@@ -111,7 +111,7 @@ def test_memory_that_runs_out_is_one_line_with_the_flags_to_use():
 
 
 def test_steps_that_need_more_than_there_is_are_refused(monkeypatch, read_flags, tmp_path):
-    monkeypatch.setattr(loop, "device_memory", lambda: 1000)
+    monkeypatch.setattr(build, "device_memory", lambda: 1000)
     words = (
         "--dataset_name digits --use_stable_vae 0 --batch_size 8 --wandb.mode disabled --model.num_classes 10 "
         "--model.depth 1 --model.hidden_size 16"

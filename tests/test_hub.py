@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import GOLDEN, ROOT
 from tests.fake_hub import fake_hub
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.convert.sources import read_source
 from utils.runs.opening import import_run, open_checkpoint
 

@@ -14,8 +14,7 @@ from PIL import Image
 
 from tests.data_sets import load
 from tests.image_files import make_classes, noise, resize_by_formula, write, write_png_16_bit
-from utils.base.console import warn_once
-from utils.base.errors import UserError
+from utils.base.messages import UserError, warn_once
 from utils.data import image_folder
 from utils.data.batches import epoch_batches, training_batches
 from utils.images import decoding as images

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from tests.conftest import GOLDEN, ROOT
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.metrics import inception
 from utils.metrics.extractors import POOL
 from utils.metrics.reference import load_statistics

@@ -19,7 +19,7 @@ import likelihood
 import make_pairs
 import sample
 from tests.conftest import GOLDEN, ROOT, run_program
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.codecs.kl import KLCodec, KLConfig
 from utils.sampling.editing import read_images
 from utils.trackers.trackers import read_metrics

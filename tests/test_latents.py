@@ -10,8 +10,8 @@ import encode_latents
 from encode_latents import describe_latents
 from tests.conftest import GOLDEN
 from tests.data_sets import load
-from utils.base.errors import UserError
-from utils.codecs.codec import CodecSpec
+from utils.base.messages import UserError
+from utils.codecs.codecs import CodecSpec
 from utils.codecs.kl import KLCodec, KLConfig
 from utils.data.batches import epoch_batches, training_batches
 from utils.data.dataset import SPLITS, array_dataset

@@ -13,7 +13,7 @@ import likelihood
 from tests.conftest import GOLDEN
 from tests.test_bad_input import write_pairs
 from tests.test_generate import run  # noqa: F401 (fixture)
-from utils.base.errors import UserError, WriteError
+from utils.base.messages import UserError, WriteError
 from utils.data.loaders import load_dataset
 from utils.runs.opening import load_generator
 from utils.sampling import density

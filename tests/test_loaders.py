@@ -9,7 +9,7 @@ import pytest
 
 import train_flow
 from tests.conftest import ROOT
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.data import loaders
 from utils.data.dataset import SPLITS, ArraySource, ImageDataset
 from utils.data.loaders import LOADERS, expand_name, list_names, load_dataset

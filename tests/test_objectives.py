@@ -8,7 +8,7 @@ import pytest
 
 import eval_fid
 import train_flow
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.base.settings import setting, settings_of
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching, expand_times

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from diffusion_transformer import DiTConfig
-from utils.base.devices import make_mesh
+from utils.base.mesh import make_mesh
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch

@@ -4,9 +4,8 @@ import re
 
 import pytest
 
-from utils.base.console import format_duration
 from utils.base.devices import memory_needed
-from utils.base.errors import UserError
+from utils.base.messages import UserError, format_duration
 from utils.training import loop
 from utils.training.advice import MemoryModel, batch_structs, bytes_on_device
 from utils.training.build import build_run, state_structs

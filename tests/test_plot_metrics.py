@@ -10,7 +10,7 @@ import pytest
 
 import plot_metrics
 from tests.conftest import run_program
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.images import plotting
 from utils.trackers.trackers import name_runs, read_curves
 

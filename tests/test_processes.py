@@ -11,7 +11,7 @@ from jax._src import distributed
 import eval_fid
 import train_flow
 from utils.base import processes
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.base.processes import StopRequest
 
 LAUNCHERS = ("SLURM_", "OMPI_", "MV2_", "PMI_", "MPI_", "JAX_COORDINATOR", "JAX_LOCAL", "CUDA_VISIBLE", "HIP_", "ROCR_")

@@ -17,7 +17,7 @@ import pytest
 import eval_fid
 from tests.conftest import ROOT, run_program
 from tests.runs import SCALARS, assert_close, kill_and_continue, losses, start, wait_for_step
-from utils.base.errors import WriteError
+from utils.base.messages import WriteError
 from utils.base.processes import END_SIGNALS, KEYBOARD_SIGNALS
 from utils.images.samples import SampleWriter
 from utils.metrics.extractors import POOL, SPATIAL

@@ -12,7 +12,7 @@ import pytest
 import make_pairs
 from tests.conftest import GOLDEN, run_program
 from tests.test_generate import run as golden_run  # noqa: F401 (fixture)
-from utils.base.errors import UserError, WriteError
+from utils.base.messages import UserError, WriteError
 from utils.data import pairs
 from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.conftest import ROOT, run_program
 from tests.image_files import noise
 from tests.runs import losses, start, wait_for_step
-from utils.base.console import progress_bar
+from utils.base.messages import progress_bar
 
 pytestmark = pytest.mark.xdist_group("resume")
 
@@ -225,7 +225,7 @@ def test_no_progress_bar_fails_on_a_full_disk_under_the_log(monkeypatch):
 
 def test_what_still_waits_to_be_written_at_the_end_is_no_failure():
     # -E: with PYTHONUNBUFFERED nothing would wait.
-    program = "from utils.base.console import finish_output; print('a line that waits in the buffer')"
+    program = "from utils.base.messages import finish_output; print('a line that waits in the buffer')"
     for end, status in (("", 120), ("; finish_output()", 0)):
         with open("/dev/full", "w") as full:
             done = subprocess.run([sys.executable, "-E", "-c", program + end], cwd=ROOT, stdout=full, check=False)

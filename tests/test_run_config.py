@@ -9,7 +9,7 @@ import yaml
 
 import train_flow
 from tests.conftest import GOLDEN
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.base.settings import setting
 from utils.networks.network import NETWORKS, NetworkConfig, NetworkEntry
 from utils.runs.config import RunConfig

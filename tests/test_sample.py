@@ -18,7 +18,7 @@ import edit
 import sample
 from tests.conftest import ROOT, xla_flags
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
-from utils.base.errors import UserError, WriteError
+from utils.base.messages import UserError, WriteError
 from utils.conditions.classes import ClassCondition
 from utils.flags import drawing
 from utils.images.plotting import sample_grid

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import eval_fid
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.flags import reading
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.image_files import noise, write
-from utils.base.errors import UserError, WriteError
+from utils.base.messages import UserError, WriteError
 from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset
 from utils.images.samples import SampleWriter, content_sha256, open_samples

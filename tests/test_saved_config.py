@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from diffusion_transformer import DiTConfig
-from utils.base.devices import make_mesh
-from utils.base.errors import UserError
 from utils.base.external import BadFileError
+from utils.base.mesh import make_mesh
+from utils.base.messages import UserError
 from utils.convert.published import export_published
 from utils.convert.sources import METADATA_KEY, PublishedCheckpoint, read_source
 from utils.networks.models import init_params, model_fn

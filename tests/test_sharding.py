@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import run_program
-from utils.base.devices import choose_num_shards, gather, make_mesh, prefetch, shard_replicated
-from utils.base.errors import UserError
+from utils.base.mesh import choose_num_shards, gather, make_mesh, prefetch, shard_replicated
+from utils.base.messages import UserError
 
 
 class Counting:
@@ -42,7 +42,7 @@ def test_gather_and_shard_are_inverse():
 
 LAYOUT = """
 import jax, jax.numpy as jnp
-from utils.base.devices import choose_num_shards, make_mesh, shard_replicated, state_sharding, unsplit_fraction
+from utils.base.mesh import choose_num_shards, make_mesh, shard_replicated, state_sharding, unsplit_fraction
 from utils.networks.state import TrainState
 tree = {"kernel": jnp.zeros((16, 64)), "odd": jnp.zeros((3, 12)), "none": jnp.zeros((3, 5)), "scalar": jnp.zeros(())}
 state = TrainState(jnp.zeros(()), tree, tree, (), jax.random.key(0))

@@ -15,8 +15,7 @@ from PIL import Image
 from tests.conftest import run_program
 from tests.data_sets import load
 from tests.image_files import encoded, make_classes, noise, resize_by_formula
-from utils.base.console import warn_once
-from utils.base.errors import UserError
+from utils.base.messages import UserError, warn_once
 from utils.data import tfds, tfds_files
 from utils.data.batches import epoch_batches, first_examples, training_batches
 from utils.data.dataset import Batch

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from diffusion_transformer import DiT, DiTConfig
 from tests.conftest import run_program
-from utils.base.devices import make_mesh
+from utils.base.mesh import make_mesh
 from utils.kernels.ops import attention, choose_attention_for, packed_attention
 from utils.kernels.tpu_attention import TpuAttention, count_buffers, split_heads
 
@@ -132,7 +132,7 @@ def test_tpus_take_it_where_heads_are_whole_sublanes():
 
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
-from utils.base.devices import make_mesh, shard_replicated
+from utils.base.mesh import make_mesh, shard_replicated
 from utils.kernels.tpu_attention import TpuAttention
 mesh = make_mesh(4)
 form = TpuAttention(mesh, is_interpreted=True)

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import train_flow
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.base.processes import Interrupted
 from utils.trackers.trackers import PACKAGES, TRACKERS, Trackers, choose_trackers, metrics_of, read_curves, read_metrics
 

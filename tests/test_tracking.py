@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import train_flow
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.flags import reading
 from utils.images import plotting
 from utils.trackers import trackers as tracking

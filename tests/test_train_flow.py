@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from utils.base.devices import SHARDING_MODES, replicated
+from utils.base.mesh import SHARDING_MODES, replicated
 from utils.data.dataset import SPLITS
 from utils.data.loaders import load_dataset
 from utils.metrics.extractors import POOL

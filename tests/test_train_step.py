@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from diffusion_transformer import DiTConfig
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch

@@ -17,7 +17,7 @@ from safetensors.flax import save_file as save_jax_file
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import GOLDEN
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.codecs import kl
 from utils.codecs.codec import PixelCodec
 from utils.codecs.kl import KLCodec, KLConfig

@@ -21,8 +21,7 @@ from typing import Any
 
 import filelock
 
-from utils.base.console import warn
-from utils.base.errors import NO_ROOM, UserError, WriteError, find_system_error
+from utils.base.messages import NO_ROOM, UserError, WriteError, find_system_error, warn
 
 UNFINISHED = ".unfinished.json"  # in a folder that is being filled
 MAX_STEM = 50  # letters of a file's name in that of its temporary, which has at most 255 bytes

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from utils.base.devices import start_devices
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 
 TIMEOUT = 300  # seconds, JAX's own
 REMINDERS = (3, 60, 120, 180, 240)  # seconds of waiting at which a line says so

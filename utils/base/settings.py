@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from types import UnionType
 from typing import Any
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 
 MAX_INTEGER = 2**31 - 1  # the largest integer that compiled functions take
 

@@ -19,9 +19,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key, PyTree
 
-from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_json
 from utils.base.files import atomic_write, file_sha256, write_json
+from utils.base.messages import UserError
 from utils.codecs.kl_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
 from utils.kernels.ops import attention
 

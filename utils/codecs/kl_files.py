@@ -12,8 +12,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
-from utils.base.errors import AbsentCodecError, UserError
 from utils.base.external import BadFileError, read_safetensors, read_safetensors_shapes
+from utils.base.messages import AbsentCodecError, UserError
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

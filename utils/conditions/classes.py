@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, Num
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.conditions.condition import CONDITIONS, Condition, Embedded
 
 # A name a line, in label order.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 
 
 class Embedded(NamedTuple):

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.base.console import printable, warn_once
 from utils.base.devices import format_bytes, host_memory
-from utils.base.errors import UserError
 from utils.base.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
+from utils.base.messages import UserError, printable, warn_once
 from utils.data.dataset import (
     DataOptions,
     ImageDataset,

@@ -11,7 +11,7 @@ import grain
 import jax
 import numpy as np
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.data.dataset import ArraySource, Batch, Batches, ImageDataset, PixelBatch, StreamSource, Subset
 
 

@@ -18,10 +18,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int32, Key, PyTree, UInt8
 
-from utils.base.console import warn_once
-from utils.base.errors import UserError
+from utils.base.messages import UserError, warn_once
 from utils.conditions.classes import ClassCondition
-from utils.conditions.condition import Condition, empty_rows, record_condition
+from utils.conditions.condition import Condition, empty_rows
 from utils.data.fingerprint import Fingerprint
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.images.pixels import UINT8, Images, PixelFormat, describe_range, images_to_uint8
@@ -321,35 +320,6 @@ def find_empty_classes(labels: Sequence[int] | Int32[np.ndarray, " n"], num_clas
 def unlabelled_message(name: str, split: str, num_unlabelled: int, num_images: int) -> str:
     """Returns the message that images without a label are left out, the same for every source."""
     return f"{name}: {num_unlabelled:,} of {num_images:,} images of {split} have no label (-1); they are left out"
-
-
-def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
-    """Returns a run's record of its data, {split: data set}.
-
-    It is enough to sample without them, and to tell whether they are the same when the run is continued (see
-    utils/data/fingerprint.py). Only images that are not uint8 have their format in it.
-    """
-    dataset = datasets["train"]
-    return {
-        "name": dataset.name,
-        "image_shape": list(dataset.image_shape),
-        **record_condition(dataset.condition),
-        **({} if dataset.pixels == UINT8 else {"pixels": dataset.pixels.to_json()}),
-        "splits": {split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
-    }
-
-
-def summarize_data(datasets: Mapping[str, ImageDataset], batch_size: int) -> str:
-    """Sums up the data in a line, to see at once whether they are those that were meant."""
-    train, validation = (datasets[split] for split in SPLITS)
-    num_images = len(train.source)
-    condition = train.condition.summary()
-    return (
-        f"data: {train.name}, {num_images:,} image{'s' * (num_images != 1)} to train on and "
-        f"{len(validation.source):,} held out, "
-        f"{'x'.join(map(str, train.image_shape))}, {condition}{', ' * bool(condition)}"
-        f"{num_images / batch_size:,.1f} steps per epoch, {'half of them' if train.random_flip else 'none'} mirrored"
-    )
 
 
 def num_held_out(num_images: int) -> int:

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.base.errors import UserError
 from utils.base.files import atomic_write, open_regular
+from utils.base.messages import UserError
 
 # A listing of examples, kept beside a run or latents; its limits stop a file that would expand without end.
 LISTING = "examples.tsv.gz"

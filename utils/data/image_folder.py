@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.base.console import printable, warn, warn_once
-from utils.base.errors import UserError
 from utils.base.files import UNFINISHED, check_finished
+from utils.base.messages import UserError, printable, warn, warn_once
 from utils.conditions.classes import imagenet_class_names
 from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row

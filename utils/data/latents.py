@@ -18,10 +18,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float, Float16, Key, PyTree
 
-from utils.base.console import log
-from utils.base.errors import UserError
 from utils.base.external import read_json
 from utils.base.files import atomic_write, check_regular
+from utils.base.messages import UserError, log
 from utils.data.dataset import Batch, DataOptions, Example, ImageDataset
 from utils.data.fingerprint import Fingerprint, compare_data, read_listing
 

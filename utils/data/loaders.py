@@ -3,17 +3,20 @@
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from utils.base.errors import UserError
 from utils.base.files import expand_home, refuse_url
+from utils.base.messages import UserError
+from utils.conditions.condition import record_condition
 from utils.data.arrays import load_array_file, load_digits
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
 from utils.data.image_folder import load_folder
 from utils.data.latents import load_latents
 from utils.data.pairs import load_pairs
 from utils.data.tfds import load_celebahq, load_imagenet, load_tfds
+from utils.images.pixels import UINT8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,3 +157,32 @@ def expand_name(name: str) -> str:
         return expand_home(name, setting)
     prefix, _, path = name.partition(":")
     return f"{prefix}:{expand_home(path, setting)}" if loader.is_path else name
+
+
+def describe_data(datasets: Mapping[str, ImageDataset]) -> dict[str, Any]:
+    """Returns a run's record of its data, {split: data set}.
+
+    It is enough to sample without them, and to tell whether they are the same when the run is continued (see
+    utils/data/fingerprint.py). Only images that are not uint8 have their format in it.
+    """
+    dataset = datasets["train"]
+    return {
+        "name": dataset.name,
+        "image_shape": list(dataset.image_shape),
+        **record_condition(dataset.condition),
+        **({} if dataset.pixels == UINT8 else {"pixels": dataset.pixels.to_json()}),
+        "splits": {split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
+    }
+
+
+def summarize_data(datasets: Mapping[str, ImageDataset], batch_size: int) -> str:
+    """Sums up the data in a line, to see at once whether they are those that were meant."""
+    train, validation = (datasets[split] for split in SPLITS)
+    num_images = len(train.source)
+    condition = train.condition.summary()
+    return (
+        f"data: {train.name}, {num_images:,} image{'s' * (num_images != 1)} to train on and "
+        f"{len(validation.source):,} held out, "
+        f"{'x'.join(map(str, train.image_shape))}, {condition}{', ' * bool(condition)}"
+        f"{num_images / batch_size:,.1f} steps per epoch, {'half of them' if train.random_flip else 'none'} mirrored"
+    )

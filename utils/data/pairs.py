@@ -19,9 +19,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float, Float32, Key, PyTree, UInt32
 
 from utils.base.devices import RANDOM, changed_variables
-from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_json
 from utils.base.files import atomic_write
+from utils.base.messages import UserError
 from utils.data.dataset import (
     Batch,
     DataOptions,

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from utils.base.console import warn_once
-from utils.base.errors import UserError
 from utils.base.files import check_regular
+from utils.base.messages import UserError, warn_once
 from utils.conditions.classes import imagenet_class_names
 from utils.data.dataset import DataOptions, Example, ImageDataset, PixelBatch, check_own_size
 from utils.data.tfds_files import NUM_SAMPLED, PreparedSplit, import_tensorflow, is_remote, remember

@@ -15,10 +15,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int32, Int64
 
-from utils.base.console import progress_bar, warn_once
-from utils.base.errors import UserError
 from utils.base.external import ArrayHeader, BadFileError, parse_json, read_json, read_npz, read_npz_headers
 from utils.base.files import atomic_write, cache_folder, refuse_url
+from utils.base.messages import UserError, progress_bar, warn_once
 from utils.data.dataset import find_empty_classes, num_held_out, unlabelled_message
 from utils.data.fingerprint import Fingerprint
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_bounded
+from utils.base.messages import UserError
 
 MAX_BYTES = 2**22  # a run's config.json also lists its classes
 # Flags of a start rather than of a run: not taken from another run's config.json.

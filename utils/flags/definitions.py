@@ -10,7 +10,7 @@ from absl import flags
 
 import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
 from utils.base.settings import kind_of, settings_of
-from utils.codecs.codec import CODECS
+from utils.codecs.codecs import CODECS
 from utils.data.loaders import list_names
 from utils.flags.help import hide, topic
 from utils.networks.network import NETWORKS

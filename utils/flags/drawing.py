@@ -9,10 +9,9 @@ from absl import flags
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from utils.base.console import configure_output, warn
 from utils.base.devices import explaining_out_of_memory
-from utils.base.errors import UserError, WriteError
 from utils.base.files import check_writable, prepare_output_folder
+from utils.base.messages import UserError, WriteError, configure_output, warn
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import count_rows, resize_rows
 from utils.flags import reading

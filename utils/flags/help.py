@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from absl import flags
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.training.advice import write_command
 
 FLAGS = flags.FLAGS

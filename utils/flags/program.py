@@ -13,9 +13,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from utils.base.console import finish_output, silence_orbax
 from utils.base.devices import check_jax_settings, keep_freed_memory, start_devices
-from utils.base.errors import NO_ROOM, UserError, WriteError
+from utils.base.messages import NO_ROOM, UserError, WriteError, finish_output, silence_orbax
 from utils.base.processes import END_SIGNALS, handle_signals, warn_of_copies
 from utils.flags.config_file import expand_config_file
 from utils.flags.effects import RULES, check_effects

@@ -13,10 +13,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.console import log, warn
-from utils.base.errors import UserError
 from utils.base.files import expand_home, refuse_url
-from utils.codecs.codec import expand_codec, translate_spellings
+from utils.base.messages import UserError, log, warn
+from utils.codecs.codecs import expand_codec, translate_spellings
 from utils.data.dataset import DataOptions
 from utils.data.loaders import expand_name, find_loader, list_names
 from utils.flags.definitions import path_flags

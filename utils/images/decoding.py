@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-from utils.base.errors import UserError
 from utils.base.files import LimitedReads, open_regular, read_bytes
+from utils.base.messages import UserError
 
 # The largest image to decode: above any photograph (200 megapixels from a phone, 400 by sensor shift). It bounds
 # memory: a megapixel is a million pixels of three bytes each. Of pixels of four bytes, such as RGBA, fewer are allowed.

@@ -18,10 +18,9 @@ from typing import NamedTuple
 
 import PIL
 
-from utils.base.console import printable, progress_bar, warn_once
-from utils.base.errors import UserError, WriteError
 from utils.base.external import BadFileError, read_bounded
 from utils.base.files import cache_folder, open_regular, read_bytes, remove_temporaries, write_text
+from utils.base.messages import UserError, WriteError, printable, progress_bar, warn_once
 from utils.images.decoding import BrokenImageError, check_image, read_image_file
 
 # Kept beside their users' files by file servers (Synology, QNAP, NetApp, Samba), Windows, macOS, Android, desktops and

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ft2font import FT2Font
 
-from utils.base.console import printable
+from utils.base.messages import printable
 
 OWN_FAMILY = "DejaVu Sans"  # comes with Matplotlib
 # Fonts that draw a box for any character.

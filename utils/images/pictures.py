@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import PyTree, UInt8
 from matplotlib.figure import Figure
 
-from utils.base.console import show_result
 from utils.base.files import atomic_write
+from utils.base.messages import show_result
 from utils.images import plotting
 from utils.images.samples import SampleWriter
 

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Integer, PyTree, UInt8
 from PIL import Image
 
-from utils.base.devices import gather
-from utils.base.errors import UserError
+from utils.base.mesh import gather
+from utils.base.messages import UserError
 
 # Batches in either format of files and data sets.
 Images = UInt8[Array | np.ndarray, "*b h w c"] | Float32[Array | np.ndarray, "*b h w c"]

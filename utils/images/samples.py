@@ -18,8 +18,6 @@ from jaxtyping import PyTree, UInt8
 from numpy.lib import format as npy
 from PIL import Image
 
-from utils.base.console import printable, warn
-from utils.base.errors import UserError, WriteError
 from utils.base.external import ArrayHeader, BadFileError, map_npy, read_npz_headers, read_rows
 from utils.base.files import (
     TEMPORARY,
@@ -33,6 +31,7 @@ from utils.base.files import (
     prepare_output_file,
     prepare_output_folder,
 )
+from utils.base.messages import UserError, WriteError, printable, warn
 from utils.images.decoding import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, open_image
 from utils.images.folders import SUFFIXES, find_images, is_system_name
 from utils.images.pixels import describe_range

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, UInt8
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.metrics.inception import INCEPTION_SHA256, NUM_FEATURES, NUM_SPATIAL, load_inception
 
 # The network of FID: its arrays have names of their own in statistics files (reference.array_names).

@@ -23,10 +23,9 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from utils.base.console import warn
-from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_npz, read_npz_headers, read_safetensors
 from utils.base.files import cache_folder, read_bytes, remove_temporaries, set_aside, temporary_path
+from utils.base.messages import UserError, warn
 
 # Of the TorchScript archive: other bytes are never parsed, whatever their source.
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"

@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from utils.base.console import format_duration, is_quiet, log, progress_bar
-from utils.base.devices import gather, shard_replicated
+from utils.base.mesh import gather, shard_replicated
+from utils.base.messages import format_duration, is_quiet, log, progress_bar
 from utils.images.pixels import ImageBatch
 from utils.metrics.extractors import Extract
 from utils.metrics.statistics import ImageStatistics

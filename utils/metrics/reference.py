@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from utils.base.console import warn
-from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_npz, read_npz_headers, read_rows
 from utils.base.files import atomic_write, file_sha256
+from utils.base.messages import UserError, warn
 from utils.base.pickles import read_pickled_arrays
 from utils.metrics.extractors import (
     DEFAULT_EXTRACTOR,

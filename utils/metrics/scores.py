@@ -11,7 +11,7 @@ import scipy.sparse.linalg
 import scipy.special
 from jaxtyping import Float
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 
 # Fraction of a matrix's largest entry (or eigenvalue) that may be rounding: covariances are often stored in float32.
 ROUNDING = 1e-5

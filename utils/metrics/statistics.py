@@ -6,7 +6,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Float
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, POOL, FeatureKey
 from utils.metrics.scores import InceptionScore
 

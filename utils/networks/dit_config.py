@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 from utils.base.devices import total_memory
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.base.settings import setting
 from utils.networks.network import NetworkConfig
 

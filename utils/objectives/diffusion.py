@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from utils.base.settings import setting
-from utils.objectives.flow_matching import expand_times
-from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
+from utils.objectives.flow_matching import draw_noise, example_mean, expand_times
+from utils.objectives.objective import Draws, ModelFn, VelocityFn
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from utils.base.settings import setting
-from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
+from utils.objectives.objective import Draws, ModelFn, VelocityFn
 
 # The path stops just short of the data: x_t keeps at least this fraction of noise. The model sees the unclipped t.
 MAX_PATH_TIME = 0.99
@@ -107,3 +107,16 @@ class FlowMatching:
     def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
         """Returns the network itself: an instantaneous field, so that t_next has no effect."""
         return lambda x, t, t_next: model_fn(x, t, condition)
+
+
+def draw_noise(draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """Returns x_0 of the shape of x_1: that of `draws` if the data are pairs, else standard normal by `noise_key`."""
+    if "x_0" in draws:
+        return draws["x_0"]
+    # A key for each example: its noise is the same however a batch is split over devices and microbatches.
+    return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
+
+
+def example_mean(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
+    """Returns the mean over all axes but the first."""
+    return x.mean(axis=tuple(range(1, x.ndim)))

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from utils.base.settings import setting
-from utils.objectives.flow_matching import expand_times
-from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise
+from utils.objectives.flow_matching import draw_noise, expand_times
+from utils.objectives.objective import Draws, ModelFn, VelocityFn
 
 TIME_MEAN = 0.4  # of the normal whose sigmoid the times are
 

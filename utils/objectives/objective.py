@@ -7,7 +7,6 @@ learns. Time runs from noise x_0 at t = 0 to data x_1 at t = 1.
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array, Float, Key, PyTree
 
 # The network: model_fn(x_t, t, condition), and of objectives whose network is given the step, too:
@@ -18,19 +17,6 @@ ModelFn = Callable[..., Float[Array, "b ..."]]
 VelocityFn = Callable[[Float[Array, "b ..."], Float[Array, " b"], Float[Array, " b"]], Float[Array, "b ..."]]
 # Per example, first axis = batch; "t" is always there.
 Draws = dict[str, Array]
-
-
-def draw_noise(draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Returns x_0 of the shape of x_1: that of `draws` if the data are pairs, else standard normal by `noise_key`."""
-    if "x_0" in draws:
-        return draws["x_0"]
-    # A key for each example: its noise is the same however a batch is split over devices and microbatches.
-    return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
-
-
-def example_mean(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
-    """Returns the mean over all axes but the first."""
-    return x.mean(axis=tuple(range(1, x.ndim)))
 
 
 def row_period(objective: "Objective") -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.base.settings import find_entry, settings_of
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching

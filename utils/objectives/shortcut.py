@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from utils.base.settings import setting
-from utils.objectives.flow_matching import expand_times
-from utils.objectives.objective import Draws, ModelFn, VelocityFn, draw_noise, example_mean
+from utils.objectives.flow_matching import draw_noise, example_mean, expand_times
+from utils.objectives.objective import Draws, ModelFn, VelocityFn
 
 MIN_NOISE = 1e-5  # fraction of the noise that is left at t = 1
 MAX_LATENT = 4.0  # bootstrapped targets, and the points between their two steps, are clipped to +-4

@@ -23,10 +23,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, UInt32
 
-from utils.base.console import log
-from utils.base.errors import UserError, find_system_error
 from utils.base.external import BadFileError
 from utils.base.files import set_aside
+from utils.base.messages import UserError, find_system_error, log
 from utils.networks.lora import KEY as LORA
 from utils.runs.saved_config import check_parameters, read_config
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_transformer import REMAT_POLICIES
-from utils.base.devices import SHARDING_MODES
-from utils.base.errors import UserError
+from utils.base.mesh import SHARDING_MODES
+from utils.base.messages import UserError
 from utils.base.settings import check_setting, find_entry, merge_settings, setting, settings_of
-from utils.codecs.codec import DEFAULT_HUB_ID, CodecSpec, list_codecs, parse_codec
+from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, list_codecs, parse_codec
 from utils.data.dataset import DataOptions
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.metrics.inception import CONVENTIONS

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 
 from diffusion_transformer import DiTConfig
-from utils.base.console import log
-from utils.base.errors import UserError
 from utils.base.files import (
     atomic_write,
     check_writable,
@@ -23,6 +21,7 @@ from utils.base.files import (
     write_json,
     write_text,
 )
+from utils.base.messages import UserError, log
 from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
 from utils.networks.lora import merge_lora

@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from diffusion_transformer import DiTConfig
-from utils.base.console import log, warn
-from utils.base.devices import make_mesh, replicated, shape_structs
-from utils.base.errors import AbsentCodecError, UserError
 from utils.base.external import BadFileError
 from utils.base.files import FolderLock, check_writable, prepare_output_folder, refuse_url, write_json
-from utils.codecs.codec import CODECS, AbsentCodec, CodecSpec, describe_codec, load_codec, parse_codec, set_pixel_format
+from utils.base.mesh import make_mesh, replicated, shape_structs
+from utils.base.messages import AbsentCodecError, UserError, log, warn
+from utils.codecs.codec import AbsentCodec, set_pixel_format
+from utils.codecs.codecs import CODECS, CodecSpec, describe_codec, load_codec, parse_codec
 from utils.conditions.classes import imagenet_class_names
 from utils.conditions.condition import restore_condition
 from utils.convert.published import FAMILIES, find_config, import_published

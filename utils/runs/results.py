@@ -10,9 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from utils.base.console import log, show_result
 from utils.base.external import MAX_JSON_BYTES, BadFileError, parse_json
 from utils.base.files import atomic_write, locked, prepare_output_file, read_bytes, set_aside, write_json
+from utils.base.messages import log, show_result
 from utils.images import plotting
 from utils.metrics.metrics import metric_columns
 from utils.sampling.solvers import SOLVERS, SamplerConfig

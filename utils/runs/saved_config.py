@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from utils.base.errors import UserError
 from utils.base.external import BadFileError
+from utils.base.messages import UserError
 from utils.base.settings import is_optional, kind_of, settings_of
 from utils.images.pixels import PixelFormat
 from utils.networks.dit_config import DiTConfig

@@ -17,19 +17,10 @@ from jaxtyping import PyTree
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from utils.base.console import log, show_result, warn
-from utils.base.devices import (
-    changed_variables,
-    check_batch_memory,
-    check_batch_size,
-    explaining_out_of_memory,
-    free_memory,
-    gather,
-    make_mesh,
-    replicated,
-)
-from utils.base.errors import UserError, WriteError
+from utils.base.devices import changed_variables, check_batch_memory, explaining_out_of_memory, free_memory
 from utils.base.files import atomic_write, prepare_output_folder
+from utils.base.mesh import check_batch_size, gather, make_mesh, replicated
+from utils.base.messages import UserError, WriteError, log, show_result, warn
 from utils.codecs.codec import pixel_format
 from utils.images import plotting
 from utils.images.pixels import ImageBatch, check_pictures

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from utils.base.devices import batch_sharding, shape_structs
+from utils.base.mesh import batch_sharding, shape_structs
 from utils.codecs.codec import pixel_format
 from utils.conditions.condition import Mixture
 from utils.networks.models import ImageModel, model_fn

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.codecs.codec import Codec
 from utils.data.dataset import Batch, PixelBatch
 from utils.networks.models import Network, model_fn

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from utils.base.console import warn
-from utils.base.errors import UserError
+from utils.base.messages import UserError, warn
 from utils.images.decoding import BrokenImageError, open_image, read_image, read_image_file
 from utils.images.folders import SUFFIXES, find_images
 from utils.networks.models import ImageModel

@@ -16,8 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 
-from utils.base.devices import gather, shard_replicated
-from utils.base.errors import UserError
+from utils.base.mesh import gather, shard_replicated
+from utils.base.messages import UserError
 from utils.codecs.codec import pixel_format
 from utils.conditions.condition import Condition, Mixture, count_rows, resize_rows
 from utils.images.pixels import ImageBatch, Images

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from utils.base.errors import UserError
+from utils.base.messages import UserError
 from utils.objectives.objective import Objective, has_guidance
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
 

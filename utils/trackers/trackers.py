@@ -18,9 +18,8 @@ from typing import Any, NamedTuple, Protocol, SupportsFloat
 import jax
 from matplotlib.figure import Figure
 
-from utils.base.console import warn
-from utils.base.errors import UserError, WriteError, one_line
 from utils.base.files import atomic_write, open_regular, read_bytes, write_text
+from utils.base.messages import UserError, WriteError, one_line, warn
 from utils.base.processes import Interrupted
 from utils.trackers.wandb_tracker import WandbTracker
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
-from utils.base.console import log, warn
-from utils.base.errors import one_line
 from utils.base.files import open_regular, set_aside, write_text
+from utils.base.messages import log, one_line, warn
 
 # Limits, so that a training never waits long for wandb.
 PROBE_SECONDS = 5  # for an answer of wandb's server

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from utils.base.console import format_duration
-from utils.base.devices import GIB, device_memory, format_bytes, shape_structs
+from utils.base.devices import GIB, device_memory, format_bytes
+from utils.base.mesh import shape_structs
+from utils.base.messages import format_duration
 from utils.data.dataset import Batch, DataOptions, ImageDataset
 from utils.data.loaders import find_loader
 from utils.networks.network import NetworkConfig

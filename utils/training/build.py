@@ -1,7 +1,9 @@
 """Builds a run that is ready to train from its configuration: data, model, optimizer. Bad input is refused here."""
 
 import dataclasses
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,22 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from utils.base.console import log
 from utils.base.devices import (
-    SHARD,
     check_batch_memory,
+    device_memory,
+    explaining_out_of_memory,
+    find_devices,
+    format_bytes,
+    jax_settings,
+    memory_needed,
+    out_of_memory,
+)
+from utils.base.files import check_writable
+from utils.base.mesh import (
+    SHARD,
     check_batch_size,
     choose_num_shards,
-    find_devices,
-    jax_settings,
+    compile_step,
     make_mesh,
     next_batch,
     place,
@@ -28,19 +38,12 @@ from utils.base.devices import (
     state_sharding,
     unsplit_fraction,
 )
-from utils.base.files import check_writable
-from utils.codecs.codec import (
-    CODECS,
-    DEFAULT_HUB_ID,
-    CodecSpec,
-    describe_codec,
-    load_codec,
-    read_manifest_name,
-    set_pixel_format,
-)
+from utils.base.messages import log
+from utils.codecs.codec import set_pixel_format
+from utils.codecs.codecs import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
 from utils.data.batches import first_examples, training_batches
-from utils.data.dataset import SPLITS, ImageDataset, describe_data, summarize_data
-from utils.data.loaders import load_dataset
+from utils.data.dataset import SPLITS, ImageDataset
+from utils.data.loaders import describe_data, load_dataset, summarize_data
 from utils.images.pixels import check_pictures
 from utils.metrics.extractors import load_extractors
 from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
@@ -61,7 +64,7 @@ from utils.training.start import (
     read_started_from,
     start_from,
 )
-from utils.training.step import INIT
+from utils.training.step import INIT, jit_train_step, validation_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,3 +350,37 @@ def describe_sharding(run: Run, state: TrainState) -> str:
     replicas = f" ({run.mesh.size // num_shards} x {num_shards} shards)" if mode == "hybrid" else ""
     whole = unsplit_fraction(state, jax.tree.map(lambda leaf: leaf.sharding, state))
     return f", {mode}{replicas}, {whole:.1%} of the state whole on each"
+
+
+MEMORY_FLAGS = (
+    "a smaller --batch_size or --image_size, a larger --model.patch_size, --remat dots (or blocks), or --grad_accum 2 "
+    "(or more)"
+)
+
+
+def compile_steps(run: Run, state: TrainState) -> tuple[Callable, Callable]:
+    """Returns (train_step, validation_step), both of (state, batch, codec), compiled for this run's shapes; the first
+    donates the state's memory. Raises UserError where that takes more memory than there is."""
+    # Memory is known before the first step: the compiler says what the step needs.
+    arguments = (state, run.validation_batch, run.model.codec)
+    log("compiling the training step ...")
+    started = time.monotonic()
+    with explaining_out_of_memory("the training step", MEMORY_FLAGS):
+        train_step = compile_train_step(run, state, run.validation_batch)
+        needed = memory_needed(train_step)
+        if needed > device_memory():
+            raise out_of_memory("the training step", MEMORY_FLAGS, needed)
+        # Validation needs less, and donates nothing.
+        validation = jax.jit(partial(validation_step, **run.static))
+        validate = compile_step(validation, *arguments, platform=run.mesh.devices.flat[0].platform)
+    seconds = time.monotonic() - started
+    log(f"compiled in {seconds:.1f} s; it needs {format_bytes(needed)} of {format_bytes(device_memory())} per device")
+    return train_step, validate
+
+
+def compile_train_step(run: Run, state: TrainState, batch: PyTree) -> jax.stages.Compiled:
+    """Returns the training step of (state, batch, codec), for arrays or shapes of a state and a batch."""
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    own = {"ema": run.ema, "skips_nonfinite": run.config.optimizer.skip_nonfinite > 0}
+    step = jit_train_step(shardings, replicated(run.mesh), **run.static, **own)
+    return compile_step(step, state, batch, run.model.codec, platform=run.mesh.devices.flat[0].platform)

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.base.console import log
-from utils.base.errors import UserError
+from utils.base.messages import UserError, log
 from utils.base.settings import find_entry, settings_of
-from utils.codecs import codec
+from utils.codecs import codecs
 from utils.data.loaders import get_loader
 from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
@@ -79,7 +78,7 @@ def make_config(given: Mapping[str, Any], resolved: Mapping[str, Any] | None = N
 
 def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings under one name and value each. Raises UserError where two spellings contradict each other."""
-    values = codec.translate_spellings(given)
+    values = codecs.translate_spellings(given)
     if "model.t_sampler" in values:
         sampler = values["model.t_sampler"]
         values["model.t_sampler"] = LEGACY_T_SAMPLERS.get(sampler, sampler)
@@ -135,7 +134,7 @@ def find_inherited(values: Mapping[str, Any]) -> dict[str, Any]:
     loader = get_loader(draft.data.dataset_name)
     record = saved["dataset"]["codec"]
     if record["name"] == "pixels" or loader.holds != "latents":  # latents say themselves what made them
-        inherited["codec"] = str(codec.CodecSpec(record["name"], record["source"]))
+        inherited["codec"] = str(codecs.CodecSpec(record["name"], record["source"]))
     if loader.is_resizable:
         inherited["image_size"] = saved["dataset"]["image_shape"][0]
     return inherited

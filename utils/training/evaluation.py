@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, PyTree, UInt8
 from matplotlib.figure import Figure
 
-from utils.base.devices import gather
+from utils.base.mesh import gather
 from utils.base.processes import Interrupted, StopRequest
 from utils.conditions.condition import resize_rows
 from utils.data.dataset import Batch

@@ -7,23 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
-from jaxtyping import PyTree
 
-from utils.base.console import log
-from utils.base.devices import (
-    compile_step,
-    device_memory,
-    explaining_out_of_memory,
-    format_bytes,
-    memory_needed,
-    next_batch,
-    out_of_memory,
-    prefetch,
-    replicated,
-    shard_batch,
-)
-from utils.base.errors import DataError, UserError
+from utils.base.devices import explaining_out_of_memory, memory_needed
 from utils.base.files import FolderLock, prepare_output_folder, write_json
+from utils.base.mesh import next_batch, prefetch, shard_batch
+from utils.base.messages import DataError, UserError, log
 from utils.base.processes import StopRequest
 from utils.data.fingerprint import write_listing
 from utils.networks.state import TrainState
@@ -31,16 +19,18 @@ from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
 from utils.trackers.trackers import Trackers
 from utils.training.advice import batch_structs, ema_hints, plan_lines
-from utils.training.build import Run, make_state, state_structs, summarize_run
+from utils.training.build import (
+    MEMORY_FLAGS,
+    Run,
+    compile_steps,
+    compile_train_step,
+    make_state,
+    state_structs,
+    summarize_run,
+)
 from utils.training.evaluation import evaluate, is_evaluation_due, is_evaluation_missing, log_evaluation
 from utils.training.progress import Progress, Saver, SkippedUpdates, StepTrace, Throughput, check_finite
 from utils.training.start import compare_with_saved
-from utils.training.step import jit_train_step, validation_step
-
-MEMORY_FLAGS = (
-    "a smaller --batch_size or --image_size, a larger --model.patch_size, --remat dots (or blocks), or --grad_accum 2 "
-    "(or more)"
-)
 
 
 class Resources(NamedTuple):
@@ -242,34 +232,6 @@ def finish_evaluation(run: Run, state: TrainState, resources: Resources) -> bool
     batches.set_state({"next_index": batches.get_state()["next_index"] - 1})
     batch = shard_batch(next_batch(batches), run.mesh)
     return log_evaluation(resources.trackers, evaluate(run, state, batch), step, resources.stop)
-
-
-def compile_steps(run: Run, state: TrainState) -> tuple[Callable, Callable]:
-    """Returns (train_step, validation_step), both of (state, batch, codec), compiled for this run's shapes; the first
-    donates the state's memory. Raises UserError where that takes more memory than there is."""
-    # Memory is known before the first step: the compiler says what the step needs.
-    arguments = (state, run.validation_batch, run.model.codec)
-    log("compiling the training step ...")
-    started = time.monotonic()
-    with explaining_out_of_memory("the training step", MEMORY_FLAGS):
-        train_step = compile_train_step(run, state, run.validation_batch)
-        needed = memory_needed(train_step)
-        if needed > device_memory():
-            raise out_of_memory("the training step", MEMORY_FLAGS, needed)
-        # Validation needs less, and donates nothing.
-        validation = jax.jit(partial(validation_step, **run.static))
-        validate = compile_step(validation, *arguments, platform=run.mesh.devices.flat[0].platform)
-    seconds = time.monotonic() - started
-    log(f"compiled in {seconds:.1f} s; it needs {format_bytes(needed)} of {format_bytes(device_memory())} per device")
-    return train_step, validate
-
-
-def compile_train_step(run: Run, state: TrainState, batch: PyTree) -> jax.stages.Compiled:
-    """Returns the training step of (state, batch, codec), for arrays or shapes of a state and a batch."""
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    own = {"ema": run.ema, "skips_nonfinite": run.config.optimizer.skip_nonfinite > 0}
-    step = jit_train_step(shardings, replicated(run.mesh), **run.static, **own)
-    return compile_step(step, state, batch, run.model.codec, platform=run.mesh.devices.flat[0].platform)
 
 
 def end_without_data(error: DataError, step: int, saver: Saver, state: TrainState, position: object) -> NoReturn:

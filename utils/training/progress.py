@@ -16,8 +16,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from tqdm import tqdm
 
-from utils.base.console import TolerantStream, log
-from utils.base.errors import UserError
+from utils.base.messages import TolerantStream, UserError, log
 from utils.runs.checkpoint import Checkpoints, SaveError
 from utils.trackers.trackers import Trackers
 

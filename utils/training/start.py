@@ -17,10 +17,10 @@ from jaxtyping import PyTree
 
 from diffusion_transformer import TIMESTEP_FEATURES, TimestepEmbed, timestep_features
 from utils.base.devices import compare_jax_settings
-from utils.base.errors import UserError
 from utils.base.external import BadFileError, read_json
+from utils.base.messages import UserError
 from utils.base.settings import settings_of
-from utils.codecs.codec import CodecSpec
+from utils.codecs.codecs import CodecSpec
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import restore_condition
 from utils.data.dataset import ImageDataset

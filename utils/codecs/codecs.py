@@ -1,0 +1,171 @@
+"""The codecs by name, as --codec says them: how each is loaded, and what a run records of it."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from utils.base.files import expand_home, refuse_url
+from utils.base.mesh import replicated
+from utils.base.messages import UserError
+from utils.codecs.codec import Codec, PixelCodec
+from utils.codecs.kl import KLCodec
+
+# The VAE of --codec kl without a source.
+DEFAULT_HUB_ID = "stabilityai/sd-vae-ft-mse"
+
+
+class CodecSpec(NamedTuple):
+    """The codec that --codec asks for: its name in CODECS, and where it is loaded from."""
+
+    name: str
+    source: str | None = None  # None: the kind's default
+
+    def __str__(self) -> str:
+        return self.name if self.source is None else f"{self.name}:{self.source}"
+
+
+class CodecKind(NamedTuple):
+    """A kind of codec: how those of one name are made.
+
+    `load(source)` returns the codec; `source` is None for a kind without `placeholder`. Its UserErrors begin with
+    --codec=NAME:SOURCE.
+    """
+
+    load: Callable[[Any], Codec]
+    help: str
+    placeholder: str = ""  # what follows the colon of --codec NAME:SOURCE; empty: nothing does
+    default: str | None = None  # the source where none is named
+    num_channels: int | None = None  # of images, where only so many are taken
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the source may be a path, in which a leading ~ stands for a home folder."""
+        return "PATH" in self.placeholder
+
+
+CODECS: dict[str, CodecKind] = {
+    "pixels": CodecKind(lambda source: PixelCodec(), "the images themselves"),
+    "kl": CodecKind(
+        KLCodec.load,
+        "latents of a KL autoencoder, such as Stable Diffusion's",
+        placeholder="PATH_OR_HUB",
+        default=DEFAULT_HUB_ID,
+        num_channels=3,
+    ),
+}
+
+
+def list_codecs() -> str:
+    """Returns the values of --codec, in words: pixels or kl:PATH_OR_HUB."""
+    return " or ".join(f"{name}:{kind.placeholder}" if kind.placeholder else name for name, kind in CODECS.items())
+
+
+def parse_codec(text: str) -> CodecSpec:
+    """Returns the codec of NAME or NAME:SOURCE. Raises UserError for an unknown name, and for a source in excess."""
+    name, colon, source = text.partition(":")
+    spec = CodecSpec(name, source if colon else None)
+    if name not in CODECS:
+        # A hub id without its "kl:" is the likely mistake where there is a slash.
+        guess = difflib.get_close_matches(name, CODECS, n=1)
+        hint = f"did you mean {guess[0]}? " if guess else f"did you mean kl:{text}? " if "/" in text else ""
+        raise UserError(f"--codec={text} is unknown; {hint}Use {list_codecs()}")
+
+    # A colon needs a source after it, and a kind that takes one.
+    kind = CODECS[name]
+    if colon and not (kind.placeholder and source):
+        raise UserError(f"--codec={text}: use {name}{f':{kind.placeholder}' if kind.placeholder else ''}")
+    return spec
+
+
+def expand_codec(text: str) -> str:
+    """Returns NAME:SOURCE with a leading ~ of a source that may be a path replaced.
+
+    Raises UserError where there is no such home, and for URLs.
+    """
+    # Hub ids and pixels stay as they are, and a name that is unknown is for `parse_codec` to refuse.
+    name, colon, source = text.partition(":")
+    if not colon or name not in CODECS or not CODECS[name].is_path:
+        return text
+    refuse_url(source, "codec")
+    return f"{name}:{expand_home(source, f'--codec={text}')}"
+
+
+def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings {name: value} with those of earlier versions as "codec".
+
+    `use_stable_vae` and `model.use_stable_vae` (1: kl, 0: pixels) and `vae` (the source of kl) are spellings of it.
+    Raises UserError where two of them contradict each other.
+    """
+    # The old spellings are taken out; what they say comes back as "codec".
+    values = dict(given)
+    spellings = ("model.use_stable_vae", "use_stable_vae")
+    switches = {name: values.pop(name, None) for name in spellings}
+    switches = {name: value for name, value in switches.items() if value is not None}
+    vae = values.pop("vae", None)
+    codec = values.get("codec")
+
+    # Contradictions, in the words in which they were given.
+    if len(set(switches.values())) > 1:
+        first, second = (f"--{name}={value}" for name, value in reversed(switches.items()))
+        raise UserError(f"{first} contradicts {second}; give one")
+    for name, value in switches.items():
+        if codec is not None and bool(value) != (parse_codec(codec).name != "pixels"):
+            raise UserError(f"--{name}={value} contradicts --codec={codec}; give one")
+        if vae is not None and not value:
+            raise UserError(f"--vae={vae} has no effect on pixels (--{name} 0); leave it out")
+        values["codec"] = codec or ("kl" if value else "pixels")
+    if vae is not None:
+        # --vae alone asks for kl, too.
+        if codec not in (None, "kl", f"kl:{vae}"):
+            raise UserError(f"--vae={vae} contradicts --codec={codec}; give one")
+        values["codec"] = f"kl:{vae}"
+    return values
+
+
+def load_codec(spec: CodecSpec, mesh: Mesh, image_shape: Sequence[int], expected_sha256: str | None = None) -> Codec:
+    """Returns the codec of images (h, w, c), replicated over the mesh.
+
+    `expected_sha256` is the hash of the weights that made the latents of a data set, empty for a codec without weights.
+    Raises UserError where the codec cannot be loaded, does not take such images, or has other weights than those.
+    """
+    # What the codec cannot take, before its weights are read or fetched.
+    kind = CODECS[spec.name]
+    shown = f"--codec={spec}"
+    height, width, channels = image_shape
+    if expected_sha256 is not None and spec.name == "pixels":
+        raise UserError(f"{shown}, but the data set is of latents; leave the flag out")
+    if kind.num_channels not in (None, channels):
+        what = "grey" if channels == 1 else f"of {channels} channels"
+        raise UserError(f"{shown}, but the images are {what}; train on pixels with --codec pixels")
+
+    # Other weights would decode the latents to something, but not to the images.
+    codec = kind.load(spec.source or kind.default)
+    if expected_sha256 is not None and expected_sha256 != (codec.sha256 or ""):
+        raise UserError(
+            f"{shown} is another VAE (sha256 {str(codec.sha256)[:12]}...) than the one that made the latents "
+            f"({expected_sha256[:12]}...); name that one"
+        )
+
+    # Refuses sides that do not divide, now rather than while compiling.
+    codec.latent_shape((height, width, channels))
+    return jax.device_put(codec, replicated(mesh))
+
+
+def describe_codec(spec: CodecSpec, sha256: str | None) -> dict[str, Any]:
+    """Returns the record of a run's codec: "codec", and "vae" and "vae_sha256" for readers of earlier versions."""
+    # With the hash, as the hub may later hold other weights under the same id.
+    record = {"name": spec.name, "source": spec.source, "sha256": sha256}
+    return {"codec": record, "vae": spec.source if spec.name == "kl" else None, "vae_sha256": sha256}
+
+
+def name_for_manifest(spec: CodecSpec) -> str:
+    """Returns the codec's name in a manifest of latents: the source alone where it is a KL autoencoder."""
+    return str(spec) if spec.name != "kl" else spec.source or DEFAULT_HUB_ID
+
+
+def read_manifest_name(name: str) -> CodecSpec:
+    """Returns the codec that `name_for_manifest` gave this name."""
+    return parse_codec(name) if name.partition(":")[0] in CODECS else CodecSpec("kl", name)
