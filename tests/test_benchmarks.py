@@ -248,7 +248,9 @@ def test_a_gpu_day_trains_in_two_parts_and_scores_the_result(tmp_path, weights):
 
 
 def test_the_structure_keeps_the_goals_that_it_has_reached():
-    """The goals of `benchmarks/structure.py` that the code is at; others join as they are reached."""
+    """All of `benchmarks/structure.py` but the lines from an image to its loss, of which two fifths are docstrings."""
     figures = measure_structure()
-    reached = ["packed assignments per 1,000 lines", "import cycles", "README, words"]
-    assert [name for name in reached if figures[name] > GOALS[name]] == []
+    least = {"lines with a comment, % (at least)"}
+    most = GOALS.keys() - least - {"lines of these files"}
+    assert [name for name in most if figures[name] > GOALS[name]] == []
+    assert [name for name in least if figures[name] < GOALS[name]] == []
