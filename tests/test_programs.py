@@ -329,10 +329,16 @@ REFUSED = {
     "patch size": (["--model.patch_size", "3"], ["--model.patch_size=3", "8x8", "1, 2, 4, 8"]),
     "heads": (["--model.num_heads", "5"], ["--model.num_heads=5", "--model.hidden_size=32"]),
     "too few classes": (["--model.num_classes", "5"], ["--model.num_classes=5", "10"]),
-    "no statistics": (["--fid_stats", "none.npz"], ["--fid_stats=none.npz", "compute_fid_stats.py"]),
-    "statistics of the wrong shape": (["--fid_stats", "WRONG"], ["--fid_stats=", "2048", "compute_fid_stats.py"]),
+    "no statistics": (
+        ["--eval_interval", "4", "--fid_stats", "none.npz"],
+        ["--fid_stats=none.npz", "compute_fid_stats.py"],
+    ),
+    "statistics of the wrong shape": (
+        ["--eval_interval", "4", "--fid_stats", "WRONG"],
+        ["--fid_stats=", "2048", "compute_fid_stats.py"],
+    ),
     "corrupted weights": (
-        ["--fid_stats", "data/fid_stats_digits.npz", "--inception_weights", "LICENSE"],
+        ["--eval_interval", "4", "--fid_stats", "data/fid_stats_digits.npz", "--inception_weights", "LICENSE"],
         ["LICENSE has sha256", "--inception_weights"],
     ),
     "no run to load": (["--load_dir", "no/run"], ["--load_dir=no/run", "no checkpoint"]),

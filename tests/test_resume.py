@@ -220,7 +220,7 @@ def test_no_progress_bar_fails_on_a_full_disk_under_the_log(monkeypatch):
         full.close()
     sources = [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")]
     own = {path.name for path in sources if "tqdm(" in path.read_text(encoding="utf-8")}
-    assert own == {"console.py", "progress.py"}
+    assert own == {"messages.py", "progress.py"}
 
 
 def test_what_still_waits_to_be_written_at_the_end_is_no_failure():

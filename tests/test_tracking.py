@@ -21,7 +21,6 @@ from PIL import Image
 
 import train_flow
 from utils.base.messages import UserError
-from utils.flags import reading
 from utils.images import plotting
 from utils.trackers import trackers as tracking
 from utils.trackers import wandb_tracker
@@ -289,7 +288,7 @@ def test_a_full_disk_under_the_log_of_wandb_shows_no_traceback(tmp_path, monkeyp
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_variables_of_wandb_count_where_flags_are_not_given(read_flags, monkeypatch, tmp_path):
+def test_variables_of_wandb_count_where_flags_are_not_given(configure, monkeypatch, tmp_path):
     for name, value in {
         "MODE": "dryrun", "PROJECT": "cats", "ENTITY": "team", "RUN_GROUP": "sweep", "NOTES": "why", "TAGS": "a,b",
         "NAME": "a title",
@@ -303,9 +302,9 @@ def test_variables_of_wandb_count_where_flags_are_not_given(read_flags, monkeypa
         [],
         ["--wandb.project", "dogs", "--wandb.name", "mine", "--wandb.tags", "c", "--wandb.mode", "offline"],
     ):
-        parsed = read_flags(train_flow, words)
-        assert reading.run_folder(parsed) == Path("runs") / ("mine" if words else "flow_imagenet256")
-        wandb_tracker.start_wandb(tmp_path, parsed.to_dict())
+        config = configure(words)
+        assert config.folder == Path("runs") / ("mine" if words else "flow_imagenet256")
+        wandb_tracker.start_wandb(tmp_path, config.to_json())
     names = ("mode", "project", "entity", "group", "notes", "tags", "name")
     assert [tuple(options[name] for name in names) for options in started] == [
         ("offline", "cats", "team", "sweep", "why", ["a", "b"], "a title"),
