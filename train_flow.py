@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 from utils.base.messages import log
 from utils.base.processes import EXIT_STOPPED, StopRequest, describe_processes, initialize_processes
 from utils.flags.definitions import define_run_flags
-from utils.flags.effects import check_run_effects
 from utils.flags.program import run_program
-from utils.flags.reading import read_run_config
+from utils.flags.run import check_run_effects, read_run_config
 from utils.networks.state import TrainState
 from utils.runs.config import RunConfig
 from utils.training.advice import commands_after_training

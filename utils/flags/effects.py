@@ -7,11 +7,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.settings import settings_of
-from utils.flags.reading import check_data_flags, refuse_ignored
-from utils.runs.checkpoint import has_checkpoints
-from utils.runs.config import RunConfig, network_settings, objective_settings
-from utils.training.start import read_started_from
+from utils.flags.reading import refuse_ignored
 
 FLAGS = flags.FLAGS
 
@@ -166,34 +162,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
     ),
 }
-
-
-def check_run_effects(values: ConfigDict, config: RunConfig | None = None) -> None:
-    """Raises UserError for a flag of training without effect; called before the configuration is made, and after."""
-    if config is None:
-        check_effects(RULES["train_flow.plan"], values.to_dict())
-        return
-
-    # Facts that no flag tells, but the folder of the run.
-    is_new = not has_checkpoints(config.folder)
-    is_started = bool(config.start.load_dir or read_started_from(config.folder))
-    check_effects(RULES["train_flow"], config.to_json(), is_new=is_new, is_started=is_started)
-    check_data_flags(config.data.dataset_name)
-    if is_new:  # a run of an earlier version goes on as it began
-        refuse_other_settings(config)
-
-
-def refuse_other_settings(config: RunConfig) -> None:
-    """Raises UserError for a setting that belongs to another objective or network than the run has."""
-    # {flag: (chosen name, its configuration, settings of all that can be chosen, prefix of their names)}.
-    choices = {
-        "objective.name": (config.objective_name, config.objective, objective_settings(), "objective"),
-        "model.network": (config.model.network, config.model, network_settings(), "model"),
-    }
-    for flag, (name, chosen, known, group) in choices.items():
-        # Flags exist for all of them, so absl takes a flag of the wrong one without a word.
-        others = known.keys() - settings_of(type(chosen), group).keys()
-        refuse_ignored(sorted(others), f"with --{flag}={name}")
 
 
 def check_effects(rules: Iterable[Rule], config: Mapping[str, Any] | ConfigDict, **facts: Any) -> None:

@@ -22,11 +22,10 @@ from utils.flags.definitions import path_flags
 from utils.flags.help import to_integer
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objective import Objective, has_guidance
-from utils.runs.config import OBJECTIVE_NAME, PRESET, DataConfig, RunConfig, all_settings, fill_settings
+from utils.runs.config import DataConfig, fill_settings
 from utils.sampling.samplers import FLAGS as SAMPLER_FLAGS
 from utils.sampling.samplers import can_guide, check_sampler, explain_no_guidance, guidance_scale
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
-from utils.training.configure import SPELLINGS, make_config
 
 FLAGS = flags.FLAGS
 
@@ -298,27 +297,6 @@ def _wandb_mode_of_environment() -> str:
     if mode not in ("online", "offline", "disabled"):
         raise UserError(f"WANDB_MODE={mode}: use online, offline or disabled, or give --wandb.mode")
     return mode
-
-
-def read_run_config(config: ConfigDict) -> RunConfig:
-    """Returns the configuration of the run that a command line asks for, from the values of `read_flags`."""
-    # `given` is what the user typed: it is checked against the run and wins. `resolved` only fills gaps.
-    given: dict[str, Any] = {}
-    resolved: dict[str, Any] = {}
-    known = {*all_settings(), *SPELLINGS, PRESET, OBJECTIVE_NAME}
-    known_defaults = {name: field.default for name, field in all_settings().items()}
-    for name, value in flatten(config).items():
-        if is_explicit(name) and name in known:
-            given[name] = value
-        elif name in FLAGS and getattr(FLAGS[name], "is_untyped", False) and value is not None:  # of a run's own file
-            resolved[name] = value
-        elif name.startswith("wandb.") and value not in (None, [], known_defaults.get(name)):
-            resolved[name] = value  # of wandb's environment variables
-
-    # --wandb.offline itself is no setting of a run: the mode that it means is.
-    if is_explicit("wandb.offline"):
-        given["wandb.mode"] = config.wandb.mode
-    return make_config(given, resolved)
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -1,7 +1,23 @@
-"""Training from Python: `train(build_run(make_config({...})))`."""
+"""Training from Python: `train(build_run(make_config({...})))`.
 
-from utils.training.build import build_run
-from utils.training.configure import make_config
-from utils.training.loop import train
+The three are imported when they are asked for: other programs use single modules of this package, and start sooner.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from utils.training.build import build_run
+    from utils.training.configure import make_config
+    from utils.training.loop import train
 
 __all__ = ["build_run", "make_config", "train"]
+
+_MODULES = {"build_run": "build", "make_config": "configure", "train": "loop"}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
