@@ -6,9 +6,7 @@ Plain functions of features (n, d) or of their moments; utils/metrics/metrics.py
 from collections.abc import Iterator
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
-import scipy.special
+import scipy  # whose parts are imported when they are used
 from jaxtyping import Float
 
 from utils.base.messages import UserError

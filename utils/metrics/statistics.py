@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-import scipy.special
+import scipy  # whose parts are imported when they are used
 from jaxtyping import Float
 
 from utils.base.messages import UserError
