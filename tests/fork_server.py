@@ -13,9 +13,13 @@ import threading
 import traceback
 
 import jax
+import scipy.linalg
+import scipy.sparse.linalg
+import scipy.special  # noqa: F401
 
 import compute_fid_stats  # noqa: F401 (for all that they import)
 import convert_checkpoint  # noqa: F401
+import edit  # noqa: F401
 import encode_latents  # noqa: F401
 import eval_fid  # noqa: F401
 import likelihood  # noqa: F401
