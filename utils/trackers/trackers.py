@@ -119,14 +119,16 @@ class TensorBoardTracker:
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
-        self.messages = event_pb2
-        self.summaries = summary_pb2.Summary
+        # Protocol buffers make their classes at run time, unseen by type checkers.
+        self.messages: Any = event_pb2
+        summaries: Any = summary_pb2
+        self.summaries = summaries.Summary
         folder = run.folder / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         # tensorboardX names files after the second; two starts within one would share a file.
         self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{run.first_step}")
         # TensorBoard drops what an earlier start has logged from this step on.
-        session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        session = self.messages.SessionLog(status=self.messages.SessionLog.START)
         self._write(run.first_step + 1, session_log=session)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
