@@ -123,3 +123,15 @@ def find_entry(name: str, value: str, registry: Mapping[str, Any]) -> Any:
             f"--{name}={value} is unknown; known are {', '.join(registry)}. Register it first (docs/change_this.md)"
         )
     return registry[value]
+
+
+def flatten_groups(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {name: value} of settings in groups, `group.name` as flags are named: {model: {depth: 12}} has
+    model.depth. One level, as flags have."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
+        else:
+            flat[str(name)] = value
+    return flat

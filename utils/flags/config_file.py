@@ -8,10 +8,10 @@ import yaml
 
 from utils.base.external import BadFileError, read_bounded
 from utils.base.messages import UserError
+from utils.base.settings import flatten_groups
+from utils.runs.config import START_SETTINGS
 
 MAX_BYTES = 2**22  # a run's config.json also lists its classes
-# Flags of a start rather than of a run: not taken from another run's config.json.
-OF_A_START = ("config", "save_dir", "plan", "profile", "coordinator_address", "num_processes", "process_id")
 # Without one of these, the file's own name of a run would lead back into that run's folder.
 FOLDER_FLAGS = ("save_dir", "wandb.name")
 
@@ -33,7 +33,7 @@ def expand_config_file(argv: Sequence[str], names: Collection[str]) -> tuple[lis
 
     untyped: set[str] = set()
     if isinstance(settings.get("dataset.image_shape"), list):  # only a run's own file records its data
-        settings = {name: value for name, value in settings.items() if name in names and name not in OF_A_START}
+        settings = {name: value for name, value in settings.items() if name in names and name not in START_SETTINGS}
         if not any(find_value(argv, flag) for flag in FOLDER_FLAGS):
             raise UserError(
                 f"--config={path} is the configuration of a run: name the folder of the new one with --save_dir, or "
@@ -79,15 +79,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config={path} cannot be read ({reason}); give a YAML or JSON file of settings") from None
     if not isinstance(content, dict):
         raise UserError(f"--config={path} has no settings; write one a line, such as batch_size: 64")
-
-    # One level of nesting, as flags have: {model: {depth: 12}} is --model.depth=12.
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
-        else:
-            flat[str(name)] = value
-    return flat
+    return flatten_groups(content)
 
 
 def write_value(value: Any) -> str:

@@ -251,11 +251,6 @@ def refuse_other_objective(saved: Mapping[str, Any]) -> None:
             raise UserError(f"--{flag}={requested}, but the run of --load_dir has {trained}; leave the flag out")
 
 
-def model_flags() -> list[str]:
-    """Returns the names of all flags about a model: --model.* and --objective.*."""
-    return [name for name in FLAGS if name.startswith(("model.", "objective."))]
-
-
 def refuse_ignored(names: Iterable[str], reason: str) -> None:
     """Raises UserError for a flag among `names` that the user gave although it has no effect here."""
     for name in names:

@@ -253,6 +253,8 @@ GROUPS: dict[str, tuple[Any, str]] = {
     "devices": (DeviceConfig, ""),
     "processes": (ProcessConfig, ""),
 }
+# Settings of one start of a run rather than of the run: not taken from another run's configuration.
+START_SETTINGS = ("save_dir", "plan", "profile", *settings_of(ProcessConfig))
 PRESET = "model.preset"
 OBJECTIVE_NAME = "objective.name"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.messages import UserError, log
-from utils.base.settings import find_entry, settings_of
+from utils.base.settings import find_entry, flatten_groups, settings_of
 from utils.codecs import codecs
 from utils.data.loaders import get_loader
 from utils.networks.network import NETWORKS
@@ -22,7 +22,7 @@ from utils.runs.config import (
     GROUPS,
     OBJECTIVE_NAME,
     PRESET,
-    ProcessConfig,
+    START_SETTINGS,
     RunConfig,
     all_settings,
 )
@@ -32,8 +32,6 @@ from utils.training.start import SourceRun, read_started_from
 SPELLINGS = ("use_stable_vae", "model.use_stable_vae", "vae")
 # Groups of settings that say what is learned and how. A command line with none of them continues a run as it is.
 SUBJECTS = ("data", "codec", "optimizer", "sampling", "devices")
-# Settings of a start rather than of a run: not taken from another run.
-OF_A_START = ("save_dir", "plan", "profile", *settings_of(ProcessConfig))
 # Settings that a run which starts from another does not take from it: how it trains and computes.
 OWN_MODEL_SETTINGS = ("model.class_dropout_prob", "model.dtype")
 
@@ -88,12 +86,7 @@ def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
 def flatten_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {name: value} of the settings in a run's JSON; records of its data and of JAX are left out."""
     known = {*all_settings(), PRESET, OBJECTIVE_NAME}
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
-        else:
-            flat[name] = value
+    flat = flatten_groups(content)
     return {name: value for name, value in flat.items() if name in known and value is not None}
 
 
@@ -110,7 +103,7 @@ def read_own_settings(given: Mapping[str, Any]) -> dict[str, Any] | None:
     if any(name in subjects or name.startswith(("model.", "objective.")) for name in given):
         return None
     saved = SourceRun.open(folder).saved
-    return {name: value for name, value in flatten_settings(saved).items() if name not in OF_A_START}
+    return {name: value for name, value in flatten_settings(saved).items() if name not in START_SETTINGS}
 
 
 def find_inherited(values: Mapping[str, Any]) -> dict[str, Any]:
