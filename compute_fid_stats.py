@@ -74,10 +74,9 @@ class ReferenceImages(NamedTuple):
         return f"{self.source}, {self.split}" if self.split else self.source
 
     def read(self, batch_size: int, count: int, label_counts: np.ndarray | None) -> Iterator[np.ndarray]:
-        """Yields batches of uint8 images, `count` in all, and adds their labels to `label_counts`, if they have any."""
+        """Yields batches of uint8 images, `count` in all, and adds their labels to `label_counts`, if that is given."""
         if isinstance(self.images, Samples):
             return choose_images(self.images, batch_size, count)
-        assert label_counts is not None
         return count_labels(choose_examples(self.images, batch_size, count), label_counts)
 
 
@@ -123,8 +122,8 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
     statistics = ImageStatistics(config.num_features)
 
     # Labels are counted as the images pass: `eval_fid.py --labels dataset` draws as often.
-    has_labels = isinstance(opened.images, ImageDataset)
-    label_counts = np.zeros(opened.images.num_classes, np.int64) if has_labels else None
+    num_classes = opened.images.num_classes if isinstance(opened.images, ImageDataset) else 0
+    label_counts = np.zeros(num_classes, np.int64) if num_classes else None
     batches = pad_and_shard(opened.read(batch_size, num_images, label_counts), batch_size, mesh)
     measure_images(extractors, batches, statistics, num_images, flag="num_images")
 
@@ -198,11 +197,12 @@ def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UIn
             waiting = waiting[batch_size:]
 
 
-def count_labels(batches: Iterable[Batch], label_counts: np.ndarray) -> Iterator[np.ndarray]:
+def count_labels(batches: Iterable[Batch], label_counts: np.ndarray | None) -> Iterator[np.ndarray]:
     """Yields the images of the batches, and adds their labels to `label_counts` in passing."""
     for batch in batches:
         assert isinstance(batch, PixelBatch)
-        label_counts += np.bincount(batch.condition, minlength=len(label_counts))
+        if label_counts is not None:
+            label_counts += np.bincount(batch.condition, minlength=len(label_counts))
         yield batch.image
 
 

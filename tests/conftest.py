@@ -31,6 +31,12 @@ FUSION_EMITTERS = "xla_cpu_use_fusion_emitters"
 HAS_EMITTERS = tuple(map(int, metadata.version("jax").split(".")[:2])) < (0, 11)  # XLA aborts on unknown flags
 XLA_FLAGS = f"--{FUSION_EMITTERS}=false" if HAS_EMITTERS else ""
 os.environ["XLA_FLAGS"] = XLA_FLAGS
+# One cache for all workers and the programs that they start: most of these compile what another has compiled.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import jax
 import jax.numpy as jnp
 from jax._src import compiler
@@ -44,14 +50,6 @@ from utils.base.messages import UserError, configure_output, silence_orbax
 from utils.base.processes import END_SIGNALS, KEYBOARD_SIGNALS
 from utils.flags.program import parse_flags
 from utils.metrics.inception import inception_weights_path
-
-# One cache for all programs that the workers start: most of them compile what another has compiled. The tests' own
-# process, which has imported JAX already, is without: it seldom compiles a thing twice.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

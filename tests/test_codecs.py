@@ -1,6 +1,5 @@
-"""A codec registered from outside, in training, sampling, evaluation and resuming; cached latents of it."""
+"""Codecs by name, and cached latents of one from outside. tests/test_extension_points.py trains with such a codec."""
 
-import json
 import shlex
 
 import jax
@@ -14,24 +13,7 @@ from utils.base.mesh import make_mesh
 from utils.base.messages import UserError
 from utils.codecs.codecs import CODECS, CodecKind, CodecSpec, load_codec, parse_codec
 from utils.data.loaders import load_dataset
-from utils.images.pixels import images_to_uint8
-from utils.runs.opening import load_generator
-from utils.sampling.solvers import SamplerConfig
-from utils.trackers.trackers import read_metrics
-from utils.training import build_run, make_config, train
-
-SETTINGS = {
-    "dataset_name": "digits",
-    "codec": "blocks",
-    "batch_size": 32,
-    "eval_interval": 0,
-    "log_interval": 1,
-    "wandb.mode": "disabled",
-    "model.patch_size": 2,
-    "model.hidden_size": 16,
-    "model.depth": 1,
-    "model.num_classes": 10,
-}
+from utils.training import build_run, make_config
 
 
 @pytest.fixture
@@ -43,38 +25,6 @@ def blocks():
     yield namespace["Blocks"]
     CODECS.clear()
     CODECS.update(before)
-
-
-def fit(folder, max_steps: int, **settings) -> None:
-    given = {**SETTINGS, "save_dir": str(folder), "max_steps": max_steps, **settings}
-    train(build_run(make_config(given)))
-
-
-def test_a_codec_of_ones_own_is_trained_resumed_and_sampled(blocks, tmp_path):
-    fit(tmp_path / "run", 2)
-    fit(tmp_path / "run", 4)
-    assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
-    saved = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert saved["dataset"]["codec"] == {"name": "blocks", "source": None, "sha256": None}
-    assert (saved["codec"], saved["dataset"]["latent_shape"]) == ("blocks", [4, 4, 4])
-
-    # Samples are images: what the decoder makes of latents.
-    generator = load_generator(tmp_path / "run")
-    sampler = SamplerConfig(2, None)
-    latents = generator.sample_latents(generator.noise([0, 1]), jnp.array([3, 7]), sampler)
-    (batch,) = generator.generate(sampler, 2, 2)
-    assert (latents.shape, batch.images.shape) == ((2, 4, 4, 4), (2, 8, 8, 1))
-    images = generator.sample([3, 7], num_steps=2, cfg_scale=None)
-    np.testing.assert_array_equal(images, images_to_uint8(blocks().decode(latents)))
-
-    # A run keeps its codec, and needs it registered.
-    with pytest.raises(UserError, match="holds a run with --codec=blocks, not pixels"):
-        fit(tmp_path / "run", 5, codec="pixels")
-    with pytest.raises(UserError, match="--codec=pixels has no effect on a run with --codec blocks"):
-        load_generator(tmp_path / "run", codec="pixels")
-    del CODECS["blocks"]
-    with pytest.raises(UserError, match=r"--codec=blocks is unknown; known are pixels, kl\. Register it first"):
-        load_generator(tmp_path / "run")
 
 
 def test_latents_are_cached_where_a_codec_has_moments(blocks, read_flags, tmp_path):
@@ -97,16 +47,9 @@ def test_latents_are_cached_where_a_codec_has_moments(blocks, read_flags, tmp_pa
     image = load_dataset("digits").source[5]["image"]
     expected = blocks().encode(None, image[None] / 127.5 - 1)[0]
     np.testing.assert_allclose(cached["moments"][0, 0], expected, atol=1e-3)
-    run = build_run(
-        make_config(
-            {
-                **{name: value for name, value in SETTINGS.items() if name != "codec"},
-                "dataset_name": f"latents:{tmp_path}/latents",
-                "save_dir": str(tmp_path / "run"),
-                "max_steps": 1,
-            }
-        )
-    )
+    settings = {"batch_size": 32, "max_steps": 1, "wandb.mode": "disabled", "model.num_classes": 10}
+    settings |= {"model.hidden_size": 16, "model.depth": 1, "model.patch_size": 2, "save_dir": str(tmp_path / "run")}
+    run = build_run(make_config({"dataset_name": f"latents:{tmp_path}/latents", **settings}))
     assert (run.model.latent_shape, run.record["dataset"]["codec"]["name"]) == ((4, 4, 4), "blocks")
     with pytest.raises(UserError, match="--codec=pixels, but the data set is of latents"):
         load_codec(CodecSpec("pixels"), make_mesh(), (8, 8, 1), expected_sha256="")

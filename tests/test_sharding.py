@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import run_program
-from utils.base.mesh import choose_num_shards, gather, make_mesh, prefetch, shard_replicated
+from utils.base.mesh import choose_num_shards, gather, make_mesh, shard_replicated
 from utils.base.messages import UserError
+from utils.data.batches import to_devices
 
 
 class Counting:
@@ -30,7 +31,7 @@ class Counting:
 
 def test_each_batch_comes_with_the_position_just_after_it():
     batches = Counting()
-    for batch, position in itertools.islice(prefetch(batches, make_mesh(), buffer_size=2), 5):
+    for batch, position in itertools.islice(to_devices(batches, make_mesh(), buffer_size=2), 5):
         assert position == {"next_index": int(batch["image"][0, 0])}
     assert batches.taken == 7  # the others are on their way
 

@@ -1,4 +1,6 @@
-"""A tracker is one class and one line: toys are registered, and get what a training logs, also after it is resumed."""
+"""A tracker is one class and one line: toys are registered, and told what is logged, whatever another one does.
+
+tests/test_extension_points.py has them in a training."""
 
 import struct
 import time
@@ -11,13 +13,7 @@ from matplotlib.figure import Figure
 import train_flow
 from utils.base.messages import UserError
 from utils.base.processes import Interrupted
-from utils.trackers.trackers import PACKAGES, TRACKERS, Trackers, choose_trackers, metrics_of, read_curves, read_metrics
-
-RUN = """
-    --dataset_name digits --use_stable_vae 0 --model.hidden_size 16 --model.depth 1 --model.num_heads 2
-    --model.patch_size 4 --model.num_classes 10 --model.denoise_timesteps 2 --batch_size 8 --log_interval 1
-    --model.class_dropout_prob 0 --trackers toy,broken
-""".split()  # noqa: SIM905
+from utils.trackers.trackers import PACKAGES, TRACKERS, Trackers, choose_trackers, read_curves, read_metrics
 
 
 class Toy:
@@ -78,30 +74,6 @@ def started(monkeypatch) -> list:
 
 def settings(*names: str) -> dict:
     return {"trackers": list(names), "wandb": {"mode": "disabled"}}
-
-
-def test_a_toy_gets_what_a_training_logs_beside_one_that_fails(started, read_flags, tmp_path, signal_handlers, capfd):
-    def train(max_steps):
-        words = [*RUN, "--save_dir", str(tmp_path), "--max_steps", str(max_steps)]
-        train_flow.main(read_flags(train_flow, words))
-
-    train(2)
-    toy, broken = started
-    assert [step for step, _ in toy.numbers] == [1, 2, 2]
-    assert toy.numbers == [(line["step"], metrics_of(line)) for line in read_metrics(tmp_path / "metrics.jsonl")]
-    assert {"reconstruction_n", "sample_cfg_1", "sample_N/4"} <= {name for _, name, _ in toy.images}
-    assert {file for _, _, file in toy.images} == set((tmp_path / "images").rglob("*.png"))
-    assert (toy.num_closed, toy.run.first_step, toy.run.settings["batch_size"]) == (1, 0, 8)
-    assert broken.calls == ["log", "log"]
-    assert capfd.readouterr().err.count("broken: the line is dead; nothing more is logged there") == 1
-
-    train(3)
-    resumed = started[2]
-    assert (resumed.run.first_step, len(resumed.run.lines)) == (2, 3)
-    assert [step for step, _ in resumed.numbers] == [3, 3]
-    assert {step for step, _, _ in resumed.images} == {3}
-    seconds = [line["seconds"] for line in read_metrics(tmp_path / "metrics.jsonl")]
-    assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize("method", ["start", "log", "image", "close"])

@@ -1,4 +1,4 @@
-"""The mesh of devices, where each array lives on it, and the way of batches from the host to the devices.
+"""The mesh of devices, and where each array lives on it.
 
 The mesh has two axes over the devices of all processes: replicas, and the shards of each. Batches are split over both.
 Parameters, their EMA and the optimizer state are replicated, or split over the shards, or part of them over all devices
@@ -7,7 +7,7 @@ Parameters, their EMA and the optimizer state are replicated, or split over the 
 
 import collections
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from utils.base.devices import find_devices
-from utils.base.messages import DataError, UserError
+from utils.base.messages import UserError
 
 # Values of --sharding, see `state_sharding`.
 SHARDING_MODES = ("dp", "fsdp", "hybrid", "zero")
@@ -136,41 +136,6 @@ def shard_replicated(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 def gather(x: jax.Array | np.ndarray) -> np.ndarray:
     """Returns all of a global array as numpy, on every process; all processes have to call it."""
     return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
-
-
-def prefetch(batches: Any, mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple[PyTree, Any]]:
-    """Yields (batch on the devices, position of `batches` just after it), with `buffer_size` more on their way.
-
-    `batches` has `get_state()`. Pairing each batch with its position keeps a checkpoint exact although the iterator is
-    already further on. If a batch cannot be read, those before it are yielded first; then DataError is raised.
-    """
-    queue = collections.deque()
-    failure = None
-    while True:
-        # Fill the queue first: the devices work on one batch while the next are copied.
-        while len(queue) <= buffer_size and failure is None:
-            try:
-                batch = next_batch(batches)
-            except DataError as error:
-                failure = error
-            else:
-                queue.append((shard_batch(batch, mesh), batches.get_state()))
-        # The error waits until every batch that could be read has been used.
-        if not queue:
-            assert failure is not None
-            raise failure
-        yield queue.popleft()
-
-
-def next_batch(batches: Any) -> PyTree:
-    """Returns the next batch. Raises DataError, in one line, for whatever keeps its source from reading it."""
-    try:
-        return next(batches)
-    except UserError as error:
-        raise DataError(str(error)) from error
-    except Exception as error:  # each source's library has its own
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"the data cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1, period: int = 1) -> None:

@@ -1,17 +1,22 @@
-"""Batches of a data set, in training order or in reading order."""
+"""Batches of a data set, in training order or in reading order, and their way to the devices."""
 
+import collections
 import dataclasses
 import functools
 import operator
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
 
-from utils.base.messages import UserError
+from utils.base.mesh import shard_batch
+from utils.base.messages import DataError, UserError
 from utils.data.dataset import ArraySource, Batch, Batches, ImageDataset, PixelBatch, StreamSource, Subset
 
 
@@ -107,6 +112,41 @@ def epoch_batches(
         return reader(indices, [False] * len(indices))
 
     return _in_order(grain.MapDataset.range(start, stop, batch_size).map(read), prefetch)
+
+
+def to_devices(batches: Any, mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple[PyTree, Any]]:
+    """Yields (batch on the devices, position of `batches` just after it), with `buffer_size` more on their way.
+
+    `batches` has `get_state()`. Pairing each batch with its position keeps a checkpoint exact although the iterator is
+    already further on. If a batch cannot be read, those before it are yielded first; then DataError is raised.
+    """
+    queue = collections.deque()
+    failure = None
+    while True:
+        # Fill the queue first: the devices work on one batch while the next are copied.
+        while len(queue) <= buffer_size and failure is None:
+            try:
+                batch = next_batch(batches)
+            except DataError as error:
+                failure = error
+            else:
+                queue.append((shard_batch(batch, mesh), batches.get_state()))
+        # The error waits until every batch that could be read has been used.
+        if not queue:
+            assert failure is not None
+            raise failure
+        yield queue.popleft()
+
+
+def next_batch(batches: Any) -> PyTree:
+    """Returns the next batch. Raises DataError, in one line, for whatever keeps its source from reading it."""
+    try:
+        return next(batches)
+    except UserError as error:
+        raise DataError(str(error)) from error
+    except Exception as error:  # each source's library has its own
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"the data cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def first_examples(dataset: ImageDataset, num_examples: int) -> ImageDataset:

@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ from utils.base.files import atomic_write, prepare_output_folder
 from utils.base.mesh import check_batch_size, gather, make_mesh, replicated
 from utils.base.messages import UserError, WriteError, log, show_result, warn
 from utils.codecs.codec import pixel_format
+from utils.conditions.condition import number_rows
 from utils.images import plotting
 from utils.images.pixels import ImageBatch, check_pictures
 from utils.images.samples import Samples, SampleWriter, check_sample_path, content_sha256, holds_images, open_samples
@@ -273,7 +275,7 @@ class RunEvaluation(Scoring):
         settings: dict[str, Any] = {
             "checkpoint": str(Path(config.load_dir).absolute()),
             "image_shape": list(data["image_shape"]),
-            "num_classes": len(data["class_names"]),
+            "num_classes": len(self.generator.class_names),
             "num_heads": model.num_heads,
             "checkpoint_step": self.step,
             "params_sha256": hash_params(params),
@@ -300,7 +302,7 @@ class RunEvaluation(Scoring):
         """Returns the metrics of one sampler; writes its grid, and its samples for --save_samples."""
         config = self.config
         statistics = self.new_statistics()
-        grid_images: list[tuple[np.ndarray, np.ndarray]] = []
+        shown: list[tuple[np.ndarray, PyTree]] = []  # images and conditions for the grid
         evaluations: list[np.ndarray] = []  # of the network, by an adaptive solver, for each sample
         batches = self.generator.generate(sampler, config.num_samples, self.batch_size)
 
@@ -310,23 +312,25 @@ class RunEvaluation(Scoring):
             def collect(batch: ImageBatch) -> None:
                 if batch.nfe is not None:
                     evaluations.append(gather(batch.nfe)[: batch.count])
-                if writer is None and count_images(grid_images) == GRID_IMAGES:
+                missing = GRID_IMAGES - sum(len(images) for images, _ in shown)
+                if writer is None and not missing:
                     return  # the images stay on the devices
-                drawn, labels = batch.to_host()
+                drawn, conditions = batch.to_host()
                 images = self.generator.to_pictures(drawn)
-                collect_grid(grid_images, images, labels)
+                if missing:
+                    shown.append(jax.tree.map(lambda rows: rows[:missing], (images, conditions)))
                 if writer is not None and writer.failure is None:
                     with self.going_on():  # scoring goes on without the file
-                        writer.write(images, labels)
+                        writer.write(images, conditions)
 
             measure_images(
                 self.extractors, batches, statistics, config.num_samples, str(sampler), collect, "num_samples"
             )
 
         # The grid, and what is measured of the sampler itself.
-        images, labels = (np.concatenate(parts) for parts in zip(*grid_images, strict=True))
-        title = f"{sampler}, checkpoint of step {self.step}"
-        figure = plotting.sample_grid(images, labels, self.generator.class_names, title)
+        images, conditions = jax.tree.map(lambda *parts: np.concatenate(parts), *shown)
+        places, names = number_rows(self.generator.condition, conditions)
+        figure = plotting.sample_grid(images, places, names, f"{sampler}, checkpoint of step {self.step}")
         self.save_figure(figure, grid_name(sampler))
         nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
         straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
@@ -340,17 +344,6 @@ def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> Non
     if len(samplers) > 1:
         raise UserError(f"--save_samples={config.save_samples} is of one step count and guidance scale; give one")
     check_sample_path(config.save_samples, {"fid_stats": config.fid_stats, "json": config.json})
-
-
-def count_images(grid_images: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
-    return sum(len(images) for images, _ in grid_images)
-
-
-def collect_grid(grid_images: list[tuple[np.ndarray, np.ndarray]], images: np.ndarray, labels: np.ndarray) -> None:
-    """Adds images and labels (b, ...) of a batch until the grid has GRID_IMAGES."""
-    missing = GRID_IMAGES - count_images(grid_images)
-    if missing > 0:
-        grid_images.append((images[:missing], labels[:missing]))
 
 
 def grid_name(sampler: SamplerConfig) -> str:

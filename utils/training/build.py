@@ -30,7 +30,6 @@ from utils.base.mesh import (
     choose_num_shards,
     compile_step,
     make_mesh,
-    next_batch,
     place,
     replicated,
     shape_structs,
@@ -41,7 +40,7 @@ from utils.base.mesh import (
 from utils.base.messages import log
 from utils.codecs.codec import set_pixel_format
 from utils.codecs.codecs import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
-from utils.data.batches import first_examples, training_batches
+from utils.data.batches import first_examples, next_batch, training_batches
 from utils.data.dataset import SPLITS, ImageDataset
 from utils.data.loaders import describe_data, load_dataset, summarize_data
 from utils.images.pixels import check_pictures

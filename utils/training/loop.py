@@ -10,9 +10,10 @@ import jax
 
 from utils.base.devices import explaining_out_of_memory, memory_needed
 from utils.base.files import FolderLock, prepare_output_folder, write_json
-from utils.base.mesh import next_batch, prefetch, shard_batch
+from utils.base.mesh import shard_batch
 from utils.base.messages import DataError, UserError, log
 from utils.base.processes import StopRequest
+from utils.data.batches import next_batch, to_devices
 from utils.data.fingerprint import write_listing
 from utils.networks.state import TrainState
 from utils.objectives.objective import row_period
@@ -160,7 +161,7 @@ def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
     # Compiled steps, and what saves, reports and traces.
     compiled_step, validate = compile_steps(run, state)
     saver, skipped, check, progress, trace = make_instruments(run, state, resources)
-    batches = progress.throughput.waiting(prefetch(resources.batches, run.mesh), progress.is_idle)
+    batches = progress.throughput.waiting(to_devices(resources.batches, run.mesh), progress.is_idle)
     with progress.bar:
         while True:
             # The next batch; where the data end, what has been learned is saved.
