@@ -192,7 +192,9 @@ def lower_train_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered
         grad_accum=config.grad_accum,
         ema=EmaSchedule(0.9999),
     )
-    lowered = step.lower(shape_structs(shapes, shardings), shape_structs(rows, batch_sharding(mesh)), codec)
+    is_validation = jax.ShapeDtypeStruct((), bool, sharding=replicated(mesh))
+    state = shape_structs(shapes, shardings)
+    lowered = step.lower(state, shape_structs(rows, batch_sharding(mesh)), codec, is_validation)
     return lowered, {"state whole on every device": unsplit_fraction(shapes, shardings)}
 
 

@@ -143,9 +143,7 @@ def test_the_flops_of_a_step_are_those_the_compiler_counts(make_run):
     """Matmuls dominate at this width; the compiler adds the elementwise operations."""
     run = make_run("--model.hidden_size 384 --model.num_heads 6 --model.mlp_ratio 4")
     state = state_structs(run)
-    step = jit_train_step(
-        jax.tree.map(lambda leaf: leaf.sharding, state), replicated(run.mesh), **run.static, ema=run.ema
-    )
+    step = jit_train_step(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(run.mesh), **run.static)
     counted = step.lower(state, run.validation_batch, run.model.codec).cost_analysis()["flops"]
     assert run.flops_per_step == pytest.approx(counted, rel=0.1)
 

@@ -1,5 +1,7 @@
 """Inputs of the network in a step: labels dropped in training alone, new noise each step, the same in validation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,7 @@ from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.checkpoint import Checkpoints
 from utils.training.progress import SkippedUpdates, check_finite
-from utils.training.step import accumulate_microbatches, draw_examples, train_step, validation_step
+from utils.training.step import SMALL, VALIDATION, accumulate_microbatches, draw_examples, train_step
 
 OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)
 LABELS = np.arange(200, dtype=np.int32) % 10
@@ -41,42 +43,76 @@ def probe():
     return Probe()
 
 
-def run(function, probe, objective=FlowMatching(), **changes):  # noqa: B008 (frozen)
-    """(new state or metrics, what the network saw) of a step's function on 200 black images."""
+def run(probe, objective=FlowMatching(), is_validation=False, **changes):  # noqa: B008 (frozen)
+    """(new state, metrics, what the network saw) of a step on 200 black images."""
     probe.seen.clear()
     state = create_train_state({"w": jnp.array(1.0)}, OPTIMIZER, jax.random.key(0)).replace(**changes)
     batch = PixelBatch(condition=jnp.asarray(LABELS), image=jnp.zeros((200, 2, 2, 1), jnp.uint8))
-    static = {"model": probe, "objective": objective, "optimizer": OPTIMIZER, "grad_accum": 1}
+    static = {"model": probe, "objective": objective, "optimizer": OPTIMIZER, "grad_accum": 1, "ema": EmaSchedule(0.9)}
     with jax.disable_jit():
-        result = function(state, batch, PixelCodec(), **static)
-    return result, probe.seen[0]
-
-
-def train(*arguments, **static):
-    return train_step(*arguments, **static, ema=EmaSchedule(0.9))
+        new_state, metrics = train_step(state, batch, PixelCodec(), is_validation, **static)
+    return new_state, metrics, probe.seen[0]
 
 
 def test_training_drops_labels_and_draws_anew_each_step(probe):
-    (state, metrics), (x_t, t, labels) = run(train, probe)
+    state, metrics, (x_t, t, labels) = run(probe)
     is_dropped = labels == 10
     assert 35 <= is_dropped.sum() <= 85  # 200 draws of probability 0.3: 60, give or take four deviations
     np.testing.assert_array_equal(labels[~is_dropped], LABELS[~is_dropped])
     assert int(state.step) == 1
     assert set(metrics) == {"l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm"}
-    _, others = run(train, probe, step=jnp.int32(1))
+    *_, others = run(probe, step=jnp.int32(1))
     assert all(not np.array_equal(a, b) for a, b in zip((x_t, t, labels), others, strict=True))
-    _, again = run(train, probe)
+    *_, again = run(probe)
     assert all(np.array_equal(a, b) for a, b in zip((x_t, t, labels), again, strict=True))
 
 
 def test_validation_keeps_labels_and_noise_whatever_the_step(probe):
-    metrics, first = run(validation_step, probe)
+    _, metrics, first = run(probe, is_validation=True)
     np.testing.assert_array_equal(first[2], LABELS)
-    later_metrics, later = run(validation_step, probe, step=jnp.int32(7))
+    _, later_metrics, later = run(probe, is_validation=True, step=jnp.int32(7))
     assert all(np.array_equal(a, b) for a, b in zip(first, later, strict=True))
     assert {name: float(x) for name, x in metrics.items()} == {name: float(x) for name, x in later_metrics.items()}
-    _, in_training = run(train, probe)
+    *_, in_training = run(probe)
     assert not np.array_equal(first[1], in_training[1])  # of a random stream of its own
+
+
+class Sums(Network):
+    """A network whose output is its input times the sum of its parameters."""
+
+    config = DiTConfig(class_dropout_prob=0.0, num_classes=10)
+    condition = ClassCondition(num_classes=10)
+
+    def apply(self, variables, x_t, t, labels):
+        return x_t * sum(leaf.sum() for leaf in jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize("skips_nonfinite", [False, True])
+def test_validation_leaves_the_state_as_it_is_and_measures_the_update_that_it_would_make(skips_nonfinite):
+    params = {"a": jnp.array([1.0, -2.0]), "b": jnp.full(SMALL + 1, 0.01)}  # one is small, one is not
+    static = {"model": Sums(), "objective": FlowMatching(), "optimizer": OPTIMIZER, "grad_accum": 1}
+    static |= {"ema": EmaSchedule(0.9), "skips_nonfinite": skips_nonfinite}
+    step = jax.jit(partial(train_step, **static))
+    batch = PixelBatch(condition=jnp.ones(4, jnp.int32), image=jnp.zeros((4, 2, 2, 1), jnp.uint8))
+
+    start = create_train_state(params, OPTIMIZER, jax.random.key(0))
+    state, _ = step(start, batch, PixelCodec(), False)
+    kept, metrics = step(state, batch, PixelCodec(), True)
+    jax.tree.map(np.testing.assert_array_equal, without_key(kept), without_key(state))
+    assert int(kept.step) == 1
+
+    # As of a step whose random draws are those of validation: its number is that of the stream.
+    moved, expected = step(state.replace(step=jnp.int32(VALIDATION)), batch, PixelCodec(), False)
+    for name in ("l2_loss", "grad_norm", "update_norm"):
+        np.testing.assert_array_equal(metrics[name], expected[name])
+    updates = jax.tree.map(jnp.subtract, moved.params, state.params)
+    np.testing.assert_allclose(metrics["update_norm"], optax.tree.norm(updates), rtol=1e-4)
+    np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(state.params), rtol=1e-6)
+    np.testing.assert_allclose(expected["param_norm"], optax.tree.norm(moved.params), rtol=1e-6)
+
+
+def without_key(state):
+    return state.replace(key=jax.random.key_data(state.key))
 
 
 class TwoNetworks(FlowMatching):
@@ -91,10 +127,9 @@ class TwoNetworks(FlowMatching):
         return seen["student"], seen
 
 
-@pytest.mark.parametrize("function", [train, validation_step])
-def test_the_teacher_of_an_objective_is_the_ema(probe, function):
-    result, _ = run(function, probe, TwoNetworks(), ema_params={"w": jnp.array(3.0)})
-    metrics = result[1] if function is train else result
+@pytest.mark.parametrize("is_validation", [False, True])
+def test_the_teacher_of_an_objective_is_the_ema(probe, is_validation):
+    _, metrics, _ = run(probe, TwoNetworks(), is_validation, ema_params={"w": jnp.array(3.0)})
     assert (float(metrics["student"]), float(metrics["teacher"])) == (1, 3)
 
 

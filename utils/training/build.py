@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ from utils.training.start import (
     read_started_from,
     start_from,
 )
-from utils.training.step import INIT, jit_train_step, validation_step
+from utils.training.step import INIT, INTERNAL, jit_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +95,15 @@ class Run:
 
     @property
     def static(self) -> dict[str, Any]:
-        """The static arguments of training and validation steps: another value compiles them anew."""
+        """The static arguments of a step: another value compiles it anew."""
         return {
             "model": self.model.network,
             "objective": self.model.objective,
             "optimizer": self.optimizer,
             "grad_accum": self.config.devices.grad_accum,
+            "ema": self.ema,
             "frozen": self.frozen,
+            "skips_nonfinite": self.config.optimizer.skip_nonfinite > 0,
         }
 
     @property
@@ -358,28 +359,38 @@ MEMORY_FLAGS = (
 
 
 def compile_steps(run: Run, state: TrainState) -> tuple[Callable, Callable]:
-    """Returns (train_step, validation_step), both of (state, batch, codec), compiled for this run's shapes; the first
-    donates the state's memory. Raises UserError where that takes more memory than there is."""
+    """Returns train(state, batch) -> (next state, metrics) and validate(state) -> (the same state, metrics).
+
+    Both are one compiled function for this run's shapes, which takes the memory of the state that it is given. Raises
+    UserError where that needs more memory than there is.
+    """
     # Memory is known before the first step: the compiler says what the step needs.
-    arguments = (state, run.validation_batch, run.model.codec)
     log("compiling the training step ...")
     started = time.monotonic()
     with explaining_out_of_memory("the training step", MEMORY_FLAGS):
-        train_step = compile_train_step(run, state, run.validation_batch)
-        needed = memory_needed(train_step)
+        step = compile_train_step(run, state, run.validation_batch)
+        needed = memory_needed(step)
         if needed > device_memory():
             raise out_of_memory("the training step", MEMORY_FLAGS, needed)
-        # Validation needs less, and donates nothing.
-        validation = jax.jit(partial(validation_step, **run.static))
-        validate = compile_step(validation, *arguments, platform=run.mesh.devices.flat[0].platform)
     seconds = time.monotonic() - started
     log(f"compiled in {seconds:.1f} s; it needs {format_bytes(needed)} of {format_bytes(device_memory())} per device")
-    return train_step, validate
+
+    # On the devices already, as the state is.
+    no, yes = (place(np.asarray(value), replicated(run.mesh)) for value in (False, True))
+
+    def train(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+        return step(state, batch, run.model.codec, no)
+
+    def validate(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        state, metrics = step(state, run.validation_batch, run.model.codec, yes)
+        return state, {name: value for name, value in metrics.items() if name not in INTERNAL}
+
+    return train, validate
 
 
 def compile_train_step(run: Run, state: TrainState, batch: PyTree) -> jax.stages.Compiled:
-    """Returns the training step of (state, batch, codec), for arrays or shapes of a state and a batch."""
+    """Returns the step of (state, batch, codec, is_validation), for arrays or shapes of a state and a batch."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    own = {"ema": run.ema, "skips_nonfinite": run.config.optimizer.skip_nonfinite > 0}
-    step = jit_train_step(shardings, replicated(run.mesh), **run.static, **own)
-    return compile_step(step, state, batch, run.model.codec, platform=run.mesh.devices.flat[0].platform)
+    step = jit_train_step(shardings, replicated(run.mesh), **run.static)
+    flag = jax.ShapeDtypeStruct((), bool, sharding=replicated(run.mesh))
+    return compile_step(step, state, batch, run.model.codec, flag, platform=run.mesh.devices.flat[0].platform)

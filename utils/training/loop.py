@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
 
 from utils.base.devices import explaining_out_of_memory, memory_needed
 from utils.base.files import FolderLock, prepare_output_folder, write_json
@@ -159,7 +160,7 @@ def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
         return state
 
     # Compiled steps, and what saves, reports and traces.
-    compiled_step, validate = compile_steps(run, state)
+    train_step, validate = compile_steps(run, state)
     saver, skipped, check, progress, trace = make_instruments(run, state, resources)
     batches = progress.throughput.waiting(to_devices(resources.batches, run.mesh), progress.is_idle)
     with progress.bar:
@@ -176,14 +177,16 @@ def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
             # Train; metrics are read while the next step runs.
             step += 1
             trace.before(step)
-            state, metrics = compiled_step(state, batch, run.model.codec)
+            state, metrics = train_step(state, batch)
             trace.after(step, metrics)
 
             # Validate on the same batch at every logged step.
             is_end = step == training.max_steps
             is_last = is_end or resources.stop.is_due()
             is_logged = step % config.logging.log_interval == 0 or step == 1 or is_end
-            losses = validate(state, run.validation_batch, run.model.codec) if is_logged else None
+            losses = None
+            if is_logged:
+                state, losses = validate(state)
             progress.add(step, metrics, losses)
 
             # Save, then evaluate, which takes its time.
@@ -281,7 +284,7 @@ def time_step(run: Run, compiled_step: jax.stages.Compiled) -> float:
         for _ in range(2):
             jax.block_until_ready(state)
             started = time.monotonic()
-            state, metrics = compiled_step(state, run.validation_batch, run.model.codec)
+            state, metrics = compiled_step(state, run.validation_batch, run.model.codec, np.bool_(False))
             jax.block_until_ready((state, metrics))
             seconds.append(time.monotonic() - started)
     return min(seconds)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from utils.base.messages import TolerantStream, UserError, log
 from utils.runs.checkpoint import Checkpoints, SaveError
 from utils.trackers.trackers import Trackers
+from utils.training.step import INTERNAL
 
 Item = TypeVar("Item")
 
@@ -262,8 +263,6 @@ class Progress:
 
 tree_norm = jax.jit(optax.tree.norm)
 
-# Metrics of a step that are for `SkippedUpdates` alone (see `step.skip_nonfinite_update`).
-INTERNAL = ("is_skipped", "largest_gradient", "largest_gradient_norm")
 # Beside the position in the data, in a checkpoint.
 TOTAL = "skipped_updates"
 IN_A_ROW = "skipped_in_a_row"

@@ -1,4 +1,4 @@
-"""One step of training and of validation: pure functions of state, batch and codec, for every objective.
+"""One step, of training or of validation: a pure function of state, batch and codec, for every objective.
 
 All randomness of a step is a function of (state.key, state.step) and of the example's place in the global batch, so
 that neither the number of devices nor that of microbatches changes it.
@@ -24,6 +24,9 @@ from utils.objectives.objective import Objective, row_period
 # Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key: no run takes so many steps.
 INIT = 2**31 - 1
 VALIDATION = 2**31 - 2
+# Metrics for `SkippedUpdates` alone, of a step that may leave its update out.
+INTERNAL = ("is_skipped", "largest_gradient", "largest_gradient_norm")
+SMALL = 2**16  # elements of an array whose own kernel would take less time than its launch
 
 
 def accumulate_microbatches(
@@ -51,7 +54,7 @@ def accumulate_microbatches(
 
 
 def draw_examples(
-    key: Key[Array, ""], batch: Batch, objective: Objective, class_dropout_prob: float
+    key: Key[Array, ""], batch: Batch, objective: Objective, class_dropout_prob: float | Array
 ) -> dict[str, PyTree]:
     """Returns the batch with all that is random in its loss, per example.
 
@@ -101,7 +104,7 @@ def compute_gradients(
     model: Network,
     objective: Objective,
     grad_accum: int,
-    class_dropout_prob: float,
+    class_dropout_prob: float | Array,
     frozen: tuple[str, ...] = (),
 ) -> tuple[PyTree, dict[str, Array]]:
     """Returns (gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is that loss.
@@ -127,15 +130,11 @@ def compute_gradients(
     return accumulate_microbatches(gradients, examples, grad_accum, row_period(objective))
 
 
-def norms(grads: PyTree, updates: PyTree, params: PyTree) -> dict[str, Array]:
-    trees = {"grad_norm": grads, "update_norm": updates, "param_norm": params}
-    return {name: optax.tree.norm(tree) for name, tree in trees.items()}
-
-
 def train_step(
     state: TrainState,
     batch: Batch,
     codec: Codec,
+    is_validation: bool | Array = False,
     *,
     model: Network,
     objective: Objective,
@@ -144,53 +143,74 @@ def train_step(
     ema: EmaSchedule,
     frozen: tuple[str, ...] = (),
     skips_nonfinite: bool = False,
+    is_whole: bool = True,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Returns (next state, metrics) of one Adam step on a global batch.
 
-    With `skips_nonfinite`, an update that is not finite changes nothing but the step.
+    With `is_validation`, the state stays as it is, all conditions are kept, and noise and times are the same whatever
+    the step: points of a curve differ by the parameters alone. The metrics are then those of the update that the batch
+    would cause. As it is an argument of the compiled function, training and validation are compiled once.
+
+    With `skips_nonfinite`, an update that is not finite changes nothing but the step. `is_whole` says that every device
+    has all of the state (see `tree_norm`).
     """
     # The key follows from the step alone: a resumed run draws what it would have drawn.
     grads, metrics = compute_gradients(
         state,
-        jax.random.fold_in(state.key, state.step),
+        jax.random.fold_in(state.key, jnp.where(is_validation, VALIDATION, state.step)),
         batch,
         codec,
         model=model,
         objective=objective,
         grad_accum=grad_accum,
-        class_dropout_prob=model.config.class_dropout_prob,
+        class_dropout_prob=jnp.where(is_validation, 0.0, model.config.class_dropout_prob),
         frozen=frozen,
     )
 
     # The scope's name is for readers of traces.
     with jax.named_scope("optimizer"):
         new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step), frozen)
-        metrics = metrics | norms(grads, updates, new_state.params)
-        return skip_nonfinite_update(state, new_state, grads, metrics) if skips_nonfinite else (new_state, metrics)
+        metrics |= {"grad_norm": tree_norm(grads, is_whole), "update_norm": tree_norm(updates, is_whole)}
+        is_kept = is_validation
+        if skips_nonfinite:
+            metrics |= find_nonfinite(metrics, grads)
+            is_kept |= metrics["is_skipped"]
+
+        # A select rather than a branch: the decision stays on the devices, and the host waits for nothing.
+        names = ("params", "ema_params", "opt_state")
+        chosen = {name: select(is_kept, getattr(state, name), getattr(new_state, name)) for name in names}
+        new_state = new_state.replace(step=jnp.where(is_validation, state.step, new_state.step), **chosen)
+        return new_state, metrics | {"param_norm": tree_norm(new_state.params, is_whole)}
 
 
-def skip_nonfinite_update(
-    state: TrainState, new_state: TrainState, grads: PyTree, metrics: dict[str, Array]
-) -> tuple[TrainState, dict[str, Array]]:
-    """Returns (next state, metrics): `new_state`, or if its update is not finite, `state` with the step counted.
+def select(condition: bool | Array, chosen: PyTree, other: PyTree) -> PyTree:
+    """Returns one of two trees of arrays."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
 
-    `SkippedUpdates` reads the added metrics. An update is finite if its loss and the norms of gradients and update are:
-    an infinite gradient can end as a finite update, but leaves Adam's second moment infinite for ever.
+
+def tree_norm(tree: PyTree, is_whole: bool) -> Array:
+    """Returns the root of the sum of squares of all elements of a tree.
+
+    Where every device has all of it (`is_whole`), small arrays, most of them biases, are summed as one: by array they
+    would be a third of the kernels of a small network's step. Parts on different devices would first have to be sent.
+    """
+    leaves = jax.tree.leaves(tree)
+    small = [leaf.ravel() for leaf in leaves if is_whole and leaf.size <= SMALL]
+    others = [leaf for leaf in leaves if not is_whole or leaf.size > SMALL]
+    return optax.tree.norm([jnp.concatenate(small), *others] if small else others)
+
+
+def find_nonfinite(metrics: dict[str, Array], grads: PyTree) -> dict[str, Array]:
+    """Returns whether an update is not finite, and the largest gradient, for `SkippedUpdates`.
+
+    An update is finite if its loss and the norms of gradients and update are: an infinite gradient can end as a finite
+    update, but leaves Adam's second moment infinite for ever.
     """
     is_finite = jnp.isfinite(jnp.stack([metrics[name] for name in ("l2_loss", "grad_norm", "update_norm")])).all()
-
-    # A select rather than a branch: the decision stays on the devices, and the host waits for nothing.
-    def choose(new: PyTree, old: PyTree) -> PyTree:
-        return jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
-
-    names = ("params", "ema_params", "opt_state")
-    kept = new_state.replace(**{name: choose(getattr(new_state, name), getattr(state, name)) for name in names})
-
     # For the message that ends a run. NaN counts as infinity: both are the largest, and the first one is named.
     sizes = jnp.stack([optax.tree.norm(leaf) for leaf in jax.tree.leaves(grads)])
     sizes = jnp.where(jnp.isnan(sizes), jnp.inf, sizes)
-    return kept, metrics | {
-        "param_norm": optax.tree.norm(kept.params),
+    return {
         "is_skipped": ~is_finite,
         "largest_gradient": jnp.argmax(sizes),  # its place among the leaves
         "largest_gradient_norm": jnp.max(sizes),
@@ -200,40 +220,9 @@ def skip_nonfinite_update(
 def jit_train_step(shardings: TrainState, metrics_sharding: NamedSharding, **static: Any) -> jax.stages.Wrapped:
     """Returns `train_step`, compiled for these static arguments; the next state takes the memory of the state."""
     # Shardings are fixed, so that the next state is laid out as this one and fits the compiled step again.
-    return jax.jit(partial(train_step, **static), donate_argnums=0, out_shardings=(shardings, metrics_sharding))
-
-
-def validation_step(
-    state: TrainState,
-    batch: Batch,
-    codec: Codec,
-    *,
-    model: Network,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    grad_accum: int,
-    frozen: tuple[str, ...] = (),
-) -> dict[str, Array]:
-    """Returns metrics of a batch with all conditions kept, and the same noise and times whatever the step.
-
-    The norms are those of the update that this batch would cause, which is not applied.
-    """
-    # One key for all steps: points of the curve differ by the parameters alone.
-    grads, metrics = compute_gradients(
-        state,
-        jax.random.fold_in(state.key, VALIDATION),
-        batch,
-        codec,
-        model=model,
-        objective=objective,
-        grad_accum=grad_accum,
-        class_dropout_prob=0.0,
-        frozen=frozen,
-    )
-
-    # The optimizer's state after this is dropped.
-    updates, _ = optimizer.update(grads, state.opt_state, state.params)
-    return metrics | norms(grads, updates, state.params)
+    is_whole = all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
+    step = partial(train_step, **static, is_whole=is_whole)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics_sharding))
 
 
 @partial(jax.jit, static_argnames=("model", "objective"))
