@@ -20,12 +20,12 @@ from jaxtyping import Array, Float, PyTree
 
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition, count_rows
+from utils.kernels.elementwise import add_gated, gelu, layer_norm, modulate, swiglu
 from utils.kernels.ops import (
     AttentionForm,
     attention,
     choose_attention_for,
     dense,
-    over_tokens,
     packed_attention,
     split_heads,
 )
@@ -95,12 +95,6 @@ def timestep_features(t: Float[Array, " b"], scale: float = 10_000.0) -> Float[A
     # Products of float32 throughout: a rounded time would turn the fastest sinusoid by radians.
     angles = scale * t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b n d"]:
-    # One plus the scale: layers whose modulation starts at zero leave x as it is.
-    num_tokens = x.shape[1]
-    return x * (1 + over_tokens(scale, num_tokens)) + over_tokens(shift, num_tokens)
 
 
 class Dense(nn.Module):
@@ -215,10 +209,10 @@ class Mlp(nn.Module):
         if self.kind == "swiglu":
             hidden = Dense(2 * self.width, self.dtype, xavier_uniform, bias_init, name="dense_0")(x)
             gate, values = jnp.split(hidden, 2, axis=-1)
-            hidden = nn.silu(gate) * values
+            hidden = swiglu(gate, values)
         else:
             hidden = Dense(self.width, self.dtype, xavier_uniform, bias_init, name="dense_0")(x)
-            hidden = nn.gelu(hidden, approximate=True)
+            hidden = gelu(hidden)
         return Dense(x.shape[-1], self.dtype, xavier_uniform, bias_init, name="dense_1")(hidden)
 
 
@@ -233,14 +227,6 @@ class AdaLayerNorm(nn.Module):
         width = self.count * c.shape[-1]
         x = Dense(width, self.dtype, zeros_init, name="dense")(nn.silu(c))
         return jnp.split(x, self.count, axis=-1)
-
-
-def layer_norm(x: Float[Array, "b n d"], dtype) -> Float[Array, "b n d"]:
-    """Normalises x over its last axis in float32 (eps 1e-6), without scale or bias; returns the compute dtype."""
-    x = x.astype(jnp.float32)
-    # Centred before it is squared: the difference of two moments would cancel.
-    x = x - x.mean(axis=-1, keepdims=True)
-    return (x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + 1e-6)).astype(dtype)
 
 
 def make_norm(kind: str, dtype: Any, name: str) -> Callable:
@@ -269,11 +255,11 @@ class DiTBlock(nn.Module):
         # Tokens attend to each other.
         y = modulate(make_norm(config.norm, dtype, "norm1")(x), shift_attention, scale_attention)
         attended = Attention(config, self.grid, dtype, self.attention_form, name="attention")(y)
-        x = x + over_tokens(gate_attention, x.shape[1]) * attended
+        x = add_gated(x, gate_attention, attended)
 
         # Each token by itself.
         y = modulate(make_norm(config.norm, dtype, "norm2")(x), shift_mlp, scale_mlp)
-        return x + over_tokens(gate_mlp, x.shape[1]) * Mlp(config.mlp_width, config.mlp, dtype, name="mlp")(y)
+        return add_gated(x, gate_mlp, Mlp(config.mlp_width, config.mlp, dtype, name="mlp")(y))
 
 
 class FinalLayer(nn.Module):

@@ -27,16 +27,22 @@ AttentionForm = str | TpuAttention
 # --- Matmuls ---
 
 
-def matmul(x: Array, y: Array, axes: tuple[int, int], dtype: Any = None) -> Array:
-    """Contracts one axis of x with one of y, summing in float32; the result has `dtype`, by default that of x."""
+def matmul(x: Array, y: Array, axes: tuple[int, int], dtype: Any = None, bias: Array | None = None) -> Array:
+    """Contracts one axis of x with one of y, summing in float32, and adds the bias; the result has `dtype`, by default
+    that of x."""
     dtype = dtype or x.dtype
     dimensions = (([axes[0] % x.ndim], [axes[1]]), ([], []))
 
     def written_as(written):
-        return lambda x, y: jax.lax.dot_general(x, y, dimensions, preferred_element_type=written).astype(dtype)
+        def compute(x, y, *bias):
+            products = jax.lax.dot_general(x, y, dimensions, preferred_element_type=written)
+            return sum((b.astype(written) for b in bias), start=products).astype(dtype)
+
+        return compute
 
     # A CPU is faster when it writes float32 and rounds afterwards; an accelerator is as fast with either.
-    return jax.lax.platform_dependent(x, y, cpu=written_as(jnp.float32), default=written_as(dtype))
+    operands = (x, y) if bias is None else (x, y, bias)
+    return jax.lax.platform_dependent(*operands, cpu=written_as(jnp.float32), default=written_as(dtype))
 
 
 def transpose(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
@@ -54,7 +60,7 @@ def transpose(x: Float[Array, "n m"]) -> Float[Array, "m n"]:
 
 
 def _dense(x, kernel, bias):
-    return matmul(x, kernel.astype(x.dtype), (-1, 0)) + bias.astype(x.dtype), ()
+    return matmul(x, kernel.astype(x.dtype), (-1, 0), bias=bias), ()
 
 
 def _dense_tangent(arguments, tangents):
@@ -87,37 +93,6 @@ _differentiable_dense = define_derivatives(_dense, _dense_tangent, _dense_cotang
 def dense(x: Float[Array, "*rows k"], kernel: Float[Array, "k m"], bias: Float[Array, " m"]) -> Float[Array, "*rows m"]:
     """Returns x @ kernel + bias in the dtype of x; kernel and bias get gradients of their own dtype."""
     return _differentiable_dense(x, kernel, bias)
-
-
-# --- Broadcasting over tokens ---
-
-
-def _sum_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-    """Returns the sums over tokens, added up in float32, in the dtype of x."""
-    # As a matmul on CPUs, where XLA would reduce in two passes, each in one thread.
-
-    def by_matmul(x):
-        ones = jnp.ones((len(x), x.shape[1]), x.dtype)
-        dimensions = (((1,), (1,)), ((0,), (0,)))
-        return jax.lax.dot_general(ones, x, dimensions, preferred_element_type=jnp.float32).astype(x.dtype)
-
-    def by_sum(x):
-        return x.sum(axis=1)
-
-    return jax.lax.platform_dependent(x, cpu=by_sum if FOLDED_MATMULS_FAIL else by_matmul, default=by_sum)
-
-
-def over_tokens(x: Float[Array, "b d"], num_tokens: int) -> Float[Array, "b n d"]:
-    """Returns x repeated for each of n tokens; the gradient sums over tokens by `_sum_tokens`."""
-
-    def broadcast(x):
-        return jnp.broadcast_to(x[:, None], (len(x), num_tokens, x.shape[1]))
-
-    return define_derivatives(
-        lambda x: (broadcast(x), ()),
-        lambda _, tangents: broadcast(*tangents),
-        lambda _, saved, cotangent: (_sum_tokens(cotangent),),
-    )(x)
 
 
 # --- Attention ---
