@@ -373,7 +373,7 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
     old = {**dict.fromkeys(of_objective), **_flatten(saved)}
     new = _flatten(config)
     changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
-    for name in (*of_network, *FIXED, *of_objective):
+    for name in (*FIXED, *of_network, *of_objective):  # an objective before what follows from it
         if name in changed:
             before, now = changed[name]
             raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")
