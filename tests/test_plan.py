@@ -59,7 +59,10 @@ def test_the_plan_is_what_the_compiler_says_of_another_batch(run, tmp_path, monk
     (h100,) = [line for line in lines if "H100" in line]
     rate = 0.4 * 989e12 / (run.flops_per_step / 64)
     assert h100.endswith(f"{rate:,.0f} images/s, less than a second")
-    assert not (tmp_path / "run").exists()  # nothing is made
+    # Nothing is made, nor is anything trained from Python.
+    with pytest.raises(UserError, match=r"--plan=1 trains nothing; plan_run\(run\) says what a training takes"):
+        loop.train(run)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_plan_is_of_training_from_scratch(configure, tmp_path):

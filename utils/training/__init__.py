@@ -1,6 +1,6 @@
 """Training from Python: `train(build_run(make_config({...})))`.
 
-The three are imported when they are asked for: other programs use single modules of this package, and start sooner.
+They are imported when they are asked for: other programs use single modules of this package, and start sooner.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from utils.training.build import build_run
     from utils.training.configure import make_config
-    from utils.training.loop import train
+    from utils.training.loop import plan_run, train
 
-__all__ = ["build_run", "make_config", "train"]
+__all__ = ["build_run", "make_config", "plan_run", "train"]
 
-_MODULES = {"build_run": "build", "make_config": "configure", "train": "loop"}
+_MODULES = {"build_run": "build", "make_config": "configure", "plan_run": "loop", "train": "loop"}
 
 
 def __getattr__(name: str) -> Any:

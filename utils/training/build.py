@@ -36,7 +36,7 @@ from utils.base.mesh import (
     state_sharding,
     unsplit_fraction,
 )
-from utils.base.messages import log
+from utils.base.messages import UserError, log
 from utils.codecs.codec import set_pixel_format
 from utils.codecs.codecs import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
 from utils.data.batches import first_examples, next_batch, training_batches
@@ -131,6 +131,10 @@ def build_run(config: RunConfig) -> Run:
     Raises UserError for whatever keeps it from training: data that are missing, sizes that do not fit, devices that do
     not divide the batch, a folder that cannot be written, a run to start from that has another architecture.
     """
+    # Processes, which the program joins before it asks for devices; alone, each would train all of the run.
+    address = config.processes.coordinator_address
+    if address and not jax.distributed.is_initialized():
+        raise UserError(f"--coordinator_address={address}: call initialize_processes before build_run")
     # Devices, and a batch that divides over them.
     devices = config.devices
     mesh = make_mesh(choose_num_shards(devices.sharding, devices.num_shards, find_devices()))

@@ -52,6 +52,8 @@ def train(run: Run, stop: StopRequest | None = None) -> TrainState:
     the last state, which is saved. Raises UserError where the folder holds another run, the data cannot be read, or
     the update is no longer finite.
     """
+    if run.config.training.plan:
+        raise UserError("--plan=1 trains nothing; plan_run(run) says what a training takes; leave it out to train")
     stop = stop or StopRequest()
     prepare_output_folder(run.folder, "save_dir")
     if run.config.logging.profile:
