@@ -14,9 +14,8 @@ from utils.base.messages import log
 from utils.base.processes import EXIT_STOPPED, StopRequest, describe_processes, initialize_processes
 from utils.flags.definitions import define_run_flags
 from utils.flags.program import run_program
-from utils.flags.run import check_run_effects, read_run_config
+from utils.flags.run import read_run_config
 from utils.networks.state import TrainState
-from utils.runs.config import RunConfig
 from utils.training.advice import commands_after_training
 from utils.training.build import Run, build_run
 from utils.training.evaluation import is_evaluation_missing
@@ -34,23 +33,13 @@ def main(values: ConfigDict) -> None:
     log(describe_processes())
 
     # Everything that can be refused is, here and in `build_run`, before a step compiles.
-    config = configure(values)
+    config = read_run_config(values)
     run = build_run(config)
     if config.training.plan:
         for line in plan_run(run):
             log(line)
         return
     report_end(run, train(run, stop))
-
-
-def configure(values: ConfigDict) -> RunConfig:
-    """Returns the configuration of the run that a command line asks for. Raises UserError for flags without effect, and
-    for settings that contradict each other."""
-    # Flags by themselves; then in view of the run that is continued or started from.
-    check_run_effects(values)
-    config = read_run_config(values)
-    check_run_effects(values, config)
-    return config
 
 
 def report_end(run: Run, state: TrainState) -> None:

@@ -114,8 +114,9 @@ def weights() -> Path:
 def configure(read_flags):
     """configure(words) -> RunConfig of that command line of train_flow.py."""
     import train_flow  # after the hook above
+    from utils.flags.run import read_run_config
 
-    return lambda words: train_flow.configure(read_flags(train_flow, [*map(str, words)]))
+    return lambda words: read_run_config(read_flags(train_flow, [*map(str, words)]))
 
 
 @pytest.fixture

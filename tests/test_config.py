@@ -23,6 +23,7 @@ from utils.conditions.classes import ClassCondition
 from utils.data.dataset import DataOptions
 from utils.flags import reading
 from utils.flags.effects import RULES, check_effects
+from utils.flags.run import read_run_config
 from utils.networks.models import init_params, make_model
 from utils.networks.network import NetworkConfig
 from utils.networks.state import EmaSchedule
@@ -306,7 +307,7 @@ def test_a_tilde_is_expanded_once_in_every_path(parse, monkeypatch, tmp_path):
 )
 def test_flags_without_effect_are_refused(parse, program, line, message):
     config = parse(line, program)
-    refuse = train_flow.configure if program is train_flow else partial(check_effects, RULES[program.__name__])
+    refuse = read_run_config if program is train_flow else partial(check_effects, RULES[program.__name__])
     with pytest.raises(UserError, match=message):
         refuse(config)
 

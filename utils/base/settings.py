@@ -4,6 +4,7 @@ The flags, the checks of saved configurations and the names in a run's config.js
 """
 
 import dataclasses
+import difflib
 import math
 import typing
 from collections.abc import Collection, Mapping
@@ -125,13 +126,21 @@ def find_entry(name: str, value: str, registry: Mapping[str, Any]) -> Any:
     return registry[value]
 
 
+def suggest_name(name: str, known: Collection[str], prefix: str = "") -> str:
+    """Returns "; did you mean X?", of the known name that is most like an unknown one; nothing if none is."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
 def flatten_groups(content: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {name: value} of settings in groups, `group.name` as flags are named: {model: {depth: 12}} has
-    model.depth. One level, as flags have."""
+    model.depth. One level, as flags have. Raises UserError for a setting that is given in both forms."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
-        else:
-            flat[str(name)] = value
+        group = value if isinstance(value, Mapping) else None
+        settings = {str(name): value} if group is None else {f"{name}.{leaf}": group[leaf] for leaf in group}
+        twice = flat.keys() & settings.keys()
+        if twice:
+            raise UserError(f"{min(twice)} is given twice, nested and with a dot; give it once")
+        flat |= settings
     return flat

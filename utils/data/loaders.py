@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.base.effects import refuse_ignored
 from utils.base.files import expand_home, refuse_url
-from utils.base.messages import UserError
+from utils.base.messages import UserError, warn
 from utils.conditions.condition import record_condition
 from utils.data.arrays import load_array_file, load_digits
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
@@ -143,6 +144,25 @@ def list_names(is_meant: Callable[[Loader], bool] = lambda loader: True) -> list
     return [
         f"{name}:{loader.argument}" if loader.argument else name for name, loader in LOADERS.items() if is_meant(loader)
     ]
+
+
+def check_data_settings(dataset_name: str, given: Mapping[str, Any]) -> None:
+    """Raises UserError for a setting of data among `given`, {name: value}, that has no effect on the data set.
+
+    data_dir is only warned of: scripts may give it for every data set.
+    """
+    loader = find_loader(dataset_name)
+    if loader is None:  # refused where the data are loaded
+        return
+    # Only loaders of image files decode, and may meet broken files.
+    for name in ("broken_images", "max_megapixels"):
+        if name not in loader.options:
+            takers = ", ".join(list_names(lambda loader, name=name: name in loader.options))
+            refuse_ignored((name,), given, f"on {dataset_name}, only on {takers}")
+
+    # A script that loops over data sets may always name it.
+    if "data_dir" in given and "data_dir" not in loader.options:
+        warn(f"--data_dir={given['data_dir']} has no effect on {dataset_name}, which TFDS does not prepare")
 
 
 def expand_name(name: str) -> str:

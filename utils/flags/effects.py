@@ -1,28 +1,13 @@
 """Which flag has no effect beside which other settings: one table, read before anything compiles."""
 
-from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict
 
-from utils.flags.reading import refuse_ignored
-
-FLAGS = flags.FLAGS
-
-
-class Rule(NamedTuple):
-    """Flags without effect where `applies` to the values of all flags and the facts that a program adds.
-
-    `flags` may name a group, as "model.*".
-    `reason` completes "--flag=value has no effect ..."; {names} in it are values of flags or facts.
-    """
-
-    flags: tuple[str, ...]  # "model.*" stands for all flags of that group
-    reason: str
-    applies: Callable[[Any], bool]
-
+from utils.base import effects
+from utils.base.effects import Rule
+from utils.flags.reading import explicit_values
 
 # Flags about a published checkpoint.
 OF_IMPORT = ("family", "num_heads", "class_names", "vae")
@@ -34,12 +19,8 @@ _INCEPTION = Rule(
 )
 
 
-def _has_no_wandb(values: Any) -> bool:
-    return "wandb" not in values.trackers
-
-
-# {program: its rules}, in the order in which they are looked at. The facts `is_new` and `is_started` say whether the
-# folder of a run has no checkpoint yet, and whether its parameters are those of another run.
+# {program: its rules}, in the order in which they are looked at. Those of a training are in utils/training/effects.py:
+# they hold from Python, too.
 RULES: dict[str, tuple[Rule, ...]] = {
     # Images of a file need no model. What was trained cannot be changed, and the sampler has flags of its own.
     "eval_fid": (
@@ -71,29 +52,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda given: given.images,
         ),
         _INCEPTION,
-    ),
-    # From the flags alone, before a run of --load_dir is opened.
-    "train_flow.plan": (
-        Rule(
-            ("load_dir", "freeze", "lora_rank"),
-            "with --plan, which is of a whole network from scratch",
-            lambda v: v.plan,
-        ),
-        Rule(("profile",), "with --plan, which trains nothing", lambda v: v.plan),
-    ),
-    # From the whole configuration, with defaults and the settings of the run of --load_dir.
-    "train_flow": (
-        Rule(("fid_samples", "convention", "inception_weights"), "without --fid_stats", lambda v: not v.fid_stats),
-        Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),
-        Rule(("num_shards",), "with --sharding={sharding}, only with hybrid", lambda v: v.sharding != "hybrid"),
-        Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),
-        Rule(("freeze", "lora_rank"), "without --load_dir", lambda v: not v.is_started),
-        Rule(
-            # Only of new runs: those of earlier versions may have been started so.
-            ("ema_warmup",),
-            "with --model.target_update_rate=1, which is no EMA",
-            lambda v: v.is_new and v.model["target_update_rate"] == 1,
-        ),
     ),
     "sample": (
         Rule(("labels",), "beside --classes", lambda given: given.classes is not None),
@@ -147,20 +105,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "convert_checkpoint.source": (
         Rule(OF_IMPORT, "on {source}, which says it itself", lambda given: given.is_exported),
     ),
-    # Of every program with --trackers.
-    "trackers": (
-        Rule(
-            tuple(f"wandb.{name}" for name in ("mode", "offline", "project", "entity", "group", "notes", "tags")),
-            "without wandb among --trackers",
-            _has_no_wandb,
-        ),
-        # A training's folder is named after it, unless --save_dir names that.
-        Rule(
-            ("wandb.name",),
-            "without wandb among --trackers",
-            lambda values: _has_no_wandb(values) and bool(getattr(values, "save_dir", True)),
-        ),
-    ),
 }
 
 
@@ -169,16 +113,5 @@ def check_effects(rules: Iterable[Rule], config: Mapping[str, Any] | ConfigDict,
 
     `facts` are what a program knows beside its flags, such as is_latent=True; rules read them as `values.is_latent`.
     """
-    known = {**(config.to_dict() if isinstance(config, ConfigDict) else config), **facts}
-    # By attribute, as rules read them; as keywords, for the {names} in their reasons.
-    values = SimpleNamespace(**known)
-    for rule in rules:
-        if rule.applies(values):
-            names = [name for flag in rule.flags for name in _expand(flag)]
-            refuse_ignored(names, rule.reason.format(**known))
-
-
-def _expand(flag: str) -> list[str]:
-    """Returns the flags that a rule names by `flag`."""
-    group, is_group, _ = flag.partition("*")
-    return [name for name in FLAGS if name.startswith(group)] if is_group else [flag]
+    values = config.to_dict() if isinstance(config, ConfigDict) else config
+    effects.check_effects(rules, {**values, **facts}, explicit_values())

@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 from utils.base.devices import check_jax_settings, keep_freed_memory, start_devices
 from utils.base.messages import NO_ROOM, UserError, WriteError, finish_output, silence_orbax
 from utils.base.processes import END_SIGNALS, handle_signals, warn_of_copies
-from utils.flags.config_file import expand_config_file
-from utils.flags.effects import RULES, check_effects
+from utils.flags.config_file import expand_config_file, record_file_values
 from utils.flags.help import refuse_habits, show_help, to_integer, to_switch
 from utils.flags.reading import read_flags
 
@@ -146,15 +145,12 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
 
     # Words of other tools before absl sees them: it would only say that it does not know them.
     refuse_habits(argv[1:])
-    argv, untyped = expand_config_file(argv, names) if "config" in names else (argv, set())
+    argv, found = expand_config_file(argv, names) if "config" in names else (argv, {})
     try:
         extra = FLAGS(argv)[1:]
     except flags.Error as error:
         raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
-    # Values from the file of a run count as not given, so that none is refused as without effect.
-    for name in untyped:
-        FLAGS[name].present = 0
-        setattr(FLAGS[name], "is_untyped", True)  # noqa: B010 (of a class without it)
+    record_file_values(found)
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
 
@@ -162,8 +158,4 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
     if "coordinator_address" not in names:
         warn_of_copies(Path(argv[0]).name)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
-    config = read_flags(set(FLAGS) - builtin)
-    # The rules that all programs share; each checks its own when it knows the facts.
-    if "trackers" in config:
-        check_effects(RULES["trackers"], config)
-    return config
+    return read_flags(set(FLAGS) - builtin)

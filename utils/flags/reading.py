@@ -8,16 +8,17 @@ translated by the functions below.
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
 
+from utils.base import effects
 from utils.base.files import expand_home, refuse_url
-from utils.base.messages import UserError, log, warn
+from utils.base.messages import UserError, log
 from utils.codecs.codecs import expand_codec, translate_spellings
 from utils.data.dataset import DataOptions
-from utils.data.loaders import expand_name, find_loader, list_names
+from utils.data.loaders import check_data_settings, expand_name
 from utils.flags.definitions import path_flags
 from utils.flags.help import to_integer
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
@@ -39,6 +40,18 @@ WANDB_VARIABLES = {
 }
 
 
+# An attribute of flags that a file has, too: a FileValue.
+FILE_VALUE = "file_value"
+
+
+class FileValue(NamedTuple):
+    """The value that --config FILE has for a flag."""
+
+    value: Any
+    is_recorded: bool  # by a run, in a file of its own: nobody has given the value
+    is_typed: bool  # the command line has another one, which wins
+
+
 def expand_path(path: str, flag: str) -> str:
     """Returns a path with a leading ~ or ~user replaced, also within the name of a data set (folder:~/x) or a codec.
 
@@ -58,24 +71,8 @@ def read_data_options(config: ConfigDict) -> DataOptions:
 
 
 def check_data_flags(dataset_name: str) -> None:
-    """Raises UserError for flags of `define_data_flags` that have no effect on a data set.
-
-    --data_dir is only warned of: scripts may give it for every data set.
-    """
-    loader = find_loader(dataset_name)
-    if loader is None:  # refused where the data are loaded
-        return
-    options = loader.options
-
-    # Only loaders of image files decode, and may meet broken files.
-    for name in ("broken_images", "max_megapixels"):
-        if name not in options:
-            takers = ", ".join(list_names(lambda loader, name=name: name in loader.options))
-            refuse_ignored((name,), f"on {dataset_name}, only on {takers}")
-
-    # A script that loops over data sets may always name it.
-    if is_explicit("data_dir") and "data_dir" not in options:
-        warn(f"--data_dir={FLAGS.data_dir} has no effect on {dataset_name}, which TFDS does not prepare")
+    """Raises UserError for flags of `define_data_flags` that have no effect on a data set."""
+    check_data_settings(dataset_name, explicit_values())
 
 
 def read_samplers(
@@ -179,7 +176,7 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
         )
 
         resolve_wandb(config)
-        check_trackers(config.trackers)
+        check_trackers(config.to_dict(), explicit_values())
     return config
 
 
@@ -207,6 +204,22 @@ def check_value(name: str, value: Any) -> Any:
 def is_explicit(name: str) -> bool:
     """Returns whether the user gave the flag `name`; False for a setting that is not a flag of this program."""
     return name in FLAGS and bool(FLAGS[name].present)
+
+
+def find_file_value(name: str) -> FileValue | None:
+    """Returns what --config FILE has for the flag `name`, if anything."""
+    return getattr(FLAGS[name], FILE_VALUE, None) if name in FLAGS else None
+
+
+def is_typed(name: str) -> bool:
+    """Returns whether the command line itself has the flag `name`, whatever a file has."""
+    found = find_file_value(name)
+    return is_explicit(name) and (found is None or found.is_typed)
+
+
+def explicit_values() -> dict[str, Any]:
+    """Returns {flag: value} of the flags that the user gave."""
+    return {name: FLAGS[name].value for name in FLAGS if is_explicit(name)}
 
 
 def read_codec(config: ConfigDict) -> str | None:
@@ -253,11 +266,7 @@ def refuse_other_objective(saved: Mapping[str, Any]) -> None:
 
 def refuse_ignored(names: Iterable[str], reason: str) -> None:
     """Raises UserError for a flag among `names` that the user gave although it has no effect here."""
-    for name in names:
-        if name in FLAGS and is_explicit(name):
-            value = FLAGS[name].value
-            value = ",".join(value) if isinstance(value, list) else value
-            raise UserError(f"--{name}={value} has no effect {reason}; leave it out")
+    effects.refuse_ignored(names, explicit_values(), reason)
 
 
 def resolve_wandb(config: ConfigDict) -> None:
@@ -268,7 +277,9 @@ def resolve_wandb(config: ConfigDict) -> None:
     # One mode from two flags; `offline` is not recorded beside it.
     wandb = config.wandb
     if wandb.offline and is_explicit("wandb.mode") and wandb.mode != "offline":
-        raise UserError(f"--wandb.offline contradicts --wandb.mode={wandb.mode}; give one")
+        if is_typed("wandb.offline") == is_typed("wandb.mode"):
+            raise UserError(f"--wandb.offline contradicts --wandb.mode={wandb.mode}; give one")
+        wandb.offline = is_typed("wandb.offline")  # which wins over a file
     if wandb.offline:
         wandb.mode = "offline"
     if wandb.mode is None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol, SupportsFloat
 import jax
 from matplotlib.figure import Figure
 
+from utils.base.effects import Rule, check_effects
 from utils.base.files import atomic_write, open_regular, read_bytes, write_text
 from utils.base.messages import UserError, WriteError, one_line, warn
 from utils.base.processes import Interrupted
@@ -163,15 +164,32 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
 PACKAGES = {"tensorboard": "tensorboardX"}
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raises UserError for a name in --trackers that TRACKERS does not have, or whose package is not installed."""
-    given = f"--trackers={','.join(names)}"
+def _has_no_wandb(values: Any) -> bool:
+    return "wandb" not in values.trackers
+
+
+# Settings of wandb without effect; `disabled` only says once more what --trackers says.
+_NO_WANDB = "without wandb among --trackers"
+RULES = (
+    Rule(tuple(f"wandb.{name}" for name in ("project", "entity", "group", "notes", "tags")), _NO_WANDB, _has_no_wandb),
+    Rule(("wandb.mode", "wandb.offline"), _NO_WANDB, lambda v: _has_no_wandb(v) and v.wandb["mode"] != "disabled"),
+    # A training's folder is named after it, unless --save_dir names that.
+    Rule(("wandb.name",), _NO_WANDB, lambda v: _has_no_wandb(v) and bool(getattr(v, "save_dir", True))),
+)
+
+
+def check_trackers(settings: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises UserError for a name in --trackers that TRACKERS does not have, or whose package is not installed, and for
+    a setting of wandb among `given`, {name: value}, that has no effect."""
+    names = settings["trackers"]
+    text = f"--trackers={','.join(names)}"
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"{given}: {name or 'an empty name'} is unknown; known are {', '.join(TRACKERS)}")
+            raise UserError(f"{text}: {name or 'an empty name'} is unknown; known are {', '.join(TRACKERS)}")
         package = PACKAGES.get(name)
         if package and importlib.util.find_spec(package) is None:
-            raise UserError(f"{given} needs another package ({package}): `pip install {package}`, or leave {name} out")
+            raise UserError(f"{text} needs another package ({package}): `pip install {package}`, or leave {name} out")
+    check_effects(RULES, settings, given)
 
 
 def choose_trackers(settings: Mapping[str, Any]) -> list[str]:

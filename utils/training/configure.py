@@ -1,82 +1,75 @@
 """Makes the configuration of a run from the settings that a user gives, in Python or on a command line.
 
-Later layers win: defaults, the preset, the objective's own defaults, the run that --load_dir names, a preset that was
-given, and what the user gave.
+Later layers win: defaults, the objective's own, the run that --load_dir names, what a run has recorded, the user's
+file, and what the user typed. Each stands above the sizes of its preset.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.base.effects import check_effects
 from utils.base.messages import UserError, log
-from utils.base.settings import find_entry, flatten_groups, settings_of
+from utils.base.settings import find_entry, flatten_groups, settings_of, suggest_name
 from utils.codecs import codecs
 from utils.data.loaders import get_loader
 from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objectives import OBJECTIVES
 from utils.runs.checkpoint import has_checkpoints
-from utils.runs.config import (
-    GROUPS,
-    OBJECTIVE_NAME,
-    PRESET,
-    START_SETTINGS,
-    RunConfig,
-    all_settings,
-)
+from utils.runs.config import OBJECTIVE_NAME, PRESET, START_SETTINGS, RunConfig, all_settings
+from utils.training.effects import PLAN_RULES, check_run_effects
 from utils.training.start import SourceRun, read_started_from
 
 # Settings under which earlier versions, and jax-flow, know the codec.
 SPELLINGS = ("use_stable_vae", "model.use_stable_vae", "vae")
-# Groups of settings that say what is learned and how. A command line with none of them continues a run as it is.
-SUBJECTS = ("data", "codec", "optimizer", "sampling", "devices")
 # Settings that a run which starts from another does not take from it: how it trains and computes.
 OWN_MODEL_SETTINGS = ("model.class_dropout_prob", "model.dtype")
 
 
-def make_config(given: Mapping[str, Any], resolved: Mapping[str, Any] | None = None) -> RunConfig:
-    """Returns the configuration of a run with the settings {name: value}, named as the flags are.
+def make_config(
+    given: Mapping[str, Any], *, file: Mapping[str, Any] | None = None, recorded: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Returns the configuration of a run with the settings {name: value}, named as the flags are; groups may be nested.
 
-    `resolved` are further values, such as those of environment variables, which count as not given. If `save_dir` is a
-    run's and no setting says what is learned, that run's own configuration is used below what is given. Raises
-    UserError for unknown names, values out of bounds, and settings that contradict each other.
+    Below `given` stand the settings of a user's `file`, which count as given, too, and below them what is `recorded` of
+    another run and of environment variables, which does not. If `save_dir` is a run's and no data set is given, that
+    run's own configuration is used below all of them. Raises UserError for unknown names, values out of bounds, and
+    settings that contradict each other or have no effect.
     """
     # Names first: an unknown one is answered with the most similar setting.
     known = all_settings()
-    given = translate_spellings(given)
-    resolved = translate_spellings(resolved or {})
-    for name in given:
+    file, given, recorded = (translate_spellings(flatten_groups(layer or {})) for layer in (file, given, recorded))
+    stated = {**file, **given}
+    for name in stated:
         if name not in known and name not in (PRESET, OBJECTIVE_NAME):
-            close = difflib.get_close_matches(name, known, 1)
-            raise UserError(f"--{name} is no setting of a run" + (f"; did you mean --{close[0]}?" if close else ""))
+            raise UserError(f"--{name} is no setting of a run{suggest_name(name, known, '--')}")
+    check_effects(PLAN_RULES, {"plan": stated.get("plan", 0)}, stated)
 
     # The run that is continued, or started from, decides what is left open.
-    settled = {**resolved, **given}
-    layers = read_own_settings(given)
-    if layers is None:
-        inherited = find_inherited(settled)
-        # A codec that is named without its source has the run's.
-        if inherited.get("codec", "").startswith(f"{settled.get('codec')}:"):
-            settled["codec"] = inherited["codec"]
-        layers = fill_layers(settled, inherited)
-    else:
-        log(f"continuing {given['save_dir']} with its own configuration")
-    values = {**layers, **settled}
+    own = read_own_settings({**recorded, **stated})
+    if own is not None:
+        log(f"continuing {stated['save_dir']} with its own configuration")
+        recorded = {**own, **recorded}
+    layers = (drop_derived(recorded, stated), file, given)
+    values = fill_layers(layers, find_inherited(layers) if own is None else {})
 
     # The run is named after its data.
     name = values.get("wandb.name", known["wandb.name"].default)
     dataset_name = values.get("dataset_name", known["dataset_name"].default)
     values["wandb.name"] = name.replace("{dataset_name}", dataset_name)
-    config = RunConfig.from_settings(values, frozenset(given))
+    config = RunConfig.from_settings(values, frozenset(stated))
     check_together(config)
+    check_run_effects(config, stated)
     return config
 
 
 def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings under one name and value each. Raises UserError where two spellings contradict each other."""
-    values = codecs.translate_spellings(given)
+    values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    values = codecs.translate_spellings(values)
     if "model.t_sampler" in values:
         sampler = values["model.t_sampler"]
         values["model.t_sampler"] = LEGACY_T_SAMPLERS.get(sampler, sampler)
@@ -90,26 +83,39 @@ def flatten_settings(content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flat.items() if name in known and value is not None}
 
 
-def read_own_settings(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the settings of the run in `save_dir`, where there is one and nothing given says what is learned."""
-    # Only an existing run can be continued, and only if --load_dir does not ask to start from another.
-    folder = given.get("save_dir")
-    if folder is None or not has_checkpoints(Path(folder)) or "load_dir" in given:
-        return None
-    # A command line that says what is learned stands for itself: nothing of the run's configuration is mixed in.
-    subjects = {PRESET, OBJECTIVE_NAME, "batch_size", "seed", "debug_overfit"}
-    for part in SUBJECTS:
-        subjects |= settings_of(*GROUPS[part]).keys()
-    if any(name in subjects or name.startswith(("model.", "objective.")) for name in given):
+def read_own_settings(settled: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the settings of the run in `save_dir`, where there is one and `settled` does not stand for itself."""
+    # A whole command line names its data: nothing of the run's configuration is mixed in. Nor is it where --load_dir
+    # asks to start from another run.
+    folder = settled.get("save_dir")
+    if folder is None or "dataset_name" in settled or "load_dir" in settled or not has_checkpoints(Path(folder)):
         return None
     saved = SourceRun.open(folder).saved
     return {name: value for name, value in flatten_settings(saved).items() if name not in START_SETTINGS}
 
 
-def find_inherited(values: Mapping[str, Any]) -> dict[str, Any]:
+def drop_derived(recorded: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a run has recorded, without those that its objective has set if another is stated."""
+    before = recorded.get(OBJECTIVE_NAME)
+    after = stated.get(OBJECTIVE_NAME, before)
+    if after == before:
+        return dict(recorded)
+    # A value that the run had by itself stays; one that is its objective's default follows the new objective.
+    theirs, ours = own_defaults(OBJECTIVES.get(before)), own_defaults(OBJECTIVES.get(after))
+    fields = all_settings()
+    derived = {name: theirs.get(name, fields[name].default) for name in theirs.keys() | ours.keys() if name in fields}
+    return {name: value for name, value in recorded.items() if name not in derived or value != derived[name]}
+
+
+def own_defaults(objective: Any) -> dict[str, Any]:
+    """Returns {name: value} of the settings of the network and the optimizer whose default is the objective's own."""
+    return {f"model.{name}": value for name, value in getattr(objective, "MODEL_DEFAULTS", {}).items()}
+
+
+def find_inherited(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the settings of the run from which a new one starts, or from which the one in its folder has started."""
     # A draft says where the run is and what it names; its architecture is not settled yet.
-    draft = RunConfig.from_settings(fill_layers(values, {}))
+    draft = RunConfig.from_settings(fill_layers(layers, {}))
     folder = draft.folder
     if draft.start.load_dir and not has_checkpoints(folder):
         saved: Mapping[str, Any] | None = SourceRun.open(draft.start.load_dir).saved
@@ -133,29 +139,36 @@ def find_inherited(values: Mapping[str, Any]) -> dict[str, Any]:
     return inherited
 
 
-def fill_layers(given: Mapping[str, Any], inherited: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {name: value} with the defaults of preset and objective, and what is inherited, below what is given."""
-    network = given.get("model.network", inherited.get("model.network", "dit"))
-    objective_name = given.get(OBJECTIVE_NAME, inherited.get(OBJECTIVE_NAME, "flow_matching"))
-    config_class = find_entry("model.network", network, NETWORKS).config_class
-    objective = find_entry(OBJECTIVE_NAME, objective_name, OBJECTIVES)
+def fill_layers(layers: Sequence[Mapping[str, Any]], inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {name: value} of the layers, of which later ones win. Below them stand what is inherited, and the
+    defaults of preset and objective."""
+    chosen = {"model.network": "dit", OBJECTIVE_NAME: "flow_matching", **inherited}
+    for layer in layers:
+        chosen |= layer
+    presets = find_entry("model.network", chosen["model.network"], NETWORKS).config_class.PRESETS
+    defaults = own_defaults(find_entry(OBJECTIVE_NAME, chosen[OBJECTIVE_NAME], OBJECTIVES))
 
-    # Presets are the network's; only one that was given must be known to it.
-    preset = given.get(PRESET, "debug")
-    if PRESET in given and preset not in config_class.PRESETS:
-        raise UserError(
-            f"--{PRESET}={preset}: use one of {', '.join(config_class.PRESETS) or 'none: it has no presets'}"
-        )
-    sizes = {f"model.{name}": value for name, value in config_class.PRESETS.get(preset, {}).items()}
-    own_defaults = {f"model.{name}": value for name, value in getattr(objective, "MODEL_DEFAULTS", {}).items()}
-    layers = {**sizes, **own_defaults, **inherited}
-    if objective_name != inherited.get(OBJECTIVE_NAME, objective_name):  # the run learns something else
-        layers |= {"model.step_conditioning": 0, **own_defaults}
-    return {**layers, **(sizes if PRESET in given else {}), **given}
+    def sizes(preset: str) -> dict[str, Any]:
+        return {f"model.{name}": value for name, value in presets.get(preset, {}).items()}
+
+    values = {**sizes(chosen.get(PRESET, "debug")), **defaults, **inherited}
+    if chosen[OBJECTIVE_NAME] != inherited.get(OBJECTIVE_NAME, chosen[OBJECTIVE_NAME]):  # the run learns something else
+        values |= {"model.step_conditioning": 0, **defaults}
+    for layer in layers:
+        below = values.get("codec") or ""
+        values |= {**(sizes(layer[PRESET]) if PRESET in layer else {}), **layer}
+        # A codec that is named without its source has the one below it.
+        if below.startswith(f"{layer.get('codec')}:"):
+            values["codec"] = below
+    return values
 
 
 def check_together(config: RunConfig) -> None:
     """Raises UserError for settings that are valid one by one, but not together."""
+    # Presets are the network's; only one that was given must be known to it.
+    presets = type(config.model).PRESETS
+    if PRESET in config.given and config.preset not in presets:
+        raise UserError(f"--{PRESET}={config.preset}: use one of {', '.join(presets) or 'none: it has no presets'}")
     # Sampler and optimizer.
     optimizer = config.optimizer
     scale = config.sampling.cfg_scale
