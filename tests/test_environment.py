@@ -1,13 +1,21 @@
 """JAX under other environment variables: what of it enters a run, and programs that cannot run so."""
 
+import platform
 import re
+import shutil
+import sys
+import warnings
 from functools import partial
+from pathlib import Path
 from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.conftest import run_program
 from tests.test_saved_config import CONFIG
@@ -15,6 +23,7 @@ from utils.base import devices
 from utils.base.devices import RECORDED, compare_jax_settings, jax_settings
 from utils.base.mesh import make_mesh, replicated
 from utils.convert.sources import read_source
+from utils.flags import program
 from utils.networks.models import init_params
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import export_run
@@ -103,16 +112,93 @@ def test_float64_parameters_are_exported_as_float32(tmp_path, params, set_x64):
     np.testing.assert_array_equal(state["x_embedder.proj.bias"], params["patch_embed"]["bias"])
 
 
-@pytest.mark.parametrize(("platform", "is_cached"), [("gpu", True), ("cpu", False)])
-def test_programs_cache_what_they_compile_for_accelerators_and_a_mesh_does_not(monkeypatch, platform, is_cached):
-    before = jax.config.values["jax_compilation_cache_dir"]
-    device = Mock(jax.Device, platform=platform)
+@pytest.fixture
+def cache_settings():
+    """JAX's settings of its cache are afterwards as they were; until then, no folder is set."""
+    names = ("compilation_cache_dir", "compilation_cache_max_size", "persistent_cache_min_compile_time_secs")
+    names = [f"jax_{name}" for name in (*names, "enable_compilation_cache")]
+    before = {name: jax.config.values[name] for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("kind", ["gpu", "cpu"])
+@pytest.mark.usefixtures("cache_settings")
+def test_programs_cache_what_they_compile_and_a_mesh_does_not(monkeypatch, kind):
+    device = Mock(jax.Device, platform=kind)
     monkeypatch.setattr(jax, "devices", lambda: [device])
+    make_mesh()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    devices.start_devices()
+    name = Path(jax.config.values["jax_compilation_cache_dir"]).name
+    assert re.fullmatch("compiled-[0-9a-f]{16}" if kind == "cpu" else "compiled", name)
+    devices.start_devices()  # as a folder of the environment's, it is kept
+    assert Path(jax.config.values["jax_compilation_cache_dir"]).name == name
+
+
+def test_another_kind_of_cpu_or_compiler_has_another_cache(monkeypatch):
+    here = devices.describe_cpu()
+    assert platform.machine() in here
+    if Path("/proc/cpuinfo").exists():
+        assert re.search(r"^(flags|Features)\s*: \w+", here, re.MULTILINE)
+    keys = {devices.machine_key(cpu) for cpu in (here, f"{here} avx1024", "")}
+    monkeypatch.setattr(jax, "__version__", "99.0")
+    keys.add(devices.machine_key(here))
+    assert len(keys) == 4
+
+
+@pytest.mark.usefixtures("cache_settings")
+def test_what_is_cached_is_not_compiled_again_unless_it_is_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "cache_folder", lambda: tmp_path)
+    devices.start_devices()
+    hits = []
+
+    def note(event, **_):
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    monitoring.register_event_listener(note)
+
+    def affine(x):
+        return x * 14 + 0.5
+
+    def compute():
+        """The number of functions that are found in the cache."""
+        jax.clear_caches()
+        x = np.float32(3)
+        hits.clear()
+        assert np.asarray(jax.jit(affine)(x)) == 42.5
+        return len(hits)
+
     try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        make_mesh()
-        assert jax.config.values["jax_compilation_cache_dir"] is None
-        devices.start_devices()
-        assert (jax.config.values["jax_compilation_cache_dir"] is not None) == is_cached
+        assert (compute(), compute()) == (0, 1)
+        (entry,) = (path for path in tmp_path.glob("compiled-*/*-cache") if "affine" in path.name)
+        content = entry.read_bytes()
+        for damaged in (b"", content[:-9], content[:200] + bytes([content[200] ^ 1]) + content[201:]):
+            entry.write_bytes(damaged)
+            with warnings.catch_warnings(record=True) as said:
+                assert compute() == 0
+            assert said == []
+        # Nothing is lost where nothing can be written.
+        shutil.rmtree(entry.parent)
+        entry.parent.write_text("no folder")
+        compilation_cache.reset_cache()
+        compute()
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        monitoring.unregister_event_listener(note)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.usefixtures("cache_settings", "signal_handlers")
+def test_the_cache_is_turned_off_by_a_flag(monkeypatch, value):
+    seen = []
+    main = lambda config: seen.append((config.to_dict(), jax.config.values["jax_enable_compilation_cache"]))  # noqa: E731
+    monkeypatch.setattr(sys, "argv", ["program.py", "--compilation_cache", str(value)])
+    with pytest.raises(SystemExit):
+        program.run_program(lambda: None, main)
+    assert seen == [({}, bool(value))]
+    delattr(flags.FLAGS, "compilation_cache")

@@ -1,13 +1,16 @@
-"""The devices: JAX's settings that enter numbers, and the memory that there is and that is needed."""
+"""The devices: JAX's settings, the cache of what is compiled for them, and the memory that there is and is needed."""
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import math
 import os
 import platform
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -98,15 +101,46 @@ def find_devices() -> list[jax.Device]:
         raise UserError(f"JAX finds no device{reason}; JAX_PLATFORMS=cpu computes on the CPU") from None
 
 
+# --- What is compiled is kept for later starts ---
+
+CACHE_BYTES = 2 * GIB  # of a machine's folder; what was not used for longest goes first
+
+
 def start_devices() -> None:
-    """Finds the devices as a program starts, and caches on disk what is compiled for accelerators.
+    """Finds the devices as a program starts, and caches on disk what is compiled for them.
 
     A folder that the environment names for the cache is kept. Raises UserError as `find_devices`.
     """
     devices = find_devices()
-    # Not by default on CPUs, where a home shared by unlike machines would hand one the instructions of another.
-    if jax.config.values["jax_compilation_cache_dir"] is None and devices[0].platform != "cpu":
+    # An entry that is damaged, or that cannot be written, costs its compilation alone.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+    if jax.config.values["jax_compilation_cache_dir"]:
+        return
+    if devices[0].platform != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+        return
+
+    # On a CPU, a start compiles hundreds of small functions, too. A home that unlike machines share must not hand one
+    # of them the instructions of another.
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder() / f"compiled-{machine_key(describe_cpu())}"))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def describe_cpu() -> str:
+    """Returns everything that the system says of the kind of its CPU: its model, and the instructions that it has."""
+    parts = [platform.system(), platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):  # there is no such file elsewhere than on Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        kinds = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
+        parts += sorted({line for line in lines if line.partition(":")[0].strip() in kinds})
+    return "\n".join(parts)
+
+
+def machine_key(cpu: str) -> str:
+    """Returns a short name for a kind of CPU and the compiler: programs compiled under one name may be exchanged."""
+    versions = [jax.__version__, jax.lib.__version__]
+    return hashlib.sha256("\n".join([cpu, *versions]).encode()).hexdigest()[:16]
 
 
 # --- memory ---

@@ -17,7 +17,7 @@ from utils.base.devices import check_jax_settings, keep_freed_memory, start_devi
 from utils.base.messages import NO_ROOM, UserError, WriteError, finish_output, silence_orbax
 from utils.base.processes import END_SIGNALS, handle_signals, warn_of_copies
 from utils.flags.config_file import expand_config_file, record_file_values
-from utils.flags.help import refuse_habits, show_help, to_integer, to_switch
+from utils.flags.help import refuse_habits, show_help, to_integer, to_switch, topic
 from utils.flags.reading import read_flags
 
 FLAGS = flags.FLAGS
@@ -70,6 +70,7 @@ def run_program(
 
     def start(config: ConfigDict) -> None:
         check_jax_settings()
+        jax.config.update("jax_enable_compilation_cache", bool(FLAGS.compilation_cache))
         if needs_devices and not config.get("coordinator_address"):  # several processes find each other first
             start_devices()
         main(config)
@@ -131,6 +132,8 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
     # absl has flags of its own, which are neither listed nor recorded.
     builtin = set(FLAGS)
     define_flags()
+    with topic("Start"):
+        flags.DEFINE_integer("compilation_cache", 1, "0: compile everything anew, and keep nothing of it.", 0, 1)
     names = [name for name in FLAGS if name not in builtin]
     if {"-h", "-help", "--help"} & set(argv[1:]):
         show_help(names)
@@ -158,4 +161,4 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
     if "coordinator_address" not in names:
         warn_of_copies(Path(argv[0]).name)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
-    return read_flags(set(FLAGS) - builtin)
+    return read_flags(set(FLAGS) - builtin - {"compilation_cache"})
