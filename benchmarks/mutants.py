@@ -105,7 +105,7 @@ test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
   utils/runs/scoring.py: settings["empty_classes"] = list(empty_classes) -> pass
   utils/conditions/classes.py: tuple(data.get("empty_classes", ()))) -> ())
 test_programs.py::test_updates_that_are_not_finite_are_left_out_until_there_are_too_many
-  utils/training/build.py: "skips_nonfinite": run.config.optimizer.skip_nonfinite > 0 -> "skips_nonfinite": False
+  utils/training/build.py: "skips_nonfinite": self.config.optimizer.skip_nonfinite > 0 -> "skips_nonfinite": False
   utils/training/loop.py: SkippedUpdates(config.optimizer.skip_nonfinite, -> SkippedUpdates(2,
 test_likelihood.py::test_what_is_measured_is_what_the_flags_say
   likelihood.py: jax.random.key(self.config.seed) -> jax.random.key(0)
