@@ -60,7 +60,7 @@ def test_a_source_is_what_follows_the_colon(monkeypatch):
     monkeypatch.setitem(CODECS, "mine", CodecKind(loaded.append, "from a file", placeholder="PATH", default="there"))
     assert parse_codec("mine:a:b") == CodecSpec("mine", "a:b")
     for spec in (CodecSpec("mine", "here"), CodecSpec("mine")):
-        with pytest.raises(AttributeError):  # of None, which is no codec
+        with pytest.raises(UserError, match=f"the loader of --codec={spec} returned no Codec"):
             load_codec(spec, make_mesh(), (8, 8, 1))
     assert loaded == ["here", "there"]
     assert jax.tree.leaves(CODECS["pixels"].load(None)) == []

@@ -37,7 +37,7 @@ def test_unknown_names_are_answered_with_the_known_ones(monkeypatch):
     known = re.escape(", ".join(list_names()))
     assert "mine:WORD" in known
     for name in ("pears:x", "digits:3", "folder:", "mine", ""):
-        with pytest.raises(UserError, match=f"--dataset_name={name} is unknown.* Known are {known}"):
+        with pytest.raises(UserError, match=f"--dataset_name={name} is unknown.* [Kk]nown are {known}"):
             load_dataset(name)
     with pytest.raises(UserError, match=r"did you mean digits\?"):
         load_dataset("digit")

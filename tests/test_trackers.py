@@ -137,7 +137,7 @@ def test_lines_say_when_they_were_written_and_how_long_the_run_has_been_running(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--trackers mlflow", r"--trackers=mlflow: mlflow is unknown; known are wandb, tensorboard$"),
+        ("--trackers mlflow", r"--trackers=mlflow: mlflow is unknown; known are wandb, tensorboard\. Register it"),
         ("--trackers wandb,", r"--trackers=wandb,: an empty name is unknown"),
         ("--trackers lacking", r"--trackers=lacking needs another package \(none_such\): `pip install none_such`"),
         ("--trackers= --wandb.group x", r"--wandb.group=x has no effect without wandb among --trackers"),

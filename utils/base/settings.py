@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import UnionType
 from typing import Any
 
@@ -120,9 +120,7 @@ def merge_settings(what: str, registry: Mapping[str, Any], group: str) -> dict[s
 def find_entry(name: str, value: str, registry: Mapping[str, Any]) -> Any:
     """Returns the entry `value` of a registry; raises UserError, naming the flag, where there is none."""
     if value not in registry:
-        raise UserError(
-            f"--{name}={value} is unknown; known are {', '.join(registry)}. Register it first (docs/change_this.md)"
-        )
+        raise unknown_name(f"--{name}={value}", value, registry)
     return registry[value]
 
 
@@ -130,6 +128,24 @@ def suggest_name(name: str, known: Collection[str], prefix: str = "") -> str:
     """Returns "; did you mean X?", of the known name that is most like an unknown one; nothing if none is."""
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def unknown_name(given: str, name: str, known: Iterable[str], guess: str | None = None) -> UserError:
+    """Returns the error for a name that a registry does not have.
+
+    `given` says where the name stands, such as --flag=name; `known` are those that there are, as a user writes them;
+    `guess` is what was probably meant, where that is more than a slip of the fingers.
+    """
+    known = list(known)
+    if hint := f"; did you mean {guess}?" if guess else suggest_name(name, known):
+        return UserError(f"{given} is unknown{hint} Known are {', '.join(known)}")
+    return UserError(f"{given} is unknown; known are {', '.join(known)}. Register it first (docs/change_this.md)")
+
+
+def check_made(made: Any, kind: type, maker: str) -> None:
+    """Raises UserError where what a registered function, `maker`, has returned is not of the kind that it is for."""
+    if not isinstance(made, kind):
+        raise UserError(f"{maker} returned no {kind.__name__}; docs/change_this.md shows one that does")
 
 
 def flatten_groups(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The codecs by name, as --codec says them: how each is loaded, and what a run records of it."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from jax.sharding import Mesh
 from utils.base.files import expand_home, refuse_url
 from utils.base.mesh import replicated
 from utils.base.messages import UserError
+from utils.base.settings import check_made, unknown_name
 from utils.codecs.codec import Codec, PixelCodec
 from utils.codecs.kl import KLCodec
 
@@ -58,9 +58,9 @@ CODECS: dict[str, CodecKind] = {
 }
 
 
-def list_codecs() -> str:
-    """Returns the values of --codec, in words: pixels or kl:PATH_OR_HUB."""
-    return " or ".join(f"{name}:{kind.placeholder}" if kind.placeholder else name for name, kind in CODECS.items())
+def list_codecs() -> list[str]:
+    """Returns the values of --codec as a user writes them: pixels, kl:PATH_OR_HUB."""
+    return [f"{name}:{kind.placeholder}" if kind.placeholder else name for name, kind in CODECS.items()]
 
 
 def parse_codec(text: str) -> CodecSpec:
@@ -69,9 +69,7 @@ def parse_codec(text: str) -> CodecSpec:
     spec = CodecSpec(name, source if colon else None)
     if name not in CODECS:
         # A hub id without its "kl:" is the likely mistake where there is a slash.
-        guess = difflib.get_close_matches(name, CODECS, n=1)
-        hint = f"did you mean {guess[0]}? " if guess else f"did you mean kl:{text}? " if "/" in text else ""
-        raise UserError(f"--codec={text} is unknown; {hint}Use {list_codecs()}")
+        raise unknown_name(f"--codec={text}", name, list_codecs(), f"kl:{text}" if "/" in text else None)
 
     # A colon needs a source after it, and a kind that takes one.
     kind = CODECS[name]
@@ -143,6 +141,7 @@ def load_codec(spec: CodecSpec, mesh: Mesh, image_shape: Sequence[int], expected
 
     # Other weights would decode the latents to something, but not to the images.
     codec = kind.load(spec.source or kind.default)
+    check_made(codec, Codec, f"the loader of {shown}")
     if expected_sha256 is not None and expected_sha256 != (codec.sha256 or ""):
         raise UserError(
             f"{shown} is another VAE (sha256 {str(codec.sha256)[:12]}...) than the one that made the latents "

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from utils.base.messages import UserError
+from utils.base.settings import unknown_name
 
 
 class Embedded(NamedTuple):
@@ -149,10 +150,7 @@ def restore_condition(data: Mapping[str, Any]) -> Condition:
     # The kind may be defined outside of this repository, and must be registered by then.
     record = data.get("condition", {"kind": "class"})
     if record["kind"] not in CONDITIONS:
-        raise UserError(
-            f"the run's condition {record['kind']!r} is unknown; known are {', '.join(CONDITIONS)}. Register it first "
-            "(docs/change_this.md)"
-        )
+        raise unknown_name(f"the run's condition {record['kind']!r}", record["kind"], CONDITIONS)
 
     # Its definition may have changed since; the parameters expect the arrays of then.
     condition = CONDITIONS[record["kind"]].from_json(data)

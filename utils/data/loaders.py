@@ -1,7 +1,6 @@
 """Loaders: a record for each source of data that --dataset_name can name. One more source is one line of LOADERS."""
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from utils.base.effects import refuse_ignored
 from utils.base.files import expand_home, refuse_url
 from utils.base.messages import UserError, warn
+from utils.base.settings import check_made, unknown_name
 from utils.conditions.condition import record_condition
 from utils.data.arrays import load_array_file, load_digits
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
@@ -97,6 +97,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     if options.image_size is None:
         options = dataclasses.replace(options, image_size=loader.default_size)
     dataset = loader.load(name, split, options)
+    check_made(dataset, ImageDataset, f"the loader of --dataset_name={name}")
     check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
 
     # Mirror images, in training alone. Pairs would need their noise mirrored, latents cannot be mirrored afterwards.
@@ -130,12 +131,9 @@ def get_loader(name: str) -> Loader:
     """Returns the loader of the data set `name`. Raises UserError, which lists the known ones, if there is none."""
     loader = find_loader(name)
     if loader is None:
-        known = list_names()
-        # A path without its prefix is the usual slip, then a typing error.
-        is_folder = Path(name).is_dir()
-        guesses = [f"folder:{name}"] if is_folder else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {guesses[0]}?" if guesses else "."
-        raise UserError(f"--dataset_name={name} is unknown{hint} Known are {', '.join(known)}")
+        # A path without its prefix is the usual slip.
+        guess = f"folder:{name}" if Path(name).is_dir() else None
+        raise unknown_name(f"--dataset_name={name}", name, list_names(), guess)
     return loader
 
 

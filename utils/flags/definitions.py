@@ -62,6 +62,11 @@ def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
         flags.DEFINE_integer(name, default, help_text, metadata["low"], metadata["high"])
 
 
+def _leave_to_registry(name: str) -> None:
+    """Lets an enum take any text: the registry refuses what it does not have, and says how more is registered."""
+    FLAGS[name].parser = flags.ArgumentParser()
+
+
 def define_group(part: str, without: tuple[str, ...] = ()) -> None:
     """Registers the flags of a group of a run's settings (utils/runs/config.py)."""
     for name, field in settings_of(*GROUPS[part]).items():
@@ -151,6 +156,7 @@ def define_model_flags() -> None:
     flags.DEFINE_enum(PRESET, "debug", list(dict.fromkeys(presets)), "Sizes for the --model.* flags left unset.")
     for name, field in network_settings().items():
         define_setting(name, field)
+    _leave_to_registry("model.network")
 
     # Spellings of --codec, so that jax-flow's command lines keep their meaning.
     flags.DEFINE_integer("model.use_stable_vae", None, "1: the same as --codec kl; 0: as --codec pixels.", 0, 1)
@@ -161,6 +167,7 @@ def define_model_flags() -> None:
 def define_objective_flags() -> None:
     """Registers --objective.*: what is learned, and the fields of every objective."""
     flags.DEFINE_enum(OBJECTIVE_NAME, "flow_matching", list(OBJECTIVES), "What the model learns.")
+    _leave_to_registry(OBJECTIVE_NAME)
     for name, field in objective_settings().items():
         if name.startswith("objective."):  # only the chosen objective knows its default
             define_setting(name, field, default=None)

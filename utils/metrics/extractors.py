@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, UInt8
 
-from utils.base.messages import UserError
+from utils.base.settings import check_made, unknown_name
 from utils.metrics.inception import INCEPTION_SHA256, NUM_FEATURES, NUM_SPATIAL, load_inception
 
 # The network of FID: its arrays have names of their own in statistics files (reference.array_names).
@@ -67,7 +67,7 @@ def check_extractors(names: Iterable[str]) -> tuple[str, ...]:
     # An empty list is refused as the empty name would be.
     for name in names or ("",):
         if name not in EXTRACTORS:
-            raise UserError(f"--extractor={name} is unknown; known are {', '.join(EXTRACTORS)}")
+            raise unknown_name(f"--extractor={name}", name, EXTRACTORS)
     return names
 
 
@@ -93,4 +93,5 @@ def load_extractors(
         # --inception_weights and --convention are about Inception alone.
         options = (weights, convention) if name == DEFAULT_EXTRACTOR else (None, None)
         loaded[name] = EXTRACTORS[name].load(*options, sharding)
+        check_made(loaded[name], Callable, f"the loader of --extractor={name}")
     return loaded

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
 import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
-from utils.base.settings import find_entry
+from utils.base.settings import check_made, find_entry
 from utils.codecs.codec import Codec
 from utils.conditions.condition import Condition
 from utils.networks.lora import merge_lora
@@ -80,6 +80,8 @@ def make_model(
     config.check(codec.latent_shape(shape))
     network = NETWORKS[config.network].build(config, remat, mesh, condition.fit(config.num_classes))
     return ImageModel(network, objective, codec, mesh, shape)
+
+    check_made(network, Network, f"the builder of --model.network={config.network}")
 
 
 def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:

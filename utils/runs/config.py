@@ -87,7 +87,8 @@ class CodecConfig:
     # As on the command line; `spec` is what it means.
     text: str | None = setting(
         None,
-        f"Codec: {list_codecs()}; default: that of the run or of the cached latents, else kl:{DEFAULT_HUB_ID}.",
+        f"Codec: {' or '.join(list_codecs())}; default: that of the run or of the cached latents, "
+        f"else kl:{DEFAULT_HUB_ID}.",
         flag="codec",
         is_path=True,
     )

@@ -17,7 +17,8 @@ from utils.base.files import FolderLock, check_writable, prepare_output_folder, 
 from utils.base.mesh import make_mesh, replicated, shape_structs
 from utils.base.messages import AbsentCodecError, UserError, log, warn
 from utils.codecs.codec import AbsentCodec, set_pixel_format
-from utils.codecs.codecs import CODECS, CodecSpec, describe_codec, load_codec, parse_codec
+from utils.base.settings import unknown_name
+from utils.codecs.codecs import CODECS, CodecSpec, describe_codec, list_codecs, load_codec, parse_codec
 from utils.conditions.classes import imagenet_class_names
 from utils.conditions.condition import restore_condition
 from utils.convert.published import FAMILIES, find_config, import_published
@@ -160,9 +161,7 @@ def choose_codec(recorded: Mapping[str, Any], requested: str | None) -> CodecSpe
     # A codec from outside this repository has to be registered by whoever loads its runs.
     name = recorded["name"]
     if name not in CODECS:
-        raise UserError(
-            f"--codec={name} is unknown; known are {', '.join(CODECS)}. Register it first (docs/change_this.md)"
-        )
+        raise unknown_name(f"--codec={name}", name, list_codecs())
 
     # Another place of the same kind is fine: the weights are compared by their hash when they are loaded.
     if requested is None:

@@ -22,6 +22,7 @@ from utils.base.effects import Rule, check_effects
 from utils.base.files import atomic_write, open_regular, read_bytes, write_text
 from utils.base.messages import UserError, WriteError, one_line, warn
 from utils.base.processes import Interrupted
+from utils.base.settings import unknown_name
 from utils.trackers.wandb_tracker import WandbTracker
 
 # Files in a run's folder, and of those that programs write, the ones that trackers can show.
@@ -185,7 +186,7 @@ def check_trackers(settings: Mapping[str, Any], given: Mapping[str, Any]) -> Non
     text = f"--trackers={','.join(names)}"
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"{text}: {name or 'an empty name'} is unknown; known are {', '.join(TRACKERS)}")
+            raise unknown_name(f"{text}: {name or 'an empty name'}", name, TRACKERS)
         package = PACKAGES.get(name)
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f"{text} needs another package ({package}): `pip install {package}`, or leave {name} out")
