@@ -327,7 +327,7 @@ class DiT(nn.Module):
         conditioning = TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="timestep_embed")(t)
         conditioning += self.embed_condition(condition)
         if config.step_conditioning:
-            # Initialisation passes no step.
+            # It may be left out where only shapes matter.
             step = jnp.zeros_like(t) if step is None else step
             conditioning += TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="step_embed")(step)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,15 +21,17 @@ from utils.codecs.codec import PixelCodec
 from utils.codecs.codecs import CODECS
 from utils.conditions.condition import CONDITIONS
 from utils.data.batches import training_batches
-from utils.data.loaders import LOADERS, load_dataset
+from utils.data.loaders import LOADERS, Loader, get_loader, load_dataset
 from utils.metrics.extractors import EXTRACTORS, POOL, FeatureKey, load_extractors
 from utils.metrics.metrics import METRICS, compute_metrics, metric_columns
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.metrics.statistics import ImageStatistics
+from utils.networks.models import init_params
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.objectives import OBJECTIVES
 from utils.runs.opening import load_generator
 from utils.trackers.trackers import TRACKERS, Trackers, read_metrics
+from utils.training import build_run, make_config
 
 PAGE = (ROOT / "docs" / "change_this.md").read_text()
 BLOCKS = dict(re.findall(r"^```python\n# (\w+)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE))
@@ -130,6 +133,51 @@ def test_an_own_network_and_loss_learn_in_an_own_loop(run):
     assert (names["images"].shape, names["images"].dtype) == ((2, 8, 8, 1), np.uint8)
     cat, dog = names["images"].mean((1, 2, 3))
     assert cat < dog
+
+
+@pytest.mark.parametrize("objective", ["shortcut", "mean_flow"])
+def test_an_objective_of_steps_needs_a_network_that_takes_one(run, objective):
+    network = run("data", "network")["ConvNet"]
+    settings = {"dataset_name": "mine", "model.network": "convnet", "codec": "pixels", "objective.name": objective}
+    config = make_config({**settings, "batch_size": 32, "wandb.mode": "disabled"})
+    message = f"--objective.name={objective} needs a network that takes a step; --model.network=convnet does not"
+    with pytest.raises(UserError, match=message):
+        build_run(config)
+    assert not Path("runs").exists()
+
+    class WithStep(network):
+        @nn.compact
+        def __call__(self, x, t, condition, step=None):
+            return x if step is None else x * nn.Dense(1, name="step")(step[:, None])[:, None, None]
+
+    NETWORKS["convnet"] = NETWORKS["convnet"]._replace(build=lambda config, remat, mesh, kind: WithStep(config, kind))
+    built = build_run(config)
+    assert {*init_params(built.model, jax.random.key(0))} == {"step"}
+
+
+def test_what_makes_no_data_codec_or_network_is_named(run):
+    run("data", "network")
+    settings = {"dataset_name": "mine", "model.network": "convnet", "codec": "none", "wandb.mode": "disabled"}
+    CODECS["none"] = CODECS["pixels"]._replace(load=lambda source: None)
+    NETWORKS["convnet"] = NETWORKS["convnet"]._replace(build=lambda *_: None)
+    LOADERS["none"] = Loader(lambda *_: None)
+    for changes, message in (
+        ({"dataset_name": "none"}, "the loader of --dataset_name=none returned no ImageDataset"),
+        ({}, "the loader of --codec=none returned no Codec"),
+        ({"codec": "pixels"}, "the builder of --model.network=convnet returned no Network"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_run(make_config({**settings, **changes, "batch_size": 32}))
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [("dataset_name", "mine"), ("model.network", "convnet"), ("objective.name", "huber"), ("codec", "blocks"),
+     ("trackers", "diary")],
+)  # fmt: skip
+def test_what_is_not_registered_is_refused_in_the_same_words(configure, flag, name):
+    with pytest.raises(UserError, match=rf"--{flag}={name}\b.* is unknown; known are .*\. Register it first \(docs/ch"):
+        get_loader(configure([f"--{flag}", name]).data.dataset_name)
 
 
 def test_the_loss_is_quadratic_for_small_errors_and_linear_for_large_ones(run):

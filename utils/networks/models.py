@@ -1,5 +1,6 @@
 """From a configuration to a model: the network, its objective, its codec and the data it is about."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -27,12 +28,13 @@ class Network(Protocol):
     config: NetworkConfig  # guidance and training read its `class_dropout_prob`
     condition: Condition  # the kind that it takes
 
-    def init(self, rngs: Any, x: Any, t: Any, condition: Any) -> Any:
-        """Returns {"params": fresh parameters}; x, t and condition are a batch of any values, for their shapes."""
+    # A `step` (b,) is given with `config.step_conditioning` alone, and only networks of `takes_step` need to take it.
+    def init(self, rngs: Any, x: Any, t: Any, condition: Any, *step: Any) -> Any:
+        """Returns {"params": fresh parameters}; the others are a batch of any values, for their shapes."""
 
-    def apply(self, variables: Any, x: Any, t: Any, condition: Any) -> Any:
+    def apply(self, variables: Any, x: Any, t: Any, condition: Any, *step: Any) -> Any:
         """Returns the output for x_t (b, h, w, c), times (b,) and conditions (b, ...): of the shape of x_t, or with
-        more channels. With `config.step_conditioning`, a fourth argument is the step (b,)."""
+        more channels."""
 
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
         """Returns the floating-point operations of one forward pass on one image, matmuls only (2 per MAC)."""
@@ -79,16 +81,26 @@ def make_model(
     # Checked before anything is built: a network that does not fit would fail in a trace, without a flag to name.
     config.check(codec.latent_shape(shape))
     network = NETWORKS[config.network].build(config, remat, mesh, condition.fit(config.num_classes))
+    check_made(network, Network, f"the builder of --model.network={config.network}")
     return ImageModel(network, objective, codec, mesh, shape)
 
-    check_made(network, Network, f"the builder of --model.network={config.network}")
+
+def takes_step(network: Any) -> bool:
+    """Returns whether a network can be given the step as a fourth argument, by the signature of its `__call__`."""
+    try:
+        inspect.signature(type(network).__call__).bind(network, "x", "t", "condition", "step")
+    except TypeError:
+        return False
+    return True
+
 
 
 def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
     """Returns freshly initialised parameters of the network, float32."""
     # Only shapes matter to initialisation: one image of zeros at t = 0, without a label.
     latents = jnp.zeros((1, *model.latent_shape))
-    return model.network.init(key, latents, jnp.zeros(1), model.condition.null(1))["params"]
+    step = (jnp.zeros(1),) if model.network.config.step_conditioning else ()
+    return model.network.init(key, latents, jnp.zeros(1), model.condition.null(1), *step)["params"]
 
 
 def model_fn(network: Network, params: PyTree) -> ModelFn:

@@ -46,7 +46,7 @@ from utils.images.pixels import check_pictures
 from utils.metrics.extractors import load_extractors
 from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
 from utils.networks.lora import add_lora
-from utils.networks.models import ImageModel, init_params, make_model
+from utils.networks.models import ImageModel, init_params, make_model, takes_step
 from utils.networks.state import EmaSchedule, TrainState, create_train_state, freeze_parts, make_optimizer
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, has_checkpoints
@@ -204,6 +204,11 @@ def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[I
         dataset.condition,
         remat=config.devices.remat,
     )
+    if config.model.step_conditioning and not takes_step(model.network):
+        raise UserError(
+            f"--objective.name={config.objective_name} needs a network that takes a step; "
+            f"--model.network={config.model.network} does not (docs/change_this.md, Network)"
+        )
     return model, spec
 
 
