@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
+from utils.base.commands import write_command
 from utils.base.external import BadFileError, read_bounded
 from utils.base.messages import UserError, log, show_result
 from utils.convert.published import FAMILIES
@@ -23,7 +24,6 @@ from utils.flags.effects import RULES, check_effects
 from utils.flags.help import hide, topic
 from utils.runs.export import export_run, push
 from utils.runs.opening import check_new_run, import_run
-from utils.training.advice import write_command
 
 MAX_NAMES_BYTES = 2**24  # of --class_names
 

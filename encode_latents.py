@@ -18,6 +18,7 @@ from jaxtyping import Array, Float16, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from utils.base.commands import write_command
 from utils.base.devices import check_batch_memory
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
 from utils.base.mesh import batch_sharding, check_batch_size, gather, make_mesh, shard_replicated
@@ -33,7 +34,6 @@ from utils.flags import program, reading
 from utils.flags.definitions import define_codec_flags, define_data_flags, define_flip_flag, define_path
 from utils.flags.help import topic
 from utils.images.pixels import images_from_uint8
-from utils.training.advice import write_command
 
 
 def define_flags() -> None:

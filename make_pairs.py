@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from utils.base.commands import write_command
 from utils.base.devices import RANDOM, changed_variables, explaining_out_of_memory
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
 from utils.base.mesh import check_batch_size, gather
@@ -27,7 +28,6 @@ from utils.networks.models import ImageModel
 from utils.runs.opening import load_generator
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
 from utils.sampling.solvers import SOLVERS, SamplerConfig
-from utils.training.advice import write_command
 
 
 def define_flags() -> None:

@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import os
 import re
-import shlex
 import shutil
 import sys
 import time
@@ -31,6 +30,7 @@ from tensorflow_datasets.core import shuffle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where utils/ is, which a program in data/ does not see
 
+from utils.base.commands import write_command
 from utils.base.external import BadFileError, read_json
 from utils.base.files import open_regular, prepare_output_folder, write_json
 from utils.base.messages import UserError
@@ -287,7 +287,8 @@ def main(config: ConfigDict) -> None:
     if "://" in data_dir:
         raise UserError(f"--data_dir={data_dir} is not on this machine; prepare in a local folder and copy it there")
     data_dir = Path(data_dir).expanduser().absolute()
-    train = f"train on it: python train_flow.py --dataset_name celebahq256 --data_dir {shlex.quote(str(data_dir))}"
+    words = ["--dataset_name", "celebahq256", "--data_dir", data_dir]
+    train = f"train on it: {write_command('train_flow.py', *words)}"
     builder = Celebahq256(source=config.source, data_dir=data_dir)
     if builder.data_path.exists():
         found = builder.info.file_format.value if builder.is_prepared() else "something incomplete"

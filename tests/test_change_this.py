@@ -260,6 +260,9 @@ def test_a_script_trains_with_own_data_network_and_loss(run, tmp_path):
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    # The commands to go on with are the script's: the programs themselves do not know the network.
+    for purpose, program in {"samples": "sample", "reference of FID": "compute_fid_stats", "FID": "eval_fid"}.items():
+        assert re.search(rf"^{purpose}: \S*python mine.py {program} --", done.stdout, re.MULTILINE)
     lines = read_metrics(tmp_path / "runs" / "flow_mine" / "metrics.jsonl")
     assert lines[0]["training/abs_error"] > 0
     with pytest.raises(UserError, match=r"--objective.name=huber is unknown; known are flow_matching, diffusion, "):

@@ -17,6 +17,7 @@ import eval_fid
 import sample
 import train_flow
 from tests.conftest import ROOT
+from utils.base import commands
 from utils.data.loaders import load_dataset
 from utils.flags import reading
 from utils.training import advice
@@ -81,12 +82,39 @@ def test_counts_scales_and_parameters_fit_the_run(read_flags):
 
 
 def test_another_interpreter_and_folder_are_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(advice.shutil, "which", lambda _: sys.executable)
+    monkeypatch.setattr(commands.shutil, "which", lambda _: sys.executable)
     monkeypatch.chdir(ROOT)
-    assert advice.write_command("sample.py", "--out", "a b") == "python sample.py --out 'a b'"
-    monkeypatch.setattr(advice.shutil, "which", lambda _: "/elsewhere/python")
+    assert commands.write_command("sample.py", "--out", "a b") == "python sample.py --out 'a b'"
+    monkeypatch.setattr(commands.shutil, "which", lambda _: "/elsewhere/python")
     monkeypatch.chdir(tmp_path)
-    assert advice.write_command("sample.py") == shlex.join([sys.executable, str(ROOT / "sample.py")])
+    assert commands.write_command("sample.py") == shlex.join([sys.executable, str(ROOT / "sample.py")])
+
+
+@pytest.mark.parametrize(
+    ("words", "argv", "started"),
+    [
+        ("mine.py train_flow --seed 1", "mine.py --seed 1", "mine.py sample"),  # which has taken the program's name
+        ("-X utf8 ../mine.py train_flow", "../mine.py", "-X utf8 ../mine.py sample"),
+        ("-m mine train_flow --seed 1", "/x/mine.py --seed 1", "-m mine sample"),
+        ("train_flow.py --seed 1", "train_flow.py --seed 1", "sample.py"),
+        ("mine.py --seed 1", "mine.py --seed 1", "sample.py"),
+        ("mine.py train_flow --seed 1", "mine.py --seed 2", "sample.py"),  # with words of its own
+        ("notebook.py x", "notebook.py", "sample.py"),
+    ],
+)
+def test_a_script_that_has_started_a_program_starts_the_others(monkeypatch, words, argv, started):
+    monkeypatch.setattr(sys, "orig_argv", ["python", *words.split()])
+    monkeypatch.setattr(sys, "argv", argv.split())
+    monkeypatch.setattr(commands.shutil, "which", lambda _: sys.executable)
+    monkeypatch.chdir(ROOT)
+    assert commands.write_command("sample.py", "--out", "a b") == f"python {started} --out 'a b'"
+
+
+@pytest.mark.parametrize(
+    "data", [{"pixels": {"dtype": "float32", "range": [-3, 3]}}, {"image_shape": [64, 64, 4]}], ids=str
+)
+def test_no_fid_is_proposed_of_what_inception_does_not_take(data):
+    assert [*write(SAVED | {"dataset": SAVED["dataset"] | data})] == ["samples"]
 
 
 @pytest.fixture

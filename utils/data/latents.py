@@ -18,6 +18,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float, Float16, Key, PyTree
 
+from utils.base.commands import write_command
 from utils.base.external import read_json
 from utils.base.files import atomic_write, check_regular
 from utils.base.messages import UserError, log
@@ -268,10 +269,8 @@ def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
     folder = Path(name.partition(":")[2])
     manifest = load_latents_manifest(folder)
     if manifest is None:
-        raise UserError(
-            f"--dataset_name={name}: {folder} holds no cached latents; make them: "
-            f"python encode_latents.py --dataset_name imagenet256 --out {folder}"
-        )
+        command = write_command("encode_latents.py", "--dataset_name", "imagenet256", "--out", folder)
+        raise UserError(f"--dataset_name={name}: {folder} holds no cached latents; make them: {command}")
 
     # Mirror images are stored, not computed: the latents of a mirrored image are no mirrored latents.
     source = LatentRecords(folder, manifest, split)

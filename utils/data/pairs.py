@@ -18,6 +18,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Array, Float, Float32, Key, PyTree, UInt32
 
+from utils.base.commands import write_command
 from utils.base.devices import RANDOM, changed_variables
 from utils.base.external import BadFileError, read_json
 from utils.base.files import atomic_write
@@ -182,10 +183,8 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
     folder = Path(name.partition(":")[2])
     manifest = load_pairs_manifest(folder)
     if manifest is None:
-        raise UserError(
-            f"--dataset_name={name}: {folder} holds no pairs; make them: "
-            f"python make_pairs.py --load_dir RUN --out {folder}"
-        )
+        command = write_command("make_pairs.py", "--load_dir", "RUN", "--out", folder)
+        raise UserError(f"--dataset_name={name}: {folder} holds no pairs; make them: {command}")
 
     # The noise is drawn again: by the same random numbers, or it is other noise.
     theirs = " ".join(manifest.jax_variables) or "none"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from absl import flags
 
 from utils.base.messages import UserError
-from utils.training.advice import write_command
+from utils.base.commands import write_command
 
 FLAGS = flags.FLAGS
 WIDTH = 100  # columns of --help

@@ -98,6 +98,11 @@ class PixelFormat(NamedTuple):
         return {"dtype": self.dtype, "range": [self.low, self.high]}
 
     @classmethod
+    def from_record(cls, data: Mapping[str, Any]) -> "PixelFormat":
+        """Returns the format in a run's record of its data, which names no uint8. Raises ValueError if it is none."""
+        return cls.from_json(data["pixels"]) if "pixels" in data else UINT8
+
+    @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "PixelFormat":
         """Returns a recorded format. Raises ValueError if it is none."""
         # A run's configuration is a file that anybody may have edited.
@@ -114,13 +119,17 @@ class PixelFormat(NamedTuple):
 UINT8 = PixelFormat()
 
 
+def are_pictures(pixels: PixelFormat, image_shape: Sequence[int]) -> bool:
+    """Returns whether images are uint8 of 1 or 3 channels, as files of pictures and feature networks take them."""
+    return pixels == UINT8 and image_shape[-1] in (1, 3)
+
+
 def check_pictures(pixels: PixelFormat, image_shape: Sequence[int], what: str) -> None:
     """Raises UserError, whose message begins with `what`, for images that are not uint8 with 1 or 3 channels."""
-    channels = image_shape[-1]
-    if pixels != UINT8 or channels not in (1, 3):
+    if not are_pictures(pixels, image_shape):
         raise UserError(
-            f"{what} takes uint8 images of 1 or 3 channels, but the model's are {pixels} with {channels}; draw them "
-            "from Python, with load_generator"
+            f"{what} takes uint8 images of 1 or 3 channels, but the model's are {pixels} with {image_shape[-1]}; draw "
+            "them from Python, with load_generator"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from utils.base.commands import write_command
 from utils.base.external import BadFileError, read_npz, read_npz_headers, read_rows
 from utils.base.files import atomic_write, file_sha256
 from utils.base.messages import UserError, warn
@@ -118,7 +119,7 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
     """
     path = Path(path)
     widths = feature_widths([DEFAULT_EXTRACTOR]) if widths is None else widths
-    fix = "make it: compute_fid_stats.py --dataset_name NAME --out FILE.npz"
+    fix = f"make it: {_command('--dataset_name', 'NAME')}"
     if not path.is_file():
         raise UserError(f"--fid_stats={path} is not a file; {fix}")
     try:
@@ -185,9 +186,10 @@ def _find_keys(path: Path, shapes: Shapes, widths: Mapping[FeatureKey, int]) -> 
         # The file of another extractor needs another command than one that holds no statistics at all.
         recorded = [name for name in EXTRACTORS if _holds_extractor(name, shapes) and name != key.extractor]
         if recorded and not _holds_extractor(key.extractor, shapes):
+            command = _command("--dataset_name", "NAME", "--extractor", key.extractor)
             raise UserError(
                 f"--fid_stats={path} holds statistics of {' and '.join(recorded)}, none of {key.extractor}; make them: "
-                f"compute_fid_stats.py --dataset_name NAME --extractor {key.extractor} --out FILE.npz"
+                f"{command}"
             )
         raise _missing_moments(path, key)
     return keys
@@ -198,11 +200,16 @@ def _holds_extractor(name: str, shapes: Shapes) -> bool:
     return any(_has_moments(key, shapes) or _is_compact(key, shapes) for key in keys)
 
 
+def _command(*words: object) -> str:
+    """Returns the command that makes a file of statistics."""
+    return write_command("compute_fid_stats.py", *words, "--out", "FILE.npz")
+
+
 def _missing_moments(path: Path, key: FeatureKey) -> UserError:
     names = array_names(key)
     return UserError(
-        f"--fid_stats={path} holds no `{names.mu}` and `{names.sigma}`; make it: compute_fid_stats.py --images {path} "
-        "(if it holds images) --out FILE.npz"
+        f"--fid_stats={path} holds no `{names.mu}` and `{names.sigma}`; if it holds images, make it: "
+        f"{_command('--images', path)}"
     )
 
 

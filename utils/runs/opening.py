@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from diffusion_transformer import DiTConfig
+from utils.base.commands import write_command
 from utils.base.external import BadFileError
 from utils.base.files import FolderLock, check_writable, prepare_output_folder, refuse_url, write_json
 from utils.base.mesh import make_mesh, replicated, shape_structs
 from utils.base.messages import AbsentCodecError, UserError, log, warn
-from utils.codecs.codec import AbsentCodec, set_pixel_format
 from utils.base.settings import unknown_name
+from utils.codecs.codec import AbsentCodec, set_pixel_format
 from utils.codecs.codecs import CODECS, CodecSpec, describe_codec, list_codecs, load_codec, parse_codec
 from utils.conditions.classes import imagenet_class_names
 from utils.conditions.condition import restore_condition
@@ -132,8 +133,7 @@ def load_model(
     spec = choose_codec(data["codec"], codec)
     try:
         loaded = load_codec(spec, mesh, shape, data["codec"]["sha256"])
-        if "pixels" in data:
-            loaded = set_pixel_format(loaded, PixelFormat.from_json(data["pixels"]))
+        loaded = set_pixel_format(loaded, PixelFormat.from_record(data))
     except AbsentCodecError as error:
         if needs_images or codec is not None or not data["latent_shape"]:
             raise
@@ -355,9 +355,9 @@ def fetch_run(load_dir: str, folder: Path) -> None:
     hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
     source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")
     if source.run is None:
+        command = write_command("convert_checkpoint.py", "--source", hub_id, "--family", "sit", "--out", folder)
         raise UserError(
-            f"--load_dir={load_dir} is no model of this suite; make a run of it: python convert_checkpoint.py "
-            f"--source {hub_id} --family sit --out {folder} (or --family dit)"
+            f"--load_dir={load_dir} is no model of this suite; make a run of it (or --family dit): {command}"
         )
     import_run(load_dir, source, folder, {})
     log(f"{load_dir} is in {folder}")

@@ -2,9 +2,6 @@
 the commands that come next."""
 
 import math
-import shlex
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +9,13 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
+from utils.base.commands import PROGRAMS, write_command
 from utils.base.devices import GIB, device_memory, format_bytes
 from utils.base.mesh import shape_structs
 from utils.base.messages import format_duration
 from utils.data.dataset import Batch, DataOptions, ImageDataset
 from utils.data.loaders import find_loader
+from utils.images.pixels import PixelFormat, are_pictures
 from utils.networks.network import NetworkConfig
 from utils.networks.state import YOUNG, EmaSchedule, TrainState
 from utils.objectives.objective import has_guidance
@@ -180,22 +179,9 @@ def ema_hints(ema: EmaSchedule, first_evaluation: int | None, max_steps: int) ->
 
 # --- Commands ---
 
-PROGRAMS = Path(__file__).resolve().parents[2]
 # Samples of a FID: papers report 50,000; fewer than 1,000 say little.
 MOST_SAMPLES = 50_000
 FEWEST_SAMPLES = 1_000
-
-
-def write_command(program: str, *words: object) -> str:
-    """Returns the command line of a program of this project, from the current folder, quoted for a shell."""
-    # "python" where that is this one, as in an activated environment; else its path.
-    python = sys.executable
-    found = shutil.which("python")
-    if found and Path(found).absolute().parent == Path(python).absolute().parent:
-        python = "python"
-    here = f"{Path.cwd()}/"
-    paths = [path.removeprefix(here) for path in (python, str(PROGRAMS / program))]
-    return shlex.join([*paths, *map(str, words)])
 
 
 def shipped_statistics(dataset_name: str) -> Path | None:
@@ -234,7 +220,8 @@ def write_statistics_command(saved: dict[str, Any], out: Path) -> str:
 def commands_after_training(
     folder: Path, saved: dict[str, Any], num_images: int, params: str
 ) -> Iterator[tuple[str, str]]:
-    """Yields (purpose, command) for what follows a training: samples, and their FID against the training images.
+    """Yields (purpose, command) for what follows a training: samples and, of pictures, their FID against the training
+    images.
 
     `saved` is the run's configuration; there are `num_images` to train on; `params` is 'ema' or 'raw'.
     """
@@ -248,7 +235,9 @@ def commands_after_training(
         words += ["--params", params]
     yield "samples", write_command("sample.py", *words)
 
-    # FID, of as many samples as there are images, within the usual numbers.
+    # FID, of as many samples as there are images, within the usual numbers. Inception takes pictures alone.
+    if not are_pictures(PixelFormat.from_record(data), data["image_shape"]):
+        return
     words += ["--num_samples", min(MOST_SAMPLES, max(FEWEST_SAMPLES, num_images))]
     if saved.get("fid_stats"):
         words += ["--fid_stats", saved["fid_stats"]]
