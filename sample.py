@@ -42,8 +42,17 @@ NUM_STAGES = 8  # columns of the strip beside the noise; rows at most
 MAX_FILM_SAMPLES = 64  # all frames of all of them are in memory at once
 MAX_SHOWN = 400  # samples in the grid
 
-# Flags that sample.py had before edit.py took them over, and those that edit.py does not have.
-EDIT_FLAGS = ("interpolate", "between", "invert", "edit", "inpaint", "mask", "inpaint_repeats")
+# Flags that sample.py had before edit.py took them over: {flag: what it needs beside it, with a word for the value}.
+EDIT_FLAGS = {
+    "interpolate": {},
+    "between": {"interpolate": "8"},
+    "invert": {},
+    "edit": {"invert": "FOLDER"},
+    "inpaint": {"mask": "IMAGE"},
+    "mask": {"inpaint": "FOLDER"},
+    "inpaint_repeats": {"inpaint": "FOLDER"},
+}
+# Those of sample.py that edit.py does not have.
 FILM_FLAGS = ("film", "film_frames", "film_format")
 
 

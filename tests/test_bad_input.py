@@ -4,6 +4,7 @@ a line of the tables costs next to nothing: add yours."""
 import importlib
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ from utils.data import pairs
 from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset
 from utils.flags import reading
-from utils.flags.help import is_hidden
+from utils.flags.help import HABITS, find_answer, is_hidden, refuse_habits
 from utils.runs.opening import load_generator
 
 PROGRAMS = {
@@ -104,6 +105,10 @@ BAD = [
       for name in ("train", "encode", "stats")),
     ("train", "--lr_schedule cosine --max_steps 0", "--lr_schedule=cosine has no effect with --max_steps=0"),
     ("train", "--no_such_flag 3", "no_such_flag"),
+    ("plot", "--run LOG", "--run is not a flag here: name folders of runs with --runs .--help lists the flags"),
+    ("plot", "--load_dir LOG", "--load_dir is not a flag here: name folders of runs with --runs"),
+    ("sample", "--steps 9", "--steps is not a flag here: use --denoise_timesteps"),
+    ("sample", "--depth 9", "--depth is not a flag here .--help"),
     ("train", "word", "unexpected argument 'word'"),
     ("eval", "", "give one of --load_dir .* and --samples"),
     ("eval", "--load_dir /no/such", "--load_dir=/no/such holds no checkpoint"),
@@ -280,16 +285,37 @@ def test_bad_input_is_one_line(read_flags, files, name, line, message):
     assert "\n" not in str(error.value)
 
 
+MODULES = ("train_flow", "eval_fid", "sample", "edit", "likelihood", "encode_latents", "compute_fid_stats",
+           "make_pairs", "convert_checkpoint", "plot_metrics")  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_answers_to_unknown_flags_name_flags_that_the_program_lists(read_flags, capsys, module):
+    program = importlib.import_module(module)
+    with pytest.raises(SystemExit):
+        read_flags(program, ["--help"])
+    listed = set(re.findall(r"^  --(?:\[no\])?([\w.]+):", capsys.readouterr().out, re.MULTILINE))
+    defined = [name for name in flags.FLAGS if name in listed or is_hidden(name)]
+    for name in (*HABITS, "depth", "t_sampler"):
+        answer = find_answer(name, listed) or ""
+        assert set(re.findall(r"--([\w.]+)", answer)) <= listed
+        if answer and name not in defined:
+            with pytest.raises(UserError, match=f"^--{name} is not a flag here: {re.escape(answer)}"):
+                refuse_habits([f"--{name}=x"], defined)
+    # absl's own flags, such as --log_dir, are not proposed.
+    with pytest.raises(UserError, match=r"^--lod_dir is not a flag here(; did you mean --(\w+)\?)? \(--help ") as error:
+        read_flags(program, ["--lod_dir", "x"])
+    assert set(re.findall(r"mean --(\w+)", str(error.value))) <= listed
+
+
 PATHS = ("dir", "out", "vae", "json", "stats", "samples", "images", "invert", "inpaint", "mask", "source", "weights",
          "logits", "profile", "per_image", "class_names", "dataset_name")  # fmt: skip
 
 
 def test_no_program_takes_a_url_for_a_path(read_flags):
     """Flags are found by the ends of their names, so that a new one that is not registered as a path is seen."""
-    modules = ("train_flow", "eval_fid", "sample", "edit", "likelihood", "encode_latents", "compute_fid_stats",
-               "make_pairs", "convert_checkpoint", "plot_metrics")  # fmt: skip
     found = set()
-    for program in map(importlib.import_module, modules):
+    for program in map(importlib.import_module, MODULES):
         names = set(read_flags(program, [])) & set(flags.FLAGS)
         texts = [name for name in names if type(flags.FLAGS[name].parser) is flags.ArgumentParser]
         for name in (name for name in sorted(texts) if name.endswith(PATHS)):

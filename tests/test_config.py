@@ -449,7 +449,7 @@ def test_flags_of_other_solvers_are_refused(parse, words, message):
         ("--max_steps many", r"many is no whole number"),
         ("--max_steps 1e300", r"1e300 is no whole number"),
         ("--batch_size True", r"True is no whole number"),
-        ("--model.depht 3", r"model.depth"),
+        ("--model.depht 3", r"--model.depht is not a flag here; did you mean --model.depth\? \(--help lists"),
     ],
 )
 def test_what_others_call_it_is_answered_with_the_flag(parse, words, message):

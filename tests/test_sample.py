@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 import edit
@@ -175,24 +176,33 @@ def test_bad_input_is_one_line(draw, words, message):
         ("--inpaint=photos --mask=m.png", "--inpaint=photos", "--inpaint photos --mask m.png"),
         ("--invert ~/photos --edit 3,7", "--invert=~/photos", "--invert '~/photos' --edit 3,7"),
         ("--interpolate 8 --between classes", "--interpolate=8", "--interpolate 8 --between classes"),
-        ("--inpaint_repeats 3 --film", "--inpaint_repeats=3", "--inpaint_repeats 3"),
         (
-            "--quiet --mask m.png --cfg_scale=-1 --rtol 1e-3 --wandb.tags a,b",
-            "--mask=m.png",
-            "--mask m.png --quiet --cfg_scale=-1 --rtol 0.001 --wandb.tags a,b",
+            "--quiet --interpolate 3 --cfg_scale=-1 --rtol 1e-3 --wandb.tags a,b",
+            "--interpolate=3",
+            "--interpolate 3 --quiet --cfg_scale=-1 --rtol 0.001 --wandb.tags a,b",
         ),
+        # What edit.py does not take alone.
+        ("--mask m.png", "--mask=m.png beside --inpaint", "--mask m.png --inpaint FOLDER"),
+        ("--inpaint photos", "--inpaint=photos beside --mask", "--inpaint photos --mask IMAGE"),
+        ("--inpaint_repeats 3 --film", "--inpaint_repeats=3 beside --inpaint and --mask",
+         "--inpaint_repeats 3 --inpaint FOLDER --mask IMAGE"),
+        ("--between classes", "--between=classes beside --interpolate", "--between classes --interpolate 8"),
+        ("--edit 3 --classes 3", "--edit=3 beside --invert", "--edit 3 --invert FOLDER --classes 3"),
     ],
-)
+)  # fmt: skip
 def test_flags_of_edit_are_answered_with_its_command(read_flags, words, flag, answer):
     words = ["--load_dir", "my run", *words.split()]
     command = rf"\S*python \S*edit\.py --load_dir 'my run' {re.escape(answer)}"
-    with pytest.raises(UserError, match=f"^{flag} is a flag of edit.py: {command}$") as error:
+    given, is_alone, others = flag.partition(" beside ")
+    beside = f", beside {others}" if is_alone else ""
+    with pytest.raises(UserError, match=f"^{given} is a flag of edit.py{beside}: {command}$") as error:
         sample.main(read_flags(sample, words))
     asked = read_flags(sample, words).to_dict()
     typed = shlex.split(str(error.value).partition(": ")[2])
     understood = read_flags(edit, typed[2:]).to_dict()
+    assert edit.choose_mode(ConfigDict(understood))
     assert set(asked) - set(understood) == set(sample.FILM_FLAGS)
-    for name in (name for name in understood if name != "wandb" and asked[name] is not None):
+    for name in (name for name in understood if name != "wandb" and asked.get(name) is not None):
         assert str(understood[name]) == os.path.expanduser(str(asked[name])), name
 
 

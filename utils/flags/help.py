@@ -2,39 +2,45 @@
 
 import contextlib
 import math
+import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from absl import flags
 
-from utils.base.messages import UserError
 from utils.base.commands import write_command
+from utils.base.messages import UserError
+from utils.base.settings import suggest_name
 
 FLAGS = flags.FLAGS
 WIDTH = 100  # columns of --help
 
 TOPIC, HIDDEN = "topic", "hidden"  # an attribute of flags, and one of its values
 
-# Names that users of other tools type, separated by spaces, and the answer to each of them.
+# Names that users of other tools type, separated by spaces, and the answers to each of them, of which the first is
+# given whose flags the program has.
 _MEANINGS = {
-    "lr learning_rate": "the learning rate is --model.lr",
-    "steps num_steps iterations": "use --max_steps to train, --denoise_timesteps to sample",
-    "epochs": "training counts steps, of which an epoch has images / batch_size: use --max_steps",
-    "resume restore continue": "the same command again continues a run from its newest checkpoint",
-    "ckpt checkpoint load run": "name the run's folder with --load_dir",
-    "output output_dir outdir workdir": "use --save_dir to train, --out elsewhere",
-    "guidance guidance_scale cfg": "use --cfg_scale to sample, --model.cfg_scale to train",
-    "dataset data data_path": "use --dataset_name; folder:PATH is a folder of images",
-    "batch bs": "use --batch_size, the global one",
-    "ema ema_decay ema_rate": "the EMA's decay is --model.target_update_rate",
-    "model arch preset": "use --model.preset, such as DiT-B/2",
-    "class class_labels prompt": "use --classes with sample.py",
-    "gpus devices num_gpus": "all devices are used; CUDA_VISIBLE_DEVICES chooses among GPUs",
-    "wandb no_wandb nowandb": "use --wandb.mode online, offline or disabled",
-    "tensorboard tracker logger report_to": "use --trackers wandb,tensorboard",
+    "lr learning_rate": ("the learning rate is --model.lr",),
+    "steps num_steps iterations": ("use --max_steps", "use --denoise_timesteps"),
+    "epochs": ("training counts steps, of which an epoch has images / batch_size: use --max_steps",),
+    "resume restore continue": (
+        "the same command again continues a run from its newest checkpoint, up to --max_steps",
+        "name the run's folder with --load_dir",
+    ),
+    "ckpt checkpoint load run load_dir": ("name the run's folder with --load_dir", "name folders of runs with --runs"),
+    "output output_dir outdir workdir": ("use --save_dir", "use --out"),
+    "guidance guidance_scale cfg": ("use --cfg_scale", "use --model.cfg_scale"),
+    "dataset data data_path": ("use --dataset_name; folder:PATH is a folder of images",),
+    "batch bs": ("use --batch_size, the global one",),
+    "ema ema_decay ema_rate": ("the EMA's decay is --model.target_update_rate", "use --params ema"),
+    "model arch preset": ("use --model.preset, such as DiT-B/2",),
+    "class class_labels prompt": ("use --classes",),
+    "gpus devices num_gpus": ("all devices are used; CUDA_VISIBLE_DEVICES chooses among GPUs",),
+    "wandb no_wandb nowandb": ("use --wandb.mode online, offline or disabled",),
+    "tensorboard tracker logger report_to": ("use --trackers wandb,tensorboard",),
 }
-HABITS = {name: meaning for names, meaning in _MEANINGS.items() for name in names.split()}
+HABITS = {name: answers for names, answers in _MEANINGS.items() for name in names.split()}
 
 
 @contextlib.contextmanager
@@ -65,19 +71,33 @@ def _set_topic(name: str, title: str) -> None:
         setattr(FLAGS[name], TOPIC, title)
 
 
-def refuse_habits(words: Iterable[str]) -> None:
-    """Raises UserError, naming the flag to use, for a flag of another tool, or one that is typed without its group."""
+def refuse_habits(words: Iterable[str], names: Iterable[str]) -> None:
+    """Raises UserError, naming the flag to use, for a flag of another tool, or one that is typed without its group.
+
+    `names` are the program's own flags.
+    """
+    shown = sorted(name for name in names if not is_hidden(name))
     for word in words:
         # Other tools write dashes within names.
         name = word.lstrip("-").partition("=")[0].replace("-", "_")
-        if not word.startswith("-") or name in FLAGS:
-            continue
+        if word.startswith("-") and name not in FLAGS and (answer := find_answer(name, shown)):
+            raise UserError(f"--{name} is not a flag here: {answer} (--help lists the flags)")
 
-        # --depth for --model.depth. A known habit goes first, as it says more.
-        grouped = next((flag for flag in sorted(FLAGS) if flag.endswith(f".{name}")), None)
-        meaning = HABITS.get(name) or (grouped and f"use --{grouped}")
-        if meaning:
-            raise UserError(f"--{name} is not a flag here: {meaning} (--help lists the flags)")
+
+def find_answer(name: str, shown: Collection[str]) -> str | None:
+    """Returns what to type instead of --`name` in a program that has the flags `shown`."""
+    # A known habit goes first, as it says more than --model.depth for --depth.
+    grouped = [f"use --{flag}" for flag in shown if flag.endswith(f".{name}")]
+    for answer in (*HABITS.get(name, ()), *grouped):
+        if all(flag in shown for flag in re.findall(r"--([\w.]+)", answer)):
+            return answer
+    return None
+
+
+def explain_unknown(name: str, names: Iterable[str]) -> str:
+    """Returns the message about --`name`, with the most similar one of the program's own flags, `names`."""
+    shown = [flag for flag in names if not is_hidden(flag)]
+    return f"--{name} is not a flag here{suggest_name(name, shown, '--')} (--help lists the flags)"
 
 
 def define_moved_flags(names: Iterable[str]) -> None:
@@ -87,20 +107,31 @@ def define_moved_flags(names: Iterable[str]) -> None:
     hide(names)
 
 
-def refuse_moved_flags(names: Iterable[str], program: str, but: Iterable[str] = ()) -> None:
+def refuse_moved_flags(needs: Mapping[str, Mapping[str, str]], program: str, but: Iterable[str] = ()) -> None:
     """Raises UserError, with the command to type, for a flag that belongs to `program` now.
 
-    The command repeats all flags that the user gave, except those of `but`, which that program lacks.
+    `needs` has these flags, and for each the flags that it does nothing without, with a word for their values. The
+    command repeats all flags that the user gave, except those of `but`, which that program lacks.
     """
-    given = [name for name in names if FLAGS[name].present]
+    given = [name for name in needs if FLAGS[name].present]
     if not given:
         return
 
+    # What is left to fill in; `used` grows as what is needed has needs itself.
+    missing: dict[str, str] = {}
+    used = list(given)
+    for name in used:
+        missing |= {flag: value for flag, value in needs[name].items() if flag not in used}
+        used += [flag for flag in needs[name] if flag not in used]
+
     # The user's whole command, ready to paste: the run, the moved flags, then the others.
     others = [name for name in FLAGS if FLAGS[name].present and name not in {*given, *but, "load_dir"}]
-    words = [word for name in ("load_dir", *given, *others) if FLAGS[name].present for word in _spell_flag(name)]
+    words = [word for name in ("load_dir", *given) if FLAGS[name].present for word in _spell_flag(name)]
+    words += [word for name, value in missing.items() for word in (f"--{name}", value)]
+    words += [word for name in others for word in _spell_flag(name)]
     first = "=".join(_spell_flag(given[0]))
-    raise UserError(f"{first} is a flag of {program}: {write_command(program, *words)}")
+    beside = f", beside {' and '.join(f'--{name}' for name in missing)}" if missing else ""
+    raise UserError(f"{first} is a flag of {program}{beside}: {write_command(program, *words)}")
 
 
 def _spell_flag(name: str) -> list[str]:

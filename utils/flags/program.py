@@ -17,7 +17,7 @@ from utils.base.devices import check_jax_settings, keep_freed_memory, start_devi
 from utils.base.messages import NO_ROOM, UserError, WriteError, finish_output, silence_orbax
 from utils.base.processes import END_SIGNALS, handle_signals, warn_of_copies
 from utils.flags.config_file import expand_config_file, record_file_values
-from utils.flags.help import refuse_habits, show_help, to_integer, to_switch, topic
+from utils.flags.help import explain_unknown, refuse_habits, show_help, to_integer, to_switch, topic
 from utils.flags.reading import read_flags
 
 FLAGS = flags.FLAGS
@@ -147,10 +147,12 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
             parser.convert = to_switch if is_switch else to_integer
 
     # Words of other tools before absl sees them: it would only say that it does not know them.
-    refuse_habits(argv[1:])
+    refuse_habits(argv[1:], names)
     argv, found = expand_config_file(argv, names) if "config" in names else (argv, {})
     try:
         extra = FLAGS(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(explain_unknown(error.flagname, names)) from None
     except flags.Error as error:
         raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
     record_file_values(found)

@@ -94,7 +94,6 @@ def takes_step(network: Any) -> bool:
     return True
 
 
-
 def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
     """Returns freshly initialised parameters of the network, float32."""
     # Only shapes matter to initialisation: one image of zeros at t = 0, without a label.
