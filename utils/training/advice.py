@@ -198,9 +198,9 @@ def write_statistics_command(saved: dict[str, Any], out: Path) -> str:
     # The record names the images; the flag may name what derives from them.
     data = saved["dataset"]
     defaults = DataOptions()
-    words = ["--dataset_name", data["name"]]
     source = find_loader(str(saved.get("dataset_name")))  # None of data registered elsewhere
     loader = find_loader(data["name"])
+    words = ["--dataset_name", data["name"] if loader else "NAME"]  # to be filled in, as of a model's samples
     is_derived = source is not None and source.is_derived
 
     # Options under which the same images are read again.
