@@ -134,6 +134,15 @@ def test_an_own_network_and_loss_learn_in_an_own_loop(run):
     cat, dog = names["images"].mean((1, 2, 3))
     assert cat < dog
 
+    # Its run is the start of another.
+    given = {"load_dir": "runs/python", "dataset_name": "mine", "batch_size": 32, "wandb.mode": "disabled"}
+    tuned = build_run(make_config({**given, "save_dir": "runs/tuned"}))
+    assert tuned.config.model == names["generator"].model.network.config
+    theirs = load_generator("runs/python", params="raw").params
+    jax.tree.map(np.testing.assert_array_equal, tuned.start[0], theirs)
+    with pytest.raises(UserError, match=r"--lora_rank=2 is for kernels .* of which --model.network=convnet has none"):
+        build_run(make_config({**given, "save_dir": "runs/lora", "lora_rank": 2}))
+
 
 @pytest.mark.parametrize("objective", ["shortcut", "mean_flow"])
 def test_an_objective_of_steps_needs_a_network_that_takes_one(run, objective):

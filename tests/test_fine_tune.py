@@ -15,6 +15,7 @@ from utils.convert.sources import read_source
 from utils.data.arrays import load_digits
 from utils.data.dataset import DataOptions
 from utils.networks.lora import add_lora, merge_lora
+from utils.networks.network import NetworkConfig
 from utils.networks.state import apply_gradients, create_train_state, freeze_parts, learning_rate, make_optimizer
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import export_run
@@ -45,7 +46,7 @@ def make_params(channels=3, side=4, **changes):
 def test_what_is_the_same_is_taken_bit_for_bit():
     source = make_params()
     fresh = make_params()
-    adapted = adapt_params(source, jax.tree.map(np.zeros_like, fresh), CLASSES, CLASSES, 2)
+    adapted = adapt_params(source, jax.tree.map(np.zeros_like, fresh), DiTConfig(patch_size=2), CLASSES, CLASSES)
     for path, value in flatten_dict(source).items():
         np.testing.assert_array_equal(flatten_dict(adapted.params)[path], value)
     count = len(flatten_dict(source))
@@ -59,7 +60,7 @@ def test_what_is_the_same_is_taken_bit_for_bit():
 def test_labels_go_by_name_and_new_ones_start_from_no_label(classes, kept, new):
     source = make_params()
     fresh = make_params(num_classes=len(classes))
-    adapted = adapt_params(source, fresh, CLASSES, classes, 2)
+    adapted = adapt_params(source, fresh, DiTConfig(patch_size=2), CLASSES, classes)
     rows, table = (tree["label_embed"]["Embed_0"]["embedding"] for tree in (source, adapted.params))
     for label, name in enumerate(classes):
         np.testing.assert_array_equal(table[label], rows[CLASSES.index(name) if name in CLASSES else 3])
@@ -71,7 +72,7 @@ def test_labels_go_by_name_and_new_ones_start_from_no_label(classes, kept, new):
 def test_other_channels_keep_those_that_both_have():
     source = make_params(channels=3)
     fresh = make_params(channels=4)
-    adapted = adapt_params(source, fresh, CLASSES, CLASSES, 2).params
+    adapted = adapt_params(source, fresh, DiTConfig(patch_size=2), CLASSES, CLASSES).params
     kernel = adapted["patch_embed"]["kernel"]
     np.testing.assert_array_equal(kernel[:, :, :3], source["patch_embed"]["kernel"])
     assert not kernel[:, :, 3].any()
@@ -91,7 +92,7 @@ def test_other_channels_keep_those_that_both_have():
 def test_another_patch_size_and_more_blocks_are_made_new():
     source = make_params()
     fresh = make_params(patch_size=1, depth=3)
-    adapted = adapt_params(source, fresh, CLASSES, CLASSES, 1)
+    adapted = adapt_params(source, fresh, DiTConfig(patch_size=1), CLASSES, CLASSES)
     np.testing.assert_array_equal(adapted.params["patch_embed"]["kernel"], fresh["patch_embed"]["kernel"])
     np.testing.assert_array_equal(
         adapted.params["block_2"]["mlp"]["dense_0"]["kernel"], fresh["block_2"]["mlp"]["dense_0"]["kernel"]
@@ -107,9 +108,23 @@ def test_a_learned_table_of_positions_is_resized():
     source = make_params(learned_positions=1)
     fresh = make_params(side=8, learned_positions=1)
     source["pos_embed"] = np.broadcast_to(np.float32(3), source["pos_embed"].shape)  # a constant remains one
-    adapted = adapt_params(source, fresh, CLASSES, CLASSES, 2)
+    adapted = adapt_params(source, fresh, DiTConfig(patch_size=2), CLASSES, CLASSES)
     np.testing.assert_allclose(adapted.params["pos_embed"], 3, rtol=1e-6)
     assert adapted.remarks[-1] == "position table: resized from 4 to 16 tokens"
+
+
+def test_another_network_takes_over_what_has_the_same_shape():
+    source = {"in": {"kernel": np.ones((3, 4))}, "deep": {"label_embed": {"Embed_0": {"embedding": np.eye(4, 5)}}}}
+    fresh = {"in": {"kernel": np.zeros((3, 4))}, "deep": {"label_embed": {"Embed_0": {"embedding": np.zeros((3, 5))}}}}
+    fresh["patch_embed"] = {"kernel": np.zeros((2, 2, 4, 8))}
+    source["patch_embed"] = {"kernel": np.ones((2, 2, 3, 8))}
+    adapted = adapt_params(source, fresh, NetworkConfig(), CLASSES, ("c", "x"))
+    assert adapted.params["in"]["kernel"].all()
+    table = adapted.params["deep"]["label_embed"]["Embed_0"]["embedding"]
+    np.testing.assert_array_equal(table, np.eye(4, 5)[[2, 3, 3]])
+    assert adapted.new == ("patch_embed/kernel",)
+    fresh["deep"]["label_embed"]["Embed_0"]["embedding"] = np.zeros((3, 7))
+    assert "deep/label_embed/Embed_0/embedding" in adapt_params(source, fresh, NetworkConfig(), CLASSES, CLASSES).new
 
 
 # --- What is trained ---
@@ -125,6 +140,8 @@ def test_parts_are_frozen_by_name():
             read_frozen([word], parts)
     with pytest.raises(UserError, match="leaves nothing to train"):
         read_frozen(["blocks", "label_embed"], parts[:4])
+    with pytest.raises(UserError, match=r"--freeze=blocks is no part of the model; use label_embed, patch_embed$"):
+        read_frozen(["blocks"], parts[3:5])
     assert frozen_beside_lora(parts, ["patch_embed/kernel"]) == ("block_0", "block_1", "block_2")
 
 

@@ -3,9 +3,12 @@
 import dataclasses
 from typing import Any, ClassVar
 
+import numpy as np
+
 from utils.base.devices import total_memory
 from utils.base.messages import UserError
 from utils.base.settings import setting
+from utils.networks import dit_arrays
 from utils.networks.network import NetworkConfig
 
 # {size: (width, depth, heads)}: table 1 of the DiT paper (arXiv:2212.09748).
@@ -103,6 +106,11 @@ class DiTConfig(NetworkConfig):
                 f"optimizer they need {16 * num_params / 2**30:,.0f} GiB, of which there are {limit / 2**30:,.0f}; use "
                 "less"
             )
+
+    def fit_array(
+        self, path: tuple[str, ...], array: np.ndarray, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, str] | None:
+        return dit_arrays.fit_array(path, array, shape, self.patch_size)
 
     def check_sizes(self, latent_shape: tuple[int, int, int]) -> None:
         """Raises UserError where the sizes do not fit each other or latents (h, w, c)."""

@@ -18,11 +18,11 @@ LAYERS = ("attention", "mlp")
 
 def add_lora(params: PyTree, rank: int, key: Key[Array, ""]) -> PyTree:
     """Returns the parameters with factors a (in, rank), normal of variance 1 / in, and b (rank, out), zero: the model
-    starts as the same function."""
+    starts as the same function. A network without such kernels gets none."""
     factors = {}
     # Sorted: a kernel's random key depends on the names alone, not on the order of the tree.
     for number, (path, kernel) in enumerate(sorted(flatten_dict(params).items())):
-        if path[-1] == "kernel" and len(path) > 2 and path[1] in LAYERS:
+        if path[-1] == "kernel" and len(path) > 2 and path[1] in LAYERS and kernel.ndim == 2:
             rows, columns = kernel.shape
             a = jax.random.normal(jax.random.fold_in(key, number), (rows, rank)) / rows**0.5
             factors[path] = {"a": a, "b": jnp.zeros((rank, columns))}

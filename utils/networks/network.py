@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from utils.base.settings import setting
 
 
@@ -52,6 +54,14 @@ class NetworkConfig:
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         """Raises UserError where no such network can be made for latents (h, w, c); names the flag and a fix."""
+
+    def fit_array(
+        self, path: tuple[str, ...], array: np.ndarray, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, str] | None:
+        """Returns (an array of another run's parameters made fit for `shape`, a remark for the log); None where there
+        is no way, so that it is made new. Called for a run with --load_dir, where the array at `path` has another
+        shape there."""
+        return None
 
     def describe(self) -> str:
         """Returns the network's sizes in a few words, for the log."""

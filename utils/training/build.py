@@ -45,6 +45,7 @@ from utils.data.loaders import describe_data, load_dataset, summarize_data
 from utils.images.pixels import check_pictures
 from utils.metrics.extractors import load_extractors
 from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
+from utils.networks.lora import KEY as LORA
 from utils.networks.lora import add_lora
 from utils.networks.models import ImageModel, init_params, make_model, takes_step
 from utils.networks.state import EmaSchedule, TrainState, create_train_state, freeze_parts, make_optimizer
@@ -293,6 +294,11 @@ def prepare_start(
     trees = [start.params, start.ema_params]
     if settings.lora_rank:
         trees = [jax.tree.map(np.asarray, add_lora(tree, settings.lora_rank, key)) for tree in trees]
+        if not trees[0][LORA]:
+            raise UserError(
+                f"--lora_rank={settings.lora_rank} is for kernels of attention and MLP, of which --model.network="
+                f"{config.model.network} has none; leave it out, or use --freeze"
+            )
         frozen = frozen_beside_lora(tuple(trees[0]), start.new)
     else:
         frozen = read_frozen(settings.freeze, tuple(trees[0]))

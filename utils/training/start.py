@@ -25,18 +25,17 @@ from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import restore_condition
 from utils.data.dataset import ImageDataset
 from utils.data.fingerprint import compare_data, read_listing
+from utils.networks.dit_config import DiTConfig
 from utils.networks.lora import KEY as LORA
 from utils.networks.lora import merge_lora
 from utils.networks.models import read_network
+from utils.networks.network import NetworkConfig
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.config import objective_settings
 from utils.runs.opening import open_checkpoint, split_load_dir
 from utils.runs.saved_config import read_config
 
-LABELS = ("label_embed", "Embed_0", "embedding")
-POSITIONS = ("pos_embed",)
-PATCHES = ("patch_embed", "kernel")
-OUTPUTS = (("final_layer", "dense", "kernel"), ("final_layer", "dense", "bias"))
+LABELS = ("label_embed", "Embed_0", "embedding")  # the end of the path, wherever a network embeds its condition
 MAX_LISTED = 3
 SHARPNESS = 16.0  # slope of hidden units in a refitted time embedding; see `refit_times`
 
@@ -120,14 +119,13 @@ class Adapted(NamedTuple):
 
 
 def adapt_params(
-    source: PyTree, fresh: PyTree, old_classes: Sequence[str], new_classes: Sequence[str], patch_size: int
+    source: PyTree, fresh: PyTree, network: NetworkConfig, old_classes: Sequence[str], new_classes: Sequence[str]
 ) -> Adapted:
-    """Returns the `fresh` parameters of a model, replaced by those of `source` as far as they fit.
+    """Returns the `fresh` parameters of a network, replaced by those of `source` as far as they fit.
 
     - Arrays of one shape are taken as they are.
     - Labels: a class that the source knows by name keeps its row; the others start from its "no label".
-    - A learned table of positions is resized to another grid.
-    - Channels that both have are taken. Further inputs count nothing at first, and further outputs are zero.
+    - What the network can make fit of another shape (`NetworkConfig.fit_array`) is.
     - Everything else (another patch size, more blocks) is made new.
     """
     old = flatten_dict(source)
@@ -140,23 +138,16 @@ def adapt_params(
     # Each array by the first rule that fits it.
     for path, new in target.items():
         value = old.get(path)
-        if path == LABELS and value is not None:
+        if value is not None and path[-len(LABELS) :] == LABELS and value.shape[1:] == new.shape[1:]:
             adapted[path], remark = _adapt_labels(value, new.shape, old_classes, new_classes)
             remarks += remark
             num_taken += not remark
         elif value is not None and value.shape == new.shape:
             adapted[path] = value
             num_taken += 1
-        elif value is not None and path == POSITIONS:
-            adapted[path] = _resize_positions(value, new.shape)
-            remarks.append(f"position table: resized from {value.shape[1]} to {new.shape[1]} tokens")
-        elif value is not None and path == PATCHES and value.shape[:2] == new.shape[:2]:
-            adapted[path] = _fit(value, np.zeros(new.shape, np.float32), axis=2)
-            remarks.append(f"input: {new.shape[2]} channels, of which {min(value.shape[2], new.shape[2])} were there")
-        elif value is not None and path in OUTPUTS and not value.shape[-1] % patch_size**2:
-            by_channel = (*value.shape[:-1], patch_size**2, -1)
-            blank = np.zeros((*new.shape[:-1], patch_size**2, new.shape[-1] // patch_size**2), np.float32)
-            adapted[path] = _fit(value.reshape(by_channel), blank, axis=-1).reshape(new.shape)
+        elif value is not None and (fitted := network.fit_array(path, value, new.shape)):
+            adapted[path], remark = fitted
+            remarks += [remark] if remark else []
         else:
             adapted[path] = np.asarray(new)
             made_new.append("/".join(path))
@@ -186,22 +177,6 @@ def _adapt_labels(
     return table, [words]
 
 
-def _resize_positions(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Resizes a table (1, tokens, width) from one square grid to another, bicubically."""
-    old_side, new_side = (round(tokens**0.5) for tokens in (table.shape[1], shape[1]))
-    grid = jnp.asarray(table).reshape(old_side, old_side, -1)
-    return np.asarray(jax.image.resize(grid, (new_side, new_side, grid.shape[-1]), "bicubic")).reshape(shape)
-
-
-def _fit(value: np.ndarray, blank: np.ndarray, axis: int) -> np.ndarray:
-    """Returns `blank` with what `value` has in common with it along an axis."""
-    count = min(value.shape[axis], blank.shape[axis])
-    place = [slice(None)] * blank.ndim
-    place[axis] = slice(count)
-    blank[tuple(place)] = value[tuple(place)]
-    return blank
-
-
 class Start(NamedTuple):
     """The first parameters of a run that starts from another."""
 
@@ -220,23 +195,25 @@ def start_from(source: SourceRun, fresh: PyTree, config: dict[str, Any], shardin
     step, trees = source.restore(sharding)
     if from_ema:
         trees = [trees[1], trees[1]]
+    network = read_network(config["model"])
     classes = [settings["dataset"].get("class_names", ()) for settings in (source.saved, config)]
-    adapted = [adapt_params(tree, fresh, *classes, config["model"]["patch_size"]) for tree in trees]
+    adapted = [adapt_params(tree, fresh, network, *classes) for tree in trees]
     remarks = adapted[0].remarks
     new = adapted[0].new
     remarks[0] = f"starting from {source.load_dir}, step {step}: {remarks[0]}"
     params = [tree.params for tree in adapted]
 
-    # A network that is given the step as well, or the time at another scale, computes what it did before.
-    if any(path.startswith("step_embed/") for path in new):
-        params = [zero_step_embed(tree) for tree in params]
-    scales = [settings["model"]["timestep_scale"] for settings in (source.saved, config)]
-    if scales[0] != scales[1]:
-        fitted = [refit_times(tree, *scales) for tree in params]
-        params = [tree for tree, _ in fitted]
-        remarks.append(
-            f"time embedding: fitted to that of the source at another scale; {fitted[1][1]:.0%} error is left"
-        )
+    # A DiT that is given the step as well, or the time at another scale, computes what it did before.
+    if isinstance(network, DiTConfig):
+        if any(path.startswith("step_embed/") for path in new):
+            params = [zero_step_embed(tree) for tree in params]
+        scales = [settings["model"]["timestep_scale"] for settings in (source.saved, config)]
+        if scales[0] != scales[1]:
+            fitted = [refit_times(tree, *scales) for tree in params]
+            params = [tree for tree, _ in fitted]
+            remarks.append(
+                f"time embedding: fitted to that of the source at another scale; {fitted[1][1]:.0%} error is left"
+            )
     return Start(*params, [*remarks, *source.differences(config)], new)
 
 
@@ -292,7 +269,7 @@ def read_frozen(words: Sequence[str], parts: Sequence[str]) -> tuple[str, ...]:
     frozen: dict[str, None] = {}
     for word in words:
         match = re.fullmatch(r"blocks(?:\.(\d+)(?:-(\d+))?)?", word)
-        if match:
+        if match and depth:
             first = int(match[1] or 0)
             last = int(match[2]) if match[2] else (first if match[1] else depth - 1)
             if not first <= last < depth:
@@ -301,7 +278,8 @@ def read_frozen(words: Sequence[str], parts: Sequence[str]) -> tuple[str, ...]:
         elif word in others:
             frozen[word] = None
         else:
-            raise UserError(f"--freeze={word} is no part of the model; use blocks.A-B, {', '.join(others)}")
+            names = ", ".join([*["blocks.A-B"] * bool(depth), *others])
+            raise UserError(f"--freeze={word} is no part of the model; use {names}")
 
     # Something has to be left.
     if frozen.keys() >= set(parts):
