@@ -107,6 +107,12 @@ test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
 test_programs.py::test_updates_that_are_not_finite_are_left_out_until_there_are_too_many
   utils/training/build.py: "skips_nonfinite": self.config.optimizer.skip_nonfinite > 0 -> "skips_nonfinite": False
   utils/training/loop.py: SkippedUpdates(config.optimizer.skip_nonfinite, -> SkippedUpdates(2,
+test_commands.py::test_a_script_that_has_started_a_program_starts_the_others
+  utils/base/commands.py: place > 0 and sys.orig_argv[place + 1 :] == sys.argv[1:] -> place > 0
+test_change_this.py::test_an_objective_of_steps_needs_a_network_that_takes_one
+  utils/networks/models.py: if model.network.config.step_conditioning else () -> if False else ()
+test_fine_tune.py::test_another_network_takes_over_what_has_the_same_shape
+  utils/training/start.py: == LABELS and value.shape[1:] == new.shape[1:] -> == LABELS
 test_likelihood.py::test_what_is_measured_is_what_the_flags_say
   likelihood.py: jax.random.key(self.config.seed) -> jax.random.key(0)
   likelihood.py: LikelihoodConfig(config.num_probes, -> LikelihoodConfig(1,
