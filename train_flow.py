@@ -11,7 +11,7 @@ import sys
 from ml_collections import ConfigDict
 
 from utils.base.messages import log
-from utils.base.processes import EXIT_STOPPED, StopRequest, describe_processes, initialize_processes
+from utils.base.processes import EXIT_STOPPED, StopRequest, describe_processes, initialize_processes, process_age
 from utils.flags.definitions import define_run_flags
 from utils.flags.program import run_program
 from utils.flags.run import read_run_config
@@ -20,11 +20,13 @@ from utils.training.advice import commands_after_training
 from utils.training.build import Run, build_run
 from utils.training.evaluation import is_evaluation_missing
 from utils.training.loop import plan_run, train
+from utils.training.progress import Stages
 
 define_flags = define_run_flags
 
 
 def main(values: ConfigDict) -> None:
+    stages = Stages(process_age())
     # Several processes find each other before anything asks for devices.
     stop = StopRequest()
     initialize_processes(values.coordinator_address, values.num_processes, values.process_id, stop)
@@ -34,7 +36,7 @@ def main(values: ConfigDict) -> None:
 
     # Everything that can be refused is, here and in `build_run`, before a step compiles.
     config = read_run_config(values)
-    run = build_run(config)
+    run = build_run(config, stages)
     if config.training.plan:
         for line in plan_run(run):
             log(line)

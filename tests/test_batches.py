@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import threading
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tests.data_sets import load
 from utils.base.messages import UserError
 from utils.conditions.classes import IMAGENET_LABELS
-from utils.data.batches import epoch_batches, first_examples, training_batches
+from utils.data.batches import epoch_batches, first_examples, read_ahead, training_batches
 from utils.data.dataset import ImageDataset, array_dataset, iterable_dataset, split_rows
 from utils.data.fingerprint import Fingerprint
 from utils.data.loaders import LOADERS, Loader
@@ -55,6 +56,24 @@ def test_every_epoch_is_a_new_order_of_every_image_once(num_images, batch_size):
     assert all(sorted(epoch) == list(range(1, num_images + 1)) for epoch in epochs)
     if num_images > 5:
         assert len({tuple(epoch) for epoch in epochs}) == num_epochs
+
+
+def test_the_first_batch_is_read_ahead_and_errors_come_where_they_belong():
+    read = threading.Event()
+
+    def batches():
+        read.set()
+        yield 1
+        yield 2
+        raise ValueError("broken")
+
+    stream = read_ahead(batches())
+    assert read.wait(10)  # though nobody has asked
+    assert (next(stream), next(stream)) == (1, 2)
+    with pytest.raises(ValueError, match="broken"):
+        next(stream)
+    with pytest.raises(ZeroDivisionError):
+        next(read_ahead(1 // x for x in (0, 1)))
 
 
 def test_orders_are_uniform():

@@ -111,6 +111,8 @@ def test_the_run_says_what_it_does(finished):
     assert re.search(r"[\d,]+ parameters, [\d.,]+ GFLOP per step", output)
     rates = r"loss \d\.\d+, [\d,.]+ images/s, .* TFLOP/s \(\d+% MFU\), \d+% waiting for data"
     assert re.search(r"20/20 .*s(tep)?/s(tep)?, " + rates, output)
+    stages = "".join(rf"{name} [\d.]+,? ?" for name in ("imports", "data", "model", "compilation", "first step"))
+    assert re.search(rf"the first step ended after [\d.]+ s: {stages}", output)
     assert re.search(r"compiled in [\d.]+ s; it needs [\d.]+ MiB of [\d.]+ GiB per device", output)
     assert re.search(r"settings: .*--batch_size=64 .*--model.hidden_size=32 .*all are in .*config.json", output)
     assert "--model.beta1" not in output

@@ -1,12 +1,15 @@
 """Rates: what is counted, and what counts as waiting."""
 
 import itertools
+import time
+from pathlib import Path
 
 import jax
 import pytest
 
+from tests.conftest import run_program
 from utils.training import progress
-from utils.training.progress import StepTrace, Throughput
+from utils.training.progress import Stages, StepTrace, Throughput
 
 
 @pytest.fixture
@@ -70,6 +73,25 @@ def test_only_waiting_with_idle_devices_is_a_stall(clock):
     for _ in itertools.islice(meter.waiting(batches(), lambda: next(idle)), 3):
         meter.finish_step()
     assert meter.read()["data_wait_fraction"] == pytest.approx(5 / 7)
+
+
+def test_the_stages_of_a_start_are_told_in_one_line(clock):
+    stages = Stages(imports=1.5)
+    for name, seconds in {"data": 0.25, "model": 2, "first step": 0.5}.items():
+        clock.append(seconds)
+        stages.end(name)
+    line = "the first step ended after 4.2 s: imports 1.5, data 0.2, model 2.0, first step 0.5"
+    assert str(stages) == line
+    assert str(Stages()) == "the first step ended after 0.0 s: "
+
+
+def test_the_age_of_a_process_is_that_since_its_start():
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("this system does not say when a process was started")
+    words = "import time; time.sleep(0.3); from utils.base.processes import process_age; print(process_age())"
+    started = time.monotonic()
+    age = float(run_program("-c", words).stdout)
+    assert 0.3 <= age <= time.monotonic() - started + 0.02  # started a tick earlier, perhaps
 
 
 def test_a_trace_is_of_ten_steps(tmp_path, monkeypatch):

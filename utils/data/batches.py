@@ -138,6 +138,19 @@ def to_devices(batches: Any, mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple
         yield queue.popleft()
 
 
+def read_ahead(items: Iterator[tuple[PyTree, Any]]) -> Iterator[tuple[PyTree, Any]]:
+    """Returns the same items, of which the first is being read when this returns, on a thread of its own."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    first = pool.submit(lambda: next(items))
+    pool.shutdown(wait=False)
+
+    def all_items() -> Iterator[tuple[PyTree, Any]]:
+        yield first.result()
+        yield from items
+
+    return all_items()
+
+
 def next_batch(batches: Any) -> PyTree:
     """Returns the next batch. Raises DataError, in one line, for whatever keeps its source from reading it."""
     try:

@@ -55,6 +55,7 @@ from utils.runs.config import RunConfig
 from utils.sampling.samplers import can_guide, explain_no_guidance
 from utils.training.advice import model_hints
 from utils.training.configure import with_classes
+from utils.training.progress import Stages
 from utils.training.start import (
     SourceRun,
     check_architecture,
@@ -89,6 +90,7 @@ class Run:
     frozen: tuple[str, ...]  # top-level parts of the parameters that are not trained
     start: list[PyTree]  # [parameters, EMA] of another run, as NumPy arrays; `make_state` empties it, to free memory
     reference: Reference | None
+    stages: Stages  # of its start
 
     @property
     def folder(self) -> Path:
@@ -126,12 +128,13 @@ def this_host() -> dict[str, int]:
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
-def build_run(config: RunConfig) -> Run:
-    """Returns the run of a configuration, without writing anything.
+def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
+    """Returns the run of a configuration, without writing anything. `stages` go on measuring a program's start.
 
     Raises UserError for whatever keeps it from training: data that are missing, sizes that do not fit, devices that do
     not divide the batch, a folder that cannot be written, a run to start from that has another architecture.
     """
+    stages = stages or Stages()
     # Processes, which the program joins before it asks for devices; alone, each would train all of the run.
     address = config.processes.coordinator_address
     if address and not jax.distributed.is_initialized():
@@ -154,6 +157,7 @@ def build_run(config: RunConfig) -> Run:
     validation = training_batches(datasets["validation"], training.batch_size, training.seed, **this_host())
     validation_batch = shard_batch(next_batch(validation), mesh)
     log(summarize_data(datasets, training.batch_size))
+    stages.end("data")
 
     # Model. A run that starts from another has as many labels as its own data.
     is_new = not has_checkpoints(config.folder)
@@ -179,6 +183,7 @@ def build_run(config: RunConfig) -> Run:
         frozen=frozen,
         start=start,
         reference=load_reference(config, mesh, dataset),
+        stages=stages,
     )
 
 
@@ -380,6 +385,7 @@ def compile_steps(run: Run, state: TrainState) -> tuple[Callable, Callable]:
     UserError where that needs more memory than there is.
     """
     # Memory is known before the first step: the compiler says what the step needs.
+    run.stages.end("model")
     log("compiling the training step ...")
     started = time.monotonic()
     with explaining_out_of_memory("the training step", MEMORY_FLAGS):
@@ -389,6 +395,8 @@ def compile_steps(run: Run, state: TrainState) -> tuple[Callable, Callable]:
             raise out_of_memory("the training step", MEMORY_FLAGS, needed)
     seconds = time.monotonic() - started
     log(f"compiled in {seconds:.1f} s; it needs {format_bytes(needed)} of {format_bytes(device_memory())} per device")
+
+    run.stages.end("compilation")
 
     # On the devices already, as the state is.
     no, yes = (place(np.asarray(value), replicated(run.mesh)) for value in (False, True))

@@ -14,7 +14,7 @@ from utils.base.files import FolderLock, prepare_output_folder, write_json
 from utils.base.mesh import shard_batch
 from utils.base.messages import DataError, UserError, log
 from utils.base.processes import StopRequest
-from utils.data.batches import next_batch, to_devices
+from utils.data.batches import next_batch, read_ahead, to_devices
 from utils.data.fingerprint import write_listing
 from utils.networks.state import TrainState
 from utils.objectives.objective import row_period
@@ -161,10 +161,11 @@ def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
     if not finish_evaluation(run, state, resources) or step >= training.max_steps:
         return state
 
-    # Compiled steps, and what saves, reports and traces.
+    # Compiled steps, while the first batch is read; then what saves, reports and traces.
+    batches = read_ahead(to_devices(resources.batches, run.mesh))
     train_step, validate = compile_steps(run, state)
     saver, skipped, check, progress, trace = make_instruments(run, state, resources)
-    batches = progress.throughput.waiting(to_devices(resources.batches, run.mesh), progress.is_idle)
+    batches = progress.throughput.waiting(batches, progress.is_idle)
     with progress.bar:
         while True:
             # The next batch; where the data end, what has been learned is saved.
@@ -223,7 +224,8 @@ def make_instruments(
     skipped = SkippedUpdates(config.optimizer.skip_nonfinite, checkpoints, state.params, resources.position)
     check = partial(check_finite, checkpoints=checkpoints)
     throughput = Throughput(config.training.batch_size, run.flops_per_step, config.logging.peak_tflops)
-    progress = Progress(throughput, resources.trackers, skipped.count, check, step, config.training.max_steps)
+    max_steps = config.training.max_steps
+    progress = Progress(throughput, resources.trackers, skipped.count, check, step, max_steps, run.stages)
     return saver, skipped, check, progress, StepTrace(config.logging.profile, step)
 
 

@@ -43,6 +43,25 @@ PEAK_TFLOPS = {
 }
 
 
+class Stages:
+    """Measures the stages of a start, up to the first step, for one line about where its seconds went."""
+
+    def __init__(self, imports: float | None = None):
+        """`imports` are the seconds that the process has run already, if they are to be told."""
+        self.seconds = {} if imports is None else {"imports": imports}
+        self.last = time.monotonic()
+
+    def end(self, name: str) -> None:
+        """Ends a stage; the next one begins."""
+        now = time.monotonic()
+        self.seconds[name] = now - self.last
+        self.last = now
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        return f"the first step ended after {sum(self.seconds.values()):.1f} s: {stages}"
+
+
 @dataclasses.dataclass
 class Window:
     """A number of steps, the seconds between their ends, and how many of these were spent waiting for data."""
@@ -195,9 +214,11 @@ class Progress:
         check: Callable,
         step: int,
         max_steps: int,
+        stages: Stages,
     ):
         """`count_skipped(metrics, step)` is called at every step and returns the metrics to log, `check(metrics, step)`
-        before they are logged."""
+        before they are logged. `stages` are logged once the first step is reported."""
+        self.stages: Stages | None = stages
         self.throughput = throughput
         self.trackers = trackers
         self.count_skipped = count_skipped
@@ -226,6 +247,10 @@ class Progress:
 
         # The bar. Reading the loss waits for the step.
         loss = float(metrics["l2_loss"])
+        if self.stages:
+            self.stages.end("first step")
+            log(str(self.stages))
+            self.stages = None
         self.throughput.finish_step()
         self.bar.set_postfix_str(f"loss {loss:.4f}, {self.throughput}", refresh=False)
         self.bar.update()
