@@ -25,6 +25,7 @@ from utils.flags import program, reading
 from utils.flags.definitions import define_data_flags, define_path
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
+from utils.images.pixels import check_pictures
 from utils.images.samples import Samples, open_samples
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, check_extractors, load_extractors
 from utils.metrics.inception import CONVENTIONS
@@ -81,7 +82,8 @@ class ReferenceImages(NamedTuple):
 
 
 def open_images(config: ConfigDict) -> ReferenceImages:
-    """Returns the images that the flags name, unread. Raises UserError for latents, pairs and too few images."""
+    """Returns the images that the flags name, unread. Raises UserError for latents, pairs,
+    images that no feature network takes, and too few."""
     if config.images:
         samples = open_samples(config.images, "images")
         opened = ReferenceImages(config.images, None, samples, samples.image_shape, samples.num_samples)
@@ -90,6 +92,10 @@ def open_images(config: ConfigDict) -> ReferenceImages:
         dataset = load_dataset(config.dataset_name, config.split, reading.read_data_options(config))
         if dataset.latents or dataset.pair_shape:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
+        what = f"--dataset_name={config.dataset_name}: feature networks take"
+        check_pictures(
+            dataset.pixels, dataset.image_shape, what, "convert them, and name the result by --images", whose="these"
+        )
         opened = ReferenceImages(dataset.name, config.split, dataset, dataset.image_shape, len(dataset.source))
 
     # A covariance takes two images, and a choice of them no more than there are.

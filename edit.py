@@ -188,7 +188,9 @@ def _read_own_images(
     """
     config = request.config
     model = request.generator.model
-    check_pictures(pixel_format(model.codec), model.image_shape, f"--{flag}")
+    what = f"--{flag}={config[flag]}: files hold"
+    fix = f"use ImageGenerator.{flag} in Python (docs/sampling.md)"
+    check_pictures(pixel_format(model.codec), model.image_shape, what, fix)
     images, files = read_images(config[flag], model.image_shape, config.num_samples, flag)
     if config.classes is not None:
         return images, files, request.conditions[: len(files)]

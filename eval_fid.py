@@ -27,6 +27,7 @@ from utils.flags.definitions import (
 )
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
+from utils.images.pixels import PixelFormat, check_pictures
 from utils.images.samples import Samples, open_samples
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, check_extractors
 from utils.metrics.inception import CONVENTIONS
@@ -109,6 +110,12 @@ def open_run(config: ConfigDict) -> RunEvaluation:
     checkpoints, steps = open_checkpoint(config.load_dir)
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     data = saved["dataset"]
+    check_pictures(
+        PixelFormat.from_record(data),
+        data["image_shape"],
+        f"--load_dir={config.load_dir}: feature networks take",
+        "draw them in Python with load_generator, convert them, and name the result by --samples",
+    )
 
     # Flags against the run's own settings.
     dropout = saved["model"]["class_dropout_prob"]

@@ -22,7 +22,7 @@ from utils.base.devices import explaining_out_of_memory
 from utils.base.files import explaining_full_disk, prepare_output_file
 from utils.base.mesh import check_batch_size, gather, make_mesh, shard_replicated
 from utils.base.messages import UserError, configure_output, log, progress_bar, show_result
-from utils.codecs.codec import is_identity, pixel_format
+from utils.codecs.codec import is_identity
 from utils.conditions.condition import resize_rows
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch
@@ -31,7 +31,7 @@ from utils.flags import program, reading
 from utils.flags.definitions import define_codec_flags, define_data_flags, define_path
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
-from utils.images.pixels import check_pictures, match_channels
+from utils.images.pixels import PixelFormat, check_pictures, match_channels
 from utils.runs.opening import load_model, open_checkpoint, restore_params
 from utils.runs.results import check_json_path, likelihood_to_markdown, write_csv, write_json_rows
 from utils.sampling.density import LikelihoodConfig, check_probes, describe_probes, measure_batch
@@ -82,10 +82,16 @@ class Measurement:
         # The run, and images that suit it.
         checkpoints, steps = open_checkpoint(config.load_dir)
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
+        data = saved["dataset"]
+        check_pictures(
+            PixelFormat.from_record(data),
+            data["image_shape"],
+            f"--load_dir={config.load_dir}: likelihoods are of",
+            "compare such runs by their validation/l2_loss (docs/metrics.md)",
+        )
         self.dataset = self._load_dataset(saved)
         self.model = load_model(saved, self.mesh, dtype=config.dtype, codec=reading.read_codec(config))
         self.is_pixels = is_identity(self.model.codec)
-        check_pictures(pixel_format(self.model.codec), self.model.image_shape, "The likelihood in bits per dimension")
         self.unit = "bits_per_dim" if self.is_pixels else "nats_per_latent_element"
         self._check_dataset()
         self.is_conditional = self._is_conditional()
@@ -131,6 +137,8 @@ class Measurement:
             )
         if self.dataset.latents is not None and self.is_pixels:
             raise UserError(f"--dataset_name={name} holds latents, but the run is of pixels; give the images")
+        what = f"--dataset_name={name}: likelihoods are of"
+        check_pictures(self.dataset.pixels, ours, what, "convert them, or give others", whose="these")
         if ours[2] != theirs[2] and not self.dataset.latents:
             log(f"the images of {name} are made {'grey' if theirs[2] == 1 else 'RGB'}, as the run's")
 

@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from utils.base.files import check_free_space
 from utils.base.messages import log, progress_bar
-from utils.codecs.codec import pixel_format
 from utils.conditions.condition import number_rows
 from utils.flags import program
 from utils.flags.drawing import (
@@ -32,7 +31,6 @@ from utils.flags.drawing import (
 )
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import define_moved_flags, refuse_moved_flags, topic
-from utils.images.pixels import check_pictures
 from utils.images.samples import SampleWriter
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 
@@ -71,11 +69,6 @@ def draw(request: Request) -> None:
     """Draws the samples and writes a grid of the first; with --save_samples, each by itself, too."""
     config = request.config
     generator = request.generator
-
-    if config.save_samples:
-        # Before any sampling: not every codec makes pictures that a file can hold.
-        model = generator.model
-        check_pictures(pixel_format(model.codec), model.image_shape, f"--save_samples={config.save_samples}")
 
     # Room first: the samples of a large file take hours.
     if config.save_samples and config.save_samples.endswith(".npz"):

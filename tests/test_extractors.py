@@ -97,6 +97,13 @@ def measure(images, *names) -> ImageStatistics:
     return statistics
 
 
+def test_features_are_those_that_are_declared():
+    (extract,) = load_extractors(["colour"]).values()
+    message = r"--extractor=colour makes mean \(6, 5\), projection \(6, 2\) of 6 images, but .* mean \(b, 3\)"
+    with pytest.raises(UserError, match=message):
+        extract(jnp.zeros((6, 4, 4, 5), jnp.uint8))
+
+
 def test_statistics_of_two_extractors_share_a_file(tmp_path):
     """Each metric finds the feature that it needs."""
     both = [measure(flat_images(greys), "colour") for greys in (REFERENCE, SAMPLES)]
@@ -128,6 +135,7 @@ def test_statistics_of_another_extractor_are_refused(tmp_path):
     [
         ("--extractor dino", "--extractor=dino is unknown; known are inception, colour"),
         ("--extractor=", "--extractor= is unknown"),
+        ("--extractor colour,", "--extractor=colour,: an empty name is unknown"),
         ("--extractor colour --convention adm", "--convention=adm has no effect without inception in --extractor"),
     ],
 )

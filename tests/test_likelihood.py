@@ -14,7 +14,9 @@ from tests.conftest import GOLDEN
 from tests.test_bad_input import write_pairs
 from tests.test_generate import run  # noqa: F401 (fixture)
 from utils.base.messages import UserError, WriteError
-from utils.data.loaders import load_dataset
+from utils.data.dataset import ArraySource, ImageDataset
+from utils.data.loaders import LOADERS, Loader, load_dataset
+from utils.images.pixels import PixelFormat
 from utils.runs.opening import load_generator
 from utils.sampling import density
 from utils.sampling.density import (
@@ -171,6 +173,18 @@ def test_a_result_that_cannot_be_written_is_printed_first(run, read_flags, tmp_p
 def test_pairs_are_no_images(measure, tmp_path):
     with pytest.raises(UserError, match=r"--dataset_name=pairs:.* holds pairs of noise and samples, no images"):
         measure(f"--dataset_name pairs:{write_pairs(tmp_path / 'few')}")
+
+
+def test_floats_are_no_images_of_a_run_of_bytes(measure, monkeypatch):
+    source = ArraySource(np.zeros((4, 8, 8, 2), np.float32), np.zeros(4, np.int32))
+    pixels = PixelFormat("float32", 0, 1)
+
+    def load(name, split, options):
+        return ImageDataset(name, split, source, (8, 8, 2), ("a",), False, source.fingerprint(), pixels=pixels)
+
+    monkeypatch.setitem(LOADERS, "floats", Loader(load))
+    with pytest.raises(UserError, match=r"--dataset_name=floats: likelihoods are of uint8 .* float32 in 0 .. 1 with 2"):
+        measure("--dataset_name floats")
 
 
 def test_other_images_are_fitted_to_the_run(measure, tmp_path):

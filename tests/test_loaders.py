@@ -7,6 +7,11 @@ import re
 import numpy as np
 import pytest
 
+import compute_fid_stats
+import edit
+import eval_fid
+import likelihood
+import sample
 import train_flow
 from tests.conftest import ROOT
 from utils.base.messages import UserError
@@ -101,6 +106,24 @@ def test_float_images_of_four_channels_are_trained_on_and_sampled(monkeypatch, r
     pictures = generator.to_pictures(images)
     np.testing.assert_allclose(pictures, 255 * (images + 3) / 6, atol=0.51)
     sample_grid(pictures, np.arange(2), generator.class_names)  # shows the first three channels
+
+    # Files, feature networks and likelihoods take pictures alone: refused by flag, before parameters are read.
+    for program, line, message in (
+        (sample, "--load_dir RUN --save_samples RUN/s.npz", "--save_samples=.*s.npz: files hold .*; leave it out"),
+        (edit, "--load_dir RUN --invert RUN", "--invert=.*run: files hold .*; use ImageGenerator.invert in Python"),
+        (
+            likelihood,
+            "--load_dir RUN",
+            "--load_dir=.*run: likelihoods are of .*; compare .* by their validation/l2_loss",
+        ),
+        (eval_fid, "--load_dir RUN", "--load_dir=.*run: feature networks take .* by --samples"),
+        (compute_fid_stats, "--dataset_name fields --out RUN/s.npz", "--dataset_name=fields: .* by --images"),
+        (train_flow, f"{TRAIN} --fid_stats RUN/s.npz --eval_interval 1", "--fid_stats=.*s.npz: .*; leave it out"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            program.main(read_flags(program, line.replace("RUN", str(tmp_path / "run")).split()))
+        assert "uint8 images of 1 or 3 channels, but " in str(error.value)
+        assert "are float32 in -3 .. 3 with 4; " in str(error.value)
 
     # Other data are refused, be it only by their range.
     other = dataclasses.replace(load_fields("fields", "train", None), pixels=PixelFormat("float32", 0.0, 9.0))

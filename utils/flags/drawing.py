@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 from utils.base.devices import explaining_out_of_memory
 from utils.base.files import check_writable, prepare_output_folder
 from utils.base.messages import UserError, WriteError, configure_output, warn
+from utils.codecs.codec import pixel_format
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import count_rows, resize_rows
 from utils.flags import reading
 from utils.flags.definitions import define_codec_flags, define_path, define_sampler_flags, define_tracker_flags
 from utils.flags.help import topic
 from utils.images.pictures import PictureFolder
+from utils.images.pixels import check_pictures
 from utils.images.samples import check_sample_path
 from utils.networks.models import ImageModel
 from utils.runs.opening import load_generator, split_load_dir
@@ -101,10 +103,15 @@ def load_request(config: ConfigDict) -> Request:
         codec=reading.read_codec(config),
         needs_images=True,
     )
-    sampler = read_sampler(config, generator.model)
+    model = generator.model
+    sampler = read_sampler(config, model)
+    if config.save_samples:
+        what = f"--save_samples={config.save_samples}: files hold"
+        fix = "leave it out, and draw them in Python with load_generator"
+        check_pictures(pixel_format(model.codec), model.image_shape, what, fix)
 
     # A condition for each sample: the chosen ones in turn, or drawn ones, which depend on the seed.
-    chosen = choose_conditions(config.classes, generator.model)
+    chosen = choose_conditions(config.classes, model)
     if chosen is None:
         conditions = generator.conditions(range(config.num_samples))
     else:

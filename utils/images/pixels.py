@@ -120,16 +120,20 @@ UINT8 = PixelFormat()
 
 
 def are_pictures(pixels: PixelFormat, image_shape: Sequence[int]) -> bool:
-    """Returns whether images are uint8 of 1 or 3 channels, as files of pictures and feature networks take them."""
+    """Whether files and feature networks take such images: uint8 with 1 or 3 channels."""
     return pixels == UINT8 and image_shape[-1] in (1, 3)
 
 
-def check_pictures(pixels: PixelFormat, image_shape: Sequence[int], what: str) -> None:
-    """Raises UserError, whose message begins with `what`, for images that are not uint8 with 1 or 3 channels."""
+def check_pictures(
+    pixels: PixelFormat, image_shape: Sequence[int], what: str, fix: str, whose: str = "the model's"
+) -> None:
+    """Raises UserError unless images `are_pictures`.
+
+    The message begins with `what`, which names the flag and ends in a verb, and ends with `fix`.
+    """
     if not are_pictures(pixels, image_shape):
         raise UserError(
-            f"{what} takes uint8 images of 1 or 3 channels, but the model's are {pixels} with {image_shape[-1]}; draw "
-            "them from Python, with load_generator"
+            f"{what} uint8 images of 1 or 3 channels, but {whose} are {pixels} with {image_shape[-1]}; {fix}"
         )
 
 

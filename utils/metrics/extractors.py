@@ -10,6 +10,7 @@ from typing import NamedTuple
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, UInt8
 
+from utils.base.messages import UserError
 from utils.base.settings import check_made, unknown_name
 from utils.metrics.inception import INCEPTION_SHA256, NUM_FEATURES, NUM_SPATIAL, load_inception
 
@@ -63,11 +64,12 @@ SPATIAL = FeatureKey(DEFAULT_EXTRACTOR, "spatial")
 def check_extractors(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the names, each once. Raises UserError for an unknown name and for an empty list."""
     # In the order given, which a set would lose.
-    names = tuple(dict.fromkeys(names))
-    # An empty list is refused as the empty name would be.
-    for name in names or ("",):
+    text = ",".join(names)
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
         if name not in EXTRACTORS:
-            raise unknown_name(f"--extractor={name}", name, EXTRACTORS)
+            which = "" if name == text else f": {name or 'an empty name'}"
+            raise unknown_name(f"--extractor={text}{which}", name, EXTRACTORS)
     return names
 
 
@@ -92,6 +94,27 @@ def load_extractors(
     for name in check_extractors(names):
         # --inception_weights and --convention are about Inception alone.
         options = (weights, convention) if name == DEFAULT_EXTRACTOR else (None, None)
-        loaded[name] = EXTRACTORS[name].load(*options, sharding)
-        check_made(loaded[name], Callable, f"the loader of --extractor={name}")
+        extract = EXTRACTORS[name].load(*options, sharding)
+        check_made(extract, Callable, f"the loader of --extractor={name}")
+        loaded[name] = _checking(name, extract)
     return loaded
+
+
+def _checking(name: str, extract: Extract) -> Extract:
+    """Returns `extract` of the extractor `name`, which raises UserError for features that it does not declare."""
+    widths = EXTRACTORS[name].features
+
+    # Statistics of other widths would be refused only where they are read, after all of the work.
+    def extract_checked(images):
+        features = extract(images)
+        found = {feature: tuple(rows.shape) for feature, rows in features.items()}
+        if found != {feature: (len(images), width) for feature, width in widths.items()}:
+            declared = ", ".join(f"{feature} (b, {width})" for feature, width in widths.items())
+            made = ", ".join(f"{feature} {shape}" for feature, shape in found.items())
+            raise UserError(
+                f"--extractor={name} makes {made} of {len(images)} images, but its record declares {declared}; "
+                "correct one of the two (docs/change_this.md)"
+            )
+        return features
+
+    return extract_checked

@@ -329,8 +329,8 @@ def warn_of_other_shape(reference: ReferenceStatistics, image_shape: Sequence[in
     shape = format_shape(image_shape)
     if reference.image_shape not in (None, shape):
         warn(
-            f"{reference.path} is of {reference.image_shape} images, the samples are {shape}: Inception resizes both, "
-            "but the result says nothing about a model at either size"
+            f"{reference.path} is of {reference.image_shape} images, the samples are {shape}: "
+            "the result says nothing about a model at either size"
         )
 
 

@@ -24,6 +24,7 @@ from utils.base.files import (
 from utils.base.messages import UserError, log
 from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
+from utils.images.pixels import PixelFormat
 from utils.networks.lora import merge_lora
 from utils.objectives.objective import has_guidance
 from utils.objectives.objectives import OBJECTIVES
@@ -106,6 +107,8 @@ def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
     shape = "x".join(map(str, data["image_shape"]))
     latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of {_public_vae(data)}" if data["vae"] else ""
 
+    returned = f"{PixelFormat.from_record(data).dtype} (1, {', '.join(map(str, data['image_shape']))})"
+
     # The example guides only a model that can be guided: it is to run as it stands.
     is_guided = can_guide(model["class_dropout_prob"]) and has_guidance(OBJECTIVES.get(objective))
     guidance = ", cfg_scale=2.0" if is_guided else ""
@@ -131,7 +134,7 @@ In Python:
 from utils.runs.opening import load_generator
 
 generator = load_generator("hf:{hub_id}")
-images = generator.sample(labels=[0], num_steps=64{guidance})  # uint8 (1, {", ".join(map(str, data["image_shape"]))})
+images = generator.sample(labels=[0], num_steps=64{guidance})  # {returned}
 ```
 """
 

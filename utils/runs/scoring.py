@@ -22,10 +22,9 @@ from utils.base.devices import changed_variables, check_batch_memory, explaining
 from utils.base.files import atomic_write, prepare_output_folder
 from utils.base.mesh import check_batch_size, gather, make_mesh, replicated
 from utils.base.messages import UserError, WriteError, log, show_result, warn
-from utils.codecs.codec import pixel_format
 from utils.conditions.condition import number_rows
 from utils.images import plotting
-from utils.images.pixels import ImageBatch, check_pictures
+from utils.images.pixels import ImageBatch
 from utils.images.samples import Samples, SampleWriter, check_sample_path, content_sha256, holds_images, open_samples
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, check_extractors, feature_widths, load_extractors
 from utils.metrics.inception import DEFAULT_CONVENTION, load_logits
@@ -245,7 +244,6 @@ class RunEvaluation(Scoring):
 
         # The model, its parameters, and how its samples are drawn.
         self.model = load_model(saved, self.mesh, dtype=model.dtype, codec=config.codec)
-        check_pictures(pixel_format(self.model.codec), image_shape, "FID")
         self.step, params = restore_params(checkpoints, steps, self.model, saved, config.params)
         counts = self._class_counts() if config.labels == "dataset" else None
         self.generator = ImageGenerator(

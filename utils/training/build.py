@@ -262,7 +262,8 @@ def load_reference(config: RunConfig, mesh: Mesh, dataset: ImageDataset) -> Refe
     evaluation = config.evaluation
     if not evaluation.fid_stats:
         return None
-    check_pictures(dataset.pixels, dataset.image_shape, f"--fid_stats={evaluation.fid_stats}")
+    what = f"--fid_stats={evaluation.fid_stats}: feature networks take"
+    check_pictures(dataset.pixels, dataset.image_shape, what, "leave it out", whose="those of the data set")
     statistics = load_statistics(evaluation.fid_stats)
     convention = find_convention(statistics, evaluation.convention).name
     warn_of_other_shape(statistics, dataset.image_shape)
