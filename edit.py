@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from utils.base.mesh import gather
 from utils.base.messages import UserError, log, progress_bar
 from utils.codecs.codec import pixel_format
-from utils.conditions.classes import ClassCondition
+from utils.conditions.classes import check_classes
 from utils.conditions.condition import Mixture, number_rows, resize_rows
 from utils.flags import program
 from utils.flags.definitions import define_path
@@ -231,8 +231,8 @@ def main(config: ConfigDict) -> None:
     check_request(config, FILES)
     request = load_request(config)
     kind = request.generator.condition
-    if mode != "interpolate" and not isinstance(kind, ClassCondition):
-        raise UserError(f"--{mode} is for runs that are conditioned on classes; --load_dir={config.load_dir} is not")
+    if mode != "interpolate":
+        check_classes(kind, f"--{mode}", config.load_dir)
     if config.interpolate is not None:
         chosen = request.chosen
         # Between a class and itself, all images of a row would be equal.

@@ -33,7 +33,7 @@ from utils.data.loaders import load_dataset
 from utils.flags import program, reading
 from utils.flags.definitions import define_codec_flags, define_data_flags, define_flip_flag, define_path
 from utils.flags.help import topic
-from utils.images.pixels import images_from_uint8
+from utils.images.pixels import UINT8, images_from_uint8
 
 
 def define_flags() -> None:
@@ -94,6 +94,12 @@ def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
     if train.latents or train.pair_shape:
         what = "pairs" if train.pair_shape else "latents"
         raise UserError(f"--dataset_name={config.dataset_name} holds {what} already; give a data set of images")
+    if train.own_condition or train.pixels != UINT8:
+        what = "conditions that are no classes" if train.own_condition else f"images {train.pixels}"
+        raise UserError(
+            f"--dataset_name={config.dataset_name} has {what}: latents are kept of uint8 images and their classes; "
+            "train on the images themselves"
+        )
 
     # Numbers that a folder or the memory could not take.
     for split, dataset in datasets.items():

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from utils.base.files import check_writable
 from utils.base.messages import UserError, configure_output
 from utils.conditions.classes import ClassCondition
+from utils.conditions.condition import check_draw_mode, restore_condition
 from utils.flags import program, reading
 from utils.flags.definitions import (
     define_codec_flags,
@@ -97,9 +98,13 @@ def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[st
         assert saved is not None
         # The command is for the data set that was asked for, read as the run reads its own.
         saved = saved | {"dataset": saved["dataset"] | {"name": dataset_name}}
+        words = []
+        for name in ("extractor", "convention", "inception_weights"):
+            if reading.is_explicit(name):
+                words += [f"--{name}", ",".join(config[name]) if name == "extractor" else config[name]]
         raise UserError(
             f"--fid_stats is not given and no statistics ship for {dataset_name}; make them: "
-            f"{write_statistics_command(saved, Path('stats.npz'))}"
+            f"{write_statistics_command(saved, Path('stats.npz'), *words)}"
         )
     return path
 
@@ -116,6 +121,7 @@ def open_run(config: ConfigDict) -> RunEvaluation:
         f"--load_dir={config.load_dir}: feature networks take",
         "draw them in Python with load_generator, convert them, and name the result by --samples",
     )
+    check_draw_mode(restore_condition(data), config.labels)
 
     # Flags against the run's own settings.
     dropout = saved["model"]["class_dropout_prob"]

@@ -23,6 +23,7 @@ from utils.base.files import explaining_full_disk, prepare_output_file
 from utils.base.mesh import check_batch_size, gather, make_mesh, shard_replicated
 from utils.base.messages import UserError, configure_output, log, progress_bar, show_result
 from utils.codecs.codec import is_identity
+from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import resize_rows
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch
@@ -189,13 +190,20 @@ class Measurement:
                 objective=model.objective, config=self.settings, is_pixels=self.is_pixels,
             )  # fmt: skip
             values, nfe = (gather(each) for each in (values, nfe))
+            labels = self._labels(batch)
             # The rows beyond are the padding of the last batch.
             for i in range(min(len(values), self.num_images - len(rows))):
-                label = int(batch.condition[i]) if self.is_conditional else None
-                rows.append({"index": len(rows), "label": label, self.unit: float(values[i]), "nfe": int(nfe[i])})
+                rows.append({"index": len(rows), "label": labels[i], self.unit: float(values[i]), "nfe": int(nfe[i])})
                 bar.update()
         bar.close()
         return rows
+
+    def _labels(self, batch: Batch) -> list[Any]:
+        """Returns the label of each image; other conditions in words, and None where the model is given none."""
+        if not self.is_conditional:
+            return [None] * batch.num_examples
+        condition = self.model.condition
+        return batch.condition.tolist() if isinstance(condition, ClassCondition) else condition.titles(batch.condition)
 
     def summarize(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns the mean over the images, its standard error, and the settings that it depends on."""

@@ -19,13 +19,15 @@ from utils.base.devices import RANDOM, changed_variables, explaining_out_of_memo
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
 from utils.base.mesh import check_batch_size, gather
 from utils.base.messages import UserError, log, progress_bar
+from utils.conditions.classes import check_classes
+from utils.conditions.condition import restore_condition
 from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
 from utils.flags import program, reading
 from utils.flags.definitions import define_codec_flags, define_path, define_sampler_flags
 from utils.flags.help import topic
 from utils.networks.models import ImageModel
-from utils.runs.opening import load_generator
+from utils.runs.opening import load_generator, open_checkpoint
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
 from utils.sampling.solvers import SOLVERS, SamplerConfig
 
@@ -136,6 +138,11 @@ def write_pairs(
 def main(config: ConfigDict) -> None:
     check_requests(config)
     out = Path(config.out)
+
+    # A pair is written with its class. That, first: no parameters are read for a refusal.
+    checkpoints, steps = open_checkpoint(config.load_dir)
+    _, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
+    check_classes(restore_condition(saved["dataset"]), "make_pairs.py", config.load_dir)
 
     # The run; with its codec, without which no image could be made of the pairs.
     generator = load_generator(

@@ -1,6 +1,7 @@
 """The five extension points together: kinds from outside (the blocks of docs/change_this.md) in one run, from training
 to evaluation. Each is tested by itself in a file of its own."""
 
+import csv
 import json
 
 import jax
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 
 import compute_fid_stats
+import convert_checkpoint
 import edit
+import encode_latents
 import eval_fid
+import likelihood
+import make_pairs
 import sample
 from tests.test_change_this import run  # noqa: F401 (a fixture)
 from tests.test_trackers import started  # noqa: F401 (a fixture)
@@ -37,6 +42,19 @@ SETTINGS = {
     "model.lr": 3e-3,
     "model.target_update_rate": 0.9,
 }
+
+
+SAMPLE = "--load_dir RUN --out RUN/x"
+REFUSALS = (
+    (edit, f"{SAMPLE} --invert x", "--invert is for runs that are conditioned on classes; --load_dir=.*run is not"),
+    (sample, f"{SAMPLE} --classes 3", "--classes=3: the run's conditions cannot be written; leave the flag out, or"),
+    (sample, f"{SAMPLE} --labels balanced", "--labels=balanced: the run's .* drawn uniform; use --labels uniform"),
+    (eval_fid, f"{SAMPLE} --labels dataset", "--labels=dataset: the run's .* drawn uniform; use --labels uniform"),
+    (make_pairs, SAMPLE, "make_pairs.py is for runs that are conditioned on classes; --load_dir=.*run is not"),
+    (convert_checkpoint, SAMPLE, "--load_dir=.*run has the condition 'direction'; only runs with classes are exported"),
+    (encode_latents, "--dataset_name ramps --out RUN/x", "--dataset_name=ramps has conditions that are no classes"),
+    (eval_fid, f"{SAMPLE} --extractor colours", "no statistics ship for ramps; .* --extractor colours --out stats.npz"),
+)
 
 
 @pytest.mark.usefixtures("signal_handlers")
@@ -97,8 +115,17 @@ def test_kinds_from_outside_are_trained_sampled_scored_and_resumed(
     with np.load(tmp_path / "s.npz") as saved:
         np.testing.assert_array_equal(saved["arr_1"], generator.conditions(range(4)))
     assert (tmp_path / "grid.png").exists()
-    with pytest.raises(UserError, match="--invert is for runs that are conditioned on classes"):
-        edit.main(read_flags(edit, [*words, "--invert", str(tmp_path)]))
+    for program, line, message in REFUSALS:
+        with pytest.raises(UserError, match=message):
+            program.main(read_flags(program, line.replace("RUN", str(folder)).split()))
+
+    # Measured, and each image is named by its condition.
+    line = f"--load_dir {folder} --num_images 3 --batch_size 4 --solver midpoint --denoise_timesteps 1"
+    likelihood.main(read_flags(likelihood, [*line.split(), "--per_image", str(tmp_path / "images.csv")]))
+    rows = list(csv.DictReader((tmp_path / "images.csv").open()))
+    validation = names["load_ramps"]("ramps", "validation", None)
+    angles = np.stack([example["angle"] for example in validation.source[:3]])
+    assert [row["label"] for row in rows] == validation.condition.titles(angles)
 
     # Scored: the distance is as between the means and covariances of the samples' and the data's colours.
     stats = tmp_path / "stats.npz"

@@ -123,11 +123,17 @@ def test_statistics_of_another_extractor_are_refused(tmp_path):
     save_statistics(colour, measure(flat_images(REFERENCE), "colour"), convention=None, dataset="x")
     inception = tmp_path / "inception.npz"
     np.savez(inception, mu=np.zeros(2048), sigma=np.eye(2048, dtype=np.float32))
-    with pytest.raises(UserError, match=r"--fid_stats=.*holds statistics of colour, none of inception; .* --extractor"):
+    with pytest.raises(UserError, match=r"--fid_stats=.*holds statistics of colour, none of inception; .* NAME --out"):
         load_statistics(colour)
-    with pytest.raises(UserError, match=r"statistics of inception, none of colour; .* --extractor colour") as error:
+    with pytest.raises(UserError, match=r"statistics of inception, none of colour; .* --extractor colour --") as error:
         load_statistics(inception, feature_widths(["colour"]))
     assert "\n" not in str(error.value)
+
+    # The command that makes what is missing makes all that was asked for.
+    with pytest.raises(UserError, match=r"statistics of inception, none of colour; .* --extractor inception,colour --"):
+        load_statistics(inception, feature_widths(["inception", "colour"]))
+    with pytest.raises(UserError, match=r"x.npz is not a file; make it: .* --dataset_name NAME --extractor colour --"):
+        load_statistics(tmp_path / "x.npz", feature_widths(["colour"]))
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,12 @@ class ClassCondition(Condition):
 CONDITIONS["class"] = ClassCondition
 
 
+def check_classes(condition: Condition, what: str, load_dir: str) -> None:
+    """Raises UserError, which says `what` is for classes alone, for a run with another kind of condition."""
+    if not isinstance(condition, ClassCondition):
+        raise UserError(f"{what} is for runs that are conditioned on classes; --load_dir={load_dir} is not")
+
+
 def draw_labels(
     key: Key[Array, ""], indices: Int[Array, " b"], counts: Num[Array | np.ndarray, " classes"], mode: str = "uniform"
 ) -> Int[Array, " b"]:

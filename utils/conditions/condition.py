@@ -98,7 +98,7 @@ class Condition(Protocol):
 
     def parse(self, text: str) -> PyTree:
         """Returns the conditions (n, ...) that a user writes on a command line. Raises UserError for others."""
-        raise UserError(f"{text!r}: conditions of this kind cannot be written; give them in Python")
+        raise UserError("the run's conditions cannot be written; leave the flag out, or give them in Python")
 
     def titles(self, condition: PyTree) -> list[str]:
         """Returns how a figure names each of the conditions (n, ...)."""
@@ -143,23 +143,36 @@ def record_condition(condition: Condition) -> dict[str, Any]:
 
 
 def restore_condition(data: Mapping[str, Any]) -> Condition:
-    """Returns the condition that `record_condition` recorded; that of older runs, which name none, is the class.
+    """Returns the condition that `record_condition` recorded.
 
     Raises UserError for a kind that is not registered, or whose arrays are not the recorded ones.
     """
     # The kind may be defined outside of this repository, and must be registered by then.
-    record = data.get("condition", {"kind": "class"})
-    if record["kind"] not in CONDITIONS:
-        raise unknown_name(f"the run's condition {record['kind']!r}", record["kind"], CONDITIONS)
+    kind = recorded_kind(data)
+    if kind not in CONDITIONS:
+        raise unknown_name(f"the run's condition {kind!r}", kind, CONDITIONS)
 
     # Its definition may have changed since; the parameters expect the arrays of then.
-    condition = CONDITIONS[record["kind"]].from_json(data)
-    found = record_condition(condition)["condition"]
-    if found["arrays"] != record.get("arrays", found["arrays"]):
-        raise UserError(
-            f"the run's condition has arrays {record['arrays']}, but {record['kind']!r} is {found['arrays']}"
-        )
+    condition = CONDITIONS[kind].from_json(data)
+    found = record_condition(condition)["condition"]["arrays"]
+    recorded = data.get("condition", {}).get("arrays", found)
+    if found != recorded:
+        raise UserError(f"the run's condition has arrays {recorded}, but {kind!r} is {found}")
     return condition
+
+
+def recorded_kind(data: Mapping[str, Any]) -> str:
+    """Returns the name of a recorded kind; that of older runs, which name none, is the class."""
+    return data.get("condition", {"kind": "class"})["kind"]
+
+
+def check_draw_mode(condition: Condition, mode: str) -> None:
+    """Raises UserError for a value of --labels (`label_mode` in Python) that a kind of condition does not have."""
+    modes = condition.DRAW_MODES
+    if mode not in modes:
+        raise UserError(
+            f"--labels={mode}: the run's conditions are drawn {' or '.join(modes)}; use --labels {modes[0]}"
+        )
 
 
 # --- Rows of a tree of arrays ---

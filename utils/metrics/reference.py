@@ -119,7 +119,7 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
     """
     path = Path(path)
     widths = feature_widths([DEFAULT_EXTRACTOR]) if widths is None else widths
-    fix = f"make it: {_command('--dataset_name', 'NAME')}"
+    fix = f"make it: {_command(widths, '--dataset_name', 'NAME')}"
     if not path.is_file():
         raise UserError(f"--fid_stats={path} is not a file; {fix}")
     try:
@@ -130,7 +130,7 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
         # Shapes first: nothing is read that no memory holds.
         _check_shapes(shapes, {key: widths[key] for key in keys})
         content = read([name for name in (*METADATA, "label_counts") if name in shapes])
-        by_feature = {key: _read_feature(path, key, shapes, read, content) for key in keys}
+        by_feature = {key: _read_feature(path, key, shapes, read, content, widths) for key in keys}
         counts = _read_label_counts(content)
     # Errors that already name the flag and the fix.
     except UserError:
@@ -186,12 +186,11 @@ def _find_keys(path: Path, shapes: Shapes, widths: Mapping[FeatureKey, int]) -> 
         # The file of another extractor needs another command than one that holds no statistics at all.
         recorded = [name for name in EXTRACTORS if _holds_extractor(name, shapes) and name != key.extractor]
         if recorded and not _holds_extractor(key.extractor, shapes):
-            command = _command("--dataset_name", "NAME", "--extractor", key.extractor)
             raise UserError(
                 f"--fid_stats={path} holds statistics of {' and '.join(recorded)}, none of {key.extractor}; make them: "
-                f"{command}"
+                f"{_command(widths, '--dataset_name', 'NAME')}"
             )
-        raise _missing_moments(path, key)
+        raise _missing_moments(path, key, widths)
     return keys
 
 
@@ -200,16 +199,18 @@ def _holds_extractor(name: str, shapes: Shapes) -> bool:
     return any(_has_moments(key, shapes) or _is_compact(key, shapes) for key in keys)
 
 
-def _command(*words: object) -> str:
-    """Returns the command that makes a file of statistics."""
-    return write_command("compute_fid_stats.py", *words, "--out", "FILE.npz")
+def _command(widths: Mapping[FeatureKey, int], *words: object) -> str:
+    """Returns the command that makes statistics of all extractors among the features `widths`."""
+    names = list(dict.fromkeys(key.extractor for key in widths))
+    extractor = [] if names == [DEFAULT_EXTRACTOR] else ["--extractor", ",".join(names)]
+    return write_command("compute_fid_stats.py", *words, *extractor, "--out", "FILE.npz")
 
 
-def _missing_moments(path: Path, key: FeatureKey) -> UserError:
+def _missing_moments(path: Path, key: FeatureKey, widths: Mapping[FeatureKey, int]) -> UserError:
     names = array_names(key)
     return UserError(
         f"--fid_stats={path} holds no `{names.mu}` and `{names.sigma}`; if it holds images, make it: "
-        f"{_command('--images', path)}"
+        f"{_command(widths, '--images', path)}"
     )
 
 
@@ -247,6 +248,7 @@ def _read_feature(
     shapes: Shapes,
     read: Callable[[Iterable[str]], dict[str, np.ndarray]],
     content: Mapping[str, np.ndarray],
+    widths: Mapping[FeatureKey, int],
 ) -> FeatureReference:
     """Reads the moments of one feature and, for a main one, the rows that the file has."""
     names = array_names(key)
@@ -254,7 +256,7 @@ def _read_feature(
     if _is_compact(key, shapes):
         # The moments of some of the images would pass for those of all.
         if "num_images" not in content or int(content["num_images"]) != shapes[names.rows][0]:
-            raise _missing_moments(path, key)
+            raise _missing_moments(path, key, widths)
         rows = _read_rows(path, names.rows)
         statistics = FeatureStatistics()
         statistics.update(rows)

@@ -22,6 +22,7 @@ from utils.base.files import (
     write_text,
 )
 from utils.base.messages import UserError, log
+from utils.conditions.condition import recorded_kind
 from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
 from utils.images.pixels import PixelFormat
@@ -54,6 +55,11 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     # parameters are.
     checkpoints, steps = open_checkpoint(load_dir)
     newest, config = checkpoints.restore_newest(checkpoints.restore_config, steps)
+    architecture = DiTConfig.from_mapping(config["model"])
+    if architecture.network != "dit":
+        raise UserError(f"--load_dir={load_dir} is of --model.network={architecture.network}; only dit is exported")
+    if (kind := recorded_kind(config["dataset"])) != "class":
+        raise UserError(f"--load_dir={load_dir} has the condition {kind!r}; only runs with classes are exported")
     name = "ema_params" if which == "ema" else "params"
     step, params = checkpoints.restore_newest(
         lambda step: checkpoints.restore_stored(step, name), steps[steps.index(newest) :]
@@ -61,9 +67,6 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     params = merge_lora(params)
 
     # As others will read it: without LoRA's factors, and with the shape of the latents, which older runs lack.
-    architecture = DiTConfig.from_mapping(config["model"])
-    if architecture.network != "dit":
-        raise UserError(f"--load_dir={load_dir} is of --model.network={architecture.network}; only dit is exported")
     config["dataset"]["latent_shape"] = list(find_latent_shape(config))
     config["lora_rank"] = 0  # merged
     try:

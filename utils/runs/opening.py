@@ -21,7 +21,7 @@ from utils.base.settings import unknown_name
 from utils.codecs.codec import AbsentCodec, set_pixel_format
 from utils.codecs.codecs import CODECS, CodecSpec, describe_codec, list_codecs, load_codec, parse_codec
 from utils.conditions.classes import imagenet_class_names
-from utils.conditions.condition import restore_condition
+from utils.conditions.condition import check_draw_mode, restore_condition
 from utils.convert.published import FAMILIES, find_config, import_published
 from utils.convert.sources import METADATA_KEY, PublishedCheckpoint, fetch, read_source
 from utils.images.pixels import PixelFormat
@@ -109,6 +109,7 @@ def load_generator(
     checkpoints, steps = open_checkpoint(str(run))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     model = load_model(saved, mesh, dtype=dtype, codec=codec, needs_images=needs_images)
+    check_draw_mode(model.condition, label_mode)  # before parameters are read
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, saved, params)
     return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode)
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 from utils.base.mesh import gather, shard_replicated
 from utils.base.messages import UserError
 from utils.codecs.codec import pixel_format
-from utils.conditions.condition import Condition, Mixture, count_rows, resize_rows
+from utils.conditions.condition import Condition, Mixture, check_draw_mode, count_rows, resize_rows
 from utils.images.pixels import ImageBatch, Images
 from utils.networks.models import ImageModel
 from utils.sampling import compiled
@@ -54,9 +54,7 @@ class ImageGenerator:
         label_mode: str = "uniform",
         class_counts: Sequence[int] | Num[np.ndarray, " classes"] | None = None,
     ):
-        modes = model.condition.DRAW_MODES
-        if label_mode not in modes:
-            raise UserError(f"label_mode={label_mode!r}: use one of {', '.join(modes)}")
+        check_draw_mode(model.condition, label_mode)
         self.model = model
         self.params = params
         # Separate keys: the noise of a sample stays the same when its label is given instead of drawn.

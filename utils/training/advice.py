@@ -190,10 +190,11 @@ def shipped_statistics(dataset_name: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def write_statistics_command(saved: dict[str, Any], out: Path) -> str:
+def write_statistics_command(saved: dict[str, Any], out: Path, *options: str) -> str:
     """Returns the command that makes reference statistics of the images that a run was trained on.
 
     `saved` is its configuration. Cached latents, and pairs of noise and sample, lead back to the images behind them.
+    `options` are further words of the command.
     """
     # The record names the images; the flag may name what derives from them.
     data = saved["dataset"]
@@ -214,7 +215,7 @@ def write_statistics_command(saved: dict[str, Any], out: Path) -> str:
         for name in ("broken_images", "max_megapixels"):
             if name in loader.options and saved.get(name, getattr(defaults, name)) != getattr(defaults, name):
                 words += [f"--{name}", saved[name]]
-    return write_command("compute_fid_stats.py", *words, "--out", out)
+    return write_command("compute_fid_stats.py", *words, *options, "--out", out)
 
 
 def commands_after_training(
