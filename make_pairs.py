@@ -19,6 +19,7 @@ from utils.base.devices import RANDOM, changed_variables, explaining_out_of_memo
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
 from utils.base.mesh import check_batch_size, gather
 from utils.base.messages import UserError, log, progress_bar
+from utils.codecs.codec import pixel_format
 from utils.conditions.classes import check_classes
 from utils.conditions.condition import restore_condition
 from utils.data import pairs
@@ -104,6 +105,7 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
         vae_sha256=codec.sha256,
         empty_classes=getattr(model.condition, "empty_classes", ()),
         jax_variables=tuple(changed_variables(RANDOM)),  # the noise is drawn again under these
+        pixels=pixel_format(codec),
     )
 
 

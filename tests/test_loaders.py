@@ -11,15 +11,17 @@ import compute_fid_stats
 import edit
 import eval_fid
 import likelihood
+import make_pairs
 import sample
 import train_flow
 from tests.conftest import ROOT
-from utils.base.messages import UserError
+from utils.base.messages import DataError, UserError
 from utils.data import loaders
+from utils.data.batches import next_batch, training_batches
 from utils.data.dataset import SPLITS, ArraySource, ImageDataset
 from utils.data.loaders import LOADERS, expand_name, list_names, load_dataset
 from utils.flags import reading
-from utils.images.pixels import PixelFormat
+from utils.images.pixels import UINT8, PixelFormat
 from utils.images.plotting import sample_grid
 from utils.runs.opening import load_generator
 
@@ -84,6 +86,32 @@ def load_fields(name, split, options):
     )
 
 
+def load_changed(monkeypatch, **changes):
+    """The training split of the fields with these changes, registered and loaded."""
+    dataset = dataclasses.replace(load_fields("fields", "train", None), **changes)
+    monkeypatch.setitem(LOADERS, "fields", loaders.Loader(lambda name, split, options: dataset))
+    return load_dataset("fields")
+
+
+def test_floats_beyond_the_range_of_their_format_are_named(monkeypatch, capsys):
+    load_changed(monkeypatch)
+    assert capsys.readouterr().err == ""
+    load_changed(monkeypatch, pixels=PixelFormat("float32", 0, 3))
+    message = r"--dataset_name=fields: values are -2\.\d+ to 2\.\d+, but their format is float32 in 0 .. 3, to"
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_images_that_are_not_finite_or_would_be_cut_to_bytes_are_named(monkeypatch):
+    images = load_fields("fields", "train", None).source.images.copy()
+    images[7, 3, 2, 1] = np.nan
+    source = ArraySource(images, np.zeros(len(images), np.int32))
+    with pytest.raises(UserError, match="--dataset_name=fields: image 7 of train holds NaN or infinity; mend it, or"):
+        load_changed(monkeypatch, source=source)
+    dataset = load_changed(monkeypatch, pixels=UINT8)
+    with pytest.raises(DataError, match=r"--dataset_name=fields: image \d+ of train is float32, not uint8; convert"):
+        next_batch(training_batches(dataset, 4, seed=0))
+
+
 FIELDS = PixelFormat("float32", -3.0, 3.0)
 TRAIN = """--dataset_name fields --codec pixels --model.hidden_size 32 --model.depth 1 --model.num_heads 1
     --model.patch_size 4 --model.num_classes 2 --model.lr 1e-2 --model.class_dropout_prob 0 --batch_size 16
@@ -124,6 +152,11 @@ def test_float_images_of_four_channels_are_trained_on_and_sampled(monkeypatch, r
             program.main(read_flags(program, line.replace("RUN", str(tmp_path / "run")).split()))
         assert "uint8 images of 1 or 3 channels, but " in str(error.value)
         assert "are float32 in -3 .. 3 with 4; " in str(error.value)
+
+    # Its pairs have its format, so that a run on them has it, too.
+    line = f"--load_dir {tmp_path / 'run'} --num_pairs 100 --denoise_timesteps 1 --out {tmp_path / 'pairs'}"
+    make_pairs.main(read_flags(make_pairs, line.split()))
+    assert load_dataset(f"pairs:{tmp_path / 'pairs'}").pixels == FIELDS
 
     # Other data are refused, be it only by their range.
     other = dataclasses.replace(load_fields("fields", "train", None), pixels=PixelFormat("float32", 0.0, 9.0))

@@ -110,5 +110,5 @@ def set_pixel_format(codec: Codec, pixels: PixelFormat) -> Codec:
     if isinstance(codec, PixelCodec):
         return codec.replace(pixels=pixels)
     if pixels != UINT8:
-        raise UserError(f"the images are {pixels}, and the codec takes uint8; use --codec pixels")
+        raise UserError(f"--codec: the images are {pixels}, which pixels alone takes; use --codec pixels")
     return codec

@@ -178,7 +178,19 @@ class ImageDataset:
     def row(self, index: int, flip: bool) -> Example:
         """Returns example `index`, mirrored left to right if `flip`, by the fields of a batch."""
         example = cast(RandomAccess, self.source)[index]  # a stream has no rows
+        if self.batch_type is PixelBatch:
+            self._check_image(index, example["image"])
         return {**self.batch_type.select(example, flip), "condition": self.condition.read(example)}
+
+    def _check_image(self, index: int, image: np.ndarray) -> None:
+        """Raises UserError for an image that would be cut to other numbers, or that is not finite."""
+        what = f"--dataset_name={self.name}: image {index} of {self.split}"
+        if not np.can_cast(image.dtype, self.pixels.dtype, "same_kind"):
+            raise UserError(
+                f"{what} is {image.dtype}, not {self.pixels.dtype}; convert it, or give its ImageDataset a PixelFormat"
+            )
+        if self.pixels != UINT8 and not np.isfinite(image).all():
+            raise UserError(f"{what} holds NaN or infinity; mend it, or leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +300,26 @@ def array_dataset(
 
     shape = (height, width, channels)
     return ImageDataset(name, split, source, shape, names, is_flipped, source.fingerprint(), empty_classes=empty)
+
+
+def warn_of_range(dataset: ImageDataset) -> None:
+    """Warns where some of the images, which are floats, leave the range of their format, as no sample does."""
+    pixels = dataset.pixels
+    count = len(dataset.source)
+    if pixels == UINT8 or dataset.batch_type is not PixelBatch or isinstance(dataset.source, StreamSource) or not count:
+        return
+    images = (dataset.row(index, False)["image"] for index in range(0, count, -(-count // NUM_SAMPLED)))
+    lows, highs = zip(*((float(image.min()), float(image.max())) for image in images), strict=True)
+    lowest = min(lows)
+    highest = max(highs)
+
+    # A float32 at the end of the range may lie a rounding beyond it.
+    margin = 1e-3 * (pixels.high - pixels.low)
+    if lowest < pixels.low - margin or highest > pixels.high + margin:
+        warn_once(
+            f"--dataset_name={dataset.name}: values are {lowest:g} to {highest:g}, but their format is {pixels}, "
+            "to which samples are clipped; give its ImageDataset a PixelFormat of their range"
+        )
 
 
 def iterable_dataset(

@@ -12,7 +12,7 @@ from utils.base.messages import UserError, warn
 from utils.base.settings import check_made, unknown_name
 from utils.conditions.condition import record_condition
 from utils.data.arrays import load_array_file, load_digits
-from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size
+from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size, warn_of_range
 from utils.data.image_folder import load_folder
 from utils.data.latents import load_latents
 from utils.data.pairs import load_pairs
@@ -99,6 +99,8 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     dataset = loader.load(name, split, options)
     check_made(dataset, ImageDataset, f"the loader of --dataset_name={name}")
     check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
+    if split == "train":  # a data set is warned of once
+        warn_of_range(dataset)
 
     # Mirror images, in training alone. Pairs would need their noise mirrored, latents cannot be mirrored afterwards.
     flips = options.random_flip

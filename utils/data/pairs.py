@@ -34,6 +34,7 @@ from utils.data.dataset import (
 )
 from utils.data.fingerprint import Fingerprint
 from utils.data.latents import MAX_FILES, open_records
+from utils.images.pixels import UINT8, PixelFormat
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -60,6 +61,7 @@ class PairsManifest:
     format: int = FORMAT
     empty_classes: tuple[int, ...] = ()  # labels that were not drawn as the model's data have no images of them
     jax_variables: tuple[str, ...] = ()  # under which numbers were drawn, where they are not JAX's default
+    pixels: PixelFormat = UINT8  # of the images
 
     def shards(self) -> list[tuple[str, range]]:
         """Returns (file name, numbers of its pairs) for every file."""
@@ -70,14 +72,17 @@ class PairsManifest:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        return json.loads(json.dumps(dataclasses.asdict(self) | {"pixels": self.pixels.to_json()}))
 
     def fingerprint(self, split: str, num_pairs: int) -> Fingerprint:
         """Returns the fingerprint of a split's pairs: what made them, and how."""
         manifest = self.to_json()
         del manifest["empty_classes"]  # follows from the model; older pairs do not say
-        if not manifest["jax_variables"]:  # as in older pairs
+        # As in older pairs.
+        if not self.jax_variables:
             del manifest["jax_variables"]
+        if self.pixels == UINT8:
+            del manifest["pixels"]
         content = json.dumps([split, manifest], sort_keys=True)
         return Fingerprint("pairs", num_pairs, hashlib.sha256(content.encode()).hexdigest())
 
@@ -88,12 +93,13 @@ def load_pairs_manifest(folder: Path) -> PairsManifest | None:
     if not path.exists():
         return None
     try:
-        # JSON's lists as tuples; older manifests lack the last two.
+        # JSON's lists as tuples; older manifests lack the last of them.
         content = read_json(path)
         for name in ("image_shape", "latent_shape", "class_names"):
             content[name] = tuple(content[name])
         for name in ("empty_classes", "jax_variables"):
             content[name] = tuple(content.get(name, ()))
+        content["pixels"] = PixelFormat.from_record(content)
         manifest = PairsManifest(**content)
 
         # Sizes, then the draw, then names and labels.
@@ -209,6 +215,7 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
         pair_shape=manifest.latent_shape,
         empty_classes=manifest.empty_classes,
         batch_type=PairBatch,
+        pixels=manifest.pixels,
     )
 
 
