@@ -57,6 +57,16 @@ test_train_flow.py::test_decay_of_the_ema_and_what_saves_memory_reach_the_step
   utils/training/build.py: remat=config.devices.remat, ->
 test_train_flow.py::test_images_are_mirrored_on_request
   utils/runs/config.py: None if self.random_flip is None else bool(self.random_flip) -> None
+test_run_config.py::test_what_an_objective_sets_follows_the_typed_one
+  utils/training/configure.py: layers = (drop_derived(recorded, stated), -> layers = (recorded,
+  utils/training/configure.py: if name not in derived or value != derived[name]} -> if name not in derived}
+test_run_config.py::test_a_typed_preset_wins_over_the_sizes_of_a_file
+  utils/training/configure.py: **(sizes(layer[PRESET]) if PRESET in layer else {}), ->
+test_run_config.py::test_flags_beside_a_folder_change_the_configuration_of_its_run
+  utils/training/configure.py: recorded = {**own, **recorded} -> pass
+  utils/training/start.py: (*FIXED, *of_network, -> (*of_network, *FIXED,
+test_run_config.py::test_python_is_told_what_a_setting_cannot_be
+  utils/training/configure.py: check_run_effects(config, stated) -> pass
 test_train_flow.py::test_the_seed_is_that_of_the_first_state
   utils/training/build.py: key = jax.random.key(run.config.training.seed) -> key = jax.random.key(0)
 test_config.py::test_options_of_the_data_are_those_of_the_flags
