@@ -89,7 +89,7 @@ class SettingsLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and isinstance(key.value, str):
                 if key.value in names:
-                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is given twice")
+                    raise UserError(f"line {key.start_mark.line + 1}: {key.value} is given twice; give it once")
                 names.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -101,15 +101,14 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.load(read_bounded(path, MAX_BYTES), SettingsLoader)
-    except (BadFileError, OSError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--config={path} cannot be read ({reason}); give a YAML or JSON file of settings") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config={path} has no settings; write one a line, such as batch_size: 64")
-    try:
+        if not isinstance(content, dict):
+            raise UserError("there are no settings in it; write one a line, such as batch_size: 64")
         return flatten_groups(content)
     except UserError as error:
         raise UserError(f"--config={path}: {error}") from None
+    except (BadFileError, OSError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--config={path} cannot be read ({reason}); give a YAML or JSON file of settings") from None
 
 
 def write_value(name: str, value: Any, names: Collection[str]) -> str:
