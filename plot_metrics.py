@@ -18,6 +18,7 @@ from utils.base.messages import UserError, log
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.images import plotting
+from utils.runs.config import expand_path
 from utils.trackers.trackers import name_runs, read_curves
 
 DEFAULT_METRICS = ("training/l2_loss", "validation/l2_loss", "training/grad_norm", "fid")  # those that a run has logged
@@ -58,7 +59,7 @@ def main(config: ConfigDict) -> None:
     if not all(config.runs) or not config.runs:
         given = f"={','.join(config.runs)} has an empty name" if config.runs else " is not given"
         raise UserError(f"--runs{given}: name run folders, separated by commas, such as runs/a,runs/b")
-    paths = [Path(reading.expand_path(run, "runs")) for run in dict.fromkeys(config.runs)]
+    paths = [Path(expand_path(run, "runs")) for run in dict.fromkeys(config.runs)]
     curves = {name: read_curves(path, "runs") for name, path in zip(name_runs(paths), paths, strict=True)}
     known = {metric for curve in curves.values() for metric in curve}
     metrics = choose_metrics(known, config.metrics, is_optional=not reading.is_explicit("metrics"))

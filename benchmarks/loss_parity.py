@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 from utils.base.external import BadFileError, read_npz, read_npz_headers
 from utils.base.files import prepare_output_folder
 from utils.base.messages import UserError
-from utils.flags import program, reading
+from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.images import plotting
+from utils.runs.config import expand_path
 from utils.trackers.trackers import name_runs, read_curves
 
 NUM_SAMPLES = 8
@@ -75,7 +76,7 @@ def compare_samples(runs: list[Path], names: list[str], out: Path) -> None:
 def main(config: ConfigDict) -> None:
     if len(config.runs) != 2:
         raise UserError(f"--runs={','.join(config.runs)}: give two folders, separated by a comma")
-    runs = [Path(reading.expand_path(run, "runs")) for run in config.runs]
+    runs = [Path(expand_path(run, "runs")) for run in config.runs]
     out = Path(config.out)
     names = name_runs(runs)
     window = config.window

@@ -29,6 +29,7 @@ from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset
 from utils.flags import reading
 from utils.flags.help import HABITS, find_answer, is_hidden, refuse_habits
+from utils.runs.config import expand_path
 from utils.runs.opening import load_generator
 
 PROGRAMS = {
@@ -345,9 +346,9 @@ def test_urls_are_refused_from_python_too(run, monkeypatch):
 def test_a_local_folder_that_an_earlier_version_named_after_a_url_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("s3:/bucket/run").mkdir(parents=True)
-    assert reading.expand_path("s3:/bucket/run", "save_dir") == "s3:/bucket/run"
+    assert expand_path("s3:/bucket/run", "save_dir") == "s3:/bucket/run"
     with pytest.raises(UserError, match="is a URL"):
-        reading.expand_path("s3://bucket/run", "save_dir")
+        expand_path("s3://bucket/run", "save_dir")
 
 
 @pytest.mark.parametrize(("line", "message"), SWEEPS)

@@ -30,7 +30,7 @@ from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS
 
 FLAGS = flags.FLAGS
 
-# Flags whose value is a path, or a data set or a VAE that may be one: `check_value` expands a ~ in it.
+# Flags whose value is a path, or a data set or a VAE that may be one: `check_given` expands a ~ in it.
 path_flags: set[str] = set()
 
 

@@ -14,16 +14,15 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from utils.base import effects
-from utils.base.files import expand_home, refuse_url
 from utils.base.messages import UserError, log
-from utils.codecs.codecs import expand_codec, translate_spellings
+from utils.codecs.codecs import translate_spellings
 from utils.data.dataset import DataOptions
-from utils.data.loaders import check_data_settings, expand_name
+from utils.data.loaders import check_data_settings
 from utils.flags.definitions import path_flags
 from utils.flags.help import to_integer
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objective import Objective, has_guidance
-from utils.runs.config import DataConfig, fill_settings
+from utils.runs.config import DataConfig, check_given, fill_settings
 from utils.sampling.samplers import FLAGS as SAMPLER_FLAGS
 from utils.sampling.samplers import can_guide, check_sampler, explain_no_guidance, guidance_scale
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
@@ -50,19 +49,6 @@ class FileValue(NamedTuple):
     value: Any
     is_recorded: bool  # by a run, in a file of its own: nobody has given the value
     is_typed: bool  # the command line has another one, which wins
-
-
-def expand_path(path: str, flag: str) -> str:
-    """Returns a path with a leading ~ or ~user replaced, also within the name of a data set (folder:~/x) or a codec.
-
-    Raises UserError if there is no such home, and for URLs that are not supported.
-    """
-    if flag == "dataset_name":
-        return expand_name(path)
-    if flag == "codec":
-        return expand_codec(path)
-    refuse_url(path, flag)
-    return expand_home(path, f"--{flag}={path}")
 
 
 def read_data_options(config: ConfigDict) -> DataOptions:
@@ -181,24 +167,9 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
 
 
 def check_value(name: str, value: Any) -> Any:
-    """Returns the value of flag `name` as the programs use it, paths expanded.
-
-    Raises UserError for numbers that are not finite or beyond 32 bits, and for names that no file can have.
-    """
-    # Numbers: seeds have 32 bits, and what goes into compiled functions has 31 and a sign.
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"--{name}={value} is no finite number; give one")
-    if name == "seed" and not 0 <= value < 2**32:
-        raise UserError(f"--seed={value}: use a number from 0 to {2**32 - 1}")
-    if name != "seed" and isinstance(value, int) and abs(value) >= 2**31:
-        raise UserError(f"--{name}={value} is too large; use a number below {2**31}")
-
-    # Paths: file systems take 255 bytes between two slashes.
-    if name in path_flags and value is not None:
-        value = expand_path(value, name)
-        if not value or any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in value.split("/")):
-            raise UserError(f"--{name}={value[:60]}: a name of 1 to 255 bytes is needed")
-    return value
+    """Returns the value of flag `name` as the programs use it, paths expanded. Raises UserError for values that no flag
+    can have."""
+    return check_given(name, value, is_path=name in path_flags)
 
 
 def is_explicit(name: str) -> bool:

@@ -19,7 +19,7 @@ from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objectives import OBJECTIVES
 from utils.runs.checkpoint import has_checkpoints
-from utils.runs.config import OBJECTIVE_NAME, PRESET, START_SETTINGS, RunConfig, all_settings
+from utils.runs.config import OBJECTIVE_NAME, PRESET, START_SETTINGS, RunConfig, all_settings, check_given
 from utils.training.effects import PLAN_RULES, check_run_effects
 from utils.training.start import SourceRun, read_started_from
 
@@ -42,10 +42,13 @@ def make_config(
     # Names first: an unknown one is answered with the most similar setting.
     known = all_settings()
     file, given, recorded = (translate_spellings(flatten_groups(layer or {})) for layer in (file, given, recorded))
-    stated = {**file, **given}
-    for name in stated:
+    for name in {**file, **given}:
         if name not in known and name not in (PRESET, OBJECTIVE_NAME):
             raise UserError(f"--{name} is no setting of a run{suggest_name(name, known, '--')}")
+    for layer in (file, given):
+        for name in layer.keys() & known:
+            layer[name] = check_given(name, layer[name], known[name].metadata["is_path"])
+    stated = {**file, **given}
     check_effects(PLAN_RULES, {"plan": stated.get("plan", 0)}, stated)
 
     # The run that is continued, or started from, decides what is left open.
