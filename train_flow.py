@@ -11,9 +11,9 @@ import sys
 from ml_collections import ConfigDict
 
 from utils.base.messages import log
-from utils.base.processes import EXIT_STOPPED, StopRequest, describe_processes, initialize_processes, process_age
+from utils.base.processes import EXIT_STOPPED, StopRequest, describe_processes, initialize_processes
 from utils.flags.definitions import define_run_flags
-from utils.flags.program import run_program
+from utils.flags.program import process_age, run_program
 from utils.flags.run import read_run_config
 from utils.networks.state import TrainState
 from utils.training.advice import commands_after_training

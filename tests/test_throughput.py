@@ -88,7 +88,7 @@ def test_the_stages_of_a_start_are_told_in_one_line(clock):
 def test_the_age_of_a_process_is_that_since_its_start():
     if not Path("/proc/self/stat").exists():
         pytest.skip("this system does not say when a process was started")
-    words = "import time; time.sleep(0.3); from utils.base.processes import process_age; print(process_age())"
+    words = "import time; time.sleep(0.3); from utils.flags.program import process_age; print(process_age())"
     started = time.monotonic()
     age = float(run_program("-c", words).stdout)
     assert 0.3 <= age <= time.monotonic() - started + 0.02  # started a tick earlier, perhaps

@@ -51,16 +51,6 @@ class Interrupted(Exception):
     """Raised by a signal where StopRequest allows it."""
 
 
-def process_age() -> float | None:
-    """Returns the seconds since this process was started, imports included; None where the system does not say."""
-    try:  # Linux: when it started, in ticks since the machine did (proc(5))
-        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-    except OSError:
-        return None
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
 def handle_signals(numbers: tuple[signal.Signals, ...], handler: Any) -> None:
     """Calls `handler` on each signal that is not ignored: nohup and `trap '' HUP` keep their meaning."""
     for number in numbers:

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,16 @@ from utils.flags.help import explain_unknown, refuse_habits, show_help, to_integ
 from utils.flags.reading import read_flags
 
 FLAGS = flags.FLAGS
+
+
+def process_age() -> float | None:
+    """Returns the seconds since this process was started, imports included; None where the system does not say."""
+    try:  # Linux: when it started, in ticks since the machine did (proc(5))
+        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+    except OSError:
+        return None
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def use_utf8() -> None:

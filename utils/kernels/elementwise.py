@@ -1,4 +1,4 @@
-"""What a transformer computes element by element, and its sums over tokens: GELU, SwiGLU, normalisation, modulation.
+"""A transformer's functions element by element, and its sums over tokens: GELU, SwiGLU, normalisation, modulation.
 
 All of it is float32 inside, and rounded once, whatever the dtype of the arrays: on CPUs, XLA would round to bfloat16
 after every operation, which takes longer than the operation. Derivatives are written out for both modes, so that a
