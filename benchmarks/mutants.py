@@ -79,6 +79,20 @@ test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
   utils/training/loop.py: run.flops_per_step, config.logging.peak_tflops) -> run.flops_per_step, 1000)
 test_train_step.py::test_the_teacher_of_an_objective_is_the_ema
   utils/training/step.py: model_fn(model, ema_params)) -> model_fn(model, params))
+test_train_step.py::test_validation_keeps_labels_and_noise_whatever_the_step
+  utils/training/step.py: jnp.where(is_validation, VALIDATION, state.step)) -> state.step)
+  utils/training/step.py: jnp.where(is_validation, 0.0, model -> jnp.where(False, 0.0, model
+test_train_step.py::test_validation_leaves_the_state_as_it_is_and_measures_the_update_that_it_would_make
+  utils/training/step.py: is_kept = is_validation -> is_kept = False
+  utils/training/step.py: step=jnp.where(is_validation, state.step, new_state.step) -> step=new_state.step
+  utils/training/step.py: leaf.size > SMALL] -> leaf.size > 2 * SMALL]
+test_elementwise.py::test_values_and_derivatives_are_those_of_the_formula
+  utils/kernels/elementwise.py: v = v - v.mean(axis=-1, keepdims=True) - y -> v = v - y
+  utils/kernels/elementwise.py: (1 + 3 * cubic * y**2) -> (1 + cubic * y**2)
+test_environment.py::test_another_kind_of_cpu_or_compiler_has_another_cache
+  utils/base/devices.py: [cpu, *versions] -> versions
+test_environment.py::test_the_cache_is_turned_off_by_a_flag
+  utils/flags/program.py: bool(FLAGS.compilation_cache)) -> True)
 test_few_steps.py::test_dropped_labels_are_learned_without_a_step
   utils/objectives/mean_flow.py: h = jnp.where(is_dropped, -> h = jnp.where(is_dropped & False,
 test_config.py::test_what_a_run_keeps_cannot_be_another_when_it_resumes
