@@ -30,6 +30,7 @@ def find_starter() -> list[str]:
     # The word that `sys.argv` lacks; what else a script does to its words is not known.
     place = len(sys.orig_argv) - len(sys.argv)
     is_taken = place > 0 and sys.orig_argv[place + 1 :] == sys.argv[1:]
-    if is_taken and (PROGRAMS / f"{sys.orig_argv[place]}.py").is_file():
+    programs = {path.stem for path in PROGRAMS.glob("*.py")}  # the word may be a whole program, after `python -c`
+    if is_taken and sys.orig_argv[place] in programs:
         return sys.orig_argv[1:place]
     return []
