@@ -12,7 +12,7 @@ from utils.training.build import build_run, state_structs
 
 RUN = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2
-    --model.patch_size 1 --model.num_classes 10 --batch_size 64 --wandb.mode disabled
+    --model.patch_size 1 --model.num_classes 10 --batch_size 128 --wandb.mode disabled
 """.split()  # noqa: SIM905 (a command line, as one types it)
 
 
@@ -40,24 +40,24 @@ def test_the_plan_is_what_the_compiler_says_of_another_batch(run, tmp_path, monk
 
     monkeypatch.setattr(loop, "compile_train_step", record)
     lines = list(loop.plan_run(run))
-    assert set(needed) == {32, 64}
+    assert set(needed) == {64, 128}
     memory = MemoryModel(needed)
 
     state = state_structs(run)
-    actual = memory_needed(compile_train_step(run, state, batch_structs(run.validation_batch, 128)))
-    assert memory.bytes_of(128) == pytest.approx(actual, rel=0.1)  # XLA orders small programs now so, now so
+    actual = memory_needed(compile_train_step(run, state, batch_structs(run.validation_batch, 256)))
+    assert memory.bytes_of(256) == pytest.approx(actual, rel=0.05)
     assert " parameters, " in lines[0]
-    assert f"memory at batch 64, on a device of this kind: {needed[64] / 2**20:,.0f} MiB" in lines
+    assert f"memory at batch 128, on a device of this kind: {needed[128] / 2**20:,.0f} MiB" in lines
     assert bytes_on_device(state.opt_state) == pytest.approx(2 * bytes_on_device(state.params), rel=1e-3)
     fitting = re.search(r"1 x 24 GiB: ([\d,]+)", "\n".join(lines)).group(1)
     assert int(fitting.replace(",", "")) == memory.largest_batch(0.95 * 24 * 2**30, 1)
-    assert "500 steps are 21.33 epochs of 1,500 images" in lines  # --max_steps of 64 images
+    assert "500 steps are 42.67 epochs of 1,500 images" in lines  # --max_steps of 128 images
     (at_hand,) = [line for line in lines if "at hand" in line]
     rate, count, unit = re.search(r"at hand: ([\d.,e+]+) images/s, ([\d.]+) (\w+?)s?, without", at_hand).groups()
     seconds = float(count) * {"second": 1, "minute": 60, "hour": 3600}[unit]
-    assert seconds == pytest.approx(500 * 64 / float(rate.replace(",", "")), rel=0.1)
+    assert seconds == pytest.approx(500 * 128 / float(rate.replace(",", "")), rel=0.1)
     (h100,) = [line for line in lines if "H100" in line]
-    rate = 0.4 * 989e12 / (run.flops_per_step / 64)
+    rate = 0.4 * 989e12 / (run.flops_per_step / 128)
     assert h100.endswith(f"{rate:,.0f} images/s, less than a second")
     # Nothing is made, nor is anything trained from Python.
     with pytest.raises(UserError, match=r"--plan=1 trains nothing; plan_run\(run\) says what a training takes"):

@@ -27,10 +27,10 @@ FLAGS = flags.FLAGS
 def process_age() -> float | None:
     """Returns the seconds since this process was started, imports included; None where the system does not say."""
     try:  # Linux: when it started, in ticks since the machine did (proc(5))
-        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
+        stat = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+    ticks = int(stat.rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -81,7 +81,6 @@ def run_program(
 
     def start(config: ConfigDict) -> None:
         check_jax_settings()
-        jax.config.update("jax_enable_compilation_cache", bool(FLAGS.compilation_cache))
         if needs_devices and not config.get("coordinator_address"):  # several processes find each other first
             start_devices()
         main(config)
@@ -174,4 +173,6 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
     if "coordinator_address" not in names:
         warn_of_copies(Path(argv[0]).name)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise
+    # Of JAX alone, and no setting of a program.
+    jax.config.update("jax_enable_compilation_cache", bool(FLAGS.compilation_cache))
     return read_flags(set(FLAGS) - builtin - {"compilation_cache"})
