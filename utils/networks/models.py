@@ -12,7 +12,6 @@ import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
 from utils.base.settings import check_made, find_entry
 from utils.codecs.codec import Codec
 from utils.conditions.condition import Condition
-from utils.kernels.random import unroll
 from utils.networks.lora import merge_lora
 from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.objective import ModelFn, Objective
@@ -100,8 +99,6 @@ def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
     # Only shapes matter to initialisation: one image of zeros at t = 0, without a label.
     latents = jnp.zeros((1, *model.latent_shape))
     step = (jnp.zeros(1),) if model.network.config.step_conditioning else ()
-    if model.mesh.devices.flat[0].platform == "cpu":
-        key = unroll(key)
     return model.network.init(key, latents, jnp.zeros(1), model.condition.null(1), *step)["params"]
 
 

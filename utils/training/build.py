@@ -43,6 +43,7 @@ from utils.data.batches import first_examples, next_batch, training_batches
 from utils.data.dataset import SPLITS, ImageDataset
 from utils.data.loaders import describe_data, load_dataset, summarize_data
 from utils.images.pixels import check_pictures
+from utils.kernels.random import unroll
 from utils.metrics.extractors import load_extractors
 from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
 from utils.networks.lora import KEY as LORA
@@ -317,7 +318,7 @@ def prepare_start(
 def state_structs(run: Run) -> TrainState:
     """Returns the shapes of the run's state, and where each array lives."""
     # Shapes alone: nothing is computed, and no device holds anything yet.
-    shapes = jax.eval_shape(lambda key: init_state(run, key), jax.random.key(run.config.training.seed))
+    shapes = jax.eval_shape(lambda key: init_state(run, key, key), jax.random.key(run.config.training.seed))
     return shape_structs(shapes, state_sharding(shapes, run.mesh, run.config.devices.sharding))
 
 
@@ -329,7 +330,9 @@ def make_state(run: Run) -> TrainState:
     # Each device computes its own part: the state is never whole on one that is to hold a shard.
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state_structs(run))
     key = jax.random.key(run.config.training.seed)
-    state = jax.jit(lambda key: init_state(run, key), out_shardings=shardings)(key)
+    is_cpu = run.mesh.devices.flat[0].platform == "cpu"
+    init = jax.jit(lambda key: init_state(run, key, unroll(key) if is_cpu else key), out_shardings=shardings)
+    state = init(key)
     # Another run's parameters take the place of fresh ones.
     if not run.start:
         return state
@@ -338,9 +341,10 @@ def make_state(run: Run) -> TrainState:
     return state.replace(params=params, ema_params=ema_params)
 
 
-def init_state(run: Run, key: jax.Array) -> TrainState:
-    """Returns fresh parameters, with LoRA's factors if the run has them, and the optimizer's state."""
-    params = init_params(run.model, jax.random.fold_in(key, INIT))
+def init_state(run: Run, key: jax.Array, draw_key: jax.Array) -> TrainState:
+    """Returns fresh parameters, with LoRA's factors if the run has them, and the optimizer's state. `draw_key` is the
+    key, in the form by which parameters are drawn."""
+    params = init_params(run.model, jax.random.fold_in(draw_key, INIT))
     if rank := run.config.start.lora_rank:
         params = add_lora(params, rank, key)
     return create_train_state(params, run.optimizer, key)
