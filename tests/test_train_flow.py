@@ -60,7 +60,7 @@ def test_the_seed_orders_the_data(make_run):
 
 def test_the_seed_is_that_of_the_first_state(make_run, monkeypatch):
     init = partial(create_train_state, {"w": jnp.zeros(2)}, optax.identity())  # of a network that compiles at once
-    monkeypatch.setattr(build, "init_state", lambda run, key: init(key))
+    monkeypatch.setattr(build, "init_state", lambda run, key, draw_key: init(key))
     state = make_state(make_run("--seed 5"))
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(jax.random.key(5)))
 
