@@ -1,5 +1,7 @@
 """The notebook runs from top to bottom, on the kernel that `make setup EXTRAS=dev` installs."""
 
+import ast
+import importlib
 import os
 
 import nbclient
@@ -19,6 +21,16 @@ def test_every_cell_runs():
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 7
+
+
+def test_what_it_imports_is_there():
+    """In a second: every cell takes minutes."""
+    source = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code")
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    assert any(node.module.startswith("utils.") for node in imports)
+    for node in imports:
+        module = importlib.import_module(node.module)
+        assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_it_is_committed_as_it_ran():
