@@ -56,7 +56,7 @@ def test_values_and_derivatives_are_those_of_the_formula(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "modulate"])
 def test_bfloat16_is_rounded_once(name):
     function, plain, shapes = FUNCTIONS[name]
     arguments = [x.astype(jnp.bfloat16) for x in draw(shapes)]

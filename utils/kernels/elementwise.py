@@ -1,8 +1,8 @@
 """A transformer's functions element by element, and its sums over tokens: GELU, SwiGLU, normalisation, modulation.
 
-All of it is float32 inside, and rounded once, whatever the dtype of the arrays: on CPUs, XLA would round to bfloat16
-after every operation, which takes longer than the operation. Derivatives are written out for both modes, so that a
-backward pass needs the arguments alone.
+All of it but `modulate` is float32 inside, and rounded once, whatever the dtype of the arrays: on CPUs, XLA would round
+to bfloat16 after every operation, which takes longer than the operation. Derivatives are written out for both modes, so
+that a backward pass needs the arguments alone.
 """
 
 import math
@@ -112,23 +112,25 @@ def _sum_tokens(x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
 
 
 def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[Array, "b d"]) -> Float[Array, "b n d"]:
-    """Returns x * (1 + scale) + shift, the same for all tokens of an image, in the dtype of x."""
-    # One plus the scale: layers whose modulation starts at zero leave x as it is.
-    dtype = x.dtype
+    """Returns x * (1 + scale) + shift, the same for all tokens of an image, computed in the dtype of x.
 
+    Float32 here would keep the normalised tokens of every block in float32, whatever is rematerialised: XLA takes the
+    rounding between two functions of float32 away.
+    """
+
+    # One plus the scale: layers whose modulation starts at zero leave x as it is.
     def forward(x, shift, scale):
-        x, shift, scale = _float32(x, shift[:, None], scale[:, None])
-        return (x * (1 + scale) + shift).astype(dtype), ()
+        return x * (1 + scale[:, None]) + shift[:, None], ()
 
     def tangent(arguments, tangents):
-        x, scale = _float32(arguments[0], arguments[2][:, None])
-        dx, dshift, dscale = _float32(tangents[0], tangents[1][:, None], tangents[2][:, None])
-        return (dx * (1 + scale) + x * dscale + dshift).astype(dtype)
+        x, _, scale = arguments
+        dx, dshift, dscale = tangents
+        return dx * (1 + scale[:, None]) + x * dscale[:, None] + dshift[:, None]
 
     def cotangents(arguments, saved, cotangent):
-        x, scale, c = _float32(arguments[0], arguments[2][:, None], cotangent)
-        sums = (_sum_tokens(c).astype(dtype), _sum_tokens(c * x).astype(dtype))
-        return (c * (1 + scale)).astype(dtype), *sums
+        x, _, scale = arguments
+        sums = [_sum_tokens(*_float32(rows)).astype(x.dtype) for rows in (cotangent, cotangent * x)]
+        return cotangent * (1 + scale[:, None]), *sums
 
     return define_derivatives(forward, tangent, cotangents)(x, shift, scale)
 
