@@ -26,7 +26,7 @@ INIT = 2**31 - 1
 VALIDATION = 2**31 - 2
 # Metrics for `SkippedUpdates` alone, of a step that may leave its update out.
 INTERNAL = ("is_skipped", "largest_gradient", "largest_gradient_norm")
-SMALL = 2**16  # elements of an array whose own kernel would take less time than its launch
+SMALL = 2**16  # elements of an array up to which its norm is not worth a kernel of its own
 
 
 def accumulate_microbatches(
@@ -192,7 +192,7 @@ def tree_norm(tree: PyTree, is_whole: bool) -> Array:
     """Returns the root of the sum of squares of all elements of a tree.
 
     Where every device has all of it (`is_whole`), small arrays, most of them biases, are summed as one: by array they
-    would be a third of the kernels of a small network's step. Parts on different devices would first have to be sent.
+    would be a fifth of the kernels of a small network's step. Parts on different devices would first have to be sent.
     """
     leaves = jax.tree.leaves(tree)
     small = [leaf.ravel() for leaf in leaves if is_whole and leaf.size <= SMALL]
