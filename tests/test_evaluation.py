@@ -22,6 +22,7 @@ from utils.objectives.flow_matching import FlowMatching
 from utils.runs.scoring import Scoring
 from utils.sampling import compiled
 from utils.sampling import solvers as sampling
+from utils.sampling.compiled import lower_sampler
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator
 from utils.sampling.solvers import SamplerConfig
 from utils.training.evaluation import sample_stages
@@ -76,6 +77,26 @@ def test_guidance_scale_and_steps_compile_one_program(model, params):
     generate(model, params, 32, 32, cfg_scale=2.0, num_steps=3)
     num_compiled = compiled.generate._cache_size()
     generate(model, params, 32, 32, cfg_scale=0.5, num_steps=9)
+    assert compiled.generate._cache_size() == num_compiled
+
+
+def test_the_network_is_compiled_twice_for_an_interval_of_guidance_alone(model, params):
+    """Once for the times with guidance and once for those without, whichever times they are."""
+
+    def count_matmuls(sampler):
+        return lower_sampler(model, params, sampler, 8).as_text().count("dot_general")
+
+    network = count_matmuls(SamplerConfig(3, None))
+    assert network > 10
+    assert count_matmuls(SamplerConfig(3, None, (0.2, 0.5))) == network
+    assert count_matmuls(SamplerConfig(3, 2.0)) == network
+    for interval in ((0.2, 1.0), (0.0, 0.5)):
+        assert count_matmuls(SamplerConfig(3, 2.0, interval)) == 2 * network
+
+    # The times themselves are numbers: others compile nothing.
+    generate(model, params, 32, 32, cfg_interval=(0.2, 1.0))
+    num_compiled = compiled.generate._cache_size()
+    generate(model, params, 32, 32, cfg_interval=(0.0, 0.5))
     assert compiled.generate._cache_size() == num_compiled
 
 

@@ -49,12 +49,23 @@ class CompiledFor(NamedTuple):
     solver: str
     spacing: str
     is_guided: bool
+    has_interval: bool  # in which guidance is on; without one, at all times
     cfg_channels: int | None
 
     @classmethod
     def of(cls, model: ImageModel, sampler: SamplerConfig) -> "CompiledFor":
         is_guided = sampler.cfg_scale is not None
-        return cls(model.network, model.objective, sampler.solver, sampler.spacing, is_guided, sampler.cfg_channels)
+        # Where nothing is guided, functions do not differ by the interval.
+        has_interval = is_guided and sampler.has_interval
+        return cls(
+            network=model.network,
+            objective=model.objective,
+            solver=sampler.solver,
+            spacing=sampler.spacing,
+            is_guided=is_guided,
+            has_interval=has_interval,
+            cfg_channels=sampler.cfg_channels,
+        )
 
     def times(self, settings: SamplerNumbers) -> solvers.TimeGrid:
         """Returns the times of the solver's steps."""
@@ -89,8 +100,9 @@ class CompiledFor(NamedTuple):
         plain = velocity(model, condition)
         if not self.is_guided:
             return plain
-        guided = guide(model, self.network.condition.null, settings.cfg_scale, self.cfg_channels)
-        return within(velocity(guided, condition), plain, *settings.cfg_interval)
+        guided = velocity(guide(model, self.network.condition.null, settings.cfg_scale, self.cfg_channels), condition)
+        # An interval compiles the network twice, and an adaptive solver computes both.
+        return within(guided, plain, *settings.cfg_interval) if self.has_interval else guided
 
 
 @partial(jax.jit, static_argnames=("kind", "mode"))

@@ -38,8 +38,9 @@ class ImageGenerator:
     """Draws samples from a model with parameters, sharded over the devices.
 
     Sample i (its noise, and its condition, drawn as `label_mode` and `class_counts` say: see `Condition.draw`) is a
-    function of (seed, i) alone, whatever the batch size or the number of devices. Guidance scale, interval, step count
-    and time shift compile nothing anew; with and without guidance are two compiled functions.
+    function of (seed, i) alone, whatever the batch size or the number of devices. Guidance scale, times of an interval,
+    step count and time shift compile nothing anew; without guidance, with it, and with it in an interval are three
+    compiled functions.
 
     Raises UserError (a ValueError) for a sampler that the flags would refuse (see `samplers.check_sampler`), a seed
     outside of 0 .. 2^32 - 1, and conditions that the model does not take.

@@ -1,6 +1,7 @@
 """Guidance: fields that combine a model's predictions with and without its condition, or under two conditions.
 
-The scale and the interval are ordinary arguments of the compiled function: changing them compiles nothing anew.
+The scale and the times of an interval are ordinary arguments of the compiled function: changing them compiles nothing
+anew.
 """
 
 from collections.abc import Callable

@@ -154,6 +154,12 @@ class SamplerConfig(NamedTuple):
         return self.solver in ADAPTIVE_SOLVERS
 
     @property
+    def has_interval(self) -> bool:
+        """Whether guidance is off at some times."""
+        low, high = self.cfg_interval
+        return low > 0 or high < 1
+
+    @property
     def nfe(self) -> int | None:
         """Velocities that a sample takes; a guided one is two passes of the network. None: the solver chooses."""
         return None if self.is_adaptive else self.num_steps * SOLVERS[self.solver].nfe
@@ -171,7 +177,7 @@ class SamplerConfig(NamedTuple):
         guidance = "no guidance" if self.cfg_scale is None else f"guidance {self.cfg_scale:g}"
         # Only what differs from the defaults, after what is always said.
         low, high = self.cfg_interval
-        if self.cfg_scale is not None and (low > 0 or high < 1):
+        if self.cfg_scale is not None and self.has_interval:
             guidance += f" for t in [{low:g}, {high:g}]"
         if self.cfg_scale is not None and self.cfg_channels is not None:
             guidance += f" of {self.cfg_channels} channels"
