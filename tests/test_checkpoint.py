@@ -187,6 +187,16 @@ def test_checksums_tell_any_change_of_one_element_apart(dtype):
     assert checkpoint.checksums({"x": jnp.asarray(swapped)})["['x']"][0] != sum_
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (5, 7, 3), (checkpoint.CHUNK // 8, 3, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int32", "uint8", "bool"])
+def test_host_and_devices_find_the_same_checksum(dtype, shape):
+    values = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 200, shape)
+    with jax.enable_x64(True):
+        x = jnp.asarray(values, dtype)
+        (expected,) = checkpoint._checksums([x])
+    assert checkpoint.checksums({"x": x})["['x']"] == [int(expected), *shape]
+
+
 def test_the_one_before_a_damaged_checkpoint_is_used_and_nothing_is_removed(tmp_path, state, capfd):
     checkpoints = checkpoint.Checkpoints(tmp_path)
     for step in (1, 2, 3):
