@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +181,7 @@ def restore_params(
     `which` is 'ema' or 'raw'. Warns of an EMA that is mostly initial parameters, as the configuration `saved` tells.
     """
     # Shapes alone: the model's parameters are never made, only read.
-    shapes = jax.eval_shape(partial(init_params, model), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     target = shape_structs(shapes, replicated(model.mesh))
     name = "ema_params" if which == "ema" else "params"
 

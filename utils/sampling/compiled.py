@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, PyTree
 from utils.base.mesh import batch_sharding, shape_structs
 from utils.codecs.codec import pixel_format
 from utils.conditions.condition import Mixture
+from utils.kernels.random import unroll
 from utils.networks.models import ImageModel, model_fn
 from utils.objectives.objective import ModelFn, VelocityFn
 from utils.sampling import paths, solvers
@@ -105,10 +106,17 @@ class CompiledFor(NamedTuple):
         return within(guided, plain, *settings.cfg_interval) if self.has_interval else guided
 
 
+@jax.jit  # as one function: by themselves, its three parts compile for longer
+def split_seed(seed):
+    """Returns two keys, of the noise and of the conditions of a seed's samples."""
+    noise_key, label_key = jax.random.split(jax.random.key(seed))
+    return noise_key, label_key
+
+
 @partial(jax.jit, static_argnames=("kind", "mode"))
 def draw_conditions(key, indices, weights, *, kind, mode):
     """Returns the conditions (b, ...) of the samples `indices`, see `Condition.draw`."""
-    return kind.draw(key, indices, mode, weights)
+    return kind.draw(unroll(key), indices, mode, weights)
 
 
 @partial(jax.jit, static_argnames=("shape",))

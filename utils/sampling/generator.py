@@ -59,7 +59,7 @@ class ImageGenerator:
         self.model = model
         self.params = params
         # Separate keys: the noise of a sample stays the same when its label is given instead of drawn.
-        self.noise_key, self.label_key = jax.random.split(jax.random.key(check_seed(seed)))
+        self.noise_key, self.label_key = compiled.split_seed(np.uint32(check_seed(seed)))
         self.label_mode = label_mode
         self.counts = None if class_counts is None else np.asarray(class_counts, float)
 

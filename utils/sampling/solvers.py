@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from utils.kernels.random import unroll
 from utils.objectives.objective import VelocityFn
 
 # step(velocity_fn, x, t, t_next) -> x at t_next; a stochastic one is given fresh noise, too.
@@ -315,4 +316,5 @@ def solve_adaptively(
 
 def sample_noise(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
     """Returns standard normal noise (b, *shape); row j is a function of (key, indices[j]) alone."""
+    key = unroll(key)  # one draw for each sample, which is sooner computed than compiled
     return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(indices)
