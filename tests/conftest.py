@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -191,11 +192,60 @@ def signal_handlers():
 
 @functools.cache
 def fork_server() -> subprocess.Popen:
-    """The process in which `run_program` starts scripts; it ends with this one."""
+    """The process in which `Program` starts scripts; it ends with this one."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "tests" / "fork_server.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def ask_fork_server(**request) -> int | None:
+    server = fork_server()
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+
+class Program:
+    """`python ARGV...` of a script in a process of its own, forked by the fork server; to be used as a `Popen`.
+
+    Its standard error goes where its output goes, unless they are kept apart.
+    """
+
+    def __init__(self, argv: list[str], environment: dict[str, str], cwd: Path = ROOT, is_apart: bool = False):
+        self._folder = tempfile.TemporaryDirectory(prefix="program-")
+        self._files = {name: Path(self._folder.name, name if is_apart else "both") for name in ("stdout", "stderr")}
+        files = {name: str(file) for name, file in self._files.items()}
+        self.pid = ask_fork_server(argv=argv, environment=environment, cwd=str(cwd), **files)
+        self.returncode = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = ask_fork_server(wait=self.pid, is_patient=False)
+        return self.returncode
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = ask_fork_server(wait=self.pid, is_patient=True)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def outputs(self) -> list[str]:
+        """What has been written to the standard output and to the standard error so far."""
+        return [file.read_text(errors="replace") if file.exists() else "" for file in self._files.values()]
+
+    def communicate(self, timeout: float) -> list[str]:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < deadline, f"{self.outputs()[0][-3000:]}\nhas not ended after {timeout} s"
+            time.sleep(0.02)
+        return self.outputs()
 
 
 def xla_flags(devices: int) -> str:
@@ -203,27 +253,19 @@ def xla_flags(devices: int) -> str:
     return f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
 
 
-def run_program(*args, devices: int = 1, check: bool = True, env: dict | None = None) -> subprocess.CompletedProcess:
+def run_program(
+    *args, devices: int = 1, check: bool = True, env: dict | None = None, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
     """Runs `python ARGS...` in the checkout on `devices` virtual CPU devices; output captured as text."""
     environment = {"XLA_FLAGS": xla_flags(devices), **(env or {})}
     args = list(map(str, args))
     if args[0].endswith(".py") and "NO_FORK_SERVER" not in os.environ:
-        done = _fork(args, environment)
+        program = Program(args, environment, cwd, is_apart=True)
+        done = subprocess.CompletedProcess(args, program.wait(), *program.outputs())
     else:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", **environment}
         command = [sys.executable, *args]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     if check:
         assert done.returncode == 0, f"{' '.join(args)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
-
-
-def _fork(argv: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: os.path.join(folder, name) for name in ("stdout", "stderr")}
-        server = fork_server()
-        server.stdin.write(json.dumps({"argv": argv, "environment": environment, **files}) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        outputs = {name: Path(file).read_text(errors="replace") for name, file in files.items()}
-    return subprocess.CompletedProcess(argv, status, **outputs)

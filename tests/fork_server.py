@@ -1,7 +1,8 @@
 """Starts the programs faster: it has imported what they import, and forks a process for every request.
 
-A line of JSON on the standard input, {"argv", "environment", "stdout", "stderr"}, is answered by the exit status. No
-device has been touched and no thread started before the fork, so that each program is as new as its own process.
+A line of JSON on the standard input, {"argv", "environment", "cwd", "stdout", "stderr"}, is answered by the number of
+the process, and {"wait", "is_patient"} by its exit status: null while it runs, unless one is patient. No device has
+been touched and no thread started before the fork, so that each program is as new as its own process.
 """
 
 import atexit
@@ -16,6 +17,7 @@ import jax
 import scipy.linalg
 import scipy.sparse.linalg
 import scipy.special  # noqa: F401
+import sklearn.datasets  # noqa: F401 (the digits)
 
 import compute_fid_stats  # noqa: F401 (for all that they import)
 import convert_checkpoint  # noqa: F401
@@ -48,12 +50,13 @@ def run(argv: list[str]) -> int:
 def start(request: dict) -> None:
     """Runs the program in the forked process; never returns."""
     null = os.open(os.devnull, os.O_RDONLY)
-    outputs = [os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for name in ("stdout", "stderr")]
+    outputs = [os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("stdout", "stderr")]
     for number, descriptor in enumerate([null, *outputs]):
         os.dup2(descriptor, number)
+    os.chdir(request["cwd"])
     os.environ.update(request["environment"])
     for name, value in request["environment"].items():  # JAX, already imported, reads its own no more
-        if name.startswith("JAX_"):
+        if name.lower() in jax.config.values:
             jax.config.update(name.lower(), json.loads(value))
     status = run(request["argv"])
     threading._shutdown()
@@ -64,7 +67,12 @@ def start(request: dict) -> None:
 
 
 for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        start(json.loads(line))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    request = json.loads(line)
+    if "wait" in request:
+        process, status = os.waitpid(request["wait"], 0 if request["is_patient"] else os.WNOHANG)
+        answer = os.waitstatus_to_exitcode(status) if process else None
+    else:
+        answer = os.fork()
+        if answer == 0:
+            start(request)
+    print(json.dumps(answer), flush=True)

@@ -1,15 +1,12 @@
 """Runs of train_flow.py in processes of their own, and what they logged."""
 
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 
-from tests.conftest import ROOT, run_program, xla_flags
+from tests.conftest import Program, run_program, xla_flags
 from utils.trackers.trackers import read_metrics
 
 SCALARS = ("l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm")
@@ -22,18 +19,14 @@ def losses(run_dir) -> dict[int, list[float]]:
     return {line["step"]: [line[name] for name in names] for line in lines if names[0] in line}
 
 
-def start(*args, devices: int = 1, env: dict[str, str] | None = None) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(devices), **(env or {})}
-    command = [sys.executable, "train_flow.py", *map(str, args)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def start(*args, devices: int = 1, env: dict[str, str] | None = None) -> Program:
+    return Program(["train_flow.py", *map(str, args)], {"XLA_FLAGS": xla_flags(devices), **(env or {})})
 
 
-def wait_for_step(process: subprocess.Popen, run_dir, step: int) -> None:
+def wait_for_step(process: Program, run_dir, step: int) -> None:
     deadline = time.monotonic() + 120
     while max(losses(run_dir), default=0) < step:
-        assert process.poll() is None, process.stdout.read()[-3000:]
+        assert process.poll() is None, process.outputs()[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

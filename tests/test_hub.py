@@ -1,16 +1,13 @@
 """Runs on the hub: pushed, and sampled from elsewhere by name."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.conftest import GOLDEN, ROOT
+from tests.conftest import GOLDEN, ROOT, run_program
 from tests.fake_hub import fake_hub
 from utils.base.messages import UserError
 from utils.convert.sources import read_source
@@ -27,16 +24,10 @@ def hub(tmp_path):
 
 def run(hub, cwd, *args, check=True):
     environment = {
-        **os.environ, "HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_x", "HF_HOME": str(cwd / "hub"),
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "JAX_PLATFORMS": "cpu",
+        "HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_x", "HF_HOME": str(cwd / "hub"),
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
-    command = [sys.executable, ROOT / args[0], *args[1:]]
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return run_program(ROOT / args[0], *args[1:], check=check, env=environment, cwd=cwd)
 
 
 def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path, monkeypatch):

@@ -1,12 +1,9 @@
 """Training on latents as a user does it: encoded on the fly, encoded once and killed on the way, evaluated."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,7 +15,7 @@ import edit
 import likelihood
 import make_pairs
 import sample
-from tests.conftest import GOLDEN, ROOT, run_program
+from tests.conftest import GOLDEN, Program, run_program, xla_flags
 from utils.base.messages import UserError
 from utils.codecs.kl import KLCodec, KLConfig
 from utils.sampling.editing import read_images
@@ -83,9 +80,7 @@ def shards(folder) -> dict[str, bytes]:
 
 
 def test_killed_and_started_again_encodes_the_same_bytes(encoding, latents, tmp_path):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, *map(str, encoding), "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Program([*map(str, encoding), "--out", str(tmp_path)], {"XLA_FLAGS": xla_flags(1)})
     deadline = time.monotonic() + 120
     while not shards(tmp_path):
         assert process.poll() is None

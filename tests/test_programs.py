@@ -224,7 +224,7 @@ def test_two_processes_killed_in_one_sharding_go_on_in_another(uninterrupted, tm
         for process in processes:
             process.kill()
         for process in processes:
-            process.communicate()
+            process.wait()
     last = max(losses(tmp_path)) + 4
     run_program("train_flow.py", *SHORT, *NO_SAVES, "--max_steps", last, "--save_dir", tmp_path, devices=8)
     assert_close(losses(tmp_path), losses(uninterrupted(1)), last)
@@ -237,7 +237,7 @@ def test_one_of_two_processes_that_is_killed_ends_the_other_with_one_line(tmp_pa
     wait_for_step(processes[0], tmp_path, 5)
     processes[1].kill()
     output, _ = processes[0].communicate(timeout=60)
-    processes[1].communicate()
+    processes[1].wait()
     assert processes[0].returncode == 1
     assert "Traceback" not in output
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]

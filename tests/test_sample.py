@@ -4,8 +4,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +15,7 @@ from PIL import Image
 
 import edit
 import sample
-from tests.conftest import ROOT, xla_flags
+from tests.conftest import ROOT, run_program
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
 from utils.base.messages import UserError, WriteError
 from utils.conditions.classes import ClassCondition
@@ -79,11 +77,9 @@ def test_the_images_are_those_of_an_evaluation(draw, generator, tmp_path, capsys
 
 
 def test_eight_devices_and_another_working_directory_change_no_image(run, generator, tmp_path):  # noqa: F811
-    environment = {**os.environ, "XLA_FLAGS": xla_flags(8)}
     words = "--num_samples 5 --denoise_timesteps 4 --cfg_scale 2 --seed 3 --save_samples samples.npz --quiet"
-    command = [sys.executable, ROOT / "sample.py", "--load_dir", run, "--out", ".", *words.split()]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    program = [ROOT / "sample.py", "--load_dir", run, "--out", "."]
+    done = run_program(*program, *words.split(), devices=8, cwd=tmp_path)
     assert done.stdout.splitlines() == ["grid.png", "samples.npz"]
     (batch,) = generator.generate(SamplerConfig(4, 2.0), 5, 5)
     with np.load(tmp_path / "samples.npz") as saved:
