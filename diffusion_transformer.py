@@ -226,7 +226,8 @@ class AdaLayerNorm(nn.Module):
     def __call__(self, c):
         width = self.count * c.shape[-1]
         x = Dense(width, self.dtype, zeros_init, name="dense")(nn.silu(c))
-        return jnp.split(x, self.count, axis=-1)
+        # Float32, so that their gradients are sums over tokens as they are.
+        return jnp.split(x.astype(jnp.float32), self.count, axis=-1)
 
 
 def make_norm(kind: str, dtype: Any, name: str) -> Callable:

@@ -50,6 +50,27 @@ def read_computations(text: str) -> dict[str, list[str]]:
     return computations
 
 
+def count_kernels(text: str) -> int:
+    """Returns how many operations of a program are launched, copies aside: those of its main computation, and of the
+    bodies and branches that it runs, each once."""
+    computations = read_computations(text)
+    waiting = [re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE).group(1)]
+    seen = set()
+    count = 0
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for line in computations[name]:
+            opcode = DEFINITION.match(line).group("opcode") if DEFINITION.match(line) else "tuple"
+            count += opcode not in (*MOVES_NOTHING, "copy", "after-all")
+            if opcode in ("while", "conditional", "call"):
+                called = r"(?:body|condition|to_apply|(?:true|false)_computation)=%?([\w.\-]+)"
+                waiting += re.findall(called, line)
+    return count
+
+
 def count_rounds(computations: dict[str, list[str]]) -> dict[str, int]:
     """{body: rounds} of the loops: what XLA states, or the bound of the condition over the steps that a body unrolls,
     of which each sends in both directions."""

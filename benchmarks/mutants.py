@@ -85,7 +85,13 @@ test_train_step.py::test_validation_keeps_labels_and_noise_whatever_the_step
 test_train_step.py::test_validation_leaves_the_state_as_it_is_and_measures_the_update_that_it_would_make
   utils/training/step.py: is_kept = is_validation -> is_kept = False
   utils/training/step.py: step=jnp.where(is_validation, state.step, new_state.step) -> step=new_state.step
-  utils/training/step.py: leaf.size > SMALL] -> leaf.size > 2 * SMALL]
+  utils/training/step.py: map_parts(partial(select, is_kept), old_state, new_state) -> new_state
+test_packing.py::test_trees_are_packed_and_unpacked_bit_for_bit
+  utils/networks/packing.py: start = stop -> start = stop - 1
+test_packing.py::test_a_packed_update_is_that_of_each_array
+  utils/networks/packing.py: vector[None] if len(self.shapes[group[0]]) > 1 else vector -> vector
+test_packing.py::test_the_demos_step_has_few_kernels
+  utils/training/step.py: if is_whole and not frozen else None -> if False else None
 test_elementwise.py::test_values_and_derivatives_are_those_of_the_formula
   utils/kernels/elementwise.py: v = v - v.mean(axis=-1, keepdims=True) - y -> v = v - y
   utils/kernels/elementwise.py: (1 + 3 * cubic * y**2) -> (1 + cubic * y**2)

@@ -34,7 +34,7 @@ def test_dense_has_the_derivative_of_its_formula():
 
 
 @pytest.mark.parametrize("form", ["by_head", "xla", "auto"])
-@pytest.mark.parametrize("shape", [(3, 49, 2, 6), (2, 64, 3, 8), (1, 1, 2, 1)])
+@pytest.mark.parametrize("shape", [(3, 49, 2, 6), (2, 64, 3, 8), (4, 6, 3, 8), (1, 1, 2, 1)])
 def test_attention_and_its_derivative_are_those_of_the_formula(shape, form):
     """As JAX's own has them in float32; in bfloat16, within the rounding of inputs, weights and scores."""
     *inputs, weights = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4))

@@ -14,11 +14,12 @@ from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.networks.models import Network
+from utils.networks.packing import SMALL
 from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.checkpoint import Checkpoints
 from utils.training.progress import SkippedUpdates, check_finite
-from utils.training.step import SMALL, VALIDATION, accumulate_microbatches, draw_examples, train_step
+from utils.training.step import VALIDATION, accumulate_microbatches, draw_examples, train_step
 
 OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)
 LABELS = np.arange(200, dtype=np.int32) % 10

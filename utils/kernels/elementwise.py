@@ -119,18 +119,21 @@ def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b d"], scale: Float[
     """
 
     # One plus the scale: layers whose modulation starts at zero leave x as it is.
+    def rows(vectors):
+        return vectors[:, None].astype(x.dtype)
+
     def forward(x, shift, scale):
-        return x * (1 + scale[:, None]) + shift[:, None], ()
+        return x * (1 + rows(scale)) + rows(shift), ()
 
     def tangent(arguments, tangents):
         x, _, scale = arguments
         dx, dshift, dscale = tangents
-        return dx * (1 + scale[:, None]) + x * dscale[:, None] + dshift[:, None]
+        return dx * (1 + rows(scale)) + x * rows(dscale) + rows(dshift)
 
     def cotangents(arguments, saved, cotangent):
         x, _, scale = arguments
-        sums = [_sum_tokens(*_float32(rows)).astype(x.dtype) for rows in (cotangent, cotangent * x)]
-        return cotangent * (1 + scale[:, None]), *sums
+        sums = [_sum_tokens(*_float32(products)).astype(scale.dtype) for products in (cotangent, cotangent * x)]
+        return cotangent * (1 + rows(scale)), *sums
 
     return define_derivatives(forward, tangent, cotangents)(x, shift, scale)
 
@@ -150,6 +153,6 @@ def add_gated(x: Float[Array, "b n d"], gate: Float[Array, "b d"], y: Float[Arra
 
     def cotangents(arguments, saved, cotangent):
         gate, y, c = _float32(arguments[1][:, None], arguments[2], cotangent)
-        return cotangent, _sum_tokens(c * y).astype(dtype), (gate * c).astype(dtype)
+        return cotangent, _sum_tokens(c * y).astype(arguments[1].dtype), (gate * c).astype(dtype)
 
     return define_derivatives(forward, tangent, cotangents)(x, gate, y)

@@ -163,7 +163,12 @@ def attention(
 
 def _over_heads(function: Callable, *arrays: Float[Array, "h b n d"]) -> PyTree:
     """Maps function(n d, ...) over images at once and over heads in turn: the memory of one head's n x n weights is
-    small, and is used again for the next."""
+    small, and is used again for the next. Of short sequences, whose weights are no larger than the arguments, all heads
+    are taken at once, in fewer kernels."""
+    num_heads, num_images, num_tokens, head_dim = arrays[0].shape
+    if num_tokens <= head_dim:
+        rows = jax.vmap(function)(*(x.reshape(-1, num_tokens, head_dim) for x in arrays))
+        return jax.tree.map(lambda x: x.reshape(num_heads, num_images, num_tokens, head_dim), rows)
     dtype = arrays[0].dtype
 
     # XLA's CPU would convert a whole bfloat16 array to float32 and back for each slice that is taken or written.

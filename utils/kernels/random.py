@@ -62,7 +62,13 @@ def unroll(key: Key[Array, ""]) -> Key[Array, ""]:
     """Returns a key with the same random numbers, which CPUs compile sooner; other kinds of keys stay as they are.
 
     JAX's own are a loop on CPUs: of a hundred small draws, as a network is initialised, it makes four hundred kernels.
-    Programs that draw often keep it: it computes a little faster.
+    Large draws keep the loop, see `roll`: it computes a little faster.
     """
     is_default = jax.random.key_impl(key) == "threefry2x32" and jax.config.values["jax_threefry_partitionable"]
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_unrolled()) if is_default else key
+
+
+def roll(key: Key[Array, "*n"]) -> Key[Array, "*n"]:
+    """Returns the keys that `unroll` would turn into these."""
+    is_unrolled = jax.random.key_impl(key) == _unrolled()
+    return jax.random.wrap_key_data(jax.random.key_data(key), impl="threefry2x32") if is_unrolled else key

@@ -17,7 +17,9 @@ from jaxtyping import Array, Key, PyTree
 from utils.codecs.codec import Codec
 from utils.conditions.condition import drop_rows
 from utils.data.dataset import Batch
+from utils.kernels.random import roll, unroll
 from utils.networks.models import Network, model_fn
+from utils.networks.packing import Packing
 from utils.networks.state import EmaSchedule, TrainState, apply_gradients, select_parts
 from utils.objectives.objective import Objective, row_period
 
@@ -26,7 +28,6 @@ INIT = 2**31 - 1
 VALIDATION = 2**31 - 2
 # Metrics for `SkippedUpdates` alone, of a step that may leave its update out.
 INTERNAL = ("is_skipped", "largest_gradient", "largest_gradient_norm")
-SMALL = 2**16  # elements of an array up to which its norm is not worth a kernel of its own
 
 
 def accumulate_microbatches(
@@ -62,12 +63,12 @@ def draw_examples(
     arXiv:2207.12598).
     """
     # A key for each purpose, so that none depends on how much another draws. All rows are drawn at once, before any
-    # split into microbatches.
-    codec_key, time_key, noise_key, dropout_key = jax.random.split(key, 4)
+    # split into microbatches; noise, and what a codec draws, by JAX's own form of a key, which computes faster.
+    codec_key, time_key, noise_key, dropout_key = jax.random.split(unroll(key), 4)
     return {
         "batch": batch,
-        "codec_key": jax.random.split(codec_key, batch.num_examples),
-        "draws": objective.draw(time_key, noise_key, batch.num_examples) | batch.draws(),
+        "codec_key": jax.random.split(roll(codec_key), batch.num_examples),
+        "draws": objective.draw(time_key, roll(noise_key), batch.num_examples) | batch.draws(),
         "is_dropped": jax.random.bernoulli(dropout_key, class_dropout_prob, (batch.num_examples,)),
     }
 
@@ -152,12 +153,12 @@ def train_step(
     would cause. As it is an argument of the compiled function, training and validation are compiled once.
 
     With `skips_nonfinite`, an update that is not finite changes nothing but the step. `is_whole` says that every device
-    has all of the state (see `tree_norm`).
+    has all of the state: its small arrays are then packed.
     """
     # The key follows from the step alone: a resumed run draws what it would have drawn.
     grads, metrics = compute_gradients(
         state,
-        jax.random.fold_in(state.key, jnp.where(is_validation, VALIDATION, state.step)),
+        jax.random.fold_in(unroll(state.key), jnp.where(is_validation, VALIDATION, state.step)),
         batch,
         codec,
         model=model,
@@ -167,37 +168,35 @@ def train_step(
         frozen=frozen,
     )
 
-    # The scope's name is for readers of traces.
+    # Parts on different devices, and beside frozen ones, stay as they are. The scope's name is for readers of traces.
+    packing = Packing.of(state.params) if is_whole and not frozen else None
     with jax.named_scope("optimizer"):
-        new_state, updates = apply_gradients(state, grads, optimizer, ema.decay_at(state.step), frozen)
-        metrics |= {"grad_norm": tree_norm(grads, is_whole), "update_norm": tree_norm(updates, is_whole)}
+        old_state = map_parts(packing.pack_all, state) if packing else state
+        packed = packing.pack(grads) if packing else grads
+        new_state, updates = apply_gradients(old_state, packed, optimizer, ema.decay_at(state.step), frozen)
+        metrics |= {"grad_norm": optax.tree.norm(packed), "update_norm": optax.tree.norm(updates)}
         is_kept = is_validation
         if skips_nonfinite:
             metrics |= find_nonfinite(metrics, grads)
             is_kept |= metrics["is_skipped"]
 
         # A select rather than a branch: the decision stays on the devices, and the host waits for nothing.
-        names = ("params", "ema_params", "opt_state")
-        chosen = {name: select(is_kept, getattr(state, name), getattr(new_state, name)) for name in names}
-        new_state = new_state.replace(step=jnp.where(is_validation, state.step, new_state.step), **chosen)
-        return new_state, metrics | {"param_norm": tree_norm(new_state.params, is_whole)}
+        new_state = map_parts(partial(select, is_kept), old_state, new_state)
+        metrics |= {"param_norm": optax.tree.norm(new_state.params)}
+        new_state = map_parts(packing.unpack_all, new_state) if packing else new_state
+        return new_state.replace(step=jnp.where(is_validation, state.step, new_state.step)), metrics
+
+
+def map_parts(function: Callable, *states: TrainState) -> TrainState:
+    """Returns the last state with function(that part of each state) as parameters, EMA and optimizer's state."""
+    names = ("params", "ema_params", "opt_state")
+    parts = {name: function(*(getattr(state, name) for state in states)) for name in names}
+    return states[-1].replace(**parts)
 
 
 def select(condition: bool | Array, chosen: PyTree, other: PyTree) -> PyTree:
     """Returns one of two trees of arrays."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, other)
-
-
-def tree_norm(tree: PyTree, is_whole: bool) -> Array:
-    """Returns the root of the sum of squares of all elements of a tree.
-
-    Where every device has all of it (`is_whole`), small arrays, most of them biases, are summed as one: by array they
-    would be a fifth of the kernels of a small network's step. Parts on different devices would first have to be sent.
-    """
-    leaves = jax.tree.leaves(tree)
-    small = [leaf.ravel() for leaf in leaves if is_whole and leaf.size <= SMALL]
-    others = [leaf for leaf in leaves if not is_whole or leaf.size > SMALL]
-    return optax.tree.norm([jnp.concatenate(small), *others] if small else others)
 
 
 def find_nonfinite(metrics: dict[str, Array], grads: PyTree) -> dict[str, Array]:
