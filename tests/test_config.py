@@ -1,6 +1,7 @@
 """Flags, presets and the refusals of impossible values, each naming value, flag and fix."""
 
 import copy
+import dataclasses
 import os
 import re
 import shutil
@@ -51,7 +52,13 @@ def config_of(configure):
     return lambda line: configure(line.split())
 
 
-def count_parameters(model: NetworkConfig, shape=(32, 32, 4)) -> int:
+def count_parameters(model: NetworkConfig) -> int:
+    """Counted of one block and of two: the others are like the second."""
+    one, two = (count_shallow(dataclasses.replace(model, depth=depth)) for depth in (1, 2))
+    return one + (model.depth - 1) * (two - one)
+
+
+def count_shallow(model: NetworkConfig, shape=(32, 32, 4)) -> int:
     image_model = make_model(model, FlowMatching(), PixelCodec(), make_mesh(), shape, ClassCondition(("a",)))
     shapes = jax.eval_shape(lambda key: init_params(image_model, key), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -134,7 +134,10 @@ MEAN, STD = 0.3, 0.5
 
 def exact_noise(x_k, level, labels):
     """E[x_0 | x_k] for data N(MEAN, STD^2)."""
-    t = jnp.interp(level, jnp.arange(1000.0), jnp.float32(path_times(1000)))[:, None]
+    # As jnp.interp has it, but faster.
+    times = jnp.float32(path_times(1000))
+    below = jnp.clip(jnp.floor(level), 0, 998).astype(int)
+    t = (times[below] + (level - below) * (times[below + 1] - times[below]))[:, None]
     a, s = t / jnp.hypot(t, 1 - t), (1 - t) / jnp.hypot(t, 1 - t)
     return s * (x_k - a * MEAN) / (a**2 * STD**2 + s**2)
 

@@ -1,4 +1,4 @@
-"""Runs of every objective, on one device and eight, in microbatches, killed and continued."""
+"""Runs of every objective, on one device and several, in microbatches, killed and continued."""
 
 import random
 
@@ -27,8 +27,8 @@ def test_devices_microbatches_and_kills_change_nothing(tmp_path, objective):
     words = [*RUN, *OBJECTIVES[objective].split()]
     whole, killed, split = (tmp_path / name for name in ("whole", "killed", "split"))
     run_program("train_flow.py", *words, "--max_steps", STEPS, "--save_dir", whole)
-    kill_and_continue(killed, random.randint(5, 25), *words, "--max_steps", STEPS, "--save_interval", 4)
+    kill_and_continue(killed, random.randint(9, 20), *words, "--max_steps", STEPS, "--save_interval", 8)
     assert losses(killed) == losses(whole)  # bit for bit
     assert len(losses(whole)) == STEPS
-    run_program("train_flow.py", *words, "--max_steps", 4, "--grad_accum", 2, "--save_dir", split, devices=8)
+    run_program("train_flow.py", *words, "--max_steps", 4, "--grad_accum", 2, "--save_dir", split, devices=4)
     assert_close(losses(split), losses(whole), 4)
