@@ -109,7 +109,7 @@ test_checkpoint.py::test_processes_of_one_run_save_at_the_step_that_the_first_on
 test_generate.py::test_what_is_in_the_hole_does_not_enter_its_filling
   utils/sampling/compiled.py: factors[1]).any(axis=(1, 3)) -> factors[1]).all(axis=(1, 3))
 test_checkpoint.py::test_host_and_devices_find_the_same_checksum
-  utils/runs/checkpoint.py: np.uint32(start % 2**32) -> np.uint32(0)
+  utils/runs/checksums.py: np.uint32(start % 2**32) -> np.uint32(0)
 test_evaluation.py::test_the_network_is_compiled_twice_for_an_interval_of_guidance_alone
   utils/sampling/compiled.py: if self.has_interval else guided ->
   utils/sampling/compiled.py: is_guided and sampler.has_interval -> sampler.has_interval

@@ -14,7 +14,7 @@ from utils.base.mesh import make_mesh, replicated, shape_structs, state_sharding
 from utils.base.messages import UserError
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.networks.state import apply_gradients, create_train_state, make_optimizer
-from utils.runs import checkpoint
+from utils.runs import checkpoint, checksums
 from utils.runs.opening import open_checkpoint
 from utils.training import progress
 
@@ -175,26 +175,26 @@ def test_a_flipped_bit_anywhere_is_noticed_or_changes_nothing(tmp_path, state):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
 def test_checksums_tell_any_change_of_one_element_apart(dtype):
     x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (5, 7, 3)), dtype)
-    ((name, (sum_, *shape)),) = checkpoint.checksums({"x": x}).items()
+    ((name, (sum_, *shape)),) = checksums.checksums({"x": x}).items()
     assert (name, tuple(shape)) == ("['x']", x.shape)
     sums = {sum_}
     for place in range(x.size):
         changed = np.array(x)
         changed.view(np.uint8).reshape(x.size, -1)[place, 0] ^= 1
-        sums.add(checkpoint.checksums({"x": jnp.asarray(changed)})["['x']"][0])
+        sums.add(checksums.checksums({"x": jnp.asarray(changed)})["['x']"][0])
     assert len(sums) == 1 + x.size
     swapped = np.array(x)[:, ::-1]
-    assert checkpoint.checksums({"x": jnp.asarray(swapped)})["['x']"][0] != sum_
+    assert checksums.checksums({"x": jnp.asarray(swapped)})["['x']"][0] != sum_
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (5, 7, 3), (checkpoint.CHUNK // 8, 3, 3)])
+@pytest.mark.parametrize("shape", [(), (0,), (5, 7, 3), (checksums.CHUNK // 8, 3, 3)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "int32", "uint8", "bool"])
 def test_host_and_devices_find_the_same_checksum(dtype, shape):
     values = np.random.default_rng(0).integers(0, 2 if dtype == "bool" else 200, shape)
     with jax.enable_x64(True):
         x = jnp.asarray(values, dtype)
-        (expected,) = checkpoint._checksums([x])
-    assert checkpoint.checksums({"x": x})["['x']"] == [int(expected), *shape]
+        (expected,) = checksums._checksums([x])
+    assert checksums.checksums({"x": x})["['x']"] == [int(expected), *shape]
 
 
 def test_the_one_before_a_damaged_checkpoint_is_used_and_nothing_is_removed(tmp_path, state, capfd):
