@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from utils.base.background import in_background
 from utils.base.mesh import shard_batch
 from utils.base.messages import DataError, UserError
 from utils.data.dataset import ArraySource, Batch, Batches, ImageDataset, PixelBatch, StreamSource, Subset
@@ -140,12 +141,10 @@ def to_devices(batches: Any, mesh: Mesh, buffer_size: int = 2) -> Iterator[tuple
 
 def read_ahead(items: Iterator[tuple[PyTree, Any]]) -> Iterator[tuple[PyTree, Any]]:
     """Returns the same items, of which the first is being read when this returns, on a thread of its own."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-    first = pool.submit(lambda: next(items))
-    pool.shutdown(wait=False)
+    first = in_background(lambda: next(items))
 
     def all_items() -> Iterator[tuple[PyTree, Any]]:
-        yield first.result()
+        yield first()
         yield from items
 
     return all_items()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from utils.base.background import in_background
 from utils.base.devices import explaining_out_of_memory, memory_needed
 from utils.base.files import FolderLock, prepare_output_folder, write_json
 from utils.base.mesh import shard_batch
@@ -75,19 +76,18 @@ def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
     checkpoints = Checkpoints(run.folder, keep.keep_last, keep.keep_every)
     checkpoints.remove_unfinished()
     batches = run.training_batches()
-    state, position = restore_or_init(run, checkpoints, batches)
-    step = int(state.step)
+    wait_for_state, step, position = restore_or_init(run, checkpoints, batches)
     if step >= run.config.training.max_steps and not is_evaluation_missing(run, step):
         log(f"nothing to do: {run.folder} is at step {step} already; raise --max_steps to go on")
-        return state
+        return wait_for_state()
 
     # Everything is in place: say what is trained, and begin.
-    announce(run, state)
+    announce(run)
     write_config(run, step)
     settings = {**run.config.to_json(), "dataset": run.record["dataset"]}
     trackers = Trackers(run.folder, settings, step)
     with explaining_out_of_memory("training", MEMORY_FLAGS):
-        state = run_steps(run, state, Resources(checkpoints, batches, position, trackers, stop))
+        state = run_steps(run, wait_for_state, step, Resources(checkpoints, batches, position, trackers, stop))
     # Everything is on disk before the run says so.
     checkpoints.wait()
     checkpoints.close()
@@ -95,26 +95,28 @@ def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
     return state
 
 
-def announce(run: Run, state: TrainState) -> None:
+def announce(run: Run) -> None:
     """Logs what is trained, with which settings, and why first images may be noise."""
     log(f"settings: {run.config.describe_given() or 'the defaults'}; all are in {run.folder / 'config.json'}")
-    log(summarize_run(run, state))
+    log(summarize_run(run, state_structs(run)))
     interval = run.config.evaluation.eval_interval
     first_evaluation = min(1000, interval) if interval else None
     for hint in ema_hints(run.ema, first_evaluation, run.config.training.max_steps):
         log(f"note: {hint}")
 
 
-def restore_or_init(run: Run, checkpoints: Checkpoints, batches: Any) -> tuple[TrainState, dict[str, Any]]:
-    """Returns (state, position in the data) of the newest intact checkpoint, to which `batches` are moved; those of
-    step 0 without checkpoints.
+def restore_or_init(
+    run: Run, checkpoints: Checkpoints, batches: Any
+) -> tuple[Callable[[], TrainState], int, dict[str, Any]]:
+    """Returns (what waits for the state, its step, position in the data) of the newest intact checkpoint, to which
+    `batches` are moved; those of step 0 without checkpoints.
 
     What has changed since it was saved is logged. Raises UserError where the run would become another.
     """
-    # Without checkpoints, the run begins.
+    # Without checkpoints, the run begins; its parameters are drawn while the step is compiled.
     steps = checkpoints.steps()
     if not steps:
-        return make_state(run), {}
+        return in_background(partial(make_state, run)), 0, {}
     # The newest checkpoint may be damaged: then the one before it is read.
     target = state_structs(run)
 
@@ -136,7 +138,7 @@ def restore_or_init(run: Run, checkpoints: Checkpoints, batches: Any) -> tuple[T
     log(f"resuming {run.folder} from step {step}")
     for difference in differences:
         log(f"since step {step}: {difference}")
-    return state, position
+    return lambda: state, int(state.step), position
 
 
 def write_config(run: Run, step: int) -> None:
@@ -150,20 +152,20 @@ def write_config(run: Run, step: int) -> None:
     write_listing(run.folder, {split: dataset.fingerprint for split, dataset in run.datasets.items()})
 
 
-def run_steps(run: Run, state: TrainState, resources: Resources) -> TrainState:
+def run_steps(run: Run, wait_for_state: Callable[[], TrainState], step: int, resources: Resources) -> TrainState:
     """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last state."""
     config = run.config
     training = config.training
-    step = int(state.step)
     metrics = position = None  # of the last step
 
     # An evaluation that a kill has cut short comes first: it is of this step's state.
-    if not finish_evaluation(run, state, resources) or step >= training.max_steps:
-        return state
+    if step and (not finish_evaluation(run, wait_for_state(), resources) or step >= training.max_steps):
+        return wait_for_state()
 
     # Compiled steps, while the first batch is read; then what saves, reports and traces.
     batches = read_ahead(to_devices(resources.batches, run.mesh))
-    train_step, validate = compile_steps(run, state)
+    train_step, validate = compile_steps(run, state_structs(run))
+    state = wait_for_state()
     saver, skipped, check, progress, trace = make_instruments(run, state, resources)
     batches = progress.throughput.waiting(batches, progress.is_idle)
     with progress.bar:
