@@ -33,6 +33,7 @@ from utils.flags.definitions import define_codec_flags, define_data_flags, defin
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.pixels import PixelFormat, check_pictures, match_channels
+from utils.images.sizes import write_size
 from utils.runs.opening import load_model, open_checkpoint, restore_params
 from utils.runs.results import check_json_path, likelihood_to_markdown, write_csv, write_json_rows
 from utils.sampling.density import LikelihoodConfig, check_probes, describe_probes, measure_batch
@@ -120,7 +121,7 @@ class Measurement:
 
         # Other images are brought to the run's size, where their loader can resize.
         if not is_own and config.image_size is None and get_loader(name).is_resizable:
-            config.image_size = saved["dataset"]["image_shape"][0]
+            config.image_size = write_size(saved["dataset"]["image_shape"][:2])
         return load_dataset(name, config.split, reading.read_data_options(config))
 
     def _check_dataset(self) -> None:

@@ -103,7 +103,7 @@ def fit(data: bytes, name: str) -> bytes:
 
     Raises UserError, saying `name`, where the image cannot be decoded.
     """
-    pixels = read_image(data, name, SIZE)
+    pixels = read_image(data, name, (SIZE, SIZE))
     with open_image(data) as image:
         is_rgb = image.mode == "RGB" and not image.has_transparency_data
         is_upright = read_orientation(image) not in UPRIGHT

@@ -55,6 +55,7 @@ def test_commands_name_what_finds_the_data_again(read_flags):
         ({"dataset_name": "pairs:P", "image_size": None, "data_dir": None}, "tfds:flowers --image_size 64"),
         ({"dataset_name": "pairs:P", "image_size": None, "data_dir": None,
           "dataset": {"name": "pairs of runs/a", "image_shape": [64, 64, 3]}}, "NAME --image_size 64"),
+        ({"image_size": "24x40", "data_dir": None}, "tfds:flowers --image_size 24x40"),
         ({"dataset_name": "npz:x.npz", "image_size": None, "data_dir": None,
           "dataset": {"name": "npz:x.npz", "image_shape": [16, 24, 3]}}, "npz:x.npz"),
         ({"dataset_name": "folder:a b", "image_size": None, "data_dir": None, "broken_images": "skip",

@@ -234,7 +234,7 @@ READERS = (
     lambda path: list(read_rows(path, "a", 8)),
     lambda path: read_safetensors(path, {"a": (3, 3)}),
     load_statistics,
-    lambda path: images.read_image(path.read_bytes(), "x", 8),
+    lambda path: images.read_image(path.read_bytes(), "x", (8, 8)),
 )
 WHOLE_FILES = (
     content_of(np.savez, a=np.arange(50.0), b=np.eye(3)),
@@ -295,7 +295,7 @@ read = {
     "samples": samples.open_samples,
     "vae": kl.KLCodec.load,
     "logits": inception.load_logits,
-    "image": lambda path: images.read_image(images.read_image_file(path), path.name, 64),
+    "image": lambda path: images.read_image(images.read_image_file(path), path.name, (64, 64)),
     "checked": lambda path: images.check_image(images.read_image_file(path)),
     "mask": lambda path: read_mask(path, (8, 8, 3)),
     "invert": lambda path: read_images(path, (8, 8, 3), 4, "invert"),

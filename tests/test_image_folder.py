@@ -60,7 +60,7 @@ def test_pillow_has_its_settings_where_an_image_is_first_opened(tmp_path, monkey
     with pytest.raises(Image.DecompressionBombError):
         Image.open(path)
     images.configure_pillow.cache_clear()
-    assert read_image(path.read_bytes(), "x", 8).shape == (8, 8, 3)
+    assert read_image(path.read_bytes(), "x", (8, 8)).shape == (8, 8, 3)
     warnings.warn_explicit("malformed", UserWarning, "TiffImagePlugin.py", 1, module="PIL.TiffImagePlugin")
     assert list(recwarn) == []
 
@@ -388,11 +388,15 @@ def test_large_images_are_resized_in_strips_to_the_same_pixels(monkeypatch, stor
         source.save(content, "TIFF" if stored == "CMYK" else "PNG", exif=exif)
         whole = decode_image(content.getvalue(), mode=mode)
         left, top = (whole.width - 47) // 2, (whole.height - 47) // 2
-        for size in (8, 60):
-            expected = whole.crop((left, top, left + 47, top + 47)).resize((size, size), Image.Resampling.BILINEAR)
+        # Of a rectangle twice as wide as high, the image's whole width.
+        half = whole.width // 2
+        wide = (0, (whole.height - half) // 2, whole.width, (whole.height - half) // 2 + half)
+        square = (left, top, left + 47, top + 47)
+        for (rows, columns), box in {(8, 8): square, (60, 60): square, (10, 20): wide}.items():
+            expected = whole.crop(box).resize((columns, rows), Image.Resampling.BILINEAR)
             monkeypatch.setattr(images, "STRIP_PIXELS", 5 * 47)
-            found = read_image(content.getvalue(), "x", size, mode=mode)
-            np.testing.assert_array_equal(found, np.asarray(expected).reshape(size, size, -1))
+            found = read_image(content.getvalue(), "x", (rows, columns), mode=mode)
+            np.testing.assert_array_equal(found, np.asarray(expected).reshape(rows, columns, -1))
 
 
 def test_images_are_bounded_by_the_bytes_that_they_take(tmp_path, monkeypatch):

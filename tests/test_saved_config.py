@@ -167,7 +167,7 @@ def test_whole_configurations_are_read_as_they_are(sample_shape):
         ("dataset.empty_classes", [2], "dataset.empty_classes of more than 2 classes"),
         ("dataset.empty_classes", [0, 1], "no class with images"),
         ("dataset.splits", {"train": 3}, "dataset.splits=dict, not the format"),
-        ("image_size", "x", "image_size='x', not an integer from 1 to 8192, or null"),
+        ("image_size", "x", "image_size='x', not a value as its flag takes it, or null"),
         ("model.a-b", 1, "has a setting 'a-b', which is no name"),
         ("objective.", 1, "has a setting '', which is no name"),
         ("extra", [[[[[[[[[[[]]]]]]]]]]], "nested too deep"),

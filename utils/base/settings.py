@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import UnionType
 from typing import Any
 
@@ -26,16 +26,18 @@ def setting(
     is_fixed: bool = True,
     flag: str | None = None,
     is_path: bool = False,
+    parse: Callable[[Any], Any] | None = None,
 ) -> Any:
     """Returns a field of a frozen dataclass, with its default and what its flag needs.
 
     `choices`: the allowed values, perhaps of a registry, which is read when the flags are defined. `is_fixed`: a
     trained model is bound to the value, so that a run is not resumed under another. `flag`: the setting's name, where
-    it is not that of the field in the dataclass's group. `is_path`: a leading ~ stands for a home folder.
+    it is not that of the field in the dataclass's group. `is_path`: a leading ~ stands for a home folder. `parse`: from
+    a value in any form, or text, to that of the field; raises ValueError, which says what to use.
     """
     # On the field itself, where `settings_of` finds it; fields without help are no settings.
     metadata = {"help": help, "low": low, "high": high, "choices": choices, "is_fixed": is_fixed, "flag": flag}
-    return dataclasses.field(default=default, metadata={**metadata, "is_path": is_path})
+    return dataclasses.field(default=default, metadata={**metadata, "is_path": is_path, "parse": parse})
 
 
 def settings_of(config_class: Any, group: str = "") -> dict[str, dataclasses.Field]:
@@ -65,6 +67,12 @@ def check_setting(name: str, field: dataclasses.Field, value: Any) -> Any:
     # None leaves a setting open, where its type allows that.
     if value is None and is_optional(field):
         return None
+    # Values of a form of their own.
+    if metadata["parse"]:
+        try:
+            return metadata["parse"](value)
+        except ValueError as error:
+            raise UserError(f"--{name}={value}: {error}") from None
     # Listed values, which may be of any type.
     if metadata["choices"]:
         if value not in metadata["choices"]:

@@ -23,6 +23,7 @@ from utils.base.external import BadFileError, read_json
 from utils.base.files import atomic_write, file_sha256, write_json
 from utils.base.messages import UserError
 from utils.codecs.kl_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
+from utils.images.sizes import write_size
 from utils.kernels.ops import attention
 
 # Far above any VAE in use, whose latents have 4 to 32 channels.
@@ -399,9 +400,10 @@ class KLCodec(flax.struct.PyTreeNode):
                 "train on pixels with --codec pixels"
             )
         if height % factor or width % factor:
+            fitting = write_size([max(1, side // factor) * factor for side in (height, width)])
             raise UserError(
                 f"the VAE takes images whose sides are multiples of {factor}, not {height}x{width}; "
-                f"use --image_size {max(1, height // factor) * factor}, or pixels with --codec pixels"
+                f"use --image_size {fitting}, or pixels with --codec pixels"
             )
         return height // factor, width // factor, self.config.latent_channels
 

@@ -24,6 +24,7 @@ from utils.conditions.condition import Condition, empty_rows
 from utils.data.fingerprint import Fingerprint
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.images.pixels import UINT8, Images, PixelFormat, describe_range, images_to_uint8
+from utils.images.sizes import Size, read_size, write_size
 
 # "image": uint8 or float32 (h, w, c), and what the condition of the data reads: the class reads "label", int32 ().
 # Sources with a `Batch` of their own have other arrays in place of "image".
@@ -198,10 +199,16 @@ class DataOptions:
     """How images are found and prepared. Each loader says which of these it uses (utils/data/loaders.py)."""
 
     data_dir: str | Path | None = None  # of prepared data sets; None: $TFDS_DATA_DIR or ~/tensorflow_datasets
-    image_size: int | None = None  # side to which images are cropped and resized; None: the loader decides
+    # Side of the square, or (height, width), to which images are cropped and resized; None: the loader decides.
+    image_size: int | str | tuple[int, int] | None = None
     broken_images: str = "refuse"  # or 'skip'
     max_megapixels: float = MAX_MEGAPIXELS  # of the largest image that is decoded
     random_flip: bool | None = None  # whether half of the training images are mirrored; None: the loader decides
+
+    @property
+    def size(self) -> Size | None:
+        """(height, width) of the images, where `image_size` gives it."""
+        return None if self.image_size is None else read_size(self.image_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,7 +388,7 @@ def check_own_size(name: str, image_shape: Sequence[int], options: DataOptions, 
     `instead` ends the message with another way to get that size.
     """
     height, width = image_shape[:2]
-    if options.image_size is not None and (height, width) != (options.image_size, options.image_size):
+    if options.size is not None and (height, width) != options.size:
         raise UserError(
-            f"--image_size={options.image_size}: the images of {name} are {height}x{width}; leave it out{instead}"
+            f"--image_size={write_size(options.size)}: the images of {name} are {height}x{width}; leave it out{instead}"
         )

@@ -36,6 +36,7 @@ from utils.images.folders import (
     unused_message,
 )
 from utils.images.pixels import describe_range
+from utils.images.sizes import Size, write_size
 
 # In lower case; a file with another suffix is named as ignored.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -52,14 +53,13 @@ SPLIT_PATTERN = re.compile(rf"(?:seg[_-])?({'|'.join(SPLIT_NAMES)})(?:[_ -]?(?:s
 
 
 def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
-    """Returns the split of a folder of image files, each turned upright, its middle square resized to
-    `options.image_size`.
+    """Returns the split of a folder of image files, each turned upright, its middle resized to `options.size`.
 
     Raises UserError if the folder is missing or unfinished, or holds no images, splits that may be classes, or broken
     files.
     """
     root = Path(name.partition(":")[2])
-    size = options.image_size
+    size = options.size
     assert size is not None  # `load_dataset` has filled in the default
     if (root / UNFINISHED).is_file():  # written by sample.py or eval_fid.py
         check_finished(list(root.glob("*.png")), root, f"--dataset_name={name}")
@@ -81,7 +81,7 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
         name=name,
         split=split,
         source=ImageFiles(listed.files, size, options.max_megapixels),
-        image_shape=(size, size, 3),
+        image_shape=(*size, 3),
         class_names=names,
         random_flip=False,
         fingerprint=Fingerprint.of_rows("files", rows),
@@ -91,10 +91,10 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """Source of image files, turned upright and brought to RGB of `size` x `size`."""
+    """Source of image files, turned upright and brought to RGB of `size`, (height, width)."""
 
     files: Sequence[tuple[Path, int]]  # and their labels
-    size: int
+    size: Size
     max_megapixels: float = MAX_MEGAPIXELS
 
     def __len__(self) -> int:
@@ -269,7 +269,7 @@ def _list_split(folder: Path, root: Path, options: DataOptions, is_training: boo
     # Every file, decoded once.
     paths = tuple(path for scanned in classes.values() for path in scanned.images)
     checked = check_images(folder, paths, options.max_megapixels)
-    _say_smallest(folder, checked, options.image_size)
+    _say_smallest(folder, checked, options.size)
     broken = {path: image.reason for path, image in checked.items() if image.reason}
     if broken:
         reasons = "; ".join(f"{path} ({reason})" for path, reason in list(broken.items())[:MAX_LISTED])
@@ -372,13 +372,20 @@ def _scan_below(folder: Path, flag: str) -> Scanned:
     return found
 
 
-def _say_smallest(folder: Path, checked: dict[Path, CheckedImage], size: int | None) -> None:
-    """Warns of images below `size`, which are enlarged."""
-    sides = {path: image.side for path, image in checked.items() if not image.reason}
-    smallest = min(sides, key=lambda path: sides[path], default=None)
-    if size is not None and smallest is not None and sides[smallest] < size:
-        side = sides[smallest]
-        warn_once(f"{folder}: images below {size} pixels are enlarged; the smallest, {smallest}, has a side of {side}")
+def _say_smallest(folder: Path, checked: dict[Path, CheckedImage], size: Size | None) -> None:
+    """Warns of images that are enlarged to become (height, width) `size`."""
+    if size is None:
+        return
+    # The share of the size that the side has which an image lacks most.
+    shares = {
+        path: min(image.height / size[0], image.width / size[1]) for path, image in checked.items() if not image.reason
+    }
+    smallest = min(shares, key=lambda path: shares[path], default=None)
+    if smallest is not None and shares[smallest] < 1:
+        found = checked[smallest]
+        is_square = size[0] == size[1]
+        own = f"has a side of {min(found[:2])}" if is_square else f"has {found.height}x{found.width}"
+        warn_once(f"{folder}: images below {write_size(size)} pixels are enlarged; the smallest, {smallest}, {own}")
 
 
 def _some(paths: Sequence[Path], noun: str) -> str:

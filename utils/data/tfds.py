@@ -16,6 +16,7 @@ from utils.data.dataset import DataOptions, Example, ImageDataset, PixelBatch, c
 from utils.data.tfds_files import NUM_SAMPLED, PreparedSplit, import_tensorflow, is_remote, remember
 from utils.images.decoding import read_image
 from utils.images.pixels import describe_range
+from utils.images.sizes import write_size
 
 # Memory of a stream; RecordStream says what they add up to.
 SHUFFLE_BYTES = 2**30  # of still encoded images in the buffer from which a stream draws
@@ -25,7 +26,8 @@ READ_BYTES = 2**20  # buffered for each of them
 
 def load_imagenet(name: str, split: str, options: DataOptions, *, size: int) -> ImageDataset:
     """Returns ImageNet as TFDS prepared it, in crops of `size` x `size`, with the English names of its classes."""
-    other = f", or use --dataset_name tfds:imagenet2012 --image_size {options.image_size}"
+    asked = write_size(options.size or (size, size))
+    other = f", or use --dataset_name tfds:imagenet2012 --image_size {asked}"
     check_own_size(name, (size, size), options, other)
     dataset = load_tfds(name, split, dataclasses.replace(options, image_size=size), builder="imagenet2012")
     return dataclasses.replace(dataset, class_names=imagenet_class_names())  # TFDS has WordNet ids
@@ -40,7 +42,7 @@ def load_celebahq(name: str, split: str, options: DataOptions) -> ImageDataset:
 def load_tfds(name: str, split: str, options: DataOptions, *, builder: str | None = None) -> ImageDataset:
     """Returns a data set that TFDS prepared. `builder` is its name there; default: what follows the colon of `name`."""
     flag = f"--dataset_name={name}"
-    prepared = PreparedSplit(flag, options.data_dir, builder or name.partition(":")[2], split, options.image_size)
+    prepared = PreparedSplit(flag, options.data_dir, builder or name.partition(":")[2], split, options.size)
     source = open_split(prepared)
     if split == "train" and (remark := describe_range(find_extremes(prepared, source))):
         warn_once(f"{flag}: {remark}")
@@ -108,9 +110,10 @@ class Records:
         record = self.records[self.prepared.rows[index]]
         # Labels first: nothing is decoded for a refusal.
         _check_labels(record["label"], self.prepared.origin)
-        size, _, channels = self.prepared.image_shape
+        height, width, channels = self.prepared.image_shape
         mode = "L" if channels == 1 else "RGB"
-        image = read_image(record["image"], f"image {index} of {self.prepared.origin}", size, mode=mode, as_tfds=True)
+        name = f"image {index} of {self.prepared.origin}"
+        image = read_image(record["image"], name, (height, width), mode=mode, as_tfds=True)
         return {"image": image, "label": np.int32(record["label"])}
 
 
@@ -249,11 +252,11 @@ class RecordStream:
         return tf.data.Dataset.range(first_epoch, 2**53).flat_map(read_epoch)
 
     def _decoded(self, examples):
-        """Returns a Dataset of {'image': uint8 (size, size, c), 'condition': int32} from (serialized example, flip)."""
+        """Returns a Dataset of {'image': uint8 (h, w, c), 'condition': int32} from (serialized example, flip)."""
         import tensorflow_datasets as tfds
 
         tf = self.tf
-        size, _, channels = self.prepared.image_shape
+        rows, columns, channels = self.prepared.image_shape
         # TFDS gives the bytes of an image: its own decoding would use a less exact transform.
         features = self.prepared.builder.info.features
         skip = {"image": tfds.decode.SkipDecoding()}
@@ -268,12 +271,15 @@ class RecordStream:
                 lambda: tf.io.decode_image(encoded, channels=channels, expand_animations=False),
             )
 
-            # The middle square, resized with antialiasing as in `read_image`; TensorFlow returns floats.
+            # The middle, resized with antialiasing as in `read_image`; TensorFlow returns floats.
             height, width = tf.shape(image)[0], tf.shape(image)[1]
-            side = tf.minimum(height, width)
-            image = tf.image.crop_to_bounding_box(image, (height - side) // 2, (width - side) // 2, side, side)
-            if self.prepared.builder.info.features["image"].shape[:2] != (size, size):
-                image = tf.image.resize(image, (size, size), antialias=True)
+            inner_height = tf.minimum(height, tf.maximum(1, width * rows // columns))
+            inner_width = tf.minimum(width, tf.maximum(1, height * columns // rows))
+            image = tf.image.crop_to_bounding_box(
+                image, (height - inner_height) // 2, (width - inner_width) // 2, inner_height, inner_width
+            )
+            if self.prepared.builder.info.features["image"].shape[:2] != (rows, columns):
+                image = tf.image.resize(image, (rows, columns), antialias=True)
                 image = tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
             # Mirrored last, so that a flipped image is exactly the mirror image of the other.

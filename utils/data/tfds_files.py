@@ -20,6 +20,7 @@ from utils.base.files import atomic_write, cache_folder, refuse_url
 from utils.base.messages import UserError, progress_bar, warn_once
 from utils.data.dataset import find_empty_classes, num_held_out, unlabelled_message
 from utils.data.fingerprint import Fingerprint
+from utils.images.sizes import Size
 
 PACKAGES = "tensorflow-datasets importlib_resources"  # the second is imported by the first, which does not say so
 PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself
@@ -170,7 +171,7 @@ def open_builder(flag: str, folder: epath.Path) -> Any:
 class PreparedSplit:
     """One split of a prepared data set: which records are its images, their shape and the names of their classes."""
 
-    def __init__(self, flag: str, data_dir: str | os.PathLike | None, builder: str, split: str, image_size: int | None):
+    def __init__(self, flag: str, data_dir: str | os.PathLike | None, builder: str, split: str, size: Size | None):
         """Finds `split` ('train' or 'validation') of `builder` (NAME, NAME/CONFIG or NAME:1.2.3).
 
         Of a set without the split 'validation' it is 'test', and of a set that has only 'train' the first 2 % of that.
@@ -183,10 +184,11 @@ class PreparedSplit:
         # Images and classes.
         features = self.builder.info.features
         height, width, channels = features["image"].shape
-        size = image_size or (height and width and min(height, width))
+        if size is None and height and width:
+            size = (min(height, width), min(height, width))
         if not size:
             raise UserError(f"{flag}: the images of {builder} are of many sizes; add --image_size 256, for example")
-        self.image_shape = (size, size, 1 if channels == 1 else 3)
+        self.image_shape = (*size, 1 if channels == 1 else 3)
         self.class_names = tuple(features["label"].names or map(str, range(features["label"].num_classes)))
         if self.format == "tfrecord":
             try:

@@ -4,6 +4,7 @@ Flags that jax-flow has keep its names and defaults.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -40,6 +41,18 @@ def define_path(name: str, default: str | None, help: str) -> None:
     flags.DEFINE_string(name, default, help)
 
 
+class SettingParser(flags.ArgumentParser):
+    """The parser of a setting whose values have a form of their own, such as 24x40."""
+
+    def __init__(self, parse: Callable[[Any], Any]):
+        super().__init__()
+        self.parse_value = parse
+
+    def parse(self, argument: Any) -> Any:
+        """Returns the value of what was typed. Raises ValueError, which absl answers with the flag's name."""
+        return self.parse_value(argument)
+
+
 def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
     """Registers the flag of a `setting`; `changes` may replace the default and the help of its field."""
     metadata = field.metadata
@@ -48,7 +61,9 @@ def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
     kind = kind_of(field)
 
     # Paths and choices are texts too, so they come before the plain types.
-    if metadata["is_path"]:
+    if metadata["parse"]:
+        flags.DEFINE(SettingParser(metadata["parse"]), name, default, help_text, serializer=flags.ArgumentSerializer())
+    elif metadata["is_path"]:
         define_path(name, default, help_text)
     elif metadata["choices"]:
         flags.DEFINE_enum(name, default, list(metadata["choices"]), help_text)

@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.base.files import LimitedReads, open_regular, read_bytes
 from utils.base.messages import UserError
+from utils.images.sizes import Size
 
 # The largest image to decode: above any photograph (200 megapixels from a phone, 400 by sensor shift). It bounds
 # memory: a megapixel is a million pixels of three bytes each. Of pixels of four bytes, such as RGBA, fewer are allowed.
@@ -55,6 +56,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # height and width change places
 
 
 @functools.cache  # once a process
@@ -70,9 +72,10 @@ class BrokenImageError(Exception):
 
 
 def read_image(
-    content: bytes, name: str, size: int, *, mode: str = "RGB", as_tfds: bool = False, max_megapixels=MAX_MEGAPIXELS
-) -> UInt8[np.ndarray, "size size c"]:
-    """Decodes the middle square of an image and resizes it by antialiased bilinear interpolation.
+    content: bytes, name: str, size: Size, *, mode: str = "RGB", as_tfds: bool = False, max_megapixels=MAX_MEGAPIXELS
+) -> UInt8[np.ndarray, "h w c"]:
+    """Decodes the largest centred part of an image that has the proportions of `size`, (height, width), and resizes it
+    to that size by antialiased bilinear interpolation.
 
     `mode` is Pillow's 'RGB' or 'L' (c = 1). Raises UserError, which names the image `name`, if it cannot be decoded.
     """
@@ -80,10 +83,10 @@ def read_image(
         with open_image(content, max_megapixels) as image:
             image.load()  # metadata may follow the pixels
             convert = _to_mode_as_tfds if as_tfds else _to_mode
-            square = _resize_square(image if as_tfds else _turn_upright(image), size, mode, convert)
+            middle = _resize_middle(image if as_tfds else _turn_upright(image), size, mode, convert)
     except BrokenImageError as error:
         raise UserError(f"{name} is not a readable image ({error}); put a good copy in its place") from error
-    return np.asarray(square).reshape(size, size, -1)
+    return np.asarray(middle).reshape(*size, -1)
 
 
 def decode_image(content: bytes, *, mode: str = "RGB", max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
@@ -93,14 +96,15 @@ def decode_image(content: bytes, *, mode: str = "RGB", max_megapixels: float = M
         return _to_mode(_turn_upright(image), mode)
 
 
-def check_image(content: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int, int]:
-    """Returns (shorter side, lowest value, highest value) of an image file in RGB. Raises BrokenImageError if it cannot
-    be decoded."""
+def check_image(content: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int, int, int]:
+    """Returns (height, width, lowest value, highest value) of an image file in RGB, turned upright. Raises
+    BrokenImageError if it cannot be decoded."""
     with open_image(content, max_megapixels) as image:
         image.load()
         ranges = [(pixels.min(), pixels.max()) for pixels in map(np.asarray, _strips(image, "RGB", _to_mode))]
         lows, highs = zip(*ranges, strict=True)
-        return min(image.size), int(min(lows)), int(max(highs))
+        width, height = image.size[::-1] if read_orientation(image) in SIDEWAYS else image.size
+        return height, width, int(min(lows)), int(max(highs))
 
 
 def read_image_file(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> bytes:
@@ -219,29 +223,40 @@ def _turn_upright(image: Image.Image) -> Image.Image:
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def _resize_square(
-    image: Image.Image, size: int, mode: str, convert: Callable[[Image.Image, str], Image.Image]
-) -> Image.Image:
-    """Returns the middle square, converted to `mode` and resized.
+def find_middle(size: Size, target: Size) -> tuple[int, int, int, int]:
+    """Returns the box (left, top, right, bottom) of the largest centred part of an image of `size` that has the
+    proportions of `target`; both are (height, width)."""
+    # One side is kept, the other cut down to a whole number of pixels; of a square target both are the shorter one.
+    height = min(size[0], max(1, size[1] * target[0] // target[1]))
+    width = min(size[1], max(1, size[0] * target[1] // target[0]))
+    left = (size[1] - width) // 2
+    top = (size[0] - height) // 2
+    return left, top, left + width, top + height
 
-    A large square is first resized to `size` columns strip by strip, then to `size` rows. Pillow resizes in the
+
+def _resize_middle(
+    image: Image.Image, size: Size, mode: str, convert: Callable[[Image.Image, str], Image.Image]
+) -> Image.Image:
+    """Returns the middle of an image in the proportions of `size`, converted to `mode` and resized.
+
+    A large one is first resized to the columns of `size` strip by strip, then to its rows. Pillow resizes in the
     same order, so the result is the same (tests compare them), without a second copy of all pixels.
     """
-    side = min(image.size)
-    left = (image.width - side) // 2
-    top = (image.height - side) // 2
+    rows, columns = size
+    box = find_middle((image.height, image.width), size)
+    height = box[3] - box[1]
     narrow = None
     start = 0
 
-    # A single strip is the whole square; else all strips are narrowed and put together first.
-    for strip in _strips(image, mode, convert, (left, top, left + side, top + side)):
-        if strip.height == side:
-            return strip.resize((size, size), Image.Resampling.BILINEAR)
-        narrow = narrow or Image.new(mode, (size, side))
-        narrow.paste(strip.resize((size, strip.height), Image.Resampling.BILINEAR), (0, start))
+    # A single strip is the whole part; else all strips are narrowed and put together first.
+    for strip in _strips(image, mode, convert, box):
+        if strip.height == height:
+            return strip.resize((columns, rows), Image.Resampling.BILINEAR)
+        narrow = narrow or Image.new(mode, (columns, height))
+        narrow.paste(strip.resize((columns, strip.height), Image.Resampling.BILINEAR), (0, start))
         start += strip.height
     assert narrow is not None
-    return narrow.resize((size, size), Image.Resampling.BILINEAR)
+    return narrow.resize((columns, rows), Image.Resampling.BILINEAR)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

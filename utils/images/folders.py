@@ -39,7 +39,7 @@ SYSTEM_NAMES = {
 SYSTEM_PATTERN = re.compile(r"\._.*|\.trash-\d+|found\.\d{3}|\.nfs[0-9a-f]{8,}|\.fuse_hidden[0-9a-f]+", re.DOTALL)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those of pytorch-fid
 MAX_LISTED = 3  # names in a message
-CHECK_VERSION = 3  # of what is decoded how; raise it when utils/images/decoding.py takes other files for broken
+CHECK_VERSION = 4  # of what is decoded how; raise it when utils/images/decoding.py takes other files for broken
 
 # Files that may hold labels or captions, by their suffix, and those that only describe the data.
 TABLE_SUFFIXES = (
@@ -127,7 +127,8 @@ def _count_files(path: Path) -> int:
 class CheckedImage(NamedTuple):
     """Result of the check of one file."""
 
-    side: int  # its shorter side, in pixels; 0 if it cannot be read
+    height: int  # in pixels, upright; 0 if it cannot be read
+    width: int
     digest: str  # the first 16 hex digits of its content's sha256
     reason: str  # why it cannot be read, or ''
     lowest: int = 0  # of its values, 0 .. 255
@@ -194,20 +195,20 @@ def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
     try:
         if not path.is_file():
             what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
-            return CheckedImage(0, "", what), False
+            return CheckedImage(0, 0, "", what), False
         content = read_image_file(path, max_megapixels)
     except OSError as error:
-        return CheckedImage(0, "", error.strerror or str(error)), False
+        return CheckedImage(0, 0, "", error.strerror or str(error)), False
     except BrokenImageError as error:
-        return CheckedImage(0, "", str(error)), False
+        return CheckedImage(0, 0, "", str(error)), False
 
     # From here on the finding depends on the bytes alone.
     digest = hashlib.sha256(content).hexdigest()[:16]
     try:
-        side, lowest, highest = check_image(content, max_megapixels=max_megapixels)
-        return CheckedImage(side, digest, "", lowest, highest), True
+        height, width, lowest, highest = check_image(content, max_megapixels=max_megapixels)
+        return CheckedImage(height, width, digest, "", lowest, highest), True
     except BrokenImageError as error:
-        return CheckedImage(0, digest, str(error)), True
+        return CheckedImage(0, 0, digest, str(error)), True
 
 
 def _read_kept(file: Path, version: str) -> dict[str, list]:
@@ -215,7 +216,7 @@ def _read_kept(file: Path, version: str) -> dict[str, list]:
     try:
         content = json.loads(read_bytes(file))
         files = content["files"] if content["version"] == version else {}
-        types = [str, int, str, str, int, int]
+        types = [str, int, int, str, str, int, int]
         return {path: row for path, row in files.items() if [type(x) for x in row] == types}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

@@ -21,6 +21,7 @@ from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, expand_codec, list_co
 from utils.data.dataset import DataOptions
 from utils.data.loaders import expand_name
 from utils.images.decoding import MAX_MEGAPIXELS
+from utils.images.sizes import parse_size
 from utils.metrics.inception import CONVENTIONS
 from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.objective import Objective
@@ -66,7 +67,11 @@ class DataConfig:
     data_dir: str | None = setting(None, "Where TFDS keeps prepared data sets; gs://... too.", is_path=True)
 
     # How each image is decoded and prepared.
-    image_size: int | None = setting(None, "Images are centre-cropped and resized to this side.", 1, 2**13)
+    image_size: int | str | None = setting(
+        None,
+        "Images are centre-cropped and resized to this side, or to rows x columns, such as 24x40.",
+        parse=parse_size,
+    )
     broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
     max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)
     random_flip: int | None = setting(

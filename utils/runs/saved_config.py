@@ -75,6 +75,16 @@ def _choice(choices: Collection[str]) -> Rule:
     return Rule(lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
 
 
+def _parsed(parse: Callable[[Any], Any]) -> Rule:
+    def is_good(value):
+        try:
+            return parse(value) == value
+        except ValueError:
+            return False
+
+    return Rule(is_good, "a value as its flag takes it")
+
+
 def _is_text(value: Any) -> bool:
     """Returns whether this can be a name or a path. Bytes of a file name that are no UTF-8 may be surrogates."""
     if not isinstance(value, str) or len(value) > MAX_TEXT or "\0" in value:
@@ -280,7 +290,9 @@ def _rule_of(field: dataclasses.Field) -> Rule:
     metadata = field.metadata
     kind = kind_of(field)
     low, high = metadata["low"], metadata["high"]
-    if metadata["choices"]:
+    if metadata["parse"]:
+        rule = _parsed(metadata["parse"])
+    elif metadata["choices"]:
         rule = _choice(metadata["choices"])
     elif kind is tuple:
         rule = Rule(lambda value: value == [] or _are_names(value), "a list of names")

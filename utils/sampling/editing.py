@@ -17,16 +17,14 @@ def read_images(
 ) -> tuple[UInt8[np.ndarray, "n h w c"], list[Path]]:
     """Returns (images, their files) of a folder, sorted by path, `limit` at most.
 
-    The middle square of each is resized to `image_shape` (height, width, channels), as in training. Raises UserError,
-    naming --`flag`, where the folder has no images, one cannot be read, or the run's images are not square.
+    The middle of each is resized to `image_shape` (height, width, channels), as in training. Raises UserError, naming
+    --`flag`, where the folder has no images, or one cannot be read.
     """
     # What cannot work is refused before anything is decoded.
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--{flag}={folder} is no folder; give a folder of images")
     height, width, channels = image_shape
-    if height != width:
-        raise UserError(f"--{flag}: images are read as squares, but those of the run are {height}x{width}")
     files = find_images(folder)[:limit]
     if not files:
         raise UserError(f"--{flag}={folder} holds no images ({', '.join(SUFFIXES)})")
@@ -36,7 +34,7 @@ def read_images(
     images = np.empty((len(files), *image_shape), np.uint8)
     for file, image in zip(files, images, strict=True):
         try:
-            image[:] = read_image(read_image_file(file), f"--{flag}: {file}", height, mode=mode)
+            image[:] = read_image(read_image_file(file), f"--{flag}: {file}", (height, width), mode=mode)
         except (OSError, BrokenImageError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"--{flag}: {file} cannot be read ({reason}); put a good copy in its place") from None

@@ -16,6 +16,7 @@ from utils.base.messages import format_duration
 from utils.data.dataset import Batch, DataOptions, ImageDataset
 from utils.data.loaders import find_loader
 from utils.images.pixels import PixelFormat, are_pictures
+from utils.images.sizes import write_size
 from utils.networks.network import NetworkConfig
 from utils.networks.state import YOUNG, EmaSchedule, TrainState
 from utils.objectives.objective import has_guidance
@@ -205,10 +206,10 @@ def write_statistics_command(saved: dict[str, Any], out: Path, *options: str) ->
     is_derived = source is not None and source.is_derived
 
     # Options under which the same images are read again.
-    height, width, _ = data["image_shape"]
+    size = write_size(data["image_shape"][:2])
     has_default_size = loader is not None and loader.default_size is not None
-    if saved.get("image_size") is not None or has_default_size or (is_derived and height == width):
-        words += ["--image_size", saved.get("image_size") or height]
+    if saved.get("image_size") is not None or has_default_size or is_derived:
+        words += ["--image_size", saved.get("image_size") or size]
     if saved.get("data_dir"):
         words += ["--data_dir", saved["data_dir"]]
     if loader is not None and not is_derived:

@@ -15,6 +15,7 @@ from utils.base.messages import UserError, log
 from utils.base.settings import find_entry, flatten_groups, settings_of, suggest_name
 from utils.codecs import codecs
 from utils.data.loaders import get_loader
+from utils.images.sizes import write_size
 from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objectives import OBJECTIVES
@@ -138,7 +139,7 @@ def find_inherited(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if record["name"] == "pixels" or loader.holds != "latents":  # latents say themselves what made them
         inherited["codec"] = str(codecs.CodecSpec(record["name"], record["source"]))
     if loader.is_resizable:
-        inherited["image_size"] = saved["dataset"]["image_shape"][0]
+        inherited["image_size"] = write_size(saved["dataset"]["image_shape"][:2])
     return inherited
 
 
