@@ -87,6 +87,7 @@ def count_examples(examples: Iterator, bar: tqdm) -> Iterator:
 def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
     """Returns {split: data set}. Raises UserError if they hold no images, or would make too many files."""
     reading.check_data_flags(config.dataset_name)
+    config.image_mode = config.image_mode or "RGB"  # which is what VAEs take
     options = reading.read_data_options(config)
     datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
     # Splits are of one kind: what holds of the training images holds of the others.

@@ -32,6 +32,7 @@ from utils.flags import program, reading
 from utils.flags.definitions import define_codec_flags, define_data_flags, define_path
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
+from utils.images.decoding import find_mode
 from utils.images.pixels import PixelFormat, check_pictures, match_channels
 from utils.images.sizes import write_size
 from utils.runs.opening import load_model, open_checkpoint, restore_params
@@ -122,6 +123,8 @@ class Measurement:
         # Other images are brought to the run's size, where their loader can resize.
         if not is_own and config.image_size is None and get_loader(name).is_resizable:
             config.image_size = write_size(saved["dataset"]["image_shape"][:2])
+        if config.image_mode is None and "image_mode" in get_loader(name).options:
+            config.image_mode = find_mode(saved["dataset"]["image_shape"], PixelFormat.from_record(saved["dataset"]))
         return load_dataset(name, config.split, reading.read_data_options(config))
 
     def _check_dataset(self) -> None:

@@ -204,6 +204,7 @@ class DataOptions:
     broken_images: str = "refuse"  # or 'skip'
     max_megapixels: float = MAX_MEGAPIXELS  # of the largest image that is decoded
     random_flip: bool | None = None  # whether half of the training images are mirrored; None: the loader decides
+    image_mode: str | None = None  # one of decoding.MODES; None: the loader decides
 
     @property
     def size(self) -> Size | None:

@@ -20,7 +20,9 @@ from utils.conditions.classes import imagenet_class_names
 from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
 from utils.data.fingerprint import Fingerprint, Row
 from utils.images.decoding import (
+    CHANNELS,
     MAX_MEGAPIXELS,
+    SIXTEEN_BITS,
     BrokenImageError,
     read_image,
     read_image_file,
@@ -35,11 +37,11 @@ from utils.images.folders import (
     system_message,
     unused_message,
 )
-from utils.images.pixels import describe_range
+from utils.images.pixels import UINT8, describe_range
 from utils.images.sizes import Size, write_size
 
 # In lower case; a file with another suffix is named as ignored.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 MAX_LISTED = 3  # files named in a message
 
 # Names that folders of splits go by, also as train2017, training_set, seg_test, valid-images.
@@ -76,25 +78,28 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
     if len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
         names = imagenet_class_names()
     labels = [label for _, label in listed.files]
+    mode = options.image_mode or listed.mode
     rows = [Row(*values) for values in zip(listed.keys, labels, listed.digests, strict=True)]
     return ImageDataset(
         name=name,
         split=split,
-        source=ImageFiles(listed.files, size, options.max_megapixels),
-        image_shape=(*size, 3),
+        source=ImageFiles(listed.files, size, mode, options.max_megapixels),
+        image_shape=(*size, CHANNELS[mode]),
         class_names=names,
         random_flip=False,
         fingerprint=Fingerprint.of_rows("files", rows),
         empty_classes=find_empty_classes(labels, len(names)),
+        pixels=SIXTEEN_BITS if mode == "I;16" else UINT8,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """Source of image files, turned upright and brought to RGB of `size`, (height, width)."""
+    """Source of image files, turned upright and brought to `size`, (height, width), and to a mode of decoding.MODES."""
 
     files: Sequence[tuple[Path, int]]  # and their labels
     size: Size
+    mode: str = "RGB"
     max_megapixels: float = MAX_MEGAPIXELS
 
     def __len__(self) -> int:
@@ -108,7 +113,7 @@ class ImageFiles:
         except (OSError, BrokenImageError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read any more ({reason}); bring it back") from error
-        image = read_image(content, str(path), self.size, max_megapixels=self.max_megapixels)
+        image = read_image(content, str(path), self.size, mode=self.mode, max_megapixels=self.max_megapixels)
         return {"image": image, "label": np.int32(label)}
 
 
@@ -120,6 +125,7 @@ class FolderSplit:
     files: list[tuple[Path, int]]  # and their labels
     keys: list[str]  # names that stay the same wherever the folder is
     digests: list[str]  # of the files' contents
+    mode: str  # of decoding.MODES, which keeps what all of them have
 
     def take(self, rows: Sequence[int]) -> "FolderSplit":
         """Returns these rows alone."""
@@ -127,7 +133,7 @@ class FolderSplit:
         def take(column):
             return [column[row] for row in rows]
 
-        return FolderSplit(self.class_names, take(self.files), take(self.keys), take(self.digests))
+        return dataclasses.replace(self, files=take(self.files), keys=take(self.keys), digests=take(self.digests))
 
 
 def list_folder(root: Path, split: str, options: DataOptions) -> tuple[FolderSplit, bool]:
@@ -163,7 +169,7 @@ def list_folder(root: Path, split: str, options: DataOptions) -> tuple[FolderSpl
         )
     labels = [train.class_names.index(name) for name in validation.class_names]
     files = [(path, labels[label]) for path, label in validation.files]
-    return dataclasses.replace(validation, class_names=train.class_names, files=files), False
+    return dataclasses.replace(validation, class_names=train.class_names, files=files, mode=train.mode), False
 
 
 def split_of(folder_name: str) -> str | None:
@@ -301,7 +307,25 @@ def _list_split(folder: Path, root: Path, options: DataOptions, is_training: boo
         raise UserError(f"{flag}: {folder} holds no readable images; {_layout(root)}")
     # Relative to the split, so that the data may be moved.
     keys = [_text(path.relative_to(folder).as_posix()) for path, _ in files]
-    return FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files])
+    mode = _choose_mode(folder, [checked[path].mode for path, _ in files], options if is_training else None)
+    return FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files], mode)
+
+
+def _choose_mode(folder: Path, modes: Sequence[str], options: DataOptions | None) -> str:
+    """Returns the mode of images that have `modes`: colour if one of them has it, 16 bits if all do.
+
+    With `options` that leave the mode open, says where it is that of 16 bits.
+    """
+    found = set(modes)
+    if "RGB" in found:
+        return "RGB"
+    if found != {"I;16"}:
+        return "L"
+    if options and options.image_mode is None:
+        warn_once(
+            f"{folder}: all images have 16 bits: they are read as float32 in 0 .. 1; --image_mode L rounds them to 8"
+        )
+    return "I;16"
 
 
 def _find_classes(folder: Path, root: Path) -> dict[Path, Scanned]:

@@ -65,7 +65,7 @@ LOADERS: dict[str, Loader] = {
         "image files, in a folder for each class or in one folder",
         "PATH",
         is_path=True,
-        options=("image_size", "broken_images", "max_megapixels"),
+        options=("image_size", "broken_images", "max_megapixels", "image_mode"),
         default_size=256,
         flips=True,
     ),
@@ -155,7 +155,7 @@ def check_data_settings(dataset_name: str, given: Mapping[str, Any]) -> None:
     if loader is None:  # refused where the data are loaded
         return
     # Only loaders of image files decode, and may meet broken files.
-    for name in ("broken_images", "max_megapixels"):
+    for name in ("broken_images", "max_megapixels", "image_mode"):
         if name not in loader.options:
             takers = ", ".join(list_names(lambda loader, name=name: name in loader.options))
             refuse_ignored((name,), given, f"on {dataset_name}, only on {takers}")

@@ -1,8 +1,9 @@
-"""Decodes images: encoded bytes -> uint8 pixels in RGB or grey, the middle square resized.
+"""Decodes images: encoded bytes -> pixels of one of MODES, their middle resized.
 
 Decoding follows one of two rules. Image files are decoded as a page shows them: upright by their EXIF orientation,
-transparency on white, 16 bits a channel rounded to 8. Images stored by TFDS are decoded as TFDS itself does, so that
-array_record and tfrecord give the same pixels: as stored, alpha dropped, 16 bits cut to their upper 8.
+transparency on white unless the mode keeps it, 16 bits a channel rounded to 8 but in the mode of 16 bits. Images
+stored by TFDS are decoded as TFDS itself does, so that array_record and tfrecord give the same pixels: as stored,
+alpha dropped, 16 bits cut to their upper 8.
 """
 
 import contextlib
@@ -11,17 +12,18 @@ import os
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from utils.base.files import LimitedReads, open_regular, read_bytes
 from utils.base.messages import UserError
+from utils.images.pixels import UINT8, PixelFormat
 from utils.images.sizes import Size
 
 # The largest image to decode: above any photograph (200 megapixels from a phone, 400 by sensor shift). It bounds
@@ -42,6 +44,13 @@ REREAD = 4
 
 # Accepted under any of the usual suffixes. One of Pillow's other formats (EPS) runs a program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# Modes that images are decoded into: uint8 grey, RGB or RGBA, and grey as float32 in [0, 1], which keeps 16 bits.
+MODES = ("L", "RGB", "RGBA", "I;16")
+CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4, "I;16": 1}
+SIXTEEN_BITS = PixelFormat("float32", 0.0, 1.0)
+# Pillow's modes of files in shades of grey; all others have colours, or a palette.
+GREY = ("1", "L", "LA", "La", "I", "F")
 
 # {type of a TIFF tag: bytes of a value}: TIFF 6.0, section 2.
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
@@ -73,11 +82,12 @@ class BrokenImageError(Exception):
 
 def read_image(
     content: bytes, name: str, size: Size, *, mode: str = "RGB", as_tfds: bool = False, max_megapixels=MAX_MEGAPIXELS
-) -> UInt8[np.ndarray, "h w c"]:
+) -> UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w 1"]:
     """Decodes the largest centred part of an image that has the proportions of `size`, (height, width), and resizes it
     to that size by antialiased bilinear interpolation.
 
-    `mode` is Pillow's 'RGB' or 'L' (c = 1). Raises UserError, which names the image `name`, if it cannot be decoded.
+    `mode` is one of MODES, of which TFDS has 'RGB' and 'L' alone. Raises UserError, which names the image `name`, if it
+    cannot be decoded.
     """
     try:
         with open_image(content, max_megapixels) as image:
@@ -96,15 +106,32 @@ def decode_image(content: bytes, *, mode: str = "RGB", max_megapixels: float = M
         return _to_mode(_turn_upright(image), mode)
 
 
-def check_image(content: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int, int, int]:
-    """Returns (height, width, lowest value, highest value) of an image file in RGB, turned upright. Raises
-    BrokenImageError if it cannot be decoded."""
+def check_image(content: bytes, *, max_megapixels: float = MAX_MEGAPIXELS) -> tuple[int, int, str, int, int]:
+    """Returns (height, width, mode, lowest value, highest value) of an image file, turned upright; the mode is the one
+    of 'L', 'RGB' and 'I;16' that keeps what the file has, and the values are those in RGB.
+
+    Raises BrokenImageError if it cannot be decoded.
+    """
     with open_image(content, max_megapixels) as image:
         image.load()
         ranges = [(pixels.min(), pixels.max()) for pixels in map(np.asarray, _strips(image, "RGB", _to_mode))]
         lows, highs = zip(*ranges, strict=True)
         width, height = image.size[::-1] if read_orientation(image) in SIDEWAYS else image.size
-        return height, width, int(min(lows)), int(max(highs))
+        return height, width, _mode_of(image), int(min(lows)), int(max(highs))
+
+
+def _mode_of(image: Image.Image) -> str:
+    """Returns the mode of 'L', 'RGB' and 'I;16' that keeps what an image has, but for its transparency."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # Pillow's modes of 16 bits
+        return "I;16"
+    return "L" if image.mode in GREY else "RGB"
+
+
+def find_mode(image_shape: Sequence[int], pixels: PixelFormat) -> str | None:
+    """Returns the mode that gives images of such a shape, (h, w, c), and format; None if none does."""
+    if pixels == UINT8:
+        return next((mode for mode in MODES[:3] if CHANNELS[mode] == image_shape[-1]), None)
+    return "I;16" if pixels == SIXTEEN_BITS and image_shape[-1] == 1 else None
 
 
 def read_image_file(path: Path, max_megapixels: float = MAX_MEGAPIXELS) -> bytes:
@@ -252,19 +279,29 @@ def _resize_middle(
     for strip in _strips(image, mode, convert, box):
         if strip.height == height:
             return strip.resize((columns, rows), Image.Resampling.BILINEAR)
-        narrow = narrow or Image.new(mode, (columns, height))
+        # Colours are weighted by their opacity from the first pass to the last, as Pillow does for a whole image.
+        if strip.mode == "RGBA" and (columns, rows) != (strip.width, height):
+            strip = strip.convert("RGBa")
+        narrow = narrow or Image.new(strip.mode, (columns, height))
         narrow.paste(strip.resize((columns, strip.height), Image.Resampling.BILINEAR), (0, start))
         start += strip.height
     assert narrow is not None
-    return narrow.resize((columns, rows), Image.Resampling.BILINEAR)
+    resized = narrow.resize((columns, rows), Image.Resampling.BILINEAR)
+    return resized.convert("RGBA") if resized.mode == "RGBa" else resized
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """Converts the pixels of an image file."""
+    """Converts the pixels of an image file to one of MODES; of 16 bits they are floats in [0, 1] from here on."""
+    if mode == "I;16":
+        is_deep = image.mode.startswith("I")
+        levels = np.asarray(image if is_deep else _to_mode(image, "L")).astype(np.float32)
+        return Image.fromarray(np.clip(levels / np.float32(65535 if is_deep else 255), 0, 1))
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
         levels = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(np.clip(np.round(levels), 0, 255).astype(np.uint8)).convert(mode)
-    if image.has_transparency_data:  # on white, as a page shows it; the colours of transparent pixels are arbitrary
+    if (
+        image.has_transparency_data and mode != "RGBA"
+    ):  # on white, as a page shows it; the colours of transparent pixels are arbitrary
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert(mode)

@@ -129,6 +129,7 @@ class CheckedImage(NamedTuple):
 
     height: int  # in pixels, upright; 0 if it cannot be read
     width: int
+    mode: str  # that keeps what it has, one of decoding.MODES; '' if it cannot be read
     digest: str  # the first 16 hex digits of its content's sha256
     reason: str  # why it cannot be read, or ''
     lowest: int = 0  # of its values, 0 .. 255
@@ -195,20 +196,20 @@ def _check_file(path: Path, max_megapixels: float) -> tuple[CheckedImage, bool]:
     try:
         if not path.is_file():
             what = "a link to nothing" if path.is_symlink() and not path.exists() else "no regular file"
-            return CheckedImage(0, 0, "", what), False
+            return CheckedImage(0, 0, "", "", what), False
         content = read_image_file(path, max_megapixels)
     except OSError as error:
-        return CheckedImage(0, 0, "", error.strerror or str(error)), False
+        return CheckedImage(0, 0, "", "", error.strerror or str(error)), False
     except BrokenImageError as error:
-        return CheckedImage(0, 0, "", str(error)), False
+        return CheckedImage(0, 0, "", "", str(error)), False
 
     # From here on the finding depends on the bytes alone.
     digest = hashlib.sha256(content).hexdigest()[:16]
     try:
-        height, width, lowest, highest = check_image(content, max_megapixels=max_megapixels)
-        return CheckedImage(height, width, digest, "", lowest, highest), True
+        height, width, mode, lowest, highest = check_image(content, max_megapixels=max_megapixels)
+        return CheckedImage(height, width, mode, digest, "", lowest, highest), True
     except BrokenImageError as error:
-        return CheckedImage(0, 0, digest, str(error)), True
+        return CheckedImage(0, 0, "", digest, str(error)), True
 
 
 def _read_kept(file: Path, version: str) -> dict[str, list]:
@@ -216,7 +217,7 @@ def _read_kept(file: Path, version: str) -> dict[str, list]:
     try:
         content = json.loads(read_bytes(file))
         files = content["files"] if content["version"] == version else {}
-        types = [str, int, int, str, str, int, int]
+        types = [str, int, int, str, str, str, int, int]
         return {path: row for path, row in files.items() if [type(x) for x in row] == types}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

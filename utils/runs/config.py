@@ -20,7 +20,7 @@ from utils.base.settings import check_setting, find_entry, merge_settings, setti
 from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, expand_codec, list_codecs, parse_codec
 from utils.data.dataset import DataOptions
 from utils.data.loaders import expand_name
-from utils.images.decoding import MAX_MEGAPIXELS
+from utils.images.decoding import MAX_MEGAPIXELS, MODES
 from utils.images.sizes import parse_size
 from utils.metrics.inception import CONVENTIONS
 from utils.networks.network import NETWORKS, NetworkConfig
@@ -72,6 +72,9 @@ class DataConfig:
         "Images are centre-cropped and resized to this side, or to rows x columns, such as 24x40.",
         parse=parse_size,
     )
+    image_mode: str | None = setting(
+        None, "Grey, colour, with transparency, or grey of 16 bits; default: what the files have.", choices=MODES
+    )
     broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
     max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)
     random_flip: int | None = setting(
@@ -85,7 +88,14 @@ class DataConfig:
     def options(self) -> DataOptions:
         """The settings as a data set's loader takes them."""
         flip = None if self.random_flip is None else bool(self.random_flip)
-        return DataOptions(self.data_dir, self.image_size, self.broken_images, self.max_megapixels, flip)
+        return DataOptions(
+            self.data_dir,
+            self.image_size,
+            self.broken_images,
+            self.max_megapixels,
+            random_flip=flip,
+            image_mode=self.image_mode,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

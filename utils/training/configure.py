@@ -14,7 +14,9 @@ from utils.base.effects import check_effects
 from utils.base.messages import UserError, log
 from utils.base.settings import find_entry, flatten_groups, settings_of, suggest_name
 from utils.codecs import codecs
-from utils.data.loaders import get_loader
+from utils.data.loaders import find_loader, get_loader
+from utils.images.decoding import find_mode
+from utils.images.pixels import PixelFormat
 from utils.images.sizes import write_size
 from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
@@ -59,6 +61,8 @@ def make_config(
         recorded = {**own, **recorded}
     layers = (drop_derived(recorded, stated), file, given)
     values = fill_layers(layers, find_inherited(layers) if own is None else {})
+    if _has_mode(values) and codecs.parse_codec(values.get("codec") or "kl").name != "pixels":
+        values.setdefault("image_mode", "RGB")  # which is what VAEs take
 
     # The run is named after its data.
     name = values.get("wandb.name", known["wandb.name"].default)
@@ -95,7 +99,8 @@ def read_own_settings(settled: Mapping[str, Any]) -> dict[str, Any] | None:
     if folder is None or "dataset_name" in settled or "load_dir" in settled or not has_checkpoints(Path(folder)):
         return None
     saved = SourceRun.open(folder).saved
-    return {name: value for name, value in flatten_settings(saved).items() if name not in START_SETTINGS}
+    settings = {name: value for name, value in flatten_settings(saved).items() if name not in START_SETTINGS}
+    return _image_mode(saved, settings) | settings
 
 
 def drop_derived(recorded: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,12 +126,15 @@ def find_inherited(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # A draft says where the run is and what it names; its architecture is not settled yet.
     draft = RunConfig.from_settings(fill_layers(layers, {}))
     folder = draft.folder
+    draft_data = {"dataset_name": draft.data.dataset_name}
     if draft.start.load_dir and not has_checkpoints(folder):
         saved: Mapping[str, Any] | None = SourceRun.open(draft.start.load_dir).saved
     else:
         saved = read_started_from(folder)
     if saved is None:
-        return {}
+        # A run that is continued reads its images as it did, also where that is no default any more.
+        is_open = _has_mode(draft_data) and has_checkpoints(folder)
+        return _image_mode(SourceRun.open(str(folder)).saved, draft_data) if is_open else {}
 
     # The architecture and the objective, the codec and, of images that can be resized, their size.
     model = find_entry("model.network", saved["model"]["network"], NETWORKS).config_class
@@ -140,7 +148,21 @@ def find_inherited(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         inherited["codec"] = str(codecs.CodecSpec(record["name"], record["source"]))
     if loader.is_resizable:
         inherited["image_size"] = write_size(saved["dataset"]["image_shape"][:2])
-    return inherited
+    return inherited | _image_mode(saved, draft_data)
+
+
+def _has_mode(values: Mapping[str, Any]) -> bool:
+    """Returns whether --image_mode has an effect on the data set of the settings {name: value}."""
+    loader = find_loader(values.get("dataset_name") or "")
+    return loader is not None and "image_mode" in loader.options
+
+
+def _image_mode(saved: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the setting under which the data set of `values`, {name: value}, gives images of the channels and range
+    of those of a run; {} if none does."""
+    data = saved["dataset"]
+    mode = find_mode(data["image_shape"], PixelFormat.from_record(data)) if _has_mode(values) else None
+    return {} if mode is None else {"image_mode": mode}
 
 
 def fill_layers(layers: Sequence[Mapping[str, Any]], inherited: Mapping[str, Any]) -> dict[str, Any]:
