@@ -18,7 +18,7 @@ from utils.base.messages import UserError, log
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.images import plotting
-from utils.runs.config import expand_path
+from utils.runs.given import expand_path
 from utils.trackers.trackers import name_runs, read_curves
 
 DEFAULT_METRICS = ("training/l2_loss", "validation/l2_loss", "training/grad_norm", "fid")  # those that a run has logged

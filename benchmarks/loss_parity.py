@@ -18,7 +18,7 @@ from utils.base.messages import UserError
 from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.images import plotting
-from utils.runs.config import expand_path
+from utils.runs.given import expand_path
 from utils.trackers.trackers import name_runs, read_curves
 
 NUM_SAMPLES = 8

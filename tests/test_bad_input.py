@@ -29,7 +29,7 @@ from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset
 from utils.flags import reading
 from utils.flags.help import HABITS, find_answer, is_hidden, refuse_habits
-from utils.runs.config import expand_path
+from utils.runs.given import expand_path
 from utils.runs.opening import load_generator
 
 PROGRAMS = {

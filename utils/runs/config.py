@@ -6,20 +6,17 @@ makes one from what a user gives.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion_transformer import REMAT_POLICIES
-from utils.base.files import expand_home, refuse_url
 from utils.base.mesh import SHARDING_MODES
 from utils.base.messages import UserError
 from utils.base.settings import check_setting, find_entry, merge_settings, setting, settings_of
-from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, expand_codec, list_codecs, parse_codec
+from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, list_codecs, parse_codec
 from utils.data.dataset import DataOptions
-from utils.data.loaders import expand_name
 from utils.images.decoding import MAX_MEGAPIXELS, MODES
 from utils.images.sizes import parse_size
 from utils.metrics.inception import CONVENTIONS
@@ -414,40 +411,3 @@ def fill_settings(group_class: Any, settings: Mapping[str, Any], group: str) -> 
 def read_settings(part: Any, group_class: Any, group: str) -> dict[str, Any]:
     """Returns {name: value} of a dataclass of settings."""
     return {name: getattr(part, field.name) for name, field in settings_of(group_class, group).items()}
-
-
-# --- Values as they are given ---
-
-
-def expand_path(path: str, flag: str) -> str:
-    """Returns a path with a leading ~ or ~user replaced, also within the name of a data set (folder:~/x) or a codec.
-
-    Raises UserError if there is no such home, and for URLs that are not supported.
-    """
-    if flag == "dataset_name":
-        return expand_name(path)
-    if flag == "codec":
-        return expand_codec(path)
-    refuse_url(path, flag)
-    return expand_home(path, f"--{flag}={path}")
-
-
-def check_given(name: str, value: Any, is_path: bool) -> Any:
-    """Returns the value that a user gives for setting `name`, paths expanded.
-
-    Raises UserError for numbers that are not finite or beyond 32 bits, and for names that no file can have.
-    """
-    # Numbers: seeds have 32 bits, and what goes into compiled functions has 31 and a sign.
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"--{name}={value} is no finite number; give one")
-    if isinstance(value, int) and name == "seed" and not 0 <= value < 2**32:
-        raise UserError(f"--seed={value}: use a number from 0 to {2**32 - 1}")
-    if isinstance(value, int) and name != "seed" and abs(value) >= 2**31:
-        raise UserError(f"--{name}={value} is too large; use a number below {2**31}")
-
-    # Paths: file systems take 255 bytes between two slashes.
-    if is_path and isinstance(value, str):
-        value = expand_path(value, name)
-        if not value or any(len(part.encode("utf-8", "surrogateescape")) > 255 for part in value.split("/")):
-            raise UserError(f"--{name}={value[:60]}: a name of 1 to 255 bytes is needed")
-    return value

@@ -22,7 +22,8 @@ from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objectives import OBJECTIVES
 from utils.runs.checkpoint import has_checkpoints
-from utils.runs.config import OBJECTIVE_NAME, PRESET, START_SETTINGS, RunConfig, all_settings, check_given
+from utils.runs.config import OBJECTIVE_NAME, PRESET, START_SETTINGS, RunConfig, all_settings
+from utils.runs.given import check_given
 from utils.training.effects import PLAN_RULES, check_run_effects
 from utils.training.start import SourceRun, read_started_from
 
