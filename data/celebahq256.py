@@ -34,7 +34,7 @@ from utils.base.commands import write_command
 from utils.base.external import BadFileError, read_json
 from utils.base.files import open_regular, prepare_output_folder, write_json
 from utils.base.messages import UserError
-from utils.data.image_folder import IMAGE_SUFFIXES
+from utils.data.folder_layout import IMAGE_SUFFIXES
 from utils.data.tfds_files import import_tensorflow
 from utils.flags import program
 from utils.flags.definitions import define_path

@@ -1,0 +1,189 @@
+"""Which folders below a folder of images are splits and which are classes, and what else lies in them.
+
+A folder holds a subfolder for each class, its images at any depth below it, or images of one class; either of them also
+below folders named after splits (`train`, `valid`, `test` and the like).
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.base.messages import UserError, printable, warn_once
+from utils.images.folders import Scanned, check_folders, is_table, scan, system_message, unused_message
+
+# In lower case; a file with another suffix is named as ignored.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+MAX_LISTED = 3  # files named in a message
+
+# Names that folders of splits go by, also as train2017, training_set, seg_test, valid-images.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "val", "valid", "dev", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("masks", "annotations", "segmentations"), "no images to learn"),
+}
+SPLIT_PATTERN = re.compile(rf"(?:seg[_-])?({'|'.join(SPLIT_NAMES)})(?:[_ -]?(?:set|images?|imgs?|data|split|\d+))*")
+
+scan_images = functools.partial(scan, suffixes=IMAGE_SUFFIXES)
+
+
+def split_of(folder_name: str) -> str | None:
+    """Returns the split that a folder's name stands for, a value of SPLIT_NAMES; None if it stands for none."""
+    match = SPLIT_PATTERN.fullmatch(folder_name.lower())
+    return match and SPLIT_NAMES[match[1]]
+
+
+def find_splits(root: Path) -> tuple[Path, Path | None]:
+    """Returns (folder of the training split, folder of the validation split or None if that is to be held out).
+
+    Raises UserError if names of splits stand beside other folders, or if none of them is for training.
+    """
+    flag = f"--dataset_name=folder:{root}"
+    scanned = scan_images(root)
+    splits = {folder: split_of(folder.name) for folder in scanned.folders}
+    named = [folder for folder in scanned.folders if splits[folder]]
+    others = [folder for folder in scanned.folders if not splits[folder]]
+
+    # Classes without splits. Pictures of trains beside pictures of busses: a class like the others.
+    is_class = [folder.name.lower() for folder in named] == ["train"] and others and not scan_images(named[0]).folders
+    if not named or is_class:
+        return root, None
+    if others:
+        raise UserError(
+            f"{flag}: {list_names(named)} may be splits rather than classes, unlike {list_names(others)} beside them; "
+            f"move the classes into {root}/train, or rename {named[0].name}/ if it is a class"
+        )
+
+    # One folder for training, at most one for validation.
+    by_split = {split: [folder for folder in named if splits[folder] == split] for split in ("train", "validation")}
+    for split, found in by_split.items():
+        if len(found) > 1:
+            raise UserError(f"{flag}: {list_names(found)} could each be the {split} split; leave one of them there")
+    if not by_split["train"]:
+        fix = "name the folder to train on, or rename what is a class"
+        if scanned.images:
+            fix = f"move them into {root}/train"
+        beside = "images beside it" if scanned.images else "no train/"
+        raise UserError(f"{flag}: {root} holds {list_names(named)} but {beside}; {fix}")
+    (train,) = by_split["train"]
+    validation = next(iter(by_split["validation"]), None)
+
+    # The rest is named, not read.
+    unused = [folder for folder in named if folder not in (train, validation)]
+    not_read = [list_names(unused)] if unused else []
+    if scanned.images:
+        not_read.append(describe_some([Path(path.name) for path in scanned.images], "image"))
+    warn_once(
+        f"{root}: training on {train.name}/, validating on {f'{validation.name}/' if validation else 'a part of it'}"
+        + f"; not read: {', '.join(not_read)}" * bool(not_read)
+    )
+    _name_unused(root, scanned)
+    return _unwrap(train), validation and _unwrap(validation)
+
+
+def _unwrap(split_folder: Path) -> Path:
+    """Returns the folder of a split, or the only folder in it if that bears the same split's name.
+
+    An archive that is unpacked into a folder of its own name leaves such a nest.
+    """
+    scanned = scan_images(split_folder)
+    if len(scanned.folders) == 1 and not scanned.images:
+        (below,) = scanned.folders
+        if split_of(below.name) == split_of(split_folder.name):
+            _name_unused(split_folder, scanned)
+            return _unwrap(below)
+    return split_folder
+
+
+def _name_unused(folder: Path, *all_scanned: Scanned) -> None:
+    """Warns of files below `folder` that are not used: those that may hold labels, others, and the system's."""
+    # Tables of labels matter most: a user may take them for read.
+    others = [path for scanned in all_scanned for path in scanned.others]
+    if message := unused_message(folder, others, (path for scanned in all_scanned for path in scanned.images)):
+        warn_once(message)
+    if rest := [path for path in others if not is_table(path)]:
+        warn_once(f"{folder}: ignored {describe_some(rest, 'file')} without the suffix of an image")
+    if message := system_message(path for scanned in all_scanned for path in scanned.system):
+        warn_once(f"{folder}: {message}")
+
+
+def list_names(folders: Sequence[Path]) -> str:
+    listed = ", ".join(f"{printable(folder.name)}/" for folder in folders[:MAX_LISTED])
+    return listed + ", ..." * (len(folders) > MAX_LISTED)
+
+
+def describe_layout(root: Path) -> str:
+    suffixes = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+    return f"expected are {root}/CLASS/IMAGE or {root}/IMAGE (or the same below {root}/train), images being {suffixes}"
+
+
+def find_classes(folder: Path, root: Path) -> dict[Path, Scanned]:
+    """Returns {folder of a class: contents at any depth below it}; the root alone if all images are of one class.
+
+    Raises UserError if images lie beside folders of classes, or if there are none.
+    """
+    flag = f"--dataset_name=folder:{root}"
+
+    # All files, at any depth below the folders of classes.
+    top = scan_images(folder)
+    classes = {subfolder: _scan_below(subfolder, flag) for subfolder in top.folders}
+    found = (top, *classes.values())
+    images = {subfolder: scanned.images for subfolder, scanned in classes.items() if scanned.images}
+
+    # One class, or a folder for each. Where it might be meant otherwise, a message says what was understood.
+    if not images:
+        if not top.images:
+            raise UserError(f"{flag}: {folder} holds no images; {describe_layout(root)}")
+        classes = {root.resolve(): top}
+    elif top.images:
+        raise UserError(f"{flag}: {folder} holds {top.images[0].name} beside folders of classes; move it into one")
+    elif reason := check_folders(flag, folder, root, images):
+        warn_once(f"{folder}: {reason}: all images are of one class")
+        classes = {root.resolve(): Scanned([path for paths in images.values() for path in paths])}
+    elif len(classes) == 1 and len(below := scan_images(next(iter(classes))).folders) > 1:
+        name = next(iter(classes))
+        warn_once(
+            f"{folder}: one class, {name.name}, of all images below it; "
+            f"if {list_names(below)} are classes, give folder:{name}"
+        )
+    _name_unused(folder, *found)
+    return classes
+
+
+def _scan_below(folder: Path, flag: str) -> Scanned:
+    """Returns the contents at any depth below the folder of a class; links are followed. Raises UserError for splits
+    inside of it."""
+    found = Scanned()
+    seen = set()
+
+    def visit(folder: Path) -> None:
+        identity = (folder.stat().st_dev, folder.stat().st_ino)
+        if identity in seen:  # a link back to a folder above
+            return
+        seen.add(identity)
+        scanned = scan_images(folder)
+
+        # Splits below classes would mix what is to be held out with what is learned.
+        splits = [below for below in scanned.folders if split_of(below.name)]
+        if splits:
+            raise UserError(
+                f"{flag}: the class {folder} holds {list_names(splits)} as if there were splits in it; put them into "
+                "a folder for each split instead, PATH/train/CLASS"
+            )
+
+        # One flat list: below the folder of a class, folders mean nothing.
+        found.images.extend(scanned.images)
+        found.others.extend(scanned.others)
+        found.system.extend(scanned.system)
+        for below in scanned.folders:
+            visit(below)
+
+    visit(folder)
+    return found
+
+
+def describe_some(paths: Sequence[Path], noun: str) -> str:
+    """'3 files (a/x.txt, ...)'."""
+    names = ", ".join(str(path) for path in paths[:MAX_LISTED]) + ", ..." * (len(paths) > MAX_LISTED)
+    return f"{len(paths)} {noun}{'s' * (len(paths) > 1)} ({names})"
