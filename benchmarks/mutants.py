@@ -70,7 +70,7 @@ test_run_config.py::test_python_is_told_what_a_setting_cannot_be
 test_train_flow.py::test_the_seed_is_that_of_the_first_state
   utils/training/build.py: key = jax.random.key(run.config.training.seed) -> key = jax.random.key(0)
 test_config.py::test_options_of_the_data_are_those_of_the_flags
-  utils/runs/config.py: self.max_megapixels, flip -> 500.0, flip
+  utils/runs/config.py: self.max_megapixels, -> 500.0,
   utils/runs/config.py: self.broken_images, -> "refuse",
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
   utils/training/loop.py: keep.keep_last, keep.keep_every) -> keep.keep_last)
@@ -148,6 +148,20 @@ test_change_this.py::test_an_objective_of_steps_needs_a_network_that_takes_one
   utils/networks/models.py: if model.network.config.step_conditioning else () -> if False else ()
 test_fine_tune.py::test_another_network_takes_over_what_has_the_same_shape
   utils/training/start.py: == LABELS and value.shape[1:] == new.shape[1:] -> == LABELS
+test_image_sizes.py::test_the_middle_in_the_proportions_of_the_size_is_read
+  utils/images/decoding.py: left = (size[1] - width) // 2 -> left = 0
+  utils/images/decoding.py: max(1, size[1] * target[0] // target[1]) -> max(1, size[1])
+  utils/data/image_folder.py: size = options.size -> size = (min(options.size),) * 2
+test_image_modes.py::test_16_bits_are_kept_as_floats_where_all_files_have_them
+  utils/images/decoding.py: np.float32(65535 if is_deep else 255) -> np.float32(65536 if is_deep else 255)
+  utils/data/image_folder.py: SIXTEEN_BITS if mode == "I;16" else UINT8 -> UINT8
+  utils/data/image_folder.py: mode = options.image_mode or listed.mode -> mode = listed.mode
+test_image_modes.py::test_images_are_in_colour_if_one_of_them_is
+  utils/data/image_folder.py: , files=files, mode=train.mode) -> , files=files)
+  utils/data/image_folder.py: if found != {"I;16"}: -> if "I;16" not in found:
+test_image_modes.py::test_a_run_that_is_continued_reads_its_images_as_it_did
+  utils/training/configure.py: return _image_mode(saved, settings) | settings -> return settings
+  utils/training/configure.py: is_open = _has_mode(draft_data) and -> is_open = False and
 test_likelihood.py::test_what_is_measured_is_what_the_flags_say
   likelihood.py: jax.random.key(self.config.seed) -> jax.random.key(0)
   likelihood.py: LikelihoodConfig(config.num_probes, -> LikelihoodConfig(1,

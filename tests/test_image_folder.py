@@ -44,7 +44,7 @@ def read_one(folder, path, size) -> np.ndarray:
     (folder / "train" / "a").mkdir(parents=True, exist_ok=True)
     (folder / "validation" / "a").mkdir(parents=True, exist_ok=True)
     path.rename(folder / "train" / "a" / path.name)
-    dataset = load(f"folder:{folder}", image_size=size)
+    dataset = load(f"folder:{folder}", image_size=size, image_mode="RGB")
     assert len(dataset.source) == 1
     image = dataset.source[0]["image"]
     assert image.shape == dataset.image_shape == (size, size, 3)
@@ -410,7 +410,8 @@ def test_images_are_bounded_by_the_bytes_that_they_take(tmp_path, monkeypatch):
         content = io.BytesIO()
         Image.fromarray(np.zeros(shape, dtype)).save(content, "PNG")
         shown = 255 if shape[2:] == (4,) else 0  # what is transparent is white
-        assert check_image(content.getvalue(), max_megapixels=limit * 1.001) == (100, shown, shown)
+        mode = "I;16" if dtype == np.uint16 else "L" if len(shape) == 2 else "RGB"
+        assert check_image(content.getvalue(), max_megapixels=limit * 1.001) == (100, 100, mode, shown, shown)
         with pytest.raises(BrokenImageError, match=f"megapixels{' of 4 bytes each' * (4 in shape)} are above"):
             check_image(content.getvalue(), max_megapixels=limit * 0.999)
     # A large file is not read before its header, nor where it holds more than pixels.

@@ -26,7 +26,7 @@ from utils.training import make_config
 )
 def test_a_size_is_a_side_or_rows_by_columns(given, setting, size):
     assert parse_size(given) == setting == write_size(size)
-    assert DataOptions(image_size=given).size == size
+    assert DataOptions(image_size=setting).size == size
     config = make_config({"dataset_name": "folder:x", "image_size": given, "codec": "pixels"})
     assert config.data.image_size == config.to_json()["image_size"] == setting
     assert config.data.options.size == size
