@@ -55,6 +55,40 @@ def test_attention_and_its_derivative_are_those_of_the_formula(shape, form):
             np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=tolerance * max(1, jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize(("num_queries", "num_keys", "form"), [(12, 5, "by_head"), (3, 4, "auto")])
+def test_what_is_masked_is_as_if_it_were_not_there(num_queries, num_keys, form):
+    """Output, gradients and tangents are those of JAX's own attention to the other keys alone."""
+    shapes = [(3, num_queries, 2, 6), *[(3, num_keys, 2, 6)] * 2]
+    draw = jax.random.normal
+    inputs, tangents = ([draw(jax.random.key(i + 3 * j), shapes[i]) for i in range(3)] for j in range(2))
+    weights = draw(jax.random.key(6), shapes[0])
+    mask = np.array(jax.random.bernoulli(jax.random.key(3), 0.5, (3, num_keys)))
+    mask[:, 1] = True
+    mask[0] = [False] * (num_keys - 1) + [True]
+
+    def alone(query, key, value):
+        rows = [
+            jax.nn.dot_product_attention(q[None], k[None, is_there], v[None, is_there])
+            for q, k, v, is_there in zip(query, key, value, mask, strict=True)
+        ]
+        return jnp.concatenate(rows)
+
+    def measure(function):
+        def loss(*inputs):
+            output, tangent = jax.jvp(function, inputs, tuple(tangents))
+            return (weights * (output + jnp.square(tangent))).sum(), (output, tangent)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*inputs)
+
+    with jax.default_matmul_precision("highest"):
+        expected = measure(alone)
+        found = measure(partial(attention, form=form, mask=jnp.asarray(mask)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1, jnp.abs(b).max()))
+    low = attention(*(x.astype(jnp.bfloat16) for x in inputs), form=form, mask=jnp.asarray(mask))
+    np.testing.assert_allclose(low.astype(jnp.float32), alone(*inputs), atol=0.05)
+
+
 def random_model(dtype: str, remat: str = "none", form: str = "by_head"):
     """(a DiT whose output depends on its inputs, parameters, inputs)."""
     model = DiT(

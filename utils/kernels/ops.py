@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from utils.kernels.derivatives import define_derivatives, save_pullback
 from utils.kernels.tpu_attention import TpuAttention, split_heads
@@ -23,6 +23,8 @@ FOLDED_MATMULS_FAIL = jax.__version_info__ >= (0, 11)
 # How `attention` can be computed (see there); a TpuAttention is a form, too, bound to its mesh.
 ATTENTION_FORMS = ("auto", "by_head", "xla", "cudnn")
 AttentionForm = str | TpuAttention
+# The score of a key that nothing attends to: its weight is exactly 0. Finite, so that derivatives are, too.
+MASKED_SCORE = -1e30
 
 # --- Matmuls ---
 
@@ -120,27 +122,39 @@ def choose_attention_for(mesh: Mesh, head_dim: int, dtype: Any) -> AttentionForm
     return choose_attention(device.platform, head_dim, dtype, capability)
 
 
-def packed_attention(qkv: Float[Array, "b n c"], num_heads: int, form: AttentionForm) -> Float[Array, "b n d"]:
+def takes_mask(form: AttentionForm) -> bool:
+    """Whether a form of `attention` computes masked attention itself. The others leave it to 'xla'."""
+    return form in ("auto", "by_head", "xla")
+
+
+def packed_attention(
+    qkv: Float[Array, "b n c"], num_heads: int, form: AttentionForm, mask: Bool[Array, "b n"] | None = None
+) -> Float[Array, "b n d"]:
     """Computes `attention` of qkv, whose channels are those of query, key and value, each by head."""
-    if isinstance(form, TpuAttention):
+    if isinstance(form, TpuAttention) and mask is None:
         return form(qkv, num_heads)
     query, key, value = split_heads(qkv, num_heads)
-    return attention(query, key, value, form).reshape(*qkv.shape[:2], -1)
+    return attention(query, key, value, form, mask).reshape(*qkv.shape[:2], -1)
 
 
 def attention(
     query: Float[Array, "b n h d"],
-    key: Float[Array, "b n h d"],
-    value: Float[Array, "b n h d"],
+    key: Float[Array, "b m h d"],
+    value: Float[Array, "b m h d"],
     form: AttentionForm = "auto",
+    mask: Bool[Array, "b m"] | None = None,
 ) -> Float[Array, "b n h d"]:
     """Returns softmax(query key^T / sqrt(d)) value of each head, in the dtype of the query; the softmax is float32.
+
+    `mask` says which keys are there; the others have no weight at all, and one of each image has to be there.
 
     `form`: 'by_head' takes the heads in turn, so that only one head's weights are in memory, and recomputes them for
     derivatives (arXiv:2205.14135); 'cudnn' is NVIDIA's fused kernel; 'xla' the plain formula; a TpuAttention packs
     its arguments first. 'auto' is 'by_head' on CPUs and 'xla' elsewhere, by the platform that is compiled for; with
     derivatives it would take the memory of both.
     """
+    if mask is not None:
+        return _masked_attention(query, key, value, mask, form)
     # Arguments that were not packed, because queries and keys were normalised or rotated, are packed here.
     if isinstance(form, TpuAttention):
         b, n, num_heads, _ = query.shape
@@ -161,14 +175,28 @@ def attention(
     return jax.nn.dot_product_attention(query, key, value, implementation="xla")
 
 
-def _over_heads(function: Callable, *arrays: Float[Array, "h b n d"]) -> PyTree:
-    """Maps function(n d, ...) over images at once and over heads in turn: the memory of one head's n x n weights is
+def _masked_attention(query, key, value, mask, form):
+    if form == "auto":
+        forms = {name: partial(_masked_attention, form=name) for name in ("by_head", "xla")}
+        return jax.lax.platform_dependent(query, key, value, mask, cpu=forms["by_head"], default=forms["xla"])
+    if form != "by_head":
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None], implementation="xla")
+    # The mask becomes an array like the others: what is added to the scores of each head and image.
+    bias = jnp.where(mask, 0, MASKED_SCORE).astype(query.dtype)
+    heads = (jnp.moveaxis(x, 2, 0) for x in (query, key, value))
+    found = _attention_by_head(*heads, jnp.broadcast_to(bias, (query.shape[2], *bias.shape)))
+    return jnp.moveaxis(found, 0, 2)
+
+
+def _over_heads(function: Callable, *arrays: Float[Array, "h b ..."]) -> PyTree:
+    """Maps function(n d, ...) over images at once and over heads in turn: the memory of one head's n x m weights is
     small, and is used again for the next. Of short sequences, whose weights are no larger than the arguments, all heads
     are taken at once, in fewer kernels."""
-    num_heads, num_images, num_tokens, head_dim = arrays[0].shape
-    if num_tokens <= head_dim:
-        rows = jax.vmap(function)(*(x.reshape(-1, num_tokens, head_dim) for x in arrays))
-        return jax.tree.map(lambda x: x.reshape(num_heads, num_images, num_tokens, head_dim), rows)
+    num_heads, num_images, num_queries, head_dim = arrays[0].shape
+    num_keys = arrays[1].shape[2]
+    if max(num_queries, num_keys) <= head_dim:
+        rows = jax.vmap(function)(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
+        return jax.tree.map(lambda x: x.reshape(num_heads, num_images, *x.shape[1:]), rows)
     dtype = arrays[0].dtype
 
     # XLA's CPU would convert a whole bfloat16 array to float32 and back for each slice that is taken or written.
@@ -184,16 +212,21 @@ def _over_heads(function: Callable, *arrays: Float[Array, "h b n d"]) -> PyTree:
     return jax.tree.map(from_bits, found)
 
 
-def _weights(query: Float[Array, "n d"], key: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    return jax.nn.softmax(matmul(query, key, (1, 1), jnp.float32) * query.shape[-1] ** -0.5)
+# Of one head of one image. `bias` is nothing, or one array (m,): 0 for the keys that are there.
+def _weights(query: Float[Array, "n d"], key: Float[Array, "m d"], *bias: Float[Array, " m"]) -> Float[Array, "n m"]:
+    scores = matmul(query, key, (1, 1), jnp.float32) * query.shape[-1] ** -0.5
+    return jax.nn.softmax(sum((b.astype(jnp.float32) for b in bias), start=scores))
 
 
-def _attend(query, key, value):
-    return matmul(_weights(query, key).astype(value.dtype), value, (1, 0))
+def _attend(query, key, value, *bias):
+    return matmul(_weights(query, key, *bias).astype(value.dtype), value, (1, 0))
 
 
-def _attend_tangent(query, key, value, dquery, dkey, dvalue):
-    weights = _weights(query, key)
+def _attend_tangent(arguments, tangents):
+    query, key, value, *bias = arguments
+    # The bias says what is there: it has no tangent.
+    dquery, dkey, dvalue, *_ = tangents
+    weights = _weights(query, key, *bias)
     # The product rule for the scores, then the softmax's derivative: diag(w) - w w^T.
     dscores = matmul(dquery, key, (1, 1), jnp.float32) + matmul(query, dkey, (1, 1), jnp.float32)
     dscores = dscores * query.shape[-1] ** -0.5
@@ -201,8 +234,9 @@ def _attend_tangent(query, key, value, dquery, dkey, dvalue):
     return matmul(dweights.astype(value.dtype), value, (1, 0)) + matmul(weights.astype(value.dtype), dvalue, (1, 0))
 
 
-def _attend_cotangents(query, key, value, cotangent):
-    weights = _weights(query, key)
+def _attend_cotangents(query, key, value, *bias_and_cotangent):
+    *bias, cotangent = bias_and_cotangent
+    weights = _weights(query, key, *bias)
     # Back through the product with value, the softmax, and the scores.
     dweights = matmul(cotangent, value, (1, 1), jnp.float32)
     dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True)) * query.shape[-1] ** -0.5
@@ -211,24 +245,24 @@ def _attend_cotangents(query, key, value, cotangent):
     # Each gradient is a matmul in the compute dtype, summed in float32.
     dquery = matmul(dscores, key, (1, 0))
     dkey = matmul(transpose(dscores), query, (1, 0))
-    return dquery, dkey, matmul(transpose(weights), cotangent, (1, 0))
+    return dquery, dkey, matmul(transpose(weights), cotangent, (1, 0)), *map(jnp.zeros_like, bias)
 
 
 # Jitted, so that calls outside of a compiled function compile once.
 _by_head = jax.jit(lambda *heads: _over_heads(_attend, *heads), inline=True)
-_by_head_tangent = jax.jit(lambda *heads: jax.vmap(jax.vmap(_attend_tangent))(*heads), inline=True)
+_by_head_tangent = jax.jit(lambda *parts: jax.vmap(jax.vmap(_attend_tangent))(*parts), inline=True)
 _by_head_cotangents = jax.jit(lambda *heads: _over_heads(_attend_cotangents, *heads), inline=True)
 
 _attention_by_head = define_derivatives(
     lambda *heads: (_by_head(*heads), ()),
-    lambda heads, tangents: _by_head_tangent(*heads, *tangents),
+    lambda heads, tangents: _by_head_tangent(tuple(heads), tuple(tangents)),
     lambda heads, saved, cotangent: _by_head_cotangents(*heads, cotangent),
 )
 
 
 def _tangent_over_heads(arguments, tangents):
     # By formula: cuDNN's kernel has derivatives in reverse mode alone.
-    heads = [jnp.moveaxis(x, 2, 0) for x in (*arguments, *tangents)]
+    heads = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (tuple(arguments), tuple(tangents)))
     return jnp.moveaxis(_by_head_tangent(*heads), 0, 2)
 
 
