@@ -20,6 +20,8 @@ from utils.base.messages import UserError
 from utils.codecs.codec import PixelCodec
 from utils.codecs.codecs import CODECS
 from utils.conditions.condition import CONDITIONS
+from utils.conditions.text_encoders import TEXT_ENCODERS
+from utils.conditions.tokens import TextCondition
 from utils.data.batches import training_batches
 from utils.data.loaders import LOADERS, Loader, get_loader, load_dataset
 from utils.metrics.extractors import EXTRACTORS, POOL, FeatureKey, load_extractors
@@ -46,7 +48,7 @@ def run(monkeypatch, tmp_path):
     images = rng.integers(0, 100, (100, 8, 8, 1)) + 150 * labels[:, None, None, None]  # cats dark, dogs bright
     np.savez(tmp_path / "mine.npz", images=images.astype(np.uint8), labels=labels)
     monkeypatch.chdir(tmp_path)
-    registries = (LOADERS, CONDITIONS, NETWORKS, OBJECTIVES, CODECS, EXTRACTORS, TRACKERS)
+    registries = (LOADERS, CONDITIONS, TEXT_ENCODERS, NETWORKS, OBJECTIVES, CODECS, EXTRACTORS, TRACKERS)
     before = [dict(entries) for entries in registries]
     metrics = list(METRICS)
 
@@ -70,6 +72,7 @@ def test_every_block_has_a_test():
         "data",
         "fields",
         "iterable",
+        "encoder",
         "network",
         "loss",
         "codec",
@@ -116,6 +119,14 @@ def test_data_have_a_condition_of_their_own(run):
     np.testing.assert_allclose(right / 91, batch.condition[:, 0], atol=0.02)
     drawn = names["Direction"]().draw(jax.random.key(0), jnp.arange(5))
     np.testing.assert_allclose(jnp.square(drawn).sum(axis=1), 1, rtol=1e-5)
+
+
+def test_an_encoder_is_a_function_of_texts(run):
+    run("encoder")
+    condition = TextCondition.of_captions(["ab", "abc"], "letters")
+    assert condition == TextCondition(3, 1, "letters")
+    np.testing.assert_array_equal(condition.check(["b"])["value"][0], np.float32([[98 / 128 - 1], [0], [0]]))
+    assert condition.check("b")["mask"].tolist() == [[True, False, False]]
 
 
 def test_fields_of_floats_are_a_data_set(run):

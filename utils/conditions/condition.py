@@ -26,6 +26,7 @@ class Embedded(NamedTuple):
     vector: Float[Array, "b d"] | None = None  # added to the embedding of time
     tokens: Float[Array, "b m d"] | None = None  # beside those of the image
     channels: Float[Array, "b h w k"] | None = None  # beside those of x
+    mask: Bool[Array, "b m"] | None = None  # which tokens are there; default: all of them
 
 
 class Mixture(NamedTuple):
@@ -173,6 +174,21 @@ def check_draw_mode(condition: Condition, mode: str) -> None:
         raise UserError(
             f"--labels={mode}: the run's conditions are drawn {' or '.join(modes)}; use --labels {modes[0]}"
         )
+
+
+class _Probe(nn.Module):
+    condition: Condition
+    width: int
+
+    @nn.compact
+    def __call__(self):
+        return self.condition.embedder(self.width, jnp.float32)(self.condition.null(1))
+
+
+def embedded_shapes(condition: Condition, width: int) -> Embedded:
+    """Returns what a kind brings to a network so wide: the shapes of one condition, (1, ...), and None as it has it."""
+    found, _ = jax.eval_shape(_Probe(condition, width).init_with_output, jax.random.key(0))
+    return found
 
 
 # --- Rows of a tree of arrays ---
