@@ -1,8 +1,8 @@
-"""The Diffusion Transformer (DiT, Peebles & Xie, arXiv:2212.09748) as a velocity model v(x_t, t, label), in Flax.
+"""The Diffusion Transformer (DiT, Peebles & Xie, arXiv:2212.09748) as a velocity model v(x_t, t, condition), in Flax.
 
 No flags, no I/O. Parameters and their gradients, normalisation, softmax, the sums inside matmuls and the timestep
-features are float32 whatever the compute dtype. Shape comments use b = batch, n = tokens, d = hidden size,
-h/w/c = image axes, p = patch.
+features are float32 whatever the compute dtype. Shape comments use b = batch, n = tokens, m = tokens of the condition,
+d = hidden size, h/w/c = image axes, p = patch.
 """
 
 import math
@@ -13,11 +13,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
+from utils.base.messages import warn_once
 from utils.conditions.classes import ClassCondition
-from utils.conditions.condition import Condition, count_rows
+from utils.conditions.condition import Condition, Embedded, count_rows, embedded_shapes
 from utils.kernels.elementwise import add_gated, gelu, layer_norm, modulate, swiglu
 from utils.kernels.layers import Dense, RMSNorm, position_table, rope_angles, rotate
 from utils.kernels.ops import (
@@ -27,6 +29,7 @@ from utils.kernels.ops import (
     dense,
     packed_attention,
     split_heads,
+    takes_mask,
 )
 from utils.networks.dit_config import DiTConfig
 from utils.networks.network import NETWORKS, NetworkEntry
@@ -60,11 +63,15 @@ def timestep_features(t: Float[Array, " b"], scale: float = 10_000.0) -> Float[A
 
 
 class PatchEmbed(nn.Module):
-    """Images (b, h, w, c) -> tokens (b, n, d): a convolution with kernel = stride = patch, written as one matmul."""
+    """Images (b, h, w, c) -> tokens (b, n, d): a convolution with kernel = stride = patch, written as one matmul.
+
+    With `starts_at_zero`, its kernel is zero at first, and it has no bias.
+    """
 
     patch_size: int
     hidden_size: int
     dtype: Any
+    starts_at_zero: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -72,8 +79,9 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         d = self.hidden_size
         # The kernel has the shape of a convolution, for its fans and for checkpoints.
-        kernel = self.param("kernel", xavier_uniform, (p, p, c, d))
-        bias = self.param("bias", zeros_init, (d,))
+        kernel_init = zeros_init if self.starts_at_zero else xavier_uniform
+        kernel = self.param("kernel", kernel_init, (p, p, c, d))
+        bias = jnp.zeros(d) if self.starts_at_zero else self.param("bias", zeros_init, (d,))
         # Each patch becomes a row of p * p * c values.
         patches = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)  # (b, h/p, w/p, p, p, c)
         return dense(patches.reshape(b, -1, p * p * c), kernel.reshape(-1, d), bias)
@@ -95,8 +103,8 @@ class TimestepEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with biases, tokens (b, n, d) -> (b, n, d), on an image of `grid` = (rows, columns)
-    patches. Query, key and value come from one matmul."""
+    """Multi-head self-attention with biases, tokens (b, n, d) -> (b, n, d), which end with those of an image of `grid`
+    = (rows, columns) patches. Query, key and value come from one matmul. `mask` (b, n) says which tokens are there."""
 
     config: DiTConfig
     grid: tuple[int, int]
@@ -104,7 +112,7 @@ class Attention(nn.Module):
     form: AttentionForm
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, mask=None):
         config = self.config
         d = x.shape[-1]
         # Three kernels (d, d) side by side; variance 1 / d is what Xavier gives each of them.
@@ -112,21 +120,52 @@ class Attention(nn.Module):
         qkv = Dense(3 * d, self.dtype, qkv_init, name="qkv")(x)
         # Queries and keys that nothing changes stay packed, as a TPU's kernels read them.
         if config.qk_norm or config.rope:
-            x = self._attend(*split_heads(qkv, config.num_heads)).reshape(x.shape)
+            x = self._attend(*split_heads(qkv, config.num_heads), mask).reshape(x.shape)
         else:
-            x = packed_attention(qkv, config.num_heads, self.form)
+            x = packed_attention(qkv, config.num_heads, self.form, mask)
         return Dense(d, self.dtype, xavier_uniform, name="out")(x)
 
-    def _attend(self, query, key, value):
+    def _attend(self, query, key, value, mask):
         """Returns attention (b, n, heads, h), query and key normalised and rotated first as the configuration says."""
         if self.config.qk_norm:
             query = RMSNorm(self.dtype, name="q_norm")(query)
             key = RMSNorm(self.dtype, name="k_norm")(key)
         if self.config.rope:
             angles = rope_angles(*self.grid, query.shape[-1])
+            # Tokens before the image's have no place in it: they are not turned.
+            angles = np.pad(angles, ((query.shape[1] - len(angles), 0), (0, 0)))
             query = rotate(query, angles)
             key = rotate(key, angles)
-        return attention(query, key, value, self.form)
+        return attention(query, key, value, self.form, mask)
+
+
+class CrossAttention(nn.Module):
+    """Tokens (b, n, d) attend to those of a condition (b, m, d), of which the `mask` (b, m) says which are there.
+
+    Zero-initialised: a network that gets it starts as it was.
+    """
+
+    config: DiTConfig
+    dtype: Any
+    form: AttentionForm
+
+    @nn.compact
+    def __call__(self, x, context, mask):
+        config = self.config
+        d = x.shape[-1]
+
+        def split(y, parts):
+            return jnp.split(y.reshape(*y.shape[:2], parts * config.num_heads, -1), parts, axis=2)
+
+        # Queries of the image, keys and values of the condition.
+        (query,) = split(Dense(d, self.dtype, xavier_uniform, name="query")(x), 1)
+        key_init = nn.initializers.variance_scaling(4 / 3, "fan_avg", "uniform")  # Xavier for each of the two
+        key, value = split(Dense(2 * d, self.dtype, key_init, name="key_value")(context), 2)
+        if config.qk_norm:
+            query = RMSNorm(self.dtype, name="q_norm")(query)
+            key = RMSNorm(self.dtype, name="k_norm")(key)
+        attended = attention(query, key, value, self.form, mask).reshape(x.shape)
+        return Dense(d, self.dtype, zeros_init, name="out")(attended)
 
 
 class Mlp(nn.Module):
@@ -172,7 +211,8 @@ def make_norm(kind: str, dtype: Any, name: str) -> Callable:
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated before and gated after by the condition c (adaLN-Zero).
 
-    Maps tokens (b, n, d) and conditions (b, d) to tokens (b, n, d).
+    Maps tokens (b, n, d) and conditions (b, d) to tokens (b, n, d). Masks say which of the tokens, and of those of
+    `context` (b, m, d), if there is any, are there.
     """
 
     config: DiTConfig
@@ -181,7 +221,7 @@ class DiTBlock(nn.Module):
     attention_form: AttentionForm
 
     @nn.compact
-    def __call__(self, x, c):
+    def __call__(self, x, c, mask=None, context=None, context_mask=None):
         config = self.config
         dtype = self.dtype
         modulations = AdaLayerNorm(6, dtype, name="ada_ln")(c)
@@ -189,8 +229,13 @@ class DiTBlock(nn.Module):
 
         # Tokens attend to each other.
         y = modulate(make_norm(config.norm, dtype, "norm1")(x), shift_attention, scale_attention)
-        attended = Attention(config, self.grid, dtype, self.attention_form, name="attention")(y)
+        attended = Attention(config, self.grid, dtype, self.attention_form, name="attention")(y, mask)
         x = add_gated(x, gate_attention, attended)
+
+        # Then to the condition, neither modulated nor gated, as in PixArt (arXiv:2310.00426).
+        if context is not None:
+            y = make_norm(config.norm, dtype, "norm_cross")(x)
+            x = x + CrossAttention(config, dtype, self.attention_form, name="cross_attention")(y, context, context_mask)
 
         # Each token by itself.
         y = modulate(make_norm(config.norm, dtype, "norm2")(x), shift_mlp, scale_mlp)
@@ -260,13 +305,25 @@ class DiT(nn.Module):
         # Zeroed rather than left out: the parameters are the same either way.
         t = t if config.t_conditioning else jnp.zeros_like(t)
         conditioning = TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="timestep_embed")(t)
-        conditioning += self.embed_condition(condition)
+        vector, embedded = self.embed_condition(condition)
+        conditioning += vector
         if config.step_conditioning:
             # It may be left out where only shapes matter.
             step = jnp.zeros_like(t) if step is None else step
             conditioning += TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="step_embed")(step)
 
-        tokens = self.apply_blocks(tokens, conditioning, (h // p, w // p))
+        # Channels beside those of x: further rows of the patches' kernel, in a matmul of their own, so that the sums
+        # over the others stay the same bit for bit.
+        if embedded.channels is not None:
+            patches = PatchEmbed(p, config.hidden_size, dtype, starts_at_zero=True, name="condition_patches")
+            tokens += patches(embedded.channels)
+
+        before, *context = self.place_tokens(vector, embedded, tokens.shape[1])
+        if before:
+            tokens = jnp.concatenate([*before, tokens], axis=1)
+        tokens = self.apply_blocks(tokens, conditioning, (h // p, w // p), *context)
+        if before:
+            tokens = tokens[:, -(h // p) * (w // p) :]
 
         # Back to an image.
         c_out = 2 * c if config.learn_sigma else c
@@ -274,22 +331,44 @@ class DiT(nn.Module):
         image = patches.reshape(b, h // p, w // p, p, p, c_out).swapaxes(2, 3)  # (b, h/p, p, w/p, p, c_out)
         return image.reshape(b, h, w, c_out).astype(jnp.float32)
 
-    def embed_condition(self, condition: PyTree) -> Float[Array, "b d"]:
-        """Returns the vector that is added to the embedding of time.
-
-        The one place where a condition enters the network: its tokens would join the sequence here, its channels x.
-        """
+    def embed_condition(self, condition: PyTree) -> tuple[Float[Array, "b d"], Embedded]:
+        """Returns (the vector that is added to the embedding of time, all that the condition brings)."""
         config = self.config
+        dtype = jnp.dtype(config.dtype)
         if config.class_dropout_prob == 1:
             # Always dropped in training: no other embedding has been learned.
             condition = self.condition.null(count_rows(condition))
-        embedded = self.condition.embedder(config.hidden_size, jnp.dtype(config.dtype))(condition)
-        if embedded.vector is None or embedded.tokens is not None or embedded.channels is not None:
-            raise NotImplementedError("DiT takes the vector of a condition; it has no use for tokens or channels yet")
-        return embedded.vector
+        embedded = self.condition.embedder(config.hidden_size, dtype)(condition)
+        if embedded.vector is not None:
+            return embedded.vector, embedded
+        # The same for all, where there is none: a run that goes on from one with classes keeps its "no label" there.
+        vector = self.param("base_vector", zeros_init, (config.hidden_size,)).astype(dtype)
+        return jnp.broadcast_to(vector, (count_rows(condition), config.hidden_size)), embedded
+
+    def place_tokens(
+        self, vector: Float[Array, "b d"], embedded: Embedded, num_patches: int
+    ) -> tuple[list[Array], Array | None, Array | None, Array | None]:
+        """Returns (tokens that stand before the image's, which tokens of the whole sequence are there, the tokens that
+        blocks attend to across, which of those are there); None stands for all, or for no tokens."""
+        config = self.config
+        before = []
+        if config.class_tokens:
+            # The vector once more, as tokens (JiT, arXiv:2511.13720).
+            positions = self.param("class_positions", normal_init, (config.class_tokens, config.hidden_size))
+            before.append(vector[:, None] + positions.astype(vector.dtype))
+        if embedded.tokens is None:
+            return before, None, None, None
+        if config.token_mode == "cross":
+            mask = jnp.ones(embedded.tokens.shape[:2], bool) if embedded.mask is None else embedded.mask
+            return before, None, embedded.tokens, mask
+        # Of a sequence, only the condition's tokens may be missing.
+        mask = embedded.mask
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (config.class_tokens, num_patches)), constant_values=True)
+        return [*before, embedded.tokens], mask, None, None
 
     def apply_blocks(
-        self, tokens: Float[Array, "b n d"], conditioning: Float[Array, "b d"], grid: tuple[int, int]
+        self, tokens: Float[Array, "b n d"], conditioning: Float[Array, "b d"], grid: tuple[int, int], *context: Any
     ) -> Float[Array, "b n d"]:
         # Unrolled rather than scanned over: benchmarks/train_step.py measures what that costs and gains.
         # Blocks have the names of checkpoints, whether they are rematerialised or not.
@@ -298,11 +377,13 @@ class DiT(nn.Module):
         Block = DiTBlock if self.remat == "none" else nn.remat(DiTBlock, policy=REMAT_POLICIES[self.remat])
         for i in range(config.depth):
             block = Block(config, grid, dtype, self.attention_form, name=f"block_{i}")
-            tokens = block(tokens, conditioning)
+            tokens = block(tokens, conditioning, *context)
         return tokens
 
+    @nn.nowrap  # it makes modules to look at, which are no part of this one
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
-        """Returns the floating-point operations of a forward pass on one (h, w, c) image, matmuls only (2 per MAC).
+        """Returns the floating-point operations of a forward pass on one (h, w, c) image, matmuls only (2 per MAC),
+        without the module that embeds the condition.
 
         A training step costs three times this per image; the usual basis of model FLOPs utilisation (MFU).
         """
@@ -310,21 +391,34 @@ class DiT(nn.Module):
         h, w, c = image_shape
         d = config.hidden_size
         p = config.patch_size
-        n = (h // p) * (w // p)
+        num_patches = (h // p) * (w // p)
+        brought = embedded_shapes(self.condition, d)
+        num_brought = 0 if brought.tokens is None else brought.tokens.shape[1]
+        is_cross = config.token_mode == "cross"
+        n = num_patches + config.class_tokens + (0 if is_cross else num_brought)
 
         # A block: projections and MLP by token, scores and weighted sums by pair of tokens, the modulation by image.
         mlp = (3 if config.mlp == "swiglu" else 2) * config.mlp_width * d
         block = n * (4 * d * d + mlp) + 2 * n * n * d + 6 * d * d
+        if is_cross:
+            block += 2 * (n + num_brought) * d * d + 2 * n * num_brought * d
 
         # Patches in and out, the final modulation, and the two layers of the time embedding.
         c_out = 2 * c if config.learn_sigma else c
-        ends = n * p * p * (c + c_out) * d + 2 * d * d + TIMESTEP_FEATURES * d + d * d
+        c_in = c if brought.channels is None else c + brought.channels.shape[-1]
+        ends = num_patches * p * p * (c_in + c_out) * d + 2 * d * d + TIMESTEP_FEATURES * d + d * d
         return 2 * (config.depth * block + ends)
 
 
 def build_dit(config: DiTConfig, remat: str, mesh: Mesh, condition: Condition) -> DiT:
-    """Returns the network, with the form of attention that suits the devices of the mesh."""
-    return DiT(config, remat, choose_attention_for(mesh, config.head_dim, config.dtype), condition)
+    """Returns the network, with the form of attention that suits the devices of the mesh. Raises UserError where the
+    condition does not bring what the configuration is about."""
+    form = choose_attention_for(mesh, config.head_dim, config.dtype)
+    brought = embedded_shapes(condition, config.hidden_size)
+    config.check_condition(brought)
+    if (brought.mask is not None or config.token_mode == "cross") and not takes_mask(form):
+        warn_once("note: attention to a condition's tokens takes XLA's form: the faster one of this device has no mask")
+    return DiT(config, remat, form, condition)
 
 
 NETWORKS["dit"] = NetworkEntry(DiTConfig, build_dit)

@@ -205,6 +205,22 @@ test_resume.py::test_changed_settings_are_said_and_another_objective_is_refused
 test_environment.py::test_an_environment_in_which_nothing_runs_is_one_line
   utils/flags/program.py: start_devices() -> pass
   utils/flags/program.py: check_jax_settings() -> pass
+test_ops.py::test_what_is_masked_is_as_if_it_were_not_there
+  utils/kernels/ops.py: bias = jnp.where(mask, 0, MASKED_SCORE) -> bias = jnp.where(mask, 0, -1)
+  utils/kernels/ops.py: dquery, dkey, dvalue, *_ = tangents -> dkey, dquery, dvalue, *_ = tangents
+test_condition_network.py::test_neither_contents_nor_number_of_masked_tokens_matter
+  utils/conditions/tokens.py: jnp.where(mask[..., None], condition["value"], 0) -> condition["value"]
+  diffusion_transformer.py: mask = embedded.mask -> mask = None
+test_condition_network.py::test_cross_attention_and_channels_start_as_the_network_without_them
+  diffusion_transformer.py: Dense(d, self.dtype, zeros_init, name="out")(attended) -> attended
+test_condition_network.py::test_class_tokens_are_tokens_of_the_vector
+  diffusion_transformer.py: ((query.shape[1] - len(angles), 0), (0, 0)) -> ((0, query.shape[1] - len(angles)), (0, 0))
+test_condition_network.py::test_a_run_from_one_of_classes_starts_as_its_no_label
+  utils/training/start.py: labels[0 if is_unconditional -> labels[-1 if is_unconditional
+test_text.py::test_texts_from_the_shell_python_and_data_are_the_same_arrays
+  utils/conditions/tokens.py: [row["text"] for row in rows] -> [row["text"].lower() + "." for row in rows]
+test_text.py::test_a_text_is_its_words_in_order
+  utils/conditions/text_encoders.py: unicodedata.normalize("NFC", text).casefold() -> text.casefold()
 """
 
 

@@ -51,7 +51,7 @@ REFUSALS = (
     (sample, f"{SAMPLE} --labels balanced", "--labels=balanced: the run's .* drawn uniform; use --labels uniform"),
     (eval_fid, f"{SAMPLE} --labels dataset", "--labels=dataset: the run's .* drawn uniform; use --labels uniform"),
     (make_pairs, SAMPLE, "make_pairs.py is for runs that are conditioned on classes; --load_dir=.*run is not"),
-    (convert_checkpoint, SAMPLE, "--load_dir=.*run has the condition 'direction'; only runs with classes are exported"),
+    (convert_checkpoint, SAMPLE, "--load_dir=.*run cannot be exported: no published model has DirectionEmbed"),
     (encode_latents, "--dataset_name ramps --out RUN/x", "--dataset_name=ramps has conditions that are no classes"),
     (eval_fid, f"{SAMPLE} --extractor colours", "no statistics ship for ramps; .* --extractor colours --out stats.npz"),
 )

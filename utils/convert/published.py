@@ -16,11 +16,16 @@ from jaxtyping import PyTree
 
 from diffusion_transformer import DiT, DiTConfig, position_table, rope_angles
 from utils.base.external import BadFileError
+from utils.conditions.classes import ClassCondition
+from utils.conditions.condition import Condition
+from utils.networks.dit_arrays import is_of_condition
 
 # {width: number of heads} of the published sizes: no tensor of DiT or SiT tells the heads.
 HEADS = {preset["hidden_size"]: preset["num_heads"] for name, preset in DiTConfig.PRESETS.items() if "/" in name}
 MAX_TOKENS = 2**14  # of an image whose table of positions is computed
 TABLE_TOLERANCE = 1e-5  # up to which a position table is the constant one
+LABELS = "y_embedder.embedding_table.weight"  # which only models of classes have
+EXTRA = "condition."  # starts the names of what no published model has: the parts that embed other conditions
 State = Mapping[str, np.ndarray]
 
 
@@ -100,7 +105,7 @@ def tensor_table(config: DiTConfig) -> list[Tensor]:
         Tensor("x_embedder.proj.bias", ("patch_embed", "bias"), _same, _same),
         *_linear("t_embedder.mlp.0", "timestep_embed", "dense_0"),
         *_linear("t_embedder.mlp.2", "timestep_embed", "dense_1"),
-        Tensor("y_embedder.embedding_table.weight", ("label_embed", "Embed_0", "embedding"), _same, _same),
+        Tensor(LABELS, ("label_embed", "Embed_0", "embedding"), _same, _same),
     ]
 
     # The blocks.
@@ -135,11 +140,13 @@ def _mlp_names(config: DiTConfig) -> tuple[str, str]:
 # --- From a file to parameters ---
 
 
-def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, int, int]) -> PyTree:
+def import_published(
+    state: State, config: DiTConfig, latent_shape: tuple[int, int, int], condition: Condition | None = None
+) -> PyTree:
     """Returns the parameters (float32 NumPy arrays) of a checkpoint in the published names.
 
-    `config` and `latent_shape` (h, w, c) are those of `find_config`. Raises BadFileError, naming it, for a tensor that
-    is missing, left over or misshapen, or that holds NaN or infinity.
+    `config` and `latent_shape` (h, w, c) are those of `find_config`; the condition is the class by default. Raises
+    BadFileError, naming it, for a tensor that is missing, left over or misshapen, or that holds NaN or infinity.
     """
     # Sizes and names first: nothing large is made for a file that is refused.
     state = dict(state)
@@ -153,15 +160,21 @@ def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, i
     if config.rope:
         _drop_rope_table(state, config, height * width // config.patch_size**2)
     table = tensor_table(config)
-    _check_names(state, [tensor.name for tensor in table])
+    _check_missing(state, [tensor.name for tensor in table if tensor.name != LABELS])
+    shapes = _find_shapes(config, latent_shape, condition or ClassCondition())
+    table = [tensor for tensor in table if tensor.path in shapes]
+    table += [_extra(path) for path in shapes if is_of_condition(path)]
+    _check_missing(state, [tensor.name for tensor in table])
+    surplus = sorted(state.keys() - {tensor.name for tensor in table})
+    if surplus:
+        raise BadFileError(f"it has a tensor {surplus[0]} that no such model has ({len(surplus)} are left over)")
 
     # Each tensor as the parameter that it becomes.
     outputs = channels * (2 if config.learn_sigma else 1)
     flat = {}
     for tensor in table:
         value = _to_float32(tensor.name, state[tensor.name])
-        ndim = {"kernel": 4 if tensor.path[0] == "patch_embed" else 2, "embedding": 2}.get(tensor.path[-1], 1)
-        if value.ndim != ndim:  # before it is transposed
+        if value.ndim != len(shapes[tensor.path].shape):  # before it is transposed
             raise BadFileError(f"its tensor {tensor.name} has the shape {value.shape}")
         value = tensor.load(value)
         if tensor.path[:2] == ("final_layer", "dense"):
@@ -175,7 +188,9 @@ def import_published(state: State, config: DiTConfig, latent_shape: tuple[int, i
         flat[tensor.path] = value
     if config.learned_positions:
         flat[("pos_embed",)] = _to_float32("pos_embed", pos_embed)
-    _check_shapes(flat, config, latent_shape)
+    for path, shape in shapes.items():
+        if flat[path].shape != shape.shape:
+            raise BadFileError(f"its {'/'.join(path)} has the shape {flat[path].shape}, not {shape.shape}")
     return unflatten_dict(flat)
 
 
@@ -300,13 +315,10 @@ def _drop_rope_table(state: dict[str, np.ndarray], config: DiTConfig, num_tokens
             raise BadFileError(f"its tensor {name} has the shape {table.shape}, which is of another image size")
 
 
-def _check_names(state: State, expected: list[str]) -> None:
+def _check_missing(state: State, expected: list[str]) -> None:
     missing = [name for name in expected if name not in state]
     if missing:
         raise BadFileError(f"it has no tensor {missing[0]} ({len(missing)} are missing)")
-    surplus = sorted(state.keys() - set(expected))
-    if surplus:
-        raise BadFileError(f"it has a tensor {surplus[0]} that no such model has ({len(surplus)} are left over)")
 
 
 def _check_shape(name: str, value: np.ndarray, expected: tuple[int, ...]) -> None:
@@ -314,13 +326,15 @@ def _check_shape(name: str, value: np.ndarray, expected: tuple[int, ...]) -> Non
         raise BadFileError(f"its tensor {name} has the shape {value.shape}, not {expected}")
 
 
-def _check_shapes(flat: Mapping[tuple[str, ...], np.ndarray], config: DiTConfig, latent_shape: tuple) -> None:
-    # Against the network itself, whose parameters are only described, not made.
-    arguments = (jnp.zeros((1, *latent_shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
-    shapes = flatten_dict(jax.eval_shape(DiT(config).init, jax.random.key(0), *arguments)["params"])
-    for path, shape in shapes.items():
-        if flat[path].shape != shape.shape:
-            raise BadFileError(f"its {'/'.join(path)} has the shape {flat[path].shape}, not {shape.shape}")
+def _find_shapes(config: DiTConfig, latent_shape: tuple, condition: Condition) -> dict[tuple[str, ...], Any]:
+    """Returns {path: shape} of the network's parameters, which are only described, not made."""
+    network = DiT(config, condition=condition)
+    arguments = (jnp.zeros((1, *latent_shape)), jnp.zeros(1), network.condition.null(1))
+    return flatten_dict(jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"])
+
+
+def _extra(path: tuple[str, ...]) -> Tensor:
+    return Tensor(f"{EXTRA}{'.'.join(path)}", path, _same, _same)
 
 
 def _to_float32(name: str, value: np.ndarray) -> np.ndarray:
@@ -340,7 +354,8 @@ def _to_float32(name: str, value: np.ndarray) -> np.ndarray:
 def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
     """Returns {published name: tensor} of parameters: the inverse of `import_published`, bit for bit.
 
-    `latent_shape` is (h, w, c). Raises ValueError for parameters that no published model has.
+    `latent_shape` is (h, w, c). What embeds another condition than the class has names of its own. Raises ValueError
+    for other parameters that no published model has.
     """
     # The table of positions, which is a parameter in some models only.
     flat = flatten_dict(params)
@@ -352,7 +367,9 @@ def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int,
     state = {"pos_embed": np.asarray(table, np.float32)}
 
     # All others. Without label dropout, "no label" is a row that was never trained: the file goes without it.
-    for tensor in tensor_table(config):
+    table = [tensor for tensor in tensor_table(config) if tensor.path in flat or tensor.path[0] != "label_embed"]
+    table += [_extra(path) for path in flat if is_of_condition(path)]
+    for tensor in table:
         value = np.asarray(flat.pop(tensor.path), np.float32)  # of a run with JAX_ENABLE_X64=1, float64
         if tensor.path[0] == "label_embed" and config.class_dropout_prob == 0:
             value = value[: config.num_classes]

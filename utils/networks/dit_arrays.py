@@ -6,7 +6,18 @@ import numpy as np
 
 POSITIONS = ("pos_embed",)
 PATCHES = ("patch_embed", "kernel")
+TOKEN_POSITIONS = ("token_embed", "positions")
 OUTPUTS = (("final_layer", "dense", "kernel"), ("final_layer", "dense", "bias"))
+# Top-level parts that no DiT of classes has, and parts of a block.
+CONDITION_PARTS = (
+    "vector_embed", "token_embed", "augment_embed", "base_vector", "class_positions", "condition_patches",
+)  # fmt: skip
+CROSS_PARTS = ("cross_attention", "norm_cross")
+
+
+def is_of_condition(path: tuple[str, ...]) -> bool:
+    """Whether an array is there for another condition than the class alone."""
+    return path[0] in CONDITION_PARTS or (len(path) > 1 and path[1] in CROSS_PARTS)
 
 
 def fit_array(
@@ -14,12 +25,16 @@ def fit_array(
 ) -> tuple[np.ndarray, str] | None:
     """Returns (an array of the parameters made fit for `shape`, a remark); None where there is no way.
 
-    - A learned table of positions is resized to another grid.
+    - A learned table of positions is resized from one square grid to another.
     - Channels that both have are taken. Further inputs count nothing at first, and further outputs are zero.
+    - Positions of a condition's tokens that both have are taken, and further ones are zero.
     """
-    if path == POSITIONS:
+    if path == POSITIONS and all(round(tokens**0.5) ** 2 == tokens for tokens in (array.shape[1], shape[1])):
         resized = f"position table: resized from {array.shape[1]} to {shape[1]} tokens"
         return _resize_positions(array, shape), resized
+    if path[-2:] == TOKEN_POSITIONS:
+        fitted = _fit(array, np.zeros(shape, np.float32), axis=0)
+        return fitted, f"positions of tokens: {shape[0]}, of which {min(len(array), shape[0])} were there"
     if path == PATCHES and array.shape[:2] == shape[:2]:
         fitted = _fit(array, np.zeros(shape, np.float32), axis=2)
         return fitted, f"input: {shape[2]} channels, of which {min(array.shape[2], shape[2])} were there"

@@ -8,6 +8,7 @@ import numpy as np
 from utils.base.devices import total_memory
 from utils.base.messages import UserError
 from utils.base.settings import setting
+from utils.conditions.condition import Embedded
 from utils.networks import dit_arrays
 from utils.networks.network import NetworkConfig
 
@@ -59,6 +60,13 @@ class DiTConfig(NetworkConfig):
     )
     learned_positions: int = setting(0, "1: the position table is a parameter, as jax-flow has it.", 0, 1)
     learn_sigma: int = setting(0, "1: as many outputs again, the variance of a DiT's diffusion.", 0, 1)
+    # How conditions other than vectors enter.
+    token_mode: str = setting(
+        "context",
+        "context: tokens of the condition, such as a text's, join the sequence; cross: it attends to them.",
+        choices=("context", "cross"),
+    )
+    class_tokens: int = setting(0, "So many tokens of the sequence are the condition's vector, too (JiT: 32).", 0, 4096)
     # Variants of the block, as published checkpoints have them.
     norm: str = setting(
         "layer", "layer: LayerNorm; rms: RMSNorm with a scale (LightningDiT).", choices=("layer", "rms")
@@ -105,6 +113,15 @@ class DiTConfig(NetworkConfig):
                 f"{self.mlp_ratio:g} and --model.num_classes={self.num_classes} has {num_params:,} parameters; with "
                 f"optimizer they need {16 * num_params / 2**30:,.0f} GiB, of which there are {limit / 2**30:,.0f}; use "
                 "less"
+            )
+
+    def check_condition(self, brought: Embedded) -> None:
+        """Raises UserError for settings about what a condition does not bring."""
+        if self.token_mode == "cross" and brought.tokens is None:
+            raise UserError("--model.token_mode=cross: the data's condition has no tokens; use context")
+        if self.class_tokens and brought.vector is None:
+            raise UserError(
+                f"--model.class_tokens={self.class_tokens}: the data's condition has neither classes nor vectors; use 0"
             )
 
     def fit_array(
@@ -156,8 +173,8 @@ class DiTConfig(NetworkConfig):
         """
         height, width, channels = latent_shape
         d, p = self.hidden_size, self.patch_size
-        # A block: 4 d^2 of attention, 6 d^2 of modulation, and the MLP's two matrices.
-        block = (10 + 2 * self.mlp_ratio) * d * d
+        # A block: 4 d^2 of attention, as much across, 6 d^2 of modulation, and the MLP's two matrices.
+        block = (10 + 4 * (self.token_mode == "cross") + 2 * self.mlp_ratio) * d * d
         # Final modulation and second layer of the time embedding, 3 d^2; its first layer; both ends' patches; labels.
-        ends = (3 * d + 256 + 2 * p * p * channels + self.num_classes) * d
+        ends = (3 * d + 256 + 2 * p * p * channels + self.num_classes + self.class_tokens) * d
         return int(self.depth * block + ends + (height // p) * (width // p) * d)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Key, PyTree
 
 # The top-level part of the parameters that holds the factors, and the layers of a block whose kernels get some.
 KEY = "lora"
-LAYERS = ("attention", "mlp")
+LAYERS = ("attention", "cross_attention", "mlp")
 
 
 def add_lora(params: PyTree, rank: int, key: Key[Array, ""]) -> PyTree:

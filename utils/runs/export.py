@@ -22,7 +22,7 @@ from utils.base.files import (
     write_text,
 )
 from utils.base.messages import UserError, log
-from utils.conditions.condition import recorded_kind
+from utils.conditions.condition import restore_condition
 from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
 from utils.images.pixels import PixelFormat
@@ -58,8 +58,6 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     architecture = DiTConfig.from_mapping(config["model"])
     if architecture.network != "dit":
         raise UserError(f"--load_dir={load_dir} is of --model.network={architecture.network}; only dit is exported")
-    if (kind := recorded_kind(config["dataset"])) != "class":
-        raise UserError(f"--load_dir={load_dir} has the condition {kind!r}; only runs with classes are exported")
     name = "ema_params" if which == "ema" else "params"
     step, params = checkpoints.restore_newest(
         lambda step: checkpoints.restore_stored(step, name), steps[steps.index(newest) :]
@@ -110,9 +108,11 @@ def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
     shape = "x".join(map(str, data["image_shape"]))
     latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of {_public_vae(data)}" if data["vae"] else ""
 
+    condition = restore_condition(data)
     returned = f"{PixelFormat.from_record(data).dtype} (1, {', '.join(map(str, data['image_shape']))})"
 
     # The example guides only a model that can be guided: it is to run as it stands.
+    wanted = "labels=[0]" if "class_names" in data else "num_samples=1"
     is_guided = can_guide(model["class_dropout_prob"]) and has_guidance(OBJECTIVES.get(objective))
     guidance = ", cfg_scale=2.0" if is_guided else ""
     return f"""---
@@ -124,7 +124,7 @@ tags: [diffusion-transformer, {objective.replace("_", "-")}]
 
 A diffusion transformer, {model["hidden_size"]} wide, {model["depth"]} deep, {model["num_heads"]} heads, patch
 {model["patch_size"]}, trained with the objective `{objective}` on images {shape} of `{_public_name(data["name"])}`
-({len(data["class_names"])} classes){latents}. These are the parameters of step {step:,}.
+({condition.summary()}){latents}. These are the parameters of step {step:,}.
 
 `model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {model["timestep_scale"]:g}.
 
@@ -137,7 +137,7 @@ In Python:
 from utils.runs.opening import load_generator
 
 generator = load_generator("hf:{hub_id}")
-images = generator.sample(labels=[0], num_steps=64{guidance})  # {returned}
+images = generator.sample({wanted}, num_steps=64{guidance})  # {returned}
 ```
 """
 

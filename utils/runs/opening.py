@@ -232,7 +232,7 @@ def import_run(
             config = read_config(
                 _new_config(source_name, source, family, architecture, latent_shape, model, names, codec)
             )
-        params = import_published(source.state, architecture, latent_shape)
+        params = import_published(source.state, architecture, latent_shape, restore_condition(config["dataset"]))
     except BadFileError as error:
         raise UserError(f"--source={source_name}: {error}") from None
 

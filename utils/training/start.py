@@ -25,6 +25,7 @@ from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import restore_condition
 from utils.data.dataset import ImageDataset
 from utils.data.fingerprint import compare_data, read_listing
+from utils.networks.dit_arrays import CONDITION_PARTS, CROSS_PARTS
 from utils.networks.dit_config import DiTConfig
 from utils.networks.lora import KEY as LORA
 from utils.networks.lora import merge_lora
@@ -36,6 +37,8 @@ from utils.runs.opening import open_checkpoint, split_load_dir
 from utils.runs.saved_config import read_config
 
 LABELS = ("label_embed", "Embed_0", "embedding")  # the end of the path, wherever a network embeds its condition
+# What stands for "no condition" in the vector of a DiT, and for any condition where a network has just been given it.
+NULL_VECTORS = ("/".join(LABELS), "vector_embed/null", "vector_embed/dense_1/bias", "base_vector")
 MAX_LISTED = 3
 SHARPNESS = 16.0  # slope of hidden units in a refitted time embedding; see `refit_times`
 
@@ -203,8 +206,9 @@ def start_from(source: SourceRun, fresh: PyTree, config: dict[str, Any], shardin
     remarks[0] = f"starting from {source.load_dir}, step {step}: {remarks[0]}"
     params = [tree.params for tree in adapted]
 
-    # A DiT that is given the step as well, or the time at another scale, computes what it did before.
+    # A DiT that is given another condition, the step as well or the time at another scale computes what it did before.
     if isinstance(network, DiTConfig):
+        params = [keep_null_vector(tree, found, new, source.saved) for tree, found in zip(trees, params, strict=True)]
         if any(path.startswith("step_embed/") for path in new):
             params = [zero_step_embed(tree) for tree in params]
         scales = [settings["model"]["timestep_scale"] for settings in (source.saved, config)]
@@ -215,6 +219,29 @@ def start_from(source: SourceRun, fresh: PyTree, config: dict[str, Any], shardin
                 f"time embedding: fitted to that of the source at another scale; {fitted[1][1]:.0%} error is left"
             )
     return Start(*params, [*remarks, *source.differences(config)], new)
+
+
+def keep_null_vector(source: PyTree, params: PyTree, new: Sequence[str], saved: Mapping[str, Any]) -> PyTree:
+    """Has what is new in the place of the source's embedding of classes or vectors start as its "no condition".
+
+    Of a source of one class, unless it has always dropped it, that class is what it has learned. Returns `params` where
+    what the source has is taken over. `saved` is the configuration of the source.
+    """
+    # What the source adds to the time where nothing is given, (d,).
+    theirs = {"/".join(path): value for path, value in flatten_dict(source).items()}
+    labels = theirs.get("/".join(LABELS))
+    null = theirs.get("vector_embed/null", theirs.get("base_vector"))
+    if labels is not None:
+        is_unconditional = len(saved["dataset"].get("class_names", ())) == 1
+        null = labels[0 if is_unconditional and saved["model"]["class_dropout_prob"] != 1 else -1]
+
+    # The same, where nothing is given and at first whatever is.
+    ours = {"/".join(path): value for path, value in flatten_dict(params).items()}
+    places = [path for path in ours if path in NULL_VECTORS]
+    if null is None or not set(places) <= set(new):
+        return params
+    kept = {path: np.broadcast_to(null, ours[path].shape) for path in places if ours[path].shape[-1:] == null.shape}
+    return unflatten_dict({tuple(path.split("/")): value for path, value in (ours | kept).items()})
 
 
 def zero_step_embed(params: PyTree) -> PyTree:
@@ -288,8 +315,15 @@ def read_frozen(words: Sequence[str], parts: Sequence[str]) -> tuple[str, ...]:
 
 
 def frozen_beside_lora(parts: Sequence[str], new: Sequence[str]) -> tuple[str, ...]:
-    """Returns the parts that LoRA freezes: all but its factors, the labels, and what has been made new."""
-    trained = {LORA, LABELS[0], *(path.split("/")[0] for path in new)}
+    """Returns the parts that LoRA freezes: all but its factors, what embeds the condition, and what has been made new.
+
+    Raises UserError where new layers inside of old blocks would have these trained as a whole.
+    """
+    if any(path.startswith(f"block_0/{CROSS_PARTS[0]}/") for path in new) and "block_0/attention/out/kernel" not in new:
+        raise UserError(
+            "--model.token_mode=cross: the blocks of --load_dir lack its layers, and --lora_rank adds none; use context"
+        )
+    trained = {LORA, LABELS[0], *CONDITION_PARTS, *(path.split("/")[0] for path in new)}
     return tuple(part for part in parts if part not in trained)
 
 
