@@ -17,7 +17,6 @@ import jax
 import scipy.linalg
 import scipy.sparse.linalg
 import scipy.special  # noqa: F401
-import sklearn.datasets  # noqa: F401 (the digits)
 
 import compute_fid_stats  # noqa: F401 (for all that they import)
 import convert_checkpoint  # noqa: F401

@@ -12,7 +12,7 @@ from benchmarks.hlo import count_kernels
 from utils.networks.packing import SMALL, Packed, Packing
 from utils.networks.state import make_optimizer
 from utils.training import build_run, make_config
-from utils.training.build import compile_train_step, state_structs
+from utils.training.build import compile_train_step
 
 
 def make_tree(seed):
@@ -55,6 +55,6 @@ def test_the_demos_step_has_few_kernels(tmp_path):
     network = {"hidden_size": 128, "depth": 4, "num_heads": 4, "mlp_ratio": 4, "patch_size": 2, "num_classes": 10}
     settings = {"dataset_name": "digits", "codec": "pixels", "save_dir": str(tmp_path / "run"), "batch_size": 128}
     run = build_run(make_config(settings | {f"model.{name}": value for name, value in network.items()}))
-    text = compile_train_step(run, state_structs(run), run.validation_batch).as_text()
+    text = compile_train_step(run, run.state_structs, run.validation_batch).as_text()
     # The state's 51 arrays alone are written by some 200 of them, one for each of four.
     assert 300 < count_kernels(text) < 800

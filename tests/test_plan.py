@@ -8,7 +8,7 @@ from utils.base.devices import memory_needed
 from utils.base.messages import UserError, format_duration
 from utils.training import loop
 from utils.training.advice import MemoryModel, batch_structs, bytes_on_device
-from utils.training.build import build_run, state_structs
+from utils.training.build import build_run
 
 RUN = """
     --dataset_name digits --use_stable_vae 0 --model.hidden_size 32 --model.depth 1 --model.num_heads 2
@@ -43,7 +43,7 @@ def test_the_plan_is_what_the_compiler_says_of_another_batch(run, tmp_path, monk
     assert set(needed) == {64, 128}
     memory = MemoryModel(needed)
 
-    state = state_structs(run)
+    state = run.state_structs
     actual = memory_needed(compile_train_step(run, state, batch_structs(run.validation_batch, 256)))
     assert memory.bytes_of(256) == pytest.approx(actual, rel=0.05)
     assert " parameters, " in lines[0]

@@ -19,7 +19,7 @@ from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.networks.state import EmaSchedule, create_train_state
 from utils.sampling.solvers import SamplerConfig
 from utils.training import build, evaluation
-from utils.training.build import Run, build_run, make_state, state_structs
+from utils.training.build import Run, build_run, make_state
 from utils.training.step import jit_train_step
 
 DIGITS = """
@@ -129,7 +129,7 @@ def test_decay_of_the_ema_and_what_saves_memory_reach_the_step(make_run):
 
 @pytest.mark.parametrize("mode", SHARDING_MODES)
 def test_the_state_is_split_as_the_flag_says(make_run, mode):
-    state = state_structs(make_run(f"--sharding {mode}"))
+    state = make_run(f"--sharding {mode}").state_structs
     trees = {"params": state.params, "ema_params": state.ema_params, "opt_state": state.opt_state}
     split = {
         name
@@ -142,7 +142,7 @@ def test_the_state_is_split_as_the_flag_says(make_run, mode):
 def test_the_flops_of_a_step_are_those_the_compiler_counts(make_run):
     """Matmuls dominate at this width; the compiler adds the elementwise operations."""
     run = make_run("--model.hidden_size 384 --model.num_heads 6 --model.mlp_ratio 4")
-    state = state_structs(run)
+    state = run.state_structs
     step = jit_train_step(jax.tree.map(lambda leaf: leaf.sharding, state), replicated(run.mesh), **run.static)
     counted = step.lower(state, run.validation_batch, run.model.codec).cost_analysis()["flops"]
     assert run.flops_per_step == pytest.approx(counted, rel=0.1)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, SupportsFloat
 
 import jax
-from matplotlib.figure import Figure
 
 from utils.base.effects import Rule, check_effects
 from utils.base.files import atomic_write, open_regular, read_bytes, write_text
@@ -228,8 +227,9 @@ class Trackers:
         values = {name: float(value) for name, value in numbers.items()} if self.trackers else {}
         self._tell_all(lambda tracker: tracker.log(step, values))
 
-    def log_figure(self, step: int, name: str, figure: Figure) -> None:
-        """Writes RUN/images/NAME/STEP.png, and logs that file under `name`. One that cannot be written is left out."""
+    def log_figure(self, step: int, name: str, figure: Any) -> None:
+        """Writes a matplotlib Figure as RUN/images/NAME/STEP.png, and logs that file under `name`. One that cannot be
+        written is left out."""
         if not self.trackers:
             return
         path = self.folder / "images" / re.sub(r"[^\w.-]", "_", name) / f"{step:08d}.png"

@@ -1,6 +1,7 @@
 """Builds a run that is ready to train from its configuration: data, model, optimizer. Bad input is refused here."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,6 +97,13 @@ class Run:
     @property
     def folder(self) -> Path:
         return self.config.folder
+
+    @functools.cached_property
+    def state_structs(self) -> TrainState:
+        """The shapes of the state, and where each array lives."""
+        # Shapes alone: nothing is computed, and no device holds anything yet.
+        shapes = jax.eval_shape(lambda key: init_state(self, key, key), jax.random.key(self.config.training.seed))
+        return shape_structs(shapes, state_sharding(shapes, self.mesh, self.config.devices.sharding))
 
     @property
     def static(self) -> dict[str, Any]:
@@ -315,20 +323,13 @@ def prepare_start(
 # --- The state of step 0 ---
 
 
-def state_structs(run: Run) -> TrainState:
-    """Returns the shapes of the run's state, and where each array lives."""
-    # Shapes alone: nothing is computed, and no device holds anything yet.
-    shapes = jax.eval_shape(lambda key: init_state(run, key, key), jax.random.key(run.config.training.seed))
-    return shape_structs(shapes, state_sharding(shapes, run.mesh, run.config.devices.sharding))
-
-
 def make_state(run: Run) -> TrainState:
     """Returns the state of step 0, the same on every process and any number of devices.
 
     Its parameters are fresh, or another run's where the run starts from one.
     """
     # Each device computes its own part: the state is never whole on one that is to hold a shard.
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state_structs(run))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, run.state_structs)
     key = jax.random.key(run.config.training.seed)
     is_cpu = run.mesh.devices.flat[0].platform == "cpu"
     init = jax.jit(lambda key: init_state(run, key, unroll(key) if is_cpu else key), out_shardings=shardings)

@@ -8,20 +8,18 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, PyTree, UInt8
-from matplotlib.figure import Figure
 
 from utils.base.mesh import gather
 from utils.base.processes import Interrupted, StopRequest
 from utils.conditions.condition import resize_rows
 from utils.data.dataset import Batch
-from utils.images import plotting
 from utils.images.pixels import images_to_uint8
 from utils.metrics.measure import measure_images
 from utils.metrics.metrics import compute_fid
@@ -65,8 +63,11 @@ def _reconstruct(params, codec, key, batch, t, *, network, objective):
     return jnp.stack([batch.to_images(codec, x_1), *(images_to_uint8(codec.decode(x)) for x in (x_t, predicted))])
 
 
-def reconstruction_panel(model: ImageModel, params: PyTree, batch: Batch, key: Key[Array, ""]) -> Figure:
-    """Draws eight images of `batch`: clean, noised to t = 0, 1/8, ..., 7/8, and predicted from that in one step."""
+def reconstruction_panel(model: ImageModel, params: PyTree, batch: Batch, key: Key[Array, ""]) -> Any:
+    """Draws a Figure of eight images of `batch`: clean, noised to t = 0, 1/8, ..., 7/8, and predicted from that in one
+    step."""
+    from utils.images import plotting  # slow to import: matplotlib
+
     # Gathered first: the rows of a global batch are spread over devices and processes.
     rows = resize_rows(jax.tree.map(gather, batch), PANEL_SIZE)
     t = np.arange(PANEL_SIZE, dtype=np.float32) / PANEL_SIZE
@@ -97,13 +98,15 @@ def sample_panels(
     note: str = "",
     scales: Sequence[float] = PANEL_GUIDANCE,
     step_counts: Sequence[int] = PANEL_STEPS,
-) -> Iterator[tuple[str, Figure]]:
-    """Yields (`NAME_cfg_S`, panel) for each guidance scale, the sampler's own among them, and (`NAME_N/N`, panel) for
+) -> Iterator[tuple[str, Any]]:
+    """Yields (`NAME_cfg_S`, Figure) for each guidance scale, the sampler's own among them, and (`NAME_N/N`, Figure) for
     each step count. A model that cannot be guided has a panel of scale 1 alone. `number` counts the evaluations of a
     run; `note` ends every title.
 
     Every panel starts from the same noise and conditions, so that scales and step counts can be compared by eye.
     """
+    from utils.images import plotting  # slow to import: matplotlib
+
     # The same for all panels.
     condition = model.condition.show(number, PANEL_SIZE)
     noise = sample_noise(key, jnp.arange(PANEL_SIZE), model.latent_shape)
@@ -218,10 +221,10 @@ def log_evaluation(trackers: Trackers, results: Iterator[tuple[str, Any]], step:
     try:
         with stop.interrupting():
             for name, value in results:
-                if isinstance(value, Figure):
-                    trackers.log_figure(step, name, value)
+                if isinstance(value, SupportsFloat):
+                    numbers[name] = float(value)
                 else:
-                    numbers[name] = value
+                    trackers.log_figure(step, name, value)
                 # No signal interrupts one of several processes: they would wait for it in the next computation.
                 if jax.process_count() > 1 and stop.is_due():
                     return False

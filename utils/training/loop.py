@@ -28,7 +28,6 @@ from utils.training.build import (
     compile_steps,
     compile_train_step,
     make_state,
-    state_structs,
     summarize_run,
 )
 from utils.training.evaluation import evaluate, is_evaluation_due, is_evaluation_missing, log_evaluation
@@ -98,7 +97,7 @@ def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
 def announce(run: Run) -> None:
     """Logs what is trained, with which settings, and why first images may be noise."""
     log(f"settings: {run.config.describe_given() or 'the defaults'}; all are in {run.folder / 'config.json'}")
-    log(summarize_run(run, state_structs(run)))
+    log(summarize_run(run, run.state_structs))
     interval = run.config.evaluation.eval_interval
     first_evaluation = min(1000, interval) if interval else None
     for hint in ema_hints(run.ema, first_evaluation, run.config.training.max_steps):
@@ -115,10 +114,10 @@ def restore_or_init(
     """
     # Without checkpoints, the run begins; its parameters are drawn while the step is compiled.
     steps = checkpoints.steps()
+    target = run.state_structs
     if not steps:
         return in_background(partial(make_state, run)), 0, {}
     # The newest checkpoint may be damaged: then the one before it is read.
-    target = state_structs(run)
 
     def read(step: int) -> tuple[list[str], TrainState, dict[str, Any]]:
         saved = checkpoints.restore_config(step)
@@ -164,7 +163,7 @@ def run_steps(run: Run, wait_for_state: Callable[[], TrainState], step: int, res
 
     # Compiled steps, while the first batch is read; then what saves, reports and traces.
     batches = read_ahead(to_devices(resources.batches, run.mesh))
-    train_step, validate = compile_steps(run, state_structs(run))
+    train_step, validate = compile_steps(run, run.state_structs)
     state = wait_for_state()
     saver, skipped, check, progress, trace = make_instruments(run, state, resources)
     batches = progress.throughput.waiting(batches, progress.is_idle)
@@ -258,7 +257,7 @@ def end_without_data(error: DataError, step: int, saver: Saver, state: TrainStat
 
 def plan_run(run: Run) -> Iterator[str]:
     """Yields what this training will take (memory, time), in lines; nothing of it is written."""
-    state = state_structs(run)
+    state = run.state_structs
     training = run.config.training
     compiled = {}
     yield summarize_run(run, state)
