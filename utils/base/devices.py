@@ -36,7 +36,7 @@ UNSUPPORTED = {
     "jax_disable_jit": (True,),
 }
 GIB = 2**30
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt, malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, malloc.h
 
 
 # --- settings ---
@@ -168,11 +168,16 @@ def keep_freed_memory() -> None:
     platforms = jax.config.values["jax_platforms"]
     has_plugins = importlib.util.find_spec("jax_plugins") or importlib.util.find_spec("libtpu")
     is_cpu = platforms == "cpu" if platforms else not has_plugins
-    # One arena, no pieces by mmap, nothing trimmed: what is freed is used again.
-    if is_cpu and platform.libc_ver()[0] == "glibc":
+    if not is_cpu:
+        return
+    # No pieces by mmap, nothing trimmed: what is freed is used again.
+    if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        for option, value in ((M_ARENA_MAX, 1), (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)):
             libc.mallopt(option, value)
+    # All of that holds for the arena of the main thread, which therefore computes. Another way would be one arena for
+    # all threads, but those that compile would then wait for each other.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def free_memory() -> int | None:
