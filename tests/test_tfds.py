@@ -316,6 +316,9 @@ def test_images_of_many_sizes_need_a_size(either_folder):
     with pytest.raises(UserError, match="--image_size 256"):
         load("tfds:imagenet2012", data_dir=either_folder)
     assert load("tfds:imagenet2012", "train", either_folder, image_size=32).image_shape == (32, 32, 3)
+    middle = {noise(i, 300, 280, 3)[75:225].tobytes() for i in range(3)}
+    wide = load("tfds:imagenet2012", "train", either_folder, image_size="150x280")
+    assert {image.tobytes() for image in images_of(wide)} <= middle
     assert load("tfds:like_cifar:1.0.0", "train", either_folder).image_shape == (8, 8, 3)
 
 
