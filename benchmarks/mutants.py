@@ -162,6 +162,14 @@ test_image_modes.py::test_images_are_in_colour_if_one_of_them_is
 test_image_modes.py::test_a_run_that_is_continued_reads_its_images_as_it_did
   utils/training/configure.py: return _image_mode(saved, settings) | settings -> return settings
   utils/training/configure.py: is_open = _has_mode(draft_data) and -> is_open = False and
+test_folder_tables.py::test_numbers_of_a_table_are_the_condition
+  utils/data/image_folder.py: {"label": train_labels, **train.columns} -> {"label": train_labels, **listed.columns}
+  utils/data/loaders.py: (loader.flips and dataset.own_condition is None) -> loader.flips
+  utils/images/tables.py: rows = list(rows) -> rows = sorted(rows)
+test_folder_tables.py::test_another_condition_of_an_image_is_another_data_set
+  utils/data/image_folder.py: identities = digest_rows(labels, listed.columns) -> pass
+test_folder_tables.py::test_labels_of_edm_are_classes
+  utils/data/image_folder.py: split = split.take(labelled) -> pass
 test_likelihood.py::test_what_is_measured_is_what_the_flags_say
   likelihood.py: jax.random.key(self.config.seed) -> jax.random.key(0)
   likelihood.py: LikelihoodConfig(config.num_probes, -> LikelihoodConfig(1,

@@ -183,7 +183,7 @@ def _compare_rows(saved: Sequence[Row], found: Sequence[Row]) -> tuple[str, str]
     # The same keys, with other labels, in another order, or with other contents.
     relabelled = [key for key in new if new[key].label != old[key].label]
     if relabelled:
-        return f"{_count(relabelled)} of another class: {_list(relabelled)}", ""
+        return f"{_count(relabelled)} of another class or condition: {_list(relabelled)}", ""
     if list(old) != list(new):
         return "the images are in another order", ""
     replaced = [key for key in new if new[key].digest != old[key].digest]

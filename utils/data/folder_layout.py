@@ -5,12 +5,15 @@ below folders named after splits (`train`, `valid`, `test` and the like).
 """
 
 import functools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.base.messages import UserError, printable, warn_once
+from utils.data.folder_tables import Asked
 from utils.images.folders import Scanned, check_folders, is_table, scan, system_message, unused_message
+from utils.images.tables import TABLES
 
 # In lower case; a file with another suffix is named as ignored.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
@@ -34,8 +37,9 @@ def split_of(folder_name: str) -> str | None:
     return match and SPLIT_NAMES[match[1]]
 
 
-def find_splits(root: Path) -> tuple[Path, Path | None]:
+def find_splits(root: Path, asked: Asked | None = None) -> tuple[Path, Path | None]:
     """Returns (folder of the training split, folder of the validation split or None if that is to be held out).
+    Files that are not `asked` for are named.
 
     Raises UserError if names of splits stand beside other folders, or if none of them is for training.
     """
@@ -78,11 +82,11 @@ def find_splits(root: Path) -> tuple[Path, Path | None]:
         f"{root}: training on {train.name}/, validating on {f'{validation.name}/' if validation else 'a part of it'}"
         + f"; not read: {', '.join(not_read)}" * bool(not_read)
     )
-    _name_unused(root, scanned)
-    return _unwrap(train), validation and _unwrap(validation)
+    _name_unused(root, scanned, asked=asked)
+    return _unwrap(train, asked), validation and _unwrap(validation, asked)
 
 
-def _unwrap(split_folder: Path) -> Path:
+def _unwrap(split_folder: Path, asked: Asked | None) -> Path:
     """Returns the folder of a split, or the only folder in it if that bears the same split's name.
 
     An archive that is unpacked into a folder of its own name leaves such a nest.
@@ -91,17 +95,22 @@ def _unwrap(split_folder: Path) -> Path:
     if len(scanned.folders) == 1 and not scanned.images:
         (below,) = scanned.folders
         if split_of(below.name) == split_of(split_folder.name):
-            _name_unused(split_folder, scanned)
-            return _unwrap(below)
+            _name_unused(split_folder, scanned, asked=asked)
+            return _unwrap(below, asked)
     return split_folder
 
 
-def _name_unused(folder: Path, *all_scanned: Scanned) -> None:
+def _name_unused(folder: Path, *all_scanned: Scanned, asked: Asked | None) -> None:
     """Warns of files below `folder` that are not used: those that may hold labels, others, and the system's."""
-    # Tables of labels matter most: a user may take them for read.
+    images = [path for scanned in all_scanned for path in scanned.images]
     others = [path for scanned in all_scanned for path in scanned.others]
-    if message := unused_message(folder, others, (path for scanned in all_scanned for path in scanned.images)):
-        warn_once(message)
+    if asked:
+        stems = {os.path.splitext(image)[0] for image in images}
+        others = [path for path in others if not asked.is_read(path, stems)]
+    # Tables of labels matter most: a user may take them for read.
+    if message := unused_message(folder, others, images):
+        is_readable = asked is None and any(path.name in TABLES for path in others)
+        warn_once(message + "; --condition_columns reads it" * is_readable)
     if rest := [path for path in others if not is_table(path)]:
         warn_once(f"{folder}: ignored {describe_some(rest, 'file')} without the suffix of an image")
     if message := system_message(path for scanned in all_scanned for path in scanned.system):
@@ -118,12 +127,19 @@ def describe_layout(root: Path) -> str:
     return f"expected are {root}/CLASS/IMAGE or {root}/IMAGE (or the same below {root}/train), images being {suffixes}"
 
 
-def find_classes(folder: Path, root: Path) -> dict[Path, Scanned]:
+def find_classes(folder: Path, root: Path, asked: Asked | None = None, has_classes: bool = True) -> dict[Path, Scanned]:
     """Returns {folder of a class: contents at any depth below it}; the root alone if all images are of one class.
 
-    Raises UserError if images lie beside folders of classes, or if there are none.
+    Unless folders are the classes (`has_classes`), all images below `folder` are of the root. Files that are not
+    `asked` for are named. Raises UserError if images lie beside folders of classes, or if there are none.
     """
     flag = f"--dataset_name=folder:{root}"
+    if not has_classes:
+        everything = _scan_below(folder, flag)
+        if not everything.images:
+            raise UserError(f"{flag}: {folder} holds no images; {describe_layout(root)}")
+        _name_unused(folder, everything, asked=asked)
+        return {root.resolve(): everything}
 
     # All files, at any depth below the folders of classes.
     top = scan_images(folder)
@@ -147,7 +163,7 @@ def find_classes(folder: Path, root: Path) -> dict[Path, Scanned]:
             f"{folder}: one class, {name.name}, of all images below it; "
             f"if {list_names(below)} are classes, give folder:{name}"
         )
-    _name_unused(folder, *found)
+    _name_unused(folder, *found, asked=asked)
     return classes
 
 

@@ -7,7 +7,7 @@ epoch halfway.
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,19 @@ import numpy as np
 from utils.base.files import UNFINISHED, check_finished
 from utils.base.messages import UserError, warn, warn_once
 from utils.conditions.classes import imagenet_class_names
-from utils.data.dataset import SPLITS, DataOptions, Example, ImageDataset, find_empty_classes, hold_out, num_held_out
+from utils.data.dataset import (
+    SPLITS,
+    DataOptions,
+    Example,
+    ImageDataset,
+    find_empty_classes,
+    hold_out,
+    num_held_out,
+    unlabelled_message,
+)
 from utils.data.fingerprint import Fingerprint, Row
 from utils.data.folder_layout import MAX_LISTED, describe_layout, find_classes, find_splits, scan_images
+from utils.data.folder_tables import Asked, digest_rows, make_own_condition, read_conditions
 from utils.images.decoding import (
     CHANNELS,
     MAX_MEGAPIXELS,
@@ -47,11 +57,8 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
         check_finished(list(root.glob("*.png")), root, f"--dataset_name={name}")
 
     # Images of the split. Of data without a validation split a part is held out.
-    listed, has_one_split = list_folder(root, split, options)
-    if has_one_split:
-        if len(listed.files) < 2:
-            raise UserError(f"--dataset_name={name}: {root} holds 1 image; 2 are needed, one of them to hold out")
-        listed = listed.take(hold_out(listed.keys, num_held_out(len(listed.files)))[SPLITS.index(split)])
+    asked = None if options.condition_columns is None else Asked.of_text(options.condition_columns)
+    listed, train = list_folder(root, split, options, asked)
 
     # Classes. WordNet ids of ImageNet get their English names.
     names = listed.class_names
@@ -59,16 +66,26 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
         names = imagenet_class_names()
     labels = [label for _, label in listed.files]
     mode = options.image_mode or listed.mode
-    rows = [Row(*values) for values in zip(listed.keys, labels, listed.digests, strict=True)]
+
+    # Conditions, whose facts are those of the training images. A listing tells them apart by a number.
+    condition = None
+    identities = labels
+    if asked and listed.columns:
+        names = names if "class" in asked.kinds else ()
+        train_labels = np.array([label for _, label in train.files], np.int32)
+        condition = make_own_condition(asked, {"label": train_labels, **train.columns}, train.numbers, names)
+        identities = digest_rows(labels, listed.columns)
+    rows = [Row(*values) for values in zip(listed.keys, identities, listed.digests, strict=True)]
     return ImageDataset(
         name=name,
         split=split,
-        source=ImageFiles(listed.files, size, mode, options.max_megapixels),
+        source=ImageFiles(listed.files, size, mode, options.max_megapixels, listed.columns),
         image_shape=(*size, CHANNELS[mode]),
         class_names=names,
         random_flip=False,
         fingerprint=Fingerprint.of_rows("files", rows),
-        empty_classes=find_empty_classes(labels, len(names)),
+        empty_classes=find_empty_classes(labels, len(names)) if names else (),
+        own_condition=condition,
         pixels=SIXTEEN_BITS if mode == "I;16" else UINT8,
     )
 
@@ -81,20 +98,28 @@ class ImageFiles:
     size: Size
     mode: str = "RGB"
     max_megapixels: float = MAX_MEGAPIXELS
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of conditions, by keys of an example
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
         # Checked before training, but a run is long: files may go or be replaced meanwhile.
-        path, label = self.files[index]
+        path, _ = self.files[index]
         try:
             content = read_image_file(path, self.max_megapixels)
         except (OSError, BrokenImageError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{path} cannot be read any more ({reason}); bring it back") from error
         image = read_image(content, str(path), self.size, mode=self.mode, max_megapixels=self.max_megapixels)
-        return {"image": image, "label": np.int32(label)}
+        return {"image": image, **self.read_condition(index)}
+
+    def read_condition(self, index: int) -> Example:
+        """Returns an example without its image, of which nothing is decoded."""
+        values = {key: column[index] for key, column in self.columns.items()}
+        if "caption" in values:
+            values["caption"] = str(values["caption"])
+        return {"label": np.int32(self.files[index][1]), **values}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +131,8 @@ class FolderSplit:
     keys: list[str]  # names that stay the same wherever the folder is
     digests: list[str]  # of the files' contents
     mode: str  # of decoding.MODES, which keeps what all of them have
+    columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of a table, by keys of an example
+    numbers: tuple[str, ...] = ()  # names of those in "conditions"
 
     def take(self, rows: Sequence[int]) -> "FolderSplit":
         """Returns these rows alone."""
@@ -113,11 +140,23 @@ class FolderSplit:
         def take(column):
             return [column[row] for row in rows]
 
-        return dataclasses.replace(self, files=take(self.files), keys=take(self.keys), digests=take(self.digests))
+        columns = {key: column[list(rows)] for key, column in self.columns.items()}
+        return dataclasses.replace(
+            self, files=take(self.files), keys=take(self.keys), digests=take(self.digests), columns=columns
+        )
+
+    def hold_out(self, flag: str, root: Path) -> tuple["FolderSplit", "FolderSplit"]:
+        """Returns (images to train on, images held out). Raises UserError, which begins with `flag`, of one image."""
+        if len(self.files) < 2:
+            raise UserError(f"{flag}: {root} holds 1 image; 2 are needed, one of them to hold out")
+        train, validation = hold_out(self.keys, num_held_out(len(self.files)))
+        return self.take(train), self.take(validation)
 
 
-def list_folder(root: Path, split: str, options: DataOptions) -> tuple[FolderSplit, bool]:
-    """Returns (images of `split` below `root`, whether they are all of the data, of which a part is to be held out).
+def list_folder(
+    root: Path, split: str, options: DataOptions, asked: Asked | None = None
+) -> tuple[FolderSplit, FolderSplit]:
+    """Returns (images of `split` below `root`, those of the training split).
 
     Raises UserError naming broken files and classes without images, or leaves them out with a warning, as
     `options.broken_images` says. Raises it, too, if folders may be splits or classes.
@@ -127,21 +166,23 @@ def list_folder(root: Path, split: str, options: DataOptions) -> tuple[FolderSpl
         raise UserError(f"{flag}: there is no folder {root}; {describe_layout(root)}")
 
     # The training split settles the classes.
-    train_folder, validation_folder = find_splits(root)
-    train = _list_split(train_folder, root, options)
+    train_folder, validation_folder = find_splits(root, asked)
+    train = _list_split(train_folder, root, options, asked)
     if validation_folder is None:
-        return train, True
-    # A flat folder of validation images tells no classes apart.
-    if len(train.class_names) > 1 and not scan_images(validation_folder).folders:
+        parts = train.hold_out(flag, root)
+        return parts[SPLITS.index(split)], parts[0]
+    # A flat folder of validation images tells no classes apart, unless a table does.
+    if asked is None and len(train.class_names) > 1 and not scan_images(validation_folder).folders:
         warn(
             f"{validation_folder} has no folders of classes: part of {train_folder} is held out for validation instead"
         )
-        return train, True
+        parts = train.hold_out(flag, root)
+        return parts[SPLITS.index(split)], parts[0]
     if split == "train":
-        return train, False
+        return train, train
 
     # Validation images, with the labels of training.
-    validation = _list_split(validation_folder, root, options, is_training=False)
+    validation = _list_split(validation_folder, root, options, asked, is_training=False)
     unknown = sorted(set(validation.class_names) - set(train.class_names))
     if unknown:
         raise UserError(
@@ -149,7 +190,7 @@ def list_folder(root: Path, split: str, options: DataOptions) -> tuple[FolderSpl
         )
     labels = [train.class_names.index(name) for name in validation.class_names]
     files = [(path, labels[label]) for path, label in validation.files]
-    return dataclasses.replace(validation, class_names=train.class_names, files=files, mode=train.mode), False
+    return dataclasses.replace(validation, class_names=train.class_names, files=files, mode=train.mode), train
 
 
 def _text(name: str) -> str:
@@ -157,10 +198,13 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _list_split(folder: Path, root: Path, options: DataOptions, is_training: bool = True) -> FolderSplit:
+def _list_split(
+    folder: Path, root: Path, options: DataOptions, asked: Asked | None, is_training: bool = True
+) -> FolderSplit:
     """Lists the images of the split in `folder`, each decoded once; those that are broken are refused or skipped."""
     flag = f"--dataset_name=folder:{root}"
-    classes = find_classes(folder, root)
+    table = asked.find_table(folder, root) if asked else None
+    classes = find_classes(folder, root, asked, has_classes=asked is None or asked.has_folders(table))
 
     # Every file, decoded once.
     paths = tuple(path for scanned in classes.values() for path in scanned.images)
@@ -198,7 +242,25 @@ def _list_split(folder: Path, root: Path, options: DataOptions, is_training: boo
     # Relative to the split, so that the data may be moved.
     keys = [_text(path.relative_to(folder).as_posix()) for path, _ in files]
     mode = _choose_mode(folder, [checked[path].mode for path, _ in files], options if is_training else None)
-    return FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files], mode)
+    split = FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files], mode)
+    return split if asked is None else _add_conditions(split, asked, table, folder, SPLITS[not is_training])
+
+
+def _add_conditions(split: FolderSplit, asked: Asked, table: Path | None, folder: Path, name: str) -> FolderSplit:
+    """Returns the images of a split, called `name`, with the conditions that are asked for; without those whose label
+    is -1."""
+    paths = [path for path, _ in split.files]
+    found = read_conditions(asked, table, paths, folder)
+    split = dataclasses.replace(split, columns=found.columns, numbers=found.names)
+    if found.labels is None:
+        return split
+    files = list(zip(paths, found.labels, strict=True))
+    split = dataclasses.replace(split, files=files, class_names=found.class_names)
+    labelled = [row for row, label in enumerate(found.labels) if label >= 0]
+    if len(labelled) < len(files):
+        warn_once(unlabelled_message(str(table), name, len(files) - len(labelled), len(files)))
+        split = split.take(labelled)
+    return split
 
 
 def _choose_mode(folder: Path, modes: Sequence[str], options: DataOptions | None) -> str:

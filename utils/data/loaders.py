@@ -65,7 +65,7 @@ LOADERS: dict[str, Loader] = {
         "image files, in a folder for each class or in one folder",
         "PATH",
         is_path=True,
-        options=("image_size", "broken_images", "max_megapixels", "image_mode"),
+        options=("image_size", "broken_images", "max_megapixels", "image_mode", "condition_columns"),
         default_size=256,
         flips=True,
     ),
@@ -105,7 +105,8 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     # Mirror images, in training alone. Pairs would need their noise mirrored, latents cannot be mirrored afterwards.
     flips = options.random_flip
     if flips is None or split != "train":
-        flips = dataset.random_flip or loader.flips
+        # An angle turns with its image, and a text says what is on the left: only classes stay as they are.
+        flips = dataset.random_flip or (loader.flips and dataset.own_condition is None)
     elif flips and dataset.pair_shape:
         raise UserError(
             f"--random_flip=1: {name} holds samples with their noise, which cannot be mirrored; leave it out"
@@ -155,7 +156,7 @@ def check_data_settings(dataset_name: str, given: Mapping[str, Any]) -> None:
     if loader is None:  # refused where the data are loaded
         return
     # Only loaders of image files decode, and may meet broken files.
-    for name in ("broken_images", "max_megapixels", "image_mode"):
+    for name in ("broken_images", "max_megapixels", "image_mode", "condition_columns"):
         if name not in loader.options:
             takers = ", ".join(list_names(lambda loader, name=name: name in loader.options))
             refuse_ignored((name,), given, f"on {dataset_name}, only on {takers}")

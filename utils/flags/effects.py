@@ -47,7 +47,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     # --images takes the place of a data set, and of all that says how one is read.
     "compute_fid_stats": (
         Rule(
-            ("dataset_name", "split", "data_dir", "image_size", "image_mode", "broken_images", "max_megapixels"),
+            (
+                *("dataset_name", "split", "data_dir", "image_size", "image_mode", "condition_columns"),
+                *("broken_images", "max_megapixels"),
+            ),
             "with --images, which are taken as they are",
             lambda given: given.images,
         ),

@@ -333,8 +333,8 @@ def check_folders(flag: str, folder: Path, root: Path, images: Mapping[Path, Seq
     table = next((path for path in (folder / EDM_TABLE, root / EDM_TABLE) if path.is_file()), None)
     labels = read_edm_labels(table) if table else {}
     fix = (
-        "put the images of each label into a folder named after it, or make an npz with `images` and `labels`, and use "
-        "npz:FILE"
+        "give --condition_columns class or vector, put the images of each label into a folder named after it, or make "
+        "an npz with `images` and `labels`, and use npz:FILE"
     )
     if labels is None and is_numbered:
         raise UserError(f"{flag}: {table} cannot be read, and the folders beside it are numbered, no classes; {fix}")

@@ -72,6 +72,9 @@ class DataConfig:
     image_mode: str | None = setting(
         None, "Grey, colour, with transparency, or grey of 16 bits; default: what the files have.", choices=MODES
     )
+    condition_columns: str | None = setting(
+        None, "Columns of a table beside the images, as conditions: vector:a,b or class:c, joined by +; docs/data.md."
+    )
     broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
     max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)
     random_flip: int | None = setting(
@@ -92,6 +95,7 @@ class DataConfig:
             self.max_megapixels,
             random_flip=flip,
             image_mode=self.image_mode,
+            condition_columns=self.condition_columns,
         )
 
 

@@ -47,7 +47,7 @@ NEW_RUN = "another --wandb.name or --save_dir starts a new run"
 # A run is resumed only under the same values of these, beside the fixed settings of its network and its objective.
 # The rest may change, and is reported.
 FIXED = (
-    "objective.name", "batch_size", "seed", "debug_overfit", "freeze", "lora_rank",
+    "objective.name", "condition_columns", "batch_size", "seed", "debug_overfit", "freeze", "lora_rank",
     "warmup_steps", "weight_decay", "grad_clip", "lr_schedule",
 )  # fmt: skip
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.

@@ -1,0 +1,194 @@
+"""Conditions of the images of a folder: columns of the table beside them, and captions in files of their own
+(utils/images/tables.py).
+
+--condition_columns says which columns are read as what: `vector:angle,mass`, `class:species`, `text:caption`, several
+of them joined by +.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.base.messages import UserError, printable, warn_once
+from utils.conditions.condition import CONDITIONS, Condition
+from utils.images.tables import (
+    CAPTION,
+    CAPTION_SUFFIX,
+    EDM_COLUMN,
+    MAX_LISTED,
+    TABLES,
+    Table,
+    find_table,
+    read_captions,
+    read_table,
+)
+
+KINDS = ("class", "vector", "text")  # that columns of a table can be
+TEXT_COLUMNS = (CAPTION, "text")  # that are taken where none is named
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Kinds that --condition_columns asks for, {kind: columns}."""
+
+    flag: str
+    kinds: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of_text(cls, text: str) -> "Asked":
+        """Returns what a value of the flag means. Raises UserError for what no table of a folder can have."""
+        flag = f"--condition_columns={text}"
+        kinds: dict[str, tuple[str, ...]] = {}
+        for part in text.split("+"):
+            kind, colon, names = part.strip().partition(":")
+            columns = tuple(name.strip() for name in names.split(",")) if colon else ()
+            if kind in kinds:
+                raise UserError(f"{flag}: {kind} is given twice; join its columns by commas")
+            if not all(columns) or len(set(columns)) < len(columns):
+                raise UserError(f"{flag}: {part.strip()!r} needs the name of a column after the colon, each name once")
+            kinds[kind] = columns
+        if unread := [kind for kind in kinds if kind not in KINDS]:
+            raise UserError(f"{flag}: a folder has no columns of {unread[0]}; use {', '.join(KINDS)}")
+        for kind in ("class", "text"):
+            if len(kinds.get(kind, ())) > 1:
+                raise UserError(f"{flag}: {kind} takes one column; name one")
+        return cls(flag, kinds)
+
+    def find_table(self, folder: Path, root: Path) -> Path | None:
+        """Returns the table of the split in `folder`, which may lie in `root`, too; None where none is needed.
+
+        Raises UserError where there is none that is needed, or several.
+        """
+        try:
+            table = find_table(folder, root)
+        except UserError as error:
+            raise UserError(f"{self.flag}: {error}") from None
+        # Captions may lie in files of their own, and folders may be the classes.
+        is_optional = not self.kinds.get("class") and self.kinds.get("text", ()) in ((), (CAPTION,))
+        if table is None and ("vector" in self.kinds or not is_optional):
+            raise UserError(f"{self.flag}: {folder} holds none of {', '.join(TABLES)}; put the table beside the images")
+        return table
+
+    def has_folders(self, table: Path | None) -> bool:
+        """Returns whether folders are the classes: a class is asked for, but no column, nor has the table just one."""
+        is_edm = table is not None and table.suffix == ".json"
+        return "class" in self.kinds and not self.kinds["class"] and not is_edm
+
+    def is_read(self, file: Path, stems: Collection[str]) -> bool:
+        """Whether a file beside images is read: a table, or the caption of one of the images, {path without suffix}."""
+        is_caption = file.suffix == CAPTION_SUFFIX and str(file.with_suffix("")) in stems
+        return file.name in TABLES or ("text" in self.kinds and is_caption)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """Contents of a table for some images: labels, names of their classes, arrays (n, ...) by keys of an example."""
+
+    labels: list[int] | None  # -1: none; None: the table has no classes
+    class_names: tuple[str, ...]
+    columns: dict[str, np.ndarray]
+    names: tuple[str, ...]  # of the numbers in "conditions"
+
+
+def read_conditions(asked: Asked, table_file: Path | None, images: Sequence[Path], folder: Path) -> Conditions:
+    """Returns the conditions of images below `folder`, in their order.
+
+    Raises UserError, in one line, for images without a row, columns that are not there, values that are missing or not
+    finite, and texts where numbers are needed. Of rows without an image it warns.
+    """
+    try:
+        table = None if table_file is None else read_table(table_file)
+        kinds = dict(asked.kinds)
+        if asked.has_folders(table_file):
+            del kinds["class"]
+
+        # Captions are a column, or in files beside the images.
+        captions = None
+        if "text" in kinds:
+            has = () if table is None else table.columns
+            kinds["text"] = kinds["text"] or (next((name for name in TEXT_COLUMNS if name in has), CAPTION),)
+            if kinds["text"] == (CAPTION,) and CAPTION not in has:
+                captions = read_captions(images, folder).take(CAPTION, range(len(images)))
+                del kinds["text"]
+        found = Conditions(None, (), {}, ())
+        if table is not None and kinds:
+            found = _read_rows(table, kinds, images)
+        if captions is not None:
+            found.columns["caption"] = np.array(captions, dtype=str)
+        return found
+    except UserError as error:
+        raise UserError(f"{asked.flag}: {error}") from None
+
+
+def _read_rows(table: Table, kinds: Mapping[str, tuple[str, ...]], images: Sequence[Path]) -> Conditions:
+    """Returns the columns that are asked for, of the rows of the images."""
+    rows = table.find_rows(images)
+    _name_rows_without_image(table, set(rows))
+    labels, class_names = None, ()
+    columns: dict[str, np.ndarray] = {}
+    names: tuple[str, ...] = ()
+    if "class" in kinds:
+        (column,) = kinds["class"] or (EDM_COLUMN,)
+        labels, class_names = table.read_classes(column, rows)
+    if "vector" in kinds:
+        columns["conditions"], names = table.read_numbers(kinds["vector"] or _find_numbers(table), rows)
+    if "text" in kinds:
+        (column,) = kinds["text"]
+        columns["caption"] = np.array(list(map(str, table.take(column, rows))), dtype=str)
+    return Conditions(labels, class_names, columns, names)
+
+
+def make_own_condition(
+    asked: Asked, columns: Mapping[str, np.ndarray], names: Sequence[str], class_names: Sequence[str]
+) -> Condition | None:
+    """Returns the condition of a folder whose training images have these columns, labels among them; None of classes
+    alone. `names` are those of the numbers.
+
+    Raises UserError for columns that no condition can take, such as a number that is the same everywhere.
+    """
+    kinds = [kind for kind in asked.kinds if kind != "class"]
+    if not kinds:
+        return None
+    if len(asked.kinds) > 1:
+        raise UserError(
+            f"{asked.flag}: {' and '.join(asked.kinds)} are not learned together yet; leave one of them out"
+        )
+    if kinds != ["vector"] or "vector" not in CONDITIONS:
+        raise UserError(f"{asked.flag}: {kinds[0]} is not learned from yet; use class")
+    try:
+        of_rows: Any = CONDITIONS["vector"]
+        return of_rows.of_rows(columns["conditions"], names)
+    except UserError as error:
+        raise UserError(f"{asked.flag}: {error}") from None
+
+
+def _find_numbers(table: Table) -> tuple[str, ...]:
+    """Returns the columns of numbers, where none are named. Raises UserError if there are none."""
+    found = table.number_columns()
+    if not found:
+        raise UserError(f"{table.source} has no column of numbers")
+    return found
+
+
+def _name_rows_without_image(table: Table, rows: set[int]) -> None:
+    """Warns of rows whose image is not there; images of other splits, and broken ones, are."""
+    lost = [name for name, row in table.numbers.items() if row not in rows and not (table.folder / name).exists()]
+    if lost:
+        listed = printable(", ".join(lost[:MAX_LISTED])) + ", ..." * (len(lost) > MAX_LISTED)
+        warn_once(f"{table.source}: {len(lost):,} row{'s' * (len(lost) > 1)} without an image ({listed})")
+
+
+def digest_rows(labels: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[int]:
+    """Returns a number for each row that changes with its label and with its values."""
+    digests = []
+    for i, label in enumerate(labels):
+        digest = hashlib.sha256(str(label).encode())
+        for key, values in sorted(columns.items()):
+            value: Any = values[i]
+            digest.update(key.encode() + (value.encode() if isinstance(value, str) else value.tobytes()))
+        digests.append(int.from_bytes(digest.digest()[:7], "big"))
+    return digests

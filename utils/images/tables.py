@@ -1,0 +1,251 @@
+"""Tables beside images: metadata.csv and metadata.jsonl as the `datasets` library has them, dataset.json of EDM and
+StyleGAN, and captions in a text file for each image.
+
+A table has a row for an image, which `file_name` names relative to the table's folder; of a dataset.json its only
+column is called `label`. A caption is the column `caption`.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from utils.base.external import BadFileError, read_bounded
+from utils.base.messages import UserError, printable
+from utils.base.settings import suggest_name
+
+TABLES = ("metadata.csv", "metadata.jsonl", "dataset.json")
+MAX_TABLE_BYTES = 2**28  # a million rows of 256 bytes
+MAX_CAPTION_BYTES = 2**16
+MAX_LISTED = 3  # names in a message
+KEY = "file_name"
+EDM_COLUMN = "label"
+CAPTION = "caption"
+CAPTION_SUFFIX = ".txt"
+WHOLE = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns of values, one for each image: texts of a csv, values of JSON, None where a row has none."""
+
+    source: str  # in messages: its path, or what stands in its place
+    folder: Path
+    numbers: dict[str, int]  # {name of an image, relative to the folder: its row}
+    columns: dict[str, list[Any]]
+
+    def find_rows(self, images: Sequence[Path]) -> list[int]:
+        """Returns the row of each image. Raises UserError where there is none for some of them."""
+        names = [image.relative_to(self.folder).as_posix() for image in images]
+        missing = [name for name in names if name not in self.numbers]
+        if missing:
+            raise UserError(
+                f"{self.source}: no row for {len(missing):,} of {len(names):,} images ({_list(missing)}); add rows, or "
+                "move the images out"
+            )
+        return [self.numbers[name] for name in names]
+
+    def take(self, column: str, rows: Iterable[int]) -> list[Any]:
+        """Returns the values of some rows. Raises UserError if there is no such column, or a row has no value."""
+        if column not in self.columns:
+            raise UserError(
+                f"{self.source} has no column {printable(column)!r}{suggest_name(column, self.columns)} (there are "
+                f"{_list(list(self.columns), 20)})"
+            )
+        rows = list(rows)
+        values = [self.columns[column][row] for row in rows]
+        empty = [row for row, value in zip(rows, values, strict=True) if value is None or value == ""]
+        if empty:
+            raise UserError(
+                f"{self.source}: {column} is empty in {_count(empty)} (first that of {self._name(empty[0])}); fill it "
+                "in, or leave these images out"
+            )
+        return values
+
+    def number_columns(self) -> tuple[str, ...]:
+        """Returns the names of the columns that hold nothing but numbers, or lists of them."""
+
+        def is_number(value):
+            items = value if isinstance(value, list) else [value]
+            return all(_read_number(item) is not None for item in items)
+
+        return tuple(name for name, values in self.columns.items() if all(map(is_number, values)))
+
+    def read_numbers(
+        self, columns: Sequence[str], rows: Sequence[int]
+    ) -> tuple[Float32[np.ndarray, "n k"], tuple[str, ...]]:
+        """Returns (numbers of some rows, a name for each of them): those of the columns, side by side. A list of a
+        dataset.json counts as so many columns.
+
+        Raises UserError for texts, for values that are not finite and for lists of different lengths.
+        """
+        parts = []
+        names: list[str] = []
+        for column in columns:
+            values = self.take(column, rows)
+            lists = [value if isinstance(value, list) else [value] for value in values]
+            lengths = {len(value) if isinstance(value, list) else None for value in values}
+            if len(lengths) > 1:
+                raise UserError(f"{self.source}: {column} holds lists of different lengths; give each row as many")
+            (length,) = lengths
+            names += [column] if length is None else [f"{column}_{i}" for i in range(length)]
+            numbers = [[_read_number(item) for item in value] for value in lists]
+            self._check_numbers(column, lists, numbers, rows)
+            parts.append(np.array(numbers, np.float64))
+        with np.errstate(over="ignore"):  # reported by what takes them
+            return np.concatenate(parts, axis=1).astype(np.float32), tuple(names)
+
+    def _check_numbers(
+        self, column: str, lists: list[list[Any]], numbers: list[list[Any]], rows: Sequence[int]
+    ) -> None:
+        """Raises UserError for the first text, and for values that are not finite, with their number."""
+        pairs = list(zip(rows, lists, numbers, strict=True))
+        for row, items, found in pairs:
+            if None in found:
+                text = printable(str(items[found.index(None)])[:40])
+                raise UserError(
+                    f"{self.source}: {column} of {self._name(row)} is {text!r}, no number; a column of texts is a "
+                    f"class:{column}"
+                )
+        bad = [row for row, _, found in pairs if not all(map(math.isfinite, found))]
+        if bad:
+            raise UserError(
+                f"{self.source}: {column} is NaN or infinite in {_count(bad)} (first that of {self._name(bad[0])}); "
+                "mend it, or leave these images out"
+            )
+
+    def read_classes(self, column: str, rows: Sequence[int]) -> tuple[list[int], tuple[str, ...]]:
+        """Returns (labels of some rows, the names of their classes, in order). -1 stands for no label.
+
+        Raises UserError for lists and for numbers that are not whole.
+        """
+        values = self.take(column, rows)
+        texts = [str(value).strip() for value in values]
+        for row, value, text in zip(rows, values, texts, strict=True):
+            is_number = _read_number(text) is not None
+            if not isinstance(value, (str, int, float)) or (is_number and not WHOLE.fullmatch(text)):
+                shown = printable(text[:40])
+                raise UserError(
+                    f"{self.source}: {column} of {self._name(row)} is {shown}, no class; give vector:{column}"
+                )
+        # pandas writes whole numbers with a point where a column has gaps. They are in their own order: 2 before 10.
+        texts = [text if (match := WHOLE.fullmatch(text)) is None else match[1] for text in texts]
+        are_numbers = all(map(WHOLE.fullmatch, texts))
+        found = sorted(set(texts) - {"-1"}, key=int if are_numbers else None)
+        if not found:
+            raise UserError(f"{self.source}: no image has a label in {column}; give another column")
+        labels = {"-1": -1} | {name: label for label, name in enumerate(found)}
+        return [labels[text] for text in texts], tuple(found)
+
+    def _name(self, row: int) -> str:
+        return printable(next(name for name, number in self.numbers.items() if number == row))
+
+
+def find_table(*folders: Path) -> Path | None:
+    """Returns the table in the first of the folders that has one. Raises UserError if that has several."""
+    for folder in folders:
+        found = [folder / name for name in TABLES if (folder / name).is_file()]
+        if len(found) > 1:
+            raise UserError(f"{folder} holds {found[0].name} and {found[1].name}; leave one of them there")
+        if found:
+            return found[0]
+    return None
+
+
+def read_table(path: Path) -> Table:
+    """Reads a table of one of TABLES. Raises UserError, with the line, for what cannot be understood, and for images
+    that have several rows."""
+    read = {".csv": _read_csv, ".jsonl": _read_lines, ".json": _read_edm}[path.suffix]
+    try:
+        content = read_bounded(path, MAX_TABLE_BYTES)
+        keys, columns = read(content)
+    except (BadFileError, csv.Error, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({printable(str(error))[:200]}); mend it") from None
+
+    # Written on Windows, paths have backslashes.
+    numbers: dict[str, int] = {}
+    for row, key in enumerate(keys):
+        name = str(key).replace("\\", "/").removeprefix("./")
+        if name in numbers:
+            raise UserError(f"{path}: {printable(name)} has several rows; leave it one")
+        numbers[name] = row
+    return Table(str(path), path.parent, numbers, columns)
+
+
+def read_captions(images: Sequence[Path], folder: Path) -> Table:
+    """Returns the text files named as the images, as the column `caption` of a table; None where an image has none."""
+    texts = []
+    for image in images:
+        file = image.with_suffix(CAPTION_SUFFIX)
+        try:
+            texts.append(read_bounded(file, MAX_CAPTION_BYTES).decode("utf-8-sig").strip() if file.exists() else None)
+        except (BadFileError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} is no caption ({error}); mend it, or move its image out") from None
+    names = {image.relative_to(folder).as_posix(): row for row, image in enumerate(images)}
+    return Table(f"{folder}/*{CAPTION_SUFFIX}", folder, names, {CAPTION: texts})
+
+
+def _read_csv(content: bytes) -> tuple[list[Any], dict[str, list[Any]]]:
+    # Spreadsheets put a byte-order mark in front.
+    rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+    header = [name.strip() for name in next(rows, [])]
+    if KEY not in header or len(set(header)) < len(header):
+        raise ValueError(f"its first line names {_list(header, 20) or 'nothing'}, not {KEY} and columns, each once")
+    found: list[list[str]] = []
+    for row in rows:
+        if len(row) not in (0, len(header)):
+            raise ValueError(f"line {rows.line_num} has {len(row)} values for {len(header)} columns")
+        if row:
+            found.append(row)
+    columns = (
+        dict(zip(header, map(list, zip(*found, strict=True)), strict=True)) if found else {name: [] for name in header}
+    )
+    return columns.pop(KEY), columns
+
+
+def _read_lines(content: bytes) -> tuple[list[Any], dict[str, list[Any]]]:
+    rows = []
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(row, dict) or KEY not in row:
+                raise ValueError(f"line {number} is no object with a {KEY}")
+            rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return columns.pop(KEY, []), columns
+
+
+def _read_edm(content: bytes) -> tuple[list[Any], dict[str, list[Any]]]:
+    labels = json.loads(content)["labels"]
+    if not labels:
+        raise ValueError("it says that there are no labels")
+    keys, values = zip(*(labels.items() if isinstance(labels, dict) else labels), strict=True)
+    return list(keys), {EDM_COLUMN: list(values)}
+
+
+def _read_number(value: Any) -> float | None:
+    """Returns the number that a value is or says; None for any other."""
+    try:
+        return float(value) if isinstance(value, (str, int, float)) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _count(rows: Sequence[int]) -> str:
+    return f"{len(rows):,} row{'s' * (len(rows) != 1)}"
+
+
+def _list(names: Sequence[str], limit: int = MAX_LISTED) -> str:
+    return printable(", ".join(map(str, names[:limit]))) + ", ..." * (len(names) > limit)
