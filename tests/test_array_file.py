@@ -122,8 +122,11 @@ def test_sizes_are_written_as_height_and_width(tmp_path, size, is_fit):
 
 
 REFUSED = {
-    "floats": ({"images": IMAGES / 255, "labels": LABELS}, "images must be uint8"),
-    "no channels": ({"images": IMAGES[..., 0], "labels": LABELS}, "images must be uint8"),
+    "integers": (
+        {"images": IMAGES.astype(np.int16), "labels": LABELS},
+        r"images must be uint8, float16 or float32 .*, not int16 \(100, 4, 4, 3\); convert them with images.astype",
+    ),
+    "vectors": ({"images": IMAGES[..., 0, 0], "labels": LABELS}, "images must be uint8"),
     "labels of others": ({"images": IMAGES, "labels": LABELS[:9]}, r"labels must be integers \(100,\)"),
     "labels that are none": ({"images": IMAGES, "labels": LABELS / 2}, "labels must be integers"),
     "negative": ({"images": IMAGES, "labels": LABELS - 2}, "labels are -2 to 4, but must be 0 to 4"),

@@ -275,7 +275,9 @@ def map_npy(path: Path) -> tuple[ArrayHeader, np.ndarray]:
         if not header.num_bytes:
             return header, np.zeros(header.shape, header.dtype)
         order = "F" if header.is_fortran else "C"
-        return header, np.memmap(file, header.dtype, "r", start, header.shape, order)
+        array = np.memmap(file, header.dtype, "r", start, header.shape, order)
+        array.filename = str(path.absolute())  # of a file that is open, NumPy may not know the name
+        return header, array
 
 
 def _open_array(archive: zipfile.ZipFile, name: str) -> Any:

@@ -1,34 +1,30 @@
-"""Data sets that are held in memory: images and labels in one NumPy file (npz:FILE), and the digits of scikit-learn."""
+"""Data sets of NumPy's files (npz:FILE), and the digits of scikit-learn."""
 
 import importlib.util
-from collections.abc import Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from utils.base.devices import format_bytes, host_memory
-from utils.base.external import ArrayHeader, BadFileError, read_npz, read_npz_headers
+from utils.base.external import ArrayHeader, BadFileError, map_npy, read_npz, read_npz_headers
 from utils.base.messages import UserError, printable, warn_once
-from utils.data.dataset import (
-    DataOptions,
-    ImageDataset,
-    array_dataset,
-    check_arrays,
-    split_rows,
-    unlabelled_message,
-)
+from utils.data.columns import KEYS, check_columns, make_columns, make_dataset
+from utils.data.dataset import SPLITS, DataOptions, ImageDataset, array_dataset, split_rows, unlabelled_message
 
 IMAGES = ("images", "arr_0")  # the second of each as in ADM's files
 LABELS = ("labels", "arr_1")
 OTHER_LABELS = ("label", "targets", "target", "y")  # taken for labels where they are integers (n,)
-VALIDATION = "validation_"  # begins the names of the validation split's arrays
+VALIDATION = "validation_"
+PREFIXES = {"train": "", "validation": VALIDATION}  # of the names of a split's arrays
 CLASS_NAMES = "class_names"
 MAX_CLASSES = 2**20
 MAX_NAMES_BYTES = 2**26  # of class names; NumPy takes four bytes for a letter
 MAX_LISTED = 5  # arrays named in a message
 NUM_HELD_OUT_DIGITS = 297
-WANTED = "images uint8 (n, h, w, c) and labels (n,)"
+WANTED = "images uint8 or float (n, h, w, c) and labels (n,)"
 
 
 def load_digits(name: str, split: str, options: DataOptions) -> ImageDataset:
@@ -42,91 +38,134 @@ def load_digits(name: str, split: str, options: DataOptions) -> ImageDataset:
     return array_dataset(name, images[chosen], labels[chosen], tuple("0123456789"), split)
 
 
-class SplitArrays(NamedTuple):
-    """Names of the arrays of one split."""
-
-    images: str
-    labels: str | None
-
-
 def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset:
-    """Returns the split of an npz with `images`, uint8 (n, h, w, c), and `labels` (n,), or ADM's `arr_0` and `arr_1`.
+    """Returns the split of npz:FILE: an npz with `images`, uint8 or float (n, h, w, c) or (n, h, w), and `labels` (n,),
+    or ADM's `arr_0` and `arr_1`; or a .npy of images alone.
 
     Integers (n,) called `label`, `targets`, `target` or `y` are labels too. Without labels all images are of one class;
     images labelled -1 are left out. `validation_images` and `validation_labels` are the validation split; without them,
-    or where all of these labels are -1, a part is held out. `class_names` names the classes. The images of the split
-    are held in memory.
+    or where all of these labels are -1, a part is held out. `class_names` names the classes. An array that the npz
+    lacks may lie beside it as a file, FILE.images.npy; it is mapped, all others are held in memory.
 
     Raises UserError if the file is missing, damaged, larger than the memory, or holds something else.
     """
     path = Path(name.partition(":")[2])
     flag = f"--dataset_name={name}"
     if not path.is_file():
-        raise UserError(f"{flag}: there is no file {path}; name an npz with {WANTED}")
+        raise UserError(f"{flag}: there is no file {path}; name an npz with {WANTED}, or a .npy of images")
     try:
-        found = _read_arrays(path, split, flag)
+        file = _open_file(path, flag)
+        parts = _find_parts(file, flag)
+        labels = {part: file.read(found, ["labels"]).get("labels") for part, found in parts.items()}
+        class_names = _read_names(file, CLASS_NAMES, flag)
+        if "validation" in parts and _is_unlabelled(labels["validation"]):
+            warn_once(f"{flag}: no validation image has a label, so a part of the others is held out for validation")
+            del parts["validation"]
+        # Images of bytes with labels alone are one array for each split. Of others, range and condition are those of
+        # the training split.
+        is_plain = all(file.is_plain(found) for found in parts.values())
+        part = split if split in parts else "train"
+        needed = {part: parts[part]} if is_plain else {each: parts[each] for each in dict.fromkeys(("train", part))}
+        _check_size(file, needed.values(), flag)
+        arrays = {each: file.read(found, found) for each, found in needed.items()}
     except BadFileError as error:
         raise UserError(f"{flag}: {path} cannot be read ({error}); write it with numpy.savez") from None
 
-    # Classes are those of both splits.
-    highest = _highest_label(list(found.all_labels.values()), flag)
-    class_names = found.class_names
-    if class_names is None:
-        class_names = list(map(str, range(1 + highest)))
-    elif len(class_names) <= highest:
+    # Rows of each split, without those that have no label.
+    class_names = _name_classes(class_names, [each for each in labels.values() if each is not None], flag)
+    rows = {each: _labelled_rows(found, parts[each], each, flag) for each, found in arrays.items()}
+    if "validation" not in parts:
+        if len(rows["train"]) == 1:
+            raise UserError(f"{flag}: {path} holds 1 image; 2 are needed, one of them to hold out")
+        kept = rows["train"]
+        rows = {each: kept[split_rows(len(kept), each)] for each in SPLITS}
+    if is_plain:
+        images = arrays[part]["images"]
+        found = arrays[part].get("labels", np.zeros(len(images), np.int32))
+        return array_dataset(name, images[rows[split]], found[rows[split]], class_names, split)
+    columns = {
+        each: make_columns(arrays.get(each, arrays["train"]), rows[each]) for each in dict.fromkeys(("train", split))
+    }
+    return make_dataset(name, columns, split, class_names, options.value_range)
+
+
+# The arrays of one split, {column: name in the file}; columns are those of KEYS.
+Part = dict[str, str]
+
+
+class ArrayFile(NamedTuple):
+    """The arrays of an npz, and those of .npy files, which are mapped."""
+
+    path: Path
+    headers: dict[str, ArrayHeader]  # of all of them
+    mapped: dict[str, np.ndarray]
+
+    def read(self, part: Part, columns: Collection[str]) -> dict[str, np.ndarray]:
+        """Returns {column: array} of those of the `columns` that the part has. Raises BadFileError."""
+        names = {column: name for column, name in part.items() if column in columns}
+        packed = {name: self.headers[name] for name in names.values() if name not in self.mapped}
+        found = read_npz(self.path, packed, "fiubUS", host_memory()) if packed else {}
+        return {column: (found | self.mapped)[name] for column, name in names.items()}
+
+    def is_plain(self, part: Part) -> bool:
+        """Whether a part has images of bytes, in the npz, and nothing but labels beside them."""
+        images = part["images"]
+        return part.keys() <= {"images", "labels"} and self.headers[images].dtype == np.uint8 and not self.mapped
+
+
+def _open_file(path: Path, flag: str) -> ArrayFile:
+    """Returns what `path`, an npz or a .npy of images, and the .npy files beside an npz say of their arrays.
+
+    Raises BadFileError, and UserError for a .npy that cannot be used.
+    """
+    if path.suffix == ".npy":
+        header, images = map_npy(path)
+        _check_mapped(header, path, flag)
+        return ArrayFile(path, {"images": header}, {"images": images})
+    headers = read_npz_headers(path)
+    mapped: dict[str, np.ndarray] = {}
+    for prefix, column in itertools.product(("", VALIDATION), (*IMAGES, *LABELS, *KEYS)):
+        name = prefix + column
+        file = path.with_name(f"{path.stem}.{name}.npy")
+        if name in mapped or not file.is_file():
+            continue
+        if name in headers:
+            raise UserError(f"{flag}: there are {name} in {path.name} and in {file.name}; remove one of the two")
+        try:
+            header, mapped[name] = map_npy(file)
+        except BadFileError as error:
+            raise UserError(f"{flag}: {file} cannot be read ({error}); write it with numpy.save") from None
+        _check_mapped(header, file, flag)
+    return ArrayFile(path, headers | {name: _header_of(array) for name, array in mapped.items()}, mapped)
+
+
+def _header_of(array: np.ndarray) -> ArrayHeader:
+    return ArrayHeader(array.shape, False, array.dtype)
+
+
+def _check_mapped(header: ArrayHeader, file: Path, flag: str) -> None:
+    if header.is_fortran and len(header.shape) > 1:
         raise UserError(
-            f"{flag}: class_names holds {len(class_names)}, but a label is {highest}; give {highest + 1} names, one "
-            "for a class"
+            f"{flag}: {file.name} is in Fortran order, last axis first; save numpy.ascontiguousarray(images) instead"
         )
 
-    # Examples of the split, without those that have no label. Arrays that do not fit together are refused below.
-    part, images = found.part, found.images
-    labels = found.all_labels[part.labels] if part.labels else np.zeros(images.shape[:1], np.int32)
-    if images.ndim and labels.shape == images.shape[:1]:
-        images, labels = _leave_out_unlabelled(images, labels, part, flag)
-        if not found.has_validation:
-            if len(images) == 1:
-                raise UserError(f"{flag}: {path} holds 1 image; 2 are needed, one of them to hold out")
-            rows = split_rows(len(images), split)
-            images, labels = images[rows], labels[rows]
-    return array_dataset(name, images, labels, class_names, split)
 
+def _find_parts(file: ArrayFile, flag: str) -> dict[str, Part]:
+    """Returns {split: its arrays} of a file, of 'train' and, if there is one, of 'validation'.
 
-class _Arrays(NamedTuple):
-    """Contents of a file as far as one split needs them."""
-
-    images: np.ndarray
-    part: SplitArrays  # of the images
-    all_labels: dict[str, np.ndarray]  # of both splits, by name
-    class_names: list[str] | None
-    has_validation: bool  # whether the file has a validation split that can be used
-
-
-def _read_arrays(path: Path, split: str, flag: str) -> _Arrays:
-    """Reads what `split` needs. Raises BadFileError, or UserError for arrays that cannot be used."""
-    # Headers first: no array is read for a refusal.
-    headers = read_npz_headers(path)
-    train = _find_split(headers, "")
-    validation = _find_split(headers, VALIDATION)
-    if train is None:
+    Raises UserError if there are no images, or if arrays do not fit together; warns of what is not read.
+    """
+    headers = file.headers
+    parts = {split: _find_split(headers, prefix) for split, prefix in PREFIXES.items()}
+    parts = {split: part for split, part in parts.items() if part}
+    if "train" not in parts:
         found = printable(", ".join(sorted(headers))[:200]) or "nothing"
-        raise UserError(f"{flag}: {path} holds {found}; needed are {WANTED}")
-    parts = [part for part in (train, validation) if part]
+        raise UserError(f"{flag}: {file.path} holds {found}; needed are {WANTED}")
     _check_headers(headers, parts, flag)
-
-    # Labels of both splits, which settle the classes, then the images of one.
-    labels = read_npz(path, {part.labels: headers[part.labels] for part in parts if part.labels})
-    class_names = _read_class_names(path, headers, flag)
-    if validation and _is_unlabelled(labels.get(validation.labels)):
-        warn_once(f"{flag}: no validation image has a label, so a part of the others is held out for validation")
-        validation = None
-    part = validation if validation and split == "validation" else train
-    _check_size(headers[part.images], flag)
-    images = read_npz(path, {part.images: headers[part.images]})[part.images]
-    return _Arrays(images, part, labels, class_names, validation is not None)
+    return parts
 
 
-def _find_split(headers: Mapping[str, ArrayHeader], prefix: str) -> SplitArrays | None:
+def _find_split(headers: Mapping[str, ArrayHeader], prefix: str) -> Part | None:
     """Returns the arrays of a split, named `prefix` and one of the known names; None if it has no images."""
     images = next((prefix + name for name in IMAGES if prefix + name in headers), None)
     if images is None:
@@ -136,88 +175,86 @@ def _find_split(headers: Mapping[str, ArrayHeader], prefix: str) -> SplitArrays 
         # Other usual names may hold something else: they count only where their arrays could be labels.
         alike = (prefix + name for name in OTHER_LABELS if prefix + name in headers)
         labels = next((name for name in alike if _may_be_labels(headers[name], headers[images])), None)
-    return SplitArrays(images, labels)
+    return {"images": images, **({"labels": labels} if labels else {})}
 
 
 def _may_be_labels(header: ArrayHeader, images: ArrayHeader) -> bool:
     return header.dtype.kind in "iu" and header.shape == images.shape[:1]
 
 
-def _check_headers(headers: Mapping[str, ArrayHeader], parts: list[SplitArrays], flag: str) -> None:
+def _check_headers(headers: Mapping[str, ArrayHeader], parts: Mapping[str, Part], flag: str) -> None:
     """Raises UserError if arrays of the splits hold objects or do not fit together; warns of arrays that are not
     read."""
-    # Arrays that are read: none of objects.
-    used = {name for part in parts for name in part if name} | {CLASS_NAMES} & headers.keys()
-    for name in used:
-        if headers[name].dtype.hasobject:
-            wanted = "numpy.array(names, dtype=str)" if name == CLASS_NAMES else "an array of numbers"
-            raise UserError(
-                f"{flag}: {name} is an array of Python objects, which only unpickling, and so running code, would "
-                f"read; save it as {wanted}"
-            )
-
-    # Shapes.
-    shapes = {part.images: headers[part.images].shape[1:] for part in parts}
+    # Each split by itself, then one beside the other.
+    for part in parts.values():
+        check_columns(flag.removeprefix("--dataset_name="), {column: headers[name] for column, name in part.items()})
+    shapes = {part["images"]: headers[part["images"]].shape[1:] for part in parts.values()}
     if len(set(shapes.values())) > 1:
         raise UserError(f"{flag}: images are of one shape in both splits, not {shapes}")
-    for part in parts:
-        labels = headers[part.labels] if part.labels else None
-        check_arrays(flag.removeprefix("--dataset_name="), headers[part.images], labels)
+    kinds = {part["images"]: headers[part["images"]].dtype for part in parts.values()}
+    if len({dtype == np.uint8 for dtype in kinds.values()}) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in kinds.items())
+        raise UserError(f"{flag}: images are of one kind in both splits, not {listed}")
 
     # Arrays that are not read: among them may be the labels that one split lacks.
+    used = {name for part in parts.values() for name in part.values()} | {CLASS_NAMES}
     unread = [f"{name} {headers[name].dtype} {headers[name].shape}" for name in sorted(headers.keys() - used)]
     not_read = f"not read: {', '.join(unread[:MAX_LISTED])}{', ...' * (len(unread) > MAX_LISTED)}" if unread else ""
-    labelled = [part.images for part in parts if part.labels]
-    if 0 < len(labelled) < len(parts):
-        (other,) = (part.images for part in parts if not part.labels)
-        prefix = VALIDATION if other.startswith(VALIDATION) else ""
+    has_labels = {split: "labels" in part for split, part in parts.items()}
+    if any(has_labels.values()) and not all(has_labels.values()):
+        with_them, without = sorted(parts, key=lambda split: not has_labels[split])
         raise UserError(
-            f"{flag}: {labelled[0]} have labels, but {other} have none; add integers {prefix}labels (n,), or leave "
-            f"validation_images out{f' ({not_read})' * bool(unread)}"
+            f"{flag}: {parts[with_them]['images']} have labels, but {parts[without]['images']} have none; add integers "
+            f"{PREFIXES[without]}labels (n,), or leave validation_images out{f' ({not_read})' * bool(unread)}"
         )
 
     # What a user may not expect, in one warning.
-    remarks = [] if labelled else ["it has no labels, so all images are of one class"]
+    remarks = [] if any(has_labels.values()) else ["it has no labels, so all images are of one class"]
     if unread:
         remarks.append(not_read)
     if remarks:
         warn_once(f"{flag}: {'; '.join(remarks)}")
 
 
-def _check_size(images: ArrayHeader, flag: str) -> None:
-    """Raises UserError if the images take more than the memory of this machine."""
+def _check_size(file: ArrayFile, parts: Iterable[Part], flag: str) -> None:
+    """Raises UserError if the arrays that are not mapped take more than the memory of this machine."""
     limit = host_memory()
-    if images.num_bytes > limit:
+    names = {name for part in parts for name in part.values()} - file.mapped.keys()
+    num_bytes = sum(file.headers[name].num_bytes for name in names)
+    if num_bytes > limit:
         raise UserError(
-            f"{flag}: its arrays take {format_bytes(images.num_bytes)}, this machine has {format_bytes(limit)} of "
-            "memory; put the images into a folder, and use folder:PATH"
+            f"{flag}: its arrays take {format_bytes(num_bytes)}, this machine has {format_bytes(limit)} of memory; "
+            f"save the images as {file.path.stem}.images.npy beside it, which is read from the disk as it is needed"
         )
 
 
-def _read_class_names(path: Path, headers: Mapping[str, ArrayHeader], flag: str) -> list[str] | None:
-    """Returns the names of the classes; None if the file has none. Raises UserError if they cannot be names."""
+def _read_names(file: ArrayFile, key: str, flag: str) -> list[str] | None:
+    """Returns the names in the array `key`; None if there is none. Raises UserError if they cannot be names."""
     # One for a class, or a single one: by the header, before any text is read.
-    header = headers.get(CLASS_NAMES)
+    header = file.headers.get(key)
     if header is None:
         return None
+    if header.dtype.hasobject:
+        raise UserError(
+            f"{flag}: {key} is an array of Python objects, which only unpickling, and so running code, would read; "
+            "save it as numpy.array(names, dtype=str)"
+        )
     if len(header.shape) > 1:
-        raise UserError(f"{flag}: class_names has the shape {header.shape}; give one name for a class, (classes,)")
+        raise UserError(f"{flag}: {key} has the shape {header.shape}; give one name for a class, (classes,)")
     if header.num_bytes > MAX_NAMES_BYTES:
         raise UserError(
-            f"{flag}: class_names takes {format_bytes(header.num_bytes)}, above {format_bytes(MAX_NAMES_BYTES)}; give "
+            f"{flag}: {key} takes {format_bytes(header.num_bytes)}, above {format_bytes(MAX_NAMES_BYTES)}; give "
             "shorter names"
         )
 
     # Numbers are names too; bytes are UTF-8.
     try:
-        names = np.atleast_1d(read_npz(path, {CLASS_NAMES: header}, "fiubUS", MAX_NAMES_BYTES)[CLASS_NAMES]).tolist()
+        names = np.atleast_1d(read_npz(file.path, {key: header}, "fiubUS", MAX_NAMES_BYTES)[key]).tolist()
         return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
     except BadFileError:
         raise
     except ValueError as error:  # bytes or code points that stand for no letter
-        raise UserError(
-            f"{flag}: class_names cannot be decoded ({error}); save numpy.array(names, dtype=str)"
-        ) from None
+        raise UserError(f"{flag}: {key} cannot be decoded ({error}); save numpy.array(names, dtype=str)") from None
 
 
 def _is_unlabelled(labels: np.ndarray | None) -> bool:
@@ -225,23 +262,34 @@ def _is_unlabelled(labels: np.ndarray | None) -> bool:
     return labels is not None and labels.dtype.kind == "i" and labels.size > 0 and bool((labels == -1).all())
 
 
-def _leave_out_unlabelled(
-    images: np.ndarray, labels: np.ndarray, part: SplitArrays, flag: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images and labels without those labelled -1. Raises UserError if -1 may stand for something else."""
-    if labels.dtype.kind != "i" or not (labels == -1).any():
-        return images, labels
+def _labelled_rows(arrays: Mapping[str, np.ndarray], part: Part, split: str, flag: str) -> np.ndarray:
+    """Returns the rows whose label is not -1. Raises UserError if -1 may stand for something else."""
+    labels = arrays.get("labels")
+    if labels is None or labels.dtype.kind != "i" or not (labels == -1).any():
+        return np.arange(len(arrays["images"]))
     if _is_unlabelled(labels):
-        raise UserError(f"{flag}: all of {part.labels} are -1, no label; leave them out to train without classes")
+        raise UserError(f"{flag}: all of {part['labels']} are -1, no label; leave them out to train without classes")
     if not (labels == 0).any():  # -1 and 1 as two classes
         raise UserError(
-            f"{flag}: {part.labels} are -1 and {labels[labels != -1].min()} to {labels.max()}, without a 0; number the "
-            "classes 0, 1, 2, ..."
+            f"{flag}: {part['labels']} are -1 and {labels[labels != -1].min()} to {labels.max()}, without a 0; number "
+            "the classes 0, 1, 2, ..."
         )
     is_labelled = labels != -1
-    split = "validation" if part.images.startswith(VALIDATION) else "train"
     warn_once(unlabelled_message(flag, split, int((~is_labelled).sum()), len(labels)))
-    return images[is_labelled], labels[is_labelled]
+    return np.flatnonzero(is_labelled)
+
+
+def _name_classes(names: list[str] | None, labels: list[np.ndarray], flag: str) -> list[str]:
+    """Returns the names of the classes, by default the numbers up to the highest label of both splits."""
+    highest = _highest_label(labels, flag)
+    if names is None:
+        return list(map(str, range(1 + highest)))
+    if len(names) <= highest:
+        raise UserError(
+            f"{flag}: class_names holds {len(names)}, but a label is {highest}; give {highest + 1} names, one for a "
+            "class"
+        )
+    return names
 
 
 def _highest_label(labels: list[np.ndarray], flag: str) -> int:

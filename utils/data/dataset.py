@@ -206,6 +206,7 @@ class DataOptions:
     random_flip: bool | None = None  # whether half of the training images are mirrored; None: the loader decides
     image_mode: str | None = None  # one of decoding.MODES; None: the loader decides
     condition_columns: str | None = None  # of a table beside images, which are their conditions; None: classes alone
+    value_range: tuple[float, float] | None = None  # of float images, which becomes -1 .. 1; None: it is measured
 
     @property
     def size(self) -> Size | None:
@@ -259,16 +260,46 @@ class ArrayLike(Protocol):
 
 
 def check_arrays(name: str, images: ArrayLike, labels: ArrayLike | None) -> None:
-    """Raises UserError unless images are uint8 (n, h, w, c) with 1 or 3 channels, and labels integers (n,)."""
-    if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+    """Raises UserError unless images are uint8 (n, h, w, c) or (n, h, w), and labels integers (n,)."""
+    if images.dtype != np.uint8 or len(images.shape) not in (3, 4) or 0 in images.shape:
+        instead = "; for floats there is column_dataset" if images.dtype.kind == "f" else ""
         raise UserError(
-            f"{name}: images must be uint8 (n, h, w, c) with 1 or 3 channels, not {images.dtype} {images.shape}"
+            f"{name}: images must be uint8 (n, h, w, c) or (n, h, w), not {images.dtype} {images.shape}{instead}"
         )
-    if labels is not None and (not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]):
+    if labels is not None:
+        check_label_array(name, images, labels)
+
+
+def check_label_array(name: str, images: ArrayLike, labels: ArrayLike) -> None:
+    """Raises UserError unless labels are integers (n,), one for each image."""
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
         raise UserError(
             f"{name}: labels must be integers ({images.shape[0]},), one for each image, not {labels.dtype} "
             f"{labels.shape}"
         )
+
+
+def check_labels(name: str, labels: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the names of the classes (default: "0", "1", ... up to the largest label).
+
+    Raises UserError for labels without a name, and for classes that are all of one name.
+    """
+    lowest = int(labels.min())
+    highest = int(labels.max())
+    names = tuple(map(str, range(highest + 1))) if class_names is None else tuple(class_names)
+    if len(names) > 1 and len(set(names)) == 1:
+        raise UserError(f"{name}: all {len(names)} class names are {names[0]!r}; give each class a name of its own")
+    if lowest < 0 or highest >= len(names):
+        raise UserError(f"{name}: labels are {lowest} to {highest}, but must be 0 to {len(names) - 1}, one for a class")
+    return names
+
+
+def warn_of_levels(name: str, images: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:
+    """Warns where uint8 images use little of 0 .. 255, after a look at some of the `rows`."""
+    chosen = images[np.asarray(rows)[:: -(-len(rows) // NUM_SAMPLED)]]
+    sampled = chosen.reshape(len(chosen), -1)
+    if remark := describe_range(np.stack([sampled.min(axis=1), sampled.max(axis=1)], axis=1)):
+        warn_once(f"{name}: {remark}")
 
 
 def array_dataset(
@@ -279,40 +310,35 @@ def array_dataset(
     split: str = "train",
     random_flip: bool = False,
 ) -> ImageDataset:
-    """Returns a split in memory of images uint8 (n, h, w, c), grey (c = 1) or colour (c = 3), and labels (n,).
+    """Returns a split in memory of images uint8 (n, h, w, c) or, of one channel, (n, h, w), and labels (n,).
 
     `class_names` (default: "0", "1", ... up to the largest label) must be the same for both splits; `split_rows` holds
-    out a part of data without a validation split. Only 'train' flips. Raises UserError for any other arrays.
+    out a part of data without a validation split. Only 'train' flips. Raises UserError for any other arrays: of floats,
+    `column_dataset` (utils/data/columns.py) makes a data set.
     """
     # Labels and classes.
     check_arrays(name, images, labels)
-    lowest = int(labels.min())
-    highest = int(labels.max())
-    names = tuple(map(str, range(highest + 1))) if class_names is None else tuple(class_names)
-    if len(names) > 1 and len(set(names)) == 1:
-        raise UserError(f"{name}: all {len(names)} class names are {names[0]!r}; give each class a name of its own")
-    if lowest < 0 or highest >= len(names):
-        raise UserError(f"{name}: labels are {lowest} to {highest}, but must be 0 to {len(names) - 1}, one for a class")
+    names = check_labels(name, labels, class_names)
+    if images.ndim == 3:
+        images = images[..., None]
 
     # A source, and the classes of which it has no image.
     source = ArraySource(np.ascontiguousarray(images), np.ascontiguousarray(labels, np.int32))
     _, height, width, channels = images.shape
     is_flipped = random_flip and split == "train"
     empty = find_empty_classes(source.labels, len(names))
-
-    # A look at the range of some images, of one split: a data set is warned of once.
-    if split == "train":
-        step = -(-len(source) // NUM_SAMPLED)
-        sampled = source.images[::step].reshape(len(source.images[::step]), -1)
-        if remark := describe_range(np.stack([sampled.min(axis=1), sampled.max(axis=1)], axis=1)):
-            warn_once(f"{name}: {remark}")
+    if split == "train":  # a data set is warned of once
+        warn_of_levels(name, images, range(len(images)))
 
     shape = (height, width, channels)
     return ImageDataset(name, split, source, shape, names, is_flipped, source.fingerprint(), empty_classes=empty)
 
 
-def warn_of_range(dataset: ImageDataset) -> None:
-    """Warns where some of the images, which are floats, leave the range of their format, as no sample does."""
+def warn_of_range(dataset: ImageDataset, has_flag: bool = False) -> None:
+    """Warns where some of the images, which are floats, leave the range of their format, as no sample does.
+
+    `has_flag`: --value_range sets the range.
+    """
     pixels = dataset.pixels
     count = len(dataset.source)
     if pixels == UINT8 or dataset.batch_type is not PixelBatch or isinstance(dataset.source, StreamSource) or not count:
@@ -327,7 +353,8 @@ def warn_of_range(dataset: ImageDataset) -> None:
     if lowest < pixels.low - margin or highest > pixels.high + margin:
         warn_once(
             f"--dataset_name={dataset.name}: values are {lowest:g} to {highest:g}, but their format is {pixels}, "
-            "to which samples are clipped; give its ImageDataset a PixelFormat of their range"
+            f"to which samples are clipped; {'give --value_range=' if has_flag else 'give its ImageDataset'} "
+            f"{f'{lowest:g},{highest:g}' if has_flag else 'a PixelFormat of their range'}"
         )
 
 

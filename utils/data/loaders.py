@@ -69,7 +69,9 @@ LOADERS: dict[str, Loader] = {
         default_size=256,
         flips=True,
     ),
-    "npz": Loader(load_array_file, "images and labels in one NumPy file", "FILE", is_path=True),
+    "npz": Loader(
+        load_array_file, "images and labels in NumPy's files", "FILE", is_path=True, options=("value_range",)
+    ),
     "tfds": Loader(load_tfds, "any labelled images of TensorFlow Datasets", "NAME", options=_TFDS),
     # Made from the images of another data set.
     "latents": Loader(
@@ -100,7 +102,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     check_made(dataset, ImageDataset, f"the loader of --dataset_name={name}")
     check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
     if split == "train":  # a data set is warned of once
-        warn_of_range(dataset)
+        warn_of_range(dataset, "value_range" in loader.options)
 
     # Mirror images, in training alone. Pairs would need their noise mirrored, latents cannot be mirrored afterwards.
     flips = options.random_flip
@@ -155,8 +157,8 @@ def check_data_settings(dataset_name: str, given: Mapping[str, Any]) -> None:
     loader = find_loader(dataset_name)
     if loader is None:  # refused where the data are loaded
         return
-    # Only loaders of image files decode, and may meet broken files.
-    for name in ("broken_images", "max_megapixels", "image_mode", "condition_columns"):
+    # Only loaders of image files decode, and may meet broken files; only arrays hold floats.
+    for name in ("broken_images", "max_megapixels", "image_mode", "condition_columns", "value_range"):
         if name not in loader.options:
             takers = ", ".join(list_names(lambda loader, name=name: name in loader.options))
             refuse_ignored((name,), given, f"on {dataset_name}, only on {takers}")

@@ -104,9 +104,10 @@ def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
         "max_megapixels": f"Largest image of {folders} to decode; 3 bytes a pixel.",
     }
 
-    # Mirroring is left out: only programs that use training images need it (see `define_flip_flag`).
+    # Mirroring is left out: only programs that use training images need it (see `define_flip_flag`). So is the range of
+    # floats, which a training alone takes.
     for name, field in settings_of(DataConfig).items():
-        if name != "random_flip":
+        if name not in ("random_flip", "value_range"):
             default = dataset_name if name == "dataset_name" else field.default
             define_setting(name, field, default=default, help=helps.get(name, field.metadata["help"]))
 
@@ -208,6 +209,8 @@ def define_run_flags() -> None:
         define_group("training")
     # The order of the calls is that of --help.
     define_data_flags()
+    with topic("Data"):
+        define_setting("value_range", settings_of(DataConfig)["value_range"])
     define_flip_flag()
     define_codec_flags()
     define_model_flags()

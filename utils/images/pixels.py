@@ -87,7 +87,8 @@ class PixelFormat(NamedTuple):
         """Clips images in [-1, 1] and returns them in this format."""
         if self == UINT8:
             return images_to_uint8(images)
-        return self.low + (jnp.clip(images, -1, 1) + 1) * ((self.high - self.low) / 2)
+        restored = self.low + (jnp.clip(images, -1, 1) + 1) * ((self.high - self.low) / 2)
+        return jnp.clip(restored, self.low, self.high)  # from which it may differ by a rounding
 
     def to_uint8(self, images: Images) -> UInt8[Array | np.ndarray, "*b h w c"]:
         """Returns images that can be shown: the range becomes 0 .. 255."""
@@ -135,6 +136,23 @@ def check_pictures(
         raise UserError(
             f"{what} uint8 images of 1 or 3 channels, but {whose} are {pixels} with {image_shape[-1]}; {fix}"
         )
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """Returns the numbers of --value_range LOW,HIGH. Raises UserError unless the first is the lower one."""
+    try:
+        low, high = map(float, text.split(","))
+        is_good = low < high and math.isfinite(high - low)
+    except ValueError:
+        is_good = False
+    if not is_good:
+        raise UserError(f"--value_range={text}: give LOW,HIGH, two numbers, the lower one first")
+    return low, high
+
+
+def write_range(pixels: PixelFormat) -> str:
+    """Returns the range of float images as `parse_range` reads it, without rounding."""
+    return f"{pixels.low!r},{pixels.high!r}"
 
 
 class ImageBatch(NamedTuple):

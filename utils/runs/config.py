@@ -18,6 +18,7 @@ from utils.base.settings import check_setting, find_entry, merge_settings, setti
 from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, list_codecs, parse_codec
 from utils.data.dataset import DataOptions
 from utils.images.decoding import MAX_MEGAPIXELS, MODES
+from utils.images.pixels import parse_range
 from utils.images.sizes import parse_size
 from utils.metrics.inception import CONVENTIONS
 from utils.networks.network import NETWORKS, NetworkConfig
@@ -77,6 +78,9 @@ class DataConfig:
     )
     broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
     max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)
+    value_range: str | None = setting(
+        None, "LOW,HIGH: values of float images that become -1 and 1; default: the range of the training images."
+    )
     random_flip: int | None = setting(
         None,
         "1 mirrors half of the training images left to right, 0 none; default: as usual for the data set.",
@@ -88,6 +92,7 @@ class DataConfig:
     def options(self) -> DataOptions:
         """The settings as a data set's loader takes them."""
         flip = None if self.random_flip is None else bool(self.random_flip)
+        bounds = None if self.value_range is None else parse_range(self.value_range)
         return DataOptions(
             self.data_dir,
             self.image_size,
@@ -96,6 +101,7 @@ class DataConfig:
             random_flip=flip,
             image_mode=self.image_mode,
             condition_columns=self.condition_columns,
+            value_range=bounds,
         )
 
 

@@ -43,7 +43,7 @@ from utils.codecs.codecs import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_code
 from utils.data.batches import first_examples, next_batch, training_batches
 from utils.data.dataset import SPLITS, ImageDataset
 from utils.data.loaders import describe_data, load_dataset, summarize_data
-from utils.images.pixels import check_pictures
+from utils.images.pixels import UINT8, check_pictures
 from utils.kernels.random import unroll
 from utils.metrics.extractors import load_extractors
 from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
@@ -161,6 +161,7 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
     # Data. The validation images are always the same, so that two points of a curve differ by the model alone.
     datasets = {split: load_dataset(config.data.dataset_name, split, config.data.options) for split in SPLITS}
     dataset = datasets["train"]
+    check_range(config, dataset)
     training = config.training
     check_batch_memory(training.batch_size, dataset.image_shape)
     validation = training_batches(datasets["validation"], training.batch_size, training.seed, **this_host())
@@ -263,6 +264,12 @@ def build_optimizer(config: RunConfig) -> optax.GradientTransformation:
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
     )
+
+
+def check_range(config: RunConfig, dataset: ImageDataset) -> None:
+    """Raises UserError if --value_range is given of images that are no floats."""
+    if "value_range" in config.given and dataset.pixels == UINT8:
+        raise UserError(f"--value_range={config.data.value_range}: the images are uint8, of 0 .. 255; leave it out")
 
 
 def load_reference(config: RunConfig, mesh: Mesh, dataset: ImageDataset) -> Reference | None:

@@ -16,7 +16,7 @@ from utils.base.settings import find_entry, flatten_groups, settings_of, suggest
 from utils.codecs import codecs
 from utils.data.loaders import find_loader, get_loader
 from utils.images.decoding import find_mode
-from utils.images.pixels import PixelFormat
+from utils.images.pixels import UINT8, PixelFormat, write_range
 from utils.images.sizes import write_size
 from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
@@ -137,7 +137,8 @@ def find_inherited(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         is_open = _has_mode(draft_data) and has_checkpoints(folder)
         return _image_mode(SourceRun.open(str(folder)).saved, draft_data) if is_open else {}
 
-    # The architecture and the objective, the codec and, of images that can be resized, their size.
+    # The architecture and the objective, the codec and, of images that can be resized, their size; of floats, their
+    # range.
     model = find_entry("model.network", saved["model"]["network"], NETWORKS).config_class
     names = [name for name in settings_of(model, "model") if name not in OWN_MODEL_SETTINGS]
     theirs = flatten_settings(saved)
@@ -147,6 +148,10 @@ def find_inherited(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     record = saved["dataset"]["codec"]
     if record["name"] == "pixels" or loader.holds != "latents":  # latents say themselves what made them
         inherited["codec"] = str(codecs.CodecSpec(record["name"], record["source"]))
+    # The same number stays the same input of the network.
+    pixels = PixelFormat.from_record(saved["dataset"])
+    if pixels != UINT8 and "value_range" in loader.options:
+        inherited["value_range"] = write_range(pixels)
     if loader.is_resizable:
         inherited["image_size"] = write_size(saved["dataset"]["image_shape"][:2])
     return inherited | _image_mode(saved, draft_data)

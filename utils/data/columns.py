@@ -1,0 +1,263 @@
+"""Arrays as data sets: images of any shape and format, and beside them columns of labels, numbers, tokens, images or
+texts, in memory or mapped from files."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from utils.base.messages import UserError, warn_once
+from utils.data.dataset import (
+    SPLITS,
+    ArrayLike,
+    Example,
+    ImageDataset,
+    check_label_array,
+    check_labels,
+    find_empty_classes,
+    split_rows,
+    warn_of_levels,
+)
+from utils.data.fingerprint import Fingerprint
+from utils.data.summaries import Summary, summarize
+from utils.images.pixels import UINT8, PixelFormat
+
+# Keys of an example by the names of the arrays (n, ...) that users give.
+KEYS = {
+    "images": "image",
+    "labels": "label",
+    "conditions": "conditions",
+    "tokens": "tokens",
+    "token_mask": "token_mask",
+    "condition_images": "condition_image",
+    "captions": "caption",
+}
+MANY_CHANNELS = 16  # above them, a first axis of 1, 3 or 4 is taken for the channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A source whose examples are rows of arrays (n, ...), named as the keys of an example.
+
+    Floats become float32, and texts str, where an example is read: nothing is copied before, and what is mapped from a
+    file stays there.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    rows: Int[np.ndarray, " m"]  # of the arrays, in the order of the examples
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        return {key: _read_value(array[row]) for key, array in self.arrays.items()}
+
+    def read_condition(self, index: int) -> Example:
+        """Returns an example without its image, which may be large."""
+        row = self.rows[index]
+        return {key: _read_value(array[row]) for key, array in self.arrays.items() if key != "image"}
+
+    def column(self, key: str) -> np.ndarray:
+        """Returns one column of all rows, in memory."""
+        return np.asarray(self.arrays[key][self.rows])
+
+    def fingerprint(self) -> Fingerprint:
+        """Returns what identifies the rows: a hash of all of their bytes; of images and labels, that of ArraySource."""
+        return Fingerprint("arrays", len(self), self.summary.sha256)
+
+    @functools.cached_property
+    def summary(self) -> Summary:
+        """The finding of one pass over all rows."""
+        return summarize(self.arrays, self.rows, KEYS.values())
+
+
+def _read_value(value: Any) -> Any:
+    """Returns a value of an example: float32 for any float, int32 for labels, str for texts."""
+    match value.dtype.kind:
+        case "f":
+            return np.asarray(value, np.float32)
+        case "U":
+            return str(value)
+        case "S":
+            return bytes(value).decode("utf-8", "replace")
+    return np.asarray(value)
+
+
+# --- Checks ---
+
+
+def check_columns(name: str, arrays: Mapping[str, ArrayLike]) -> None:
+    """Raises UserError for arrays, or headers of files, that are no columns of a data set; `arrays` are {name: array},
+    and names are those of KEYS."""
+    images = arrays["images"]
+    _check_images(name, "images", images)
+    if (remark := _channels_remark(images.shape)) is not None:
+        warn_once(f"{name}: {remark}")
+    for key, array in arrays.items():
+        if array.dtype.hasobject:
+            raise UserError(
+                f"{name}: {key} is an array of Python objects, which only unpickling, and so running code, would read; "
+                f"save it as {'numpy.array(texts, dtype=str)' if key == 'captions' else 'an array of numbers'}"
+            )
+        if key == "labels":
+            check_label_array(name, images, array)
+        if array.shape[:1] != images.shape[:1]:
+            raise UserError(
+                f"{name}: {key} has the shape {array.shape}; give one row for each of the {images.shape[0]} images"
+            )
+        wanted = {
+            "conditions": ("numbers (n, k)", "fiub", (1, 2)),
+            "tokens": ("floats (n, tokens, width)", "f", (3,)),
+            "token_mask": ("truth values (n, tokens)", "biu", (2,)),
+            "captions": ("texts (n,)", "US", (1,)),
+        }
+        if key in wanted:
+            words, kinds, axes = wanted[key]
+            if array.dtype.kind not in kinds or len(array.shape) not in axes or 0 in array.shape:
+                raise UserError(f"{name}: {key} must be {words}, not {array.dtype} {array.shape}")
+    if "condition_images" in arrays:
+        _check_images(name, "condition_images", arrays["condition_images"])
+
+    # A mask is that of tokens.
+    mask, tokens = arrays.get("token_mask"), arrays.get("tokens")
+    if mask is not None and (tokens is None or mask.shape != tokens.shape[:2]):
+        has = "there are no tokens" if tokens is None else f"tokens are {tokens.shape}"
+        raise UserError(f"{name}: token_mask is {mask.shape}, but {has}; give one truth value for each token")
+
+
+def _check_images(name: str, key: str, images: ArrayLike) -> None:
+    is_number = images.dtype == np.uint8 or (images.dtype.kind == "f" and images.dtype.itemsize <= 8)
+    if not is_number or len(images.shape) not in (3, 4) or 0 in images.shape:
+        fix = "; convert them with images.astype(numpy.float32)" if images.dtype.kind in "iub" and not is_number else ""
+        raise UserError(
+            f"{name}: {key} must be uint8, float16 or float32 (n, h, w, c) or (n, h, w), not {images.dtype} "
+            f"{images.shape}{fix}"
+        )
+
+
+def _channels_remark(shape: tuple[int, ...]) -> str | None:
+    if len(shape) == 4 and shape[1] in (1, 3, 4) and shape[3] > MANY_CHANNELS:
+        return (
+            f"images are {shape[1]}x{shape[2]} with {shape[3]} channels; if their channels come first, save "
+            "images.transpose(0, 2, 3, 1)"
+        )
+    return None
+
+
+def _check_finite(name: str, columns: Columns) -> None:
+    """Raises UserError if a column holds values that are NaN or infinite."""
+    names = {key: name for name, key in KEYS.items()}
+    for key, count in columns.summary.num_bad.items():
+        row = columns.rows[columns.summary.first_bad[key]]
+        verb = "value is" if count == 1 else "values are"
+        raise UserError(
+            f"{name}: {count:,} {verb} NaN or infinite in {names[key]}, the first in row {row}; mend them, or leave "
+            "these rows out"
+        )
+
+
+# --- Data sets ---
+
+
+def column_dataset(
+    name: str,
+    columns: Mapping[str, Any],
+    split: str = "train",
+    *,
+    validation: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    value_range: tuple[float, float] | None = None,
+    random_flip: bool = False,
+) -> ImageDataset:
+    """Returns a split of arrays with one row for each example, `columns`: images uint8 or float (n, h, w) or
+    (n, h, w, c) and, if there are, labels (n,).
+
+    `validation` are the arrays of that split; without them, 2 % of the rows are held out. `value_range` is what becomes
+    -1 .. 1 of float images; without it, their range in the training split. Arrays may be mapped from files. Only
+    'train' flips. Raises UserError, which begins with `name`, for other arrays, and for values that are not finite.
+    """
+    given = {"train": columns, **({} if validation is None else {"validation": validation})}
+    arrays = {part: {key: np.asanyarray(array) for key, array in found.items()} for part, found in given.items()}
+    for found in arrays.values():
+        if unknown := found.keys() - KEYS.keys():
+            raise UserError(f"{name}: {min(unknown)} is none of the columns {', '.join(KEYS)}")
+        if "images" not in found:
+            raise UserError(f"{name}: there are no images among {', '.join(found) or 'no columns'}")
+        check_columns(name, found)
+    counts = {part: len(found["images"]) for part, found in arrays.items()}
+    if validation is None:
+        if counts["train"] == 1:
+            raise UserError(f"{name}: there is 1 image; 2 are needed, one of them to hold out")
+        parts = {part: make_columns(arrays["train"], split_rows(counts["train"], part)) for part in SPLITS}
+    else:
+        parts = {part: make_columns(arrays[part], range(counts[part])) for part in SPLITS}
+    return make_dataset(name, parts, split, class_names, value_range, random_flip)
+
+
+def make_columns(arrays: Mapping[str, np.ndarray], rows: Sequence[int] | np.ndarray) -> Columns:
+    """Returns a source of `rows` of {name: array (n, ...)}, named as in KEYS, which `check_columns` has accepted."""
+    found = {KEYS[name]: array for name, array in arrays.items()}
+    for key in ("image", "condition_image"):
+        if key in found and found[key].ndim == 3:
+            found[key] = found[key][..., None]
+    # Every image has a class where none are given: the only one.
+    labels = found.get("label", np.zeros(len(found["image"])))
+    found["label"] = np.asarray(labels, np.int32)
+    return Columns(found, np.asarray(rows, np.int64))
+
+
+def make_dataset(
+    name: str,
+    parts: Mapping[str, Columns],
+    split: str,
+    class_names: Sequence[str] | None = None,
+    value_range: tuple[float, float] | None = None,
+    random_flip: bool = False,
+) -> ImageDataset:
+    """Returns the data set of one of `parts`, {split: its columns}; range and condition are those of 'train'.
+
+    Raises UserError, which begins with `name`, for values that are not finite, for float images that are all of one
+    value, and for labels that are no classes.
+    """
+    source = parts[split]
+    _check_finite(name, source)
+    images = source.arrays["image"]
+    pixels = UINT8
+    if images.dtype.kind == "f":
+        pixels = PixelFormat("float32", *(value_range or _measure_range(name, parts["train"])))
+    elif split == "train":
+        warn_of_levels(name, source.arrays["image"], source.rows)
+
+    # Classes are those of both splits.
+    labels = source.column("label")
+    if class_names is None:
+        class_names = list(map(str, range(1 + max(int(part.column("label").max()) for part in parts.values()))))
+    names = check_labels(name, labels, class_names)
+    return ImageDataset(
+        name=name,
+        split=split,
+        source=source,
+        image_shape=images.shape[1:],
+        class_names=names,
+        random_flip=random_flip and split == "train",
+        fingerprint=source.fingerprint(),
+        empty_classes=find_empty_classes(labels, len(names)),
+        pixels=pixels,
+    )
+
+
+def _measure_range(name: str, train: Columns) -> tuple[float, float]:
+    """Returns the lowest and the highest value of float images."""
+    _check_finite(name, train)
+    with np.errstate(over="ignore"):
+        low, high = np.float32(train.summary.low), np.float32(train.summary.high)
+        width = high - low
+    if not low < high:
+        raise UserError(f"{name}: all values of all images are {low:g}; give images that differ")
+    if not np.isfinite(width):
+        raise UserError(f"{name}: values are {low:g} to {high:g}, beyond what float32 can hold; rescale them")
+    return float(low), float(high)
