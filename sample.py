@@ -10,6 +10,7 @@ your own, and images between two samples, are drawn by edit.py.
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from utils.base.files import check_free_space
 from utils.base.messages import log, progress_bar
+from utils.codecs.codec import pixel_format
 from utils.conditions.condition import number_rows
 from utils.flags import program
 from utils.flags.drawing import (
@@ -72,7 +74,8 @@ def draw(request: Request) -> None:
 
     # Room first: the samples of a large file take hours.
     if config.save_samples and config.save_samples.endswith(".npz"):
-        size = config.num_samples * math.prod(generator.model.image_shape)
+        item_size = np.dtype(pixel_format(generator.model.codec).dtype).itemsize
+        size = config.num_samples * math.prod(generator.model.image_shape) * item_size
         check_free_space(Path(config.save_samples), "save_samples", size)
 
     # One batch after another. Only those that the grid shows stay in memory.
@@ -82,14 +85,16 @@ def draw(request: Request) -> None:
     shown: list[UInt8[np.ndarray, "b h w c"]] = []
     batches = generator.generate(request.sampler, config.num_samples, batch_size, request.conditions)
     bar = progress_bar(total=config.num_samples, unit="image", desc=str(request.sampler))
-    saving = SampleWriter(config.save_samples, config.num_samples) if config.save_samples else nullcontext()
+    saving: Any = nullcontext()
+    if config.save_samples:
+        saving = SampleWriter(config.save_samples, config.num_samples, generator.condition.to_columns)
     with bar, saving as writer:
         for batch in batches:
             images, conditions = batch.to_host()
             if sum(map(len, shown)) < MAX_SHOWN:
                 shown.append(generator.to_pictures(images))
             if writer is not None:
-                writer.write(generator.to_pictures(images), conditions)
+                writer.write(images, conditions)  # in the format of the data: floats in their range
             bar.update(len(images))
 
     # The grid comes last, but its path first. The samples are complete even if the grid does not fit on the disk.

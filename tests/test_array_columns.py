@@ -1,16 +1,20 @@
 """npz:FILE and arrays in Python of any shape and format: floats, files that are mapped, and their samples."""
 
+import json
 import tracemalloc
 
 import numpy as np
 import pytest
 
+import sample
+import train_flow
 from utils.base.messages import UserError, warn_once
 from utils.data import summaries
 from utils.data.columns import column_dataset
 from utils.data.dataset import SPLITS, ArraySource, DataOptions, array_dataset, split_rows
 from utils.data.loaders import load_dataset
 from utils.images.pixels import UINT8, PixelFormat
+from utils.images.samples import SampleWriter, open_samples
 from utils.training.configure import make_config
 
 rng = np.random.default_rng(0)
@@ -175,3 +179,60 @@ def test_channels_that_come_first_are_pointed_at(tmp_path, capfd):
     assert "images are 3x32 with 32 channels; if their channels come first, save images.transpose" in (
         capfd.readouterr().err
     )
+
+
+# --- From arrays to arrays ---
+
+TRAIN = """--codec pixels --model.hidden_size 16 --model.depth 1 --model.num_heads 1 --model.patch_size 2
+    --model.num_classes 3 --batch_size 8 --log_interval 1 --eval_interval 0 --wandb.mode disabled"""
+
+
+def test_floats_are_trained_on_sampled_and_written_in_their_range(tmp_path, read_flags):
+    name = write(tmp_path, images=FIELDS, labels=LABELS)
+    run = str(tmp_path / "run")
+    words = ["--dataset_name", name, *TRAIN.split(), "--save_dir", run]
+    train_flow.main(read_flags(train_flow, [*words, "--max_steps", "1"]))
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    of_train = FIELDS[split_rows(200, "train")]
+    pixels = PixelFormat.from_record(record["dataset"])
+    assert pixels == PixelFormat("float32", float(of_train.min()), float(of_train.max()))
+
+    # Floats in a file that can be trained on.
+    path = tmp_path / "samples.npz"
+    line = f"--load_dir {run} --num_samples 6 --classes 0,2 --denoise_timesteps 1 --cfg_scale 1 --out {tmp_path}"
+    sample.main(read_flags(sample, [*line.split(), "--save_samples", str(path)]))
+    again = np.load(path)
+    assert again["arr_0"].dtype == np.float32
+    assert again["arr_1"].tolist() == [0, 2, 0, 2, 0, 2]
+    assert again["arr_0"].min() >= pixels.low
+    assert again["arr_0"].max() <= pixels.high
+    parts = [load_dataset(f"npz:{path}", split, DataOptions(value_range=(pixels.low, pixels.high))) for split in SPLITS]
+    assert {image.tobytes() for part in parts for image in images_of(part)} == {
+        image.tobytes() for image in again["arr_0"]
+    }
+
+    # Not as PNGs, nor for FID.
+    with pytest.raises(UserError, match=r"--save_samples=.*: PNGs hold uint8 images .* with 4; name a file .npz, wh"):
+        sample.main(read_flags(sample, [*line.split(), "--save_samples", str(tmp_path / "pngs")]))
+    with pytest.raises(UserError, match="holds float32 images; FID is of uint8 pixels"):
+        open_samples(path)
+
+    # A run that starts from this one sees the same numbers as the same inputs.
+    other = write(tmp_path, images=FIELDS / 2, labels=LABELS)
+    given = {"dataset_name": other, "load_dir": run, "save_dir": str(tmp_path / "second")}
+    assert make_config(given).data.options.value_range == (pixels.low, pixels.high)
+    assert make_config({**given, "value_range": "0,50"}).data.options.value_range == (0, 50)
+
+
+def test_pngs_of_floats_are_refused_in_python(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"pngs: PNGs hold uint8 images of 1 or 3 channels, .* float32 with 4; name an"),
+        SampleWriter(tmp_path / "pngs", 2) as writer,
+    ):
+        writer.write(FIELDS[:2], LABELS[:2])
+
+
+def test_a_range_of_bytes_is_refused(tmp_path, read_flags):
+    words = ["--dataset_name", write(tmp_path, images=BYTES, labels=LABELS), "--value_range", "-1,1", *TRAIN.split()]
+    with pytest.raises(UserError, match=r"--value_range=-1,1: the images are uint8, of 0 .. 255; leave it out"):
+        train_flow.main(read_flags(train_flow, [*words, "--save_dir", str(tmp_path / "run")]))

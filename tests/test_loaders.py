@@ -137,7 +137,7 @@ def test_float_images_of_four_channels_are_trained_on_and_sampled(monkeypatch, r
 
     # Files, feature networks and likelihoods take pictures alone: refused by flag, before parameters are read.
     for program, line, message in (
-        (sample, "--load_dir RUN --save_samples RUN/s.npz", "--save_samples=.*s.npz: files hold .*; leave it out"),
+        (sample, "--load_dir RUN --save_samples RUN/s", "--save_samples=.*s: PNGs hold .*; name a file .npz"),
         (edit, "--load_dir RUN --invert RUN", "--invert=.*run: files hold .*; use ImageGenerator.invert in Python"),
         (
             likelihood,

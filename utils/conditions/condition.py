@@ -101,6 +101,14 @@ class Condition(Protocol):
         """Returns the conditions (n, ...) that a user writes on a command line. Raises UserError for others."""
         raise UserError("the run's conditions cannot be written; leave the flag out, or give them in Python")
 
+    def to_columns(self, condition: PyTree) -> dict[str, np.ndarray]:
+        """Returns the arrays of conditions (n, ...) under the names by which npz:FILE reads them.
+
+        A file of samples has them beside the images.
+        """
+        # ADM's names: of classes, arr_1 is that of the labels.
+        return {f"arr_{number}": np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(condition), start=1)}
+
     def titles(self, condition: PyTree) -> list[str]:
         """Returns how a figure names each of the conditions (n, ...)."""
         # The numbers themselves, for want of names.

@@ -105,9 +105,9 @@ def load_request(config: ConfigDict) -> Request:
     )
     model = generator.model
     sampler = read_sampler(config, model)
-    if config.save_samples:
-        what = f"--save_samples={config.save_samples}: files hold"
-        fix = "leave it out, and draw them in Python with load_generator"
+    if config.save_samples and not config.save_samples.endswith(".npz"):
+        what = f"--save_samples={config.save_samples}: PNGs hold"
+        fix = "name a file .npz, which holds any array"
         check_pictures(pixel_format(model.codec), model.image_shape, what, fix)
 
     # A condition for each sample: the chosen ones in turn, or drawn ones, which depend on the seed.

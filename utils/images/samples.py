@@ -1,5 +1,5 @@
-"""Reads and writes files of samples: ADM's npz (`arr_0` uint8 NHWC, `arr_1` labels) or a folder of PNGs. Both are read
-and written a batch at a time, so that any number of samples fits in memory."""
+"""Reads and writes files of samples: ADM's npz (`arr_0` NHWC, `arr_1` labels) or a folder of PNGs. Both are read and
+written a batch at a time, so that any number of samples fits in memory."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ from utils.base.files import (
 from utils.base.messages import UserError, WriteError, printable, warn
 from utils.images.decoding import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, open_image
 from utils.images.folders import SUFFIXES, find_images, is_system_name
-from utils.images.pixels import describe_range
+from utils.images.pixels import Images, describe_range
 
 # Pillow's names for pixels of 8 bits.
 GREY_MODES = ("L", "LA", "1")
@@ -295,20 +295,33 @@ def _open(file: Path, flag: str) -> Iterator[Image.Image]:
         raise UserError(f"{flag}: {file.name} is not a readable image ({error})") from None
 
 
+def _number_leaves(labels: PyTree) -> dict[str, np.ndarray]:
+    return {f"arr_{number}": leaf for number, leaf in enumerate(jax.tree.leaves(labels), start=1)}
+
+
 class SampleWriter:
     """Writes batches to `path`: into an npz if that is its suffix, else as PNGs (000000.png, ...) into a folder, where
     they replace earlier samples. It is a context manager: the npz appears at the end of the block, and until then a
-    folder is marked as unfinished.
+    folder is marked as unfinished. An npz takes floats and any number of channels, PNGs uint8 with 1 or 3.
+
+    `name_columns` gives the arrays of an npz beside the images, {name: (n, ...)} of the samples' conditions, such as
+    `Condition.to_columns`.
 
     Raises UserError if the folder holds anything else, WriteError if the system does not let the samples be written,
     which is also kept as `failure`, and ValueError for another number of samples or labels.
     """
 
-    def __init__(self, path: str | Path, num_samples: int):
+    def __init__(
+        self,
+        path: str | Path,
+        num_samples: int,
+        name_columns: Callable[[PyTree], Mapping[str, np.ndarray]] | None = None,
+    ):
         check_sample_path(path)
         self.path = Path(path)
         self.num_samples = num_samples
         self.num_written = 0
+        self.name_columns = name_columns or _number_leaves
         self.labels: list[PyTree] = []  # of the images so far, batch by batch
         self.failure: WriteError | None = None  # for callers who go on without the samples
 
@@ -322,7 +335,7 @@ class SampleWriter:
         self.writing.__enter__()
         return self
 
-    def write(self, images: UInt8[np.ndarray, "b h w c"], labels: PyTree) -> None:
+    def write(self, images: Images, labels: PyTree) -> None:
         """Writes the next images. `labels` are their conditions: an array (b, ...), or a tree of arrays."""
         # A mistake of the caller, before anything is written.
         for leaf in jax.tree.leaves(labels):
@@ -366,9 +379,10 @@ class SampleWriter:
                 if self.file is not None:
                     # An archive has one open member at a time, and the images are all written.
                     self.file.close()
-                    for number, batches in enumerate(zip(*map(jax.tree.leaves, self.labels), strict=True), start=1):
-                        with self.archive.open(f"arr_{number}.npy", "w") as labels:
-                            npy.write_array(labels, np.concatenate(batches))
+                    whole = jax.tree.map(lambda *batches: np.concatenate(batches), *self.labels)
+                    for name, column in self.name_columns(whole).items():
+                        with self.archive.open(f"{name}.npy", "w") as file:
+                            npy.write_array(file, column, allow_pickle=False)
                 self._check_count()
             except BaseException:
                 # Closing writes: on a full disk it would fail again, and hide the first error.
@@ -378,14 +392,15 @@ class SampleWriter:
                 self.archive.fp = None
                 raise
 
-    def _append(self, images: UInt8[np.ndarray, "b h w c"]) -> None:
+    def _append(self, images: Images) -> None:
         """Writes images to the array in the archive. Its header comes with the first of them, which tell the shape."""
         assert self.archive is not None
         if self.file is None:
             # zip64, because the member may pass 2 GiB, which is not known yet to the archive.
             self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
             shape = (self.num_samples, *images.shape[1:])
-            npy.write_array_header_1_0(self.file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            descr = npy.dtype_to_descr(images.dtype)
+            npy.write_array_header_1_0(self.file, {"descr": descr, "fortran_order": False, "shape": shape})
         self.file.write(np.ascontiguousarray(images).data)
 
     @contextlib.contextmanager
@@ -401,8 +416,13 @@ class SampleWriter:
         self._check_count()
         mark_finished(self.path)
 
-    def _write_pngs(self, images: UInt8[np.ndarray, "b h w c"]) -> None:
-        """Writes images under the next numbers."""
+    def _write_pngs(self, images: Images) -> None:
+        """Writes images under the next numbers. Raises UserError for floats and for other than 1 or 3 channels."""
+        if images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+            raise UserError(
+                f"{self.path}: PNGs hold uint8 images of 1 or 3 channels, but these are {images.dtype} with "
+                f"{images.shape[-1]}; name an .npz, which holds any array"
+            )
         for number, image in enumerate(images, self.num_written):
             # Not synced one by one, which would be slow; after a kill each PNG is still whole or absent.
             with (

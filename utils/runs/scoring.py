@@ -304,7 +304,9 @@ class RunEvaluation(Scoring):
         evaluations: list[np.ndarray] = []  # of the network, by an adaptive solver, for each sample
         batches = self.generator.generate(sampler, config.num_samples, self.batch_size)
 
-        saving = SampleWriter(config.save_samples, config.num_samples) if config.save_samples else None
+        saving = None
+        if config.save_samples:
+            saving = SampleWriter(config.save_samples, config.num_samples, self.generator.condition.to_columns)
         with self.going_on(), saving or contextlib.nullcontext() as writer:
 
             def collect(batch: ImageBatch) -> None:
