@@ -72,6 +72,16 @@ test_train_flow.py::test_the_seed_is_that_of_the_first_state
 test_config.py::test_options_of_the_data_are_those_of_the_flags
   utils/runs/config.py: self.max_megapixels, -> 500.0,
   utils/runs/config.py: self.broken_images, -> "refuse",
+test_array_columns.py::test_the_range_is_that_of_training_and_a_given_one_goes_first
+  utils/data/columns.py: *(value_range or -> *(None or
+  utils/data/columns.py: _measure_range(name, parts["train"]) -> _measure_range(name, source)
+test_array_columns.py::test_a_file_beside_an_npz_and_one_by_itself_are_mapped
+  utils/data/summaries.py: {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} -> x
+test_array_columns.py::test_a_mapped_file_is_not_read_into_memory
+  utils/data/summaries.py: size = max(1, CHUNK_BYTES // max(1, array.nbytes // len(array))) -> size = len(array)
+test_array_columns.py::test_floats_are_trained_on_sampled_and_written_in_their_range
+  utils/training/configure.py: inherited["value_range"] = write_range(pixels) -> pass
+  sample.py: writer.write(images, conditions) -> writer.write(generator.to_pictures(images), conditions)
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
   utils/training/loop.py: keep.keep_last, keep.keep_every) -> keep.keep_last)
   utils/training/loop.py: Checkpoints(run.folder, keep.keep_last -> Checkpoints(run.folder, 2
