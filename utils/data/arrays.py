@@ -11,15 +11,26 @@ import numpy as np
 from utils.base.devices import format_bytes, host_memory
 from utils.base.external import ArrayHeader, BadFileError, map_npy, read_npz, read_npz_headers
 from utils.base.messages import UserError, printable, warn_once
-from utils.data.columns import KEYS, check_columns, make_columns, make_dataset
+from utils.data.columns import KEYS, Columns, check_columns, make_columns, make_dataset
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, array_dataset, split_rows, unlabelled_message
+from utils.data.folder_tables import read_kinds
 
 IMAGES = ("images", "arr_0")  # the second of each as in ADM's files
 LABELS = ("labels", "arr_1")
 OTHER_LABELS = ("label", "targets", "target", "y")  # taken for labels where they are integers (n,)
 VALIDATION = "validation_"
 PREFIXES = {"train": "", "validation": VALIDATION}  # of the names of a split's arrays
+# Arrays of each kind of --condition_columns; the first of them is needed.
+KIND_COLUMNS = {
+    "class": ("labels",),
+    "vector": ("conditions",),
+    "tokens": ("tokens", "token_mask"),
+    "text": ("captions", "tokens", "token_mask"),
+    "image": ("condition_images",),
+}
+CONDITION_COLUMNS = [column for column in KEYS if column not in ("images", "labels")]
 CLASS_NAMES = "class_names"
+CONDITION_NAMES = "condition_names"  # of the numbers of `conditions`
 MAX_CLASSES = 2**20
 MAX_NAMES_BYTES = 2**26  # of class names; NumPy takes four bytes for a letter
 MAX_LISTED = 5  # arrays named in a message
@@ -55,9 +66,10 @@ def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset
         raise UserError(f"{flag}: there is no file {path}; name an npz with {WANTED}, or a .npy of images")
     try:
         file = _open_file(path, flag)
-        parts = _find_parts(file, flag)
+        asked = _read_columns_flag(options.condition_columns)
+        parts = _find_parts(file, flag, asked)
         labels = {part: file.read(found, ["labels"]).get("labels") for part, found in parts.items()}
-        class_names = _read_names(file, CLASS_NAMES, flag)
+        class_names, condition_names = (_read_names(file, key, flag) for key in (CLASS_NAMES, CONDITION_NAMES))
         if "validation" in parts and _is_unlabelled(labels["validation"]):
             warn_once(f"{flag}: no validation image has a label, so a part of the others is held out for validation")
             del parts["validation"]
@@ -86,7 +98,9 @@ def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset
     columns = {
         each: make_columns(arrays.get(each, arrays["train"]), rows[each]) for each in dict.fromkeys(("train", split))
     }
-    return make_dataset(name, columns, split, class_names, options.value_range)
+    if asked.numbers:
+        columns, condition_names = asked.choose_numbers(columns, condition_names)
+    return make_dataset(name, columns, split, class_names, condition_names, options.value_range)
 
 
 # The arrays of one split, {column: name in the file}; columns are those of KEYS.
@@ -150,14 +164,58 @@ def _check_mapped(header: ArrayHeader, file: Path, flag: str) -> None:
         )
 
 
-def _find_parts(file: ArrayFile, flag: str) -> dict[str, Part]:
+class Asked(NamedTuple):
+    """The arrays that --condition_columns asks for."""
+
+    flag: str
+    columns: Collection[str] | None  # those of KEYS; None: all that there are
+    numbers: tuple[str, ...]  # those of `conditions`, by name; (): all of them
+
+    def choose(self, part: Part, path: Path) -> Part:
+        """Returns what a split has of them. Raises UserError if it lacks one."""
+        if self.columns is None:
+            return part
+        for kind, columns in KIND_COLUMNS.items():
+            if columns[0] in self.columns and columns[0] not in part:
+                raise UserError(f"{self.flag}: {path} has no {columns[0]}, which {kind} needs")
+        return {column: name for column, name in part.items() if column == "images" or column in self.columns}
+
+    def choose_numbers(
+        self, parts: Mapping[str, Columns], names: list[str] | None
+    ) -> tuple[dict[str, Columns], list[str]]:
+        """Returns the splits with those numbers of `conditions` alone that are asked for, and their names."""
+        known = names or [f"c{i}" for i in range(parts["train"].arrays["conditions"].shape[1])]
+        if unknown := [name for name in self.numbers if name not in known]:
+            raise UserError(f"{self.flag}: there is no number {unknown[0]}; there are {', '.join(known[:MAX_LISTED])}")
+        places = [known.index(name) for name in self.numbers]
+        return {
+            split: Columns({**part.arrays, "conditions": part.arrays["conditions"][:, places]}, part.rows)
+            for split, part in parts.items()
+        }, list(self.numbers)
+
+
+def _read_columns_flag(text: str | None) -> Asked:
+    """Returns what a value of --condition_columns asks for. Raises UserError for what no npz has."""
+    flag = f"--condition_columns={text}"
+    if text is None:
+        return Asked(flag, None, ())
+    kinds = read_kinds(text)
+    for kind, names in kinds.items():
+        if kind not in KIND_COLUMNS:
+            raise UserError(f"{flag}: an npz has no {kind}; use {', '.join(KIND_COLUMNS)}")
+        if names and kind != "vector":
+            raise UserError(f"{flag}: an npz has one array for {kind}; write {kind} alone")
+    return Asked(flag, {column for kind in kinds for column in KIND_COLUMNS[kind]}, kinds.get("vector", ()))
+
+
+def _find_parts(file: ArrayFile, flag: str, asked: Asked) -> dict[str, Part]:
     """Returns {split: its arrays} of a file, of 'train' and, if there is one, of 'validation'.
 
     Raises UserError if there are no images, or if arrays do not fit together; warns of what is not read.
     """
     headers = file.headers
     parts = {split: _find_split(headers, prefix) for split, prefix in PREFIXES.items()}
-    parts = {split: part for split, part in parts.items() if part}
+    parts = {split: asked.choose(part, file.path) for split, part in parts.items() if part}
     if "train" not in parts:
         found = printable(", ".join(sorted(headers))[:200]) or "nothing"
         raise UserError(f"{flag}: {file.path} holds {found}; needed are {WANTED}")
@@ -175,7 +233,8 @@ def _find_split(headers: Mapping[str, ArrayHeader], prefix: str) -> Part | None:
         # Other usual names may hold something else: they count only where their arrays could be labels.
         alike = (prefix + name for name in OTHER_LABELS if prefix + name in headers)
         labels = next((name for name in alike if _may_be_labels(headers[name], headers[images])), None)
-    return {"images": images, **({"labels": labels} if labels else {})}
+    others = {column: prefix + column for column in CONDITION_COLUMNS if prefix + column in headers}
+    return {"images": images, **({"labels": labels} if labels else {}), **others}
 
 
 def _may_be_labels(header: ArrayHeader, images: ArrayHeader) -> bool:
@@ -198,18 +257,22 @@ def _check_headers(headers: Mapping[str, ArrayHeader], parts: Mapping[str, Part]
 
     # Arrays that are not read: among them may be the labels that one split lacks.
     used = {name for part in parts.values() for name in part.values()} | {CLASS_NAMES}
+    if all("conditions" in part for part in parts.values()):
+        used.add(CONDITION_NAMES)
     unread = [f"{name} {headers[name].dtype} {headers[name].shape}" for name in sorted(headers.keys() - used)]
     not_read = f"not read: {', '.join(unread[:MAX_LISTED])}{', ...' * (len(unread) > MAX_LISTED)}" if unread else ""
-    has_labels = {split: "labels" in part for split, part in parts.items()}
-    if any(has_labels.values()) and not all(has_labels.values()):
-        with_them, without = sorted(parts, key=lambda split: not has_labels[split])
-        raise UserError(
-            f"{flag}: {parts[with_them]['images']} have labels, but {parts[without]['images']} have none; add integers "
-            f"{PREFIXES[without]}labels (n,), or leave validation_images out{f' ({not_read})' * bool(unread)}"
-        )
+    for column in ("labels", *CONDITION_COLUMNS):
+        has_it = {split: column in part for split, part in parts.items()}
+        if any(has_it.values()) and not all(has_it.values()):
+            with_it, without = sorted(parts, key=lambda split: not has_it[split])
+            what = f"{'integers ' * (column == 'labels')}{PREFIXES[without]}{column}{' (n,)' * (column == 'labels')}"
+            raise UserError(
+                f"{flag}: {parts[with_it]['images']} have {column}, but {parts[without]['images']} have none; add "
+                f"{what}, or leave validation_images out{f' ({not_read})' * bool(unread)}"
+            )
 
     # What a user may not expect, in one warning.
-    remarks = [] if any(has_labels.values()) else ["it has no labels, so all images are of one class"]
+    remarks = [] if len(parts["train"]) > 1 else ["it has no labels, so all images are of one class"]
     if unread:
         remarks.append(not_read)
     if remarks:

@@ -10,6 +10,9 @@ import numpy as np
 from jaxtyping import Int
 
 from utils.base.messages import UserError, warn_once
+from utils.conditions.classes import ClassCondition
+from utils.conditions.condition import CONDITIONS, Condition
+from utils.conditions.tokens import TextCondition, TokensCondition
 from utils.data.dataset import (
     SPLITS,
     ArrayLike,
@@ -35,6 +38,7 @@ KEYS = {
     "condition_images": "condition_image",
     "captions": "caption",
 }
+NAMES = {key: name for name, key in KEYS.items()}
 MANY_CHANNELS = 16  # above them, a first axis of 1, 3 or 4 is taken for the channels
 
 
@@ -150,12 +154,11 @@ def _channels_remark(shape: tuple[int, ...]) -> str | None:
 
 def _check_finite(name: str, columns: Columns) -> None:
     """Raises UserError if a column holds values that are NaN or infinite."""
-    names = {key: name for name, key in KEYS.items()}
     for key, count in columns.summary.num_bad.items():
         row = columns.rows[columns.summary.first_bad[key]]
         verb = "value is" if count == 1 else "values are"
         raise UserError(
-            f"{name}: {count:,} {verb} NaN or infinite in {names[key]}, the first in row {row}; mend them, or leave "
+            f"{name}: {count:,} {verb} NaN or infinite in {NAMES[key]}, the first in row {row}; mend them, or leave "
             "these rows out"
         )
 
@@ -170,11 +173,13 @@ def column_dataset(
     *,
     validation: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
+    condition_names: Sequence[str] | None = None,
     value_range: tuple[float, float] | None = None,
     random_flip: bool = False,
 ) -> ImageDataset:
     """Returns a split of arrays with one row for each example, `columns`: images uint8 or float (n, h, w) or
-    (n, h, w, c) and, if there are, labels (n,).
+    (n, h, w, c), and the conditions of a model that is trained on them: labels (n,), conditions (n, k) named by
+    `condition_names`, tokens (n, l, d) with token_mask (n, l), condition_images (n, h2, w2, c2), captions (n,).
 
     `validation` are the arrays of that split; without them, 2 % of the rows are held out. `value_range` is what becomes
     -1 .. 1 of float images; without it, their range in the training split. Arrays may be mapped from files. Only
@@ -195,7 +200,7 @@ def column_dataset(
         parts = {part: make_columns(arrays["train"], split_rows(counts["train"], part)) for part in SPLITS}
     else:
         parts = {part: make_columns(arrays[part], range(counts[part])) for part in SPLITS}
-    return make_dataset(name, parts, split, class_names, value_range, random_flip)
+    return make_dataset(name, parts, split, class_names, condition_names, value_range, random_flip)
 
 
 def make_columns(arrays: Mapping[str, np.ndarray], rows: Sequence[int] | np.ndarray) -> Columns:
@@ -204,9 +209,13 @@ def make_columns(arrays: Mapping[str, np.ndarray], rows: Sequence[int] | np.ndar
     for key in ("image", "condition_image"):
         if key in found and found[key].ndim == 3:
             found[key] = found[key][..., None]
-    # Every image has a class where none are given: the only one.
-    labels = found.get("label", np.zeros(len(found["image"])))
-    found["label"] = np.asarray(labels, np.int32)
+    # Every image has a class where nothing is given: the only one.
+    if "label" in found or found.keys() == {"image"}:
+        found["label"] = np.asarray(found.get("label", np.zeros(len(found["image"]))), np.int32)
+    if "conditions" in found:
+        found["conditions"] = np.asarray(found["conditions"], np.float32).reshape(len(found["image"]), -1)
+    if "token_mask" in found:
+        found["token_mask"] = np.asarray(found["token_mask"], bool)
     return Columns(found, np.asarray(rows, np.int64))
 
 
@@ -215,13 +224,14 @@ def make_dataset(
     parts: Mapping[str, Columns],
     split: str,
     class_names: Sequence[str] | None = None,
+    condition_names: Sequence[str] | None = None,
     value_range: tuple[float, float] | None = None,
     random_flip: bool = False,
 ) -> ImageDataset:
     """Returns the data set of one of `parts`, {split: its columns}; range and condition are those of 'train'.
 
     Raises UserError, which begins with `name`, for values that are not finite, for float images that are all of one
-    value, and for labels that are no classes.
+    value, and for labels and other columns that no model can be trained on.
     """
     source = parts[split]
     _check_finite(name, source)
@@ -233,10 +243,24 @@ def make_dataset(
         warn_of_levels(name, source.arrays["image"], source.rows)
 
     # Classes are those of both splits.
-    labels = source.column("label")
-    if class_names is None:
-        class_names = list(map(str, range(1 + max(int(part.column("label").max()) for part in parts.values()))))
-    names = check_labels(name, labels, class_names)
+    names: tuple[str, ...] = ()
+    empty: tuple[int, ...] = ()
+    if "label" in source.arrays:
+        labels = source.column("label")
+        if class_names is None:
+            class_names = list(map(str, range(1 + max(int(part.column("label").max()) for part in parts.values()))))
+        names = check_labels(name, labels, class_names)
+        empty = find_empty_classes(labels, len(names))
+
+    # Other conditions have the statistics of the training split.
+    _check_finite(name, parts["train"])
+    train = parts["train"]
+    small = {key: train.column(key) for key in ("label", "conditions", "caption") if key in train.arrays}
+    columns = {**train.arrays, **small}  # of the others, the shapes are all that matters
+    try:
+        condition = make_condition(columns, condition_names, names)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     return ImageDataset(
         name=name,
         split=split,
@@ -245,9 +269,60 @@ def make_dataset(
         class_names=names,
         random_flip=random_flip and split == "train",
         fingerprint=source.fingerprint(),
-        empty_classes=find_empty_classes(labels, len(names)),
+        empty_classes=empty,
         pixels=pixels,
+        own_condition=condition,
     )
+
+
+def make_condition(
+    columns: Mapping[str, np.ndarray],
+    names: Sequence[str] | None = None,
+    class_names: Sequence[str] = (),
+    text_encoder: str | None = None,
+) -> Condition | None:
+    """Returns the condition of data whose training rows have these columns, {key of an example: (n, ...)}; None where
+    labels are all there is.
+
+    `names` are those of the numbers of "conditions", `class_names` those of the classes, () without; `text_encoder`
+    makes tokens of captions (default: words). Raises UserError, which does not name the data, for columns on which no
+    model can be trained.
+    """
+    parts: dict[str, Condition] = {}
+    if class_names:
+        empty = find_empty_classes(columns["label"], len(class_names)) if "label" in columns else ()
+        parts["class"] = ClassCondition(tuple(class_names), empty)
+    if "conditions" in columns:
+        parts["vector"] = _find_kind("vector").of_rows(columns["conditions"], names)
+    if "caption" in columns:
+        parts["text"] = _make_text(columns, text_encoder or "words")
+    elif "tokens" in columns:
+        parts["tokens"] = TokensCondition(*columns["tokens"].shape[1:])
+    if "condition_image" in columns:
+        raise UserError("condition_images are not learned from yet; leave them out")
+    if parts.keys() <= {"class"}:
+        return None
+    return next(iter(parts.values())) if len(parts) == 1 else _find_kind("several")(tuple(parts.items()))
+
+
+def _find_kind(name: str) -> Any:
+    """Returns the class of a registered kind. Raises UserError, naming those that there are, for another."""
+    if name not in CONDITIONS:
+        words = "several columns are not learned from together" if name == "several" else f"{name} is not learned from"
+        raise UserError(f"{words} yet; --condition_columns names one of {', '.join(CONDITIONS)}")
+    return CONDITIONS[name]
+
+
+def _make_text(columns: Mapping[str, np.ndarray], text_encoder: str) -> TextCondition:
+    """Returns the condition of captions, whose tokens may lie beside them. Raises UserError for those of another
+    encoder."""
+    found = TextCondition.of_captions([_read_value(text) for text in columns["caption"]], text_encoder)
+    if "tokens" in columns and columns["tokens"].shape[2] != found.width:
+        raise UserError(
+            f"tokens beside the captions have {columns['tokens'].shape[2]} numbers each, those of --text_encoder="
+            f"{text_encoder} {found.width}; name the encoder that made them, or leave the tokens out"
+        )
+    return found
 
 
 def _measure_range(name: str, train: Columns) -> tuple[float, float]:

@@ -31,6 +31,21 @@ KINDS = ("class", "vector", "text")  # that columns of a table can be
 TEXT_COLUMNS = (CAPTION, "text")  # that are taken where none is named
 
 
+def read_kinds(text: str) -> dict[str, tuple[str, ...]]:
+    """Returns {kind: columns} of a value of --condition_columns. Raises UserError for kinds or columns given twice."""
+    flag = f"--condition_columns={text}"
+    kinds: dict[str, tuple[str, ...]] = {}
+    for part in text.split("+"):
+        kind, colon, names = part.strip().partition(":")
+        columns = tuple(name.strip() for name in names.split(",")) if colon else ()
+        if kind in kinds:
+            raise UserError(f"{flag}: {kind} is given twice; join its columns by commas")
+        if not all(columns) or len(set(columns)) < len(columns):
+            raise UserError(f"{flag}: {part.strip()!r} needs the name of a column after the colon, each name once")
+        kinds[kind] = columns
+    return kinds
+
+
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """Kinds that --condition_columns asks for, {kind: columns}."""
@@ -42,15 +57,7 @@ class Asked:
     def of_text(cls, text: str) -> "Asked":
         """Returns what a value of the flag means. Raises UserError for what no table of a folder can have."""
         flag = f"--condition_columns={text}"
-        kinds: dict[str, tuple[str, ...]] = {}
-        for part in text.split("+"):
-            kind, colon, names = part.strip().partition(":")
-            columns = tuple(name.strip() for name in names.split(",")) if colon else ()
-            if kind in kinds:
-                raise UserError(f"{flag}: {kind} is given twice; join its columns by commas")
-            if not all(columns) or len(set(columns)) < len(columns):
-                raise UserError(f"{flag}: {part.strip()!r} needs the name of a column after the colon, each name once")
-            kinds[kind] = columns
+        kinds = read_kinds(text)
         if unread := [kind for kind in kinds if kind not in KINDS]:
             raise UserError(f"{flag}: a folder has no columns of {unread[0]}; use {', '.join(KINDS)}")
         for kind in ("class", "text"):

@@ -70,7 +70,11 @@ LOADERS: dict[str, Loader] = {
         flips=True,
     ),
     "npz": Loader(
-        load_array_file, "images and labels in NumPy's files", "FILE", is_path=True, options=("value_range",)
+        load_array_file,
+        "images and labels in NumPy's files",
+        "FILE",
+        is_path=True,
+        options=("value_range", "condition_columns"),
     ),
     "tfds": Loader(load_tfds, "any labelled images of TensorFlow Datasets", "NAME", options=_TFDS),
     # Made from the images of another data set.

@@ -74,7 +74,7 @@ class DataConfig:
         None, "Grey, colour, with transparency, or grey of 16 bits; default: what the files have.", choices=MODES
     )
     condition_columns: str | None = setting(
-        None, "Columns of a table beside the images, as conditions: vector:a,b or class:c, joined by +; docs/data.md."
+        None, "Columns of the data, as conditions: class, vector:a,b, tokens or text, joined by +; see docs/data.md."
     )
     broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
     max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)
