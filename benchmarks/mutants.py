@@ -82,6 +82,12 @@ test_array_columns.py::test_a_mapped_file_is_not_read_into_memory
 test_array_columns.py::test_floats_are_trained_on_sampled_and_written_in_their_range
   utils/training/configure.py: inherited["value_range"] = write_range(pixels) -> pass
   sample.py: writer.write(images, conditions) -> writer.write(generator.to_pictures(images), conditions)
+test_condition_columns.py::test_columns_are_chosen_by_kind_and_name
+  utils/data/arrays.py: places = [known.index(name) for name in self.numbers] -> places = list(range(len(self.numbers)))
+test_condition_columns.py::test_other_numbers_are_other_data
+  utils/data/columns.py: self.rows, KEYS.values()) -> self.rows, ["image"])
+test_condition_columns.py::test_numbers_are_read_row_by_row_and_measured_in_training
+  utils/data/columns.py: train = parts["train"] -> train = source
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
   utils/training/loop.py: keep.keep_last, keep.keep_every) -> keep.keep_last)
   utils/training/loop.py: Checkpoints(run.folder, keep.keep_last -> Checkpoints(run.folder, 2
