@@ -100,7 +100,8 @@ def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset
     }
     if asked.numbers:
         columns, condition_names = asked.choose_numbers(columns, condition_names)
-    return make_dataset(name, columns, split, class_names, condition_names, options.value_range)
+    names = (class_names, condition_names)
+    return make_dataset(name, columns, split, *names, options.value_range, text_encoder=options.text_encoder)
 
 
 # The arrays of one split, {column: name in the file}; columns are those of KEYS.

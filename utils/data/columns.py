@@ -227,6 +227,7 @@ def make_dataset(
     condition_names: Sequence[str] | None = None,
     value_range: tuple[float, float] | None = None,
     random_flip: bool = False,
+    text_encoder: str | None = None,
 ) -> ImageDataset:
     """Returns the data set of one of `parts`, {split: its columns}; range and condition are those of 'train'.
 
@@ -258,7 +259,7 @@ def make_dataset(
     small = {key: train.column(key) for key in ("label", "conditions", "caption") if key in train.arrays}
     columns = {**train.arrays, **small}  # of the others, the shapes are all that matters
     try:
-        condition = make_condition(columns, condition_names, names)
+        condition = make_condition(columns, condition_names, names, text_encoder)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     return ImageDataset(

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from utils.base.messages import UserError, printable, warn_once
-from utils.conditions.condition import CONDITIONS, Condition
+from utils.conditions.condition import Condition
+from utils.data.columns import make_condition
 from utils.images.tables import (
     CAPTION,
     CAPTION_SUFFIX,
@@ -150,25 +151,21 @@ def _read_rows(table: Table, kinds: Mapping[str, tuple[str, ...]], images: Seque
 
 
 def make_own_condition(
-    asked: Asked, columns: Mapping[str, np.ndarray], names: Sequence[str], class_names: Sequence[str]
+    asked: Asked,
+    columns: Mapping[str, np.ndarray],
+    names: Sequence[str],
+    class_names: Sequence[str],
+    text_encoder: str | None = None,
 ) -> Condition | None:
     """Returns the condition of a folder whose training images have these columns, labels among them; None of classes
     alone. `names` are those of the numbers.
 
     Raises UserError for columns that no condition can take, such as a number that is the same everywhere.
     """
-    kinds = [kind for kind in asked.kinds if kind != "class"]
-    if not kinds:
+    if set(asked.kinds) <= {"class"}:
         return None
-    if len(asked.kinds) > 1:
-        raise UserError(
-            f"{asked.flag}: {' and '.join(asked.kinds)} are not learned together yet; leave one of them out"
-        )
-    if kinds != ["vector"] or "vector" not in CONDITIONS:
-        raise UserError(f"{asked.flag}: {kinds[0]} is not learned from yet; use class")
     try:
-        of_rows: Any = CONDITIONS["vector"]
-        return of_rows.of_rows(columns["conditions"], names)
+        return make_condition(columns, names, class_names, text_encoder)
     except UserError as error:
         raise UserError(f"{asked.flag}: {error}") from None
 

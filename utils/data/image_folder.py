@@ -73,7 +73,8 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
     if asked and listed.columns:
         names = names if "class" in asked.kinds else ()
         train_labels = np.array([label for _, label in train.files], np.int32)
-        condition = make_own_condition(asked, {"label": train_labels, **train.columns}, train.numbers, names)
+        columns = {"label": train_labels, **train.columns}
+        condition = make_own_condition(asked, columns, train.numbers, names, options.text_encoder)
         identities = digest_rows(labels, listed.columns)
     rows = [Row(*values) for values in zip(listed.keys, identities, listed.digests, strict=True)]
     return ImageDataset(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from utils.base.effects import refuse_ignored
 from utils.base.files import expand_home, refuse_url
@@ -12,7 +12,8 @@ from utils.base.messages import UserError, warn
 from utils.base.settings import check_made, unknown_name
 from utils.conditions.condition import record_condition
 from utils.data.arrays import load_array_file, load_digits
-from utils.data.dataset import SPLITS, DataOptions, ImageDataset, check_own_size, warn_of_range
+from utils.data.captions import encode_captions, find_text
+from utils.data.dataset import SPLITS, DataOptions, ImageDataset, RandomAccess, check_own_size, warn_of_range
 from utils.data.image_folder import load_folder
 from utils.data.latents import load_latents
 from utils.data.pairs import load_pairs
@@ -65,7 +66,7 @@ LOADERS: dict[str, Loader] = {
         "image files, in a folder for each class or in one folder",
         "PATH",
         is_path=True,
-        options=("image_size", "broken_images", "max_megapixels", "image_mode", "condition_columns"),
+        options=("image_size", "broken_images", "max_megapixels", "image_mode", "condition_columns", "text_encoder"),
         default_size=256,
         flips=True,
     ),
@@ -74,7 +75,7 @@ LOADERS: dict[str, Loader] = {
         "images and labels in NumPy's files",
         "FILE",
         is_path=True,
-        options=("value_range", "condition_columns"),
+        options=("value_range", "condition_columns", "text_encoder"),
     ),
     "tfds": Loader(load_tfds, "any labelled images of TensorFlow Datasets", "NAME", options=_TFDS),
     # Made from the images of another data set.
@@ -105,6 +106,12 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     dataset = loader.load(name, split, options)
     check_made(dataset, ImageDataset, f"the loader of --dataset_name={name}")
     check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
+    text = find_text(dataset.condition)
+    if text is not None:
+        source = encode_captions(cast(RandomAccess, dataset.source), text, f"--dataset_name={name}")
+        dataset = dataclasses.replace(dataset, source=source)
+    elif options.text_encoder is not None:
+        raise UserError(f"--text_encoder={options.text_encoder}: {name} has no captions; leave it out")
     if split == "train":  # a data set is warned of once
         warn_of_range(dataset, "value_range" in loader.options)
 
@@ -161,8 +168,8 @@ def check_data_settings(dataset_name: str, given: Mapping[str, Any]) -> None:
     loader = find_loader(dataset_name)
     if loader is None:  # refused where the data are loaded
         return
-    # Only loaders of image files decode, and may meet broken files; only arrays hold floats.
-    for name in ("broken_images", "max_megapixels", "image_mode", "condition_columns", "value_range"):
+    # Only loaders of image files decode, and may meet broken files; others have no captions, or no floats.
+    for name in ("broken_images", "max_megapixels", "image_mode", "condition_columns", "text_encoder", "value_range"):
         if name not in loader.options:
             takers = ", ".join(list_names(lambda loader, name=name: name in loader.options))
             refuse_ignored((name,), given, f"on {dataset_name}, only on {takers}")

@@ -48,7 +48,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "compute_fid_stats": (
         Rule(
             (
-                *("dataset_name", "split", "data_dir", "image_size", "image_mode", "condition_columns"),
+                *("dataset_name", "split", "data_dir", "image_size", "image_mode", "condition_columns", "text_encoder"),
                 *("broken_images", "max_megapixels"),
             ),
             "with --images, which are taken as they are",

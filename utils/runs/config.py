@@ -16,6 +16,7 @@ from utils.base.mesh import SHARDING_MODES
 from utils.base.messages import UserError
 from utils.base.settings import check_setting, find_entry, merge_settings, setting, settings_of
 from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, list_codecs, parse_codec
+from utils.conditions.text_encoders import list_text_encoders
 from utils.data.dataset import DataOptions
 from utils.images.decoding import MAX_MEGAPIXELS, MODES
 from utils.images.pixels import parse_range
@@ -73,6 +74,9 @@ class DataConfig:
     image_mode: str | None = setting(
         None, "Grey, colour, with transparency, or grey of 16 bits; default: what the files have.", choices=MODES
     )
+    text_encoder: str | None = setting(
+        None, f"What makes tokens of captions: {' or '.join(list_text_encoders())}; default: words."
+    )
     condition_columns: str | None = setting(
         None, "Columns of the data, as conditions: class, vector:a,b, tokens or text, joined by +; see docs/data.md."
     )
@@ -102,6 +106,7 @@ class DataConfig:
             image_mode=self.image_mode,
             condition_columns=self.condition_columns,
             value_range=bounds,
+            text_encoder=self.text_encoder,
         )
 
 

@@ -52,8 +52,8 @@ FIXED = (
 )  # fmt: skip
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
 COMPARED_ELSEWHERE = (
-    "dataset_name", "data_dir", "image_size", "image_mode", "value_range", "codec", "vae", "model.use_stable_vae",
-    "load_dir", "save_dir", "wandb.display_name",
+    "dataset_name", "data_dir", "image_size", "image_mode", "text_encoder", "value_range", "codec", "vae",
+    "model.use_stable_vae", "load_dir", "save_dir", "wandb.display_name",
 )  # fmt: skip
 # Parameters mean something else under another value of these, even if their shapes are the same.
 MEANING_OF_PARAMETERS = (
@@ -410,6 +410,10 @@ def check_architecture(
     theirs = {f"model.{name}": saved["model"].get(name) for name in MEANING_OF_PARAMETERS}
     ours["codec"] = config["dataset"]["codec"]["name"]
     theirs["codec"] = saved["dataset"]["codec"]["name"]
+    # Another encoder has other tokens, whatever their shape is.
+    texts = [settings["dataset"].get("text") for settings in (config, saved)]
+    if all(texts):
+        ours["text_encoder"], theirs["text_encoder"] = (text["encoder"] for text in texts)
     for name, value in ours.items():
         if is_other and name == "model.timestep_scale":
             continue
