@@ -126,6 +126,19 @@ def test_captions_are_a_column_or_files(tmp_path):
         read_conditions(Asked("--flag", {"text": ("caption",)}), None, images, tmp_path)
 
 
+def test_captions_are_the_condition(tmp_path):
+    """In the tokens of the words, which the network learns from."""
+    write_images(tmp_path, 3)
+    for i, text in enumerate(("a red owl", "a cat", "an owl")):
+        (tmp_path / f"{i}.txt").write_text(text)
+    dataset = load_table(tmp_path, "text")
+    assert (dataset.class_names, dataset.random_flip) == ((), False)
+    condition = dataset.condition.read(dataset.source[0])
+    (caption,) = dataset.condition.titles({name: np.asarray(rows)[None] for name, rows in condition.items()})
+    assert caption == dataset.source[0]["caption"]
+    np.testing.assert_array_equal(condition["value"], dataset.condition.encode([caption])["value"][0])
+
+
 @needs_vector
 def test_each_split_has_its_table_or_that_of_the_root(tmp_path):
     for split in ("train", "valid"):
