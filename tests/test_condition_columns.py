@@ -160,6 +160,10 @@ REFUSED = {
         "images have conditions, but validation_images have none; add validation_conditions, or leave",
     ),
     "flat tokens": ({"tokens": TOKENS[:, 0]}, r"tokens must be floats \(n, tokens, width\), not float32 \(200, 3\)"),
+    "too many tokens": (
+        {"tokens": np.zeros((200, 4097, 1), np.float16)},
+        "tokens are 4,097 of 1 numbers; 4,096 of 65,536 are the most",
+    ),
     "mask alone": ({"token_mask": MASK}, r"token_mask is \(200, 5\), but there are no tokens; give one truth value"),
     "other mask": ({"tokens": TOKENS, "token_mask": MASK[:, 1:]}, r"token_mask is \(200, 4\), but tokens are \(200, 5"),
     "mask of floats": ({"tokens": TOKENS, "token_mask": MASK / 2}, r"token_mask must be truth values \(n, tokens\)"),

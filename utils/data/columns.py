@@ -12,7 +12,7 @@ from jaxtyping import Int
 from utils.base.messages import UserError, warn_once
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import CONDITIONS, Condition
-from utils.conditions.tokens import TextCondition, TokensCondition
+from utils.conditions.tokens import MAX_LENGTH, MAX_WIDTH, TextCondition, TokensCondition
 from utils.data.dataset import (
     SPLITS,
     ArrayLike,
@@ -298,7 +298,10 @@ def make_condition(
     if "caption" in columns:
         parts["text"] = _make_text(columns, text_encoder or "words")
     elif "tokens" in columns:
-        parts["tokens"] = TokensCondition(*columns["tokens"].shape[1:])
+        length, width = columns["tokens"].shape[1:]
+        if length > MAX_LENGTH or width > MAX_WIDTH:
+            raise UserError(f"tokens are {length:,} of {width:,} numbers; {MAX_LENGTH:,} of {MAX_WIDTH:,} are the most")
+        parts["tokens"] = TokensCondition(length, width)
     if "condition_image" in columns:
         raise UserError("condition_images are not learned from yet; leave them out")
     if parts.keys() <= {"class"}:
