@@ -1,6 +1,7 @@
 """--image_mode: how many channels the images of a folder have, and of how many bits."""
 
 import io
+import shutil
 import types
 
 import numpy as np
@@ -57,12 +58,18 @@ def test_16_bits_are_kept_as_floats_where_all_files_have_them(tmp_path, name, ca
     ],
 )
 def test_images_are_in_colour_if_one_of_them_is(tmp_path, modes, channels):
+    (tmp_path / "one").mkdir()
     for i, mode in enumerate(modes):
         image = Image.fromarray(LEVELS) if mode == "I;16" else Image.fromarray(noise(i, 6, 8, 3)).convert(mode)
-        image.save(tmp_path / f"{i}.png")
-    for split in ("train", "validation"):  # of which each may lack what the other has
-        dataset = load(f"folder:{tmp_path}", split, image_size="6x8")
-        assert dataset.image_shape == dataset.row(0, False)["image"].shape == (6, 8, channels)
+        image.save(tmp_path / "one" / f"{i}.png")
+    # Those that are held out, and those of a split of their own, may lack what the others have.
+    write(tmp_path / "two" / "valid" / "0.png", noise(0, 6, 8))
+    shutil.copytree(tmp_path / "one", tmp_path / "two" / "train")
+    for folder in ("one", "two"):
+        for split in ("train", "validation"):
+            dataset = load(f"folder:{tmp_path / folder}", split, image_size="6x8")
+            assert dataset.image_shape == dataset.row(0, False)["image"].shape == (6, 8, channels)
+            assert dataset.pixels == UINT8
 
 
 def test_transparency_is_kept_on_demand(tmp_path, monkeypatch):
