@@ -1,6 +1,9 @@
 """Makes reference statistics for FID: Inception features of a data set, exactly as eval_fid.py takes those of samples.
 
-python compute_fid_stats.py --dataset_name digits --out data/fid_stats_digits.npz --compact 1
+    python compute_fid_stats.py --dataset_name digits --out data/fid_stats_digits.npz --compact 1
+
+--metrics fid,moments keeps moments of the pixels beside them; --metrics moments takes those alone, of images of any
+shape and format.
 """
 
 import dataclasses
@@ -11,18 +14,18 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from utils.base.devices import check_batch_memory
 from utils.base.files import check_free_space, prepare_output_file
 from utils.base.mesh import check_batch_size, make_mesh, replicated
 from utils.base.messages import UserError, configure_output, log
+from utils.conditions.classes import ClassCondition
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch, StreamSource, Subset
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
-from utils.flags.definitions import define_data_flags, define_path
+from utils.flags.definitions import define_data_flags, define_metrics_flag, define_path
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.pixels import check_pictures
@@ -30,6 +33,8 @@ from utils.images.samples import Samples, open_samples
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, check_extractors, load_extractors
 from utils.metrics.inception import CONVENTIONS
 from utils.metrics.measure import measure_images, pad_and_shard
+from utils.metrics.metrics import choose_metrics, needed_extractors, sees_pixels
+from utils.metrics.pixels import PixelStatistics
 from utils.metrics.reference import MAX_ROWS, save_statistics, statistics_bytes
 from utils.metrics.statistics import ImageStatistics
 
@@ -56,6 +61,7 @@ def define_flags() -> None:
             "compact", 0, "1: no covariance where all features are kept; smaller, and for this suite alone.", 0, 1
         )
         flags.DEFINE_list("extractor", [DEFAULT_EXTRACTOR], "Feature networks, separated by commas.")
+        define_metrics_flag("Scores that the file will serve")
         flags.DEFINE_enum("convention", "adm", list(CONVENTIONS), "Resize and scaling before Inception.")
         define_path("inception_weights", None, "Local copy of the Inception weights.")
         flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
@@ -75,7 +81,7 @@ class ReferenceImages(NamedTuple):
         return f"{self.source}, {self.split}" if self.split else self.source
 
     def read(self, batch_size: int, count: int, label_counts: np.ndarray | None) -> Iterator[np.ndarray]:
-        """Yields batches of uint8 images, `count` in all, and adds their labels to `label_counts`, if that is given."""
+        """Yields batches of images, `count` in all, and adds their labels to `label_counts`, if that is given."""
         if isinstance(self.images, Samples):
             return choose_images(self.images, batch_size, count)
         return count_labels(choose_examples(self.images, batch_size, count), label_counts)
@@ -83,19 +89,19 @@ class ReferenceImages(NamedTuple):
 
 def open_images(config: ConfigDict) -> ReferenceImages:
     """Returns the images that the flags name, unread. Raises UserError for latents, pairs,
-    images that no feature network takes, and too few."""
+    images that no feature network takes unless --metrics needs none, and too few."""
+    is_any = not find_extractors(config)
     if config.images:
-        samples = open_samples(config.images, "images")
+        samples = open_samples(config.images, "images", is_any)
         opened = ReferenceImages(config.images, None, samples, samples.image_shape, samples.num_samples)
     else:
         reading.check_data_flags(config.dataset_name)
         dataset = load_dataset(config.dataset_name, config.split, reading.read_data_options(config))
         if dataset.latents or dataset.pair_shape:
             raise UserError(f"--dataset_name={config.dataset_name} holds no images; give the data set it was made from")
-        what = f"--dataset_name={config.dataset_name}: feature networks take"
-        check_pictures(
-            dataset.pixels, dataset.image_shape, what, "convert them, and name the result by --images", whose="these"
-        )
+        if not is_any:
+            what = f"--dataset_name={config.dataset_name}: feature networks take"
+            check_pictures(dataset.pixels, dataset.image_shape, what, "use --metrics moments", whose="these")
         opened = ReferenceImages(dataset.name, config.split, dataset, dataset.image_shape, len(dataset.source))
 
     # A covariance takes two images, and a choice of them no more than there are.
@@ -106,30 +112,36 @@ def open_images(config: ConfigDict) -> ReferenceImages:
     return opened
 
 
+def find_extractors(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the names of the feature networks that the flags ask for: none for --metrics moments."""
+    names = check_extractors(config.extractor)
+    return needed_extractors(choose_metrics(config.metrics)) if config.metrics else names
+
+
 def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out: Path) -> int:
     """Writes the statistics of the images into `out`, and returns the number of images."""
     num_images = opened.total if config.num_images is None else config.num_images
 
     # Room first: nothing is measured for a refusal.
     num_rows = min(config.num_features, num_images)
-    check_free_space(out, "out", statistics_bytes(num_rows, config.extractor))
+    names = find_extractors(config)
+    check_free_space(out, "out", statistics_bytes(num_rows, names, opened.image_shape))
     # No larger than the images, up to a multiple of the devices: the rest would be padding.
     batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
     check_batch_memory(batch_size, tuple(opened.image_shape))
-    check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
-
-    # Networks are replicated; batches are split over the devices.
-    extractors = load_extractors(
-        config.extractor,
-        weights=config.inception_weights,
-        convention=config.convention,
-        sharding=replicated(mesh),
-    )
-    statistics = ImageStatistics(config.num_features)
+    extractors = {}
+    if names:
+        check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
+        # Networks are replicated; batches are split over the devices.
+        extractors = load_extractors(
+            names, weights=config.inception_weights, convention=config.convention, sharding=replicated(mesh)
+        )
+    has_pixels = sees_pixels(choose_metrics(config.metrics))
+    statistics = ImageStatistics(config.num_features, pixels=PixelStatistics() if has_pixels else None)
 
     # Labels are counted as the images pass: `eval_fid.py --labels dataset` draws as often.
-    num_classes = opened.images.num_classes if isinstance(opened.images, ImageDataset) else 0
-    label_counts = np.zeros(num_classes, np.int64) if num_classes else None
+    has_labels = isinstance(opened.images, ImageDataset) and isinstance(opened.images.condition, ClassCondition)
+    label_counts = np.zeros(opened.images.num_classes, np.int64) if has_labels else None
     batches = pad_and_shard(opened.read(batch_size, num_images, label_counts), batch_size, mesh)
     measure_images(extractors, batches, statistics, num_images, flag="num_images")
 
@@ -137,7 +149,7 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
     save_statistics(
         out,
         statistics,
-        convention=config.convention if DEFAULT_EXTRACTOR in config.extractor else None,
+        convention=config.convention if DEFAULT_EXTRACTOR in names else None,
         dataset=opened.source,
         split=opened.split,
         image_shape=opened.image_shape,
@@ -156,7 +168,7 @@ def main(config: ConfigDict) -> None:
         raise UserError("--out is not given: name the file to write, such as stats.npz")
     out = Path(config.out)
     prepare_output_file(out, "out", "stats.npz", {"images": config.images})
-    check_extractors(config.extractor)
+    find_extractors(config)
     check_effects(RULES["compute_fid_stats"], config)
 
     # Then the devices, the images, and the work.
@@ -184,7 +196,7 @@ def choose_examples(dataset: ImageDataset, batch_size: int, count: int) -> Itera
     return epoch_batches(dataset, batch_size)
 
 
-def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
+def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[np.ndarray]:
     """Yields batches of `count` images, chosen at random; reads all of them in passing."""
     if count == samples.num_samples:
         yield from samples.read(batch_size)
@@ -193,7 +205,7 @@ def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[UIn
     is_chosen[choose_rows(samples.num_samples, count)] = True
 
     # Chosen images wait until they fill a batch; after the last image, the rest is one.
-    waiting = np.empty((0, *samples.image_shape), np.uint8)
+    waiting = np.empty((0, *samples.image_shape), samples.dtype)
     start = 0
     for images in samples.read(batch_size):
         waiting = np.concatenate([waiting, images[is_chosen[start : start + len(images)]]])

@@ -21,6 +21,7 @@ from utils.conditions.condition import check_draw_mode, restore_condition
 from utils.flags import program, reading
 from utils.flags.definitions import (
     define_codec_flags,
+    define_metrics_flag,
     define_path,
     define_sampler_flags,
     define_saved_model_flags,
@@ -32,10 +33,12 @@ from utils.images.pixels import PixelFormat, check_pictures
 from utils.images.samples import Samples, open_samples
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, check_extractors
 from utils.metrics.inception import CONVENTIONS
+from utils.metrics.metrics import choose_metrics, sees_pixels
 from utils.objectives.objectives import make_objective
+from utils.runs.evaluations import evaluate_run, evaluate_samples
 from utils.runs.opening import open_checkpoint
 from utils.runs.results import check_json_path
-from utils.runs.scoring import FILES, RunEvaluation, evaluate_run, evaluate_samples
+from utils.runs.scoring import FILES, RunEvaluation
 from utils.training.advice import shipped_statistics, write_statistics_command
 
 
@@ -43,7 +46,11 @@ def define_flags() -> None:
     # Samples of a run, or images that are there already.
     with topic("What is scored"):
         define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
-        define_path("samples", None, "Instead of a run: npz or .npy (uint8 NHWC) or folder of images to score.")
+        define_path(
+            "samples",
+            None,
+            "Instead of a run: npz, .npy (uint8 NHWC; any for --metrics moments) or folder of images.",
+        )
         flags.DEFINE_integer(
             "num_samples", 50_000, "Samples, exactly; of --samples the first, default all.", lower_bound=2
         )
@@ -63,6 +70,7 @@ def define_flags() -> None:
         define_path("fid_stats", None, "Reference: statistics, as compute_fid_stats.py writes them, or images.")
         flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
         flags.DEFINE_list("extractor", [DEFAULT_EXTRACTOR], "Feature networks, separated by commas.")
+        define_metrics_flag("Scores")
         flags.DEFINE_enum(
             "convention", None, list(CONVENTIONS), "Inception preprocessing, if --fid_stats does not record it."
         )
@@ -93,18 +101,20 @@ def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[st
         return Path(config.fid_stats)
     if dataset_name is None:
         raise UserError("--fid_stats is not given: name the statistics or images with which --samples are compared")
-    path = shipped_statistics(dataset_name)
+    # Those that ship hold no moments of pixels.
+    has_pixels = sees_pixels(choose_metrics(config.metrics))
+    path = None if has_pixels else shipped_statistics(dataset_name)
     if path is None:
         assert saved is not None
         # The command is for the data set that was asked for, read as the run reads its own.
         saved = saved | {"dataset": saved["dataset"] | {"name": dataset_name}}
         words = []
-        for name in ("extractor", "convention", "inception_weights"):
+        for name in ("extractor", "metrics", "convention", "inception_weights"):
             if reading.is_explicit(name):
-                words += [f"--{name}", ",".join(config[name]) if name == "extractor" else config[name]]
+                words += [f"--{name}", ",".join(config[name]) if name in ("extractor", "metrics") else config[name]]
         raise UserError(
-            f"--fid_stats is not given and no statistics ship for {dataset_name}; make them: "
-            f"{write_statistics_command(saved, Path('stats.npz'), *words)}"
+            f"--fid_stats is not given and no statistics {'of pixels ' * has_pixels}ship for {dataset_name}; "
+            f"make them: {write_statistics_command(saved, Path('stats.npz'), *words)}"
         )
     return path
 
@@ -115,12 +125,13 @@ def open_run(config: ConfigDict) -> RunEvaluation:
     checkpoints, steps = open_checkpoint(config.load_dir)
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     data = saved["dataset"]
-    check_pictures(
-        PixelFormat.from_record(data),
-        data["image_shape"],
-        f"--load_dir={config.load_dir}: feature networks take",
-        "draw them in Python with load_generator, convert them, and name the result by --samples",
-    )
+    if not sees_pixels(choose_metrics(config.metrics, config.extractor)):
+        check_pictures(
+            PixelFormat.from_record(data),
+            data["image_shape"],
+            f"--load_dir={config.load_dir}: feature networks take",
+            "--metrics moments takes any",
+        )
     check_draw_mode(restore_condition(data), config.labels)
 
     # Flags against the run's own settings.
@@ -139,7 +150,7 @@ def open_run(config: ConfigDict) -> RunEvaluation:
 
 def open_own_samples(config: ConfigDict) -> Samples:
     """Returns the samples of --samples, or the first --num_samples. Raises UserError if it holds fewer."""
-    samples = open_samples(config.samples)
+    samples = open_samples(config.samples, is_any=sees_pixels(choose_metrics(config.metrics)))
     # The default of 50,000 is for runs: of a file, all are scored.
     if not reading.is_explicit("num_samples"):
         return samples
@@ -157,6 +168,7 @@ def main(config: ConfigDict) -> None:
 
     # Features, flags and outputs, before anything is opened.
     check_extractors(config.extractor)
+    choose_metrics(config.metrics)
     check_effects(RULES["eval_fid"], config)
     if config.out:
         check_writable(Path(config.out), "out", names=FILES)

@@ -194,8 +194,12 @@ test_reflow.py::test_pairs_are_those_of_the_flags
   make_pairs.py: jax_variables=tuple(changed_variables(RANDOM)), ->
 test_fid.py::test_statistics_are_of_the_split_and_hold_what_the_flags_say
   compute_fid_stats.py: load_dataset(config.dataset_name, config.split -> load_dataset(config.dataset_name, "train"
-  compute_fid_stats.py: ImageStatistics(config.num_features) -> ImageStatistics(10_000)
+  compute_fid_stats.py: ImageStatistics(config.num_features, -> ImageStatistics(10_000,
   compute_fid_stats.py: is_compact=bool(config.compact), ->
+test_moments.py::test_moments_are_those_of_numpy
+  utils/metrics/pixels.py: weights[:, 0] = 1 -> pass
+test_moments.py::test_a_training_scores_what_its_flags_say
+  utils/training/reference.py: choose_metrics(evaluation.metrics) -> choose_metrics(("fid",))
 test_latents.py::test_what_is_encoded_is_what_the_flags_say
   encode_latents.py: codec, spec, config.shard_size) -> codec, spec, 4096)
 test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported

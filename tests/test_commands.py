@@ -116,8 +116,18 @@ def test_a_script_that_has_started_a_program_starts_the_others(monkeypatch, word
 @pytest.mark.parametrize(
     "data", [{"pixels": {"dtype": "float32", "range": [-3, 3]}}, {"image_shape": [64, 64, 4]}], ids=str
 )
-def test_no_fid_is_proposed_of_what_inception_does_not_take(data):
-    assert [*write(SAVED | {"dataset": SAVED["dataset"] | data})] == ["samples"]
+def test_moments_are_proposed_of_what_inception_does_not_take(data, read_flags):
+    programs = write(SAVED | {"dataset": SAVED["dataset"] | data})
+    assert [*programs] == ["samples", "reference of moments", "moments"]
+    stats = read_flags(compute_fid_stats, programs["reference of moments"][1:])
+    scoring = read_flags(eval_fid, programs["moments"][1:])
+    assert (stats.metrics, scoring.metrics, scoring.fid_stats) == (["moments"], ["moments"], stats.out)
+
+
+def test_the_scores_of_a_run_are_proposed_against_its_own_reference(read_flags):
+    words = write(SAVED | {"fid_stats": "own.npz", "metrics": ["kid", "moments"]})["FID"]
+    scoring = read_flags(eval_fid, words[1:])
+    assert (scoring.fid_stats, scoring.metrics) == ("own.npz", ["kid", "moments"])
 
 
 @pytest.fixture

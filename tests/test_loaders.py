@@ -23,6 +23,8 @@ from utils.data.loaders import LOADERS, expand_name, list_names, load_dataset
 from utils.flags import reading
 from utils.images.pixels import UINT8, PixelFormat
 from utils.images.plotting import sample_grid
+from utils.metrics.pixels import PixelStatistics, compute_moments
+from utils.metrics.reference import load_statistics
 from utils.runs.opening import load_generator
 
 
@@ -118,7 +120,7 @@ TRAIN = """--dataset_name fields --codec pixels --model.hidden_size 32 --model.d
     --log_interval 100 --eval_interval 0 --wandb.mode disabled"""
 
 
-def test_float_images_of_four_channels_are_trained_on_and_sampled(monkeypatch, read_flags, tmp_path):
+def test_float_images_of_four_channels_are_trained_on_and_sampled(monkeypatch, read_flags, tmp_path, capsys):
     monkeypatch.setitem(LOADERS, "fields", loaders.Loader(load_fields))
     words = [*TRAIN.split(), "--save_dir", str(tmp_path / "run")]
     train_flow.main(read_flags(train_flow, [*words, "--max_steps", "30"]))
@@ -144,14 +146,35 @@ def test_float_images_of_four_channels_are_trained_on_and_sampled(monkeypatch, r
             "--load_dir RUN",
             "--load_dir=.*run: likelihoods are of .*; compare .* by their validation/l2_loss",
         ),
-        (eval_fid, "--load_dir RUN", "--load_dir=.*run: feature networks take .* by --samples"),
-        (compute_fid_stats, "--dataset_name fields --out RUN/s.npz", "--dataset_name=fields: .* by --images"),
-        (train_flow, f"{TRAIN} --fid_stats RUN/s.npz --eval_interval 1", "--fid_stats=.*s.npz: .*; leave it out"),
+        (eval_fid, "--load_dir RUN", "--load_dir=.*run: feature networks take .*; --metrics moments takes any"),
+        (compute_fid_stats, "--dataset_name fields --out RUN/s.npz", "--dataset_name=fields: .* --metrics moments"),
+        (train_flow, f"{TRAIN} --fid_stats RUN/s.npz --eval_interval 1", "--fid_stats=.*s.npz: .*; leave it out, or"),
     ):
         with pytest.raises(UserError, match=message) as error:
             program.main(read_flags(program, line.replace("RUN", str(tmp_path / "run")).split()))
         assert "uint8 images of 1 or 3 channels, but " in str(error.value)
         assert "are float32 in -3 .. 3 with 4; " in str(error.value)
+
+    # Moments take any format.
+    stats = str(tmp_path / "s.npz")
+    line = f"--dataset_name fields --metrics moments --out {stats}"
+    compute_fid_stats.main(read_flags(compute_fid_stats, line.split()))
+    line = f"""--load_dir {tmp_path / "run"} --metrics fid,moments --fid_stats {stats} --num_samples 24 --batch_size 16
+        --denoise_timesteps 4 --params raw --wandb.mode disabled --save_samples {tmp_path / "floats.npz"}"""
+    capsys.readouterr()
+    eval_fid.main(read_flags(eval_fid, line.split()))
+    shown = capsys.readouterr()
+    assert "note: without fid: feature networks take uint8 images of 1 or 3 channels, not float32 with 4" in shown.err
+    (row,) = json.loads((tmp_path / "run" / "fid.json").read_text())["cells"]
+    assert row["metrics"] == ["fid", "moments"]
+    expected = PixelStatistics()
+    drawn = load_generator(tmp_path / "run", params="raw").sample(num_samples=24, num_steps=4)
+    expected.update(drawn)
+    with np.load(tmp_path / "floats.npz") as saved:
+        np.testing.assert_allclose(saved["arr_0"], drawn, atol=1e-4)
+    for name, value in compute_moments(expected, load_statistics(stats, {}).pixels).items():
+        assert row[name] == pytest.approx(value, rel=1e-3)
+    assert "| mean error (data's unit) | std error (data's unit) | spectrum error (%) | worst radius (%) |" in shown.out
 
     # Its pairs have its format, so that a run on them has it, too.
     line = f"--load_dir {tmp_path / 'run'} --num_pairs 100 --denoise_timesteps 1 --out {tmp_path / 'pairs'}"

@@ -432,7 +432,7 @@ def features_of_pixels(images) -> dict[str, jax.Array]:
 def test_an_interrupted_sweep_does_not_score_a_row_twice(finished, read_flags, tmp_path, monkeypatch, capsys):
     folder, _ = finished
     monkeypatch.setattr(scoring, "load_extractors", lambda *names, **options: {"inception": features_of_pixels})
-    monkeypatch.setattr(scoring, "compute_metrics", lambda samples, reference: {"fid": float(samples[POOL].mu.sum())})
+    monkeypatch.setattr(scoring, "compute_metrics", lambda samples, *_: {"fid": float(samples[POOL].mu.sum())})
     words = ["--load_dir", str(folder), "--num_samples", "8", "--batch_size", "8", "--wandb.mode", "disabled"]
     words += ["--denoise_timesteps", "3,2,1", "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
@@ -457,7 +457,7 @@ def test_scores_are_printed_before_a_full_disk_ends_an_evaluation(
 ):
     folder, _ = finished
     monkeypatch.setattr(scoring, "load_extractors", lambda *names, **options: {"inception": features_of_pixels})
-    monkeypatch.setattr(scoring, "compute_metrics", lambda samples, reference: {"fid": float(samples[POOL].mu.sum())})
+    monkeypatch.setattr(scoring, "compute_metrics", lambda samples, *_: {"fid": float(samples[POOL].mu.sum())})
     measure = scoring.measure_images
 
     def fill_disk(*arguments):

@@ -18,7 +18,7 @@ from utils.metrics.extractors import POOL
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.networks.state import EmaSchedule, create_train_state
 from utils.sampling.solvers import SamplerConfig
-from utils.training import build, evaluation
+from utils.training import build, evaluation, reference
 from utils.training.build import Run, build_run, make_state
 from utils.training.step import jit_train_step
 
@@ -195,11 +195,13 @@ def calls(monkeypatch):
     )
     monkeypatch.setattr(evaluation, "measure_images", lambda extractors, *_: note("measure", extractors))
     monkeypatch.setattr(
-        evaluation, "compute_fid", lambda statistics, reference: note("distance", str(reference.path)) or 7.0
+        evaluation,
+        "compute_metrics",
+        lambda statistics, reference, metrics: note("distance", str(reference.path)) or {str(metrics[0]): 7.0},
     )
-    monkeypatch.setattr(build, "load_extractors", lambda weights, convention, sharding: (weights, convention))
+    monkeypatch.setattr(reference, "load_extractors", lambda names, weights, convention, **_: (weights, convention))
     moments = {POOL: FeatureReference(np.zeros(2), np.eye(2))}
-    monkeypatch.setattr(build, "load_statistics", lambda path: ReferenceStatistics(moments, "0", Path(path)))
+    monkeypatch.setattr(reference, "load_statistics", lambda path, _: ReferenceStatistics(moments, "0", Path(path)))
     return calls
 
 

@@ -14,6 +14,7 @@ from utils.base.settings import kind_of, settings_of
 from utils.codecs.codecs import CODECS
 from utils.data.loaders import list_names
 from utils.flags.help import hide, topic
+from utils.metrics.metrics import METRICS
 from utils.networks.network import NETWORKS
 from utils.objectives.objectives import OBJECTIVES
 from utils.runs.config import (
@@ -152,6 +153,11 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
     )
     flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
     flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
+
+
+def define_metrics_flag(what: str) -> None:
+    names = ", ".join(map(str, METRICS))
+    flags.DEFINE_list("metrics", None, f"{what}, separated by commas: {names}; default: those of --extractor.")
 
 
 @topic("Model")

@@ -8,14 +8,28 @@ from ml_collections import ConfigDict
 from utils.base import effects
 from utils.base.effects import Rule
 from utils.flags.reading import explicit_values
+from utils.metrics.metrics import choose_metrics, needed_extractors
 
 # Flags about a published checkpoint.
 OF_IMPORT = ("family", "num_heads", "class_names", "vae")
 
-_INCEPTION = Rule(
-    ("convention", "inception_weights", "inception_logits"),
-    "without inception in --extractor",
-    lambda given: "inception" not in given.extractor,
+_METRICS = (
+    Rule(("extractor",), "beside --metrics, which say what they need", lambda given: given.metrics),
+    Rule(
+        ("convention", "inception_weights", "inception_logits"),
+        "without inception in --extractor",
+        lambda given: not given.metrics and "inception" not in given.extractor,
+    ),
+    Rule(
+        ("convention", "inception_weights"),
+        "with --metrics of which none needs Inception",
+        lambda given: given.metrics and "inception" not in needed_extractors(choose_metrics(given.metrics)),
+    ),
+    Rule(
+        ("inception_logits",),
+        "without inception_score in --metrics",
+        lambda given: given.metrics and "inception_score" not in given.metrics,
+    ),
 )
 
 
@@ -42,7 +56,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(("model.cfg_scale",), "here, where --cfg_scale says it", lambda given: True),
         Rule(("model.denoise_timesteps",), "here, where --denoise_timesteps says it", lambda given: True),
         Rule(("dataset_name",), "beside --fid_stats", lambda given: given.fid_stats),
-        _INCEPTION,
+        *_METRICS,
     ),
     # --images takes the place of a data set, and of all that says how one is read.
     "compute_fid_stats": (
@@ -54,7 +68,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "with --images, which are taken as they are",
             lambda given: given.images,
         ),
-        _INCEPTION,
+        Rule(
+            ("num_features", "compact"),
+            "with --metrics of pixels alone",
+            lambda given: given.metrics and not needed_extractors(choose_metrics(given.metrics)),
+        ),
+        *_METRICS,
     ),
     "sample": (
         Rule(("labels",), "beside --classes", lambda given: given.classes is not None),

@@ -14,7 +14,7 @@ from typing import IO
 
 import jax
 import numpy as np
-from jaxtyping import PyTree, UInt8
+from jaxtyping import PyTree
 from numpy.lib import format as npy
 from PIL import Image
 
@@ -32,24 +32,21 @@ from utils.base.files import (
     prepare_output_folder,
 )
 from utils.base.messages import UserError, WriteError, printable, warn
-from utils.images.decoding import MAX_MEGAPIXELS, BrokenImageError, copy_pixels, open_image
+from utils.images.decoding import MAX_MEGAPIXELS, BrokenImageError, copy_pixels
 from utils.images.folders import SUFFIXES, find_images, is_system_name
 from utils.images.pixels import Images, describe_range
-
-# Pillow's names for pixels of 8 bits.
-GREY_MODES = ("L", "LA", "1")
-ALPHA_MODES = ("RGBA", "LA")
-MODES = ("RGB", "RGBA", "P", *GREY_MODES)
+from utils.images.sample_images import ALPHA_MODES, GREY_MODES, open_sample, read_header
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images of one shape, in a fixed order. `read(batch_size)` yields them, uint8 (b, h, w, c), in batches; the last
-    may be short."""
+    """Images of one shape, in a fixed order. `read(batch_size)` yields them, (b, h, w, c) of `dtype`, in batches; the
+    last may be short."""
 
     num_samples: int
     image_shape: tuple[int, int, int]
-    read: Callable[[int], Iterator[UInt8[np.ndarray, "b h w c"]]]
+    read: Callable[[int], Iterator[np.ndarray]]
+    dtype: str = "uint8"  # or float32
 
     def first(self, num_samples: int) -> "Samples":
         """Returns the first of these samples alone."""
@@ -66,11 +63,12 @@ class Samples:
         return dataclasses.replace(self, num_samples=num_samples, read=read)
 
 
-def open_samples(path: str | Path, flag: str = "samples") -> Samples:
+def open_samples(path: str | Path, flag: str = "samples", is_any: bool = False) -> Samples:
     """Opens the samples in an npz or .npy, or in a folder of images (at any depth, as EDM writes them, sorted by path).
 
-    In an npz they are `arr_0` or the only array that can be images. Raises UserError, naming --`flag`, if there are
-    none, or if they are not uint8 images (n, h, w, 1 or 3) of one size. Reading them to the end warns if they use
+    In an npz they are `arr_0` or the only array that can be images. With `is_any` they may be floats, read as float32,
+    and have any number of channels; (n, h, w) has one. Raises UserError, naming --`flag`, if there are none, or if they
+    are not uint8 images (n, h, w, 1 or 3) of one size. Reading them to the end warns if they use
     little of 0 .. 255, like images that were in [0, 1] before.
     """
     path = Path(path)
@@ -78,7 +76,7 @@ def open_samples(path: str | Path, flag: str = "samples") -> Samples:
         return _open_folder(path, f"--{flag}={path}")
     if not path.is_file():
         raise UserError(f"--{flag}={path} is neither a file nor a folder; give an npz or .npy, or a folder of PNGs")
-    return (_open_npy if path.suffix == ".npy" else _open_npz)(path, f"--{flag}={path}")
+    return (_open_npy if path.suffix == ".npy" else _open_npz)(path, f"--{flag}={path}", is_any)
 
 
 def content_sha256(path: str | Path) -> str:
@@ -94,13 +92,14 @@ def content_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def holds_images(path: str | Path) -> bool:
-    """Returns whether `path` is a folder, a .npy, or an npz with ADM's array of images, `arr_0`."""
+def holds_images(path: str | Path, is_any: bool = False) -> bool:
+    """Returns whether `path` is a folder, a .npy, or an npz with ADM's array of images, `arr_0`; with `is_any`, also
+    one with `images`, as data sets have."""
     path = Path(path)
     if path.is_dir() or path.suffix == ".npy":
         return True
     try:
-        return "arr_0" in read_npz_headers(path)
+        return bool({"arr_0", *(["images"] if is_any else [])} & read_npz_headers(path).keys())
     except BadFileError:
         return False
 
@@ -135,7 +134,7 @@ def _is_sample(file: Path) -> bool:
     return bool(re.fullmatch(r"\d{6,}\.png", file.name)) and file.is_file() and not file.is_symlink()
 
 
-def _open_npz(path: Path, flag: str) -> Samples:
+def _open_npz(path: Path, flag: str, is_any: bool) -> Samples:
     """Opens the array of images in an npz. Nothing is read yet but the arrays' headers."""
     try:
         headers = read_npz_headers(path)
@@ -145,44 +144,60 @@ def _open_npz(path: Path, flag: str) -> Samples:
         ) from None
 
     # Acceptable before a byte of the images is read.
-    name = _choose_images(headers, flag)
-    shape = _check_array(headers[name], flag)
+    name = _choose_images(headers, flag, is_any)
+    shape, dtype = _check_array(headers[name], flag, is_any)
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
         # Headers may be whole and the data after them cut.
         try:
-            yield from read_rows(path, name, batch_size)
+            for rows in read_rows(path, name, batch_size):
+                yield _as_images(rows, dtype)
         except BadFileError as error:
             raise UserError(f"{flag}: {error}; write it again") from None
 
-    return Samples(shape[0], shape[1:], partial(_warn_of_range, read, flag))
+    return _make_samples(shape, dtype, read, flag)
 
 
-def _open_npy(path: Path, flag: str) -> Samples:
+def _open_npy(path: Path, flag: str, is_any: bool) -> Samples:
     """Opens a .npy, mapped into memory."""
     try:
         header, array = map_npy(path)
     except BadFileError as error:
         raise UserError(f"{flag} is not a whole .npy of images ({error}); write it with numpy.save") from None
-    shape = _check_array(header, flag)
+    shape, dtype = _check_array(header, flag, is_any)
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
         for start in range(0, len(array), batch_size):
-            yield np.array(array[start : start + batch_size])
+            yield _as_images(np.array(array[start : start + batch_size]), dtype)
 
-    return Samples(shape[0], shape[1:], partial(_warn_of_range, read, flag))
+    return _make_samples(shape, dtype, read, flag)
 
 
-def _check_array(header: ArrayHeader, flag: str) -> tuple[int, int, int, int]:
-    """Returns the shape (n, h, w, c) of uint8 images. Raises UserError for any other array."""
+def _as_images(rows: np.ndarray, dtype: str) -> np.ndarray:
+    return np.asarray(rows if rows.ndim == 4 else rows[..., None], dtype)
+
+
+def _make_samples(shape: tuple[int, int, int, int], dtype: str, read: Callable, flag: str) -> Samples:
+    # Floats may have any range.
+    checked = partial(_warn_of_range, read, flag) if dtype == "uint8" else read
+    return Samples(shape[0], shape[1:], checked, dtype)
+
+
+def _check_array(header: ArrayHeader, flag: str, is_any: bool) -> tuple[tuple[int, int, int, int], str]:
+    """Returns (the shape (n, h, w, c), the dtype, uint8 or float32) of images. Raises UserError for any other array."""
     shape, is_fortran, dtype = header
 
     # Values, then the layout of the axes.
-    if dtype != np.uint8:
+    if dtype != np.uint8 and not (is_any and dtype.kind == "f"):
         raise UserError(
-            f"{flag} holds {dtype} images; FID is of uint8 pixels: clip, round and convert them to uint8 first"
+            f"{flag} holds {dtype} images; FID is of uint8 pixels: clip, round and convert them to uint8 first, or use "
+            "--metrics moments, which takes floats"
         )
-    if len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]:
+    if is_any and len(shape) == 3:
+        shape = (*shape, 1)
+    if is_any and (len(shape) != 4 or not all(shape)):
+        raise UserError(f"{flag} holds an array of shape {shape}; images are (n, height, width, channels)")
+    if not is_any and (len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]):
         raise UserError(f"{flag} holds an array of shape {shape}; images are (n, height, width, 1 or 3)")
     if is_fortran:
         raise UserError(
@@ -193,14 +208,15 @@ def _check_array(header: ArrayHeader, flag: str) -> tuple[int, int, int, int]:
     count, height, width, channels = shape
     if height * width > MAX_MEGAPIXELS * 1e6:
         raise UserError(f"{flag} holds images of {height}x{width}, above {MAX_MEGAPIXELS:g} megapixels; resize them")
-    return count, height, width, channels
+    return (count, height, width, channels), "uint8" if dtype == np.uint8 else "float32"
 
 
-def _choose_images(headers: dict[str, ArrayHeader], flag: str) -> str:
+def _choose_images(headers: dict[str, ArrayHeader], flag: str, is_any: bool) -> str:
     """Returns the name of the array that holds the images. Raises UserError if that is not clear."""
-    # By its name, or as the only array.
-    if "arr_0" in headers or len(headers) == 1:
-        return "arr_0" if "arr_0" in headers else next(iter(headers))
+    # By its name, which in files of data is `images`, or as the only array.
+    names = ("arr_0", "images") if is_any else ("arr_0",)
+    if named := [name for name in (*names, *list(headers)[: len(headers) == 1]) if name in headers]:
+        return named[0]
 
     # By its shape and dtype.
     candidates = [name for name, (shape, _, dtype) in headers.items() if len(shape) == 4 and dtype == np.uint8]
@@ -240,7 +256,7 @@ def _open_folder(path: Path, flag: str) -> Samples:
         raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
 
     # One size. Files differ more often than arrays: the message names two of them.
-    headers = [_read_header(file, flag) for file in files]
+    headers = [read_header(file, flag) for file in files]
     sizes = [size for size, _ in headers]
     other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
     if other is not None:
@@ -265,7 +281,7 @@ def _open_folder(path: Path, flag: str) -> Samples:
             batch = files[start : start + batch_size]
             images = np.empty((len(batch), *shape), np.uint8)
             for file, pixels in zip(batch, images, strict=True):
-                with _open(file, flag) as image:
+                with open_sample(file, flag) as image:
                     if image.size != (width, height):  # replaced after its header was read
                         raise BrokenImageError(f"it is another one than before, {'x'.join(map(str, image.size))}")
                     image.load()
@@ -273,26 +289,6 @@ def _open_folder(path: Path, flag: str) -> Samples:
             yield images
 
     return Samples(len(files), shape, partial(_warn_of_range, read, flag))
-
-
-def _read_header(file: Path, flag: str) -> tuple[tuple[int, int], str]:
-    """Returns ((width, height), Pillow's mode of the pixels). Raises UserError for pixels that samples do not have."""
-    with _open(file, flag) as image:
-        size = image.size
-        mode = image.mode
-    if mode not in MODES:
-        raise UserError(f"{flag}: {file.name} has the pixels {mode}; samples are RGB or grey of 8 bits")
-    return size, mode
-
-
-@contextlib.contextmanager
-def _open(file: Path, flag: str) -> Iterator[Image.Image]:
-    """Opens an image, not decoded yet. Raises UserError instead of what opening or decoding it raises."""
-    try:
-        with open_image(file) as image:
-            yield image
-    except BrokenImageError as error:
-        raise UserError(f"{flag}: {file.name} is not a readable image ({error})") from None
 
 
 def _number_leaves(labels: PyTree) -> dict[str, np.ndarray]:

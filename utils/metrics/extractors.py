@@ -53,12 +53,14 @@ class FeatureKey(NamedTuple):
     @property
     def is_main(self) -> bool:
         """Whether rows of this feature are kept, beside their moments."""
-        return EXTRACTORS[self.extractor].main_feature == self.feature
+        return self != PIXELS and EXTRACTORS[self.extractor].main_feature == self.feature
 
 
 # Inception's: FID and most metrics read `pool`, sFID reads `spatial` (utils/metrics/metrics.py).
 POOL = FeatureKey(DEFAULT_EXTRACTOR, "pool")
 SPATIAL = FeatureKey(DEFAULT_EXTRACTOR, "spatial")
+# The images themselves, for which there is no network.
+PIXELS = FeatureKey("pixels", "images")
 
 
 def check_extractors(names: Iterable[str]) -> tuple[str, ...]:

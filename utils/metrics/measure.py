@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import UInt8
 
 from utils.base.mesh import gather, shard_replicated
 from utils.base.messages import format_duration, is_quiet, log, progress_bar
-from utils.images.pixels import ImageBatch
+from utils.images.pixels import ImageBatch, Images
 from utils.metrics.extractors import Extract
 from utils.metrics.statistics import ImageStatistics
 
@@ -19,7 +18,7 @@ LONG = 600  # seconds that are worth a line
 FEWER = (50_000, 10_000, 5_000, 2_000, 1_000)  # numbers of images to use instead
 
 
-def pad_and_shard(batches: Iterable[UInt8[np.ndarray, "_ h w c"]], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
+def pad_and_shard(batches: Iterable[Images], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
     """Yields batches of up to `batch_size` images on the devices, padded to that size."""
     for images in batches:
         # The last batch has the shape of the others, or it would compile anew; `count` says how many rows are real.
@@ -37,13 +36,13 @@ def measure_images(
     flag: str | None = None,
 ) -> None:
     """Updates `statistics` with the features of all images under each of `extractors`, as `load_extractors` returns
-    them; grey counts as three equal channels.
+    them, for which grey counts as three equal channels; and its pixels, where it has some, with the images themselves.
 
     With `total`, the number of images, a progress bar is shown. `on_batch` gets every batch once it is measured. `flag`
     is the flag that sets the number of images: a line about a long time names it.
     """
     # The first batch compiles: the line comes before the silence.
-    if total is not None:
+    if total is not None and extractors:
         names = " and ".join(name.capitalize() for name in extractors)
         log(f"compiling the {names} network{'s' * (len(extractors) > 1)}, unless it is cached ...")
     bar = progress_bar(total=total, unit="image", desc=title, disable=total is None or is_quiet())
@@ -54,6 +53,8 @@ def measure_images(
         for name, by_feature in features.items():
             rows = {feature: gather(array)[: batch.count] for feature, array in by_feature.items()}
             statistics.update(rows, name)
+        if statistics.pixels is not None:
+            statistics.pixels.update(gather(batch.images)[: batch.count])
         bar.update(batch.count)
         if on_batch:
             on_batch(batch)
@@ -71,7 +72,9 @@ def measure_images(
     # While the host waits for the features of one batch, the devices already have the next one's work.
     in_flight = None
     for batch in batches:
-        images = batch.images if batch.images.shape[-1] == 3 else jnp.repeat(batch.images, 3, axis=-1)
+        images = batch.images
+        if extractors and images.shape[-1] == 1:
+            images = jnp.repeat(images, 3, axis=-1)
         features = {name: extract(images) for name, extract in extractors.items()}
         if in_flight:
             finish(*in_flight)

@@ -1,15 +1,19 @@
 """The table of metrics of samples against a reference. A new metric is one function and one line of METRICS."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from utils.metrics.extractors import POOL, SPATIAL, FeatureKey
-from utils.metrics.reference import FeatureReference, ReferenceStatistics
+from utils.base.messages import UserError, log
+from utils.base.settings import unknown_name
+from utils.metrics.extractors import PIXELS, POOL, SPATIAL, FeatureKey
+from utils.metrics.pixels import compute_moments, explain_moments
+from utils.metrics.reference import FeatureReference, ReferenceStatistics, format_shape
 from utils.metrics.scores import DENSITY_NEIGHBOURS, INCEPTION_SCORE_PART, KID_SUBSET, frechet_distance, kid, mind, prdc
 from utils.metrics.statistics import MAX_SAMPLE_ROWS, FeatureStatistics, ImageStatistics
 
-# (samples, reference) of the feature that a metric needs -> {result: value}, empty where they do not allow it.
-Compute = Callable[[FeatureStatistics, FeatureReference], dict[str, float]]
+# (samples, reference) of the feature that a metric needs -> {result: value}, empty where they do not allow it: a
+# FeatureStatistics and a FeatureReference, of PIXELS a PixelStatistics and a PixelReference.
+Compute = Callable[[Any, Any], dict[str, float]]
 
 
 def frechet_metric(name: str) -> Compute:
@@ -80,13 +84,18 @@ class Metric(NamedTuple):
 
     `compute` is given that feature's statistics of the samples and of the reference; it returns {} where they do not
     allow it. `columns` are {result: title in tables}. `explain(num_samples, reference)` returns a caveat about so few
-    samples, or None.
+    samples, or None. `name` is that of --metrics, by default that of the first result; `format` that of its numbers.
     """
 
     compute: Compute
     columns: Mapping[str, str]
     needs: FeatureKey = POOL
-    explain: Callable[[int, FeatureReference], str | None] = lambda num_samples, reference: None
+    explain: Callable[[int, Any], str | None] = lambda num_samples, reference: None
+    name: str | None = None
+    format: str = ".3f"
+
+    def __str__(self) -> str:
+        return self.name or next(iter(self.columns))
 
 
 # Of each, results are computed where both sides have what it `needs`; errors and deviations have no columns.
@@ -108,9 +117,95 @@ METRICS = [  # in the order of the tables' columns
         compute_prdc,
         {name: name for name in ("precision", "recall", "density", "coverage")},
         explain=explain_neighbours,
+        name="prdc",
     ),
     Metric(compute_inception_score, {"inception_score": "IS"}),
+    Metric(
+        compute_moments,
+        {
+            "mean_error": "mean error (data's unit)",
+            "std_error": "std error (data's unit)",
+            "spectrum_error": "spectrum error (%)",
+            "spectrum_worst": "worst radius (%)",
+        },
+        PIXELS,
+        explain_moments,
+        name="moments",
+        format=".3g",
+    ),
 ]
+
+
+def choose_metrics(names: Sequence[str] | None, extractors: Sequence[str] = ()) -> tuple[Metric, ...]:
+    """Returns the metrics of these names, in the order of the table; of None, all of `extractors`.
+
+    Raises UserError for an unknown name and for an empty list.
+    """
+    if names is None:
+        return tuple(metric for metric in METRICS if metric.needs.extractor in extractors)
+    text = ",".join(names)
+    known = [str(metric) for metric in METRICS]
+    for name in text.split(","):
+        if name not in known:
+            which = "" if name == text else f": {name or 'an empty name'}"
+            raise unknown_name(f"--metrics={text}{which}", name, known)
+    return tuple(metric for metric in METRICS if str(metric) in text.split(","))
+
+
+def needed_extractors(metrics: Sequence[Metric]) -> tuple[str, ...]:
+    """Returns the names of the feature networks that these metrics need; of pixels there is none."""
+    return tuple(dict.fromkeys(metric.needs.extractor for metric in metrics if metric.needs != PIXELS))
+
+
+def sees_pixels(metrics: Sequence[Metric]) -> bool:
+    """Returns whether one of the metrics needs the images themselves, of any shape and format."""
+    return any(metric.needs == PIXELS for metric in metrics)
+
+
+def why_no_picture(metric: Metric, image_shape: Sequence[int], dtype: str) -> str | None:
+    """Returns why a metric cannot be computed of such images, or None: feature networks take pictures alone."""
+    if metric.needs == PIXELS or (dtype == "uint8" and image_shape[-1] in (1, 3)):
+        return None
+    return f"feature networks take uint8 images of 1 or 3 channels, not {dtype} with {image_shape[-1]}"
+
+
+def why_no_moments(
+    metric: Metric, reference: ReferenceStatistics, image_shape: Sequence[int], dtype: str
+) -> str | None:
+    """Returns why a metric of pixels cannot be computed against a reference, or None."""
+    if metric.needs != PIXELS:
+        return None
+    pixels = reference.pixels
+    if pixels is None:
+        command = "compute_fid_stats.py --metrics moments"
+        return f"--fid_stats={reference.path} holds no moments of pixels; make them by {command}"
+    shapes = [format_shape(pixels.mean.shape), format_shape(image_shape)]
+    if shapes[0] != shapes[1]:
+        return f"--fid_stats={reference.path} is of {shapes[0]} images, the samples are {shapes[1]}"
+    if (pixels.dtype == "uint8") != (dtype == "uint8"):
+        return f"--fid_stats={reference.path} is of {pixels.dtype} images, the samples are {dtype}, of another unit"
+    return None
+
+
+def leave_out(metrics: Sequence[Metric], why_not: Callable[[Metric], str | None]) -> tuple[Metric, ...]:
+    """Returns the metrics that can be computed; a line says of the others why not. Raises UserError where all are left
+    out. `why_not(metric)` is that reason, or None."""
+    reasons = {str(metric): why_not(metric) for metric in metrics}
+    kept = tuple(metric for metric in metrics if reasons[str(metric)] is None)
+    left_out: dict[str, list[str]] = {}  # metrics by reason: a line for each
+    for name, reason in reasons.items():
+        if reason is not None:
+            left_out.setdefault(reason, []).append(name)
+    if not kept and left_out:
+        raise UserError(f"--metrics={','.join(reasons)}: {'; '.join(left_out)}")
+    for reason, names in left_out.items():
+        log(f"note: without {', '.join(names)}: {reason}")
+    return kept
+
+
+def metric_formats() -> dict[str, str]:
+    """Returns {result: format of its number} of all metrics."""
+    return {name: metric.format for metric in METRICS for name in metric.columns}
 
 
 def metric_columns() -> dict[str, str]:
@@ -118,25 +213,25 @@ def metric_columns() -> dict[str, str]:
     return {name: title for metric in METRICS for name, title in metric.columns.items()}
 
 
-def caveats(num_samples: int, reference: ReferenceStatistics, has_logits: bool) -> list[str]:
-    """Returns what a reader has to know about metrics of so few samples, a line each; empty where there are enough."""
+def caveats(
+    num_samples: int, reference: ReferenceStatistics, has_logits: bool, metrics: Sequence[Metric] | None = None
+) -> list[str]:
+    """Returns what a reader has to know about `metrics`, by default all, of so few samples, a line each; empty where
+    there are enough."""
     # A metric that the reference does not allow needs no caveat.
-    found = [metric.explain(num_samples, reference[metric.needs]) for metric in METRICS if metric.needs in reference]
+    metrics = [metric for metric in METRICS if metric.needs != PIXELS] if metrics is None else metrics
+    found = [metric.explain(num_samples, reference[metric.needs]) for metric in metrics if metric.needs in reference]
     if has_logits and num_samples < INCEPTION_SCORE_PART:
         found.append(f"Inception Score: it grows with the number of samples, up to {INCEPTION_SCORE_PART}")
     return [text for text in found if text]
 
 
-def compute_fid(samples: ImageStatistics, reference: ReferenceStatistics) -> float:
-    """Returns the FID alone, as it is logged while a model is trained."""
-    # The first line of the table.
-    return METRICS[0].compute(samples[POOL], reference[POOL])["fid"]
-
-
-def compute_metrics(samples: ImageStatistics, reference: ReferenceStatistics) -> dict[str, float]:
-    """Returns {name: value} of every metric that the two allow."""
+def compute_metrics(
+    samples: ImageStatistics, reference: ReferenceStatistics, metrics: Sequence[Metric] | None = None
+) -> dict[str, float]:
+    """Returns {name: value} of every one of `metrics`, by default all, that the two allow."""
     results: dict[str, float] = {}
-    for metric in METRICS:
+    for metric in METRICS if metrics is None else metrics:
         # sFID, for one, is missing where a file holds the moments of `pool` alone.
         if metric.needs in samples and metric.needs in reference:
             results |= metric.compute(samples[metric.needs], reference[metric.needs])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,13 @@ from utils.base.pickles import read_pickled_arrays
 from utils.metrics.extractors import (
     DEFAULT_EXTRACTOR,
     EXTRACTORS,
+    PIXELS,
     POOL,
     SPATIAL,
     FeatureKey,
     feature_widths,
 )
+from utils.metrics.pixels import PixelReference, check_pixel_shapes, pixel_arrays, read_pixels
 from utils.metrics.scores import check_covariance, covariance_root
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 
@@ -85,12 +88,13 @@ class ReferenceStatistics:
     dataset: str | None = None
     image_shape: str | None = None  # such as '32x32x3'
     label_counts: Num[np.ndarray, " classes"] | None = None
+    pixels: PixelReference | None = None  # moments of the images themselves
 
-    def __getitem__(self, key: FeatureKey) -> FeatureReference:
-        return self.by_feature[key]
+    def __getitem__(self, key: FeatureKey) -> Any:  # FeatureReference, of PIXELS PixelReference
+        return self.pixels if key == PIXELS else self.by_feature[key]
 
     def __contains__(self, key: FeatureKey) -> bool:
-        return key in self.by_feature
+        return self.pixels is not None if key == PIXELS else key in self.by_feature
 
     @property
     def has_rows(self) -> bool:
@@ -103,7 +107,7 @@ class ReferenceStatistics:
             key: dataclasses.replace(reference, rows=others[key].rows) if key.is_main else reference
             for key, reference in self.by_feature.items()
         }
-        return dataclasses.replace(self, by_feature=by_feature)
+        return dataclasses.replace(self, by_feature=by_feature, pixels=others.pixels)
 
 
 def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = None) -> ReferenceStatistics:
@@ -129,9 +133,11 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
         keys = _find_keys(path, shapes, widths)
         # Shapes first: nothing is read that no memory holds.
         _check_shapes(shapes, {key: widths[key] for key in keys})
+        check_pixel_shapes(shapes)
         content = read([name for name in (*METADATA, "label_counts") if name in shapes])
         by_feature = {key: _read_feature(path, key, shapes, read, content, widths) for key in keys}
         counts = _read_label_counts(content)
+        pixels = read_pixels(shapes, read)
     # Errors that already name the flag and the fix.
     except UserError:
         raise
@@ -144,7 +150,7 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
 
     # Scalars, by the names of the fields.
     metadata = {name: content[name].item() for name in METADATA if name in content}
-    return ReferenceStatistics(by_feature, sha256, path, **metadata, label_counts=counts)
+    return ReferenceStatistics(by_feature, sha256, path, **metadata, label_counts=counts, pixels=pixels)
 
 
 def _open_arrays(path: Path) -> tuple[Shapes, Callable[[Iterable[str]], dict[str, np.ndarray]]]:
@@ -200,10 +206,12 @@ def _holds_extractor(name: str, shapes: Shapes) -> bool:
 
 
 def _command(widths: Mapping[FeatureKey, int], *words: object) -> str:
-    """Returns the command that makes statistics of all extractors among the features `widths`."""
+    """Returns the command that makes statistics of all extractors among the features `widths`; none: of pixels."""
     names = list(dict.fromkeys(key.extractor for key in widths))
-    extractor = [] if names == [DEFAULT_EXTRACTOR] else ["--extractor", ",".join(names)]
-    return write_command("compute_fid_stats.py", *words, *extractor, "--out", "FILE.npz")
+    what = ["--extractor", ",".join(names)] if names else ["--metrics", "moments"]
+    return write_command(
+        "compute_fid_stats.py", *words, *(what if names != [DEFAULT_EXTRACTOR] else []), "--out", "FILE.npz"
+    )
 
 
 def _missing_moments(path: Path, key: FeatureKey, widths: Mapping[FeatureKey, int]) -> UserError:
@@ -312,11 +320,11 @@ def _read_label_counts(content: Mapping[str, np.ndarray]) -> Float[np.ndarray, "
 
 
 def has_statistics(path: Path) -> bool:
-    """Whether a file, which may be an npz of images, holds a mean too; True where its headers cannot be read."""
+    """Whether a file, which may be an npz of images, holds statistics too; True where its headers cannot be read."""
     if path.is_dir() or path.suffix == ".npy":
         return False
     try:
-        return any(name == "mu" or name.endswith(".mu") for name in read_npz_headers(path))
+        return any(name in ("mu", "pixels.mean") or name.endswith(".mu") for name in read_npz_headers(path))
     except BadFileError:
         return True  # which `load_statistics` refuses, with the reason
 
@@ -371,13 +379,17 @@ def find_convention(reference: ReferenceStatistics, requested: str | None) -> Co
     return Convention(recorded, "file" if reference.convention else "known file")
 
 
-def statistics_bytes(num_rows: int, extractors: Iterable[str] = (DEFAULT_EXTRACTOR,)) -> int:
-    """Returns the most bytes that `save_statistics` writes with `num_rows` rows of each main feature."""
+def statistics_bytes(
+    num_rows: int, extractors: Iterable[str] = (DEFAULT_EXTRACTOR,), image_shape: Sequence[int] = (0,)
+) -> int:
+    """Returns the most bytes that `save_statistics` writes with `num_rows` rows of each main feature, and moments of
+    images of `image_shape`."""
     widths = feature_widths(extractors)
     # As if nothing were compressed: float32 for both, and 1 MB for means and metadata.
     covariances = 4 * sum(width**2 for width in widths.values())
     rows = 4 * num_rows * sum(width for key, width in widths.items() if key.is_main)
-    return covariances + rows + 2**20
+    moments = 3 * 8 * math.prod(image_shape)  # mean, deviation, and no more for the spectrum
+    return covariances + rows + moments + 2**20
 
 
 def save_statistics(
@@ -411,6 +423,8 @@ def save_statistics(
             content |= {names.mu: kept.mu, names.sigma: kept.sigma.astype(np.float32)}
         if kept.rows is not None:
             content[names.rows] = kept.rows
+    if statistics.pixels is not None:
+        content |= pixel_arrays(statistics.pixels)
 
     # Where they come from: the convention above all, without which an FID cannot be trusted.
     if label_counts is not None:

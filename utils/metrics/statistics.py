@@ -1,13 +1,15 @@
 """Statistics of the features of a set of images, kept batch by batch while the images pass."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import scipy  # whose parts are imported when they are used
 from jaxtyping import Float
 
 from utils.base.messages import UserError
-from utils.metrics.extractors import DEFAULT_EXTRACTOR, POOL, FeatureKey
+from utils.metrics.extractors import DEFAULT_EXTRACTOR, PIXELS, POOL, FeatureKey
+from utils.metrics.pixels import PixelStatistics
 from utils.metrics.scores import InceptionScore
 
 MAX_SAMPLE_ROWS = 10_000  # samples whose features are kept, for the metrics that compare rows
@@ -99,10 +101,17 @@ class ImageStatistics:
 
     For each extractor's main feature, the rows of the first `max_rows` images are kept (Inception: 80 MB for 10,000).
     With `logits`, the matrix from Inception's pool features to class logits, the Inception Score is computed too.
+    `pixels`, if given, are the moments of the images themselves, `statistics[PIXELS]`.
     """
 
-    def __init__(self, max_rows: int = MAX_SAMPLE_ROWS, logits: Float[np.ndarray, "d classes"] | None = None):
+    def __init__(
+        self,
+        max_rows: int = MAX_SAMPLE_ROWS,
+        logits: Float[np.ndarray, "d classes"] | None = None,
+        pixels: PixelStatistics | None = None,
+    ):
         self.max_rows = max_rows
+        self.pixels = pixels
         self.logits = logits
         self.by_feature: dict[FeatureKey, FeatureStatistics] = {}  # filled by the first update
 
@@ -116,12 +125,13 @@ class ImageStatistics:
                 self.by_feature[key] = FeatureStatistics(max_rows, self.logits if key == POOL else None)
             self.by_feature[key].update(rows)
 
-    def __getitem__(self, key: FeatureKey) -> FeatureStatistics:
-        return self.by_feature[key]
+    def __getitem__(self, key: FeatureKey) -> Any:  # FeatureStatistics, of PIXELS PixelStatistics
+        return self.pixels if key == PIXELS else self.by_feature[key]
 
     def __contains__(self, key: FeatureKey) -> bool:
-        return key in self.by_feature
+        return self.pixels is not None if key == PIXELS else key in self.by_feature
 
     @property
     def num_samples(self) -> int:
-        return max((statistics.num_samples for statistics in self.by_feature.values()), default=0)
+        counts = [statistics.num_samples for statistics in self.by_feature.values()]
+        return max(counts, default=0 if self.pixels is None else self.pixels.num_images)

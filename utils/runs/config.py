@@ -179,6 +179,7 @@ class EvaluationConfig:
     fid_stats: str | None = setting(
         None, "Reference statistics; with them, `fid` is logged at every evaluation.", is_path=True
     )
+    metrics: tuple[str, ...] = setting(("fid",), "Scores against --fid_stats, as those of eval_fid.py.")
     fid_samples: int = setting(10_000, "Samples of a training-time FID.", 2)
     convention: str | None = setting(
         None, "Inception preprocessing, if --fid_stats does not record it.", choices=CONVENTIONS

@@ -14,7 +14,7 @@ from utils.base.external import MAX_JSON_BYTES, BadFileError, parse_json
 from utils.base.files import atomic_write, locked, prepare_output_file, read_bytes, set_aside, write_json
 from utils.base.messages import log, show_result
 from utils.images import plotting
-from utils.metrics.metrics import metric_columns
+from utils.metrics.metrics import metric_columns, metric_formats
 from utils.sampling.solvers import SOLVERS, SamplerConfig
 
 # Settings that do not identify a row: places of files, which are identified by their hash instead.
@@ -24,7 +24,7 @@ NUMBERS = ("kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_sa
 # Settings that a row has only where they are not the default, so that rows of older versions are found again.
 OPTIONAL = (
     "rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes", "jax_variables",
-    "extractor", "extractor_sha256",
+    "extractor", "extractor_sha256", "metrics",
 )  # fmt: skip
 
 
@@ -111,10 +111,10 @@ def _is_row(row: Any) -> bool:
 
 
 def _is_finished(row: Mapping[str, Any]) -> bool:
-    """Returns whether a row has its scores: the FID, or any score where Inception is not among its networks."""
+    """Returns whether a row has its scores: the FID, or any score where others were asked for."""
     # Rows from before --extractor name no network: it was Inception.
-    has_inception = "inception" in row.get("extractor", ["inception"])
-    scores = ["fid"] if has_inception else list(metric_columns())
+    has_fid = "inception" in row.get("extractor", ["inception"]) and "metrics" not in row
+    scores = ["fid"] if has_fid else list(metric_columns())
     return any(row.get(name) is not None for name in scores) and bool(row.get("num_steps") or row.get("nfe"))
 
 
@@ -186,8 +186,10 @@ def to_text(name: str, row: dict[str, Any]) -> str:
     # Metrics: KID has more digits, as it is far below 1.
     if name == "kid":
         return f"{value:.5f} ± {row['kid_error']:.5f}" if row.get("kid_error") is not None else f"{value:.5f}"
-    if name in metric_columns() or name == "straightness":
+    if name == "straightness":
         return f"{value:.3f}"
+    if format_ := metric_formats().get(name):
+        return f"{value:{format_}}"
 
     # Settings; None means something for two of them.
     if value is None:
@@ -222,11 +224,14 @@ def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
 
 
 def plot_fid(rows: list[dict[str, Any]]) -> Figure:
-    """Draws FID against steps, a curve for each guidance scale. Adaptive solvers count network evaluations instead."""
+    """Draws FID against steps, a curve for each guidance scale; without it, the first metric of the table that there
+    is. Adaptive solvers count network evaluations instead."""
+    columns = metric_columns()
+    score = next((name for name in columns if any(row.get(name) is not None for row in rows)), "fid")
     curves = {}
     for row in rows:
-        if row.get("fid") is None or not _is_finished(row):
+        if row.get(score) is None or not _is_finished(row):
             continue
         name = "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
-        curves.setdefault(name, []).append((row["num_steps"] or row["nfe"], row["fid"]))
-    return plotting.curves(curves, "steps", "FID")
+        curves.setdefault(name, []).append((row["num_steps"] or row["nfe"], row[score]))
+    return plotting.curves(curves, "steps", columns[score])

@@ -18,18 +18,28 @@ from jaxtyping import PyTree
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from utils.base.devices import changed_variables, check_batch_memory, explaining_out_of_memory, free_memory
+from utils.base.devices import changed_variables, check_batch_memory, free_memory
 from utils.base.files import atomic_write, prepare_output_folder
 from utils.base.mesh import check_batch_size, gather, make_mesh, replicated
 from utils.base.messages import UserError, WriteError, log, show_result, warn
 from utils.conditions.condition import number_rows
 from utils.images import plotting
-from utils.images.pixels import ImageBatch
+from utils.images.pixels import ImageBatch, PixelFormat, check_pictures
 from utils.images.samples import Samples, SampleWriter, check_sample_path, content_sha256, holds_images, open_samples
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, check_extractors, feature_widths, load_extractors
 from utils.metrics.inception import DEFAULT_CONVENTION, load_logits
 from utils.metrics.measure import measure_images, pad_and_shard
-from utils.metrics.metrics import caveats, compute_metrics, metric_columns
+from utils.metrics.metrics import (
+    caveats,
+    choose_metrics,
+    compute_metrics,
+    leave_out,
+    needed_extractors,
+    sees_pixels,
+    why_no_moments,
+    why_no_picture,
+)
+from utils.metrics.pixels import MAX_IMAGE_BYTES, PixelStatistics
 from utils.metrics.reference import (
     Convention,
     ReferenceStatistics,
@@ -42,10 +52,9 @@ from utils.metrics.reference import (
 from utils.metrics.statistics import MAX_SAMPLE_ROWS, ImageStatistics
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.opening import load_model, restore_params
-from utils.runs.results import Results, plot_fid, sampler_settings, to_markdown, write_csv, write_json_rows
+from utils.runs.results import to_markdown, write_json_rows
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
 from utils.sampling.solvers import SamplerConfig
-from utils.trackers.trackers import Trackers, choose_trackers
 
 GRID_IMAGES = 64  # in each sampler's picture
 FILES = ("fid.json", "fid.csv", "fid.png")  # beside grids of samples
@@ -67,20 +76,31 @@ class Scoring:
         image_shape: tuple[int, ...],
         num_samples: int,
         default_out: Path,
+        dtype: str = "uint8",  # of the samples
     ):
         self.config = config
         self.mesh = make_mesh()
-        self.extractor_names = check_extractors(config.extractor)
+        images = (image_shape, dtype)
+        self.metrics = choose_metrics(config.metrics, check_extractors(config.extractor))
+        self.metrics = leave_out(self.metrics, lambda metric: why_no_picture(metric, *images))
+        self.extractor_names = needed_extractors(self.metrics) if config.metrics else check_extractors(config.extractor)
         self.out = Path(config.out or default_out)
         self.failure: WriteError | None = None  # the first one; see `going_on`
         prepare_output_folder(self.out, "out", names=FILES)
         if config.json and Path(config.json).resolve() in [(self.out / name).resolve() for name in FILES]:
             raise UserError(f"--json={config.json} is the evaluation's own record of its rows; name another file")
         self.batch_size = self._choose_batch_size(num_samples, image_shape)
+        if self.extractor_names:
+            # What Inception takes: images in float32, and the outputs of its first layers.
+            check_batch_memory(self.batch_size, (299, 299, 3), copies=40)
         self.logits = load_logits(config.inception_logits) if config.inception_logits else None
         self._load_reference(reference)
-        warn_of_other_shape(self.reference, image_shape)
-        for caveat in caveats(num_samples, self.reference, self.logits is not None):
+        self.metrics = leave_out(
+            self.metrics, lambda metric: why_no_moments(metric, self.reference, image_shape, dtype)
+        )
+        if self.extractor_names:
+            warn_of_other_shape(self.reference, image_shape)
+        for caveat in caveats(num_samples, self.reference, self.logits is not None, self.metrics):
             log(f"note: {caveat}")
         self.settings = self._describe_reference()
 
@@ -94,13 +114,12 @@ class Scoring:
             requested = max(1, LARGE_BATCH_BYTES // math.prod(image_shape))
         batch_size = -(-min(requested, num_samples) // num_devices) * num_devices  # every device has as many
         check_batch_memory(batch_size, tuple(image_shape))
-        # What Inception takes: images in float32, and the outputs of its first layers.
-        check_batch_memory(batch_size, (299, 299, 3), copies=40)
         return batch_size
 
     def _load_reference(self, path: Path) -> None:
         """Loads the statistics from a file; those that a file of images lacks are measured."""
-        images = open_samples(path, "fid_stats") if holds_images(path) else None
+        has_pixels = sees_pixels(self.metrics)
+        images = open_samples(path, "fid_stats", is_any=has_pixels) if holds_images(path, has_pixels) else None
         stated = None
         if images is None or has_statistics(path):
             stated = load_statistics(path, feature_widths(self.extractor_names))
@@ -114,13 +133,15 @@ class Scoring:
             else:  # both sides are measured here
                 source = "flag" if requested else "default"
                 self.convention = Convention(requested or DEFAULT_CONVENTION, source)
-        self.extractors = load_extractors(
-            self.extractor_names,
-            weights=self.config.inception_weights,
-            convention=self.convention and self.convention.name,
-            sharding=replicated(self.mesh),
-        )
-        if images and (stated is None or not stated.has_rows):
+        self.extractors = {}
+        if self.extractor_names:
+            self.extractors = load_extractors(
+                self.extractor_names,
+                weights=self.config.inception_weights,
+                convention=self.convention and self.convention.name,
+                sharding=replicated(self.mesh),
+            )
+        if images and (stated is None or not stated.has_rows or (has_pixels and stated.pixels is None)):
             self.reference = self._measure_reference(path, images, stated)
         else:
             assert stated is not None
@@ -134,17 +155,23 @@ class Scoring:
         sha256 = content_sha256(path)
         others = [name for name in self.extractor_names if name != DEFAULT_EXTRACTOR]
         parts = [sha256[:12], *([self.convention.name] if self.convention else []), *others]
+        parts += ["pixels"] if sees_pixels(self.metrics) else []
         measured_path = self.out / f"reference_{'_'.join(parts)}.npz"
         if measured_path.exists():  # of the same bytes and networks: they are in its name
             measured = load_statistics(measured_path, feature_widths(self.extractor_names))
         else:
             measured = self._measure_images(path, images, measured_path)
+        if measured.pixels is not None:
+            # The first of them, for metrics that compare images with images.
+            size = math.prod(images.image_shape) * np.dtype(images.dtype).itemsize
+            first = next(images.read(max(1, min(MAX_SAMPLE_ROWS, MAX_IMAGE_BYTES // size))))
+            measured = dataclasses.replace(measured, pixels=dataclasses.replace(measured.pixels, images=first))
         if stated is None:
             return dataclasses.replace(measured, sha256=sha256, path=path)
         return stated.with_rows(measured)
 
     def _measure_images(self, path: Path, images: Samples, measured_path: Path) -> ReferenceStatistics:
-        statistics = ImageStatistics()
+        statistics = ImageStatistics(pixels=self._new_pixels())
         self.measure_samples(images, statistics, f"images of {path.name}")
         widths = feature_widths(self.extractor_names)
         save = functools.partial(
@@ -177,6 +204,8 @@ class Scoring:
         if not is_default:
             settings["extractor"] = list(sha256s)
             settings["extractor_sha256"] = list(sha256s.values())
+        if self.config.metrics:
+            settings["metrics"] = list(map(str, choose_metrics(self.config.metrics)))
         return settings
 
     def measure_samples(
@@ -188,11 +217,14 @@ class Scoring:
 
     def new_statistics(self) -> ImageStatistics:
         # Single features are kept only where the reference has some to compare with.
-        return ImageStatistics(MAX_SAMPLE_ROWS if self.reference.has_rows else 0, self.logits)
+        return ImageStatistics(MAX_SAMPLE_ROWS if self.reference.has_rows else 0, self.logits, self._new_pixels())
+
+    def _new_pixels(self) -> PixelStatistics | None:
+        return PixelStatistics() if sees_pixels(self.metrics) else None
 
     def compute(self, statistics: ImageStatistics) -> dict[str, float]:
         log("computing the distances ...")
-        return compute_metrics(statistics, self.reference)
+        return compute_metrics(statistics, self.reference, self.metrics)
 
     def save_figure(self, figure: Figure, name: str) -> None:
         with self.going_on(), atomic_write(self.out / name) as temporary:
@@ -240,7 +272,11 @@ class RunEvaluation(Scoring):
         self.samplers = samplers
         check_save_samples(config, samplers)
         image_shape = tuple(data["image_shape"])
-        super().__init__(config, reference, image_shape, config.num_samples, checkpoints.folder.parent)
+        if config.save_samples and not config.save_samples.endswith(".npz"):
+            what = f"--save_samples={config.save_samples}: PNGs hold"
+            check_pictures(PixelFormat.from_record(data), image_shape, what, "name an .npz, which holds any array")
+        dtype = PixelFormat.from_record(data).dtype
+        super().__init__(config, reference, image_shape, config.num_samples, checkpoints.folder.parent, dtype)
 
         # The model, its parameters, and how its samples are drawn.
         self.model = load_model(saved, self.mesh, dtype=model.dtype, codec=config.codec)
@@ -321,7 +357,7 @@ class RunEvaluation(Scoring):
                     shown.append(jax.tree.map(lambda rows: rows[:missing], (images, conditions)))
                 if writer is not None and writer.failure is None:
                     with self.going_on():  # scoring goes on without the file
-                        writer.write(images, conditions)
+                        writer.write(drawn, conditions)
 
             measure_images(
                 self.extractors, batches, statistics, config.num_samples, str(sampler), collect, "num_samples"
@@ -353,82 +389,3 @@ def grid_name(sampler: SamplerConfig) -> str:
 
 def guidance_name(sampler: SamplerConfig) -> str:
     return "none" if sampler.cfg_scale is None else f"{sampler.cfg_scale:g}"
-
-
-def evaluate_run(run: RunEvaluation) -> None:
-    """Scores every sampler of a run, in turn, and writes and prints the rows."""
-    config = run.config
-    results = Results(run.out)
-    trackers = None
-    if choose_trackers(config.to_dict()):
-        # -1: no line of an earlier evaluation is kept, as finished rows are logged again below.
-        trackers = Trackers(run.out / "evaluation", config.to_dict(), first_step=-1, axis="num_steps")
-
-    # A row for every sampler: the one that an earlier evaluation has finished, or a new one.
-    rows: list[dict[str, Any]] = []
-    for number, sampler in enumerate(run.samplers):
-        row = score_sampler(run, sampler, results)
-        rows.append(row)
-        if trackers:
-            scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in metric_columns() if key in row}
-            trackers.log(number, scores | {"num_steps": row["num_steps"] or row["nfe"]})
-        if run.failure:
-            break  # the others would be lost as well
-
-    # Files, and the table at last.
-    with run.going_on():
-        write_csv(run.out / "fid.csv", results.rows)
-    if len(rows) > 1:
-        figure = plot_fid(rows)
-        run.save_figure(figure, "fid.png")
-        if trackers:
-            trackers.log_figure(len(rows), "fid", figure)
-    if trackers:
-        trackers.log_table("scores", rows)
-        trackers.close()
-    of_params = "" if config.params == "ema" else f", {config.params} parameters"
-    log(f"step {run.step} of {config.load_dir}{of_params}, labels {config.labels}, against {run.reference.path}")
-    with run.going_on():
-        run.show_rows(rows)
-    run.finish()
-    log(f"written in {run.out}: fid.json, fid.csv, {', '.join(map(grid_name, run.samplers))}")
-
-
-def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results) -> dict[str, Any]:
-    """Returns the row of a sampler: a finished one of the same settings, or a new one, which is added to `results`.
-    With --save_samples it is always a new one."""
-    settings = {**sampler_settings(sampler), **run.settings}
-    row = None if run.config.save_samples else results.find(settings)  # a finished row has no images
-    if row is not None:
-        return row
-    with explaining_out_of_memory("sampling", "a smaller --batch_size"):
-        metrics = run.evaluate(sampler)
-    with run.going_on():
-        results.add(settings, metrics)
-    return {**settings, **metrics}
-
-
-def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path) -> None:
-    """Scores the samples of --samples, and writes and prints their row."""
-    path = Path(config.samples)
-    # A folder of its own: others' files may lie beside the samples.
-    default_out = path.with_name(f"{path.stem if path.is_file() else path.name}_fid")
-    scoring = Scoring(config, reference, samples.image_shape, samples.num_samples, default_out)
-    settings = {
-        "samples": str(config.samples),
-        "samples_sha256": content_sha256(path),  # wherever the file is
-        "num_samples": samples.num_samples,
-        **scoring.settings,
-    }
-    results = Results(scoring.out)
-    statistics = scoring.new_statistics()
-    with explaining_out_of_memory("Inception", "a smaller --batch_size"):
-        scoring.measure_samples(samples, statistics, "scoring", "num_samples")
-    metrics = scoring.compute(statistics)
-    with scoring.going_on():
-        results.add(settings, metrics)
-        write_csv(scoring.out / "fid.csv", results.rows)
-    with scoring.going_on():  # the table comes though a file fails
-        scoring.show_rows([{**settings, **metrics}])
-    scoring.finish()
-    log(f"written in {scoring.out}: fid.json, fid.csv")

@@ -238,8 +238,10 @@ def commands_after_training(
     yield "samples", write_command("sample.py", *words)
 
     # FID, of as many samples as there are images, within the usual numbers. Inception takes pictures alone.
-    if not are_pictures(PixelFormat.from_record(data), data["image_shape"]):
-        return
+    is_fid = are_pictures(PixelFormat.from_record(data), data["image_shape"])
+    names = saved.get("metrics", ["fid"]) if saved.get("fid_stats") else ["fid" if is_fid else "moments"]
+    metrics = [] if names == ["fid"] else ["--metrics", ",".join(names)]
+    words += metrics
     words += ["--num_samples", min(MOST_SAMPLES, max(FEWEST_SAMPLES, num_images))]
     if saved.get("fid_stats"):
         words += ["--fid_stats", saved["fid_stats"]]
@@ -247,7 +249,7 @@ def commands_after_training(
             words += ["--convention", saved["convention"]]
     elif not shipped_statistics(data["name"]):
         statistics = folder / "fid_stats.npz"
-        yield "reference of FID", write_statistics_command(saved, statistics)
+        yield f"reference of {'FID' if is_fid else 'moments'}", write_statistics_command(saved, statistics, *metrics)
         words += ["--fid_stats", statistics]
     if saved.get("inception_weights"):
         words += ["--inception_weights", saved["inception_weights"]]
@@ -258,4 +260,4 @@ def commands_after_training(
         words.append(f"--trackers={','.join(trackers)}")
     if "wandb" in trackers and saved["wandb"]["mode"] != "online":
         words += ["--wandb.mode", saved["wandb"]["mode"]]
-    yield "FID", write_command("eval_fid.py", *words)
+    yield "FID" if is_fid else "moments", write_command("eval_fid.py", *words)

@@ -43,10 +43,8 @@ from utils.codecs.codecs import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_code
 from utils.data.batches import first_examples, next_batch, training_batches
 from utils.data.dataset import SPLITS, ImageDataset
 from utils.data.loaders import describe_data, load_dataset, summarize_data
-from utils.images.pixels import UINT8, check_pictures
+from utils.images.pixels import UINT8
 from utils.kernels.random import unroll
-from utils.metrics.extractors import load_extractors
-from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
 from utils.networks.lora import KEY as LORA
 from utils.networks.lora import add_lora
 from utils.networks.models import ImageModel, init_params, make_model, takes_step
@@ -58,6 +56,7 @@ from utils.sampling.samplers import can_guide, explain_no_guidance
 from utils.training.advice import model_hints
 from utils.training.configure import with_classes
 from utils.training.progress import Stages
+from utils.training.reference import Reference, load_reference
 from utils.training.start import (
     SourceRun,
     check_architecture,
@@ -67,14 +66,6 @@ from utils.training.start import (
     start_from,
 )
 from utils.training.step import INIT, INTERNAL, jit_train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """Statistics that training-time samples are scored against, and the networks that compute their features."""
-
-    statistics: ReferenceStatistics
-    extractors: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,21 +261,6 @@ def check_range(config: RunConfig, dataset: ImageDataset) -> None:
     """Raises UserError if --value_range is given of images that are no floats."""
     if "value_range" in config.given and dataset.pixels == UINT8:
         raise UserError(f"--value_range={config.data.value_range}: the images are uint8, of 0 .. 255; leave it out")
-
-
-def load_reference(config: RunConfig, mesh: Mesh, dataset: ImageDataset) -> Reference | None:
-    """Returns what training-time FID needs; None without --fid_stats."""
-    # Both sides enter Inception under one convention: the one that the statistics record.
-    evaluation = config.evaluation
-    if not evaluation.fid_stats:
-        return None
-    what = f"--fid_stats={evaluation.fid_stats}: feature networks take"
-    check_pictures(dataset.pixels, dataset.image_shape, what, "leave it out", whose="those of the data set")
-    statistics = load_statistics(evaluation.fid_stats)
-    convention = find_convention(statistics, evaluation.convention).name
-    warn_of_other_shape(statistics, dataset.image_shape)
-    extractors = load_extractors(weights=evaluation.inception_weights, convention=convention, sharding=replicated(mesh))
-    return Reference(statistics, extractors)
 
 
 def prepare_start(

@@ -6,6 +6,8 @@ from typing import Any
 from utils.base.effects import Rule, check_effects, refuse_ignored
 from utils.base.settings import settings_of
 from utils.data.loaders import check_data_settings
+from utils.metrics.extractors import DEFAULT_EXTRACTOR
+from utils.metrics.metrics import choose_metrics, needed_extractors
 from utils.runs.checkpoint import has_checkpoints
 from utils.runs.config import OBJECTIVE_NAME, RunConfig, network_settings, objective_settings
 from utils.trackers.trackers import check_trackers
@@ -24,7 +26,14 @@ PLAN_RULES = (
 # From the whole configuration, with defaults and the settings of the run of --load_dir. The facts `is_new` and
 # `is_started` say whether the run's folder has no checkpoint yet, and whether its parameters are those of another run.
 RULES = (
-    Rule(("fid_samples", "convention", "inception_weights"), "without --fid_stats", lambda v: not v.fid_stats),
+    Rule(
+        ("metrics", "fid_samples", "convention", "inception_weights"), "without --fid_stats", lambda v: not v.fid_stats
+    ),
+    Rule(
+        ("convention", "inception_weights"),
+        "with --metrics of which none needs Inception",
+        lambda v: DEFAULT_EXTRACTOR not in needed_extractors(choose_metrics(v.metrics)),
+    ),
     Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),
     Rule(("num_shards",), "with --sharding={sharding}, only with hybrid", lambda v: v.sharding != "hybrid"),
     Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),

@@ -22,7 +22,8 @@ from utils.conditions.condition import resize_rows
 from utils.data.dataset import Batch
 from utils.images.pixels import images_to_uint8
 from utils.metrics.measure import measure_images
-from utils.metrics.metrics import compute_fid
+from utils.metrics.metrics import compute_metrics, sees_pixels
+from utils.metrics.pixels import PixelStatistics
 from utils.metrics.statistics import ImageStatistics
 from utils.networks.models import ImageModel, model_fn
 from utils.networks.state import TrainState
@@ -195,20 +196,21 @@ def evaluate(run: Run, state: TrainState, batch: PyTree) -> Iterator[tuple[str, 
     # Numbers of many samples, which take the longest.
     yield "straightness", ImageGenerator(model, state.ema_params, seed=config.training.seed).straightness()
     if run.reference is not None:
-        yield "fid", score_samples(run, state, sampler)
+        yield from score_samples(run, state, sampler).items()
 
 
-def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> float:
-    """Returns the FID of --fid_samples samples of the EMA against the run's reference."""
+def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict[str, float]:
+    """Returns --metrics, by default the FID, of --fid_samples samples of the EMA against the run's reference."""
     assert run.reference is not None
     training = run.config.training
     num_samples = run.config.evaluation.fid_samples
     generator = ImageGenerator(run.model, state.ema_params, seed=training.seed)
     needed = -(-num_samples // run.mesh.size) * run.mesh.size  # batches divide over the devices
     samples = generator.generate(sampler, num_samples, min(training.batch_size, needed))
-    statistics = ImageStatistics()
+    metrics = run.reference.metrics
+    statistics = ImageStatistics(pixels=PixelStatistics() if sees_pixels(metrics) else None)
     measure_images(run.reference.extractors, samples, statistics)
-    return compute_fid(statistics, run.reference.statistics)
+    return compute_metrics(statistics, run.reference.statistics, metrics)
 
 
 def log_evaluation(trackers: Trackers, results: Iterator[tuple[str, Any]], step: int, stop: StopRequest) -> bool:

@@ -1,0 +1,94 @@
+"""From evaluations to their rows: computed or found again, in fid.json, fid.csv, a table and figures."""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from utils.base.devices import explaining_out_of_memory
+from utils.base.messages import log
+from utils.images.samples import Samples, content_sha256
+from utils.metrics.metrics import metric_columns
+from utils.runs.results import Results, plot_fid, sampler_settings, write_csv
+from utils.runs.scoring import RunEvaluation, Scoring, grid_name, guidance_name
+from utils.sampling.solvers import SamplerConfig
+from utils.trackers.trackers import Trackers, choose_trackers
+
+
+def evaluate_run(run: RunEvaluation) -> None:
+    """Scores every sampler of a run, in turn, and writes and prints the rows."""
+    config = run.config
+    results = Results(run.out)
+    trackers = None
+    if choose_trackers(config.to_dict()):
+        # -1: no line of an earlier evaluation is kept, as finished rows are logged again below.
+        trackers = Trackers(run.out / "evaluation", config.to_dict(), first_step=-1, axis="num_steps")
+
+    # A row for every sampler: the one that an earlier evaluation has finished, or a new one.
+    rows: list[dict[str, Any]] = []
+    for number, sampler in enumerate(run.samplers):
+        row = score_sampler(run, sampler, results)
+        rows.append(row)
+        if trackers:
+            scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in metric_columns() if key in row}
+            trackers.log(number, scores | {"num_steps": row["num_steps"] or row["nfe"]})
+        if run.failure:
+            break  # the others would be lost as well
+
+    # Files, and the table at last.
+    with run.going_on():
+        write_csv(run.out / "fid.csv", results.rows)
+    if len(rows) > 1:
+        figure = plot_fid(rows)
+        run.save_figure(figure, "fid.png")
+        if trackers:
+            trackers.log_figure(len(rows), "fid", figure)
+    if trackers:
+        trackers.log_table("scores", rows)
+        trackers.close()
+    of_params = "" if config.params == "ema" else f", {config.params} parameters"
+    log(f"step {run.step} of {config.load_dir}{of_params}, labels {config.labels}, against {run.reference.path}")
+    with run.going_on():
+        run.show_rows(rows)
+    run.finish()
+    log(f"written in {run.out}: fid.json, fid.csv, {', '.join(map(grid_name, run.samplers))}")
+
+
+def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results) -> dict[str, Any]:
+    """Returns the row of a sampler: a finished one of the same settings, or a new one, which is added to `results`.
+    With --save_samples it is always a new one."""
+    settings = {**sampler_settings(sampler), **run.settings}
+    row = None if run.config.save_samples else results.find(settings)  # a finished row has no images
+    if row is not None:
+        return row
+    with explaining_out_of_memory("sampling", "a smaller --batch_size"):
+        metrics = run.evaluate(sampler)
+    with run.going_on():
+        results.add(settings, metrics)
+    return {**settings, **metrics}
+
+
+def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path) -> None:
+    """Scores the samples of --samples, and writes and prints their row."""
+    path = Path(config.samples)
+    # A folder of its own: others' files may lie beside the samples.
+    default_out = path.with_name(f"{path.stem if path.is_file() else path.name}_fid")
+    scoring = Scoring(config, reference, samples.image_shape, samples.num_samples, default_out, samples.dtype)
+    settings = {
+        "samples": str(config.samples),
+        "samples_sha256": content_sha256(path),  # wherever the file is
+        "num_samples": samples.num_samples,
+        **scoring.settings,
+    }
+    results = Results(scoring.out)
+    statistics = scoring.new_statistics()
+    with explaining_out_of_memory("Inception", "a smaller --batch_size"):
+        scoring.measure_samples(samples, statistics, "scoring", "num_samples")
+    metrics = scoring.compute(statistics)
+    with scoring.going_on():
+        results.add(settings, metrics)
+        write_csv(scoring.out / "fid.csv", results.rows)
+    with scoring.going_on():  # the table comes though a file fails
+        scoring.show_rows([{**settings, **metrics}])
+    scoring.finish()
+    log(f"written in {scoring.out}: fid.json, fid.csv")
