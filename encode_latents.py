@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
-from jaxtyping import Array, Float16, UInt8
+from jaxtyping import Array, Float16, PyTree, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ from utils.data.batches import epoch_batches
 from utils.data.dataset import SPLITS, ImageDataset, PixelBatch
 from utils.data.fingerprint import Fingerprint, write_listing
 from utils.data.loaders import load_dataset
+from utils.data.records import describe_kind, each_row
 from utils.flags import program, reading
 from utils.flags.definitions import define_codec_flags, define_data_flags, define_flip_flag, define_path
 from utils.flags.help import topic
@@ -58,11 +59,12 @@ def encode_views(
 
 def encode_examples(
     dataset: ImageDataset, rows: range, batch_size: int, encode: Callable[[np.ndarray], jax.Array]
-) -> Iterator[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]:
-    """Yields (label, moments) of the images `rows`; the devices compute a batch while the one before it is written."""
+) -> Iterator[tuple[PyTree, Float16[np.ndarray, "views 2 h w c"]]]:
+    """Yields (condition, moments) of the images `rows`; the devices compute a batch while the last one is written."""
 
-    def finish(labels, moments):
-        return zip(labels, gather(moments), strict=False)  # the last batch is computed whole: another would compile
+    def finish(conditions, moments):
+        # The last batch is computed whole: another would compile.
+        return zip(each_row(conditions), gather(moments), strict=False)
 
     # JAX returns before it has computed: a batch is fetched only once the next is under way.
     waiting = None
@@ -95,11 +97,10 @@ def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
     if train.latents or train.pair_shape:
         what = "pairs" if train.pair_shape else "latents"
         raise UserError(f"--dataset_name={config.dataset_name} holds {what} already; give a data set of images")
-    if train.own_condition or train.pixels != UINT8:
-        what = "conditions that are no classes" if train.own_condition else f"images {train.pixels}"
+    if train.pixels != UINT8:
         raise UserError(
-            f"--dataset_name={config.dataset_name} has {what}: latents are kept of uint8 images and their classes; "
-            "train on the images themselves"
+            f"--dataset_name={config.dataset_name} has images {train.pixels}: latents are kept of uint8 images; train "
+            "on the images themselves"
         )
 
     # Numbers that a folder or the memory could not take.
@@ -135,6 +136,7 @@ def describe_latents(
         vae_sha256=codec.sha256 or "",  # of the weights: a name may come to mean others
         splits={split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
         empty_classes=train.empty_classes,
+        condition=describe_kind(train.condition),
     )
 
 
@@ -176,7 +178,7 @@ def write_latents(
                     bar.update(len(rows))
                     continue
                 examples = encode_examples(dataset, rows, batch_size, encode)
-                latents.write_latents(out / name, count_examples(examples, bar))
+                latents.write_latents(out / name, count_examples(examples, bar), dataset.condition)
 
 
 def main(config: ConfigDict) -> None:
@@ -200,7 +202,8 @@ def main(config: ConfigDict) -> None:
     with FolderLock(out).held("out"):
         prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
         write_latents(out, manifest, datasets, codec, mesh, config.batch_size)
-    words = ["--dataset_name", f"latents:{out}", "--model.num_classes", len(manifest.class_names)]
+    words = ["--dataset_name", f"latents:{out}"]
+    words += ["--model.num_classes", str(len(manifest.class_names))] if manifest.class_names else []
     log(f"written: {out}; train on it: {write_command('train_flow.py', *words)}")
 
 

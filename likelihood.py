@@ -153,7 +153,8 @@ class Measurement:
         choice = self.config.labels or ("data" if is_own else "none")
         dropout = self.model.network.config.class_dropout_prob
         if choice == "data" and not is_own:
-            raise UserError("--labels=data: the classes of the data set are not the run's; use --labels none")
+            what = "classes" if isinstance(self.model.condition, ClassCondition) else "conditions"
+            raise UserError(f"--labels=data: the {what} of the data set are not the run's; use --labels none")
         # Without dropped labels in training, the model has never seen the row of "no label".
         if choice == "none" and dropout == 0:
             hint = "use --labels data" if is_own else "give images of the run's classes"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -20,10 +21,10 @@ from utils.base.files import FolderLock, check_writable, explaining_full_disk, p
 from utils.base.mesh import check_batch_size, gather
 from utils.base.messages import UserError, log, progress_bar
 from utils.codecs.codec import pixel_format
-from utils.conditions.classes import check_classes
-from utils.conditions.condition import restore_condition
+from utils.conditions.condition import check_draw_mode, restore_condition
 from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
+from utils.data.records import describe_kind, each_row
 from utils.flags import program, reading
 from utils.flags.definitions import define_codec_flags, define_path, define_sampler_flags
 from utils.flags.help import topic
@@ -39,7 +40,9 @@ def define_flags() -> None:
         define_path("out", None, "Folder to write.")
         flags.DEFINE_integer("num_pairs", 50_000, "Pairs.", 100, 10**9)
         flags.DEFINE_integer("seed", 0, "Pair i depends on this and on i alone.")
-        flags.DEFINE_enum("labels", "balanced", ["uniform", "balanced"], "How labels are drawn.")
+        flags.DEFINE_enum(
+            "labels", "balanced", ["uniform", "balanced"], "How labels are drawn; other conditions always uniform."
+        )
         flags.DEFINE_integer("shard_size", 4096, "Pairs per file.", lower_bound=1)
         flags.DEFINE_integer("batch_size", RECIPE_BATCH_SIZE, "Pairs at a time, over all devices.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
@@ -50,15 +53,15 @@ def define_flags() -> None:
 
 def make_examples(
     generator: ImageGenerator, sampler: SamplerConfig, rows: range, batch_size: int, bar: tqdm
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (label, x_1) of the pairs `rows`; x_1, the latent that was drawn, is float32 (h, w, c)."""
+) -> Iterator[tuple[PyTree, np.ndarray]]:
+    """Yields (condition, x_1) of the pairs `rows`; x_1, the latent that was drawn, is float32 (h, w, c)."""
     for start in range(rows.start, rows.stop, batch_size):
-        # The last batch is computed whole: another shape would compile. Noise and labels follow from the numbers.
+        # The last batch is computed whole: another shape would compile. Noise and conditions follow from the numbers.
         indices = np.arange(start, start + batch_size, dtype=np.int32)
-        labels = generator.conditions(indices)
-        latents = gather(generator.sample_latents(generator.noise(indices), labels, sampler))
-        for label, x_1 in list(zip(labels, latents, strict=True))[: rows.stop - start]:
-            yield int(label), np.asarray(x_1, np.float32)
+        conditions = generator.conditions(indices)
+        latents = gather(generator.sample_latents(generator.noise(indices), conditions, sampler))
+        for condition, x_1 in zip(each_row(conditions), latents[: rows.stop - start], strict=False):
+            yield condition, np.asarray(x_1, np.float32)
             bar.update()
 
 
@@ -94,7 +97,7 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
     return pairs.PairsManifest(
         dataset_name=f"pairs of {config.load_dir}",
         params_sha256=hash_params(generator.params),  # of the weights: the run may train on
-        sampler=f"{sampler}, {config.labels} labels",
+        sampler=f"{sampler}, {generator.label_mode} labels",
         seed=config.seed,
         num_pairs=config.num_pairs,
         shard_size=config.shard_size,
@@ -106,6 +109,7 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
         empty_classes=getattr(model.condition, "empty_classes", ()),
         jax_variables=tuple(changed_variables(RANDOM)),  # the noise is drawn again under these
         pixels=pixel_format(codec),
+        condition=describe_kind(model.condition),
     )
 
 
@@ -134,17 +138,21 @@ def write_pairs(
             if (out / name).exists():
                 bar.update(len(rows))
             else:
-                pairs.write_pairs(out / name, make_examples(generator, sampler, rows, batch_size, bar))
+                examples = make_examples(generator, sampler, rows, batch_size, bar)
+                pairs.write_pairs(out / name, examples, generator.condition)
 
 
 def main(config: ConfigDict) -> None:
     check_requests(config)
     out = Path(config.out)
 
-    # A pair is written with its class. That, first: no parameters are read for a refusal.
+    # How conditions are drawn. That, first: no parameters are read for a refusal.
     checkpoints, steps = open_checkpoint(config.load_dir)
     _, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
-    check_classes(restore_condition(saved["dataset"]), "make_pairs.py", config.load_dir)
+    condition = restore_condition(saved["dataset"])
+    if not reading.is_explicit("labels") and config.labels not in condition.DRAW_MODES:
+        config.labels = condition.DRAW_MODES[0]
+    check_draw_mode(condition, config.labels)
 
     # The run; with its codec, without which no image could be made of the pairs.
     generator = load_generator(

@@ -197,8 +197,8 @@ def test_a_run_is_straightened_by_its_pairs(run, made, tmp_path, distill):
 def test_pairs_are_those_of_the_flags(golden_run, read_flags, tmp_path, monkeypatch):  # noqa: F811
     shards = {}
 
-    def write(path, pairs):
-        shards[path.name] = [label for label, _ in pairs]
+    def write(path, pairs, kind):
+        shards[path.name] = [int(label) for label, _ in pairs]
 
     def sample_latents(self, noise, labels, sampler):
         calls.append((self, np.asarray(noise), sampler))

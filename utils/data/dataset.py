@@ -31,6 +31,7 @@ from utils.images.sizes import Size, read_size, write_size
 Example = dict[str, Any]
 
 SPLITS = ("train", "validation")
+RECORDED = "recorded_condition"  # key of an example that comes with its condition as the kind would read it
 HELD_OUT_FRACTION = 0.02  # part of a data set without a validation split that becomes one
 NUM_SAMPLED = 256  # images whose range is looked at
 
@@ -181,7 +182,8 @@ class ImageDataset:
         example = cast(RandomAccess, self.source)[index]  # a stream has no rows
         if self.batch_type is PixelBatch:
             self._check_image(index, example["image"])
-        return {**self.batch_type.select(example, flip), "condition": self.condition.read(example)}
+        condition = example[RECORDED] if RECORDED in example else self.condition.read(example)
+        return {**self.batch_type.select(example, flip), "condition": condition}
 
     def _check_image(self, index: int, image: np.ndarray) -> None:
         """Raises UserError for an image that would be cut to other numbers, or that is not finite."""

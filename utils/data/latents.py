@@ -1,8 +1,8 @@
 """Cached latents: posterior moments of every image of a data set, computed once and stored in ArrayRecord files.
 
 DIR/manifest.json says what they are made from; DIR/SPLIT-00000-of-00010.array_record hold them in the order of the data
-set. A record is an int32 label, then float16 moments (views, 2, h, w, c), little-endian; views: the image and, where
-training flips, its mirror image; 2: mean and log-variance.
+set. A record is a condition (utils/data/records.py), then float16 moments (views, 2, h, w, c), little-endian; views:
+the image and, where training flips, its mirror image; 2: mean and log-variance.
 """
 
 import dataclasses
@@ -22,8 +22,10 @@ from utils.base.commands import write_command
 from utils.base.external import read_json
 from utils.base.files import atomic_write, check_regular
 from utils.base.messages import UserError, log
+from utils.conditions.condition import Condition
 from utils.data.dataset import Batch, DataOptions, Example, ImageDataset
 from utils.data.fingerprint import Fingerprint, compare_data, read_listing
+from utils.data.records import RecordedConditions, condition_bytes, restore_kind
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -48,6 +50,11 @@ class LatentsManifest:
     format: int = FORMAT
     splits: dict[str, dict[str, Any]] | None = None  # {split: fingerprint of its images}; older latents have none
     empty_classes: tuple[int, ...] = ()  # labels without training images; older latents do not say
+    condition: dict[str, Any] | None = None  # the kind of the conditions, where they are no classes
+
+    @property
+    def own_condition(self) -> Condition | None:
+        return restore_kind(self.condition)
 
     def check(self) -> None:
         """Raises ValueError for a value of the wrong type, or beyond the sizes that latents can have."""
@@ -70,7 +77,7 @@ class LatentsManifest:
 
         # Names, and labels of the classes that they name.
         texts = (*self.class_names, self.dataset_name, self.vae, self.vae_sha256)
-        if not self.class_names or not all(isinstance(text, str) for text in texts):
+        if not (self.class_names or self.own_condition) or not all(isinstance(text, str) for text in texts):
             raise ValueError("names that are not strings")
         if not all(is_count(label, 0, len(self.class_names) - 1) for label in self.empty_classes):
             raise ValueError(f"empty_classes {_short(self.empty_classes)}")
@@ -158,12 +165,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def write_latents(path: Path, examples: Iterable[tuple[int, Float16[np.ndarray, "views 2 h w c"]]]) -> None:
-    """Writes a file of (label, moments) records, complete or not at all."""
+def write_latents(
+    path: Path, examples: Iterable[tuple[PyTree, Float16[np.ndarray, "views 2 h w c"]]], kind: Condition | None = None
+) -> None:
+    """Writes a file of (condition, moments) records, complete or not at all; without `kind`, conditions are labels."""
     with atomic_write(path) as temporary:
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # noise does not compress
-        for label, moments in examples:
-            writer.write(np.asarray(label, "<i4").tobytes() + moments.astype("<f2").tobytes())
+        for condition, moments in examples:
+            writer.write(condition_bytes(kind, condition) + moments.astype("<f2").tobytes())
         writer.close()
 
 
@@ -236,11 +245,11 @@ class LatentBatch(Batch):
 
 
 class LatentRecords:
-    """Source of cached moments: example i is {'moments': float16 (views, 2, h, w, c), 'label': int32}."""
+    """Source of cached moments: example i is {'moments': float16 (views, 2, h, w, c)} and a condition."""
 
     def __init__(self, folder: Path, manifest: LatentsManifest, split: str):
         self.shape = (manifest.num_views[split], 2, *manifest.latent_shape)
-        self.num_classes = len(manifest.class_names)
+        self.conditions = RecordedConditions(manifest.own_condition, manifest.class_names, str(folder))
         self.folder = folder
         names = [name for name, _ in manifest.shards(split)]
         what = f"--dataset_name=latents:{folder}"
@@ -251,17 +260,11 @@ class LatentRecords:
 
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
-        if len(record) != 4 + 2 * math.prod(self.shape):
+        if len(record) != self.conditions.size + 2 * math.prod(self.shape):
             raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the latents again")
         # A view of the record, not a copy: batches copy it once, into their own memory.
-        moments = np.frombuffer(record, "<f2", offset=4).reshape(self.shape)
-        label = np.frombuffer(record, "<i4", 1)[0]
-        if not 0 <= label < self.num_classes:
-            raise UserError(
-                f"{self.folder}: record {index} has the label {label}, but there are {self.num_classes} classes; make "
-                "the latents again with encode_latents.py"
-            )
-        return {"moments": moments, "label": label}
+        moments = np.frombuffer(record, "<f2", offset=self.conditions.size).reshape(self.shape)
+        return {"moments": moments, **self.conditions.read(record, index)}
 
 
 def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
@@ -286,5 +289,6 @@ def load_latents(name: str, split: str, options: DataOptions) -> ImageDataset:
         fingerprint=manifest.fingerprint(folder, split),
         latents=manifest,
         empty_classes=manifest.empty_classes if split == "train" else (),
+        own_condition=manifest.own_condition,
         batch_type=LatentBatch,
     )

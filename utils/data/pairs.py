@@ -1,8 +1,8 @@
 """Pairs of noise and the sample that a model makes of it, for reflow and distillation (arXiv:2209.03003).
 
 DIR/manifest.json says which model made them and how; DIR/pairs-00000-of-00010.array_record hold a record for each pair:
-an int32 label, then the sample x_1, float32 (h, w, c), little-endian. The noise is not stored: that of pair i is the
-noise of sample i under the manifest's seed, which is drawn again when it is needed.
+its condition (utils/data/records.py), then the sample x_1, float32 (h, w, c), little-endian. The noise is not stored:
+that of pair i is the noise of sample i under the manifest's seed, which is drawn again when it is needed.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from utils.base.devices import RANDOM, changed_variables
 from utils.base.external import BadFileError, read_json
 from utils.base.files import atomic_write
 from utils.base.messages import UserError
+from utils.conditions.condition import Condition
 from utils.data.dataset import (
     Batch,
     DataOptions,
@@ -34,6 +35,7 @@ from utils.data.dataset import (
 )
 from utils.data.fingerprint import Fingerprint
 from utils.data.latents import MAX_FILES, open_records
+from utils.data.records import RecordedConditions, condition_bytes, restore_kind
 from utils.images.pixels import UINT8, PixelFormat
 
 MANIFEST = "manifest.json"
@@ -62,6 +64,11 @@ class PairsManifest:
     empty_classes: tuple[int, ...] = ()  # labels that were not drawn as the model's data have no images of them
     jax_variables: tuple[str, ...] = ()  # under which numbers were drawn, where they are not JAX's default
     pixels: PixelFormat = UINT8  # of the images
+    condition: dict[str, Any] | None = None  # the kind of the conditions, where they are no classes
+
+    @property
+    def own_condition(self) -> Condition | None:
+        return restore_kind(self.condition)
 
     def shards(self) -> list[tuple[str, range]]:
         """Returns (file name, numbers of its pairs) for every file."""
@@ -83,6 +90,8 @@ class PairsManifest:
             del manifest["jax_variables"]
         if self.pixels == UINT8:
             del manifest["pixels"]
+        if self.condition is None:
+            del manifest["condition"]
         content = json.dumps([split, manifest], sort_keys=True)
         return Fingerprint("pairs", num_pairs, hashlib.sha256(content.encode()).hexdigest())
 
@@ -109,7 +118,8 @@ def load_pairs_manifest(folder: Path) -> PairsManifest | None:
             raise ValueError("sizes that no pairs have")
         if type(manifest.seed) is not int or not 0 <= manifest.seed < 2**32 or manifest.format != FORMAT:
             raise ValueError(f"seed {manifest.seed}, format {manifest.format}")
-        if not manifest.class_names or not all(isinstance(name, str) for name in manifest.class_names):
+        is_known = bool(manifest.class_names or manifest.own_condition)
+        if not is_known or not all(isinstance(name, str) for name in manifest.class_names):
             raise ValueError("names that are not strings")
         if not all(type(label) is int and 0 <= label < len(manifest.class_names) for label in manifest.empty_classes):
             raise ValueError("empty classes that are none")
@@ -120,13 +130,15 @@ def load_pairs_manifest(folder: Path) -> PairsManifest | None:
     return manifest
 
 
-def write_pairs(path: Path, pairs: Iterable[tuple[int, Float32[np.ndarray, "h w c"]]]) -> None:
-    """Writes a file of (label, x_1) records, complete or not at all."""
+def write_pairs(
+    path: Path, pairs: Iterable[tuple[PyTree, Float32[np.ndarray, "h w c"]]], kind: Condition | None = None
+) -> None:
+    """Writes a file of (condition, x_1) records, complete or not at all; without `kind`, conditions are labels."""
     with atomic_write(path) as temporary:
         # Records by themselves, so that any order reads them one by one; floats hardly compress.
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
-        for label, x_1 in pairs:
-            writer.write(np.asarray(label, "<i4").tobytes() + x_1.astype("<f4").tobytes())
+        for condition, x_1 in pairs:
+            writer.write(condition_bytes(kind, condition) + x_1.astype("<f4").tobytes())
         writer.close()
 
 
@@ -158,11 +170,12 @@ class PairBatch(Batch):
 
 
 class Pairs:
-    """Source of pairs: {'x_1': float32 (h, w, c), 'label': int32, 'pair': uint32 (2,), seed and number}."""
+    """Source of pairs: {'x_1': float32 (h, w, c), 'pair': uint32 (2,), seed and number} and a condition."""
 
     def __init__(self, folder: Path, manifest: PairsManifest):
         self.folder = folder
         self.manifest = manifest
+        self.conditions = RecordedConditions(manifest.own_condition, manifest.class_names, str(folder))
         names = [name for name, _ in manifest.shards()]
         self.records = open_records(
             f"--dataset_name=pairs:{folder}", folder, names, manifest.num_pairs, "make_pairs.py"
@@ -174,14 +187,11 @@ class Pairs:
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
         shape = self.manifest.latent_shape
-        if len(record) != 4 + 4 * math.prod(shape):
+        if len(record) != self.conditions.size + 4 * math.prod(shape):
             raise UserError(f"{self.folder}: record {index} has {len(record)} bytes; make the pairs again")
-        # A record of the right size may still be damaged.
-        label = np.frombuffer(record, "<i4", 1)[0]
-        if not 0 <= label < len(self.manifest.class_names):
-            raise UserError(f"{self.folder}: record {index} has the label {label}, which is of no class")
-        x_1 = np.frombuffer(record, "<f4", offset=4).reshape(shape)
-        return {"x_1": x_1, "label": label, "pair": np.array([self.manifest.seed, index], np.uint32)}
+        x_1 = np.frombuffer(record, "<f4", offset=self.conditions.size).reshape(shape)
+        pair = np.array([self.manifest.seed, index], np.uint32)
+        return {"x_1": x_1, "pair": pair, **self.conditions.read(record, index)}
 
 
 def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
@@ -216,6 +226,7 @@ def load_pairs(name: str, split: str, options: DataOptions) -> ImageDataset:
         empty_classes=manifest.empty_classes,
         batch_type=PairBatch,
         pixels=manifest.pixels,
+        own_condition=manifest.own_condition,
     )
 
 
