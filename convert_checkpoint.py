@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from utils.base.commands import write_command
 from utils.base.external import BadFileError, read_bounded
 from utils.base.messages import UserError, log, show_result
+from utils.conditions.condition import recorded_kind
 from utils.convert.published import FAMILIES
 from utils.convert.sources import read_source
 from utils.flags import program
@@ -80,9 +81,11 @@ def import_checkpoint(config: ConfigDict) -> None:
     # What it is: most of it was read from the shapes of tensors, for the user to compare.
     model = saved["model"]
     data = saved["dataset"]
+    names = data.get("class_names", ())
+    given = f"{len(names)} classes" if names else f"the condition {recorded_kind(data)!r}"
     log(
         f"{model['hidden_size']} wide, {model['depth']} deep, {model['num_heads']} heads, patch {model['patch_size']} "
-        f"on {'x'.join(map(str, data['latent_shape']))}, {len(data['class_names'])} classes, objective "
+        f"on {'x'.join(map(str, data['latent_shape']))}, {given}, objective "
         f"{saved['objective']['name']}, time times {model['timestep_scale']:g}"
     )
     if model["learned_positions"]:

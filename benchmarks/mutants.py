@@ -200,6 +200,8 @@ test_moments.py::test_moments_are_those_of_numpy
   utils/metrics/pixels.py: weights[:, 0] = 1 -> pass
 test_moments.py::test_a_training_scores_what_its_flags_say
   utils/training/reference.py: choose_metrics(evaluation.metrics) -> choose_metrics(("fid",))
+test_condition_records.py::test_latents_keep_any_condition
+  utils/data/records.py: offset += arrays[-1].nbytes -> pass
 test_latents.py::test_what_is_encoded_is_what_the_flags_say
   encode_latents.py: codec, spec, config.shard_size) -> codec, spec, 4096)
 test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported

@@ -245,7 +245,7 @@ def test_lora_has_factors_across_and_trains_what_embeds_the_condition():
 def test_exported_parameters_are_read_again_bit_for_bit(settings):
     condition = TokensCondition(4, 5)
     network, params = make_network(condition, **settings)
-    state = export_published(params, network.config, (8, 8, 2))
+    state = export_published(params, network.config, (8, 8, 2), condition)
     again = import_published(state, network.config, (8, 8, 2), condition)
     jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, params))
     assert state["condition.token_embed.positions"].shape == (5, 16)

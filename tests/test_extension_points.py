@@ -12,7 +12,6 @@ import pytest
 import compute_fid_stats
 import convert_checkpoint
 import edit
-import encode_latents
 import eval_fid
 import likelihood
 import make_pairs
@@ -22,6 +21,7 @@ from tests.test_trackers import started  # noqa: F401 (a fixture)
 from utils.base.messages import UserError
 from utils.codecs.codecs import CODECS
 from utils.conditions.condition import CONDITIONS
+from utils.data.loaders import load_dataset
 from utils.images.pixels import images_to_uint8
 from utils.runs.opening import load_generator
 from utils.sampling.solvers import SamplerConfig
@@ -50,9 +50,7 @@ REFUSALS = (
     (sample, f"{SAMPLE} --classes 3", "--classes=3: the run's conditions cannot be written; leave the flag out, or"),
     (sample, f"{SAMPLE} --labels balanced", "--labels=balanced: the run's .* drawn uniform; use --labels uniform"),
     (eval_fid, f"{SAMPLE} --labels dataset", "--labels=dataset: the run's .* drawn uniform; use --labels uniform"),
-    (make_pairs, SAMPLE, "make_pairs.py is for runs that are conditioned on classes; --load_dir=.*run is not"),
-    (convert_checkpoint, SAMPLE, "--load_dir=.*run cannot be exported: no published model has DirectionEmbed"),
-    (encode_latents, "--dataset_name ramps --out RUN/x", "--dataset_name=ramps has conditions that are no classes"),
+    (make_pairs, f"{SAMPLE} --labels balanced", "--labels=balanced: the run's .* drawn uniform; use --labels uniform"),
     (eval_fid, f"{SAMPLE} --extractor colours", "no statistics ship for ramps; .* --extractor colours --out stats.npz"),
 )
 
@@ -126,6 +124,25 @@ def test_kinds_from_outside_are_trained_sampled_scored_and_resumed(
     validation = names["load_ramps"]("ramps", "validation", None)
     angles = np.stack([example["angle"] for example in validation.source[:3]])
     assert [row["label"] for row in rows] == validation.condition.titles(angles)
+
+    # Its pairs have its conditions, and what is exported is imported again.
+    line = f"--load_dir {folder} --num_pairs 100 --denoise_timesteps 1 --params raw --out {tmp_path / 'pairs'}"
+    make_pairs.main(read_flags(make_pairs, line.split()))
+    pairs = load_dataset(f"pairs:{tmp_path / 'pairs'}")
+    assert pairs.condition == names["Direction"]()
+    examples = [pairs.row(i, False) for i in range(len(pairs.source))]
+    numbers = [int(example["pair"][1]) for example in examples]
+    np.testing.assert_array_equal([example["condition"] for example in examples], generator.conditions(numbers))
+    for words_of_it in (f"--load_dir {folder}", f"--source {tmp_path / 'hub'}"):
+        out = tmp_path / ("hub" if "load_dir" in words_of_it else "imported")
+        line = f"{words_of_it} --out {out}"
+        convert_checkpoint.main(read_flags(convert_checkpoint, line.split()))
+    assert "(the condition direction)" in (tmp_path / "hub" / "README.md").read_text()
+    imported = load_generator(tmp_path / "imported")
+    for ours, theirs in zip(
+        *(jax.tree.leaves(each.params) for each in (load_generator(folder), imported)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
     # Scored: the distance is as between the means and covariances of the samples' and the data's colours.
     stats = tmp_path / "stats.npz"

@@ -4,7 +4,6 @@ DiT (arXiv:2212.09748), SiT (arXiv:2401.08740) and LightningDiT (arXiv:2501.0142
 are rewritten to it first. One table of names serves both directions.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from diffusion_transformer import DiT, DiTConfig, position_table, rope_angles
 from utils.base.external import BadFileError
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition
-from utils.networks.dit_arrays import is_of_condition
 
 # {width: number of heads} of the published sizes: no tensor of DiT or SiT tells the heads.
 HEADS = {preset["hidden_size"]: preset["num_heads"] for name, preset in DiTConfig.PRESETS.items() if "/" in name}
@@ -163,7 +161,7 @@ def import_published(
     _check_missing(state, [tensor.name for tensor in table if tensor.name != LABELS])
     shapes = _find_shapes(config, latent_shape, condition or ClassCondition())
     table = [tensor for tensor in table if tensor.path in shapes]
-    table += [_extra(path) for path in shapes if is_of_condition(path)]
+    table += [_extra(path) for path in shapes.keys() - {tensor.path for tensor in table} - {("pos_embed",)}]
     _check_missing(state, [tensor.name for tensor in table])
     surplus = sorted(state.keys() - {tensor.name for tensor in table})
     if surplus:
@@ -351,11 +349,13 @@ def _to_float32(name: str, value: np.ndarray) -> np.ndarray:
 # --- From parameters to a file ---
 
 
-def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+def export_published(
+    params: PyTree, config: DiTConfig, latent_shape: tuple[int, int, int], condition: Condition | None = None
+) -> dict[str, np.ndarray]:
     """Returns {published name: tensor} of parameters: the inverse of `import_published`, bit for bit.
 
-    `latent_shape` is (h, w, c). What embeds another condition than the class has names of its own. Raises ValueError
-    for other parameters that no published model has.
+    `latent_shape` is (h, w, c); the condition is the class by default. What embeds another one has names of its own.
+    Raises ValueError for other parameters that no published model has.
     """
     # The table of positions, which is a parameter in some models only.
     flat = flatten_dict(params)
@@ -368,7 +368,9 @@ def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int,
 
     # All others. Without label dropout, "no label" is a row that was never trained: the file goes without it.
     table = [tensor for tensor in tensor_table(config) if tensor.path in flat or tensor.path[0] != "label_embed"]
-    table += [_extra(path) for path in flat if is_of_condition(path)]
+    if others := flat.keys() - {tensor.path for tensor in table}:
+        shapes = _find_shapes(config, latent_shape, condition or ClassCondition())
+        table += [_extra(path) for path in others if path in shapes]
     for tensor in table:
         value = np.asarray(flat.pop(tensor.path), np.float32)  # of a run with JAX_ENABLE_X64=1, float64
         if tensor.path[0] == "label_embed" and config.class_dropout_prob == 0:
@@ -383,68 +385,3 @@ def export_published(params: PyTree, config: DiTConfig, latent_shape: tuple[int,
         state["feat_rope.freqs_cos"] = np.cos(angles)
         state["feat_rope.freqs_sin"] = np.sin(angles)
     return state
-
-
-# --- diffusers' names ---
-
-# {pattern of a whole name, without .weight and .bias: the published name}
-_DIFFUSERS = {
-    r"pos_embed\.proj": "x_embedder.proj",
-    r"transformer_blocks\.(\d+)\.norm1\.linear": r"blocks.\1.adaLN_modulation.1",
-    r"transformer_blocks\.(\d+)\.attn1\.to_out\.0": r"blocks.\1.attn.proj",
-    r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj": r"blocks.\1.mlp.fc1",
-    r"transformer_blocks\.(\d+)\.ff\.net\.2": r"blocks.\1.mlp.fc2",
-    r"proj_out_1": "final_layer.adaLN_modulation.1",
-    r"proj_out_2": "final_layer.linear",
-}
-# diffusers' files repeat these in every block.
-_DIFFUSERS_EMBEDDINGS = {
-    "timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "class_embedder.embedding_table": "y_embedder.embedding_table",
-}
-
-
-def rename_diffusers(state: State, sample_size: int, hidden_size: int, patch_size: int) -> dict[str, np.ndarray]:
-    """Returns the tensors of diffusers' DiTTransformer2DModel under the published names.
-
-    The table of positions, which its files lack, is added. Raises BadFileError where a block's copy of the embeddings
-    differs from the first one's, and where the sizes in a config.json are not those of the tensors.
-    """
-    # The sizes of the config.json.
-    kernel = state.get("pos_embed.proj.weight", np.zeros(0))
-    if kernel.ndim != 4 or (len(kernel), *kernel.shape[2:]) != (hidden_size, patch_size, patch_size):
-        raise BadFileError(
-            f"its config.json says width {hidden_size} and patch_size {patch_size}, but its pos_embed.proj.weight has "
-            f"the shape {kernel.shape}"
-        )
-    if sample_size % patch_size or (sample_size // patch_size) ** 2 > MAX_TOKENS:
-        raise BadFileError(f"its config.json has sample_size {sample_size}, which no model of patches {patch_size} has")
-
-    # Names. Queries, keys and values are collected, and the copies of the embeddings compared.
-    renamed: dict[str, np.ndarray] = {}
-    projections: dict[tuple[str, str], dict[str, np.ndarray]] = {}
-    for name, value in state.items():
-        stem, _, leaf = name.rpartition(".")
-        if match := re.fullmatch(r"transformer_blocks\.(\d+)\.norm1\.emb\.(.+)", stem):
-            published = f"{_DIFFUSERS_EMBEDDINGS.get(match[2], match[2])}.{leaf}"
-            if published in renamed and not np.array_equal(renamed[published], value):
-                raise BadFileError(f"its tensor {name} is another than that of the first block")
-            renamed[published] = value
-        elif match := re.fullmatch(r"transformer_blocks\.(\d+)\.attn1\.to_([qkv])", stem):
-            projections.setdefault((match[1], leaf), {})[match[2]] = value
-        else:
-            for pattern, replacement in _DIFFUSERS.items():
-                stem = re.sub(f"^{pattern}$", replacement, stem)
-            renamed[f"{stem}.{leaf}"] = value
-
-    # Queries, keys and values are one tensor.
-    for (block, leaf), parts in projections.items():
-        if parts.keys() != set("qkv"):
-            raise BadFileError(f"it has no whole to_q, to_k and to_v of block {block}")
-        renamed[f"blocks.{block}.attn.qkv.{leaf}"] = np.concatenate([parts[part] for part in "qkv"])
-
-    # Its position table is a constant.
-    side = sample_size // patch_size
-    renamed["pos_embed"] = position_table(side, side, hidden_size)[None]
-    return renamed

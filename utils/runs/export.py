@@ -22,7 +22,7 @@ from utils.base.files import (
     write_text,
 )
 from utils.base.messages import UserError, log
-from utils.conditions.condition import restore_condition
+from utils.conditions.condition import recorded_kind, restore_condition
 from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
 from utils.images.pixels import PixelFormat
@@ -68,7 +68,8 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     config["dataset"]["latent_shape"] = list(find_latent_shape(config))
     config["lora_rank"] = 0  # merged
     try:
-        state = export_published(params, architecture, tuple(config["dataset"]["latent_shape"]))
+        condition = restore_condition(config["dataset"])
+        state = export_published(params, architecture, tuple(config["dataset"]["latent_shape"]), condition)
     except ValueError as error:
         raise UserError(f"--load_dir={load_dir} cannot be exported: {error}") from None
 
@@ -124,7 +125,7 @@ tags: [diffusion-transformer, {objective.replace("_", "-")}]
 
 A diffusion transformer, {model["hidden_size"]} wide, {model["depth"]} deep, {model["num_heads"]} heads, patch
 {model["patch_size"]}, trained with the objective `{objective}` on images {shape} of `{_public_name(data["name"])}`
-({condition.summary()}){latents}. These are the parameters of step {step:,}.
+({condition.summary() or f"the condition {recorded_kind(data)}"}){latents}. These are the parameters of step {step:,}.
 
 `model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {model["timestep_scale"]:g}.
 
