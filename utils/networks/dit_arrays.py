@@ -15,11 +15,6 @@ CONDITION_PARTS = (
 CROSS_PARTS = ("cross_attention", "norm_cross")
 
 
-def is_of_condition(path: tuple[str, ...]) -> bool:
-    """Whether an array is there for another condition than the class alone."""
-    return path[0] in CONDITION_PARTS or (len(path) > 1 and path[1] in CROSS_PARTS)
-
-
 def fit_array(
     path: tuple[str, ...], array: np.ndarray, shape: tuple[int, ...], patch_size: int
 ) -> tuple[np.ndarray, str] | None:
