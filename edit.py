@@ -25,11 +25,11 @@ from utils.codecs.codec import pixel_format
 from utils.conditions.classes import check_classes
 from utils.conditions.condition import Mixture, number_rows, resize_rows
 from utils.flags import program
+from utils.flags.conditions import choose_conditions
 from utils.flags.definitions import define_path
 from utils.flags.drawing import (
     Request,
     check_request,
-    choose_conditions,
     define_drawing_flags,
     define_generator_flags,
     drawing,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jaxtyping import UInt8
@@ -23,6 +24,7 @@ from utils.base.messages import log, progress_bar
 from utils.codecs.codec import pixel_format
 from utils.conditions.condition import number_rows
 from utils.flags import program
+from utils.flags.conditions import read_sweep
 from utils.flags.drawing import (
     Request,
     check_request,
@@ -37,7 +39,7 @@ from utils.images.samples import SampleWriter
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 
 # All that may be written into --out: a folder of such a name is refused before the work.
-FILES = ("grid.png", "film.webp", "film.gif", "strip.png")
+FILES = ("grid.png", "sweep.png", "film.webp", "film.gif", "strip.png")
 NUM_STAGES = 8  # columns of the strip beside the noise; rows at most
 MAX_FILM_SAMPLES = 64  # all frames of all of them are in memory at once
 MAX_SHOWN = 400  # samples in the grid
@@ -53,11 +55,13 @@ EDIT_FLAGS = {
     "inpaint_repeats": {"inpaint": "FOLDER"},
 }
 # Those of sample.py that edit.py does not have.
-FILM_FLAGS = ("film", "film_frames", "film_format")
+OWN_FLAGS = ("sweep", "film", "film_frames", "film_format")
 
 
 def define_flags() -> None:
     define_drawing_flags(num_samples="Samples.")
+    with topic("What is drawn"):
+        flags.DEFINE_string("sweep", None, "Also a row of images of one noise: NAME=FIRST:LAST:COUNT, angle=0:1:9.")
     # Frames are points of the path: no film has more of them than the sampler has steps.
     with topic("Films"):
         flags.DEFINE_bool("film", False, "Also an animation from noise to image, and a strip of eight stages.")
@@ -108,6 +112,20 @@ def draw(request: Request) -> None:
             request.pictures.written.append(Path(config.save_samples))
 
 
+def sweep(request: Request) -> None:
+    """Draws sample 0 under equally spaced values of one number of its condition, side by side."""
+    config = request.config
+    generator = request.generator
+    found = read_sweep(config.sweep, config.condition, generator.condition)
+
+    # The same noise everywhere: what differs is the condition alone.
+    noise = jnp.repeat(generator.noise(range(1)), len(found.titles), axis=0)
+    latents = generator.sample_latents(noise, found.conditions, request.sampler)
+    images = generator.to_pictures(generator.decode(latents))
+    title = f"{request.title}{', ' * bool(found.others)}{found.others}"
+    request.pictures.save_table("sweep.png", images[None], (), found.titles, title)
+
+
 def film(request: Request) -> None:
     """Films the path of the first samples, all of them at once, and writes a strip of eight stages of eight of them."""
     config = request.config
@@ -134,7 +152,7 @@ def film(request: Request) -> None:
 
 
 def main(config: ConfigDict) -> None:
-    refuse_moved_flags(EDIT_FLAGS, "edit.py", but=FILM_FLAGS)
+    refuse_moved_flags(EDIT_FLAGS, "edit.py", but=OWN_FLAGS)
     check_effects(RULES["sample"], config)
     check_request(config, FILES)
     request = load_request(config)
@@ -142,6 +160,8 @@ def main(config: ConfigDict) -> None:
     log(f"{config.num_samples:,} sample{several} of {config.load_dir}, {request.title}")
     with drawing(request, FILES):
         draw(request)
+        if config.sweep:
+            sweep(request)
         if config.film:
             film(request)
 

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, run_program
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
 from utils.base.messages import UserError, WriteError
 from utils.conditions.classes import ClassCondition
-from utils.flags import drawing
+from utils.flags import conditions, drawing
 from utils.images.plotting import sample_grid
 from utils.images.samples import open_samples
 from utils.runs.opening import load_generator
@@ -47,18 +47,18 @@ def rename(model, *names):
 
 def test_classes_are_named_by_names_and_numbers(generator):  # noqa: F811
     model = rename(generator.model, NAMES)
-    assert drawing.choose_conditions("goldfish, 3,Tench", model).tolist() == [1, 3, 0]
-    assert drawing.choose_conditions("all", model).tolist() == [0, 1, 2, 3]
-    assert drawing.choose_conditions(None, model) is None
+    assert conditions.choose_conditions("goldfish, 3,Tench", model).tolist() == [1, 3, 0]
+    assert conditions.choose_conditions("all", model).tolist() == [0, 1, 2, 3]
+    assert conditions.choose_conditions(None, model) is None
     with pytest.raises(UserError, match="--edit=goldfsh: 'goldfsh' is no class"):
-        drawing.choose_conditions("goldfsh", model, "edit")
+        conditions.choose_conditions("goldfsh", model, "edit")
 
 
 def test_classes_without_images_are_not_among_all_and_named_where_asked_for(generator, capsys):  # noqa: F811
     model = rename(generator.model, NAMES, (0, 2))
-    assert drawing.choose_conditions("all", model).tolist() == [1, 3]
+    assert conditions.choose_conditions("all", model).tolist() == [1, 3]
     assert capsys.readouterr().err == ""
-    assert drawing.choose_conditions("tench,3", model).tolist() == [0, 3]
+    assert conditions.choose_conditions("tench,3", model).tolist() == [0, 3]
     assert "--classes=tench,3: the run had no training images of tench; expect noise" in capsys.readouterr().err
 
 
@@ -144,7 +144,7 @@ def test_more_classes_than_samples_are_reported(read_flags, run, tmp_path, capfd
     words = ["--load_dir", str(run), "--out", str(tmp_path), "--classes", "1,2,3", "--num_samples", "2"]
     assert drawing.load_request(read_flags(sample, words)).conditions.tolist() == [1, 2]
     warned = capfd.readouterr().err
-    assert "--classes=1,2,3 names 3 classes; only the first are drawn with --num_samples=2" in warned
+    assert "3 conditions are given; only the first are drawn with --num_samples=2" in warned
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_more_classes_than_samples_are_reported(read_flags, run, tmp_path, capfd
         ("--denoise_timesteps 0", r"--denoise_timesteps=0: use a whole number from 1"),
         ("--denoise_timesteps 4,2", r"give one of each; eval_fid.py compares several"),
         ("--film_frames 9", r"--film_frames=9 has no effect without --film"),
-        ("--classes 3 --labels balanced", r"--labels=balanced has no effect beside --classes"),
+        ("--classes 3 --labels balanced", r"--labels=balanced has no effect where conditions are given"),
         ("--batch_size 0", r"--batch_size=0: use 1 or more"),
         ("--vae x", r"--codec=kl:x has no effect on a run of pixels"),
         ("--cfg_channels 2", r"--cfg_channels=2: the model has 1 channels"),
@@ -197,7 +197,7 @@ def test_flags_of_edit_are_answered_with_its_command(read_flags, words, flag, an
     typed = shlex.split(str(error.value).partition(": ")[2])
     understood = read_flags(edit, typed[2:]).to_dict()
     assert edit.choose_mode(ConfigDict(understood))
-    assert set(asked) - set(understood) == set(sample.FILM_FLAGS)
+    assert set(asked) - set(understood) == set(sample.OWN_FLAGS)
     for name in (name for name in understood if name != "wandb" and asked.get(name) is not None):
         assert str(understood[name]) == os.path.expanduser(str(asked[name])), name
 

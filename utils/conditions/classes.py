@@ -185,6 +185,13 @@ class ClassCondition(Condition):
             return np.flatnonzero(self.drawn_classes).astype(np.int32)
         return np.array(read_classes(text, self.class_names), np.int32)
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return ("class",)
+
+    def from_fields(self, rows: Sequence[Mapping[str, str]]) -> Int[np.ndarray, " n"]:
+        return np.array([find_class(row["class"], self.class_names) for row in rows], np.int32)
+
     def titles(self, condition: Any) -> list[str]:
         return [self.class_names[label] if label < len(self.class_names) else "no class" for label in condition]
 

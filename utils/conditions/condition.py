@@ -7,7 +7,8 @@ the kind knows how it is read from data, drawn, written by a user, shown, mixed 
 A new kind is a frozen dataclass that implements `Condition`, and a line `CONDITIONS["name"] = MyCondition`.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -46,6 +47,9 @@ class Condition(Protocol):
 
     # How conditions of samples can be drawn; the first is the default.
     DRAW_MODES: ClassVar[tuple[str, ...]] = ("uniform",)
+    # Whether conditions of samples are rows of the training data, which a run keeps (utils/runs/pool.py), rather than
+    # what `draw` returns.
+    DRAWS_ROWS: ClassVar[bool] = False
 
     @property
     def spec(self) -> PyTree:
@@ -60,14 +64,24 @@ class Condition(Protocol):
         """Returns `count` times "no condition", as training drops it and guidance leads away from it."""
         ...
 
+    @property
+    def num_parts(self) -> int:
+        """The number of conditions of which it consists, which can be dropped one by one; 0 of a single one."""
+        return 0
+
+    def drop_each(self, drops: Bool[Array, "n parts"], condition: PyTree) -> PyTree:
+        """Returns the conditions (n, ...) without the parts for which `drops` is true."""
+        return condition
+
     def draw(
         self, key: Key[Array, ""], indices: Int[Array, " n"], mode: str = "uniform", weights: Array | None = None
     ) -> PyTree:
         """Returns the conditions of samples by number; row j is a function of (key, indices[j]) alone.
 
-        `mode` is one of DRAW_MODES. `weights` says how often each is wanted, where a kind counts its conditions.
+        `mode` is one of DRAW_MODES. `weights` says how often each is wanted, where a kind counts its conditions. It is
+        not called for a kind that DRAWS_ROWS.
         """
-        ...
+        raise TypeError(f"{type(self).__name__} draws rows of the data, of which there are none")
 
     def embedder(self, width: int, dtype: Any) -> nn.Module:
         """Returns the module condition (b, ...) -> Embedded, `width` wide, for use inside a network."""
@@ -86,6 +100,11 @@ class Condition(Protocol):
         """Returns the condition for a model of --model.num_classes. Raises UserError where they do not fit."""
         return self
 
+    def inherit(self, source: "Condition") -> "Condition":
+        """Returns the condition of data for a run that starts from one with the condition `source`: with what its
+        parameters rely on, such as means and standard deviations."""
+        return self
+
     def accepts(self, other: "Condition") -> bool:
         """Whether conditions of data of this `other` kind mean the same to a model with this one."""
         return self == other
@@ -98,7 +117,19 @@ class Condition(Protocol):
             raise UserError(f"conditions={values!r}: {error}") from None
 
     def parse(self, text: str) -> PyTree:
-        """Returns the conditions (n, ...) that a user writes on a command line. Raises UserError for others."""
+        """Returns the conditions (n, ...) that a user writes as --classes. Raises UserError for others."""
+        instead = "leave the flag out, or give them in Python"
+        if self.fields:
+            instead = f'use --condition "{",".join(f"{name}=..." for name in self.fields)}"'
+        raise UserError(f"the run's conditions are no classes; {instead}")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of what a user gives for one condition, as --condition NAME=VALUE; none if it cannot be written so."""
+        return ()
+
+    def from_fields(self, rows: Sequence[Mapping[str, str]]) -> PyTree:
+        """Returns the conditions (n, ...) of texts for each of `fields`. Raises UserError for others."""
         raise UserError("the run's conditions cannot be written; leave the flag out, or give them in Python")
 
     def to_columns(self, condition: PyTree) -> dict[str, np.ndarray]:
@@ -108,6 +139,15 @@ class Condition(Protocol):
         """
         # ADM's names: of classes, arr_1 is that of the labels.
         return {f"arr_{number}": np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(condition), start=1)}
+
+    @property
+    def typical(self) -> dict[str, str]:
+        """Texts of those `fields` that have a typical value, for a sweep through another field."""
+        return {}
+
+    def remarks(self, condition: PyTree) -> list[str]:
+        """Returns remarks on conditions (n, ...) that a user gives, such as values that no training image had."""
+        return []
 
     def titles(self, condition: PyTree) -> list[str]:
         """Returns how a figure names each of the conditions (n, ...)."""
@@ -215,6 +255,11 @@ def number_rows(condition: Condition, values: PyTree) -> tuple[Int[np.ndarray, "
     return places.reshape(-1), condition.titles(jax.tree.map(lambda rows: np.asarray(rows)[first], values))
 
 
+def take_rows(condition: PyTree, places: Any) -> PyTree:
+    """Returns the rows at `places`: numbers of rows, a mask, or a slice."""
+    return jax.tree.map(lambda rows: rows[places], condition)
+
+
 def drop_rows(is_dropped: Bool[Array, " b"], null: PyTree, condition: PyTree) -> PyTree:
     """Returns `null` in the rows that are dropped, and `condition` in the others."""
 
@@ -228,6 +273,16 @@ def drop_rows(is_dropped: Bool[Array, " b"], null: PyTree, condition: PyTree) ->
 def resize_rows(condition: PyTree, count: int) -> PyTree:
     """Returns `count` rows as NumPy arrays, from the first on and around."""
     return jax.tree.map(lambda rows: np.resize(rows, (count, *np.shape(rows)[1:])), condition)
+
+
+def read_rows(condition: Condition, examples: Iterable[Mapping[str, Any]], count: int) -> PyTree:
+    """Returns the conditions (count, ...) of `count` examples of a data source, as NumPy arrays."""
+    rows = empty_rows(condition, count)
+    for place, example in enumerate(examples):
+        jax.tree.map(
+            lambda leaf, value, place=place: operator.setitem(leaf, place, value), rows, condition.read(example)
+        )
+    return rows
 
 
 def empty_rows(condition: Condition, count: int) -> PyTree:

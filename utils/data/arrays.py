@@ -1,6 +1,6 @@
 """Data sets of NumPy's files (npz:FILE), and the digits of scikit-learn."""
 
-import importlib.util
+import importlib.metadata
 import itertools
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -41,8 +41,8 @@ WANTED = "images uint8 or float (n, h, w, c) and labels (n,)"
 def load_digits(name: str, split: str, options: DataOptions) -> ImageDataset:
     """Returns the split of 1,797 real handwritten digits, 8x8 and grey, shipped with scikit-learn (UCI, CC BY 4.0)."""
     # The file alone: to import scikit-learn takes most of a second. A row has 64 levels of ink, 0 .. 16, and the digit.
-    (package,) = importlib.util.find_spec("sklearn").submodule_search_locations  # ty: ignore[unresolved-attribute]
-    rows = np.loadtxt(Path(package) / "datasets/data/digits.csv.gz", delimiter=",")
+    path = importlib.metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    rows = np.loadtxt(str(path), delimiter=",")
     images = np.round(rows[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     labels = rows[:, -1].astype(np.int64)
     chosen = split_rows(len(rows), split, NUM_HELD_OUT_DIGITS)

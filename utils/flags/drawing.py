@@ -13,9 +13,9 @@ from utils.base.devices import explaining_out_of_memory
 from utils.base.files import check_writable, prepare_output_folder
 from utils.base.messages import UserError, WriteError, configure_output, warn
 from utils.codecs.codec import pixel_format
-from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import count_rows, resize_rows
 from utils.flags import reading
+from utils.flags.conditions import define_condition_flags, read_conditions
 from utils.flags.definitions import define_codec_flags, define_path, define_sampler_flags, define_tracker_flags
 from utils.flags.help import topic
 from utils.images.pictures import PictureFolder
@@ -32,8 +32,8 @@ def define_drawing_flags(num_samples: str) -> None:
     """Registers the flags of the run, the samples and the output. `num_samples` is the help of that flag."""
     with topic("What is drawn"):
         define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
-        flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, in turn; or all.")
-        flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn without --classes.")
+        define_condition_flags()
+        flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn where none are given.")
         flags.DEFINE_integer("num_samples", 16, num_samples, 1, 10**7)
         flags.DEFINE_integer("seed", 0, "Sample i depends on this, on i and on its class alone.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
@@ -60,7 +60,7 @@ class Request:
     config: ConfigDict
     generator: ImageGenerator
     sampler: SamplerConfig
-    chosen: PyTree | None  # the conditions of --classes, in its order
+    chosen: PyTree | None  # the given conditions, in their order
     conditions: PyTree  # (num_samples, ...) of samples 0, 1, 2, ...; of classes, labels
     pictures: PictureFolder
 
@@ -111,13 +111,13 @@ def load_request(config: ConfigDict) -> Request:
         check_pictures(pixel_format(model.codec), model.image_shape, what, fix)
 
     # A condition for each sample: the chosen ones in turn, or drawn ones, which depend on the seed.
-    chosen = choose_conditions(config.classes, model)
+    chosen = read_conditions(config, model)
     if chosen is None:
         conditions = generator.conditions(range(config.num_samples))
     else:
         if count_rows(chosen) > config.num_samples:
             warn(
-                f"--classes={config.classes} names {count_rows(chosen)} classes; only the first are drawn with "
+                f"{count_rows(chosen)} conditions are given; only the first are drawn with "
                 f"--num_samples={config.num_samples}"
             )
         conditions = resize_rows(chosen, config.num_samples)
@@ -135,29 +135,6 @@ def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
     if len(samplers) > 1:
         raise UserError("--cfg_scale and --denoise_timesteps: give one of each; eval_fid.py compares several")
     return samplers[0]
-
-
-def choose_conditions(text: str | None, model: ImageModel, flag: str = "classes") -> PyTree | None:
-    """Returns the conditions (n, ...) that --`flag` gives as `text`, in its order; None without it.
-
-    Classes are given by name or number; 'all' stands for those of which the run had images. Raises UserError for a word
-    that is no condition.
-    """
-    if text is None:
-        return None
-    # Each kind of condition reads its own words; its errors do not know the flag.
-    kind = model.condition
-    try:
-        chosen = kind.parse(text)
-    except UserError as error:
-        raise UserError(f"--{flag}={text}: {error}") from None
-
-    # A class whose folder was empty has a label, but the model never saw it.
-    if isinstance(kind, ClassCondition):
-        labels = dict.fromkeys(chosen.tolist())
-        if empty := [kind.class_names[label] for label in labels if label in kind.empty_classes]:
-            warn(f"--{flag}={text}: the run had no training images of {', '.join(empty[:5])}; expect noise")
-    return chosen
 
 
 @contextlib.contextmanager

@@ -31,6 +31,13 @@ _METRICS = (
         lambda given: given.metrics and "inception_score" not in given.metrics,
     ),
 )
+_LABELS = Rule(
+    ("labels",),
+    "where conditions are given",
+    lambda given: any(
+        getattr(given, name, None) is not None for name in ("classes", "condition", "condition_file", "sweep")
+    ),
+)
 
 
 # {program: its rules}, in the order in which they are looked at. Those of a training are in utils/training/effects.py:
@@ -76,12 +83,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
         *_METRICS,
     ),
     "sample": (
-        Rule(("labels",), "beside --classes", lambda given: given.classes is not None),
+        _LABELS,
         Rule(("film_frames", "film_format"), "without --film", lambda given: not given.film),
     ),
     # --interpolate draws samples of its own; --invert and --inpaint take images.
     "edit": (
-        Rule(("labels",), "beside --classes", lambda given: given.classes is not None),
+        _LABELS,
         Rule(("between",), "without --interpolate", lambda given: given.interpolate is None),
         Rule(
             ("save_samples",),

@@ -5,13 +5,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
 import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
+import utils.conditions.several
+import utils.conditions.vector  # noqa: F401 (likewise)
+from utils.base.messages import UserError
 from utils.base.settings import check_made, find_entry
 from utils.codecs.codec import Codec
-from utils.conditions.condition import Condition
+from utils.conditions.condition import Condition, count_rows, take_rows
 from utils.networks.lora import merge_lora
 from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.objective import ModelFn, Objective
@@ -48,6 +52,7 @@ class ImageModel(NamedTuple):
     codec: Codec
     mesh: Mesh
     image_shape: tuple[int, int, int]
+    pool: PyTree | None = None  # conditions (m, ...) from which those of samples are drawn; None where kinds draw them
 
     @property
     def condition(self) -> Condition:
@@ -57,6 +62,13 @@ class ImageModel(NamedTuple):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         return self.codec.latent_shape(self.image_shape)
+
+    def show(self, number: int, count: int) -> PyTree:
+        """Returns the `count` conditions that the panels of evaluation `number` show."""
+        if self.pool is None:
+            return self.condition.show(number, count)
+        # The same rows at every evaluation, so that its panels can be compared.
+        return take_rows(self.pool, np.linspace(0, count_rows(self.pool) - 1, count).round().astype(int))
 
 
 def read_network(values: Mapping[str, Any]) -> NetworkConfig:
@@ -80,6 +92,8 @@ def make_model(
     shape = (height, width, channels)
     # Checked before anything is built: a network that does not fit would fail in a trace, without a flag to name.
     config.check(codec.latent_shape(shape))
+    if config.condition_dropout == "each" and not condition.num_parts:
+        raise UserError("--model.condition_dropout=each: the data have one condition alone; leave it out")
     network = NETWORKS[config.network].build(config, remat, mesh, condition.fit(config.num_classes))
     check_made(network, Network, f"the builder of --model.network={config.network}")
     return ImageModel(network, objective, codec, mesh, shape)

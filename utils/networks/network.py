@@ -40,6 +40,9 @@ class NetworkConfig:
     class_dropout_prob: float = setting(
         0.1, "Probability of dropping a label in training, for classifier-free guidance.", 0, 1
     )
+    condition_dropout: str = setting(
+        "together", "Of several conditions: drop all together, or each by itself, too.", choices=("together", "each")
+    )
     # Objectives that learn average velocities pass the step as a fourth argument.
     step_conditioning: int = setting(0, "1: the model is also given the length of the step that it is asked for.", 0, 1)
     dtype: str = setting(

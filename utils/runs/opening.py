@@ -29,6 +29,7 @@ from utils.networks.models import ImageModel, init_params, make_model, read_netw
 from utils.networks.state import young_ema_hint
 from utils.objectives.objectives import make_objective
 from utils.runs.checkpoint import FOLDER, Checkpoints, SaveError, has_checkpoints
+from utils.runs.pool import read_pool
 from utils.runs.saved_config import VAE_FACTOR, find_latent_shape, read_config
 from utils.sampling.generator import ImageGenerator
 
@@ -108,6 +109,7 @@ def load_generator(
     checkpoints, steps = open_checkpoint(str(run))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     model = load_model(saved, mesh, dtype=dtype, codec=codec, needs_images=needs_images)
+    model = model._replace(pool=read_pool(split_load_dir(str(run))[0], model.condition))
     check_draw_mode(model.condition, label_mode)  # before parameters are read
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, saved, params)
     return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode)

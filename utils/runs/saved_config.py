@@ -34,6 +34,7 @@ OLDER_RUNS: dict[str, Any] = {
     "model.step_conditioning": 0,
     "model.learned_positions": 0,
     "model.learn_sigma": 0,
+    "model.condition_dropout": "together",
     "model.token_mode": "context",
     "model.class_tokens": 0,
     "model.norm": "layer",

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PyTree
 
 from utils.base.mesh import batch_sharding, shape_structs
 from utils.codecs.codec import pixel_format
-from utils.conditions.condition import Mixture
+from utils.conditions.condition import Mixture, count_rows, take_rows
 from utils.kernels.random import unroll
 from utils.networks.models import ImageModel, model_fn
 from utils.objectives.objective import ModelFn, VelocityFn
@@ -117,6 +117,13 @@ def split_seed(seed):
 def draw_conditions(key, indices, weights, *, kind, mode):
     """Returns the conditions (b, ...) of the samples `indices`, see `Condition.draw`."""
     return kind.draw(unroll(key), indices, mode, weights)
+
+
+@jax.jit
+def draw_rows(key, indices, pool):
+    """Returns conditions (b, ...) for the samples `indices`, each a row of the pool (m, ...) drawn uniformly."""
+    draw = jax.vmap(lambda i: jax.random.randint(jax.random.fold_in(unroll(key), i), (), 0, count_rows(pool)))
+    return take_rows(pool, draw(indices))
 
 
 @partial(jax.jit, static_argnames=("shape",))

@@ -198,6 +198,10 @@ class ImageGenerator:
         return jax.tree.map(gather, self._draw(np.asarray(indices, np.int32)))
 
     def _draw(self, indices: Any) -> PyTree:
+        if self.model.pool is not None:
+            return compiled.draw_rows(self.label_key, indices, self.model.pool)
+        if self.condition.DRAWS_ROWS:
+            raise UserError("the run has lost its conditions.npz, from which conditions are drawn; give conditions")
         return compiled.draw_conditions(self.label_key, indices, self.counts, kind=self.condition, mode=self.label_mode)
 
     def sample_latents(

@@ -40,6 +40,7 @@ from utils.base.mesh import (
 from utils.base.messages import UserError, log
 from utils.codecs.codec import set_pixel_format
 from utils.codecs.codecs import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
+from utils.conditions.condition import restore_condition
 from utils.data.batches import first_examples, next_batch, training_batches
 from utils.data.dataset import SPLITS, ImageDataset
 from utils.data.loaders import describe_data, load_dataset, summarize_data
@@ -52,6 +53,7 @@ from utils.networks.state import EmaSchedule, TrainState, create_train_state, fr
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, has_checkpoints
 from utils.runs.config import RunConfig
+from utils.runs.pool import choose_pool
 from utils.sampling.samplers import can_guide, explain_no_guidance
 from utils.training.advice import model_hints
 from utils.training.configure import with_classes
@@ -160,11 +162,13 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
     log(summarize_data(datasets, training.batch_size))
     stages.end("data")
 
-    # Model. A run that starts from another has as many labels as its own data.
+    # Model. A run that starts from another has as many labels as its own data, and the other's scale of conditions.
     is_new = not has_checkpoints(config.folder)
     source = SourceRun.open(config.start.load_dir) if config.start.load_dir and is_new else None
     if source:
         config = with_classes(config, dataset.num_classes)
+    datasets = inherit_condition(datasets, source.saved if source else read_started_from(config.folder))
+    dataset = datasets["train"]
     model, spec = build_model(config, dataset, mesh)
     report_hints(config, model, dataset)
 
@@ -186,6 +190,17 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
         reference=load_reference(config, mesh, dataset),
         stages=stages,
     )
+
+
+def inherit_condition(datasets: Mapping[str, ImageDataset], saved: Mapping[str, Any] | None) -> dict[str, ImageDataset]:
+    """Returns the splits for a run that starts from one of the configuration `saved`, see `Condition.inherit`."""
+    if saved is None or datasets["train"].own_condition is None:
+        return dict(datasets)
+    source = restore_condition(saved["dataset"])
+    return {
+        split: dataclasses.replace(dataset, own_condition=dataset.condition.inherit(source))
+        for split, dataset in datasets.items()
+    }
 
 
 def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[ImageModel, CodecSpec]:
@@ -216,7 +231,7 @@ def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[I
             f"--objective.name={config.objective_name} needs a network that takes a step; "
             f"--model.network={config.model.network} does not (docs/change_this.md, Network)"
         )
-    return model, spec
+    return model._replace(pool=choose_pool(dataset)), spec
 
 
 def report_hints(config: RunConfig, model: ImageModel, dataset: ImageDataset) -> None:

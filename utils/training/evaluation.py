@@ -109,7 +109,7 @@ def sample_panels(
     from utils.images import plotting  # slow to import: matplotlib
 
     # The same for all panels.
-    condition = model.condition.show(number, PANEL_SIZE)
+    condition = model.show(number, PANEL_SIZE)
     noise = sample_noise(key, jnp.arange(PANEL_SIZE), model.latent_shape)
     names = model.condition.titles(condition)
     stage_titles = [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]

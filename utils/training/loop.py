@@ -20,6 +20,7 @@ from utils.data.fingerprint import write_listing
 from utils.networks.state import TrainState
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
+from utils.runs.pool import write_pool
 from utils.trackers.trackers import Trackers
 from utils.training.advice import batch_structs, ema_hints, plan_lines
 from utils.training.build import (
@@ -141,7 +142,8 @@ def restore_or_init(
 
 
 def write_config(run: Run, step: int) -> None:
-    """Writes config.json, a copy of it under the time and step of this start, and the listing of the data."""
+    """Writes config.json, a copy of it under the time and step of this start, and what is kept of the data: their
+    listing, and conditions of samples."""
     if jax.process_index() > 0:
         return
     history = run.folder / "configs"
@@ -149,6 +151,7 @@ def write_config(run: Run, step: int) -> None:
     for path in (history / f"{time.strftime('%Y%m%d-%H%M%S')}_step{step}.json", run.folder / "config.json"):
         write_json(path, run.record)
     write_listing(run.folder, {split: dataset.fingerprint for split, dataset in run.datasets.items()})
+    write_pool(run.folder, run.model.pool)
 
 
 def run_steps(run: Run, wait_for_state: Callable[[], TrainState], step: int, resources: Resources) -> TrainState:

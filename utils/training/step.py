@@ -55,22 +55,26 @@ def accumulate_microbatches(
 
 
 def draw_examples(
-    key: Key[Array, ""], batch: Batch, objective: Objective, class_dropout_prob: float | Array
+    key: Key[Array, ""], batch: Batch, objective: Objective, class_dropout_prob: float | Array, num_parts: int = 0
 ) -> dict[str, PyTree]:
     """Returns the batch with all that is random in its loss, per example.
 
     These are keys for the codec, the objective's draws, and which conditions are dropped (classifier-free guidance,
-    arXiv:2207.12598).
+    arXiv:2207.12598). Of `num_parts` each is dropped by itself, too.
     """
     # A key for each purpose, so that none depends on how much another draws. All rows are drawn at once, before any
     # split into microbatches; noise, and what a codec draws, by JAX's own form of a key, which computes faster.
     codec_key, time_key, noise_key, dropout_key = jax.random.split(unroll(key), 4)
-    return {
+    examples = {
         "batch": batch,
         "codec_key": jax.random.split(roll(codec_key), batch.num_examples),
         "draws": objective.draw(time_key, roll(noise_key), batch.num_examples) | batch.draws(),
         "is_dropped": jax.random.bernoulli(dropout_key, class_dropout_prob, (batch.num_examples,)),
     }
+    if num_parts:
+        shape = (batch.num_examples, num_parts)
+        examples["drops"] = jax.random.bernoulli(jax.random.fold_in(dropout_key, 1), class_dropout_prob, shape)
+    return examples
 
 
 def example_losses(
@@ -90,6 +94,8 @@ def example_losses(
     is_dropped = examples["is_dropped"]
     null = model.condition.null(len(is_dropped))
     condition = drop_rows(is_dropped, null, examples["batch"].condition)
+    if "drops" in examples:
+        condition = model.condition.drop_each(examples["drops"], condition)
 
     # The network under both sets of parameters: objectives may take targets from the EMA.
     functions = (model_fn(model, params), model_fn(model, ema_params))
@@ -127,7 +133,8 @@ def compute_gradients(
         return jax.grad(loss_fn, has_aux=True)(state.params)
 
     # Microbatches keep whole periods of rows, as an objective may give rows different roles.
-    examples = draw_examples(key, batch, objective, class_dropout_prob)
+    num_parts = model.condition.num_parts if model.config.condition_dropout == "each" else 0
+    examples = draw_examples(key, batch, objective, class_dropout_prob, num_parts)
     return accumulate_microbatches(gradients, examples, grad_accum, row_period(objective))
 
 

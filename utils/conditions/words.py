@@ -1,0 +1,68 @@
+"""The syntax of conditions on a command line: values by name, and columns of data by kind."""
+
+from collections.abc import Sequence
+
+from utils.base.messages import UserError
+from utils.base.settings import unknown_name
+from utils.conditions.condition import CONDITIONS
+
+
+def parse_rows(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
+    """Returns the texts of `angle=0.3,mass=2; angle=1,mass=2`, {field: value} for each condition between semicolons.
+
+    Values that hold a comma or a semicolon stand in double quotes. Raises UserError unless each row gives each field
+    once.
+    """
+    rows = []
+    for part in _split(text, ";"):
+        row = {}
+        for pair in _split(part, ","):
+            name, equals, value = (word.strip() for word in pair.partition("="))
+            if not equals or not value:
+                raise UserError(f"{pair.strip()!r} is not of the form NAME=VALUE; names are {', '.join(fields)}")
+            if name not in fields:
+                raise UserError(f"{name!r} is no part of the run's condition; give {', '.join(fields)}")
+            if name in row:
+                raise UserError(f"{name} is given twice; separate conditions by ;")
+            row[name] = value[1:-1] if value[0] == value[-1] == '"' and len(value) > 1 else value
+        if missing := [name for name in fields if name not in row]:
+            raise UserError(
+                f"{part.strip()!r} lacks {', '.join(missing)}; give a value for each of {', '.join(fields)}"
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"it gives no condition; write {', '.join(f'{name}=...' for name in fields)}")
+    return rows
+
+
+def _split(text: str, mark: str) -> list[str]:
+    """Returns the parts of a text between marks that stand outside of double quotes, without empty ones."""
+    parts = [""]
+    is_quoted = False
+    for letter in text:
+        is_quoted ^= letter == '"'
+        if letter == mark and not is_quoted:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part.strip()]
+
+
+def parse_columns(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Returns the kinds of --condition_columns and the columns of each: `vector:a,b+class:c` is
+    (("vector", ("a", "b")), ("class", ("c",))). A kind without a colon has no columns of its own choice.
+
+    Raises UserError, which does not name the flag, for a kind that is unknown or given twice, and for empty names.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for part in text.split("+"):
+        kind, colon, names = part.strip().partition(":")
+        columns = tuple(name.strip() for name in names.split(",")) if colon else ()
+        if kind not in CONDITIONS:
+            raise unknown_name(f"{kind!r}", kind, CONDITIONS)
+        if kind in found:
+            raise UserError(f"{kind} is given twice; join its columns by commas")
+        if colon and (not all(columns) or len(set(columns)) < len(columns)):
+            raise UserError(f"{part.strip()!r} needs the name of a column after the colon, each name once")
+        found[kind] = columns
+    return tuple(found.items())

@@ -1,0 +1,193 @@
+"""Conditions of samples on the command line: classes, numbers by name, rows of a file, a sweep through one number."""
+
+import csv
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from utils.base.external import BadFileError, read_npz, read_npz_headers
+from utils.base.messages import UserError, warn
+from utils.conditions.classes import ClassCondition
+from utils.conditions.condition import Condition, read_rows
+from utils.conditions.words import parse_rows
+from utils.flags.definitions import define_path
+from utils.networks.models import ImageModel
+
+MAX_SWEEP = 64  # images in a row
+MAX_FILE_BYTES = 2**30
+# {array of an npz, as in data: what a kind of condition reads of an example}.
+ARRAYS = {"labels": "label", "conditions": "conditions"}
+# Flags that give conditions, of which a command has one.
+GIVING = ("sweep", "classes", "condition", "condition_file")
+
+
+def define_condition_flags() -> None:
+    """Registers the flags that give conditions of samples."""
+    flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, in turn; or all.")
+    flags.DEFINE_string("condition", None, "Conditions by name, in turn: angle=0.3,mass=2; angle=1,mass=2.")
+    define_path("condition_file", None, "A row for each condition: .csv with a column for each name, or .npz as data.")
+
+
+def read_conditions(config: ConfigDict, model: ImageModel) -> PyTree | None:
+    """Returns the conditions (n, ...) of --classes, --condition, --condition_file or --sweep, in their order; None
+    without them.
+
+    Raises UserError for two of these flags, and for what is no condition of the run.
+    """
+    # Beside --sweep, --condition has what does not change.
+    given = [name for name in GIVING if config.get(name) is not None]
+    if not given:
+        return None
+    if len(given) > 1 and given != ["sweep", "condition"]:
+        raise UserError(f"--{given[0]} and --{given[1]}: give one of them")
+    kind = model.condition
+    flag = given[0]
+    if flag == "classes":
+        return choose_conditions(config.classes, model)
+
+    # Each kind of condition reads its own words; its errors do not know the flag.
+    try:
+        if flag == "sweep":
+            chosen = read_sweep(config.sweep, config.condition, kind).conditions
+        elif flag == "condition":
+            chosen = kind.from_fields(parse_rows(config.condition, _fields(kind)))
+        else:
+            chosen = read_condition_file(Path(config.condition_file), kind)
+    except UserError as error:
+        raise UserError(f"--{flag}={config[flag]}: {error}") from None
+    for remark in kind.remarks(chosen):
+        warn(f"--{flag}: {remark}")
+    return chosen
+
+
+def choose_conditions(text: str | None, model: ImageModel, flag: str = "classes") -> PyTree | None:
+    """Returns the conditions (n, ...) that --`flag` gives as `text`, in its order; None without it.
+
+    Classes are given by name or number; 'all' stands for those of which the run had images. Raises UserError for a word
+    that is no condition.
+    """
+    if text is None:
+        return None
+    kind = model.condition
+    try:
+        chosen = kind.parse(text)
+    except UserError as error:
+        raise UserError(f"--{flag}={text}: {error}") from None
+
+    # A class whose folder was empty has a label, but the model never saw it.
+    if isinstance(kind, ClassCondition):
+        labels = dict.fromkeys(chosen.tolist())
+        if empty := [kind.class_names[label] for label in labels if label in kind.empty_classes]:
+            warn(f"--{flag}={text}: the run had no training images of {', '.join(empty[:5])}; expect noise")
+    return chosen
+
+
+def read_condition_file(path: Path, kind: Condition) -> PyTree:
+    """Returns the conditions (n, ...) of a table: .csv with a column for each of the kind's fields, or .npz with the
+    arrays that data have, such as `conditions` (n, k). Columns and arrays of other names are left alone.
+
+    Raises UserError, which does not name the flag, if the file cannot be read or lacks something.
+    """
+    if not path.is_file():
+        raise UserError("there is no such file")
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+    if path.suffix == ".npz":
+        return _read_npz(path, kind)
+    if path.suffix != ".csv":
+        raise UserError("give a .csv or an .npz")
+
+    # Rows of text, each with a value for each field.
+    fields = _fields(kind)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"it is no table in UTF-8 ({error})") from None
+    if missing := [name for name in fields if name not in (reader.fieldnames or ())]:
+        raise UserError(f"it has no column {', '.join(missing)}; there are {', '.join(reader.fieldnames or ['none'])}")
+    if not rows:
+        raise UserError("it has no rows")
+    for number, row in enumerate(rows):
+        if lacking := [name for name in fields if not row[name]]:
+            raise UserError(f"row {number} (from 0) has no {lacking[0]}")
+    return kind.from_fields([{name: row[name] for name in fields} for row in rows])
+
+
+def _read_npz(path: Path, kind: Condition) -> PyTree:
+    try:
+        headers = read_npz_headers(path)
+        arrays = read_npz(path, {name: headers[name] for name in ARRAYS if name in headers})
+    except BadFileError as error:
+        raise UserError(f"it cannot be read ({error})") from None
+
+    # Row by row, as data are read.
+    lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(lengths) != 1 or not min(lengths):
+        found = ", ".join(f"{name} {headers[name].shape}" for name in sorted(headers)) or "nothing"
+        raise UserError(f"needed are arrays of one length among {', '.join(ARRAYS)}; it holds {found}")
+    examples = ({ARRAYS[name]: array[place] for name, array in arrays.items()} for place in range(min(lengths)))
+    try:
+        rows = read_rows(kind, examples, min(lengths))
+    except KeyError as error:
+        wanted = next(name for name, key in ARRAYS.items() if key == error.args[0])
+        raise UserError(f"it has no array {wanted}") from None
+    except ValueError as error:
+        raise UserError(f"its arrays are not of the run's condition ({error})") from None
+    return kind.check(rows)
+
+
+class Sweep(NamedTuple):
+    """Conditions that differ by one field alone."""
+
+    conditions: PyTree  # (n, ...)
+    titles: list[str]  # of each, by that field
+    others: str  # the other fields, in words
+
+
+def read_sweep(text: str, given: str | None, kind: Condition) -> Sweep:
+    """Returns the conditions of `NAME=FIRST:LAST:COUNT`, at equal distances.
+
+    `given` has the fields that are not swept, as --condition writes them; without it they are typical. Raises
+    UserError, which does not name the flag.
+    """
+    match = re.fullmatch(r"\s*([^=]+?)\s*=([^:]+):([^:]+):\s*([0-9]+)\s*", text)
+    fields = _fields(kind)
+    if not match or match[1] not in fields:
+        raise UserError(f"write NAME=FIRST:LAST:COUNT, with one of {', '.join(fields)}")
+    try:
+        first, last, count = float(match[2]), float(match[3]), int(match[4])
+    except ValueError:
+        raise UserError(f"{match[2]} and {match[3]} are no numbers") from None
+    if not 2 <= count <= MAX_SWEEP or not np.isfinite([first, last]).all():
+        raise UserError(f"use 2 to {MAX_SWEEP} values between two finite numbers")
+
+    # What does not change.
+    name = match[1]
+    others = [field for field in fields if field != name]
+    if given is None:
+        constant: Mapping[str, str] = {field: kind.typical[field] for field in others if field in kind.typical}
+        if missing := [field for field in others if field not in constant]:
+            raise UserError(f"give {', '.join(missing)} by --condition")
+    else:
+        rows = parse_rows(given, others)
+        if len(rows) != 1:
+            raise UserError(f"beside it, --condition gives {', '.join(others)} once")
+        (constant,) = rows
+    texts = [f"{value:.9g}" for value in np.linspace(first, last, count)]
+    titles = [f"{name}={float(text):.3g}" for text in texts]
+    conditions = kind.from_fields([{**constant, name: text} for text in texts])
+    return Sweep(conditions, titles, ", ".join(f"{field}={value}" for field, value in constant.items()))
+
+
+def _fields(kind: Condition) -> tuple[str, ...]:
+    if not kind.fields:
+        raise UserError("the run's conditions cannot be written; leave the flag out, or give them in Python")
+    return kind.fields
