@@ -2,8 +2,6 @@
 
 import json
 import re
-from importlib import import_module
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -12,19 +10,15 @@ from image_files import write
 
 from utils.base.messages import UserError
 from utils.conditions.classes import ClassCondition
+from utils.conditions.several import SeveralCondition
+from utils.conditions.vector import VectorCondition
 from utils.data.fingerprint import compare_data
 from utils.data.folder_tables import Asked, read_conditions
 from utils.images.tables import read_table
 
 COUNT = 6
-VECTOR = "utils.conditions.vector"
-needs_vector = pytest.mark.skipif(find_spec(VECTOR) is None, reason="numbers are no condition here")
 ANGLES = [0.5 * i for i in range(COUNT)]
 SPECIES = ["owl", "cat", "owl", "cat", "cat", "owl"]
-
-
-if find_spec(VECTOR):  # which enters the kind
-    import_module(VECTOR)
 
 
 def write_images(folder, count=COUNT):
@@ -58,7 +52,6 @@ def read_all(dataset):
     return {int(row["image"].max()) // 10: row for row in rows}
 
 
-@needs_vector
 @pytest.mark.parametrize("write_table", [write_csv, write_jsonl])
 def test_numbers_of_a_table_are_the_condition(tmp_path, write_table, capfd):
     write_images(tmp_path)
@@ -71,7 +64,7 @@ def test_numbers_of_a_table_are_the_condition(tmp_path, write_table, capfd):
         assert dataset.source.read_condition(0).keys() == {"label", "conditions"}
         assert not dataset.random_flip  # an angle turns with its image
     # Names, means and ranges are those of the training images, in both splits.
-    assert isinstance(datasets[0].condition, import_module(VECTOR).VectorCondition)
+    assert isinstance(datasets[0].condition, VectorCondition)
     train = np.array([[i * i, ANGLES[i]] for i in sorted(read_all(datasets[0]))])
     for dataset in datasets:
         assert (dataset.condition.names, dataset.class_names) == (("mass", "angle"), ())
@@ -106,7 +99,6 @@ def test_labels_of_edm_are_classes(tmp_path):
     assert {i: int(row["label"]) for i, row in rows.items()} == {0: 1, 1: 0, 2: 1, 3: 2, 5: 0}  # -1 is no label
 
 
-@needs_vector
 def test_labels_of_edm_are_vectors(tmp_path):
     write_images(tmp_path)
     write_edm(tmp_path, [[i, -i / 3] for i in range(COUNT)])
@@ -146,7 +138,6 @@ def test_captions_are_the_condition(tmp_path):
     np.testing.assert_array_equal(condition["value"], dataset.condition.encode([caption])["value"][0])
 
 
-@needs_vector
 def test_each_split_has_its_table_or_that_of_the_root(tmp_path):
     for split in ("train", "valid"):
         write_images(tmp_path / split)
@@ -165,16 +156,17 @@ def test_each_split_has_its_table_or_that_of_the_root(tmp_path):
     assert dataset.condition.highs == (COUNT - 1,)
 
 
-@needs_vector
 def test_classes_of_folders_stay_beside_a_table(tmp_path):
     for name in ("cat", "owl"):
         write_images(tmp_path / name, 3)
     write_csv(tmp_path, [f"{name}/{i}.png,{i}" for name in ("cat", "owl") for i in range(3)], "file_name,mass")
     assert load_table(tmp_path, "vector:mass").class_names == ()
     assert load_table(tmp_path, "class").class_names == ("cat", "owl")
+    both = load_table(tmp_path, "vector:mass+class")
+    assert isinstance(both.condition, SeveralCondition)
+    assert (both.condition.fields, both.class_names) == (("class", "mass"), ("cat", "owl"))
 
 
-@needs_vector
 def test_another_condition_of_an_image_is_another_data_set(tmp_path):
     write_images(tmp_path)
     write_csv(tmp_path)
@@ -205,6 +197,7 @@ BAD = [
     ("vector:species", rows_of(), "species of 0.png is 'owl', no number; a column of texts is a class:species"),
     ("class:angle", rows_of(), r"angle of 1.png is 0.5, no class; give vector:angle"),
     ("class:angle,mass", rows_of(), "class takes one column; name one"),
+    ("vector:one", [f"{i}.png,3" for i in range(COUNT)], "one is the same in all rows"),
     ("image:angle", rows_of(), "image"),
     ("vector:", rows_of(), "needs the name of a column"),
 ]
@@ -249,7 +242,6 @@ def test_a_folder_has_one_table(tmp_path):
         load_table(tmp_path, "vector")
 
 
-@needs_vector
 def test_rows_without_an_image_are_said(tmp_path, capfd):
     write_images(tmp_path)
     write_csv(tmp_path, [*rows_of(), "lost.png,1,1,owl"])
