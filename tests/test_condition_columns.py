@@ -6,12 +6,11 @@ import pytest
 from utils.base.messages import UserError, warn_once
 from utils.conditions.classes import ClassCondition
 from utils.conditions.tokens import TextCondition, TokensCondition
+from utils.conditions.vector import VectorCondition
 from utils.data.columns import column_dataset
 from utils.data.dataset import SPLITS, DataOptions, split_rows
 from utils.data.loaders import load_dataset
 
-pytest.importorskip("utils.conditions.several")
-VectorCondition = pytest.importorskip("utils.conditions.vector").VectorCondition
 rng = np.random.default_rng(0)
 IMAGES = rng.normal(size=(200, 4, 6, 2)).astype(np.float32)
 NUMBERS = rng.normal(3, 2, (200, 2))

@@ -11,8 +11,10 @@ from jaxtyping import Int
 
 from utils.base.messages import UserError, warn_once
 from utils.conditions.classes import ClassCondition
-from utils.conditions.condition import CONDITIONS, Condition
+from utils.conditions.condition import Condition
+from utils.conditions.several import SeveralCondition
 from utils.conditions.tokens import MAX_LENGTH, MAX_WIDTH, TextCondition, TokensCondition
+from utils.conditions.vector import VectorCondition
 from utils.data.dataset import (
     SPLITS,
     ArrayLike,
@@ -294,7 +296,7 @@ def make_condition(
         empty = find_empty_classes(columns["label"], len(class_names)) if "label" in columns else ()
         parts["class"] = ClassCondition(tuple(class_names), empty)
     if "conditions" in columns:
-        parts["vector"] = _find_kind("vector").of_rows(columns["conditions"], names)
+        parts["vector"] = VectorCondition.of_rows(columns["conditions"], names)
     if "caption" in columns:
         parts["text"] = _make_text(columns, text_encoder or "words")
     elif "tokens" in columns:
@@ -306,15 +308,7 @@ def make_condition(
         raise UserError("condition_images are not learned from yet; leave them out")
     if parts.keys() <= {"class"}:
         return None
-    return next(iter(parts.values())) if len(parts) == 1 else _find_kind("several")(tuple(parts.items()))
-
-
-def _find_kind(name: str) -> Any:
-    """Returns the class of a registered kind. Raises UserError, naming those that there are, for another."""
-    if name not in CONDITIONS:
-        words = "several columns are not learned from together" if name == "several" else f"{name} is not learned from"
-        raise UserError(f"{words} yet; --condition_columns names one of {', '.join(CONDITIONS)}")
-    return CONDITIONS[name]
+    return next(iter(parts.values())) if len(parts) == 1 else SeveralCondition(tuple(parts.items()))
 
 
 def _make_text(columns: Mapping[str, np.ndarray], text_encoder: str) -> TextCondition:
