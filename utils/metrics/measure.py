@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from utils.base.mesh import gather, shard_replicated
 from utils.base.messages import format_duration, is_quiet, log, progress_bar
-from utils.images.pixels import ImageBatch, Images
+from utils.images.pixels import ImageBatch
 from utils.metrics.extractors import Extract
 from utils.metrics.statistics import ImageStatistics
 
@@ -18,7 +18,7 @@ LONG = 600  # seconds that are worth a line
 FEWER = (50_000, 10_000, 5_000, 2_000, 1_000)  # numbers of images to use instead
 
 
-def pad_and_shard(batches: Iterable[Images], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
+def pad_and_shard(batches: Iterable[np.ndarray], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:
     """Yields batches of up to `batch_size` images on the devices, padded to that size."""
     for images in batches:
         # The last batch has the shape of the others, or it would compile anew; `count` says how many rows are real.
