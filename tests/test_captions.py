@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sample
 from utils.base.messages import UserError
+from utils.conditions.classes import ClassCondition
+from utils.conditions.several import SeveralCondition
 from utils.conditions.text_encoders import TEXT_ENCODERS, TextEncoder, TextEncoderKind, encode_words
 from utils.conditions.tokens import TextCondition
 from utils.data import captions
 from utils.data.captions import EncodedCaptions, encode_captions
 from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset
+from utils.flags.conditions import read_prompts
+from utils.runs.opening import load_generator
+from utils.training import build_run, make_config, train
 
 CAPTIONS = ["a b", "c", "a b", "d e f", "c"]
 
@@ -64,3 +70,47 @@ def test_captions_of_a_table_are_encoded_as_the_flag_says(tmp_path, monkeypatch,
         load_dataset(f"folder:{tmp_path}", "train", dataclasses.replace(options, text_encoder="word"))
     with pytest.raises(UserError, match=r"^--text_encoder=words: digits has no captions; leave it out$"):
         load_dataset("digits", "train", DataOptions(text_encoder="words"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("signal_handlers")
+def test_prompts_of_the_shell_are_those_of_python(read_flags, tmp_path):
+    """And the encoder is that of --text_encoder, here one whose captions are encoded beforehand."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 1)).astype(np.uint8)
+    texts = np.array([f"a {number % 3} left" for number in range(40)])
+    np.savez(tmp_path / "set.npz", images=images, captions=texts)
+    TEXT_ENCODERS["late"] = TEXT_ENCODERS["words"]._replace(is_slow=True)
+    small = {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 2, "token_mode": "cross", "lr": 0.01}
+    settings = {"dataset_name": f"npz:{tmp_path / 'set.npz'}", "text_encoder": "late", "codec": "pixels"}
+    settings |= {"batch_size": 8, "eval_interval": 0, "max_steps": 3, "wandb.mode": "disabled"}
+    settings |= {f"model.{name}": value for name, value in small.items()}
+    try:
+        train(build_run(make_config({**settings, "save_dir": str(tmp_path / "run")})))
+        generator = load_generator(tmp_path / "run", params="raw")
+        words = f"--load_dir {tmp_path / 'run'} --out {tmp_path} --num_samples 2 --denoise_timesteps 2 --cfg_scale 2"
+        flags = [*words.split(), "--params", "raw", "--save_samples", str(tmp_path / "s.npz")]
+        sample.main(read_flags(sample, [*flags, "--prompt", "a 0 left; a 1 left"]))
+        images = generator.sample(conditions=["a 0 left", "a 1 left"], num_steps=2, cfg_scale=2.0)
+    finally:
+        del TEXT_ENCODERS["late"]
+    assert generator.condition == TextCondition(3, 64, "late")
+    with np.load(tmp_path / "s.npz") as saved:
+        np.testing.assert_array_equal(saved["arr_0"], images)
+        assert saved["captions"].tolist() == ["a 0 left", "a 1 left"]
+    assert generator.condition.titles(generator.conditions(range(2))) != ["no text"] * 2
+
+
+def test_prompts_stand_beside_other_conditions():
+    condition = TextCondition(3, 64)
+    with pytest.raises(UserError, match=r"^there are 2 texts, but 3 of --condition; give one, or as many$"):
+        read_prompts("a; b", "class=1; class=2; class=3", with_class(condition))
+    with pytest.raises(UserError, match=r"^give class by --condition$"):
+        read_prompts("a; b", None, with_class(condition))
+    with pytest.raises(UserError, match=r"^the run has no captions; give class by --condition$"):
+        read_prompts("a", None, with_class(condition).parts[0][1])
+    found = read_prompts('a; "b; c"', "class=1", with_class(condition))
+    assert with_class(condition).titles(found) == ["1, a", "1, b; c"]
+
+
+def with_class(condition):
+    return SeveralCondition((("class", ClassCondition(("0", "1", "2"))), ("text", condition)))

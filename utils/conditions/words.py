@@ -14,9 +14,9 @@ def parse_rows(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
     once.
     """
     rows = []
-    for part in _split(text, ";"):
+    for part in split_parts(text, ";"):
         row = {}
-        for pair in _split(part, ","):
+        for pair in split_parts(part, ","):
             name, equals, value = (word.strip() for word in pair.partition("="))
             if not equals or not value:
                 raise UserError(f"{pair.strip()!r} is not of the form NAME=VALUE; names are {', '.join(fields)}")
@@ -24,7 +24,7 @@ def parse_rows(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
                 raise UserError(f"{name!r} is no part of the run's condition; give {', '.join(fields)}")
             if name in row:
                 raise UserError(f"{name} is given twice; separate conditions by ;")
-            row[name] = value[1:-1] if value[0] == value[-1] == '"' and len(value) > 1 else value
+            row[name] = unquote(value)
         if missing := [name for name in fields if name not in row]:
             raise UserError(
                 f"{part.strip()!r} lacks {', '.join(missing)}; give a value for each of {', '.join(fields)}"
@@ -35,7 +35,7 @@ def parse_rows(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _split(text: str, mark: str) -> list[str]:
+def split_parts(text: str, mark: str) -> list[str]:
     """Returns the parts of a text between marks that stand outside of double quotes, without empty ones."""
     parts = [""]
     is_quoted = False
@@ -46,6 +46,12 @@ def _split(text: str, mark: str) -> list[str]:
         else:
             parts[-1] += letter
     return [part for part in parts if part.strip()]
+
+
+def unquote(text: str) -> str:
+    """Returns a text without spaces around it, and without double quotes if it stands in them."""
+    text = text.strip()
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 def parse_columns(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:

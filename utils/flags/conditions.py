@@ -15,21 +15,29 @@ from utils.base.external import BadFileError, read_npz, read_npz_headers
 from utils.base.messages import UserError, warn
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition, read_rows
-from utils.conditions.words import parse_rows
+from utils.conditions.words import parse_rows, split_parts, unquote
 from utils.flags.definitions import define_path
 from utils.networks.models import ImageModel
 
+TEXT = "text"  # the field of captions
 MAX_SWEEP = 64  # images in a row
 MAX_FILE_BYTES = 2**30
 # {array of an npz, as in data: what a kind of condition reads of an example}.
-ARRAYS = {"labels": "label", "conditions": "conditions"}
+ARRAYS = {
+    "labels": "label",
+    "conditions": "conditions",
+    "tokens": "tokens",
+    "token_mask": "token_mask",
+    "captions": "caption",
+}
 # Flags that give conditions, of which a command has one.
-GIVING = ("sweep", "classes", "condition", "condition_file")
+GIVING = ("sweep", "prompt", "classes", "condition", "condition_file")
 
 
 def define_condition_flags() -> None:
     """Registers the flags that give conditions of samples."""
     flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, in turn; or all.")
+    flags.DEFINE_string("prompt", None, "Texts, in turn, separated by semicolons: a red 3; a 7 above a 1.")
     flags.DEFINE_string("condition", None, "Conditions by name, in turn: angle=0.3,mass=2; angle=1,mass=2.")
     define_path("condition_file", None, "A row for each condition: .csv with a column for each name, or .npz as data.")
 
@@ -40,11 +48,11 @@ def read_conditions(config: ConfigDict, model: ImageModel) -> PyTree | None:
 
     Raises UserError for two of these flags, and for what is no condition of the run.
     """
-    # Beside --sweep, --condition has what does not change.
+    # Beside --sweep and --prompt, --condition has the other fields.
     given = [name for name in GIVING if config.get(name) is not None]
     if not given:
         return None
-    if len(given) > 1 and given != ["sweep", "condition"]:
+    if len(given) > 1 and given not in (["sweep", "condition"], ["prompt", "condition"]):
         raise UserError(f"--{given[0]} and --{given[1]}: give one of them")
     kind = model.condition
     flag = given[0]
@@ -55,6 +63,8 @@ def read_conditions(config: ConfigDict, model: ImageModel) -> PyTree | None:
     try:
         if flag == "sweep":
             chosen = read_sweep(config.sweep, config.condition, kind).conditions
+        elif flag == "prompt":
+            chosen = read_prompts(config.prompt, config.condition, kind)
         elif flag == "condition":
             chosen = kind.from_fields(parse_rows(config.condition, _fields(kind)))
         else:
@@ -86,6 +96,26 @@ def choose_conditions(text: str | None, model: ImageModel, flag: str = "classes"
         if empty := [kind.class_names[label] for label in labels if label in kind.empty_classes]:
             warn(f"--{flag}={text}: the run had no training images of {', '.join(empty[:5])}; expect noise")
     return chosen
+
+
+def read_prompts(text: str, given: str | None, kind: Condition) -> PyTree:
+    """Returns the conditions (n, ...) of texts between semicolons; one that holds a semicolon is in double quotes.
+
+    `given` has the other fields as --condition writes them, once or for each text. Raises UserError, which does not
+    name the flag.
+    """
+    fields = _fields(kind)
+    if TEXT not in fields:
+        raise UserError(f"the run has no captions; give {', '.join(fields)} by --condition")
+    others = [field for field in fields if field != TEXT]
+    if others and given is None:
+        raise UserError(f"give {', '.join(others)} by --condition")
+    prompts = [unquote(part) for part in split_parts(text, ";")]
+    rows = parse_rows(given, others) if given is not None else [{}]
+    if not prompts or len(rows) not in (1, len(prompts)):
+        raise UserError(f"there are {len(prompts)} texts, but {len(rows)} of --condition; give one, or as many")
+    rows = rows * (len(prompts) // len(rows))
+    return kind.from_fields([{**row, TEXT: prompt} for row, prompt in zip(rows, prompts, strict=True)])
 
 
 def read_condition_file(path: Path, kind: Condition) -> PyTree:

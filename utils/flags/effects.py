@@ -31,12 +31,12 @@ _METRICS = (
         lambda given: given.metrics and "inception_score" not in given.metrics,
     ),
 )
+# Flags that give the conditions of samples.
+GIVING = ("classes", "condition", "condition_file", "prompt", "sweep")
 _LABELS = Rule(
     ("labels",),
     "where conditions are given",
-    lambda given: any(
-        getattr(given, name, None) is not None for name in ("classes", "condition", "condition_file", "sweep")
-    ),
+    lambda given: any(getattr(given, name, None) is not None for name in GIVING),
 )
 
 
