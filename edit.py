@@ -58,7 +58,10 @@ def define_flags() -> None:
         )
         flags.DEFINE_integer("interpolate", None, "Rows of so many images between two samples.", 2, 100)
         flags.DEFINE_enum(
-            "between", "noise", ["noise", "classes"], "What --interpolate varies: noise, on the sphere, or the class."
+            "between",
+            "noise",
+            ["noise", "classes", "conditions"],
+            "What --interpolate varies: noise, on the sphere, or the class or other condition.",
         )
     define_drawing_flags(num_samples="Samples to interpolate, or images of your own: the first so many.")
     define_generator_flags(wandb_name="edit")
@@ -99,8 +102,8 @@ def interpolate(request: Request) -> None:
     # From one axis to rows and columns.
     images = np.concatenate(list(_decode_in_batches(request, noise, conditions)))
     table = images.reshape(num_rows, num_columns, *images.shape[1:])
-    between = "two noises" if config.between == "noise" else "two classes"
-    request.pictures.save_table("interpolation.png", table, titles, (), f"{request.title}, between {between}")
+    between = "noises" if config.between == "noise" else config.between
+    request.pictures.save_table("interpolation.png", table, titles, (), f"{request.title}, between two {between}")
 
 
 def _repeat(conditions: PyTree, count: int) -> PyTree:
@@ -236,8 +239,8 @@ def main(config: ConfigDict) -> None:
     if config.interpolate is not None:
         chosen = request.chosen
         # Between a class and itself, all images of a row would be equal.
-        if config.between == "classes" and chosen is not None and len(number_rows(kind, chosen)[1]) == 1:
-            raise UserError(f"--classes={config.classes}: --between=classes needs two classes; give another")
+        if config.between != "noise" and chosen is not None and len(number_rows(kind, chosen)[1]) == 1:
+            raise UserError(f"--between={config.between} needs two of them, but one alone is given; give another")
         several = "s" * (config.num_samples > 1)
         log(f"{config.num_samples:,} sample{several} of {config.load_dir}, {request.title}")
     with drawing(request, FILES):

@@ -139,7 +139,7 @@ def test_a_hole_is_filled(draw, own, classes, capfd):
         ("--invert OWN/own --cfg_scale 3", r"--cfg_scale=3 has no effect with --invert but without --edit"),
         ("--invert OWN/own --cfg_interval 0,0.5", r"--cfg_interval=0,0.5 has no effect with --invert but without"),
         ("--invert OWN/own --seed 3", r"--seed=3 has no effect with --invert, which draws no noise"),
-        ("--interpolate 3 --between classes --classes 3,3", r"--classes=3,3: --between=classes needs two classes"),
+        ("--interpolate 3 --between classes --classes 3,3", r"--between=classes needs two of them"),
         ("--invert OWN/own --batch_size 2", r"--batch_size=2 has no effect on images of your own"),
         ("--edit 3", r"--interpolate, --invert and --inpaint: give one of them; sample.py draws new images"),
         ("--inpaint OWN/own --edit 3", r"--edit=3 has no effect without --invert"),
