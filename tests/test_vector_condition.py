@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -345,7 +346,12 @@ def test_several_conditions_are_added_and_dropped_one_by_one():
     assert kind.class_names == classes.class_names
 
     # The vector is the sum of those of the parts.
-    embed = kind.embedder(8)
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, condition):
+            return kind.embedder(8)(condition)
+
+    embed = Network()
     params = jax.tree.map(lambda x: x + 0.1, embed.init(jax.random.key(0), kind.null(1)))
     found = embed.apply(params, values).vector
     parts = [

@@ -8,7 +8,7 @@ A new kind is a frozen dataclass that implements `Condition`, and a line `CONDIT
 """
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -83,8 +83,9 @@ class Condition(Protocol):
         """
         raise TypeError(f"{type(self).__name__} draws rows of the data, of which there are none")
 
-    def embedder(self, width: int, dtype: Any) -> nn.Module:
-        """Returns the module condition (b, ...) -> Embedded, `width` wide, for use inside a network."""
+    def embedder(self, width: int, dtype: Any) -> Callable[[PyTree], Embedded]:
+        """Returns the module, or a function of modules, condition (b, ...) -> Embedded, `width` wide, for use inside a
+        network."""
         ...
 
     def to_json(self) -> dict[str, Any]:

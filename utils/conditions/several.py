@@ -1,10 +1,9 @@
 """Several conditions at once, such as a class and numbers: each of its own kind, embedded by itself."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
@@ -14,30 +13,26 @@ from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import CONDITIONS, Condition, Embedded, count_rows, drop_rows
 
 
-class SeveralEmbed(nn.Module):
-    """Conditions {kind: (b, ...)} -> their vectors summed, their tokens and channels side by side."""
+def join(found: Sequence[Embedded]) -> Embedded:
+    """Returns several conditions as one: vectors are summed, tokens and channels stand side by side."""
 
-    parts: tuple[tuple[str, Condition], ...]
-    width: int
-    dtype: Any
+    def concatenate(values: Sequence[Any], axis: int) -> Any:
+        present = [value for value in values if value is not None]
+        return jnp.concatenate(present, axis) if present else None
 
-    @nn.compact
-    def __call__(self, condition):
-        found = [part.embedder(self.width, self.dtype)(condition[name]) for name, part in self.parts]
-
-        def join(field: str, axis: int) -> Any:
-            values = [getattr(embedded, field) for embedded in found if getattr(embedded, field) is not None]
-            return jnp.concatenate(values, axis) if values else None
-
-        vectors = [embedded.vector for embedded in found if embedded.vector is not None]
-        # Tokens without a mask are all there; without any mask, there is none.
-        tokens = [embedded for embedded in found if embedded.tokens is not None]
-        mask = None
-        if any(embedded.mask is not None for embedded in tokens):
-            there = [jnp.ones(each.tokens.shape[:2], bool) if each.mask is None else each.mask for each in tokens]
-            mask = jnp.concatenate(there, axis=1)
-        vector = sum(vectors[1:], vectors[0]) if vectors else None
-        return Embedded(vector, join("tokens", 1), join("channels", -1), mask)
+    vectors = [embedded.vector for embedded in found if embedded.vector is not None]
+    tokens = [(embedded.tokens, embedded.mask) for embedded in found if embedded.tokens is not None]
+    # Tokens without a mask are all there; without any mask, there is none.
+    mask = None
+    if any(there is not None for _, there in tokens):
+        masks = [jnp.ones(rows.shape[:2], bool) if there is None else there for rows, there in tokens]
+        mask = jnp.concatenate(masks, axis=1)
+    return Embedded(
+        vector=sum(vectors[1:], vectors[0]) if vectors else None,
+        tokens=concatenate([rows for rows, _ in tokens], 1),
+        channels=concatenate([embedded.channels for embedded in found], -1),
+        mask=mask,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +61,10 @@ class SeveralCondition(Condition):
     def null(self, count: int) -> dict[str, PyTree]:
         return {name: part.null(count) for name, part in self.parts}
 
-    def embedder(self, width: int, dtype: Any = jnp.float32) -> SeveralEmbed:
-        return SeveralEmbed(self.parts, width, dtype, name="conditions")
+    def embedder(self, width: int, dtype: Any = jnp.float32) -> Callable[[PyTree], Embedded]:
+        # No module: parameters of the parts have the names that they have alone, so that fine-tuning finds them.
+        embedders = [(name, part.embedder(width, dtype)) for name, part in self.parts]
+        return lambda condition: join([embed(condition[name]) for name, embed in embedders])
 
     def fit(self, num_classes: int) -> "SeveralCondition":
         return self._map(lambda name, part: part.fit(num_classes))
