@@ -10,23 +10,29 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sample
+from diffusion_transformer import DiT
+from tests.conftest import run_program
 from utils.base.messages import UserError
+from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition, LabelEmbed
 from utils.conditions.condition import drop_rows, record_condition, restore_condition
 from utils.conditions.several import SeveralCondition
 from utils.conditions.vector import VectorCondition
-from utils.conditions.words import parse_columns, parse_rows
+from utils.conditions.words import parse_rows, read_kinds
 from utils.data.dataset import ImageDataset, PixelBatch
 from utils.data.fingerprint import Fingerprint
 from utils.data.loaders import LOADERS, Loader
 from utils.flags.conditions import read_condition_file, read_sweep
+from utils.networks.dit_config import DiTConfig
+from utils.networks.state import create_train_state
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.opening import load_generator
 from utils.runs.pool import FILE as POOL
-from utils.training import build_run, make_config, train
+from utils.training import build_run, make_config, step, train
 from utils.training.step import draw_examples
 
 ROWS = np.array([[0, 10], [1, 20], [2, 60]], np.float32)
@@ -165,11 +171,11 @@ def test_words_that_are_no_condition_are_refused(text, message):
 
 
 def test_columns_are_picked_by_kind():
-    assert parse_columns("vector:a,b+class:c") == (("vector", ("a", "b")), ("class", ("c",)))
-    assert parse_columns("vector") == (("vector", ()),)
-    for text in ("vectr:a", "vector:", "vector:a,a", "vector:a+vector:b", ""):
-        with pytest.raises(UserError):
-            parse_columns(text)
+    assert read_kinds("vector:a,b+class:c") == {"vector": ("a", "b"), "class": ("c",)}
+    assert read_kinds("vector") == {"vector": ()}
+    for text in ("vector:", "vector:a,a", "vector:a+vector:b"):
+        with pytest.raises(UserError, match="--condition_columns="):
+            read_kinds(text)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +284,7 @@ def test_a_run_that_has_lost_its_rows_draws_given_conditions_alone(runs, tmp_pat
     (tmp_path / "run" / POOL).unlink()
     generator = load_generator(tmp_path / "run")
     assert generator.sample(conditions=[[0.5, 0]], num_steps=1).shape == (1, 8, 8, 1)
-    with pytest.raises(UserError, match="has lost its conditions"):
+    with pytest.raises(UserError, match=r"has no conditions\.npz"):
         generator.sample(num_samples=1, num_steps=1)
     # A damaged file is named.
     (tmp_path / "run" / POOL).write_bytes(content[:100])
@@ -328,8 +334,10 @@ def test_fine_tuning_keeps_what_the_numbers_mean(runs, tmp_path, monkeypatch):
     settings = {**SETTINGS, "save_dir": str(tmp_path / "tuned"), "max_steps": 1, "load_dir": str(runs / "whole")}
     train(build_run(make_config(settings)))
     assert load_generator(tmp_path / "tuned").condition == load_generator(runs / "whole").condition
-    # It is resumed under the same means.
-    train(build_run(make_config({**settings, "max_steps": 2})))
+    # It is continued under the same means.
+    assert (
+        build_run(make_config({**settings, "max_steps": 2})).model.condition == load_generator(runs / "whole").condition
+    )
 
 
 # --- Several at once ---
@@ -378,3 +386,41 @@ def test_parts_are_dropped_as_often_as_is_asked():
     np.testing.assert_allclose(each["drops"].mean(axis=0), 0.25, atol=0.035)
     both = each["drops"].all(axis=1).mean()
     np.testing.assert_allclose(both, 0.25**2, atol=0.02)
+
+
+def test_a_step_drops_parts_if_the_flag_says_so(monkeypatch):
+    kind = SeveralCondition((("class", ClassCondition(("a", "b"))), ("vector", KIND)))
+    batch = PixelBatch(condition=jax.tree.map(np.asarray, kind.null(2)), image=np.zeros((2, 8, 8, 1), np.uint8))
+    seen = []
+
+    def record(*arguments):
+        seen.append(arguments[-1])
+        raise InterruptedError  # nothing is computed
+
+    monkeypatch.setattr(step, "draw_examples", record)
+    key = jax.random.key(0)
+    for mode in ("together", "each"):
+        network = DiT(DiTConfig(condition_dropout=mode), condition=kind)
+        params = network.init(key, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), kind.null(1))["params"]
+        state = create_train_state(params, optax.sgd(0.1), key)
+        with pytest.raises(InterruptedError):
+            step.compute_gradients(
+                state,
+                key,
+                batch,
+                PixelCodec(),
+                model=network,
+                objective=FlowMatching(),
+                grad_accum=1,
+                class_dropout_prob=0.1,
+            )
+    assert seen == [0, 2]
+    # A single condition has no parts.
+    config = make_config({"dataset_name": "digits", "codec": "pixels", "model.condition_dropout": "each"})
+    with pytest.raises(UserError, match=r"--model\.condition_dropout=each: the data have one condition alone"):
+        build_run(config)
+
+
+def test_runs_of_any_kind_are_read_in_python():
+    program = "import utils.runs.opening; from utils.conditions.condition import CONDITIONS; print(*sorted(CONDITIONS))"
+    assert run_program("-c", program).stdout.split() == ["class", "several", "text", "tokens", "vector"]

@@ -147,7 +147,8 @@ class SeveralCondition(Condition):
     def from_json(cls, data: Mapping[str, Any]) -> "SeveralCondition":
         """Returns the recorded condition. Raises UserError for parts that are not registered, or not of a record."""
         names = data.get("parts")
-        if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not is_list or not names or len(set(names)) < len(names):
             raise UserError(f"the run's condition has parts {str(names)[:100]}, which is no list of kinds")
         if unknown := [name for name in names if name not in CONDITIONS or name == "several"]:
             raise UserError(f"the run's condition has a part {str(unknown[0])[:100]!r}, which is not registered")

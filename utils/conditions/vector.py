@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from utils.base.messages import UserError
 from utils.conditions.condition import CONDITIONS, Condition, Embedded
+from utils.kernels.layers import Dense
 
 MAX_NUMBERS = 1024  # of a condition
 MAX_LISTED = 5  # names in a message
@@ -39,9 +40,9 @@ class VectorEmbed(nn.Module):
         value = jnp.where(is_given, value, 0)
 
         # Float32 up to the first activation: bfloat16 cannot tell 0.999 from 1.
-        hidden = nn.Dense(self.width, kernel_init=nn.initializers.normal(1.0), name="dense_0")(value)
+        hidden = Dense(self.width, jnp.float32, nn.initializers.normal(1.0), name="dense_0")(value)
         zeros = nn.initializers.zeros
-        vector = nn.Dense(self.width, kernel_init=zeros, dtype=self.dtype, name="dense_1")(nn.silu(hidden))
+        vector = Dense(self.width, self.dtype, zeros, name="dense_1")(nn.silu(hidden))
         null = self.param("null", zeros, (self.width,)).astype(self.dtype)
         return Embedded(vector=jnp.where(is_given, vector, null))
 

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 from utils.base.messages import UserError
-from utils.base.settings import unknown_name
-from utils.conditions.condition import CONDITIONS
 
 
 def parse_rows(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
@@ -54,21 +52,17 @@ def unquote(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
-def parse_columns(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Returns the kinds of --condition_columns and the columns of each: `vector:a,b+class:c` is
-    (("vector", ("a", "b")), ("class", ("c",))). A kind without a colon has no columns of its own choice.
-
-    Raises UserError, which does not name the flag, for a kind that is unknown or given twice, and for empty names.
-    """
-    found: dict[str, tuple[str, ...]] = {}
+def read_kinds(text: str) -> dict[str, tuple[str, ...]]:
+    """Returns {kind: columns} of a value of --condition_columns: {"vector": ("a", "b"), "class": ("c",)} of
+    `vector:a,b+class:c`. Raises UserError for kinds or columns given twice."""
+    flag = f"--condition_columns={text}"
+    kinds: dict[str, tuple[str, ...]] = {}
     for part in text.split("+"):
         kind, colon, names = part.strip().partition(":")
         columns = tuple(name.strip() for name in names.split(",")) if colon else ()
-        if kind not in CONDITIONS:
-            raise unknown_name(f"{kind!r}", kind, CONDITIONS)
-        if kind in found:
-            raise UserError(f"{kind} is given twice; join its columns by commas")
-        if colon and (not all(columns) or len(set(columns)) < len(columns)):
-            raise UserError(f"{part.strip()!r} needs the name of a column after the colon, each name once")
-        found[kind] = columns
-    return tuple(found.items())
+        if kind in kinds:
+            raise UserError(f"{flag}: {kind} is given twice; join its columns by commas")
+        if not all(columns) or len(set(columns)) < len(columns):
+            raise UserError(f"{flag}: {part.strip()!r} needs the name of a column after the colon, each name once")
+        kinds[kind] = columns
+    return kinds

@@ -11,9 +11,9 @@ import numpy as np
 from utils.base.devices import format_bytes, host_memory
 from utils.base.external import ArrayHeader, BadFileError, map_npy, read_npz, read_npz_headers
 from utils.base.messages import UserError, printable, warn_once
+from utils.conditions.words import read_kinds
 from utils.data.columns import KEYS, Columns, check_columns, make_columns, make_dataset
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, array_dataset, split_rows, unlabelled_message
-from utils.data.folder_tables import read_kinds
 
 IMAGES = ("images", "arr_0")  # the second of each as in ADM's files
 LABELS = ("labels", "arr_1")

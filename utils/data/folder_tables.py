@@ -15,6 +15,7 @@ import numpy as np
 
 from utils.base.messages import UserError, printable, warn_once
 from utils.conditions.condition import Condition
+from utils.conditions.words import read_kinds
 from utils.data.columns import make_condition
 from utils.images.tables import (
     CAPTION,
@@ -30,21 +31,6 @@ from utils.images.tables import (
 
 KINDS = ("class", "vector", "text")  # that columns of a table can be
 TEXT_COLUMNS = (CAPTION, "text")  # that are taken where none is named
-
-
-def read_kinds(text: str) -> dict[str, tuple[str, ...]]:
-    """Returns {kind: columns} of a value of --condition_columns. Raises UserError for kinds or columns given twice."""
-    flag = f"--condition_columns={text}"
-    kinds: dict[str, tuple[str, ...]] = {}
-    for part in text.split("+"):
-        kind, colon, names = part.strip().partition(":")
-        columns = tuple(name.strip() for name in names.split(",")) if colon else ()
-        if kind in kinds:
-            raise UserError(f"{flag}: {kind} is given twice; join its columns by commas")
-        if not all(columns) or len(set(columns)) < len(columns):
-            raise UserError(f"{flag}: {part.strip()!r} needs the name of a column after the colon, each name once")
-        kinds[kind] = columns
-    return kinds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from utils.base.messages import UserError, warn
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition, read_rows
 from utils.conditions.words import parse_rows, split_parts, unquote
+from utils.data.columns import KEYS
 from utils.flags.definitions import define_path
 from utils.networks.models import ImageModel
 
@@ -23,13 +24,7 @@ TEXT = "text"  # the field of captions
 MAX_SWEEP = 64  # images in a row
 MAX_FILE_BYTES = 2**30
 # {array of an npz, as in data: what a kind of condition reads of an example}.
-ARRAYS = {
-    "labels": "label",
-    "conditions": "conditions",
-    "tokens": "tokens",
-    "token_mask": "token_mask",
-    "captions": "caption",
-}
+ARRAYS = {name: key for name, key in KEYS.items() if name != "images"}
 # Flags that give conditions, of which a command has one.
 GIVING = ("sweep", "prompt", "classes", "condition", "condition_file")
 
@@ -167,7 +162,7 @@ def _read_npz(path: Path, kind: Condition) -> PyTree:
     try:
         rows = read_rows(kind, examples, min(lengths))
     except KeyError as error:
-        wanted = next(name for name, key in ARRAYS.items() if key == error.args[0])
+        wanted = next((name for name, key in ARRAYS.items() if key == error.args[0]), error.args[0])
         raise UserError(f"it has no array {wanted}") from None
     except ValueError as error:
         raise UserError(f"its arrays are not of the run's condition ({error})") from None

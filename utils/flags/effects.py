@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from utils.base import effects
 from utils.base.effects import Rule
+from utils.flags.conditions import GIVING
 from utils.flags.reading import explicit_values
 from utils.metrics.metrics import choose_metrics, needed_extractors
 
@@ -31,8 +32,6 @@ _METRICS = (
         lambda given: given.metrics and "inception_score" not in given.metrics,
     ),
 )
-# Flags that give the conditions of samples.
-GIVING = ("classes", "condition", "condition_file", "prompt", "sweep")
 _LABELS = Rule(
     ("labels",),
     "where conditions are given",

@@ -11,6 +11,7 @@ from jaxtyping import Array, Key, PyTree
 
 import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
 import utils.conditions.several
+import utils.conditions.tokens
 import utils.conditions.vector  # noqa: F401 (likewise)
 from utils.base.messages import UserError
 from utils.base.settings import check_made, find_entry

@@ -1,9 +1,8 @@
 """Conditions of the training data that a run keeps, RUN/conditions.npz: samples without conditions of their own draw
 from these rows, with no need of the data."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from utils.base.external import BadFileError, read_npz, read_npz_headers
 from utils.base.files import atomic_write
 from utils.base.messages import UserError
 from utils.conditions.condition import Condition, read_rows
+from utils.data.captions import read_condition
 from utils.data.dataset import ImageDataset, RandomAccess, hold_out
 
 FILE = "conditions.npz"
@@ -33,9 +33,7 @@ def choose_pool(dataset: ImageDataset) -> PyTree | None:
     count = min(len(source), MAX_ROWS, max(1, MAX_BYTES // row_bytes))
     rows = range(count) if count == len(source) else hold_out(list(map(str, range(len(source)))), count)[1]
 
-    # A source that decodes images may know conditions without them.
-    read_example: Callable[[int], Any] = getattr(source, "read_condition", source.__getitem__)
-    return read_rows(condition, map(read_example, rows), count)
+    return read_rows(condition, (read_condition(source, row) for row in rows), count)
 
 
 def write_pool(folder: Path, pool: PyTree | None) -> None:

@@ -201,7 +201,7 @@ class ImageGenerator:
         if self.model.pool is not None:
             return compiled.draw_rows(self.label_key, indices, self.model.pool)
         if self.condition.DRAWS_ROWS:
-            raise UserError("the run has lost its conditions.npz, from which conditions are drawn; give conditions")
+            raise UserError("the run has no conditions.npz, from which conditions are drawn; give conditions")
         return compiled.draw_conditions(self.label_key, indices, self.counts, kind=self.condition, mode=self.label_mode)
 
     def sample_latents(
