@@ -194,7 +194,10 @@ def _read_own_images(
     what = f"--{flag}={config[flag]}: files hold"
     fix = f"use ImageGenerator.{flag} in Python (docs/sampling.md)"
     check_pictures(pixel_format(model.codec), model.image_shape, what, fix)
-    images, files = read_images(config[flag], model.image_shape, config.num_samples, flag)
+    try:
+        images, files = read_images(config[flag], model.image_shape, config.num_samples)
+    except UserError as error:
+        raise UserError(f"--{flag}={config[flag]}: {error}") from None
     if config.classes is not None:
         return images, files, request.conditions[: len(files)]
     return images, files, choose_labels(config[flag], files, model, flag)

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from utils.base.files import check_free_space
 from utils.base.messages import log, progress_bar
 from utils.codecs.codec import pixel_format
-from utils.conditions.condition import number_rows
+from utils.conditions.condition import count_rows, number_rows, take_rows
 from utils.flags import program
 from utils.flags.conditions import read_sweep
 from utils.flags.drawing import (
@@ -35,14 +35,16 @@ from utils.flags.drawing import (
 )
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import define_moved_flags, refuse_moved_flags, topic
+from utils.images import plotting
 from utils.images.samples import SampleWriter
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 
 # All that may be written into --out: a folder of such a name is refused before the work.
-FILES = ("grid.png", "sweep.png", "film.webp", "film.gif", "strip.png")
+FILES = ("grid.png", "pairs.png", "sweep.png", "film.webp", "film.gif", "strip.png")
 NUM_STAGES = 8  # columns of the strip beside the noise; rows at most
 MAX_FILM_SAMPLES = 64  # all frames of all of them are in memory at once
 MAX_SHOWN = 400  # samples in the grid
+MAX_PAIRS = (16, 8)  # condition images in a table, and samples below each
 
 # Flags that sample.py had before edit.py took them over: {flag: what it needs beside it, with a word for the value}.
 EDIT_FLAGS = {
@@ -107,9 +109,26 @@ def draw(request: Request) -> None:
     places, names = number_rows(generator.condition, conditions)
     try:
         request.pictures.save_grid("grid.png", images, places, names, request.title)
+        save_pairs(request, images)
     finally:
         if config.save_samples:
             request.pictures.written.append(Path(config.save_samples))
+
+
+def save_pairs(request: Request, images: UInt8[np.ndarray, "n h w c"]) -> None:
+    """Writes the images that samples were given, side by side, and the first samples of each below it.
+
+    Where conditions are no images, it writes nothing.
+    """
+    # Conditions come in turn: sample i + period has that of sample i.
+    period = len(images) if request.chosen is None else min(count_rows(request.chosen), len(images))
+    count = min(period, MAX_PAIRS[0])
+    given = request.generator.condition.pictures(take_rows(request.conditions, slice(count)))
+    if given is None:
+        return
+    rows = [images[start:][:count] for start in range(0, len(images) - count + 1, period)][: MAX_PAIRS[1]]
+    table = plotting.put_before(given, np.stack(rows, axis=1)).swapaxes(0, 1)
+    request.pictures.save_table("pairs.png", table, ("given", *["sample"] * len(rows)), (), request.title)
 
 
 def sweep(request: Request) -> None:

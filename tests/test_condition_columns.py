@@ -177,7 +177,6 @@ REFUSED = {
         {"captions": CAPTIONS, "tokens": TOKENS},
         "tokens beside the captions have 3 numbers each, those of --text_encoder=words 64; name the encoder",
     ),
-    "condition images": ({"condition_images": IMAGES}, "condition_images are not learned from yet; leave them out"),
     "condition images of integers": (
         {"condition_images": np.zeros((200, 4, 4), np.int32)},
         r"condition_images must be uint8, float16 or float32 .*; convert them with images.astype",

@@ -128,7 +128,7 @@ def test_a_hole_is_filled(draw, own, classes, capfd):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--invert OWN/nowhere", r"--invert=\S+nowhere is no folder"),
+        ("--invert OWN/nowhere", r"--invert=\S+nowhere: there is no such folder"),
         ("--invert OWN --edit 12", r"--edit=12: there is no class 12; use 0 to 9"),
         ("--inpaint OWN/own", r"--mask is not given"),
         ("--inpaint OWN/own --mask OWN/nothing.png", r"--mask=\S+nothing.png cannot be read"),

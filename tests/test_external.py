@@ -298,7 +298,7 @@ read = {
     "image": lambda path: images.read_image(images.read_image_file(path), path.name, (64, 64)),
     "checked": lambda path: images.check_image(images.read_image_file(path)),
     "mask": lambda path: read_mask(path, (8, 8, 3)),
-    "invert": lambda path: read_images(path, (8, 8, 3), 4, "invert"),
+    "invert": lambda path: read_images(path, (8, 8, 3), 4),
     "batches": read_samples,
     "checkpoint": lambda path: sources.read_source(str(path)),
     "json": read_json,

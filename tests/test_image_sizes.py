@@ -55,7 +55,7 @@ def test_the_middle_in_the_proportions_of_the_size_is_read(tmp_path, shape, rows
     (path, _), *_ = dataset.source.files
     expected = noise(int(path.stem), *shape, 3)[rows, columns]
     np.testing.assert_array_equal(dataset.row(0, False)["image"], expected)
-    found, files = read_images(tmp_path, (24, 40, 3), 2, "images")
+    found, files = read_images(tmp_path, (24, 40, 3), 2)
     np.testing.assert_array_equal(found[files.index(path)], expected)
 
 

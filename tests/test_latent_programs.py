@@ -144,7 +144,7 @@ def test_a_run_on_latents_is_filmed_filled_and_measured(cached_run, photographs,
     Image.fromarray(is_hole).save(tmp_path / "mask.png")
     draw(edit, "--inpaint", folder, "--mask", tmp_path / "mask.png", "--denoise_timesteps", 2, "--save_samples",
          tmp_path / "filled.npz")  # fmt: skip
-    filled, (images, _) = np.load(tmp_path / "filled.npz")["arr_0"], read_images(folder, (64, 64, 3), 2, "inpaint")
+    filled, (images, _) = np.load(tmp_path / "filled.npz")["arr_0"], read_images(folder, (64, 64, 3), 2)
     np.testing.assert_array_equal(filled[:, ~is_hole], images[:, ~is_hole])
     assert (filled[:, is_hole] != images[:, is_hole]).mean() > 0.5
     capsys.readouterr()

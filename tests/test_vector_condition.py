@@ -423,4 +423,4 @@ def test_a_step_drops_parts_if_the_flag_says_so(monkeypatch):
 
 def test_runs_of_any_kind_are_read_in_python():
     program = "import utils.runs.opening; from utils.conditions.condition import CONDITIONS; print(*sorted(CONDITIONS))"
-    assert run_program("-c", program).stdout.split() == ["class", "several", "text", "tokens", "vector"]
+    assert run_program("-c", program).stdout.split() == ["class", "image", "several", "text", "tokens", "vector"]

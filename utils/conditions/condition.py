@@ -9,16 +9,18 @@ A new kind is a frozen dataclass that implements `Condition`, and a line `CONDIT
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from utils.base.messages import UserError
 from utils.base.settings import unknown_name
+
+KindT = TypeVar("KindT")
 
 
 class Embedded(NamedTuple):
@@ -61,7 +63,7 @@ class Condition(Protocol):
         ...
 
     def null(self, count: int) -> PyTree:
-        """Returns `count` times "no condition", as training drops it and guidance leads away from it."""
+        """Returns `count` times "no condition", prepared, as training drops it and guidance leads away from it."""
         ...
 
     @property
@@ -84,8 +86,8 @@ class Condition(Protocol):
         raise TypeError(f"{type(self).__name__} draws rows of the data, of which there are none")
 
     def embedder(self, width: int, dtype: Any) -> Callable[[PyTree], Embedded]:
-        """Returns the module, or a function of modules, condition (b, ...) -> Embedded, `width` wide, for use inside a
-        network."""
+        """Returns the module, or a function of modules, prepared condition (b, ...) -> Embedded, `width` wide, for use
+        inside a network."""
         ...
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +102,19 @@ class Condition(Protocol):
     def fit(self, num_classes: int) -> "Condition":
         """Returns the condition for a model of --model.num_classes. Raises UserError where they do not fit."""
         return self
+
+    def fit_latents(self, image_shape: tuple[int, int, int], latent_shape: tuple[int, int, int]) -> "Condition":
+        """Returns the condition for a model of images and latents (h, w, c). Raises UserError where they do not fit."""
+        return self
+
+    def prepare(self, codec: Any, condition: PyTree) -> PyTree:
+        """Returns conditions (n, ...) of `spec` as networks take them, encoded by the codec, perhaps; those that are
+        prepared already, as they are."""
+        return jax.tree.map(lambda leaf, rows: jnp.asarray(rows, leaf.dtype), self.spec, condition)
+
+    def mirror(self, condition: PyTree) -> PyTree:
+        """Returns the condition of one image, mirrored left to right, from that of the image as it was."""
+        return condition
 
     def inherit(self, source: "Condition") -> "Condition":
         """Returns the condition of data for a run that starts from one with the condition `source`: with what its
@@ -155,6 +170,14 @@ class Condition(Protocol):
         # The numbers themselves, for want of names.
         rows = zip(*(np.asarray(leaf) for leaf in jax.tree.leaves(condition)), strict=True)
         return [", ".join(np.array2string(value, precision=3) for value in row) for row in rows]
+
+    def find_part(self, kind: type[KindT]) -> KindT | None:
+        """Returns the condition, or that one of several, which is of a kind; None where there is none."""
+        return self if isinstance(self, kind) else None
+
+    def pictures(self, condition: PyTree) -> UInt8[np.ndarray, "n h w c"] | None:
+        """Returns conditions (n, ...) as images, which figures show beside those drawn; None for a kind without any."""
+        return None
 
     def mix(self, first: PyTree, second: PyTree, fraction: Any) -> PyTree | Mixture:
         """Returns conditions (n, ...) between two, at each `fraction` (n,) of the way."""

@@ -69,6 +69,15 @@ class SeveralCondition(Condition):
     def fit(self, num_classes: int) -> "SeveralCondition":
         return self._map(lambda name, part: part.fit(num_classes))
 
+    def fit_latents(self, image_shape: tuple[int, int, int], latent_shape: tuple[int, int, int]) -> "SeveralCondition":
+        return self._map(lambda name, part: part.fit_latents(image_shape, latent_shape))
+
+    def prepare(self, codec: Any, condition: PyTree) -> dict[str, PyTree]:
+        return {name: part.prepare(codec, condition[name]) for name, part in self.parts}
+
+    def mirror(self, condition: PyTree) -> dict[str, PyTree]:
+        return {name: part.mirror(condition[name]) for name, part in self.parts}
+
     def inherit(self, source: Condition) -> "SeveralCondition":
         known = dict(source.parts) if isinstance(source, SeveralCondition) else {}
         return self._map(lambda name, part: part.inherit(known.get(name, source)))
@@ -124,7 +133,14 @@ class SeveralCondition(Condition):
 
     def titles(self, condition: PyTree) -> list[str]:
         titles = (part.titles(condition[name]) for name, part in self.parts)
-        return [", ".join(texts) for texts in zip(*titles, strict=True)]
+        return [", ".join(filter(None, texts)) for texts in zip(*titles, strict=True)]
+
+    def find_part(self, kind: Any) -> Any:
+        return next((part for _, part in self.parts if isinstance(part, kind)), None)
+
+    def pictures(self, condition: PyTree) -> Any:
+        found = (part.pictures(condition[name]) for name, part in self.parts)
+        return next((pictures for pictures in found if pictures is not None), None)
 
     def remarks(self, condition: PyTree) -> list[str]:
         return [remark for name, part in self.parts for remark in part.remarks(condition[name])]

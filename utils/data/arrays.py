@@ -11,6 +11,7 @@ import numpy as np
 from utils.base.devices import format_bytes, host_memory
 from utils.base.external import ArrayHeader, BadFileError, map_npy, read_npz, read_npz_headers
 from utils.base.messages import UserError, printable, warn_once
+from utils.conditions.images import SPACES
 from utils.conditions.words import read_kinds
 from utils.data.columns import KEYS, Columns, check_columns, make_columns, make_dataset
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, array_dataset, split_rows, unlabelled_message
@@ -101,7 +102,9 @@ def load_array_file(name: str, split: str, options: DataOptions) -> ImageDataset
     if asked.numbers:
         columns, condition_names = asked.choose_numbers(columns, condition_names)
     names = (class_names, condition_names)
-    return make_dataset(name, columns, split, *names, options.value_range, text_encoder=options.text_encoder)
+    return make_dataset(
+        name, columns, split, *names, options.value_range, text_encoder=options.text_encoder, image_space=asked.space
+    )
 
 
 # The arrays of one split, {column: name in the file}; columns are those of KEYS.
@@ -171,6 +174,7 @@ class Asked(NamedTuple):
     flag: str
     columns: Collection[str] | None  # those of KEYS; None: all that there are
     numbers: tuple[str, ...]  # those of `conditions`, by name; (): all of them
+    space: str = SPACES[0]  # of condition images
 
     def choose(self, part: Part, path: Path) -> Part:
         """Returns what a split has of them. Raises UserError if it lacks one."""
@@ -204,9 +208,13 @@ def _read_columns_flag(text: str | None) -> Asked:
     for kind, names in kinds.items():
         if kind not in KIND_COLUMNS:
             raise UserError(f"{flag}: an npz has no {kind}; use {', '.join(KIND_COLUMNS)}")
-        if names and kind != "vector":
+        if kind == "image" and names and (len(names) > 1 or names[0] not in SPACES):
+            raise UserError(f"{flag}: write image:{' or image:'.join(SPACES)}")
+        if names and kind not in ("vector", "image"):
             raise UserError(f"{flag}: an npz has one array for {kind}; write {kind} alone")
-    return Asked(flag, {column for kind in kinds for column in KIND_COLUMNS[kind]}, kinds.get("vector", ()))
+    columns = {column for kind in kinds for column in KIND_COLUMNS[kind]}
+    (space,) = kinds.get("image") or SPACES[:1]
+    return Asked(flag, columns, kinds.get("vector", ()), space)
 
 
 def _find_parts(file: ArrayFile, flag: str, asked: Asked) -> dict[str, Part]:

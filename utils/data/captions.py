@@ -6,7 +6,6 @@ import numpy as np
 from jaxtyping import Bool, Float32
 
 from utils.base.messages import UserError, log
-from utils.conditions.condition import Condition
 from utils.conditions.text_encoders import find_text_encoder
 from utils.conditions.tokens import TextCondition
 from utils.data.dataset import Example, RandomAccess
@@ -42,12 +41,6 @@ class EncodedCaptions:
 def read_condition(source: RandomAccess, index: int) -> Example:
     """Returns an example, without its image where the source can leave that out."""
     return getattr(source, "read_condition", source.__getitem__)(index)
-
-
-def find_text(condition: Condition) -> TextCondition | None:
-    """Returns the condition, or the part of it, that is a text; None where there is none."""
-    parts = [condition, *dict(getattr(condition, "parts", ())).values()]
-    return next((part for part in parts if isinstance(part, TextCondition)), None)
 
 
 def encode_captions(source: RandomAccess, condition: TextCondition, what: str) -> RandomAccess:

@@ -12,6 +12,7 @@ from jaxtyping import Int
 from utils.base.messages import UserError, warn_once
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition
+from utils.conditions.images import ImageCondition
 from utils.conditions.several import SeveralCondition
 from utils.conditions.tokens import MAX_LENGTH, MAX_WIDTH, TextCondition, TokensCondition
 from utils.conditions.vector import VectorCondition
@@ -230,6 +231,7 @@ def make_dataset(
     value_range: tuple[float, float] | None = None,
     random_flip: bool = False,
     text_encoder: str | None = None,
+    image_space: str = "pixels",
 ) -> ImageDataset:
     """Returns the data set of one of `parts`, {split: its columns}; range and condition are those of 'train'.
 
@@ -241,7 +243,7 @@ def make_dataset(
     images = source.arrays["image"]
     pixels = UINT8
     if images.dtype.kind == "f":
-        pixels = PixelFormat("float32", *(value_range or _measure_range(name, parts["train"])))
+        pixels = PixelFormat("float32", *(value_range or _measure_range(name, parts["train"], "image")))
     elif split == "train":
         warn_of_levels(name, source.arrays["image"], source.rows)
 
@@ -260,8 +262,9 @@ def make_dataset(
     train = parts["train"]
     small = {key: train.column(key) for key in ("label", "conditions", "caption") if key in train.arrays}
     columns = {**train.arrays, **small}  # of the others, the shapes are all that matters
+    beside = _find_images(name, train, image_space)
     try:
-        condition = make_condition(columns, condition_names, names, text_encoder)
+        condition = make_condition(columns, condition_names, names, text_encoder, beside)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     return ImageDataset(
@@ -283,13 +286,14 @@ def make_condition(
     names: Sequence[str] | None = None,
     class_names: Sequence[str] = (),
     text_encoder: str | None = None,
+    images: ImageCondition | None = None,
 ) -> Condition | None:
     """Returns the condition of data whose training rows have these columns, {key of an example: (n, ...)}; None where
     labels are all there is.
 
     `names` are those of the numbers of "conditions", `class_names` those of the classes, () without; `text_encoder`
-    makes tokens of captions (default: words). Raises UserError, which does not name the data, for columns on which no
-    model can be trained.
+    makes tokens of captions (default: words); `images` is the condition of images. Raises UserError, which does not
+    name the data, for columns on which no model can be trained.
     """
     parts: dict[str, Condition] = {}
     if class_names:
@@ -304,8 +308,8 @@ def make_condition(
         if length > MAX_LENGTH or width > MAX_WIDTH:
             raise UserError(f"tokens are {length:,} of {width:,} numbers; {MAX_LENGTH:,} of {MAX_WIDTH:,} are the most")
         parts["tokens"] = TokensCondition(length, width)
-    if "condition_image" in columns:
-        raise UserError("condition_images are not learned from yet; leave them out")
+    if images is not None:
+        parts["image"] = images
     if parts.keys() <= {"class"}:
         return None
     return next(iter(parts.values())) if len(parts) == 1 else SeveralCondition(tuple(parts.items()))
@@ -323,14 +327,26 @@ def _make_text(columns: Mapping[str, np.ndarray], text_encoder: str) -> TextCond
     return found
 
 
-def _measure_range(name: str, train: Columns) -> tuple[float, float]:
+def _find_images(name: str, train: Columns, space: str) -> ImageCondition | None:
+    """Returns the condition of images beside the images; None where there are none."""
+    images = train.arrays.get("condition_image")
+    if images is None:
+        return None
+    pixels = UINT8
+    if images.dtype.kind == "f":
+        pixels = PixelFormat("float32", *_measure_range(name, train, "condition_image"))
+    height, width, channels = images.shape[1:]
+    return ImageCondition((height, width, channels), pixels, space)
+
+
+def _measure_range(name: str, train: Columns, key: str) -> tuple[float, float]:
     """Returns the lowest and the highest value of float images."""
     _check_finite(name, train)
     with np.errstate(over="ignore"):
-        low, high = np.float32(train.summary.low), np.float32(train.summary.high)
+        low, high = map(np.float32, train.summary.ranges[key])
         width = high - low
     if not low < high:
-        raise UserError(f"{name}: all values of all images are {low:g}; give images that differ")
+        raise UserError(f"{name}: all values of all {NAMES[key]} are {low:g}; give images that differ")
     if not np.isfinite(width):
         raise UserError(f"{name}: values are {low:g} to {high:g}, beyond what float32 can hold; rescale them")
     return float(low), float(high)

@@ -183,6 +183,8 @@ class ImageDataset:
         if self.batch_type is PixelBatch:
             self._check_image(index, example["image"])
         condition = example[RECORDED] if RECORDED in example else self.condition.read(example)
+        if flip:
+            condition = self.condition.mirror(condition)
         return {**self.batch_type.select(example, flip), "condition": condition}
 
     def _check_image(self, index: int, image: np.ndarray) -> None:

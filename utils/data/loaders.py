@@ -11,8 +11,9 @@ from utils.base.files import expand_home, refuse_url
 from utils.base.messages import UserError, warn
 from utils.base.settings import check_made, unknown_name
 from utils.conditions.condition import record_condition
+from utils.conditions.tokens import TextCondition
 from utils.data.arrays import load_array_file, load_digits
-from utils.data.captions import encode_captions, find_text
+from utils.data.captions import encode_captions
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, RandomAccess, check_own_size, warn_of_range
 from utils.data.image_folder import load_folder
 from utils.data.latents import load_latents
@@ -106,7 +107,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     dataset = loader.load(name, split, options)
     check_made(dataset, ImageDataset, f"the loader of --dataset_name={name}")
     check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
-    text = find_text(dataset.condition)
+    text = dataset.condition.find_part(TextCondition)
     if text is not None:
         source = encode_captions(cast(RandomAccess, dataset.source), text, f"--dataset_name={name}")
         dataset = dataclasses.replace(dataset, source=source)

@@ -20,8 +20,7 @@ CHUNK_BYTES = 2**24  # of an array, looked at together
 class Summary(NamedTuple):
     """The finding of one pass over all rows."""
 
-    low: float  # lowest and highest finite value of float images; (inf, -inf) where there is none
-    high: float
+    ranges: dict[str, list[float]]  # [lowest, highest] finite value of float images, by column; [inf, -inf] without any
     num_bad: dict[str, int]  # values that are NaN or infinite, by column, where there are any
     first_bad: dict[str, int]  # the first row with one
     sha256: str  # of all columns
@@ -49,8 +48,7 @@ def summarize(arrays: Mapping[str, np.ndarray], rows: Int[np.ndarray, " m"], ord
 
 def _look(arrays: Mapping[str, np.ndarray], rows: np.ndarray) -> Summary:
     digest = hashlib.sha256()
-    low = np.inf
-    high = -np.inf
+    ranges: dict[str, list[float]] = {}
     num_bad: dict[str, int] = {}
     first_bad: dict[str, int] = {}
     for key, array in arrays.items():
@@ -66,10 +64,12 @@ def _look(arrays: Mapping[str, np.ndarray], rows: np.ndarray) -> Summary:
                 has_bad = is_bad.reshape(len(chunk), -1).any(axis=1)
                 first_bad.setdefault(key, start + int(has_bad.argmax()))
                 num_bad[key] = num_bad.get(key, 0) + int(is_bad.sum())
-            if key == "image":
+            if key in ("image", "condition_image"):
+                low, high = ranges.get(key, (np.inf, -np.inf))
                 low = min(low, float(chunk.min(where=~is_bad, initial=np.inf)))
                 high = max(high, float(chunk.max(where=~is_bad, initial=-np.inf)))
-    return Summary(low, high, num_bad, first_bad, digest.hexdigest())
+                ranges[key] = [low, high]
+    return Summary(ranges, num_bad, first_bad, digest.hexdigest())
 
 
 def _read_chunks(array: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -116,7 +116,7 @@ def _read_kept(file: Path, stamp: str) -> Summary | None:
     try:
         content = json.loads(read_bytes(file))
         found = Summary(**content["summary"])
-        is_good = [type(value) for value in found] == [float, float, dict, dict, str] and content["stamp"] == stamp
+        is_good = [type(value) for value in found] == [dict, dict, dict, str] and content["stamp"] == stamp
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return found if is_good else None

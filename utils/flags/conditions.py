@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,19 +14,24 @@ from ml_collections import ConfigDict
 from utils.base.external import BadFileError, read_npz, read_npz_headers
 from utils.base.messages import UserError, warn
 from utils.conditions.classes import ClassCondition
-from utils.conditions.condition import Condition, read_rows
+from utils.conditions.condition import Condition, count_rows, read_rows
+from utils.conditions.images import ImageCondition
+from utils.conditions.several import SeveralCondition
 from utils.conditions.words import parse_rows, split_parts, unquote
 from utils.data.columns import KEYS
 from utils.flags.definitions import define_path
+from utils.images.pixels import check_pictures
 from utils.networks.models import ImageModel
+from utils.sampling.editing import read_images
 
 TEXT = "text"  # the field of captions
+IMAGE = "image"  # the part of several conditions
 MAX_SWEEP = 64  # images in a row
 MAX_FILE_BYTES = 2**30
 # {array of an npz, as in data: what a kind of condition reads of an example}.
 ARRAYS = {name: key for name, key in KEYS.items() if name != "images"}
 # Flags that give conditions, of which a command has one.
-GIVING = ("sweep", "prompt", "classes", "condition", "condition_file")
+GIVING = ("sweep", "prompt", "condition_images", "classes", "condition", "condition_file")
 
 
 def define_condition_flags() -> None:
@@ -34,6 +39,7 @@ def define_condition_flags() -> None:
     flags.DEFINE_string("classes", None, "Names or numbers of classes, separated by commas, in turn; or all.")
     flags.DEFINE_string("prompt", None, "Texts, in turn, separated by semicolons: a red 3; a 7 above a 1.")
     flags.DEFINE_string("condition", None, "Conditions by name, in turn: angle=0.3,mass=2; angle=1,mass=2.")
+    define_path("condition_images", None, "A folder of images that the model is given in turn, in the order of names.")
     define_path("condition_file", None, "A row for each condition: .csv with a column for each name, or .npz as data.")
 
 
@@ -43,11 +49,11 @@ def read_conditions(config: ConfigDict, model: ImageModel) -> PyTree | None:
 
     Raises UserError for two of these flags, and for what is no condition of the run.
     """
-    # Beside --sweep and --prompt, --condition has the other fields.
+    # Beside --sweep, --prompt and --condition_images, --condition has the other fields.
     given = [name for name in GIVING if config.get(name) is not None]
     if not given:
         return None
-    if len(given) > 1 and given not in (["sweep", "condition"], ["prompt", "condition"]):
+    if len(given) > 1 and (given[0] not in GIVING[:3] or given[1:] != ["condition"]):
         raise UserError(f"--{given[0]} and --{given[1]}: give one of them")
     kind = model.condition
     flag = given[0]
@@ -56,7 +62,9 @@ def read_conditions(config: ConfigDict, model: ImageModel) -> PyTree | None:
 
     # Each kind of condition reads its own words; its errors do not know the flag.
     try:
-        if flag == "sweep":
+        if flag == "condition_images":
+            chosen = read_condition_images(config.condition_images, config.condition, kind, config.num_samples)
+        elif flag == "sweep":
             chosen = read_sweep(config.sweep, config.condition, kind).conditions
         elif flag == "prompt":
             chosen = read_prompts(config.prompt, config.condition, kind)
@@ -106,11 +114,41 @@ def read_prompts(text: str, given: str | None, kind: Condition) -> PyTree:
     if others and given is None:
         raise UserError(f"give {', '.join(others)} by --condition")
     prompts = [unquote(part) for part in split_parts(text, ";")]
-    rows = parse_rows(given, others) if given is not None else [{}]
-    if not prompts or len(rows) not in (1, len(prompts)):
-        raise UserError(f"there are {len(prompts)} texts, but {len(rows)} of --condition; give one, or as many")
-    rows = rows * (len(prompts) // len(rows))
+    rows = _repeat_rows(given, others, len(prompts), "texts")
     return kind.from_fields([{**row, TEXT: prompt} for row, prompt in zip(rows, prompts, strict=True)])
+
+
+def read_condition_images(folder: str | Path, given: str | None, kind: Condition, limit: int) -> PyTree:
+    """Returns the conditions (n, ...) of the images of a folder, `limit` at most, in the order of their paths.
+
+    `given` has the other fields as --condition writes them, once or for each image. Raises UserError, which does not
+    name the flag.
+    """
+    found = kind.find_part(ImageCondition)
+    if found is None:
+        raise UserError("the run's condition is no image")
+    check_pictures(found.pixels, found.shape, "files hold", "give --condition_file FILE.npz", "the run's")
+    chosen = found.check(read_images(folder, found.shape, limit)[0])
+    if found is kind:
+        if given is not None:
+            raise UserError("the image is all of the run's condition; leave --condition out")
+        return chosen
+
+    # The other parts are written.
+    assert isinstance(kind, SeveralCondition)
+    others = SeveralCondition(tuple((name, part) for name, part in kind.parts if part is not found))
+    if given is None:
+        raise UserError(f"give {', '.join(_fields(others))} by --condition")
+    rows = _repeat_rows(given, _fields(others), count_rows(chosen), "images")
+    return {**others.from_fields(rows), IMAGE: chosen}
+
+
+def _repeat_rows(given: str | None, fields: Sequence[str], count: int, what: str) -> list[dict[str, str]]:
+    """Returns the other `fields` of `count` texts or images, given once for all or for each. Raises UserError."""
+    rows = parse_rows(given, fields) if given is not None else [{}]
+    if not count or len(rows) not in (1, count):
+        raise UserError(f"there are {count} {what}, but {len(rows)} of --condition; give one, or as many")
+    return rows * (count // len(rows))
 
 
 def read_condition_file(path: Path, kind: Condition) -> PyTree:
@@ -213,6 +251,8 @@ def read_sweep(text: str, given: str | None, kind: Condition) -> Sweep:
 
 
 def _fields(kind: Condition) -> tuple[str, ...]:
+    if kind.find_part(ImageCondition):
+        raise UserError("the run's condition has an image; give --condition_images, or --condition_file FILE.npz")
     if not kind.fields:
         raise UserError("the run's conditions cannot be written; leave the flag out, or give them in Python")
     return kind.fields

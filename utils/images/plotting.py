@@ -159,6 +159,21 @@ def image_table(
     return table.draw(images.reshape(-1, *images.shape[2:]))
 
 
+def put_before(
+    pictures: UInt8[np.ndarray, "rows h2 w2 c2"], images: UInt8[np.ndarray, "rows columns h w c"]
+) -> UInt8[np.ndarray, "rows more h w 3"]:
+    """Returns rows of images with a picture before each, resized to their size without smoothing; all in RGB."""
+    height, width = images.shape[2:4]
+    rows = np.arange(height) * pictures.shape[1] // height
+    columns = np.arange(width) * pictures.shape[2] // width
+    resized = pictures[:, rows][:, :, columns]
+    return np.concatenate([_to_rgb(resized)[:, None], _to_rgb(images)], axis=1)
+
+
+def _to_rgb(images: UInt8[np.ndarray, "*n c"]) -> UInt8[np.ndarray, "*n 3"]:
+    return images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
+
+
 def _grid(
     image_size: tuple[int, int], labels: np.ndarray, class_names: Sequence[str], title: str
 ) -> tuple[_Table, Int[np.ndarray, " n"]]:

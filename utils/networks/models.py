@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key, PyTree
 
 import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
+import utils.conditions.images
 import utils.conditions.several
 import utils.conditions.tokens
 import utils.conditions.vector  # noqa: F401 (likewise)
@@ -95,7 +96,8 @@ def make_model(
     config.check(codec.latent_shape(shape))
     if config.condition_dropout == "each" and not condition.num_parts:
         raise UserError("--model.condition_dropout=each: the data have one condition alone; leave it out")
-    network = NETWORKS[config.network].build(config, remat, mesh, condition.fit(config.num_classes))
+    fitted = condition.fit(config.num_classes).fit_latents(shape, codec.latent_shape(shape))
+    network = NETWORKS[config.network].build(config, remat, mesh, fitted)
     check_made(network, Network, f"the builder of --model.network={config.network}")
     return ImageModel(network, objective, codec, mesh, shape)
 

@@ -78,7 +78,7 @@ class DataConfig:
         None, f"What makes tokens of captions: {' or '.join(list_text_encoders())}; default: words."
     )
     condition_columns: str | None = setting(
-        None, "Columns of the data, as conditions: class, vector:a,b, tokens or text, joined by +; see docs/data.md."
+        None, "Conditions in the data: class, vector:a,b, tokens, text, image:pixels, joined by +; see docs/data.md."
     )
     broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
     max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)

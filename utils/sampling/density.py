@@ -182,7 +182,7 @@ def measure_batch(
     """
     # The point whose density is asked for: dequantised pixels, or latents, whose density is not one of images.
     image_key, probe_key = jax.random.split(key)
-    condition = batch.condition
+    condition = network.condition.prepare(codec, batch.condition)
     if is_pixels:
         assert isinstance(batch, PixelBatch)
         x_1 = dequantise(image_key, indices, batch.image)

@@ -13,31 +13,31 @@ from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS
 
 
 def read_images(
-    folder: str | Path, image_shape: tuple[int, int, int], limit: int, flag: str
+    folder: str | Path, image_shape: tuple[int, int, int], limit: int
 ) -> tuple[UInt8[np.ndarray, "n h w c"], list[Path]]:
     """Returns (images, their files) of a folder, sorted by path, `limit` at most.
 
-    The middle of each is resized to `image_shape` (height, width, channels), as in training. Raises UserError, naming
-    --`flag`, where the folder has no images, or one cannot be read.
+    The middle of each is resized to `image_shape` (height, width, channels), as in training. Raises UserError, which
+    does not name the flag, where the folder has no images, or one cannot be read.
     """
     # What cannot work is refused before anything is decoded.
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"--{flag}={folder} is no folder; give a folder of images")
+        raise UserError("there is no such folder; give a folder of images")
     height, width, channels = image_shape
     files = find_images(folder)[:limit]
     if not files:
-        raise UserError(f"--{flag}={folder} holds no images ({', '.join(SUFFIXES)})")
+        raise UserError(f"the folder holds no images ({', '.join(SUFFIXES)})")
 
     # One after another into a single array: originals may be large.
     mode = "L" if channels == 1 else "RGB"
     images = np.empty((len(files), *image_shape), np.uint8)
     for file, image in zip(files, images, strict=True):
         try:
-            image[:] = read_image(read_image_file(file), f"--{flag}: {file}", (height, width), mode=mode)
+            image[:] = read_image(read_image_file(file), str(file), (height, width), mode=mode)
         except (OSError, BrokenImageError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--{flag}: {file} cannot be read ({reason}); put a good copy in its place") from None
+            raise UserError(f"{file} cannot be read ({reason}); put a good copy in its place") from None
     return images, files
 
 

@@ -83,7 +83,7 @@ class ImageGenerator:
         self.check_sampler(sampler)
         if conditions is not None:
             # On the host, where a batch is a slice and costs no compilation.
-            conditions = jax.tree.map(np.asarray, self._as_arrays(conditions))
+            conditions = jax.tree.map(np.asarray, conditions, is_leaf=lambda rows: isinstance(rows, list))
             if count_rows(conditions) != num_samples:
                 raise ValueError(f"{count_rows(conditions)} conditions for {num_samples} samples")
         for start in range(0, num_samples, batch_size):
@@ -95,14 +95,14 @@ class ImageGenerator:
                 rows = resize_rows(given, batch_size)
 
             # Dispatched, not waited for: the caller can prepare the next batch while this one is computed.
-            arguments, static = self._arguments(sampler, indices, rows)
+            given, arguments, static = self._arguments(sampler, indices, rows)
             images, nfe = compiled.generate(*arguments, **static)
-            yield ImageBatch(images, arguments[4], min(batch_size, num_samples - start), nfe)
+            yield ImageBatch(images, given, min(batch_size, num_samples - start), nfe)
 
     def _arguments(
         self, sampler: SamplerConfig, indices: np.ndarray, conditions: PyTree | None
-    ) -> tuple[tuple, dict[str, Any]]:
-        """Returns (arguments, static arguments) of `compiled.generate` for the samples `indices`."""
+    ) -> tuple[PyTree, tuple, dict[str, Any]]:
+        """Returns (conditions, arguments, static arguments of `compiled.generate`) for the samples `indices`."""
         # Rows are split over the devices, and the computation follows them.
         placed = shard_replicated(indices, self.model.mesh)
         if conditions is None:
@@ -112,8 +112,9 @@ class ImageGenerator:
 
         # Numbers are arguments, the rest of the sampler is what the function is compiled for.
         settings = SamplerNumbers.of(sampler)
-        arguments = (self.params, self.model.codec, self.noise_key, placed, drawn, settings, sampler.num_steps)
-        return arguments, {"static": self._static(sampler), "latent_shape": self.model.latent_shape}
+        prepared = self._prepare(drawn)
+        arguments = (self.params, self.model.codec, self.noise_key, placed, prepared, settings, sampler.num_steps)
+        return drawn, arguments, {"static": self._static(sampler), "latent_shape": self.model.latent_shape}
 
     def _static(self, sampler: SamplerConfig) -> CompiledFor:
         return CompiledFor.of(self.model, sampler)
@@ -220,7 +221,7 @@ class ImageGenerator:
         sample j, if the solver draws any.
         """
         self.check_sampler(sampler)
-        condition = self._as_arrays(condition)
+        condition = self._prepare(condition)
         settings = SamplerNumbers.of(sampler)
         static = self._static(sampler)
         yield noise
@@ -245,7 +246,7 @@ class ImageGenerator:
         # The number of steps is that of `paths.straightness`; only the guidance of the sampler counts.
         sampler = SamplerConfig(1, cfg_scale)
         noise = self.noise(range(num_samples))
-        condition = self._as_arrays(self.conditions(range(num_samples)))
+        condition = self._prepare(self.conditions(range(num_samples)))
         arguments = (self.params, noise, condition, SamplerNumbers.of(sampler))
         values = compiled.measure_straightness(*arguments, static=self._static(sampler))
         return float(gather(values).mean())
@@ -259,7 +260,7 @@ class ImageGenerator:
         """
         # Noise that a solver adds could not be taken back.
         self._check_ode(sampler, "invert")
-        arguments = (self.params, latents, self._as_arrays(condition), SamplerNumbers.of(sampler), sampler.num_steps)
+        arguments = (self.params, latents, self._prepare(condition), SamplerNumbers.of(sampler), sampler.num_steps)
         return compiled.find_noise(*arguments, static=self._static(sampler))
 
     def inpaint(
@@ -283,7 +284,7 @@ class ImageGenerator:
             raise UserError(f"num_repeats={num_repeats}: use 1 or more")
         self._check_ode(sampler, "inpaint")
         noise = self.noise(range(len(images)))
-        condition = self._as_arrays(condition)
+        condition = self._prepare(condition)
         arguments = (images, is_hole, noise, condition, SamplerNumbers.of(sampler), sampler.num_steps, num_repeats)
         filled = compiled.fill_hole(
             self.params, self.model.codec, self.noise_key, *arguments, static=self._static(sampler)
@@ -302,16 +303,16 @@ class ImageGenerator:
         """
         t = jnp.asarray(t, jnp.float32)
         static = {"network": self.model.network, "objective": self.model.objective}
-        return compiled.evaluate_velocity(self.params, x, t, self._as_arrays(condition), **static)
+        return compiled.evaluate_velocity(self.params, x, t, self._prepare(condition), **static)
 
-    def _as_arrays(self, condition: PyTree) -> PyTree:
-        """Returns conditions (n, ...) as JAX arrays of the dtypes that their kind declares."""
+    def _prepare(self, condition: PyTree) -> PyTree:
+        """Returns conditions (n, ...) as the network takes them, JAX arrays."""
         # A mixture is not of the kind itself, but both of its sides are.
         if isinstance(condition, Mixture):
-            first = self._as_arrays(condition.first)
-            second = self._as_arrays(condition.second)
+            first = self._prepare(condition.first)
+            second = self._prepare(condition.second)
             return Mixture(first, second, jnp.asarray(condition.fraction, jnp.float32))
-        return jax.tree.map(lambda leaf, rows: jnp.asarray(rows, leaf.dtype), self.condition.spec, condition)
+        return self.condition.prepare(self.model.codec, condition)
 
     def encode(self, images: Images, seed: int = 0) -> Float[Array, "n h2 w2 c2"]:
         """Returns latents of images; those of a VAE are drawn from its posterior by `seed`."""

@@ -60,7 +60,8 @@ def _reconstruct(params, codec, key, batch, t, *, network, objective):
     examples = draw_examples(key, batch, objective, class_dropout_prob=0.0)
     x_1 = batch.to_latents(codec, examples["codec_key"])
     x_t = objective.corrupt(x_1, examples["draws"] | {"t": t})
-    predicted = objective.predict_data(model_fn(network, params), x_t, t, batch.condition)
+    condition = network.condition.prepare(codec, batch.condition)
+    predicted = objective.predict_data(model_fn(network, params), x_t, t, condition)
     return jnp.stack([batch.to_images(codec, x_1), *(images_to_uint8(codec.decode(x)) for x in (x_t, predicted))])
 
 
@@ -112,7 +113,8 @@ def sample_panels(
     condition = model.show(number, PANEL_SIZE)
     noise = sample_noise(key, jnp.arange(PANEL_SIZE), model.latent_shape)
     names = model.condition.titles(condition)
-    stage_titles = [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]
+    pictures = model.condition.pictures(condition)
+    stage_titles = ["given"] * (pictures is not None) + [f"{i + 1}/{PANEL_SIZE}" for i in range(PANEL_SIZE)]
 
     # Cached: the panels by step count show the end of a path that may be drawn already.
     @functools.cache
@@ -127,6 +129,8 @@ def sample_panels(
     own = () if sampler.cfg_scale is None else (sampler.cfg_scale,)
     for scale in sorted({*scales, *own}) if is_guided else (1,):
         images = stages(scale, sampler.num_steps)
+        if pictures is not None:
+            images = plotting.put_before(pictures, images)
         title = f"{sampler._replace(cfg_scale=scale)}, by fraction of the path{note}"
         yield f"{name}_cfg_{scale:g}", plotting.image_table(images, names, stage_titles, title)
 

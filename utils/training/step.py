@@ -93,7 +93,8 @@ def example_losses(
     # Rows without their condition teach the unconditional model, from which guidance leads away.
     is_dropped = examples["is_dropped"]
     null = model.condition.null(len(is_dropped))
-    condition = drop_rows(is_dropped, null, examples["batch"].condition)
+    condition = model.condition.prepare(codec, examples["batch"].condition)
+    condition = drop_rows(is_dropped, null, condition)
     if "drops" in examples:
         condition = model.condition.drop_each(examples["drops"], condition)
 
