@@ -22,7 +22,7 @@ from utils.metrics.reference import (
     save_statistics,
     warn_of_other_shape,
 )
-from utils.metrics.scores import InceptionScore, frechet_distance, kid, mind, prdc
+from utils.metrics.scores import InceptionScore, covariance_root, frechet_distance, kid, mind, prdc
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 
 
@@ -102,6 +102,13 @@ def test_distance_of_rank_deficient_covariances(rng):
     shift = rng.normal(size=40)
     assert frechet_distance(zero, few, zero, few) == pytest.approx(0, abs=1e-6 * np.trace(few))
     assert frechet_distance(zero, few, shift, few) == pytest.approx(shift @ shift, rel=1e-6)
+
+
+def test_a_root_has_as_many_columns_as_the_rank(rng):
+    few = random_covariance(40, rng, rank=7)
+    root = covariance_root(few)
+    assert root.shape == (40, 7)
+    np.testing.assert_allclose(root @ root.T, few, atol=1e-12 * np.trace(few))
 
 
 def test_distance_is_invariant_to_a_change_of_basis_and_scales_quadratically(rng):

@@ -68,9 +68,9 @@ class FeatureReference:
     rows: Float[np.ndarray, "n d"] | None = None
 
     @functools.cached_property
-    def root(self) -> Float[np.ndarray, "d d"]:
+    def root(self) -> Float[np.ndarray, "d r"]:
         """L with L L^T = sigma, for any number of distances."""
-        # Cached: an eigendecomposition of 2048 features takes seconds, and every distance needs it.
+        # Cached: of 2048 features it takes most of a second, and every distance needs it.
         return covariance_root(self.sigma)
 
 
