@@ -311,6 +311,8 @@ class DiT(nn.Module):
             # It may be left out where only shapes matter.
             step = jnp.zeros_like(t) if step is None else step
             conditioning += TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="step_embed")(step)
+        if embedded.augmentation is not None:
+            conditioning += embedded.augmentation
 
         # Channels beside those of x: further rows of the patches' kernel, in a matmul of their own, so that the sums
         # over the others stay the same bit for bit.
@@ -337,7 +339,7 @@ class DiT(nn.Module):
         dtype = jnp.dtype(config.dtype)
         if config.class_dropout_prob == 1:
             # Always dropped in training: no other embedding has been learned.
-            condition = self.condition.null(count_rows(condition))
+            condition = self.condition.without(condition)
         embedded = self.condition.embedder(config.hidden_size, dtype)(condition)
         if embedded.vector is not None:
             return embedded.vector, embedded

@@ -251,6 +251,14 @@ test_text.py::test_texts_from_the_shell_python_and_data_are_the_same_arrays
   utils/conditions/tokens.py: [row["text"] for row in rows] -> [row["text"].lower() + "." for row in rows]
 test_text.py::test_a_text_is_its_words_in_order
   utils/conditions/text_encoders.py: unicodedata.normalize("NFC", text).casefold() -> text.casefold()
+test_augmentation.py::test_changes_are_those_of_scipy
+  utils/training/augmentation.py: cosine * y - sine * x -> cosine * y + sine * x
+test_augmentation.py::test_the_network_learns_changed_images_and_is_told_how
+  utils/training/step.py: (Change(tree, augmentation) for -> (Change(tree, 0 * augmentation) for
+test_augmentation.py::test_validation_is_of_images_as_they_are
+  utils/training/step.py: jnp.where(is_validation, 0.0, model.condition.prob) -> model.condition.prob
+test_augmentation.py::test_what_is_exported_needs_no_word_of_changes
+  utils/runs/export.py: config["augment"] = [] -> pass
 """
 
 

@@ -27,6 +27,7 @@ class Embedded(NamedTuple):
     """A condition as a network takes it; None stands for what the kind does not use."""
 
     vector: Float[Array, "b d"] | None = None  # added to the embedding of time
+    augmentation: Float[Array, "b d"] | None = None  # likewise; zero where the image is as it was
     tokens: Float[Array, "b m d"] | None = None  # beside those of the image
     channels: Float[Array, "b h w k"] | None = None  # beside those of x
     mask: Bool[Array, "b m"] | None = None  # which tokens are there; default: all of them
@@ -65,6 +66,10 @@ class Condition(Protocol):
     def null(self, count: int) -> PyTree:
         """Returns `count` times "no condition", prepared, as training drops it and guidance leads away from it."""
         ...
+
+    def without(self, condition: PyTree) -> PyTree:
+        """Returns conditions (n, ...) of which nothing is given."""
+        return self.null(count_rows(condition))
 
     @property
     def num_parts(self) -> int:
@@ -107,9 +112,10 @@ class Condition(Protocol):
         """Returns the condition for a model of images and latents (h, w, c). Raises UserError where they do not fit."""
         return self
 
-    def prepare(self, codec: Any, condition: PyTree) -> PyTree:
+    def prepare(self, codec: Any, condition: PyTree, change: Callable[[Array], Array] | None = None) -> PyTree:
         """Returns conditions (n, ...) of `spec` as networks take them, encoded by the codec, perhaps; those that are
-        prepared already, as they are."""
+        prepared already, as they are. Images (n, h, w, c) among them undergo the `change` of the images that they
+        belong to, a pytree."""
         return jax.tree.map(lambda leaf, rows: jnp.asarray(rows, leaf.dtype), self.spec, condition)
 
     def mirror(self, condition: PyTree) -> PyTree:

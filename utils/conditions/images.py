@@ -65,8 +65,8 @@ class ImageCondition(Condition):
     def null(self, count: int) -> dict[str, Array]:
         return {"channels": jnp.zeros((count, *self._channels_shape)), "is_given": jnp.zeros(count, bool)}
 
-    def prepare(self, codec: Any, condition: Any) -> dict[str, Array]:
-        return condition if "channels" in condition else _prepare(codec, condition, kind=self)
+    def prepare(self, codec: Any, condition: Any, change: Any = None) -> dict[str, Array]:
+        return condition if "channels" in condition else _prepare(codec, condition, change, kind=self)
 
     def embedder(self, width: int, dtype: Any = jnp.float32) -> Callable[[Any], Embedded]:
         # Zeros where nothing is given, and a channel that says so: a given image may be of zeros, too.
@@ -157,16 +157,17 @@ class ImageCondition(Condition):
 
 
 @partial(jax.jit, static_argnames=("kind",))
-def _prepare(codec: Any, condition: Any, *, kind: ImageCondition) -> dict[str, Array]:
-    images = kind.pixels.to_unit(condition["image"])
-    height, width, _ = kind._channels_shape
-    if kind.space == "pixels":
-        channels = _resize(images, height, width)
-    else:
-        assert kind.image_shape is not None
+def _prepare(codec: Any, condition: Any, change: Any, *, kind: ImageCondition) -> dict[str, Array]:
+    # As many rows to a column as the images have, whose change it may undergo.
+    shape = kind._channels_shape if kind.space == "pixels" else kind.image_shape
+    assert shape is not None
+    channels = _resize(kind.pixels.to_unit(condition["image"]), *shape[:2])
+    if change is not None:
+        channels = change(channels)
+    if kind.space == "latents":
         # What a codec draws is drawn by one key for all: the same image always has the same latents.
-        keys = jnp.broadcast_to(jax.random.key(0), len(images))
-        channels = codec.encode(keys, _resize(images, *kind.image_shape[:2]))
+        keys = jnp.broadcast_to(jax.random.key(0), len(channels))
+        channels = codec.encode(keys, channels)
     return {"channels": channels.astype(jnp.float32), "is_given": condition["is_given"]}
 
 

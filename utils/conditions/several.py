@@ -72,8 +72,8 @@ class SeveralCondition(Condition):
     def fit_latents(self, image_shape: tuple[int, int, int], latent_shape: tuple[int, int, int]) -> "SeveralCondition":
         return self._map(lambda name, part: part.fit_latents(image_shape, latent_shape))
 
-    def prepare(self, codec: Any, condition: PyTree) -> dict[str, PyTree]:
-        return {name: part.prepare(codec, condition[name]) for name, part in self.parts}
+    def prepare(self, codec: Any, condition: PyTree, change: Any = None) -> dict[str, PyTree]:
+        return {name: part.prepare(codec, condition[name], change) for name, part in self.parts}
 
     def mirror(self, condition: PyTree) -> dict[str, PyTree]:
         return {name: part.mirror(condition[name]) for name, part in self.parts}

@@ -9,7 +9,7 @@ sources of something else than images bring a `Batch` of their own (`LatentBatch
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -87,8 +87,11 @@ class PixelBatch(Batch):
         image = example["image"]
         return {"image": image[:, ::-1] if flip else image}
 
-    def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
-        return codec.encode(keys, self.pixels.to_unit(self.image))
+    def to_latents(
+        self, codec: Any, keys: Key[Array, "*b"], change: Callable[[Array], Array] = lambda images: images
+    ) -> Float[Array, "b h w c"]:
+        """Returns x_1, of images in [-1, 1] after a `change`."""
+        return codec.encode(keys, change(self.pixels.to_unit(self.image)))
 
     def to_images(self, codec: Any, x_1: Float[Array, "b h w c"]) -> UInt8[Array | np.ndarray, "b h2 w2 c2"]:
         return self.pixels.to_uint8(self.image)

@@ -218,6 +218,8 @@ def define_run_flags() -> None:
     with topic("Data"):
         define_setting("value_range", settings_of(DataConfig)["value_range"])
     define_flip_flag()
+    with topic("Data"):
+        define_group("augmentation")
     define_codec_flags()
     define_model_flags()
     define_objective_flags()

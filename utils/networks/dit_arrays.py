@@ -10,7 +10,7 @@ TOKEN_POSITIONS = ("token_embed", "positions")
 OUTPUTS = (("final_layer", "dense", "kernel"), ("final_layer", "dense", "bias"))
 # Top-level parts that no DiT of classes has, and parts of a block.
 CONDITION_PARTS = (
-    "vector_embed", "token_embed", "base_vector", "class_positions", "condition_patches",
+    "vector_embed", "token_embed", "base_vector", "class_positions", "condition_patches", "augment_embed",
 )  # fmt: skip
 CROSS_PARTS = ("cross_attention", "norm_cross")
 

@@ -47,6 +47,8 @@ class DiTConfig(NetworkConfig):
         for patch in (2, 4, 8)
     }
 
+    TAKES_AUGMENTATION: ClassVar = True
+
     # Sizes.
     patch_size: int = setting(8, "Side of a patch.", 1, 2**12)
     hidden_size: int = setting(64, "Width of the transformer.", 4, 2**16)

@@ -17,6 +17,7 @@ import utils.conditions.vector  # noqa: F401 (likewise)
 from utils.base.messages import UserError
 from utils.base.settings import check_made, find_entry
 from utils.codecs.codec import Codec
+from utils.conditions.augmented import Augmented, without_augmentation
 from utils.conditions.condition import Condition, count_rows, take_rows
 from utils.networks.lora import merge_lora
 from utils.networks.network import NETWORKS, NetworkConfig
@@ -58,8 +59,8 @@ class ImageModel(NamedTuple):
 
     @property
     def condition(self) -> Condition:
-        """The kind of condition that the network takes, with what it knows of the data."""
-        return self.network.condition
+        """The kind of condition that the data have, with what it knows of them."""
+        return without_augmentation(self.network.condition)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -88,16 +89,28 @@ def make_model(
     image_shape: Sequence[int],
     condition: Condition,
     remat: str = "none",
+    augment: Sequence[str] = (),
+    augment_prob: float = 0.0,
 ) -> ImageModel:
-    """Returns the model of a network's configuration for a data set. Raises UserError where they do not fit."""
+    """Returns the model of a network's configuration for a data set. Raises UserError where they do not fit.
+
+    `augment` names how its images are changed in training, each with probability `augment_prob`.
+    """
     height, width, channels = image_shape
     shape = (height, width, channels)
     # Checked before anything is built: a network that does not fit would fail in a trace, without a flag to name.
     config.check(codec.latent_shape(shape))
     if config.condition_dropout == "each" and not condition.num_parts:
         raise UserError("--model.condition_dropout=each: the data have one condition alone; leave it out")
-    fitted = condition.fit(config.num_classes).fit_latents(shape, codec.latent_shape(shape))
-    network = NETWORKS[config.network].build(config, remat, mesh, fitted)
+    condition = condition.fit(config.num_classes).fit_latents(shape, codec.latent_shape(shape))
+    if augment:
+        if not config.TAKES_AUGMENTATION:
+            raise UserError(
+                f"--augment={','.join(augment)}: --model.network={config.network} does not take how an image was "
+                "changed, so that samples would be, too; leave it out (docs/change_this.md, Network)"
+            )
+        condition = Augmented(condition, tuple(augment), augment_prob)
+    network = NETWORKS[config.network].build(config, remat, mesh, condition)
     check_made(network, Network, f"the builder of --model.network={config.network}")
     return ImageModel(network, objective, codec, mesh, shape)
 

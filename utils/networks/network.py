@@ -34,6 +34,9 @@ class NetworkConfig:
     # {preset: {field: value}}, for --model.preset. A preset fills what the user left unset.
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
+    # Whether the network adds the `augmentation` that a condition brings (`Embedded`), as --augment needs.
+    TAKES_AUGMENTATION: ClassVar[bool] = False
+
     network: str = setting("dit", "The network; docs/change_this.md adds one.", choices=NETWORKS)
     # Read by guidance, training and the data, whatever the network.
     num_classes: int = setting(1000, 'Number of labels; one more embedding stands for "no label".', 1, 10**8)

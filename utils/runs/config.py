@@ -16,6 +16,7 @@ from utils.base.mesh import SHARDING_MODES
 from utils.base.messages import UserError
 from utils.base.settings import check_setting, find_entry, merge_settings, setting, settings_of
 from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, list_codecs, parse_codec
+from utils.conditions.augmented import AUGMENTATIONS
 from utils.conditions.text_encoders import list_text_encoders
 from utils.data.dataset import DataOptions
 from utils.images.decoding import MAX_MEGAPIXELS, MODES
@@ -108,6 +109,16 @@ class DataConfig:
             value_range=bounds,
             text_encoder=self.text_encoder,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationConfig:
+    """How training images are changed, of which the network is told, so that its samples are not."""
+
+    augment: tuple[str, ...] = setting(
+        (), f"Changes of training images, for small data sets: {', '.join(AUGMENTATIONS)}; samples show none."
+    )
+    augment_prob: float = setting(0.12, "How often an image undergoes each change of --augment.", 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,6 +286,7 @@ GROUPS: dict[str, tuple[Any, str]] = {
     "training": (TrainingConfig, ""),
     "start": (StartConfig, ""),
     "data": (DataConfig, ""),
+    "augmentation": (AugmentationConfig, ""),
     "codec": (CodecConfig, ""),
     "optimizer": (OptimizerConfig, ""),
     "sampling": (SamplingConfig, ""),
@@ -298,6 +310,7 @@ class RunConfig:
     training: TrainingConfig
     start: StartConfig
     data: DataConfig
+    augmentation: AugmentationConfig
     codec: CodecConfig
     model: NetworkConfig
     objective_name: str

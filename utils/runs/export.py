@@ -22,6 +22,7 @@ from utils.base.files import (
     write_text,
 )
 from utils.base.messages import UserError, log
+from utils.conditions.augmented import PART
 from utils.conditions.condition import recorded_kind, restore_condition
 from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
@@ -62,11 +63,13 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     step, params = checkpoints.restore_newest(
         lambda step: checkpoints.restore_stored(step, name), steps[steps.index(newest) :]
     )
-    params = merge_lora(params)
+    params = {part: tree for part, tree in merge_lora(params).items() if part != PART}
 
-    # As others will read it: without LoRA's factors, and with the shape of the latents, which older runs lack.
+    # As others will read it: without LoRA's factors and what is told of changed images, and with the shape of the
+    # latents, which older runs lack.
     config["dataset"]["latent_shape"] = list(find_latent_shape(config))
     config["lora_rank"] = 0  # merged
+    config["augment"] = []
     try:
         condition = restore_condition(config["dataset"])
         state = export_published(params, architecture, tuple(config["dataset"]["latent_shape"]), condition)

@@ -145,7 +145,7 @@ def load_model(
     condition = restore_condition(data)
     if remark := condition.remark():
         warn(f"note: {remark}")
-    model = make_model(config, objective, loaded, mesh, shape, condition)
+    model = make_model(config, objective, loaded, mesh, shape, condition, augment=saved["augment"])
     if data["latent_shape"] and tuple(data["latent_shape"]) != model.latent_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (model.latent_shape, data["latent_shape"]))
         raise UserError(

@@ -29,6 +29,8 @@ OLDER_RUNS: dict[str, Any] = {
     "weight_decay": 0.0,
     "grad_clip": None,
     "lr_schedule": "constant",
+    "augment": [],
+    "augment_prob": 0.12,
     "model.network": "dit",
     "model.timestep_scale": 10_000.0,
     "model.step_conditioning": 0,

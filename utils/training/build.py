@@ -42,7 +42,7 @@ from utils.codecs.codec import set_pixel_format
 from utils.codecs.codecs import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
 from utils.conditions.condition import restore_condition
 from utils.data.batches import first_examples, next_batch, training_batches
-from utils.data.dataset import SPLITS, ImageDataset
+from utils.data.dataset import SPLITS, ImageDataset, PixelBatch
 from utils.data.loaders import describe_data, load_dataset, summarize_data
 from utils.images.pixels import UINT8
 from utils.kernels.random import unroll
@@ -154,7 +154,7 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
     # Data. The validation images are always the same, so that two points of a curve differ by the model alone.
     datasets = {split: load_dataset(config.data.dataset_name, split, config.data.options) for split in SPLITS}
     dataset = datasets["train"]
-    check_range(config, dataset)
+    check_images(config, dataset)
     training = config.training
     check_batch_memory(training.batch_size, dataset.image_shape)
     validation = training_batches(datasets["validation"], training.batch_size, training.seed, **this_host())
@@ -225,6 +225,8 @@ def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[I
         dataset.image_shape,
         dataset.condition,
         remat=config.devices.remat,
+        augment=config.augmentation.augment,
+        augment_prob=config.augmentation.augment_prob,
     )
     if config.model.step_conditioning and not takes_step(model.network):
         raise UserError(
@@ -272,10 +274,22 @@ def build_optimizer(config: RunConfig) -> optax.GradientTransformation:
     )
 
 
-def check_range(config: RunConfig, dataset: ImageDataset) -> None:
-    """Raises UserError if --value_range is given of images that are no floats."""
+def check_images(config: RunConfig, dataset: ImageDataset) -> None:
+    """Raises UserError if --value_range is given of images that are no floats, or if --augment would change nothing."""
     if "value_range" in config.given and dataset.pixels == UINT8:
         raise UserError(f"--value_range={config.data.value_range}: the images are uint8, of 0 .. 255; leave it out")
+    augment = config.augmentation.augment
+    if not augment:
+        return
+    given = f"--augment={','.join(augment)}"
+    if dataset.batch_type is not PixelBatch:
+        raise UserError(
+            f"{given}: --dataset_name={config.data.dataset_name} holds no images to change; train on the images that "
+            "it was made from, or leave the flag out"
+        )
+    height, width, _ = dataset.image_shape
+    if min(height, width) == 1:
+        raise UserError(f"{given}: images of {height}x{width} cannot be changed so; leave the flag out")
 
 
 def prepare_start(

@@ -14,6 +14,7 @@ from utils.base.effects import check_effects
 from utils.base.messages import UserError, log
 from utils.base.settings import find_entry, flatten_groups, settings_of, suggest_name
 from utils.codecs import codecs
+from utils.conditions.augmented import AUGMENTATIONS
 from utils.data.loaders import find_loader, get_loader
 from utils.images.decoding import find_mode
 from utils.images.pixels import UINT8, PixelFormat, write_range
@@ -64,6 +65,8 @@ def make_config(
     values = fill_layers(layers, find_inherited(layers) if own is None else {})
     if _has_mode(values) and codecs.parse_codec(values.get("codec") or "kl").name != "pixels":
         values.setdefault("image_mode", "RGB")  # which is what VAEs take
+    if "flip" in (values.get("augment") or ()):
+        values.setdefault("random_flip", 0)  # samples would be mirrored by that
 
     # The run is named after its data.
     name = values.get("wandb.name", known["wandb.name"].default)
@@ -215,6 +218,13 @@ def check_together(config: RunConfig) -> None:
             f"--warmup_steps={optimizer.warmup_steps}: --lr_schedule=cosine ends at --max_steps="
             f"{config.training.max_steps}; use fewer"
         )
+    # Changes of images.
+    augmentation = config.augmentation
+    for name in augmentation.augment:
+        if name not in AUGMENTATIONS:
+            raise UserError(f"--augment={name} is unknown; use some of {','.join(AUGMENTATIONS)}")
+    if augmentation.augment and augmentation.augment_prob == 0:
+        raise UserError("--augment_prob=0 changes no image; use 0.12, for example, or leave --augment out")
     # What is trained.
     if config.start.lora_rank and config.start.freeze:
         raise UserError(

@@ -36,6 +36,7 @@ RULES = (
     ),
     Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),
     Rule(("num_shards",), "with --sharding={sharding}, only with hybrid", lambda v: v.sharding != "hybrid"),
+    Rule(("augment_prob",), "without --augment", lambda v: not v.augment),
     Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),
     Rule(("freeze", "lora_rank"), "without --load_dir", lambda v: not v.is_started),
     Rule(

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
+from jax.tree_util import Partial
 from jaxtyping import Array, Key, PyTree
 
 from utils.codecs.codec import Codec
+from utils.conditions.augmented import Augmented, Change
 from utils.conditions.condition import drop_rows
 from utils.data.dataset import Batch
 from utils.kernels.random import roll, unroll
@@ -22,10 +24,13 @@ from utils.networks.models import Network, model_fn
 from utils.networks.packing import Packing
 from utils.networks.state import EmaSchedule, TrainState, apply_gradients, select_parts
 from utils.objectives.objective import Objective, row_period
+from utils.training.augmentation import draw_augmentation, warp
 
 # Random streams beside the training steps', which fold 0, 1, 2, ... into the seed's key: no run takes so many steps.
 INIT = 2**31 - 1
 VALIDATION = 2**31 - 2
+# Folded into the key with which a codec draws.
+AUGMENTATION = 1
 # Metrics for `SkippedUpdates` alone, of a step that may leave its update out.
 INTERNAL = ("is_skipped", "largest_gradient", "largest_gradient_norm")
 
@@ -87,16 +92,21 @@ def example_losses(
     objective: Objective,
 ) -> tuple[Array, dict[str, Array]]:
     """Returns (losses, metrics) of the examples, each (b,); `metrics` is {name: values}."""
-    # Data at t = 1, in the codec's space.
-    x_1 = examples["batch"].to_latents(codec, examples["codec_key"])
+    # Data at t = 1, in the codec's space. Images among the conditions change as theirs do.
+    batch = examples["batch"]
+    augmentation = examples.get("augmentation")
+    change = [] if augmentation is None else [Partial(warp, parameters=augmentation)]
+    x_1 = batch.to_latents(codec, examples["codec_key"], *change)
 
     # Rows without their condition teach the unconditional model, from which guidance leads away.
     is_dropped = examples["is_dropped"]
     null = model.condition.null(len(is_dropped))
-    condition = model.condition.prepare(codec, examples["batch"].condition)
-    condition = drop_rows(is_dropped, null, condition)
+    condition = drop_rows(is_dropped, null, model.condition.prepare(codec, batch.condition, *change))
     if "drops" in examples:
         condition = model.condition.drop_each(examples["drops"], condition)
+    # The network knows how an image was changed also where its condition is dropped.
+    if augmentation is not None:
+        condition, null = (Change(tree, augmentation) for tree in (condition, null))
 
     # The network under both sets of parameters: objectives may take targets from the EMA.
     functions = (model_fn(model, params), model_fn(model, ema_params))
@@ -113,11 +123,13 @@ def compute_gradients(
     objective: Objective,
     grad_accum: int,
     class_dropout_prob: float | Array,
+    augment_prob: float | Array = 0.0,
     frozen: tuple[str, ...] = (),
 ) -> tuple[PyTree, dict[str, Array]]:
     """Returns (gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is that loss.
 
-    The gradients of `frozen` parts of the parameters are zero, and are not computed.
+    The gradients of `frozen` parts of the parameters are zero, and are not computed. `augment_prob` is that of each
+    change of the images, where the network's condition is one of changed images.
     """
 
     def gradients(examples):
@@ -136,6 +148,9 @@ def compute_gradients(
     # Microbatches keep whole periods of rows, as an objective may give rows different roles.
     num_parts = model.condition.num_parts if model.config.condition_dropout == "each" else 0
     examples = draw_examples(key, batch, objective, class_dropout_prob, num_parts)
+    if isinstance(model.condition, Augmented):
+        keys = jax.vmap(jax.random.fold_in, (0, None))(examples["codec_key"], AUGMENTATION)
+        examples["augmentation"] = draw_augmentation(keys, model.condition.names, augment_prob)
     return accumulate_microbatches(gradients, examples, grad_accum, row_period(objective))
 
 
@@ -156,14 +171,16 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Returns (next state, metrics) of one Adam step on a global batch.
 
-    With `is_validation`, the state stays as it is, all conditions are kept, and noise and times are the same whatever
-    the step: points of a curve differ by the parameters alone. The metrics are then those of the update that the batch
-    would cause. As it is an argument of the compiled function, training and validation are compiled once.
+    With `is_validation`, the state and the images stay as they are, all conditions are kept, and noise and times are
+    the same whatever the step: points of a curve differ by the parameters alone. The metrics are then those of the
+    update that the batch would cause. As it is an argument of the compiled function, training and validation are
+    compiled once.
 
     With `skips_nonfinite`, an update that is not finite changes nothing but the step. `is_whole` says that every device
     has all of the state: its small arrays are then packed.
     """
     # The key follows from the step alone: a resumed run draws what it would have drawn.
+    is_augmented = isinstance(model.condition, Augmented)
     grads, metrics = compute_gradients(
         state,
         jax.random.fold_in(unroll(state.key), jnp.where(is_validation, VALIDATION, state.step)),
@@ -173,6 +190,7 @@ def train_step(
         objective=objective,
         grad_accum=grad_accum,
         class_dropout_prob=jnp.where(is_validation, 0.0, model.config.class_dropout_prob),
+        augment_prob=jnp.where(is_validation, 0.0, model.condition.prob) if is_augmented else 0.0,
         frozen=frozen,
     )
 
