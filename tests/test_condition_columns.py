@@ -123,6 +123,8 @@ def test_columns_are_chosen_by_kind_and_name(tmp_path):
     turned = choose(tmp_path, "vector:b,a+class")
     assert (dict(turned.condition.parts)["vector"].names, turned.num_classes) == (("b", "a"), 3)
     assert isinstance(choose(tmp_path, "tokens").condition, TokensCondition)
+    texts = write(tmp_path, images=IMAGES, labels=np.arange(200) % 3, captions=CAPTIONS)
+    assert load_dataset(texts, "train", DataOptions(condition_columns="text")).condition == TextCondition(5, 64)
     assert len({choose(tmp_path, text).fingerprint for text in ("class", "vector", "vector:b", "vector:b,a")}) == 4
 
 

@@ -172,18 +172,21 @@ class Asked(NamedTuple):
     """The arrays that --condition_columns asks for."""
 
     flag: str
-    columns: Collection[str] | None  # those of KEYS; None: all that there are
+    kinds: Collection[str] | None  # those of KIND_COLUMNS; None: whatever there is
     numbers: tuple[str, ...]  # those of `conditions`, by name; (): all of them
     space: str = SPACES[0]  # of condition images
 
     def choose(self, part: Part, path: Path) -> Part:
         """Returns what a split has of them. Raises UserError if it lacks one."""
-        if self.columns is None:
+        if self.kinds is None:
             return part
-        for kind, columns in KIND_COLUMNS.items():
-            if columns[0] in self.columns and columns[0] not in part:
-                raise UserError(f"{self.flag}: {path} has no {columns[0]}, which {kind} needs")
-        return {column: name for column, name in part.items() if column == "images" or column in self.columns}
+        chosen = {"images"}
+        for kind in self.kinds:
+            needed = KIND_COLUMNS[kind][0]
+            if needed not in part:
+                raise UserError(f"{self.flag}: {path} has no {needed}, which {kind} needs")
+            chosen.update(KIND_COLUMNS[kind])
+        return {column: name for column, name in part.items() if column in chosen}
 
     def choose_numbers(
         self, parts: Mapping[str, Columns], names: list[str] | None
@@ -212,9 +215,8 @@ def _read_columns_flag(text: str | None) -> Asked:
             raise UserError(f"{flag}: write image:{' or image:'.join(SPACES)}")
         if names and kind not in ("vector", "image"):
             raise UserError(f"{flag}: an npz has one array for {kind}; write {kind} alone")
-    columns = {column for kind in kinds for column in KIND_COLUMNS[kind]}
     (space,) = kinds.get("image") or SPACES[:1]
-    return Asked(flag, columns, kinds.get("vector", ()), space)
+    return Asked(flag, kinds, kinds.get("vector", ()), space)
 
 
 def _find_parts(file: ArrayFile, flag: str, asked: Asked) -> dict[str, Part]:
