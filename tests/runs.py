@@ -1,6 +1,7 @@
-"""Runs of train_flow.py in processes of their own, and what they logged."""
+"""Runs of train_flow.py in processes of their own, and what they logged; runs in this process."""
 
 import re
+import shutil
 import signal
 import time
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from tests.conftest import Program, run_program, xla_flags
 from utils.trackers.trackers import read_metrics
+from utils.training import build_run, make_config, train
 
 SCALARS = ("l2_loss", "v_abs_mean", "v_pred_abs_mean", "grad_norm", "update_norm", "param_norm")
 
@@ -42,6 +44,15 @@ def kill_and_continue(run_dir, step: int, *args, devices: int = 1) -> None:
     assert process.wait() == -signal.SIGKILL
     done = run_program("train_flow.py", *args, devices=devices)
     assert re.search(r"resuming .* from step \d+", done.stdout)
+
+
+def train_and_repeat(folder, settings: dict) -> None:
+    """Trains a run of four steps in FOLDER/whole, and its last two again from its checkpoint in FOLDER/stopped."""
+    config = {**settings, "max_steps": 4, "save_interval": 2}
+    train(build_run(make_config({**config, "save_dir": str(folder / "whole")})))
+    shutil.copytree(folder / "whole", folder / "stopped")
+    shutil.rmtree(folder / "stopped" / "checkpoints" / "4")
+    train(build_run(make_config({**config, "save_dir": str(folder / "stopped")})))
 
 
 def assert_close(actual: dict, expected: dict, steps: int) -> None:

@@ -13,9 +13,11 @@ import numpy as np
 import optax
 import pytest
 
+import eval_fid
 import sample
 from diffusion_transformer import DiT
 from tests.conftest import run_program
+from tests.runs import train_and_repeat
 from utils.base.messages import UserError
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition, LabelEmbed
@@ -27,6 +29,7 @@ from utils.data.dataset import ImageDataset, PixelBatch
 from utils.data.fingerprint import Fingerprint
 from utils.data.loaders import LOADERS, Loader
 from utils.flags.conditions import read_condition_file, read_sweep
+from utils.images.pixels import PixelFormat
 from utils.networks.dit_config import DiTConfig
 from utils.networks.state import create_train_state
 from utils.objectives.flow_matching import FlowMatching
@@ -222,17 +225,18 @@ def test_a_sweep_changes_one_number():
 
 
 def load_ramps(name, split, options):
-    """Images that are as bright as their condition says, in a direction."""
+    """Images of floats that are as bright as their condition says, in a direction."""
     rng = np.random.default_rng(split == "train")
     numbers = rng.uniform([0, -1], [1, 1], (40, 2)).astype(np.float32)
     slope = np.linspace(-1, 1, 8)[None, None, :] * numbers[:, 1, None, None]
-    images = np.uint8(100 + 80 * numbers[:, 0, None, None] + 60 * np.broadcast_to(slope, (40, 8, 8)))[..., None]
+    images = np.float32(1 + 8 * numbers[:, 0, None, None] + 6 * np.broadcast_to(slope, (40, 8, 8)))[..., None]
     source = [{"image": image, "conditions": row} for image, row in zip(images, numbers, strict=True)]
     fingerprint = Fingerprint("ramps", len(source), "")
     kind = VectorCondition.of_rows(
         np.random.default_rng(1).uniform([0, -1], [1, 1], (40, 2)).astype(np.float32), ["level", "slope"]
     )
-    return ImageDataset(name, split, source, (8, 8, 1), (), False, fingerprint, own_condition=kind)
+    pixels = PixelFormat("float32", -5.0, 15.0)
+    return ImageDataset(name, split, source, (8, 8, 1), (), False, fingerprint, pixels=pixels, own_condition=kind)
 
 
 SETTINGS = {
@@ -243,12 +247,11 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of two runs of four steps: `whole`, and `stopped` at step 2 and continued."""
+    """The folder of two runs of four steps: `whole`, and `stopped`, which goes on from step 2."""
     folder = tmp_path_factory.mktemp("vector")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LOADERS, "ramps", Loader(load_ramps))
-        for name, steps in (("whole", 4), ("stopped", 2), ("stopped", 4)):
-            train(build_run(make_config({**SETTINGS, "save_dir": str(folder / name), "max_steps": steps})))
+        train_and_repeat(folder, SETTINGS)
     return folder
 
 
@@ -321,6 +324,20 @@ def test_the_shell_draws_what_python_draws(runs, tmp_path, read_flags, capfd):
         with pytest.raises(UserError) as error:
             sample.main(read_flags(sample, [*words, *wrong]))
         assert message in str(error.value)
+
+
+def test_samples_are_scored_under_rows_of_the_data(runs, tmp_path, read_flags):
+    images = np.stack([example["image"] for example in load_ramps("ramps", "train", None).source])
+    np.savez(tmp_path / "data.npz", images=images)
+    line = f"--load_dir {runs / 'whole'} --fid_stats {tmp_path}/data.npz --metrics moments --num_samples 6"
+    line += f" --denoise_timesteps 2 --cfg_scale 1 --save_samples {tmp_path}/samples.npz --out {tmp_path}/out"
+    eval_fid.main(read_flags(eval_fid, [*line.split(), "--wandb.mode", "disabled"]))
+    generator = load_generator(runs / "whole")
+    with np.load(tmp_path / "samples.npz") as file:
+        np.testing.assert_array_equal(file["conditions"], generator.conditions(range(6))["value"])
+        np.testing.assert_array_equal(file["arr_0"], generator.sample(num_samples=6, num_steps=2, cfg_scale=1))
+    (row,) = json.loads((tmp_path / "out" / "fid.json").read_text())["cells"]
+    assert row["mean_error"] > 0
 
 
 def test_fine_tuning_keeps_what_the_numbers_mean(runs, tmp_path, monkeypatch):

@@ -108,20 +108,27 @@ def load_generator(
     mesh = mesh or make_mesh()
     checkpoints, steps = open_checkpoint(str(run))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
-    model = load_model(saved, mesh, dtype=dtype, codec=codec, needs_images=needs_images)
-    model = model._replace(pool=read_pool(split_load_dir(str(run))[0], model.condition))
+    folder = checkpoints.folder.parent
+    model = load_model(saved, mesh, dtype=dtype, codec=codec, needs_images=needs_images, folder=folder)
     check_draw_mode(model.condition, label_mode)  # before parameters are read
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, saved, params)
     return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode)
 
 
 def load_model(
-    saved: dict[str, Any], mesh: Mesh, *, dtype: str | None = None, codec: str | None = None, needs_images: bool = True
+    saved: dict[str, Any],
+    mesh: Mesh,
+    *,
+    dtype: str | None = None,
+    codec: str | None = None,
+    needs_images: bool = True,
+    folder: Path | None = None,
 ) -> ImageModel:
     """Makes the model of a saved configuration, without parameters.
 
-    Without `needs_images`, a codec that cannot be found is reported only when it is used. Raises UserError where the
-    codec is not the one of the training.
+    Without `needs_images`, a codec that cannot be found is reported only when it is used. `folder` is the run's, which
+    has kept conditions for samples that are given none. Raises UserError where the codec is not the one of the
+    training, and for a damaged file of conditions.
     """
     # The network, in the run's dtype or another.
     data = saved["dataset"]
@@ -152,7 +159,7 @@ def load_model(
             f"--codec={spec} makes latents {theirs} of images "
             f"{'x'.join(map(str, shape))}, but the model takes {ours}; give the VAE with which it was trained"
         )
-    return model
+    return model if folder is None else model._replace(pool=read_pool(folder, model.condition))
 
 
 def choose_codec(recorded: Mapping[str, Any], requested: str | None) -> CodecSpec:

@@ -279,7 +279,8 @@ class RunEvaluation(Scoring):
         super().__init__(config, reference, image_shape, config.num_samples, checkpoints.folder.parent, dtype)
 
         # The model, its parameters, and how its samples are drawn.
-        self.model = load_model(saved, self.mesh, dtype=model.dtype, codec=config.codec)
+        folder = checkpoints.folder.parent
+        self.model = load_model(saved, self.mesh, dtype=model.dtype, codec=config.codec, folder=folder)
         self.step, params = restore_params(checkpoints, steps, self.model, saved, config.params)
         counts = self._class_counts() if config.labels == "dataset" else None
         self.generator = ImageGenerator(
