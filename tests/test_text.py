@@ -7,10 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+import sample
+from tests.runs import train_and_repeat
 from utils.base.messages import UserError
 from utils.conditions.condition import CONDITIONS, number_rows, record_condition, restore_condition
 from utils.conditions.text_encoders import TEXT_ENCODERS, TextEncoder, TextEncoderKind, encode_texts, word_token
 from utils.conditions.tokens import TextCondition, TokensCondition
+from utils.runs.opening import load_generator
 
 CAPTIONS = ["a 3 left of a 7", "A red, RED wine!", "", "he\u0301llo"]
 
@@ -153,3 +156,47 @@ def test_a_network_of_transformers_encodes_texts(tmp_path):
         dataclasses.replace(condition, sha256="0" * 64).check(["a"])
     with pytest.raises(UserError, match=r"^--text_encoder=transformers:.*missing cannot be loaded"):
         TextCondition.of_captions(["a"], f"transformers:{tmp_path}/missing")
+
+
+# --- A run ---
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of two runs of four steps: `whole`, and `stopped`, which goes on from step 2."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    captions = [f"a {'dark' if level < 128 else 'light'} image of level {level}" for level in range(0, 256, 8)]
+    images = np.repeat(np.arange(0, 256, 8, dtype=np.uint8), 64).reshape(32, 8, 8, 1) ^ rng.integers(
+        8, size=(32, 8, 8, 1), dtype=np.uint8
+    )
+    np.savez(folder / "data.npz", images=images, captions=np.array(captions))
+    settings = {
+        "dataset_name": f"npz:{folder / 'data.npz'}", "codec": "pixels", "model.hidden_size": 32, "model.depth": 1,
+        "model.patch_size": 4, "model.class_dropout_prob": 0.5, "batch_size": 8, "eval_interval": 0,
+        "model.target_update_rate": 0.5, "model.lr": 1e-2, "wandb.mode": "disabled",
+    }  # fmt: skip
+    train_and_repeat(folder, settings)
+    return folder
+
+
+def test_a_run_of_texts_goes_on_exactly(runs):
+    whole, stopped = (load_generator(runs / name, params="raw") for name in ("whole", "stopped"))
+    jax.tree.map(np.testing.assert_array_equal, whole.params, stopped.params)
+    # Whatever a text is embedded by has been learned.
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(whole.params["token_embed"]))
+
+
+def test_prompts_in_the_shell_are_those_in_python(runs, tmp_path, read_flags):
+    prompts = ["a dark image of level 0", "a light image, of level 7; and of 8"]
+    saved = tmp_path / "samples.npz"
+    words = f"--load_dir {runs / 'whole'} --denoise_timesteps 2 --cfg_scale 2 --num_samples 4 --out {tmp_path}".split()
+    text = f'{prompts[0]}; "{prompts[1]}"'
+    sample.main(read_flags(sample, [*words, "--prompt", text, "--save_samples", str(saved)]))
+    found = np.load(saved)
+    generator = load_generator(runs / "whole")
+    np.testing.assert_array_equal(found["arr_0"], generator.sample(conditions=prompts * 2, num_steps=2, cfg_scale=2))
+    assert found["captions"].tolist() == prompts * 2
+    # Another text is another picture.
+    other = generator.sample(conditions=["a light image of level 248"] * 4, num_steps=2, cfg_scale=2)
+    assert (other != found["arr_0"]).any(axis=(1, 2, 3)).all()
