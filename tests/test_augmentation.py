@@ -217,6 +217,17 @@ def test_the_network_learns_changed_images_and_is_told_how():
     np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(condition.parameters, axis=0))
 
 
+def test_images_are_changed_before_a_codec_encodes_them():
+    class Thirds(PixelCodec):
+        def encode(self, key, images):
+            return images / 3
+
+    batch = PixelBatch(condition=0, image=jnp.asarray(IMAGES))
+    key = jax.random.key(0)
+    found = batch.to_latents(Thirds(), key, lambda images: images + 1)
+    np.testing.assert_allclose(found, (batch.to_latents(PixelCodec(), key) + 1) / 3, atol=1e-6)
+
+
 # --- A run ---
 
 SETTINGS = {
