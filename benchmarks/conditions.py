@@ -5,6 +5,7 @@ seen a sample. The programs are run as a user types them; figures are a line of 
     python benchmarks/conditions.py text runs/scenes
     python benchmarks/conditions.py fields runs/fields --steps 500
     python benchmarks/conditions.py image runs/small
+    python benchmarks/conditions.py augmentation runs/few
 
 Flags that are none of its own go to train_flow.py. The exit status is 1 where a figure is worse than it should be.
 """
@@ -64,6 +65,12 @@ NUM_HELD_OUT = 40  # originals
 TURNS = 24  # of each
 
 
+def turn(images: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """Returns images (n, h, w) turned, as uint8."""
+    turned = [rotate(image, angle, reshape=False, order=1) for image, angle in zip(images, degrees, strict=True)]
+    return np.clip(np.round(turned), 0, 255).astype(np.uint8)
+
+
 def make_turned(path: Path) -> dict[str, np.ndarray]:
     """Writes the turned digits as npz:FILE reads them, and returns the arrays."""
     digits = load_digits()
@@ -72,11 +79,7 @@ def make_turned(path: Path) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {"condition_names": np.array(["cos", "sin"])}
     for prefix, part in (("", originals[NUM_HELD_OUT:]), ("validation_", originals[:NUM_HELD_OUT])):
         angles = rng.uniform(-90, 90, len(part) * TURNS)
-        turned = [
-            rotate(image, angle, reshape=False, order=1)
-            for image, angle in zip(np.repeat(part, TURNS, axis=0), angles, strict=True)
-        ]
-        arrays[f"{prefix}images"] = np.clip(np.round(turned), 0, 255).astype(np.uint8)[..., None]
+        arrays[f"{prefix}images"] = turn(np.repeat(part, TURNS, axis=0), angles)[..., None]
         radians = np.deg2rad(angles)
         arrays[f"{prefix}conditions"] = np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
     np.savez(path, **arrays)
@@ -312,6 +315,56 @@ def check_image(job: Job) -> dict[str, Any]:
     return {**figures, "passes": is_near and figures["given back"] < 0.03}
 
 
+# --- Few images: 150 fours in two poses, changed in training ---
+
+NUM_FOURS = 150  # originals in training; the other 31 are held out
+POSES = (0, 10)  # degrees
+FAR = 30  # degrees: further than any four of the data is turned, to the eye of what reads angles
+NUM_FEW_DRAWN = 500
+
+
+def check_augmentation(job: Job) -> dict[str, Any]:
+    """A validation loss that ends lower with changed images, of which samples show nothing: how far they are turned is
+    read as of the turned digits."""
+    digits = load_digits()
+    rng = np.random.default_rng(0)
+    originals = rng.permutation(digits.images[digits.target == DIGIT]) * (255 / 16)
+    parts = {"images": originals[:NUM_FOURS], "validation_images": originals[NUM_FOURS:]}
+    posed = {name: turn(np.repeat(part, 2, axis=0), np.tile(POSES, len(part))) for name, part in parts.items()}
+    np.savez(job.folder / "fours.npz", **posed)
+
+    # What reads angles knows them all.
+    angles = {name: rng.uniform(-180, 180, len(part) * TURNS) for name, part in parts.items()}
+    flat = {
+        name: turn(np.repeat(part, TURNS, axis=0), angles[name]).reshape(-1, 64) / 255 for name, part in parts.items()
+    }
+    radians = np.deg2rad(angles["images"])
+    reader = KernelRidge(kernel="rbf", alpha=0.01, gamma=0.1)
+    reader.fit(flat["images"], np.stack([np.cos(radians), np.sin(radians)], axis=1))
+
+    def read(images: np.ndarray) -> np.ndarray:
+        return np.rad2deg(angle_of(reader.predict(images.reshape(len(images), -1))))
+
+    def describe(images: np.ndarray) -> dict[str, float]:
+        found = read(images / 255)
+        return {"spread, degrees": found.std(), "turned far": (np.abs(found) > FAR).mean()}
+
+    errors = (read(flat["validation_images"]) - angles["validation_images"] + 180) % 360 - 180
+    error = np.sqrt(np.square(errors).mean())
+    figures: dict[str, Any] = {"error, degrees": error, "real": describe(posed["validation_images"])}
+    for name, words in (("plain", []), ("augmented", ["--augment", "rotate,translate,scale"])):
+        part = job._replace(folder=job.folder / name)
+        run_folder = train(part, job.folder / "fours.npz", "--model.patch_size", 2, "--log_interval", 100, *words)
+        lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        losses = [line["validation/l2_loss"] for line in lines if "validation/l2_loss" in line]
+        figures[name] = {"last loss": np.mean(losses[-5:]), "lowest loss": min(losses)}
+        figures[name] |= describe(draw(part, "samples", NUM_FEW_DRAWN, 1))
+
+    plain, augmented, real = figures["plain"], figures["augmented"], figures["real"]
+    is_upright = augmented["spread, degrees"] < real["spread, degrees"] + error
+    return {**figures, "passes": bool(is_upright and augmented["last loss"] < plain["last loss"])}
+
+
 class Case(NamedTuple):
     check: Callable[[Job], dict[str, Any]]
     steps: int
@@ -322,6 +375,7 @@ CASES = {
     "text": Case(check_text, 4000),
     "fields": Case(check_fields, 3000),
     "image": Case(check_image, 1500),
+    "augmentation": Case(check_augmentation, 4000),
 }
 
 
