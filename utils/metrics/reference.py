@@ -25,7 +25,7 @@ from utils.metrics.extractors import (
     feature_widths,
 )
 from utils.metrics.pixels import PixelReference, check_pixel_shapes, pixel_arrays, read_pixels
-from utils.metrics.scores import check_covariance, covariance_root
+from utils.metrics.scores import check_gaussian, covariance_root
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
 
 MAX_ROWS = 50_000  # rows that a statistics file may hold: 0.4 GB of Inception's as float32
@@ -66,12 +66,13 @@ class FeatureReference:
     mu: Float[np.ndarray, " d"]
     sigma: Float[np.ndarray, "d d"]
     rows: Float[np.ndarray, "n d"] | None = None
+    name: str = "covariance"  # of sigma in messages
 
     @functools.cached_property
     def root(self) -> Float[np.ndarray, "d r"]:
-        """L with L L^T = sigma, for any number of distances."""
+        """L with L L^T = sigma, for any number of distances. Raises ValueError where sigma is not semi-definite."""
         # Cached: of 2048 features it takes most of a second, and every distance needs it.
-        return covariance_root(self.sigma)
+        return covariance_root(self.sigma, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,9 +280,12 @@ def _read_feature(
     sigma = arrays[names.sigma].astype(np.float64)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError("it holds NaN or infinity")
-    # Now, rather than once all samples have been drawn.
-    check_covariance(mu, sigma, f"`{names.sigma}`")
-    return FeatureReference(mu, sigma, _read_rows(path, names.rows) if has_rows else None)
+    # Checked now, rather than once all samples have been drawn.
+    name = f"`{names.sigma}`"
+    mu, sigma = check_gaussian(mu, sigma, name)
+    found = FeatureReference(mu, sigma, _read_rows(path, names.rows) if has_rows else None, name)
+    _ = found.root
+    return found
 
 
 def _read_rows(path: Path, name: str) -> Float[np.ndarray, "n d"]:
