@@ -136,6 +136,9 @@ def test_columns_are_chosen_by_kind_and_name(tmp_path):
         ("class:species", "--condition_columns=class:species: an npz has one array for class; write class alone"),
         ("vectors", "--condition_columns=vectors: an npz has no vectors; use class, vector, tokens, text, image"),
         ("tokens+tokens", "--condition_columns=tokens[+]tokens: tokens is given twice"),
+        ("class,vector", "an npz has no class,vector; use .*, joined by [+]"),
+        ("class+", "--condition_columns=class[+]: name kinds, joined by [+], such as class[+]vector:angle,mass"),
+        ("", "--condition_columns=: name kinds"),
     ],
 )
 def test_other_choices_are_refused(tmp_path, text, message):
@@ -183,6 +186,22 @@ REFUSED = {
         {"condition_images": np.zeros((200, 4, 4), np.int32)},
         r"condition_images must be uint8, float16 or float32 .*; convert them with images.astype",
     ),
+    "other numbers in the other split": (
+        {"conditions": NUMBERS, "validation_images": IMAGES[:5], "validation_conditions": NUMBERS[:5, :1]},
+        r"conditions are of one shape in both splits, not \(2,\) and \(1,\)",
+    ),
+    "other tokens in the other split": (
+        {"tokens": TOKENS, "validation_images": IMAGES[:5], "validation_tokens": TOKENS[:5, :2, :1]},
+        r"tokens are of one shape in both splits, not \(3,\) and \(1,\)",
+    ),
+    "other condition images in the other split": (
+        {
+            "condition_images": IMAGES,
+            "validation_images": IMAGES[:5],
+            "validation_condition_images": IMAGES[:5].astype(np.uint8),
+        },
+        "condition_images are of one kind in both splits, not float32 and uint8",
+    ),
 }
 
 
@@ -191,3 +210,16 @@ def test_other_columns_are_refused(tmp_path, case):
     arrays, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
         load_dataset(write(tmp_path, images=IMAGES, **arrays))
+
+
+def test_the_splits_of_arrays_in_memory_fit_each_other():
+    train = {"images": IMAGES, "conditions": NUMBERS}
+    with pytest.raises(UserError, match=r"mine: images are of one shape in both splits, not \(.*\) and \("):
+        column_dataset("mine", train, validation={"images": IMAGES[:5, 1:], "conditions": NUMBERS[:5]})
+    with pytest.raises(UserError, match="mine: conditions are given for one of the splits alone; give them for both"):
+        column_dataset("mine", train, validation={"images": IMAGES[:5]})
+
+
+def test_names_that_are_misspelt_are_pointed_at(tmp_path, capfd):
+    load_dataset(write(tmp_path, images=IMAGES, condition=NUMBERS))
+    assert "not read: condition float64 (200, 2); did you mean conditions?" in capfd.readouterr().err

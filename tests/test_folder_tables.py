@@ -200,6 +200,19 @@ BAD = [
     ("vector:one", [f"{i}.png,3" for i in range(COUNT)], "one is the same in all rows"),
     ("image:angle", rows_of(), "image"),
     ("vector:", rows_of(), "needs the name of a column"),
+    # A column that is not named, but is of numbers in most rows, is not left out in silence.
+    ("vector", rows_of((3, "3.png,north,1,owl")), "angle of 3.png is 'north', no number"),
+    ("vector", rows_of((3, "3.png,,1,owl")), r"angle is empty in 1 row \(first that of 3.png\)"),
+    (
+        "vector:angle",
+        [row.replace(".png", "", 1) for row in rows_of()],
+        r"no row for 6 of 6 .*; its first is of 0, ...",
+    ),
+    (
+        "text",
+        rows_of(),
+        r"there are no captions .*\*.txt beside the images; .*metadata.csv has the columns angle, mass",
+    ),
 ]
 
 
@@ -221,6 +234,7 @@ def test_what_a_table_lacks_is_said_in_one_line(tmp_path, columns, rows, message
         ("metadata.jsonl", '{"file_name": "0.png"}\n{', "line 2"),
         ("metadata.jsonl", "[1]", "line 1 is no object with a file_name"),
         ("dataset.json", '{"labels": null}', "it says that there are no labels"),
+        ("dataset.json", '{"labels": 5}', r"its labels are 5, not a list of \[file name, label\]"),
         ("dataset.json", "{", "cannot be read"),
         ("dataset.json", '{"labels": [["0.png", [1]], ["1.png", 2]]}', "label holds lists of different lengths"),
     ],

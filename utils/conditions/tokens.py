@@ -230,7 +230,7 @@ class TextCondition(TokensCondition):
         return [text or "no text" for text in texts]
 
     def summary(self) -> str:
-        return f"captions of up to {self.length} tokens by {self.encoder}"
+        return f"captions of up to {self.length} token{'s' * (self.length != 1)} by {self.encoder}"
 
     def check_record(self) -> None:
         super().check_record()

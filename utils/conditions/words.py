@@ -60,6 +60,8 @@ def read_kinds(text: str) -> dict[str, tuple[str, ...]]:
     for part in text.split("+"):
         kind, colon, names = part.strip().partition(":")
         columns = tuple(name.strip() for name in names.split(",")) if colon else ()
+        if not kind:
+            raise UserError(f"{flag}: name kinds, joined by +, such as class+vector:angle,mass")
         if kind in kinds:
             raise UserError(f"{flag}: {kind} is given twice; join its columns by commas")
         if not all(columns) or len(set(columns)) < len(columns):

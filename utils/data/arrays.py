@@ -11,9 +11,10 @@ import numpy as np
 from utils.base.devices import format_bytes, host_memory
 from utils.base.external import ArrayHeader, BadFileError, map_npy, read_npz, read_npz_headers
 from utils.base.messages import UserError, printable, warn_once
+from utils.base.settings import suggest_name
 from utils.conditions.images import SPACES
 from utils.conditions.words import read_kinds
-from utils.data.columns import KEYS, Columns, check_columns, make_columns, make_dataset
+from utils.data.columns import KEYS, Columns, check_columns, check_splits, make_columns, make_dataset
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, array_dataset, split_rows, unlabelled_message
 
 IMAGES = ("images", "arr_0")  # the second of each as in ADM's files
@@ -32,6 +33,8 @@ KIND_COLUMNS = {
 CONDITION_COLUMNS = [column for column in KEYS if column not in ("images", "labels")]
 CLASS_NAMES = "class_names"
 CONDITION_NAMES = "condition_names"  # of the numbers of `conditions`
+# Names by which arrays are read, for those that are misspelt.
+WRITTEN = [prefix + column for prefix in PREFIXES.values() for column in KEYS] + [CLASS_NAMES, CONDITION_NAMES]
 MAX_CLASSES = 2**20
 MAX_NAMES_BYTES = 2**26  # of class names; NumPy takes four bytes for a letter
 MAX_LISTED = 5  # arrays named in a message
@@ -210,7 +213,7 @@ def _read_columns_flag(text: str | None) -> Asked:
     kinds = read_kinds(text)
     for kind, names in kinds.items():
         if kind not in KIND_COLUMNS:
-            raise UserError(f"{flag}: an npz has no {kind}; use {', '.join(KIND_COLUMNS)}")
+            raise UserError(f"{flag}: an npz has no {kind}; use {', '.join(KIND_COLUMNS)}, joined by +")
         if kind == "image" and names and (len(names) > 1 or names[0] not in SPACES):
             raise UserError(f"{flag}: write image:{' or image:'.join(SPACES)}")
         if names and kind not in ("vector", "image"):
@@ -258,20 +261,16 @@ def _check_headers(headers: Mapping[str, ArrayHeader], parts: Mapping[str, Part]
     # Each split by itself, then one beside the other.
     for part in parts.values():
         check_columns(flag.removeprefix("--dataset_name="), {column: headers[name] for column, name in part.items()})
-    shapes = {part["images"]: headers[part["images"]].shape[1:] for part in parts.values()}
-    if len(set(shapes.values())) > 1:
-        raise UserError(f"{flag}: images are of one shape in both splits, not {shapes}")
-    kinds = {part["images"]: headers[part["images"]].dtype for part in parts.values()}
-    if len({dtype == np.uint8 for dtype in kinds.values()}) > 1:
-        listed = ", ".join(f"{name} {dtype}" for name, dtype in kinds.items())
-        raise UserError(f"{flag}: images are of one kind in both splits, not {listed}")
+    check_splits(flag, [{column: headers[name] for column, name in part.items()} for part in parts.values()])
 
     # Arrays that are not read: among them may be the labels that one split lacks.
     used = {name for part in parts.values() for name in part.values()} | {CLASS_NAMES}
     if all("conditions" in part for part in parts.values()):
         used.add(CONDITION_NAMES)
-    unread = [f"{name} {headers[name].dtype} {headers[name].shape}" for name in sorted(headers.keys() - used)]
+    names = sorted(headers.keys() - used)
+    unread = [f"{name} {headers[name].dtype} {headers[name].shape}" for name in names]
     not_read = f"not read: {', '.join(unread[:MAX_LISTED])}{', ...' * (len(unread) > MAX_LISTED)}" if unread else ""
+    not_read += next(filter(None, (suggest_name(name, WRITTEN) for name in names if name not in WRITTEN)), "")
     for column in ("labels", *CONDITION_COLUMNS):
         has_it = {split: column in part for split, part in parts.items()}
         if any(has_it.values()) and not all(has_it.values()):

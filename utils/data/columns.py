@@ -136,6 +136,20 @@ def check_columns(name: str, arrays: Mapping[str, ArrayLike]) -> None:
         raise UserError(f"{name}: token_mask is {mask.shape}, but {has}; give one truth value for each token")
 
 
+def check_splits(name: str, splits: Sequence[Mapping[str, ArrayLike]]) -> None:
+    """Raises UserError for columns whose rows are of another shape or kind in one of the splits, {name: array}, that
+    `check_columns` has accepted."""
+    for key in ("images", "conditions", "tokens", "condition_images"):
+        arrays = [split[key] for split in splits if key in split]
+        # There may be fewer tokens, or more.
+        shapes = [array.shape[2 if key == "tokens" else 1 :] for array in arrays]
+        if len(set(shapes)) > 1:
+            raise UserError(f"{name}: {key} are of one shape in both splits, not {' and '.join(map(str, shapes))}")
+        if key != "conditions" and len({array.dtype == np.uint8 for array in arrays}) > 1:
+            kinds = " and ".join(str(array.dtype) for array in arrays)
+            raise UserError(f"{name}: {key} are of one kind in both splits, not {kinds}")
+
+
 def _check_images(name: str, key: str, images: ArrayLike) -> None:
     is_number = images.dtype == np.uint8 or (images.dtype.kind == "f" and images.dtype.itemsize <= 8)
     if not is_number or len(images.shape) not in (3, 4) or 0 in images.shape:
@@ -196,6 +210,11 @@ def column_dataset(
         if "images" not in found:
             raise UserError(f"{name}: there are no images among {', '.join(found) or 'no columns'}")
         check_columns(name, found)
+    check_splits(name, list(arrays.values()))
+    if lacking := {key for key in set().union(*arrays.values()) if not all(key in found for found in arrays.values())}:
+        raise UserError(
+            f"{name}: {min(lacking)} are given for one of the splits alone; give them for both, or for none"
+        )
     counts = {part: len(found["images"]) for part, found in arrays.items()}
     if validation is None:
         if counts["train"] == 1:

@@ -358,11 +358,11 @@ def warn_of_range(dataset: ImageDataset, has_flag: bool = False) -> None:
 
     # A float32 at the end of the range may lie a rounding beyond it.
     margin = 1e-3 * (pixels.high - pixels.low)
+    its_format = "its ImageDataset a PixelFormat of their range"
     if lowest < pixels.low - margin or highest > pixels.high + margin:
         warn_once(
             f"--dataset_name={dataset.name}: values are {lowest:g} to {highest:g}, but their format is {pixels}, "
-            f"to which samples are clipped; {'give --value_range=' if has_flag else 'give its ImageDataset'} "
-            f"{f'{lowest:g},{highest:g}' if has_flag else 'a PixelFormat of their range'}"
+            f"to which samples are clipped; give {f'--value_range={lowest:g},{highest:g}' if has_flag else its_format}"
         )
 
 

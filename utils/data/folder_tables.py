@@ -46,7 +46,7 @@ class Asked:
         flag = f"--condition_columns={text}"
         kinds = read_kinds(text)
         if unread := [kind for kind in kinds if kind not in KINDS]:
-            raise UserError(f"{flag}: a folder has no columns of {unread[0]}; use {', '.join(KINDS)}")
+            raise UserError(f"{flag}: a folder has no columns of {unread[0]}; use {', '.join(KINDS)}, joined by +")
         for kind in ("class", "text"):
             if len(kinds.get(kind, ())) > 1:
                 raise UserError(f"{flag}: {kind} takes one column; name one")
@@ -106,7 +106,7 @@ def read_conditions(asked: Asked, table_file: Path | None, images: Sequence[Path
             has = () if table is None else table.columns
             kinds["text"] = kinds["text"] or (next((name for name in TEXT_COLUMNS if name in has), CAPTION),)
             if kinds["text"] == (CAPTION,) and CAPTION not in has:
-                captions = read_captions(images, folder).take(CAPTION, range(len(images)))
+                captions = _read_files(images, folder, table)
                 del kinds["text"]
         found = Conditions(None, (), {}, ())
         if table is not None and kinds:
@@ -116,6 +116,18 @@ def read_conditions(asked: Asked, table_file: Path | None, images: Sequence[Path
         return found
     except UserError as error:
         raise UserError(f"{asked.flag}: {error}") from None
+
+
+def _read_files(images: Sequence[Path], folder: Path, table: Table | None) -> list[str]:
+    """Returns the captions in files beside the images. Raises UserError where there are none, in files or `table`."""
+    files = read_captions(images, folder)
+    if not any(files.columns[CAPTION]):
+        columns = f"; {table.source} has the columns {', '.join(table.columns)}" if table is not None else ""
+        raise UserError(
+            f"there are no captions {files.source} beside the images{columns}; write one for each image, or name the "
+            "column of a table that holds them, text:COLUMN"
+        )
+    return files.take(CAPTION, range(len(images)))
 
 
 def _read_rows(table: Table, kinds: Mapping[str, tuple[str, ...]], images: Sequence[Path]) -> Conditions:

@@ -112,7 +112,12 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
         source = encode_captions(cast(RandomAccess, dataset.source), text, f"--dataset_name={name}")
         dataset = dataclasses.replace(dataset, source=source)
     elif options.text_encoder is not None:
-        raise UserError(f"--text_encoder={options.text_encoder}: {name} has no captions; leave it out")
+        fix = (
+            "ask for them by --condition_columns text, or leave it out"
+            if name.startswith("folder:")
+            else "leave it out"
+        )
+        raise UserError(f"--text_encoder={options.text_encoder}: {name} has no captions; {fix}")
     if split == "train":  # a data set is warned of once
         warn_of_range(dataset, "value_range" in loader.options)
 

@@ -47,9 +47,11 @@ class Table:
         names = [image.relative_to(self.folder).as_posix() for image in images]
         missing = [name for name in names if name not in self.numbers]
         if missing:
+            # Names that are all of another form: without suffix, absolute, in capitals.
+            others = f"; its first is of {_list(list(self.numbers), 1)}" if len(missing) == len(names) else ""
             raise UserError(
-                f"{self.source}: no row for {len(missing):,} of {len(names):,} images ({_list(missing)}); add rows, or "
-                "move the images out"
+                f"{self.source}: no row for {len(missing):,} of {len(names):,} images ({_list(missing)}){others}; add "
+                "rows, or move the images out"
             )
         return [self.numbers[name] for name in names]
 
@@ -71,13 +73,14 @@ class Table:
         return values
 
     def number_columns(self) -> tuple[str, ...]:
-        """Returns the names of the columns that hold nothing but numbers, or lists of them."""
+        """Returns the names of the columns that hold numbers, or lists of them, in most rows: a gap or a slip is an
+        error where they are read, rather than a column that is silently left out."""
 
         def is_number(value):
             items = value if isinstance(value, list) else [value]
             return all(_read_number(item) is not None for item in items)
 
-        return tuple(name for name, values in self.columns.items() if all(map(is_number, values)))
+        return tuple(name for name, values in self.columns.items() if 2 * sum(map(is_number, values)) > len(values))
 
     def read_numbers(
         self, columns: Sequence[str], rows: Sequence[int]
@@ -231,6 +234,8 @@ def _read_edm(content: bytes) -> tuple[list[Any], dict[str, list[Any]]]:
     labels = json.loads(content)["labels"]
     if not labels:
         raise ValueError("it says that there are no labels")
+    if not isinstance(labels, (list, dict)):
+        raise ValueError(f"its labels are {str(labels)[:40]}, not a list of [file name, label]")
     keys, values = zip(*(labels.items() if isinstance(labels, dict) else labels), strict=True)
     return list(keys), {EDM_COLUMN: list(values)}
 
