@@ -43,9 +43,43 @@ def test_captions_of_a_slow_encoder_are_encoded_once(monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         assert encoded.read_condition(number)["image"] == number
     assert encode_captions(source, dataclasses.replace(condition, encoder="words"), "x") is source
-    monkeypatch.setattr(captions, "MAX_BYTES", 3 * 3 * 64 * 4 - 1)
-    with pytest.raises(UserError, match=r"^x: tokens of 3 captions by --text_encoder=slow take 0\.0 GiB, of which 0 "):
+    monkeypatch.setattr(captions, "MAX_BYTES", 3 * 3 * 65 * 4 - 1)
+    with pytest.raises(UserError, match=r"^x: tokens of 3 captions by --text_encoder=slow take 0 MiB, of which 0 "):
         encode_captions(source, condition, "x")
+
+
+def test_tokens_of_weights_are_kept_for_later_starts(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seen = []
+
+    def encode(texts):
+        seen.extend(texts)
+        return encode_words(texts)
+
+    kind = TextEncoderKind(lambda _: TextEncoder(encode, sha256="ab"), "", is_slow=True)
+    monkeypatch.setitem(TEXT_ENCODERS, "late", kind)
+    source = [{"image": number, "caption": text} for number, text in enumerate(CAPTIONS)]
+    condition = TextCondition(3, 64, "late", "ab")
+    first = encode_captions(source, condition, "x")
+    assert len(seen) == 3
+    monkeypatch.setattr(captions, "MAX_BYTES", 0)  # of memory, which they do not take
+    again = encode_captions(source, condition, "x")
+    assert len(seen) == 3
+    for number, text in enumerate(CAPTIONS):
+        expected = condition.read({"caption": text})
+        for encoded in (first, again):
+            jax.tree.map(np.testing.assert_array_equal, condition.read(encoded[number]), expected)
+    # Other captions, other weights and a damaged file are encoded anew.
+    seen.clear()
+    encode_captions(source[:2], condition, "x")
+    assert len(seen) == 2
+    (whole,) = [file for file in (tmp_path / "jax-flow-matching").iterdir() if file.stat().st_size > 2000]
+    whole.write_bytes(whole.read_bytes()[:-1])
+    encode_captions(source, condition, "x")
+    assert len(seen) == 5
+    monkeypatch.setattr(captions.shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
+    with pytest.raises(UserError, match=r"^x: tokens of 1 captions by --text_encoder=late take .* are free in "):
+        encode_captions(source[1:2], condition, "x")
 
 
 @pytest.mark.parametrize("is_slow", [False, True])

@@ -1,26 +1,35 @@
 """Captions of a data set whose encoder is slow, encoded once for all rather than where each is read."""
 
 import dataclasses
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 
+from utils.base.devices import format_bytes
+from utils.base.external import BadFileError, map_npy
+from utils.base.files import atomic_write, cache_folder
 from utils.base.messages import UserError, log
 from utils.conditions.text_encoders import find_text_encoder
 from utils.conditions.tokens import TextCondition
 from utils.data.dataset import Example, RandomAccess
 
-MAX_BYTES = 2**31  # of the tokens of a split, which stay in memory
+MAX_BYTES = 2**31  # of tokens that stay in memory
 CHUNK = 1024  # captions encoded between two lines of progress
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedCaptions:
-    """A source of examples, each with the tokens of its caption; tokens of equal captions are kept once."""
+    """A source of examples, each with the tokens of its caption; tokens of equal captions are kept once.
+
+    The first number of a token is 1 where there is a token, the others are the token.
+    """
 
     source: RandomAccess
-    tokens: Float32[np.ndarray, "m l d"]
-    mask: Bool[np.ndarray, "m l"]
+    rows: Float32[np.ndarray, "m l more"]
     places: tuple[int, ...]  # of each example's caption among them
 
     def __len__(self) -> int:
@@ -34,8 +43,8 @@ class EncodedCaptions:
         return {**read_condition(self.source, index), **self._encoded(index)}
 
     def _encoded(self, index: int) -> Example:
-        place = self.places[index]
-        return {"tokens": self.tokens[place], "token_mask": self.mask[place]}
+        row = np.asarray(self.rows[self.places[index]])
+        return {"tokens": row[:, 1:], "token_mask": row[:, 0] > 0}
 
 
 def read_condition(source: RandomAccess, index: int) -> Example:
@@ -46,7 +55,8 @@ def read_condition(source: RandomAccess, index: int) -> Example:
 def encode_captions(source: RandomAccess, condition: TextCondition, what: str) -> RandomAccess:
     """Returns the source with the tokens of its captions, if their encoder is slow, and as it is otherwise.
 
-    Raises UserError, which begins with `what`, where they do not fit into memory.
+    Those of an encoder with weights are kept in a file of the cache folder, where later starts find them. Raises
+    UserError, which begins with `what`, where tokens fit neither into memory nor there.
     """
     if not find_text_encoder(condition.encoder).is_slow:
         return source
@@ -54,22 +64,60 @@ def encode_captions(source: RandomAccess, condition: TextCondition, what: str) -
     if any("tokens" in example for example in examples[:1]):
         return source  # data may bring them
     captions = [str(example["caption"]) for example in examples]
-    distinct = list(dict.fromkeys(captions))
-    num_bytes = len(distinct) * condition.length * condition.width * 4
-    if num_bytes > MAX_BYTES:
-        raise UserError(
-            f"{what}: tokens of {len(distinct):,} captions by --text_encoder={condition.encoder} take "
-            f"{num_bytes / 2**30:.1f} GiB, of which {MAX_BYTES / 2**30:.0f} are kept in memory; use an encoder of "
-            "narrower tokens, or shorter captions"
-        )
-
-    # The same text is encoded once.
-    tokens = np.zeros((len(distinct), condition.length, condition.width), np.float32)
-    mask = np.zeros(tokens.shape[:2], bool)
-    for start in range(0, len(distinct), CHUNK):
-        found = condition.encode(distinct[start : start + CHUNK])
-        tokens[start : start + CHUNK] = found["value"]
-        mask[start : start + CHUNK] = found["mask"]
-        log(f"{what}: {min(start + CHUNK, len(distinct)):,} of {len(distinct):,} captions encoded")
+    distinct = list(dict.fromkeys(captions))  # the same text is encoded once
     numbers = {caption: number for number, caption in enumerate(distinct)}
-    return EncodedCaptions(source, tokens, mask, tuple(numbers[caption] for caption in captions))
+    rows = _encode_distinct(distinct, condition, what)
+    return EncodedCaptions(source, rows, tuple(numbers[caption] for caption in captions))
+
+
+def _encode_distinct(captions: Sequence[str], condition: TextCondition, what: str) -> Float32[np.ndarray, "m l more"]:
+    """Returns the rows of captions, from an earlier start's file if there is one."""
+    shape = (len(captions), condition.length, 1 + condition.width)
+    num_bytes = 4 * int(np.prod(shape))
+    tokens = f"{what}: tokens of {len(captions):,} captions by --text_encoder={condition.encoder} take "
+    # Without weights an encoder is a function, which may become another one under the same name.
+    if condition.sha256 is None:
+        if num_bytes > MAX_BYTES:
+            raise UserError(
+                f"{tokens}{format_bytes(num_bytes)}, of which {format_bytes(MAX_BYTES)} are kept in memory; use an "
+                "encoder of narrower tokens, or shorter captions"
+            )
+        rows = np.zeros(shape, np.float32)
+        _fill(rows, captions, condition, what)
+        return rows
+
+    key = hashlib.sha256("\0".join([condition.sha256, str(shape), *captions]).encode(errors="surrogatepass"))
+    file = cache_folder() / f"tokens-{key.hexdigest()[:32]}.npy"
+    if (found := _read(file, shape)) is not None:
+        return found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(file.parent).free
+    if free < num_bytes:
+        raise UserError(
+            f"{tokens}{format_bytes(num_bytes)}, but {format_bytes(free)} are free in {file.parent}; make room, or set "
+            "XDG_CACHE_HOME to another folder"
+        )
+    with atomic_write(file) as temporary:
+        mapped = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
+        _fill(mapped, captions, condition, what)
+        mapped.flush()
+    found = _read(file, shape)
+    assert found is not None
+    return found
+
+
+def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Returns the array of a file, mapped; None if there is none of this shape."""
+    try:
+        _, found = map_npy(file)
+    except (BadFileError, OSError):
+        return None
+    return found if (found.shape, found.dtype) == (shape, np.float32) else None
+
+
+def _fill(rows: np.ndarray, captions: Sequence[str], condition: TextCondition, what: str) -> None:
+    for start in range(0, len(captions), CHUNK):
+        found = condition.encode(captions[start : start + CHUNK])
+        rows[start : start + CHUNK, :, 0] = found["mask"]
+        rows[start : start + CHUNK, :, 1:] = found["value"]
+        log(f"{what}: {min(start + CHUNK, len(captions)):,} of {len(captions):,} captions encoded")
