@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.font_manager import FontEntry, fontManager
 
 from utils.images import fonts, plotting
@@ -100,3 +101,23 @@ def test_names_are_cut_to_a_width_at_which_wide_characters_count_twice():
     assert [fonts.shorten(text, 5) for text in ("abcde", "abcdef", "猫猫", "猫猫猫", "é" * 6)] == [
         "abcde", "abcd…", "猫猫", "猫猫…", "éééé…"
     ]  # fmt: skip
+
+
+def test_texts_are_broken_at_spaces_or_else_behind_a_name():
+    assert fonts.wrap("fox, cos=0.637, mass=1.25", 15, 3) == "fox, cos=0.637,\nmass=1.25"
+    assert fonts.wrap("fox, cos=0.637, mass=1.25", 10, 2) == "fox,\ncos=0.637…"
+    assert fonts.wrap("a parameter_3=-0.818", 12, 3) == "a\nparameter_3=\n-0.818"
+    assert [fonts.wrap(text, 4, 3) for text in ("", "猫 猫 猫", "abcdef")] == ["", "猫\n猫\n猫", "abc…"]
+
+
+def test_what_a_figure_says_of_its_images_is_not_cut():
+    """Numbers of a condition are in the titles, on the images and in the margin, and within the figure."""
+    images = np.full((2, 3, 16, 16, 1), 255, np.uint8)
+    name = "parameter_3=-0.818, mass=1.25"
+    title = ", ".join(f"parameter_{i}=-0.0416" for i in range(12))
+    figure = plotting.image_table(images, [name] * 2, [name] * 3, title, [name] * 6)
+    assert len([text for text in figure.texts if "-0.818" in text.get_text() and "1.25" in text.get_text()]) == 11
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.texts]
+    assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
+    assert all(box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height for box in boxes)

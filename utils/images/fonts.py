@@ -60,6 +60,22 @@ def shorten(text: str, width: int) -> str:
     return text[:end] + "…"
 
 
+def wrap(text: str, width: int, max_lines: int) -> str:
+    """Returns a text in lines of at most `width` columns, broken at spaces. If something is left out, the last of
+    `max_lines`, or the line that was too long, ends with an ellipsis."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and count_columns(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        # The value below a name that is long: it says more.
+        name, equals, value = word.partition("=")
+        lines += [name + equals, value] if value and count_columns(word) > width else [word]
+    if len(lines) > max_lines:
+        lines[max_lines - 1 :] = [" ".join(lines[max_lines - 1 :])]
+    return "\n".join(shorten(line, width) for line in lines)
+
+
 @functools.cache
 def _families_of(character: str) -> list[str]:
     """Returns the families of fonts that have a character: Matplotlib's own first, then those of the system."""

@@ -14,10 +14,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 from PIL import Image
 
-from utils.images.fonts import count_columns, draw_text, make_legible, shorten
+from utils.images.fonts import count_columns, draw_text, make_legible, wrap
 
 GAP = 3  # pixels between images in a table
 MAX_ROW_TITLE = 40  # columns of text
+MIN_TITLE = 7  # points
+MAX_LINES = 4  # of a title; captions, which hide what is below them, take a third of the image at most
 
 
 # --- Images ---
@@ -45,6 +47,14 @@ class _Cell(NamedTuple):
             factor = min(1, 184 / longer)
             resample = Image.Resampling.LANCZOS
         return cls(round(height * factor), round(width * factor), resample, 100 if longer < 128 else 160)
+
+    def count_letters(self, width: int, points: int) -> int:
+        """Returns how many letters of the usual width fit into so many pixels."""
+        return max(8, int(width / self.dpi / (0.0088 * points)))
+
+    def count_lines(self, height: float, points: int) -> int:
+        """Returns how many lines of text fit into so many pixels, MAX_LINES at most."""
+        return max(1, min(MAX_LINES, int(height / (1.2 * points * self.dpi / 72))))
 
     def draw(self, image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "height width shown"]:
         """Returns the image at the size of the cell; of images that are neither grey nor RGB, the first channels."""
@@ -81,19 +91,23 @@ class _Table:
         def pixels(inches: float) -> int:
             return round(inches * cell.dpi)
 
-        def fit(text: str, points: int) -> str:
-            """Cuts a text to the width of a cell, at the usual width of a letter."""
-            return shorten(make_legible(text)[0], max(8, int(pitch_x / cell.dpi / (0.0088 * points))))
-
-        # Sizes: the margins are as large as the titles.
-        row_titles = [shorten(make_legible(name)[0], MAX_ROW_TITLE) for name in row_titles]
-        column_titles = ["\n".join(fit(line, 8) for line in name.split("\n")) for name in column_titles]
-        left = pixels(0.1 + 0.085 * max(map(count_columns, row_titles), default=0))
-        num_lines = max([1 + name.count("\n") for name in column_titles], default=0)
-        top = pixels(0.1 + 0.3 * bool(title) + 0.16 * num_lines)
+        # Texts are broken into lines; the margins are as large as they are.
+        row_titles = [_break_text(name, MAX_ROW_TITLE, cell.count_lines(cell.height, 8)) for name in row_titles]
+        column_titles = [_break_text(name, cell.count_letters(pitch_x, 8), MAX_LINES) for name in column_titles]
+        captions = [
+            _break_text(name, cell.count_letters(pitch_x, 6), cell.count_lines(cell.height / 3, 6)) for name in captions
+        ]
+        left = pixels(0.1 + 0.085 * max(map(count_columns, "\n".join(row_titles).split("\n"))))
         self.left = left
-        self.top = top
         self.width = left + columns * pitch_x
+        # A title is small enough for a narrow figure; one that would be too small to read has several lines.
+        fontsize = min(10, 130 * self.width / cell.dpi / max(1, count_columns(title)))
+        if fontsize < MIN_TITLE:
+            fontsize = MIN_TITLE
+            title = _break_text(title, cell.count_letters(self.width, MIN_TITLE), MAX_LINES)
+        num_lines = max([1 + name.count("\n") for name in column_titles], default=0)
+        top = pixels(0.1 + 0.3 * bool(title) + 0.14 * title.count("\n") + 0.16 * num_lines)
+        self.top = top
         self.height = top + rows * pitch_y
         self.texts = Figure(figsize=(self.width / cell.dpi, self.height / cell.dpi), dpi=cell.dpi)
 
@@ -111,9 +125,8 @@ class _Table:
             row, column = divmod(place, columns)
             x = left + column * pitch_x + 2
             y = top + row * pitch_y + 2
-            write(x, y, fit(name, 6), fontsize=6, va="top", color="white", bbox=box)
-        if title:  # small enough for a narrow figure
-            fontsize = min(10, 130 * self.width / cell.dpi / max(1, count_columns(title)))
+            write(x, y, name, fontsize=6, va="top", color="white", bbox=box)
+        if title:
             write(self.width / 2, pixels(0.08), title, fontsize=fontsize, ha="center", va="top")
 
     def paste(self, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "height width 3"]:
@@ -143,6 +156,11 @@ class _Table:
             page.paste(Image.fromarray(self.paste(images)), (self.left, self.top))
             page.paste(overlay, mask=overlay)
             yield page
+
+
+def _break_text(text: str, columns: int, max_lines: int) -> str:
+    """Returns the lines of a text, each in lines of its own that are not wider than so many columns."""
+    return "\n".join(wrap(line, columns, max_lines) for line in make_legible(text)[0].split("\n"))
 
 
 def image_table(
