@@ -65,6 +65,8 @@ def test_a_longer_text_is_cut_and_said():
     np.testing.assert_array_equal(long["value"][0, 5], word_token("six"))
     (remark,) = condition.remarks(long)
     assert remark.startswith("'one two three four five six seven' has more than the 6 tokens")
+    (remark,) = condition.remarks(condition.check(["?!", "one"]))
+    assert remark == "'?!' has no token of --text_encoder=words: it is drawn as no text"
 
 
 def test_tokens_are_given_with_or_without_a_mask():

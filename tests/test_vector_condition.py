@@ -22,13 +22,15 @@ from utils.base.messages import UserError
 from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition, LabelEmbed
 from utils.conditions.condition import drop_rows, record_condition, restore_condition
+from utils.conditions.images import ImageCondition
 from utils.conditions.several import SeveralCondition
+from utils.conditions.tokens import TextCondition, TokensCondition
 from utils.conditions.vector import VectorCondition
 from utils.conditions.words import parse_rows, read_kinds
 from utils.data.dataset import ImageDataset, PixelBatch
 from utils.data.fingerprint import Fingerprint
 from utils.data.loaders import LOADERS, Loader
-from utils.flags.conditions import read_condition_file, read_sweep
+from utils.flags.conditions import read_condition_file, read_prompts, read_sweep
 from utils.images.pixels import PixelFormat
 from utils.networks.dit_config import DiTConfig
 from utils.networks.state import create_train_state
@@ -162,6 +164,7 @@ def test_conditions_are_written_by_name():
         ("angle=1,mas=2", "'mas' is no part of the run's condition; give angle, mass"),
         ("angle=1,angle=2", "angle is given twice; separate conditions by ;"),
         ("angle,mass=2", "'angle' is not of the form NAME=VALUE"),
+        ("angle=1,5,mass=2", '; a value with a comma stands in quotes, angle="1,5"'),
         ("angle=one,mass=2", "angle=one is no number"),
         ("angle=nan,mass=2", "angle=nan is no number"),
         ("", "gives no condition; write angle=..., mass=..."),
@@ -188,6 +191,9 @@ def test_columns_are_picked_by_kind():
         ("angle,mass\n", "it has no rows"),
         ("angle,mass\n1,2\n1\n", "row 1 (from 0) has no mass"),
         ("angle,mass\n1,x\n", "mass=x is no number"),
+        ("", "it has no column angle, mass; there are none"),
+        ("angle;mass\n1;2\n", "it has no column angle, mass; there are angle;mass"),
+        ("angle,mass,angle\n1,2,3\n", "it has several columns angle; leave it one"),
     ],
 )
 def test_a_table_that_lacks_something_is_refused(tmp_path, content, message):
@@ -200,14 +206,49 @@ def test_a_table_that_lacks_something_is_refused(tmp_path, content, message):
 
 def test_a_table_is_read_as_what_is_written(tmp_path):
     table = tmp_path / "rows.csv"
-    table.write_text("\ufefffile_name,mass,angle\na.png,20,0.5\nb.png,30,-1\n", encoding="utf-8")
+    table.write_text("\ufefffile_name, mass, angle\na.png, 20, 0.5\n\nb.png,30,-1\n", encoding="utf-8")
     np.savez(tmp_path / "rows.npz", conditions=np.float64([[0.5, 20], [-1, 30]]), other=np.zeros(1))
     written = KIND.from_fields(parse_rows("angle=0.5,mass=20; angle=-1,mass=30", KIND.fields))
     for path in (table, tmp_path / "rows.npz"):
         jax.tree.map(np.testing.assert_array_equal, read_condition_file(path, KIND), written)
+    # Numbers that have names are found by them.
+    np.savez(tmp_path / "rows.npz", conditions=[[20, 9, 0.5], [30, 9, -1]], condition_names=["mass", "x", "angle"])
+    jax.tree.map(np.testing.assert_array_equal, read_condition_file(tmp_path / "rows.npz", KIND), written)
     np.savez(tmp_path / "rows.npz", labels=np.arange(2))
     with pytest.raises(UserError, match="it has no array conditions"):
         read_condition_file(tmp_path / "rows.npz", KIND)
+
+
+IMAGE = ImageCondition((4, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arrays", "message"),
+    [
+        (KIND, {"conditions": ROWS[:, :1]}, "conditions are float32 (3, 1), but the run takes numbers (n, 2)"),
+        (KIND, {"conditions": ROWS[0]}, "conditions are float32 (2, 1), but the run takes numbers (n, 2)"),
+        (KIND, {"conditions": ROWS.astype(str)}, ", but the run takes numbers (n, 2)"),
+        (KIND, {"conditions": ROWS, "condition_names": ["angle", "weight"]}, "lack mass; there are angle, weight"),
+        (KIND, {"conditions": ROWS, "condition_names": ["angle"]}, "there are 1 condition_names for 2 numbers"),
+        (ClassCondition(("a", "b")), {"labels": [0.5, 1]}, "labels are float64 (2,), but the run takes integers (n)"),
+        (IMAGE, {"condition_images": np.zeros((2, 4, 4, 1), np.uint8)}, "but the run takes uint8 (n, 4, 4, 3)"),
+        (IMAGE, {"condition_images": np.zeros((2, 4, 4, 3))}, "are float64 (2, 4, 4, 3), but the run takes uint8"),
+        (TokensCondition(3, 2), {"tokens": np.zeros((2, 3, 1))}, "but the run takes floats (n, any, 2)"),
+        (TokensCondition(3, 2), {"tokens": np.zeros((2, 4, 2))}, "it has 4 tokens, but the run was trained on up to 3"),
+    ],
+)
+def test_arrays_that_numpy_would_bend_are_refused(tmp_path, kind, arrays, message):
+    np.savez(tmp_path / "rows.npz", **arrays)
+    with pytest.raises(UserError) as error:
+        read_condition_file(tmp_path / "rows.npz", kind)
+    assert message in str(error.value)
+
+
+def test_many_captions_of_a_file_are_read(tmp_path):
+    kind = TextCondition(6, 64)
+    captions = np.array([f"a red {number} above a blue {number + 1}, in the mist" for number in range(1000)])
+    np.savez(tmp_path / "rows.npz", captions=captions)
+    assert kind.titles(read_condition_file(tmp_path / "rows.npz", kind)) == captions.tolist()
 
 
 def test_a_sweep_changes_one_number():
@@ -219,6 +260,22 @@ def test_a_sweep_changes_one_number():
     for text in ("angle=0:2", "weight=0:1:3", "angle=0:1:1", "angle=a:b:3", "angle=0:inf:3", "angle"):
         with pytest.raises(UserError):
             read_sweep(text, None, KIND)
+    with pytest.raises(UserError, match="angle is what the flag gives itself; leave it out of --condition"):
+        read_sweep("angle=0:2:5", "angle=1,mass=2", KIND)
+    with pytest.raises(UserError, match="a text is no number; give texts by --prompt"):
+        read_sweep("text=0:2:5", None, TextCondition(3, 64))
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "message"),
+    [
+        ("", None, "it gives no text; write one"),
+        ("a 3", "text=b", "the text is all of the run's condition; leave --condition out"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(text, given, message):
+    with pytest.raises(UserError, match=message):
+        read_prompts(text, given, TextCondition(3, 64))
 
 
 # --- A run ---

@@ -140,7 +140,7 @@ class Condition(Protocol):
 
     def parse(self, text: str) -> PyTree:
         """Returns the conditions (n, ...) that a user writes as --classes. Raises UserError for others."""
-        instead = "leave the flag out, or give them in Python"
+        instead = "give --condition_file FILE.npz, or leave the flag out"
         if self.fields:
             instead = f'use --condition "{",".join(f"{name}=..." for name in self.fields)}"'
         raise UserError(f"the run's conditions are no classes; {instead}")
@@ -152,7 +152,7 @@ class Condition(Protocol):
 
     def from_fields(self, rows: Sequence[Mapping[str, str]]) -> PyTree:
         """Returns the conditions (n, ...) of texts for each of `fields`. Raises UserError for others."""
-        raise UserError("the run's conditions cannot be written; leave the flag out, or give them in Python")
+        raise UserError("the run's conditions cannot be written; give --condition_file FILE.npz, or leave the flag out")
 
     def to_columns(self, condition: PyTree) -> dict[str, np.ndarray]:
         """Returns the arrays of conditions (n, ...) under the names by which npz:FILE reads them.

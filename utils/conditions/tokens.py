@@ -216,14 +216,18 @@ class TextCondition(TokensCondition):
         return self.encode([row["text"] for row in rows])
 
     def remarks(self, condition: Any) -> list[str]:
-        """Returns a remark for each text of more tokens than any of training."""
-        texts = self.titles(condition)
-        return [
-            f"{text[:SHOWN]!r} has more than the {self.length} tokens of the longest caption in training: the rest is "
-            "left out"
-            for text in texts
-            if longest_text(self.encoder, [text]) > self.length
-        ]
+        """Returns a remark for each text of more tokens than any of training, and for each without any."""
+        found = []
+        for text in self.titles(condition):
+            length = longest_text(self.encoder, [text])
+            if length > self.length:
+                found.append(
+                    f"{text[:SHOWN]!r} has more than the {self.length} tokens of the longest caption in training: the "
+                    "rest is left out"
+                )
+            elif not length:
+                found.append(f"{text[:SHOWN]!r} has no token of --text_encoder={self.encoder}: it is drawn as no text")
+        return found
 
     def titles(self, condition: Any) -> list[str]:
         texts = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(condition["text"]))

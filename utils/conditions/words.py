@@ -1,15 +1,15 @@
 """The syntax of conditions on a command line: values by name, and columns of data by kind."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from utils.base.messages import UserError
 
 
-def parse_rows(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
+def parse_rows(text: str, fields: Sequence[str], elsewhere: Collection[str] = ()) -> list[dict[str, str]]:
     """Returns the texts of `angle=0.3,mass=2; angle=1,mass=2`, {field: value} for each condition between semicolons.
 
-    Values that hold a comma or a semicolon stand in double quotes. Raises UserError unless each row gives each field
-    once.
+    Values that hold a comma or a semicolon stand in double quotes; `elsewhere` are fields that another flag gives.
+    Raises UserError unless each row gives each field once.
     """
     rows = []
     for part in split_parts(text, ";"):
@@ -17,7 +17,14 @@ def parse_rows(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
         for pair in split_parts(part, ","):
             name, equals, value = (word.strip() for word in pair.partition("="))
             if not equals or not value:
-                raise UserError(f"{pair.strip()!r} is not of the form NAME=VALUE; names are {', '.join(fields)}")
+                quotes = ""
+                if row:
+                    last = next(reversed(row))
+                    quotes = f'; a value with a comma stands in quotes, {last}="{row[last]},{pair}"'
+                known = ", ".join(fields)
+                raise UserError(f"{pair.strip()!r} is not of the form NAME=VALUE; names are {known}{quotes}")
+            if name in elsewhere:
+                raise UserError(f"{name} is what the flag gives itself; leave it out of --condition")
             if name not in fields:
                 raise UserError(f"{name!r} is no part of the run's condition; give {', '.join(fields)}")
             if name in row:

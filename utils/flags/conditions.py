@@ -4,11 +4,11 @@ import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
-from jaxtyping import PyTree
+from jaxtyping import PyTree, Shaped
 from ml_collections import ConfigDict
 
 from utils.base.external import BadFileError, read_npz, read_npz_headers
@@ -17,10 +17,13 @@ from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition, count_rows, read_rows
 from utils.conditions.images import ImageCondition
 from utils.conditions.several import SeveralCondition
+from utils.conditions.tokens import TokensCondition
+from utils.conditions.vector import VectorCondition
 from utils.conditions.words import parse_rows, split_parts, unquote
+from utils.data.arrays import CONDITION_NAMES
 from utils.data.columns import KEYS
 from utils.flags.definitions import define_path
-from utils.images.pixels import check_pictures
+from utils.images.pixels import UINT8, check_pictures
 from utils.networks.models import ImageModel
 from utils.sampling.editing import read_images
 
@@ -114,7 +117,11 @@ def read_prompts(text: str, given: str | None, kind: Condition) -> PyTree:
     if others and given is None:
         raise UserError(f"give {', '.join(others)} by --condition")
     prompts = [unquote(part) for part in split_parts(text, ";")]
-    rows = _repeat_rows(given, others, len(prompts), "texts")
+    if not prompts:
+        raise UserError("it gives no text; write one, or several with semicolons between them")
+    if given is not None and not others:
+        raise UserError("the text is all of the run's condition; leave --condition out")
+    rows = _repeat_rows(given, others, len(prompts), "texts", [TEXT])
     return kind.from_fields([{**row, TEXT: prompt} for row, prompt in zip(rows, prompts, strict=True)])
 
 
@@ -143,10 +150,12 @@ def read_condition_images(folder: str | Path, given: str | None, kind: Condition
     return {**others.from_fields(rows), IMAGE: chosen}
 
 
-def _repeat_rows(given: str | None, fields: Sequence[str], count: int, what: str) -> list[dict[str, str]]:
+def _repeat_rows(
+    given: str | None, fields: Sequence[str], count: int, what: str, elsewhere: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """Returns the other `fields` of `count` texts or images, given once for all or for each. Raises UserError."""
-    rows = parse_rows(given, fields) if given is not None else [{}]
-    if not count or len(rows) not in (1, count):
+    rows = parse_rows(given, fields, elsewhere) if given is not None else [{}]
+    if len(rows) not in (1, count):
         raise UserError(f"there are {count} {what}, but {len(rows)} of --condition; give one, or as many")
     return rows * (count // len(rows))
 
@@ -166,36 +175,51 @@ def read_condition_file(path: Path, kind: Condition) -> PyTree:
     if path.suffix != ".csv":
         raise UserError("give a .csv or an .npz")
 
-    # Rows of text, each with a value for each field.
+    # Rows of text, each with a value for each field. Spreadsheets put a byte-order mark in front.
     fields = _fields(kind)
     with path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            reader = csv.DictReader(file)
-            rows = list(reader)
+            header, *rows = [row for row in csv.reader(file) if row] or [[]]
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"it is no table in UTF-8 ({error})") from None
-    if missing := [name for name in fields if name not in (reader.fieldnames or ())]:
-        raise UserError(f"it has no column {', '.join(missing)}; there are {', '.join(reader.fieldnames or ['none'])}")
+    header = [name.strip() for name in header]
+    if missing := [name for name in fields if name not in header]:
+        raise UserError(f"it has no column {', '.join(missing)}; there are {', '.join(header) or 'none'}")
+    if doubled := [name for name in fields if header.count(name) > 1]:
+        raise UserError(f"it has several columns {doubled[0]}; leave it one")
     if not rows:
         raise UserError("it has no rows")
+    places = {name: header.index(name) for name in fields}
     for number, row in enumerate(rows):
-        if lacking := [name for name in fields if not row[name]]:
+        if lacking := [name for name, place in places.items() if not "".join(row[place : place + 1]).strip()]:
             raise UserError(f"row {number} (from 0) has no {lacking[0]}")
-    return kind.from_fields([{name: row[name] for name in fields} for row in rows])
+    return kind.from_fields([{name: row[place] for name, place in places.items()} for row in rows])
 
 
 def _read_npz(path: Path, kind: Condition) -> PyTree:
     try:
         headers = read_npz_headers(path)
-        arrays = read_npz(path, {name: headers[name] for name in ARRAYS if name in headers})
+        wanted = {name: headers[name] for name in (*ARRAYS, CONDITION_NAMES) if name in headers}
+        arrays = read_npz(path, wanted, "fiubUS", MAX_FILE_BYTES)
     except BadFileError as error:
         raise UserError(f"it cannot be read ({error})") from None
+    names = arrays.pop(CONDITION_NAMES, None)
 
-    # Row by row, as data are read.
     lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(lengths) != 1 or not min(lengths):
         found = ", ".join(f"{name} {headers[name].shape}" for name in sorted(headers)) or "nothing"
         raise UserError(f"needed are arrays of one length among {', '.join(ARRAYS)}; it holds {found}")
+
+    # As in data, numbers and images may lack their last axis, of one; numbers are found by name.
+    for name, axes in (("conditions", 2), ("condition_images", 4)):
+        if name in arrays and arrays[name].ndim == axes - 1:
+            arrays[name] = arrays[name][..., None]
+    vector = kind.find_part(VectorCondition)
+    if vector is not None and names is not None and arrays.get("conditions", np.empty(0)).ndim == 2:
+        arrays["conditions"] = _order_numbers(arrays["conditions"], names.reshape(-1).tolist(), vector.names)
+    _check_fit(kind, arrays)
+
+    # Row by row, as data are read.
     examples = ({ARRAYS[name]: array[place] for name, array in arrays.items()} for place in range(min(lengths)))
     try:
         rows = read_rows(kind, examples, min(lengths))
@@ -205,6 +229,49 @@ def _read_npz(path: Path, kind: Condition) -> PyTree:
     except ValueError as error:
         raise UserError(f"its arrays are not of the run's condition ({error})") from None
     return kind.check(rows)
+
+
+def _check_fit(kind: Condition, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError for arrays (n, ...) whose rows are not of the shapes and dtypes of the condition's parts: NumPy
+    would repeat, cut or round them."""
+    # {array: (kinds of dtypes, in words, the shape of a row, with None for any size)}.
+    wanted: dict[str, tuple[str, str, tuple[int | None, ...]]] = {}
+    if kind.find_part(ClassCondition):
+        wanted["labels"] = ("iu", "integers", ())
+    if vector := kind.find_part(VectorCondition):
+        wanted["conditions"] = ("fiub", "numbers", (len(vector.names),))
+    if tokens := kind.find_part(TokensCondition):
+        wanted["tokens"] = ("f", "floats", (None, tokens.width))
+    if image := kind.find_part(ImageCondition):
+        wanted["condition_images"] = (
+            ("u", "uint8", image.shape) if image.pixels == UINT8 else ("f", "floats", image.shape)
+        )
+    for name, (dtypes, words, row) in wanted.items():
+        if name not in arrays:  # reported where it is read
+            continue
+        array = arrays[name]
+        sizes = array.shape[1:]
+        if (
+            array.dtype.kind not in dtypes
+            or len(sizes) != len(row)
+            or not all(size in (None, found) for size, found in zip(row, sizes, strict=True))
+        ):
+            shape = ", ".join(["n", *("any" if size is None else str(size) for size in row)])
+            raise UserError(f"{name} are {array.dtype} {array.shape}, but the run takes {words} ({shape})")
+    if tokens and "tokens" in arrays and arrays["tokens"].shape[1] > tokens.length:
+        raise UserError(f"it has {arrays['tokens'].shape[1]} tokens, but the run was trained on up to {tokens.length}")
+
+
+def _order_numbers(
+    conditions: Shaped[np.ndarray, "n m"], given: Sequence[Any], names: Sequence[str]
+) -> Shaped[np.ndarray, "n k"]:
+    """Returns the numbers called `names` of those that a file calls `given`. Raises UserError where it lacks one."""
+    known = [name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in given]
+    if len(known) != conditions.shape[1]:
+        raise UserError(f"there are {len(known)} {CONDITION_NAMES} for {conditions.shape[1]} numbers")
+    if missing := [name for name in names if name not in known]:
+        raise UserError(f"its {CONDITION_NAMES} lack {', '.join(missing)}; there are {', '.join(known)}")
+    return conditions[:, [known.index(name) for name in names]]
 
 
 class Sweep(NamedTuple):
@@ -234,13 +301,15 @@ def read_sweep(text: str, given: str | None, kind: Condition) -> Sweep:
 
     # What does not change.
     name = match[1]
+    if name == TEXT:
+        raise UserError("a text is no number; give texts by --prompt")
     others = [field for field in fields if field != name]
     if given is None:
         constant: Mapping[str, str] = {field: kind.typical[field] for field in others if field in kind.typical}
         if missing := [field for field in others if field not in constant]:
             raise UserError(f"give {', '.join(missing)} by --condition")
     else:
-        rows = parse_rows(given, others)
+        rows = parse_rows(given, others, [name])
         if len(rows) != 1:
             raise UserError(f"beside it, --condition gives {', '.join(others)} once")
         (constant,) = rows
@@ -254,5 +323,5 @@ def _fields(kind: Condition) -> tuple[str, ...]:
     if kind.find_part(ImageCondition):
         raise UserError("the run's condition has an image; give --condition_images, or --condition_file FILE.npz")
     if not kind.fields:
-        raise UserError("the run's conditions cannot be written; leave the flag out, or give them in Python")
+        raise UserError("the run's conditions cannot be written; give --condition_file FILE.npz, or leave the flag out")
     return kind.fields

@@ -101,7 +101,7 @@ def make_model(
     # Checked before anything is built: a network that does not fit would fail in a trace, without a flag to name.
     config.check(codec.latent_shape(shape))
     if config.condition_dropout == "each" and not condition.num_parts:
-        raise UserError("--model.condition_dropout=each: the data have one condition alone; leave it out")
+        raise UserError("--model.condition_dropout=each: the data have one condition alone; use together")
     condition = condition.fit(config.num_classes).fit_latents(shape, codec.latent_shape(shape))
     if augment:
         if not config.TAKES_AUGMENTATION:
