@@ -79,7 +79,9 @@ def define_flags() -> None:
     # Results, and what is kept of the samples.
     with topic("Output"):
         define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")
-        define_path("save_samples", None, "Also write samples: .npz (arr_0 uint8 NHWC, arr_1 labels), else PNGs.")
+        define_path(
+            "save_samples", None, "Also write samples: X.npz with conditions, as npz:X.npz reads it, else PNGs."
+        )
         define_path("json", None, "Write the rows as JSON here; - is the standard output, instead of the table.")
         flags.DEFINE_bool("quiet", False, "Results and errors alone.")
     # Every scale with every step count makes a row of the table.

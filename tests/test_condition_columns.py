@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 
 from utils.base.messages import UserError, warn_once
+from utils.codecs.codecs import CodecSpec, describe_codec
 from utils.conditions.classes import ClassCondition
 from utils.conditions.tokens import TextCondition, TokensCondition
 from utils.conditions.vector import VectorCondition
 from utils.data.columns import column_dataset
 from utils.data.dataset import SPLITS, DataOptions, split_rows
-from utils.data.loaders import load_dataset
+from utils.data.loaders import describe_data, load_dataset
+from utils.training import make_config
+from utils.training.start import compare_with_saved
 
 rng = np.random.default_rng(0)
 IMAGES = rng.normal(size=(200, 4, 6, 2)).astype(np.float32)
@@ -223,3 +226,27 @@ def test_the_splits_of_arrays_in_memory_fit_each_other():
 def test_names_that_are_misspelt_are_pointed_at(tmp_path, capfd):
     load_dataset(write(tmp_path, images=IMAGES, condition=NUMBERS))
     assert "not read: condition float64 (200, 2); did you mean conditions?" in capfd.readouterr().err
+
+
+def test_a_run_goes_on_where_its_data_have_got_more_columns(tmp_path):
+    """A run of classes can be continued when captions lie beside them: by asking for what it was trained on."""
+
+    def record(columns, **arrays):
+        name = write(tmp_path, images=IMAGES, labels=np.arange(200) % 3, **arrays)
+        config = make_config({"dataset_name": name, "codec": "pixels", "condition_columns": columns})
+        datasets = {split: load_dataset(name, split, config.data.options) for split in SPLITS}
+        facts = describe_data(datasets) | describe_codec(CodecSpec("pixels"), None)
+        return config.to_json() | {"dataset": facts}, datasets
+
+    saved, _ = record(None)
+    for columns in ("class", "class+text"):
+        now, datasets = record(columns, captions=CAPTIONS)
+        if columns == "class":
+            assert compare_with_saved(now, saved, datasets, tmp_path) == []
+            continue
+        with pytest.raises(UserError) as error:
+            compare_with_saved(now, saved, datasets, tmp_path)
+        assert str(error.value).startswith(
+            f"{tmp_path} holds a run of 3 classes, but the data have 3 classes, captions of up to 5 tokens by words: "
+            "give the same data, choose what is read by --condition_columns, or another"
+        )

@@ -134,7 +134,7 @@ class ImageCondition(Condition):
 
     def summary(self) -> str:
         height, width, channels = self.shape
-        return f"condition images {height}x{width}x{channels}"
+        return f"condition images {height}x{width}x{channels}{' as latents' * (self.space == 'latents')}"
 
     # --- A run ---
 

@@ -35,11 +35,13 @@ def define_drawing_flags(num_samples: str) -> None:
         define_condition_flags()
         flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn where none are given.")
         flags.DEFINE_integer("num_samples", 16, num_samples, 1, 10**7)
-        flags.DEFINE_integer("seed", 0, "Sample i depends on this, on i and on its class alone.")
+        flags.DEFINE_integer("seed", 0, "Sample i depends on this, on i and on its condition alone.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
     with topic("Output"):
         define_path("out", None, "Folder for what is drawn; default: samples/ in the folder of the run.")
-        define_path("save_samples", None, "Also write each sample: .npz (arr_0 uint8 NHWC, arr_1 labels), or PNGs.")
+        define_path(
+            "save_samples", None, "Also write each sample: X.npz with its condition, as npz:X.npz reads it, or PNGs."
+        )
         flags.DEFINE_bool("quiet", False, "Paths of what is written and errors alone.")
 
 

@@ -47,13 +47,13 @@ NEW_RUN = "another --wandb.name or --save_dir starts a new run"
 # A run is resumed only under the same values of these, beside the fixed settings of its network and its objective.
 # The rest may change, and is reported.
 FIXED = (
-    "objective.name", "condition_columns", "batch_size", "seed", "debug_overfit", "freeze", "lora_rank",
+    "objective.name", "batch_size", "seed", "debug_overfit", "freeze", "lora_rank",
     "warmup_steps", "weight_decay", "grad_clip", "lr_schedule", "augment", "augment_prob",
 )  # fmt: skip
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
 COMPARED_ELSEWHERE = (
-    "dataset_name", "data_dir", "image_size", "image_mode", "text_encoder", "value_range", "codec", "vae",
-    "model.use_stable_vae", "load_dir", "save_dir", "wandb.display_name",
+    "dataset_name", "data_dir", "image_size", "image_mode", "condition_columns", "text_encoder", "value_range",
+    "codec", "vae", "model.use_stable_vae", "load_dir", "save_dir", "wandb.display_name",
 )  # fmt: skip
 # Parameters mean something else under another value of these, even if their shapes are the same.
 MEANING_OF_PARAMETERS = (
@@ -347,8 +347,13 @@ def compare_with_saved(
         raise UserError(f"{folder} holds a run with --dataset_name={old}, not {name}: give it, or {NEW_RUN}")
     fingerprints = {split: dataset.fingerprint for split, dataset in datasets.items()}
     old, new = restore_condition(saved["dataset"]), datasets["train"].condition
-    if not isinstance(old, ClassCondition) and old != new:  # differences between classes have words of their own
-        raise UserError(f"{folder} holds a run whose condition is {old}, not {new}: give the same data, or {NEW_RUN}")
+    are_classes = isinstance(old, ClassCondition) and isinstance(new, ClassCondition)
+    if not are_classes and old != new:  # differences between classes have words of their own
+        others = "" if old.summary() != new.summary() else ", which are others"
+        raise UserError(
+            f"{folder} holds a run of {old.summary()}, but the data have {new.summary()}{others}: give the same data, "
+            f"choose what is read by --condition_columns, or {NEW_RUN}"
+        )
     try:
         remarks = compare_data(
             saved["dataset"], read_listing(folder, _example_counts(saved)), config["dataset"], fingerprints
