@@ -340,7 +340,10 @@ def load_lines(name, split, options):
         ({"augment": ["flip"], "dataset_name": "numbers"}, "--dataset_name=numbers holds no images to change"),
         ({"augment": ["flip"], "dataset_name": "lines"}, "--augment=flip: images of 1x64 cannot be changed so"),
         ({"augment": ["flip"], "model.network": "deaf"}, "--model.network=deaf does not take how an image was changed"),
-        ({"augment": ["scale"], "save_dir": "WHOLE", "max_steps": 4}, "holds a run with --augment="),
+        (
+            {"augment": ["scale"], "save_dir": "WHOLE", "max_steps": 4},
+            "holds a run with --augment=flip,rotate,scale, not scale: give that",
+        ),
         ({**AUGMENT, "augment_prob": 0.9, "save_dir": "WHOLE"}, "holds a run with --augment_prob=1.0, not 0.9"),
     ],
 )

@@ -392,7 +392,7 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
     changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
     for name in (*FIXED, *of_network, *of_objective):  # an objective before what follows from it
         if name in changed:
-            before, now = changed[name]
+            before, now = (",".join(v) or "nothing" if isinstance(v, list) else v for v in changed[name])
             raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")
 
     # The run that it has started from.
