@@ -201,24 +201,31 @@ def check_text(job: Job) -> dict[str, Any]:
 FIELD_SHAPE = (24, 40, 4)
 NUM_FIELDS = 2000
 NUM_SCORED = 500
-NUM_WAVES = 10
+MAX_CYCLES = 9
 LEAST_RADII = 8  # of the power spectrum, above 1 % of its peak
 
 
 def make_fields(numbers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a field, float32 (24, 40, 4), for each row (angle, roughness) of `numbers`: waves of 1 to 10 cycles over
-    24 pixels in direction `angle`, of which that of k cycles has the power k^-roughness. Each field starts somewhere
-    else; channels differ by fixed phases, and by their mean and scale."""
+    """Returns a field, float32 (24, 40, 4), for each row (angle, roughness) of `numbers`.
+
+    It is noise whose waves of r cycles over 24 pixels have the power r^-(1/2 + roughness), up to 9 cycles, and more of
+    it the closer their direction is to `angle`. Its channels are mixed, and saturate.
+    """
     rows, columns, channels = FIELD_SHAPE
-    cycles = np.arange(1, NUM_WAVES + 1)
-    phases = np.random.default_rng(1).uniform(0, 2 * np.pi, (channels, NUM_WAVES))
-    y, x = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    down = np.fft.fftfreq(rows)[:, None] * rows
+    right = np.fft.rfftfreq(columns) * rows
+    radius = np.hypot(down, right)
+    radius[0, 0] = np.inf  # no mean
+    direction = np.arctan2(down, right)
+    mixing = np.random.default_rng(1).normal(size=(channels, channels))
+    mixing /= np.linalg.norm(mixing, axis=0)
     fields = []
-    for (angle, roughness), start in zip(numbers, rng.uniform(0, 2 * np.pi, len(numbers)), strict=True):
-        along = 2 * np.pi / rows * (x * np.cos(angle) + y * np.sin(angle)) + start
-        waves = np.cos(along[..., None, None] * cycles + phases)  # (h, w, c, k)
-        fields.append(waves @ cycles ** (-roughness / 2))
-    return (280 + 5 * np.arange(channels) + np.array(fields) * [1, 2, 3, 4]).astype(np.float32)
+    for angle, roughness in numbers:
+        power = radius ** (-0.5 - roughness) * np.exp(2 * np.cos(2 * (direction - angle)) - (radius / MAX_CYCLES) ** 12)
+        white = np.fft.rfft2(rng.normal(size=FIELD_SHAPE), axes=(0, 1))
+        field = np.fft.irfft2(white * np.sqrt(power)[..., None], s=FIELD_SHAPE[:2], axes=(0, 1)) @ mixing
+        fields.append(np.tanh(field / (2 * field.std())))
+    return (300 + np.arange(channels) + 20 * np.array(fields)).astype(np.float32)
 
 
 def draw_numbers(count: int, rng: np.random.Generator) -> np.ndarray:
@@ -227,11 +234,11 @@ def draw_numbers(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def direction_of(fields: np.ndarray) -> np.ndarray:
-    """Returns the angle in radians, 0 to pi / 2, along which fields (n, h, w, c) change most, by their gradients."""
+    """Returns the angle, -pi / 4 to 3 pi / 4 radians, along which fields (n, h, w, c) change most."""
     # Of long waves alone: differences of neighbours are no gradients of short ones.
     down, right = np.gradient(gaussian_filter(fields, (0, 2, 2, 0)), axis=(1, 2))
     mean = [np.sum(product, axis=(1, 2, 3)) for product in (right * down, right**2 - down**2)]
-    return np.arctan2(2 * mean[0], mean[1]) / 2
+    return (np.arctan2(2 * mean[0], mean[1]) / 2 + np.pi / 4) % np.pi - np.pi / 4
 
 
 def score(job: Job, name: str, *words: Any) -> dict[str, float]:
@@ -263,7 +270,7 @@ def check_fields(job: Job) -> dict[str, Any]:
     figures: dict[str, Any] = {"radii": num_radii, "real": score(job, "real", "--samples", job.folder / "others.npz")}
 
     # Samples whose numbers are rows of the data, and samples of numbers that no field had.
-    train(job, job.folder / "fields.npz", "--model.patch_size", 4)
+    train(job, job.folder / "fields.npz", "--model.patch_size", 4, "--lr_schedule", "cosine", "--batch_size", 64)
     steps = ["--cfg_scale", 1, "--denoise_timesteps", 64]
     figures["samples"] = score(job, "samples", "--load_dir", job.folder / "run", *steps)
     np.savez(job.folder / "asked.npz", conditions=others)
