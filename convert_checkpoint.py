@@ -16,15 +16,16 @@ from ml_collections import ConfigDict
 from utils.base.commands import write_command
 from utils.base.external import BadFileError, read_bounded
 from utils.base.messages import UserError, log, show_result
-from utils.conditions.condition import recorded_kind
+from utils.conditions.condition import recorded_kind, restore_condition
 from utils.convert.published import FAMILIES
 from utils.convert.sources import read_source
 from utils.flags import program
 from utils.flags.definitions import define_path, define_saved_model_flags
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import hide, topic
-from utils.runs.export import export_run, push
+from utils.runs.export import example_fields, export_run, push
 from utils.runs.opening import check_new_run, import_run
+from utils.runs.pool import FILE as POOL
 
 MAX_NAMES_BYTES = 2**24  # of --class_names
 
@@ -96,6 +97,11 @@ def import_checkpoint(config: ConfigDict) -> None:
 
     # How it is sampled.
     guidance = ["--cfg_scale", 1.5, "--cfg_channels", 3] if is_latent else []
+    condition = restore_condition(data)
+    if condition.DRAWS_ROWS:
+        log(f"without {POOL}, rows of its data: give conditions, or copy that of the run it was exported from")
+        fields = ",".join(f"{name}={text}" for name, text in example_fields(condition).items())
+        guidance += ["--condition", fields] if fields else ["--condition_file", "FILE.npz"]
     log(f"samples: {write_command('sample.py', '--load_dir', config.out, *guidance, '--num_samples', 4)}")
     show_result(config.out)
 

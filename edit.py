@@ -78,6 +78,9 @@ def interpolate(request: Request) -> None:
     config = request.config
     generator = request.generator
 
+    if config.between == "classes" and not generator.class_names:
+        raise UserError("--between=classes: the run's conditions are no classes; use --between conditions")
+
     # A row has two ends. An odd number of conditions begins again for the last of them.
     num_rows = max(1, config.num_samples // 2)
     num_columns = config.interpolate

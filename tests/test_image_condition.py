@@ -16,13 +16,15 @@ from utils.conditions.condition import record_condition, restore_condition
 from utils.conditions.images import ImageCondition
 from utils.conditions.several import SeveralCondition
 from utils.conditions.vector import VectorCondition
+from utils.convert.sources import read_source
 from utils.data.columns import column_dataset
 from utils.data.dataset import DataOptions
 from utils.data.loaders import load_dataset
 from utils.flags.conditions import read_condition_images
 from utils.images import plotting
 from utils.images.pixels import PixelFormat
-from utils.runs.opening import load_generator
+from utils.runs.export import export_run
+from utils.runs.opening import import_run, load_generator
 from utils.training import build_run, make_config, train
 
 RNG = np.random.default_rng(0)
@@ -139,6 +141,20 @@ def test_a_run_that_is_fine_tuned_with_images_starts_as_its_source(runs):
     assert np.abs(tuned.params["condition_patches"]["kernel"]).max() > 0
     first, second = (tuned.model_fn(x, t, KIND.check(rows)) for rows in (SMALL[:3], SMALL[3:6]))
     assert jnp.abs(first - second).max() > 0
+
+
+def test_an_export_is_the_run_without_rows_of_its_data(runs, tmp_path):
+    *_, card = export_run(str(runs / "tuned"), tmp_path / "out", "raw", None)
+    import_run("out", read_source(str(tmp_path / "out")), tmp_path / "again", {})
+    before, after = load_generator(runs / "tuned", params="raw"), load_generator(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+    assert before.condition == after.condition
+    with pytest.raises(UserError, match=r"has no conditions\.npz, .*: give conditions, or copy that of the run"):
+        after.conditions([0])
+    # What is on the page works without them.
+    text = card.read_text(encoding="utf-8")
+    assert "--condition_file FILE.npz\n" in text
+    assert "conditions = ...  # of each sample: condition images 4x4x1\nimages = generator.sample(conditions=" in text
 
 
 def test_files_are_conditions_and_stand_above_their_samples(runs, tmp_path, read_flags, monkeypatch):

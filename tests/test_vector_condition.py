@@ -35,6 +35,7 @@ from utils.images.pixels import PixelFormat
 from utils.networks.dit_config import DiTConfig
 from utils.networks.state import create_train_state
 from utils.objectives.flow_matching import FlowMatching
+from utils.runs.export import example_fields
 from utils.runs.opening import load_generator
 from utils.runs.pool import FILE as POOL
 from utils.training import build_run, make_config, step, train
@@ -426,6 +427,7 @@ def test_several_conditions_are_added_and_dropped_one_by_one():
     values = kind.from_fields(rows)
     assert kind.titles(values) == ["b, angle=1, mass=20", "c, angle=0, mass=60"]
     assert kind.class_names == classes.class_names
+    assert example_fields(kind) == {"class": "0", "angle": "1", "mass": "30"}
 
     # The vector is the sum of those of the parts.
     class Network(nn.Module):

@@ -23,7 +23,8 @@ from utils.base.files import (
 )
 from utils.base.messages import UserError, log
 from utils.conditions.augmented import PART
-from utils.conditions.condition import recorded_kind, restore_condition
+from utils.conditions.condition import Condition, recorded_kind, restore_condition
+from utils.conditions.images import ImageCondition
 from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
 from utils.images.pixels import PixelFormat
@@ -71,8 +72,11 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     config["lora_rank"] = 0  # merged
     config["augment"] = []
     try:
-        condition = restore_condition(config["dataset"])
-        state = export_published(params, architecture, tuple(config["dataset"]["latent_shape"]), condition)
+        latent_shape = tuple(config["dataset"]["latent_shape"])
+        condition = restore_condition(config["dataset"]).fit_latents(
+            tuple(config["dataset"]["image_shape"]), latent_shape
+        )
+        state = export_published(params, architecture, latent_shape, condition)
     except ValueError as error:
         raise UserError(f"--load_dir={load_dir} cannot be exported: {error}") from None
 
@@ -116,7 +120,16 @@ def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
     returned = f"{PixelFormat.from_record(data).dtype} (1, {', '.join(map(str, data['image_shape']))})"
 
     # The example guides only a model that can be guided: it is to run as it stands.
-    wanted = "labels=[0]" if "class_names" in data else "num_samples=1"
+    # Rows of the data, from which conditions other than classes are drawn, are not published: the example gives one.
+    wanted, given, lines = ("labels=[0]" if "class_names" in data else "num_samples=1"), "", ""
+    if condition.DRAWS_ROWS:
+        fields = example_fields(condition)
+        wanted = "conditions=conditions"
+        given = f' --condition "{",".join(f"{name}={text}" for name, text in fields.items())}"'
+        lines = f"conditions = generator.condition.from_fields([{fields}])\n"
+        if not fields:
+            given = " --condition_file FILE.npz"
+            lines = f"conditions = ...  # of each sample: {condition.summary()}\n"
     is_guided = can_guide(model["class_dropout_prob"]) and has_guidance(OBJECTIVES.get(objective))
     guidance = ", cfg_scale=2.0" if is_guided else ""
     return f"""---
@@ -132,7 +145,7 @@ A diffusion transformer, {model["hidden_size"]} wide, {model["depth"]} deep, {mo
 
 `model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {model["timestep_scale"]:g}.
 
-    python sample.py --load_dir hf:{hub_id}
+    python sample.py --load_dir hf:{hub_id}{given}
     python train_flow.py --load_dir hf:{hub_id} --dataset_name folder:PATH
 
 In Python:
@@ -141,9 +154,16 @@ In Python:
 from utils.runs.opening import load_generator
 
 generator = load_generator("hf:{hub_id}")
-images = generator.sample({wanted}, num_steps=64{guidance})  # {returned}
+{lines}images = generator.sample({wanted}, num_steps=64{guidance})  # {returned}
 ```
 """
+
+
+def example_fields(condition: Condition) -> dict[str, str]:
+    """Returns a value for each field of a condition, as a user would write it; {} where it cannot be written."""
+    known = {**condition.typical, "class": "0", "text": "a text"}
+    is_written = condition.find_part(ImageCondition) is None and set(condition.fields) <= known.keys()
+    return {name: known[name] for name in condition.fields} if is_written else {}
 
 
 def _public_name(dataset_name: str) -> str:

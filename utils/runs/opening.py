@@ -241,7 +241,10 @@ def import_run(
             config = read_config(
                 _new_config(source_name, source, family, architecture, latent_shape, model, names, codec)
             )
-        params = import_published(source.state, architecture, latent_shape, restore_condition(config["dataset"]))
+        condition = restore_condition(config["dataset"]).fit_latents(
+            tuple(config["dataset"]["image_shape"]), latent_shape
+        )
+        params = import_published(source.state, architecture, latent_shape, condition)
     except BadFileError as error:
         raise UserError(f"--source={source_name}: {error}") from None
 

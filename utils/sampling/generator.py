@@ -202,7 +202,10 @@ class ImageGenerator:
         if self.model.pool is not None:
             return compiled.draw_rows(self.label_key, indices, self.model.pool)
         if self.condition.DRAWS_ROWS:
-            raise UserError("the run has no conditions.npz, from which conditions are drawn; give conditions")
+            raise UserError(
+                "the run has no conditions.npz, from which conditions are drawn: give conditions, or copy that of the "
+                "run it was exported from into its folder"
+            )
         return compiled.draw_conditions(self.label_key, indices, self.counts, kind=self.condition, mode=self.label_mode)
 
     def sample_latents(
