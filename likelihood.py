@@ -156,10 +156,8 @@ class Measurement:
             what = "classes" if isinstance(self.model.condition, ClassCondition) else "conditions"
             raise UserError(f"--labels=data: the {what} of the data set are not the run's; use --labels none")
         if not self.config.labels and not is_own and not isinstance(self.model.condition, ClassCondition):
-            log(
-                f"the data have {self.dataset.condition.summary()}, the run {self.model.condition.summary()}: without a "
-                "condition, then; --condition_columns chooses what is read"
-            )
+            theirs, ours = self.dataset.condition.summary(), self.model.condition.summary()
+            log(f"no condition is given: the data have {theirs}, the run {ours}; --condition_columns chooses")
         # Without dropped labels in training, the model has never seen the row of "no label".
         if choice == "none" and dropout == 0:
             hint = "use --labels data" if is_own else "give images of the run's classes"

@@ -153,8 +153,12 @@ BAD = NUMBERS.copy()
 BAD[4, 1] = np.nan
 REFUSED = {
     "not finite": ({"conditions": BAD}, "1 value is NaN or infinite in conditions, the first in row 4; mend them"),
-    "constant": ({"conditions": 0 * NUMBERS}, "c0, c1 is the same in all rows of the training data"),
+    "constant": ({"conditions": 0 * NUMBERS}, "c0, c1 are the same in all rows of the training data; leave them out"),
     "other length": ({"conditions": NUMBERS[:7]}, r"conditions has the shape \(7, 2\); give one row for each of the 2"),
+    "a number called as the classes": (
+        {"labels": np.arange(200) % 3, "conditions": NUMBERS, "condition_names": ["a", "class"]},
+        "a number is called class, as what lies beside it is; give it another name",
+    ),
     "a table each": ({"conditions": TOKENS}, r"conditions must be numbers \(n, k\), not float32 \(200, 5, 3\)"),
     "texts": ({"conditions": CAPTIONS}, r"conditions must be numbers \(n, k\), not <U"),
     "few names": ({"conditions": NUMBERS, "condition_names": ["a"]}, r"there are 1 names \(a\) for 2 numbers"),

@@ -145,6 +145,12 @@ def test_each_split_has_its_table_or_that_of_the_root(tmp_path):
         write_csv(folder)
     dataset = load_table(tmp_path, "class:species", "validation")
     assert (len(dataset.source), dataset.class_names) == (COUNT, ("cat", "owl"))
+    # Numbers of other names are not taken for each other.
+    write_csv(tmp_path / "valid", [f"{i}.png,{i}" for i in range(COUNT)], "file_name,mass")
+    with pytest.raises(
+        UserError, match=r"valid has the numbers mass, that of .*train angle, mass; name those to learn"
+    ):
+        load_table(tmp_path, "vector", "validation")
     for folder in (tmp_path / "train", tmp_path / "valid"):
         (folder / "metadata.csv").unlink()
     rows = [rf"{split}\{i}.png,{i + 10 * (split == 'valid')}" for split in ("train", "valid") for i in range(COUNT)]

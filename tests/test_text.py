@@ -65,6 +65,9 @@ def test_a_longer_text_is_cut_and_said():
     np.testing.assert_array_equal(long["value"][0, 5], word_token("six"))
     (remark,) = condition.remarks(long)
     assert remark.startswith("'one two three four five six seven' has more than the 6 tokens")
+    for values in (5, [5], []):
+        with pytest.raises(UserError, match="give a text for each image"):
+            condition.check(values)
     (remark,) = condition.remarks(condition.check(["?!", "one"]))
     assert remark == "'?!' has no token of --text_encoder=words: it is drawn as no text"
 

@@ -298,18 +298,28 @@ def load_ramps(name, split, options):
 
 
 SETTINGS = {
-    "dataset_name": "ramps", "codec": "pixels", "model.hidden_size": 32, "model.depth": 1, "model.patch_size": 4,
-    "model.class_dropout_prob": 0.5, "batch_size": 8, "eval_interval": 0, "wandb.mode": "disabled", "log_interval": 1,
+    "dataset_name": "ramps", "codec": "pixels", "model.hidden_size": 8, "model.depth": 1, "model.num_heads": 1,
+    "model.patch_size": 8, "model.class_dropout_prob": 0.5, "batch_size": 8, "eval_interval": 0,
+    "wandb.mode": "disabled", "log_interval": 1,
 }  # fmt: skip
+
+
+def load_others(name, split, options):
+    """The same images, in data whose numbers have other statistics."""
+    kind = VectorCondition.of_rows(np.float32([[5, 5], [9, 8]]), ["level", "slope"])
+    return dataclasses.replace(load_ramps(name, split, options), own_condition=kind)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of two runs of four steps: `whole`, and `stopped`, which goes on from step 2."""
+    """The folder of three runs: `source`, of a step, and two of four steps that start from it with other data: `whole`,
+    and `stopped`, which goes on from step 2."""
     folder = tmp_path_factory.mktemp("vector")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LOADERS, "ramps", Loader(load_ramps))
-        train_and_repeat(folder, SETTINGS)
+        train(build_run(make_config({**SETTINGS, "save_dir": str(folder / "source"), "max_steps": 1})))
+        patch.setitem(LOADERS, "ramps", Loader(load_others))
+        train_and_repeat(folder, {**SETTINGS, "load_dir": str(folder / "source")})
     return folder
 
 
@@ -320,6 +330,13 @@ def test_a_run_goes_on_exactly(runs):
     embed = whole.params["vector_embed"]
     assert np.abs(embed["dense_1"]["kernel"]).max() > 0
     assert np.abs(embed["null"]).max() > 0
+
+
+def test_fine_tuning_keeps_what_the_numbers_mean(runs):
+    # The first layer goes on with the means that it knows, also where the run is continued.
+    source, whole, stopped = (load_generator(runs / name).condition for name in ("source", "whole", "stopped"))
+    assert source == whole == stopped
+    assert source != load_others("ramps", "train", None).condition
 
 
 def test_conditions_of_samples_are_rows_of_the_data(runs):
@@ -334,6 +351,8 @@ def test_conditions_of_samples_are_rows_of_the_data(runs):
     # Sample i by its number alone.
     again = generator.conditions([7, 150])
     np.testing.assert_array_equal(again["value"], drawn["value"][[7, 150]])
+    with pytest.raises(UserError, match="labels and conditions: give one of the two"):
+        generator.sample([0], conditions=[[0.5, 0]])
     images = generator.sample(num_samples=2, num_steps=1)
     given = generator.sample(conditions=drawn["value"][:2], num_steps=1)
     np.testing.assert_array_equal(images, given)
@@ -398,23 +417,6 @@ def test_samples_are_scored_under_rows_of_the_data(runs, tmp_path, read_flags):
     assert row["mean_error"] > 0
 
 
-def test_fine_tuning_keeps_what_the_numbers_mean(runs, tmp_path, monkeypatch):
-    # Other data of the same names: the first layer goes on with the means that it knows.
-    def load_others(name, split, options):
-        dataset = load_ramps(name, split, options)
-        kind = VectorCondition.of_rows(np.float32([[5, 5], [9, 8]]), ["level", "slope"])
-        return dataclasses.replace(dataset, own_condition=kind)
-
-    monkeypatch.setitem(LOADERS, "ramps", Loader(load_others))
-    settings = {**SETTINGS, "save_dir": str(tmp_path / "tuned"), "max_steps": 1, "load_dir": str(runs / "whole")}
-    train(build_run(make_config(settings)))
-    assert load_generator(tmp_path / "tuned").condition == load_generator(runs / "whole").condition
-    # It is continued under the same means.
-    assert (
-        build_run(make_config({**settings, "max_steps": 2})).model.condition == load_generator(runs / "whole").condition
-    )
-
-
 # --- Several at once ---
 
 
@@ -476,8 +478,10 @@ def test_a_step_drops_parts_if_the_flag_says_so(monkeypatch):
     monkeypatch.setattr(step, "draw_examples", record)
     key = jax.random.key(0)
     for mode in ("together", "each"):
-        network = DiT(DiTConfig(condition_dropout=mode), condition=kind)
-        params = network.init(key, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), kind.null(1))["params"]
+        sizes = {"hidden_size": 8, "depth": 1, "num_heads": 1, "patch_size": 8}
+        network = DiT(DiTConfig(**sizes, condition_dropout=mode), condition=kind)
+        shapes = jax.eval_shape(network.init, key, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), kind.null(1))["params"]
+        params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         state = create_train_state(params, optax.sgd(0.1), key)
         with pytest.raises(InterruptedError):
             step.compute_gradients(

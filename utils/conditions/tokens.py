@@ -1,7 +1,7 @@
 """Tokens as the condition of a model: rows of numbers beside an image, or a text as a text encoder gives it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -193,7 +193,7 @@ class TextCondition(TokensCondition):
         """Returns conditions of texts, or of the arrays of `spec`. Raises UserError for others."""
         if isinstance(values, Mapping):
             return {**super().check(values), "text": Condition.check(self, values)["text"]}
-        texts = [values] if isinstance(values, str) else list(values)
+        texts = [values] if isinstance(values, str) else list(values) if isinstance(values, Iterable) else []
         if not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"conditions={values!r}: give a text for each image")
         return self.encode(texts)

@@ -91,7 +91,8 @@ class VectorCondition(Condition):
             name for name, low, high in zip(names, rows.min(axis=0), rows.max(axis=0), strict=True) if low == high
         ]
         if constant:
-            raise UserError(f"{_list(constant)} is the same in all rows of the training data; leave it out")
+            are, them = ("are", "them") if len(constant) > 1 else ("is", "it")
+            raise UserError(f"{_list(constant)} {are} the same in all rows of the training data; leave {them} out")
 
         # Statistics in float64, recorded as float32.
         def numbers(values):

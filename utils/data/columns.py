@@ -331,6 +331,9 @@ def make_condition(
         parts["image"] = images
     if parts.keys() <= {"class"}:
         return None
+    fields = [field for part in parts.values() for field in part.fields]
+    if doubled := [field for field in fields if fields.count(field) > 1]:
+        raise UserError(f"a number is called {doubled[0]}, as what lies beside it is; give it another name")
     return next(iter(parts.values())) if len(parts) == 1 else SeveralCondition(tuple(parts.items()))
 
 

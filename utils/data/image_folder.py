@@ -189,6 +189,12 @@ def list_folder(
         raise UserError(
             f"{flag}: {validation_folder} has a class {unknown[0]!r} that {train_folder} lacks; move it out"
         )
+    if validation.numbers != train.numbers:
+        theirs, ours = (", ".join(part.numbers) for part in (validation, train))
+        raise UserError(
+            f"{flag}: the table of {validation_folder} has the numbers {theirs}, that of {train_folder} {ours}; name "
+            "those to learn by --condition_columns vector:a,b"
+        )
     labels = [train.class_names.index(name) for name in validation.class_names]
     files = [(path, labels[label]) for path, label in validation.files]
     return dataclasses.replace(validation, class_names=train.class_names, files=files, mode=train.mode), train

@@ -57,7 +57,8 @@ def read_conditions(config: ConfigDict, model: ImageModel) -> PyTree | None:
     if not given:
         return None
     if len(given) > 1 and (given[0] not in GIVING[:3] or given[1:] != ["condition"]):
-        raise UserError(f"--{given[0]} and --{given[1]}: give one of them")
+        beside = "; the rest of a condition is given by --condition" if given[1] in GIVING[:3] else ""
+        raise UserError(f"--{given[0]} and --{given[1]}: give one of them{beside}")
     kind = model.condition
     flag = given[0]
     if flag == "classes":

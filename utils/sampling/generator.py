@@ -159,6 +159,8 @@ class ImageGenerator:
         """
         # The conditions: given ones say how many samples there are.
         generator = self if seed is None else self.with_seed(seed)
+        if labels is not None and conditions is not None:
+            raise UserError("labels and conditions: give one of the two")
         given = labels if conditions is None else conditions
         if given is not None:
             given = self.condition.check(given)
