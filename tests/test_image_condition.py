@@ -151,6 +151,9 @@ def test_an_export_is_the_run_without_rows_of_its_data(runs, tmp_path):
     assert before.condition == after.condition
     with pytest.raises(UserError, match=r"has no conditions\.npz, .*: give conditions, or copy that of the run"):
         after.conditions([0])
+    # It is never written over a run, whose settings would be others.
+    with pytest.raises(UserError, match=r"--out=.*tuned is the folder of a run; choose another"):
+        export_run(str(runs / "tuned"), runs / "tuned")
     # What is on the page works without them.
     text = card.read_text(encoding="utf-8")
     assert "--condition_file FILE.npz\n" in text

@@ -33,12 +33,14 @@ from utils.data.loaders import LOADERS, Loader
 from utils.flags.conditions import read_condition_file, read_prompts, read_sweep
 from utils.images.pixels import PixelFormat
 from utils.networks.dit_config import DiTConfig
+from utils.networks.models import init_params
 from utils.networks.state import create_train_state
 from utils.objectives.flow_matching import FlowMatching
+from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import example_fields
 from utils.runs.opening import load_generator
 from utils.runs.pool import FILE as POOL
-from utils.training import build_run, make_config, step, train
+from utils.training import build_run, make_config, step
 from utils.training.step import draw_examples
 
 ROWS = np.array([[0, 10], [1, 20], [2, 60]], np.float32)
@@ -235,6 +237,12 @@ IMAGE = ImageCondition((4, 4, 3))
         (IMAGE, {"condition_images": np.zeros((2, 4, 4, 1), np.uint8)}, "but the run takes uint8 (n, 4, 4, 3)"),
         (IMAGE, {"condition_images": np.zeros((2, 4, 4, 3))}, "are float64 (2, 4, 4, 3), but the run takes uint8"),
         (TokensCondition(3, 2), {"tokens": np.zeros((2, 3, 1))}, "but the run takes floats (n, any, 2)"),
+        (TextCondition(6, 64), {"captions": np.arange(2)}, "captions are int64 (2,), but the run takes texts (n)"),
+        (
+            TokensCondition(3, 2),
+            {"tokens": np.zeros((2, 3, 2)), "token_mask": np.ones((2, 2), bool)},
+            "token_mask are bool (2, 2), but the run takes truth values (n, 3)",
+        ),
         (TokensCondition(3, 2), {"tokens": np.zeros((2, 4, 2))}, "it has 4 tokens, but the run was trained on up to 3"),
     ],
 )
@@ -248,8 +256,9 @@ def test_arrays_that_numpy_would_bend_are_refused(tmp_path, kind, arrays, messag
 def test_many_captions_of_a_file_are_read(tmp_path):
     kind = TextCondition(6, 64)
     captions = np.array([f"a red {number} above a blue {number + 1}, in the mist" for number in range(1000)])
-    np.savez(tmp_path / "rows.npz", captions=captions)
-    assert kind.titles(read_condition_file(tmp_path / "rows.npz", kind)) == captions.tolist()
+    for form in (captions, np.char.encode(captions)):
+        np.savez(tmp_path / "rows.npz", captions=form)
+        assert kind.titles(read_condition_file(tmp_path / "rows.npz", kind)) == captions.tolist()
 
 
 def test_a_sweep_changes_one_number():
@@ -312,12 +321,13 @@ def load_others(name, split, options):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of three runs: `source`, of a step, and two of four steps that start from it with other data: `whole`,
-    and `stopped`, which goes on from step 2."""
+    """The folder of three runs: `source`, which has not been trained, and two of four steps that start from it with
+    other data: `whole`, and `stopped`, which goes on from step 2."""
     folder = tmp_path_factory.mktemp("vector")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LOADERS, "ramps", Loader(load_ramps))
-        train(build_run(make_config({**SETTINGS, "save_dir": str(folder / "source"), "max_steps": 1})))
+        source = build_run(make_config({**SETTINGS, "save_dir": str(folder / "source"), "max_steps": 1}))
+        Checkpoints(source.folder).save_params(init_params(source.model, jax.random.key(0)), source.record)
         patch.setitem(LOADERS, "ramps", Loader(load_others))
         train_and_repeat(folder, {**SETTINGS, "load_dir": str(folder / "source")})
     return folder

@@ -17,7 +17,7 @@ from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition, count_rows, read_rows
 from utils.conditions.images import ImageCondition
 from utils.conditions.several import SeveralCondition
-from utils.conditions.tokens import TokensCondition
+from utils.conditions.tokens import TextCondition, TokensCondition
 from utils.conditions.vector import VectorCondition
 from utils.conditions.words import parse_rows, split_parts, unquote
 from utils.data.arrays import CONDITION_NAMES
@@ -215,6 +215,8 @@ def _read_npz(path: Path, kind: Condition) -> PyTree:
     for name, axes in (("conditions", 2), ("condition_images", 4)):
         if name in arrays and arrays[name].ndim == axes - 1:
             arrays[name] = arrays[name][..., None]
+    if "captions" in arrays and arrays["captions"].dtype.kind == "S":
+        arrays["captions"] = np.char.decode(arrays["captions"], "utf-8", "replace")
     vector = kind.find_part(VectorCondition)
     if vector is not None and names is not None and arrays.get("conditions", np.empty(0)).ndim == 2:
         arrays["conditions"] = _order_numbers(arrays["conditions"], names.reshape(-1).tolist(), vector.names)
@@ -243,6 +245,9 @@ def _check_fit(kind: Condition, arrays: Mapping[str, np.ndarray]) -> None:
         wanted["conditions"] = ("fiub", "numbers", (len(vector.names),))
     if tokens := kind.find_part(TokensCondition):
         wanted["tokens"] = ("f", "floats", (None, tokens.width))
+        wanted["token_mask"] = ("biu", "truth values", arrays["tokens"].shape[1:2] if "tokens" in arrays else (None,))
+    if kind.find_part(TextCondition):
+        wanted["captions"] = ("U", "texts", ())
     if image := kind.find_part(ImageCondition):
         wanted["condition_images"] = (
             ("u", "uint8", image.shape) if image.pixels == UINT8 else ("f", "floats", image.shape)

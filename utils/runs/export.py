@@ -31,6 +31,7 @@ from utils.images.pixels import PixelFormat
 from utils.networks.lora import merge_lora
 from utils.objectives.objective import has_guidance
 from utils.objectives.objectives import OBJECTIVES
+from utils.runs.checkpoint import has_checkpoints
 from utils.runs.opening import open_checkpoint
 from utils.runs.saved_config import find_latent_shape
 from utils.sampling.samplers import can_guide
@@ -50,6 +51,8 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     is_file = out.suffix == ".safetensors"
     if is_file:
         prepare_output_file(out, "out", EXPORTED)
+    elif has_checkpoints(out):  # its config.json would be replaced
+        raise UserError(f"--out={out} is the folder of a run; choose another")
     else:
         check_writable(out, "out", names=(EXPORTED, *CARD))
 
