@@ -17,6 +17,7 @@ from utils.data.fingerprint import Fingerprint
 from utils.data.latents import MANIFEST, LatentsManifest, check_same, write_latents
 from utils.data.loaders import load_dataset
 from utils.data.records import condition_bytes, describe_kind
+from utils.runs.pool import choose_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +81,18 @@ def folder(kind, tmp_path):
     return tmp_path
 
 
-def test_latents_keep_any_condition(folder, kind):
+def test_latents_keep_any_condition(folder, kind, monkeypatch):
     dataset = load_dataset(f"latents:{folder}")
     assert (dataset.condition, dataset.class_names) == (kind, ())
     for i in range(3):
         row = dataset.row(i, False)
         jax.tree.map(np.testing.assert_array_equal, row["condition"], wind(i))
         np.testing.assert_array_equal(row["moments"].ravel(), 64 * i + np.arange(8))
+
+    # Samples of a run that is trained on them are drawn from these conditions.
+    monkeypatch.setattr(Wind, "DRAWS_ROWS", True)
+    pool = choose_pool(dataset)
+    jax.tree.map(np.testing.assert_array_equal, pool, jax.tree.map(lambda *rows: np.stack(rows), *map(wind, range(3))))
 
 
 @pytest.mark.parametrize(

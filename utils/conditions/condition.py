@@ -21,6 +21,7 @@ from utils.base.messages import UserError
 from utils.base.settings import unknown_name
 
 KindT = TypeVar("KindT")
+RECORDED = "recorded_condition"  # key of an example that comes with its condition as the kind would read it
 
 
 class Embedded(NamedTuple):
@@ -305,13 +306,17 @@ def resize_rows(condition: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda rows: np.resize(rows, (count, *np.shape(rows)[1:])), condition)
 
 
+def read_example(condition: Condition, example: Mapping[str, Any]) -> PyTree:
+    """Returns the condition of an example of a data source, which may have been read before."""
+    return example[RECORDED] if RECORDED in example else condition.read(example)
+
+
 def read_rows(condition: Condition, examples: Iterable[Mapping[str, Any]], count: int) -> PyTree:
     """Returns the conditions (count, ...) of `count` examples of a data source, as NumPy arrays."""
     rows = empty_rows(condition, count)
     for place, example in enumerate(examples):
-        jax.tree.map(
-            lambda leaf, value, place=place: operator.setitem(leaf, place, value), rows, condition.read(example)
-        )
+        values = read_example(condition, example)
+        jax.tree.map(lambda leaf, value, place=place: operator.setitem(leaf, place, value), rows, values)
     return rows
 
 

@@ -13,6 +13,7 @@ from utils.base.devices import format_bytes
 from utils.base.external import BadFileError, map_npy
 from utils.base.files import atomic_write, cache_folder
 from utils.base.messages import UserError, log
+from utils.conditions.condition import RECORDED
 from utils.conditions.text_encoders import find_text_encoder
 from utils.conditions.tokens import TextCondition
 from utils.data.dataset import Example, RandomAccess
@@ -60,9 +61,9 @@ def encode_captions(source: RandomAccess, condition: TextCondition, what: str) -
     """
     if not find_text_encoder(condition.encoder).is_slow:
         return source
-    examples = [read_condition(source, index) for index in range(len(source))]
-    if any("tokens" in example for example in examples[:1]):
+    if len(source) and {"tokens", RECORDED} & read_condition(source, 0).keys():
         return source  # data may bring them
+    examples = [read_condition(source, index) for index in range(len(source))]
     captions = [str(example["caption"]) for example in examples]
     distinct = list(dict.fromkeys(captions))  # the same text is encoded once
     numbers = {caption: number for number, caption in enumerate(distinct)}

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32, Key, PyTree, UInt8
 
 from utils.base.messages import UserError, warn_once
 from utils.conditions.classes import ClassCondition
-from utils.conditions.condition import Condition, empty_rows
+from utils.conditions.condition import Condition, empty_rows, read_example
 from utils.data.fingerprint import Fingerprint
 from utils.images.decoding import MAX_MEGAPIXELS
 from utils.images.pixels import UINT8, Images, PixelFormat, describe_range, images_to_uint8
@@ -31,7 +31,6 @@ from utils.images.sizes import Size, read_size, write_size
 Example = dict[str, Any]
 
 SPLITS = ("train", "validation")
-RECORDED = "recorded_condition"  # key of an example that comes with its condition as the kind would read it
 HELD_OUT_FRACTION = 0.02  # part of a data set without a validation split that becomes one
 NUM_SAMPLED = 256  # images whose range is looked at
 
@@ -185,7 +184,7 @@ class ImageDataset:
         example = cast(RandomAccess, self.source)[index]  # a stream has no rows
         if self.batch_type is PixelBatch:
             self._check_image(index, example["image"])
-        condition = example[RECORDED] if RECORDED in example else self.condition.read(example)
+        condition = read_example(self.condition, example)
         if flip:
             condition = self.condition.mirror(condition)
         return {**self.batch_type.select(example, flip), "condition": condition}

@@ -14,8 +14,8 @@ from jaxtyping import PyTree
 
 from utils.base.messages import UserError
 from utils.conditions.classes import ClassCondition
-from utils.conditions.condition import Condition, record_condition, restore_condition
-from utils.data.dataset import RECORDED, Example
+from utils.conditions.condition import RECORDED, Condition, record_condition, restore_condition
+from utils.data.dataset import Example
 
 
 def describe_kind(condition: Condition) -> dict[str, Any] | None:
