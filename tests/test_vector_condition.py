@@ -439,6 +439,10 @@ def test_several_conditions_are_added_and_dropped_one_by_one():
     values = kind.from_fields(rows)
     assert kind.titles(values) == ["b, angle=1, mass=20", "c, angle=0, mass=60"]
     assert kind.class_names == classes.class_names
+    # A file of samples has them as data do, with all names.
+    columns = {name: column.tolist() for name, column in kind.to_columns(values).items()}
+    assert (columns["labels"], columns["class_names"]) == ([1, 2], ["a", "b", "c"])
+    assert (columns["conditions"], columns["condition_names"]) == ([[1, 20], [0, 60]], ["angle", "mass"])
     assert example_fields(kind) == {"class": "0", "angle": "1", "mass": "30"}
 
     # The vector is the sum of those of the parts.

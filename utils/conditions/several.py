@@ -101,7 +101,10 @@ class SeveralCondition(Condition):
     def to_columns(self, condition: PyTree) -> dict[str, np.ndarray]:
         columns: dict[str, np.ndarray] = {}
         for name, part in self.parts:
-            columns |= {"labels": np.asarray(condition[name])} if name == "class" else part.to_columns(condition[name])
+            if isinstance(part, ClassCondition):
+                columns |= {"labels": np.asarray(condition[name]), "class_names": np.array(part.class_names)}
+            else:
+                columns |= part.to_columns(condition[name])
         return columns
 
     def _map(self, function: Any) -> "SeveralCondition":
