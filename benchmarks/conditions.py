@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.ndimage import gaussian_filter, rotate, zoom
+from scipy.ndimage import rotate, zoom
 from sklearn.datasets import load_digits
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import r2_score
@@ -201,44 +201,33 @@ def check_text(job: Job) -> dict[str, Any]:
 FIELD_SHAPE = (24, 40, 4)
 NUM_FIELDS = 2000
 NUM_SCORED = 500
-MAX_CYCLES = 9
+NUM_SOURCES = 40
 LEAST_RADII = 8  # of the power spectrum, above 1 % of its peak
 
 
-def make_fields(numbers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns a field, float32 (24, 40, 4), for each row (angle, roughness) of `numbers`.
+def make_fields(numbers: np.ndarray) -> np.ndarray:
+    """Returns the field, float32 (24, 40, 4), of each row (angle, width) of `numbers`.
 
-    It is noise whose waves of r cycles over 24 pixels have the power r^-(1/2 + roughness), up to 9 cycles, and more of
-    it the closer their direction is to `angle`. Its channels are mixed, and saturate.
+    Sources as wide as `width`, in pixels, lie around the centre, turned by `angle`; each channel sees each of them with
+    a strength of its own.
     """
     rows, columns, channels = FIELD_SHAPE
-    down = np.fft.fftfreq(rows)[:, None] * rows
-    right = np.fft.rfftfreq(columns) * rows
-    radius = np.hypot(down, right)
-    radius[0, 0] = np.inf  # no mean
-    direction = np.arctan2(down, right)
-    mixing = np.random.default_rng(1).normal(size=(channels, channels))
-    mixing /= np.linalg.norm(mixing, axis=0)
+    y, x = np.meshgrid(np.arange(rows) - rows / 2, np.arange(columns) - columns / 2, indexing="ij")
+    rng = np.random.default_rng(1)
+    distance = np.linspace(1, 16, NUM_SOURCES)
+    start = rng.uniform(0, 2 * np.pi, NUM_SOURCES)
+    strength = rng.normal(size=(NUM_SOURCES, channels))
     fields = []
-    for angle, roughness in numbers:
-        power = radius ** (-0.5 - roughness) * np.exp(2 * np.cos(2 * (direction - angle)) - (radius / MAX_CYCLES) ** 12)
-        white = np.fft.rfft2(rng.normal(size=FIELD_SHAPE), axes=(0, 1))
-        field = np.fft.irfft2(white * np.sqrt(power)[..., None], s=FIELD_SHAPE[:2], axes=(0, 1)) @ mixing
-        fields.append(np.tanh(field / (2 * field.std())))
-    return (300 + np.arange(channels) + 20 * np.array(fields)).astype(np.float32)
+    for angle, width in numbers:
+        squares = (x[..., None] - distance * np.cos(start + angle)) ** 2
+        squares += (y[..., None] - distance * np.sin(start + angle)) ** 2
+        fields.append(np.exp(-squares / (2 * width**2)) @ strength)
+    return (300 + 10 * np.array(fields)).astype(np.float32)
 
 
 def draw_numbers(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns rows (angle, roughness), float32 (n, 2)."""
-    return rng.uniform((0, 0), (np.pi / 2, 1), (count, 2)).astype(np.float32)
-
-
-def direction_of(fields: np.ndarray) -> np.ndarray:
-    """Returns the angle, -pi / 4 to 3 pi / 4 radians, along which fields (n, h, w, c) change most."""
-    # Of long waves alone: differences of neighbours are no gradients of short ones.
-    down, right = np.gradient(gaussian_filter(fields, (0, 2, 2, 0)), axis=(1, 2))
-    mean = [np.sum(product, axis=(1, 2, 3)) for product in (right * down, right**2 - down**2)]
-    return (np.arctan2(2 * mean[0], mean[1]) / 2 + np.pi / 4) % np.pi - np.pi / 4
+    """Returns rows (angle in radians, width in pixels), float32 (n, 2)."""
+    return rng.uniform((0, 0.7), (1, 0.9), (count, 2)).astype(np.float32)
 
 
 def score(job: Job, name: str, *words: Any) -> dict[str, float]:
@@ -255,8 +244,8 @@ def check_fields(job: Job) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     numbers = draw_numbers(NUM_FIELDS, rng)
     data = f"npz:{job.folder / 'fields.npz'}"
-    fields = make_fields(numbers, rng)
-    names = np.array(["angle", "roughness"])
+    fields = make_fields(numbers)
+    names = np.array(["angle", "width"])
     np.savez(job.folder / "fields.npz", images=fields, conditions=numbers, condition_names=names)
     run("compute_fid_stats.py", "--dataset_name", data, "--metrics", "moments", "--out", job.folder / "moments.npz")
     with np.load(job.folder / "moments.npz") as moments:
@@ -266,21 +255,19 @@ def check_fields(job: Job) -> dict[str, Any]:
 
     # What other fields of the same formula reach.
     others = draw_numbers(NUM_SCORED, rng)
-    np.savez(job.folder / "others.npz", images=make_fields(others, rng))
+    np.savez(job.folder / "others.npz", images=make_fields(others))
     figures: dict[str, Any] = {"radii": num_radii, "real": score(job, "real", "--samples", job.folder / "others.npz")}
 
     # Samples whose numbers are rows of the data, and samples of numbers that no field had.
     train(job, job.folder / "fields.npz", "--model.patch_size", 4, "--lr_schedule", "cosine", "--batch_size", 64)
-    steps = ["--cfg_scale", 1, "--denoise_timesteps", 64]
+    # Euler's steps lose power where conditions leave much to chance.
+    steps = ["--cfg_scale", 1, "--denoise_timesteps", 32, "--solver", "heun"]
     figures["samples"] = score(job, "samples", "--load_dir", job.folder / "run", *steps)
     np.savez(job.folder / "asked.npz", conditions=others)
     samples = draw(job, "drawn", NUM_SCORED, 1, "--condition_file", job.folder / "asked.npz")
     is_inside = samples.dtype == np.float32 and fields.min() <= samples.min() and samples.max() <= fields.max()
-    figures["angle"] = {
-        "real": r2_score(others[:, 0], direction_of(make_fields(others, rng))),
-        "samples": r2_score(others[:, 0], direction_of(samples)),
-    }
-    sweep = ["--sweep", "angle=0:1.5:9", "--cfg_scale", 1, "--num_samples", 9, "--out", job.folder / "pictures"]
+    figures["R^2 of values"] = r2_score(make_fields(others).ravel(), samples.ravel())
+    sweep = ["--sweep", "angle=0:1:9", "--cfg_scale", 1, "--num_samples", 9, "--out", job.folder / "pictures"]
     run("sample.py", "--load_dir", job.folder / "run", *sweep)
     return {**figures, "passes": bool(is_inside and figures["samples"]["spectrum_worst"] < 10)}
 
@@ -403,7 +390,7 @@ class Case(NamedTuple):
 CASES = {
     "vector": Case(check_vector, 2500),
     "text": Case(check_text, 4000),
-    "fields": Case(check_fields, 3000),
+    "fields": Case(check_fields, 2500),
     "image": Case(check_image, 1500),
     "augmentation": Case(check_augmentation, 4000),
 }
