@@ -201,33 +201,32 @@ def check_text(job: Job) -> dict[str, Any]:
 FIELD_SHAPE = (24, 40, 4)
 NUM_FIELDS = 2000
 NUM_SCORED = 500
-NUM_SOURCES = 40
+MAX_CYCLES = 9
 LEAST_RADII = 8  # of the power spectrum, above 1 % of its peak
 
 
 def make_fields(numbers: np.ndarray) -> np.ndarray:
-    """Returns the field, float32 (24, 40, 4), of each row (angle, width) of `numbers`.
+    """Returns the field, float32 (24, 40, 4), of each row (angle, strength) of `numbers`.
 
-    Sources as wide as `width`, in pixels, lie around the centre, turned by `angle`; each channel sees each of them with
-    a strength of its own.
+    Two textures of up to 9 cycles over 24 pixels are mixed by cosine and sine of `angle`, and saturate the more, the
+    larger `strength` is.
     """
-    rows, columns, channels = FIELD_SHAPE
-    y, x = np.meshgrid(np.arange(rows) - rows / 2, np.arange(columns) - columns / 2, indexing="ij")
-    rng = np.random.default_rng(1)
-    distance = np.linspace(1, 16, NUM_SOURCES)
-    start = rng.uniform(0, 2 * np.pi, NUM_SOURCES)
-    strength = rng.normal(size=(NUM_SOURCES, channels))
-    fields = []
-    for angle, width in numbers:
-        squares = (x[..., None] - distance * np.cos(start + angle)) ** 2
-        squares += (y[..., None] - distance * np.sin(start + angle)) ** 2
-        fields.append(np.exp(-squares / (2 * width**2)) @ strength)
-    return (300 + 10 * np.array(fields)).astype(np.float32)
+    rows, columns, _ = FIELD_SHAPE
+    frequencies = (np.fft.fftfreq(rows)[:, None], np.fft.rfftfreq(columns))
+    radius = rows * np.hypot(*frequencies)
+    amplitude = ((radius > 0.5) & (radius < MAX_CYCLES)) / np.sqrt(1 + radius)
+    noise = np.random.default_rng(1).normal(size=(2, *FIELD_SHAPE))
+    textures = np.fft.irfft2(np.fft.rfft2(noise, axes=(1, 2)) * amplitude[..., None], s=FIELD_SHAPE[:2], axes=(1, 2))
+    textures /= textures.std()
+    fields = [
+        np.tanh(strength * (np.cos(angle) * textures[0] + np.sin(angle) * textures[1])) for angle, strength in numbers
+    ]
+    return (300 + 20 * np.array(fields)).astype(np.float32)
 
 
 def draw_numbers(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns rows (angle in radians, width in pixels), float32 (n, 2)."""
-    return rng.uniform((0, 0.7), (1, 0.9), (count, 2)).astype(np.float32)
+    """Returns rows (angle in radians, strength), float32 (n, 2)."""
+    return rng.uniform((0, 0.7), (np.pi, 1.2), (count, 2)).astype(np.float32)
 
 
 def score(job: Job, name: str, *words: Any) -> dict[str, float]:
@@ -245,7 +244,7 @@ def check_fields(job: Job) -> dict[str, Any]:
     numbers = draw_numbers(NUM_FIELDS, rng)
     data = f"npz:{job.folder / 'fields.npz'}"
     fields = make_fields(numbers)
-    names = np.array(["angle", "width"])
+    names = np.array(["angle", "strength"])
     np.savez(job.folder / "fields.npz", images=fields, conditions=numbers, condition_names=names)
     run("compute_fid_stats.py", "--dataset_name", data, "--metrics", "moments", "--out", job.folder / "moments.npz")
     with np.load(job.folder / "moments.npz") as moments:
@@ -267,7 +266,7 @@ def check_fields(job: Job) -> dict[str, Any]:
     samples = draw(job, "drawn", NUM_SCORED, 1, "--condition_file", job.folder / "asked.npz")
     is_inside = samples.dtype == np.float32 and fields.min() <= samples.min() and samples.max() <= fields.max()
     figures["R^2 of values"] = r2_score(make_fields(others).ravel(), samples.ravel())
-    sweep = ["--sweep", "angle=0:1:9", "--cfg_scale", 1, "--num_samples", 9, "--out", job.folder / "pictures"]
+    sweep = ["--sweep", "angle=0:3:9", "--cfg_scale", 1, "--num_samples", 9, "--out", job.folder / "pictures"]
     run("sample.py", "--load_dir", job.folder / "run", *sweep)
     return {**figures, "passes": bool(is_inside and figures["samples"]["spectrum_worst"] < 10)}
 
@@ -390,7 +389,7 @@ class Case(NamedTuple):
 CASES = {
     "vector": Case(check_vector, 2500),
     "text": Case(check_text, 4000),
-    "fields": Case(check_fields, 2500),
+    "fields": Case(check_fields, 3200),
     "image": Case(check_image, 1500),
     "augmentation": Case(check_augmentation, 4000),
 }
