@@ -37,6 +37,8 @@ CONFIG = {
     "weight_decay": 0.0,
     "grad_clip": None,
     "lr_schedule": "constant",
+    "augment": [],
+    "augment_prob": 0.12,
     "frozen": [],
     "save_dir": "runs/a",
     "codec": "pixels",
