@@ -6,7 +6,6 @@ been touched and no thread started before the fork, so that each program is as n
 """
 
 import atexit
-import gc
 import json
 import os
 import runpy
@@ -66,9 +65,6 @@ def start(request: dict) -> None:
     os._exit(status)
 
 
-# Collections in the programs need not look at what they all share, nor copy its pages.
-gc.collect()
-gc.freeze()
 for line in sys.stdin:
     request = json.loads(line)
     if "wait" in request:

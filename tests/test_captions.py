@@ -77,6 +77,10 @@ def test_tokens_of_weights_are_kept_for_later_starts(monkeypatch, tmp_path):
     whole.write_bytes(whole.read_bytes()[:-1])
     encode_captions(source, condition, "x")
     assert len(seen) == 5
+    monkeypatch.setenv("XDG_CACHE_HOME", str(whole))  # a file
+    with pytest.raises(UserError, match=r"^x: .*, where tokens are kept: .*; make room, or set XDG_CACHE_HOME to"):
+        encode_captions(source[1:2], condition, "x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(captions.shutil, "disk_usage", lambda _: type("", (), {"free": 10}))
     with pytest.raises(UserError, match=r"^x: tokens of 1 captions by --text_encoder=late take .* are free in "):
         encode_captions(source[1:2], condition, "x")

@@ -115,8 +115,7 @@ class Condition(Protocol):
 
     def prepare(self, codec: Any, condition: PyTree, change: Callable[[Array], Array] | None = None) -> PyTree:
         """Returns conditions (n, ...) of `spec` as networks take them, encoded by the codec, perhaps; those that are
-        prepared already, as they are. Images (n, h, w, c) among them undergo the `change` of the images that they
-        belong to, a pytree."""
+        prepared already, as they are. `change`, a pytree, is what augmentation does to images (n, h, w, c)."""
         return jax.tree.map(lambda leaf, rows: jnp.asarray(rows, leaf.dtype), self.spec, condition)
 
     def mirror(self, condition: PyTree) -> PyTree:

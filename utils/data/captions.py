@@ -1,10 +1,10 @@
 """Captions of a data set whose encoder is slow, encoded once for all rather than where each is read."""
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float32
@@ -83,42 +83,33 @@ def _encode_distinct(captions: Sequence[str], condition: TextCondition, what: st
                 f"{tokens}{format_bytes(num_bytes)}, of which {format_bytes(MAX_BYTES)} are kept in memory; use an "
                 "encoder of narrower tokens, or shorter captions"
             )
-        rows = np.zeros(shape, np.float32)
-        _fill(rows, captions, condition, what)
-        return rows
+        return np.concatenate(list(_encode_chunks(captions, condition, what)))
 
     key = hashlib.sha256("\0".join([condition.sha256, str(shape), *captions]).encode(errors="surrogatepass"))
     file = cache_folder() / f"tokens-{key.hexdigest()[:32]}.npy"
-    if (found := _read(file, shape)) is not None:
-        return found
-    file.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(file.parent).free
+    with contextlib.suppress(BadFileError, OSError):
+        return map_npy(file)[1]
+    elsewhere = "make room, or set XDG_CACHE_HOME to another folder"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(file.parent).free
+    except OSError as error:
+        raise UserError(f"{what}: {file.parent}, where tokens are kept: {error.strerror}; {elsewhere}") from None
     if free < num_bytes:
         raise UserError(
-            f"{tokens}{format_bytes(num_bytes)}, but {format_bytes(free)} are free in {file.parent}; make room, or set "
-            "XDG_CACHE_HOME to another folder"
+            f"{tokens}{format_bytes(num_bytes)}, but {format_bytes(free)} are free in {file.parent}; {elsewhere}"
         )
-    with atomic_write(file) as temporary:
-        mapped = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-        _fill(mapped, captions, condition, what)
-        mapped.flush()
-    found = _read(file, shape)
-    assert found is not None
-    return found
+    with atomic_write(file) as temporary, temporary.open("wb") as output:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(output, header)
+        for rows in _encode_chunks(captions, condition, what):
+            output.write(rows.astype("<f4").tobytes())
+    return map_npy(file)[1]
 
 
-def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Returns the array of a file, mapped; None if there is none of this shape."""
-    try:
-        _, found = map_npy(file)
-    except (BadFileError, OSError):
-        return None
-    return found if (found.shape, found.dtype) == (shape, np.float32) else None
-
-
-def _fill(rows: np.ndarray, captions: Sequence[str], condition: TextCondition, what: str) -> None:
+def _encode_chunks(captions: Sequence[str], condition: TextCondition, what: str) -> Iterator[np.ndarray]:
+    """Yields the rows of so many captions at a time, float32 (n, l, 1 + d)."""
     for start in range(0, len(captions), CHUNK):
         found = condition.encode(captions[start : start + CHUNK])
-        rows[start : start + CHUNK, :, 0] = found["mask"]
-        rows[start : start + CHUNK, :, 1:] = found["value"]
+        yield np.concatenate([found["mask"][..., None], found["value"]], axis=-1, dtype=np.float32)
         log(f"{what}: {min(start + CHUNK, len(captions)):,} of {len(captions):,} captions encoded")

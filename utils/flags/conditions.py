@@ -34,7 +34,8 @@ MAX_FILE_BYTES = 2**30
 # {array of an npz, as in data: what a kind of condition reads of an example}.
 ARRAYS = {name: key for name, key in KEYS.items() if name != "images"}
 # Flags that give conditions, of which a command has one.
-GIVING = ("sweep", "prompt", "condition_images", "classes", "condition", "condition_file")
+PARTIAL = ("sweep", "prompt", "condition_images")  # beside which --condition gives the rest
+GIVING = (*PARTIAL, "classes", "condition", "condition_file")
 
 
 def define_condition_flags() -> None:
@@ -47,17 +48,15 @@ def define_condition_flags() -> None:
 
 
 def read_conditions(config: ConfigDict, model: ImageModel) -> PyTree | None:
-    """Returns the conditions (n, ...) of --classes, --condition, --condition_file or --sweep, in their order; None
-    without them.
+    """Returns the conditions (n, ...) of the flag that gives them, one of GIVING, in their order; None without it.
 
     Raises UserError for two of these flags, and for what is no condition of the run.
     """
-    # Beside --sweep, --prompt and --condition_images, --condition has the other fields.
     given = [name for name in GIVING if config.get(name) is not None]
     if not given:
         return None
-    if len(given) > 1 and (given[0] not in GIVING[:3] or given[1:] != ["condition"]):
-        beside = "; the rest of a condition is given by --condition" if given[1] in GIVING[:3] else ""
+    if len(given) > 1 and (given[0] not in PARTIAL or given[1:] != ["condition"]):
+        beside = "; the rest of a condition is given by --condition" if given[1] in PARTIAL else ""
         raise UserError(f"--{given[0]} and --{given[1]}: give one of them{beside}")
     kind = model.condition
     flag = given[0]

@@ -124,7 +124,9 @@ def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
 
     # The example guides only a model that can be guided: it is to run as it stands.
     # Rows of the data, from which conditions other than classes are drawn, are not published: the example gives one.
-    wanted, given, lines = ("labels=[0]" if "class_names" in data else "num_samples=1"), "", ""
+    wanted = "labels=[0]" if "class_names" in data else "num_samples=1"
+    given = ""
+    lines = ""
     if condition.DRAWS_ROWS:
         fields = example_fields(condition)
         wanted = "conditions=conditions"
