@@ -35,8 +35,9 @@ from utils.metrics.inception import CONVENTIONS
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.metrics import choose_metrics, needed_extractors, sees_pixels
 from utils.metrics.pixels import PixelStatistics
-from utils.metrics.reference import MAX_ROWS, save_statistics, statistics_bytes
+from utils.metrics.reference import MAX_ROWS
 from utils.metrics.statistics import ImageStatistics
+from utils.metrics.statistics_files import save_statistics, statistics_bytes
 
 
 def define_flags() -> None:

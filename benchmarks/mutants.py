@@ -56,7 +56,7 @@ test_train_flow.py::test_the_flops_of_a_step_are_those_the_compiler_counts
 test_train_flow.py::test_decay_of_the_ema_and_what_saves_memory_reach_the_step
   utils/training/build.py: remat=config.devices.remat, ->
 test_train_flow.py::test_images_are_mirrored_on_request
-  utils/runs/config.py: None if self.random_flip is None else bool(self.random_flip) -> None
+  utils/runs/settings.py: None if self.random_flip is None else bool(self.random_flip) -> None
 test_run_config.py::test_what_an_objective_sets_follows_the_typed_one
   utils/training/configure.py: layers = (drop_derived(recorded, stated), -> layers = (recorded,
   utils/training/configure.py: if name not in derived or value != derived[name]} -> if name not in derived}
@@ -70,8 +70,8 @@ test_run_config.py::test_python_is_told_what_a_setting_cannot_be
 test_train_flow.py::test_the_seed_is_that_of_the_first_state
   utils/training/build.py: key = jax.random.key(run.config.training.seed) -> key = jax.random.key(0)
 test_config.py::test_options_of_the_data_are_those_of_the_flags
-  utils/runs/config.py: self.max_megapixels, -> 500.0,
-  utils/runs/config.py: self.broken_images, -> "refuse",
+  utils/runs/settings.py: self.max_megapixels, -> 500.0,
+  utils/runs/settings.py: self.broken_images, -> "refuse",
 test_array_columns.py::test_the_range_is_that_of_training_and_a_given_one_goes_first
   utils/data/columns.py: *(value_range or -> *(None or
   utils/data/columns.py: _measure_range(name, parts["train"]) -> _measure_range(name, source)

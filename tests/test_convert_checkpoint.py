@@ -20,8 +20,8 @@ from tests.torch_writer import save_torch
 from utils.base.external import BadFileError
 from utils.base.mesh import make_mesh
 from utils.base.messages import UserError, WriteError
+from utils.base.torch_files import read_torch_file
 from utils.convert.sources import METADATA_KEY, read_source
-from utils.convert.torch_files import read_torch_file
 from utils.images.samples import open_samples
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import model_card

@@ -12,8 +12,9 @@ from utils.base.messages import UserError
 from utils.images.samples import SampleWriter
 from utils.metrics.extractors import EXTRACTORS, POOL, Extractor, FeatureKey, feature_widths, load_extractors
 from utils.metrics.metrics import METRICS, Metric, compute_metrics, frechet_metric
-from utils.metrics.reference import load_statistics, save_statistics
+from utils.metrics.reference import load_statistics
 from utils.metrics.statistics import ImageStatistics
+from utils.metrics.statistics_files import save_statistics
 
 COLOUR = FeatureKey("colour", "mean")
 

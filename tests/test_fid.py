@@ -19,11 +19,11 @@ from utils.metrics.reference import (
     ReferenceStatistics,
     find_convention,
     load_statistics,
-    save_statistics,
     warn_of_other_shape,
 )
 from utils.metrics.scores import InceptionScore, covariance_root, frechet_distance, kid, mind, prdc
 from utils.metrics.statistics import FeatureStatistics, ImageStatistics
+from utils.metrics.statistics_files import save_statistics
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from utils.metrics.extractors import PIXELS
 from utils.metrics.metrics import METRICS, Metric, choose_metrics
 from utils.metrics.pixels import PixelReference, PixelStatistics, compute_moments, explain_moments, mode_radii
 from utils.metrics.reference import load_statistics
-from utils.runs.config import EvaluationConfig
+from utils.runs.settings import EvaluationConfig
 from utils.training.reference import load_reference
 
 SHAPES = [(8, 8, 1), (24, 40, 4), (9, 13, 2), (1, 16, 1), (3, 10, 1)]

@@ -10,8 +10,8 @@ import numpy as np
 from utils.base.external import BadFileError, open_safetensors, parse_json, read_json, read_start
 from utils.base.messages import UserError, log
 from utils.base.pickles import Namespace
+from utils.base.torch_files import read_torch_file
 from utils.convert.diffusers import rename_diffusers
-from utils.convert.torch_files import read_torch_file
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 METADATA_KEY = "jax_flow_matching"  # of a safetensors file that `convert_checkpoint.py --load_dir` wrote: its run

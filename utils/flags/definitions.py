@@ -17,17 +17,8 @@ from utils.flags.help import hide, topic
 from utils.metrics.metrics import METRICS
 from utils.networks.network import NETWORKS
 from utils.objectives.objectives import OBJECTIVES
-from utils.runs.config import (
-    GROUPS,
-    OBJECTIVE_NAME,
-    PRESET,
-    CodecConfig,
-    DataConfig,
-    LoggingConfig,
-    WandbConfig,
-    network_settings,
-    objective_settings,
-)
+from utils.runs.config import GROUPS, OBJECTIVE_NAME, PRESET, network_settings, objective_settings
+from utils.runs.settings import CodecConfig, DataConfig, LoggingConfig, WandbConfig
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS
 
 FLAGS = flags.FLAGS
@@ -84,7 +75,7 @@ def _leave_to_registry(name: str) -> None:
 
 
 def define_group(part: str, without: tuple[str, ...] = ()) -> None:
-    """Registers the flags of a group of a run's settings (utils/runs/config.py)."""
+    """Registers the flags of a group of a run's settings (utils/runs/settings.py)."""
     for name, field in settings_of(*GROUPS[part]).items():
         if name not in without:
             define_setting(name, field)

@@ -22,8 +22,9 @@ from utils.flags.definitions import path_flags
 from utils.flags.help import to_integer
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objective import Objective, has_guidance
-from utils.runs.config import DataConfig, fill_settings
+from utils.runs.config import fill_settings
 from utils.runs.given import check_given
+from utils.runs.settings import DataConfig
 from utils.sampling.samplers import FLAGS as SAMPLER_FLAGS
 from utils.sampling.samplers import can_guide, check_sampler, explain_no_guidance, guidance_scale
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig

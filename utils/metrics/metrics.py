@@ -7,9 +7,10 @@ from utils.base.messages import UserError, log
 from utils.base.settings import unknown_name
 from utils.metrics.extractors import PIXELS, POOL, SPATIAL, FeatureKey
 from utils.metrics.pixels import compute_moments, explain_moments
-from utils.metrics.reference import FeatureReference, ReferenceStatistics, format_shape
+from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.metrics.scores import DENSITY_NEIGHBOURS, INCEPTION_SCORE_PART, KID_SUBSET, frechet_distance, kid, mind, prdc
 from utils.metrics.statistics import MAX_SAMPLE_ROWS, FeatureStatistics, ImageStatistics
+from utils.metrics.statistics_files import format_shape
 
 # (samples, reference) of the feature that a metric needs -> {result: value}, empty where they do not allow it: a
 # FeatureStatistics and a FeatureReference, of PIXELS a PixelStatistics and a PixelReference.

@@ -1,8 +1,7 @@
-"""The configuration of a run: a frozen dataclass per subject, collected in RunConfig.
+"""The configuration of a run: RunConfig collects the settings of every subject, of the network and of the objective.
 
-Every field is a `setting`: its name as a flag, default, help and bounds are defined here and nowhere else. A run saves
-its configuration as JSON under the names of the flags, `group.name` nested. `make_config` (utils/training/configure.py)
-makes one from what a user gives.
+The settings of the subjects are in utils/runs/settings.py. A run saves its configuration as JSON under the names of the
+flags, `group.name` nested. `make_config` (utils/training/configure.py) makes one from what a user gives.
 """
 
 import dataclasses
@@ -11,275 +10,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_transformer import REMAT_POLICIES
-from utils.base.mesh import SHARDING_MODES
 from utils.base.messages import UserError
-from utils.base.settings import check_setting, find_entry, merge_settings, setting, settings_of
-from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, list_codecs, parse_codec
-from utils.conditions.augmented import AUGMENTATIONS
-from utils.conditions.text_encoders import list_text_encoders
-from utils.data.dataset import DataOptions
-from utils.images.decoding import MAX_MEGAPIXELS, MODES
-from utils.images.pixels import parse_range
-from utils.images.sizes import parse_size
-from utils.metrics.inception import CONVENTIONS
+from utils.base.settings import check_setting, find_entry, merge_settings, settings_of
 from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.objective import Objective
 from utils.objectives.objectives import OBJECTIVES
-from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
-
-# End at the first broken file, or train on the others.
-BROKEN_IMAGES = ("refuse", "skip")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """How long a run trains, from which seed, and on how many images at a time."""
-
-    # Where to write, and what to train.
-    save_dir: str | None = setting(None, "Folder of the run; default runs/<--wandb.name>.", is_path=True)
-    seed: int = setting(0, "Seed of parameters, data order, noise and samples.")
-    batch_size: int = setting(256, "Global batch size.")
-    max_steps: int = setting(1_000_000, "Training steps.", 0)
-
-    # Modes beside an ordinary training.
-    debug_overfit: int = setting(0, "1 trains on one repeated batch.", 0, 1)
-    plan: int = setting(0, "1: says what this training will take (memory, time), and ends.", 0, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class StartConfig:
-    """Another run whose parameters this one starts from, and which of them it trains."""
-
-    load_dir: str | None = setting(
-        None, "Run, or hf:USER/NAME, whose parameters and EMA this run starts from.", is_path=True
-    )
-    freeze: tuple[str, ...] = setting((), "Parts of --load_dir that are not trained: blocks.0-5, label_embed, ...")
-    lora_rank: int = setting(0, "Above 0: of --load_dir, train low-rank factors and labels alone.", 0, 4096)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which images are read, and how."""
-
-    # The source.
-    dataset_name: str = setting("imagenet256", "Data set; docs/data.md lists them.", is_path=True)
-    data_dir: str | None = setting(None, "Where TFDS keeps prepared data sets; gs://... too.", is_path=True)
-
-    # How each image is decoded and prepared.
-    image_size: int | str | None = setting(
-        None,
-        "Images are centre-cropped and resized to this side, or to rows x columns, such as 24x40.",
-        parse=parse_size,
-    )
-    image_mode: str | None = setting(
-        None, "Grey, colour, with transparency, or grey of 16 bits; default: what the files have.", choices=MODES
-    )
-    text_encoder: str | None = setting(
-        None, f"What makes tokens of captions: {' or '.join(list_text_encoders())}; default: words."
-    )
-    condition_columns: str | None = setting(
-        None, "Conditions in the data: class, vector:a,b, tokens, text, image:pixels, joined by +; see docs/data.md."
-    )
-    broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
-    max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)
-    value_range: str | None = setting(
-        None, "LOW,HIGH: values of float images that become -1 and 1; default: the range of the training images."
-    )
-    random_flip: int | None = setting(
-        None,
-        "1 mirrors half of the training images left to right, 0 none; default: as usual for the data set.",
-        0,
-        1,
-    )
-
-    @property
-    def options(self) -> DataOptions:
-        """The settings as a data set's loader takes them."""
-        flip = None if self.random_flip is None else bool(self.random_flip)
-        bounds = None if self.value_range is None else parse_range(self.value_range)
-        return DataOptions(
-            self.data_dir,
-            self.image_size,
-            self.broken_images,
-            self.max_megapixels,
-            random_flip=flip,
-            image_mode=self.image_mode,
-            condition_columns=self.condition_columns,
-            value_range=bounds,
-            text_encoder=self.text_encoder,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class AugmentationConfig:
-    """How training images are changed, of which the network is told, so that its samples are not."""
-
-    augment: tuple[str, ...] = setting(
-        (), f"Changes of training images, for small data sets: {', '.join(AUGMENTATIONS)}; samples show none."
-    )
-    augment_prob: float = setting(0.12, "How often an image undergoes each change of --augment.", 0, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class CodecConfig:
-    """The codec: it turns images into the arrays that the model learns."""
-
-    # As on the command line; `spec` is what it means.
-    text: str | None = setting(
-        None,
-        f"Codec: {' or '.join(list_codecs())}; default: that of the run or of the cached latents, "
-        f"else kl:{DEFAULT_HUB_ID}.",
-        flag="codec",
-        is_path=True,
-    )
-
-    @property
-    def spec(self) -> CodecSpec:
-        """The requested codec; its source is None where the data or a default decide it."""
-        return parse_codec(self.text or "kl")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """Adam, its schedule and safeguards, and the EMA of the parameters."""
-
-    # The recipe; jax-flow knows these flags by the same names, in the group `model`.
-    lr: float = setting(1e-4, "Adam's learning rate.", 0, flag="model.lr")
-    beta1: float = setting(0.9, "Adam's first decay.", 0, 1, flag="model.beta1")
-    beta2: float = setting(0.99, "Adam's second decay.", 0, 1, flag="model.beta2")
-    target_update_rate: float = setting(
-        0.9999, "Decay of the EMA of the parameters; 1: no EMA.", 0, 1, flag="model.target_update_rate"
-    )
-
-    # Off by default, so that the recipe stays Adam at a constant rate.
-    ema_warmup: int = setting(
-        0, "1: the EMA's decay grows as (1 + n) / (10 + n) up to --model.target_update_rate.", 0, 1
-    )
-    warmup_steps: int = setting(0, "Steps in which the learning rate rises from 0.", 0)
-    lr_schedule: str = setting("constant", "cosine: to 0 at --max_steps.", choices=("constant", "cosine"))
-    weight_decay: float = setting(0.0, "AdamW's decay of matrices.", 0, 100)
-    grad_clip: float | None = setting(None, "Bound of the norm of the gradients.", 1e-6)
-    skip_nonfinite: int = setting(0, "Above 0: leave out updates that are not finite; so many in a row end the run.", 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-    """How samples are drawn while a run trains."""
-
-    denoise_timesteps: int = setting(
-        32, "Euler steps of training-time samples.", 1, MAX_STEPS, flag="model.denoise_timesteps"
-    )
-    cfg_scale: float = setting(
-        4.0,
-        "Guidance scale of training-time samples; -1: no guidance.",
-        -1,
-        MAX_SCALE,
-        flag="model.cfg_scale",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """When a run looks at samples, and against which statistics it scores them."""
-
-    # The evaluation at step 1000 shows early whether a run goes wrong.
-    eval_interval: int = setting(50_000, "Steps between evaluations; also at step 1000 and at the end. 0: none.", 0)
-
-    # FID is computed only with statistics; the other fields have no effect without them.
-    fid_stats: str | None = setting(
-        None, "Reference statistics; with them, `fid` is logged at every evaluation.", is_path=True
-    )
-    metrics: tuple[str, ...] = setting(("fid",), "Scores against --fid_stats, as those of eval_fid.py.")
-    fid_samples: int = setting(10_000, "Samples of a training-time FID.", 2)
-    convention: str | None = setting(
-        None, "Inception preprocessing, if --fid_stats does not record it.", choices=CONVENTIONS
-    )
-    inception_weights: str | None = setting(None, "Local copy of the Inception weights.", is_path=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoggingConfig:
-    """Logs of a run: where numbers and images go, how often, and traces."""
-
-    # Numbers and images.
-    trackers: tuple[str, ...] = setting(
-        ("wandb",), "Where numbers and images go beside the run's folder: wandb, tensorboard, or nowhere."
-    )
-    log_interval: int = setting(1000, "Steps between logged metrics; also at the first and last.", 1)
-
-    # Speed. The peak is TFLOP/s of dense bfloat16 matmuls (PEAK_TFLOPS in utils/training/progress.py).
-    peak_tflops: float | None = setting(None, "Peak of one device, for the MFU of unknown kinds.", 0)
-    profile: str | None = setting(None, "Folder for a trace of ten steps, for xprof or ui.perfetto.dev.", is_path=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class WandbConfig:
-    """The run's page on wandb."""
-
-    # Variables of wandb's own stand in for flags that are left out.
-    mode: str = setting("online", "Default: $WANDB_MODE, else online.", choices=("online", "offline", "disabled"))
-    project: str = setting("flow", "Project; default: $WANDB_PROJECT, else flow.")
-    entity: str | None = setting(None, "User or team; default: $WANDB_ENTITY.")
-    group: str | None = setting(None, "Group of runs; default: $WANDB_RUN_GROUP.")
-    name: str = setting(
-        "flow_{dataset_name}", "Name of the wandb run; train_flow.py names its folder under runs/ after it too."
-    )
-    notes: str | None = setting(None, "A longer description; default: $WANDB_NOTES.")
-    tags: tuple[str, ...] = setting((), "Tags, separated by commas; default: $WANDB_TAGS.")
-    display_name: str | None = setting(None, "Name on wandb alone, from $WANDB_NAME; no flag.")
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When a run is saved, and which checkpoints are kept."""
-
-    # When to save: by steps, and by the time since the last save.
-    save_interval: int = setting(200_000, "Steps between checkpoints; also at the end.", 1)
-    save_minutes: float = setting(15.0, "Minutes between checkpoints, whatever the step; 0: never.", 0)
-
-    # What stays on disk.
-    keep_last: int = setting(2, "Newest checkpoints to keep.", 1)
-    keep_every: int = setting(1_000_000, "Also keep checkpoints at multiples of this step.", 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class DeviceConfig:
-    """How a step is spread over memory, devices and processes."""
-
-    # Less memory for more time: neither changes what is computed, but for rounding.
-    grad_accum: int = setting(1, "Microbatches per step, to save memory.", 1)
-    remat: str = setting(
-        "none",
-        "What the backward pass recomputes, to save memory: dots is everything but matmuls.",
-        choices=REMAT_POLICIES,
-    )
-
-    # The layout of the state over the devices.
-    sharding: str = setting(
-        "dp",
-        "dp: every device has the whole state; zero: the parameters alone; fsdp: a part of everything; hybrid: fsdp "
-        "within replicas.",
-        choices=SHARDING_MODES,
-    )
-    num_shards: int | None = setting(
-        None, "Devices of a replica of --sharding hybrid; default: of a slice, up to 16.", 1
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessConfig:
-    """How several processes find each other."""
-
-    coordinator_address: str | None = setting(
-        None, "host:port of process 0 in a multi-process run; 'auto' on TPU pods, under SLURM and mpirun."
-    )
-    num_processes: int | None = setting(
-        None,
-        "Processes in the run, with --coordinator_address; 1 without it: a run of its own under srun or torchrun.",
-    )
-    process_id: int | None = setting(None, "This process's number, with --coordinator_address.")
-
+from utils.runs.settings import (
+    AugmentationConfig,
+    CheckpointConfig,
+    CodecConfig,
+    DataConfig,
+    DeviceConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ProcessConfig,
+    SamplingConfig,
+    StartConfig,
+    TrainingConfig,
+    WandbConfig,
+)
 
 # {field of RunConfig: (its class, group of its settings' names)}; network and objective are chosen by name instead.
 GROUPS: dict[str, tuple[Any, str]] = {

@@ -46,10 +46,10 @@ from utils.metrics.reference import (
     find_convention,
     has_statistics,
     load_statistics,
-    save_statistics,
     warn_of_other_shape,
 )
 from utils.metrics.statistics import MAX_SAMPLE_ROWS, ImageStatistics
+from utils.metrics.statistics_files import save_statistics
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.opening import load_model, restore_params
 from utils.runs.results import to_markdown, write_json_rows
