@@ -1,12 +1,9 @@
 """The VAE: the published implementation's numbers, fresh noise, every family's configuration, one-line errors."""
 
-import contextlib
 import dataclasses
 import hashlib
-import http.server
 import json
 import re
-import threading
 import time
 
 import jax
@@ -299,53 +296,6 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(folder, monkeypatch):
     for path in ("no/such/folder", "/nowhere", "word", f"{folder.name}/{CONFIG}"):
         with pytest.raises(UserError, match=f"--codec=kl:{path} is neither a folder nor a hub id"):
             KLCodec.load(path)
-
-
-@pytest.fixture
-def hub(tmp_path_factory, monkeypatch):
-    """hub(files) -> the list of what is asked of the hub, which from then on is a server of those {path: content}."""
-    import huggingface_hub.constants as constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with contextlib.ExitStack() as stack:
-
-        def serve(files):
-            asked = []
-
-            class Handler(http.server.BaseHTTPRequestHandler):
-                def do_GET(self):
-                    asked.append((self.command, self.path))
-                    content = files.get(self.path.removeprefix("/owner/name/resolve/").partition("/")[2])
-                    self.send_response(404 if content is None else 200)
-                    if content is None:
-                        self.send_header("X-Error-Code", "EntryNotFound")
-                    else:
-                        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-                    self.send_header("X-Repo-Commit", "0" * 40)
-                    self.send_header("Content-Length", str(len(content or b"")))
-                    self.end_headers()
-                    if self.command == "GET":
-                        self.wfile.write(content or b"")
-
-                do_HEAD = do_GET
-
-                def log_message(self, *args):
-                    pass
-
-            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-            stack.callback(server.shutdown)
-            redirect(f"http://127.0.0.1:{server.server_port}")
-            return asked
-
-        def redirect(address):
-            monkeypatch.setattr(constants, "ENDPOINT", address)
-            template = address + "/{repo_id}/resolve/{revision}/{filename}"
-            monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-        serve.redirect = redirect
-        yield serve
 
 
 UNREACHABLE = "http://127.0.0.1:9"  # nobody listens there

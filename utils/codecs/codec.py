@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from utils.base.messages import UserError
 from utils.images.pixels import UINT8, PixelFormat
+from utils.images.sizes import write_size
 
 
 @runtime_checkable
@@ -97,6 +98,27 @@ class AbsentCodec(flax.struct.PyTreeNode):
 def is_identity(codec: Codec) -> bool:
     """Whether latents are the images themselves."""
     return getattr(codec, "IS_IDENTITY", False)
+
+
+def latent_sides(image_shape: tuple[int, int, int], num_channels: int, factor: int) -> tuple[int, int]:
+    """Returns the sides (h / factor, w / factor) of the latents of images (h, w, c) under an autoencoder.
+
+    Raises UserError where the images have other than `num_channels` channels, or sides that are no multiples of
+    `factor`.
+    """
+    # The size that an error proposes is the next smaller multiple.
+    height, width, channels = image_shape
+    if channels != num_channels:
+        raise UserError(
+            f"the VAE takes images of {num_channels} channels, not {channels}; train on pixels with --codec pixels"
+        )
+    if height % factor or width % factor:
+        fitting = write_size([max(1, side // factor) * factor for side in (height, width)])
+        raise UserError(
+            f"the VAE takes images whose sides are multiples of {factor}, not {height}x{width}; "
+            f"use --image_size {fitting}, or pixels with --codec pixels"
+        )
+    return height // factor, width // factor
 
 
 def pixel_format(codec: Codec) -> PixelFormat:

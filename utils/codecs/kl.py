@@ -16,14 +16,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Key, PyTree
 
-from utils.base.external import BadFileError, read_json
-from utils.base.files import atomic_write, file_sha256, write_json
+from utils.base.files import file_sha256
 from utils.base.messages import UserError
-from utils.codecs.kl_files import CONFIG, WEIGHTS, find_files, read_params, tensor_name, to_torch_layout
-from utils.images.sizes import write_size
+from utils.codecs.codec import latent_sides
+from utils.codecs.kl_files import draw_params, find_files, read_config, read_params, write_files
 from utils.kernels.ops import attention
 
 # Far above any VAE in use, whose latents have 4 to 32 channels.
@@ -308,10 +307,7 @@ class KLCodec(flax.struct.PyTreeNode):
         shown = f"--codec=kl:{path}"
         # The configuration first: a small file, which says what the weights must be.
         config_file, weights_file = find_files(path, shown)
-        try:
-            content = read_json(config_file)
-        except BadFileError as error:
-            raise UserError(f"{shown}: {config_file} is no configuration ({error}); fetch it again") from None
+        content = read_config(config_file, shown, "kl", path)
         config = KLConfig.from_dict(content, str(config_file), shown)
 
         # Sizes that contradict each other are reported before weights are read.
@@ -331,30 +327,11 @@ class KLCodec(flax.struct.PyTreeNode):
         `config` defaults to the sizes of Stable Diffusion's VAE.
         """
         config = config or KLConfig()
-        rng = np.random.default_rng(seed)
-        # Kernels over the root of their fan-in; normalisation as the identity.
-        draw = {
-            "kernel": lambda shape: rng.standard_normal(shape, np.float32) / np.prod(shape[:-1]) ** 0.5,
-            "scale": lambda shape: np.ones(shape),
-            "bias": lambda shape: np.zeros(shape),
-        }
-        shapes = _param_shapes(config)
-        params = {path: jnp.asarray(draw[path[-1]](target.shape), jnp.float32) for path, target in shapes.items()}
-        return cls(unflatten_dict(params), config, jnp.dtype(dtype), "")
+        return cls(draw_params(seed, _param_shapes(config)), config, jnp.dtype(dtype), "")
 
     def save(self, folder: Path) -> None:
         """Writes the codec in the Hugging Face layout, which `load` and diffusers read."""
-        from safetensors.numpy import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, self.config.to_dict())
-        # Names and layout of PyTorch, the reverse of `read_params`.
-        tensors = {
-            tensor_name(path): np.ascontiguousarray(to_torch_layout(np.asarray(value)))
-            for path, value in flatten_dict(self.params).items()
-        }
-        with atomic_write(folder / WEIGHTS) as temporary:
-            save_file(tensors, temporary)
+        write_files(folder, self.config.to_dict(), self.params)
 
     def encode_moments(
         self, images: Float[Array, "b h w 3"]
@@ -391,21 +368,8 @@ class KLCodec(flax.struct.PyTreeNode):
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns (h / f, w / f, c), where f is `downsampling`. Raises UserError for images that do not fit."""
-        # The size that an error proposes is the next smaller multiple.
-        height, width, channels = image_shape
-        factor = self.config.downsampling
-        if channels != self.config.in_channels:
-            raise UserError(
-                f"the VAE takes images of {self.config.in_channels} channels, not {channels}; "
-                "train on pixels with --codec pixels"
-            )
-        if height % factor or width % factor:
-            fitting = write_size([max(1, side // factor) * factor for side in (height, width)])
-            raise UserError(
-                f"the VAE takes images whose sides are multiples of {factor}, not {height}x{width}; "
-                f"use --image_size {fitting}, or pixels with --codec pixels"
-            )
-        return height // factor, width // factor, self.config.latent_channels
+        height, width = latent_sides(image_shape, self.config.in_channels, self.config.downsampling)
+        return height, width, self.config.latent_channels
 
     def _apply(self, x, method):
         return AutoencoderKL(self.config, self.dtype).apply({"params": self.params}, x, method=method)

@@ -1,4 +1,4 @@
-"""Files of a VAE in the Hugging Face layout: found or fetched, and read against the expected shapes."""
+"""Files of an autoencoder in the Hugging Face layout: found or fetched, read against the expected shapes, written."""
 
 import contextlib
 import re
@@ -9,27 +9,34 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
-from utils.base.external import BadFileError, read_safetensors, read_safetensors_shapes
+from utils.base.external import BadFileError, read_json, read_safetensors, read_safetensors_shapes
+from utils.base.files import atomic_write, write_json
 from utils.base.messages import AbsentCodecError, UserError
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+# Codecs by the class that a config.json names.
+CLASSES = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny"}
 
-def find_files(path: str, shown: str) -> tuple[Path, Path]:
+
+def find_files(
+    path: str, shown: str, kind: str = "kl", example: str = "stabilityai/sd-vae-ft-mse"
+) -> tuple[Path, Path]:
     """Returns the paths of (config.json, weights) in a folder or its subfolder `vae`, or fetched from the hub.
 
-    Raises UserError, which begins with the flag `shown`, where they are not found.
+    Raises UserError, which begins with the flag `shown`, where they are not found; `kind` is the codec's name, and
+    `example` the hub id of one.
     """
     # A folder goes first: a hub id may also be the path of one.
     folder = Path(path)
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
-        return _fetch_files(path, shown)
+        return _fetch_files(path, shown, kind)
     if not folder.is_dir():
-        raise AbsentCodecError(f"{shown} is neither a folder nor a hub id, such as stabilityai/sd-vae-ft-mse")
+        raise AbsentCodecError(f"{shown} is neither a folder nor a hub id, such as {example}")
 
     # A VAE by itself, or one in the folder of a whole pipeline.
     found = next((place for place in (folder, folder / "vae") if (place / CONFIG).is_file()), None)
@@ -43,7 +50,7 @@ def find_files(path: str, shown: str) -> tuple[Path, Path]:
     return found / CONFIG, found / WEIGHTS
 
 
-def _fetch_files(hub_id: str, shown: str) -> tuple[Path, Path]:
+def _fetch_files(hub_id: str, shown: str, kind: str) -> tuple[Path, Path]:
     """Returns the paths of (config.json, weights) in the hub's cache, after fetching what is not there."""
     # Imported here, as only hub ids need it.
     import huggingface_hub as hub
@@ -68,8 +75,52 @@ def _fetch_files(hub_id: str, shown: str) -> tuple[Path, Path]:
         reason = " ".join(str(error).split()) or type(error).__name__
     raise AbsentCodecError(
         f"{shown} is no folder and cannot be fetched from the hub ({reason}); fetch {CONFIG} and {WEIGHTS} "
-        "elsewhere and name their folder with --codec kl:FOLDER, or train on pixels with --codec pixels"
+        f"elsewhere and name their folder with --codec {kind}:FOLDER, or train on pixels with --codec pixels"
     )
+
+
+def read_config(file: Path, shown: str, kind: str, path: str) -> dict[str, Any]:
+    """Returns the content of the config.json of a codec of this kind, named by its `path`.
+
+    Raises UserError, which begins with the flag `shown`, where it is damaged, or of another kind of codec.
+    """
+    try:
+        content = read_json(file)
+    except BadFileError as error:
+        raise UserError(f"{shown}: {file} is no configuration ({error}); fetch it again") from None
+    found = content.get("_class_name")
+    other = CLASSES.get(found, kind) if isinstance(found, str) else kind
+    if other != kind:
+        raise UserError(f"{shown}: {file} is an {found}'s; use --codec {other}:{path}")
+    return content
+
+
+def draw_params(seed: int, shapes: Mapping[tuple[str, ...], Any]) -> PyTree:
+    """Returns random float32 parameters of these shapes, which keep the variance of their inputs."""
+    rng = np.random.default_rng(seed)
+    # Kernels over the root of their fan-in; normalisation as the identity.
+    draw = {
+        "kernel": lambda shape: rng.standard_normal(shape, np.float32) / np.prod(shape[:-1]) ** 0.5,
+        "scale": lambda shape: np.ones(shape),
+        "bias": lambda shape: np.zeros(shape),
+    }
+    params = {path: jnp.asarray(draw[path[-1]](target.shape), jnp.float32) for path, target in shapes.items()}
+    return unflatten_dict(params)
+
+
+def write_files(folder: Path, config: Mapping[str, Any], params: PyTree) -> None:
+    """Writes config.json and weights into a folder, made if need be; the reverse of `read_config` and `read_params`."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, config)
+    # Names and layout of PyTorch.
+    tensors = {
+        tensor_name(path): np.ascontiguousarray(to_torch_layout(np.asarray(value)))
+        for path, value in flatten_dict(params).items()
+    }
+    with atomic_write(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary)
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
