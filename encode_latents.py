@@ -1,4 +1,4 @@
-"""Encodes a data set once: moments of the latents of every image, for `train_flow.py --dataset_name latents:DIR`.
+"""Encodes a data set once: latents of every image, or their moments, for `train_flow.py --dataset_name latents:DIR`.
 
     python encode_latents.py --dataset_name imagenet256 --out latents/imagenet256
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
-from jaxtyping import Array, Float16, PyTree, UInt8
+from jaxtyping import Array, Float, Float16, PyTree, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -23,7 +23,7 @@ from utils.base.devices import check_batch_memory
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
 from utils.base.mesh import batch_sharding, check_batch_size, gather, make_mesh, shard_replicated
 from utils.base.messages import UserError, log, progress_bar
-from utils.codecs.codec import MomentCodec
+from utils.codecs.codec import Codec, MomentCodec, num_cached_arrays
 from utils.codecs.codecs import CodecSpec, load_codec, name_for_manifest, parse_codec
 from utils.data import latents
 from utils.data.batches import epoch_batches
@@ -48,18 +48,28 @@ def define_flags() -> None:
 
 
 def encode_views(
-    codec: MomentCodec, images: UInt8[Array, "b h w 3"], *, num_views: int
-) -> Float16[Array, "b views 2 h2 w2 c"]:
-    """Returns mean and log-variance of the latents of uint8 images and, as a second view, of their mirror images."""
-    views = (images, images[:, :, ::-1])[:num_views]
+    codec: Codec, images: UInt8[Array, "b h w 3"], *, num_views: int
+) -> Float16[Array, "b views arrays h2 w2 c"]:
+    """Returns what is kept of uint8 images and, as a second view, of their mirror images.
+
+    That is one array, the latents, of a deterministic codec; else two, their mean and log-variance.
+    """
+
+    def encode(view: Float[Array, "b h w 3"]) -> list[Array]:
+        if num_cached_arrays(codec) == 1:
+            return [codec.encode(jax.random.key(0), view)]  # the key is not used
+        assert isinstance(codec, MomentCodec)
+        return list(codec.encode_moments(view))
+
     # float16 takes half the room on disk.
-    moments = [jnp.stack(codec.encode_moments(images_from_uint8(view)), axis=1) for view in views]
-    return jnp.stack(moments, axis=1).astype(jnp.float16)
+    views = (images, images[:, :, ::-1])[:num_views]
+    encoded = [jnp.stack(encode(images_from_uint8(view)), axis=1) for view in views]
+    return jnp.stack(encoded, axis=1).astype(jnp.float16)
 
 
 def encode_examples(
     dataset: ImageDataset, rows: range, batch_size: int, encode: Callable[[np.ndarray], jax.Array]
-) -> Iterator[tuple[PyTree, Float16[np.ndarray, "views 2 h w c"]]]:
+) -> Iterator[tuple[PyTree, Float16[np.ndarray, "views arrays h w c"]]]:
     """Yields (condition, moments) of the images `rows`; the devices compute a batch while the last one is written."""
 
     def finish(conditions, moments):
@@ -111,16 +121,16 @@ def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
     return datasets
 
 
-def load_moment_codec(spec: CodecSpec, mesh: Mesh, image_shape: tuple[int, int, int]) -> MomentCodec:
-    """Returns the codec of images (h, w, c). Raises UserError if its latents have no moments, as those of pixels."""
+def load_cached_codec(spec: CodecSpec, mesh: Mesh, image_shape: tuple[int, int, int]) -> Codec:
+    """Returns the codec of images (h, w, c). Raises UserError if nothing of it can be cached, as of pixels."""
     codec = load_codec(spec, mesh, image_shape)
-    if not isinstance(codec, MomentCodec):
+    if num_cached_arrays(codec) is None:
         raise UserError(f"--codec={spec} has no moments to cache; train on the images themselves")
     return codec
 
 
 def describe_latents(
-    datasets: dict[str, ImageDataset], codec: MomentCodec, spec: CodecSpec, shard_size: int
+    datasets: dict[str, ImageDataset], codec: Codec, spec: CodecSpec, shard_size: int
 ) -> latents.LatentsManifest:
     """Returns the manifest of the latents of {split: data set} under a codec, in files of `shard_size` examples."""
     train = datasets["train"]
@@ -137,6 +147,7 @@ def describe_latents(
         splits={split: dataset.fingerprint.to_json() for split, dataset in datasets.items()},
         empty_classes=train.empty_classes,
         condition=describe_kind(train.condition),
+        num_arrays=num_cached_arrays(codec) or 2,
     )
 
 
@@ -155,7 +166,7 @@ def write_latents(
     out: Path,
     manifest: latents.LatentsManifest,
     datasets: dict[str, ImageDataset],
-    codec: MomentCodec,
+    codec: Codec,
     mesh: Mesh,
     batch_size: int,
 ) -> None:
@@ -194,7 +205,7 @@ def main(config: ConfigDict) -> None:
     # What is encoded, and by what.
     datasets = load_images(config)
     spec = parse_codec(reading.read_codec(config) or "kl")
-    codec = load_moment_codec(spec, mesh, datasets["train"].image_shape)
+    codec = load_cached_codec(spec, mesh, datasets["train"].image_shape)
     manifest = describe_latents(datasets, codec, spec, config.shard_size)
 
     # One process at a time fills a folder; the same command goes on where it stopped.

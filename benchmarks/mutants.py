@@ -222,6 +222,17 @@ test_eval_fid.py::test_a_row_under_other_settings_of_jax_is_another_row
 test_vae.py::test_what_is_saved_is_the_same_network_to_diffusers
   utils/codecs/kl.py: "down_block_types": ["DownEncoderBlock2D"] * depth, ->
   utils/base/files.py: os.fchmod(file.fileno(), mode) -> pass
+test_tiny.py::test_golden_numbers
+  utils/codecs/tiny.py: (3 * jnp.tanh(z / 3)) -> z
+  utils/codecs/tiny.py: padding=((1, 1), (1, 1)) -> padding=((0, 2), (0, 2))
+  utils/codecs/tiny.py: ((x + 1) / 2).astype -> x.astype
+  utils/images/pixels.py: (jnp.float32) / 127.5 -> (jnp.float32) / 128
+  utils/codecs/tiny.py: x = nn.relu(self.conv(widths[0], next(names))(x)) -> x = self.conv(widths[0], next(names))(x)
+test_tiny.py::test_latents_are_cached_as_one_array
+  encode_latents.py: images[:, :, ::-1] -> images[:, ::-1]
+  utils/data/latents.py: dataset.latents.num_arrays, -> 2,
+test_tiny.py::test_what_is_saved_is_the_same_network_to_diffusers
+  utils/codecs/tiny.py: "AutoencoderTiny", "act_fn": "relu", "upsampling -> "AutoencoderTiny", "upsampling
 test_convert_checkpoint.py::test_what_wrappers_put_before_names_is_no_part_of_them
   utils/convert/sources.py: [model for model in known if model.is_ema] or known -> known[:1]
 test_saved_config.py::test_settings_that_cannot_be_are_named

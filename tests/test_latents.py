@@ -58,6 +58,7 @@ def folder(tmp_path):
 
 def test_a_manifest_comes_back(folder):
     assert load_latents_manifest(folder) == manifest()
+    assert "num_arrays" not in manifest().to_json()  # of moments, as earlier versions write and read it
     assert load_latents_manifest(folder / "elsewhere") is None
     shards = manifest().shards("train")
     assert [list(rows) for _, rows in shards] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -153,6 +154,7 @@ def test_a_data_set_is_not_encoded_to_more_files_than_are_read(read_flags, tmp_p
         {"image_shape": (32, 32, 3)},
         {"num_examples": {"train": 11, "validation": 3}},
         {"class_names": ("cat", "fox")},
+        {"num_arrays": 1},
     ],
 )
 def test_other_latents_are_not_mixed_in(folder, change):

@@ -1,8 +1,8 @@
 """Codecs, which turn images into the arrays that a model learns, and back.
 
 A new codec is a class that implements `Codec`, and an entry of CODECS (utils/codecs/codecs.py); the programs then take
-it as `--codec NAME`, or `--codec NAME:SOURCE`. A codec whose moments can be cached (`MomentCodec`) also works with
-encode_latents.py.
+it as `--codec NAME`, or `--codec NAME:SOURCE`. A codec whose latents can be cached (`num_cached_arrays`) also works
+with encode_latents.py.
 """
 
 from typing import NoReturn, Protocol, runtime_checkable
@@ -20,6 +20,7 @@ class Codec(Protocol):
     """A way from images to latents and back. A pytree: its parameters, if any, are arguments of compiled functions.
 
     `IS_IDENTITY = True` says that latents are the images themselves, so that a density of latents is one of images.
+    `IS_DETERMINISTIC = True` says that `encode` draws nothing, so that its latents can be cached.
     """
 
     @property
@@ -98,6 +99,15 @@ class AbsentCodec(flax.struct.PyTreeNode):
 def is_identity(codec: Codec) -> bool:
     """Whether latents are the images themselves."""
     return getattr(codec, "IS_IDENTITY", False)
+
+
+def num_cached_arrays(codec: Codec) -> int | None:
+    """Returns how many arrays encode_latents.py keeps of an image: 1, its latents, of a deterministic codec; 2, their
+    mean and log-variance, where there are moments; None where nothing can be kept."""
+    # First: a codec that has moments may still take the mean alone.
+    if getattr(codec, "IS_DETERMINISTIC", False):
+        return 1
+    return 2 if isinstance(codec, MomentCodec) else None
 
 
 def latent_sides(image_shape: tuple[int, int, int], num_channels: int, factor: int) -> tuple[int, int]:

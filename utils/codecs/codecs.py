@@ -12,6 +12,8 @@ from utils.base.messages import UserError
 from utils.base.settings import check_made, unknown_name
 from utils.codecs.codec import Codec, PixelCodec
 from utils.codecs.kl import KLCodec
+from utils.codecs.tiny import DEFAULT_HUB_ID as TINY_HUB_ID
+from utils.codecs.tiny import TinyCodec
 
 # The VAE of --codec kl without a source.
 DEFAULT_HUB_ID = "stabilityai/sd-vae-ft-mse"
@@ -53,6 +55,13 @@ CODECS: dict[str, CodecKind] = {
         "latents of a KL autoencoder, such as Stable Diffusion's",
         placeholder="PATH_OR_HUB",
         default=DEFAULT_HUB_ID,
+        num_channels=3,
+    ),
+    "tiny": CodecKind(
+        TinyCodec.load,
+        "latents of a tiny autoencoder, such as TAESD",
+        placeholder="PATH_OR_HUB",
+        default=TINY_HUB_ID,
         num_channels=3,
     ),
 }

@@ -1,8 +1,10 @@
-"""Cached latents: posterior moments of every image of a data set, computed once and stored in ArrayRecord files.
+"""Cached latents: those of every image of a data set, or their posterior moments, computed once and stored in
+ArrayRecord files.
 
 DIR/manifest.json says what they are made from; DIR/SPLIT-00000-of-00010.array_record hold them in the order of the data
-set. A record is a condition (utils/data/records.py), then float16 moments (views, 2, h, w, c), little-endian; views:
-the image and, where training flips, its mirror image; 2: mean and log-variance.
+set. A record is a condition (utils/data/records.py), then float16 arrays (views, arrays, h, w, c), little-endian;
+views: the image and, where training flips, its mirror image; arrays: the latents alone, of a deterministic codec, or
+mean and log-variance.
 """
 
 import dataclasses
@@ -13,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -51,6 +54,7 @@ class LatentsManifest:
     splits: dict[str, dict[str, Any]] | None = None  # {split: fingerprint of its images}; older latents have none
     empty_classes: tuple[int, ...] = ()  # labels without training images; older latents do not say
     condition: dict[str, Any] | None = None  # the kind of the conditions, where they are no classes
+    num_arrays: int = 2  # of a view: mean and log-variance; 1: the latents of a deterministic codec
 
     @property
     def own_condition(self) -> Condition | None:
@@ -67,6 +71,8 @@ class LatentsManifest:
         for name, shape in shapes.items():
             if len(shape) != 3 or not all(is_count(size, 1, 2**14) for size in shape):
                 raise ValueError(f"{name} {_short(shape)}")
+        if not is_count(self.num_arrays, 1, 2):
+            raise ValueError(f"num_arrays {_short(self.num_arrays)}")
         for name, counts, highest in (("num_examples", self.num_examples, 2**40), ("num_views", self.num_views, 2)):
             if not isinstance(counts, dict) or counts.keys() != {"train", "validation"}:
                 raise ValueError(f"{name} {_short(counts)}")
@@ -95,7 +101,11 @@ class LatentsManifest:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        content = json.loads(json.dumps(dataclasses.asdict(self)))
+        # Moments are as they were before there was anything else.
+        if self.num_arrays == 2:
+            del content["num_arrays"]
+        return content
 
     def fingerprint(self, folder: Path, split: str) -> Fingerprint:
         """Returns what the latents in `folder` were made from, and how."""
@@ -166,7 +176,9 @@ def _short(value: Any) -> str:
 
 
 def write_latents(
-    path: Path, examples: Iterable[tuple[PyTree, Float16[np.ndarray, "views 2 h w c"]]], kind: Condition | None = None
+    path: Path,
+    examples: Iterable[tuple[PyTree, Float16[np.ndarray, "views arrays h w c"]]],
+    kind: Condition | None = None,
 ) -> None:
     """Writes a file of (condition, moments) records, complete or not at all; without `kind`, conditions are labels."""
     with atomic_write(path) as temporary:
@@ -225,14 +237,14 @@ def open_records(what: str, folder: Path, names: list[str], num_records: int, pr
 
 
 class LatentBatch(Batch):
-    """Posterior moments of the latents of images, from which each epoch draws anew."""
+    """Latents of images, or their posterior moments, from which each epoch draws anew."""
 
-    moments: PyTree  # float16 (b, 2, h, w, c): mean and log-variance
+    moments: PyTree  # float16 (b, 2, h, w, c): mean and log-variance; (b, 1, h, w, c): the latents
 
     @classmethod
     def empty(cls, count: int, dataset: ImageDataset, condition: PyTree) -> "LatentBatch":
-        assert dataset.latents is not None
-        moments = np.empty((count, 2, *dataset.latents.latent_shape), np.float16)
+        assert isinstance(dataset.latents, LatentsManifest)
+        moments = np.empty((count, dataset.latents.num_arrays, *dataset.latents.latent_shape), np.float16)
         return cls(condition=condition, moments=moments)
 
     @classmethod
@@ -240,15 +252,17 @@ class LatentBatch(Batch):
         return {"moments": example["moments"][int(flip)]}
 
     def to_latents(self, codec: Any, keys: Key[Array, "*b"]) -> Float[Array, "b h w c"]:
-        """Returns latents drawn from the posterior; the same keys draw the same as for the images."""
+        """Returns the latents, drawn from their posterior if they have one, by the same keys as for the images."""
+        if self.moments.shape[1] == 1:
+            return jnp.asarray(self.moments[:, 0], jnp.float32)
         return codec.sample_latents(keys, self.moments[:, 0], self.moments[:, 1])
 
 
 class LatentRecords:
-    """Source of cached moments: example i is {'moments': float16 (views, 2, h, w, c)} and a condition."""
+    """Source of cached latents: example i is {'moments': float16 (views, arrays, h, w, c)} and a condition."""
 
     def __init__(self, folder: Path, manifest: LatentsManifest, split: str):
-        self.shape = (manifest.num_views[split], 2, *manifest.latent_shape)
+        self.shape = (manifest.num_views[split], manifest.num_arrays, *manifest.latent_shape)
         self.conditions = RecordedConditions(manifest.own_condition, manifest.class_names, str(folder))
         self.folder = folder
         names = [name for name, _ in manifest.shards(split)]

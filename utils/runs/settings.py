@@ -115,7 +115,7 @@ class CodecConfig:
     # As on the command line; `spec` is what it means.
     text: str | None = setting(
         None,
-        f"Codec: {' or '.join(list_codecs())}; default: that of the run or of the cached latents, "
+        f"Codec: {', '.join(list_codecs())}; default: that of the run or of the cached latents, "
         f"else kl:{DEFAULT_HUB_ID}.",
         flag="codec",
         is_path=True,
