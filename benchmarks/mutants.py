@@ -213,6 +213,18 @@ test_trackers.py::test_lines_say_when_they_were_written_and_how_long_the_run_has
   utils/trackers/trackers.py: in metrics_of(line).items(): -> in line.items():
 test_trackers.py::test_what_fails_is_named_once_and_left_out
   utils/trackers/trackers.py: del self.trackers[name] -> pass
+test_memorisation.py::test_golden_numbers
+  utils/metrics/memorisation.py: return (first == 0) | (first -> return (first
+  utils/metrics/memorisation.py: COPY_RATIO = 1 / 3 -> COPY_RATIO = np.sqrt(1 / 3)
+  utils/metrics/memorisation.py: own_distances < neighbours -> own_distances <= neighbours
+  utils/metrics/memorisation.py: (n * m / 2 - 0.5) -> (n * m / 2)
+test_memorisation.py::test_bounds_hold
+  utils/metrics/memorisation.py: 2 * products - error) -> 2 * products)
+test_memorisation.py::test_many_equal_rows_and_ties
+  utils/metrics/memorisation.py: np.lexsort((indices, squares, owners)) -> np.lexsort((-indices, squares, owners))
+  utils/metrics/memorisation.py: if not len(repaired): -> if True:
+test_memorisation.py::test_mirrors_are_views
+  utils/metrics/memorisation.py: sum(axis=-1).min(axis=-1) -> sum(axis=-1)[:, 0]
 test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards
   docs/layout.md: advice.py -> advise.py
 test_reflow.py::test_noise_is_drawn_as_it_was
