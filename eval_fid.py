@@ -76,6 +76,16 @@ def define_flags() -> None:
         )
         define_path("inception_weights", None, "Local copy of the Inception weights.")
         define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
+    with topic("Memorisation"):
+        flags.DEFINE_bool("memorisation", False, "Also say how many samples copy training images.")
+        flags.DEFINE_string(
+            "train_images",
+            None,
+            "Data set, npz, .npy or folder that may have been copied; default: the run's training split.",
+        )
+        flags.DEFINE_string(
+            "memorisation_features", None, "pixels, or one of --extractor; default: pixels below 64 pixels a side."
+        )
     # Results, and what is kept of the samples.
     with topic("Output"):
         define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")

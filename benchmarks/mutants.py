@@ -225,6 +225,8 @@ test_memorisation.py::test_many_equal_rows_and_ties
   utils/metrics/memorisation.py: if not len(repaired): -> if True:
 test_memorisation.py::test_mirrors_are_views
   utils/metrics/memorisation.py: sum(axis=-1).min(axis=-1) -> sum(axis=-1)[:, 0]
+test_memorising.py::test_mirror_images_count_where_the_training_saw_them
+  utils/runs/memorising.py: [batch, batch[:, :, ::-1]] if has_mirrors -> [batch] if has_mirrors
 test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards
   docs/layout.md: advice.py -> advise.py
 test_reflow.py::test_noise_is_drawn_as_it_was

@@ -62,6 +62,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(("model.cfg_scale",), "here, where --cfg_scale says it", lambda given: True),
         Rule(("model.denoise_timesteps",), "here, where --denoise_timesteps says it", lambda given: True),
         Rule(("dataset_name",), "beside --fid_stats", lambda given: given.fid_stats),
+        Rule(
+            ("train_images", "memorisation_features"),
+            "without --memorisation",
+            lambda given: not given.memorisation,
+        ),
         *_METRICS,
     ),
     # --images takes the place of a data set, and of all that says how one is read.

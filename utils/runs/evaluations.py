@@ -6,10 +6,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from utils.base.devices import explaining_out_of_memory
+from utils.base.mesh import gather
 from utils.base.messages import log
+from utils.images.pixels import ImageBatch
 from utils.images.samples import Samples, content_sha256
-from utils.metrics.metrics import metric_columns
-from utils.runs.results import Results, plot_fid, sampler_settings, write_csv
+from utils.runs.results import Results, plot_fid, sampler_settings, score_columns, write_csv
 from utils.runs.scoring import RunEvaluation, Scoring, grid_name, guidance_name
 from utils.sampling.solvers import SamplerConfig
 from utils.trackers.trackers import Trackers, choose_trackers
@@ -30,7 +31,7 @@ def evaluate_run(run: RunEvaluation) -> None:
         row = score_sampler(run, sampler, results)
         rows.append(row)
         if trackers:
-            scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in metric_columns() if key in row}
+            scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in score_columns() if key in row}
             trackers.log(number, scores | {"num_steps": row["num_steps"] or row["nfe"]})
         if run.failure:
             break  # the others would be lost as well
@@ -51,7 +52,9 @@ def evaluate_run(run: RunEvaluation) -> None:
     with run.going_on():
         run.show_rows(rows)
     run.finish()
-    log(f"written in {run.out}: fid.json, fid.csv, {', '.join(map(grid_name, run.samplers))}")
+    whats = ["samples", "memorised"] if run.memorising else ["samples"]
+    figures = [grid_name(sampler, what) for sampler in run.samplers for what in whats]
+    log(f"written in {run.out}: fid.json, fid.csv, {', '.join(figures)}")
 
 
 def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results) -> dict[str, Any]:
@@ -82,13 +85,19 @@ def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path) -> N
     }
     results = Results(scoring.out)
     statistics = scoring.new_statistics()
+    images = scoring.new_images(samples.num_samples, samples.image_shape, samples.dtype)
+
+    def collect(batch: ImageBatch) -> None:
+        if images is not None and not images.is_full:
+            images.add(gather(batch.images)[: batch.count])
+
     with explaining_out_of_memory("Inception", "a smaller --batch_size"):
-        scoring.measure_samples(samples, statistics, "scoring", "num_samples")
-    metrics = scoring.compute(statistics)
+        scoring.measure_samples(samples, statistics, "scoring", "num_samples", collect)
+    metrics = scoring.compute(statistics, images, "memorised.png")
     with scoring.going_on():
         results.add(settings, metrics)
         write_csv(scoring.out / "fid.csv", results.rows)
     with scoring.going_on():  # the table comes though a file fails
         scoring.show_rows([{**settings, **metrics}])
     scoring.finish()
-    log(f"written in {scoring.out}: fid.json, fid.csv")
+    log(f"written in {scoring.out}: fid.json, fid.csv{', memorised.png' * (images is not None)}")

@@ -14,17 +14,19 @@ from utils.base.external import MAX_JSON_BYTES, BadFileError, parse_json
 from utils.base.files import atomic_write, locked, prepare_output_file, read_bytes, set_aside, write_json
 from utils.base.messages import log, show_result
 from utils.images import plotting
+from utils.metrics.memorisation import COLUMNS, ERRORS
 from utils.metrics.metrics import metric_columns, metric_formats
 from utils.sampling.solvers import SOLVERS, SamplerConfig
 
 # Settings that do not identify a row: places of files, which are identified by their hash instead.
-NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source")
+NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source", "train_images")
 # Results that are numbers or None, beside the metrics.
-NUMBERS = ("kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples")
+NUMBERS = ("kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples", *ERRORS.values())
 # Settings that a row has only where they are not the default, so that rows of older versions are found again.
 OPTIONAL = (
     "rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes", "jax_variables",
-    "extractor", "extractor_sha256", "metrics",
+    "extractor", "extractor_sha256", "metrics", "memorisation_features", "train_sha256", "train_mirrors",
+    "num_train_images",
 )  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def _is_row(row: Any) -> bool:
 
     An integer too large for a float, or a metric that is no number, would end a program when it is shown.
     """
-    results = {*NUMBERS, *metric_columns()}
+    results = {*NUMBERS, *score_columns()}
     try:
         for name, value in row.items():
             values = value if isinstance(value, list) else [value]
@@ -146,10 +148,15 @@ def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
     return settings
 
 
+def score_columns() -> dict[str, str]:
+    """Returns {result: title in tables} of all metrics, and of what samples have of the training images."""
+    return metric_columns() | COLUMNS
+
+
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """Returns a Markdown table of the rows: step count, guidance and every metric that one of them has."""
     # Columns: those that some row can fill.
-    columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | metric_columns()
+    columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | score_columns()
     columns["straightness"] = "straightness"
     if any(row.get("num_steps", 0) is None for row in rows):  # an adaptive solver
         columns = {"nfe": "NFE"} | columns
@@ -186,6 +193,9 @@ def to_text(name: str, row: dict[str, Any]) -> str:
     # Metrics: KID has more digits, as it is far below 1.
     if name == "kid":
         return f"{value:.5f} ± {row['kid_error']:.5f}" if row.get("kid_error") is not None else f"{value:.5f}"
+    if name in COLUMNS:
+        error = row.get(ERRORS.get(name, ""))
+        return f"{value:.1f}" + ("" if error is None else f" ± {error:.1f}")
     if name == "straightness":
         return f"{value:.3f}"
     if format_ := metric_formats().get(name):

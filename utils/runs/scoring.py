@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,14 @@ from utils.conditions.condition import number_rows
 from utils.images import plotting
 from utils.images.pixels import ImageBatch, PixelFormat, check_pictures
 from utils.images.samples import Samples, SampleWriter, check_sample_path, content_sha256, holds_images, open_samples
-from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, check_extractors, feature_widths, load_extractors
+from utils.metrics.extractors import (
+    DEFAULT_EXTRACTOR,
+    EXTRACTORS,
+    PIXELS,
+    check_extractors,
+    feature_widths,
+    load_extractors,
+)
 from utils.metrics.inception import DEFAULT_CONVENTION, load_logits
 from utils.metrics.measure import measure_images, pad_and_shard
 from utils.metrics.metrics import (
@@ -51,6 +58,7 @@ from utils.metrics.reference import (
 from utils.metrics.statistics import MAX_SAMPLE_ROWS, ImageStatistics
 from utils.metrics.statistics_files import save_statistics
 from utils.runs.checkpoint import Checkpoints
+from utils.runs.memorising import Memorising, SampleImages, choose_features, open_training
 from utils.runs.opening import load_model, restore_params
 from utils.runs.results import to_markdown, write_json_rows
 from utils.sampling.generator import RECIPE_BATCH_SIZE, ImageGenerator, hash_params
@@ -77,6 +85,7 @@ class Scoring:
         num_samples: int,
         default_out: Path,
         dtype: str = "uint8",  # of the samples
+        saved: dict[str, Any] | None = None,  # configuration of the run whose samples they are
     ):
         self.config = config
         self.mesh = make_mesh()
@@ -93,6 +102,7 @@ class Scoring:
         if self.extractor_names:
             # What Inception takes: images in float32, and the outputs of its first layers.
             check_batch_memory(self.batch_size, (299, 299, 3), copies=40)
+        self.memorising = self._open_memorising(image_shape, dtype, saved) if config.memorisation else None
         self.logits = load_logits(config.inception_logits) if config.inception_logits else None
         self._load_reference(reference)
         self.metrics = leave_out(
@@ -115,6 +125,12 @@ class Scoring:
         batch_size = -(-min(requested, num_samples) // num_devices) * num_devices  # every device has as many
         check_batch_memory(batch_size, tuple(image_shape))
         return batch_size
+
+    def _open_memorising(self, image_shape: tuple[int, ...], dtype: str, saved: dict[str, Any] | None) -> Memorising:
+        """Opens the training images with which samples are compared, before anything compiles."""
+        features = choose_features(self.config.memorisation_features, image_shape, self.extractor_names)
+        training = open_training(self.config.train_images, saved, image_shape, dtype)
+        return Memorising(training, features, self.batch_size, self.mesh, self.out)
 
     def _load_reference(self, path: Path) -> None:
         """Loads the statistics from a file; those that a file of images lacks are measured."""
@@ -206,25 +222,49 @@ class Scoring:
             settings["extractor_sha256"] = list(sha256s.values())
         if self.config.metrics:
             settings["metrics"] = list(map(str, choose_metrics(self.config.metrics)))
+        if self.memorising:
+            settings |= self.memorising.settings
         return settings
 
     def measure_samples(
-        self, samples: Samples, statistics: ImageStatistics, title: str, flag: str | None = None
+        self,
+        samples: Samples,
+        statistics: ImageStatistics,
+        title: str,
+        flag: str | None = None,
+        on_batch: Callable[[ImageBatch], None] | None = None,
     ) -> None:
         """Adds all samples to `statistics`; `flag` is that of their number."""
         batches = pad_and_shard(samples.read(self.batch_size), self.batch_size, self.mesh)
-        measure_images(self.extractors, batches, statistics, samples.num_samples, title, flag=flag)
+        measure_images(self.extractors, batches, statistics, samples.num_samples, title, on_batch, flag)
 
     def new_statistics(self) -> ImageStatistics:
-        # Single features are kept only where the reference has some to compare with.
-        return ImageStatistics(MAX_SAMPLE_ROWS if self.reference.has_rows else 0, self.logits, self._new_pixels())
+        # Single features are kept only where there are some to compare with.
+        has_rows = self.reference.has_rows or (self.memorising is not None and self.memorising.key != PIXELS)
+        return ImageStatistics(MAX_SAMPLE_ROWS if has_rows else 0, self.logits, self._new_pixels())
+
+    def new_images(self, num_samples: int, image_shape: Sequence[int], dtype: str) -> SampleImages | None:
+        """Returns room for the images of an evaluation, where training images are compared with them."""
+        if self.memorising is None:
+            return None
+        return SampleImages(num_samples, image_shape, dtype, self.out)
 
     def _new_pixels(self) -> PixelStatistics | None:
         return PixelStatistics() if sees_pixels(self.metrics) else None
 
-    def compute(self, statistics: ImageStatistics) -> dict[str, float]:
+    def compute(
+        self, statistics: ImageStatistics, images: SampleImages | None = None, figure_name: str = ""
+    ) -> dict[str, float]:
+        """Returns the metrics; with the `images`, what they have of the training's too, and the figure of that name."""
         log("computing the distances ...")
-        return compute_metrics(statistics, self.reference, self.metrics)
+        results = compute_metrics(statistics, self.reference, self.metrics)
+        if self.memorising is not None and images is not None:
+            key = self.memorising.key
+            rows = None if key == PIXELS else statistics[key].rows
+            found, figure = self.memorising.compute(self.extractors, images, rows)
+            self.save_figure(figure, figure_name)
+            results |= found
+        return results
 
     def save_figure(self, figure: Figure, name: str) -> None:
         with self.going_on(), atomic_write(self.out / name) as temporary:
@@ -275,8 +315,9 @@ class RunEvaluation(Scoring):
         if config.save_samples and not config.save_samples.endswith(".npz"):
             what = f"--save_samples={config.save_samples}: PNGs hold"
             check_pictures(PixelFormat.from_record(data), image_shape, what, "name an .npz, which holds any array")
-        dtype = PixelFormat.from_record(data).dtype
-        super().__init__(config, reference, image_shape, config.num_samples, checkpoints.folder.parent, dtype)
+        self.image_shape = image_shape
+        self.dtype = dtype = PixelFormat.from_record(data).dtype
+        super().__init__(config, reference, image_shape, config.num_samples, checkpoints.folder.parent, dtype, saved)
 
         # The model, its parameters, and how its samples are drawn.
         folder = checkpoints.folder.parent
@@ -340,6 +381,7 @@ class RunEvaluation(Scoring):
         shown: list[tuple[np.ndarray, PyTree]] = []  # images and conditions for the grid
         evaluations: list[np.ndarray] = []  # of the network, by an adaptive solver, for each sample
         batches = self.generator.generate(sampler, config.num_samples, self.batch_size)
+        compared = self.new_images(config.num_samples, self.image_shape, self.dtype)
 
         saving = None
         if config.save_samples:
@@ -350,9 +392,11 @@ class RunEvaluation(Scoring):
                 if batch.nfe is not None:
                     evaluations.append(gather(batch.nfe)[: batch.count])
                 missing = GRID_IMAGES - sum(len(images) for images, _ in shown)
-                if writer is None and not missing:
+                if writer is None and not missing and (compared is None or compared.is_full):
                     return  # the images stay on the devices
                 drawn, conditions = batch.to_host()
+                if compared is not None:
+                    compared.add(drawn)
                 images = self.generator.to_pictures(drawn)
                 if missing:
                     shown.append(jax.tree.map(lambda rows: rows[:missing], (images, conditions)))
@@ -371,7 +415,8 @@ class RunEvaluation(Scoring):
         self.save_figure(figure, grid_name(sampler))
         nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
         straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
-        return {"nfe": nfe, "straightness": straightness, **self.compute(statistics)}
+        scores = self.compute(statistics, compared, grid_name(sampler, "memorised"))
+        return {"nfe": nfe, "straightness": straightness, **scores}
 
 
 def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> None:
@@ -383,9 +428,9 @@ def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> Non
     check_sample_path(config.save_samples, {"fid_stats": config.fid_stats, "json": config.json})
 
 
-def grid_name(sampler: SamplerConfig) -> str:
+def grid_name(sampler: SamplerConfig, what: str = "samples") -> str:
     steps = sampler.solver if sampler.is_adaptive else sampler.num_steps
-    return f"samples_{steps}_{guidance_name(sampler)}.png"
+    return f"{what}_{steps}_{guidance_name(sampler)}.png"
 
 
 def guidance_name(sampler: SamplerConfig) -> str:
