@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from utils.data.loaders import load_dataset
 from utils.images import plotting
 from utils.images.pixels import ImageBatch
 from utils.metrics.extractors import EXTRACTORS, PIXELS, Extractor
+from utils.networks.state import TrainState
 from utils.runs import memorising
 from utils.runs.memorising import Memorising, SampleImages, choose_features, open_training
 from utils.runs.results import Results, to_text
 from utils.sampling.generator import ImageGenerator
+from utils.training import evaluation
+from utils.training.build import build_run
 
 COPY, MIRROR = 5, 9  # among the samples
 COPIED, MIRRORED = 17, 33  # among the training images
@@ -175,7 +179,7 @@ def test_mirror_images_count_where_the_training_saw_them(settings, has_mirrors, 
     for part in np.split(plant(images), [7]):
         samples.add(part)
     assert samples.is_full
-    results, _ = Memorising(training, PIXELS, 16, make_mesh(), tmp_path).compute({}, samples, None)
+    results, _ = Memorising(training, PIXELS, 16, make_mesh(), tmp_path).compute(samples.images)
     assert results["memorised"] == (10 if has_mirrors else 5)
     ((drawn, _, _, _),) = tables
     np.testing.assert_array_equal(drawn[0, 1], images[COPIED])
@@ -191,7 +195,7 @@ def test_images_that_memory_does_not_hold_are_read_again(tmp_path, monkeypatch):
     results = []
     for limit in (2**30, 0):
         monkeypatch.setattr(memorising, "MAX_KEPT_BYTES", limit)
-        results.append(Memorising(training, PIXELS, 16, make_mesh(), tmp_path).compute({}, samples, None)[0])
+        results.append(Memorising(training, PIXELS, 16, make_mesh(), tmp_path).compute(samples.images)[0])
     assert results[0] == results[1]
     assert not list(tmp_path.iterdir())
 
@@ -221,6 +225,40 @@ def test_a_row_of_other_training_images_is_another_row(tmp_path):
     for other in ({}, compared | {"train_sha256": "b"}, compared | {"train_mirrors": True}):
         assert Results(tmp_path).find(settings | other) is None
     assert [to_text(name, row) for name in ("memorised", "ct", "authpct")] == ["3.2 ± 0.5", "-1.3", ""]
+
+
+def test_a_training_compares_as_many_samples_as_the_flag_says(tmp_path, configure, monkeypatch):
+    copies = np.stack([load_dataset("digits").source[i]["image"] for i in range(30)])
+
+    class Copies:
+        """A generator of training images, the first of them mirrored."""
+
+        def __init__(self, model, params, seed=0):
+            pass
+
+        def straightness(self):
+            return 0.0
+
+        def generate(self, sampler, num_samples, batch_size):
+            images = np.concatenate([copies[:1, :, ::-1], copies[1:num_samples]])
+            for start in range(0, num_samples, batch_size):
+                rows = images[start : start + batch_size]
+                yield ImageBatch(jnp.asarray(np.resize(rows, (batch_size, 8, 8, 1))), None, len(rows))
+
+    monkeypatch.setattr(evaluation, "ImageGenerator", Copies)
+    monkeypatch.setattr(evaluation, "loss_by_time", lambda *_: {})
+    monkeypatch.setattr(evaluation, "reconstruction_panel", lambda *_: None)
+    monkeypatch.setattr(evaluation, "sample_panels", lambda *_, **__: iter(()))
+    flags = ["--dataset_name", "digits", "--codec", "pixels", "--batch_size", 8, "--model.preset", "debug"]
+    found = {}
+    for words in ([], ["--eval_memorisation", 20], ["--eval_memorisation", 20, "--random_flip", 1]):
+        built = build_run(configure([*flags, "--save_dir", tmp_path / "run", *words]))
+        state = TrainState(step=1, params=None, ema_params=None, opt_state=None, key=jax.random.key(0))
+        found[len(words)] = dict(evaluation.evaluate(built, state, None))
+    assert "memorised" not in found[0]
+    assert (found[2]["memorised"], found[4]["memorised"]) == (95, 100)
+    assert found[4]["memorised_validation"] < 15
+    assert found[4]["memorised_pairs"] is not None
 
 
 # --- What cannot be compared ---
@@ -255,6 +293,18 @@ def test_what_cannot_be_compared_is_refused_in_a_line(line, message, files, read
     with pytest.raises(UserError, match=message) as error:
         score(read_flags, files, line)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eval_interval", 0], "--eval_memorisation=9 has no effect with --eval_interval=0"),
+        (["--dataset_name", "latents:x"], "--eval_memorisation=9 has no effect with --dataset_name=latents:x, which"),
+    ],
+)
+def test_trainings_that_have_nothing_to_compare_are_refused(words, message, tmp_path, configure):
+    with pytest.raises(UserError, match=message):
+        configure(["--save_dir", tmp_path, "--eval_memorisation", 9, *words])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from matplotlib.figure import Figure
 
 from utils.base.files import expand_home
 from utils.base.mesh import gather
@@ -19,7 +18,6 @@ from utils.base.settings import unknown_name
 from utils.data.batches import epoch_batches
 from utils.data.dataset import ImageDataset, RandomAccess, Subset
 from utils.data.loaders import find_loader, load_dataset
-from utils.images import plotting
 from utils.images.decoding import find_mode
 from utils.images.pixels import UINT8, Images, PixelFormat
 from utils.images.samples import Samples, content_sha256, open_samples
@@ -127,12 +125,17 @@ def _open_dataset(
         recorded = saved["dataset"].get("splits", {}).get("train")
         if recorded is not None and recorded["sha256"] != train.fingerprint.sha256:
             warn(f"--memorisation: {name} is not what it was when the run was trained; copies of other images are lost")
+    return read_splits(train, validation, _sees_mirrors(saved, train.random_flip))
+
+
+def read_splits(train: ImageDataset, validation: ImageDataset, has_mirrors: bool) -> TrainingImages:
+    """Returns the images of both splits of a data set."""
     return TrainingImages(
-        name,
+        train.name,
         _read_split(train),
         _read_split(validation) if len(validation.source) else None,
         functools.partial(_take_rows_of_split, train),
-        _sees_mirrors(saved, train.random_flip),
+        has_mirrors,
         train.fingerprint.sha256,
         train.pixels,
     )
@@ -245,15 +248,19 @@ class Memorising:
         }
 
     def compute(
-        self, extractors: Mapping[str, Extract], samples: SampleImages, rows: np.ndarray | None
-    ) -> tuple[dict[str, float], Figure]:
-        """Returns the results of the samples, and the figure of those that are most like copies.
+        self,
+        images: np.ndarray,
+        rows: np.ndarray | None = None,
+        extractors: Mapping[str, Extract] | None = None,
+        is_shown: bool = True,
+    ) -> tuple[dict[str, float], Any]:
+        """Returns the results of samples (n, h, w, c), and the Figure of those that are most like copies.
 
-        `rows` are their features, (n, d); None of pixels.
+        Of another key than pixels, `rows` are their features (n, d), by one of the `extractors`. With `is_shown` a bar
+        and a line tell of it.
         """
         training = self.training
-        extract = None if self.key == PIXELS else extractors[self.key.extractor]
-        images = np.asarray(samples.images)
+        extract = None if extractors is None or self.key == PIXELS else extractors[self.key.extractor]
         queries = images.reshape(len(images), -1) if rows is None else rows[: len(images)]
         held_out = None
         if training.held_out is not None:
@@ -265,7 +272,8 @@ class Memorising:
         # Passes: neighbours, their rows and their neighbours; a fit and about three cells where images are held out.
         num_images = training.images.num_samples
         passes = 3 if held_out is None else 7
-        with progress_bar(total=passes * num_images, unit="image", desc="memorisation") as bar:
+        hidden = {} if is_shown else {"disable": True}
+        with progress_bar(total=passes * num_images, unit="image", desc="memorisation", **hidden) as bar:
 
             def blocks() -> Iterator[tuple[int, np.ndarray]]:
                 assert self.blocks is not None
@@ -277,7 +285,9 @@ class Memorising:
             if held_out is not None:
                 cell_rows = take_rows(blocks, np.unique(np.linspace(0, num_images - 1, CELL_ROWS).astype(int)))
             found = measure(queries, held_out, blocks, cell_rows)
-        log(f"memorisation: {len(queries)} samples, {num_images:,} images of {training.name}, by {self.key.extractor}")
+        if is_shown:
+            what = f"{num_images:,} images of {training.name}, by {self.key.extractor}"
+            log(f"memorisation: {len(queries)} samples, {what}")
         return found.results, self._draw(found, images)
 
     def _rows(self, images: Samples, extract: Extract | None, has_mirrors: bool) -> Iterator[np.ndarray]:
@@ -329,8 +339,10 @@ class Memorising:
 
         return from_memory
 
-    def _draw(self, found: Memorisation, samples: np.ndarray) -> Figure:
-        """Returns a table of the samples with the least ratio of their two distances, beside both images."""
+    def _draw(self, found: Memorisation, samples: np.ndarray) -> Any:
+        """Returns a Figure of the samples with the least ratio of their two distances, beside both images."""
+        from utils.images import plotting  # slow to import: matplotlib
+
         first, second = found.neighbours.distances.T
         ratios = np.where(first == 0, 0, first / np.where(second == 0, 1, second))
         chosen = np.lexsort((first, ratios))[:NUM_PAIRS]

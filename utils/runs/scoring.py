@@ -261,7 +261,7 @@ class Scoring:
         if self.memorising is not None and images is not None:
             key = self.memorising.key
             rows = None if key == PIXELS else statistics[key].rows
-            found, figure = self.memorising.compute(self.extractors, images, rows)
+            found, figure = self.memorising.compute(np.asarray(images.images), rows, self.extractors)
             self.save_figure(figure, figure_name)
             results |= found
         return results

@@ -179,6 +179,7 @@ class EvaluationConfig:
     )
     metrics: tuple[str, ...] = setting(("fid",), "Scores against --fid_stats, as those of eval_fid.py.")
     fid_samples: int = setting(10_000, "Samples of a training-time FID.", 2)
+    eval_memorisation: int = setting(0, "Samples compared with the training images at every evaluation. 0: none.", 0)
     convention: str | None = setting(
         None, "Inception preprocessing, if --fid_stats does not record it.", choices=CONVENTIONS
     )

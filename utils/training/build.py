@@ -46,6 +46,7 @@ from utils.data.dataset import SPLITS, ImageDataset, PixelBatch
 from utils.data.loaders import describe_data, load_dataset, summarize_data
 from utils.images.pixels import UINT8
 from utils.kernels.random import unroll
+from utils.metrics.extractors import PIXELS
 from utils.networks.lora import KEY as LORA
 from utils.networks.lora import add_lora
 from utils.networks.models import ImageModel, init_params, make_model, takes_step
@@ -53,6 +54,7 @@ from utils.networks.state import EmaSchedule, TrainState, create_train_state, fr
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, has_checkpoints
 from utils.runs.config import RunConfig
+from utils.runs.memorising import Memorising, read_splits
 from utils.runs.pool import choose_pool
 from utils.sampling.samplers import can_guide, explain_no_guidance
 from utils.training.advice import model_hints
@@ -97,6 +99,13 @@ class Run:
         # Shapes alone: nothing is computed, and no device holds anything yet.
         shapes = jax.eval_shape(lambda key: init_state(self, key, key), jax.random.key(self.config.training.seed))
         return shape_structs(shapes, state_sharding(shapes, self.mesh, self.config.devices.sharding))
+
+    @functools.cached_property
+    def memorising(self) -> Memorising:
+        """The training images, with which samples are compared by their pixels."""
+        has_mirrors = self.datasets["train"].random_flip or "flip" in self.config.augmentation.augment
+        training = read_splits(self.datasets["train"], self.datasets["validation"], has_mirrors)
+        return Memorising(training, PIXELS, self.config.training.batch_size, self.mesh, self.folder)
 
     @property
     def static(self) -> dict[str, Any]:

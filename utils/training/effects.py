@@ -5,13 +5,19 @@ from typing import Any
 
 from utils.base.effects import Rule, check_effects, refuse_ignored
 from utils.base.settings import settings_of
-from utils.data.loaders import check_data_settings
+from utils.data.loaders import check_data_settings, find_loader
 from utils.metrics.extractors import DEFAULT_EXTRACTOR
 from utils.metrics.metrics import choose_metrics, needed_extractors
 from utils.runs.checkpoint import has_checkpoints
 from utils.runs.config import OBJECTIVE_NAME, RunConfig, network_settings, objective_settings
 from utils.trackers.trackers import check_trackers
 from utils.training.start import read_started_from
+
+
+def _is_derived(dataset_name: str) -> bool:
+    loader = find_loader(dataset_name)
+    return loader is not None and loader.is_derived
+
 
 # From what is given alone, before a run of --load_dir is opened.
 PLAN_RULES = (
@@ -35,6 +41,12 @@ RULES = (
         lambda v: DEFAULT_EXTRACTOR not in needed_extractors(choose_metrics(v.metrics)),
     ),
     Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),
+    Rule(("eval_memorisation",), "with --eval_interval=0: it is part of an evaluation", lambda v: not v.eval_interval),
+    Rule(
+        ("eval_memorisation",),
+        "with --dataset_name={dataset_name}, which holds no images",
+        lambda v: _is_derived(v.dataset_name),
+    ),
     Rule(("num_shards",), "with --sharding={sharding}, only with hybrid", lambda v: v.sharding != "hybrid"),
     Rule(("augment_prob",), "without --augment", lambda v: not v.augment),
     Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),

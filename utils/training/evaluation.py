@@ -201,6 +201,8 @@ def evaluate(run: Run, state: TrainState, batch: PyTree) -> Iterator[tuple[str, 
     yield "straightness", ImageGenerator(model, state.ema_params, seed=config.training.seed).straightness()
     if run.reference is not None:
         yield from score_samples(run, state, sampler).items()
+    if config.evaluation.eval_memorisation:
+        yield from compare_samples(run, state, sampler).items()
 
 
 def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict[str, float]:
@@ -215,6 +217,18 @@ def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict[s
     statistics = ImageStatistics(pixels=PixelStatistics() if sees_pixels(metrics) else None)
     measure_images(run.reference.extractors, samples, statistics)
     return compute_metrics(statistics, run.reference.statistics, metrics)
+
+
+def compare_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict[str, Any]:
+    """Returns what --eval_memorisation samples of the EMA have of the training images, and the figure of the pairs."""
+    training = run.config.training
+    num_samples = run.config.evaluation.eval_memorisation
+    generator = ImageGenerator(run.model, state.ema_params, seed=training.seed)
+    needed = -(-num_samples // run.mesh.size) * run.mesh.size  # batches divide over the devices
+    batches = generator.generate(sampler, num_samples, min(training.batch_size, needed))
+    images = np.concatenate([gather(batch.images)[: batch.count] for batch in batches])
+    results, figure = run.memorising.compute(images, is_shown=False)
+    return {**results, "memorised_pairs": figure}
 
 
 def log_evaluation(trackers: Trackers, results: Iterator[tuple[str, Any]], step: int, stop: StopRequest) -> bool:
