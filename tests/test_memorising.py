@@ -1,5 +1,6 @@
 """Samples compared with training images: copies are found and drawn, and what cannot be compared is refused."""
 
+import errno
 import json
 
 import jax
@@ -14,7 +15,7 @@ from utils.base.messages import UserError
 from utils.data.loaders import load_dataset
 from utils.images import plotting
 from utils.images.pixels import ImageBatch
-from utils.metrics.extractors import EXTRACTORS, PIXELS, Extractor
+from utils.metrics.extractors import EXTRACTORS, PIXELS, POOL, Extractor
 from utils.networks.state import TrainState
 from utils.runs import memorising
 from utils.runs.memorising import Memorising, SampleImages, choose_features, open_training
@@ -167,13 +168,14 @@ def test_samples_of_a_run_are_compared_with_its_own_images(run, read_flags, tmp_
     assert score(read_flags, tmp_path, line) == [row]
 
 
-@pytest.mark.parametrize(
-    ("settings", "has_mirrors"),
-    [({}, False), ({"random_flip": 1}, True), ({"random_flip": 0}, False), ({"augment": ["flip"]}, True)],
-)
-def test_mirror_images_count_where_the_training_saw_them(settings, has_mirrors, tmp_path, tables):
-    training = open_training(None, saved_run(**settings), (8, 8, 1), "uint8")
-    assert training.has_mirrors is has_mirrors
+def test_mirror_images_are_those_that_the_training_saw():
+    for settings, expected in (({}, False), ({"random_flip": 1}, True), ({"augment": ["flip"]}, True)):
+        assert open_training(None, saved_run(**settings), (8, 8, 1), "uint8").has_mirrors is expected
+
+
+@pytest.mark.parametrize("has_mirrors", [False, True])
+def test_mirror_images_count_where_the_training_saw_them(has_mirrors, tmp_path, tables):
+    training = open_training(None, saved_run(random_flip=int(has_mirrors)), (8, 8, 1), "uint8")
     images = np.concatenate(list(training.images.read(500)))
     samples = SampleImages(20, (8, 8, 1), "uint8", tmp_path)
     for part in np.split(plant(images), [7]):
@@ -293,6 +295,18 @@ def test_what_cannot_be_compared_is_refused_in_a_line(line, message, files, read
     with pytest.raises(UserError, match=message) as error:
         score(read_flags, files, line)
     assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_noticed_before_anything_is_sampled(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    with pytest.raises(UserError, match=r"has no room for 1.9e-06 GB of images .*No space left.*; name a folder of"):
+        SampleImages(30, (8, 8, 1), "uint8", tmp_path)
+    training = open_training(None, saved_run(), (8, 8, 1), "uint8")
+    with pytest.raises(UserError, match=r"has no room for 0.012 GB"):
+        Memorising(training, POOL, 16, make_mesh(), tmp_path)
 
 
 @pytest.mark.parametrize(

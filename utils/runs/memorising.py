@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +33,7 @@ from utils.runs.config import DataConfig
 MAX_PIXEL_SIDE = 64  # pixels: images of this side and more are compared by an extractor's features
 MAX_KEPT_BYTES = 2**30  # of training images in memory; others are read again for each pass
 BLOCK = 4096  # rows of features or pixels at a time
-MAX_BLOCK_BYTES = 2**26  # of the pixels of a block, where each takes a byte
+MAX_BLOCK_BYTES = 2**24  # of the pixels of a block, where each takes a byte
 NUM_PAIRS = 16  # in the figure
 PIXELS_NAME = "pixels"  # among the names of extractors
 
@@ -220,8 +222,18 @@ class SampleImages:
 
 
 def _new_array(shape: tuple[int, ...], dtype: str, folder: Path) -> np.ndarray:
-    """Returns an array on the disk of `folder`, which ends with the program."""
+    """Returns an array on the disk of `folder`, which ends with the program. Raises UserError for want of room."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            # All of it now: a page without a place on the disk would end the program when it is written.
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise UserError(
+                f"--memorisation: {folder} has no room for {size / 1e9:.2g} GB of images or features "
+                f"({error.strerror}); name a folder of another disk by --out"
+            ) from None
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
@@ -233,8 +245,14 @@ class Memorising:
         self.key = key
         self.batch_size = batch_size
         self.mesh = mesh
-        self.folder = folder
-        self.blocks: Blocks | None = None  # of the first evaluation
+        self.blocks: Blocks | None = None  # of the first evaluation, as are the next
+        self.held_out: np.ndarray | None = None
+        # Room for all features, before anything is sampled.
+        self.features = None
+        if key != PIXELS:
+            width = EXTRACTORS[key.extractor].features[key.feature]
+            shape = (training.images.num_samples, 1 + training.has_mirrors, width)
+            self.features = _new_array(shape, "float32", folder)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -262,16 +280,16 @@ class Memorising:
         training = self.training
         extract = None if extractors is None or self.key == PIXELS else extractors[self.key.extractor]
         queries = images.reshape(len(images), -1) if rows is None else rows[: len(images)]
-        held_out = None
-        if training.held_out is not None:
-            first = training.held_out.first(min(training.held_out.num_samples, len(queries)))
-            held_out = np.concatenate([views[:, 0] for views in self._rows(first, extract, has_mirrors=False)])
         if self.blocks is None:
             self.blocks = self._keep_rows(extract)
+            if training.held_out is not None:
+                first = training.held_out.first(min(training.held_out.num_samples, len(queries)))
+                parts = [views[:, 0] for views in self._rows(first, extract, has_mirrors=False)]
+                self.held_out = np.concatenate(parts)
 
         # Passes: neighbours, their rows and their neighbours; a fit and about three cells where images are held out.
         num_images = training.images.num_samples
-        passes = 3 if held_out is None else 7
+        passes = 3 if self.held_out is None else 7
         hidden = {} if is_shown else {"disable": True}
         with progress_bar(total=passes * num_images, unit="image", desc="memorisation", **hidden) as bar:
 
@@ -282,9 +300,9 @@ class Memorising:
                     bar.update(len(block))
 
             cell_rows = None
-            if held_out is not None:
+            if self.held_out is not None:
                 cell_rows = take_rows(blocks, np.unique(np.linspace(0, num_images - 1, CELL_ROWS).astype(int)))
-            found = measure(queries, held_out, blocks, cell_rows)
+            found = measure(queries, self.held_out, blocks, cell_rows)
         if is_shown:
             what = f"{num_images:,} images of {training.name}, by {self.key.extractor}"
             log(f"memorisation: {len(queries)} samples, {what}")
@@ -294,7 +312,8 @@ class Memorising:
         """Yields the rows of images, (b, views, d): pixels or features of them and of their mirror images."""
         size = self.batch_size
         if extract is None:  # large blocks make large matmuls
-            size = max(1, min(BLOCK, MAX_BLOCK_BYTES // int(np.prod(images.image_shape))))
+            most = max(1, min(BLOCK, MAX_BLOCK_BYTES // math.prod(images.image_shape)))
+            size = 1 << (most.bit_length() - 1)  # a power of two, as `nearest` divides them
         for batch in images.read(size):
             views = [batch, batch[:, :, ::-1]] if has_mirrors else [batch]
             if extract is not None:
@@ -320,14 +339,14 @@ class Memorising:
                 yield start, rows
                 start += len(rows)
 
-        size = num_views * np.prod(training.images.image_shape) * np.dtype(training.images.dtype).itemsize
+        size = num_views * math.prod(training.images.image_shape) * np.dtype(training.images.dtype).itemsize
         if extract is None and count * size > MAX_KEPT_BYTES:
             return again
         if extract is None:
             kept = np.concatenate([rows for _, rows in again()])
         else:
-            width = EXTRACTORS[self.key.extractor].features[self.key.feature]
-            kept = _new_array((count, num_views, width), "float32", self.folder)
+            assert self.features is not None
+            kept = self.features
             with progress_bar(total=count, unit="image", desc="features of the training images") as bar:
                 for start, rows in again():
                     kept[start : start + len(rows)] = rows
