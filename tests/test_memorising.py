@@ -13,6 +13,7 @@ import eval_fid
 from tests.test_generate import run  # noqa: F401 (fixture)
 from utils.base.mesh import make_mesh
 from utils.base.messages import UserError
+from utils.data.dataset import array_dataset
 from utils.data.loaders import load_dataset
 from utils.images import plotting
 from utils.images.pixels import ImageBatch
@@ -52,15 +53,15 @@ def files(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def tables(monkeypatch) -> list:
-    """The arguments of every figure of images."""
+    """The arguments of every figure of images, of which the first row is drawn."""
     drawn = []
     draw = plotting.image_table
 
     def record(images, rows, columns, title):
         drawn.append((np.asarray(images), rows, columns, title))
-        return draw(images, rows, columns, title)
+        return draw(images[:1], rows[:1], columns, title)
 
     monkeypatch.setattr(plotting, "image_table", record)
     return drawn
@@ -202,6 +203,14 @@ def test_images_that_memory_does_not_hold_are_read_again(tmp_path, monkeypatch):
         results.append(Memorising(training, PIXELS, 16, make_mesh(), tmp_path).compute(samples.images)[0])
     assert results[0] == results[1]
     assert not list(tmp_path.iterdir())
+
+
+def test_held_out_images_are_of_all_classes():
+    rows = np.arange(100, dtype=np.uint8)
+    dataset = array_dataset("x", np.tile(rows[:, None, None, None], (1, 2, 2, 1)), np.repeat([0, 1], 50), ("a", "b"))
+    (images,) = memorising._read_evenly(dataset, 12).read(20)
+    np.testing.assert_array_equal(images[:, 0, 0, 0], np.arange(0, 100, 9))
+    assert memorising._read_evenly(dataset, 100).num_samples == 100
 
 
 def test_other_images_than_those_of_the_training_are_noticed(capsys):

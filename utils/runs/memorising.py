@@ -28,7 +28,7 @@ from utils.metrics.extractors import EXTRACTORS, PIXELS, Extract, FeatureKey
 from utils.metrics.measure import pad_and_shard
 from utils.metrics.memorisation import CELL_ROWS, Blocks, Memorisation, measure, take_rows
 from utils.metrics.statistics import MAX_SAMPLE_ROWS
-from utils.runs.config import DataConfig
+from utils.runs.settings import DataConfig
 
 MAX_PIXEL_SIDE = 64  # pixels: images of this side and more are compared by an extractor's features
 MAX_KEPT_BYTES = 2**30  # of training images in memory; others are read again for each pass
@@ -48,7 +48,7 @@ class TrainingImages:
 
     name: str
     images: Samples
-    held_out: Samples | None
+    held_out: ImageDataset | None
     take: Callable[[Sequence[int]], np.ndarray]
     has_mirrors: bool
     sha256: str
@@ -135,7 +135,7 @@ def read_splits(train: ImageDataset, validation: ImageDataset, has_mirrors: bool
     return TrainingImages(
         train.name,
         _read_split(train),
-        _read_split(validation) if len(validation.source) else None,
+        validation if len(validation.source) else None,
         functools.partial(_take_rows_of_split, train),
         has_mirrors,
         train.fingerprint.sha256,
@@ -161,6 +161,17 @@ def _read_split(dataset: ImageDataset) -> Samples:
             yield np.asarray(batch.image)  # ty: ignore[missing-attribute]
 
     return Samples(len(dataset.source), dataset.image_shape, read, dataset.pixels.dtype)
+
+
+def _read_evenly(dataset: ImageDataset, count: int) -> Samples:
+    """Returns the images of a split, at most `count`: of all its classes, which a folder has one after the other."""
+    images = _read_split(dataset)
+    if images.num_samples <= count:
+        return images
+    if not isinstance(dataset.source, RandomAccess):  # a stream, whose files are shuffled
+        return images.first(count)
+    rows = np.linspace(0, images.num_samples - 1, count).astype(int).tolist()
+    return _read_split(dataclasses.replace(dataset, source=Subset(dataset.source, rows)))
 
 
 def _take_rows_of_split(dataset: ImageDataset, indices: Sequence[int]) -> np.ndarray:
@@ -283,8 +294,8 @@ class Memorising:
         if self.blocks is None:
             self.blocks = self._keep_rows(extract)
             if training.held_out is not None:
-                first = training.held_out.first(min(training.held_out.num_samples, len(queries)))
-                parts = [views[:, 0] for views in self._rows(first, extract, has_mirrors=False)]
+                images_held_out = _read_evenly(training.held_out, len(queries))
+                parts = [views[:, 0] for views in self._rows(images_held_out, extract, has_mirrors=False)]
                 self.held_out = np.concatenate(parts)
 
         # Passes: neighbours, their rows and their neighbours; a fit and about three cells where images are held out.
