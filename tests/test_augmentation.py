@@ -113,8 +113,8 @@ def test_each_change_is_drawn_as_often_as_is_asked():
 # --- The network ---
 
 SIZES = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "dtype": "float32"}
-X = jax.random.normal(jax.random.key(0), (6, 8, 8, 1))
-T = jnp.linspace(0, 1, 6)
+X = jnp.asarray(np.random.default_rng(0).standard_normal((6, 8, 8, 1), np.float32))
+T = jnp.asarray(np.linspace(0, 1, 6, dtype=np.float32))
 
 
 def make_network(kind, **settings):

@@ -25,8 +25,8 @@ from utils.training.start import adapt_params, frozen_beside_lora, keep_null_vec
 pytestmark = pytest.mark.usefixtures("optimised")
 
 SIZES = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "dtype": "float32"}
-X = jax.random.normal(jax.random.key(0), (3, 8, 8, 2))
-T = jnp.array([0.1, 0.5, 0.9])
+X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 8, 2), np.float32))
+T = jnp.asarray(np.array([0.1, 0.5, 0.9], np.float32))
 
 
 def test_forms_without_masks_leave_them_to_xla_and_say_so_once(monkeypatch, capsys):

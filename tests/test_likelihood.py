@@ -28,7 +28,7 @@ from utils.sampling.density import (
     midpoint_log_likelihood,
 )
 
-MEAN = jnp.array([2.0409191, -2.555665, 0.4180988, -0.5677696])
+MEAN = jnp.asarray(np.array([2.0409191, -2.555665, 0.4180988, -0.5677696], np.float32))
 STD = 0.5
 
 
@@ -47,8 +47,8 @@ def gaussian_log_p(x):
     return -0.5 * (((x - MEAN) / STD) ** 2).sum(axis=1) - 4 * np.log(STD * np.sqrt(2 * np.pi))
 
 
-X = MEAN + STD * jax.random.normal(jax.random.key(0), (6, 4))
-LABELS = jnp.zeros(6, jnp.int32)
+X = jnp.asarray(np.asarray(MEAN) + np.float32(STD) * np.random.default_rng(0).standard_normal((6, 4), np.float32))
+LABELS = jnp.asarray(np.zeros(6, np.int32))
 
 
 def test_of_a_gaussian_it_is_the_closed_form_to_a_thousandth_of_a_bit():
