@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
 from utils.base.devices import find_devices
@@ -122,7 +122,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
-def place(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def place(value: np.ndarray, sharding: Sharding) -> jax.Array:
     """Returns the global array of `value`, which is the same on every process, placed as the sharding says."""
     # Each process slices only the parts of its own devices.
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
