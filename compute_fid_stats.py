@@ -16,7 +16,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from utils.base.devices import check_batch_memory
+from utils.base.devices import check_batch_memory, free_memory
 from utils.base.files import check_free_space, prepare_output_file
 from utils.base.mesh import check_batch_size, make_mesh, replicated
 from utils.base.messages import UserError, configure_output, log
@@ -25,19 +25,27 @@ from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch, StreamSource, Subset
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
-from utils.flags.definitions import define_data_flags, define_metrics_flag, define_path
+from utils.flags.definitions import define_data_flags, define_extractor_flags, define_metrics_flag, define_path
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.pixels import check_pictures
 from utils.images.samples import Samples, open_samples
-from utils.metrics.extractors import DEFAULT_EXTRACTOR, check_extractors, load_extractors
+from utils.metrics.extractors import (
+    DEFAULT_EXTRACTOR,
+    ExtractorOptions,
+    check_extractors,
+    configure_extractors,
+    load_extractors,
+)
 from utils.metrics.inception import CONVENTIONS
-from utils.metrics.measure import measure_images, pad_and_shard
+from utils.metrics.measure import measure_images, most_images, pad_and_shard
 from utils.metrics.metrics import choose_metrics, needed_extractors, sees_pixels
 from utils.metrics.pixels import PixelStatistics
 from utils.metrics.reference import MAX_ROWS
 from utils.metrics.statistics import ImageStatistics
 from utils.metrics.statistics_files import save_statistics, statistics_bytes
+
+BATCH_SIZE = 128  # where no network says what fits
 
 
 def define_flags() -> None:
@@ -61,11 +69,13 @@ def define_flags() -> None:
         flags.DEFINE_integer(
             "compact", 0, "1: no covariance where all features are kept; smaller, and for this suite alone.", 0, 1
         )
-        flags.DEFINE_list("extractor", [DEFAULT_EXTRACTOR], "Feature networks, separated by commas.")
+        define_extractor_flags()
         define_metrics_flag("Scores that the file will serve")
         flags.DEFINE_enum("convention", "adm", list(CONVENTIONS), "Resize and scaling before Inception.")
         define_path("inception_weights", None, "Local copy of the Inception weights.")
-        flags.DEFINE_integer("batch_size", 128, "Images at a time, over all devices.")
+        flags.DEFINE_integer(
+            "batch_size", None, "Images at a time, over all devices; default: 128, of dinov2 what fits."
+        )
         flags.DEFINE_bool("quiet", False, "Errors alone.")
 
 
@@ -126,16 +136,18 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
     # Room first: nothing is measured for a refusal.
     num_rows = min(config.num_features, num_images)
     names = find_extractors(config)
-    check_free_space(out, "out", statistics_bytes(num_rows, names, opened.image_shape))
+    records = configure_extractors(names, ExtractorOptions.of(config)) if names else {}
+    check_free_space(out, "out", statistics_bytes(num_rows, records, opened.image_shape))
     # No larger than the images, up to a multiple of the devices: the rest would be padding.
-    batch_size = min(config.batch_size, -(-num_images // mesh.size) * mesh.size)
+    requested = config.batch_size or most_images(records, mesh.size, free_memory()) or BATCH_SIZE
+    batch_size = -(-min(requested, num_images) // mesh.size) * mesh.size
     check_batch_memory(batch_size, tuple(opened.image_shape))
     extractors = {}
     if names:
         check_batch_memory(batch_size, (299, 299, 3), copies=40)  # of float32, and the first layers' outputs
         # Networks are replicated; batches are split over the devices.
         extractors = load_extractors(
-            names, weights=config.inception_weights, convention=config.convention, sharding=replicated(mesh)
+            records, weights=config.inception_weights, convention=config.convention, sharding=replicated(mesh)
         )
     has_pixels = sees_pixels(choose_metrics(config.metrics))
     statistics = ImageStatistics(config.num_features, pixels=PixelStatistics() if has_pixels else None)
@@ -152,6 +164,7 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
         statistics,
         convention=config.convention if DEFAULT_EXTRACTOR in names else None,
         dataset=opened.source,
+        extractors=records,
         split=opened.split,
         image_shape=opened.image_shape,
         label_counts=label_counts,
@@ -174,7 +187,8 @@ def main(config: ConfigDict) -> None:
 
     # Then the devices, the images, and the work.
     mesh = make_mesh()
-    check_batch_size(config.batch_size, mesh.size)
+    if config.batch_size is not None:
+        check_batch_size(config.batch_size, mesh.size)
     opened = open_images(config)
     num_images = make_statistics(config, opened, mesh, out)
     of_all = f" of {opened.total}" * (num_images < opened.total)

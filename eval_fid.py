@@ -21,6 +21,7 @@ from utils.conditions.condition import check_draw_mode, restore_condition
 from utils.flags import program, reading
 from utils.flags.definitions import (
     define_codec_flags,
+    define_extractor_flags,
     define_metrics_flag,
     define_path,
     define_sampler_flags,
@@ -31,7 +32,7 @@ from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.pixels import PixelFormat, check_pictures
 from utils.images.samples import Samples, open_samples
-from utils.metrics.extractors import DEFAULT_EXTRACTOR, check_extractors
+from utils.metrics.extractors import ExtractorOptions, check_extractors
 from utils.metrics.inception import CONVENTIONS
 from utils.metrics.metrics import choose_metrics, sees_pixels
 from utils.objectives.objectives import make_objective
@@ -69,7 +70,7 @@ def define_flags() -> None:
     with topic("Reference"):
         define_path("fid_stats", None, "Reference: statistics, as compute_fid_stats.py writes them, or images.")
         flags.DEFINE_string("dataset_name", None, "Data set whose shipped statistics are used; default: the run's.")
-        flags.DEFINE_list("extractor", [DEFAULT_EXTRACTOR], "Feature networks, separated by commas.")
+        define_extractor_flags()
         define_metrics_flag("Scores")
         flags.DEFINE_enum(
             "convention", None, list(CONVENTIONS), "Inception preprocessing, if --fid_stats does not record it."
@@ -121,7 +122,7 @@ def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[st
         # The command is for the data set that was asked for, read as the run reads its own.
         saved = saved | {"dataset": saved["dataset"] | {"name": dataset_name}}
         words = []
-        for name in ("extractor", "metrics", "convention", "inception_weights"):
+        for name in ("extractor", "metrics", "convention", "inception_weights", *ExtractorOptions._fields):
             if reading.is_explicit(name):
                 words += [f"--{name}", ",".join(config[name]) if name in ("extractor", "metrics") else config[name]]
         raise UserError(

@@ -14,11 +14,12 @@ from utils.base.settings import kind_of, settings_of
 from utils.codecs.codecs import CODECS
 from utils.data.loaders import list_names
 from utils.flags.help import hide, topic
+from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, ExtractorOptions
 from utils.metrics.metrics import METRICS
 from utils.networks.network import NETWORKS
 from utils.objectives.objectives import OBJECTIVES
 from utils.runs.config import GROUPS, OBJECTIVE_NAME, PRESET, network_settings, objective_settings
-from utils.runs.settings import CodecConfig, DataConfig, LoggingConfig, WandbConfig
+from utils.runs.settings import CodecConfig, DataConfig, EvaluationConfig, LoggingConfig, WandbConfig
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS
 
 FLAGS = flags.FLAGS
@@ -144,6 +145,14 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
     )
     flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
     flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
+
+
+def define_extractor_flags() -> None:
+    """Registers the feature networks, and the options of those that have some (`ExtractorOptions`)."""
+    names = ", ".join(EXTRACTORS)
+    flags.DEFINE_list("extractor", [DEFAULT_EXTRACTOR], f"Feature networks, separated by commas: {names}.")
+    for name in ExtractorOptions._fields:
+        define_setting(name, settings_of(EvaluationConfig)[name])
 
 
 def define_metrics_flag(what: str) -> None:

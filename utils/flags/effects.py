@@ -9,13 +9,21 @@ from utils.base import effects
 from utils.base.effects import Rule
 from utils.flags.conditions import GIVING
 from utils.flags.reading import explicit_values
+from utils.metrics.extractors import ExtractorOptions, check_extractors, takes_options
 from utils.metrics.metrics import choose_metrics, needed_extractors
 
 # Flags about a published checkpoint.
 OF_IMPORT = ("family", "num_heads", "class_names", "vae")
 
+
+def _has_options(given: Any) -> bool:
+    metrics = given.metrics
+    return takes_options(needed_extractors(choose_metrics(metrics)) if metrics else check_extractors(given.extractor))
+
+
 _METRICS = (
     Rule(("extractor",), "beside --metrics, which say what they need", lambda given: given.metrics),
+    Rule(ExtractorOptions._fields, "without dinov2 among the features", lambda given: not _has_options(given)),
     Rule(
         ("convention", "inception_weights", "inception_logits"),
         "without inception in --extractor",

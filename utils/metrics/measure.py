@@ -10,12 +10,30 @@ from jax.sharding import Mesh
 from utils.base.mesh import gather, shard_replicated
 from utils.base.messages import format_duration, is_quiet, log, progress_bar
 from utils.images.pixels import ImageBatch
-from utils.metrics.extractors import Extract
+from utils.metrics.extractors import Extract, Extractor
 from utils.metrics.statistics import ImageStatistics
 
+DEVICE_BATCH = 256  # images at a time beyond which a device is no faster
+CPU_BATCH = 32  # half a minute's work of two cores
 TIMED_BATCHES = 3  # from whose ends the time of a batch is taken
 LONG = 600  # seconds that are worth a line
 FEWER = (50_000, 10_000, 5_000, 2_000, 1_000)  # numbers of images to use instead
+
+
+def most_images(extractors: Mapping[str, Extractor], num_devices: int, free_memory: int | None) -> int | None:
+    """Returns how many images at a time these networks allow on all devices, each with `free_memory` bytes; None: any.
+
+    It is a power of two for each device, of CPUs, whose memory is not known, CPU_BATCH in all.
+    """
+    needed = sum(extractor.image_bytes for extractor in extractors.values())
+    if not needed:
+        return None
+    if free_memory is None:
+        return max(1, CPU_BATCH // num_devices) * num_devices
+
+    # Half is left for their weights, for what makes the images, and for fragmentation.
+    fitting = min(DEVICE_BATCH, free_memory / 2 / needed)
+    return 2 ** int(np.log2(max(1, fitting))) * num_devices
 
 
 def pad_and_shard(batches: Iterable[np.ndarray], batch_size: int, mesh: Mesh) -> Iterator[ImageBatch]:

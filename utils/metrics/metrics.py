@@ -1,11 +1,12 @@
 """The table of metrics of samples against a reference. A new metric is one function and one line of METRICS."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from utils.base.messages import UserError, log
 from utils.base.settings import unknown_name
-from utils.metrics.extractors import PIXELS, POOL, SPATIAL, FeatureKey
+from utils.metrics.extractors import CLASS_TOKEN, PIXELS, POOL, SPATIAL, FeatureKey, check_extractors
 from utils.metrics.pixels import compute_moments, explain_moments
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.metrics.scores import DENSITY_NEIGHBOURS, INCEPTION_SCORE_PART, KID_SUBSET, frechet_distance, kid, mind, prdc
@@ -15,6 +16,7 @@ from utils.metrics.statistics_files import format_shape
 # (samples, reference) of the feature that a metric needs -> {result: value}, empty where they do not allow it: a
 # FeatureStatistics and a FeatureReference, of PIXELS a PixelStatistics and a PixelReference.
 Compute = Callable[[Any, Any], dict[str, float]]
+PRDC = ("precision", "recall", "density", "coverage")
 
 
 def frechet_metric(name: str) -> Compute:
@@ -24,19 +26,29 @@ def frechet_metric(name: str) -> Compute:
     }
 
 
-def compute_kid(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
-    """Returns `kid` and its standard error; no `kid_error` where a set has fewer than four rows."""
-    if samples.rows is None or reference.rows is None:
-        return {}
-    mean, error = kid(samples.rows, reference.rows)
-    return {"kid": mean} | ({} if error is None else {"kid_error": error})
+def kernel_metric(name: str) -> Compute:
+    """Returns a metric's `compute` that calls the kernel distance `name`, with its standard error as NAME_error; no
+    error where a set has fewer than four rows."""
+
+    def compute(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
+        if samples.rows is None or reference.rows is None:
+            return {}
+        mean, error = kid(samples.rows, reference.rows)
+        return {name: mean} | ({} if error is None else {f"{name}_error": error})
+
+    return compute
 
 
-def compute_mind(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
-    if samples.rows is None or reference.rows is None:
-        return {}
-    distance, error = mind(samples.rows, reference.rows)
-    return {"mind": distance, "mind_error": error}
+def mind_metric(name: str) -> Compute:
+    """Returns a metric's `compute` that calls the MIND `name`, with its standard error as NAME_error."""
+
+    def compute(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
+        if samples.rows is None or reference.rows is None:
+            return {}
+        distance, error = mind(samples.rows, reference.rows)
+        return {name: distance, f"{name}_error": error}
+
+    return compute
 
 
 def compute_prdc(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
@@ -46,6 +58,10 @@ def compute_prdc(samples: FeatureStatistics, reference: FeatureReference) -> dic
     if min(len(reference.rows), len(samples.rows)) <= DENSITY_NEIGHBOURS:
         return {}
     return prdc(reference.rows, samples.rows)
+
+
+def compute_prdc_dinov2(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
+    return {f"{name}_dinov2": value for name, value in compute_prdc(samples, reference).items()}
 
 
 def compute_inception_score(samples: FeatureStatistics, reference: FeatureReference) -> dict[str, float]:
@@ -74,10 +90,10 @@ def explain_neighbours(num_samples: int, reference: FeatureReference) -> str | N
     )
 
 
-def explain_kid(num_samples: int, reference: FeatureReference) -> str | None:
+def explain_kernel(name: str, num_samples: int, reference: FeatureReference) -> str | None:
     if reference.rows is None or min(num_samples, len(reference.rows)) >= KID_SUBSET:
         return None
-    return f"KID: {num_samples} samples and {len(reference.rows)} images are few: unbiased, but uncertain"
+    return f"{name}: {num_samples} samples and {len(reference.rows)} images are few: unbiased, but uncertain"
 
 
 class Metric(NamedTuple):
@@ -112,15 +128,30 @@ METRICS = [  # in the order of the tables' columns
         SPATIAL,
         lambda num_samples, reference: explain_few("sFID", reference.mu.size, num_samples),
     ),
-    Metric(compute_kid, {"kid": "KID"}, explain=explain_kid),
-    Metric(compute_mind, {"mind": "MIND"}),
+    Metric(kernel_metric("kid"), {"kid": "KID"}, explain=partial(explain_kernel, "KID")),
+    Metric(mind_metric("mind"), {"mind": "MIND"}),
     Metric(
         compute_prdc,
-        {name: name for name in ("precision", "recall", "density", "coverage")},
+        {name: name for name in PRDC},
         explain=explain_neighbours,
         name="prdc",
     ),
     Metric(compute_inception_score, {"inception_score": "IS"}),
+    Metric(  # Stein et al., arXiv:2306.04675
+        frechet_metric("fd_dinov2"),
+        {"fd_dinov2": "FD-DINOv2"},
+        CLASS_TOKEN,
+        lambda num_samples, reference: explain_few("FD-DINOv2", reference.mu.size, num_samples),
+    ),
+    Metric(kernel_metric("kd_dinov2"), {"kd_dinov2": "KD-DINOv2"}, CLASS_TOKEN, partial(explain_kernel, "KD-DINOv2")),
+    Metric(mind_metric("mind_dinov2"), {"mind_dinov2": "MIND (DINOv2)"}, CLASS_TOKEN),
+    Metric(
+        compute_prdc_dinov2,
+        {f"{name}_dinov2": f"{name} (DINOv2)" for name in PRDC},
+        CLASS_TOKEN,
+        explain_neighbours,
+        name="prdc_dinov2",
+    ),
     Metric(
         compute_moments,
         {
@@ -151,6 +182,17 @@ def choose_metrics(names: Sequence[str] | None, extractors: Sequence[str] = ()) 
             which = "" if name == text else f": {name or 'an empty name'}"
             raise unknown_name(f"--metrics={text}{which}", name, known)
     return tuple(metric for metric in METRICS if str(metric) in text.split(","))
+
+
+def training_metrics(names: Sequence[str], extractors: Sequence[str]) -> tuple[Metric, ...]:
+    """Returns the metrics that a training logs: those of `names`, or the first, the distance, of each of `extractors`.
+
+    Raises UserError for an unknown name.
+    """
+    if not extractors:
+        return choose_metrics(names)
+    firsts = [next((m for m in METRICS if m.needs.extractor == name), None) for name in check_extractors(extractors)]
+    return tuple(metric for metric in firsts if metric is not None)
 
 
 def needed_extractors(metrics: Sequence[Metric]) -> tuple[str, ...]:
@@ -224,7 +266,7 @@ def caveats(
     found = [metric.explain(num_samples, reference[metric.needs]) for metric in metrics if metric.needs in reference]
     if has_logits and num_samples < INCEPTION_SCORE_PART:
         found.append(f"Inception Score: it grows with the number of samples, up to {INCEPTION_SCORE_PART}")
-    return [text for text in found if text]
+    return list(dict.fromkeys(text for text in found if text))  # one may hold of several extractors
 
 
 def compute_metrics(

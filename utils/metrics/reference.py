@@ -14,7 +14,18 @@ from utils.base.external import BadFileError, read_npz, read_npz_headers, read_r
 from utils.base.files import file_sha256
 from utils.base.messages import UserError, warn
 from utils.base.pickles import read_pickled_arrays
-from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, PIXELS, FeatureKey, feature_widths
+from utils.metrics.extractors import (
+    CLASS_TOKEN,
+    DEFAULT_EXTRACTOR,
+    EXTRACTORS,
+    PIXELS,
+    POOL,
+    Extractor,
+    ExtractorOptions,
+    FeatureKey,
+    feature_widths,
+    takes_options,
+)
 from utils.metrics.pixels import PixelReference, check_pixel_shapes, read_pixels
 from utils.metrics.scores import check_gaussian, covariance_root
 from utils.metrics.statistics import FeatureStatistics
@@ -22,6 +33,9 @@ from utils.metrics.statistics_files import METADATA, Shapes, array_names, format
 
 MAX_ROWS = 50_000  # rows that a statistics file may hold: 0.4 GB of Inception's as float32
 ROWS_AT_A_TIME = 1024  # 8 MB of Inception's as float32
+
+# Beside the features of an extractor, as EXTRACTOR.DETAIL: on what else they depend.
+DETAILS = ("sha256", "preprocessing", "extractor_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +69,7 @@ class ReferenceStatistics:
     image_shape: str | None = None  # such as '32x32x3'
     label_counts: Num[np.ndarray, " classes"] | None = None
     pixels: PixelReference | None = None  # moments of the images themselves
+    details: Mapping[str, str] = dataclasses.field(default_factory=dict)  # {"dinov2.sha256": ...}, see `check_details`
 
     def __getitem__(self, key: FeatureKey) -> Any:  # FeatureReference, of PIXELS PixelReference
         return self.pixels if key == PIXELS else self.by_feature[key]
@@ -82,8 +97,8 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
     `widths` are {feature: width} of the features to read; default: Inception's. The file must have the first feature of
     each extractor; the others are read where it has them. Inception's are read from an npz with `mu` (d,) and `sigma`
     (d, d): the files of TTUR, pytorch-fid, jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what
-    `save_statistics` writes; or from EDM2's pickle of {"fid": {"mu", "sigma"}}. A file may instead have the rows of all
-    images, from which both moments are computed.
+    `save_statistics` writes; or from EDM2's pickle of {"fid": {"mu", "sigma"}, "fd_dinov2": the same}. A file may
+    instead have the rows of all images, from which both moments are computed.
 
     Raises UserError for a file that is missing, broken, incomplete, of another extractor or not finite.
     """
@@ -100,7 +115,8 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
         # Shapes first: nothing is read that no memory holds.
         _check_shapes(shapes, {key: widths[key] for key in keys})
         check_pixel_shapes(shapes)
-        content = read([name for name in (*METADATA, "label_counts") if name in shapes])
+        recorded = [f"{key.extractor}.{detail}" for key in keys for detail in DETAILS]
+        content = read([name for name in (*METADATA, *recorded, "label_counts") if name in shapes])
         by_feature = {key: _read_feature(path, key, shapes, read, content, widths) for key in keys}
         counts = _read_label_counts(content)
         pixels = read_pixels(shapes, read)
@@ -116,7 +132,10 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
 
     # Scalars, by the names of the fields.
     metadata = {name: content[name].item() for name in METADATA if name in content}
-    return ReferenceStatistics(by_feature, sha256, path, **metadata, label_counts=counts, pixels=pixels)
+    details = {name: str(content[name]) for name in recorded if name in content}
+    return ReferenceStatistics(
+        by_feature, sha256, path, **metadata, label_counts=counts, pixels=pixels, details=details
+    )
 
 
 def _open_arrays(path: Path) -> tuple[Shapes, Callable[[Iterable[str]], dict[str, np.ndarray]]]:
@@ -124,9 +143,13 @@ def _open_arrays(path: Path) -> tuple[Shapes, Callable[[Iterable[str]], dict[str
     if path.suffix == ".pkl":
         # EDM2's. A pickle is read as a whole, by a reader that runs no code in it.
         content = read_pickled_arrays(path)
-        content = content.get("fid") if isinstance(content, dict) else None
-        content = content if isinstance(content, dict) else {}
-        arrays = {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
+        arrays: dict[str, np.ndarray] = {}
+        for metric, key in {"fid": POOL, "fd_dinov2": CLASS_TOKEN}.items():
+            moments = content.get(metric) if isinstance(content, dict) else None
+            for name, array in moments.items() if isinstance(moments, dict) else ():
+                if name in ("mu", "sigma") and isinstance(array, np.ndarray):
+                    arrays[getattr(array_names(key), name)] = array
+        arrays["dinov2.preprocessing"] = np.array("edm2")  # by default, for which the published files were made
         shapes = {name: array.shape for name, array in arrays.items()}
         return shapes, lambda names: {name: arrays[name] for name in names}
 
@@ -175,6 +198,7 @@ def _command(widths: Mapping[FeatureKey, int], *words: object) -> str:
     """Returns the command that makes statistics of all extractors among the features `widths`; none: of pixels."""
     names = list(dict.fromkeys(key.extractor for key in widths))
     what = ["--extractor", ",".join(names)] if names else ["--metrics", "moments"]
+    what += ["--extractor_weights", "WEIGHTS"] if takes_options(names) else []
     return write_command(
         "compute_fid_stats.py", *words, *(what if names != [DEFAULT_EXTRACTOR] else []), "--out", "FILE.npz"
     )
@@ -208,7 +232,7 @@ def _check_shapes(shapes: Shapes, widths: Mapping[FeatureKey, int]) -> None:
             raise ValueError(f"`{names.rows}` has the shape {rows}, not (2 to {MAX_ROWS:,}, {width})")
 
     # The facts beside the features: scalars, and one count for each class.
-    for name in METADATA:
+    for name in (*METADATA, *(f"{key.extractor}.{detail}" for key in widths for detail in DETAILS)):
         if shapes.get(name, ()) != ():
             raise ValueError(f"`{name}` has the shape {shapes[name]}, not ()")
     counts = shapes.get("label_counts")
@@ -306,6 +330,35 @@ def warn_of_other_shape(reference: ReferenceStatistics, image_shape: Sequence[in
             f"{reference.path} is of {reference.image_shape} images, the samples are {shape}: "
             "the result says nothing about a model at either size"
         )
+
+
+def check_details(
+    reference: ReferenceStatistics, extractors: Mapping[str, Extractor], options: ExtractorOptions
+) -> None:
+    """Raises UserError where statistics were made by other weights or options than those of `extractors`.
+
+    `options` are what the user gave: a file that does not record what its features depend on needs it said.
+    """
+    for name, extractor in extractors.items():
+        for detail, value in extractor.details.items():
+            recorded = reference.details.get(f"{name}.{detail}")
+            if recorded is None and detail == "preprocessing" and options.preprocessing is None:
+                raise UserError(
+                    f"--fid_stats={reference.path} does not record how its images entered {name}: give --preprocessing "
+                    "dgm_eval for features of dgm-eval, edm2 for those of EDM2"
+                )
+            if recorded not in (None, value):
+                raise UserError(
+                    f"--{detail}={value}: --fid_stats={reference.path} was made under {recorded}; give --{detail} "
+                    f"{recorded}, or make it anew"
+                )
+        # Weights by the hash of their numbers, whichever library saved them.
+        recorded = reference.details.get(f"{name}.sha256")
+        if extractor.details and recorded not in (None, "", extractor.sha256):
+            raise UserError(
+                f"--extractor_weights={options.extractor_weights} has other weights (sha256 {extractor.sha256:.12}..) "
+                f"than those that made --fid_stats={reference.path} ({recorded:.12}..); both sides need the same"
+            )
 
 
 class Convention(NamedTuple):

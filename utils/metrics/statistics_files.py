@@ -9,7 +9,15 @@ import numpy as np
 from jaxtyping import Int
 
 from utils.base.files import atomic_write
-from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, POOL, SPATIAL, FeatureKey, feature_widths
+from utils.metrics.extractors import (
+    DEFAULT_EXTRACTOR,
+    EXTRACTORS,
+    POOL,
+    SPATIAL,
+    Extractor,
+    FeatureKey,
+    feature_widths,
+)
 from utils.metrics.pixels import pixel_arrays
 from utils.metrics.statistics import ImageStatistics
 
@@ -47,7 +55,9 @@ def format_shape(image_shape: Sequence[int]) -> str:
 
 
 def statistics_bytes(
-    num_rows: int, extractors: Iterable[str] = (DEFAULT_EXTRACTOR,), image_shape: Sequence[int] = (0,)
+    num_rows: int,
+    extractors: Iterable[str] | Mapping[str, Extractor] = (DEFAULT_EXTRACTOR,),
+    image_shape: Sequence[int] = (0,),
 ) -> int:
     """Returns the most bytes that `save_statistics` writes with `num_rows` rows of each main feature, and moments of
     images of `image_shape`."""
@@ -65,6 +75,7 @@ def save_statistics(
     *,
     convention: str | None,
     dataset: str,
+    extractors: Mapping[str, Extractor] = EXTRACTORS,
     split: str | None = None,
     image_shape: tuple[int, ...] | None = None,
     label_counts: Int[np.ndarray, " classes"] | None = None,
@@ -73,7 +84,8 @@ def save_statistics(
 ) -> None:
     """Writes statistics and where they come from as a compressed npz; the file appears whole or not at all.
 
-    `convention` is Inception's, None without it. `total_images` is the number of images of the data, of which fewer may
+    `convention` is Inception's, None without it. `extractors` are the records of what made the features, configured
+    where they can be. `total_images` is the number of images of the data, of which fewer may
     have been taken. `is_compact` leaves out the mean and covariance, which follow from the rows where those of all
     images are kept; other suites do not read such a file.
 
@@ -101,7 +113,8 @@ def save_statistics(
         content["convention"] = convention
     for name in dict.fromkeys(key.extractor for key in statistics.by_feature):
         recorded = "inception_sha256" if name == DEFAULT_EXTRACTOR else f"{name}.sha256"
-        content[recorded] = EXTRACTORS[name].sha256 or ""
+        content[recorded] = extractors[name].sha256 or ""
+        content |= {f"{name}.{detail}": value for detail, value in extractors[name].details.items()}
     if total_images is not None:
         content["total_images"] = total_images
     if image_shape is not None:

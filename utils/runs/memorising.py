@@ -24,7 +24,7 @@ from utils.images.decoding import find_mode
 from utils.images.pixels import UINT8, Images, PixelFormat
 from utils.images.samples import Samples, content_sha256, open_samples
 from utils.images.sizes import write_size
-from utils.metrics.extractors import EXTRACTORS, PIXELS, Extract, FeatureKey
+from utils.metrics.extractors import EXTRACTORS, PIXELS, Extract, Extractor, FeatureKey
 from utils.metrics.measure import pad_and_shard
 from utils.metrics.memorisation import CELL_ROWS, Blocks, Memorisation, measure, take_rows
 from utils.metrics.statistics import MAX_SAMPLE_ROWS
@@ -251,7 +251,15 @@ def _new_array(shape: tuple[int, ...], dtype: str, folder: Path) -> np.ndarray:
 class Memorising:
     """Compares samples with training images, of which each pass reads those that memory does not hold."""
 
-    def __init__(self, training: TrainingImages, key: FeatureKey, batch_size: int, mesh: Mesh, folder: Path):
+    def __init__(
+        self,
+        training: TrainingImages,
+        key: FeatureKey,
+        batch_size: int,
+        mesh: Mesh,
+        folder: Path,
+        extractors: Mapping[str, Extractor] = EXTRACTORS,
+    ):
         self.training = training
         self.key = key
         self.batch_size = batch_size
@@ -261,7 +269,7 @@ class Memorising:
         # Room for all features, before anything is sampled.
         self.features = None
         if key != PIXELS:
-            width = EXTRACTORS[key.extractor].features[key.feature]
+            width = extractors[key.extractor].features[key.feature]
             shape = (training.images.num_samples, 1 + training.has_mirrors, width)
             self.features = _new_array(shape, "float32", folder)
 

@@ -21,7 +21,16 @@ from utils.sampling.solvers import SOLVERS, SamplerConfig
 # Settings that do not identify a row: places of files, which are identified by their hash instead.
 NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source", "train_images")
 # Results that are numbers or None, beside the metrics.
-NUMBERS = ("kid_error", "straightness", "nfe", "num_steps", "cfg_scale", "num_samples", *ERRORS.values())
+NUMBERS = (
+    "kid_error",
+    "kd_dinov2_error",
+    "straightness",
+    "nfe",
+    "num_steps",
+    "cfg_scale",
+    "num_samples",
+    *ERRORS.values(),
+)
 # Settings that a row has only where they are not the default, so that rows of older versions are found again.
 OPTIONAL = (
     "rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes", "jax_variables",
@@ -190,9 +199,10 @@ def to_text(name: str, row: dict[str, Any]) -> str:
     if value is None and name not in ("num_steps", "cfg_scale"):
         return ""
 
-    # Metrics: KID has more digits, as it is far below 1.
-    if name == "kid":
-        return f"{value:.5f} ± {row['kid_error']:.5f}" if row.get("kid_error") is not None else f"{value:.5f}"
+    # Metrics: kernel distances have more digits, as they are far below 1.
+    if name in ("kid", "kd_dinov2"):
+        error = row.get(f"{name}_error")
+        return f"{value:.5f}" if error is None else f"{value:.5f} ± {error:.5f}"
     if name in COLUMNS:
         error = row.get(ERRORS.get(name, ""))
         return f"{value:.1f}" + ("" if error is None else f" ± {error:.1f}")

@@ -28,14 +28,15 @@ from utils.images.pixels import ImageBatch, PixelFormat, check_pictures
 from utils.images.samples import Samples, SampleWriter, check_sample_path, content_sha256, holds_images, open_samples
 from utils.metrics.extractors import (
     DEFAULT_EXTRACTOR,
-    EXTRACTORS,
     PIXELS,
+    ExtractorOptions,
     check_extractors,
+    configure_extractors,
     feature_widths,
     load_extractors,
 )
 from utils.metrics.inception import DEFAULT_CONVENTION, load_logits
-from utils.metrics.measure import measure_images, pad_and_shard
+from utils.metrics.measure import measure_images, most_images, pad_and_shard
 from utils.metrics.metrics import (
     caveats,
     choose_metrics,
@@ -50,6 +51,7 @@ from utils.metrics.pixels import MAX_IMAGE_BYTES, PixelStatistics
 from utils.metrics.reference import (
     Convention,
     ReferenceStatistics,
+    check_details,
     find_convention,
     has_statistics,
     load_statistics,
@@ -93,6 +95,8 @@ class Scoring:
         self.metrics = choose_metrics(config.metrics, check_extractors(config.extractor))
         self.metrics = leave_out(self.metrics, lambda metric: why_no_picture(metric, *images))
         self.extractor_names = needed_extractors(self.metrics) if config.metrics else check_extractors(config.extractor)
+        self.options = ExtractorOptions.of(config)
+        self.records = configure_extractors(self.extractor_names, self.options) if self.extractor_names else {}
         self.out = Path(config.out or default_out)
         self.failure: WriteError | None = None  # the first one; see `going_on`
         prepare_output_folder(self.out, "out", names=FILES)
@@ -117,7 +121,8 @@ class Scoring:
     def _choose_batch_size(self, num_samples: int, image_shape: tuple[int, ...]) -> int:
         """Returns --batch_size or the recipe's, but no more than the samples need, and less for large images."""
         num_devices = self.mesh.size
-        requested = RECIPE_BATCH_SIZE if self.config.batch_size is None else self.config.batch_size
+        default = most_images(self.records, num_devices, free_memory()) or RECIPE_BATCH_SIZE
+        requested = default if self.config.batch_size is None else self.config.batch_size
         if self.config.batch_size is not None:
             check_batch_size(requested, num_devices)
         elif math.prod(image_shape) > LARGE_IMAGE_BYTES:
@@ -130,7 +135,7 @@ class Scoring:
         """Opens the training images with which samples are compared, before anything compiles."""
         features = choose_features(self.config.memorisation_features, image_shape, self.extractor_names)
         training = open_training(self.config.train_images, saved, image_shape, dtype)
-        return Memorising(training, features, self.batch_size, self.mesh, self.out)
+        return Memorising(training, features, self.batch_size, self.mesh, self.out, self.records)
 
     def _load_reference(self, path: Path) -> None:
         """Loads the statistics from a file; those that a file of images lacks are measured."""
@@ -138,7 +143,8 @@ class Scoring:
         images = open_samples(path, "fid_stats", is_any=has_pixels) if holds_images(path, has_pixels) else None
         stated = None
         if images is None or has_statistics(path):
-            stated = load_statistics(path, feature_widths(self.extractor_names))
+            stated = load_statistics(path, feature_widths(self.records))
+            check_details(stated, self.records, self.options)
 
         # Both sides enter Inception alike: a score across conventions measures the resizing as well.
         requested = self.config.convention
@@ -152,7 +158,7 @@ class Scoring:
         self.extractors = {}
         if self.extractor_names:
             self.extractors = load_extractors(
-                self.extractor_names,
+                self.records,
                 weights=self.config.inception_weights,
                 convention=self.convention and self.convention.name,
                 sharding=replicated(self.mesh),
@@ -169,12 +175,14 @@ class Scoring:
         """Returns the statistics `stated` in the images' file, with the images' rows, or all measured from the images.
         What is measured is kept in --out."""
         sha256 = content_sha256(path)
-        others = [name for name in self.extractor_names if name != DEFAULT_EXTRACTOR]
+        others = [
+            word for name in self.records if name != DEFAULT_EXTRACTOR for word in (name, *self.records[name].words)
+        ]
         parts = [sha256[:12], *([self.convention.name] if self.convention else []), *others]
         parts += ["pixels"] if sees_pixels(self.metrics) else []
         measured_path = self.out / f"reference_{'_'.join(parts)}.npz"
         if measured_path.exists():  # of the same bytes and networks: they are in its name
-            measured = load_statistics(measured_path, feature_widths(self.extractor_names))
+            measured = load_statistics(measured_path, feature_widths(self.records))
         else:
             measured = self._measure_images(path, images, measured_path)
         if measured.pixels is not None:
@@ -189,12 +197,13 @@ class Scoring:
     def _measure_images(self, path: Path, images: Samples, measured_path: Path) -> ReferenceStatistics:
         statistics = ImageStatistics(pixels=self._new_pixels())
         self.measure_samples(images, statistics, f"images of {path.name}")
-        widths = feature_widths(self.extractor_names)
+        widths = feature_widths(self.records)
         save = functools.partial(
             save_statistics,
             statistics=statistics,
             convention=self.convention and self.convention.name,
             dataset=str(path),
+            extractors=self.records,
             image_shape=images.image_shape,
         )
         with self.going_on():
@@ -207,7 +216,7 @@ class Scoring:
     def _describe_reference(self) -> dict[str, Any]:
         """Returns the settings that all rows of this evaluation share."""
         is_default = self.extractor_names == (DEFAULT_EXTRACTOR,)
-        sha256s = {name: EXTRACTORS[name].sha256 for name in self.extractor_names}
+        sha256s = {name: record.sha256 for name, record in self.records.items()}
         settings: dict[str, Any] = {
             "fid_stats": str(self.reference.path),
             "fid_stats_sha256": self.reference.sha256,
@@ -220,6 +229,8 @@ class Scoring:
         if not is_default:
             settings["extractor"] = list(sha256s)
             settings["extractor_sha256"] = list(sha256s.values())
+        for record in self.records.values():
+            settings |= record.details
         if self.config.metrics:
             settings["metrics"] = list(map(str, choose_metrics(self.config.metrics)))
         if self.memorising:
@@ -329,7 +340,8 @@ class RunEvaluation(Scoring):
         )
         if config.batch_size is None:
             costliest = max(samplers, key=lambda sampler: sampler.cfg_scale is not None)  # two passes a step
-            self.batch_size = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
+            fitting = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
+            self.batch_size = min(fitting, most_images(self.records, self.mesh.size, free_memory()) or fitting)
             log(f"--batch_size {self.batch_size}")
         self.straightness = functools.cache(self.generator.straightness)  # the same for every number of steps
         self.settings |= self._describe_run(params, model, saved)

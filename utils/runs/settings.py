@@ -12,6 +12,7 @@ from utils.data.dataset import DataOptions
 from utils.images.decoding import MAX_MEGAPIXELS, MODES
 from utils.images.pixels import parse_range
 from utils.images.sizes import parse_size
+from utils.metrics.dinov2 import DTYPES, PREPROCESSING
 from utils.metrics.inception import CONVENTIONS
 from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
 
@@ -178,6 +179,14 @@ class EvaluationConfig:
         None, "Reference statistics; with them, `fid` is logged at every evaluation.", is_path=True
     )
     metrics: tuple[str, ...] = setting(("fid",), "Scores against --fid_stats, as those of eval_fid.py.")
+    extractor: tuple[str, ...] = setting(
+        (), "Instead of --metrics: feature networks, by commas, whose distance is logged; dinov2: `fd_dinov2`."
+    )
+    extractor_weights: str | None = setting(None, "Weights of dinov2, in any of their published forms.", is_path=True)
+    preprocessing: str | None = setting(
+        None, "How images are resized for dinov2; default: edm2.", choices=PREPROCESSING
+    )
+    extractor_dtype: str | None = setting(None, "Type of dinov2's matmuls; default: float32.", choices=DTYPES)
     fid_samples: int = setting(10_000, "Samples of a training-time FID.", 2)
     eval_memorisation: int = setting(0, "Samples compared with the training images at every evaluation. 0: none.", 0)
     convention: str | None = setting(

@@ -6,8 +6,8 @@ from typing import Any
 from utils.base.effects import Rule, check_effects, refuse_ignored
 from utils.base.settings import settings_of
 from utils.data.loaders import check_data_settings, find_loader
-from utils.metrics.extractors import DEFAULT_EXTRACTOR
-from utils.metrics.metrics import choose_metrics, needed_extractors
+from utils.metrics.extractors import DEFAULT_EXTRACTOR, ExtractorOptions, takes_options
+from utils.metrics.metrics import needed_extractors, training_metrics
 from utils.runs.checkpoint import has_checkpoints
 from utils.runs.config import OBJECTIVE_NAME, RunConfig, network_settings, objective_settings
 from utils.trackers.trackers import check_trackers
@@ -17,6 +17,10 @@ from utils.training.start import read_started_from
 def _is_derived(dataset_name: str) -> bool:
     loader = find_loader(dataset_name)
     return loader is not None and loader.is_derived
+
+
+def _extractors(values: Any) -> tuple[str, ...]:
+    return needed_extractors(training_metrics(values.metrics, values.extractor))
 
 
 # From what is given alone, before a run of --load_dir is opened.
@@ -33,13 +37,17 @@ PLAN_RULES = (
 # `is_started` say whether the run's folder has no checkpoint yet, and whether its parameters are those of another run.
 RULES = (
     Rule(
-        ("metrics", "fid_samples", "convention", "inception_weights"), "without --fid_stats", lambda v: not v.fid_stats
+        ("metrics", "extractor", *ExtractorOptions._fields, "fid_samples", "convention", "inception_weights"),
+        "without --fid_stats",
+        lambda v: not v.fid_stats,
     ),
+    Rule(("metrics",), "beside --extractor, whose distances are logged", lambda v: v.extractor),
     Rule(
         ("convention", "inception_weights"),
         "with --metrics of which none needs Inception",
-        lambda v: DEFAULT_EXTRACTOR not in needed_extractors(choose_metrics(v.metrics)),
+        lambda v: DEFAULT_EXTRACTOR not in _extractors(v),
     ),
+    Rule(ExtractorOptions._fields, "without dinov2 among the features", lambda v: not takes_options(_extractors(v))),
     Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),
     Rule(("eval_memorisation",), "with --eval_interval=0: it is part of an evaluation", lambda v: not v.eval_interval),
     Rule(

@@ -8,17 +8,29 @@ from jax.sharding import Mesh
 from utils.base.mesh import replicated
 from utils.data.dataset import ImageDataset
 from utils.images.pixels import check_pictures
-from utils.metrics.extractors import DEFAULT_EXTRACTOR, feature_widths, load_extractors
+from utils.metrics.extractors import (
+    DEFAULT_EXTRACTOR,
+    ExtractorOptions,
+    configure_extractors,
+    feature_widths,
+    load_extractors,
+)
 from utils.metrics.metrics import (
     Metric,
-    choose_metrics,
     leave_out,
     needed_extractors,
     sees_pixels,
+    training_metrics,
     why_no_moments,
     why_no_picture,
 )
-from utils.metrics.reference import ReferenceStatistics, find_convention, load_statistics, warn_of_other_shape
+from utils.metrics.reference import (
+    ReferenceStatistics,
+    check_details,
+    find_convention,
+    load_statistics,
+    warn_of_other_shape,
+)
 from utils.runs.config import RunConfig
 
 
@@ -36,7 +48,7 @@ def load_reference(config: RunConfig, mesh: Mesh, dataset: ImageDataset) -> Refe
     evaluation = config.evaluation
     if not evaluation.fid_stats:
         return None
-    metrics = choose_metrics(evaluation.metrics)
+    metrics = training_metrics(evaluation.metrics, evaluation.extractor)
     if not sees_pixels(metrics):
         what = f"--fid_stats={evaluation.fid_stats}: feature networks take"
         fix = "leave it out, or use --metrics moments"
@@ -46,12 +58,15 @@ def load_reference(config: RunConfig, mesh: Mesh, dataset: ImageDataset) -> Refe
 
     # Both sides enter Inception under one convention: the one that the statistics record.
     names = needed_extractors(metrics)
-    statistics = load_statistics(evaluation.fid_stats, feature_widths(names))
+    options = ExtractorOptions.of(evaluation)
+    records = configure_extractors(names, options) if names else {}
+    statistics = load_statistics(evaluation.fid_stats, feature_widths(records))
+    check_details(statistics, records, options)
     metrics = leave_out(metrics, lambda metric: why_no_moments(metric, statistics, *images))
     if not names:
         return Reference(statistics, {}, metrics)
     convention = find_convention(statistics, evaluation.convention).name if DEFAULT_EXTRACTOR in names else None
     warn_of_other_shape(statistics, dataset.image_shape)
     weights = evaluation.inception_weights
-    extractors = load_extractors(names, weights=weights, convention=convention, sharding=replicated(mesh))
+    extractors = load_extractors(records, weights=weights, convention=convention, sharding=replicated(mesh))
     return Reference(statistics, extractors, metrics)
