@@ -140,7 +140,7 @@ def test_statistics_of_another_extractor_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--extractor dino", "--extractor=dino is unknown; known are inception, colour"),
+        ("--extractor clip", "--extractor=clip is unknown; known are inception, dinov2, colour"),
         ("--extractor=", "--extractor= is unknown"),
         ("--extractor colour,", "--extractor=colour,: an empty name is unknown"),
         ("--extractor colour --convention adm", "--convention=adm has no effect without inception in --extractor"),
