@@ -214,7 +214,7 @@ def test_hours_are_announced_after_the_first_batches(per_batch, total, flag, exp
 
 
 def test_batches_hold_fewer_of_large_images():
-    scoring = SimpleNamespace(config=ConfigDict({"batch_size": None}), mesh=SimpleNamespace(size=1))
+    scoring = SimpleNamespace(config=ConfigDict({"batch_size": None}), mesh=SimpleNamespace(size=1), records={})
     sizes = {side: Scoring._choose_batch_size(scoring, 1000, (side, side, 3)) for side in (32, 1024, 2048, 8192)}
     assert sizes == {32: RECIPE_BATCH_SIZE, 1024: RECIPE_BATCH_SIZE, 2048: 2**28 // (3 * 2048**2), 8192: 1}
     assert Scoring._choose_batch_size(scoring, 4, (32, 32, 3)) == 4
