@@ -234,7 +234,7 @@ test_reflow.py::test_noise_is_drawn_as_it_was
 test_eval_fid.py::test_a_row_under_other_settings_of_jax_is_another_row
   utils/runs/scoring.py: if variables := changed_variables(): -> if variables := []:
 test_vae.py::test_what_is_saved_is_the_same_network_to_diffusers
-  utils/codecs/kl.py: "down_block_types": ["DownEncoderBlock2D"] * depth, ->
+  utils/codecs/kl_config.py: "down_block_types": ["DownEncoderBlock2D"] * depth, ->
   utils/base/files.py: os.fchmod(file.fileno(), mode) -> pass
 test_tiny.py::test_golden_numbers
   utils/codecs/tiny.py: (3 * jnp.tanh(z / 3)) -> z
