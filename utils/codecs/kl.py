@@ -1,6 +1,6 @@
 """The KL autoencoder of latent diffusion (Rombach et al., arXiv:2112.10752) as a codec.
 
-Stable Diffusion's, SDXL's, SD3's and FLUX's are read from the Hugging Face layout: config.json and
+Stable Diffusion's, SDXL's, SD3's, FLUX's and FLUX.2's are read from the Hugging Face layout: config.json and
 diffusion_pytorch_model.safetensors.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from utils.base.files import file_sha256
 from utils.base.messages import UserError
 from utils.codecs.codec import latent_sides
-from utils.codecs.kl_config import KLConfig
+from utils.codecs.kl_config import Flux2Config, KLConfig, read_kl_config
 from utils.codecs.kl_files import draw_params, find_files, read_config, read_params, write_files
 from utils.codecs.kl_network import AutoencoderKL
 
@@ -26,6 +26,7 @@ from utils.codecs.kl_network import AutoencoderKL
 class KLCodec(flax.struct.PyTreeNode):
     """KL autoencoder as a codec. Parameters are float32, `dtype` is the compute dtype, results are float32."""
 
+    SURPLUS = ()  # integers in the weights file with which nothing is computed
     # Only the parameters are leaves; the rest is what functions are compiled for.
     params: PyTree
     config: KLConfig = flax.struct.field(pytree_node=False)
@@ -44,7 +45,7 @@ class KLCodec(flax.struct.PyTreeNode):
         # The configuration first: a small file, which says what the weights must be.
         config_file, weights_file = find_files(path, shown)
         content = read_config(config_file, shown, "kl", path)
-        config = KLConfig.from_dict(content, str(config_file), shown)
+        config = read_kl_config(content, str(config_file), shown)
 
         # Sizes that contradict each other are reported before weights are read.
         try:
@@ -53,8 +54,11 @@ class KLCodec(flax.struct.PyTreeNode):
         except (TypeError, ValueError, ArithmeticError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{shown}: no VAE has the sizes in {config_file} ({reason}); fetch it again") from None
-        params = read_params(weights_file, shapes, shown)
-        return cls(params, config, jnp.dtype(dtype), file_sha256(weights_file), path)
+        kind = _codec_class(config)
+        params = read_params(weights_file, shapes, shown, ignored=kind.SURPLUS)
+        if "bn" in params and (np.asarray(params["bn"]["running_var"]) < 0).any():
+            raise UserError(f"{shown}: {weights_file} has a negative variance in bn.running_var; fetch it again")
+        return kind(params, config, jnp.dtype(dtype), file_sha256(weights_file), path)
 
     @classmethod
     def random(cls, seed: int, config: KLConfig | None = None, dtype: Any = jnp.float32) -> "KLCodec":
@@ -63,11 +67,11 @@ class KLCodec(flax.struct.PyTreeNode):
         `config` defaults to the sizes of Stable Diffusion's VAE.
         """
         config = config or KLConfig()
-        return cls(draw_params(seed, _param_shapes(config)), config, jnp.dtype(dtype), "")
+        return _codec_class(config)(draw_params(seed, _param_shapes(config)), config, jnp.dtype(dtype), "")
 
     def save(self, folder: Path) -> None:
         """Writes the codec in the Hugging Face layout, which `load` and diffusers read."""
-        write_files(folder, self.config.to_dict(), self.params)
+        write_files(folder, self.config.to_dict(), self.params, self.SURPLUS)
 
     def encode_moments(
         self, images: Float[Array, "b h w 3"]
@@ -80,7 +84,7 @@ class KLCodec(flax.struct.PyTreeNode):
 
     def sample_latents(
         self, key: Key[Array, "*b"], mean: Float[Array, "b h w c"], logvar: Float[Array, "b h w c"]
-    ) -> Float[Array, "b h w c"]:
+    ) -> Float[Array, "b h2 w2 c2"]:
         """Returns a sample of the posterior, scaled to about unit variance.
 
         `key` is one for each example, or one to be split among them.
@@ -92,7 +96,15 @@ class KLCodec(flax.struct.PyTreeNode):
         # Noise by example, whatever the batch that it is encoded in.
         keys = key if key.ndim else jax.random.split(key, len(mean))
         z = mean + jnp.exp(logvar / 2) * jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        return self.normalise(z)
+
+    def normalise(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        """Returns the network's latents as a model learns them, of about unit variance."""
         return (z - self.config.shift) * self.config.scale
+
+    def denormalise(self, latents: Float[Array, "b h2 w2 c2"]) -> Float[Array, "b h w c"]:
+        """Returns the network's latents, the reverse of `normalise`."""
+        return latents / self.config.scale + self.config.shift
 
     def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
         """Returns scaled latents of images in [-1, 1]; `key` as `sample_latents` takes it."""
@@ -100,7 +112,7 @@ class KLCodec(flax.struct.PyTreeNode):
 
     def decode(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
         """Returns images, about in [-1, 1], of scaled latents."""
-        return self._apply(latents / self.config.scale + self.config.shift, "decode").astype(jnp.float32)
+        return self._apply(self.denormalise(latents), "decode").astype(jnp.float32)
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Returns (h / f, w / f, c), where f is `downsampling`. Raises UserError for images that do not fit."""
@@ -111,8 +123,50 @@ class KLCodec(flax.struct.PyTreeNode):
         return AutoencoderKL(self.config, self.dtype).apply({"params": self.params}, x, method=method)
 
 
+class Flux2Codec(KLCodec):
+    """FLUX.2's autoencoder as a codec: latents are the posterior's mean, in patches of 2x2, each number of a patch
+    normalised by the running statistics that the weights file holds."""
+
+    IS_DETERMINISTIC = True  # the posterior's deviation is not used
+    SURPLUS = ("bn.num_batches_tracked",)
+
+    def encode(self, key: Key[Array, "*b"], images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 c"]:
+        """Returns normalised latents of images in [-1, 1]; `key` is not used."""
+        mean, _ = self.encode_moments(images)
+        return self.normalise(mean)
+
+    def normalise(self, z: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        # A patch's numbers by channel, then row, then column.
+        b, h, w, c = z.shape
+        patches = z.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4).reshape(b, h // 2, w // 2, 4 * c)
+        return (patches - self.params["bn"]["running_mean"]) / self._deviation
+
+    def denormalise(self, latents: Float[Array, "b h2 w2 c2"]) -> Float[Array, "b h w c"]:
+        b, h, w, c = latents.shape
+        patches = latents * self._deviation + self.params["bn"]["running_mean"]
+        return patches.reshape(b, h, w, c // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3).reshape(b, 2 * h, 2 * w, c // 4)
+
+    @property
+    def _deviation(self) -> Float[Array, " c"]:
+        assert isinstance(self.config, Flux2Config)
+        return jnp.sqrt(self.params["bn"]["running_var"] + self.config.batch_norm_eps)
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        height, width, channels = super().latent_shape(image_shape)
+        return height, width, 4 * channels
+
+
+def _codec_class(config: KLConfig) -> type[KLCodec]:
+    return Flux2Codec if isinstance(config, Flux2Config) else KLCodec
+
+
 def _param_shapes(config: KLConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     # The smallest image there is: shapes of parameters do not depend on its sides. Nothing is computed.
     image = jnp.zeros((1, config.downsampling, config.downsampling, config.in_channels))
     init = partial(AutoencoderKL(config, jnp.float32).init, jax.random.key(0))
-    return flatten_dict(jax.eval_shape(init, image)["params"])
+    shapes = flatten_dict(jax.eval_shape(init, image)["params"])
+    # Beside the network: statistics of each number of a patch.
+    if isinstance(config, Flux2Config):
+        statistic = jax.ShapeDtypeStruct((4 * config.latent_channels,), jnp.float32)
+        shapes |= {("bn", "running_mean"): statistic, ("bn", "running_var"): statistic}
+    return shapes

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # Codecs by the class that a config.json names.
-CLASSES = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny"}
+CLASSES = {"AutoencoderKL": "kl", "AutoencoderKLFlux2": "kl", "AutoencoderTiny": "tiny"}
 
 
 def find_files(
@@ -103,13 +103,18 @@ def draw_params(seed: int, shapes: Mapping[tuple[str, ...], Any]) -> PyTree:
         "kernel": lambda shape: rng.standard_normal(shape, np.float32) / np.prod(shape[:-1]) ** 0.5,
         "scale": lambda shape: np.ones(shape),
         "bias": lambda shape: np.zeros(shape),
+        "running_mean": lambda shape: np.zeros(shape),
+        "running_var": lambda shape: np.ones(shape),
     }
     params = {path: jnp.asarray(draw[path[-1]](target.shape), jnp.float32) for path, target in shapes.items()}
     return unflatten_dict(params)
 
 
-def write_files(folder: Path, config: Mapping[str, Any], params: PyTree) -> None:
-    """Writes config.json and weights into a folder, made if need be; the reverse of `read_config` and `read_params`."""
+def write_files(folder: Path, config: Mapping[str, Any], params: PyTree, surplus: Collection[str] = ()) -> None:
+    """Writes config.json and weights into a folder, made if need be; the reverse of `read_config` and `read_params`.
+
+    `surplus` names integers of the same class that are written as zero.
+    """
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +125,7 @@ def write_files(folder: Path, config: Mapping[str, Any], params: PyTree) -> None
         for path, value in flatten_dict(params).items()
     }
     with atomic_write(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors | {name: np.zeros((), np.int64) for name in surplus}, temporary)
 
 
 def tensor_name(path: tuple[str, ...]) -> str:
@@ -135,13 +140,15 @@ def to_torch_layout(value: np.ndarray) -> np.ndarray:
     return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
 
 
-def read_params(file: Path, targets: Mapping[tuple[str, ...], Any], shown: str) -> PyTree:
-    """Returns float32 parameters of the shapes of `targets` from a safetensors file.
+def read_params(
+    file: Path, targets: Mapping[tuple[str, ...], Any], shown: str, ignored: Collection[str] = ()
+) -> PyTree:
+    """Returns float32 parameters of the shapes of `targets` from a safetensors file, without the tensors `ignored`.
 
     Raises UserError, before a tensor is read, where one is missing, left over, or of another shape.
     """
     try:
-        found = read_safetensors_shapes(file)
+        found = {name: shape for name, shape in read_safetensors_shapes(file).items() if name not in ignored}
         requested = _match_tensors(found, targets, file, shown)
         tensors = read_safetensors(file, {name: found[name] for name in requested})
     except (BadFileError, OSError) as error:

@@ -71,16 +71,20 @@ class Upsampler(KLModule):
 
 
 class Stage(KLModule):
-    """A stage of `depth` residual blocks of one width, then, if `resample` names one, a change of size."""
+    """A stage of `depth` residual blocks of one width, each followed by attention where the stage has it, then, if
+    `resample` names one, a change of size."""
 
     channels: int
     depth: int
+    has_attention: bool
     resample: str | None  # 'downsamplers_0' or 'upsamplers_0'
 
     @nn.compact
     def __call__(self, x):
         for i in range(self.depth):
             x = ResnetBlock(self.config, self.dtype, self.channels, name=f"resnets_{i}")(x)
+            if self.has_attention:
+                x = AttentionBlock(self.config, self.dtype, name=f"attentions_{i}")(x)
         if self.resample is None:
             return x
         kind = Downsampler if self.resample.startswith("down") else Upsampler
@@ -94,11 +98,12 @@ class Encoder(KLModule):
     def __call__(self, x):
         widths = self.config.block_out_channels
         depth = self.config.layers_per_block
+        has_attention = self.config.down_attention or (False,) * len(widths)
         x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
         # All stages but the last halve the sides.
         for i, width in enumerate(widths):
             resample = "downsamplers_0" if i < len(widths) - 1 else None
-            x = Stage(self.config, self.dtype, width, depth, resample, name=f"down_blocks_{i}")(x)
+            x = Stage(self.config, self.dtype, width, depth, has_attention[i], resample, name=f"down_blocks_{i}")(x)
         x = MidBlock(self.config, self.dtype, name="mid_block")(x)
         return self.conv(2 * self.config.latent_channels, "conv_out")(nn.silu(self.norm("conv_norm_out")(x)))
 
@@ -108,15 +113,16 @@ class Decoder(KLModule):
 
     @nn.compact
     def __call__(self, x):
-        widths = self.config.block_out_channels[::-1]
+        widths = self.config.decoder_widths[::-1]
         # One block more in each stage than in the encoder, as in the reference network.
         depth = self.config.layers_per_block + 1
+        has_attention = self.config.up_attention or (False,) * len(widths)
         x = self.conv(widths[0], "conv_in")(x.astype(self.dtype))
         x = MidBlock(self.config, self.dtype, name="mid_block")(x)
         # All stages but the last double the sides.
         for i, width in enumerate(widths):
             resample = "upsamplers_0" if i < len(widths) - 1 else None
-            x = Stage(self.config, self.dtype, width, depth, resample, name=f"up_blocks_{i}")(x)
+            x = Stage(self.config, self.dtype, width, depth, has_attention[i], resample, name=f"up_blocks_{i}")(x)
         return self.conv(self.config.out_channels, "conv_out")(nn.silu(self.norm("conv_norm_out")(x)))
 
 
