@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 import compute_fid_stats
 import eval_fid
+from tests.conftest import run_program
 from tests.dinov2_network import make_tensors, numpy_bicubic, numpy_features
 from tests.test_dinov2 import narrow  # noqa: F401 (fixture)
 from utils.base.mesh import make_mesh
@@ -174,6 +175,20 @@ def test_statistics_of_before_are_read(folder):
     np.savez(folder / "old.npz", mu=np.zeros(3), sigma=np.eye(3), convention="adm")
     assert load_statistics(folder / "old.npz", {POOL: 3}).details == {}
     assert feature_widths(["dinov2"]) == {CLASS_TOKEN: 1024}
+
+
+@pytest.mark.slow
+def test_two_devices_are_one(run, folder, tmp_path):
+    for devices in (1, 2):
+        code = (
+            "import compute_fid_stats; from utils.flags import program; from utils.metrics import dinov2;"
+            "dinov2.HEADS[24] = 3; program.run_program(compute_fid_stats.define_flags, compute_fid_stats.main)"
+        )
+        words = f"--images IN/data.npz --preprocessing dgm_eval --batch_size 8 --out OUT/{devices}.npz {DINOV2} dinov2"
+        words = words.replace("IN", str(folder)).replace("OUT", str(tmp_path)).split()
+        run_program("-c", code, *words, devices=devices)
+    one, two = (np.load(tmp_path / f"{devices}.npz")["dinov2.cls.rows"] for devices in (1, 2))
+    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-6)
 
 
 def test_batches_fit_the_memory():

@@ -32,7 +32,7 @@ def golden() -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / "inception_features.npz"))
 
 
-@pytest.fixture(scope="module", params=inception.CONVENTIONS)
+@pytest.fixture(scope="module", params=["adm", "pytorch_fid"])
 def extractor(request, weights):
     return request.param, inception.load_inception(weights, request.param)
 

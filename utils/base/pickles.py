@@ -184,23 +184,28 @@ def _make_encoder(max_bytes: int) -> Callable[[str, str], bytes]:
     return encode
 
 
-def read_pickled_arrays(path: Path) -> Any:
-    """Returns the content of a pickle of dictionaries, lists, texts, numbers and NumPy arrays of float32 or float64.
-
-    Raises BadFileError for everything else, naming it.
-    """
-    content = read_bounded(path, MAX_BYTES)
-    # Every name that a pickled array may ask for, and what it gets instead.
+def numpy_stand_ins(max_bytes: int) -> dict[tuple[str, str], Any]:
+    """Returns {(module, name): stand-in} of every name that pickled arrays may ask for, of a pickle of `max_bytes`."""
     allowed: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): StandIn("ndarray"),
         ("numpy", "dtype"): Function(_DType),
-        ("_codecs", "encode"): Function(_make_encoder(len(content))),
+        ("_codecs", "encode"): Function(_make_encoder(max_bytes)),
     }
     for package in ("numpy.core", "numpy._core"):  # the same functions, in NumPy 1 and 2
         allowed[f"{package}.multiarray", "_reconstruct"] = Function(lambda kind, shape, code: _Array())
         allowed[f"{package}.numeric", "_frombuffer"] = Function(
             lambda content, dtype, shape, order: _Array(_make_array(content, dtype, shape, order))
         )
+    return allowed
+
+
+def read_pickled_arrays(path: Path) -> Any:
+    """Returns the content of a pickle of dictionaries, lists, texts, numbers and NumPy arrays of float32 or float64.
+
+    Raises BadFileError for everything else, naming it.
+    """
+    content = read_bounded(path, MAX_BYTES)
+    allowed = numpy_stand_ins(len(content))
 
     # Whatever random bytes make the unpickler raise, the answer is one line.
     try:

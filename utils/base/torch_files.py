@@ -8,6 +8,7 @@ import math
 import mmap
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from utils.base.external import BadFileError, open_zip
 from utils.base.files import open_regular
-from utils.base.pickles import Function, Namespace, SafeUnpickler, StandIn
+from utils.base.pickles import MAX_BYTES, Function, Namespace, SafeUnpickler, StandIn, numpy_stand_ins
 
 LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of files from before PyTorch 1.6
 # The pickle describes tensors, some fifty opcodes each, and holds none of their numbers.
@@ -93,8 +94,10 @@ class _Unpickler(SafeUnpickler):
     max_opcodes = 10**6
     max_values = 10**6
 
-    def __init__(self, pickled: bytes, archive: zipfile.ZipFile, root: str, content: mmap.mmap):
-        super().__init__(pickled, ALLOWED)
+    def __init__(
+        self, pickled: bytes, archive: zipfile.ZipFile, root: str, content: mmap.mmap, others: Mapping[Any, Any]
+    ):
+        super().__init__(pickled, {**ALLOWED, **others})
         self.archive = archive
         self.root = root
         self.mapped = content
@@ -137,9 +140,9 @@ def _count_bytes(value: Any) -> int:
     return total
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, *, with_arrays: bool = False) -> Any:
     """Returns what `torch.save` wrote: dictionaries, lists, numbers, texts, and tensors as read-only arrays that map
-    the file.
+    the file. `with_arrays`: NumPy's arrays too, whose numbers are in the pickle itself.
 
     Raises BadFileError for a file of another kind, one that is cut short or from before PyTorch 1.6, and for a pickle
     that names anything but tensors, OrderedDict and argparse.Namespace (of which only attributes are kept).
@@ -160,9 +163,10 @@ def read_torch_file(path: Path) -> Any:
                     raise BadFileError("it is of a big-endian machine")
 
                 # The tensors: views that keep the mapping alive after the file is closed.
-                pickled = _read_member(archive, names[0], MAX_PICKLE_BYTES)
+                pickled = _read_member(archive, names[0], MAX_BYTES if with_arrays else MAX_PICKLE_BYTES)
+                others = numpy_stand_ins(len(pickled)) if with_arrays else {}
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                value = _Unpickler(pickled, archive, root, content).read()
+                value = _Unpickler(pickled, archive, root, content, others).read()
                 if _count_bytes(value) > MAX_SHARING * len(content):
                     raise BadFileError("its tensors share their bytes with each other")
                 return value

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from utils.base.external import BadFileError, read_npz, read_npz_headers, read_safetensors
 from utils.base.files import cache_folder, read_bytes, remove_temporaries, set_aside, temporary_path
 from utils.base.messages import UserError, warn
+from utils.metrics.resizing import map_on_host, resize_pil_float
 
 # Of the TorchScript archive: other bytes are never parsed, whatever their source.
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
@@ -48,11 +49,15 @@ HIGHEST = jax.lax.Precision.HIGHEST  # a GPU would else multiply float32 as TF32
 
 
 class Preprocessing(NamedTuple):
-    """The way of a uint8 image into the network: bilinear resize, then (x - mean) / scale in grey levels, 0 to 255."""
+    """The way of a uint8 image into the network: a resize, then (x - mean) / scale in grey levels, 0 to 255.
+
+    The resize is bilinear and on the devices, or on the host `resize(image, side)`.
+    """
 
     half_pixel: bool
     mean: float
     scale: float
+    resize: Callable[[np.ndarray, int], np.ndarray] | None = None
 
 
 CONVENTIONS = {
@@ -60,6 +65,8 @@ CONVENTIONS = {
     "adm": Preprocessing(half_pixel=False, mean=128, scale=128),
     # pytorch-fid: PyTorch's resize (align_corners=False) and 2 x / 255 - 1.
     "pytorch_fid": Preprocessing(half_pixel=True, mean=127.5, scale=127.5),
+    # clean-fid in its mode `clean` (arXiv:2104.11222): antialiased bicubic of floats.
+    "clean": Preprocessing(half_pixel=True, mean=128, scale=128, resize=resize_pil_float),
 }
 DEFAULT_CONVENTION = "adm"
 
@@ -186,13 +193,13 @@ def resize_matrix(size: int, new_size: int, half_pixel: bool) -> Float[np.ndarra
 
 @partial(jax.jit, static_argnames="convention")
 def _extract(
-    params: PyTree, images: UInt8[Array, "n h w 3"], convention: Preprocessing
+    params: PyTree, images: UInt8[Array, "n h w 3"] | Float[Array, "n 299 299 3"], convention: Preprocessing
 ) -> dict[str, Float[Array, "n _"]]:
     # Shapes are static under jit: the matrices are computed once, as constants of the compiled function.
     rows, columns = (
         jnp.asarray(resize_matrix(size, IMAGE_SIZE, convention.half_pixel), jnp.float32) for size in images.shape[1:3]
     )
-    # A bilinear resize is separable: one matmul for each axis.
+    # A bilinear resize is separable: one matmul for each axis, the identity for images that were resized before.
     x = jnp.einsum("ph,nhwc->npwc", rows, images.astype(jnp.float32), precision=HIGHEST)
     x = jnp.einsum("qw,npwc->npqc", columns, x, precision=HIGHEST)
     features: Any = InceptionV3().apply({"params": params}, (x - convention.mean) / convention.scale)
@@ -204,8 +211,8 @@ def load_inception(
 ) -> Callable[[UInt8[Array, "n h w 3"]], dict[str, Float[Array, "n _"]]]:
     """Returns the function from uint8 images (RGB, any size, numpy or jax) to their features, float32.
 
-    `weights`: a local copy of the file, else the cache, fetched if need be. `convention`: 'adm', which is the default,
-    or 'pytorch_fid'; the two give different FIDs, so both sides of a distance need the same. `sharding`: where the
+    `weights`: a local copy of the file, else the cache, fetched if need be. `convention`: one of CONVENTIONS, the first
+    by default; they give different FIDs, so both sides of a distance need the same. `sharding`: where the
     weights live, the default device if None. The function compiles once per shape of its images. Raises UserError for
     an unknown convention and for weights that cannot be had or are not the published ones; the function returned raises
     ValueError for images of another dtype or shape.
@@ -226,7 +233,10 @@ def load_inception(
     def extract(images):
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 (n, h, w, 3); repeat grey to RGB")
-        return _extract(params, images, CONVENTIONS[convention])
+        preprocessing = CONVENTIONS[convention]
+        if preprocessing.resize is not None:
+            images = map_on_host(preprocessing.resize, images, IMAGE_SIZE)
+        return _extract(params, images, preprocessing)
 
     return extract
 

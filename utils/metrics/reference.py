@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,30 +10,26 @@ import numpy as np
 from jaxtyping import Float, Num
 
 from utils.base.commands import write_command
-from utils.base.external import BadFileError, read_npz, read_npz_headers, read_rows
+from utils.base.external import BadFileError, read_npz_headers
 from utils.base.files import file_sha256
 from utils.base.messages import UserError, warn
-from utils.base.pickles import read_pickled_arrays
 from utils.metrics.extractors import (
-    CLASS_TOKEN,
     DEFAULT_EXTRACTOR,
     EXTRACTORS,
     PIXELS,
-    POOL,
     Extractor,
     ExtractorOptions,
     FeatureKey,
     feature_widths,
     takes_options,
 )
+from utils.metrics.other_files import StoredArrays, open_arrays
 from utils.metrics.pixels import PixelReference, check_pixel_shapes, read_pixels
 from utils.metrics.scores import check_gaussian, covariance_root
 from utils.metrics.statistics import FeatureStatistics
 from utils.metrics.statistics_files import METADATA, Shapes, array_names, format_shape
 
 MAX_ROWS = 50_000  # rows that a statistics file may hold: 0.4 GB of Inception's as float32
-ROWS_AT_A_TIME = 1024  # 8 MB of Inception's as float32
-
 # Beside the features of an extractor, as EXTRACTOR.DETAIL: on what else they depend.
 DETAILS = ("sha256", "preprocessing", "extractor_dtype")
 
@@ -97,7 +93,7 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
     `widths` are {feature: width} of the features to read; default: Inception's. The file must have the first feature of
     each extractor; the others are read where it has them. Inception's are read from an npz with `mu` (d,) and `sigma`
     (d, d): the files of TTUR, pytorch-fid, jax-flow and EDM, ADM's VIRTUAL_*.npz (with `mu_s` and `sigma_s`), and what
-    `save_statistics` writes; or from EDM2's pickle of {"fid": {"mu", "sigma"}, "fd_dinov2": the same}. A file may
+    `save_statistics` writes; or from files of EDM2, clean-fid, torch-fidelity and dgm-eval (other_files.py). A file may
     instead have the rows of all images, from which both moments are computed.
 
     Raises UserError for a file that is missing, broken, incomplete, of another extractor or not finite.
@@ -110,14 +106,15 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
     try:
         # Each step trusts no more than the one before has checked: hash, headers, names, shapes, arrays.
         sha256 = file_sha256(path)
-        shapes, read = _open_arrays(path)
+        arrays = open_arrays(path)
+        shapes, read = arrays.shapes, arrays.read
         keys = _find_keys(path, shapes, widths)
         # Shapes first: nothing is read that no memory holds.
         _check_shapes(shapes, {key: widths[key] for key in keys})
         check_pixel_shapes(shapes)
         recorded = [f"{key.extractor}.{detail}" for key in keys for detail in DETAILS]
         content = read([name for name in (*METADATA, *recorded, "label_counts") if name in shapes])
-        by_feature = {key: _read_feature(path, key, shapes, read, content, widths) for key in keys}
+        by_feature = {key: _read_feature(path, key, arrays, content, widths) for key in keys}
         counts = _read_label_counts(content)
         pixels = read_pixels(shapes, read)
     # Errors that already name the flag and the fix.
@@ -136,27 +133,6 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
     return ReferenceStatistics(
         by_feature, sha256, path, **metadata, label_counts=counts, pixels=pixels, details=details
     )
-
-
-def _open_arrays(path: Path) -> tuple[Shapes, Callable[[Iterable[str]], dict[str, np.ndarray]]]:
-    """Returns (shapes of a file's arrays by name, a function that reads some of them)."""
-    if path.suffix == ".pkl":
-        # EDM2's. A pickle is read as a whole, by a reader that runs no code in it.
-        content = read_pickled_arrays(path)
-        arrays: dict[str, np.ndarray] = {}
-        for metric, key in {"fid": POOL, "fd_dinov2": CLASS_TOKEN}.items():
-            moments = content.get(metric) if isinstance(content, dict) else None
-            for name, array in moments.items() if isinstance(moments, dict) else ():
-                if name in ("mu", "sigma") and isinstance(array, np.ndarray):
-                    arrays[getattr(array_names(key), name)] = array
-        arrays["dinov2.preprocessing"] = np.array("edm2")  # by default, for which the published files were made
-        shapes = {name: array.shape for name, array in arrays.items()}
-        return shapes, lambda names: {name: arrays[name] for name in names}
-
-    # An npz is read array by array, and only those that are asked for.
-    headers = read_npz_headers(path)
-    shapes = {name: header.shape for name, header in headers.items()}
-    return shapes, lambda names: read_npz(path, {name: headers[name] for name in names})
 
 
 def _has_moments(key: FeatureKey, shapes: Shapes) -> bool:
@@ -243,58 +219,49 @@ def _check_shapes(shapes: Shapes, widths: Mapping[FeatureKey, int]) -> None:
 def _read_feature(
     path: Path,
     key: FeatureKey,
-    shapes: Shapes,
-    read: Callable[[Iterable[str]], dict[str, np.ndarray]],
+    arrays: StoredArrays,
     content: Mapping[str, np.ndarray],
     widths: Mapping[FeatureKey, int],
 ) -> FeatureReference:
     """Reads the moments of one feature and, for a main one, the rows that the file has."""
     names = array_names(key)
-    has_rows = key.is_main and names.rows in shapes and path.suffix != ".pkl"
-    if _is_compact(key, shapes):
+    has_rows = key.is_main and names.rows in arrays.shapes
+    if _is_compact(key, arrays.shapes):
         # The moments of some of the images would pass for those of all.
-        if "num_images" not in content or int(content["num_images"]) != shapes[names.rows][0]:
+        if "num_images" not in content or int(content["num_images"]) != arrays.shapes[names.rows][0]:
             raise _missing_moments(path, key, widths)
-        rows = _read_rows(path, names.rows)
+        rows = _read_rows(arrays, names.rows)
         statistics = FeatureStatistics()
         statistics.update(rows)
         return FeatureReference(statistics.mu, statistics.sigma, rows)
 
     # The moments as the file has them. Text would convert to numbers without an error.
-    arrays = read([names.mu, names.sigma])
-    for name, array in arrays.items():
+    moments = arrays.read([names.mu, names.sigma])
+    for name, array in moments.items():
         if array.dtype.kind == "U":
             raise BadFileError(f"`{name}` is a text")
-    mu = arrays[names.mu].astype(np.float64)
-    sigma = arrays[names.sigma].astype(np.float64)
+    mu = moments[names.mu].astype(np.float64)
+    sigma = moments[names.sigma].astype(np.float64)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError("it holds NaN or infinity")
     # Checked now, rather than once all samples have been drawn.
     name = f"`{names.sigma}`"
     mu, sigma = check_gaussian(mu, sigma, name)
-    found = FeatureReference(mu, sigma, _read_rows(path, names.rows) if has_rows else None, name)
+    found = FeatureReference(mu, sigma, _read_rows(arrays, names.rows) if has_rows else None, name)
     _ = found.root
     return found
 
 
-def _read_rows(path: Path, name: str) -> Float[np.ndarray, "n d"]:
-    """Reads rows of an npz, as float32, in parts: they may take 0.4 GB. Raises ValueError unless they are finite
-    numbers."""
-    header = read_npz_headers(path)[name]
-    if header.dtype.kind not in "fiub":
-        raise ValueError(f"`{name}` holds {header.dtype}, no numbers")
-    # Column after column, such a file has no rows to be read in parts.
-    if header.is_fortran:
-        features = np.asarray(read_npz(path, {name: header})[name], np.float32)
-    else:
-        features = np.empty(header.shape, np.float32)
-        place = 0
-        for rows in read_rows(path, name, ROWS_AT_A_TIME):
-            features[place : place + len(rows)] = rows
-            place += len(rows)
-    # In parts too: a mask of all entries would take another 0.1 GB.
-    if not all(np.isfinite(features[i : i + ROWS_AT_A_TIME]).all() for i in range(0, len(features), ROWS_AT_A_TIME)):
-        raise ValueError("it holds NaN or infinity")
+def _read_rows(arrays: StoredArrays, name: str) -> Float[np.ndarray, "n d"]:
+    """Reads rows as float32, in parts: they may take 0.4 GB. Raises ValueError unless they are finite numbers."""
+    features = np.empty(arrays.shapes[name], np.float32)
+    place = 0
+    for rows in arrays.read_rows(name):
+        # In parts too: a mask of all entries would take another 0.1 GB.
+        if not np.isfinite(rows).all():
+            raise ValueError("it holds NaN or infinity")
+        features[place : place + len(rows)] = rows
+        place += len(rows)
     return features
 
 
