@@ -22,8 +22,6 @@ from utils.kernels.tpu_attention import TpuAttention
 from utils.networks.lora import add_lora
 from utils.training.start import adapt_params, frozen_beside_lora, keep_null_vector
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 SIZES = {"patch_size": 2, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 3, "dtype": "float32"}
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8, 8, 2), np.float32))
 T = jnp.asarray(np.array([0.1, 0.5, 0.9], np.float32))

@@ -9,8 +9,6 @@ from diffusion_transformer import DiT, DiTConfig
 from utils.kernels.derivatives import define_derivatives, save_pullback
 from utils.kernels.ops import FOLDED_MATMULS_FAIL, attention, choose_attention, dense
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 def test_dense_has_the_derivative_of_its_formula():
     """In float32 that of autodiff; in bfloat16 the parameters' gradients are float32 sums of the same matmul."""
