@@ -199,7 +199,7 @@ test_fid.py::test_statistics_are_of_the_split_and_hold_what_the_flags_say
 test_moments.py::test_moments_are_those_of_numpy
   utils/metrics/pixels.py: weights[:, 0] = 1 -> pass
 test_moments.py::test_a_training_scores_what_its_flags_say
-  utils/training/reference.py: choose_metrics(evaluation.metrics) -> choose_metrics(("fid",))
+  utils/training/reference.py: training_metrics(evaluation.metrics -> training_metrics(("fid",)
 test_condition_records.py::test_latents_keep_any_condition
   utils/data/records.py: offset += arrays[-1].nbytes -> pass
 test_latents.py::test_what_is_encoded_is_what_the_flags_say
@@ -225,6 +225,24 @@ test_memorisation.py::test_many_equal_rows_and_ties
   utils/metrics/memorisation.py: if not len(repaired): -> if True:
 test_memorisation.py::test_mirrors_are_views
   utils/metrics/memorisation.py: sum(axis=-1).min(axis=-1) -> sum(axis=-1)[:, 0]
+test_dinov2.py::test_features_are_numpys
+  utils/metrics/dinov2.py: approximate=False -> approximate=True
+  utils/metrics/dinov2.py: a = -0.75 -> a = -0.5
+  utils/metrics/dinov2.py: TABLE_SIDE / (side + 0.1) -> TABLE_SIDE / side
+  utils/metrics/dinov2.py: neighbours.clip(0, TABLE_SIDE - 1) -> neighbours % TABLE_SIDE
+  utils/metrics/dinov2.py: block["scale2"] * _dense -> _dense
+  utils/metrics/dinov2.py: (0.485, 0.456, 0.406) -> (0.406, 0.456, 0.485)
+  utils/metrics/resizing.py: "bicubic", antialias=True) -> "bicubic", antialias=True).clip(0, 255)
+  utils/metrics/resizing.py: "bicubic", antialias=True) -> "bilinear", antialias=True)
+  utils/metrics/resizing.py: np.stack(resized, axis=-1).clip(0, 255) -> np.stack(resized, axis=-1)
+test_dinov2.py::test_every_librarys_file_is_the_same_network
+  utils/metrics/dinov2.py: for letter in "qkv"] -> for letter in "kqv"]
+test_dinov2_scores.py::test_others_are_refused
+  utils/metrics/reference.py: if recorded not in (None, value): -> if False:
+test_dinov2_scores.py::test_a_training_logs_the_distance
+  utils/training/reference.py: ExtractorOptions.of(evaluation) -> ExtractorOptions(evaluation.extractor_weights)
+test_other_files.py::test_inceptions_are_read
+  utils/metrics/other_files.py: "pytorch_fid", -> "adm",
 test_memorising.py::test_mirror_images_count_where_the_training_saw_them
   utils/runs/memorising.py: [batch, batch[:, :, ::-1]] if has_mirrors -> [batch] if has_mirrors
 test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards

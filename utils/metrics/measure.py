@@ -17,6 +17,7 @@ DEVICE_BATCH = 256  # images at a time beyond which a device is no faster
 CPU_BATCH = 32  # half a minute's work of two cores
 TIMED_BATCHES = 3  # from whose ends the time of a batch is taken
 LONG = 600  # seconds that are worth a line
+TITLES = {"dinov2": "DINOv2"}  # of networks whose names are no words
 FEWER = (50_000, 10_000, 5_000, 2_000, 1_000)  # numbers of images to use instead
 
 
@@ -61,7 +62,7 @@ def measure_images(
     """
     # The first batch compiles: the line comes before the silence.
     if total is not None and extractors:
-        names = " and ".join(name.capitalize() for name in extractors)
+        names = " and ".join(TITLES.get(name, name.capitalize()) for name in extractors)
         log(f"compiling the {names} network{'s' * (len(extractors) > 1)}, unless it is cached ...")
     bar = progress_bar(total=total, unit="image", desc=title, disable=total is None or is_quiet())
     times_finished: list[float] = []  # of the first batches
