@@ -73,6 +73,14 @@ def test_a_reference_is_made_where_there_is_none(changes, flags, read_flags):
         read_flags(compute_fid_stats, words)
 
 
+def test_features_are_those_of_the_training(read_flags):
+    options = {"extractor_weights": "w.pth", "preprocessing": "dgm_eval", "extractor_dtype": "bfloat16"}
+    saved = SAVED | {"fid_stats": "a.npz", "extractor": ["dinov2"], "metrics": ["fid"], **options}
+    scoring = read_flags(eval_fid, write(saved)["FID"][1:])
+    assert scoring.extractor == ["dinov2"]
+    assert {name: scoring[name] for name in options} == options
+
+
 def test_counts_scales_and_parameters_fit_the_run(read_flags):
     def scoring(*args, **model):
         return read_flags(eval_fid, write(SAVED | {"model": MODEL | model}, *args)["FID"][1:])

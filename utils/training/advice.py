@@ -17,6 +17,7 @@ from utils.data.dataset import Batch, DataOptions, ImageDataset
 from utils.data.loaders import find_loader
 from utils.images.pixels import PixelFormat, are_pictures
 from utils.images.sizes import write_size
+from utils.metrics.extractors import ExtractorOptions
 from utils.networks.network import NetworkConfig
 from utils.networks.state import YOUNG, EmaSchedule, TrainState
 from utils.objectives.objective import has_guidance
@@ -241,6 +242,8 @@ def commands_after_training(
     is_fid = are_pictures(PixelFormat.from_record(data), data["image_shape"])
     names = saved.get("metrics", ["fid"]) if saved.get("fid_stats") else ["fid" if is_fid else "moments"]
     metrics = [] if names == ["fid"] else ["--metrics", ",".join(names)]
+    if saved.get("extractor"):
+        metrics = ["--extractor", ",".join(saved["extractor"])]
     words += metrics
     words += ["--num_samples", min(MOST_SAMPLES, max(FEWEST_SAMPLES, num_images))]
     if saved.get("fid_stats"):
@@ -251,8 +254,9 @@ def commands_after_training(
         statistics = folder / "fid_stats.npz"
         yield f"reference of {'FID' if is_fid else 'moments'}", write_statistics_command(saved, statistics, *metrics)
         words += ["--fid_stats", statistics]
-    if saved.get("inception_weights"):
-        words += ["--inception_weights", saved["inception_weights"]]
+    for name in ("inception_weights", *ExtractorOptions._fields):
+        if saved.get(name):
+            words += [f"--{name}", saved[name]]
 
     # Results go where the training's went.
     trackers = saved.get("trackers", ["wandb"])  # older runs had no other
