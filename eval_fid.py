@@ -135,7 +135,7 @@ def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[st
 def open_run(config: ConfigDict) -> RunEvaluation:
     """Returns the evaluation that the flags ask for, of the newest checkpoint with an intact configuration."""
     # The configuration alone: flags are checked against it before the parameters are read.
-    checkpoints, steps = open_checkpoint(config.load_dir)
+    checkpoints, steps = open_checkpoint(config.load_dir, reading.read_codec(config))
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     data = saved["dataset"]
     if not sees_pixels(choose_metrics(config.metrics, config.extractor)):

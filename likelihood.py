@@ -83,7 +83,7 @@ class Measurement:
         self.mesh = make_mesh()
 
         # The run, and images that suit it.
-        checkpoints, steps = open_checkpoint(config.load_dir)
+        checkpoints, steps = open_checkpoint(config.load_dir, reading.read_codec(config))
         newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
         data = saved["dataset"]
         check_pictures(

@@ -147,7 +147,7 @@ def main(config: ConfigDict) -> None:
     out = Path(config.out)
 
     # How conditions are drawn. That, first: no parameters are read for a refusal.
-    checkpoints, steps = open_checkpoint(config.load_dir)
+    checkpoints, steps = open_checkpoint(config.load_dir, reading.read_codec(config))
     _, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     condition = restore_condition(saved["dataset"])
     if not reading.is_explicit("labels") and config.labels not in condition.DRAW_MODES:

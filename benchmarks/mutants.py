@@ -257,6 +257,13 @@ test_kl_variants.py::test_golden_numbers
   utils/codecs/kl.py: .transpose(0, 1, 3, 5, 2, 4) -> .transpose(0, 1, 3, 2, 4, 5)
   utils/codecs/kl.py: + self.config.batch_norm_eps -> + 0.1 * self.config.batch_norm_eps
   utils/codecs/kl_config.py: return self.decoder_block_out_channels or self -> return self
+test_ldm.py::test_published_files_hold_the_same_codec
+  utils/codecs/ldm_files.py: {levels - 1 - int(m[1])} -> {int(m[1])}
+test_ldm.py::test_statistics_and_scale_are_part_of_the_codec
+  utils/codecs/ldm_files.py: std = scale if names[1] == "std" else 1 / scale -> std = scale
+  utils/codecs/ldm_files.py: for values in (config.shift, config.scale): -> for values in ():
+test_preview.py::test_panels_are_the_viewers_and_numbers_the_codecs
+  utils/training/evaluation.py: shown = model if run.viewer is None else -> shown = model if True else
 test_saved_codecs.py::test_every_field_is_saved
   utils/codecs/kl_config.py: "down_block_types": [down[has] for has in self.down_attention or none], ->
   utils/codecs/kl_config.py: "_class_name": self.CLASS_NAME -> "_class_name": "AutoencoderKL"

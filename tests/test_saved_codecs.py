@@ -1,4 +1,4 @@
-"""What a codec saves is the same network to diffusers: every field of the class's configuration, and every tensor."""
+"""A saved codec is the same network to diffusers: every field of the class's configuration, and every tensor."""
 
 import dataclasses
 import hashlib

@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from utils.base.external import BadFileError, open_zip
+from utils.base.external import BadFileError, open_safetensors, open_zip, read_start
 from utils.base.files import open_regular
 from utils.base.pickles import MAX_BYTES, Function, Namespace, SafeUnpickler, StandIn, numpy_stand_ins
 
@@ -81,6 +81,8 @@ ALLOWED = {
     ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): Function(_rebuild_parameter),
     ("argparse", "Namespace"): Namespace,
+    # A class as a key of Lightning's "callbacks": a text instead, which can be neither called nor changed.
+    ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"): "ModelCheckpoint",
     **{("torch", name): _StorageType(np.dtype(dtype)) for name, dtype in STORAGES.items()},
 }
 
@@ -188,3 +190,19 @@ def _read_member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
         raise BadFileError(f"its {name[:100]} has more than {max_bytes:,} bytes")
     return content
+
+
+def read_tensor_file(path: Path) -> dict[str, Any]:
+    """Returns the content of a file of tensors by name, safetensors or `torch.save`, whose first bytes tell its kind.
+
+    Raises BadFileError where it is neither, and where it holds no dictionary.
+    """
+    start = read_start(path, 9)
+    if not start:
+        raise BadFileError("it is empty")
+    if start[8:9] == b"{":  # after the length of a header in JSON
+        return dict(open_safetensors(path).tensors)
+    content = read_torch_file(path)
+    if not isinstance(content, dict):
+        raise BadFileError(f"it holds {type(content).__name__.strip('_')}, not the tensors of a model by name")
+    return dict(content)

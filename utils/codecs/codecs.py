@@ -72,32 +72,35 @@ def list_codecs() -> list[str]:
     return [f"{name}:{kind.placeholder}" if kind.placeholder else name for name, kind in CODECS.items()]
 
 
-def parse_codec(text: str) -> CodecSpec:
-    """Returns the codec of NAME or NAME:SOURCE. Raises UserError for an unknown name, and for a source in excess."""
+def parse_codec(text: str, flag: str = "codec") -> CodecSpec:
+    """Returns the codec of NAME or NAME:SOURCE.
+
+    Raises UserError, naming the `flag`, for an unknown name, and for a source in excess.
+    """
     name, colon, source = text.partition(":")
     spec = CodecSpec(name, source if colon else None)
     if name not in CODECS:
         # A hub id without its "kl:" is the likely mistake where there is a slash.
-        raise unknown_name(f"--codec={text}", name, list_codecs(), f"kl:{text}" if "/" in text else None)
+        raise unknown_name(f"--{flag}={text}", name, list_codecs(), f"kl:{text}" if "/" in text else None)
 
     # A colon needs a source after it, and a kind that takes one.
     kind = CODECS[name]
     if colon and not (kind.placeholder and source):
-        raise UserError(f"--codec={text}: use {name}{f':{kind.placeholder}' if kind.placeholder else ''}")
+        raise UserError(f"--{flag}={text}: use {name}{f':{kind.placeholder}' if kind.placeholder else ''}")
     return spec
 
 
-def expand_codec(text: str) -> str:
+def expand_codec(text: str, flag: str = "codec") -> str:
     """Returns NAME:SOURCE with a leading ~ of a source that may be a path replaced.
 
-    Raises UserError where there is no such home, and for URLs.
+    Raises UserError, naming the `flag`, where there is no such home, and for URLs.
     """
     # Hub ids and pixels stay as they are, and a name that is unknown is for `parse_codec` to refuse.
     name, colon, source = text.partition(":")
     if not colon or name not in CODECS or not CODECS[name].is_path:
         return text
-    refuse_url(source, "codec")
-    return f"{name}:{expand_home(source, f'--codec={text}')}"
+    refuse_url(source, flag)
+    return f"{name}:{expand_home(source, f'--{flag}={text}')}"
 
 
 def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:

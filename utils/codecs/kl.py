@@ -1,7 +1,7 @@
 """The KL autoencoder of latent diffusion (Rombach et al., arXiv:2112.10752) as a codec.
 
 Stable Diffusion's, SDXL's, SD3's, FLUX's and FLUX.2's are read from the Hugging Face layout: config.json and
-diffusion_pytorch_model.safetensors.
+diffusion_pytorch_model.safetensors. Those of latent diffusion's own layout (CompVis, VA-VAE) are one file.
 """
 
 from functools import partial
@@ -19,8 +19,9 @@ from utils.base.files import file_sha256
 from utils.base.messages import UserError
 from utils.codecs.codec import latent_sides
 from utils.codecs.kl_config import Flux2Config, KLConfig, read_kl_config
-from utils.codecs.kl_files import draw_params, find_files, read_config, read_params, write_files
+from utils.codecs.kl_files import arrange_params, draw_params, find_files, read_config, read_params, write_files
 from utils.codecs.kl_network import AutoencoderKL
+from utils.codecs.ldm_files import parse_source, read_ldm
 
 
 class KLCodec(flax.struct.PyTreeNode):
@@ -36,26 +37,24 @@ class KLCodec(flax.struct.PyTreeNode):
 
     @classmethod
     def load(cls, path: str, dtype: Any = jnp.float32) -> "KLCodec":
-        """Loads the VAE in a folder (or in its subfolder `vae`), else of that id on the Hugging Face hub.
+        """Loads the VAE in a folder (or in its subfolder `vae`), in a file of latent diffusion's own layout
+        (FILE[,stats=FILE2][,scale=NUMBER]), else of that id on the Hugging Face hub.
 
         Raises UserError, naming --codec=kl:PATH and what to do, where it cannot be found, is broken, or has another
         architecture.
         """
         shown = f"--codec=kl:{path}"
+        if (source := parse_source(str(path), shown)) is not None:
+            tensors, config, sha256 = read_ldm(source, shown)
+            params = arrange_params(tensors, _check_sizes(config, source.file, shown), source.file, shown)
+            return cls(params, config, jnp.dtype(dtype), sha256, str(path))
+
         # The configuration first: a small file, which says what the weights must be.
         config_file, weights_file = find_files(path, shown)
         content = read_config(config_file, shown, "kl", path)
         config = read_kl_config(content, str(config_file), shown)
-
-        # Sizes that contradict each other are reported before weights are read.
-        try:
-            shapes = _param_shapes(config)
-            np.broadcast_to(config.scale * config.shift, config.latent_channels)
-        except (TypeError, ValueError, ArithmeticError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{shown}: no VAE has the sizes in {config_file} ({reason}); fetch it again") from None
         kind = _codec_class(config)
-        params = read_params(weights_file, shapes, shown, ignored=kind.SURPLUS)
+        params = read_params(weights_file, _check_sizes(config, config_file, shown), shown, ignored=kind.SURPLUS)
         if "bn" in params and (np.asarray(params["bn"]["running_var"]) < 0).any():
             raise UserError(f"{shown}: {weights_file} has a negative variance in bn.running_var; fetch it again")
         return kind(params, config, jnp.dtype(dtype), file_sha256(weights_file), path)
@@ -158,6 +157,17 @@ class Flux2Codec(KLCodec):
 
 def _codec_class(config: KLConfig) -> type[KLCodec]:
     return Flux2Codec if isinstance(config, Flux2Config) else KLCodec
+
+
+def _check_sizes(config: KLConfig, file: Path, shown: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Returns the shapes of the parameters. Raises UserError, before weights are read, for sizes in the `file` that
+    contradict each other."""
+    try:
+        np.broadcast_to(config.scale * config.shift, config.latent_channels)
+        return _param_shapes(config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{shown}: no VAE has the sizes in {file} ({reason}); fetch it again") from None
 
 
 def _param_shapes(config: KLConfig) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:

@@ -154,7 +154,31 @@ def read_params(
     except (BadFileError, OSError) as error:
         raise UserError(f"{shown}: {file} cannot be read ({error}); fetch it again") from None
 
-    # To Flax's layout, channels last.
+    return _to_params(tensors, requested, targets)
+
+
+def arrange_params(
+    tensors: Mapping[str, np.ndarray], targets: Mapping[tuple[str, ...], Any], file: Path, shown: str
+) -> PyTree:
+    """Returns float32 parameters of the shapes of `targets` from tensors under diffusers' names.
+
+    Raises UserError, which begins with the flag `shown` and names the `file`, where one is missing, left over, of
+    another shape, or not finite.
+    """
+    requested = _match_tensors({name: value.shape for name, value in tensors.items()}, targets, file, shown, "the rest")
+    values = {name: np.asarray(tensors[name], np.float32) for name in requested}
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{shown}: {file} has NaN or infinity in {name}; fetch it again")
+    return _to_params(values, requested, targets)
+
+
+def _to_params(
+    tensors: Mapping[str, np.ndarray],
+    requested: Mapping[str, tuple[str, ...]],
+    targets: Mapping[tuple[str, ...], Any],
+) -> PyTree:
+    """Returns the tensors in Flax's layout, channels last; `requested` has the path of each."""
     params = {}
     for name, path in requested.items():
         value = tensors[name]
@@ -166,9 +190,17 @@ def read_params(
 
 
 def _match_tensors(
-    found: Mapping[str, tuple[int, ...]], targets: Mapping[tuple[str, ...], Any], file: Path, shown: str
+    found: Mapping[str, tuple[int, ...]],
+    targets: Mapping[tuple[str, ...], Any],
+    file: Path,
+    shown: str,
+    asking: str = f"its {CONFIG}",
 ) -> dict[str, tuple[str, ...]]:
-    """Returns {name in the file: path of the parameter}; attention may have its older names."""
+    """Returns {name in the file: path of the parameter}; attention may have its older names.
+
+    Raises UserError where what is `asking` for the parameters and the file contradict each other.
+    """
+    again = "fetch both again" if CONFIG in asking else "fetch it again"
     newer = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     names = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{newer[m[1]]}.", name): name for name in found}
     names |= {name: name for name in found if name in names}  # where a file has both, the older one is left over
@@ -178,18 +210,16 @@ def _match_tensors(
     for path, target in targets.items():
         requested = tensor_name(path)
         if requested not in names:
-            raise UserError(f"{shown}: {file} has no tensor {requested}, which its {CONFIG} asks for; fetch both again")
+            raise UserError(f"{shown}: {file} has no tensor {requested}, which {asking} asks for; {again}")
         shape = tuple(target.shape)
         shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
         # Attention may be written as convolutions of side 1.
         if found[names[requested]] not in (shape, (*shape, 1, 1) if len(shape) == 2 else shape):
-            raise UserError(
-                f"{shown}: {file} has {requested} of another shape than its {CONFIG} asks for; fetch both again"
-            )
+            raise UserError(f"{shown}: {file} has {requested} of another shape than {asking} asks for; {again}")
         matched[names[requested]] = path
 
     # A tensor left over would mean another architecture than the one that is computed here.
     left = sorted(found.keys() - matched.keys())
     if left:
-        raise UserError(f"{shown}: {file} has a tensor {left[0]} that its {CONFIG} does not know; fetch both again")
+        raise UserError(f"{shown}: {file} has a tensor {left[0]} that {asking} does not know; {again}")
     return matched

@@ -22,6 +22,8 @@ from utils.conditions.condition import Condition
 HEADS = {preset["hidden_size"]: preset["num_heads"] for name, preset in DiTConfig.PRESETS.items() if "/" in name}
 MAX_TOKENS = 2**14  # of an image whose table of positions is computed
 TABLE_TOLERANCE = 1e-5  # up to which a position table is the constant one
+# Tensors that LightningDiT alone has: of its MLP, of its normalisation.
+LIGHTNINGDIT = {"blocks.0.mlp.w12.weight", "blocks.0.norm1.weight"}
 LABELS = "y_embedder.embedding_table.weight"  # which only models of classes have
 EXTRA = "condition."  # starts the names of what no published model has: the parts that embed other conditions
 State = Mapping[str, np.ndarray]
@@ -205,7 +207,7 @@ def find_config(
     kernel = _take(state, "x_embedder.proj.weight", 4)
     hidden_size, channels, patch_size, _ = kernel.shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    if "blocks.0.mlp.w12.weight" in state or "blocks.0.norm1.weight" in state:
+    if not LIGHTNINGDIT.isdisjoint(state):
         if family != "lightningdit":
             raise BadFileError("it is a LightningDiT's (it has its norms and MLP); use --family lightningdit")
     elif family == "lightningdit":

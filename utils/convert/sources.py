@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.base.external import BadFileError, open_safetensors, parse_json, read_json, read_start
+from utils.base.external import BadFileError, open_safetensors, parse_json, read_json
 from utils.base.messages import UserError, log
 from utils.base.pickles import Namespace
-from utils.base.torch_files import read_torch_file
+from utils.base.torch_files import read_tensor_file
 from utils.convert.diffusers import rename_diffusers
+from utils.convert.published import LIGHTNINGDIT
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 METADATA_KEY = "jax_flow_matching"  # of a safetensors file that `convert_checkpoint.py --load_dir` wrote: its run
@@ -159,6 +160,8 @@ def _read_file(path: Path) -> PublishedCheckpoint:
         family = "sit"  # DiT's training has no choice of paths
         _check_transport(arguments)
     state = _find_model(content, ROOT)
+    if not state.keys().isdisjoint(LIGHTNINGDIT):
+        family = "lightningdit"
     if run is not None:
         return PublishedCheckpoint(state, run=run)
     return PublishedCheckpoint(state, family=family)
@@ -304,15 +307,7 @@ def _read_tensors(path: Path) -> dict[str, Any]:
     """Returns the content of a file, whose first bytes tell its kind; for an index, the content of its shards."""
     if path.name.endswith(INDEX):
         return _read_shards(path)
-    start = read_start(path, 9)
-    if not start:
-        raise BadFileError("it is empty")
-    if start[8:9] == b"{":  # after the length of a header in JSON
-        return dict(open_safetensors(path).tensors)
-    content = read_torch_file(path)
-    if not isinstance(content, Mapping):
-        raise BadFileError(f"it holds {type(content).__name__.strip('_')}, not the tensors of a model by name")
-    return dict(content)
+    return read_tensor_file(path)
 
 
 def _read_shards(index: Path) -> dict[str, np.ndarray]:

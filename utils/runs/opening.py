@@ -44,9 +44,11 @@ HUB_RUNS = Path("runs")
 
 
 def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
-    """Returns (folder of the run, step or None for the newest) for RUN, RUN/checkpoints, RUN/checkpoints/STEP or
-    hf:USER/NAME, which is kept in runs/USER--NAME."""
-    if str(load_dir).startswith(HUB_PREFIX):
+    """Returns (folder of the run, step or None for the newest) for RUN, RUN/checkpoints, RUN/checkpoints/STEP,
+    hf:USER/NAME, which is kept in runs/USER--NAME, or a published file NAME.pt, which is kept in runs/NAME."""
+    if Path(load_dir).is_file():
+        load_dir = HUB_RUNS / Path(load_dir).stem
+    elif str(load_dir).startswith(HUB_PREFIX):
         load_dir = HUB_RUNS / str(load_dir).removeprefix(HUB_PREFIX).replace("/", "--")
     path = Path(load_dir).absolute()
     if path.parent.name == FOLDER and path.name.isdigit():
@@ -55,16 +57,19 @@ def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
     return path.parent if is_inside else path, None
 
 
-def open_checkpoint(load_dir: str | Path) -> tuple[Checkpoints, list[int]]:
-    """Opens what --load_dir names, and fetches it from the hub if it is there.
+def open_checkpoint(load_dir: str | Path, codec: str | None = None) -> tuple[Checkpoints, list[int]]:
+    """Opens what --load_dir names, and fetches it from the hub if it is there, or imports it if it is a published file,
+    whose latents are those of `codec`, such as kl:FILE.
 
     Returns (checkpoints, steps to try, newest first). Raises UserError naming --load_dir where there is none.
     """
-    # A run on the hub is fetched once, and a local one from then on.
+    # A run on the hub is fetched once, a file is imported once, and both are local runs from then on.
     refuse_url(load_dir, "load_dir")
     run_dir, step = split_load_dir(load_dir)
     if str(load_dir).startswith(HUB_PREFIX) and not has_checkpoints(run_dir):
         fetch_run(str(load_dir), run_dir)
+    elif Path(load_dir).is_file():
+        import_file(Path(load_dir), run_dir, codec)
     if not (run_dir / FOLDER).is_dir():
         raise UserError(
             f"--load_dir={load_dir} holds no checkpoint (no folder {run_dir / FOLDER}); "
@@ -91,7 +96,8 @@ def load_generator(
     mesh: Mesh | None = None,
     needs_images: bool = False,
 ) -> ImageGenerator:
-    """Loads the generator of a run: RUN, RUN/checkpoints/STEP for an older checkpoint, or hf:USER/NAME.
+    """Loads the generator of a run: RUN, RUN/checkpoints/STEP for an older checkpoint, hf:USER/NAME, or a file of a
+    published model.
 
     `params` is 'ema' or 'raw'. `label_mode` says how labels are drawn where none are given. `dtype` is the compute
     dtype ('bfloat16' or 'float32') if it is not that of the training, and `codec`, such as kl:PATH, the place of the
@@ -106,7 +112,7 @@ def load_generator(
 
     # The newest checkpoint whose configuration is intact, then the newest from there on whose parameters are.
     mesh = mesh or make_mesh()
-    checkpoints, steps = open_checkpoint(str(run))
+    checkpoints, steps = open_checkpoint(str(run), codec)
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     folder = checkpoints.folder.parent
     model = load_model(saved, mesh, dtype=dtype, codec=codec, needs_images=needs_images, folder=folder)
@@ -373,3 +379,30 @@ def fetch_run(load_dir: str, folder: Path) -> None:
         )
     import_run(load_dir, source, folder, {})
     log(f"{load_dir} is in {folder}")
+
+
+def import_file(file: Path, folder: Path, codec: str | None) -> None:
+    """Makes a run of a published file in `folder`, unless there is one of the same file.
+
+    Raises UserError where the file does not say enough, and where the run is another's.
+    """
+    shown = f"--load_dir={file}"
+    if has_checkpoints(folder):
+        checkpoints = Checkpoints(folder)
+        _, saved = checkpoints.restore_newest(checkpoints.restore_config, checkpoints.steps())
+        if saved.get("imported", {}).get("source") != str(file.absolute()):
+            raise UserError(f"{shown} would be kept in {folder}, another run; rename the file, or give the run")
+        return
+
+    # What the import cannot know is asked for in words that can be typed.
+    source = read_source(str(file), shown)
+    if source.run is None and source.family is None:
+        command = write_command("convert_checkpoint.py", "--source", file, "--family", "sit", "--out", folder)
+        raise UserError(f"{shown}: no tensor tells DiT from SiT; make a run of it (or --family dit): {command}")
+    if source.run is None and codec is None and FAMILIES[source.family or ""].vae is None:
+        raise UserError(
+            f"{shown} is a {FAMILIES[source.family or ''].title}'s: name the autoencoder of its latents, "
+            "--codec kl:FILE for VA-VAE's"
+        )
+    import_run(str(file.absolute()), source, folder, {}, codec=None if source.run else codec)
+    log(f"{shown} is in {folder}")
