@@ -38,6 +38,7 @@ BESIDE_URLS = {  # for flags that take more than a path
     "load_dir": f"{LOCAL}, or hf:USER/NAME",
     "source": f"{LOCAL}, or a hub id such as USER/NAME",
     "vae": f"{LOCAL}, or a hub id such as USER/NAME",
+    "preview": f"tiny: and {LOCAL}, or a hub id such as USER/NAME",
     "codec": f"kl: and {LOCAL}, or a hub id such as USER/NAME",
 }
 # What another try cannot change: nothing is there, it is no file, or it may not be opened.

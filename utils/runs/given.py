@@ -16,8 +16,8 @@ def expand_path(path: str, flag: str) -> str:
     """
     if flag == "dataset_name":
         return expand_name(path)
-    if flag == "codec":
-        return expand_codec(path)
+    if flag in ("codec", "preview"):
+        return expand_codec(path, flag)
     refuse_url(path, flag)
     return expand_home(path, f"--{flag}={path}")
 

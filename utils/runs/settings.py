@@ -173,6 +173,9 @@ class EvaluationConfig:
 
     # The evaluation at step 1000 shows early whether a run goes wrong.
     eval_interval: int = setting(50_000, "Steps between evaluations; also at step 1000 and at the end. 0: none.", 0)
+    preview: str | None = setting(
+        None, "tiny:PATH_OR_HUB, which decodes the panels in a fraction of the codec's time; not FID.", is_path=True
+    )
 
     # FID is computed only with statistics; the other fields have no effect without them.
     fid_stats: str | None = setting(

@@ -38,7 +38,7 @@ from utils.base.mesh import (
     unsplit_fraction,
 )
 from utils.base.messages import UserError, log
-from utils.codecs.codec import set_pixel_format
+from utils.codecs.codec import Codec, set_pixel_format
 from utils.codecs.codecs import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
 from utils.conditions.condition import restore_condition
 from utils.data.batches import first_examples, next_batch, training_batches
@@ -59,6 +59,7 @@ from utils.runs.pool import choose_pool
 from utils.sampling.samplers import can_guide, explain_no_guidance
 from utils.training.advice import model_hints
 from utils.training.configure import with_classes
+from utils.training.preview import load_preview
 from utils.training.progress import Stages
 from utils.training.reference import Reference, load_reference
 from utils.training.start import (
@@ -87,6 +88,7 @@ class Run:
     frozen: tuple[str, ...]  # top-level parts of the parameters that are not trained
     start: list[PyTree]  # [parameters, EMA] of another run, as NumPy arrays; `make_state` empties it, to free memory
     reference: Reference | None
+    viewer: Codec | None  # by which panels are decoded, where it is not the model's codec
     stages: Stages  # of its start
 
     @property
@@ -153,8 +155,7 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
     # Devices, and a batch that divides over them.
     devices = config.devices
     mesh = make_mesh(choose_num_shards(devices.sharding, devices.num_shards, find_devices()))
-    period = row_period(config.objective)
-    check_batch_size(config.training.batch_size, mesh.size, devices.grad_accum, period)
+    check_batch_size(config.training.batch_size, mesh.size, devices.grad_accum, row_period(config.objective))
     if not config.training.plan:  # before images are looked through, which may take long
         check_writable(config.folder, "save_dir")
         if config.logging.profile:
@@ -197,6 +198,7 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
         frozen=frozen,
         start=start,
         reference=load_reference(config, mesh, dataset),
+        viewer=load_preview(config.evaluation.preview, model, validation_batch),
         stages=stages,
     )
 

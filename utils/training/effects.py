@@ -55,6 +55,7 @@ RULES = (
         "with --dataset_name={dataset_name}, which holds no images",
         lambda v: _is_derived(v.dataset_name),
     ),
+    Rule(("preview",), "with --eval_interval=0: panels are part of an evaluation", lambda v: not v.eval_interval),
     Rule(("num_shards",), "with --sharding={sharding}, only with hybrid", lambda v: v.sharding != "hybrid"),
     Rule(("augment_prob",), "without --augment", lambda v: not v.augment),
     Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),

@@ -177,13 +177,15 @@ def evaluate(run: Run, state: TrainState, batch: PyTree) -> Iterator[tuple[str, 
     parameters, images are drawn from the parameters too."""
     config = run.config
     model = run.model
+    # Panels alone are decoded by the viewer: losses and scores are the model's own.
+    shown = model if run.viewer is None else model._replace(codec=run.viewer)
     key = jax.random.fold_in(state.key, VALIDATION)
 
     # Losses, of the parameters.
     for name, data in (("training", batch), ("validation", run.validation_batch)):
         for t, loss in loss_by_time(model, state.params, data, key).items():
             yield f"{name}_loss_t/{t}", loss
-    yield "reconstruction_n", reconstruction_panel(model, state.ema_params, run.validation_batch, key)
+    yield "reconstruction_n", reconstruction_panel(shown, state.ema_params, run.validation_batch, key)
 
     # Samples, with the sampler of the run.
     is_guided = has_guidance(model.objective) and can_guide(config.model.class_dropout_prob)
@@ -192,10 +194,10 @@ def evaluate(run: Run, state: TrainState, batch: PyTree) -> Iterator[tuple[str, 
     weight = run.ema.initial_weight(int(state.step))
     note = f"EMA, {weight:.0%} of it initial parameters" if weight > 0.005 else "EMA"
     number = count_evaluations(config, int(state.step))
-    yield from sample_panels(model, state.ema_params, key, sampler, number=number, note=note)
+    yield from sample_panels(shown, state.ema_params, key, sampler, number=number, note=note)
     if weight > 0.5:  # the EMA's images are mostly noise still
         raw = {"number": number, "name": "sample_raw", "note": "parameters without EMA", "step_counts": ()}
-        yield from sample_panels(model, state.params, key, sampler, scales=(1 if scale is None else scale,), **raw)
+        yield from sample_panels(shown, state.params, key, sampler, scales=(1 if scale is None else scale,), **raw)
 
     # Numbers of many samples, which take the longest.
     yield "straightness", ImageGenerator(model, state.ema_params, seed=config.training.seed).straightness()
