@@ -39,7 +39,8 @@ from utils.objectives.objectives import make_objective
 from utils.runs.evaluations import evaluate_run, evaluate_samples
 from utils.runs.opening import open_checkpoint
 from utils.runs.results import check_json_path
-from utils.runs.scoring import FILES, RunEvaluation
+from utils.runs.run_evaluation import RunEvaluation
+from utils.runs.scoring import FILES
 from utils.training.advice import shipped_statistics, write_statistics_command
 
 

@@ -143,17 +143,17 @@ test_sample.py::test_labels_parameters_and_dtype_are_those_of_the_flags
   utils/flags/drawing.py: params=config.params, ->
   utils/flags/drawing.py: label_mode=config.labels, ->
 test_eval_fid.py::test_a_row_of_other_parameters_is_another_row
-  utils/runs/scoring.py: "params_sha256": hash_params(params), ->
+  utils/runs/run_evaluation.py: "params_sha256": hash_params(params), ->
 test_eval_fid.py::test_a_row_says_what_enters_its_numbers
   utils/runs/results.py: settings["cfg_channels"] = sampler.cfg_channels -> pass
   utils/runs/results.py: "time_shift"] = sampler.time_shift -> "time_shift"] = 1
 test_eval_fid.py::test_weights_labels_and_batches_are_those_of_the_flags
-  utils/runs/scoring.py: label_mode=config.labels, class_counts=counts -> label_mode=config.labels
+  utils/runs/run_evaluation.py: label_mode=config.labels, class_counts=counts -> label_mode=config.labels
 test_eval_fid.py::test_raw_parameters_are_another_row_which_says_so
-  utils/runs/scoring.py: steps, self.model, saved, config.params) -> steps, self.model, saved)
-  utils/runs/scoring.py: settings["params"] = config.params -> pass
+  utils/runs/run_evaluation.py: steps, self.model, saved, config.params) -> steps, self.model, saved)
+  utils/runs/run_evaluation.py: settings["params"] = config.params -> pass
 test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
-  utils/runs/scoring.py: settings["empty_classes"] = list(empty_classes) -> pass
+  utils/runs/run_evaluation.py: settings["empty_classes"] = list(empty_classes) -> pass
   utils/conditions/classes.py: tuple(data.get("empty_classes", ()))) -> ())
 test_programs.py::test_updates_that_are_not_finite_are_left_out_until_there_are_too_many
   utils/training/build.py: "skips_nonfinite": self.config.optimizer.skip_nonfinite > 0 -> "skips_nonfinite": False
@@ -250,7 +250,7 @@ test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards
 test_reflow.py::test_noise_is_drawn_as_it_was
   utils/data/pairs.py: if theirs != ours: -> if False:
 test_eval_fid.py::test_a_row_under_other_settings_of_jax_is_another_row
-  utils/runs/scoring.py: if variables := changed_variables(): -> if variables := []:
+  utils/runs/run_evaluation.py: if variables := changed_variables(): -> if variables := []:
 test_kl_variants.py::test_golden_numbers
   utils/codecs/kl_network.py: if self.has_attention: -> if self.has_attention and i == self.depth - 1:
   utils/codecs/kl_network.py: epsilon=1e-6 -> epsilon=1e-5

@@ -10,7 +10,7 @@ import eval_fid
 from tests.test_generate import run  # noqa: F401 (fixture)
 from utils.metrics.extractors import POOL
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
-from utils.runs import scoring
+from utils.runs import run_evaluation, scoring
 from utils.runs.opening import load_generator
 from utils.runs.results import Results
 from utils.sampling.generator import ImageGenerator, hash_params
@@ -37,7 +37,7 @@ def evaluate(run, read_flags, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(scoring, "load_extractors", load_extractors)
     monkeypatch.setattr(scoring, "load_statistics", load_statistics)
     monkeypatch.setattr(scoring, "load_logits", load_logits)
-    monkeypatch.setattr(scoring.RunEvaluation, "evaluate", lambda self, sampler: {"fid": 1.0})
+    monkeypatch.setattr(run_evaluation.RunEvaluation, "evaluate", lambda self, sampler: {"fid": 1.0})
 
     def start(line=""):
         words = ["--load_dir", str(run), "--out", str(tmp_path), "--wandb.mode", "disabled", "--fid_stats", "s.npz"]
@@ -51,13 +51,13 @@ def evaluate(run, read_flags, tmp_path, monkeypatch):  # noqa: F811
 def test_a_row_of_other_parameters_is_another_row(evaluate, monkeypatch):
     (row,) = evaluate()
     assert evaluate() == [row]
-    restore_params = scoring.restore_params
+    restore_params = run_evaluation.restore_params
 
     def restore_others(*arguments):
         step, params = restore_params(*arguments)
         return step, jax.tree.map(lambda leaf: leaf + 1, params)  # of a run that began again, say
 
-    monkeypatch.setattr(scoring, "restore_params", restore_others)
+    monkeypatch.setattr(run_evaluation, "restore_params", restore_others)
     first, second = evaluate()
     assert first == row
     assert {name for name in row if row[name] != second[name]} == {"params_sha256"}
@@ -104,7 +104,7 @@ def test_weights_labels_and_batches_are_those_of_the_flags(evaluate, monkeypatch
         seen.append(self)
         return {"fid": 1.0}
 
-    monkeypatch.setattr(scoring.RunEvaluation, "evaluate", look)
+    monkeypatch.setattr(run_evaluation.RunEvaluation, "evaluate", look)
     flags = "--inception_weights w.pt --inception_logits fc.npz --labels dataset --batch_size 6 --seed 5"
     rows = evaluate(f"{flags} --json {tmp_path / 'rows.json'}")
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
@@ -130,12 +130,12 @@ def test_raw_parameters_are_another_row_which_says_so(evaluate, run):  # noqa: F
 
 def test_classes_without_images_are_not_drawn_and_make_another_row(evaluate, monkeypatch):
     (whole,) = evaluate()
-    load_model = scoring.load_model
+    load_model = run_evaluation.load_model
 
     def load(saved, *arguments, **keywords):
         return load_model(saved | {"dataset": saved["dataset"] | {"empty_classes": [4]}}, *arguments, **keywords)
 
-    monkeypatch.setattr(scoring, "load_model", load)
+    monkeypatch.setattr(run_evaluation, "load_model", load)
     first, second = evaluate()
     assert first == whole
     assert {name for name in second if second[name] != first.get(name)} == {"empty_classes"}

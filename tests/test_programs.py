@@ -23,7 +23,7 @@ from utils.images.samples import SampleWriter
 from utils.metrics.extractors import POOL, SPATIAL
 from utils.metrics.reference import load_statistics
 from utils.metrics.scores import frechet_distance
-from utils.runs import scoring
+from utils.runs import run_evaluation, scoring
 from utils.trackers.trackers import read_metrics
 
 TINY = """
@@ -436,7 +436,8 @@ def test_an_interrupted_sweep_does_not_score_a_row_twice(finished, read_flags, t
     words = ["--load_dir", str(folder), "--num_samples", "8", "--batch_size", "8", "--wandb.mode", "disabled"]
     words += ["--denoise_timesteps", "3,2,1", "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(scoring.RunEvaluation, "evaluate", stop_at_second(scoring.RunEvaluation.evaluate))
+        evaluate = run_evaluation.RunEvaluation.evaluate
+        patch.setattr(run_evaluation.RunEvaluation, "evaluate", stop_at_second(evaluate))
         with pytest.raises(KeyboardInterrupt):
             eval_fid.main(read_flags(eval_fid, words))
     before = rows(tmp_path)
@@ -458,13 +459,13 @@ def test_scores_are_printed_before_a_full_disk_ends_an_evaluation(
     folder, _ = finished
     monkeypatch.setattr(scoring, "load_extractors", lambda *names, **options: {"inception": features_of_pixels})
     monkeypatch.setattr(scoring, "compute_metrics", lambda samples, *_: {"fid": float(samples[POOL].mu.sum())})
-    measure = scoring.measure_images
+    measure = run_evaluation.measure_images
 
     def fill_disk(*arguments):
         full_disk(limit)
         measure(*arguments)
 
-    monkeypatch.setattr(scoring, "measure_images", fill_disk)
+    monkeypatch.setattr(run_evaluation, "measure_images", fill_disk)
     words = ["--load_dir", str(folder), "--num_samples", "64", "--batch_size", "32", "--wandb.mode", "disabled"]
     words += ["--denoise_timesteps", "1", "--out", str(tmp_path / "out"), "--save_samples", str(tmp_path / "s.npz")]
     with pytest.raises(WriteError, match=r"s\.npz could not be written \(File too large\); the scores are above; "):

@@ -11,7 +11,8 @@ from utils.base.messages import log
 from utils.images.pixels import ImageBatch
 from utils.images.samples import Samples, content_sha256
 from utils.runs.results import Results, plot_fid, sampler_settings, score_columns, write_csv
-from utils.runs.scoring import RunEvaluation, Scoring, grid_name, guidance_name
+from utils.runs.run_evaluation import RunEvaluation, grid_name, guidance_name
+from utils.runs.scoring import Scoring
 from utils.sampling.solvers import SamplerConfig
 from utils.trackers.trackers import Trackers, choose_trackers
 

@@ -1,0 +1,175 @@
+"""Evaluations of a run: its checkpoints' parameters, from which samples are drawn that are scored; each is a row of
+fid.json."""
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from utils.base.devices import changed_variables, free_memory
+from utils.base.mesh import gather
+from utils.base.messages import UserError, log
+from utils.conditions.condition import number_rows
+from utils.images import plotting
+from utils.images.pixels import ImageBatch, PixelFormat, check_pictures
+from utils.images.samples import SampleWriter, check_sample_path
+from utils.metrics.measure import measure_images, most_images
+from utils.runs.checkpoint import Checkpoints
+from utils.runs.opening import load_model, restore_params
+from utils.runs.scoring import Scoring
+from utils.sampling.generator import ImageGenerator, hash_params
+from utils.sampling.solvers import SamplerConfig
+
+GRID_IMAGES = 64  # in each sampler's picture
+STRAIGHTNESS_SAMPLES = 64  # at most
+
+
+class RunEvaluation(Scoring):
+    """Scores the samples of a run's checkpoint, drawn by `samplers` from `model`, the configuration of its network.
+
+    `checkpoints` are the run's, `steps` those to try, newest first, and `saved` is the run's configuration.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        reference: Path,
+        checkpoints: Checkpoints,
+        steps: list[int],
+        saved: dict[str, Any],
+        model: ConfigDict,
+        samplers: list[SamplerConfig],
+    ):
+        data = saved["dataset"]
+        self.samplers = samplers
+        check_save_samples(config, samplers)
+        image_shape = tuple(data["image_shape"])
+        if config.save_samples and not config.save_samples.endswith(".npz"):
+            what = f"--save_samples={config.save_samples}: PNGs hold"
+            check_pictures(PixelFormat.from_record(data), image_shape, what, "name an .npz, which holds any array")
+        self.image_shape = image_shape
+        self.dtype = dtype = PixelFormat.from_record(data).dtype
+        super().__init__(config, reference, image_shape, config.num_samples, checkpoints.folder.parent, dtype, saved)
+
+        # The model, its parameters, and how its samples are drawn.
+        folder = checkpoints.folder.parent
+        self.model = load_model(saved, self.mesh, dtype=model.dtype, codec=config.codec, folder=folder)
+        self.step, params = restore_params(checkpoints, steps, self.model, saved, config.params)
+        counts = self._class_counts() if config.labels == "dataset" else None
+        self.generator = ImageGenerator(
+            self.model, params, seed=config.seed, label_mode=config.labels, class_counts=counts
+        )
+        if config.batch_size is None:
+            costliest = max(samplers, key=lambda sampler: sampler.cfg_scale is not None)  # two passes a step
+            fitting = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
+            self.batch_size = min(fitting, most_images(self.records, self.mesh.size, free_memory()) or fitting)
+            log(f"--batch_size {self.batch_size}")
+        self.straightness = functools.cache(self.generator.straightness)  # the same for every number of steps
+        self.settings |= self._describe_run(params, model, saved)
+
+    def _class_counts(self) -> np.ndarray:
+        counts = self.reference.label_counts
+        if counts is None or len(counts) != len(getattr(self.model.condition, "class_names", ())):
+            raise UserError(
+                f"--labels=dataset: {self.reference.path} does not say how often each of the run's classes is; "
+                "make it with compute_fid_stats.py from the run's data set"
+            )
+        return counts
+
+    def _describe_run(self, params: PyTree, model: ConfigDict, saved: dict[str, Any]) -> dict[str, Any]:
+        """Returns the settings that a run's numbers depend on."""
+        # Weights by their hash, so that a run that was moved is known again.
+        config = self.config
+        data = saved["dataset"]
+        settings: dict[str, Any] = {
+            "checkpoint": str(Path(config.load_dir).absolute()),
+            "image_shape": list(data["image_shape"]),
+            "num_classes": len(self.generator.class_names),
+            "num_heads": model.num_heads,
+            "checkpoint_step": self.step,
+            "params_sha256": hash_params(params),
+            "vae_sha256": data["vae_sha256"],
+            "dtype": model.dtype,
+            "t_conditioning": model.t_conditioning,
+            "num_samples": config.num_samples,
+            "seed": config.seed,
+            "labels": config.labels,
+        }
+        # Of what was added later, only what is not the default: rows of older versions are found again.
+        if saved["objective"]["name"] != "flow_matching":
+            settings["objective"] = saved["objective"]["name"]
+        if config.params != "ema":
+            settings["params"] = config.params
+        empty_classes = getattr(self.model.condition, "empty_classes", ())
+        if empty_classes and config.labels != "dataset":
+            settings["empty_classes"] = list(empty_classes)
+        if variables := changed_variables():
+            settings["jax_variables"] = variables
+        return settings
+
+    def evaluate(self, sampler: SamplerConfig) -> dict[str, float | None]:
+        """Returns the metrics of one sampler; writes its grid, and its samples for --save_samples."""
+        config = self.config
+        statistics = self.new_statistics()
+        shown: list[tuple[np.ndarray, PyTree]] = []  # images and conditions for the grid
+        evaluations: list[np.ndarray] = []  # of the network, by an adaptive solver, for each sample
+        batches = self.generator.generate(sampler, config.num_samples, self.batch_size)
+        compared = self.new_images(config.num_samples, self.image_shape, self.dtype)
+
+        saving = None
+        if config.save_samples:
+            saving = SampleWriter(config.save_samples, config.num_samples, self.generator.condition.to_columns)
+        with self.going_on(), saving or contextlib.nullcontext() as writer:
+
+            def collect(batch: ImageBatch) -> None:
+                if batch.nfe is not None:
+                    evaluations.append(gather(batch.nfe)[: batch.count])
+                missing = GRID_IMAGES - sum(len(images) for images, _ in shown)
+                if writer is None and not missing and (compared is None or compared.is_full):
+                    return  # the images stay on the devices
+                drawn, conditions = batch.to_host()
+                if compared is not None:
+                    compared.add(drawn)
+                images = self.generator.to_pictures(drawn)
+                if missing:
+                    shown.append(jax.tree.map(lambda rows: rows[:missing], (images, conditions)))
+                if writer is not None and writer.failure is None:
+                    with self.going_on():  # scoring goes on without the file
+                        writer.write(drawn, conditions)
+
+            measure_images(
+                self.extractors, batches, statistics, config.num_samples, str(sampler), collect, "num_samples"
+            )
+
+        # The grid, and what is measured of the sampler itself.
+        images, conditions = jax.tree.map(lambda *parts: np.concatenate(parts), *shown)
+        places, names = number_rows(self.generator.condition, conditions)
+        figure = plotting.sample_grid(images, places, names, f"{sampler}, checkpoint of step {self.step}")
+        self.save_figure(figure, grid_name(sampler))
+        nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
+        straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
+        scores = self.compute(statistics, compared, grid_name(sampler, "memorised"))
+        return {"nfe": nfe, "straightness": straightness, **scores}
+
+
+def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> None:
+    """Raises UserError where --save_samples cannot be written, or would have to hold several samplers' images."""
+    if not config.save_samples:
+        return
+    if len(samplers) > 1:
+        raise UserError(f"--save_samples={config.save_samples} is of one step count and guidance scale; give one")
+    check_sample_path(config.save_samples, {"fid_stats": config.fid_stats, "json": config.json})
+
+
+def grid_name(sampler: SamplerConfig, what: str = "samples") -> str:
+    steps = sampler.solver if sampler.is_adaptive else sampler.num_steps
+    return f"{what}_{steps}_{guidance_name(sampler)}.png"
+
+
+def guidance_name(sampler: SamplerConfig) -> str:
+    return "none" if sampler.cfg_scale is None else f"{sampler.cfg_scale:g}"
