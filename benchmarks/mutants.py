@@ -89,7 +89,7 @@ test_condition_columns.py::test_other_numbers_are_other_data
 test_condition_columns.py::test_numbers_are_read_row_by_row_and_measured_in_training
   utils/data/columns.py: train = parts["train"] -> train = source
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
-  utils/training/loop.py: keep.keep_last, keep.keep_every) -> keep.keep_last)
+  utils/training/loop.py: keep.keep_last, keep.keep_every, best) -> keep.keep_last, None, best)
   utils/training/loop.py: Checkpoints(run.folder, keep.keep_last -> Checkpoints(run.folder, 2
   utils/training/loop.py: config.checkpoints.save_minutes -> 15
   utils/training/loop.py: run.flops_per_step, config.logging.peak_tflops) -> run.flops_per_step, 1000)
@@ -245,6 +245,12 @@ test_other_files.py::test_inceptions_are_read
   utils/metrics/other_files.py: "pytorch_fid", -> "adm",
 test_memorising.py::test_mirror_images_count_where_the_training_saw_them
   utils/runs/memorising.py: [batch, batch[:, :, ::-1]] if has_mirrors -> [batch] if has_mirrors
+test_keep_best.py::test_the_best_have_the_lowest_scores_or_the_highest
+  utils/runs/best.py: sign = -1 if _is_higher_better(self.keep.score) else 1 -> sign = 1
+  utils/runs/best.py: and math.isfinite(scores[step]) ->
+test_keep_best.py::test_a_training_saves_what_it_evaluates_and_keeps_the_best
+  utils/training/loop.py: saver.is_due(step, is_evaluated and bool(config.checkpoints.keep_best)) -> saver.is_due(step)
+  utils/training/loop.py: keep.keep_every, best) -> keep.keep_every, None)
 test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards
   docs/layout.md: advice.py -> advise.py
 test_reflow.py::test_noise_is_drawn_as_it_was

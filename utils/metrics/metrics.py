@@ -100,8 +100,9 @@ class Metric(NamedTuple):
     """A metric of one feature of one extractor, which `needs` names.
 
     `compute` is given that feature's statistics of the samples and of the reference; it returns {} where they do not
-    allow it. `columns` are {result: title in tables}. `explain(num_samples, reference)` returns a caveat about so few
-    samples, or None. `name` is that of --metrics, by default that of the first result; `format` that of its numbers.
+    allow it. `columns` are {result: title in tables}, all of them better where they are lower, unless
+    `is_higher_better`. `explain(num_samples, reference)` returns a caveat about so few samples, or None. `name` is that
+    of --metrics, by default that of the first result; `format` that of its numbers.
     """
 
     compute: Compute
@@ -110,6 +111,7 @@ class Metric(NamedTuple):
     explain: Callable[[int, Any], str | None] = lambda num_samples, reference: None
     name: str | None = None
     format: str = ".3f"
+    is_higher_better: bool = False
 
     def __str__(self) -> str:
         return self.name or next(iter(self.columns))
@@ -135,8 +137,9 @@ METRICS = [  # in the order of the tables' columns
         {name: name for name in PRDC},
         explain=explain_neighbours,
         name="prdc",
+        is_higher_better=True,
     ),
-    Metric(compute_inception_score, {"inception_score": "IS"}),
+    Metric(compute_inception_score, {"inception_score": "IS"}, is_higher_better=True),
     Metric(  # Stein et al., arXiv:2306.04675
         frechet_metric("fd_dinov2"),
         {"fd_dinov2": "FD-DINOv2"},
@@ -151,6 +154,7 @@ METRICS = [  # in the order of the tables' columns
         CLASS_TOKEN,
         explain_neighbours,
         name="prdc_dinov2",
+        is_higher_better=True,
     ),
     Metric(
         compute_moments,

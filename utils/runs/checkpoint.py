@@ -76,12 +76,21 @@ def _text_checksum(content: Any) -> str:
 
 
 class Checkpoints:
-    """The checkpoints of a run; the newest `keep_last` are kept, and those at multiples of the step `keep_every`."""
+    """The checkpoints of a run; the newest `keep_last` are kept, and those at multiples of the step `keep_every`.
 
-    def __init__(self, run_dir: Path, keep_last: int | None = None, keep_every: int | None = None):
+    `best` is a policy of Orbax that keeps others, too, such as BestSteps (utils/runs/best.py).
+    """
+
+    def __init__(self, run_dir: Path, keep_last: int | None = None, keep_every: int | None = None, best: Any = None):
         self.run_dir = Path(run_dir).absolute()
         self.folder = self.run_dir / FOLDER
         options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every)
+        if best is not None:
+            policies = [ocp.checkpoint_managers.LatestN(keep_last), best]
+            if keep_every is not None:
+                policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
+            policy = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
+            options = ocp.CheckpointManagerOptions(preservation_policy=policy)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self.writing = None  # the step whose files are being written in the background
 

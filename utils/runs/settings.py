@@ -241,6 +241,9 @@ class CheckpointConfig:
     # What stays on disk.
     keep_last: int = setting(2, "Newest checkpoints to keep.", 1)
     keep_every: int = setting(1_000_000, "Also keep checkpoints at multiples of this step.", 1)
+    keep_best: str | None = setting(
+        None, "SCORE:COUNT, such as fid:3 or loss:1: also keep those with the best scores, and save at evaluations."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from utils.images.sizes import write_size
 from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objectives import OBJECTIVES
+from utils.runs.best import check_keep_best
 from utils.runs.checkpoint import has_checkpoints
 from utils.runs.config import OBJECTIVE_NAME, PRESET, START_SETTINGS, RunConfig, all_settings
 from utils.runs.given import check_given
@@ -218,6 +219,10 @@ def check_together(config: RunConfig) -> None:
             f"--warmup_steps={optimizer.warmup_steps}: --lr_schedule=cosine ends at --max_steps="
             f"{config.training.max_steps}; use fewer"
         )
+    # Scores that are logged.
+    evaluation = config.evaluation
+    if config.checkpoints.keep_best is not None:
+        check_keep_best(config.checkpoints.keep_best, evaluation.metrics, bool(evaluation.fid_stats))
     # Changes of images.
     augmentation = config.augmentation
     for name in augmentation.augment:

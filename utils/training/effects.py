@@ -49,6 +49,7 @@ RULES = (
     ),
     Rule(ExtractorOptions._fields, "without dinov2 among the features", lambda v: not takes_options(_extractors(v))),
     Rule(("fid_stats",), "with --eval_interval=0: FID is part of an evaluation", lambda v: not v.eval_interval),
+    Rule(("keep_best",), "with --eval_interval=0: evaluations bring the scores", lambda v: not v.eval_interval),
     Rule(("eval_memorisation",), "with --eval_interval=0: it is part of an evaluation", lambda v: not v.eval_interval),
     Rule(
         ("eval_memorisation",),

@@ -19,6 +19,7 @@ from utils.data.batches import next_batch, read_ahead, to_devices
 from utils.data.fingerprint import write_listing
 from utils.networks.state import TrainState
 from utils.objectives.objective import row_period
+from utils.runs.best import BestSteps, KeepBest
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
 from utils.runs.pool import write_pool
 from utils.trackers.trackers import Trackers
@@ -73,7 +74,8 @@ def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
     """Trains a run whose folder is this process's own."""
     # Where the run stands.
     keep = run.config.checkpoints
-    checkpoints = Checkpoints(run.folder, keep.keep_last, keep.keep_every)
+    best = BestSteps(run.folder, KeepBest.parse(keep.keep_best)) if keep.keep_best else None
+    checkpoints = Checkpoints(run.folder, keep.keep_last, keep.keep_every, best)
     checkpoints.remove_unfinished()
     batches = run.training_batches()
     wait_for_state, step, position = restore_or_init(run, checkpoints, batches)
@@ -90,6 +92,8 @@ def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
         state = run_steps(run, wait_for_state, step, Resources(checkpoints, batches, position, trackers, stop))
     # Everything is on disk before the run says so.
     checkpoints.wait()
+    if best is not None and jax.process_index() == 0:
+        log(best.describe(checkpoints.steps()))
     checkpoints.close()
     trackers.close()
     return state
@@ -198,7 +202,7 @@ def run_steps(run: Run, wait_for_state: Callable[[], TrainState], step: int, res
 
             # Save, then evaluate, which takes its time.
             is_evaluated = is_evaluation_due(config, step)
-            is_saved = saver.is_due(step) or is_last
+            is_saved = saver.is_due(step, is_evaluated and bool(config.checkpoints.keep_best)) or is_last
             if is_evaluated or is_saved:
                 progress.flush()
                 check(metrics, step, ema_params=state.ema_params)

@@ -386,13 +386,13 @@ class Saver:
         self.seconds = minutes * 60 or math.inf
         self._wait(step, self.seconds)
 
-    def is_due(self, step: int) -> bool:
-        """Returns whether to save after this step; all processes of the run agree on the answer."""
+    def is_due(self, step: int, is_wanted: bool = False) -> bool:
+        """Returns whether to save after this step, in any case if `is_wanted`; all processes of the run agree."""
         try:
             self.checkpoints.poll()
         except SaveError as error:
             self._note(error, step)
-        return step % self.interval == 0 or self._is_time(step)
+        return is_wanted or step % self.interval == 0 or self._is_time(step)
 
     def save(self, state: PyTree, position: Any) -> None:
         """Starts to save, and returns when the state may be donated to the next step."""
