@@ -8,6 +8,7 @@ that fid.json has are not computed again, so that the same command continues aft
 number is among its settings.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ from utils.metrics.inception import CONVENTIONS
 from utils.metrics.metrics import choose_metrics, sees_pixels
 from utils.objectives.objectives import make_objective
 from utils.runs.evaluations import evaluate_run, evaluate_samples
-from utils.runs.opening import open_checkpoint
+from utils.runs.opening import choose_steps, open_checkpoint, split_load_dir
 from utils.runs.results import check_json_path
-from utils.runs.run_evaluation import RunEvaluation
+from utils.runs.run_evaluation import RunEvaluation, Snapshot
 from utils.runs.scoring import FILES
 from utils.training.advice import shipped_statistics, write_statistics_command
 
@@ -56,7 +57,10 @@ def define_flags() -> None:
         flags.DEFINE_integer(
             "num_samples", 50_000, "Samples, exactly; of --samples the first, default all.", lower_bound=2
         )
-        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+        flags.DEFINE_string(
+            "checkpoints", None, "Of --load_dir, which: all, last:5, or steps such as 1000,2000; default: the newest."
+        )
+        flags.DEFINE_list("params", ["ema"], "ema: the EMA of the parameters; raw: the parameters themselves; or both.")
         flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
         flags.DEFINE_enum(
             "labels",
@@ -78,16 +82,7 @@ def define_flags() -> None:
         )
         define_path("inception_weights", None, "Local copy of the Inception weights.")
         define_path("inception_logits", None, "npz or safetensors with `fc.weight`, for the Inception Score.")
-    with topic("Memorisation"):
-        flags.DEFINE_bool("memorisation", False, "Also say how many samples copy training images.")
-        flags.DEFINE_string(
-            "train_images",
-            None,
-            "Data set, npz, .npy or folder that may have been copied; default: the run's training split.",
-        )
-        flags.DEFINE_string(
-            "memorisation_features", None, "pixels, or one of --extractor; default: pixels below 64 pixels a side."
-        )
+    define_memorisation_flags()
     # Results, and what is kept of the samples.
     with topic("Output"):
         define_path("out", None, "Output folder; default: that of --load_dir's run, or next to --samples.")
@@ -103,6 +98,19 @@ def define_flags() -> None:
     define_codec_flags()
     define_saved_model_flags()
     define_tracker_flags(name="eval")
+
+
+def define_memorisation_flags() -> None:
+    with topic("Memorisation"):
+        flags.DEFINE_bool("memorisation", False, "Also say how many samples copy training images.")
+        flags.DEFINE_string(
+            "train_images",
+            None,
+            "Data set, npz, .npy or folder that may have been copied; default: the run's training split.",
+        )
+        flags.DEFINE_string(
+            "memorisation_features", None, "pixels, or one of --extractor; default: pixels below 64 pixels a side."
+        )
 
 
 def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[str, Any] | None = None) -> Path:
@@ -134,9 +142,17 @@ def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[st
 
 
 def open_run(config: ConfigDict) -> RunEvaluation:
-    """Returns the evaluation that the flags ask for, of the newest checkpoint with an intact configuration."""
+    """Returns the evaluation that the flags ask for, of the newest checkpoint with an intact configuration, or of those
+    of --checkpoints."""
     # The configuration alone: flags are checked against it before the parameters are read.
     checkpoints, steps = open_checkpoint(config.load_dir, reading.read_codec(config))
+    if config.checkpoints:
+        if split_load_dir(config.load_dir)[1] is not None:
+            raise UserError(
+                f"--checkpoints={config.checkpoints} has no effect beside --load_dir={config.load_dir}, which is one "
+                "checkpoint; give the folder of the run"
+            )
+        steps = choose_steps(config.checkpoints, steps)[::-1]
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     data = saved["dataset"]
     if not sees_pixels(choose_metrics(config.metrics, config.extractor)):
@@ -156,10 +172,12 @@ def open_run(config: ConfigDict) -> RunEvaluation:
     reading.refuse_other_objective(saved["objective"])
     config.codec = reading.read_codec(config)
 
-    # Statistics, and the checkpoints to try: should the newest be damaged, an older one is scored.
+    # Statistics, and the checkpoints: should the newest be damaged, an older one is scored, unless steps are named.
     reference = find_statistics(config, config.dataset_name or data["name"], saved)
-    remaining = steps[steps.index(newest) :]
-    return RunEvaluation(config, reference, checkpoints, remaining, saved, model, samplers)
+    is_optional = config.checkpoints == "all" or (config.checkpoints or "").startswith("last")
+    groups = [[step] for step in steps[::-1]] if config.checkpoints else [steps[steps.index(newest) :]]
+    snapshots = [Snapshot(group, params, is_optional) for group in groups for params in config.params]
+    return RunEvaluation(config, reference, checkpoints, snapshots, saved, model, samplers)
 
 
 def open_own_samples(config: ConfigDict) -> Samples:
@@ -173,6 +191,12 @@ def open_own_samples(config: ConfigDict) -> Samples:
     return samples.first(config.num_samples)
 
 
+def check_params(names: Sequence[str]) -> None:
+    """Raises UserError for --params that are neither ema nor raw, or are given twice."""
+    if not names or set(names) - {"ema", "raw"} or len(set(names)) < len(names):
+        raise UserError(f"--params={','.join(names)}: give ema, raw, or both, ema,raw")
+
+
 def main(config: ConfigDict) -> None:
     configure_output(is_apart=True, is_quiet=config.quiet)
     if bool(config.load_dir) == bool(config.samples):
@@ -183,6 +207,7 @@ def main(config: ConfigDict) -> None:
     # Features, flags and outputs, before anything is opened.
     check_extractors(config.extractor)
     choose_metrics(config.metrics)
+    check_params(config.params)
     check_effects(RULES["eval_fid"], config)
     if config.out:
         check_writable(Path(config.out), "out", names=FILES)

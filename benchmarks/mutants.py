@@ -150,8 +150,8 @@ test_eval_fid.py::test_a_row_says_what_enters_its_numbers
 test_eval_fid.py::test_weights_labels_and_batches_are_those_of_the_flags
   utils/runs/run_evaluation.py: label_mode=config.labels, class_counts=counts -> label_mode=config.labels
 test_eval_fid.py::test_raw_parameters_are_another_row_which_says_so
-  utils/runs/run_evaluation.py: steps, self.model, saved, config.params) -> steps, self.model, saved)
-  utils/runs/run_evaluation.py: settings["params"] = config.params -> pass
+  utils/runs/run_evaluation.py: self.model, self.saved, snapshot.params) -> self.model, self.saved)
+  utils/runs/run_evaluation.py: settings["params"] = self.snapshot.params -> pass
 test_eval_fid.py::test_classes_without_images_are_not_drawn_and_make_another_row
   utils/runs/run_evaluation.py: settings["empty_classes"] = list(empty_classes) -> pass
   utils/conditions/classes.py: tuple(data.get("empty_classes", ()))) -> ())
@@ -245,6 +245,12 @@ test_other_files.py::test_inceptions_are_read
   utils/metrics/other_files.py: "pytorch_fid", -> "adm",
 test_memorising.py::test_mirror_images_count_where_the_training_saw_them
   utils/runs/memorising.py: [batch, batch[:, :, ::-1]] if has_mirrors -> [batch] if has_mirrors
+test_sweep.py::test_each_snapshot_has_the_row_of_a_call_of_its_own
+  utils/runs/run_evaluation.py: if snapshot is self.snapshot or self.use(snapshot): -> if True:
+  utils/runs/run_evaluation.py: if self.has_several: -> if False:
+  utils/runs/results.py: columns = {"checkpoint_step": "step"} | columns -> pass
+test_sweep.py::test_damaged_checkpoints_are_left_out_unless_they_are_named
+  utils/runs/run_evaluation.py: if not snapshot.is_optional: -> if False:
 test_keep_best.py::test_the_best_have_the_lowest_scores_or_the_highest
   utils/runs/best.py: sign = -1 if _is_higher_better(self.keep.score) else 1 -> sign = 1
   utils/runs/best.py: and math.isfinite(scores[step]) ->

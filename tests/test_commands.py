@@ -87,7 +87,7 @@ def test_counts_scales_and_parameters_fit_the_run(read_flags):
 
     assert scoring(1500).num_samples == 1500
     assert scoring(40).num_samples == 1000
-    assert scoring(40, "raw").params == "raw"
+    assert scoring(40, "raw").params == ["raw"]
     assert scoring(40, cfg_scale=-1.0).cfg_scale == ["-1"]
     assert not any("cfg" in word for word in write(SAVED | {"model": MODEL | {"class_dropout_prob": 0.0}})["FID"])
 
@@ -176,7 +176,7 @@ def test_training_ends_with_commands_for_its_data(photographs, read_flags, capsy
     dataset = load_dataset(config.dataset_name, "train", reading.read_data_options(config))
     assert dataset.image_shape == (16, 16, 3)
     scoring = read_flags(eval_fid, words["FID"])
-    assert (scoring.params, scoring.num_samples, scoring.fid_stats) == ("raw", 1000, config.out)
+    assert (scoring.params, scoring.num_samples, scoring.fid_stats) == (["raw"], 1000, config.out)
 
 
 @pytest.mark.slow

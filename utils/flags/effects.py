@@ -55,7 +55,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             (
                 *("cfg_scale", "cfg_interval", "cfg_channels", "use_cfg", "denoise_timesteps", "time_grid", "solver"),
-                *("rtol", "atol", "labels", "params", "seed", "save_samples"),
+                *("rtol", "atol", "labels", "params", "seed", "save_samples", "checkpoints"),
                 *("codec", "vae", "dataset_name", "use_stable_vae"),
                 *("model.*", "objective.*"),
             ),

@@ -264,7 +264,7 @@ class Checkpoints:
     def restore_newest(self, read: Callable[[int], Content], steps: list[int]) -> tuple[int, Content]:
         """Returns (step, read(step)) for the first of `steps` that is intact on every process, and names the others.
 
-        Raises UserError where none is.
+        Raises DamagedCheckpointError where none is.
         """
         problems = []
         for step in steps:
@@ -281,7 +281,7 @@ class Checkpoints:
             if step != steps[-1]:
                 log(f"{problems[-1]}; going back to the one before it")
         others = f" (as are those of steps {', '.join(map(str, steps[:-1]))})" if len(steps) > 1 else ""
-        raise UserError(f"{problems[-1]}{others}; restore it from a copy")
+        raise DamagedCheckpointError(f"{problems[-1]}{others}; restore it from a copy")
 
     def set_aside(self, step: int) -> None:
         """Moves a damaged checkpoint to RUN/damaged_checkpoints, so that its step can be saved again."""

@@ -10,30 +10,39 @@ from utils.base.mesh import gather
 from utils.base.messages import log
 from utils.images.pixels import ImageBatch
 from utils.images.samples import Samples, content_sha256
-from utils.runs.results import Results, plot_fid, sampler_settings, score_columns, write_csv
-from utils.runs.run_evaluation import RunEvaluation, grid_name, guidance_name
+from utils.runs.results import Results, plot_by_step, plot_fid, sampler_settings, score_columns, write_csv
+from utils.runs.run_evaluation import RunEvaluation
 from utils.runs.scoring import Scoring
 from utils.sampling.solvers import SamplerConfig
 from utils.trackers.trackers import Trackers, choose_trackers
 
+MAX_LISTED = 12  # pictures named at the end
+
 
 def evaluate_run(run: RunEvaluation) -> None:
-    """Scores every sampler of a run, in turn, and writes and prints the rows."""
+    """Scores every sampler with each of a run's snapshots, in turn, and writes and prints the rows."""
     config = run.config
     results = Results(run.out)
     trackers = None
     if choose_trackers(config.to_dict()):
         # -1: no line of an earlier evaluation is kept, as finished rows are logged again below.
-        trackers = Trackers(run.out / "evaluation", config.to_dict(), first_step=-1, axis="num_steps")
+        axis = "checkpoint_step" if run.has_several_steps else "num_steps"
+        trackers = Trackers(run.out / "evaluation", config.to_dict(), first_step=-1, axis=axis)
 
     # A row for every sampler: the one that an earlier evaluation has finished, or a new one.
     rows: list[dict[str, Any]] = []
-    for number, sampler in enumerate(run.samplers):
+    pictures: list[str] = []
+    whats = ["samples", "memorised"] if run.memorising else ["samples"]
+    for number, sampler in enumerate(run.each_row()):
         row = score_sampler(run, sampler, results)
         rows.append(row)
+        pictures += [run.picture_name(what, sampler) for what in whats]
         if trackers:
-            scores = {f"{key}/guidance_{guidance_name(sampler)}": row[key] for key in score_columns() if key in row}
-            trackers.log(number, scores | {"num_steps": row["num_steps"] or row["nfe"]})
+            scores = {f"{key}/{run.curve_name(sampler)}": row[key] for key in score_columns() if key in row}
+            steps = {"num_steps": row["num_steps"] or row["nfe"]}
+            if run.has_several_steps:
+                steps["checkpoint_step"] = run.step
+            trackers.log(number, scores | steps)
         if run.failure:
             break  # the others would be lost as well
 
@@ -41,21 +50,23 @@ def evaluate_run(run: RunEvaluation) -> None:
     with run.going_on():
         write_csv(run.out / "fid.csv", results.rows)
     if len(rows) > 1:
-        figure = plot_fid(rows)
-        run.save_figure(figure, "fid.png")
+        name, draw = ("by_step", plot_by_step) if run.has_several_steps else ("fid", plot_fid)
+        figure = draw(rows)
+        run.save_figure(figure, f"{name}.png")
         if trackers:
-            trackers.log_figure(len(rows), "fid", figure)
+            trackers.log_figure(len(rows), name, figure)
     if trackers:
         trackers.log_table("scores", rows)
         trackers.close()
-    of_params = "" if config.params == "ema" else f", {config.params} parameters"
-    log(f"step {run.step} of {config.load_dir}{of_params}, labels {config.labels}, against {run.reference.path}")
+    steps = dict.fromkeys(str(row["checkpoint_step"]) for row in rows)
+    of_params = "" if config.params == ["ema"] else f", {' and '.join(config.params)} parameters"
+    where = f"step{'s' * (len(steps) > 1)} {', '.join(steps)} of {config.load_dir}{of_params}"
+    log(f"{where}, labels {config.labels}, against {run.reference.path}")
     with run.going_on():
         run.show_rows(rows)
     run.finish()
-    whats = ["samples", "memorised"] if run.memorising else ["samples"]
-    figures = [grid_name(sampler, what) for sampler in run.samplers for what in whats]
-    log(f"written in {run.out}: fid.json, fid.csv, {', '.join(figures)}")
+    listed = ", ".join(pictures) if len(pictures) <= MAX_LISTED else f"{len(pictures)} pictures"
+    log(f"written in {run.out}: fid.json, fid.csv, {listed}")
 
 
 def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Opens the run that --load_dir names (a folder, a step of it, or a model on the hub), and imports published models."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,28 @@ def open_checkpoint(load_dir: str | Path, codec: str | None = None) -> tuple[Che
         found = f"found steps {', '.join(map(str, sorted(steps)))}" if steps else "no checkpoint was finished there"
         raise UserError(f"--load_dir={load_dir} holds no such checkpoint ({found})")
     return checkpoints, steps if step is None else [step]
+
+
+def choose_steps(text: str, steps: Sequence[int]) -> list[int]:
+    """Returns the steps, ascending, that --checkpoints=`text` names among those of a run: all, last:5, or 1000,2000.
+
+    Raises UserError for other words, and for a step that is not there.
+    """
+    flag = f"--checkpoints={text}"
+    known = sorted(steps)
+    if text == "all":
+        return known
+    if match := re.fullmatch(r"last:([1-9]\d*)", text):
+        return known[-int(match[1]) :]
+
+    # Steps by their numbers, each once, in whichever order.
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise UserError(f"{flag}: give all, last:5 for the newest five, or steps such as 1000,2000")
+    chosen = sorted({int(word) for word in words})
+    if absent := [step for step in chosen if step not in known]:
+        raise UserError(f"{flag}: no checkpoint of step {absent[0]} is there; found {', '.join(map(str, known))}")
+    return chosen
 
 
 def load_generator(

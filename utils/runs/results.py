@@ -164,8 +164,12 @@ def score_columns() -> dict[str, str]:
 
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """Returns a Markdown table of the rows: step count, guidance and every metric that one of them has."""
-    # Columns: those that some row can fill.
+    # Columns: those that some row can fill; of the checkpoint, where there are several.
     columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | score_columns()
+    if len({row.get("params") for row in rows}) > 1:
+        columns = {"params": "parameters"} | columns
+    if len({row.get("checkpoint_step") for row in rows}) > 1:
+        columns = {"checkpoint_step": "step"} | columns
     columns["straightness"] = "straightness"
     if any(row.get("num_steps", 0) is None for row in rows):  # an adaptive solver
         columns = {"nfe": "NFE"} | columns
@@ -193,6 +197,8 @@ def likelihood_to_markdown(result: dict[str, Any]) -> str:
 def to_text(name: str, row: dict[str, Any]) -> str:
     """Returns a cell of the table; empty where the row has no such value."""
     # Absent, or a metric that could not be computed.
+    if name == "params":
+        return row.get(name, "ema")
     if name not in row:
         return ""
     value = row[name]
@@ -252,6 +258,24 @@ def plot_fid(rows: list[dict[str, Any]]) -> Figure:
     for row in rows:
         if row.get(score) is None or not _is_finished(row):
             continue
-        name = "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
+        name = _guidance_title(row) + ", raw" * (row.get("params") == "raw")
         curves.setdefault(name, []).append((row["num_steps"] or row["nfe"], row[score]))
     return plotting.curves(curves, "steps", columns[score])
+
+
+def plot_by_step(rows: list[dict[str, Any]]) -> Figure:
+    """Draws every metric against the training steps of the rows, a curve for each sampler and kind of parameters."""
+    # Curves are named by what tells them apart.
+    names = [(_guidance_title(row), f"{to_text('num_steps', row)} steps", to_text("params", row)) for row in rows]
+    told = [place for place, values in enumerate(zip(*names, strict=True)) if len(set(values)) > 1] or [0]
+    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row, name in zip(rows, names, strict=True):
+        curve = ", ".join(name[place] for place in told)
+        for score, title in score_columns().items():
+            if row.get(score) is not None:
+                points.setdefault(title, {}).setdefault(curve, []).append((row["checkpoint_step"], row[score]))
+    return plotting.metric_curves(points)
+
+
+def _guidance_title(row: Mapping[str, Any]) -> str:
+    return "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"

@@ -3,8 +3,10 @@ fid.json."""
 
 import contextlib
 import functools
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,13 +15,13 @@ from ml_collections import ConfigDict
 
 from utils.base.devices import changed_variables, free_memory
 from utils.base.mesh import gather
-from utils.base.messages import UserError, log
+from utils.base.messages import UserError, log, warn
 from utils.conditions.condition import number_rows
 from utils.images import plotting
 from utils.images.pixels import ImageBatch, PixelFormat, check_pictures
 from utils.images.samples import SampleWriter, check_sample_path
 from utils.metrics.measure import measure_images, most_images
-from utils.runs.checkpoint import Checkpoints
+from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
 from utils.runs.opening import load_model, restore_params
 from utils.runs.scoring import Scoring
 from utils.sampling.generator import ImageGenerator, hash_params
@@ -29,10 +31,19 @@ GRID_IMAGES = 64  # in each sampler's picture
 STRAIGHTNESS_SAMPLES = 64  # at most
 
 
-class RunEvaluation(Scoring):
-    """Scores the samples of a run's checkpoint, drawn by `samplers` from `model`, the configuration of its network.
+class Snapshot(NamedTuple):
+    """Parameters whose samples are scored: 'ema' or 'raw', of the first of `steps` that is intact."""
 
-    `checkpoints` are the run's, `steps` those to try, newest first, and `saved` is the run's configuration.
+    steps: list[int]
+    params: str
+    is_optional: bool = False  # left out where its checkpoint is damaged
+
+
+class RunEvaluation(Scoring):
+    """Scores the samples of a run's `snapshots`, drawn by `samplers` from `model`, the configuration of its network.
+
+    `checkpoints` are the run's, and `saved` is its configuration. One snapshot at a time is in memory; all are sampled
+    by the functions that are compiled for the first.
     """
 
     def __init__(
@@ -40,14 +51,14 @@ class RunEvaluation(Scoring):
         config: ConfigDict,
         reference: Path,
         checkpoints: Checkpoints,
-        steps: list[int],
+        snapshots: list[Snapshot],
         saved: dict[str, Any],
         model: ConfigDict,
         samplers: list[SamplerConfig],
     ):
         data = saved["dataset"]
         self.samplers = samplers
-        check_save_samples(config, samplers)
+        check_save_samples(config, len(samplers) * len(snapshots))
         image_shape = tuple(data["image_shape"])
         if config.save_samples and not config.save_samples.endswith(".npz"):
             what = f"--save_samples={config.save_samples}: PNGs hold"
@@ -56,21 +67,51 @@ class RunEvaluation(Scoring):
         self.dtype = dtype = PixelFormat.from_record(data).dtype
         super().__init__(config, reference, image_shape, config.num_samples, checkpoints.folder.parent, dtype, saved)
 
-        # The model, its parameters, and how its samples are drawn.
-        folder = checkpoints.folder.parent
-        self.model = load_model(saved, self.mesh, dtype=model.dtype, codec=config.codec, folder=folder)
-        self.step, params = restore_params(checkpoints, steps, self.model, saved, config.params)
+        # The model, the parameters of the first snapshot, and how its samples are drawn.
+        self.checkpoints = checkpoints
+        self.saved = saved
+        self.model_config = model
+        self.model = load_model(
+            saved, self.mesh, dtype=model.dtype, codec=config.codec, folder=checkpoints.folder.parent
+        )
         counts = self._class_counts() if config.labels == "dataset" else None
         self.generator = ImageGenerator(
-            self.model, params, seed=config.seed, label_mode=config.labels, class_counts=counts
+            self.model, None, seed=config.seed, label_mode=config.labels, class_counts=counts
         )
+        self.has_several = len(snapshots) > 1
+        self.has_several_steps = len({snapshot.steps[0] for snapshot in snapshots}) > 1
+        self.snapshots = list(itertools.dropwhile(lambda snapshot: not self.use(snapshot), snapshots))
+        if not self.snapshots:
+            raise UserError(f"--checkpoints={config.checkpoints}: all of them are damaged; restore one from a copy")
         if config.batch_size is None:
             costliest = max(samplers, key=lambda sampler: sampler.cfg_scale is not None)  # two passes a step
             fitting = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
             self.batch_size = min(fitting, most_images(self.records, self.mesh.size, free_memory()) or fitting)
             log(f"--batch_size {self.batch_size}")
+
+    def use(self, snapshot: Snapshot) -> bool:
+        """Loads the parameters of a snapshot, to be sampled from now on; returns False, and says so, where it is
+        damaged and optional."""
+        self.generator.params = None  # those before: both together may not fit
+        try:
+            step, params = restore_params(self.checkpoints, snapshot.steps, self.model, self.saved, snapshot.params)
+        except DamagedCheckpointError as error:
+            if not snapshot.is_optional:
+                raise
+            warn(f"{error}; it is left out")
+            return False
+        self.snapshot = snapshot
+        self.step = step
+        self.generator.params = params
         self.straightness = functools.cache(self.generator.straightness)  # the same for every number of steps
-        self.settings |= self._describe_run(params, model, saved)
+        self.settings = self._describe_reference() | self._describe_run(params)
+        return True
+
+    def each_row(self) -> Iterator[SamplerConfig]:
+        """Yields the sampler of each row, once the parameters of its snapshot are in memory."""
+        for snapshot in self.snapshots:
+            if snapshot is self.snapshot or self.use(snapshot):
+                yield from self.samplers
 
     def _class_counts(self) -> np.ndarray:
         counts = self.reference.label_counts
@@ -81,10 +122,12 @@ class RunEvaluation(Scoring):
             )
         return counts
 
-    def _describe_run(self, params: PyTree, model: ConfigDict, saved: dict[str, Any]) -> dict[str, Any]:
-        """Returns the settings that a run's numbers depend on."""
+    def _describe_run(self, params: PyTree) -> dict[str, Any]:
+        """Returns the settings that a snapshot's numbers depend on."""
         # Weights by their hash, so that a run that was moved is known again.
         config = self.config
+        model = self.model_config
+        saved = self.saved
         data = saved["dataset"]
         settings: dict[str, Any] = {
             "checkpoint": str(Path(config.load_dir).absolute()),
@@ -103,8 +146,8 @@ class RunEvaluation(Scoring):
         # Of what was added later, only what is not the default: rows of older versions are found again.
         if saved["objective"]["name"] != "flow_matching":
             settings["objective"] = saved["objective"]["name"]
-        if config.params != "ema":
-            settings["params"] = config.params
+        if self.snapshot.params != "ema":
+            settings["params"] = self.snapshot.params
         empty_classes = getattr(self.model.condition, "empty_classes", ())
         if empty_classes and config.labels != "dataset":
             settings["empty_classes"] = list(empty_classes)
@@ -150,26 +193,38 @@ class RunEvaluation(Scoring):
         images, conditions = jax.tree.map(lambda *parts: np.concatenate(parts), *shown)
         places, names = number_rows(self.generator.condition, conditions)
         figure = plotting.sample_grid(images, places, names, f"{sampler}, checkpoint of step {self.step}")
-        self.save_figure(figure, grid_name(sampler))
+        self.save_figure(figure, self.picture_name("samples", sampler))
         nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
         straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
-        scores = self.compute(statistics, compared, grid_name(sampler, "memorised"))
+        scores = self.compute(statistics, compared, self.picture_name("memorised", sampler))
         return {"nfe": nfe, "straightness": straightness, **scores}
 
+    def picture_name(self, what: str, sampler: SamplerConfig) -> str:
+        """Returns the name of a sampler's picture, `what`; where there are several snapshots, with this one's step."""
+        steps = sampler.solver if sampler.is_adaptive else sampler.num_steps
+        name = f"{what}_{steps}_{_guidance_name(sampler)}"
+        if self.has_several:
+            name += f"_step{self.step}" + "_raw" * (self.snapshot.params == "raw")
+        return f"{name}.png"
 
-def check_save_samples(config: ConfigDict, samplers: list[SamplerConfig]) -> None:
-    """Raises UserError where --save_samples cannot be written, or would have to hold several samplers' images."""
+    def curve_name(self, sampler: SamplerConfig) -> str:
+        """Returns the name of a sampler's curve among those of a metric, over its steps or those of the training."""
+        name = f"guidance_{_guidance_name(sampler)}"
+        if self.has_several_steps and len({each.num_steps for each in self.samplers}) > 1:
+            name += f"_{sampler.num_steps}_steps"
+        return name + "_raw" * (self.has_several and self.snapshot.params == "raw")
+
+
+def check_save_samples(config: ConfigDict, num_sets: int) -> None:
+    """Raises UserError where --save_samples cannot be written, or would have to hold several sets of images."""
     if not config.save_samples:
         return
-    if len(samplers) > 1:
-        raise UserError(f"--save_samples={config.save_samples} is of one step count and guidance scale; give one")
+    if num_sets > 1:
+        raise UserError(
+            f"--save_samples={config.save_samples} is of one step count, guidance scale and checkpoint; give one"
+        )
     check_sample_path(config.save_samples, {"fid_stats": config.fid_stats, "json": config.json})
 
 
-def grid_name(sampler: SamplerConfig, what: str = "samples") -> str:
-    steps = sampler.solver if sampler.is_adaptive else sampler.num_steps
-    return f"{what}_{steps}_{guidance_name(sampler)}.png"
-
-
-def guidance_name(sampler: SamplerConfig) -> str:
+def _guidance_name(sampler: SamplerConfig) -> str:
     return "none" if sampler.cfg_scale is None else f"{sampler.cfg_scale:g}"
