@@ -103,7 +103,7 @@ def define_flags() -> None:
 def define_memorisation_flags() -> None:
     with topic("Memorisation"):
         flags.DEFINE_bool("memorisation", False, "Also say how many samples copy training images.")
-        flags.DEFINE_string(
+        define_path(
             "train_images",
             None,
             "Data set, npz, .npy or folder that may have been copied; default: the run's training split.",

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from utils.base.files import expand_home
 from utils.base.mesh import gather
 from utils.base.messages import UserError, log, progress_bar, warn
 from utils.base.settings import unknown_name
@@ -75,7 +74,7 @@ def open_training(
     elif find_loader(text) is not None:
         found = _open_dataset(text, saved, image_shape, dtype, is_own=False)
     else:
-        found = _open_file(str(expand_home(text, "train_images")), saved)
+        found = _open_file(text, saved)
 
     # The distance of images of other shapes is not defined.
     flag = f"--train_images={found.name}"
