@@ -8,11 +8,13 @@ import jax
 import pytest
 from jax._src import distributed
 
-import eval_fid
+import likelihood
+import sample
 import train_flow
 from utils.base import processes
 from utils.base.messages import UserError
 from utils.base.processes import StopRequest
+from utils.flags.program import join_processes
 
 LAUNCHERS = ("SLURM_", "OMPI_", "MV2_", "PMI_", "MPI_", "JAX_COORDINATOR", "JAX_LOCAL", "CUDA_VISIBLE", "HIP_", "ROCR_")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -187,15 +189,28 @@ def test_one_of_several_processes_is_told_what_is_missing(monkeypatch, case):
 
 
 def test_copies_of_a_program_of_one_process_are_named(monkeypatch, read_flags, capsys):
-    read_flags(eval_fid, [])
+    read_flags(likelihood, [])
     assert capsys.readouterr().err == ""
     for name, value in ALONE["srun"][0].items():
         monkeypatch.setenv(name, value)
-    read_flags(eval_fid, [])
-    expected = "note: srun has started 2 processes, but eval_fid works in one: each does all of it\n"
+    read_flags(likelihood, [])
+    expected = "note: srun has started 2 processes, but likelihood works in one: each does all of it\n"
     assert capsys.readouterr().err == expected
     read_flags(train_flow, [])
     assert capsys.readouterr().err == ""
+
+
+def test_a_program_that_can_share_its_work_is_told_the_flag(monkeypatch, read_flags, capsys):
+    for name, value in ALONE["srun"][0].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["path/sample.py"])
+    join_processes(read_flags(sample, []))
+    expected = "note: srun has started 2 processes, but sample.py works in one without --coordinator_address: each does"
+    assert capsys.readouterr().err == f"{expected} all of it\n"
+    join_processes(read_flags(sample, ["--num_processes", "1"]))  # which says that it is meant
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="need --coordinator_address host:port"):
+        join_processes(read_flags(sample, ["--process_id", "0"]))
 
 
 def test_a_task_number_that_the_batch_script_has_filled_in_is_refused(monkeypatch):

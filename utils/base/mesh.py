@@ -37,6 +37,11 @@ def make_mesh(num_shards: int = 1, devices: Sequence[jax.Device] | None = None) 
     return Mesh(np.array(devices).reshape(-1, num_shards), (REPLICA, SHARD))
 
 
+def local_mesh() -> Mesh:
+    """Returns a mesh of this process's own devices: what is computed there waits for no other process."""
+    return make_mesh(devices=jax.local_devices())
+
+
 def choose_num_shards(mode: str, requested: int | None, devices: Sequence[Any]) -> int:
     """Returns how many devices share one copy of the state.
 
@@ -134,8 +139,17 @@ def shard_replicated(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def gather(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Returns all of a global array as numpy, on every process; all processes have to call it."""
-    return multihost_utils.process_allgather(x, tiled=True) if jax.process_count() > 1 else np.asarray(x)
+    """Returns all of a global array as numpy, on every process; all processes have to call it.
+
+    Of an array that lies on this process's devices alone, or whole on all of them, nothing is moved.
+    """
+    is_here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(x) if is_here else multihost_utils.process_allgather(x, tiled=True)
+
+
+def sum_over_processes(x: np.ndarray) -> np.ndarray:
+    """Returns the sum of an array that every process has its own of; all processes have to call it."""
+    return multihost_utils.process_allgather(x).sum(axis=0, dtype=x.dtype) if jax.process_count() > 1 else x
 
 
 def check_batch_size(batch_size: int, num_devices: int, grad_accum: int = 1, period: int = 1) -> None:

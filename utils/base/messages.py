@@ -148,8 +148,16 @@ def finish_output() -> None:
 
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
-    """Returns a tqdm bar that survives a full disk under the log, and that --quiet silences."""
-    return tqdm(*args, **{"file": TolerantStream(), "disable": _Output.is_quiet, **options})
+    """Returns a tqdm bar that survives a full disk under the log, and that --quiet silences; of several processes, one
+    has bars."""
+    is_silent = _Output.is_quiet or jax.process_index() > 0
+    return tqdm(*args, **{"file": TolerantStream(), "disable": is_silent, **options})
+
+
+def close_bars() -> None:
+    """Ends the lines of all progress bars, before the last line of a program that ends in their midst."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 class TolerantStream:

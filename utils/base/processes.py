@@ -201,13 +201,13 @@ def refuse_single(launch: Launch | None, num_processes: int | None, process_id: 
     )
 
 
-def warn_of_copies(program: str) -> None:
-    """Warns if a launcher has started several copies of a program that works in one process."""
+def warn_of_copies(program: str, where: str = "") -> None:
+    """Warns if a launcher has started several copies of a program that works in one process, always or `where`."""
     launch = find_launch()
     if launch is not None and launch.num_processes > 1:
         _say(
-            f"note: {launch.launcher} has started {launch.num_processes} processes, but {program} works in one: each "
-            "does all of it"
+            f"note: {launch.launcher} has started {launch.num_processes} processes, but {program} works in "
+            f"one{where}: each does all of it"
         )
 
 

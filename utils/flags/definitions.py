@@ -235,8 +235,13 @@ def define_run_flags() -> None:
                 # --trackers is a setting of logging, but stands with --wandb.* in --help.
                 define_group(part, without=("trackers",))
     define_tracker_flags()
-    with topic("Several processes"):
-        define_group("processes")
+    define_process_flags()
+
+
+@topic("Several processes")
+def define_process_flags() -> None:
+    """Registers the flags by which the processes of one command find each other; see `program.join_processes`."""
+    define_group("processes")
 
 
 def define_saved_model_flags() -> None:

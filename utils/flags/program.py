@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,9 +16,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from utils.base import hosts
 from utils.base.devices import check_jax_settings, keep_freed_memory, start_devices
-from utils.base.messages import NO_ROOM, UserError, WriteError, finish_output, silence_orbax
-from utils.base.processes import END_SIGNALS, handle_signals, warn_of_copies
+from utils.base.messages import NO_ROOM, UserError, WriteError, close_bars, finish_output, silence_orbax
+from utils.base.processes import END_SIGNALS, handle_signals, initialize_processes, warn_of_copies
 from utils.flags.config_file import expand_config_file, record_file_values
 from utils.flags.help import explain_unknown, refuse_habits, show_help, to_integer, to_switch, topic
 from utils.flags.reading import read_flags
@@ -86,6 +88,7 @@ def run_program(
         if needs_devices and not config.get("coordinator_address"):  # several processes find each other first
             start_devices()
         main(config)
+        hosts.finish_together()
 
     # The process first: the allocator is set before JAX looks for devices, signals before there is work to lose.
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -108,29 +111,49 @@ def run_program(
         if error.errno is None or error.filename is None:
             raise
         _end(f"error: {error.filename}: {error.strerror}")
-    except jax.errors.JaxRuntimeError as error:
-        # A collective fails on the processes that are left when one has ended.
-        if not jax.distributed.is_initialized():
-            raise
-        reason = str(error).partition("\n")[0][:200]
-        _end(
-            f"error: process {jax.process_index()} of the run has lost another one ({reason}); give all their commands "
-            "again, and they continue from the last checkpoint"
-        )
     except KeyboardInterrupt:
         # As shells number statuses: 128 + signal.
         _end("interrupted", 128 + signal.SIGINT)
     except Terminated as end:
         _end(f"ended by {end.number.name}", 128 + end.number)
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        _end(f"error: process {jax.process_index()} of the run {explain_end(error)}")  # an ordinary end would wait
     finally:
         finish_output()
 
 
+def explain_end(error: Exception) -> str:
+    """Returns in words why one of several processes cannot go on; of a fault of the code, prints the traceback."""
+    # A collective fails on the processes that are left when one has ended; JAX's errors have several types.
+    if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+        reason = str(error).partition("\n")[0][:200]
+        return f"has lost another one ({reason}); give all their commands again, and they continue from what is saved"
+    traceback.print_exc()
+    return "has met a fault of the code, which is above"
+
+
+def join_processes(config: ConfigDict) -> None:
+    """Makes one command of the processes that --coordinator_address names: the first line of a program that shares its
+    work among them. Raises UserError as `initialize_processes`."""
+    if config.coordinator_address is None and config.num_processes is None and config.process_id is None:
+        warn_of_copies(Path(sys.argv[0]).name, " without --coordinator_address")
+        return
+    initialize_processes(config.coordinator_address, config.num_processes, config.process_id)
+    if config.coordinator_address is not None:
+        raise_on_signals()  # again: JAX has taken SIGTERM
+        hosts.start_watch()
+
+
 def _end(message: str, status: int = 1) -> NoReturn:
     """Ends the program with one line and this status."""
+    hosts.take_last_word()
+    close_bars()
     with contextlib.suppress(OSError):  # a terminal that has been closed, a log on a full disk
         print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
+        hosts.tell_others()
         os._exit(status)  # an ordinary end would wait for the other processes, which wait for this one
     sys.exit(status)
 
@@ -171,7 +194,7 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
     if extra:
         raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
 
-    # All programs but the training work in one process.
+    # Programs that share their work among processes look at these themselves.
     if "coordinator_address" not in names:
         warn_of_copies(Path(argv[0]).name)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise

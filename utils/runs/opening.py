@@ -393,6 +393,9 @@ def fetch_run(load_dir: str, folder: Path) -> None:
     """
     # The folder first: nothing is downloaded for one that cannot be used.
     check_new_run(folder)
+    if jax.process_count() > 1:
+        command = write_command("sample.py", "--load_dir", load_dir)
+        raise UserError(f"--load_dir={load_dir} is not here yet; fetch it by one process first: {command}")
     hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
     source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")
     if source.run is None:

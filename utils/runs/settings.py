@@ -275,10 +275,10 @@ class ProcessConfig:
     """How several processes find each other."""
 
     coordinator_address: str | None = setting(
-        None, "host:port of process 0 in a multi-process run; 'auto' on TPU pods, under SLURM and mpirun."
+        None, "host:port of process 0 where several share the work; 'auto' on TPU pods, under SLURM and mpirun."
     )
     num_processes: int | None = setting(
         None,
-        "Processes in the run, with --coordinator_address; 1 without it: a run of its own under srun or torchrun.",
+        "Processes, with --coordinator_address; 1 without it: under srun or torchrun, each works for itself.",
     )
     process_id: int | None = setting(None, "This process's number, with --coordinator_address.")
