@@ -20,11 +20,13 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from utils.base.files import check_free_space
+from utils.base.hosts import is_first
 from utils.base.messages import log, progress_bar
 from utils.codecs.codec import pixel_format
 from utils.conditions.condition import count_rows, number_rows, take_rows
 from utils.flags import program
 from utils.flags.conditions import read_sweep
+from utils.flags.definitions import define_process_flags
 from utils.flags.drawing import (
     Request,
     check_request,
@@ -57,7 +59,10 @@ EDIT_FLAGS = {
     "inpaint_repeats": {"inpaint": "FOLDER"},
 }
 # Those of sample.py that edit.py does not have.
-OWN_FLAGS = ("sweep", "film", "film_frames", "film_format")
+OWN_FLAGS = (
+    *("sweep", "film", "film_frames", "film_format"),
+    *("coordinator_address", "num_processes", "process_id"),
+)
 
 
 def define_flags() -> None:
@@ -70,6 +75,7 @@ def define_flags() -> None:
         flags.DEFINE_integer("film_frames", 32, "Frames of the film beside the noise; no more than steps.", 1, 1000)
         flags.DEFINE_enum("film_format", "webp", ["webp", "gif"], "Format of the film.")
     define_generator_flags(wandb_name="sample")
+    define_process_flags()
     define_moved_flags(EDIT_FLAGS)
 
 
@@ -78,8 +84,9 @@ def draw(request: Request) -> None:
     config = request.config
     generator = request.generator
 
-    # Room first: the samples of a large file take hours.
-    if config.save_samples and config.save_samples.endswith(".npz"):
+    # Room first: the samples of a large file take hours. Of several processes, one writes.
+    is_saving = bool(config.save_samples) and is_first()
+    if is_saving and config.save_samples.endswith(".npz"):
         item_size = np.dtype(pixel_format(generator.model.codec).dtype).itemsize
         size = config.num_samples * math.prod(generator.model.image_shape) * item_size
         check_free_space(Path(config.save_samples), "save_samples", size)
@@ -92,7 +99,7 @@ def draw(request: Request) -> None:
     batches = generator.generate(request.sampler, config.num_samples, batch_size, request.conditions)
     bar = progress_bar(total=config.num_samples, unit="image", desc=str(request.sampler))
     saving: Any = nullcontext()
-    if config.save_samples:
+    if is_saving:
         saving = SampleWriter(config.save_samples, config.num_samples, generator.condition.to_columns)
     with bar, saving as writer:
         for batch in batches:
@@ -111,7 +118,7 @@ def draw(request: Request) -> None:
         request.pictures.save_grid("grid.png", images, places, names, request.title)
         save_pairs(request, images)
     finally:
-        if config.save_samples:
+        if is_saving:
             request.pictures.written.append(Path(config.save_samples))
 
 
@@ -173,6 +180,7 @@ def film(request: Request) -> None:
 def main(config: ConfigDict) -> None:
     refuse_moved_flags(EDIT_FLAGS, "edit.py", but=OWN_FLAGS)
     check_effects(RULES["sample"], config)
+    program.join_processes(config)
     check_request(config, FILES)
     request = load_request(config)
     several = "s" * (config.num_samples > 1)

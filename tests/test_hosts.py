@@ -1,11 +1,16 @@
 """Programs on several processes: what two of them make is what one makes, and none goes on without the others."""
 
+import socket
 import threading
 import time
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
+from tests.conftest import Program, run_program, xla_flags
+from tests.test_compatibility import unpack
 from utils.base import hosts
 
 together = pytest.mark.xdist_group("hosts")  # pairs of processes, one pair at a time
@@ -111,3 +116,50 @@ def test_the_watch_ends_its_process_with_one_line(two, monkeypatch, capsys):
 
 
 # --- Two processes on this host ---
+
+
+def start_two(*args, devices: int = 1) -> list[Program]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    words = [*map(str, args), "--coordinator_address", address, "--num_processes", "2", "--process_id"]
+    return [Program([*words, str(number)], {"XLA_FLAGS": xla_flags(devices)}) for number in range(2)]
+
+
+def without_gloo(output: str) -> str:
+    """Returns the output without what the library of CPU collectives says of its connections."""
+    return "".join(line for line in output.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+
+
+def run_two(*args, devices: int = 1) -> list[str]:
+    """Runs a program on two processes to its end, and returns what each has printed."""
+    processes = start_two(*args, devices=devices)
+    outputs = [without_gloo(process.communicate(timeout=240)[0]) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run on digits of 8x8, with ten classes."""
+    return unpack("run", tmp_path_factory.mktemp("golden")) / "run"
+
+
+def read_images(folder) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]).astype(int)
+
+
+@pytest.mark.slow
+@together
+def test_two_processes_draw_the_samples_of_one(run, tmp_path):
+    command = ["sample.py", "--load_dir", run, "--num_samples", 10, "--batch_size", 4, "--denoise_timesteps", 3]
+    command += ["--cfg_scale", 2, "--film"]
+    run_program(*command, "--out", tmp_path / "one", "--save_samples", tmp_path / "one" / "samples")
+    first, second = run_two(*command, "--out", tmp_path / "two", "--save_samples", tmp_path / "two" / "samples")
+    assert second == ""  # process 0 speaks for both
+    one, two = (read_images(tmp_path / name / "samples") for name in ("one", "two"))
+    assert one.shape == (10, 8, 8)
+    assert np.abs(one - two).max() <= 1
+    names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert names == [["film.webp", "grid.png", "samples", "strip.png"]] * 2
+    assert all(str(tmp_path / "two" / name) in first for name in names[1])

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from utils.base.devices import explaining_out_of_memory
 from utils.base.files import check_writable, prepare_output_folder
+from utils.base.hosts import is_first
 from utils.base.messages import UserError, WriteError, configure_output, warn
 from utils.codecs.codec import pixel_format
 from utils.conditions.condition import count_rows, resize_rows
@@ -86,7 +87,7 @@ def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
     # Outputs, which would otherwise fail only after the sampling.
     if config.out:
         check_writable(Path(config.out), "out", names=names)
-    if config.save_samples:
+    if config.save_samples and is_first():
         check_sample_path(config.save_samples)
 
 
