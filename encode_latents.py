@@ -6,6 +6,7 @@ The same command again continues after the last finished file.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from jaxtyping import Array, Float, Float16, PyTree, UInt8
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from utils.base import hosts
 from utils.base.commands import write_command
 from utils.base.devices import check_batch_memory
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
-from utils.base.mesh import batch_sharding, check_batch_size, gather, make_mesh, shard_replicated
+from utils.base.mesh import batch_sharding, check_batch_size, gather, local_mesh, shard_replicated
 from utils.base.messages import UserError, log, progress_bar
 from utils.codecs.codec import Codec, MomentCodec, num_cached_arrays
 from utils.codecs.codecs import CodecSpec, load_codec, name_for_manifest, parse_codec
@@ -32,7 +34,13 @@ from utils.data.fingerprint import Fingerprint, write_listing
 from utils.data.loaders import load_dataset
 from utils.data.records import describe_kind, each_row
 from utils.flags import program, reading
-from utils.flags.definitions import define_codec_flags, define_data_flags, define_flip_flag, define_path
+from utils.flags.definitions import (
+    define_codec_flags,
+    define_data_flags,
+    define_flip_flag,
+    define_path,
+    define_process_flags,
+)
 from utils.flags.help import topic
 from utils.images.pixels import UINT8, images_from_uint8
 
@@ -43,8 +51,9 @@ def define_flags() -> None:
     define_codec_flags()
     with topic("Latents"):
         define_path("out", None, "Folder to write.")
-        flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices.")
+        flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices of a process.")
         flags.DEFINE_integer("shard_size", 4096, "Images per file.", lower_bound=1)
+    define_process_flags()
 
 
 def encode_views(
@@ -170,11 +179,15 @@ def write_latents(
     mesh: Mesh,
     batch_size: int,
 ) -> None:
-    """Writes the files of the manifest that are not finished yet."""
-    names = [name for split in SPLITS for name, _ in manifest.shards(split)]
+    """Writes the files of the manifest that are not finished yet, and returns once all are; several processes share
+    them."""
+    files = {name: rows for split in SPLITS for name, rows in manifest.shards(split)}
+    names = list(files)
+    # Files are written whole or not at all, so one that is there needs no second look.
+    own = hosts.share_files(out, names)
     # A full disk is reported with the number of files that are finished.
     explaining = explaining_full_disk(lambda: latents.count_finished(out, names))
-    with progress_bar(total=sum(manifest.num_examples.values()), unit="image") as bar, explaining:
+    with progress_bar(total=sum(len(files[name]) for name in own), unit="image") as bar, explaining:
         for split, dataset in datasets.items():
             # Compiled once a split, as only training has mirror images.
             views = partial(encode_views, num_views=manifest.num_views[split])
@@ -184,12 +197,10 @@ def write_latents(
                 return compiled(codec, shard_replicated(images, mesh))
 
             for name, rows in manifest.shards(split):
-                # Files are written whole or not at all, so one that is there needs no second look.
-                if (out / name).exists():
-                    bar.update(len(rows))
-                    continue
-                examples = encode_examples(dataset, rows, batch_size, encode)
-                latents.write_latents(out / name, count_examples(examples, bar), dataset.condition)
+                if name in own:
+                    examples = encode_examples(dataset, rows, batch_size, encode)
+                    latents.write_latents(out / name, count_examples(examples, bar), dataset.condition)
+    hosts.barrier()
 
 
 def main(config: ConfigDict) -> None:
@@ -198,8 +209,9 @@ def main(config: ConfigDict) -> None:
 
     # Refusals that need neither data nor codec.
     out = Path(config.out)
-    mesh = make_mesh()
     check_writable(out, "out")
+    program.join_processes(config)
+    mesh = local_mesh()  # a file has the bytes that one process alone would write
     check_batch_size(config.batch_size, mesh.size)
 
     # What is encoded, and by what.
@@ -208,10 +220,12 @@ def main(config: ConfigDict) -> None:
     codec = load_cached_codec(spec, mesh, datasets["train"].image_shape)
     manifest = describe_latents(datasets, codec, spec, config.shard_size)
 
-    # One process at a time fills a folder; the same command goes on where it stopped.
-    prepare_output_folder(out, "out")
-    with FolderLock(out).held("out"):
-        prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
+    # One command at a time fills a folder; the same command goes on where it stopped.
+    if hosts.is_first():
+        prepare_output_folder(out, "out")
+    with FolderLock(out).held("out") if hosts.is_first() else nullcontext():
+        if hosts.is_first():
+            prepare_folder(out, manifest, {split: dataset.fingerprint for split, dataset in datasets.items()})
         write_latents(out, manifest, datasets, codec, mesh, config.batch_size)
     words = ["--dataset_name", f"latents:{out}"]
     words += ["--model.num_classes", str(len(manifest.class_names))] if manifest.class_names else []

@@ -7,6 +7,7 @@ The same command again continues after the last finished file.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from utils.base import hosts
 from utils.base.commands import write_command
 from utils.base.devices import RANDOM, changed_variables, explaining_out_of_memory
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
-from utils.base.mesh import check_batch_size, gather
+from utils.base.mesh import check_batch_size, gather, local_mesh, shard_replicated
 from utils.base.messages import UserError, log, progress_bar
 from utils.codecs.codec import pixel_format
 from utils.conditions.condition import check_draw_mode, restore_condition
@@ -26,7 +28,7 @@ from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
 from utils.data.records import describe_kind, each_row
 from utils.flags import program, reading
-from utils.flags.definitions import define_codec_flags, define_path, define_sampler_flags
+from utils.flags.definitions import define_codec_flags, define_path, define_process_flags, define_sampler_flags
 from utils.flags.help import topic
 from utils.networks.models import ImageModel
 from utils.runs.opening import load_generator, open_checkpoint
@@ -44,11 +46,12 @@ def define_flags() -> None:
             "labels", "balanced", ["uniform", "balanced"], "How labels are drawn; other conditions always uniform."
         )
         flags.DEFINE_integer("shard_size", 4096, "Pairs per file.", lower_bound=1)
-        flags.DEFINE_integer("batch_size", RECIPE_BATCH_SIZE, "Pairs at a time, over all devices.")
+        flags.DEFINE_integer("batch_size", RECIPE_BATCH_SIZE, "Pairs at a time, over all devices of a process.")
         flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
         flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
         define_codec_flags()
     define_sampler_flags(cfg_scale="1", denoise_timesteps="100")
+    define_process_flags()
 
 
 def make_examples(
@@ -59,7 +62,8 @@ def make_examples(
         # The last batch is computed whole: another shape would compile. Noise and conditions follow from the numbers.
         indices = np.arange(start, start + batch_size, dtype=np.int32)
         conditions = generator.conditions(indices)
-        latents = gather(generator.sample_latents(generator.noise(indices), conditions, sampler))
+        noise = shard_replicated(gather(generator.noise(indices)), generator.model.mesh)  # each device has its rows
+        latents = gather(generator.sample_latents(noise, conditions, sampler))
         for condition, x_1 in zip(each_row(conditions), latents[: rows.stop - start], strict=False):
             yield condition, np.asarray(x_1, np.float32)
             bar.update()
@@ -125,25 +129,28 @@ def prepare_folder(out: Path, manifest: pairs.PairsManifest) -> None:
 def write_pairs(
     out: Path, manifest: pairs.PairsManifest, generator: ImageGenerator, sampler: SamplerConfig, batch_size: int
 ) -> None:
-    """Writes the files of the manifest that are not finished yet, `batch_size` pairs at a time."""
+    """Writes the files of the manifest that are not finished yet, `batch_size` pairs at a time, and returns once all
+    are; several processes share them."""
     shards = manifest.shards()
+    names = [name for name, _ in shards]
+    # Files are written whole or not at all, so one that is there needs no second look.
+    own = hosts.share_files(out, names)
     with (
-        progress_bar(total=manifest.num_pairs, unit="pair") as bar,
+        progress_bar(total=sum(len(rows) for name, rows in shards if name in own), unit="pair") as bar,
         explaining_out_of_memory("sampling", "a smaller --batch_size"),
-        explaining_full_disk(lambda: count_finished(out, [name for name, _ in shards])),
+        explaining_full_disk(lambda: count_finished(out, names)),
     ):
         # A file at a time, in order: what a stop leaves behind is a whole number of files.
         for name, rows in shards:
-            # Files are written whole or not at all.
-            if (out / name).exists():
-                bar.update(len(rows))
-            else:
+            if name in own:
                 examples = make_examples(generator, sampler, rows, batch_size, bar)
                 pairs.write_pairs(out / name, examples, generator.condition)
+    hosts.barrier()
 
 
 def main(config: ConfigDict) -> None:
     check_requests(config)
+    program.join_processes(config)
     out = Path(config.out)
 
     # How conditions are drawn. That, first: no parameters are read for a refusal.
@@ -162,6 +169,7 @@ def main(config: ConfigDict) -> None:
         label_mode=config.labels,
         dtype=config.dtype,
         codec=reading.read_codec(config),
+        mesh=local_mesh(),  # a file has the bytes that one process alone would write
         needs_images=True,
     )
 
@@ -170,10 +178,12 @@ def main(config: ConfigDict) -> None:
     sampler = read_sampler(config, generator.model)
     manifest = describe_pairs(config, generator, sampler)
 
-    # One process at a time fills the folder.
-    prepare_output_folder(out, "out")
-    with FolderLock(out).held("out"):
-        prepare_folder(out, manifest)
+    # One command at a time fills the folder.
+    if hosts.is_first():
+        prepare_output_folder(out, "out")
+    with FolderLock(out).held("out") if hosts.is_first() else nullcontext():
+        if hosts.is_first():
+            prepare_folder(out, manifest)
         write_pairs(out, manifest, generator, sampler, config.batch_size)
     words = ["--load_dir", config.load_dir, "--dataset_name", f"pairs:{out}"]
     log(f"written: {out}; train on it: {write_command('train_flow.py', *words)}")

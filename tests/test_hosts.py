@@ -1,5 +1,6 @@
 """Programs on several processes: what two of them make is what one makes, and none goes on without the others."""
 
+import signal
 import socket
 import threading
 import time
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import Program, run_program, xla_flags
+from tests.conftest import GOLDEN, Program, run_program, xla_flags
 from tests.test_compatibility import unpack
 from utils.base import hosts
 
@@ -139,10 +140,31 @@ def run_two(*args, devices: int = 1) -> list[str]:
     return outputs
 
 
+def kill_one(processes: list[Program], is_started) -> str:
+    """Kills process 1 once `is_started()`; returns the one line with which process 0 ends within a minute."""
+    deadline = time.monotonic() + 120
+    while not is_started():
+        assert time.monotonic() < deadline
+        assert [process.poll() for process in processes] == [None, None], processes[0].outputs()[0][-3000:]
+        time.sleep(0.005)
+    processes[1].kill()
+    assert processes[1].wait() == -signal.SIGKILL
+    output = processes[0].communicate(timeout=60)[0]
+    assert processes[0].returncode == 1, output[-3000:]
+    assert "Traceback" not in output, output[-3000:]
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    return error
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run on digits of 8x8, with ten classes."""
     return unpack("run", tmp_path_factory.mktemp("golden")) / "run"
+
+
+def read_files(folder) -> dict[str, bytes]:
+    paths = (*folder.glob("*.array_record"), *folder.glob("*.json"))
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def read_images(folder) -> np.ndarray:
@@ -163,3 +185,40 @@ def test_two_processes_draw_the_samples_of_one(run, tmp_path):
     names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
     assert names == [["film.webp", "grid.png", "samples", "strip.png"]] * 2
     assert all(str(tmp_path / "two" / name) in first for name in names[1])
+
+
+@pytest.mark.slow
+@together
+def test_two_processes_make_the_pairs_of_one_and_one_alone_ends(run, tmp_path):
+    command = ["make_pairs.py", "--load_dir", run, "--num_pairs", 100, "--shard_size", 9, "--batch_size", 8]
+    command += ["--denoise_timesteps", 3, "--out"]
+    run_program(*command, tmp_path / "one")
+    outputs = run_two(*command, tmp_path / "two")
+    assert "--dataset_name pairs:" in outputs[0]
+    assert outputs[1] == ""
+    expected = read_files(tmp_path / "one")
+    assert len(expected) == 13  # twelve and the manifest
+    assert read_files(tmp_path / "two") == expected
+
+
+@pytest.mark.slow
+@together
+def test_two_processes_encode_the_bytes_of_one_whichever_is_killed(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        image.rotate(number).save(tmp_path / "images" / f"{number:02d}.png")
+    command = ["encode_latents.py", "--dataset_name", f"folder:{tmp_path / 'images'}", "--vae", GOLDEN / "vae_tiny"]
+    command += ["--batch_size", 2, "--shard_size", 2, "--out"]
+    run_program(*command, tmp_path / "one")
+    expected = read_files(tmp_path / "one")
+    assert len(expected) > 20
+
+    # One is killed: the other says so, and the same commands finish.
+    out = tmp_path / "two"
+    error = kill_one(start_two(*command, out), lambda: len(list(out.glob("*.array_record"))) > 2)
+    assert "process 1 has gone, and process 0 of 2 cannot finish without it; give the commands of all again" in error
+    finished = {name for name in read_files(out) if name.endswith(".array_record")}
+    assert 0 < len(finished) < len(expected) - 2
+    run_two(*command, out)
+    assert read_files(out) == expected
