@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh
@@ -18,17 +19,24 @@ from ml_collections import ConfigDict
 
 from utils.base.devices import check_batch_memory, free_memory
 from utils.base.files import check_free_space, prepare_output_file
-from utils.base.mesh import check_batch_size, make_mesh, replicated
+from utils.base.hosts import is_first
+from utils.base.mesh import check_batch_size, make_mesh, replicated, sum_over_processes
 from utils.base.messages import UserError, configure_output, log
 from utils.conditions.classes import ClassCondition
 from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch, StreamSource, Subset
 from utils.data.loaders import load_dataset
 from utils.flags import program, reading
-from utils.flags.definitions import define_data_flags, define_extractor_flags, define_metrics_flag, define_path
+from utils.flags.definitions import (
+    define_data_flags,
+    define_extractor_flags,
+    define_metrics_flag,
+    define_path,
+    define_process_flags,
+)
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
-from utils.images.pixels import check_pictures
+from utils.images.pixels import ImageBatch, check_pictures
 from utils.images.samples import Samples, open_samples
 from utils.metrics.extractors import (
     DEFAULT_EXTRACTOR,
@@ -38,7 +46,7 @@ from utils.metrics.extractors import (
     load_extractors,
 )
 from utils.metrics.inception import CONVENTIONS
-from utils.metrics.measure import measure_images, most_images, pad_and_shard
+from utils.metrics.measure import measure_images, most_images, pad_and_shard, shard_shares
 from utils.metrics.metrics import choose_metrics, needed_extractors, sees_pixels
 from utils.metrics.pixels import PixelStatistics
 from utils.metrics.reference import MAX_ROWS
@@ -77,6 +85,7 @@ def define_flags() -> None:
             "batch_size", None, "Images at a time, over all devices; default: 128, of dinov2 what fits."
         )
         flags.DEFINE_bool("quiet", False, "Errors alone.")
+    define_process_flags()
 
 
 class ReferenceImages(NamedTuple):
@@ -91,11 +100,14 @@ class ReferenceImages(NamedTuple):
     def __str__(self) -> str:
         return f"{self.source}, {self.split}" if self.split else self.source
 
-    def read(self, batch_size: int, count: int, label_counts: np.ndarray | None) -> Iterator[np.ndarray]:
-        """Yields batches of images, `count` in all, and adds their labels to `label_counts`, if that is given."""
+    def read(self, batch_size: int, count: int, label_counts: np.ndarray | None, mesh: Mesh) -> Iterator[ImageBatch]:
+        """Yields batches of images on the devices, `count` in all, and adds the labels of those that this process has
+        read to `label_counts`, if that is given."""
+        # Of files, every process reads all; of a data set, its share.
         if isinstance(self.images, Samples):
-            return choose_images(self.images, batch_size, count)
-        return count_labels(choose_examples(self.images, batch_size, count), label_counts)
+            return pad_and_shard(choose_images(self.images, batch_size, count), batch_size, mesh)
+        images = count_labels(choose_examples(self.images, batch_size, count), label_counts)
+        return shard_shares(images, batch_size, count, mesh)
 
 
 def open_images(config: ConfigDict) -> ReferenceImages:
@@ -155,8 +167,12 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
     # Labels are counted as the images pass: `eval_fid.py --labels dataset` draws as often.
     has_labels = isinstance(opened.images, ImageDataset) and isinstance(opened.images.condition, ClassCondition)
     label_counts = np.zeros(opened.images.num_classes, np.int64) if has_labels else None
-    batches = pad_and_shard(opened.read(batch_size, num_images, label_counts), batch_size, mesh)
+    batches = opened.read(batch_size, num_images, label_counts, mesh)
     measure_images(extractors, batches, statistics, num_images, flag="num_images")
+    if label_counts is not None:
+        label_counts = sum_over_processes(label_counts)
+    if not is_first():
+        return num_images
 
     # Settings stand beside the numbers: eval_fid.py takes the convention from there.
     save_statistics(
@@ -184,6 +200,7 @@ def main(config: ConfigDict) -> None:
     prepare_output_file(out, "out", "stats.npz", {"images": config.images})
     find_extractors(config)
     check_effects(RULES["compute_fid_stats"], config)
+    program.join_processes(config)
 
     # Then the devices, the images, and the work.
     mesh = make_mesh()
@@ -201,14 +218,16 @@ def choose_rows(total: int, count: int) -> list[int]:
 
 
 def choose_examples(dataset: ImageDataset, batch_size: int, count: int) -> Iterator[Batch]:
-    """Yields batches of examples, `count` in all: at random, or the first of a stream."""
+    """Yields batches of examples, `count` in all: at random, or the first of a stream. Processes take turns within a
+    batch."""
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     # Rows of a stream cannot be looked up. Its order is shuffled already.
     if isinstance(dataset.source, StreamSource):
-        return epoch_batches(dataset, batch_size, stop=count)
+        return epoch_batches(dataset, batch_size, stop=count, **hosts)
     if count < len(dataset.source):
         rows = choose_rows(len(dataset.source), count)
         dataset = dataclasses.replace(dataset, source=Subset(dataset.source, rows))
-    return epoch_batches(dataset, batch_size)
+    return epoch_batches(dataset, batch_size, **hosts)
 
 
 def choose_images(samples: Samples, batch_size: int, count: int) -> Iterator[np.ndarray]:

@@ -154,9 +154,9 @@ def test_the_devices_have_the_next_batch_while_the_host_waits(monkeypatch):
     def extractor(images):
         number = sum(event.startswith("extract") for event in events)
         events.append(f"extract {number}")
-        return {"pool": number}
+        return {"pool": np.array(number)}
 
-    monkeypatch.setattr(measure, "gather", fetch)
+    monkeypatch.setattr("utils.images.pixels.gather", fetch)
     measure_images({"inception": extractor}, make(), ImageStatistics())
     assert events == [
         "make 0", "extract 0", "make 1", "extract 1", "fetch 0", "make 2", "extract 2", "fetch 1", "fetch 2",

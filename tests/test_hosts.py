@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import compute_fid_stats
 from tests.conftest import GOLDEN, Program, run_program, xla_flags
+from tests.test_batches import numbered
 from tests.test_compatibility import unpack
 from utils.base import hosts
+from utils.base.mesh import make_mesh
+from utils.images.pixels import ImageBatch
+from utils.metrics import measure
 
 together = pytest.mark.xdist_group("hosts")  # pairs of processes, one pair at a time
 
@@ -114,6 +119,33 @@ def test_the_watch_ends_its_process_with_one_line(two, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(
         "error: process 0 has ended, and process 1 of 2 cannot finish without it;"
     )
+
+
+@pytest.mark.parametrize("count", [20, 13, 7])
+def test_the_shares_of_two_processes_are_the_rows_of_one(two, monkeypatch, count):
+    """All of the data set, some of it at random, and fewer than two batches, of which one process has no row."""
+    dataset, mesh = numbered(20), make_mesh()
+    monkeypatch.setattr(measure, "shard_batch", lambda rows, mesh: rows)
+
+    def read():
+        labels = np.zeros(dataset.num_classes, np.int64)
+        images = compute_fid_stats.count_labels(compute_fid_stats.choose_examples(dataset, 6, count), labels)
+        return list(measure.shard_shares(images, 6, count, mesh)), labels
+
+    two(0)
+    first, some = read()
+    two(1)
+    second, others = read()
+    monkeypatch.undo()
+    whole, labels = read()
+    assert all(batch.places is None for batch in whole)
+    for one, *parts in zip(whole, first, second, strict=True):
+        images, places = (np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "places"))
+        assert {len(part.images) for part in parts} == {3}
+        batch = ImageBatch(images, None, parts[0].count, places=places)
+        np.testing.assert_array_equal(batch.rows(images), one.rows(one.images))
+    np.testing.assert_array_equal(some + others, labels)
+    assert labels.sum() == count
 
 
 # --- Two processes on this host ---
@@ -222,3 +254,20 @@ def test_two_processes_encode_the_bytes_of_one_whichever_is_killed(tmp_path):
     assert 0 < len(finished) < len(expected) - 2
     run_two(*command, out)
     assert read_files(out) == expected
+
+
+@pytest.mark.slow
+@together
+def test_two_processes_measure_the_statistics_of_one(tmp_path, weights):
+    command = ["compute_fid_stats.py", "--dataset_name", "digits", "--metrics", "fid,moments", "--num_images", 21]
+    command += ["--batch_size", 8, "--inception_weights", weights, "--out"]
+    run_program(*command, tmp_path / "one.npz")
+    outputs = run_two(*command, tmp_path / "two.npz")
+    assert outputs[1] == ""
+    one, two = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        if value.dtype.kind == "f":
+            np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max())
+        else:
+            np.testing.assert_array_equal(two[name], value)

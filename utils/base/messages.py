@@ -103,10 +103,6 @@ def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
     _Output.is_quiet = is_quiet
 
 
-def is_quiet() -> bool:
-    return _Output.is_quiet
-
-
 def log(text: str) -> None:
     """Prints a line of progress."""
     if not _Output.is_quiet:

@@ -162,11 +162,20 @@ class ImageBatch(NamedTuple):
     conditions: PyTree | None
     count: int
     nfe: Int[Array, " b"] | None = None  # evaluations of the velocity that each took; adaptive solvers only
+    places: Int[Array, " b"] | None = None  # of the rows in the batch, where they do not come in order
+
+    def rows(self, array: Array | np.ndarray) -> np.ndarray:
+        """Returns an array (b, ...) of these images on the host: in order, without the padding. All processes have to
+        call it."""
+        # Hosts gather their rows first: padding is at the end of the global batch.
+        whole = gather(array)
+        if self.places is not None:
+            whole = whole[np.argsort(gather(self.places))]
+        return whole[: self.count]
 
     def to_host(self) -> tuple[Images, PyTree]:
         """Returns (images, conditions) without the padding. Raises ValueError if the conditions are not known."""
         if self.conditions is None:
             raise ValueError("the conditions of these images are not known")
-        # Hosts gather their rows first: padding is at the end of the global batch.
-        images, conditions = jax.tree.map(lambda rows: gather(rows)[: self.count], (self.images, self.conditions))
+        images, conditions = jax.tree.map(self.rows, (self.images, self.conditions))
         return images, conditions

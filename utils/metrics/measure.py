@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from utils.base.mesh import gather, shard_replicated
-from utils.base.messages import format_duration, is_quiet, log, progress_bar
+from utils.base.mesh import shard_batch, shard_replicated
+from utils.base.messages import format_duration, log, progress_bar
 from utils.images.pixels import ImageBatch
 from utils.metrics.extractors import Extract, Extractor
 from utils.metrics.statistics import ImageStatistics
@@ -45,6 +46,18 @@ def pad_and_shard(batches: Iterable[np.ndarray], batch_size: int, mesh: Mesh) ->
         yield ImageBatch(shard_replicated(padded, mesh), None, len(images))
 
 
+def shard_shares(batches: Iterable[np.ndarray], batch_size: int, total: int, mesh: Mesh) -> Iterator[ImageBatch]:
+    """Yields the batches of `total` images as `pad_and_shard` does, of which each process has read its share, as
+    `epoch_batches` deals rows out: process p of P has p, p + P, ... of every batch."""
+    num_processes = jax.process_count()
+    places = np.arange(jax.process_index(), batch_size, num_processes, dtype=np.int32)
+    for start, images in zip(range(0, total, batch_size), batches, strict=True):
+        padded = np.resize(images, (len(places), *images.shape[1:]))
+        # Only several processes have rows that lie in another order on the devices.
+        placed = shard_batch(places, mesh) if num_processes > 1 else None
+        yield ImageBatch(shard_batch(padded, mesh), None, min(batch_size, total - start), places=placed)
+
+
 def measure_images(
     extractors: Mapping[str, Extract],
     batches: Iterable[ImageBatch],
@@ -64,16 +77,16 @@ def measure_images(
     if total is not None and extractors:
         names = " and ".join(TITLES.get(name, name.capitalize()) for name in extractors)
         log(f"compiling the {names} network{'s' * (len(extractors) > 1)}, unless it is cached ...")
-    bar = progress_bar(total=total, unit="image", desc=title, disable=total is None or is_quiet())
+    bar = progress_bar(total=total, unit="image", desc=title, **({"disable": True} if total is None else {}))
     times_finished: list[float] = []  # of the first batches
 
     def finish(batch: ImageBatch, features: Mapping[str, Mapping]) -> None:
         # Every process gathers all rows; those of the padding are cut off.
         for name, by_feature in features.items():
-            rows = {feature: gather(array)[: batch.count] for feature, array in by_feature.items()}
+            rows = {feature: batch.rows(array) for feature, array in by_feature.items()}
             statistics.update(rows, name)
         if statistics.pixels is not None:
-            statistics.pixels.update(gather(batch.images)[: batch.count])
+            statistics.pixels.update(batch.rows(batch.images))
         bar.update(batch.count)
         if on_batch:
             on_batch(batch)
