@@ -122,6 +122,13 @@ test_config.py::test_what_a_run_keeps_cannot_be_another_when_it_resumes
 test_checkpoint.py::test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says
   utils/training/progress.py: jax.process_count() > 1 and self.pause < math.inf -> False
   utils/training/progress.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
+test_hosts.py::test_missing_files_are_dealt_out_in_turn
+  utils/base/hosts.py: missing[jax.process_index() :: jax.process_count()] -> missing[jax.process_index() :: 1]
+test_hosts.py::test_a_silent_process_and_one_that_says_so_have_gone
+  utils/base/hosts.py: self.signs[other][1] > PATIENCE -> self.signs[other][1] < 0
+test_hosts.py::test_the_shares_of_two_processes_are_the_rows_of_one
+  utils/images/pixels.py: np.argsort(gather(self.places)) -> np.arange(len(whole))
+  compute_fid_stats.py: "process_index": jax.process_index() -> "process_index": 0
 test_generate.py::test_what_is_in_the_hole_does_not_enter_its_filling
   utils/sampling/compiled.py: factors[1]).any(axis=(1, 3)) -> factors[1]).all(axis=(1, 3))
 test_checkpoint.py::test_host_and_devices_find_the_same_checksum
