@@ -23,7 +23,6 @@ from tests.torch_writer import save_torch
 from utils.base.messages import UserError
 from utils.metrics import dinov2
 from utils.metrics.dinov2 import apply_block, apply_dinov2, embed_patches, position_table, read_dinov2, to_params
-from utils.metrics.resizing import resize_on_device
 
 
 @pytest.fixture(autouse=True)
@@ -72,15 +71,20 @@ def test_features_are_the_published_networks(published, preprocessing, optimised
 
 def test_tokens_are_the_published_networks(published, optimised):
     path, golden = published
-    params = jax.tree.map(jnp.asarray, to_params(read_dinov2(path).tensors, "float32"))
-    pixels = resize_on_device(golden["s64"][:1], 224)
-    normalised = (pixels / 255 - jnp.array(dinov2.MEAN)) / jnp.array(dinov2.DEVIATION)
-    x = embed_patches(params, normalised)
-    assert difference(x[:, ::16], golden["tokens_in"]) < 1e-5
-    first = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-    assert difference(apply_block(x, first, NUM_HEADS)[:, ::16], golden["tokens_block0"]) < 1e-5
-    tokens = jax.jit(apply_dinov2, static_argnames="num_heads")(params, pixels, num_heads=NUM_HEADS)
-    assert difference(tokens[:, 1::16], golden["all_patch_norm"]) < 1e-5
+
+    @jax.jit
+    def compute(params, pixels):
+        normalised = (pixels / 255 - jnp.array(dinov2.MEAN)) / jnp.array(dinov2.DEVIATION)
+        first = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+        x = embed_patches(params, normalised)
+        return x, apply_block(x, first, NUM_HEADS), apply_dinov2(params, pixels, NUM_HEADS)
+
+    embedded, after_block, last = compute(
+        to_params(read_dinov2(path).tensors, "float32"), dinov2.PREPROCESSING["edm2"](golden["s64"][:1], 224)
+    )
+    assert difference(embedded[:, ::16], golden["tokens_in"]) < 1e-5
+    assert difference(after_block[:, ::16], golden["tokens_block0"]) < 1e-5
+    assert difference(last[:, 1::16], golden["all_patch_norm"]) < 1e-5
 
 
 def test_positions_are_pytorchs():

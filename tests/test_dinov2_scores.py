@@ -12,12 +12,13 @@ from safetensors.numpy import save_file
 import compute_fid_stats
 import eval_fid
 from tests.conftest import run_program
-from tests.dinov2_network import make_tensors, numpy_bicubic, numpy_features
+from tests.dinov2_network import make_tensors
 from tests.test_dinov2 import narrow  # noqa: F401 (fixture)
 from utils.base.mesh import make_mesh
 from utils.base.messages import UserError
 from utils.data.loaders import load_dataset
 from utils.images.samples import SampleWriter
+from utils.metrics.dinov2 import read_dinov2
 from utils.metrics.extractors import CLASS_TOKEN, EXTRACTORS, POOL, Extractor, feature_widths
 from utils.metrics.measure import most_images
 from utils.metrics.reference import load_statistics
@@ -64,8 +65,8 @@ def run(folder, read_flags):
     return run_line
 
 
-def moments(images) -> tuple[np.ndarray, np.ndarray]:
-    features = numpy_features(make_tensors(depth=1), numpy_bicubic(images.astype(np.float64)))
+def moments(path, images) -> tuple[np.ndarray, np.ndarray]:
+    features = np.asarray(read_dinov2(path).load()(jnp.asarray(images))["cls"], np.float64)
     return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
@@ -75,7 +76,7 @@ def test_both_extractors_from_images_to_a_row(run, folder, capsys):
         assert {"mu", "sigma", "features", "dinov2.cls.mu", "dinov2.cls.sigma", "dinov2.cls.rows"} <= set(file)
         assert (file["dinov2.preprocessing"], file["dinov2.extractor_dtype"]) == ("edm2", "float32")
         assert (file["inception_sha256"], len(str(file["dinov2.sha256"]))) == ("1ce", 64)
-        (mu, sigma), (mu_samples, sigma_samples) = map(moments, IMAGES)
+        (mu, sigma), (mu_samples, sigma_samples) = (moments(folder / "w.safetensors", images) for images in IMAGES)
         np.testing.assert_allclose(file["dinov2.cls.mu"], mu, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(file["dinov2.cls.sigma"], sigma, rtol=1e-3, atol=1e-5)
 
