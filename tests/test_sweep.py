@@ -129,7 +129,14 @@ def test_curves_are_named_by_what_tells_them_apart(monkeypatch):
     monkeypatch.setattr(plotting, "metric_curves", lambda points: drawn.append(points) or Figure())
     monkeypatch.setattr(plotting, "curves", lambda curves, *titles: drawn.append(curves) or Figure())
     rows = [
-        {"checkpoint_step": step, "num_steps": 4, "cfg_scale": scale, "fid": 10.0 * step + scale, "kid": None}
+        {
+            "checkpoint_step": step,
+            "num_steps": 4,
+            "cfg_scale": scale,
+            "fid": 10.0 * step + scale,
+            "kid": None,
+            "ct_validation": 0.1,
+        }
         for step in (1, 2)
         for scale in (1.0, 2.0)
     ]

@@ -264,7 +264,10 @@ def plot_fid(rows: list[dict[str, Any]]) -> Figure:
 
 
 def plot_by_step(rows: list[dict[str, Any]]) -> Figure:
-    """Draws every metric against the training steps of the rows, a curve for each sampler and kind of parameters."""
+    """Draws every metric against the training steps of the rows, a curve for each sampler and kind of parameters.
+
+    Baselines of held-out images, which are the same at all steps, are left out.
+    """
     # Curves are named by what tells them apart.
     names = [(_guidance_title(row), f"{to_text('num_steps', row)} steps", to_text("params", row)) for row in rows]
     told = [place for place, values in enumerate(zip(*names, strict=True)) if len(set(values)) > 1] or [0]
@@ -272,7 +275,7 @@ def plot_by_step(rows: list[dict[str, Any]]) -> Figure:
     for row, name in zip(rows, names, strict=True):
         curve = ", ".join(name[place] for place in told)
         for score, title in score_columns().items():
-            if row.get(score) is not None:
+            if row.get(score) is not None and not score.endswith("_validation"):
                 points.setdefault(title, {}).setdefault(curve, []).append((row["checkpoint_step"], row[score]))
     return plotting.metric_curves(points)
 
