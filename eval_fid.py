@@ -25,6 +25,7 @@ from utils.flags.definitions import (
     define_extractor_flags,
     define_metrics_flag,
     define_path,
+    define_process_flags,
     define_sampler_flags,
     define_saved_model_flags,
     define_tracker_flags,
@@ -91,13 +92,13 @@ def define_flags() -> None:
         )
         define_path("json", None, "Write the rows as JSON here; - is the standard output, instead of the table.")
         flags.DEFINE_bool("quiet", False, "Results and errors alone.")
-    # Every scale with every step count makes a row of the table.
-    define_sampler_flags(cfg_scale="4", denoise_timesteps="500", takes_several=True)
+    define_sampler_flags(cfg_scale="4", denoise_timesteps="500", takes_several=True)  # a row for each of both
     with topic("Sampling"):
         flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
     define_codec_flags()
     define_saved_model_flags()
     define_tracker_flags(name="eval")
+    define_process_flags()
 
 
 def define_memorisation_flags() -> None:
@@ -209,6 +210,7 @@ def main(config: ConfigDict) -> None:
     choose_metrics(config.metrics)
     check_params(config.params)
     check_effects(RULES["eval_fid"], config)
+    program.join_processes(config)
     if config.out:
         check_writable(Path(config.out), "out", names=FILES)
     check_json_path(config.json, {"samples": config.samples, "fid_stats": config.fid_stats})

@@ -1,5 +1,6 @@
 """Programs on several processes: what two of them make is what one makes, and none goes on without the others."""
 
+import json
 import signal
 import socket
 import threading
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 import compute_fid_stats
-from tests.conftest import GOLDEN, Program, run_program, xla_flags
+from tests.conftest import GOLDEN, ROOT, Program, run_program, xla_flags
 from tests.test_batches import numbered
 from tests.test_compatibility import unpack
 from utils.base import hosts
@@ -271,3 +272,32 @@ def test_two_processes_measure_the_statistics_of_one(tmp_path, weights):
             np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-5 * np.abs(value).max())
         else:
             np.testing.assert_array_equal(two[name], value)
+
+
+@pytest.mark.slow
+@together
+def test_two_processes_score_as_one_and_find_what_is_finished(run, tmp_path, weights):
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "train.npz", arr_0=images)
+    command = ["eval_fid.py", "--load_dir", run, "--num_samples", 20, "--batch_size", 8, "--denoise_timesteps", "2,3"]
+    command += ["--memorisation", "--train_images", tmp_path / "train.npz", "--memorisation_features", "inception"]
+    command += ["--fid_stats", ROOT / "data" / "fid_stats_digits.npz", "--inception_weights", weights]
+    command += ["--wandb.mode", "disabled", "--cfg_scale", 2, "--out"]
+    run_program(*command, tmp_path / "one")
+
+    # One is killed after the first row, which is found again.
+    out = tmp_path / "two"
+    error = kill_one(start_two(*command, out), lambda: (out / "fid.json").exists())
+    assert "process" in error
+    before = json.loads((out / "fid.json").read_text())["cells"]
+    assert len(before) == 1
+    outputs = run_two(*command, out)
+    assert outputs[1] == ""
+    rows = {name: json.loads((tmp_path / name / "fid.json").read_text())["cells"] for name in ("one", "two")}
+    assert rows["two"][0] == before[0]
+    for one, two in zip(*rows.values(), strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            rel = 1e-4 if name == "fid" else 1e-3
+            assert two[name] == (pytest.approx(value, rel=rel) if isinstance(value, float) else value), name
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in (tmp_path / "one").iterdir())

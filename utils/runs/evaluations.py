@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from utils.base.devices import explaining_out_of_memory
-from utils.base.mesh import gather
+from utils.base.hosts import broadcast, is_first
 from utils.base.messages import log
 from utils.images.pixels import ImageBatch
 from utils.images.samples import Samples, content_sha256
@@ -20,9 +20,10 @@ MAX_LISTED = 12  # pictures named at the end
 
 
 def evaluate_run(run: RunEvaluation) -> None:
-    """Scores every sampler with each of a run's snapshots, in turn, and writes and prints the rows."""
+    """Scores every sampler with each of a run's snapshots, in turn, and writes and prints the rows. Of several
+    processes, which share the sampling, the first keeps the rows."""
     config = run.config
-    results = Results(run.out)
+    results = Results(run.out) if is_first() else None
     trackers = None
     if choose_trackers(config.to_dict()):
         # -1: no line of an earlier evaluation is kept, as finished rows are logged again below.
@@ -43,8 +44,10 @@ def evaluate_run(run: RunEvaluation) -> None:
             if run.has_several_steps:
                 steps["checkpoint_step"] = run.step
             trackers.log(number, scores | steps)
-        if run.failure:
+        if broadcast(run.failure is not None):
             break  # the others would be lost as well
+    if results is None:
+        return
 
     # Files, and the table at last.
     with run.going_on():
@@ -69,17 +72,20 @@ def evaluate_run(run: RunEvaluation) -> None:
     log(f"written in {run.out}: fid.json, fid.csv, {listed}")
 
 
-def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results) -> dict[str, Any]:
+def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results | None) -> dict[str, Any]:
     """Returns the row of a sampler: a finished one of the same settings, or a new one, which is added to `results`.
     With --save_samples it is always a new one."""
     settings = {**sampler_settings(sampler), **run.settings}
-    row = None if run.config.save_samples else results.find(settings)  # a finished row has no images
-    if row is not None:
+    row = None
+    if results is not None and not run.config.save_samples:  # a finished row has no images
+        row = results.find(settings)
+    if (row := broadcast(row)) is not None:
         return row
     with explaining_out_of_memory("sampling", "a smaller --batch_size"):
         metrics = run.evaluate(sampler)
-    with run.going_on():
-        results.add(settings, metrics)
+    if results is not None:
+        with run.going_on():
+            results.add(settings, metrics)
     return {**settings, **metrics}
 
 
@@ -95,17 +101,19 @@ def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path) -> N
         "num_samples": samples.num_samples,
         **scoring.settings,
     }
-    results = Results(scoring.out)
+    results = Results(scoring.out) if is_first() else None
     statistics = scoring.new_statistics()
     images = scoring.new_images(samples.num_samples, samples.image_shape, samples.dtype)
 
     def collect(batch: ImageBatch) -> None:
         if images is not None and not images.is_full:
-            images.add(gather(batch.images)[: batch.count])
+            images.add(batch.rows(batch.images))
 
     with explaining_out_of_memory("Inception", "a smaller --batch_size"):
         scoring.measure_samples(samples, statistics, "scoring", "num_samples", collect)
     metrics = scoring.compute(statistics, images, "memorised.png")
+    if results is None:
+        return
     with scoring.going_on():
         results.add(settings, metrics)
         write_csv(scoring.out / "fid.csv", results.rows)

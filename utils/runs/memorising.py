@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from utils.base.hosts import is_first
 from utils.base.mesh import gather
 from utils.base.messages import UserError, log, progress_bar, warn
 from utils.base.settings import unknown_name
@@ -215,19 +216,22 @@ def choose_features(name: str | None, image_shape: Sequence[int], extractors: Se
 
 
 class SampleImages:
-    """The first images of an evaluation, in a file without a name, so that thousands take no memory."""
+    """The first images of an evaluation, in a file without a name, so that thousands take no memory. Of several
+    processes, the first keeps them."""
 
     def __init__(self, num_samples: int, image_shape: Sequence[int], dtype: str, folder: Path):
         self.num_samples = 0
-        self.images = _new_array((min(num_samples, MAX_SAMPLE_ROWS), *image_shape), dtype, folder)
+        self.room = min(num_samples, MAX_SAMPLE_ROWS)
+        self.images = _new_array((self.room, *image_shape), dtype, folder) if is_first() else None
 
     @property
     def is_full(self) -> bool:
-        return self.num_samples == len(self.images)
+        return self.num_samples == self.room
 
     def add(self, images: Images) -> None:
-        kept = images[: len(self.images) - self.num_samples]
-        self.images[self.num_samples : self.num_samples + len(kept)] = kept
+        kept = images[: self.room - self.num_samples]
+        if self.images is not None:
+            self.images[self.num_samples : self.num_samples + len(kept)] = kept
         self.num_samples += len(kept)
 
 
@@ -267,7 +271,7 @@ class Memorising:
         self.held_out: np.ndarray | None = None
         # Room for all features, before anything is sampled.
         self.features = None
-        if key != PIXELS:
+        if key != PIXELS and is_first():
             width = extractors[key.extractor].features[key.feature]
             shape = (training.images.num_samples, 1 + training.has_mirrors, width)
             self.features = _new_array(shape, "float32", folder)
@@ -325,6 +329,19 @@ class Memorising:
             what = f"{num_images:,} images of {training.name}, by {self.key.extractor}"
             log(f"memorisation: {len(queries)} samples, {what}")
         return found.results, self._draw(found, images)
+
+    def help(self, num_samples: int, extractors: Mapping[str, Extract]) -> None:
+        """Takes part in the extraction of features that process 0 computes, once, for the samples; pixels need none."""
+        if self.key == PIXELS or self.blocks is not None:
+            return
+        training = self.training
+        extract = extractors[self.key.extractor]
+        self.blocks = lambda: iter(())  # process 0 keeps its rows from now on
+        for _ in self._rows(training.images, extract, training.has_mirrors):
+            pass
+        if training.held_out is not None:
+            for _ in self._rows(_read_evenly(training.held_out, num_samples), extract, has_mirrors=False):
+                pass
 
     def _rows(self, images: Samples, extract: Extract | None, has_mirrors: bool) -> Iterator[np.ndarray]:
         """Yields the rows of images, (b, views, d): pixels or features of them and of their mirror images."""

@@ -386,6 +386,13 @@ def _check_class_names(names: Sequence[str] | None, num_classes: int) -> Sequenc
     return names
 
 
+def _refuse_several(load_dir: str | Path) -> None:
+    """Raises UserError where several processes would make the same run."""
+    if jax.process_count() > 1:
+        command = write_command("sample.py", "--load_dir", load_dir)
+        raise UserError(f"--load_dir={load_dir} is no run here yet; make it one by one process first: {command}")
+
+
 def fetch_run(load_dir: str, folder: Path) -> None:
     """Downloads hf:USER/NAME or hf:USER/NAME@REVISION, and makes a run of it in `folder`.
 
@@ -393,9 +400,7 @@ def fetch_run(load_dir: str, folder: Path) -> None:
     """
     # The folder first: nothing is downloaded for one that cannot be used.
     check_new_run(folder)
-    if jax.process_count() > 1:
-        command = write_command("sample.py", "--load_dir", load_dir)
-        raise UserError(f"--load_dir={load_dir} is not here yet; fetch it by one process first: {command}")
+    _refuse_several(load_dir)
     hub_id, _, revision = load_dir.removeprefix(HUB_PREFIX).partition("@")
     source = read_source(str(fetch(hub_id, revision or None)), f"--load_dir={load_dir}")
     if source.run is None:
@@ -421,6 +426,7 @@ def import_file(file: Path, folder: Path, codec: str | None) -> None:
         return
 
     # What the import cannot know is asked for in words that can be typed.
+    _refuse_several(file)
     source = read_source(str(file), shown)
     if source.run is None and source.family is None:
         command = write_command("convert_checkpoint.py", "--source", file, "--family", "sit", "--out", folder)

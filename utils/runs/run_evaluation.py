@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from utils.base.devices import changed_variables, free_memory
-from utils.base.mesh import gather
+from utils.base.hosts import is_first
 from utils.base.messages import UserError, log, warn
 from utils.conditions.condition import number_rows
 from utils.images import plotting
@@ -165,15 +165,15 @@ class RunEvaluation(Scoring):
         compared = self.new_images(config.num_samples, self.image_shape, self.dtype)
 
         saving = None
-        if config.save_samples:
+        if config.save_samples and is_first():
             saving = SampleWriter(config.save_samples, config.num_samples, self.generator.condition.to_columns)
         with self.going_on(), saving or contextlib.nullcontext() as writer:
 
             def collect(batch: ImageBatch) -> None:
                 if batch.nfe is not None:
-                    evaluations.append(gather(batch.nfe)[: batch.count])
+                    evaluations.append(batch.rows(batch.nfe))
                 missing = GRID_IMAGES - sum(len(images) for images, _ in shown)
-                if writer is None and not missing and (compared is None or compared.is_full):
+                if not config.save_samples and not missing and (compared is None or compared.is_full):
                     return  # the images stay on the devices
                 drawn, conditions = batch.to_host()
                 if compared is not None:
@@ -223,7 +223,8 @@ def check_save_samples(config: ConfigDict, num_sets: int) -> None:
         raise UserError(
             f"--save_samples={config.save_samples} is of one step count, guidance scale and checkpoint; give one"
         )
-    check_sample_path(config.save_samples, {"fid_stats": config.fid_stats, "json": config.json})
+    if is_first():
+        check_sample_path(config.save_samples, {"fid_stats": config.fid_stats, "json": config.json})
 
 
 def _guidance_name(sampler: SamplerConfig) -> str:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from utils.base.devices import check_batch_memory, free_memory
 from utils.base.files import atomic_write, prepare_output_folder
+from utils.base.hosts import broadcast, is_first
 from utils.base.mesh import check_batch_size, make_mesh, replicated
 from utils.base.messages import UserError, WriteError, log, show_result, warn
 from utils.images.pixels import ImageBatch
@@ -172,7 +173,7 @@ class Scoring:
         parts = [sha256[:12], *([self.convention.name] if self.convention else []), *others]
         parts += ["pixels"] if sees_pixels(self.metrics) else []
         measured_path = self.out / f"reference_{'_'.join(parts)}.npz"
-        if measured_path.exists():  # of the same bytes and networks: they are in its name
+        if broadcast(measured_path.exists()):  # of the same bytes and networks: they are in its name
             measured = load_statistics(measured_path, feature_widths(self.records))
         else:
             measured = self._measure_images(path, images, measured_path)
@@ -197,10 +198,12 @@ class Scoring:
             extractors=self.records,
             image_shape=images.image_shape,
         )
-        with self.going_on():
-            save(measured_path)
-            return load_statistics(measured_path, widths)
-        with tempfile.TemporaryDirectory() as folder:  # where --out has no room: for this once
+        if is_first():
+            with self.going_on():
+                save(measured_path)
+                return load_statistics(measured_path, widths)
+        # For this once, where --out has no room, or another process writes there.
+        with tempfile.TemporaryDirectory() as folder:
             save(Path(folder) / measured_path.name)
             return load_statistics(Path(folder) / measured_path.name, widths)
 
@@ -257,7 +260,14 @@ class Scoring:
     def compute(
         self, statistics: ImageStatistics, images: SampleImages | None = None, figure_name: str = ""
     ) -> dict[str, float]:
-        """Returns the metrics; with the `images`, what they have of the training's too, and the figure of that name."""
+        """Returns the metrics; with the `images`, what they have of the training's too, and the figure of that name.
+
+        Of several processes, the first does; the others help where features are computed, and return nothing.
+        """
+        if not is_first():
+            if self.memorising is not None and images is not None:
+                self.memorising.help(images.num_samples, self.extractors)
+            return {}
         log("computing the distances ...")
         results = compute_metrics(statistics, self.reference, self.metrics)
         if self.memorising is not None and images is not None:
@@ -269,6 +279,8 @@ class Scoring:
         return results
 
     def save_figure(self, figure: Figure, name: str) -> None:
+        if not is_first():
+            return
         with self.going_on(), atomic_write(self.out / name) as temporary:
             figure.savefig(temporary, format="png")
 
