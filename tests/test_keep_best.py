@@ -100,6 +100,10 @@ def test_a_training_saves_what_it_evaluates_and_keeps_the_best(train, capsys):
             "--keep_best inception_score:3 --metrics inception_score,prdc --fid_stats s.npz",
             "inception_score is not logged by this run; use loss, precision, recall, density, coverage",
         ),
+        (
+            "--keep_best fid:3 --extractor dinov2 --extractor_weights w.pth --fid_stats s.npz",
+            r"fid is not logged by this run; use loss, fd_dinov2 \(--metrics has more\)",
+        ),
         ("--keep_best loss:3 --eval_interval 0", "--keep_best=loss:3 has no effect with --eval_interval=0"),
     ],
 )

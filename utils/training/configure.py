@@ -222,7 +222,8 @@ def check_together(config: RunConfig) -> None:
     # Scores that are logged.
     evaluation = config.evaluation
     if config.checkpoints.keep_best is not None:
-        check_keep_best(config.checkpoints.keep_best, evaluation.metrics, bool(evaluation.fid_stats))
+        scores = (evaluation.metrics, evaluation.extractor)
+        check_keep_best(config.checkpoints.keep_best, *scores, bool(evaluation.fid_stats))
     # Changes of images.
     augmentation = config.augmentation
     for name in augmentation.augment:
