@@ -76,7 +76,8 @@ def measure_images(
     # The first batch compiles: the line comes before the silence.
     if total is not None and extractors:
         names = " and ".join(TITLES.get(name, name.capitalize()) for name in extractors)
-        log(f"compiling the {names} network{'s' * (len(extractors) > 1)}, unless it is cached ...")
+        whether = "networks, unless they are" if len(extractors) > 1 else "network, unless it is"
+        log(f"compiling the {names} {whether} cached ...")
     bar = progress_bar(total=total, unit="image", desc=title, **({"disable": True} if total is None else {}))
     times_finished: list[float] = []  # of the first batches
 
