@@ -26,6 +26,8 @@ def save_numpy_in_torch(path, content):
 WRITERS = {
     "cats_clean_custom_na.npz": lambda path: np.savez_compressed(path, **MOMENTS),
     "cats_clean_custom_na_kid.npz": lambda path: np.savez_compressed(path, feats=ROWS),
+    "cifar10_clean_train_32.npz": lambda path: np.savez(path, **MOMENTS),
+    "ffhq_legacy_tensorflow_trainval70k_1024.npz": lambda path: np.savez(path, **MOMENTS),
     "cats_legacy_pytorch_custom_na.npz": lambda path: np.savez_compressed(path, **MOMENTS),
     "cats-inception-v3-compat-stat-fid-2048.pt": lambda path: save_numpy_in_torch(path, MOMENTS),
     "cats-inception-v3-compat-features-2048.pt": lambda path: save_torch(path, ROWS),
@@ -37,6 +39,8 @@ WRITERS = {
     [
         ("cats_clean_custom_na.npz", "clean", False),
         ("cats_clean_custom_na_kid.npz", "clean", True),
+        ("cifar10_clean_train_32.npz", "clean", False),
+        ("ffhq_legacy_tensorflow_trainval70k_1024.npz", "adm", False),
         ("cats_legacy_pytorch_custom_na.npz", "pytorch_fid", False),
         ("cats-inception-v3-compat-stat-fid-2048.pt", "adm", False),
         ("cats-inception-v3-compat-features-2048.pt", "adm", True),
@@ -55,7 +59,7 @@ def test_inceptions_are_read(tmp_path, name, convention, has_rows):
     # Under another name, nothing says how the images entered Inception.
     other = tmp_path / f"x{name[-4:] if name.endswith('npz') else '.pt'}"
     (tmp_path / name).rename(other)
-    with pytest.raises(UserError, match="does not record how its images entered Inception: give --convention"):
+    with pytest.raises(UserError, match=r"does not record how its .* clean for clean-fid's, adm"):
         find_convention(load_statistics(other, {POOL: 4}), None)
 
 

@@ -26,11 +26,12 @@ from utils.metrics.statistics_files import Shapes, array_names
 ROWS_AT_A_TIME = 1024  # 8 MB of Inception's as float32
 NUMBERS = "fiub"  # kinds of dtypes
 
-# What the names of files say of how images entered Inception: those that clean-fid and torch-fidelity give them.
+# What the names of files say of how images entered Inception: those that clean-fid (NAME_MODE_SPLIT_SIZE, of one's own
+# custom_na) and torch-fidelity give them.
 NAMED_CONVENTIONS = {
-    r"_clean_custom_na(_kid)?\.npz": "clean",
-    r"_legacy_tensorflow_custom_na(_kid)?\.npz": "adm",
-    r"_legacy_pytorch_custom_na(_kid)?\.npz": "pytorch_fid",
+    r"_clean_[a-z0-9]+_(na|\d+)(_kid)?\.npz": "clean",
+    r"_legacy_tensorflow_[a-z0-9]+_(na|\d+)(_kid)?\.npz": "adm",
+    r"_legacy_pytorch_[a-z0-9]+_(na|\d+)(_kid)?\.npz": "pytorch_fid",
     r"-inception-v3-compat-(stat-fid|features)-2048\.pt": "adm",
 }
 

@@ -358,6 +358,7 @@ def find_convention(reference: ReferenceStatistics, requested: str | None) -> Co
     if not recorded:
         raise UserError(
             f"--fid_stats={reference.path} does not record how its images entered Inception: give --convention "
-            "pytorch_fid for files that pytorch-fid made, adm for those of TTUR, ADM, DiT, EDM and jax-flow"
+            "pytorch_fid for files that pytorch-fid made, clean for clean-fid's, adm for those of TTUR, ADM, DiT, EDM "
+            "and jax-flow"
         )
     return Convention(recorded, "file" if reference.convention else "known file")
