@@ -1,7 +1,9 @@
 """Scores by DINOv2's features: from images to statistics, rows and columns, and what is refused."""
 
+import contextlib
 import json
 import pickle
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,7 @@ def test_both_extractors_from_images_to_a_row(run, folder, capsys):
     assert columns | {"recall_dinov2", "density_dinov2", "coverage_dinov2"} <= rows[-1].keys()
     assert (rows[-1]["preprocessing"], rows[-1]["extractor_dtype"]) == ("edm2", "float32")
     shown = capsys.readouterr()
+    assert "compiling the Inception and DINOv2 networks, unless they are cached ..." in shown.err
     assert "| FD-DINOv2 | KD-DINOv2 | MIND (DINOv2) | precision (DINOv2) |" in shown.out
     assert f" {rows[-1]['kd_dinov2']:.5f} ± {rows[-1]['kd_dinov2_error']:.5f} " in shown.out
     assert shown.err.count("precision, recall, density and coverage: of 30 samples") == 1
@@ -131,7 +134,23 @@ def test_a_training_logs_the_distance(run, folder, configure):
         configure([*words, "--metrics", "kid"])
 
 
+def test_what_the_reference_does_not_allow_is_said(run, folder, configure, capsys):
+    np.savez(folder / "pool.npz", mu=np.zeros(3), sigma=np.eye(3), convention="adm")
+    row = run(eval_fid, "--samples IN/samples.npz --fid_stats IN/pool.npz --metrics fid,prdc")[-1]
+    assert "fid" in row
+    assert "precision" not in row
+    assert re.search("note: without prdc: .*pool.npz holds no `features` of single images", capsys.readouterr().err)
+
+    # A training would else keep no checkpoint for a score that it does not log.
+    words = ["--save_dir", folder / "run", "--fid_stats", folder / "pool.npz", "--metrics", "fid,kid"]
+    for score, refused in {"fid": False, "kid": True}.items():
+        with pytest.raises(UserError, match="kid is not logged") if refused else contextlib.nullcontext():
+            config = configure([*words, "--keep_best", f"{score}:1"])
+            assert list(map(str, load_reference(config, make_mesh(), load_dataset("digits")).metrics)) == ["fid"]
+
+
 SCORE = "--samples IN/samples.npz --fid_stats IN/made.npz"
+POOL_ONLY = f"{SCORE.replace('made', 'pool')} --convention adm"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +169,9 @@ SCORE = "--samples IN/samples.npz --fid_stats IN/made.npz"
             f"{SCORE.replace('made', 'foreign')} {DINOV2} dinov2",
             "foreign.npz does not record how its images entered dinov2: give --preprocessing dgm_eval for",
         ),
+        (f"{POOL_ONLY} --metrics kid,mind", "--metrics=kid,mind: .*pool.npz holds no `features` of single images"),
+        (f"{POOL_ONLY} --metrics sfid", "--metrics=sfid: .*pool.npz holds no `mu_s` and `sigma_s`, which"),
+        (f"{POOL_ONLY} --metrics inception_score", "=inception_score: it needs class probabilities, by --inception_l"),
         (f"{SCORE.replace('made', 'pool')} {DINOV2} dinov2", "none of dinov2; .* --extractor_weights WEIGHTS --out"),
     ],
 )

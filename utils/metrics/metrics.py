@@ -11,7 +11,7 @@ from utils.metrics.pixels import compute_moments, explain_moments
 from utils.metrics.reference import FeatureReference, ReferenceStatistics
 from utils.metrics.scores import DENSITY_NEIGHBOURS, INCEPTION_SCORE_PART, KID_SUBSET, frechet_distance, kid, mind, prdc
 from utils.metrics.statistics import MAX_SAMPLE_ROWS, FeatureStatistics, ImageStatistics
-from utils.metrics.statistics_files import format_shape
+from utils.metrics.statistics_files import array_names, format_shape
 
 # (samples, reference) of the feature that a metric needs -> {result: value}, empty where they do not allow it: a
 # FeatureStatistics and a FeatureReference, of PIXELS a PixelStatistics and a PixelReference.
@@ -102,7 +102,7 @@ class Metric(NamedTuple):
     `compute` is given that feature's statistics of the samples and of the reference; it returns {} where they do not
     allow it. `columns` are {result: title in tables}, all of them better where they are lower, unless
     `is_higher_better`. `explain(num_samples, reference)` returns a caveat about so few samples, or None. `name` is that
-    of --metrics, by default that of the first result; `format` that of its numbers.
+    of --metrics, by default that of the first result; `format` that of its numbers. `needs_rows`: of single images.
     """
 
     compute: Compute
@@ -112,6 +112,7 @@ class Metric(NamedTuple):
     name: str | None = None
     format: str = ".3f"
     is_higher_better: bool = False
+    needs_rows: bool = False
 
     def __str__(self) -> str:
         return self.name or next(iter(self.columns))
@@ -130,14 +131,15 @@ METRICS = [  # in the order of the tables' columns
         SPATIAL,
         lambda num_samples, reference: explain_few("sFID", reference.mu.size, num_samples),
     ),
-    Metric(kernel_metric("kid"), {"kid": "KID"}, explain=partial(explain_kernel, "KID")),
-    Metric(mind_metric("mind"), {"mind": "MIND"}),
+    Metric(kernel_metric("kid"), {"kid": "KID"}, explain=partial(explain_kernel, "KID"), needs_rows=True),
+    Metric(mind_metric("mind"), {"mind": "MIND"}, needs_rows=True),
     Metric(
         compute_prdc,
         {name: name for name in PRDC},
         explain=explain_neighbours,
         name="prdc",
         is_higher_better=True,
+        needs_rows=True,
     ),
     Metric(compute_inception_score, {"inception_score": "IS"}, is_higher_better=True),
     Metric(  # Stein et al., arXiv:2306.04675
@@ -146,8 +148,14 @@ METRICS = [  # in the order of the tables' columns
         CLASS_TOKEN,
         lambda num_samples, reference: explain_few("FD-DINOv2", reference.mu.size, num_samples),
     ),
-    Metric(kernel_metric("kd_dinov2"), {"kd_dinov2": "KD-DINOv2"}, CLASS_TOKEN, partial(explain_kernel, "KD-DINOv2")),
-    Metric(mind_metric("mind_dinov2"), {"mind_dinov2": "MIND (DINOv2)"}, CLASS_TOKEN),
+    Metric(
+        kernel_metric("kd_dinov2"),
+        {"kd_dinov2": "KD-DINOv2"},
+        CLASS_TOKEN,
+        partial(explain_kernel, "KD-DINOv2"),
+        needs_rows=True,
+    ),
+    Metric(mind_metric("mind_dinov2"), {"mind_dinov2": "MIND (DINOv2)"}, CLASS_TOKEN, needs_rows=True),
     Metric(
         compute_prdc_dinov2,
         {f"{name}_dinov2": f"{name} (DINOv2)" for name in PRDC},
@@ -155,6 +163,7 @@ METRICS = [  # in the order of the tables' columns
         explain_neighbours,
         name="prdc_dinov2",
         is_higher_better=True,
+        needs_rows=True,
     ),
     Metric(
         compute_moments,
@@ -231,6 +240,21 @@ def why_no_moments(
         return f"--fid_stats={reference.path} is of {shapes[0]} images, the samples are {shapes[1]}"
     if (pixels.dtype == "uint8") != (dtype == "uint8"):
         return f"--fid_stats={reference.path} is of {pixels.dtype} images, the samples are {dtype}, of another unit"
+    return None
+
+
+def why_no_features(metric: Metric, reference: ReferenceStatistics, has_logits: bool = False) -> str | None:
+    """Returns why a metric of features cannot be computed against a reference, or None."""
+    if metric.needs == PIXELS:
+        return None
+    if metric.columns.keys() == {"inception_score"} and not has_logits:
+        return "it needs class probabilities, by --inception_logits of eval_fid.py"
+    names = array_names(metric.needs)
+    lacks, found = f"--fid_stats={reference.path} holds no", reference.by_feature.get(metric.needs)
+    if found is None:
+        return f"{lacks} `{names.mu}` and `{names.sigma}`, which compute_fid_stats.py keeps"
+    if metric.needs_rows and found.rows is None:
+        return f"{lacks} `{names.rows}` of single images, which compute_fid_stats.py keeps"
     return None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from utils.base.messages import UserError
-from utils.metrics.metrics import METRICS, training_metrics
+from utils.metrics.metrics import METRICS, Metric
 from utils.trackers.trackers import METRICS_FILE, read_metrics
 
 # Names of scores in --keep_best, and in metrics.jsonl where that is another: the validation loss over all t.
@@ -36,13 +36,13 @@ class KeepBest(NamedTuple):
         return cls(match[1], int(match[2]))
 
 
-def check_keep_best(text: str, metrics: Sequence[str], extractors: Sequence[str], has_statistics: bool) -> None:
-    """Raises UserError where --keep_best=`text` names a score that the run does not log: those of its `metrics`, or of
-    its `extractors`, against --fid_stats, if it has them, and the validation loss."""
+def check_keep_best(text: str, metrics: Sequence[Metric], has_statistics: bool) -> None:
+    """Raises UserError where --keep_best=`text` names a score that the run does not log: those of its `metrics` against
+    --fid_stats, if it has them, and the validation loss."""
     score = KeepBest.parse(text).score
     known = [LOSS]
     if has_statistics:
-        chosen = [metric for metric in training_metrics(metrics, extractors) if str(metric) != NEVER_LOGGED]
+        chosen = [metric for metric in metrics if str(metric) != NEVER_LOGGED]
         known += [name for metric in chosen for name in metric.columns]
     if score not in known:
         others = "--metrics has more" if has_statistics else "--fid_stats brings others"

@@ -41,6 +41,7 @@ from utils.metrics.metrics import (
     leave_out,
     needed_extractors,
     sees_pixels,
+    why_no_features,
     why_no_moments,
     why_no_picture,
 )
@@ -104,6 +105,9 @@ class Scoring:
         self.metrics = leave_out(
             self.metrics, lambda metric: why_no_moments(metric, self.reference, image_shape, dtype)
         )
+        if config.metrics:  # of a network's own scores, those that the file allows are meant
+            has_logits = self.logits is not None
+            self.metrics = leave_out(self.metrics, lambda metric: why_no_features(metric, self.reference, has_logits))
         if self.extractor_names:
             warn_of_other_shape(self.reference, image_shape)
         for caveat in caveats(num_samples, self.reference, self.logits is not None, self.metrics):

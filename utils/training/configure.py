@@ -19,6 +19,7 @@ from utils.data.loaders import find_loader, get_loader
 from utils.images.decoding import find_mode
 from utils.images.pixels import UINT8, PixelFormat, write_range
 from utils.images.sizes import write_size
+from utils.metrics.metrics import training_metrics
 from utils.networks.network import NETWORKS
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 from utils.objectives.objectives import OBJECTIVES
@@ -222,8 +223,8 @@ def check_together(config: RunConfig) -> None:
     # Scores that are logged.
     evaluation = config.evaluation
     if config.checkpoints.keep_best is not None:
-        scores = (evaluation.metrics, evaluation.extractor)
-        check_keep_best(config.checkpoints.keep_best, *scores, bool(evaluation.fid_stats))
+        metrics = training_metrics(evaluation.metrics, evaluation.extractor)
+        check_keep_best(config.checkpoints.keep_best, metrics, bool(evaluation.fid_stats))
     # Changes of images.
     augmentation = config.augmentation
     for name in augmentation.augment:

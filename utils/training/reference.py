@@ -21,6 +21,7 @@ from utils.metrics.metrics import (
     needed_extractors,
     sees_pixels,
     training_metrics,
+    why_no_features,
     why_no_moments,
     why_no_picture,
 )
@@ -31,6 +32,7 @@ from utils.metrics.reference import (
     load_statistics,
     warn_of_other_shape,
 )
+from utils.runs.best import check_keep_best
 from utils.runs.config import RunConfig
 
 
@@ -63,6 +65,9 @@ def load_reference(config: RunConfig, mesh: Mesh, dataset: ImageDataset) -> Refe
     statistics = load_statistics(evaluation.fid_stats, feature_widths(records))
     check_details(statistics, records, options)
     metrics = leave_out(metrics, lambda metric: why_no_moments(metric, statistics, *images))
+    metrics = leave_out(metrics, lambda metric: why_no_features(metric, statistics))
+    if config.checkpoints.keep_best:  # what is left out is not logged
+        check_keep_best(config.checkpoints.keep_best, metrics, has_statistics=True)
     if not names:
         return Reference(statistics, {}, metrics)
     convention = find_convention(statistics, evaluation.convention).name if DEFAULT_EXTRACTOR in names else None
