@@ -198,7 +198,7 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
         frozen=frozen,
         start=start,
         reference=load_reference(config, mesh, dataset),
-        viewer=load_preview(config.evaluation.preview, model, validation_batch),
+        viewer=load_preview(config, model, validation_batch),
         stages=stages,
     )
 

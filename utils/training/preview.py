@@ -17,9 +17,10 @@ from utils.codecs.codec import Codec, is_identity
 from utils.codecs.codecs import CODECS, parse_codec
 from utils.conditions.condition import resize_rows
 from utils.networks.models import ImageModel
+from utils.runs.config import RunConfig
 
 KIND = "tiny"
-NUM_COMPARED = 4  # validation images by which viewer and codec are compared
+NUM_COMPARED = 2  # validation images by which viewer and codec are compared; a VAE takes seconds for each on a CPU
 POOR = 18.0  # dB; below it, the viewer is probably of other latents (TAESD's own are above 25)
 
 
@@ -48,13 +49,14 @@ class PreviewCodec(flax.struct.PyTreeNode):
         return self.codec.latent_shape(image_shape)
 
 
-def load_preview(text: str | None, model: ImageModel, batch: Any) -> Codec | None:
-    """Returns the codec for the panels of a run that --preview asks for, None where it does not, and logs how near it
-    comes to the run's own on `batch`, the validation images.
+def load_preview(config: RunConfig, model: ImageModel, batch: Any) -> Codec | None:
+    """Returns the codec for the panels of a run that --preview asks for, None where none are drawn by it, and logs how
+    near it comes to the run's own on `batch`, the validation images.
 
     Raises UserError for anything but a tiny autoencoder of latents of the same shape.
     """
-    if text is None:
+    text = config.evaluation.preview
+    if text is None or config.training.plan:
         return None
     spec = parse_codec(text, "preview")
     if spec.name != KIND:
@@ -85,7 +87,7 @@ def report_likeness(text: str, codec: PreviewCodec, batch: Any) -> None:
     rows = resize_rows(jax.tree.map(gather, batch), NUM_COMPARED)
     latents = rows.to_latents(codec.codec, jax.random.key(0))
     decode = jax.jit(lambda codec, latents: jnp.clip(codec.decode(latents), -1, 1))
-    images, shown = (np.asarray(decode(each, latents)) for each in (codec.codec, codec.viewer))
+    images, shown = (gather(decode(each, latents)) for each in (codec.codec, codec.viewer))
     # Of numbers in [-1, 1], whose range is 2.
     psnr = 10 * np.log10(4 / max(float(np.mean((images - shown) ** 2)), 1e-10))
     doubt = "; is it the tiny autoencoder of this VAE?" if psnr < POOR else ""
