@@ -38,7 +38,7 @@ def define_flags() -> None:
         flags.DEFINE_enum("family", None, list(FAMILIES), "Whose checkpoint it is, where the file does not say.")
         flags.DEFINE_integer("num_heads", None, "Attention heads; default: those of the published model that wide.", 1)
         define_path("class_names", None, "Text file with a class name a line; default: ImageNet's of 1,000.")
-        define_path("vae", None, "Hub id or folder of the VAE of its latents; default: that of the publication.")
+        define_path("vae", None, "VAE of its latents, as kl: takes it; default: that of the publication.")
     # ... and the other.
     with topic("Run to published"):
         define_path("load_dir", None, "Run to export; RUN/checkpoints/STEP for one of its checkpoints.")

@@ -432,9 +432,10 @@ def import_file(file: Path, folder: Path, codec: str | None) -> None:
         command = write_command("convert_checkpoint.py", "--source", file, "--family", "sit", "--out", folder)
         raise UserError(f"{shown}: no tensor tells DiT from SiT; make a run of it (or --family dit): {command}")
     if source.run is None and codec is None and FAMILIES[source.family or ""].vae is None:
+        command = write_command("convert_checkpoint.py", "--source", file, "--vae", "VAVAE.pt", "--out", folder)
         raise UserError(
-            f"{shown} is a {FAMILIES[source.family or ''].title}'s: name the autoencoder of its latents, "
-            "--codec kl:FILE for VA-VAE's"
+            f"{shown} is a {FAMILIES[source.family or ''].title}'s: name the autoencoder of its latents with "
+            f"--codec kl:FILE, or make a run of it first: {command}"
         )
     import_run(str(file.absolute()), source, folder, {}, codec=None if source.run else codec)
     log(f"{shown} is in {folder}")
