@@ -1,5 +1,6 @@
 """--keep_best: the checkpoints with the best scores stay beside the newest, over resumes."""
 
+import dataclasses
 import json
 
 import jax
@@ -55,9 +56,8 @@ def test_the_best_stay_beside_the_newest_over_a_resume(tmp_path, state):  # noqa
     assert save([5, 6, 7, 8], scores) == [2, 5, 6, 8]  # multiples of 5 stay, too
 
 
-@pytest.fixture
-def train(tmp_path, configure, monkeypatch):
-    """train(max_steps, words) -> steps of the checkpoints after a training whose steps and evaluations are made up."""
+def test_a_training_saves_what_it_evaluates_and_keeps_the_best(tmp_path, configure, monkeypatch, capsys):
+    """Steps and evaluations are made up."""
     scores = {2: 3.0, 3: 9.0, 4: 1.0, 6: 2.0, 8: 4.0, 9: 5.0}
 
     def step(before, batch):
@@ -68,21 +68,19 @@ def train(tmp_path, configure, monkeypatch):
 
     monkeypatch.setattr(loop, "compile_steps", lambda run, structs: (step, lambda unchanged: (unchanged, {})))
     monkeypatch.setattr(loop, "evaluate", evaluate)
+    line = "--dataset_name digits --codec pixels --batch_size 8 --model.preset debug --wandb.mode disabled"
+    line += " --eval_interval 2 --save_minutes 0 --save_interval 1000 --keep_last 1 --keep_best loss:1 --max_steps 9"
+    run = build_run(configure([*line.split(), "--save_dir", tmp_path]))
 
-    def start(max_steps: int, *words: str) -> list[int]:
-        line = "--dataset_name digits --codec pixels --batch_size 8 --model.preset debug --wandb.mode disabled"
-        line += " --eval_interval 2 --save_minutes 0 --save_interval 1000 --keep_last 1"
-        run = build_run(configure([*line.split(), "--save_dir", tmp_path, "--max_steps", max_steps, *words]))
-        loop.train(run)
+    def train(**changes):
+        parts = {name: dataclasses.replace(getattr(run.config, name), **given) for name, given in changes.items()}
+        loop.train(dataclasses.replace(run, config=dataclasses.replace(run.config, **parts)))
         return sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
 
-    return start
-
-
-def test_a_training_saves_what_it_evaluates_and_keeps_the_best(train, capsys):
-    assert train(3) == [3]  # without the flag, what is evaluated is not saved
-    assert "best" not in capsys.readouterr().out
-    assert train(9, "--keep_best", "loss:1") == [4, 9]
+    # Without the flag, what is evaluated is not saved.
+    assert train(training={"max_steps": 3}, checkpoints={"keep_best": None}) == [3]
+    assert "best loss" not in capsys.readouterr().out
+    assert train() == [4, 9]
     assert "best loss: 1 at step 4" in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ from utils.runs.checkpoint import Checkpoints
 from utils.runs.opening import choose_steps, load_generator
 from utils.runs.results import Results, plot_by_step, plot_fid, to_markdown
 from utils.sampling import compiled
-from utils.sampling.generator import hash_params
+from utils.sampling.generator import ImageGenerator, hash_params
 
 ORDER = [(20, "raw"), (20, None), (30, "raw"), (30, None), (40, "raw"), (40, None)]
 
@@ -61,6 +61,9 @@ def test_each_snapshot_has_the_row_of_a_call_of_its_own(evaluate, swept, tmp_pat
         return score(self, sampler)
 
     monkeypatch.setattr(run_evaluation.RunEvaluation, "evaluate", count)
+    # Instead of what takes long to compile and to draw: a number of the parameters, and empty grids.
+    monkeypatch.setattr(ImageGenerator, "straightness", lambda self, *_: float(jax.tree.leaves(self.params)[0].mean()))
+    monkeypatch.setattr(plotting, "sample_grid", lambda *_: Figure())
     drawn = []
     draw = plotting.metric_curves
     monkeypatch.setattr(plotting, "metric_curves", lambda points: drawn.append(points) or draw(points))
@@ -71,11 +74,7 @@ def test_each_snapshot_has_the_row_of_a_call_of_its_own(evaluate, swept, tmp_pat
     assert scored == [20, 20, 30, 30, 30, 40, 40]
     assert [(row["checkpoint_step"], row.get("params")) for row in rows] == ORDER
     assert compiled.generate._cache_size() <= num_compiled + 1
-    hashes = [
-        hash_params(load_generator(swept / "checkpoints" / str(step), params=kind or "ema").params)
-        for step, kind in ORDER
-    ]
-    assert [row["params_sha256"] for row in rows] == hashes
+    assert rows[3]["params_sha256"] == hash_params(load_generator(swept / "checkpoints" / "30").params)
     assert len({row["mean_error"] for row in rows}) == len({row["straightness"] for row in rows}) == 6
 
     # Pictures, the plot and the table.
