@@ -173,17 +173,19 @@ def run_two(*args, devices: int = 1) -> list[str]:
     return outputs
 
 
-def kill_one(processes: list[Program], is_started) -> str:
-    """Kills process 1 once `is_started()`; returns the one line with which process 0 ends within a minute."""
+def end_one(processes: list[Program], number: int, signal_number: int, is_started) -> str:
+    """Sends a process a signal once `is_started()`; returns the one line with which the other ends within a minute."""
     deadline = time.monotonic() + 120
     while not is_started():
         assert time.monotonic() < deadline
         assert [process.poll() for process in processes] == [None, None], processes[0].outputs()[0][-3000:]
         time.sleep(0.005)
-    processes[1].kill()
-    assert processes[1].wait() == -signal.SIGKILL
-    output = processes[0].communicate(timeout=60)[0]
-    assert processes[0].returncode == 1, output[-3000:]
+    processes[number].send_signal(signal_number)
+    other = processes[1 - number]
+    output = other.communicate(timeout=60)[0]
+    assert other.returncode == 1, output[-3000:]
+    status = -signal_number if signal_number == signal.SIGKILL else 128 + signal_number
+    assert processes[number].wait() == status, processes[number].outputs()[0][-3000:]
     assert "Traceback" not in output, output[-3000:]
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return error
@@ -249,10 +251,19 @@ def test_two_processes_encode_the_bytes_of_one_whichever_is_killed(tmp_path):
 
     # One is killed: the other says so, and the same commands finish.
     out = tmp_path / "two"
-    error = kill_one(start_two(*command, out), lambda: len(list(out.glob("*.array_record"))) > 2)
+
+    def is_started():
+        return len(list(out.glob("*.array_record"))) > 2
+
+    error = end_one(start_two(*command, out), 1, signal.SIGKILL, is_started)
     assert "process 1 has gone, and process 0 of 2 cannot finish without it; give the commands of all again" in error
     finished = {name for name in read_files(out) if name.endswith(".array_record")}
     assert 0 < len(finished) < len(expected) - 2
+
+    # Process 0 is asked to end: it tells the other before it takes the store of keys with it.
+    count = len(finished)
+    error = end_one(start_two(*command, out), 0, signal.SIGTERM, lambda: len(list(out.glob("*.array_record"))) > count)
+    assert error.startswith("error: process 0 has ended, and process 1 of 2 cannot finish without it")
     run_two(*command, out)
     assert read_files(out) == expected
 
@@ -287,7 +298,7 @@ def test_two_processes_score_as_one_and_find_what_is_finished(run, tmp_path, wei
 
     # One is killed after the first row, which is found again.
     out = tmp_path / "two"
-    error = kill_one(start_two(*command, out), lambda: (out / "fid.json").exists())
+    error = end_one(start_two(*command, out), 1, signal.SIGKILL, lambda: (out / "fid.json").exists())
     assert "process" in error
     before = json.loads((out / "fid.json").read_text())["cells"]
     assert len(before) == 1
