@@ -89,6 +89,8 @@ def test_each_snapshot_has_the_row_of_a_call_of_its_own(evaluate, swept, tmp_pat
     assert "| step | parameters | steps |" in shown.out
     assert "| 30 | raw | 1 | none | 8 |" in shown.out
     assert f"steps 20, 30, 40 of {swept}, raw and ema parameters" in shown.err
+    written = ["fid.json", "fid.csv", *(f"samples_1_none_step{step}{kind}.png" for step, kind in kinds[2:])]
+    assert shown.err.endswith(f"written in {tmp_path / 'out'}: {', '.join(written)}, by_step.png\n")
 
     # One alone, by its number or as a folder, has the same row under another name.
     (alone,) = evaluate("--checkpoints 20 --params raw", "alone")

@@ -16,8 +16,6 @@ from utils.runs.scoring import Scoring
 from utils.sampling.solvers import SamplerConfig
 from utils.trackers.trackers import Trackers, choose_trackers
 
-MAX_LISTED = 12  # pictures named at the end
-
 
 def evaluate_run(run: RunEvaluation) -> None:
     """Scores every sampler with each of a run's snapshots, in turn, and writes and prints the rows. Of several
@@ -32,12 +30,9 @@ def evaluate_run(run: RunEvaluation) -> None:
 
     # A row for every sampler: the one that an earlier evaluation has finished, or a new one.
     rows: list[dict[str, Any]] = []
-    pictures: list[str] = []
-    whats = ["samples", "memorised"] if run.memorising else ["samples"]
     for number, sampler in enumerate(run.each_row()):
         row = score_sampler(run, sampler, results)
         rows.append(row)
-        pictures += [run.picture_name(what, sampler) for what in whats]
         if trackers:
             scores = {f"{key}/{run.curve_name(sampler)}": row[key] for key in score_columns() if key in row}
             steps = {"num_steps": row["num_steps"] or row["nfe"]}
@@ -68,8 +63,7 @@ def evaluate_run(run: RunEvaluation) -> None:
     with run.going_on():
         run.show_rows(rows)
     run.finish()
-    listed = ", ".join(pictures) if len(pictures) <= MAX_LISTED else f"{len(pictures)} pictures"
-    log(f"written in {run.out}: fid.json, fid.csv, {listed}")
+    log(run.describe_files())
 
 
 def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results | None) -> dict[str, Any]:
@@ -120,4 +114,4 @@ def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path) -> N
     with scoring.going_on():  # the table comes though a file fails
         scoring.show_rows([{**settings, **metrics}])
     scoring.finish()
-    log(f"written in {scoring.out}: fid.json, fid.csv{', memorised.png' * (images is not None)}")
+    log(scoring.describe_files())

@@ -62,6 +62,7 @@ from utils.runs.results import to_markdown, write_json_rows
 from utils.sampling.generator import RECIPE_BATCH_SIZE, hash_params
 
 FILES = ("fid.json", "fid.csv", "fid.png", "by_step.png")  # beside grids of samples
+MAX_LISTED = 12  # figures named at the end
 LARGE_IMAGE_BYTES = 2**22  # without --batch_size, batches of larger images take LARGE_BATCH_BYTES at most
 LARGE_BATCH_BYTES = 2**28
 
@@ -92,6 +93,7 @@ class Scoring:
         self.records = configure_extractors(self.extractor_names, self.options) if self.extractor_names else {}
         self.out = Path(config.out or default_out)
         self.failure: WriteError | None = None  # the first one; see `going_on`
+        self.figures: list[str] = []  # names of those written
         prepare_output_folder(self.out, "out", names=FILES)
         if config.json and Path(config.json).resolve() in [(self.out / name).resolve() for name in FILES]:
             raise UserError(f"--json={config.json} is the evaluation's own record of its rows; name another file")
@@ -285,8 +287,15 @@ class Scoring:
     def save_figure(self, figure: Figure, name: str) -> None:
         if not is_first():
             return
-        with self.going_on(), atomic_write(self.out / name) as temporary:
-            figure.savefig(temporary, format="png")
+        with self.going_on():
+            with atomic_write(self.out / name) as temporary:
+                figure.savefig(temporary, format="png")
+            self.figures.append(name)
+
+    def describe_files(self) -> str:
+        """Returns which files were written, in words; rows that were found again have no new figures."""
+        listed = self.figures if len(self.figures) <= MAX_LISTED else [f"{len(self.figures)} pictures"]
+        return f"written in {self.out}: {', '.join(['fid.json', 'fid.csv', *listed])}"
 
     def show_rows(self, rows: list[dict[str, Any]]) -> None:
         """Prints the rows as a table, or as JSON for --json -; --json FILE is written."""
