@@ -1,22 +1,26 @@
 """Programs on several processes: what two of them make is what one makes, and none goes on without the others."""
 
 import json
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 import compute_fid_stats
 from tests.conftest import GOLDEN, ROOT, Program, run_program, xla_flags
 from tests.test_batches import numbered
 from tests.test_compatibility import unpack
-from utils.base import hosts
+from utils.base import hosts, messages
 from utils.base.mesh import make_mesh
+from utils.flags import program
 from utils.images.pixels import ImageBatch
 from utils.metrics import measure
 
@@ -120,6 +124,24 @@ def test_the_watch_ends_its_process_with_one_line(two, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith(
         "error: process 0 has ended, and process 1 of 2 cannot finish without it;"
     )
+
+
+def test_what_libraries_print_is_not_among_results(monkeypatch, capfd):
+    monkeypatch.setattr(program, "initialize_processes", lambda *_: None)
+    monkeypatch.setattr(program, "raise_on_signals", lambda: None)
+    monkeypatch.setattr(hosts, "start_watch", lambda: None)
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(messages._Output, "is_apart", True)
+    before = os.dup(1)
+    try:
+        config = {"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 0}
+        program.join_processes(ConfigDict(config))
+        os.write(1, b"[Gloo] Rank 0 is connected\n")
+        messages.show_result("[]")
+        assert capfd.readouterr() == ("[]\n", "[Gloo] Rank 0 is connected\n")
+    finally:
+        os.dup2(before, 1)
 
 
 @pytest.mark.parametrize("count", [20, 13, 7])

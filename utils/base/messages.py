@@ -103,6 +103,16 @@ def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
     _Output.is_quiet = is_quiet
 
 
+def keep_libraries_apart() -> None:
+    """Sends what libraries print on the standard output to the standard error output, where results stand alone there.
+    Gloo announces its connections, after which nobody could read the results as JSON."""
+    if _Output.is_apart and sys.stdout is sys.__stdout__:  # Python's own lines go where they went
+        with contextlib.suppress(OSError):  # a standard output that is closed
+            results = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+            os.dup2(2, 1)
+            sys.stdout = results
+
+
 def log(text: str) -> None:
     """Prints a line of progress."""
     if not _Output.is_quiet:

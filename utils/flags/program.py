@@ -18,7 +18,15 @@ from ml_collections import ConfigDict
 
 from utils.base import hosts
 from utils.base.devices import check_jax_settings, keep_freed_memory, start_devices
-from utils.base.messages import NO_ROOM, UserError, WriteError, close_bars, finish_output, silence_orbax
+from utils.base.messages import (
+    NO_ROOM,
+    UserError,
+    WriteError,
+    close_bars,
+    finish_output,
+    keep_libraries_apart,
+    silence_orbax,
+)
 from utils.base.processes import END_SIGNALS, handle_signals, initialize_processes, warn_of_copies
 from utils.flags.config_file import expand_config_file, record_file_values
 from utils.flags.help import explain_unknown, refuse_habits, show_help, to_integer, to_switch, topic
@@ -143,6 +151,7 @@ def join_processes(config: ConfigDict) -> None:
     initialize_processes(config.coordinator_address, config.num_processes, config.process_id)
     if config.coordinator_address is not None:
         raise_on_signals()  # again: JAX has taken SIGTERM
+        keep_libraries_apart()
         hosts.start_watch()
 
 
