@@ -126,6 +126,7 @@ def test_listings_are_read_back_or_counted_as_none(tmp_path):
     assert read_listing(tmp_path, {"train": 1}) == {}
     assert read_listing(tmp_path, {"validation": 2}) == {}
     content = (tmp_path / LISTING).read_bytes()
+    assert content[3:8] == bytes(5)  # neither a name nor a time: the same rows are the same bytes
     for damaged in (content[:-9], b"", np.zeros(50, np.uint8).tobytes()):
         (tmp_path / LISTING).write_bytes(damaged)
         assert read_listing(tmp_path, {"train": 2}) == {}

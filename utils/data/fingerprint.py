@@ -7,6 +7,7 @@ or in another order, they would go on silently on other data.
 import dataclasses
 import gzip
 import hashlib
+import io
 import itertools
 import os
 import zlib
@@ -66,7 +67,10 @@ def write_listing(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None
         return
     with (
         atomic_write(folder / LISTING) as temporary,
-        gzip.open(temporary, "wt", compresslevel=3, encoding="utf-8") as file,
+        temporary.open("wb") as raw,
+        # Without name and time: the same rows are the same bytes.
+        gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw, mtime=0) as compressed,
+        io.TextIOWrapper(compressed, encoding="utf-8") as file,
     ):
         for split, fingerprint in fingerprints.items():
             for row in fingerprint.rows or ():
