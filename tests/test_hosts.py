@@ -132,7 +132,6 @@ def test_what_libraries_print_is_not_among_results(monkeypatch, capfd):
     monkeypatch.setattr(hosts, "start_watch", lambda: None)
     monkeypatch.setattr(sys, "__stdout__", sys.stdout)
     monkeypatch.setattr(sys, "stdout", sys.stdout)
-    monkeypatch.setattr(messages._Output, "is_apart", True)
     before = os.dup(1)
     try:
         config = {"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 0}

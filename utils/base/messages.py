@@ -104,9 +104,9 @@ def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
 
 
 def keep_libraries_apart() -> None:
-    """Sends what libraries print on the standard output to the standard error output, where results stand alone there.
-    Gloo announces its connections, after which nobody could read the results as JSON."""
-    if _Output.is_apart and sys.stdout is sys.__stdout__:  # Python's own lines go where they went
+    """Sends what libraries print on the standard output to the standard error output: Gloo announces its connections,
+    after which nobody could read results as JSON. Python's own lines go where they went."""
+    if sys.stdout is sys.__stdout__:
         with contextlib.suppress(OSError):  # a standard output that is closed
             results = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
             os.dup2(2, 1)
