@@ -53,7 +53,7 @@ class KLCodec(flax.struct.PyTreeNode):
         config_file, weights_file = find_files(path, shown)
         content = read_config(config_file, shown, "kl", path)
         config = read_kl_config(content, str(config_file), shown)
-        kind = _codec_class(config)
+        kind = Flux2Codec if isinstance(config, Flux2Config) else cls
         params = read_params(weights_file, _check_sizes(config, config_file, shown), shown, ignored=kind.SURPLUS)
         if "bn" in params and (np.asarray(params["bn"]["running_var"]) < 0).any():
             raise UserError(f"{shown}: {weights_file} has a negative variance in bn.running_var; fetch it again")
@@ -66,7 +66,8 @@ class KLCodec(flax.struct.PyTreeNode):
         `config` defaults to the sizes of Stable Diffusion's VAE.
         """
         config = config or KLConfig()
-        return _codec_class(config)(draw_params(seed, _param_shapes(config)), config, jnp.dtype(dtype), "")
+        kind = Flux2Codec if isinstance(config, Flux2Config) else cls
+        return kind(draw_params(seed, _param_shapes(config)), config, jnp.dtype(dtype), "")
 
     def save(self, folder: Path) -> None:
         """Writes the codec in the Hugging Face layout, which `load` and diffusers read."""
@@ -153,10 +154,6 @@ class Flux2Codec(KLCodec):
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         height, width, channels = super().latent_shape(image_shape)
         return height, width, 4 * channels
-
-
-def _codec_class(config: KLConfig) -> type[KLCodec]:
-    return Flux2Codec if isinstance(config, Flux2Config) else KLCodec
 
 
 def _check_sizes(config: KLConfig, file: Path, shown: str) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
