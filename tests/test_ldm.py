@@ -259,7 +259,10 @@ BROKEN = {
     ),
     "of a DC-AE": (lambda t: {"encoder.stages.0.weight": np.zeros(3)}, "has no tensors encoder.down"),
     "tensor missing": (without("decoder.conv_in.bias"), "has no tensor decoder.conv_in.bias, which the rest"),
-    "no quant_conv": (without("quant_conv.weight"), "has no tensor quant_conv.weight, which every"),
+    "no quant_conv": (
+        without("quant_conv.weight"),
+        "has no quant_conv, .*FLUX's and SD3's, are read in diffusers' layout",
+    ),
     "a level missing": (without("encoder.down.1.block.0.conv1.weight"), "has no tensor encoder.down.1.block.0.conv1"),
     "an attention too few": (
         without("decoder.up.1.attn.1.q.weight"),

@@ -180,6 +180,11 @@ def _find_sizes(tensors: Mapping[str, np.ndarray], file: Path, shown: str) -> di
         raise UserError(f"{shown}: {file} has a width of {odd[0]}, no multiple of {GROUPS}, in which it is normalised")
 
     # Latents: the last convolution has mean and log-variance.
+    if "quant_conv.weight" not in tensors:
+        raise UserError(
+            f"{shown}: {file} has no quant_conv, which latent diffusion's have; those without, FLUX's and SD3's, are "
+            "read in diffusers' layout: name its folder or hub id"
+        )
     embedded, channels = (size // 2 for size in shape("quant_conv.weight", 4)[:2])
     if embedded != channels:
         raise UserError(
