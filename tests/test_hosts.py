@@ -20,6 +20,7 @@ from tests.test_batches import numbered
 from tests.test_compatibility import unpack
 from utils.base import hosts, messages
 from utils.base.mesh import make_mesh
+from utils.base.messages import UserError
 from utils.flags import program
 from utils.images.pixels import ImageBatch
 from utils.metrics import measure
@@ -126,7 +127,18 @@ def test_the_watch_ends_its_process_with_one_line(two, monkeypatch, capsys):
     )
 
 
-def test_what_libraries_print_is_not_among_results(monkeypatch, capfd):
+def test_all_processes_have_the_same_flags(two):
+    flags = {"coordinator_address": "localhost:1", "process_id": 0, "metrics": ["fid"], "seed": 0}
+    two(0)
+    program.check_same_flags(ConfigDict(flags))
+    two(1)
+    program.check_same_flags(ConfigDict({**flags, "coordinator_address": "host:1", "process_id": 1}))
+    two(1)
+    with pytest.raises(UserError, match="--seed=1, but process 0 has 0; give all processes the same command"):
+        program.check_same_flags(ConfigDict({**flags, "seed": 1}))
+
+
+def test_what_libraries_print_is_not_among_results(two, monkeypatch, capfd):
     monkeypatch.setattr(program, "initialize_processes", lambda *_: None)
     monkeypatch.setattr(program, "raise_on_signals", lambda: None)
     monkeypatch.setattr(hosts, "start_watch", lambda: None)
@@ -134,8 +146,10 @@ def test_what_libraries_print_is_not_among_results(monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     before = os.dup(1)
     try:
+        store = two(0)
         config = {"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 0}
         program.join_processes(ConfigDict(config))
+        assert store.values == {"value/0": '{"num_processes": "2"}'}  # flags for the others to compare
         os.write(1, b"[Gloo] Rank 0 is connected\n")
         messages.show_result("[]")
         assert capfd.readouterr() == ("[]\n", "[Gloo] Rank 0 is connected\n")

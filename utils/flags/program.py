@@ -144,7 +144,7 @@ def explain_end(error: Exception) -> str:
 
 def join_processes(config: ConfigDict) -> None:
     """Makes one command of the processes that --coordinator_address names: the first line of a program that shares its
-    work among them. Raises UserError as `initialize_processes`."""
+    work among them. Raises UserError as `initialize_processes`, and where the first has other flags."""
     if config.coordinator_address is None and config.num_processes is None and config.process_id is None:
         warn_of_copies(Path(sys.argv[0]).name, " without --coordinator_address")
         return
@@ -153,6 +153,15 @@ def join_processes(config: ConfigDict) -> None:
         raise_on_signals()  # again: JAX has taken SIGTERM
         keep_libraries_apart()
         hosts.start_watch()
+        check_same_flags(config)
+
+
+def check_same_flags(config: ConfigDict) -> None:
+    """Raises UserError where a flag of this process differs from the first's: its share would be of other work."""
+    own = {name: str(value) for name, value in config.items() if name not in ("coordinator_address", "process_id")}
+    for name, value in hosts.broadcast(own).items():
+        if own[name] != value:
+            raise UserError(f"--{name}={own[name]}, but process 0 has {value}; give all processes the same command")
 
 
 def _end(message: str, status: int = 1) -> NoReturn:
