@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from utils.base.files import check_writable
-from utils.base.messages import UserError, configure_output
+from utils.base.messages import UserError, configure_output, log
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import check_draw_mode, restore_condition
 from utils.flags import program, reading
@@ -114,14 +114,23 @@ def define_memorisation_flags() -> None:
         )
 
 
-def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[str, Any] | None = None) -> Path:
-    """Returns the file of --fid_stats, or the one that ships for the data set.
+def needs_no_statistics(config: ConfigDict) -> bool:
+    """Returns whether the flags ask for --memorisation, and for nothing that compares with statistics."""
+    named = [config.fid_stats, config.metrics, config.dataset_name]
+    return config.memorisation and all(value is None for value in named)
+
+
+def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[str, Any] | None = None) -> Path | None:
+    """Returns the file of --fid_stats, or the one that ships for the data set; None where --memorisation is all.
 
     Raises UserError if there is none, with the command that makes it from the images of the run, whose configuration
     is `saved`.
     """
     if config.fid_stats is not None:
         return Path(config.fid_stats)
+    if needs_no_statistics(config) and (dataset_name is None or shipped_statistics(dataset_name) is None):
+        log("note: memorisation alone: other scores need --fid_stats")
+        return None
     if dataset_name is None:
         raise UserError("--fid_stats is not given: name the statistics or images with which --samples are compared")
     # Those that ship hold no moments of pixels.
@@ -156,7 +165,7 @@ def open_run(config: ConfigDict) -> RunEvaluation:
         steps = choose_steps(config.checkpoints, steps)[::-1]
     newest, saved = checkpoints.restore_newest(checkpoints.restore_config, steps)
     data = saved["dataset"]
-    if not sees_pixels(choose_metrics(config.metrics, config.extractor)):
+    if not (sees_pixels(choose_metrics(config.metrics, config.extractor)) or needs_no_statistics(config)):
         check_pictures(
             PixelFormat.from_record(data),
             data["image_shape"],
@@ -183,7 +192,8 @@ def open_run(config: ConfigDict) -> RunEvaluation:
 
 def open_own_samples(config: ConfigDict) -> Samples:
     """Returns the samples of --samples, or the first --num_samples. Raises UserError if it holds fewer."""
-    samples = open_samples(config.samples, is_any=sees_pixels(choose_metrics(config.metrics)))
+    is_any = sees_pixels(choose_metrics(config.metrics)) or needs_no_statistics(config)
+    samples = open_samples(config.samples, is_any=is_any)
     # The default of 50,000 is for runs: of a file, all are scored.
     if not reading.is_explicit("num_samples"):
         return samples

@@ -70,7 +70,7 @@ def tables(monkeypatch) -> list:
 def score(read_flags, folder, line: str) -> list[dict]:
     """Returns the rows of fid.json after an evaluation without feature networks, unless the line names some."""
     words = line.replace("IN", str(folder)).split()
-    words += [] if "--extractor" in words else ["--metrics", "moments"]
+    words += [] if "--extractor" in words or "--fid_stats" not in words else ["--metrics", "moments"]
     words += [] if "--samples" in words else ["--wandb.mode", "disabled"]
     eval_fid.main(read_flags(eval_fid, [*words, "--out", str(folder / "out")]))
     return json.loads((folder / "out" / "fid.json").read_text())["cells"]
@@ -118,6 +118,13 @@ def test_a_file_against_itself_and_floats(files, read_flags, tables):
     (row,) = score(read_flags, files, line)
     assert (row["memorised"], row["authpct"]) == (100, 0)
     assert (tables[0][0].dtype, np.ptp(tables[0][0])) == (np.uint8, 255)
+
+
+@pytest.mark.parametrize(("name", "count"), [("train.npz", 200), ("floats.npz", 20)])
+def test_nothing_but_training_images_is_needed(name, count, files, read_flags, tables, capsys):
+    (row,) = score(read_flags, files, f"--memorisation --train_images IN/{name} --samples IN/{name}")
+    assert (row["memorised"], row["fid_stats"], row["num_train_images"]) == (100, None, count)
+    assert "memorisation alone: other scores need --fid_stats" in capsys.readouterr().err
 
 
 def test_features_of_an_extractor_are_compared(files, read_flags, monkeypatch, tables):
@@ -177,7 +184,7 @@ def test_mirror_images_are_those_that_the_training_saw(files):
 
 
 @pytest.mark.parametrize("has_mirrors", [False, True])
-def test_mirror_images_count_where_the_training_saw_them(has_mirrors, files, tmp_path, tables):
+def test_mirror_images_count_where_the_training_saw_them(has_mirrors, files, tmp_path, tables, capsys):
     training = open_training(None, saved_run(files, random_flip=int(has_mirrors)), (8, 8, 1), "uint8")
     training = dataclasses.replace(training, held_out=None)  # which takes longer
     images = np.concatenate(list(training.images.read(500)))
@@ -187,6 +194,7 @@ def test_mirror_images_count_where_the_training_saw_them(has_mirrors, files, tmp
     assert samples.is_full
     results, _ = Memorising(training, PIXELS, 16, make_mesh(), tmp_path).compute(samples.images)
     assert results["memorised"] == (10 if has_mirrors else 5)
+    assert ("train.npz and their mirror images, by pixels" in capsys.readouterr().out) is has_mirrors
     ((drawn, _, _, _),) = tables
     np.testing.assert_array_equal(drawn[0, 1], images[COPIED])
     if has_mirrors:
@@ -295,6 +303,7 @@ SAMPLES = "--samples IN/samples.npz --fid_stats IN/train.npz"
         (f"{SAMPLES} --memorisation --train_images IN/floats.npz", "holds float32 8x8x1 images, the samples are uint8"),
         (f"{SAMPLES} --memorisation --train_images IN/one.npz", "holds one image; memorisation compares the two"),
         (f"{SAMPLES} --memorisation --train_images IN/absent.npz", "--train_images=.*absent.npz is no data set"),
+        (f"{SAMPLES} --memorisation --train_images folder:IN/absent", "^--train_images=folder:.*: there is no folder"),
         (f"{SAMPLES} --memorisation --train_images latents:IN", "--train_images=latents:.* holds latents; name the"),
         (
             f"{SAMPLES} --memorisation --train_images digits --memorisation_features inception",

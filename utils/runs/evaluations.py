@@ -59,7 +59,8 @@ def evaluate_run(run: RunEvaluation) -> None:
     steps = dict.fromkeys(str(row["checkpoint_step"]) for row in rows)
     of_params = "" if config.params == ["ema"] else f", {' and '.join(config.params)} parameters"
     where = f"step{'s' * (len(steps) > 1)} {', '.join(steps)} of {config.load_dir}{of_params}"
-    log(f"{where}, labels {config.labels}, against {run.reference.path}")
+    against = "" if run.reference is None else f", against {run.reference.path}"
+    log(f"{where}, labels {config.labels}{against}")
     with run.going_on():
         run.show_rows(rows)
     run.finish()
@@ -83,7 +84,7 @@ def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results |
     return {**settings, **metrics}
 
 
-def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path) -> None:
+def evaluate_samples(config: ConfigDict, samples: Samples, reference: Path | None) -> None:
     """Scores the samples of --samples, and writes and prints their row."""
     path = Path(config.samples)
     # A folder of its own: others' files may lie beside the samples.

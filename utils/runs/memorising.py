@@ -120,7 +120,11 @@ def _open_dataset(
     if settings.get("image_mode") is None and "image_mode" in loader.options:
         settings["image_mode"] = find_mode(image_shape, UINT8 if dtype == "uint8" else _format(saved))
     options = DataConfig(**settings).options
-    train, validation = (load_dataset(name, split, options) for split in ("train", "validation"))
+    try:
+        train, validation = (load_dataset(name, split, options) for split in ("train", "validation"))
+    except UserError as error:
+        # The loaders' messages are of --dataset_name, which is another flag here.
+        raise UserError(str(error).replace("--dataset_name", "--train_images")) from None
 
     # Images that were added or replaced since then may be copied, too, but nobody could tell.
     if is_own and saved is not None:
@@ -326,7 +330,8 @@ class Memorising:
                 cell_rows = take_rows(blocks, np.unique(np.linspace(0, num_images - 1, CELL_ROWS).astype(int)))
             found = measure(queries, self.held_out, blocks, cell_rows)
         if is_shown:
-            what = f"{num_images:,} images of {training.name}, by {self.key.extractor}"
+            mirrors = " and their mirror images" if training.has_mirrors else ""
+            what = f"{num_images:,} images of {training.name}{mirrors}, by {self.key.extractor}"
             log(f"memorisation: {len(queries)} samples, {what}")
         return found.results, self._draw(found, images)
 

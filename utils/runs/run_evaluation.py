@@ -49,7 +49,7 @@ class RunEvaluation(Scoring):
     def __init__(
         self,
         config: ConfigDict,
-        reference: Path,
+        reference: Path | None,
         checkpoints: Checkpoints,
         snapshots: list[Snapshot],
         saved: dict[str, Any],
@@ -114,6 +114,8 @@ class RunEvaluation(Scoring):
                 yield from self.samplers
 
     def _class_counts(self) -> np.ndarray:
+        if self.reference is None:
+            raise UserError("--labels=dataset needs --fid_stats, which say how often each class is; give both")
         counts = self.reference.label_counts
         if counts is None or len(counts) != len(getattr(self.model.condition, "class_names", ())):
             raise UserError(

@@ -35,6 +35,7 @@ from utils.metrics.extractors import (
 from utils.metrics.inception import DEFAULT_CONVENTION, load_logits
 from utils.metrics.measure import measure_images, most_images, pad_and_shard
 from utils.metrics.metrics import (
+    Metric,
     caveats,
     choose_metrics,
     compute_metrics,
@@ -70,13 +71,14 @@ LARGE_BATCH_BYTES = 2**28
 class Scoring:
     """The parts that all evaluations share: the reference, the extractors, and where results go.
 
-    `config` holds the values of eval_fid.py's flags. Wrong input ends in the constructor, before anything compiles.
+    `config` holds the values of eval_fid.py's flags; without a `reference`, --memorisation is all that is computed.
+    Wrong input ends in the constructor, before anything compiles.
     """
 
     def __init__(
         self,
         config: ConfigDict,
-        reference: Path,
+        reference: Path | None,
         image_shape: tuple[int, ...],
         num_samples: int,
         default_out: Path,
@@ -85,10 +87,7 @@ class Scoring:
     ):
         self.config = config
         self.mesh = make_mesh()
-        images = (image_shape, dtype)
-        self.metrics = choose_metrics(config.metrics, check_extractors(config.extractor))
-        self.metrics = leave_out(self.metrics, lambda metric: why_no_picture(metric, *images))
-        self.extractor_names = needed_extractors(self.metrics) if config.metrics else check_extractors(config.extractor)
+        self.metrics, self.extractor_names = self._choose_metrics(reference is not None, image_shape, dtype)
         self.options = ExtractorOptions.of(config)
         self.records = configure_extractors(self.extractor_names, self.options) if self.extractor_names else {}
         self.out = Path(config.out or default_out)
@@ -103,18 +102,37 @@ class Scoring:
             check_batch_memory(self.batch_size, (299, 299, 3), copies=40)
         self.memorising = self._open_memorising(image_shape, dtype, saved) if config.memorisation else None
         self.logits = load_logits(config.inception_logits) if config.inception_logits else None
-        self._load_reference(reference)
-        self.metrics = leave_out(
-            self.metrics, lambda metric: why_no_moments(metric, self.reference, image_shape, dtype)
-        )
-        if config.metrics:  # of a network's own scores, those that the file allows are meant
-            has_logits = self.logits is not None
-            self.metrics = leave_out(self.metrics, lambda metric: why_no_features(metric, self.reference, has_logits))
-        if self.extractor_names:
-            warn_of_other_shape(self.reference, image_shape)
-        for caveat in caveats(num_samples, self.reference, self.logits is not None, self.metrics):
-            log(f"note: {caveat}")
+        self.reference = self._load_reference(reference)
+        if self.reference is not None:
+            self._check_reference(self.reference, image_shape, dtype, num_samples)
         self.settings = self._describe_reference()
+
+    def _choose_metrics(
+        self, has_reference: bool, image_shape: tuple[int, ...], dtype: str
+    ) -> tuple[tuple[Metric, ...], tuple[str, ...]]:
+        """Returns the metrics of such images, and the names of the networks that they and --memorisation need."""
+        names = check_extractors(self.config.extractor)
+        if not has_reference:
+            # The network whose features --memorisation compares is all that is needed; for pixels there is none.
+            known = names if dtype == "uint8" and image_shape[-1] in (1, 3) else ()
+            compared = choose_features(self.config.memorisation_features, image_shape, known)
+            return (), () if compared == PIXELS else (compared.extractor,)
+        metrics = choose_metrics(self.config.metrics, names)
+        metrics = leave_out(metrics, lambda metric: why_no_picture(metric, image_shape, dtype))
+        return metrics, needed_extractors(metrics) if self.config.metrics else names
+
+    def _check_reference(
+        self, reference: ReferenceStatistics, image_shape: tuple[int, ...], dtype: str, num_samples: int
+    ) -> None:
+        """Leaves out metrics that the reference does not allow, and says what the others are worth."""
+        self.metrics = leave_out(self.metrics, lambda metric: why_no_moments(metric, reference, image_shape, dtype))
+        has_logits = self.logits is not None
+        if self.config.metrics:  # of a network's own scores, those that the file allows are meant
+            self.metrics = leave_out(self.metrics, lambda metric: why_no_features(metric, reference, has_logits))
+        if self.extractor_names:
+            warn_of_other_shape(reference, image_shape)
+        for caveat in caveats(num_samples, reference, has_logits, self.metrics):
+            log(f"note: {caveat}")
 
     def _choose_batch_size(self, num_samples: int, image_shape: tuple[int, ...]) -> int:
         """Returns --batch_size or the recipe's, but no more than the samples need, and less for large images."""
@@ -135,12 +153,14 @@ class Scoring:
         training = open_training(self.config.train_images, saved, image_shape, dtype)
         return Memorising(training, features, self.batch_size, self.mesh, self.out, self.records)
 
-    def _load_reference(self, path: Path) -> None:
-        """Loads the statistics from a file; those that a file of images lacks are measured."""
+    def _load_reference(self, path: Path | None) -> ReferenceStatistics | None:
+        """Loads the networks, and the statistics from a file; those that a file of images lacks are measured."""
         has_pixels = sees_pixels(self.metrics)
-        images = open_samples(path, "fid_stats", is_any=has_pixels) if holds_images(path, has_pixels) else None
+        images = None
         stated = None
-        if images is None or has_statistics(path):
+        if path is not None and holds_images(path, has_pixels):
+            images = open_samples(path, "fid_stats", is_any=has_pixels)
+        if path is not None and (images is None or has_statistics(path)):
             stated = load_statistics(path, feature_widths(self.records))
             check_details(stated, self.records, self.options)
 
@@ -162,10 +182,9 @@ class Scoring:
                 sharding=replicated(self.mesh),
             )
         if images and (stated is None or not stated.has_rows or (has_pixels and stated.pixels is None)):
-            self.reference = self._measure_reference(path, images, stated)
-        else:
-            assert stated is not None
-            self.reference = stated
+            assert path is not None
+            return self._measure_reference(path, images, stated)
+        return stated
 
     def _measure_reference(
         self, path: Path, images: Samples, stated: ReferenceStatistics | None
@@ -218,8 +237,8 @@ class Scoring:
         is_default = self.extractor_names == (DEFAULT_EXTRACTOR,)
         sha256s = {name: record.sha256 for name, record in self.records.items()}
         settings: dict[str, Any] = {
-            "fid_stats": str(self.reference.path),
-            "fid_stats_sha256": self.reference.sha256,
+            "fid_stats": self.reference and str(self.reference.path),
+            "fid_stats_sha256": self.reference and self.reference.sha256,
             "convention": self.convention and self.convention.name,
             "convention_source": self.convention and self.convention.source,
             "inception_sha256": sha256s.get(DEFAULT_EXTRACTOR),
@@ -251,7 +270,8 @@ class Scoring:
 
     def new_statistics(self) -> ImageStatistics:
         # Single features are kept only where there are some to compare with.
-        has_rows = self.reference.has_rows or (self.memorising is not None and self.memorising.key != PIXELS)
+        has_reference_rows = self.reference is not None and self.reference.has_rows
+        has_rows = has_reference_rows or (self.memorising is not None and self.memorising.key != PIXELS)
         return ImageStatistics(MAX_SAMPLE_ROWS if has_rows else 0, self.logits, self._new_pixels())
 
     def new_images(self, num_samples: int, image_shape: Sequence[int], dtype: str) -> SampleImages | None:
@@ -274,8 +294,10 @@ class Scoring:
             if self.memorising is not None and images is not None:
                 self.memorising.help(images.num_samples, self.extractors)
             return {}
-        log("computing the distances ...")
-        results = compute_metrics(statistics, self.reference, self.metrics)
+        results: dict[str, float] = {}
+        if self.reference is not None:
+            log("computing the distances ...")
+            results = compute_metrics(statistics, self.reference, self.metrics)
         if self.memorising is not None and images is not None:
             key = self.memorising.key
             rows = None if key == PIXELS else statistics[key].rows
