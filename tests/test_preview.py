@@ -104,9 +104,9 @@ def test_panels_are_the_viewers_and_numbers_the_codecs(settings, monkeypatch, ca
     ("changes", "message"),
     [
         ({"preview": "kl:{folder}/kl"}, r"--preview=kl:.*: only tiny:PATH_OR_HUB decodes in a moment"),
-        ({"preview": "taesd"}, r"--preview=taesd"),
+        ({"preview": "taesd"}, "--preview=taesd: only tiny:PATH_OR_HUB decodes in a moment"),
         ({"preview": "tiny:{folder}/none"}, "--preview=tiny:.*/none is neither a folder nor a hub id"),
-        ({"preview": "tiny:{folder}/kl"}, "--preview=tiny:.* is an AutoencoderKL's"),
+        ({"preview": "tiny:{folder}/kl"}, "--preview=tiny:.* is an AutoencoderKL's; give the folder of a tiny one, or"),
         ({"preview": "tiny:{folder}/five"}, "--preview=tiny:.*five has latents 4x4x5 of these images, .* learns 4x4x4"),
         ({"preview": "tiny:{folder}/black", "codec": "pixels"}, "--preview=tiny:.*: the latents are the images"),
         ({"preview": "tiny:{folder}/black", "eval_interval": 0}, "--preview=.*has no effect with --eval_interval=0"),

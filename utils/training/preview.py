@@ -3,6 +3,7 @@
 What is measured (FID, losses) and what is saved never passes through it.
 """
 
+import re
 from typing import Any
 
 import flax.struct
@@ -58,18 +59,20 @@ def load_preview(config: RunConfig, model: ImageModel, batch: Any) -> Codec | No
     text = config.evaluation.preview
     if text is None or config.training.plan:
         return None
-    spec = parse_codec(text, "preview")
-    if spec.name != KIND:
+    if text.partition(":")[0] != KIND:
         raise UserError(f"--preview={text}: only {KIND}:PATH_OR_HUB decodes in a moment; leave it out")
+    spec = parse_codec(text, "preview")
     if is_identity(model.codec):
         raise UserError(f"--preview={text}: the latents are the images, which need no decoding; leave it out")
 
-    # The loader's messages are of --codec.
+    # The loader's messages are of --codec, and advise what is none of a preview.
     try:
         viewer = CODECS[KIND].load(spec.source or CODECS[KIND].default)
         shape = viewer.latent_shape(model.image_shape)
     except UserError as error:
         words = str(error).replace("--codec=", "--preview=").replace(f"--codec {KIND}", f"--preview {KIND}")
+        words = words.replace(", or train on pixels with --codec pixels", ", or leave it out")
+        words = re.sub(r"use --codec \w+:.*", "give the folder of a tiny one, or leave it out", words)
         raise UserError(words) from None
     if shape != model.latent_shape:
         theirs, ours = ("x".join(map(str, shape)) for shape in (shape, model.latent_shape))
