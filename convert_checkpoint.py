@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from utils.base.commands import write_command
 from utils.base.external import BadFileError, read_bounded
 from utils.base.messages import UserError, log, show_result
+from utils.codecs.codecs import codec_of_vae
 from utils.conditions.condition import recorded_kind, restore_condition
 from utils.convert.published import FAMILIES
 from utils.convert.sources import read_source
@@ -76,7 +77,7 @@ def import_checkpoint(config: ConfigDict) -> None:
         family=config.family,
         num_heads=config.num_heads,
         class_names=read_class_names(config.class_names) if config.class_names else None,
-        codec=f"kl:{config.vae}" if config.vae else None,
+        codec=codec_of_vae(config.vae) if config.vae else None,
     )
 
     # What it is: most of it was read from the shapes of tensors, for the user to compare.

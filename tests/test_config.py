@@ -139,6 +139,7 @@ def test_spellings_of_the_codec(config_of):
     for line, message in {
         "--codec pixels --use_stable_vae 1": "--use_stable_vae=1 contradicts --codec=pixels; give one",
         "--codec kl:x --model.use_stable_vae 0": "--model.use_stable_vae=0 contradicts --codec=kl:x; give one",
+        "--vae kl:y": "--vae=kl:y: --vae takes what follows kl: in --codec; give --vae y",
         "--codec kl:x --vae y": "--vae=y contradicts --codec=kl:x; give one",
         "--codec pixels --vae y": "--vae=y contradicts --codec=pixels; give one",
         "--codec pixles": "--codec=pixles is unknown; did you mean pixels?",

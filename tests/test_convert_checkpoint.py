@@ -608,7 +608,7 @@ def test_latents_need_no_vae(convert, tmp_path):
     sampler = SamplerConfig(2, 1.5, solver="ddim", cfg_channels=3)
     latents = generator.sample_latents(generator.noise([0]), [3], sampler)
     assert latents.shape == (1, 8, 8, 4)
-    with pytest.raises(UserError, match="--codec=kl:no/such/vae is neither a folder nor a hub id"):
+    with pytest.raises(UserError, match="--codec=kl:no/such/vae is neither a file, a folder nor a hub id"):
         generator.decode(latents)
     with pytest.raises(UserError, match="--codec=kl:no/such/vae"):
         load_generator(tmp_path / "other", needs_images=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 import types
@@ -222,10 +223,21 @@ def test_a_lightningdit_is_sampled_from_its_two_files(tmp_path, monkeypatch, rea
     jax.tree.map(np.testing.assert_array_equal, other.params, generator.params)
     assert other.model.codec.sha256 == codec.sha256
 
-    # Another autoencoder, and another file of the same name.
-    for codec, message in (("kl:vavae.pt,scale=2", "is another VAE"), ("pixels", "has no effect")):
+    # Another autoencoder, the file after a change, and another file of the same name.
+    for codec, message in (
+        ("kl:vavae.pt,scale=2", "is another VAE than that with which dit.pt .*; move or delete .*/runs/dit, and the"),
+        ("pixels", "has no effect"),
+    ):
         with pytest.raises(UserError, match=message):
             load_generator("dit.pt", codec=codec)
+    os.utime("dit.pt", (0, 0))
+    with pytest.raises(UserError, match=r"dit.pt has changed since it was imported; move or delete .*/runs/dit, and"):
+        load_generator("dit.pt")
+
+    # A file that was exported here is known again, too.
+    convert_checkpoint.main(read_flags(convert_checkpoint, ["--load_dir", "run", "--out", "exported.safetensors"]))
+    for _ in range(2):
+        assert load_generator("exported.safetensors").model.codec.sha256 == other.model.codec.sha256
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "dit.pt").write_bytes(LIGHTNINGDIT.read_bytes())
     with pytest.raises(UserError, match=r"would be kept in .*/runs/dit, another run"):
@@ -233,6 +245,7 @@ def test_a_lightningdit_is_sampled_from_its_two_files(tmp_path, monkeypatch, rea
     for name, codec, message in (
         ("lightningdit_tiny.pt", None, "is a LightningDiT's: name the autoencoder .*--codec kl:FILE"),
         ("lightningdit_tiny.pt", f"kl:{GOLDEN / 'vae_tiny'}", "has latents of 4 channels, the model 8"),
+        (str(tmp_path / "vavae.pt"), "kl:dit.pt", r"it is an autoencoder; name the model's file here, and this one by"),
         (
             "dit_tiny.pt",
             "kl:vavae.pt",
@@ -241,7 +254,7 @@ def test_a_lightningdit_is_sampled_from_its_two_files(tmp_path, monkeypatch, rea
     ):
         with pytest.raises(UserError, match=message):
             load_generator(LIGHTNINGDIT.parent / name, codec=codec)
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"dit"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"dit", "exported"}
 
 
 def without(name):
@@ -295,6 +308,7 @@ OPTIONS = {
     "scale=x": "scale=x is no factor",
     "scale=0": "scale=0 is no factor",
     "scale=nan": "scale=nan is no factor",
+    "stats=": "stats= names no file",
     "scale=2,stats=a.pt": "give one of stats=FILE and scale=NUMBER",
     "stats=none.pt": "statistics in none.pt cannot be read",
     "stats=five.pt": "five.pt has 5 numbers of mean, but the latents 4 channels",
@@ -315,6 +329,12 @@ def test_what_latents_cannot_be_scaled_by_is_refused(options, file, tmp_path, mo
     with pytest.raises(UserError, match=f"^--codec=kl:vavae.pt,{options}: .*{OPTIONS[options]}") as error:
         KLCodec.load(f"vavae.pt,{options}")
     assert "\n" not in str(error.value)
+
+
+def test_the_folder_of_a_file_is_answered_with_its_name(file):
+    (file.parent / "latents_stats.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=rf"has no config.json; .*, or one of its files, such as --codec kl:{file}$"):
+        KLCodec.load(str(file.parent))
 
 
 def test_options_belong_to_files(tmp_path):

@@ -264,7 +264,7 @@ def test_broken_folders_are_refused_in_one_line(case, folder):
 def test_what_is_neither_folder_nor_hub_id_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for path in ("no/such/folder", "/nowhere", "word"):
-        with pytest.raises(UserError, match=f"--codec=kl:{path} is neither a folder nor a hub id"):
+        with pytest.raises(UserError, match=f"--codec=kl:{path} is neither a file, a folder nor a hub id"):
             KLCodec.load(path)
 
 

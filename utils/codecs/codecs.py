@@ -103,6 +103,14 @@ def expand_codec(text: str, flag: str = "codec") -> str:
     return f"{name}:{expand_home(source, f'--{flag}={text}')}"
 
 
+def codec_of_vae(vae: str) -> str:
+    """Returns the value of --codec that --vae stands for. Raises UserError where it has a codec's name before it."""
+    name, colon, source = vae.partition(":")
+    if colon and name in CODECS:
+        raise UserError(f"--vae={vae}: --vae takes what follows kl: in --codec; give --vae {source}")
+    return f"kl:{vae}"
+
+
 def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns settings {name: value} with those of earlier versions as "codec".
 
@@ -129,9 +137,10 @@ def translate_spellings(given: Mapping[str, Any]) -> dict[str, Any]:
         values["codec"] = codec or ("kl" if value else "pixels")
     if vae is not None:
         # --vae alone asks for kl, too.
-        if codec not in (None, "kl", f"kl:{vae}"):
+        asked = codec_of_vae(vae)
+        if codec not in (None, "kl", asked):
             raise UserError(f"--vae={vae} contradicts --codec={codec}; give one")
-        values["codec"] = f"kl:{vae}"
+        values["codec"] = asked
     return values
 
 
@@ -170,6 +179,32 @@ def describe_codec(spec: CodecSpec, sha256: str | None) -> dict[str, Any]:
     # With the hash, as the hub may later hold other weights under the same id.
     record = {"name": spec.name, "source": spec.source, "sha256": sha256}
     return {"codec": record, "vae": spec.source if spec.name == "kl" else None, "vae_sha256": sha256}
+
+
+def choose_codec(recorded: Mapping[str, Any], requested: str | None) -> CodecSpec:
+    """Returns the codec of a run: the `requested` one (a value of --codec), or as the run `recorded` it.
+
+    Raises UserError where another kind of codec is requested, or the run's kind is not registered.
+    """
+    # A codec from outside this repository has to be registered by whoever loads its runs.
+    name = recorded["name"]
+    if name not in CODECS:
+        raise unknown_name(f"--codec={name}", name, list_codecs())
+
+    # Another place of the same kind is fine: the weights are compared by their hash when they are loaded.
+    if requested is None:
+        return CodecSpec(name, recorded["source"])
+    spec = parse_codec(requested)
+    if spec.name != name:
+        what = "a run of pixels" if name == "pixels" else f"a run with --codec {name}"
+        raise UserError(f"--codec={requested} has no effect on {what}; leave it out")
+    return spec
+
+
+def is_other_codec(spec: CodecSpec, recorded: Mapping[str, Any]) -> bool:
+    """Returns whether a codec has other weights than a run's record of one of the same kind, wherever they are."""
+    source = spec.source or CODECS[spec.name].default
+    return source != recorded["source"] and CODECS[spec.name].load(source).sha256 != recorded["sha256"]
 
 
 def name_for_manifest(spec: CodecSpec) -> str:

@@ -18,6 +18,7 @@ from utils.base.messages import AbsentCodecError, UserError
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILE_SUFFIXES = (".ckpt", ".pt", ".safetensors")  # of weights in latent diffusion's own layout
 
 # Codecs by the class that a config.json names.
 CLASSES = {"AutoencoderKL": "kl", "AutoencoderKLFlux2": "kl", "AutoencoderTiny": "tiny"}
@@ -36,12 +37,19 @@ def find_files(
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return _fetch_files(path, shown, kind)
     if not folder.is_dir():
-        raise AbsentCodecError(f"{shown} is neither a folder nor a hub id, such as {example}")
+        what = "a file, a folder" if kind == "kl" else "a folder"
+        raise AbsentCodecError(f"{shown} is neither {what} nor a hub id, such as {example}")
 
     # A VAE by itself, or one in the folder of a whole pipeline.
     found = next((place for place in (folder, folder / "vae") if (place / CONFIG).is_file()), None)
     if found is None:
-        raise UserError(f"{shown}: the folder has no {CONFIG}; give a folder of a VAE in the Hugging Face layout")
+        # Latent diffusion's own code saves a file alone, whose folder is a likely mistake.
+        files = [file for file in folder.iterdir() if kind == "kl" and file.suffix in FILE_SUFFIXES]
+        largest = max(files, key=lambda file: file.stat().st_size, default=None)
+        other = f", or one of its files, such as --codec kl:{largest}" if largest else ""
+        raise UserError(
+            f"{shown}: the folder has no {CONFIG}; give a folder of a VAE in the Hugging Face layout{other}"
+        )
     if not (found / WEIGHTS).is_file():
         raise UserError(
             f"{shown}: {found} has no {WEIGHTS}; fetch it beside {CONFIG} "

@@ -83,6 +83,8 @@ def parse_source(text: str, shown: str) -> LDMSource | None:
         raise UserError(f"{shown}: give one of stats=FILE and scale=NUMBER, once")
     ((name, value),) = options
     if name == "stats":
+        if not value:
+            raise UserError(f"{shown}: stats= names no file; give stats=FILE, or leave it out")
         return LDMSource(file, statistics=Path(expand_home(value, shown)))
     try:
         scale = float(value)

@@ -288,7 +288,11 @@ def _tensors_without_root(content: Mapping[str, Any], root: str) -> dict[str, np
             f"it holds no tensors of a model ({str(others[0])[:50] if others else 'neither ema nor model'})"
         )
 
-    # diffusers' names, or tensors deeper in the file than those of a bare state_dict.
+    # An autoencoder, diffusers' names, or tensors deeper in the file than those of a bare state_dict.
+    if root == ROOT and any(name.endswith("encoder.conv_in.weight") for name, _ in found):
+        raise BadFileError(
+            "it is an autoencoder; name the model's file here, and this one by --codec kl:FILE (or --vae FILE)"
+        )
     if root == ROOT and any(name.endswith(DIFFUSERS_ROOT) for name, _ in found):
         raise BadFileError("its tensors have diffusers' names; give the folder that it is in, with config.json")
     if not any(isinstance(value, np.ndarray) for value in content.values()):

@@ -167,7 +167,7 @@ def define_codec_flags() -> None:
     # Each codec of the registry says itself how it is written.
     kinds = "; ".join(f"{name}: {kind.help}" for name, kind in CODECS.items())
     define_setting("codec", field, help=f"{field.metadata['help'].rstrip('.')}. {kinds}.")
-    define_path("vae", None, "Hub id or folder of a VAE: the same as --codec kl:VAE.")
+    define_path("vae", None, "Hub id, folder or file of a VAE: the same as --codec kl:VAE.")
 
 
 @topic("Model")

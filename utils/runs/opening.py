@@ -17,9 +17,8 @@ from utils.base.external import BadFileError
 from utils.base.files import FolderLock, check_writable, prepare_output_folder, refuse_url, write_json
 from utils.base.mesh import make_mesh, replicated, shape_structs
 from utils.base.messages import AbsentCodecError, UserError, log, warn
-from utils.base.settings import unknown_name
 from utils.codecs.codec import AbsentCodec, set_pixel_format
-from utils.codecs.codecs import CODECS, CodecSpec, describe_codec, list_codecs, load_codec, parse_codec
+from utils.codecs.codecs import CODECS, CodecSpec, choose_codec, describe_codec, is_other_codec, load_codec, parse_codec
 from utils.conditions.classes import imagenet_class_names
 from utils.conditions.condition import check_draw_mode, restore_condition
 from utils.convert.published import FAMILIES, find_config, import_published
@@ -191,26 +190,6 @@ def load_model(
     return model if folder is None else model._replace(pool=read_pool(folder, model.condition))
 
 
-def choose_codec(recorded: Mapping[str, Any], requested: str | None) -> CodecSpec:
-    """Returns the codec of a run: the `requested` one (a value of --codec), or as the run `recorded` it.
-
-    Raises UserError where another kind of codec is requested, or the run's kind is not registered.
-    """
-    # A codec from outside this repository has to be registered by whoever loads its runs.
-    name = recorded["name"]
-    if name not in CODECS:
-        raise unknown_name(f"--codec={name}", name, list_codecs())
-
-    # Another place of the same kind is fine: the weights are compared by their hash when they are loaded.
-    if requested is None:
-        return CodecSpec(name, recorded["source"])
-    spec = parse_codec(requested)
-    if spec.name != name:
-        what = "a run of pixels" if name == "pixels" else f"a run with --codec {name}"
-        raise UserError(f"--codec={requested} has no effect on {what}; leave it out")
-    return spec
-
-
 def restore_params(
     checkpoints: Any, steps: list[int], model: ImageModel, saved: Mapping[str, Any], which: str = "ema"
 ) -> tuple[int, PyTree]:
@@ -245,12 +224,14 @@ def import_run(
     num_heads: int | None = None,
     class_names: Sequence[str] | None = None,
     codec: str | None = None,
+    file: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the run of a published checkpoint to the folder `out`, and returns its configuration.
 
     `model` has the --model.* values that a checkpoint does not record, such as how it would be trained. `codec`, such
-    as kl:PATH, made its latents if that is not the family's usual one. Raises UserError, and writes nothing, where
-    something is missing, contradictory or does not fit, and where `out` holds a run.
+    as kl:PATH, made its latents if that is not the family's usual one. `file` is recorded, to know the file again.
+    Raises UserError, and writes nothing, where something is missing, contradictory or does not fit, and where `out`
+    holds a run.
     """
     # Configuration and parameters, in memory.
     check_new_run(out)
@@ -276,6 +257,9 @@ def import_run(
         params = import_published(source.state, architecture, latent_shape, condition)
     except BadFileError as error:
         raise UserError(f"--source={source_name}: {error}") from None
+
+    if file is not None:
+        config["imported"] = {**config.get("imported", {}), **file}
 
     # On disk, the checkpoint last: with it, the run is complete.
     prepare_output_folder(out, "out")
@@ -415,14 +399,22 @@ def fetch_run(load_dir: str, folder: Path) -> None:
 def import_file(file: Path, folder: Path, codec: str | None) -> None:
     """Makes a run of a published file in `folder`, unless there is one of the same file.
 
-    Raises UserError where the file does not say enough, and where the run is another's.
+    Raises UserError where the file does not say enough, and where the run is of another file, codec or content.
     """
     shown = f"--load_dir={file}"
+    identity = {"source": str(file.absolute()), "modified": file.stat().st_mtime_ns}
     if has_checkpoints(folder):
         checkpoints = Checkpoints(folder)
         _, saved = checkpoints.restore_newest(checkpoints.restore_config, checkpoints.steps())
-        if saved.get("imported", {}).get("source") != str(file.absolute()):
+        recorded = saved.get("imported", {})
+        if recorded.get("source") != identity["source"]:
             raise UserError(f"{shown} would be kept in {folder}, another run; rename the file, or give the run")
+        anew = f"move or delete {folder}, and the same command imports it anew"
+        if recorded.get("modified", identity["modified"]) != identity["modified"]:
+            raise UserError(f"{shown} has changed since it was imported; {anew}")
+        own = saved["dataset"]["codec"]
+        if codec is not None and is_other_codec(choose_codec(own, codec), own):
+            raise UserError(f"--codec={codec} is another VAE than that with which {file} was imported; {anew}")
         return
 
     # What the import cannot know is asked for in words that can be typed.
@@ -437,5 +429,5 @@ def import_file(file: Path, folder: Path, codec: str | None) -> None:
             f"{shown} is a {FAMILIES[source.family or ''].title}'s: name the autoencoder of its latents with "
             f"--codec kl:FILE, or make a run of it first: {command}"
         )
-    import_run(str(file.absolute()), source, folder, {}, codec=None if source.run else codec)
+    import_run(identity["source"], source, folder, {}, codec=None if source.run else codec, file=identity)
     log(f"{shown} is in {folder}")
