@@ -11,7 +11,7 @@ import eval_fid
 from tests.test_generate import run  # noqa: F401 (fixture)
 from utils.base.messages import UserError
 from utils.images import plotting
-from utils.runs import evaluations, run_evaluation
+from utils.runs import evaluations, opening, run_evaluation
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.opening import choose_steps, load_generator
 from utils.runs.results import Results, plot_by_step, plot_fid, to_markdown
@@ -157,6 +157,23 @@ def test_damaged_checkpoints_are_left_out_unless_they_are_named(evaluate, swept,
     assert "checkpoints/20 is damaged" in capsys.readouterr().err
     with pytest.raises(UserError, match="checkpoints/20 is damaged"):
         evaluate("--checkpoints 20,30", load_dir=copy)
+
+
+def test_checkpoints_that_a_training_removes_are_left_out(evaluate, swept, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(swept, copy)
+    # The steps that the first process sees count for all.
+    monkeypatch.setattr(opening.hosts, "broadcast", lambda value: [40, 30] if value == [40, 30, 20] else value)
+    use = run_evaluation.RunEvaluation.use
+
+    def remove_first(self, snapshot):
+        shutil.rmtree(copy / "checkpoints" / "30", ignore_errors=True)
+        return use(self, snapshot)
+
+    monkeypatch.setattr(run_evaluation.RunEvaluation, "use", remove_first)
+    (row,) = evaluate("--checkpoints all", load_dir=copy)
+    assert row["checkpoint_step"] == 40
+    assert "checkpoints/30 has been removed meanwhile; it is left out" in capsys.readouterr().err
 
 
 def test_steps_that_are_chosen():

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from diffusion_transformer import DiTConfig
+from utils.base import hosts
 from utils.base.commands import write_command
 from utils.base.external import BadFileError
 from utils.base.files import FolderLock, check_writable, prepare_output_folder, refuse_url, write_json
@@ -78,7 +79,8 @@ def open_checkpoint(load_dir: str | Path, codec: str | None = None) -> tuple[Che
 
     # A step that is named is the only one to try.
     checkpoints = Checkpoints(run_dir)
-    steps = checkpoints.steps()
+    # Of several processes, the first looks: a training that still runs may save another meanwhile.
+    steps = hosts.broadcast(checkpoints.steps())
     if not steps or (step is not None and step not in steps):
         found = f"found steps {', '.join(map(str, sorted(steps)))}" if steps else "no checkpoint was finished there"
         raise UserError(f"--load_dir={load_dir} holds no such checkpoint ({found})")

@@ -98,7 +98,9 @@ class RunEvaluation(Scoring):
         except DamagedCheckpointError as error:
             if not snapshot.is_optional:
                 raise
-            warn(f"{error}; it is left out")
+            path = self.checkpoints.folder / str(snapshot.steps[0])
+            what = str(error) if path.exists() else f"checkpoint {path} has been removed meanwhile"
+            warn(f"{what}; it is left out")
             return False
         self.snapshot = snapshot
         self.step = step
