@@ -126,6 +126,16 @@ def test_rows_without_a_fid_are_shown_and_evaluated_again(tmp_path):
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[2.0, 2.0]]]
 
 
+@pytest.mark.parametrize(("score", "title"), [("memorised", "memorised (%)"), ("kid", "KID")])
+def test_scores_that_may_be_zero_or_below_are_drawn(score, title):
+    values = {2: 0.0 if score == "memorised" else -0.01, 4: 60.0}
+    asked = {"fid_stats": None} if score == "memorised" else {"metrics": ["kid"]}
+    rows = [SETTINGS | asked | {"num_steps": steps, score: value} for steps, value in values.items()]
+    (axes,) = plot_fid(rows).axes
+    assert (axes.get_ylabel(), axes.get_yscale()) == (title, "linear")
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[list(pair) for pair in values.items()]]
+
+
 def test_a_named_pipe_is_set_aside(tmp_path, capsys):
     os.mkfifo(tmp_path / "fid.json")
     assert Results(tmp_path).rows == []

@@ -247,8 +247,9 @@ def save_film(
 def curves(
     points: Mapping[str, Sequence[tuple[float, float]]], x_title: str, y_title: str, markers: bool = True
 ) -> Figure:
-    """Returns a figure of named curves of (x, y) points. The x axis is logarithmic; so is the y axis, if it spans more
-    than a factor of five. With `markers` every point is marked, and its x stands on the axis."""
+    """Returns a figure of named curves of (x, y) points. The x axis is logarithmic; so is the y axis, if all values
+    are positive and span more than a factor of five. With `markers` every point is marked, and its x stands on the
+    axis."""
     # Points may come in any order: a curve runs from left to right.
     figure = Figure(figsize=(5.5, 3.5), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -262,7 +263,7 @@ def curves(
         axes.set_xticks(sorted(xs), [f"{x:g}" for x in sorted(xs)])
     else:
         axes.xaxis.set_major_formatter(ScalarFormatter())
-    if max(ys) > 5 * min(ys):
+    if 0 < 5 * min(ys, default=0) < max(ys):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ScalarFormatter())

@@ -126,6 +126,8 @@ def _is_finished(row: Mapping[str, Any]) -> bool:
     # Rows from before --extractor name no network: it was Inception.
     has_fid = "inception" in row.get("extractor", ["inception"]) and "metrics" not in row
     scores = ["fid"] if has_fid else list(metric_columns())
+    if row.get("fid_stats", "") is None:  # of --memorisation alone
+        scores = ["memorised"]
     return any(row.get(name) is not None for name in scores) and bool(row.get("num_steps") or row.get("nfe"))
 
 
@@ -250,9 +252,9 @@ def write_json_rows(target: str, rows: list[dict[str, Any]]) -> None:
 
 
 def plot_fid(rows: list[dict[str, Any]]) -> Figure:
-    """Draws FID against steps, a curve for each guidance scale; without it, the first metric of the table that there
+    """Draws FID against steps, a curve for each guidance scale; without it, the first score of the table that there
     is. Adaptive solvers count network evaluations instead."""
-    columns = metric_columns()
+    columns = score_columns()
     score = next((name for name in columns if any(row.get(name) is not None for row in rows)), "fid")
     curves = {}
     for row in rows:
