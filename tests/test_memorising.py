@@ -307,7 +307,7 @@ SAMPLES = "--samples IN/samples.npz --fid_stats IN/train.npz"
         (f"{SAMPLES} --memorisation --train_images latents:IN", "--train_images=latents:.* holds latents; name the"),
         (
             f"{SAMPLES} --memorisation --train_images digits --memorisation_features inception",
-            "--memorisation_features=inception: no metric of these images needs that network",
+            "inception: no metric of these images needs that network; add it by --extractor, and to --metrics where",
         ),
         (
             f"{SAMPLES} --memorisation --train_images digits --memorisation_features pixel",

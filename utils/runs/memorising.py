@@ -213,8 +213,8 @@ def choose_features(name: str | None, image_shape: Sequence[int], extractors: Se
         raise unknown_name(f"--memorisation_features={name}", name, known)
     if name not in extractors:
         raise UserError(
-            f"--memorisation_features={name}: no metric of these images needs that network; add it by --extractor and "
-            "--metrics, or use pixels"
+            f"--memorisation_features={name}: no metric of these images needs that network; add it by --extractor, "
+            "and to --metrics where that is given, or use pixels"
         )
     return FeatureKey(name, EXTRACTORS[name].main_feature)
 
