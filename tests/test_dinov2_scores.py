@@ -101,7 +101,9 @@ def test_both_extractors_from_images_to_a_row(run, folder, capsys):
     assert run(eval_fid, line) == rows
     line = f"--samples IN/samples.npz --fid_stats IN/data.npz {DINOV2} dinov2"
     assert run(eval_fid, line)[-1]["fd_dinov2"] == pytest.approx(rows[-1]["fd_dinov2"], rel=1e-6)
+    capsys.readouterr()
     rows = run(eval_fid, f"{line} --preprocessing dgm_eval")
+    assert capsys.readouterr().err.count("compiling") == 1  # for both sides
     assert rows[-1]["preprocessing"] == "dgm_eval"
     assert rows[-1]["fd_dinov2"] != pytest.approx(rows[-2]["fd_dinov2"], rel=1e-3)
     assert len(list((folder / "samples_fid").glob("reference_*_dinov2_dgm_eval_float32_*.npz"))) == 1

@@ -1,6 +1,7 @@
 """Runs batches of images through feature networks and collects the statistics of their features."""
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
@@ -20,6 +21,7 @@ TIMED_BATCHES = 3  # from whose ends the time of a batch is taken
 LONG = 600  # seconds that are worth a line
 TITLES = {"dinov2": "DINOv2"}  # of networks whose names are no words
 FEWER = (50_000, 10_000, 5_000, 2_000, 1_000)  # numbers of images to use instead
+_announced: weakref.WeakSet[Extract] = weakref.WeakSet()  # networks of which a line has said that they compile
 
 
 def most_images(extractors: Mapping[str, Extractor], num_devices: int, free_memory: int | None) -> int | None:
@@ -73,8 +75,9 @@ def measure_images(
     With `total`, the number of images, a progress bar is shown. `on_batch` gets every batch once it is measured. `flag`
     is the flag that sets the number of images: a line about a long time names it.
     """
-    # The first batch compiles: the line comes before the silence.
-    if total is not None and extractors:
+    # The first batch compiles: the line comes before the silence, and once.
+    if total is not None and not _announced.issuperset(extractors.values()):
+        _announced.update(extractors.values())
         names = " and ".join(TITLES.get(name, name.capitalize()) for name in extractors)
         whether = "networks, unless they are" if len(extractors) > 1 else "network, unless it is"
         log(f"compiling the {names} {whether} cached ...")
