@@ -479,7 +479,7 @@ def test_help_is_by_topic_and_hides_what_is_only_refused(read_flags, capsys, wor
     assert end.value.code == 0
     output = capsys.readouterr().out
     titles = re.findall(r"^(\w.*):$", output, re.MULTILINE)
-    assert titles[:4] == ["What is scored", "Reference", "Output", "Sampling"]
+    assert titles[:5] == ["What is scored", "Reference", "Memorisation", "Output", "Sampling"]
     assert "--model.dtype:" in output
     assert "--model.lr:" not in output
     assert max(map(len, output.splitlines())) <= 120

@@ -181,9 +181,8 @@ def test_kinds_from_outside_are_trained_sampled_scored_and_resumed(
         with pytest.raises(UserError, match=r"has arrays \[\[\[2\], 'float32'\]\], but 'direction' is"):
             load_generator(folder)
     codec = CODECS.pop("blocks")
-    with pytest.raises(
-        UserError, match=r"--codec=blocks is unknown; known are pixels, kl:PATH_OR_HUB\. Register it first"
-    ):
+    known = r"pixels, kl:PATH_OR_HUB, tiny:PATH_OR_HUB\."
+    with pytest.raises(UserError, match=f"--codec=blocks is unknown; known are {known} Register it first"):
         load_generator(folder)
     CODECS["blocks"] = codec
     del CONDITIONS["direction"]

@@ -68,8 +68,8 @@ def test_images_of_another_kind_are_refused(extractor):
 
 
 def test_unknown_convention_is_refused_before_anything_is_read():
-    with pytest.raises(UserError, match=r"'clean'.*adm or pytorch_fid"):
-        inception.load_inception("nowhere", "clean")
+    with pytest.raises(UserError, match=r"'legacy'.*adm or pytorch_fid or clean"):
+        inception.load_inception("nowhere", "legacy")
 
 
 @pytest.mark.parametrize("half_pixel", [False, True])
