@@ -39,9 +39,11 @@ def test_tables_have_the_columns_of_all_rows(tmp_path):
         "| 2 | none | 8 | 1.000 |  |",
         "| 2 | none | 8 | 2.000 | 3.000 |",
     ]
-    write_csv(tmp_path / "fid.csv", rows)
+    write_csv(tmp_path / "fid.csv", [*rows, {"extractor": ["inception", "dinov2"]}])
     with (tmp_path / "fid.csv").open() as file:
-        assert [row["inception_score"] for row in csv.DictReader(file)] == ["", "3.0"]
+        read = list(csv.DictReader(file))
+    assert [row["inception_score"] for row in read] == ["", "3.0", ""]
+    assert json.loads(read[-1]["extractor"]) == ["inception", "dinov2"]
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,7 @@ def test_no_progress_bar_fails_on_a_full_disk_under_the_log(monkeypatch):
     full = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 (closing it fails)
     monkeypatch.setattr(sys, "stderr", full)
     assert list(progress_bar(range(3), "x", mininterval=0)) == [0, 1, 2]
+    assert progress_bar(total=0).disable
     with contextlib.suppress(OSError):
         full.close()
     sources = [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")]

@@ -155,8 +155,8 @@ def finish_output() -> None:
 
 def progress_bar(*args: Any, **options: Any) -> tqdm:
     """Returns a tqdm bar that survives a full disk under the log, and that --quiet silences; of several processes, one
-    has bars."""
-    is_silent = _Output.is_quiet or jax.process_index() > 0
+    has bars. Where there is nothing to do, there is none."""
+    is_silent = _Output.is_quiet or jax.process_index() > 0 or options.get("total") == 0
     return tqdm(*args, **{"file": TolerantStream(), "disable": is_silent, **options})
 
 

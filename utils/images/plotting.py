@@ -318,6 +318,7 @@ def metric_curves(
         text, families = make_legible(metric)
         axis.set_title(text, fontsize=9, fontfamily=families, parse_math=False)
         axis.set_xlabel("step", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
 

@@ -226,7 +226,7 @@ def to_text(name: str, row: dict[str, Any]) -> str:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the rows, with a column for everything that one of them has."""
+    """Writes the rows, with a column for everything that one of them has; lists are JSON."""
     columns = dict.fromkeys(name for row in rows for name in row)
     with (
         atomic_write(path) as temporary,
@@ -234,7 +234,8 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     ):
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({name: json.dumps(v) if isinstance(v, list) else v for name, v in row.items()})
 
 
 def check_json_path(target: str | None, inputs: Mapping[str, str | None]) -> None:
