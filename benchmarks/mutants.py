@@ -39,8 +39,8 @@ test_train_flow.py::test_pictures_and_fid_are_of_the_ema_and_losses_of_the_param
   utils/training/evaluation.py: from sample_panels(shown, state.ema_params -> from sample_panels(shown, state.params
   utils/training/evaluation.py: reconstruction_panel(shown, state.ema_params -> reconstruction_panel(shown, state.params
   utils/training/evaluation.py: generate(sampler, num_samples -> generate(sampler, 10_000
-  utils/training/build.py: weights=evaluation.inception_weights, convention -> weights=None, convention
-  utils/training/build.py: find_convention(statistics, evaluation.convention) -> find_convention(statistics, "adm")
+  utils/training/reference.py: weights = evaluation.inception_weights -> weights = None
+  utils/training/reference.py: find_convention(statistics, evaluation.convention) -> find_convention(statistics, "adm")
 test_train_flow.py::test_weight_decay_reaches_the_optimizer
   utils/training/build.py: weight_decay=settings.weight_decay, ->
 test_train_flow.py::test_clipping_reaches_the_optimizer
@@ -50,7 +50,7 @@ test_train_flow.py::test_the_decays_of_adam_reach_the_optimizer
 test_train_flow.py::test_rate_warm_up_and_cosine_reach_the_optimizer
   utils/training/build.py: warmup_steps=settings.warmup_steps, ->
 test_train_flow.py::test_the_state_is_split_as_the_flag_says
-  utils/training/build.py: run.config.devices.sharding)) -> "dp"))
+  utils/training/build.py: self.config.devices.sharding)) -> "dp"))
 test_train_flow.py::test_the_flops_of_a_step_are_those_the_compiler_counts
   utils/training/build.py: return 3 * self.config -> return self.config
 test_train_flow.py::test_decay_of_the_ema_and_what_saves_memory_reach_the_step
@@ -74,7 +74,7 @@ test_config.py::test_options_of_the_data_are_those_of_the_flags
   utils/runs/settings.py: self.broken_images, -> "refuse",
 test_array_columns.py::test_the_range_is_that_of_training_and_a_given_one_goes_first
   utils/data/columns.py: *(value_range or -> *(None or
-  utils/data/columns.py: _measure_range(name, parts["train"]) -> _measure_range(name, source)
+  utils/data/columns.py: _measure_range(name, parts["train"], "image") -> _measure_range(name, source, "image")
 test_array_columns.py::test_a_file_beside_an_npz_and_one_by_itself_are_mapped
   utils/data/summaries.py: {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} -> x
 test_array_columns.py::test_a_mapped_file_is_not_read_into_memory
@@ -97,7 +97,7 @@ test_train_step.py::test_the_teacher_of_an_objective_is_the_ema
   utils/training/step.py: model_fn(model, ema_params)) -> model_fn(model, params))
 test_train_step.py::test_validation_keeps_labels_and_noise_whatever_the_step
   utils/training/step.py: jnp.where(is_validation, VALIDATION, state.step)) -> state.step)
-  utils/training/step.py: jnp.where(is_validation, 0.0, model -> jnp.where(False, 0.0, model
+  utils/training/step.py: jnp.where(is_validation, 0.0, model.config -> jnp.where(False, 0.0, model.config
 test_train_step.py::test_validation_leaves_the_state_as_it_is_and_measures_the_update_that_it_would_make
   utils/training/step.py: is_kept = is_validation -> is_kept = False
   utils/training/step.py: step=jnp.where(is_validation, state.step, new_state.step) -> step=new_state.step

@@ -20,7 +20,7 @@ from utils.base.mesh import gather
 from utils.base.processes import Interrupted, StopRequest
 from utils.conditions.condition import resize_rows
 from utils.data.dataset import Batch
-from utils.images.pixels import images_to_uint8
+from utils.images.pixels import ImageBatch, images_to_uint8
 from utils.metrics.measure import measure_images
 from utils.metrics.metrics import compute_metrics, sees_pixels
 from utils.metrics.pixels import PixelStatistics
@@ -210,11 +210,7 @@ def evaluate(run: Run, state: TrainState, batch: PyTree) -> Iterator[tuple[str, 
 def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict[str, float]:
     """Returns --metrics, by default the FID, of --fid_samples samples of the EMA against the run's reference."""
     assert run.reference is not None
-    training = run.config.training
-    num_samples = run.config.evaluation.fid_samples
-    generator = ImageGenerator(run.model, state.ema_params, seed=training.seed)
-    needed = -(-num_samples // run.mesh.size) * run.mesh.size  # batches divide over the devices
-    samples = generator.generate(sampler, num_samples, min(training.batch_size, needed))
+    samples = _generate(run, state, sampler, run.config.evaluation.fid_samples)
     metrics = run.reference.metrics
     statistics = ImageStatistics(pixels=PixelStatistics() if sees_pixels(metrics) else None)
     measure_images(run.reference.extractors, samples, statistics)
@@ -223,14 +219,18 @@ def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict[s
 
 def compare_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict[str, Any]:
     """Returns what --eval_memorisation samples of the EMA have of the training images, and the figure of the pairs."""
-    training = run.config.training
-    num_samples = run.config.evaluation.eval_memorisation
-    generator = ImageGenerator(run.model, state.ema_params, seed=training.seed)
-    needed = -(-num_samples // run.mesh.size) * run.mesh.size  # batches divide over the devices
-    batches = generator.generate(sampler, num_samples, min(training.batch_size, needed))
+    batches = _generate(run, state, sampler, run.config.evaluation.eval_memorisation)
     images = np.concatenate([gather(batch.images)[: batch.count] for batch in batches])
     results, figure = run.memorising.compute(images, is_shown=False)
     return {**results, "memorised_pairs": figure}
+
+
+def _generate(run: Run, state: TrainState, sampler: SamplerConfig, num_samples: int) -> Iterator[ImageBatch]:
+    """Returns batches of `num_samples` samples of the EMA."""
+    training = run.config.training
+    generator = ImageGenerator(run.model, state.ema_params, seed=training.seed)
+    needed = -(-num_samples // run.mesh.size) * run.mesh.size  # batches divide over the devices
+    return generator.generate(sampler, num_samples, min(training.batch_size, needed))
 
 
 def log_evaluation(trackers: Trackers, results: Iterator[tuple[str, Any]], step: int, stop: StopRequest) -> bool:
