@@ -6,7 +6,7 @@ any of them compiles nothing anew; the network and the shapes are static.
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, SupportsFloat
 
@@ -225,7 +225,7 @@ def compare_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict
     return {**results, "memorised_pairs": figure}
 
 
-def _generate(run: Run, state: TrainState, sampler: SamplerConfig, num_samples: int) -> Iterator[ImageBatch]:
+def _generate(run: Run, state: TrainState, sampler: SamplerConfig, num_samples: int) -> Iterable[ImageBatch]:
     """Returns batches of `num_samples` samples of the EMA."""
     training = run.config.training
     generator = ImageGenerator(run.model, state.ema_params, seed=training.seed)
