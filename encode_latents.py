@@ -79,7 +79,8 @@ def encode_views(
 def encode_examples(
     dataset: ImageDataset, rows: range, batch_size: int, encode: Callable[[np.ndarray], jax.Array]
 ) -> Iterator[tuple[PyTree, Float16[np.ndarray, "views arrays h w c"]]]:
-    """Yields (condition, moments) of the images `rows`; the devices compute a batch while the last one is written."""
+    """Yields (condition, latents or moments) of the images `rows`; the devices compute a batch while the last one is
+    written."""
 
     def finish(conditions, moments):
         # The last batch is computed whole: another would compile.

@@ -250,7 +250,8 @@ def why_no_features(metric: Metric, reference: ReferenceStatistics, has_logits: 
     if metric.columns.keys() == {"inception_score"} and not has_logits:
         return "it needs class probabilities, by --inception_logits of eval_fid.py"
     names = array_names(metric.needs)
-    lacks, found = f"--fid_stats={reference.path} holds no", reference.by_feature.get(metric.needs)
+    lacks = f"--fid_stats={reference.path} holds no"
+    found = reference.by_feature.get(metric.needs)
     if found is None:
         return f"{lacks} `{names.mu}` and `{names.sigma}`, which compute_fid_stats.py keeps"
     if metric.needs_rows and found.rows is None:

@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
+from utils.base.hosts import broadcast, is_first
 from utils.base.messages import UserError
 from utils.metrics.metrics import METRICS, Metric
 from utils.trackers.trackers import METRICS_FILE, read_metrics
@@ -75,11 +72,8 @@ class BestSteps:
         """Returns which checkpoints are among the best. All processes ask for it in the same save."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         # The first process alone has the log.
-        best = self.find(steps) if jax.process_index() == 0 else {}
-        is_best = np.array([step in best for step in steps], bool)
-        if jax.process_count() > 1:
-            is_best = multihost_utils.broadcast_one_to_all(is_best)
-        return is_best.tolist()
+        best = broadcast(list(self.find(steps)) if is_first() else None)
+        return [step in best for step in steps]
 
     def describe(self, steps: Sequence[int]) -> str:
         """Returns the best of `steps` and their scores, in words."""

@@ -411,7 +411,7 @@ def import_file(file: Path, folder: Path, codec: str | None) -> None:
         recorded = saved.get("imported", {})
         if recorded.get("source") != identity["source"]:
             raise UserError(f"{shown} would be kept in {folder}, another run; rename the file, or give the run")
-        anew = f"move or delete {folder}, and the same command imports it anew"
+        anew = f"move {folder} away, and the same command imports it anew"
         if recorded.get("modified", identity["modified"]) != identity["modified"]:
             raise UserError(f"{shown} has changed since it was imported; {anew}")
         own = saved["dataset"]["codec"]
