@@ -67,7 +67,8 @@ from utils.flags.definitions import define_path
 from utils.kernels.ops import choose_attention_for
 from utils.kernels.tpu_attention import CHUNK
 from utils.networks.models import ImageModel, init_params
-from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
+from utils.networks.optimizers import make_optimizer
+from utils.networks.state import EmaSchedule, create_train_state
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling import compiled
 from utils.sampling.solvers import SamplerConfig

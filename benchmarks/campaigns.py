@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from utils.base.mesh import make_mesh, replicated, shape_structs  # noqa: E402
-from utils.networks.state import TrainState, create_train_state, make_optimizer  # noqa: E402
+from utils.networks.optimizers import make_optimizer  # noqa: E402
+from utils.networks.state import TrainState, create_train_state  # noqa: E402
 from utils.runs.checkpoint import Checkpoints  # noqa: E402
 from utils.runs.opening import open_checkpoint  # noqa: E402
 

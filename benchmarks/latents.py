@@ -28,7 +28,8 @@ from utils.data.latents import LatentBatch
 from utils.flags import program
 from utils.flags.definitions import define_model_flags
 from utils.networks.models import init_params, make_model
-from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
+from utils.networks.optimizers import make_optimizer
+from utils.networks.state import EmaSchedule, create_train_state
 from utils.objectives.flow_matching import FlowMatching
 from utils.training.step import train_step
 

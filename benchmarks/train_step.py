@@ -27,7 +27,8 @@ from utils.base.mesh import compile_step
 from utils.codecs.kl import KLCodec, KLConfig
 from utils.data.latents import LatentBatch
 from utils.flags import program
-from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
+from utils.networks.optimizers import make_optimizer
+from utils.networks.state import EmaSchedule, create_train_state
 from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow

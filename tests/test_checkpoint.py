@@ -13,7 +13,8 @@ from diffusion_transformer import DiT, DiTConfig, position_table
 from utils.base.mesh import make_mesh, replicated, shape_structs, state_sharding
 from utils.base.messages import UserError
 from utils.convert.jax_flow import import_jax_flow_params
-from utils.networks.state import apply_gradients, create_train_state, make_optimizer
+from utils.networks.optimizers import make_optimizer
+from utils.networks.state import apply_gradients, create_train_state
 from utils.runs import checkpoint, checksums
 from utils.runs.opening import open_checkpoint
 from utils.training import progress

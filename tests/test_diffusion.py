@@ -17,7 +17,8 @@ from utils.conditions.classes import ClassCondition
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.flags import reading
 from utils.networks.models import model_fn
-from utils.networks.state import apply_gradients, create_train_state, make_optimizer
+from utils.networks.optimizers import make_optimizer
+from utils.networks.state import apply_gradients, create_train_state
 from utils.objectives.diffusion import Diffusion, path_times
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.opening import load_generator

@@ -14,7 +14,8 @@ from utils.base.devices import memory_needed
 from utils.base.mesh import compile_step
 from utils.convert.jax_flow import import_jax_flow_params
 from utils.networks.models import model_fn
-from utils.networks.state import apply_gradients, create_train_state, make_optimizer
+from utils.networks.optimizers import make_optimizer
+from utils.networks.state import apply_gradients, create_train_state
 from utils.objectives.flow_matching import FlowMatching
 from utils.sampling import solvers as sampling
 from utils.sampling.guidance import guide

@@ -19,7 +19,8 @@ from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.flags.reading import read_samplers
 from utils.networks.models import model_fn
-from utils.networks.state import create_train_state, make_optimizer
+from utils.networks.optimizers import make_optimizer
+from utils.networks.state import create_train_state
 from utils.objectives.flow_matching import draw_noise
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.shortcut import Shortcut

@@ -16,7 +16,8 @@ from utils.data.arrays import load_digits
 from utils.data.dataset import DataOptions
 from utils.networks.lora import add_lora, merge_lora
 from utils.networks.network import NetworkConfig
-from utils.networks.state import apply_gradients, create_train_state, freeze_parts, learning_rate, make_optimizer
+from utils.networks.optimizers import freeze_parts, learning_rate, make_optimizer
+from utils.networks.state import apply_gradients, create_train_state
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.export import export_run
 from utils.runs.opening import load_generator, open_checkpoint

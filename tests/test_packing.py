@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from benchmarks.hlo import count_kernels
+from utils.networks.optimizers import make_optimizer
 from utils.networks.packing import SMALL, Packed, Packing
-from utils.networks.state import make_optimizer
 from utils.training import build_run, make_config
 from utils.training.build import compile_train_step
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from utils.networks.state import EmaSchedule, apply_gradients, create_train_state, make_optimizer, update_ema
+from utils.networks.optimizers import make_optimizer
+from utils.networks.state import EmaSchedule, apply_gradients, create_train_state, update_ema
 
 OPTIMIZER = make_optimizer(0.1, 0.9, 0.99)
 

@@ -14,8 +14,9 @@ from utils.codecs.codec import PixelCodec
 from utils.conditions.classes import ClassCondition
 from utils.data.dataset import PixelBatch
 from utils.networks.models import Network
+from utils.networks.optimizers import make_optimizer
 from utils.networks.packing import SMALL
-from utils.networks.state import EmaSchedule, create_train_state, make_optimizer
+from utils.networks.state import EmaSchedule, create_train_state
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.checkpoint import Checkpoints
 from utils.training.progress import SkippedUpdates, check_finite

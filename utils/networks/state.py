@@ -75,55 +75,6 @@ class TrainState(flax.struct.PyTreeNode):
     key: PyTree  # a typed key ()
 
 
-def make_optimizer(
-    lr: float,
-    beta1: float,
-    beta2: float,
-    *,
-    warmup_steps: int = 0,
-    decay_steps: int | None = None,
-    weight_decay: float = 0.0,
-    grad_clip: float | None = None,
-) -> optax.GradientTransformation:
-    """Adam (arXiv:1412.6980) as the recipe has it: constant rate, no decay, warm-up or clipping.
-
-    `warmup_steps` lets the rate rise from 0; `decay_steps` lets it fall to 0 at that step along a cosine;
-    `weight_decay` is AdamW's (arXiv:1711.05101), of matrices; `grad_clip` bounds the gradients' norm.
-    """
-    rate = learning_rate(lr, warmup_steps, decay_steps)
-    # Biases and scales are not decayed: only matrices are.
-    if weight_decay:
-        adam = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_is_matrix)
-    else:
-        adam = optax.adam(rate, b1=beta1, b2=beta2)
-    # Clipping comes first: Adam's moments then see the clipped gradients.
-    return adam if grad_clip is None else optax.chain(optax.clip_by_global_norm(grad_clip), adam)
-
-
-def learning_rate(lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float | optax.Schedule:
-    """Returns the learning rate, or a function of the step if it changes."""
-    # The cosine ends at `decay_steps`, of which warm-up is a part, as optax counts.
-    if decay_steps is not None:
-        return optax.warmup_cosine_decay_schedule(0.0 if warmup_steps else lr, lr, warmup_steps, decay_steps)
-    return optax.linear_schedule(0.0, lr, warmup_steps) if warmup_steps else lr
-
-
-def _is_matrix(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-
-def freeze_parts(optimizer: optax.GradientTransformation, frozen: tuple[str, ...]) -> optax.GradientTransformation:
-    """Returns the optimizer of all top-level parts of the parameters but the `frozen` ones, which get no state."""
-    if not frozen:
-        return optimizer
-
-    def label(params):
-        return {part: part in frozen for part in params}
-
-    # Moments are kept for the trained parts alone: frozen ones would take twice their own memory for zeros.
-    return optax.partition({False: optimizer, True: optax.set_to_zero()}, label)
-
-
 def select_parts(params: PyTree, frozen: tuple[str, ...], of_frozen: PyTree) -> PyTree:
     """Returns the top-level parts of `params`, with those named in `frozen` from `of_frozen` instead."""
     return {part: of_frozen[part] if part in frozen else tree for part, tree in params.items()} if frozen else params

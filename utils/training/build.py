@@ -50,7 +50,8 @@ from utils.metrics.extractors import PIXELS
 from utils.networks.lora import KEY as LORA
 from utils.networks.lora import add_lora
 from utils.networks.models import ImageModel, init_params, make_model, takes_step
-from utils.networks.state import EmaSchedule, TrainState, create_train_state, freeze_parts, make_optimizer
+from utils.networks.optimizers import freeze_parts, make_optimizer
+from utils.networks.state import EmaSchedule, TrainState, create_train_state
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, has_checkpoints
 from utils.runs.config import RunConfig
