@@ -25,7 +25,7 @@ from utils.flags.definitions import define_path, define_saved_model_flags
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import hide, topic
 from utils.runs.export import example_fields, export_run, push
-from utils.runs.opening import check_new_run, import_run
+from utils.runs.importing import check_new_run, import_run
 from utils.runs.pool import FILE as POOL
 
 MAX_NAMES_BYTES = 2**24  # of --class_names

@@ -30,7 +30,8 @@ from utils.networks.network import NETWORKS, NetworkConfig, NetworkEntry
 from utils.networks.state import create_train_state
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.export import export_run
-from utils.runs.opening import import_run, load_generator
+from utils.runs.importing import import_run
+from utils.runs.opening import load_generator
 from utils.training import build_run, make_config, train
 from utils.training.augmentation import draw_augmentation, warp
 from utils.training.build import compile_steps, make_state

@@ -83,7 +83,7 @@ def stop_here(*arguments):
 def test_an_import_that_was_stopped_is_done_by_the_same_command(convert, tmp_path, monkeypatch, place):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(f"utils.runs.opening.{place}", stop_here)
+        patch.setattr(f"utils.runs.importing.{place}", stop_here)
         with pytest.raises(KeyboardInterrupt):
             convert(*SIT, "--vae", VAE, "--out", run)
     if place == "Checkpoints.close":  # all is there

@@ -11,7 +11,8 @@ from tests.conftest import GOLDEN, ROOT, run_program
 from tests.fake_hub import fake_hub
 from utils.base.messages import UserError
 from utils.convert.sources import read_source
-from utils.runs.opening import import_run, open_checkpoint
+from utils.runs.importing import import_run
+from utils.runs.opening import open_checkpoint
 
 MODEL = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.99, "cfg_scale": 4.0, "denoise_timesteps": 32, "preset": "debug"}
 

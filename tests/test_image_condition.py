@@ -24,7 +24,8 @@ from utils.flags.conditions import read_condition_images
 from utils.images import plotting
 from utils.images.pixels import PixelFormat
 from utils.runs.export import export_run
-from utils.runs.opening import import_run, load_generator
+from utils.runs.importing import import_run
+from utils.runs.opening import load_generator
 from utils.training import build_run, make_config, train
 
 RNG = np.random.default_rng(0)

@@ -21,7 +21,8 @@ from utils.convert.published import export_published
 from utils.convert.sources import METADATA_KEY, PublishedCheckpoint, read_source
 from utils.networks.models import init_params, model_fn
 from utils.runs.checkpoint import Checkpoints
-from utils.runs.opening import import_run, load_generator, load_model
+from utils.runs.importing import import_run
+from utils.runs.opening import load_generator, load_model
 from utils.runs.saved_config import check_parameters, read_config
 
 DIT = DiTConfig(patch_size=2, hidden_size=24, depth=1, num_heads=3, num_classes=2, dtype="float32")
