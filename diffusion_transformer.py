@@ -33,6 +33,7 @@ from utils.kernels.ops import (
 )
 from utils.networks.dit_config import DiTConfig
 from utils.networks.network import NETWORKS, NetworkEntry
+from utils.objectives.objective import Heads
 
 # Sinusoids of the time, before the first layer of its embedding.
 TIMESTEP_FEATURES = 256
@@ -283,10 +284,12 @@ class DiT(nn.Module):
         t: Float[Array, " b"],
         condition: PyTree,
         step: Float[Array, " b"] | None = None,
-    ) -> Float[Array, "b h w c_out"]:
+        with_inner: bool = False,
+    ) -> Float[Array, "b h w c_out"] | Heads:
         """Velocity at x_t (noise at t = 0, data at t = 1), given `condition`, arrays (b, ...) of `self.condition`.
 
         With `step_conditioning`, it is the average velocity over a step of length `step`, in the objective's own units.
+        `with_inner` also gives the output of the inner head (internal guidance, arXiv:2512.24176).
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -323,15 +326,22 @@ class DiT(nn.Module):
         before, *context = self.place_tokens(vector, embedded, tokens.shape[1])
         if before:
             tokens = jnp.concatenate([*before, tokens], axis=1)
-        tokens = self.apply_blocks(tokens, conditioning, (h // p, w // p), *context)
-        if before:
-            tokens = tokens[:, -(h // p) * (w // p) :]
+        tokens, inner_tokens = self.apply_blocks(tokens, conditioning, (h // p, w // p), *context)
 
-        # Back to an image.
+        # Back to an image, from the last block and, where it is asked for, from an earlier one.
         c_out = 2 * c if config.learn_sigma else c
-        patches = FinalLayer(p * p * c_out, config.norm, dtype, name="final_layer")(tokens, conditioning)
-        image = patches.reshape(b, h // p, w // p, p, p, c_out).swapaxes(2, 3)  # (b, h/p, p, w/p, p, c_out)
-        return image.reshape(b, h, w, c_out).astype(jnp.float32)
+
+        def to_image(tokens, name):
+            tokens = tokens[:, -(h // p) * (w // p) :] if before else tokens
+            patches = FinalLayer(p * p * c_out, config.norm, dtype, name=name)(tokens, conditioning)
+            image = patches.reshape(b, h // p, w // p, p, p, c_out).swapaxes(2, 3)  # (b, h/p, p, w/p, p, c_out)
+            return image.reshape(b, h, w, c_out).astype(jnp.float32)
+
+        final = to_image(tokens, "final_layer")
+        if config.inner_head and (with_inner or self.is_initializing()):
+            inner = to_image(inner_tokens, "inner_layer")
+            return Heads(final, inner) if with_inner else final
+        return final
 
     def embed_condition(self, condition: PyTree) -> tuple[Float[Array, "b d"], Embedded]:
         """Returns (the vector that is added to the embedding of time, all that the condition brings)."""
@@ -371,16 +381,20 @@ class DiT(nn.Module):
 
     def apply_blocks(
         self, tokens: Float[Array, "b n d"], conditioning: Float[Array, "b d"], grid: tuple[int, int], *context: Any
-    ) -> Float[Array, "b n d"]:
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b n d"]]:
+        """Returns the tokens after all blocks, and those after the first `inner_head` of them."""
         # Unrolled rather than scanned over: benchmarks/train_step.py measures what that costs and gains.
         # Blocks have the names of checkpoints, whether they are rematerialised or not.
         config = self.config
         dtype = jnp.dtype(config.dtype)
         Block = DiTBlock if self.remat == "none" else nn.remat(DiTBlock, policy=REMAT_POLICIES[self.remat])
+        inner_tokens = tokens
         for i in range(config.depth):
             block = Block(config, grid, dtype, self.attention_form, name=f"block_{i}")
             tokens = block(tokens, conditioning, *context)
-        return tokens
+            if i + 1 == config.inner_head:
+                inner_tokens = tokens
+        return tokens, inner_tokens
 
     @nn.nowrap  # it makes modules to look at, which are no part of this one
     def count_flops(self, image_shape: tuple[int, int, int]) -> int:
@@ -409,7 +423,9 @@ class DiT(nn.Module):
         c_out = 2 * c if config.learn_sigma else c
         c_in = c if brought.channels is None else c + brought.channels.shape[-1]
         ends = num_patches * p * p * (c_in + c_out) * d + 2 * d * d + TIMESTEP_FEATURES * d + d * d
-        return 2 * (config.depth * block + ends)
+        # The inner head: its modulation, and patches out.
+        inner = num_patches * p * p * c_out * d + 2 * d * d if config.inner_head else 0
+        return 2 * (config.depth * block + ends + inner)
 
 
 def build_dit(config: DiTConfig, remat: str, mesh: Mesh, condition: Condition) -> DiT:

@@ -177,7 +177,8 @@ def open_run(config: ConfigDict) -> RunEvaluation:
     # Flags against the run's own settings.
     dropout = saved["model"]["class_dropout_prob"]
     channels = (data["latent_shape"] or [None])[-1]  # older runs did not save it
-    samplers = reading.read_samplers(config, dropout, make_objective(saved), channels)
+    inner_head = saved["model"].get("inner_head", 0)
+    samplers = reading.read_samplers(config, dropout, make_objective(saved), channels, inner_head)
     model = reading.override_model(saved["model"])
     reading.refuse_other_objective(saved["objective"])
     config.codec = reading.read_codec(config)

@@ -80,11 +80,13 @@ def check_requests(config: ConfigDict) -> None:
 
 def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
     """Returns the one sampler of the pairs. Raises UserError for several, and for one that draws noise on the way."""
-    dropout = model.network.config.class_dropout_prob
+    network = model.network.config
     # A pair is made once: one scale, one number of steps.
-    sampler, *others = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
+    sampler, *others = reading.read_samplers(
+        config, network.class_dropout_prob, model.objective, model.latent_shape[-1], network.inner_head
+    )
     if others:
-        raise UserError("--cfg_scale and --denoise_timesteps: give one of each")
+        raise UserError("--denoise_timesteps and the scales of guidance: give one of each")
     # Solvers that are not in the table choose their steps, and are ODE solvers as Euler is.
     if SOLVERS.get(sampler.solver, SOLVERS["euler"]).is_stochastic:
         raise UserError(
@@ -101,7 +103,7 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
     return pairs.PairsManifest(
         dataset_name=f"pairs of {config.load_dir}",
         params_sha256=hash_params(generator.params),  # of the weights: the run may train on
-        sampler=f"{sampler}, {generator.label_mode} labels",
+        sampler=f"{sampler}{describe_guide(generator, sampler)}, {generator.label_mode} labels",
         seed=config.seed,
         num_pairs=config.num_pairs,
         shard_size=config.shard_size,
@@ -115,6 +117,13 @@ def describe_pairs(config: ConfigDict, generator: ImageGenerator, sampler: Sampl
         pixels=pixel_format(codec),
         condition=describe_kind(model.condition),
     )
+
+
+def describe_guide(generator: ImageGenerator, sampler: SamplerConfig) -> str:
+    """Returns which model guides a sampler, by its parameters; nothing where there is none."""
+    if generator.guide is None or not sampler.is_model_guided:
+        return ""
+    return f" by {hash_params(generator.guide.params):.12}"
 
 
 def prepare_folder(out: Path, manifest: pairs.PairsManifest) -> None:
@@ -171,6 +180,8 @@ def main(config: ConfigDict) -> None:
         codec=reading.read_codec(config),
         mesh=local_mesh(),  # a file has the bytes that one process alone would write
         needs_images=True,
+        guide=config.guide,
+        guide_params=config.guide_params,
     )
 
     # The sampler has to suit the model, and the batch its devices.

@@ -135,11 +135,11 @@ test_checkpoint.py::test_host_and_devices_find_the_same_checksum
   utils/runs/checksums.py: np.uint32(start % 2**32) -> np.uint32(0)
 test_evaluation.py::test_the_network_is_compiled_twice_for_an_interval_of_guidance_alone
   utils/sampling/compiled.py: if self.has_interval else guided ->
-  utils/sampling/compiled.py: is_guided and sampler.has_interval -> sampler.has_interval
+  utils/sampling/compiled.py: has_interval=is_guided and not is_always -> has_interval=not is_always
 test_generate.py::test_guidance_and_times_are_those_of_the_sampler
-  utils/sampling/compiled.py: (float(low), float(high)) -> (0.0, 1.0)
+  utils/sampling/compiled.py: tuple(map(float, value)) -> (0.0, 1.0)
 test_generate.py::test_tolerances_are_those_of_the_sampler
-  utils/sampling/compiled.py: sampler.rtol, sampler.atol) -> sampler.rtol, sampler.rtol)
+  utils/sampling/compiled.py: getattr(sampler, name) or 0 -> getattr(sampler, name.replace("atol", "rtol")) or 0
 test_edit.py::test_interpolations_begin_and_end_at_the_samples
   edit.py: slerp(ends[0::2], ends[1::2], fractions) -> slerp(ends[1::2], ends[0::2], fractions)
 test_edit.py::test_between_two_classes_the_first_is_on_the_left
@@ -335,6 +335,23 @@ test_augmentation.py::test_validation_is_of_images_as_they_are
   utils/training/step.py: jnp.where(is_validation, 0.0, model.condition.prob) -> model.condition.prob
 test_augmentation.py::test_what_is_exported_needs_no_word_of_changes
   utils/runs/export.py: config["augment"] = [] -> pass
+test_guidance.py::test_both_outputs_learn_and_the_loss_is_that_of_the_last
+  utils/training/step.py: model.config.inner_weight * means["inner_loss"] -> means["inner_loss"]
+  utils/training/step.py: return means["l2_loss"] + inner, means -> return means["l2_loss"], means
+test_guidance.py::test_a_sampler_guides_by_the_inner_head_then_by_labels
+  utils/sampling/compiled.py: settings.inner_scale, 1.0) -> 1.0, 1.0)
+  utils/sampling/compiled.py: (low <= t) & (t <= high), settings -> t <= high, settings
+test_guidance.py::test_another_model_guides_in_every_branch
+  utils/sampling/compiled.py: self.guide.field(params.guide) -> self.guide.field(params.model)
+  utils/sampling/compiled.py: within(field, own, *settings.guide_interval) -> within(field, own, 0, 1)
+test_guidance.py::test_zero_steps_leave_the_noise_as_it_is
+  utils/sampling/compiled.py: jnp.maximum(first, static.first_step(settings)) if static.is_zero_star else first -> first
+  utils/sampling/compiled.py: num_steps, static.solver, times, keys, first) -> num_steps, static.solver, times, keys)
+test_guidance.py::test_passes_of_the_network_are_counted
+  utils/sampling/compiled.py: 1 + guide_cost * is_on(sampler.guide_interval) -> 1 + guide_cost
+test_guidance.py::test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices
+  utils/runs/evaluations.py: settings |= run.guide_settings -> pass
+  utils/flags/reading.py: inner_scale=inner, guide_scale=guide -> inner_scale=inner
 """
 
 

@@ -167,7 +167,7 @@ def test_one_step_panel_goes_the_whole_way(model, params):
     """`sample_N/1` is x_0 + v(x_0, 0), not 1/32 of it."""
     noise = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     labels = jnp.arange(8)
-    (last,) = sample_stages(model, params, noise, labels, None, 1)[:, -1:].swapaxes(0, 1)
+    (last,) = sample_stages(model, params, noise, labels, SamplerConfig(1, None))[:, -1:].swapaxes(0, 1)
     v = jax.jit(model.network.apply)({"params": params}, noise, jnp.zeros(8), labels)
     expected = np.round((np.clip(noise + v, -1, 1) + 1) * 127.5)
     assert np.abs(last - expected).max() <= 1

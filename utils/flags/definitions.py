@@ -125,6 +125,9 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
     flags.DEFINE_list("cfg_scale", [cfg_scale], f"{scales}; -1 or 1: no guidance.")
     flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
     flags.DEFINE_integer("cfg_channels", None, "Channels that are guided, the first; default: all.", lower_bound=1)
+    flags.DEFINE_integer("cfg_zero_star", 0, "1: CFG-Zero*, which scales the prediction without the condition.", 0, 1)
+    flags.DEFINE_integer("cfg_zero_steps", 0, "First steps that CFG-Zero* leaves out; 4 % are usual.", 0)
+    define_other_guidance(takes_several)
 
     # Steps: how many, and at which times.
     steps = "Step counts, separated by commas." if takes_several else "Steps."
@@ -145,6 +148,17 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
     )
     flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
     flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)
+
+
+def define_other_guidance(takes_several: bool) -> None:
+    """Registers the flags of guidance by an inner head, and by another model."""
+    scales = "scales, separated by commas" if takes_several else "scale"
+    flags.DEFINE_list("inner_scale", ["1"], f"Internal guidance of a model with --model.inner_head: {scales}; 1: none.")
+    flags.DEFINE_list("inner_interval", ["0", "1"], "First and last time t of internal guidance.")
+    define_path("guide", None, "RUN or RUN/checkpoints/STEP, smaller or less trained: autoguidance leads away from it.")
+    flags.DEFINE_string("guide_params", "ema", "Which parameters of --guide, as --params has them.")
+    flags.DEFINE_list("guide_scale", ["2"], f"Autoguidance by --guide: {scales}; 1: none.")
+    flags.DEFINE_list("guide_interval", ["0", "1"], "First and last time t of autoguidance.")
 
 
 def define_extractor_flags() -> None:

@@ -105,6 +105,8 @@ def load_request(config: ConfigDict) -> Request:
         dtype=config.dtype,
         codec=reading.read_codec(config),
         needs_images=True,
+        guide=config.guide,
+        guide_params=config.guide_params,
     )
     model = generator.model
     sampler = read_sampler(config, model)
@@ -132,11 +134,15 @@ def load_request(config: ConfigDict) -> Request:
 
 def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:
     """Returns the one sampler of the command line. Raises UserError for several, and for one that the model lacks."""
-    dropout = model.network.config.class_dropout_prob
-    samplers = reading.read_samplers(config, dropout, model.objective, model.latent_shape[-1])
+    network = model.network.config
+    samplers = reading.read_samplers(
+        config, network.class_dropout_prob, model.objective, model.latent_shape[-1], network.inner_head
+    )
     # Files are named after what they show, not after a sampler: a second one would overwrite them.
     if len(samplers) > 1:
-        raise UserError("--cfg_scale and --denoise_timesteps: give one of each; eval_fid.py compares several")
+        raise UserError(
+            "--denoise_timesteps and the scales of guidance: give one of each; eval_fid.py compares several"
+        )
     return samplers[0]
 
 

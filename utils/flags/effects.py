@@ -16,6 +16,13 @@ from utils.metrics.metrics import choose_metrics, needed_extractors
 OF_IMPORT = ("family", "num_heads", "class_names", "vae")
 
 
+# Flags of guidance beside that by labels.
+OTHER_GUIDANCE = (
+    *("cfg_zero_star", "cfg_zero_steps", "inner_scale", "inner_interval"),
+    *("guide", "guide_params", "guide_scale", "guide_interval"),
+)
+
+
 def _has_options(given: Any) -> bool:
     metrics = given.metrics
     return takes_options(needed_extractors(choose_metrics(metrics)) if metrics else check_extractors(given.extractor))
@@ -55,6 +62,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             (
                 *("cfg_scale", "cfg_interval", "cfg_channels", "use_cfg", "denoise_timesteps", "time_grid", "solver"),
+                *OTHER_GUIDANCE,
                 *("rtol", "atol", "labels", "params", "seed", "save_samples", "checkpoints"),
                 *("codec", "vae", "dataset_name", "use_stable_vae"),
                 *("model.*", "objective.*"),
@@ -109,7 +117,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(("edit",), "without --invert", lambda given: given.invert is None),
         Rule(
-            ("cfg_scale", "cfg_interval", "cfg_channels", "save_samples"),
+            ("cfg_scale", "cfg_interval", "cfg_channels", *OTHER_GUIDANCE, "save_samples"),
             "with --invert but without --edit: it is without guidance",
             lambda given: given.invert is not None and given.edit is None,
         ),

@@ -5,6 +5,7 @@ Flags that jax-flow has keep its names and defaults. Some of its spellings are t
 translated by the functions below.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -68,12 +69,14 @@ def read_samplers(
     class_dropout_prob: float,
     objective: Objective | None = None,
     num_channels: int | None = None,
+    inner_head: int | None = None,
 ) -> list[SamplerConfig]:
-    """Returns a sampler for every guidance scale and step count of the flags of `define_sampler_flags`.
+    """Returns a sampler for all guidance scales and step counts of the flags of `define_sampler_flags`.
 
     They are for models of this `objective` (None: flow matching), trained with `class_dropout_prob` on `num_channels`
-    channels. Guidance is left out, and that is logged, if the model cannot be guided and the user did not ask for it.
-    Raises UserError for values that `check_sampler` refuses, and for flags that the solver does not take.
+    channels and with an `inner_head` (0: none). Guidance is left out, and that is logged, if the model cannot be guided
+    and the user did not ask for it. Raises UserError for values that `check_sampler` refuses, and for flags that the
+    solver does not take.
     """
     # Guidance. A default that the model cannot follow is dropped; a scale that was typed is left to `check_sampler`.
     scales = read_numbers(config.cfg_scale, "cfg_scale", float) if config.get("use_cfg", 1) else [-1.0]
@@ -85,7 +88,8 @@ def read_samplers(
             scales = [-1.0]
     guidance = dict.fromkeys(guidance_scale(scale) for scale in scales)  # -1 and 1 are the same
     if not any(scale is not None for scale in guidance):
-        refuse_ignored(("cfg_interval", "cfg_channels"), "without guidance")
+        refuse_ignored(("cfg_interval", "cfg_channels", "cfg_zero_star", "cfg_zero_steps"), "without guidance")
+    other_scales = read_other_scales(config)
 
     # Steps. An adaptive solver has no number of them: one sampler for each scale.
     steps = read_numbers(config.denoise_timesteps, "denoise_timesteps", int)
@@ -105,13 +109,38 @@ def read_samplers(
         **read_time_grid(config),
         rtol=config.rtol,
         atol=config.atol,
+        inner_interval=tuple(read_numbers(config.inner_interval, "inner_interval", float)),
+        guide_interval=tuple(read_numbers(config.guide_interval, "guide_interval", float)),
     )
-    samplers = [common._replace(num_steps=n, cfg_scale=scale) for scale in guidance for n in dict.fromkeys(steps)]
+    samplers = []
+    for scale, inner, guide, num_steps in itertools.product(guidance, *other_scales, dict.fromkeys(steps)):
+        sampler = common._replace(num_steps=num_steps, cfg_scale=scale, inner_scale=inner, guide_scale=guide)
+        if scale is not None:  # of several scales, that without guidance has none of its settings
+            sampler = sampler._replace(cfg_zero_star=bool(config.cfg_zero_star), cfg_zero_steps=config.cfg_zero_steps)
+        samplers.append(sampler)
     for sampler in samplers:
         check_sampler(
-            sampler, objective, class_dropout_prob=class_dropout_prob, num_channels=num_channels, names=SAMPLER_FLAGS
+            sampler,
+            objective,
+            class_dropout_prob=class_dropout_prob,
+            num_channels=num_channels,
+            inner_head=inner_head,
+            has_guide=bool(config.guide),
+            names=SAMPLER_FLAGS,
         )
     return samplers
+
+
+def read_other_scales(config: ConfigDict) -> tuple[list[float], list[float]]:
+    """Returns (--inner_scale, --guide_scale). Raises UserError for flags about either that have no effect."""
+    inner = list(dict.fromkeys(read_numbers(config.inner_scale, "inner_scale", float)))
+    if inner == [1]:
+        refuse_ignored(("inner_interval",), "with --inner_scale=1, which is no internal guidance")
+    guide = list(dict.fromkeys(read_numbers(config.guide_scale, "guide_scale", float)))
+    if not config.guide:
+        refuse_ignored(("guide_params", "guide_scale", "guide_interval"), "without --guide")
+        return inner, [1.0]
+    return inner, guide
 
 
 def read_time_grid(config: ConfigDict) -> dict[str, Any]:

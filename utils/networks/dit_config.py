@@ -48,6 +48,7 @@ class DiTConfig(NetworkConfig):
     }
 
     TAKES_AUGMENTATION: ClassVar = True
+    TAKES_INNER_HEAD: ClassVar = True
 
     # Sizes.
     patch_size: int = setting(8, "Side of a patch.", 1, 2**12)
@@ -157,6 +158,13 @@ class DiTConfig(NetworkConfig):
                 f"use {-(-self.hidden_size // 4) * 4}"
             )
 
+        # After the last block stands the output itself.
+        if self.inner_head and self.inner_head >= self.depth:
+            raise UserError(
+                f"--model.inner_head={self.inner_head} is to stand before the last of --model.depth={self.depth} "
+                f"blocks; use less than {self.depth}, or 0 for none"
+            )
+
         # Rotary positions turn each head by itself, half of its channels by an axis.
         if self.rope and self.head_dim % 4:
             raise UserError(
@@ -177,6 +185,7 @@ class DiTConfig(NetworkConfig):
         d, p = self.hidden_size, self.patch_size
         # A block: 4 d^2 of attention, as much across, 6 d^2 of modulation, and the MLP's two matrices.
         block = (10 + 4 * (self.token_mode == "cross") + 2 * self.mlp_ratio) * d * d
+        inner = (2 * d + p * p * channels) * d if self.inner_head else 0
         # Final modulation and second layer of the time embedding, 3 d^2; its first layer; both ends' patches; labels.
         ends = (3 * d + 256 + 2 * p * p * channels + self.num_classes + self.class_tokens) * d
-        return int(self.depth * block + ends + (height // p) * (width // p) * d)
+        return int(self.depth * block + ends + inner + (height // p) * (width // p) * d)

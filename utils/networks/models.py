@@ -21,7 +21,8 @@ from utils.conditions.augmented import Augmented, without_augmentation
 from utils.conditions.condition import Condition, count_rows, take_rows
 from utils.networks.lora import merge_lora
 from utils.networks.network import NETWORKS, NetworkConfig
-from utils.objectives.objective import ModelFn, Objective
+from utils.objectives.objective import ModelFn, Objective, has_inner_loss
+from utils.objectives.objectives import OBJECTIVES
 
 
 @runtime_checkable
@@ -36,6 +37,7 @@ class Network(Protocol):
     condition: Condition  # the kind that it takes
 
     # A `step` (b,) is given with `config.step_conditioning` alone, and only networks of `takes_step` need to take it.
+    # Those of TAKES_INNER_HEAD take `with_inner=True`, too, with which they return `Heads`.
     def init(self, rngs: Any, x: Any, t: Any, condition: Any, *step: Any) -> Any:
         """Returns {"params": fresh parameters}; the others are a batch of any values, for their shapes."""
 
@@ -110,9 +112,24 @@ def make_model(
                 "changed, so that samples would be, too; leave it out (docs/change_this.md, Network)"
             )
         condition = Augmented(condition, tuple(augment), augment_prob)
+    check_inner_head(config, objective)
     network = NETWORKS[config.network].build(config, remat, mesh, condition)
     check_made(network, Network, f"the builder of --model.network={config.network}")
     return ImageModel(network, objective, codec, mesh, shape)
+
+
+def check_inner_head(config: NetworkConfig, objective: Objective) -> None:
+    """Raises UserError for an inner head where the network has none, or the objective has no loss for it."""
+    if not config.inner_head:
+        return
+    given = f"--model.inner_head={config.inner_head}"
+    if not config.TAKES_INNER_HEAD:
+        raise UserError(
+            f"{given}: --model.network={config.network} has no second output; use 0 (docs/change_this.md, Network)"
+        )
+    if not has_inner_loss(objective):
+        name = next(name for name, kind in OBJECTIVES.items() if isinstance(objective, kind))
+        raise UserError(f"{given}: --objective.name={name} has no loss for a second output; use 0")
 
 
 def takes_step(network: Any) -> bool:
@@ -132,13 +149,17 @@ def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
     return model.network.init(key, latents, jnp.zeros(1), model.condition.null(1), *step)["params"]
 
 
-def model_fn(network: Network, params: PyTree) -> ModelFn:
-    """Returns the network as objectives, guidance and solvers call it, with LoRA's factors merged into its kernels."""
+def model_fn(network: Network, params: PyTree, with_inner: bool = False) -> ModelFn:
+    """Returns the network as objectives, guidance and solvers call it, with LoRA's factors merged into its kernels.
+
+    `with_inner`: it returns `Heads`, as a network with an inner head can.
+    """
     # Once, not in each call of the network.
     params = merge_lora(params)
+    options = {"with_inner": True} if with_inner else {}
 
     def apply(x, t, condition, *step):
-        output: Any = network.apply({"params": params}, x, t, condition, *step)
+        output: Any = network.apply({"params": params}, x, t, condition, *step, **options)
         return output
 
     return apply

@@ -34,6 +34,8 @@ class NetworkConfig:
     # {preset: {field: value}}, for --model.preset. A preset fills what the user left unset.
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
+    # Whether the network has a second output after `inner_head` blocks, and returns `Heads` for `with_inner=True`.
+    TAKES_INNER_HEAD: ClassVar[bool] = False
     # Whether the network adds the `augmentation` that a condition brings (`Embedded`), as --augment needs.
     TAKES_AUGMENTATION: ClassVar[bool] = False
 
@@ -48,6 +50,14 @@ class NetworkConfig:
     )
     # Objectives that learn average velocities pass the step as a fourth argument.
     step_conditioning: int = setting(0, "1: the model is also given the length of the step that it is asked for.", 0, 1)
+    # Internal guidance: the output of an early block guides that of the last (arXiv:2512.24176).
+    inner_head: int = setting(
+        0,
+        "Above 0: a second output after this many blocks, for --inner_scale; early ones, a third, are usual.",
+        0,
+        1000,
+    )
+    inner_weight: float = setting(0.5, "Weight of the loss of the second output.", 0, 1000)
     dtype: str = setting(
         "bfloat16", "Compute dtype; parameters stay float32.", choices=("bfloat16", "float32"), is_fixed=False
     )

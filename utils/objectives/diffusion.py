@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from utils.base.settings import setting
-from utils.objectives.flow_matching import draw_noise, example_mean, expand_times
+from utils.objectives.flow_matching import draw_noise, expand_times, squared_errors
 from utils.objectives.objective import Draws, ModelFn, VelocityFn
 
 
@@ -40,6 +40,7 @@ class Diffusion:
 
     # Defaults of --model.* that differ for this objective: the network's times are levels, up to T - 1.
     MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0}
+    HAS_INNER_LOSS: ClassVar = True
     # Its own two, and all others by way of the straight path.
     SOLVERS: ClassVar = ("euler", "heun", "midpoint", "sde", "ddim", "ddpm", "dopri5")
 
@@ -109,10 +110,10 @@ class Diffusion:
         """
         x_0 = draw_noise(draws, x_1)
         x_k, level = self._diffuse(x_0, x_1, draws["t"])
-        prediction = self._predict_noise(model_fn, x_k, level, condition)
+        # A network that also predicts a variance has twice the channels.
+        output = jax.tree.map(lambda out: out[..., : x_k.shape[-1]], model_fn(x_k, level, condition))
 
-        loss = example_mean(jnp.square(prediction - x_0))
-        return loss, {"v_abs_mean": example_mean(jnp.abs(x_0)), "v_pred_abs_mean": example_mean(jnp.abs(prediction))}
+        return squared_errors(output, x_0)
 
     def _diffuse(
         self, x_0: Float[Array, "b ..."], x_1: Float[Array, "b ..."], t: Float[Array, " b"]

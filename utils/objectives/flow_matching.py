@@ -4,13 +4,14 @@ Rectified flow (Liu et al., arXiv:2209.03003), flow matching (Lipman et al., arX
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from utils.base.settings import setting
-from utils.objectives.objective import Draws, ModelFn, VelocityFn
+from utils.objectives.objective import Draws, Heads, ModelFn, VelocityFn
 
 # The path stops just short of the data: x_t keeps at least this fraction of noise. The model sees the unclipped t.
 MAX_PATH_TIME = 0.99
@@ -47,6 +48,8 @@ def sample_times(key: Key[Array, ""], num_examples: int, t_sampler: str) -> Floa
 @dataclasses.dataclass(frozen=True)
 class FlowMatching:
     """The network predicts the velocity x_1 - x_0 of the straight path at x_t."""
+
+    HAS_INNER_LOSS: ClassVar = True
 
     t_sampler: str = setting(
         "logit_normal",
@@ -85,13 +88,9 @@ class FlowMatching:
         t = draws["t"]
         # The target is constant along the path. Errors are in float32, whatever the compute dtype.
         velocity = (x_1 - x_0).astype(jnp.float32)
-        prediction = model_fn(interpolate(x_0, x_1, t), t, condition).astype(jnp.float32)
+        output = model_fn(interpolate(x_0, x_1, t), t, condition)
 
-        loss = example_mean(jnp.square(prediction - velocity))
-        return loss, {
-            "v_abs_mean": example_mean(jnp.abs(velocity)),
-            "v_pred_abs_mean": example_mean(jnp.abs(prediction)),
-        }
+        return squared_errors(output, velocity)
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """Returns x_t at the times and with the noise of `draws`."""
@@ -115,6 +114,19 @@ def draw_noise(draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."
         return draws["x_0"]
     # A key for each example: its noise is the same however a batch is split over devices and microbatches.
     return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
+
+
+def squared_errors(
+    output: Float[Array, "b ..."] | Heads, target: Float[Array, "b ..."]
+) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
+    """Returns (mean squared errors (b,) of a network's output, further metrics (b,)); `inner_loss` is that of an inner
+    head."""
+    prediction, *inner = output if isinstance(output, Heads) else (output,)
+    prediction = prediction.astype(jnp.float32)
+    metrics = {"v_abs_mean": example_mean(jnp.abs(target)), "v_pred_abs_mean": example_mean(jnp.abs(prediction))}
+    for each in inner:
+        metrics["inner_loss"] = example_mean(jnp.square(each.astype(jnp.float32) - target))
+    return example_mean(jnp.square(prediction - target)), metrics
 
 
 def example_mean(x: Float[Array, "b ..."]) -> Float[Array, " b"]:

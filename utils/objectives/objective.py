@@ -5,7 +5,7 @@ learns. Time runs from noise x_0 at t = 0 to data x_1 at t = 1.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Key, PyTree
 
@@ -17,6 +17,21 @@ ModelFn = Callable[..., Float[Array, "b ..."]]
 VelocityFn = Callable[[Float[Array, "b ..."], Float[Array, " b"], Float[Array, " b"]], Float[Array, "b ..."]]
 # Per example, first axis = batch; "t" is always there.
 Draws = dict[str, Array]
+
+
+class Heads(NamedTuple):
+    """Outputs of a network with an inner head: of its last layer, and of a second one after an earlier block.
+
+    In training, `model_fn` of such a network returns both (internal guidance, arXiv:2512.24176).
+    """
+
+    final: Float[Array, "b ..."]
+    inner: Float[Array, "b ..."]
+
+
+def has_inner_loss(objective: Any) -> bool:
+    """Returns whether an objective (an instance or its class) has a loss for a network's inner head."""
+    return getattr(objective, "HAS_INNER_LOSS", False)
 
 
 def row_period(objective: "Objective") -> int:
@@ -43,6 +58,8 @@ class Objective(Protocol):
     - `time_grid(spacing)`: grid(step, num_steps) of solvers whose times are the objective's own (`Solver.grid`), and
       `max_grid_steps`, the most steps that it has times for.
     - `HAS_GUIDANCE`: whether its samples can be guided; False where that is part of what is learned.
+    - `HAS_INNER_LOSS`: whether its loss takes `Heads`, and has that of the inner head among its metrics, as
+      `inner_loss`; False by default.
     """
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:

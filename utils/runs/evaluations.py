@@ -71,6 +71,8 @@ def score_sampler(run: RunEvaluation, sampler: SamplerConfig, results: Results |
     """Returns the row of a sampler: a finished one of the same settings, or a new one, which is added to `results`.
     With --save_samples it is always a new one."""
     settings = {**sampler_settings(sampler), **run.settings}
+    if sampler.is_model_guided:
+        settings |= run.guide_settings
     row = None
     if results is not None and not run.config.save_samples:  # a finished row has no images
         row = results.find(settings)

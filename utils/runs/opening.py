@@ -25,7 +25,7 @@ from utils.objectives.objectives import make_objective
 from utils.runs.checkpoint import FOLDER, Checkpoints, has_checkpoints
 from utils.runs.importing import HUB_PREFIX, fetch_run, import_file
 from utils.runs.pool import read_pool
-from utils.sampling.generator import ImageGenerator
+from utils.sampling.generator import ImageGenerator, check_guide
 
 HUB_RUNS = Path("runs")  # where a run on the hub is kept
 
@@ -105,6 +105,8 @@ def load_generator(
     codec: str | None = None,
     mesh: Mesh | None = None,
     needs_images: bool = False,
+    guide: str | Path | None = None,
+    guide_params: str = "ema",
 ) -> ImageGenerator:
     """Loads the generator of a run: RUN, RUN/checkpoints/STEP for an older checkpoint, hf:USER/NAME, or a file of a
     published model.
@@ -112,7 +114,9 @@ def load_generator(
     `params` is 'ema' or 'raw'. `label_mode` says how labels are drawn where none are given. `dtype` is the compute
     dtype ('bfloat16' or 'float32') if it is not that of the training, and `codec`, such as kl:PATH, the place of the
     codec if that has moved. A codec that cannot be found is reported when images are decoded, or at once with
-    `needs_images`. Raises UserError where no checkpoint is intact, and where the codec is not the one of the training.
+    `needs_images`. `guide` is a run, or a checkpoint of one, by whose parameters `guide_params` the model is guided
+    where a sampler says so. Raises UserError where no checkpoint is intact, and where the codec is not the one of the
+    training.
     """
     # Words first: nothing is loaded for a misspelt one.
     if params not in ("ema", "raw"):
@@ -127,8 +131,26 @@ def load_generator(
     folder = checkpoints.folder.parent
     model = load_model(saved, mesh, dtype=dtype, codec=codec, needs_images=needs_images, folder=folder)
     check_draw_mode(model.condition, label_mode)  # before parameters are read
+    weak = load_guide(guide, guide_params, model, codec)
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, saved, params)
-    return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode)
+    return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode, guide=weak)
+
+
+def load_guide(
+    guide: str | Path | None, params: str, model: ImageModel, codec: str | None = None
+) -> ImageGenerator | None:
+    """Loads the run that is to guide a model, in the model's dtype; None for none. Raises UserError where it cannot be
+    loaded, and where it is about other latents or conditions."""
+    if guide is None:
+        return None
+    try:
+        dtype = model.network.config.dtype
+        loaded = load_generator(guide, params=params, dtype=dtype, codec=codec, mesh=model.mesh)
+        check_guide(model, loaded.model)
+    except UserError as error:
+        message = str(error).replace("--load_dir", "--guide").replace("--params", "--guide_params")
+        raise UserError(message) from None
+    return loaded
 
 
 def load_model(

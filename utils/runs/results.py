@@ -19,13 +19,16 @@ from utils.metrics.metrics import metric_columns, metric_formats
 from utils.sampling.solvers import SOLVERS, SamplerConfig
 
 # Settings that do not identify a row: places of files, which are identified by their hash instead.
-NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source", "train_images")
+NOT_COMPARED = ("fid_stats", "checkpoint", "samples", "convention_source", "train_images", "guide")
 # Results that are numbers or None, beside the metrics.
 NUMBERS = (
     "kid_error",
     "kd_dinov2_error",
     "straightness",
     "nfe",
+    "passes",
+    "inner_scale",
+    "guide_scale",
     "num_steps",
     "cfg_scale",
     "num_samples",
@@ -35,8 +38,11 @@ NUMBERS = (
 OPTIONAL = (
     "rtol", "atol", "time_shift", "spacing", "cfg_channels", "objective", "params", "empty_classes", "jax_variables",
     "extractor", "extractor_sha256", "metrics", "memorisation_features", "train_sha256", "train_mirrors",
-    "num_train_images",
+    "num_train_images", "cfg_zero_star", "cfg_zero_steps", "inner_scale", "inner_interval", "guide_scale",
+    "guide_interval", "guide_sha256",
 )  # fmt: skip
+# Settings of guidance beside that by labels, as tables and curves name them.
+OTHER_GUIDANCE = {"cfg_zero_star": "CFG-Zero*", "inner_scale": "inner", "guide_scale": "autoguidance"}
 
 
 class Results:
@@ -156,6 +162,14 @@ def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
         settings["spacing"] = sampler.spacing
     if sampler.cfg_channels is not None:
         settings["cfg_channels"] = sampler.cfg_channels
+
+    # Guidance beside that by labels.
+    if sampler.cfg_zero_star:
+        settings |= {"cfg_zero_star": True, "cfg_zero_steps": sampler.cfg_zero_steps}
+    for kind in ("inner", "guide"):
+        if getattr(sampler, f"{kind}_scale") != 1:
+            settings[f"{kind}_scale"] = getattr(sampler, f"{kind}_scale")
+            settings[f"{kind}_interval"] = [float(end) for end in getattr(sampler, f"{kind}_interval")]
     return settings
 
 
@@ -167,7 +181,10 @@ def score_columns() -> dict[str, str]:
 def to_markdown(rows: list[dict[str, Any]]) -> str:
     """Returns a Markdown table of the rows: step count, guidance and every metric that one of them has."""
     # Columns: those that some row can fill; of the checkpoint, where there are several.
-    columns = {"num_steps": "steps", "cfg_scale": "guidance", "num_samples": "samples"} | score_columns()
+    columns = {"num_steps": "steps", "cfg_scale": "guidance"}
+    if any(name in row for name in OTHER_GUIDANCE for row in rows):
+        columns |= OTHER_GUIDANCE | {"passes": "passes"}
+    columns |= {"num_samples": "samples"} | score_columns()
     if len({row.get("params") for row in rows}) > 1:
         columns = {"params": "parameters"} | columns
     if len({row.get("checkpoint_step") for row in rows}) > 1:
@@ -220,6 +237,8 @@ def to_text(name: str, row: dict[str, Any]) -> str:
         return f"{value:{format_}}"
 
     # Settings; None means something for two of them.
+    if value is True:
+        return "yes"
     if value is None:
         return "adaptive" if name == "num_steps" else "none"
     return f"{value:g}"
@@ -284,4 +303,8 @@ def plot_by_step(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _guidance_title(row: Mapping[str, Any]) -> str:
-    return "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
+    name = "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
+    others = [
+        title if row[key] is True else f"{title} {row[key]:g}" for key, title in OTHER_GUIDANCE.items() if key in row
+    ]
+    return ", ".join([name, *others])

@@ -22,10 +22,10 @@ from utils.images.pixels import ImageBatch, PixelFormat, check_pictures
 from utils.images.samples import SampleWriter, check_sample_path
 from utils.metrics.measure import measure_images, most_images
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
-from utils.runs.opening import load_model, restore_params
+from utils.runs.opening import load_guide, load_model, restore_params
 from utils.runs.scoring import Scoring
 from utils.sampling.generator import ImageGenerator, hash_params
-from utils.sampling.solvers import SamplerConfig
+from utils.sampling.solvers import GUIDANCE, SamplerConfig
 
 GRID_IMAGES = 64  # in each sampler's picture
 STRAIGHTNESS_SAMPLES = 64  # at most
@@ -75,16 +75,21 @@ class RunEvaluation(Scoring):
             saved, self.mesh, dtype=model.dtype, codec=config.codec, folder=checkpoints.folder.parent
         )
         counts = self._class_counts() if config.labels == "dataset" else None
+        guide = load_guide(config.guide, config.guide_params, self.model, config.codec)
         self.generator = ImageGenerator(
-            self.model, None, seed=config.seed, label_mode=config.labels, class_counts=counts
+            self.model, None, seed=config.seed, label_mode=config.labels, class_counts=counts, guide=guide
         )
+        self.guide_settings = {}
+        if guide is not None:
+            self.guide_settings = {"guide": str(config.guide), "guide_sha256": hash_params(guide.params)}
         self.has_several = len(snapshots) > 1
         self.has_several_steps = len({snapshot.steps[0] for snapshot in snapshots}) > 1
         self.snapshots = list(itertools.dropwhile(lambda snapshot: not self.use(snapshot), snapshots))
         if not self.snapshots:
             raise UserError(f"--checkpoints={config.checkpoints}: all of them are damaged; restore one from a copy")
         if config.batch_size is None:
-            costliest = max(samplers, key=lambda sampler: sampler.cfg_scale is not None)  # two passes a step
+            # Two passes a step with guidance, and those of a guide.
+            costliest = max(samplers, key=lambda sampler: (sampler.cfg_scale is not None, sampler.is_model_guided))
             fitting = self.generator.fitting_batch_size(costliest, config.num_samples, free_memory())
             self.batch_size = min(fitting, most_images(self.records, self.mesh.size, free_memory()) or fitting)
             log(f"--batch_size {self.batch_size}")
@@ -199,9 +204,11 @@ class RunEvaluation(Scoring):
         figure = plotting.sample_grid(images, places, names, f"{sampler}, checkpoint of step {self.step}")
         self.save_figure(figure, self.picture_name("samples", sampler))
         nfe = float(np.concatenate(evaluations).mean()) if evaluations else sampler.nfe
-        straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), sampler.cfg_scale)
+        passes = self.generator.count_passes(sampler, nfe if sampler.is_adaptive else None)
+        guidance = {name: getattr(sampler, name) for name in GUIDANCE}
+        straightness = self.straightness(min(STRAIGHTNESS_SAMPLES, config.num_samples), **guidance)
         scores = self.compute(statistics, compared, self.picture_name("memorised", sampler))
-        return {"nfe": nfe, "straightness": straightness, **scores}
+        return {"nfe": nfe, "passes": passes, "straightness": straightness, **scores}
 
     def picture_name(self, what: str, sampler: SamplerConfig) -> str:
         """Returns the name of a sampler's picture, `what`; where there are several snapshots, with this one's step."""
@@ -232,4 +239,9 @@ def check_save_samples(config: ConfigDict, num_sets: int) -> None:
 
 
 def _guidance_name(sampler: SamplerConfig) -> str:
-    return "none" if sampler.cfg_scale is None else f"{sampler.cfg_scale:g}"
+    name = "none" if sampler.cfg_scale is None else f"{sampler.cfg_scale:g}"
+    if sampler.cfg_zero_star:
+        name += f"_zero{sampler.cfg_zero_steps}"
+    if sampler.is_inner_guided:
+        name += f"_inner_{sampler.inner_scale:g}"
+    return name + f"_guide_{sampler.guide_scale:g}" * sampler.is_model_guided

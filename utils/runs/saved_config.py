@@ -39,6 +39,8 @@ OLDER_RUNS: dict[str, Any] = {
     "model.condition_dropout": "together",
     "model.token_mode": "context",
     "model.class_tokens": 0,
+    "model.inner_head": 0,
+    "model.inner_weight": 0.5,
     "model.norm": "layer",
     "model.mlp": "gelu",
     "model.rope": 0,

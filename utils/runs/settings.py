@@ -165,6 +165,9 @@ class SamplingConfig:
         MAX_SCALE,
         flag="model.cfg_scale",
     )
+    inner_scale: float = setting(
+        1.0, "Internal guidance of training-time samples; 1: none.", 0, MAX_SCALE, flag="model.inner_scale"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

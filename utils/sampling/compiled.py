@@ -3,11 +3,13 @@
 They are compiled for `static`; parameters, codec, conditions and the numbers of a sampler are ordinary arguments.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from utils.base.mesh import batch_sharding, shape_structs
@@ -17,8 +19,8 @@ from utils.kernels.random import unroll
 from utils.networks.models import ImageModel, model_fn
 from utils.objectives.objective import ModelFn, VelocityFn
 from utils.sampling import paths, solvers
-from utils.sampling.guidance import guide, mix, within
-from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig, adaptive_sample, sample_noise
+from utils.sampling.guidance import guide, guide_by_inner, guide_by_model, mix, within
+from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig, adaptive_sample, is_always, sample_noise
 
 STEPS = 2**31 - 1  # a random stream beside the samples', which fold 0, 1, 2, ... into the noise key
 
@@ -29,16 +31,45 @@ class SamplerNumbers(NamedTuple):
 
     cfg_scale: float
     cfg_interval: tuple[float, float]
+    inner_scale: float
+    inner_interval: tuple[float, float]
+    guide_scale: float
+    guide_interval: tuple[float, float]
+    cfg_zero_steps: int
     time_shift: float
     rtol: float
     atol: float
 
     @classmethod
     def of(cls, sampler: SamplerConfig) -> "SamplerNumbers":
-        low, high = sampler.cfg_interval
-        numbers = (sampler.time_shift, sampler.rtol, sampler.atol)
-        # Without guidance the scale is never read; a number keeps the shape of the arguments.
-        return cls(float(sampler.cfg_scale or 0), (float(low), float(high)), *map(float, numbers))
+        # Without guidance a scale is never read; a number keeps the shape of the arguments.
+        values = {name: getattr(sampler, name) or 0 for name in cls._fields}
+        for name, value in values.items():
+            if name != "cfg_zero_steps":
+                values[name] = tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
+        return cls(**values)
+
+
+class Guide(NamedTuple):
+    """What a compiled function knows of the model that guides another; its parameters are an argument."""
+
+    network: Any
+    objective: Any
+
+    def field(self, params: PyTree) -> ModelFn:
+        return field_of(self.objective.velocity, model_fn(self.network, params))
+
+
+def field_of(velocity: Callable[[ModelFn, PyTree], VelocityFn], model: ModelFn) -> ModelFn:
+    """Returns the velocity as a function of (x, t, condition, t_next), which guidance calls with several conditions."""
+    return lambda x, t, condition, t_next: velocity(model, condition)(x, t, t_next)
+
+
+class Parameters(NamedTuple):
+    """Parameters of a model that is guided by another, and those of its guide."""
+
+    model: PyTree
+    guide: PyTree
 
 
 class CompiledFor(NamedTuple):
@@ -52,20 +83,28 @@ class CompiledFor(NamedTuple):
     is_guided: bool
     has_interval: bool  # in which guidance is on; without one, at all times
     cfg_channels: int | None
+    is_zero_star: bool
+    is_inner_guided: bool
+    guide: Guide | None
+    guide_has_interval: bool
 
     @classmethod
-    def of(cls, model: ImageModel, sampler: SamplerConfig) -> "CompiledFor":
-        is_guided = sampler.cfg_scale is not None
+    def of(cls, model: ImageModel, sampler: SamplerConfig, guide: Guide | None = None) -> "CompiledFor":
         # Where nothing is guided, functions do not differ by the interval.
-        has_interval = is_guided and sampler.has_interval
+        is_guided = sampler.cfg_scale is not None
+        guide = guide if sampler.is_model_guided else None
         return cls(
             network=model.network,
             objective=model.objective,
             solver=sampler.solver,
             spacing=sampler.spacing,
             is_guided=is_guided,
-            has_interval=has_interval,
+            has_interval=is_guided and not is_always(sampler.cfg_interval),
             cfg_channels=sampler.cfg_channels,
+            is_zero_star=is_guided and sampler.cfg_zero_star,
+            is_inner_guided=sampler.is_inner_guided,
+            guide=guide,
+            guide_has_interval=guide is not None and not is_always(sampler.guide_interval),
         )
 
     def times(self, settings: SamplerNumbers) -> solvers.TimeGrid:
@@ -87,23 +126,78 @@ class CompiledFor(NamedTuple):
 
     def velocity(self, params: PyTree, settings: SamplerNumbers, condition: PyTree) -> VelocityFn:
         """Returns the field, guided in the interval of guidance; for a mixture, the weighted mean of two fields."""
-        model = model_fn(self.network, params)
+        field = self._guided(params, settings)
+
+        def velocity_of(condition):
+            return lambda x, t, t_next: field(x, t, condition, t_next)
+
         # Conditions that cannot be averaged are mixed by their velocities, at twice the cost.
         if isinstance(condition, Mixture):
-            fields = (self._guided(model, settings, side) for side in (condition.first, condition.second))
-            return mix(*fields, condition.fraction)
-        return self._guided(model, settings, condition)
+            return mix(velocity_of(condition.first), velocity_of(condition.second), condition.fraction)
+        return velocity_of(condition)
 
-    def _guided(self, model: ModelFn, settings: SamplerNumbers, condition: PyTree) -> VelocityFn:
+    def _guided(self, params: PyTree, settings: SamplerNumbers) -> ModelFn:
+        """Returns the field (x, t, condition, t_next) -> velocity: guided by its own inner head, then by another model,
+        each with and without the condition, and last by the difference that the condition makes."""
+        # By inner head and other model, in every branch of what follows.
+        if self.guide is None:
+            field = self._own_field(params, settings)
+        else:
+            own = self._own_field(params.model, settings)
+            field = guide_by_model(own, self.guide.field(params.guide), settings.guide_scale)
+            if self.guide_has_interval:
+                field = within(field, own, *settings.guide_interval)
+        if not self.is_guided:
+            return field
+
+        # By the condition. An interval compiles the network twice, and an adaptive solver computes both.
+        scale = settings.cfg_scale
+        guided = guide(field, self.network.condition.null, scale, self.cfg_channels, self.is_zero_star)
+        return within(guided, field, *settings.cfg_interval) if self.has_interval else guided
+
+    def _own_field(self, params: PyTree, settings: SamplerNumbers) -> ModelFn:
+        """Returns the field of the model, guided by its inner head."""
         # An ancestral step takes the variance that the network has learned, too.
         has_variance = self.solver == "ddpm" and self.network.config.learn_sigma
         velocity = self.objective.velocity_with_variance if has_variance else self.objective.velocity
-        plain = velocity(model, condition)
-        if not self.is_guided:
-            return plain
-        guided = velocity(guide(model, self.network.condition.null, settings.cfg_scale, self.cfg_channels), condition)
-        # An interval compiles the network twice, and an adaptive solver computes both.
-        return within(guided, plain, *settings.cfg_interval) if self.has_interval else guided
+        model = model_fn(self.network, params, with_inner=self.is_inner_guided)
+        if not self.is_inner_guided:
+            return field_of(velocity, model)
+
+        def field(x, t, condition, t_next):
+            low, high = settings.inner_interval
+            scales = jnp.where((low <= t) & (t <= high), settings.inner_scale, 1.0)
+            return velocity(guide_by_inner(model, scales), condition)(x, t, t_next)
+
+        return field
+
+    def count_passes(self, sampler: SamplerConfig, guide_cost: float, nfe: float | None = None) -> float:
+        """Returns the passes of the network that a sample takes; one of the guide counts as `guide_cost`.
+
+        `nfe` says how many velocities an adaptive solver has taken.
+        """
+        guide_cost = guide_cost if self.guide else 0.0
+        if nfe is not None:
+            # Each sample has times of its own: beside guidance in an interval, what is outside is computed, too.
+            return nfe * (1 + self.is_guided + self.has_interval) * (1 + guide_cost + self.guide_has_interval)
+
+        # The times at which velocities are taken.
+        grid = partial(self.times(SamplerNumbers.of(sampler)), num_steps=sampler.num_steps)
+        times = np.asarray(jax.vmap(grid)(np.arange(sampler.cfg_zero_steps, sampler.num_steps + 1)))
+        ways = np.diff(times)
+        taken = np.concatenate([times[:-1] + fraction * ways for fraction in SOLVERS[self.solver].fractions])
+
+        def is_on(interval):
+            low, high = np.float32(interval)
+            return (low <= taken) & (taken <= high)
+
+        # With and without the condition, and in each of these branches the model and its guide.
+        branches = 1 + self.is_guided * is_on(sampler.cfg_interval)
+        return float((branches * (1 + guide_cost * is_on(sampler.guide_interval))).sum())
+
+    def first_step(self, settings: SamplerNumbers) -> int | Array:
+        """Returns the first step that is taken: those before it leave x as it is (CFG-Zero*)."""
+        return settings.cfg_zero_steps if self.is_zero_star else 0
 
 
 @jax.jit  # as one function: by themselves, its three parts compile for longer
@@ -140,6 +234,7 @@ def integrate(params, key, x, condition, settings, first, last, num_steps, *, st
     times = static.times(settings)
     # A grid may start after t = 0, where noise is a little narrower.
     x = jnp.where(first == 0, solvers.start_path(x, num_steps, times), x)
+    first = jnp.maximum(first, static.first_step(settings)) if static.is_zero_star else first
     keys = static.step_keys(key, jnp.arange(len(x)))
     return solvers.take_steps(velocity_fn, x, first, last, num_steps, static.solver, times, keys)
 
@@ -156,21 +251,25 @@ def generate(params, codec, key, indices, condition, settings, num_steps, *, sta
         velocity_fn = static.velocity(params, settings, condition)
         times = static.times(settings)
         keys = static.step_keys(key, indices)
-        latents = solvers.sample(velocity_fn, noise, num_steps, static.solver, times, keys)
+        first = static.first_step(settings)
+        latents = solvers.sample(velocity_fn, noise, num_steps, static.solver, times, keys, first)
         nfe = None
     return pixel_format(codec).from_unit(codec.decode(latents)), nfe
 
 
-def lower_sampler(model: ImageModel, params: PyTree, sampler: SamplerConfig, batch_size: int) -> jax.stages.Lowered:
+def lower_sampler(
+    model: ImageModel, params: PyTree, sampler: SamplerConfig, batch_size: int, guide: Guide | None = None
+) -> jax.stages.Lowered:
     """Lowers the function that draws `batch_size` samples; for parameters (or their shapes) on the devices of the
-    model's mesh, which may be only described."""
+    model's mesh, which may be only described. `params` are `Parameters` where the sampler needs those of a guide."""
     # Shapes with shardings stand for the arguments: nothing is computed, and the mesh needs no real devices.
     sharding = batch_sharding(model.mesh)
     rows = jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=sharding)
     condition = shape_structs(jax.eval_shape(lambda: model.condition.null(batch_size)), sharding)
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (params, model.codec, key, rows, condition, SamplerNumbers.of(sampler), sampler.num_steps)
-    return generate.lower(*arguments, static=CompiledFor.of(model, sampler), latent_shape=model.latent_shape)
+    static = CompiledFor.of(model, sampler, guide)
+    return generate.lower(*arguments, static=static, latent_shape=model.latent_shape)
 
 
 @partial(jax.jit, static_argnames=("static",))

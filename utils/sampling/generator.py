@@ -23,7 +23,7 @@ from utils.conditions.condition import Condition, Mixture, check_draw_mode, coun
 from utils.images.pixels import ImageBatch, Images
 from utils.networks.models import ImageModel
 from utils.sampling import compiled
-from utils.sampling.compiled import CompiledFor, SamplerNumbers, lower_sampler
+from utils.sampling.compiled import CompiledFor, Guide, Parameters, SamplerNumbers, lower_sampler
 from utils.sampling.samplers import check_sampler, guidance_scale, is_integer
 from utils.sampling.solvers import (
     ODE_SOLVERS,
@@ -42,6 +42,9 @@ class ImageGenerator:
     step count and time shift compile nothing anew; without guidance, with it, and with it in an interval are three
     compiled functions.
 
+    `guide` has a model by which this one is guided with `guide_scale` other than 1 (autoguidance, arXiv:2406.02507):
+    smaller, or less trained.
+
     Raises UserError (a ValueError) for a sampler that the flags would refuse (see `samplers.check_sampler`), a seed
     outside of 0 .. 2^32 - 1, and conditions that the model does not take.
     """
@@ -54,6 +57,7 @@ class ImageGenerator:
         seed: int = 0,
         label_mode: str = "uniform",
         class_counts: Sequence[int] | Num[np.ndarray, " classes"] | None = None,
+        guide: "ImageGenerator | None" = None,
     ):
         check_draw_mode(model.condition, label_mode)
         self.model = model
@@ -62,6 +66,9 @@ class ImageGenerator:
         self.noise_key, self.label_key = compiled.split_seed(np.uint32(check_seed(seed)))
         self.label_mode = label_mode
         self.counts = None if class_counts is None else np.asarray(class_counts, float)
+        self.guide = guide
+        if guide is not None:
+            check_guide(model, guide.model)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -113,11 +120,31 @@ class ImageGenerator:
         # Numbers are arguments, the rest of the sampler is what the function is compiled for.
         settings = SamplerNumbers.of(sampler)
         prepared = self._prepare(drawn)
-        arguments = (self.params, self.model.codec, self.noise_key, placed, prepared, settings, sampler.num_steps)
+        params = self._params(sampler)
+        arguments = (params, self.model.codec, self.noise_key, placed, prepared, settings, sampler.num_steps)
         return drawn, arguments, {"static": self._static(sampler), "latent_shape": self.model.latent_shape}
 
+    @property
+    def _guide(self) -> Guide | None:
+        return None if self.guide is None else Guide(self.guide.model.network, self.guide.model.objective)
+
     def _static(self, sampler: SamplerConfig) -> CompiledFor:
-        return CompiledFor.of(self.model, sampler)
+        return CompiledFor.of(self.model, sampler, self._guide)
+
+    def _params(self, sampler: SamplerConfig) -> PyTree:
+        # A guide that is not used is no argument.
+        if self.guide is None or not sampler.is_model_guided:
+            return self.params
+        return Parameters(self.params, self.guide.params)
+
+    def count_passes(self, sampler: SamplerConfig, nfe: float | None = None) -> float:
+        """Returns the passes of the network that a sample takes: two with guidance, and those of the guide by its share
+        of FLOPs. `nfe` says how many velocities an adaptive solver has taken."""
+        cost = 0.0
+        if self.guide is not None:
+            shape = self.model.latent_shape
+            cost = self.guide.model.network.count_flops(shape) / self.model.network.count_flops(shape)
+        return self._static(sampler).count_passes(sampler, cost, nfe)
 
     def fitting_batch_size(self, sampler: SamplerConfig, num_samples: int, free_memory: int | None) -> int:
         """Returns the batch size for devices with `free_memory` bytes free each, None where that is not known.
@@ -131,7 +158,8 @@ class ImageGenerator:
             return min(most, max(1, RECIPE_BATCH_SIZE // num_devices)) * num_devices
 
         # Temporary memory grows with the samples on a device; one is enough to measure it.
-        sizes: Any = lower_sampler(self.model, self.params, sampler, num_devices).compile().memory_analysis()
+        lowered = lower_sampler(self.model, self._params(sampler), sampler, num_devices, self._guide)
+        sizes: Any = lowered.compile().memory_analysis()
         # A quarter is left for the Inception network, and for fragmentation.
         fitting = 0.75 * free_memory / max(1, sizes.temp_size_in_bytes)
         return min(most, 2 ** int(np.log2(max(1, fitting)))) * num_devices
@@ -186,11 +214,19 @@ class ImageGenerator:
         model = self.model
         dropout = model.network.config.class_dropout_prob
         channels = model.latent_shape[-1]
-        check_sampler(sampler, model.objective, class_dropout_prob=dropout, num_channels=channels)
+        check_sampler(
+            sampler,
+            model.objective,
+            class_dropout_prob=dropout,
+            num_channels=channels,
+            inner_head=model.network.config.inner_head,
+            has_guide=self.guide is not None,
+        )
 
     def with_seed(self, seed: int) -> "ImageGenerator":
         # Nothing is copied: the parameters are shared, and compiled functions too.
-        return ImageGenerator(self.model, self.params, seed=seed, label_mode=self.label_mode, class_counts=self.counts)
+        options = {"label_mode": self.label_mode, "class_counts": self.counts, "guide": self.guide}
+        return ImageGenerator(self.model, self.params, seed=seed, **options)
 
     def noise(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Float[Array, "n h w c"]:
         """Returns the noise, of latents, from which the samples `indices` start."""
@@ -228,13 +264,14 @@ class ImageGenerator:
         self.check_sampler(sampler)
         condition = self._prepare(condition)
         settings = SamplerNumbers.of(sampler)
+        params = self._params(sampler)
         static = self._static(sampler)
         yield noise
 
         # An adaptive solver has no steps to count: its stages are equal times.
         if sampler.is_adaptive:
             for first, last in itertools.pairwise(np.linspace(0, 1, num_stages + 1).tolist()):
-                noise, _ = compiled.solve(self.params, noise, condition, settings, first, last, static=static)
+                noise, _ = compiled.solve(params, noise, condition, settings, first, last, static=static)
                 yield noise
             return
 
@@ -243,16 +280,17 @@ class ImageGenerator:
         # Counts are traced: one function serves all stages.
         for first, last in itertools.pairwise(cuts):
             steps = (first, last, sampler.num_steps)
-            noise = compiled.integrate(self.params, self.noise_key, noise, condition, settings, *steps, static=static)
+            noise = compiled.integrate(params, self.noise_key, noise, condition, settings, *steps, static=static)
             yield noise
 
-    def straightness(self, num_samples: int = 64, cfg_scale: float | None = None) -> float:
-        """Returns the straightness of the paths of the first samples, see `paths.straightness`."""
+    def straightness(self, num_samples: int = 64, cfg_scale: float | None = None, **guidance: Any) -> float:
+        """Returns the straightness of the paths of the first samples, see `paths.straightness`. `guidance`: further
+        fields of SamplerConfig that are about guidance."""
         # The number of steps is that of `paths.straightness`; only the guidance of the sampler counts.
-        sampler = SamplerConfig(1, cfg_scale)
+        sampler = SamplerConfig(1, cfg_scale, **guidance)
         noise = self.noise(range(num_samples))
         condition = self._prepare(self.conditions(range(num_samples)))
-        arguments = (self.params, noise, condition, SamplerNumbers.of(sampler))
+        arguments = (self._params(sampler), noise, condition, SamplerNumbers.of(sampler))
         values = compiled.measure_straightness(*arguments, static=self._static(sampler))
         return float(gather(values).mean())
 
@@ -265,7 +303,8 @@ class ImageGenerator:
         """
         # Noise that a solver adds could not be taken back.
         self._check_ode(sampler, "invert")
-        arguments = (self.params, latents, self._prepare(condition), SamplerNumbers.of(sampler), sampler.num_steps)
+        settings = SamplerNumbers.of(sampler)
+        arguments = (self._params(sampler), latents, self._prepare(condition), settings, sampler.num_steps)
         return compiled.find_noise(*arguments, static=self._static(sampler))
 
     def inpaint(
@@ -292,7 +331,7 @@ class ImageGenerator:
         condition = self._prepare(condition)
         arguments = (images, is_hole, noise, condition, SamplerNumbers.of(sampler), sampler.num_steps, num_repeats)
         filled = compiled.fill_hole(
-            self.params, self.model.codec, self.noise_key, *arguments, static=self._static(sampler)
+            self._params(sampler), self.model.codec, self.noise_key, *arguments, static=self._static(sampler)
         )
         return gather(filled)
 
@@ -300,6 +339,8 @@ class ImageGenerator:
         self.check_sampler(sampler)
         if not sampler.is_adaptive and sampler.solver not in ODE_SOLVERS:
             raise UserError(f"{sampler.solver} cannot {verb}: use one of {', '.join(ODE_SOLVERS)}")
+        if sampler.cfg_zero_steps:
+            raise UserError(f"cfg_zero_steps={sampler.cfg_zero_steps}: steps that are left out cannot {verb}; use 0")
 
     def model_fn(self, x: ArrayLike, t: Any, condition: Any) -> Float[Array, "n h w c"]:
         """Returns the velocity, float32, without guidance, at x (n, h, w, c), times t (n,) and conditions (n, ...).
@@ -330,6 +371,15 @@ class ImageGenerator:
     def to_pictures(self, images: Images) -> UInt8[np.ndarray, "*n h w c"]:
         """Returns images as figures show them: uint8, whatever the format of the data."""
         return np.asarray(pixel_format(self.model.codec).to_uint8(images))
+
+
+def check_guide(model: ImageModel, guide: ImageModel) -> None:
+    """Raises UserError for a guide of other latents or another kind of condition than the model's."""
+    if guide.latent_shape != model.latent_shape:
+        shapes = ["x".join(map(str, each.latent_shape)) for each in (guide, model)]
+        raise UserError(f"--guide: it is about {shapes[0]}, the model about {shapes[1]}; use a run of the same data")
+    if guide.condition != model.condition:
+        raise UserError("--guide: it takes another condition than the model; use a run of the same data")
 
 
 def check_seed(seed: int) -> int:

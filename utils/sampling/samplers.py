@@ -31,12 +31,15 @@ def check_sampler(
     *,
     class_dropout_prob: float | None = None,
     num_channels: int | None = None,
+    inner_head: int | None = None,
+    has_guide: bool | None = None,
     names: Mapping[str, str] | None = None,
 ) -> None:
     """Raises UserError for a sampler that a model cannot be sampled with, or that has impossible values.
 
-    `objective` None stands for flow matching. `class_dropout_prob` and `num_channels` are the model's; None leaves out
-    what depends on them. `names` say how messages write the fields: FLAGS for a command line, by default as in Python.
+    `objective` None stands for flow matching. `class_dropout_prob`, `num_channels` and `inner_head` are the model's;
+    `has_guide` says whether another guides it. None leaves out what depends on them. `names` say how messages write the
+    fields: FLAGS for a command line, by default as in Python.
     """
     # Lazily, the solver first: a later rule may look up what an earlier one has found to exist.
     problems = itertools.chain(
@@ -44,6 +47,8 @@ def check_sampler(
         _check_steps(sampler, objective),
         _check_times(sampler, objective),
         _check_guidance(sampler, objective, class_dropout_prob, num_channels),
+        _check_zero_star(sampler),
+        _check_other_guidance(sampler, inner_head, has_guide),
     )
     for field, fix in problems:  # the first: what follows may not make sense beside it
         value = getattr(sampler, field)
@@ -53,6 +58,7 @@ def check_sampler(
         raise UserError(f"{(names or {}).get(field, f'{field}=')}{text}: {fix}")
 
 
+BAD_INTERVAL = "give first and last time from 0 to 1, such as 0.1,0.9"
 Problems = Iterator[tuple[str, str]]  # (field, the fix)
 
 
@@ -115,12 +121,37 @@ def _check_guidance(
             yield "cfg_scale", f"{explain_no_guidance(class_dropout_prob)}; use 1"
 
     # Interval and channels, which matter only where there is guidance, are checked all the same.
-    is_pair = isinstance(interval, (tuple, list)) and len(interval) == 2
-    if not is_pair or not all(_is_number(t, 0, 1) for t in interval) or interval[0] > interval[1]:
-        yield "cfg_interval", "give first and last time from 0 to 1, such as 0.1,0.9"
+    if not _is_interval(interval):
+        yield "cfg_interval", BAD_INTERVAL
     most = num_channels or MAX_STEPS
     if sampler.cfg_channels is not None and not is_integer(sampler.cfg_channels, 1, most):
         yield "cfg_channels", f"the model has {most} channels; use 1 to {most}" if num_channels else "use 1 or more"
+
+
+def _check_zero_star(sampler: SamplerConfig) -> Problems:
+    if sampler.cfg_zero_star and guidance_scale(sampler.cfg_scale) is None:
+        yield "cfg_zero_star", "it has no effect without guidance; give a cfg_scale other than 1, or leave it out"
+    if not sampler.cfg_zero_steps:
+        return
+    if not sampler.cfg_zero_star:
+        yield "cfg_zero_steps", "it has no effect without cfg_zero_star; give both, or neither"
+    # Steps that are left out are counted, and nothing is drawn in them.
+    if sampler.is_adaptive or SOLVERS[sampler.solver].is_stochastic:
+        yield "cfg_zero_steps", f"{sampler.solver} has no steps to leave out; use 0, or one of {', '.join(ODE_SOLVERS)}"
+    if not is_integer(sampler.cfg_zero_steps, 0, sampler.num_steps - 1):
+        yield "cfg_zero_steps", f"use a whole number below the {sampler.num_steps} steps; 4 % of them are usual"
+
+
+def _check_other_guidance(sampler: SamplerConfig, inner_head: int | None, has_guide: bool | None) -> Problems:
+    for kind in ("inner", "guide"):
+        if not _is_number(getattr(sampler, f"{kind}_scale"), 0, MAX_SCALE):
+            yield f"{kind}_scale", f"use a scale from 0 to {MAX_SCALE}; 1 is no guidance"
+        if not _is_interval(getattr(sampler, f"{kind}_interval")):
+            yield f"{kind}_interval", BAD_INTERVAL
+    if sampler.is_inner_guided and inner_head == 0:
+        yield "inner_scale", "the model has no inner head (--model.inner_head of its training); use 1"
+    if sampler.is_model_guided and has_guide is False:
+        yield "guide_scale", "there is no model to guide by; name one by guide, or use 1"
 
 
 def largest_steps(num_steps: int, objective: Objective) -> int:
@@ -139,6 +170,11 @@ def _is_number(value: Any, low: float, high: float) -> bool:
         return not isinstance(value, bool) and bool(math.isfinite(value) and low <= value <= high)
     except TypeError:
         return False
+
+
+def _is_interval(value: Any) -> bool:
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2
+    return is_pair and all(_is_number(t, 0, 1) for t in value) and value[0] <= value[1]
 
 
 def is_integer(value: Any, low: int, high: int) -> bool:

@@ -108,26 +108,31 @@ def ancestral_step(
 
 
 class Solver(NamedTuple):
-    """One step, and the velocities it takes (NFE: number of function evaluations).
+    """One step, and where it evaluates the velocity: fractions of the way from t to t_next.
 
     A stochastic one takes standard normal noise (b, ...) as its last argument. `grid` names its times: 'any', those of
     --time_grid; 'sde', those of `sde_time_at`; 'objective', the objective's own (`Objective.time_grid`).
     """
 
     step: StepFn
-    nfe: int
+    fractions: tuple[float, ...]
     is_stochastic: bool = False
     grid: str = "any"
+
+    @property
+    def nfe(self) -> int:
+        """Velocities that a step takes (number of function evaluations)."""
+        return len(self.fractions)
 
 
 # A new solver is one function and one line.
 SOLVERS = {
-    "euler": Solver(euler_step, 1),
-    "heun": Solver(heun_step, 2),
-    "midpoint": Solver(midpoint_step, 2),
-    "sde": Solver(euler_maruyama_step, 1, is_stochastic=True, grid="sde"),
-    "ddim": Solver(euler_step, 1, grid="objective"),  # the straight path makes it Euler's
-    "ddpm": Solver(ancestral_step, 1, is_stochastic=True, grid="objective"),
+    "euler": Solver(euler_step, (0,)),
+    "heun": Solver(heun_step, (0, 1)),
+    "midpoint": Solver(midpoint_step, (0, 0.5)),
+    "sde": Solver(euler_maruyama_step, (0,), is_stochastic=True, grid="sde"),
+    "ddim": Solver(euler_step, (0,), grid="objective"),  # the straight path makes it Euler's
+    "ddpm": Solver(ancestral_step, (0,), is_stochastic=True, grid="objective"),
 }
 ADAPTIVE_SOLVERS = ("dopri5",)
 # Those of fixed steps from 0 to 1 without fresh noise: they alone can invert and inpaint.
@@ -149,21 +154,30 @@ class SamplerConfig(NamedTuple):
     spacing: str = SPACINGS[0]  # of ddim and ddpm
     rtol: float = 1e-5  # of adaptive solvers, which take no step count
     atol: float = 1e-5
+    cfg_zero_star: bool = False  # see `guidance.guide`
+    cfg_zero_steps: int = 0  # the first steps that leave x as it is, with cfg_zero_star
+    inner_scale: float = 1.0  # of internal guidance; 1: none
+    inner_interval: tuple[float, float] = (0.0, 1.0)
+    guide_scale: float = 1.0  # of guidance by another model; 1: none
+    guide_interval: tuple[float, float] = (0.0, 1.0)
 
     @property
     def is_adaptive(self) -> bool:
         return self.solver in ADAPTIVE_SOLVERS
 
     @property
-    def has_interval(self) -> bool:
-        """Whether guidance is off at some times."""
-        low, high = self.cfg_interval
-        return low > 0 or high < 1
+    def is_inner_guided(self) -> bool:
+        return self.inner_scale != 1
+
+    @property
+    def is_model_guided(self) -> bool:
+        return self.guide_scale != 1
 
     @property
     def nfe(self) -> int | None:
         """Velocities that a sample takes; a guided one is two passes of the network. None: the solver chooses."""
-        return None if self.is_adaptive else self.num_steps * SOLVERS[self.solver].nfe
+        num_steps = self.num_steps - self.cfg_zero_steps
+        return None if self.is_adaptive else num_steps * SOLVERS[self.solver].nfe
 
     def __str__(self) -> str:
         name = self.solver.capitalize() if self.solver in ODE_SOLVERS else self.solver.upper()
@@ -175,14 +189,34 @@ class SamplerConfig(NamedTuple):
             shift = f" with {self.spacing} spacing"
 
         # Guidance: its scale, then the times and channels to which it is limited.
-        guidance = "no guidance" if self.cfg_scale is None else f"guidance {self.cfg_scale:g}"
         # Only what differs from the defaults, after what is always said.
-        low, high = self.cfg_interval
-        if self.cfg_scale is not None and self.has_interval:
-            guidance += f" for t in [{low:g}, {high:g}]"
-        if self.cfg_scale is not None and self.cfg_channels is not None:
-            guidance += f" of {self.cfg_channels} channels"
+        guidance = "no guidance" if self.cfg_scale is None else f"guidance {self.cfg_scale:g}"
+        if self.cfg_scale is not None:
+            guidance += _interval_text(self.cfg_interval)
+            guidance += f" of {self.cfg_channels} channels" if self.cfg_channels is not None else ""
+        if self.cfg_zero_star:
+            guidance += f" by CFG-Zero*, {self.cfg_zero_steps} zero steps"
+        if self.is_inner_guided:
+            guidance += f", inner guidance {self.inner_scale:g}{_interval_text(self.inner_interval)}"
+        if self.is_model_guided:
+            guidance += f", autoguidance {self.guide_scale:g}{_interval_text(self.guide_interval)}"
         return f"{steps}{shift}, {guidance}"
+
+
+# Its fields that say which field is integrated, whatever the steps.
+GUIDANCE = (
+    *("cfg_scale", "cfg_zero_star", "inner_scale", "inner_interval"),
+    *("guide_scale", "guide_interval"),
+)
+
+
+def is_always(interval: tuple[float, float]) -> bool:
+    """Returns whether an interval holds all times."""
+    return interval[0] <= 0 and interval[1] >= 1
+
+
+def _interval_text(interval: tuple[float, float]) -> str:
+    return "" if is_always(interval) else f" for t in [{interval[0]:g}, {interval[1]:g}]"
 
 
 def time_at(step: int | Int[Array, ""], num_steps: int | Int[Array, ""], time_shift: float | Float[Array, ""] = 1.0):
@@ -244,10 +278,11 @@ def sample(
     solver: str = "euler",
     times: TimeGrid = time_at,
     keys: Key[Array, " b"] | None = None,
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b ..."]:
-    """Returns samples: `noise` carried to t = 1 by `num_steps` steps; see `take_steps`."""
+    """Returns samples: `noise` carried to t = 1 by the steps `first` .. `num_steps` - 1; see `take_steps`."""
     x = start_path(noise, num_steps, times)
-    return take_steps(velocity_fn, x, 0, num_steps, num_steps, solver, times, keys)
+    return take_steps(velocity_fn, x, first, num_steps, num_steps, solver, times, keys)
 
 
 def adaptive_sample(

@@ -59,6 +59,11 @@ RULES = (
     Rule(("preview",), "with --eval_interval=0: panels are part of an evaluation", lambda v: not v.eval_interval),
     Rule(("num_shards",), "with --sharding={sharding}, only with hybrid", lambda v: v.sharding != "hybrid"),
     Rule(("augment_prob",), "without --augment", lambda v: not v.augment),
+    Rule(
+        ("model.inner_weight", "model.inner_scale"),
+        "with --model.inner_head=0",
+        lambda v: not v.model.get("inner_head"),
+    ),
     Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),
     Rule(("freeze", "lora_rank"), "without --load_dir", lambda v: not v.is_started),
     Rule(

@@ -80,11 +80,11 @@ def reconstruction_panel(model: ImageModel, params: PyTree, batch: Batch, key: K
 
 
 def sample_stages(
-    model: ImageModel, params: PyTree, noise: Array, condition: PyTree, cfg_scale: float | None, num_steps: int
+    model: ImageModel, params: PyTree, noise: Array, condition: PyTree, sampler: SamplerConfig
 ) -> UInt8[np.ndarray, "rows stages h w c"]:
-    """Returns the decoded states of an Euler path of `num_steps` after 1/8, 2/8, ..., 8/8 of its steps."""
+    """Returns the decoded states of a path after 1/8, 2/8, ..., 8/8 of its steps."""
     generator = ImageGenerator(model, params)
-    stages = generator.path(noise, condition, SamplerConfig(num_steps, cfg_scale), PANEL_SIZE)
+    stages = generator.path(noise, condition, sampler, PANEL_SIZE)
     shown = itertools.islice(stages, 1, None)  # all but the noise itself
     return np.stack([generator.to_pictures(generator.decode(latents)) for latents in shown], axis=1)
 
@@ -121,7 +121,8 @@ def sample_panels(
     def stages(scale, num_steps):
         # Scales of 0 and 1 leave one of guidance's two passes without effect, so they go without it.
         shown = model.condition.null(PANEL_SIZE) if scale == 0 else condition
-        return sample_stages(model, params, noise, shown, None if scale in (0, 1) else scale, num_steps)
+        own = sampler._replace(num_steps=num_steps, cfg_scale=None if scale in (0, 1) else scale)
+        return sample_stages(model, params, noise, shown, own)
 
     # By guidance scale: how the path unfolds, eight stages of every image.
     note = note and f"; {note}"
@@ -190,7 +191,9 @@ def evaluate(run: Run, state: TrainState, batch: PyTree) -> Iterator[tuple[str, 
     # Samples, with the sampler of the run.
     is_guided = has_guidance(model.objective) and can_guide(config.model.class_dropout_prob)
     scale = guidance_scale(config.sampling.cfg_scale) if is_guided else None
-    sampler = SamplerConfig(largest_steps(config.sampling.denoise_timesteps, model.objective), scale)
+    sampling = config.sampling
+    num_steps = largest_steps(sampling.denoise_timesteps, model.objective)
+    sampler = SamplerConfig(num_steps, scale, inner_scale=sampling.inner_scale if config.model.inner_head else 1.0)
     weight = run.ema.initial_weight(int(state.step))
     note = f"EMA, {weight:.0%} of it initial parameters" if weight > 0.005 else "EMA"
     number = count_evaluations(config, int(state.step))

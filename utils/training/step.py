@@ -109,7 +109,7 @@ def example_losses(
         condition, null = (Change(tree, augmentation) for tree in (condition, null))
 
     # The network under both sets of parameters: objectives may take targets from the EMA.
-    functions = (model_fn(model, params), model_fn(model, ema_params))
+    functions = (model_fn(model, params, with_inner=bool(model.config.inner_head)), model_fn(model, ema_params))
     return objective.loss(*functions, x_1, condition, examples["draws"] | {"is_dropped": is_dropped, "null": null})
 
 
@@ -126,7 +126,8 @@ def compute_gradients(
     augment_prob: float | Array = 0.0,
     frozen: tuple[str, ...] = (),
 ) -> tuple[PyTree, dict[str, Array]]:
-    """Returns (gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is that loss.
+    """Returns (gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is that loss, and of a
+    network with an inner head that of its last layer.
 
     The gradients of `frozen` parts of the parameters are zero, and are not computed. `augment_prob` is that of each
     change of the images, where the network's condition is one of changed images.
@@ -141,7 +142,9 @@ def compute_gradients(
             )
             # Over the global batch: the compiler adds the devices' parts.
             means = jax.tree.map(jnp.mean, {"l2_loss": losses, **metrics})
-            return means["l2_loss"], means
+            # An inner head learns beside the last layer, whose loss stays comparable with that of other models.
+            inner = model.config.inner_weight * means["inner_loss"] if model.config.inner_head else 0
+            return means["l2_loss"] + inner, means
 
         return jax.grad(loss_fn, has_aux=True)(state.params)
 
