@@ -34,7 +34,6 @@ from ablation_rows import (
     STEP_COUNTS,
     UNSEEN,
     Cell,
-    count_passes,
     parse_flags,
 )
 from ablation_scores import NUM_INCEPTION, Data, Scorer, Setting, climb
@@ -277,8 +276,9 @@ class Ablation:
         unguided, _ = self.scorer.score(
             self.open(cell, plain), plain.make_sampler(max(STEP_COUNTS)), config.num_samples
         )
+        passes = generator.count_passes(setting.make_sampler(max(STEP_COUNTS))) / max(STEP_COUNTS)
         shown = {name: value for name, value in values.items() if name != "guide"}
-        line = {"setting": shown, "passes": count_passes(values), "fd_choice": of_choice, "scores": by_steps}
+        line = {"setting": shown, "passes": passes, "fd_choice": of_choice, "scores": by_steps}
         loss = self.scorer.velocity_loss(generator, min(config.num_samples, len(self.scorer.data.test_images)))
         return line | {"unguided": unguided, "loss": loss, "authpct": authpct}
 

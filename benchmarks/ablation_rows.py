@@ -18,7 +18,8 @@ CHOICE_SEED = 1
 GUIDE_FRACTION = 4  # a guide has had a quarter of the steps
 ROUND_STEPS = 50  # to a multiple of which steps of equal time are rounded
 
-# {field of a sampler, or `params`: its values}; 1 is no guidance.
+# {field of a sampler, `params`, or the share of steps that leave x as it is: values}; scales of 1 are no guidance.
+ZERO_FRACTION = "cfg_zero_fraction"
 CFG = {"cfg_scale": (1, 1.5, 2.0, 2.5, 3.0, 4.0)}
 INNER = CFG | {"inner_scale": (1, 1.3, 1.6, 2.0, 2.5)}
 
@@ -39,7 +40,7 @@ ROWS = {
     "data": Row("--objective.prediction data"),
     "data + t mean -0.4": Row("--objective.prediction data --objective.t_mean -0.4"),
     "inner head": Row("--model.inner_head 2", INNER),
-    "autoguidance": Row("", {"guide_scale": (1.25, 1.5, 2.0, 2.5, 3.0)}, "recipe", is_guided_by_itself=True),
+    "autoguidance": Row("", {"guide_scale": (1, 1.25, 1.5, 2.0, 2.5, 3.0)}, "recipe", is_guided_by_itself=True),
     "Muon": Row("--optimizer muon"),
     "minibatch OT": Row("--coupling minibatch"),
     "semidiscrete OT": Row("--coupling semidiscrete"),
@@ -51,8 +52,17 @@ ROWS = {
         "--ema_profiles 0.05,0.1",
         {"cfg_scale": CFG["cfg_scale"], "params": ("ema:0.03", "ema:0.05", "ema:0.08", "ema:0.1", "ema:0.15")},
     ),
-    "CFG-Zero*": Row("", {**CFG, "cfg_zero_star": (1,), "cfg_zero_steps": (0, 1, 2)}, "recipe"),
-    "best + autoguidance": Row(BEST, {"guide_scale": (1.25, 1.5, 2.0, 2.5)}, "best", is_guided_by_itself=True),
+    "CFG-Zero*": Row(
+        "",
+        {"cfg_scale": CFG["cfg_scale"][1:], "cfg_zero_star": (True,), ZERO_FRACTION: (0, 0.04, 0.08)},
+        trained_as="recipe",
+    ),
+    "best + autoguidance": Row(
+        BEST,
+        {"guide_scale": (1, 1.25, 1.5, 2.0, 2.5), "inner_scale": INNER["inner_scale"]},
+        trained_as="best",
+        is_guided_by_itself=True,
+    ),
     # The second table: what patches of other sizes change.
     "patch 4": Row("--model.patch_size 4", is_only_at_equal_steps=True),
     "patch 4 + data": Row("--model.patch_size 4 --objective.prediction data", is_only_at_equal_steps=True),
@@ -62,7 +72,7 @@ ROWS = {
 PATCHES = {4: ("patch 4", "patch 4 + data"), 7: ("recipe", "data"), 14: ("patch 14", "patch 14 + data")}
 SPREAD = ("recipe", "best")  # trained from several seeds
 SAMPLED = ("recipe", "best")  # scored by Inception, too
-START = {"cfg_scale": 2.0, "inner_scale": 1, "guide_scale": 2.0, "params": "ema:0.08", "cfg_zero_steps": 1}
+START = {"cfg_scale": 2.0, "inner_scale": 1, "guide_scale": 1.5, "params": "ema:0.08", ZERO_FRACTION: 0.04}
 
 
 class Cell(NamedTuple):
@@ -84,8 +94,3 @@ def parse_flags(words: str) -> dict[str, Any]:
 
     parts = words.split()
     return {name.removeprefix("--"): parse(word) for name, word in zip(parts[::2], parts[1::2], strict=True)}
-
-
-def count_passes(values: Mapping[str, Any]) -> int:
-    """Returns the passes of the network that a step takes: one more for each of two kinds of guidance."""
-    return 1 + sum(values.get(name, 1) != 1 for name in ("cfg_scale", "guide_scale"))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import fashion_classifier
 import jax
 import numpy as np
+from ablation_rows import ZERO_FRACTION
 from jaxtyping import UInt8
 
 from utils.base.mesh import make_mesh, replicated
@@ -62,6 +63,8 @@ class Setting(NamedTuple):
     def make_sampler(self, num_steps: int) -> SamplerConfig:
         fields = dict(self.sampler)
         scale = fields.pop("cfg_scale", 1)
+        if ZERO_FRACTION in fields:
+            fields["cfg_zero_steps"] = round(fields.pop(ZERO_FRACTION) * num_steps)
         return SamplerConfig(num_steps, None if scale == 1 else scale, **fields)
 
 

@@ -16,7 +16,7 @@ TITLES = {
     "inner_scale": "inner",
     "guide_scale": "by itself",
     "params": "",
-    "cfg_zero_steps": "zero steps",
+    "cfg_zero_fraction": "zero steps",
 }
 
 Line = Mapping[str, Any]  # of a finished cell
@@ -83,7 +83,7 @@ class Tables:
             for name in self.ablation.names:
                 lines = self.lines(name, budget)
                 if lines and not (budget == "time" and self.ablation.rows[name].is_only_at_equal_steps):
-                    first = [name, describe(lines[0]["setting"]), str(lines[0]["passes"]), f"{lines[0]['steps']:,}"]
+                    first = [name, describe(lines[0]["setting"]), f"{lines[0]['passes']:g}", f"{lines[0]['steps']:,}"]
                     rows.append(first + [mean_of(lines, *column) for column in COLUMNS.values()])
             real = self.ablation.score_real()
             rows.append(["test images", "", "", "", *(mean_of([real], *column) for column in COLUMNS.values())])

@@ -352,6 +352,10 @@ test_guidance.py::test_passes_of_the_network_are_counted
 test_guidance.py::test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices
   utils/runs/evaluations.py: settings |= run.guide_settings -> pass
   utils/flags/reading.py: inner_scale=inner, guide_scale=guide -> inner_scale=inner
+test_ablation.py::test_other_files_are_refused
+  benchmarks/fashion_mnist.py: content[: len(header)] != header or -> False or
+test_ablation.py::test_features_are_those_of_the_committed_weights_by_numpy
+  benchmarks/fashion_classifier.py: images[..., :1].astype(jnp.float32) / 255 -> images[..., :1].astype(jnp.float32)
 """
 
 
