@@ -12,6 +12,7 @@ Each finished cell is a line of --results, and is not made again; the same comma
 end it prints the tables and draws a plot and samples of the same noise.
 """
 
+import functools
 import hashlib
 import json
 import time
@@ -234,10 +235,9 @@ class Ablation:
 
     # --- Scores ---
 
-    def open(self, cell: Cell, setting: Setting, seed: int = 0) -> ImageGenerator:
+    def open(self, cell: Cell, params: str, guide: str | None, seed: int = 0) -> ImageGenerator:
         """Returns the generator of a cell's checkpoint."""
-        options = {} if setting.guide is None else {"guide": setting.guide}
-        return load_generator(self.checkpoint(cell), params=setting.params, seed=seed, label_mode="balanced", **options)
+        return load_generator(self.checkpoint(cell), params=params, guide=guide, seed=seed, label_mode="balanced")
 
     def guide_of(self, cell: Cell) -> dict[str, str]:
         """Returns {"guide": the checkpoint that guides samples of a cell}, where one does."""
@@ -251,9 +251,11 @@ class Ablation:
         row = self.rows[cell.row]
         axes = {**row.axes, **{name: (value,) for name, value in self.guide_of(cell).items()}}
 
+        open_once = functools.cache(lambda params, guide: self.open(cell, params, guide, CHOICE_SEED))
+
         def measure(values: dict[str, Any]) -> float:
             setting = Setting.of(values)
-            generator = self.open(cell, setting, CHOICE_SEED)
+            generator = open_once(setting.params, setting.guide)
             scores, _ = self.scorer.score(generator, setting.make_sampler(CHOICE_STEPS), self.config.num_choice)
             log(f"{cell.row}, {values}: {scores['fd_fashion']:.2f}")
             return scores["fd_fashion"]
@@ -265,17 +267,15 @@ class Ablation:
         config = self.config
         values, of_choice = self.choose(cell)
         setting = Setting.of(values)
-        generator = self.open(cell, setting)
+        generator = self.open(cell, setting.params, setting.guide)
         by_steps = {}
         for num_steps in STEP_COUNTS:
             scores, images = self.scorer.score(generator, setting.make_sampler(num_steps), config.num_samples)
             by_steps[str(num_steps)] = scores
             if num_steps == max(STEP_COUNTS):
                 authpct = self.scorer.authpct(images[: config.num_authpct])
-        plain = Setting(params=setting.params)
-        unguided, _ = self.scorer.score(
-            self.open(cell, plain), plain.make_sampler(max(STEP_COUNTS)), config.num_samples
-        )
+        plain = Setting().make_sampler(max(STEP_COUNTS))
+        unguided, _ = self.scorer.score(generator, plain, config.num_samples)
         passes = generator.count_passes(setting.make_sampler(max(STEP_COUNTS))) / max(STEP_COUNTS)
         shown = {name: value for name, value in values.items() if name != "guide"}
         line = {"setting": shown, "passes": passes, "fd_choice": of_choice, "scores": by_steps}
@@ -292,7 +292,7 @@ class Ablation:
         setting = Setting.of(line["setting"])
         sampler = setting.make_sampler(max(STEP_COUNTS))
         count = min(NUM_INCEPTION["samples"], self.config.num_samples)
-        scores, _ = self.scorer.score(self.open(cell, setting), sampler, count, "inception")
+        scores, _ = self.scorer.score(self.open(cell, setting.params, setting.guide), sampler, count, "inception")
         return {"setting": dict(setting.sampler), "scores": {str(max(STEP_COUNTS)): scores}}
 
     def score_real(self) -> dict[str, Any]:

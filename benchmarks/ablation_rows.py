@@ -20,7 +20,7 @@ ROUND_STEPS = 50  # to a multiple of which steps of equal time are rounded
 
 # {field of a sampler, `params`, or the share of steps that leave x as it is: values}; scales of 1 are no guidance.
 ZERO_FRACTION = "cfg_zero_fraction"
-CFG = {"cfg_scale": (1, 1.5, 2.0, 2.5, 3.0, 4.0)}
+CFG = {"cfg_scale": (1, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)}
 INNER = CFG | {"inner_scale": (1, 1.3, 1.6, 2.0, 2.5)}
 
 
@@ -72,7 +72,7 @@ ROWS = {
 PATCHES = {4: ("patch 4", "patch 4 + data"), 7: ("recipe", "data"), 14: ("patch 14", "patch 14 + data")}
 SPREAD = ("recipe", "best")  # trained from several seeds
 SAMPLED = ("recipe", "best")  # scored by Inception, too
-START = {"cfg_scale": 2.0, "inner_scale": 1, "guide_scale": 1.5, "params": "ema:0.08", ZERO_FRACTION: 0.04}
+START = {"cfg_scale": 2.5, "inner_scale": 1, "guide_scale": 1.5, "params": "ema:0.08", ZERO_FRACTION: 0.04}
 
 
 class Cell(NamedTuple):

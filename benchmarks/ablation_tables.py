@@ -125,7 +125,7 @@ class Tables:
             cell = Cell(name, line["seed"], "time")
             if self.ablation.checkpoint(cell).exists():
                 setting = Setting.of(line["setting"] | self.ablation.guide_of(cell))
-                generator = self.ablation.open(cell, setting)
+                generator = self.ablation.open(cell, setting.params, setting.guide)
                 (batch,) = generator.generate(setting.make_sampler(max(STEP_COUNTS)), 10, 10, np.arange(10))
                 images[name] = batch.to_host()[0]
         if images:
