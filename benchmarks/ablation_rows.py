@@ -44,9 +44,7 @@ ROWS = {
     "Muon": Row("--optimizer muon"),
     "minibatch OT": Row("--coupling minibatch"),
     "semidiscrete OT": Row("--coupling semidiscrete"),
-    "RMSNorm + SwiGLU + RoPE + QK-norm": Row(
-        "--model.norm rms --model.mlp swiglu --model.rope 1 --model.qk_norm 1 --model.mlp_ratio 2.67"
-    ),
+    "RMSNorm + SwiGLU + RoPE + QK-norm": Row("--model.norm rms --model.mlp swiglu --model.rope 1 --model.qk_norm 1"),
     "8 class tokens": Row("--model.class_tokens 8"),
     "post-hoc EMA": Row(
         "--ema_profiles 0.05,0.1",
