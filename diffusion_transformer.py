@@ -21,7 +21,7 @@ from utils.base.messages import warn_once
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition, Embedded, count_rows, embedded_shapes
 from utils.kernels.elementwise import add_gated, gelu, layer_norm, modulate, swiglu
-from utils.kernels.layers import Dense, RMSNorm, position_table, rope_angles, rotate
+from utils.kernels.layers import Dense, RMSNorm, position_table, rope_angles, rotate, xavier_of_rows
 from utils.kernels.ops import (
     AttentionForm,
     attention,
@@ -66,26 +66,30 @@ def timestep_features(t: Float[Array, " b"], scale: float = 10_000.0) -> Float[A
 class PatchEmbed(nn.Module):
     """Images (b, h, w, c) -> tokens (b, n, d): a convolution with kernel = stride = patch, written as one matmul.
 
-    With `starts_at_zero`, its kernel is zero at first, and it has no bias.
+    With `starts_at_zero`, its kernel is zero at first, and it has no bias. With a `bottleneck`, a second matmul leads
+    from so many channels to d: patches of many pixels hold less than they have numbers (JiT, arXiv:2511.13720).
     """
 
     patch_size: int
     hidden_size: int
     dtype: Any
     starts_at_zero: bool = False
+    bottleneck: int = 0
 
     @nn.compact
     def __call__(self, x):
         b, h, w, c = x.shape
         p = self.patch_size
-        d = self.hidden_size
+        width = self.bottleneck or self.hidden_size
         # The kernel has the shape of a convolution, for its fans and for checkpoints.
-        kernel_init = zeros_init if self.starts_at_zero else xavier_uniform
-        kernel = self.param("kernel", kernel_init, (p, p, c, d))
-        bias = jnp.zeros(d) if self.starts_at_zero else self.param("bias", zeros_init, (d,))
+        kernel_init = zeros_init if self.starts_at_zero else xavier_of_rows if self.bottleneck else xavier_uniform
+        kernel = self.param("kernel", kernel_init, (p, p, c, width))
+        has_bias = not (self.starts_at_zero or self.bottleneck)
+        bias = self.param("bias", zeros_init, (width,)) if has_bias else jnp.zeros(width)
         # Each patch becomes a row of p * p * c values.
         patches = x.astype(self.dtype).reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3)  # (b, h/p, w/p, p, p, c)
-        return dense(patches.reshape(b, -1, p * p * c), kernel.reshape(-1, d), bias)
+        rows = dense(patches.reshape(b, -1, p * p * c), kernel.reshape(-1, width), bias)
+        return Dense(self.hidden_size, self.dtype, xavier_uniform, name="out")(rows) if self.bottleneck else rows
 
 
 class TimestepEmbed(nn.Module):
@@ -297,7 +301,7 @@ class DiT(nn.Module):
         p = config.patch_size
 
         # Tokens with their positions.
-        tokens = PatchEmbed(p, config.hidden_size, dtype, name="patch_embed")(x)
+        tokens = PatchEmbed(p, config.hidden_size, dtype, bottleneck=config.bottleneck, name="patch_embed")(x)
         table = jnp.asarray(position_table(h // p, w // p, config.hidden_size))[None]
         # A checkpoint's own table, which training has moved, is used whatever the configuration says.
         if config.learned_positions or self.has_variable("params", "pos_embed"):
@@ -421,8 +425,9 @@ class DiT(nn.Module):
 
         # Patches in and out, the final modulation, and the two layers of the time embedding.
         c_out = 2 * c if config.learn_sigma else c
-        c_in = c if brought.channels is None else c + brought.channels.shape[-1]
-        ends = num_patches * p * p * (c_in + c_out) * d + 2 * d * d + TIMESTEP_FEATURES * d + d * d
+        c_beside = 0 if brought.channels is None else brought.channels.shape[-1]
+        patches = p * p * (c_beside + c_out) * d + config.count_embedding(c)
+        ends = num_patches * patches + 2 * d * d + TIMESTEP_FEATURES * d + d * d
         # The inner head: its modulation, and patches out.
         inner = num_patches * p * p * c_out * d + 2 * d * d if config.inner_head else 0
         return 2 * (config.depth * block + ends + inner)

@@ -15,6 +15,8 @@ RUN = """
 STEPS = 40
 
 OBJECTIVES = {
+    "data": """--objective.prediction data --objective.t_mean -0.8 --objective.t_std 0.8 --objective.noise_scale 2
+        --model.bottleneck 4""",
     "diffusion": "--objective.name diffusion",
     "shortcut": """--objective.name shortcut --objective.finest_steps 8 --objective.bootstrap_every 4
         --objective.bootstrap_guidance 2""",
@@ -30,5 +32,5 @@ def test_devices_microbatches_and_kills_change_nothing(tmp_path, objective):
     kill_and_continue(killed, random.randint(9, 20), *words, "--max_steps", STEPS, "--save_interval", 8)
     assert losses(killed) == losses(whole)  # bit for bit
     assert len(losses(whole)) == STEPS
-    run_program("train_flow.py", *words, "--max_steps", 4, "--grad_accum", 2, "--save_dir", split, devices=4)
+    run_program("train_flow.py", *words, "--max_steps", 4, "--grad_accum", 2, "--save_dir", split, devices=8)
     assert_close(losses(split), losses(whole), 4)

@@ -103,7 +103,11 @@ def test_objectives_are_made_from_their_flags(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("flow_matching --objective.distill 1 --model.t_sampler uniform", FlowMatching("uniform", distill=1)),
+        (
+            "flow_matching --objective.distill 1 --model.t_sampler uniform --objective.prediction data "
+            "--objective.t_mean -0.8 --objective.t_std 0.7 --objective.noise_scale 2",
+            FlowMatching("uniform", distill=1, prediction="data", t_mean=-0.8, t_std=0.7, noise_scale=2.0),
+        ),
         ("diffusion --objective.diffusion_timesteps 100", Diffusion(num_levels=100)),
         (
             "shortcut --objective.finest_steps 16 --objective.bootstrap_every 4 --objective.bootstrap_guidance 2",
@@ -111,8 +115,9 @@ def test_objectives_are_made_from_their_flags(monkeypatch):
         ),
         (
             "mean_flow --objective.step_every 2 --objective.omega 3 --objective.kappa 0.1 --objective.norm_p 0.5 "
-            "--objective.norm_eps 0.2 --objective.guidance_start 0.3 --objective.guidance_end 0.6",
-            MeanFlow(2, omega=3.0, kappa=0.1, guidance_start=0.3, guidance_end=0.6, norm_p=0.5, norm_eps=0.2),
+            "--objective.norm_eps 0.2 --objective.guidance_start 0.3 --objective.guidance_end 0.6 "
+            "--objective.prediction data",
+            MeanFlow(2, 3.0, 0.1, 0.3, 0.6, norm_p=0.5, norm_eps=0.2, prediction="data"),
         ),
     ],
 )

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from utils.runs.results import Results, plot_fid, to_markdown, write_csv, write_json_rows
+from utils.runs.results import Results, plot_fid, sampler_settings, to_markdown, write_csv, write_json_rows
+from utils.sampling.solvers import SamplerConfig
 
 SETTINGS = {"num_steps": 2, "cfg_scale": None, "num_samples": 8, "fid_stats": "a", "inception_logits_sha256": None}
 WITH_LOGITS = SETTINGS | {"inception_logits_sha256": "0f"}
@@ -83,6 +84,13 @@ def test_what_is_recorded_only_where_it_is_not_usual_is_compared_too(tmp_path):
     assert results.find(usual)["fid"] == 2
     assert results.find(usual | {"time_shift": 3.0})["fid"] == 1
     assert results.find(usual | {"convention_source": "flag"})["fid"] == 2  # older rows do not have it
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm"])
+def test_the_noise_levels_of_a_diffusion_enter_the_key(solver):
+    usual = SamplerConfig(8, None, solver=solver)
+    assert sampler_settings(usual) != sampler_settings(usual._replace(spacing="leading"))
+    assert "spacing" not in sampler_settings(SamplerConfig(8, None))
 
 
 def test_rows_are_written_as_json_and_tables_know_adaptive_solvers(tmp_path, capsys):

@@ -101,12 +101,15 @@ def tensor_table(config: DiTConfig) -> list[Tensor]:
     """Lists the tensors of a model, without `pos_embed`, which is a constant in most."""
     # The embeddings.
     table = [
-        Tensor("x_embedder.proj.weight", ("patch_embed", "kernel"), _load_patches, _store_patches),
-        Tensor("x_embedder.proj.bias", ("patch_embed", "bias"), _same, _same),
+        Tensor(f"{_patches_name(config)}.weight", ("patch_embed", "kernel"), _load_patches, _store_patches),
         *_linear("t_embedder.mlp.0", "timestep_embed", "dense_0"),
         *_linear("t_embedder.mlp.2", "timestep_embed", "dense_1"),
         Tensor(LABELS, ("label_embed", "Embed_0", "embedding"), _same, _same),
     ]
+    if config.bottleneck:
+        table += _linear("x_embedder.proj2", "patch_embed", "out")
+    else:
+        table.append(Tensor("x_embedder.proj.bias", ("patch_embed", "bias"), _same, _same))
 
     # The blocks.
     for i in range(config.depth):
@@ -127,6 +130,11 @@ def tensor_table(config: DiTConfig) -> list[Tensor]:
     if config.norm == "rms":
         table.append(_scale("final_layer.norm_final", "final_layer", "norm"))
     return table
+
+
+def _patches_name(config: DiTConfig) -> str:
+    """Returns the name of the layer that reads patches: with a bottleneck, of the first of two."""
+    return "x_embedder.proj1" if config.bottleneck else "x_embedder.proj"
 
 
 def _scale(name: str, *path: str) -> Tensor:
@@ -156,7 +164,8 @@ def import_published(
     p = config.patch_size
     d = config.hidden_size
     _check_shape("pos_embed", pos_embed, (1, height * width // p**2, d))
-    _check_shape("x_embedder.proj.weight", _take(state, "x_embedder.proj.weight", 4), (d, channels, p, p))
+    patches = f"{_patches_name(config)}.weight"
+    _check_shape(patches, _take(state, patches, 4), (config.bottleneck or d, channels, p, p))
     if config.rope:
         _drop_rope_table(state, config, height * width // config.patch_size**2)
     table = tensor_table(config)

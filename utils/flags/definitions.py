@@ -143,8 +143,9 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
         "solver",
         "euler",
         [*SOLVERS, *ADAPTIVE_SOLVERS],
-        "heun and midpoint evaluate the model twice per step; dopri5 chooses its steps by --rtol and --atol; sde is "
-        "SiT's stochastic sampler; ddim and ddpm are of models trained as diffusions.",
+        "heun and midpoint evaluate the model twice per step; heun_euler is heun, but its last step is euler's; dopri5 "
+        "chooses its steps by --rtol and --atol; sde is SiT's stochastic sampler; ddim and ddpm are of models trained "
+        "as diffusions.",
     )
     flags.DEFINE_float("rtol", 1e-5, "Relative tolerance of dopri5.", 1e-7, 1)
     flags.DEFINE_float("atol", 1e-5, "Absolute tolerance of dopri5.", 1e-7, 1)

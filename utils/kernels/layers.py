@@ -3,6 +3,7 @@
 Parameters are float32, and so are their gradients; a layer computes in the `dtype` that it is given.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from utils.kernels.ops import dense
 
@@ -29,6 +30,11 @@ class Dense(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,))
         # The name is what the policy 'dots' saves.
         return checkpoint_name(dense(x.astype(self.dtype), kernel, bias), "dense")
+
+
+def xavier_of_rows(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Returns a kernel (..., c, n), drawn by Xavier's rule for the matrix (... * c, n) as which it is used."""
+    return nn.initializers.xavier_uniform()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
 
 
 class RMSNorm(nn.Module):

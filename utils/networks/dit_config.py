@@ -53,6 +53,9 @@ class DiTConfig(NetworkConfig):
     # Sizes.
     patch_size: int = setting(8, "Side of a patch.", 1, 2**12)
     hidden_size: int = setting(64, "Width of the transformer.", 4, 2**16)
+    bottleneck: int = setting(
+        0, "Width of a layer between patches and tokens, without bias (JiT: 128); 0: none.", 0, 2**16
+    )
     depth: int = setting(2, "Transformer blocks.", 1, 1000)
     num_heads: int = setting(2, "Attention heads.", 1, 2**16)
     mlp_ratio: float = setting(1.0, "MLP width divided by --model.hidden_size.", 0, 100)
@@ -95,14 +98,22 @@ class DiTConfig(NetworkConfig):
         )
 
     def hints(self, latent_shape: tuple[int, int, int]) -> list[str]:
-        height, width, _ = latent_shape
+        height, width, channels = latent_shape
+        hints = []
         # One token attends to nothing but itself: trained, but hardly meant.
-        if not self.patch_size == height == width:
-            return []
-        return [
-            f"--model.patch_size={self.patch_size} makes one token of each {height}x{width} input, which leaves "
-            "attention nothing to attend to; use a smaller one"
-        ]
+        if self.patch_size == height == width:
+            hints.append(
+                f"--model.patch_size={self.patch_size} makes one token of each {height}x{width} input, which leaves "
+                "attention nothing to attend to; use a smaller one"
+            )
+        # Two matrices whose product is any matrix.
+        narrowest = min(self.patch_size**2 * channels, self.hidden_size)
+        if self.bottleneck >= narrowest:
+            hints.append(
+                f"--model.bottleneck={self.bottleneck} is no narrower than a patch or the model, {narrowest}; use "
+                "less, or 0"
+            )
+        return hints
 
     def check(self, latent_shape: tuple[int, int, int]) -> None:
         """Raises UserError where the sizes do not fit each other, latents (h, w, c) or the machine's memory."""
@@ -176,6 +187,12 @@ class DiTConfig(NetworkConfig):
         if self.mlp_width < 1:
             raise UserError(f"--model.mlp_ratio={self.mlp_ratio} leaves the MLP no width; use 4, for example")
 
+    def count_embedding(self, channels: int) -> int:
+        """Returns the number of parameters, without biases, that make a token of a patch of `channels` channels."""
+        inputs = self.patch_size**2 * channels
+        n = self.bottleneck
+        return n * (inputs + self.hidden_size) if n else inputs * self.hidden_size
+
     def count_parameters(self, latent_shape: tuple[int, int, int]) -> int:
         """Returns the number of parameters for latents (h, w, c), without biases.
 
@@ -186,6 +203,7 @@ class DiTConfig(NetworkConfig):
         # A block: 4 d^2 of attention, as much across, 6 d^2 of modulation, and the MLP's two matrices.
         block = (10 + 4 * (self.token_mode == "cross") + 2 * self.mlp_ratio) * d * d
         inner = (2 * d + p * p * channels) * d if self.inner_head else 0
-        # Final modulation and second layer of the time embedding, 3 d^2; its first layer; both ends' patches; labels.
-        ends = (3 * d + 256 + 2 * p * p * channels + self.num_classes + self.class_tokens) * d
+        # Final modulation and second layer of the time embedding, 3 d^2; its first layer; final patches; labels.
+        ends = (3 * d + 256 + p * p * channels + self.num_classes + self.class_tokens) * d
+        ends += self.count_embedding(channels)
         return int(self.depth * block + ends + inner + (height // p) * (width // p) * d)

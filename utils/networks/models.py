@@ -128,7 +128,7 @@ def check_inner_head(config: NetworkConfig, objective: Objective) -> None:
             f"{given}: --model.network={config.network} has no second output; use 0 (docs/change_this.md, Network)"
         )
     if not has_inner_loss(objective):
-        name = next(name for name, kind in OBJECTIVES.items() if isinstance(objective, kind))
+        name = next(name for name, kind in OBJECTIVES.items() if type(objective) is kind)
         raise UserError(f"{given}: --objective.name={name} has no loss for a second output; use 0")
 
 

@@ -1,23 +1,36 @@
 """Flow matching on straight paths from noise x_0 (t = 0) to data x_1 (t = 1).
 
-Rectified flow (Liu et al., arXiv:2209.03003), flow matching (Lipman et al., arXiv:2210.02747).
+Rectified flow (Liu et al., arXiv:2209.03003), flow matching (Lipman et al., arXiv:2210.02747), and networks that
+predict the data instead of the velocity (JiT: Li and He, arXiv:2511.13720).
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from utils.base.settings import setting
-from utils.objectives.objective import Draws, Heads, ModelFn, VelocityFn
+from utils.objectives.objective import Draws, Heads, ModelFn, VelocityFn, scale_noise
 
 # The path stops just short of the data: x_t keeps at least this fraction of noise. The model sees the unclipped t.
 MAX_PATH_TIME = 0.99
 # Values of --model.t_sampler.
 T_SAMPLERS = ("logit_normal", "uniform")
 LEGACY_T_SAMPLERS = {"log-normal": "logit_normal"}  # jax-flow's spelling
+# Predicted data become a velocity over no less than this part of the path, so that errors of the network stay bounded.
+MIN_REST = 0.05
+
+
+def prediction_setting() -> Any:
+    """Returns the field `prediction` of an objective, one definition for all that have it."""
+    return setting(
+        "velocity",
+        "What the network predicts: velocity, or data (JiT); the loss is on the velocity either way.",
+        choices=("velocity", "data"),
+        flag="objective.prediction",
+    )
 
 
 def expand_times(t: Shaped[Array, " b"], target: Float[Array, "b ..."]) -> Shaped[Array, "b ..."]:
@@ -31,15 +44,37 @@ def interpolate(x_0: Float[Array, "b ..."], x_1: Float[Array, "b ..."], t: Float
     return (1 - t) * x_0 + t * x_1
 
 
-def sample_times(key: Key[Array, ""], num_examples: int, t_sampler: str) -> Float[Array, " b"]:
+def velocity_to(x_1: Float[Array, "b ..."], x_t: Float[Array, "b ..."], t: Float[Array, " b"]) -> Float[Array, "b ..."]:
+    """Returns (x_1 - x_t) / max(1 - t, 0.05), the velocity that leads from x_t to the data x_1 (JiT).
+
+    On the straight path it is x_1 - x_0 up to t = 0.95, and falls to 0 from there to t = 1.
+    """
+    return (x_1 - x_t) / jnp.maximum(1 - expand_times(t, x_t), MIN_REST)
+
+
+def velocity_model(model_fn: ModelFn, prediction: str) -> ModelFn:
+    """Returns a network that predicts the velocity, of one that predicts `prediction`: 'velocity', itself, or 'data'.
+
+    A network that is given a step predicts, as data, where its average velocity u would lead by t = 1: x + (1 - t) u.
+    """
+    if prediction == "velocity":
+        return model_fn
+    # Of each head, where there are two.
+    return lambda x_t, t, *given: jax.tree.map(lambda x_1: velocity_to(x_1, x_t, t), model_fn(x_t, t, *given))
+
+
+def sample_times(
+    key: Key[Array, ""], num_examples: int, t_sampler: str, mean: float = 0.0, std: float = 1.0
+) -> Float[Array, " b"]:
     """Draws training times in (0, 1), float32.
 
-    `t_sampler`: 'logit_normal', the sigmoid of a standard normal (arXiv:2403.03206, section 3.1), or 'uniform'.
-    Raises ValueError for any other.
+    `t_sampler`: 'logit_normal', the sigmoid of a normal of this mean and deviation (arXiv:2403.03206, section 3.1), or
+    'uniform'. Raises ValueError for any other.
     """
     # Puts most times in the middle of the path, where the velocity is hardest to predict.
     if t_sampler == "logit_normal":
-        return jax.nn.sigmoid(jax.random.normal(key, (num_examples,)))
+        normal = jax.random.normal(key, (num_examples,))
+        return jax.nn.sigmoid(normal if (mean, std) == (0, 1) else mean + std * normal)
     if t_sampler == "uniform":
         return jax.random.uniform(key, (num_examples,))
     raise ValueError(f"unknown t sampler {t_sampler!r}; use one of {', '.join(T_SAMPLERS)}")
@@ -47,7 +82,7 @@ def sample_times(key: Key[Array, ""], num_examples: int, t_sampler: str) -> Floa
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching:
-    """The network predicts the velocity x_1 - x_0 of the straight path at x_t."""
+    """The network predicts the velocity x_1 - x_0 of the straight path at x_t, or the data x_1 at its end."""
 
     HAS_INNER_LOSS: ClassVar = True
 
@@ -63,10 +98,29 @@ class FlowMatching:
         0, "1: every training time is 0, to learn one step from pairs:DIR.", 0, 1, flag="objective.distill"
     )
 
+    prediction: str = prediction_setting()
+    t_mean: float = setting(
+        0.0, "Mean of the normal whose sigmoid the training times are; below 0: more noise.", -10, 10,
+        flag="objective.t_mean",
+    )  # fmt: skip
+    t_std: float = setting(1.0, "Deviation of that normal.", 0.01, 10, flag="objective.t_std")
+    # More noise for images that are larger in pixels, where neighbours agree (arXiv:2301.11093).
+    noise_scale: float = setting(
+        1.0, "Deviation of the noise x_0; JiT takes 2 for 512 pixels.", 0.01, 100, flag="objective.noise_scale"
+    )
+
+    @property
+    def ends_with_euler(self) -> bool:
+        """Whether Heun's last step is Euler's: data predicted at t = 1, and what is left there, say little."""
+        return self.prediction == "data"
+
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
         """Draws `t` (b,) in [0, 1], and `noise_key` (b,), from which x_0 is drawn."""
         # At t = 0 alone the network learns the whole path as one step.
-        t = jnp.zeros(num_examples) if self.distill else sample_times(time_key, num_examples, self.t_sampler)
+        if self.distill:
+            t = jnp.zeros(num_examples)
+        else:
+            t = sample_times(time_key, num_examples, self.t_sampler, self.t_mean, self.t_std)
         return {
             "t": t,
             "noise_key": jax.random.split(noise_key, num_examples),
@@ -84,36 +138,49 @@ class FlowMatching:
 
         Metrics: `v_abs_mean` and `v_pred_abs_mean` of the true and the predicted velocity.
         """
-        x_0 = draw_noise(draws, x_1)
-        t = draws["t"]
-        # The target is constant along the path. Errors are in float32, whatever the compute dtype.
-        velocity = (x_1 - x_0).astype(jnp.float32)
-        output = model_fn(interpolate(x_0, x_1, t), t, condition)
-
+        output, velocity = self.predict_velocity(model_fn, x_1, condition, draws)
         return squared_errors(output, velocity)
+
+    def predict_velocity(
+        self, model_fn: ModelFn, x_1: Float[Array, "b ..."], condition: PyTree, draws: Draws
+    ) -> tuple[Float[Array, "b ..."] | Heads, Float[Array, "b ..."]]:
+        """Returns the predicted and the true velocity at x_t, the latter float32 whatever the compute dtype."""
+        x_0 = draw_noise(draws, x_1, self.noise_scale)
+        t = draws["t"]
+        x_t = interpolate(x_0, x_1, t)
+        prediction = velocity_model(model_fn, self.prediction)(x_t, t, condition)
+        # The target is constant along the path. For data it is formed as the prediction is, so that the error is that
+        # of the data over max(1 - t, 0.05).
+        velocity = velocity_to(x_1, x_t, t) if self.prediction == "data" else x_1 - x_0
+        return prediction, velocity.astype(jnp.float32)
 
     def corrupt(self, x_1: Float[Array, "b ..."], draws: Draws) -> Float[Array, "b ..."]:
         """Returns x_t at the times and with the noise of `draws`."""
-        return interpolate(draw_noise(draws, x_1), x_1, draws["t"])
+        return interpolate(draw_noise(draws, x_1, self.noise_scale), x_1, draws["t"])
 
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
-        """Returns the end of one straight step from x_t along the predicted velocity: x_t + (1 - t) v."""
+        """Returns the end of one straight step from x_t along the predicted velocity, x_t + (1 - t) v, or what the
+        network predicts if that is the data."""
+        if self.prediction == "data":
+            return model_fn(x_t, t, condition)
         # Exact where the path is straight.
         return x_t + (1 - expand_times(t, x_t)) * model_fn(x_t, t, condition)
 
     def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
-        """Returns the network itself: an instantaneous field, so that t_next has no effect."""
-        return lambda x, t, t_next: model_fn(x, t, condition)
+        """Returns the network's own velocity: an instantaneous field, so that t_next has no effect."""
+        field = velocity_model(model_fn, self.prediction)
+        return lambda x, t, t_next: field(x, t, condition)
 
 
-def draw_noise(draws: Draws, x_1: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Returns x_0 of the shape of x_1: that of `draws` if the data are pairs, else standard normal by `noise_key`."""
+def draw_noise(draws: Draws, x_1: Float[Array, "b ..."], scale: float = 1.0) -> Float[Array, "b ..."]:
+    """Returns x_0 of the shape of x_1, `scale` times noise that is standard normal: that of `draws` if the data are
+    pairs, else by `noise_key`."""
     if "x_0" in draws:
-        return draws["x_0"]
+        return scale_noise(draws["x_0"], scale)
     # A key for each example: its noise is the same however a batch is split over devices and microbatches.
-    return jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"])
+    return scale_noise(jax.vmap(lambda key: jax.random.normal(key, x_1.shape[1:]))(draws["noise_key"]), scale)
 
 
 def squared_errors(

@@ -2,6 +2,12 @@
 
 u(x, t, r) = (x(r) - x) / (r - t) along the path through x at t satisfies u = v + (r - t) du/dt, where du/dt is the
 derivative along the path with r fixed: one Jacobian-vector product. That is the target, with v of the straight path.
+
+The identity is about the function u, however the network expresses it: u = (y - x) / max(1 - t, 0.05) of a network
+that predicts y (`velocity_model`; pixel mean flow, arXiv:2601.22158) is as smooth in x, t and h as y, and is
+differentiated as a whole. Up to t = 0.95, y is where u would lead by t = 1; of a step to r = 1 these are the data.
+Beyond, the divisor stays, but v is still that of the straight path, so that y is x + u / 20 and a step to t = 1 ends at
+the data from there, too.
 """
 
 import dataclasses
@@ -12,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from utils.base.settings import setting
-from utils.objectives.flow_matching import draw_noise, expand_times
+from utils.objectives.flow_matching import draw_noise, expand_times, prediction_setting, velocity_model
 from utils.objectives.objective import Draws, ModelFn, VelocityFn
 
 TIME_MEAN = 0.4  # of the normal whose sigmoid the times are
@@ -20,7 +26,7 @@ TIME_MEAN = 0.4  # of the normal whose sigmoid the times are
 
 @dataclasses.dataclass(frozen=True)
 class MeanFlow:
-    """The network predicts the average velocity from t to r = t + h at x_t, given t and h."""
+    """The network predicts the average velocity from t to r = t + h at x_t, given t and h, or where it would lead."""
 
     # Defaults of --model.* that differ for this objective: a time embedding that is not smooth has huge derivatives.
     MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0, "step_conditioning": 1}
@@ -40,6 +46,7 @@ class MeanFlow:
     # The weight of an example, (squared error + norm_eps)^-norm_p.
     norm_p: float = setting(1.0, "Power of MeanFlow's adaptive weight; 0: squared error.", 0, 2)
     norm_eps: float = setting(0.01, "What MeanFlow's adaptive weight adds to the squared error.", 1e-8, 1e3)
+    prediction: str = prediction_setting()
 
     def __post_init__(self):
         if self.guidance_start > self.guidance_end:
@@ -79,6 +86,7 @@ class MeanFlow:
         and `du_dt_abs_mean`, which is zero where h is. The loss itself is nearly constant with norm_p 1.
         """
         # The point on the path, and the velocity there.
+        model_fn = velocity_model(model_fn, self.prediction)
         x_0 = draw_noise(draws, x_1)
         is_dropped = draws.get("is_dropped", jnp.zeros(len(x_1), bool))
         t = draws["t"]
@@ -166,8 +174,10 @@ class MeanFlow:
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
         """Returns the end of one step from x_t to t = 1: x_t + (1 - t) u(x_t, t, 1)."""
-        return x_t + expand_times(1 - t, x_t) * model_fn(x_t, t, condition, 1 - t)
+        velocity = velocity_model(model_fn, self.prediction)(x_t, t, condition, 1 - t)
+        return x_t + expand_times(1 - t, x_t) * velocity
 
     def velocity(self, model_fn: ModelFn, condition: PyTree) -> VelocityFn:
         """Returns the average velocity from t to t_next, the instantaneous one where they are equal."""
-        return lambda x, t, t_next: model_fn(x, t, condition, t_next - t)
+        field = velocity_model(model_fn, self.prediction)
+        return lambda x, t, t_next: field(x, t, condition, t_next - t)

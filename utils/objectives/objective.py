@@ -44,7 +44,22 @@ def has_guidance(objective: Any) -> bool:
     return getattr(objective, "HAS_GUIDANCE", True)
 
 
-# Members that an objective may lack are read by `getattr`, as in the two functions above.
+def noise_scale(objective: Any) -> float:
+    """Returns s of an objective's noise x_0 = s n, n standard normal."""
+    return getattr(objective, "noise_scale", 1.0)
+
+
+def ends_with_euler(objective: Any) -> bool:
+    """Returns whether Heun's method, on the velocity of this objective, ends with a step of Euler's."""
+    return getattr(objective, "ends_with_euler", False)
+
+
+def scale_noise(noise: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
+    """Returns x_0 = `scale` n of standard normal noise n; n itself where the scale is 1, which adds no operation."""
+    return noise if scale == 1 else scale * noise
+
+
+# Members that an objective may lack are read by `getattr`, as in the functions above.
 @runtime_checkable
 class Objective(Protocol):
     """A way of learning. Immutable and hashable, as it is a static argument of the compiled steps.
@@ -60,6 +75,8 @@ class Objective(Protocol):
     - `HAS_GUIDANCE`: whether its samples can be guided; False where that is part of what is learned.
     - `HAS_INNER_LOSS`: whether its loss takes `Heads`, and has that of the inner head among its metrics, as
       `inner_loss`; False by default.
+    - `noise_scale`: s of the noise x_0 = s n; 1 by default. Its own loss scales by it, and all samplers do.
+    - `ends_with_euler`: whether Heun's last step is Euler's, as the velocity at t = 1 says little; False by default.
     """
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:

@@ -89,12 +89,19 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     file = out if is_file else out / EXPORTED
     write_safetensors(file, state, config)
     log(f"exported {which} parameters of step {step} of {load_dir}: {len(state)} tensors")
+    if predicts_data(config):
+        log("note: its network predicts the data, as the file says: programs for DiT and SiT cannot sample from it")
     if is_file:
         return [file]
     with explaining_full_disk(lambda: f"{file} is whole"):
         write_json(out / CARD[0], config)
         write_text(out / CARD[1], model_card(config, hub_id or f"USER/{out.resolve().name}", step))
     return [file, *(out / name for name in CARD)]
+
+
+def predicts_data(config: Mapping[str, Any]) -> bool:
+    """Returns whether the network of a run predicts the data instead of the velocity."""
+    return config["objective"].get("prediction") == "data"
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
@@ -116,6 +123,8 @@ def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
     model = config["model"]
     data = config["dataset"]
     objective = config["objective"]["name"]
+    scale = f"{model['timestep_scale']:g}"
+    output = ", and predicts the data, not the velocity" if predicts_data(config) else ""
     shape = "x".join(map(str, data["image_shape"]))
     latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of {_public_vae(data)}" if data["vae"] else ""
 
@@ -148,7 +157,7 @@ A diffusion transformer, {model["hidden_size"]} wide, {model["depth"]} deep, {mo
 {model["patch_size"]}, trained with the objective `{objective}` on images {shape} of `{_public_name(data["name"])}`
 ({condition.summary() or f"the condition {recorded_kind(data)}"}){latents}. These are the parameters of step {step:,}.
 
-`model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {model["timestep_scale"]:g}.
+`model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {scale}{output}.
 
     python sample.py --load_dir hf:{hub_id}{given}
     python train_flow.py --load_dir hf:{hub_id} --dataset_name folder:PATH

@@ -158,7 +158,7 @@ def sampler_settings(sampler: SamplerConfig) -> dict[str, Any]:
         settings |= {"rtol": sampler.rtol, "atol": sampler.atol}
     if sampler.time_shift != 1:
         settings["time_shift"] = sampler.time_shift
-    if SOLVERS.get(sampler.solver, SOLVERS["euler"]).grid == "diffusion":
+    if SOLVERS.get(sampler.solver, SOLVERS["euler"]).grid == "objective":
         settings["spacing"] = sampler.spacing
     if sampler.cfg_channels is not None:
         settings["cfg_channels"] = sampler.cfg_channels

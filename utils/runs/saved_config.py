@@ -45,6 +45,7 @@ OLDER_RUNS: dict[str, Any] = {
     "model.mlp": "gelu",
     "model.rope": 0,
     "model.qk_norm": 0,
+    "model.bottleneck": 0,
 }
 
 VAE_FACTOR = 8  # of Stable Diffusion's VAE: image side over latent side
@@ -374,7 +375,7 @@ def check_parameters(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     # Width, patch size and classes, by the arrays that have them. An older run does not record how many channels the
     # latents of its VAE have: any number will do.
     channels = (find_latent_shape(config)[2],) if _is_latent_known(config) else shapes.get(kernel, ())[2:3]
-    expected = {kernel: (patch, patch, *channels, width)}
+    expected = {kernel: (patch, patch, *channels, model["bottleneck"] or width)}
     if config["dataset"]["condition"]["kind"] == "class":
         expected["['label_embed']['Embed_0']['embedding']"] = (model["num_classes"] + 1, width)
     for path, shape in expected.items():

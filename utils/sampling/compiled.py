@@ -17,7 +17,7 @@ from utils.codecs.codec import pixel_format
 from utils.conditions.condition import Mixture, count_rows, take_rows
 from utils.kernels.random import unroll
 from utils.networks.models import ImageModel, model_fn
-from utils.objectives.objective import ModelFn, VelocityFn
+from utils.objectives.objective import ModelFn, VelocityFn, ends_with_euler, noise_scale, scale_noise
 from utils.sampling import paths, solvers
 from utils.sampling.guidance import guide, guide_by_inner, guide_by_model, mix, within
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SamplerConfig, adaptive_sample, is_always, sample_noise
@@ -93,10 +93,11 @@ class CompiledFor(NamedTuple):
         # Where nothing is guided, functions do not differ by the interval.
         is_guided = sampler.cfg_scale is not None
         guide = guide if sampler.is_model_guided else None
+        is_cut = sampler.solver == "heun" and ends_with_euler(model.objective)
         return cls(
             network=model.network,
             objective=model.objective,
-            solver=sampler.solver,
+            solver="heun_euler" if is_cut else sampler.solver,
             spacing=sampler.spacing,
             is_guided=is_guided,
             has_interval=is_guided and not is_always(sampler.cfg_interval),
@@ -106,6 +107,11 @@ class CompiledFor(NamedTuple):
             guide=guide,
             guide_has_interval=guide is not None and not is_always(sampler.guide_interval),
         )
+
+    @property
+    def noise_scale(self) -> float:
+        """The deviation of the noise x_0."""
+        return noise_scale(self.objective)
 
     def times(self, settings: SamplerNumbers) -> solvers.TimeGrid:
         """Returns the times of the solver's steps."""
@@ -228,7 +234,7 @@ def draw_noise(key, indices, *, shape):
 
 @partial(jax.jit, static_argnames=("static",))
 def integrate(params, key, x, condition, settings, first, last, num_steps, *, static):
-    """Returns x after the steps first .. last - 1 of a solver of fixed steps; before step 0 it is noise."""
+    """Returns x after the steps first .. last - 1 of a solver of fixed steps; before step 0 it is x_0."""
     # One compiled function serves every stage of a path: `first`, `last` and `num_steps` are traced.
     velocity_fn = static.velocity(params, settings, condition)
     times = static.times(settings)
@@ -236,7 +242,7 @@ def integrate(params, key, x, condition, settings, first, last, num_steps, *, st
     x = jnp.where(first == 0, solvers.start_path(x, num_steps, times), x)
     first = jnp.maximum(first, static.first_step(settings)) if static.is_zero_star else first
     keys = static.step_keys(key, jnp.arange(len(x)))
-    return solvers.take_steps(velocity_fn, x, first, last, num_steps, static.solver, times, keys)
+    return solvers.take_steps(velocity_fn, x, first, last, num_steps, static.solver, times, keys, static.noise_scale)
 
 
 @partial(jax.jit, static_argnames=("static", "latent_shape"))
@@ -246,13 +252,15 @@ def generate(params, codec, key, indices, condition, settings, num_steps, *, sta
     # An adaptive solver makes the field for each sample by itself, to take steps that its neighbours do not change.
     if static.solver in ADAPTIVE_SOLVERS:
         velocity_of = partial(static.velocity, params, settings)
-        latents, nfe = adaptive_sample(velocity_of, noise, condition, rtol=settings.rtol, atol=settings.atol)
+        x_0 = scale_noise(noise, static.noise_scale)
+        latents, nfe = adaptive_sample(velocity_of, x_0, condition, rtol=settings.rtol, atol=settings.atol)
     else:
         velocity_fn = static.velocity(params, settings, condition)
         times = static.times(settings)
         keys = static.step_keys(key, indices)
         first = static.first_step(settings)
-        latents = solvers.sample(velocity_fn, noise, num_steps, static.solver, times, keys, first)
+        scale = static.noise_scale
+        latents = solvers.sample(velocity_fn, noise, num_steps, static.solver, times, keys, first, scale)
         nfe = None
     return pixel_format(codec).from_unit(codec.decode(latents)), nfe
 
@@ -282,18 +290,21 @@ def solve(params, x, condition, settings, t_start, t_end, *, static):
 @partial(jax.jit, static_argnames=("static",))
 def measure_straightness(params, noise, condition, settings, *, static):
     """Returns the straightness of the path of each noise, see `paths.straightness`."""
-    return paths.straightness(static.velocity(params, settings, condition), noise)
+    velocity_fn = static.velocity(params, settings, condition)
+    return paths.straightness(velocity_fn, scale_noise(noise, static.noise_scale))
 
 
 @partial(jax.jit, static_argnames=("static",))
 def find_noise(params, x, condition, settings, num_steps, *, static):
-    """Returns the noise (b, ...) from which the ODE leads to the latents x."""
+    """Returns the standard normal noise (b, ...) from which the ODE leads to the latents x."""
     # Both run from data at t = 1 to noise at t = 0.
     if static.solver in ADAPTIVE_SOLVERS:
         velocity_of = partial(static.velocity, params, settings)
-        return adaptive_sample(velocity_of, x, condition, 1.0, 0.0, rtol=settings.rtol, atol=settings.atol)[0]
-    velocity_fn = static.velocity(params, settings, condition)
-    return paths.invert(velocity_fn, x, num_steps, static.solver, static.times(settings))
+        x_0, _ = adaptive_sample(velocity_of, x, condition, 1.0, 0.0, rtol=settings.rtol, atol=settings.atol)
+    else:
+        velocity_fn = static.velocity(params, settings, condition)
+        x_0 = paths.invert(velocity_fn, x, num_steps, static.solver, static.times(settings))
+    return scale_noise(x_0, 1 / static.noise_scale)
 
 
 @partial(jax.jit, static_argnames=("static",))
@@ -310,7 +321,16 @@ def fill_hole(params, codec, key, images, is_hole, noise, condition, settings, n
     velocity_fn = static.velocity(params, settings, condition)
     keys = jax.vmap(partial(jax.random.fold_in, noise_key))(jnp.arange(len(images)))
     latents = paths.inpaint(
-        velocity_fn, keys, noise, x_known, is_known, num_steps, static.solver, static.times(settings), num_repeats
+        velocity_fn,
+        keys,
+        noise,
+        x_known,
+        is_known,
+        num_steps,
+        static.solver,
+        static.times(settings),
+        num_repeats,
+        static.noise_scale,
     )
     return jnp.where(is_hole[..., None], pixel_format(codec).from_unit(codec.decode(latents)), images)
 

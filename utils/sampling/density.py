@@ -1,7 +1,7 @@
 """Log-densities of a velocity field, by the instantaneous change of variables (arXiv:1810.01367, arXiv:2210.02747).
 
-log p_1(x) = log N(z; 0, I) - integral over t in [0, 1] of div v(x_t, t), where dx/dt = v leads backwards from x at
-t = 1 to z at t = 0.
+log p_1(x) = log N(x_0; 0, s^2 I) - integral over t in [0, 1] of div v(x_t, t), where dx/dt = v leads backwards from x
+at t = 1 to x_0 at t = 0, and s is the objective's `noise_scale`, 1 by default.
 """
 
 import math
@@ -17,7 +17,7 @@ from utils.base.messages import UserError
 from utils.codecs.codec import Codec
 from utils.data.dataset import Batch, PixelBatch
 from utils.networks.models import Network, model_fn
-from utils.objectives.objective import Objective, VelocityFn
+from utils.objectives.objective import Objective, VelocityFn, noise_scale, scale_noise
 from utils.sampling.solvers import solve_adaptively
 
 # Turns a density of x in [-1, 1] into one of grey levels, 127.5 to a unit of x.
@@ -77,14 +77,18 @@ def divergence(
     return v, jax.lax.map(diagonal, jnp.arange(size)).sum(axis=0)
 
 
-def log_normal(x: Float[Array, "b ..."]) -> Float[Array, " b"]:
-    """Returns log N(x; 0, I) of each example, in nats."""
-    x = x.reshape(len(x), -1)
-    return -0.5 * (x.shape[1] * math.log(2 * math.pi) + jnp.square(x).sum(axis=1))
+def log_normal(x: Float[Array, "b ..."], scale: float = 1.0) -> Float[Array, " b"]:
+    """Returns log N(x; 0, scale^2 I) of each example, in nats."""
+    z = scale_noise(x.reshape(len(x), -1), 1 / scale)
+    return -0.5 * (z.shape[1] * math.log(2 * math.pi * scale**2) + jnp.square(z).sum(axis=1))
 
 
 def midpoint_log_likelihood(
-    velocity_fn: VelocityFn, x_1: Float[Array, "b ..."], probes: Float[Array, "p b ..."] | None, num_steps: int
+    velocity_fn: VelocityFn,
+    x_1: Float[Array, "b ..."],
+    probes: Float[Array, "p b ..."] | None,
+    num_steps: int,
+    noise_scale: float = 1.0,
 ) -> LogLikelihood:
     """Returns log-likelihoods by the midpoint rule in `num_steps` steps: velocity and divergence are taken halfway.
 
@@ -105,7 +109,7 @@ def midpoint_log_likelihood(
         return x - h * v, total + h * div
 
     x_0, total = jax.lax.fori_loop(0, num_steps, step, (x_1, jnp.zeros(len(x_1))))
-    return LogLikelihood(log_normal(x_0) - total, x_0, jnp.full(len(x_1), 2 * num_steps))
+    return LogLikelihood(log_normal(x_0, noise_scale) - total, x_0, jnp.full(len(x_1), 2 * num_steps))
 
 
 def adaptive_log_likelihood(
@@ -116,6 +120,7 @@ def adaptive_log_likelihood(
     *,
     rtol: float | Float[Array, ""] = 1e-5,
     atol: float | Float[Array, ""] = 1e-5,
+    noise_scale: float = 1.0,
 ) -> LogLikelihood:
     """Returns log-likelihoods, in nats, by Dopri5: x and the integral of the divergence are under one error control,
     and each example has steps of its own."""
@@ -133,7 +138,7 @@ def adaptive_log_likelihood(
     moved = None if probes is None else jnp.moveaxis(probes, 1, 0)[:, :, None]
     (x_0, integral), nfe = solve_adaptively(field, start, (condition, moved), 1.0, 0.0, rtol=rtol, atol=atol)
     # Backwards, the integral has the other sign.
-    return LogLikelihood(log_normal(x_0) + integral, x_0, nfe)
+    return LogLikelihood(log_normal(x_0, noise_scale) + integral, x_0, nfe)
 
 
 def draw_probes(key: Key[Array, ""], indices: Int[Array, " b"], shape: tuple[int, ...], num_probes: int) -> Array:
@@ -196,10 +201,12 @@ def measure_batch(
     def velocity_of(condition):
         return objective.velocity(model_fn(network, params), condition)
 
+    scale = noise_scale(objective)
     if config.num_steps is None:
-        found = adaptive_log_likelihood(velocity_of, x_1, condition, probes, rtol=config.rtol, atol=config.atol)
+        tolerances = {"rtol": config.rtol, "atol": config.atol}
+        found = adaptive_log_likelihood(velocity_of, x_1, condition, probes, **tolerances, noise_scale=scale)
     else:
-        found = midpoint_log_likelihood(velocity_of(condition), x_1, probes, config.num_steps)
+        found = midpoint_log_likelihood(velocity_of(condition), x_1, probes, config.num_steps, scale)
 
     # Per element, so that sizes compare.
     num_elements = math.prod(x_1.shape[1:])

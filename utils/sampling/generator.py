@@ -22,6 +22,7 @@ from utils.codecs.codec import pixel_format
 from utils.conditions.condition import Condition, Mixture, check_draw_mode, count_rows, resize_rows
 from utils.images.pixels import ImageBatch, Images
 from utils.networks.models import ImageModel
+from utils.objectives.objective import noise_scale, scale_noise
 from utils.sampling import compiled
 from utils.sampling.compiled import CompiledFor, Guide, Parameters, SamplerNumbers, lower_sampler
 from utils.sampling.samplers import check_sampler, guidance_scale, is_integer
@@ -229,7 +230,7 @@ class ImageGenerator:
         return ImageGenerator(self.model, self.params, seed=seed, **options)
 
     def noise(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> Float[Array, "n h w c"]:
-        """Returns the noise, of latents, from which the samples `indices` start."""
+        """Returns the standard normal noise, of latents, from which the samples `indices` start."""
         return compiled.draw_noise(self.noise_key, np.asarray(indices, np.int32), shape=self.model.latent_shape)
 
     def conditions(self, indices: Sequence[int] | Int[np.ndarray, " n"]) -> PyTree:
@@ -249,30 +250,31 @@ class ImageGenerator:
     def sample_latents(
         self, noise: Float[Array, "n h w c"], condition: PyTree, sampler: SamplerConfig
     ) -> Float[Array, "n h w c"]:
-        """Returns the latents at t = 1 of the path that starts at `noise`."""
+        """Returns the latents at t = 1 of the path that starts at `noise`, standard normal."""
         *_, latents = self.path(noise, condition, sampler, 1)
         return latents
 
     def path(
         self, noise: Float[Array, "n h w c"], condition: PyTree, sampler: SamplerConfig, num_stages: int
     ) -> Iterator[Float[Array, "n h w c"]]:
-        """Yields the latents at `num_stages` + 1 times of the path, from `noise` itself to t = 1.
+        """Yields the latents at `num_stages` + 1 times of the path, from x_0 to t = 1.
 
-        The stages are equally many steps apart, or as near as the step count allows. Row j has the fresh noise of
-        sample j, if the solver draws any.
+        x_0 is `noise`, standard normal, times the objective's `noise_scale`. The stages are equally many steps apart,
+        or as near as the step count allows. Row j has the fresh noise of sample j, if the solver draws any.
         """
         self.check_sampler(sampler)
         condition = self._prepare(condition)
         settings = SamplerNumbers.of(sampler)
         params = self._params(sampler)
         static = self._static(sampler)
-        yield noise
+        x = scale_noise(noise, static.noise_scale)
+        yield x
 
         # An adaptive solver has no steps to count: its stages are equal times.
         if sampler.is_adaptive:
             for first, last in itertools.pairwise(np.linspace(0, 1, num_stages + 1).tolist()):
-                noise, _ = compiled.solve(params, noise, condition, settings, first, last, static=static)
-                yield noise
+                x, _ = compiled.solve(params, x, condition, settings, first, last, static=static)
+                yield x
             return
 
         # Fixed steps are the same as in one run from start to end: the cuts fall between them.
@@ -280,8 +282,8 @@ class ImageGenerator:
         # Counts are traced: one function serves all stages.
         for first, last in itertools.pairwise(cuts):
             steps = (first, last, sampler.num_steps)
-            noise = compiled.integrate(params, self.noise_key, noise, condition, settings, *steps, static=static)
-            yield noise
+            x = compiled.integrate(params, self.noise_key, x, condition, settings, *steps, static=static)
+            yield x
 
     def straightness(self, num_samples: int = 64, cfg_scale: float | None = None, **guidance: Any) -> float:
         """Returns the straightness of the paths of the first samples, see `paths.straightness`. `guidance`: further
@@ -297,7 +299,7 @@ class ImageGenerator:
     def invert(
         self, latents: Float[Array, "n h w c"], condition: PyTree, sampler: SamplerConfig
     ) -> Float[Array, "n h w c"]:
-        """Returns the noise from which the ODE leads to `latents`, up to the solver's error.
+        """Returns the standard normal noise from which the ODE leads to `latents`, up to the solver's error.
 
         Raises UserError for a solver that adds noise, and for one whose times do not go from 0 to 1.
         """
@@ -380,6 +382,12 @@ def check_guide(model: ImageModel, guide: ImageModel) -> None:
         raise UserError(f"--guide: it is about {shapes[0]}, the model about {shapes[1]}; use a run of the same data")
     if guide.condition != model.condition:
         raise UserError("--guide: it takes another condition than the model; use a run of the same data")
+    scales = [noise_scale(each.objective) for each in (guide, model)]
+    if scales[0] != scales[1]:
+        raise UserError(
+            f"--guide: it learned with --objective.noise_scale={scales[0]:g}, the model with {scales[1]:g}; use a run "
+            "of the same noise"
+        )
 
 
 def check_seed(seed: int) -> int:

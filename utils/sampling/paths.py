@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from utils.objectives.objective import VelocityFn
+from utils.objectives.objective import VelocityFn, scale_noise
 from utils.sampling.solvers import SOLVERS, TimeGrid, full_times, take_steps, time_at
 
 
@@ -24,14 +24,14 @@ def invert(
     return take_steps(velocity_fn, x_1, 0, num_steps, num_steps, solver, backwards)
 
 
-def straightness(velocity_fn: VelocityFn, noise: Float[Array, "b ..."], num_steps: int = 100) -> Float[Array, " b"]:
-    """Returns how far each path is from a straight line (arXiv:2209.03003, eq. 8), per element.
+def straightness(velocity_fn: VelocityFn, x_0: Float[Array, "b ..."], num_steps: int = 100) -> Float[Array, " b"]:
+    """Returns how far each path from x_0 is from a straight line (arXiv:2209.03003, eq. 8), per element.
 
     It is the mean over `num_steps` Euler steps of |z_1 - z_0 - v|^2, the variance of v along the path, in [0, inf).
     Zero: one step is as good as many.
     """
     # Euler's path, of which z_1 - z_0 is the mean velocity; mean and variance are kept while it is followed.
-    axes = tuple(range(1, noise.ndim))
+    axes = tuple(range(1, x_0.ndim))
 
     def body(i, carried):
         x, mean, squares = carried
@@ -40,7 +40,7 @@ def straightness(velocity_fn: VelocityFn, noise: Float[Array, "b ..."], num_step
         new_mean = mean + (v - mean) / (i + 1)  # Welford's update, which loses no digits
         return x + (t_next - t) * v, new_mean, squares + ((v - mean) * (v - new_mean)).mean(axes)
 
-    start = (noise, jnp.zeros_like(noise), jnp.zeros(len(noise)))
+    start = (x_0, jnp.zeros_like(x_0), jnp.zeros(len(x_0)))
     _, _, squares = jax.lax.fori_loop(0, num_steps, body, start)
     return squares / num_steps
 
@@ -55,12 +55,14 @@ def inpaint(
     solver: str = "euler",
     times: TimeGrid = time_at,
     num_repeats: int | Int[Array, ""] = 1,
+    noise_scale: float = 1.0,
 ) -> Float[Array, "b ..."]:
     """Returns samples (b, ...) that are `x_known` where `is_known`, a mask of the shape of one example.
 
     After every step the known elements are put on their own path, t x_known + (1 - t) x_0. So that the others fit them,
     each step is taken `num_repeats` times, as RePaint does (arXiv:2201.09865): between two, x goes back from t' to t by
     fresh noise e, x_t = (t / t') x_t' + sqrt((1 - t)^2 - (t (1 - t') / t')^2) e. `keys` draw that of each example.
+    Both it and `noise` are standard normal, and `noise_scale` times as wide on the path.
     """
     step = SOLVERS[solver].step
 
@@ -76,6 +78,7 @@ def inpaint(
         def again(repeat, carried):
             x, _ = carried
             fresh = jax.vmap(lambda key: jax.random.normal(_fold(key, i, repeat), x.shape[1:]))(keys)
+            fresh = scale_noise(fresh, noise_scale)
             # The path shrinks x by the ratio; fresh noise fills its standard deviation up to 1 - t.
             ratio = t / t_next
             x = ratio * x + jnp.sqrt((1 - t) ** 2 - (ratio * (1 - t_next)) ** 2) * fresh
@@ -86,7 +89,8 @@ def inpaint(
 
         return jax.lax.fori_loop(1, num_repeats, again, forward(x, x_0))
 
-    x, _ = jax.lax.fori_loop(0, num_steps, body, (noise, noise))
+    x_0 = scale_noise(noise, noise_scale)
+    x, _ = jax.lax.fori_loop(0, num_steps, body, (x_0, x_0))
     return jnp.where(is_known, x_known, x)
 
 

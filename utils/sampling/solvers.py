@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from utils.kernels.random import unroll
-from utils.objectives.objective import VelocityFn
+from utils.objectives.objective import VelocityFn, scale_noise
 
 # step(velocity_fn, x, t, t_next) -> x at t_next; a stochastic one is given fresh noise, too.
 StepFn = Callable[..., Float[Array, "b ..."]]
@@ -41,6 +41,20 @@ def heun_step(
     return x + (t_next - t) * (v + v_end) / 2
 
 
+def heun_euler_step(
+    velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, ""], t_next: Float[Array, ""]
+) -> Float[Array, "b ..."]:
+    """Takes a step of `heun_step`, but of Euler's where it ends at t = 1, as JiT samples (arXiv:2511.13720).
+
+    Backwards, a step that starts at t = 1 is Euler's by the velocity at its end. So the velocity at t = 1 is not used.
+    """
+    t_start = jnp.where(t < 1, t, t_next)
+    v = velocity_fn(x, full_times(t_start, x), full_times(t_next, x))
+    v_end = velocity_fn(x + (t_next - t) * v, full_times(t_next, x), full_times(t_next, x))
+    is_inside = (t < 1) & (t_next < 1)
+    return x + (t_next - t) * jnp.where(is_inside, (v + v_end) / 2, v)
+
+
 def midpoint_step(
     velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, ""], t_next: Float[Array, ""]
 ) -> Float[Array, "b ..."]:
@@ -60,8 +74,9 @@ def euler_maruyama_step(
 ) -> Float[Array, "b ..."]:
     """Takes a step of order 1 of the SDE with the same marginals (SiT, arXiv:2401.08740, diffusion coefficient 1 - t).
 
-    On the straight path the score is (t v - x) / (1 - t), so that dx = (v + (t v - x)) dt + sqrt(2 (1 - t)) dW. The
-    step that ends at t = 1 takes the mean alone.
+    On the straight path the score is (t v - x) / (1 - t), so that dx = (v + (t v - x)) dt + sqrt(2 (1 - t)) dW. Of x_0
+    with the deviation s, the score is 1 / s^2 of that: with fresh noise of that deviation, too, the drift is the same.
+    The step that ends at t = 1 takes the mean alone.
     """
     v = velocity_fn(x, full_times(t, x), full_times(t_next, x))
     drift = v + (t * v - x)
@@ -110,8 +125,9 @@ def ancestral_step(
 class Solver(NamedTuple):
     """One step, and where it evaluates the velocity: fractions of the way from t to t_next.
 
-    A stochastic one takes standard normal noise (b, ...) as its last argument. `grid` names its times: 'any', those of
-    --time_grid; 'sde', those of `sde_time_at`; 'objective', the objective's own (`Objective.time_grid`).
+    A stochastic one takes fresh noise (b, ...), of the deviation of x_0, as its last argument. `grid` names its
+    times: 'any', those of --time_grid; 'sde', those of `sde_time_at`; 'objective', the objective's own
+    (`Objective.time_grid`).
     """
 
     step: StepFn
@@ -129,6 +145,7 @@ class Solver(NamedTuple):
 SOLVERS = {
     "euler": Solver(euler_step, (0,)),
     "heun": Solver(heun_step, (0, 1)),
+    "heun_euler": Solver(heun_euler_step, (0, 1)),
     "midpoint": Solver(midpoint_step, (0, 0.5)),
     "sde": Solver(euler_maruyama_step, (0,), is_stochastic=True, grid="sde"),
     "ddim": Solver(euler_step, (0,), grid="objective"),  # the straight path makes it Euler's
@@ -180,7 +197,7 @@ class SamplerConfig(NamedTuple):
         return None if self.is_adaptive else num_steps * SOLVERS[self.solver].nfe
 
     def __str__(self) -> str:
-        name = self.solver.capitalize() if self.solver in ODE_SOLVERS else self.solver.upper()
+        name = self.solver.title().replace("_", "-") if self.solver in ODE_SOLVERS else self.solver.upper()
         steps = f"{self.num_steps} {name} step{'s' * (self.num_steps > 1)}"
         if self.is_adaptive:
             steps = f"{self.solver} (rtol {self.rtol:g}, atol {self.atol:g})"
@@ -239,7 +256,7 @@ def sde_time_at(step: int | Int[Array, ""], num_steps: int | Int[Array, ""]) -> 
 def start_path(
     noise: Float[Array, "b ..."], num_steps: int | Int[Array, ""], times: TimeGrid = time_at
 ) -> Float[Array, "b ..."]:
-    """Scales standard normal noise to the first time t of the grid, by sqrt(t^2 + (1 - t)^2), which is 1 at t = 0."""
+    """Scales the noise x_0 to the first time t of the grid, by sqrt(t^2 + (1 - t)^2), which is 1 at t = 0."""
     t = times(0, num_steps)
     return noise * jnp.hypot(t, 1 - t)
 
@@ -253,11 +270,13 @@ def take_steps(
     solver: str = "euler",
     times: TimeGrid = time_at,
     keys: Key[Array, " b"] | None = None,
+    noise_scale: float = 1.0,
 ) -> Float[Array, "b ..."]:
     """Returns x after the steps i = first .. last - 1 of `num_steps`, each from times(i, num_steps) to that of i + 1.
 
-    `solver` is a key of SOLVERS; a stochastic one draws the noise of example j at step i from (keys[j], i). All three
-    counts may be traced, so that one compiled function serves every step count and every stage of a path.
+    `solver` is a key of SOLVERS; a stochastic one draws the noise of example j at step i from (keys[j], i), and scales
+    it as x_0 is. All three counts may be traced, so that one compiled function serves every step count and every stage
+    of a path.
     """
     step, _, is_stochastic, _ = SOLVERS[solver]
 
@@ -265,7 +284,7 @@ def take_steps(
         t, t_next = times(i, num_steps), times(i + 1, num_steps)
         if is_stochastic:
             fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:]))(keys)
-            return step(velocity_fn, x, t, t_next, fresh)
+            return step(velocity_fn, x, t, t_next, scale_noise(fresh, noise_scale))
         return step(velocity_fn, x, t, t_next)
 
     return jax.lax.fori_loop(first, last, body, x)
@@ -279,10 +298,12 @@ def sample(
     times: TimeGrid = time_at,
     keys: Key[Array, " b"] | None = None,
     first: int | Int[Array, ""] = 0,
+    noise_scale: float = 1.0,
 ) -> Float[Array, "b ..."]:
-    """Returns samples: `noise` carried to t = 1 by the steps `first` .. `num_steps` - 1; see `take_steps`."""
-    x = start_path(noise, num_steps, times)
-    return take_steps(velocity_fn, x, first, num_steps, num_steps, solver, times, keys)
+    """Returns samples: standard normal `noise`, scaled, carried to t = 1 by the steps `first` .. `num_steps` - 1; see
+    `take_steps`."""
+    x = start_path(scale_noise(noise, noise_scale), num_steps, times)
+    return take_steps(velocity_fn, x, first, num_steps, num_steps, solver, times, keys, noise_scale)
 
 
 def adaptive_sample(

@@ -58,6 +58,16 @@ RULES = (
     ),
     Rule(("preview",), "with --eval_interval=0: panels are part of an evaluation", lambda v: not v.eval_interval),
     Rule(("num_shards",), "with --sharding={sharding}, only with hybrid", lambda v: v.sharding != "hybrid"),
+    Rule(
+        ("objective.t_mean", "objective.t_std"),
+        "with --model.t_sampler=uniform, only with logit_normal",
+        lambda v: v.model["t_sampler"] == "uniform",
+    ),
+    Rule(
+        ("objective.t_mean", "objective.t_std"),
+        "with --objective.distill=1, which trains at t = 0 alone",
+        lambda v: v.objective.get("distill"),
+    ),
     Rule(("augment_prob",), "without --augment", lambda v: not v.augment),
     Rule(
         ("model.inner_weight", "model.inner_scale"),

@@ -58,6 +58,7 @@ COMPARED_ELSEWHERE = (
 # Parameters mean something else under another value of these, even if their shapes are the same.
 MEANING_OF_PARAMETERS = (
     "network", "hidden_size", "num_heads", "mlp_ratio", "norm", "mlp", "rope", "qk_norm", "timestep_scale",
+    "bottleneck",
 )  # fmt: skip
 # Groups of a configuration that are no flags.
 NOT_FLAGS = ("dataset", "jax")
@@ -90,10 +91,12 @@ class SourceRun(NamedTuple):
     def differences(self, config: dict[str, Any]) -> list[str]:
         """Says what a run of this configuration has to learn anew, a line each."""
         remarks = []
-        ours = config["objective"]["name"]
-        theirs = self.saved["objective"]["name"]
-        if ours != theirs:
-            remarks.append(f"note: --load_dir has learned {theirs}, which this run unlearns: its objective is {ours}")
+        for setting, default in {"name": None, "prediction": "velocity", "noise_scale": 1.0}.items():
+            # Objectives without the other two have their defaults.
+            ours, theirs = (settings["objective"].get(setting) or default for settings in (config, self.saved))
+            if ours != theirs:
+                flag = f"--objective.{setting}"
+                remarks.append(f"note: --load_dir has learned {flag}={theirs}, which this run unlearns: it has {ours}")
         weights = [settings["dataset"]["codec"]["sha256"] for settings in (config, self.saved)]
         if all(weights) and weights[0] != weights[1]:
             remarks.append("note: the latents are of another VAE than those of --load_dir")
