@@ -11,6 +11,7 @@ from ablation_scores import NUM_INCEPTION, Setting
 from utils.images import plotting
 
 MOST = str(max(STEP_COUNTS))
+MAX_CURVES = 8  # in the plot: the recipe's, and those of the rows with the least distances
 TITLES = {
     "cfg_scale": "guidance",
     "inner_scale": "inner",
@@ -111,12 +112,13 @@ class Tables:
         print_table(rows)
 
     def draw(self) -> None:
-        """Draws distances by number of steps, and samples of the same noise, beside --results."""
+        """Draws distances by number of steps of the best rows, and samples of the same noise, beside --results."""
         found = {name: lines[0] for name in self.ablation.names if (lines := self.lines(name, "time"))}
         if not found:
             return
         path = self.ablation.results.with_suffix("")
-        curves = {name: [(n, distance_at(n)(line)) for n in STEP_COUNTS] for name, line in found.items()}
+        nearest = sorted(found, key=lambda name: (name != "recipe", distance_at(MOST)(found[name])))[:MAX_CURVES]
+        curves = {name: [(n, distance_at(n)(found[name])) for n in STEP_COUNTS] for name in nearest}
         plotting.curves(curves, "steps", "Fréchet distance").savefig(path.with_suffix(".png"))
 
         # One of each class, where the trainings are still there.
