@@ -66,7 +66,7 @@ test_prediction.py::test_patches_go_through_two_matrices
 test_results.py::test_the_noise_levels_of_a_diffusion_enter_the_key
   utils/runs/results.py: .grid == "objective" -> .grid == "any"
 test_train_flow.py::test_training_and_validation_batches_are_of_their_splits
-  utils/training/build.py: datasets["validation"], training.batch_size -> datasets["train"], training.batch_size
+  utils/training/data.py: datasets["validation"], training.batch_size -> datasets["train"], training.batch_size
 test_train_flow.py::test_pictures_and_fid_are_of_the_ema_and_losses_of_the_parameters
   utils/training/evaluation.py: = ImageGenerator(run.model, state.ema_params -> = ImageGenerator(run.model, state.params
   utils/training/evaluation.py: from sample_panels(shown, state.ema_params -> from sample_panels(shown, state.params
@@ -294,6 +294,33 @@ test_sweep.py::test_damaged_checkpoints_are_left_out_unless_they_are_named
 test_keep_best.py::test_the_best_have_the_lowest_scores_or_the_highest
   utils/runs/best.py: sign = -1 if _is_higher_better(self.keep.score) else 1 -> sign = 1
   utils/runs/best.py: and math.isfinite(scores[step]) ->
+test_coupling.py::test_assignments_are_those_of_the_golden_arrays
+  utils/data/coupling.py: linear_sum_assignment(cost)[1] -> np.argsort(linear_sum_assignment(cost)[1])
+test_coupling.py::test_no_permutation_costs_less
+  utils/data/coupling.py: 2 * data @ noise.T -> data @ noise.T
+  utils/data/coupling.py: perm[rows] = rows[assign(cost)] -> perm[rows] = assign(cost)
+test_coupling.py::test_noise_stays_standard_normal_given_the_label
+  utils/data/coupling.py: np.nonzero(labels == label)[0] -> perm.copy()
+  utils/data/coupled.py: (values if len(kind.class_names) > 1 else None), None -> None, None
+test_coupling.py::test_noise_is_a_function_of_seed_step_and_row
+  utils/data/coupling.py: counter=[0, 0, row, step] -> counter=[0, 0, place, step]
+  utils/data/coupling.py: counter=[0, 0, row, step] -> counter=[row, 0, 0, step]
+test_coupling.py::test_winners_are_exact_and_fits_the_same_numbers_on_any_machine
+  utils/data/coupling.py: winners[row] = candidates[ -> candidates[
+test_coupling.py::test_each_point_wins_its_share
+  utils/data/coupling.py: self.directions *= np.float32(scale) -> pass
+  utils/data/semidiscrete.py: (1 - counts / (size * weights)) -> (counts / (size * weights) - 1)
+test_coupling.py::test_a_batch_brings_noise_of_its_own_images_and_validation_that_of_an_uncoupled_run
+  utils/training/build.py: coupling=self.coupling) -> coupling=None)
+  utils/training/data.py: jax.random.fold_in(unroll(key), VALIDATION) -> unroll(key)
+test_coupling.py::test_groups_may_be_smaller_or_larger_than_a_batch
+  utils/data/coupled.py: max(1, num_rows // batch_size) -> 1
+test_coupling.py::test_semidiscrete_batches_are_of_winners_of_the_rows_labels
+  utils/data/coupled.py: batch = read(examples.tolist(), mirrored.astype(bool).tolist()) -> batch = read(*select(step))
+  utils/data/coupled.py: return 1 + self.dataset.random_flip -> return 1
+test_coupling.py::test_potentials_are_kept_compared_and_fitted_again
+  utils/data/coupled.py: if not is_new and expected_sha256 not in -> if False and expected_sha256 not in
+  utils/training/loop.py: run.record["dataset"]["coupling_sha256"] = sha256 -> pass
 test_keep_best.py::test_a_training_saves_what_it_evaluates_and_keeps_the_best
   utils/training/loop.py: saver.is_due(step, is_evaluated and bool(config.checkpoints.keep_best)) -> saver.is_due(step)
   utils/training/loop.py: keep.keep_every, best) -> keep.keep_every, None)

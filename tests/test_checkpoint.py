@@ -31,7 +31,14 @@ OLD_CONFIG = {"model": SETTINGS, "dataset_name": "digits", "dataset": METADATA}
 # With what runs were trained with before there was a setting for it.
 CONFIG = {
     **OLD_CONFIG,
-    "objective": {"name": "flow_matching", "distill": 0},
+    "objective": {
+        "name": "flow_matching",
+        "distill": 0,
+        "prediction": "velocity",
+        "t_mean": 0.0,
+        "t_std": 1.0,
+        "noise_scale": 1.0,
+    },
     "freeze": [],
     "lora_rank": 0,
     "warmup_steps": 0,
@@ -40,6 +47,10 @@ CONFIG = {
     "lr_schedule": "constant",
     "augment": [],
     "augment_prob": 0.12,
+    "coupling": "none",
+    "coupling_rows": None,
+    "coupling_weight": None,
+    "coupling_draws": 100,
     "codec": "pixels",
     "dataset": {
         **METADATA,

@@ -40,13 +40,20 @@ CONFIG = {
     "lr_schedule": "constant",
     "augment": [],
     "augment_prob": 0.12,
+    "coupling": "none",
+    "coupling_rows": None,
+    "coupling_weight": None,
+    "coupling_draws": 100,
     "frozen": [],
     "save_dir": "runs/a",
     "codec": "pixels",
     "model": DIT.__dict__
     | OPTIMIZER
     | {"use_stable_vae": 0, "t_sampler": "uniform", "preset": "debug", "denoise_timesteps": 32},
-    "objective": {"name": "flow_matching", "distill": 0, "diffusion_timesteps": None, "omega": None},
+    "objective": {
+        "name": "flow_matching", "distill": 0, "diffusion_timesteps": None, "omega": None, "prediction": "velocity",
+        "t_mean": 0.0, "t_std": 1.0, "noise_scale": 1.0,
+    },
     "dataset": {
         "name": "digits", "image_shape": [8, 8, 3], "latent_shape": [8, 8, 3], "class_names": ["a", "b"], "vae": None,
         "vae_sha256": None, "codec": {"name": "pixels", "source": None, "sha256": None}, "empty_classes": [],
@@ -133,7 +140,7 @@ def test_whole_configurations_are_read_as_they_are(sample_shape):
         "dit",
         "logit_normal",
     )
-    assert found["objective"] == {"name": "flow_matching", "distill": 0}
+    assert found["objective"] == {name: value for name, value in CONFIG["objective"].items() if value is not None}
     assert found["dataset"]["name"] == "digits"
     assert "rope" not in oldest["model"]
     assert (found["codec"], found["dataset"]["codec"]["name"]) == ("pixels", "pixels")

@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from utils.base.background import in_background
 from utils.base.mesh import shard_batch
 from utils.base.messages import DataError, UserError
+from utils.data.coupled import Coupling, Select
 from utils.data.dataset import ArraySource, Batch, Batches, ImageDataset, PixelBatch, StreamSource, Subset
 
 
@@ -30,6 +31,7 @@ def training_batches(
     process_count: int = 1,
     num_threads: int | None = None,
     prefetch: int = 2,
+    coupling: Coupling | None = None,
 ) -> Batches:
     """Returns endless shuffled batches of batch_size / process_count examples, of the data set's `batch_type`.
 
@@ -40,19 +42,37 @@ def training_batches(
 
     `get_state()` is {'next_index': number of batches taken}, the same on every host; after `set_state` of it the
     stream goes on exactly. `num_threads` read images (default: a thread per core, 32 at most), up to `prefetch`
-    batches ahead; prefetch=0 reads when asked. What a thread raises, `next` raises.
+    batches ahead; prefetch=0 reads when asked. What a thread raises, `next` raises. With a `coupling`, batches bring
+    their noise, and it may choose other examples; it is not for streams.
 
     Raises UserError if batch_size does not divide over the hosts or the seed is negative.
     """
     _check_batch_size(batch_size, process_count)
     if seed < 0:
         raise UserError(f"--seed={seed} is negative; use 0, for example")
-    num_images = len(dataset.source)
     local_size = batch_size // process_count
     # A stream shuffles and divides itself.
     if isinstance(dataset.source, StreamSource):
         hosts = {"process_index": process_index, "process_count": process_count}
         return dataset.source.training_batches(batch_size, seed, dataset.random_flip, **hosts, prefetch=prefetch)
+
+    # Examples by the number of a batch, with noise of their own where there is a coupling.
+    rows = range(process_index * local_size, (process_index + 1) * local_size)
+    select = _training_order(dataset, batch_size, seed, rows)
+    reader = BatchReader(dataset, num_threads)
+
+    def read(batch: int) -> Batch:
+        return reader(*select(batch))
+
+    read_batch = read if coupling is None else coupling.reader(rows, select, reader)
+
+    # As many batches as a float64, such as JSON's numbers, can count: endless.
+    return _in_order(grain.MapDataset.range(2**53).map(read_batch), prefetch)
+
+
+def _training_order(dataset: ImageDataset, batch_size: int, seed: int, rows: range) -> Select:
+    """Returns a function from the number of a batch to (the examples of its `rows`, which of them are mirrored)."""
+    num_images = len(dataset.source)
 
     # The order of an epoch. Not Grain's shuffle: it orders epoch e of seed s as epoch 0 of seed s + e, so that runs
     # under neighbouring seeds see the same orders, and it takes a millisecond an image where there are few.
@@ -63,22 +83,18 @@ def training_batches(
         flips = rng.random(num_images) < 0.5
         return order, flips & dataset.random_flip
 
-    # A batch by its number: this host's positions in the endless stream, which run on across epochs.
-    reader = _BatchReader(dataset, num_threads)
-
-    def read(batch: int) -> Batch:
+    # Positions in the endless stream run on across epochs.
+    def select(batch: int) -> tuple[list[int], list[bool]]:
         indices = []
         flips = []
-        first = batch * batch_size + process_index * local_size
-        for position in range(first, first + local_size):
-            epoch, place = divmod(position, num_images)
+        for row in rows:
+            epoch, place = divmod(batch * batch_size + row, num_images)
             order, is_flipped = epoch_order(epoch)
             indices.append(int(order[place]))
             flips.append(bool(is_flipped[place]))
-        return reader(indices, flips)
+        return indices, flips
 
-    # As many batches as a float64, such as JSON's numbers, can count: endless.
-    return _in_order(grain.MapDataset.range(2**53).map(read), prefetch)
+    return select
 
 
 def epoch_batches(
@@ -106,7 +122,7 @@ def epoch_batches(
         return dataset.source.epoch_batches(batch_size, start, stop, **hosts, prefetch=prefetch)
 
     # A batch by its first image; hosts take turns within it.
-    reader = _BatchReader(dataset, num_threads)
+    reader = BatchReader(dataset, num_threads)
 
     def read(first: int) -> Batch:
         indices = range(first + process_index, min(first + batch_size, stop), process_count)
@@ -188,7 +204,7 @@ def _in_order(batches: grain.MapDataset, prefetch: int) -> grain.DatasetIterator
     return iter(batches.to_iter_dataset(options))
 
 
-class _BatchReader:
+class BatchReader:
     """Callable (indices, flips) -> batch, whose examples threads read straight into the batch's memory."""
 
     def __init__(self, dataset: ImageDataset, num_threads: int | None):

@@ -235,6 +235,8 @@ def define_run_flags() -> None:
     define_flip_flag()
     with topic("Data"):
         define_group("augmentation")
+    with topic("Objective"):
+        define_group("coupling")
     define_codec_flags()
     define_model_flags()
     define_objective_flags()

@@ -83,6 +83,11 @@ class PixelFormat(NamedTuple):
             return images_from_uint8(images)
         return (jnp.asarray(images) - self.low) * (2 / (self.high - self.low)) - 1
 
+    def to_unit_on_host(self, images: Images) -> Float32[np.ndarray, "b h w c"]:
+        """Returns images in [-1, 1] as `to_unit` does, without a device."""
+        width = np.float32(self.high - self.low)
+        return (np.asarray(images, np.float32) - np.float32(self.low)) * (np.float32(2) / width) - np.float32(1)
+
     def from_unit(self, images: Float[Array, "b h w c"]) -> Images:
         """Clips images in [-1, 1] and returns them in this format."""
         if self == UINT8:

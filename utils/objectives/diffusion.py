@@ -43,6 +43,7 @@ class Diffusion:
     HAS_INNER_LOSS: ClassVar = True
     # Its own two, and all others by way of the straight path.
     SOLVERS: ClassVar = ("euler", "heun", "midpoint", "sde", "ddim", "ddpm", "dopri5")
+    TAKES_COUPLING: ClassVar = False  # its loss is that of noise which is independent of the images
 
     num_levels: int = setting(
         500, "T, the noise levels of a diffusion; DiT's is 1000.", 21, 10_000, flag="objective.diffusion_timesteps"

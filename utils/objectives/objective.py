@@ -77,6 +77,8 @@ class Objective(Protocol):
       `inner_loss`; False by default.
     - `noise_scale`: s of the noise x_0 = s n; 1 by default. Its own loss scales by it, and all samplers do.
     - `ends_with_euler`: whether Heun's last step is Euler's, as the velocity at t = 1 says little; False by default.
+    - `TAKES_COUPLING`: whether its noise may depend on the data (--coupling); True by default. It is then drawn by
+      `draw_noise` of utils/objectives/flow_matching.py, or taken from "x_0" of the draws.
     """
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:

@@ -19,6 +19,7 @@ from utils.runs.settings import (
     AugmentationConfig,
     CheckpointConfig,
     CodecConfig,
+    CouplingConfig,
     DataConfig,
     DeviceConfig,
     EvaluationConfig,
@@ -37,6 +38,7 @@ GROUPS: dict[str, tuple[Any, str]] = {
     "start": (StartConfig, ""),
     "data": (DataConfig, ""),
     "augmentation": (AugmentationConfig, ""),
+    "coupling": (CouplingConfig, ""),
     "codec": (CodecConfig, ""),
     "optimizer": (OptimizerConfig, ""),
     "sampling": (SamplingConfig, ""),
@@ -61,6 +63,7 @@ class RunConfig:
     start: StartConfig
     data: DataConfig
     augmentation: AugmentationConfig
+    coupling: CouplingConfig
     codec: CodecConfig
     model: NetworkConfig
     objective_name: str

@@ -18,6 +18,8 @@ from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
 
 # End at the first broken file, or train on the others.
 BROKEN_IMAGES = ("refuse", "skip")
+# Between noise and data.
+COUPLINGS = ("none", "minibatch", "semidiscrete")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,33 @@ class AugmentationConfig:
         (), f"Changes of training images, for small data sets: {', '.join(AUGMENTATIONS)}; samples show none."
     )
     augment_prob: float = setting(0.12, "How often an image undergoes each change of --augment.", 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CouplingConfig:
+    """Which noise goes with which image: by chance, or by optimal transport."""
+
+    coupling: str = setting(
+        "none",
+        "minibatch: noise and images of a batch are paired by optimal transport, per class or condition; semidiscrete: "
+        "all noise with the training images of its class, by potentials that are fitted first.",
+        choices=COUPLINGS,
+    )
+    # Of pairs within a batch.
+    coupling_rows: int | None = setting(
+        None, "Consecutive rows among which --coupling=minibatch pairs; default: the batch, at most 256.", 2, 2**16
+    )
+    coupling_weight: float | None = setting(
+        None,
+        "Of conditions that are no classes: what 1 - cosine of two adds to the squared distance (C2OT); default: found "
+        "for each batch.",
+        0,
+        1e9,
+    )
+    # Of all noise with the training images.
+    coupling_draws: int = setting(
+        100, "Noises for each image by which the potentials are fitted; frequencies err by about sqrt(2 / N).", 1, 10**6
+    )
 
 
 @dataclasses.dataclass(frozen=True)

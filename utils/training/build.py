@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from utils.base.devices import (
-    check_batch_memory,
     device_memory,
     explaining_out_of_memory,
     find_devices,
@@ -33,18 +32,16 @@ from utils.base.mesh import (
     place,
     replicated,
     shape_structs,
-    shard_batch,
     state_sharding,
     unsplit_fraction,
 )
 from utils.base.messages import UserError, log
 from utils.codecs.codec import Codec, set_pixel_format
 from utils.codecs.codecs import CODECS, DEFAULT_HUB_ID, CodecSpec, describe_codec, load_codec, read_manifest_name
-from utils.conditions.condition import restore_condition
-from utils.data.batches import first_examples, next_batch, training_batches
-from utils.data.dataset import SPLITS, ImageDataset, PixelBatch
-from utils.data.loaders import describe_data, load_dataset, summarize_data
-from utils.images.pixels import UINT8
+from utils.data.batches import training_batches
+from utils.data.coupled import Coupling
+from utils.data.dataset import ImageDataset
+from utils.data.loaders import describe_data
 from utils.kernels.random import unroll
 from utils.metrics.extractors import PIXELS
 from utils.networks.lora import KEY as LORA
@@ -60,6 +57,14 @@ from utils.runs.pool import choose_pool
 from utils.sampling.samplers import can_guide, explain_no_guidance
 from utils.training.advice import model_hints
 from utils.training.configure import with_classes
+from utils.training.data import (
+    inherit_condition,
+    load_data,
+    make_coupling,
+    this_host,
+    training_examples,
+    with_independent_noise,
+)
 from utils.training.preview import load_preview
 from utils.training.progress import Stages
 from utils.training.reference import Reference, load_reference
@@ -83,6 +88,7 @@ class Run:
     mesh: Mesh
     datasets: Mapping[str, ImageDataset]  # by split
     validation_batch: PyTree  # on the devices
+    coupling: Coupling | None  # of noise and data, where they are not independent
     model: ImageModel
     optimizer: optax.GradientTransformation
     ema: EmaSchedule
@@ -130,16 +136,9 @@ class Run:
 
     def training_batches(self) -> Any:
         """Returns the endless batches of this process, from the first; they can be moved to any position."""
-        # --debug_overfit repeats one batch; the seed decides the order of all others.
         training = self.config.training
-        dataset = self.datasets["train"]
-        if training.debug_overfit:
-            dataset = first_examples(dataset, training.batch_size)
-        return training_batches(dataset, training.batch_size, training.seed, **this_host())
-
-
-def this_host() -> dict[str, int]:
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        dataset = training_examples(self.config, self.datasets["train"])
+        return training_batches(dataset, training.batch_size, training.seed, **this_host(), coupling=self.coupling)
 
 
 def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
@@ -162,26 +161,22 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
         if config.logging.profile:
             check_writable(Path(config.logging.profile), "profile")
 
-    # Data. The validation images are always the same, so that two points of a curve differ by the model alone.
-    datasets = {split: load_dataset(config.data.dataset_name, split, config.data.options) for split in SPLITS}
-    dataset = datasets["train"]
-    check_images(config, dataset)
-    training = config.training
-    check_batch_memory(training.batch_size, dataset.image_shape)
-    validation = training_batches(datasets["validation"], training.batch_size, training.seed, **this_host())
-    validation_batch = shard_batch(next_batch(validation), mesh)
-    log(summarize_data(datasets, training.batch_size))
+    # Data.
+    datasets, validation_batch = load_data(config, mesh)
     stages.end("data")
 
     # Model. A run that starts from another has as many labels as its own data, and the other's scale of conditions.
     is_new = not has_checkpoints(config.folder)
     source = SourceRun.open(config.start.load_dir) if config.start.load_dir and is_new else None
     if source:
-        config = with_classes(config, dataset.num_classes)
+        config = with_classes(config, datasets["train"].num_classes)
     datasets = inherit_condition(datasets, source.saved if source else read_started_from(config.folder))
     dataset = datasets["train"]
     model, spec = build_model(config, dataset, mesh)
     report_hints(config, model, dataset)
+    coupling = make_coupling(config, dataset, model)
+    if coupling is not None:
+        validation_batch = with_independent_noise(validation_batch, config, model)
 
     # Record, and the parameters to start from.
     record = make_record(config, model, spec, datasets)
@@ -193,6 +188,7 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
         mesh=mesh,
         datasets=datasets,
         validation_batch=validation_batch,
+        coupling=coupling,
         model=model,
         optimizer=freeze_parts(build_optimizer(config), frozen),
         ema=EmaSchedule.of_run(record),
@@ -202,17 +198,6 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
         viewer=load_preview(config, model, validation_batch),
         stages=stages,
     )
-
-
-def inherit_condition(datasets: Mapping[str, ImageDataset], saved: Mapping[str, Any] | None) -> dict[str, ImageDataset]:
-    """Returns the splits for a run that starts from one of the configuration `saved`, see `Condition.inherit`."""
-    if saved is None or datasets["train"].own_condition is None:
-        return dict(datasets)
-    source = restore_condition(saved["dataset"])
-    return {
-        split: dataclasses.replace(dataset, own_condition=dataset.condition.inherit(source))
-        for split, dataset in datasets.items()
-    }
 
 
 def build_model(config: RunConfig, dataset: ImageDataset, mesh: Mesh) -> tuple[ImageModel, CodecSpec]:
@@ -284,24 +269,6 @@ def build_optimizer(config: RunConfig) -> optax.GradientTransformation:
         weight_decay=settings.weight_decay,
         grad_clip=settings.grad_clip,
     )
-
-
-def check_images(config: RunConfig, dataset: ImageDataset) -> None:
-    """Raises UserError if --value_range is given of images that are no floats, or if --augment would change nothing."""
-    if "value_range" in config.given and dataset.pixels == UINT8:
-        raise UserError(f"--value_range={config.data.value_range}: the images are uint8, of 0 .. 255; leave it out")
-    augment = config.augmentation.augment
-    if not augment:
-        return
-    given = f"--augment={','.join(augment)}"
-    if dataset.batch_type is not PixelBatch:
-        raise UserError(
-            f"{given}: --dataset_name={config.data.dataset_name} holds no images to change; train on the images that "
-            "it was made from, or leave the flag out"
-        )
-    height, width, _ = dataset.image_shape
-    if min(height, width) == 1:
-        raise UserError(f"{given}: images of {height}x{width} cannot be changed so; leave the flag out")
 
 
 def prepare_start(

@@ -74,6 +74,16 @@ RULES = (
         "with --model.inner_head=0",
         lambda v: not v.model.get("inner_head"),
     ),
+    Rule(
+        ("coupling_rows", "coupling_weight"),
+        "with --coupling={coupling}, only with minibatch",
+        lambda v: v.coupling != "minibatch",
+    ),
+    Rule(
+        ("coupling_draws",),
+        "with --coupling={coupling}, only with semidiscrete",
+        lambda v: v.coupling != "semidiscrete",
+    ),
     Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),
     Rule(("freeze", "lora_rank"), "without --load_dir", lambda v: not v.is_started),
     Rule(

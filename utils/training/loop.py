@@ -11,16 +11,17 @@ import numpy as np
 
 from utils.base.background import in_background
 from utils.base.devices import explaining_out_of_memory, memory_needed
+from utils.base.external import BadFileError, read_json
 from utils.base.files import FolderLock, prepare_output_folder, write_json
 from utils.base.mesh import shard_batch
 from utils.base.messages import DataError, UserError, log
-from utils.base.processes import StopRequest
+from utils.base.processes import Interrupted, StopRequest
 from utils.data.batches import next_batch, read_ahead, to_devices
 from utils.data.fingerprint import write_listing
 from utils.networks.state import TrainState
 from utils.objectives.objective import row_period
 from utils.runs.best import BestSteps, KeepBest
-from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
+from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, has_checkpoints
 from utils.runs.pool import write_pool
 from utils.trackers.trackers import Trackers
 from utils.training.advice import batch_structs, ema_hints, plan_lines
@@ -85,6 +86,8 @@ def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
 
     # Everything is in place: say what is trained, and begin.
     announce(run)
+    if not prepare_coupling(run, stop):
+        return wait_for_state()
     write_config(run, step)
     settings = {**run.config.to_json(), "dataset": run.record["dataset"]}
     trackers = Trackers(run.folder, settings, step)
@@ -143,6 +146,26 @@ def restore_or_init(
     for difference in differences:
         log(f"since step {step}: {difference}")
     return lambda: state, int(state.step), position
+
+
+def prepare_coupling(run: Run, stop: StopRequest) -> bool:
+    """Gets the coupling of noise and data ready, which may take minutes; returns False where a signal ends it."""
+    if run.coupling is None:
+        return True
+    # What it is made of is in the record of the data; the start before this one has written its own.
+    try:
+        saved = read_json(run.folder / "config.json")
+    except BadFileError:
+        saved = {}
+    try:
+        with stop.interrupting():
+            is_new = not has_checkpoints(run.folder)
+            sha256 = run.coupling.prepare(run.folder, is_new, saved.get("dataset", {}).get("coupling_sha256"))
+    except Interrupted:
+        return False
+    if sha256 is not None:
+        run.record["dataset"]["coupling_sha256"] = sha256
+    return True
 
 
 def write_config(run: Run, step: int) -> None:
