@@ -93,6 +93,7 @@ class Ablation:
         self.known: dict[str, dict[str, Any]] = {line["key"]: line for line in map(json.loads, lines)}
         self.scorer = Scorer(Data.read(Path(config.data)), self.out)
         self.failures: dict[str, str] = {}  # why rows are left out
+        self.works: dict[str, Callable] = {}  # steps of the recipe, beside which others are measured
 
     def record(self, line: dict[str, Any]) -> dict[str, Any]:
         self.known[line["key"]] = line
@@ -175,30 +176,26 @@ class Ablation:
         """Returns a row's seconds of a step over those of the recipe."""
         return self.known[self.speed_key(name)]["ratio"]
 
-    def measure_speeds(self) -> None:
-        """Measures the steps of all rows that are not known yet beside the recipe's, batches and all."""
-        own = [name for name in self.names if self.rows[name].trained_as is None]
-        missing = [name for name in own if self.speed_key(name) not in self.known]
-        works: dict[str, Callable] = {}
-        for name in missing:
-            try:
-                works[name] = self.make_work(name)
-            except UserError as error:
-                self.leave_out(name, error)
-        if not works:
+    def measure_speed(self, name: str) -> None:
+        """Measures the steps of a row beside the recipe's, batches and all, unless they are known."""
+        if self.speed_key(name) in self.known:
             return
-        if "recipe" not in works:
-            works["recipe"] = self.make_work("recipe")
+        if "recipe" not in self.works:
+            self.works["recipe"] = self.make_work("recipe")
+        is_recipe = self.words(name) == self.words("recipe")
+        works = {"recipe": self.works["recipe"]} | ({} if is_recipe else {name: self.make_work(name)})
         seconds = common.measure_interleaved(works, self.config.rounds, self.config.repeats)
+        ratio = 1.0 if is_recipe else seconds[name] / seconds["recipe"]
         batch = parse_flags(RECIPE)["batch_size"]
-        for name in (name for name in works if name in missing):
-            line = {"key": self.speed_key(name), "kind": "speed", "row": name, "flags": self.rows[name].flags}
-            ratio = seconds[name] / seconds["recipe"]
-            self.record(line | {"ratio": ratio, "images_per_second": batch / seconds[name]})
+        line = {"key": self.speed_key(name), "kind": "speed", "row": name, "flags": self.rows[name].flags}
+        self.record(line | {"ratio": ratio, "recipe_images_per_second": batch / seconds["recipe"]})
 
     def make_work(self, name: str) -> Callable[[], Any]:
         """Returns a function that reads a batch and trains a step of a row, as the loop of training does."""
-        run = build_run(self.make_config(name, {"save_dir": str(self.out / "speed")}))
+        run = build_run(self.make_config(name, {"seed": 0, "save_dir": str(self.folder(name, 0))}))
+        if run.coupling is not None:  # potentials are fitted once: the training finds them in its folder
+            run.folder.mkdir(parents=True, exist_ok=True)
+            run.coupling.prepare(run.folder, is_new=True)
         step, _ = compile_steps(run, run.state_structs)
         batches = read_ahead(to_devices(run.training_batches(), run.mesh))
         state = make_state(run)
@@ -319,15 +316,16 @@ class Ablation:
 def make_cells(ablation: Ablation) -> None:
     """Makes the cells one after the other, until all are there, the time is over or a signal comes."""
     ablation.score_real()
-    ablation.measure_speeds()
     cells = list(ablation.cells())
     for number, cell in enumerate(cells, 1):
         if ablation.is_over():
             log("stopped: the same command goes on")
             return
-        if cell.row in ablation.failures or not ablation.has_ratio(cell):
+        if cell.row in ablation.failures:
             continue
         try:
+            if not ablation.rows[cell.row].is_only_at_equal_steps:
+                ablation.measure_speed(cell.row)
             line = ablation.make(cell)
         except UserError as error:
             ablation.leave_out(cell.row, error)

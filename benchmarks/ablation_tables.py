@@ -74,8 +74,10 @@ class Tables:
     def lines(self, name: str, budget: str) -> list[Line]:
         """Returns the finished cells of a row, one for each seed, with its speed."""
         cells = (Cell(name, seed, budget) for seed in range(self.ablation.config.seeds))
-        speed = self.ablation.known.get(self.ablation.speed_key(name))
-        speed = {} if speed is None else {"images_per_second": speed["images_per_second"]}
+        own, recipe = (self.ablation.known.get(self.ablation.speed_key(each)) for each in (name, "recipe"))
+        speed = {}
+        if own is not None and recipe is not None:
+            speed = {"images_per_second": recipe["recipe_images_per_second"] / own["ratio"]}
         return [line | speed for line in map(self.ablation.find, cells) if line is not None]
 
     def show(self) -> None:
