@@ -23,6 +23,7 @@ from utils.conditions.images import ImageCondition
 from utils.conditions.several import SeveralCondition
 from utils.conditions.tokens import TokensCondition
 from utils.conditions.vector import VectorCondition
+from utils.data.batches import training_batches
 from utils.data.coupled import MinibatchCoupling, Space, split_condition
 from utils.data.coupling import (
     TESTING,
@@ -68,8 +69,14 @@ def take(run, folder, count=1):
     return [next(batches) for _ in range(count)]
 
 
+def read_on(run, place):
+    """The first batch that process `place` of two reads."""
+    hosts = {"process_index": place, "process_count": 2}
+    return next(training_batches(run.datasets["train"], 64, 0, **hosts, coupling=run.coupling))
+
+
 def total_cost(x_1, x_0, perm):
-    return squared_distances(x_1, x_0)[np.arange(len(x_1)), perm].sum()
+    return np.square(x_1 - x_0[perm], dtype=np.float64).sum()
 
 
 # --- Within a batch ---
@@ -92,6 +99,7 @@ def test_no_permutation_costs_less():
     rng = np.random.default_rng(0)
     x_1, x_0 = rng.normal(size=(2, 6, 3))
     conditions = rng.normal(size=(6, 2))
+    np.testing.assert_allclose(squared_distances(x_1, x_0), np.square(x_1[:, None] - x_0).sum(axis=2))
     everyone = [np.array(perm) for perm in itertools.permutations(range(6))]
     best = min(everyone, key=lambda perm: total_cost(x_1, x_0, perm))
     np.testing.assert_array_equal(couple(x_1, x_0), best)
@@ -225,9 +233,9 @@ def test_winners_are_exact_and_fits_the_same_numbers_on_any_machine():
     rng = np.random.default_rng(2)
     # Far from the origin, in pairs that float32 hardly tells apart.
     points = np.float32(rng.normal(size=(120, 30)) + 5)
-    points[60:] = points[:60] + np.float32(1e-5) * np.float32(rng.normal(size=(60, 30)))
+    points[60:] = points[:60] + np.float32(1e-6) * np.float32(rng.normal(size=(60, 30)))
     cells = Cells(points)
-    potentials = rng.normal(size=120) * 0.1 + np.square(points).sum(axis=1) / 2
+    potentials = np.tile(rng.normal(size=60), 2) * 0.1 + np.square(points, dtype=np.float64).sum(axis=1) / 2
     cells.set_potentials(potentials)
     noise = draw_block(0, TESTING, 0, 0, (3000, 30))
     exact = (noise.astype(np.float64) @ cells.directions.T.astype(np.float64) + cells.offsets).argmax(axis=1)
@@ -280,9 +288,12 @@ def test_groups_may_be_smaller_or_larger_than_a_batch(tmp_path):
     np.testing.assert_array_equal(next(again).x_0, batches[2].x_0)
     half = make_run(tmp_path, coupling="minibatch", coupling_rows=32)
     part = slice(32, 64)
-    np.testing.assert_array_equal(
-        take(half, tmp_path)[0].x_0[part], noise[part][couple(x_1[part], noise[part], labels[part])]
-    )
+    (batch,) = take(half, tmp_path)
+    np.testing.assert_array_equal(batch.x_0[part], noise[part][couple(x_1[part], noise[part], labels[part])])
+    # Of two processes, each reads its own groups.
+    for place in (0, 1):
+        own = read_on(half, place)
+        np.testing.assert_array_equal(own.x_0, batch.x_0[32 * place : 32 * place + 32])
 
 
 def test_conditions_that_are_no_classes_have_a_part_in_the_cost(tmp_path):
@@ -356,6 +367,10 @@ def test_semidiscrete_batches_are_of_winners_of_the_rows_labels(tmp_path):
         all_scores = batch.x_0.reshape(64, -1) @ points.reshape(len(points), -1).T + scores
         winners = np.where(labels == batch.condition[:, None], all_scores, -np.inf).argmax(axis=1)
         np.testing.assert_allclose(batch.data.image / np.float32(127.5) - 1, points[winners], atol=1e-6)
+    for place in (0, 1):
+        own = read_on(run, place)
+        np.testing.assert_array_equal(own.x_0, batches[0].x_0[32 * place : 32 * place + 32])
+        np.testing.assert_array_equal(own.data.image, batches[0].data.image[32 * place : 32 * place + 32])
     # Every image is about as frequent as any other of its class.
     counts = [np.bincount(run.coupling.cells[3].find_winners(draw_block(1, TESTING, 0, 0, (20_000, 64))))]
     assert chi_squared(counts[0], np.full(len(counts[0]), 1 / len(counts[0]))) < 0.05

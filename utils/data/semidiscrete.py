@@ -5,8 +5,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,6 +176,7 @@ def fit_all(cells: list[Cells], rows: list[np.ndarray], names: list[str], facts:
     chi2 = np.zeros(len(cells))
     draws = [max(MIN_DRAWS, facts["draws"] * len(each)) if len(each) > 1 else 0 for each in cells]
     num_threads = min(os.cpu_count() or 1, len(cells))
+    is_stopped = threading.Event()
     # A thread for each class: several for one product of small matrices would mostly wait for each other.
     with (
         progress_bar(total=sum(draws), unit="noise", unit_scale=True, desc="fitting the coupling") as bar,
@@ -182,12 +184,22 @@ def fit_all(cells: list[Cells], rows: list[np.ndarray], names: list[str], facts:
         ThreadPoolExecutor(num_threads) as pool,
     ):
 
+        def report(count: int) -> None:
+            bar.update(count)
+            if is_stopped.is_set():
+                raise CancelledError
+
         def fit(place: int) -> None:
-            found = fit_potentials(cells[place], draws[place], facts["seed"], place, report=bar.update)
+            found = fit_potentials(cells[place], draws[place], facts["seed"], place, report=report)
             values[rows[place]] = found.potentials
             chi2[place] = found.chi2
 
-        list(pool.map(fit, range(len(cells))))
+        # A signal reaches this thread alone, which then waits for the others.
+        try:
+            list(pool.map(fit, range(len(cells))))
+        except BaseException:
+            is_stopped.set()
+            raise
     worst = int(chi2.argmax())
     log(
         f"coupling: potentials of {len(values):,} points; chi^2 of the frequencies of their images is at most "
