@@ -26,8 +26,15 @@ from utils.kernels.ops import choose_attention_for
 from utils.training.progress import PEAK_TFLOPS
 
 ROOT = Path(__file__).resolve().parents[1]
-# Hidden size, depth, heads: DiT-S to DiT-XL of arXiv:2212.09748, table 1, and one to try a benchmark with.
-SIZES = {"debug": (64, 2, 2), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+# Hidden size, depth, heads: DiT-S to DiT-XL of arXiv:2212.09748, table 1, and two small ones.
+SIZES = {
+    "debug": (64, 2, 2),
+    "small": (128, 4, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
 LATENT_SHAPE = (32, 32, 4)
 NUM_CLASSES = 1000
 

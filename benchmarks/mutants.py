@@ -75,13 +75,13 @@ test_train_flow.py::test_pictures_and_fid_are_of_the_ema_and_losses_of_the_param
   utils/training/reference.py: weights = evaluation.inception_weights -> weights = None
   utils/training/reference.py: find_convention(statistics, evaluation.convention) -> find_convention(statistics, "adm")
 test_train_flow.py::test_weight_decay_reaches_the_optimizer
-  utils/training/build.py: weight_decay=settings.weight_decay, ->
+  utils/runs/settings.py: weight_decay=self.weight_decay, ->
 test_train_flow.py::test_clipping_reaches_the_optimizer
-  utils/training/build.py: grad_clip=settings.grad_clip, ->
+  utils/runs/settings.py: grad_clip=self.grad_clip, ->
 test_train_flow.py::test_the_decays_of_adam_reach_the_optimizer
-  utils/training/build.py: settings.beta2 -> 0.99
+  utils/runs/settings.py: self.beta2 -> 0.99
 test_train_flow.py::test_rate_warm_up_and_cosine_reach_the_optimizer
-  utils/training/build.py: warmup_steps=settings.warmup_steps, ->
+  utils/runs/settings.py: warmup_steps=self.warmup_steps, ->
 test_train_flow.py::test_the_state_is_split_as_the_flag_says
   utils/training/build.py: self.config.devices.sharding)) -> "dp"))
 test_train_flow.py::test_the_flops_of_a_step_are_those_the_compiler_counts
@@ -140,7 +140,21 @@ test_packing.py::test_trees_are_packed_and_unpacked_bit_for_bit
 test_packing.py::test_a_packed_update_is_that_of_each_array
   utils/networks/packing.py: vector[None] if len(self.shapes[group[0]]) > 1 else vector -> vector
 test_packing.py::test_the_demos_step_has_few_kernels
-  utils/training/step.py: if is_whole and not frozen else None -> if False else None
+  utils/training/step.py: if is_elementwise and is_whole and not frozen else None -> if False else None
+test_muon.py::test_updates_are_those_of_optax_for_each_matrix_by_itself
+  utils/networks/muon.py: lambda m, g: MOMENTUM * m + (1 - MOMENTUM) * g -> lambda m, g: m
+  utils/networks/muon.py: ITERATIONS = 5 -> ITERATIONS = 4
+  utils/networks/muon.py: ADAM_RMS * max(rows, columns) ** 0.5 -> ADAM_RMS * rows**0.5
+  utils/networks/muon.py: count_matrices(names_of(path), kernel.shape), axis=1) -> 1, axis=1)
+  utils/networks/optimizers.py: *([optax.add_decayed_weights(weight_decay)] if weight_decay else []), ->
+test_muon.py::test_kernels_inside_the_network_are_split_by_what_they_are_of
+  utils/networks/dit_config.py: {"qkv": 3, "key_value": 2} -> {"qkv": 3}
+  utils/networks/dit_config.py: or path[0] in ("timestep_embed", "step_embed") ->
+test_muon.py::test_a_run_starts_from_parameters_alone
+  utils/training/build.py: "is_elementwise": self.config.optimizer.name == "adam", -> "is_elementwise": True,
+  utils/runs/settings.py: muon_of=network if self.name == "muon" else None, -> muon_of=None,
+test_muon.py::test_eight_devices_with_shards_and_microbatches_are_one
+  utils/networks/muon.py: replicated(mesh))[: len(matrices)] -> replicated(mesh))[-len(matrices) :]
 test_elementwise.py::test_values_and_derivatives_are_those_of_the_formula
   utils/kernels/elementwise.py: v = v - v.mean(axis=-1, keepdims=True) - y -> v = v - y
   utils/kernels/elementwise.py: (1 + 3 * cubic * y**2) -> (1 + cubic * y**2)

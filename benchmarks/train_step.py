@@ -46,6 +46,7 @@ class Variant(NamedTuple):
     remat: str = "none"
     grad_accum: int = 1
     objective: type[Objective] = FlowMatching
+    optimizer: str = "adam"
 
 
 VARIANTS = {
@@ -58,6 +59,8 @@ VARIANTS = {
     "ours: diffusion": Variant(objective=Diffusion),
     "ours: shortcut": Variant(objective=Shortcut),
     "ours: mean_flow": Variant(objective=MeanFlow),
+    "ours: --optimizer muon": Variant(optimizer="muon"),
+    "ours: float32 --optimizer muon": Variant("float32", optimizer="muon"),
 }
 TORCH = {"PyTorch": "bfloat16", "PyTorch: float32": "float32"}
 OPTIMIZER = make_optimizer(1e-4, 0.9, 0.99)
@@ -105,7 +108,9 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
         if name in DiTConfig.__dataclass_fields__
     }
     model = common.make_model(config, variant.dtype, variant.remat, **settings)
-    kind = variant.objective.__name__
+    kind = f"{variant.objective.__name__} {variant.optimizer}"
+    is_muon = variant.optimizer == "muon"
+    optimizer = make_optimizer(1e-4, 0.9, 0.99, muon_of=model.config) if is_muon else OPTIMIZER
     if name == "ours: blocks scanned":
         model = ScannedDiT(model.config, model.remat, model.attention_form)
         kind = "scanned"
@@ -114,7 +119,7 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
     def init(key):
         step = jnp.zeros(1) if model.config.step_conditioning else None
         params = model.init(key, latents[:1], jnp.zeros(1), labels[:1], step)["params"]
-        return create_train_state(params, OPTIMIZER, key)
+        return create_train_state(params, optimizer, key)
 
     if kind not in states:
         states[kind] = init(jax.random.key(0))
@@ -125,7 +130,8 @@ def our_step(config: ConfigDict, name: str, states: dict[str, Any], latents: np.
         train_step,
         model=model,
         objective=variant.objective(),
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
+        is_elementwise=not is_muon,
         grad_accum=variant.grad_accum,
         ema=EmaSchedule(0.9999),
     )

@@ -42,6 +42,7 @@ CONFIG = {
     "freeze": [],
     "lora_rank": 0,
     "warmup_steps": 0,
+    "optimizer": "adam",
     "weight_decay": 0.0,
     "grad_clip": None,
     "lr_schedule": "constant",

@@ -358,6 +358,7 @@ KEPT = """
     model.step_conditioning=1 model.learned_positions=1 model.learn_sigma=1 model.norm=rms model.mlp=swiglu model.rope=1
     model.qk_norm=1 codec=pixels model.t_sampler=uniform objective.distill=1 batch_size=8 seed=1
     debug_overfit=1 freeze=blocks lora_rank=2 warmup_steps=3 weight_decay=0.1 grad_clip=1 lr_schedule=cosine
+    optimizer=muon
 """.split()  # noqa: SIM905 (flags, as one types them)
 
 

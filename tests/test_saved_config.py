@@ -35,6 +35,7 @@ CONFIG = {
     "lora_rank": 0,
     "freeze": [],
     "warmup_steps": 0,
+    "optimizer": "adam",
     "weight_decay": 0.0,
     "grad_clip": None,
     "lr_schedule": "constant",

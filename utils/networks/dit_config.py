@@ -143,6 +143,17 @@ class DiTConfig(NetworkConfig):
     ) -> tuple[np.ndarray, str] | None:
         return dit_arrays.fit_array(path, array, shape, self.patch_size)
 
+    def count_matrices(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
+        # What images and conditions enter by, and the last layer, are Adam's.
+        is_inside = path[0].startswith("block_") or path[0] in ("timestep_embed", "step_embed") or "ada_ln" in path
+        if path[-1] != "kernel" or not is_inside:
+            return 0
+        if "ada_ln" in path:  # shifts, scales and gates
+            return shape[1] // shape[0]
+        if path[-3:-1] == ("mlp", "dense_0"):  # of SwiGLU, gate and values
+            return 2 if self.mlp == "swiglu" else 1
+        return {"qkv": 3, "key_value": 2}.get(path[-2], 1)
+
     def check_sizes(self, latent_shape: tuple[int, int, int]) -> None:
         """Raises UserError where the sizes do not fit each other or latents (h, w, c)."""
         # Patches cover the latents.

@@ -79,6 +79,11 @@ class NetworkConfig:
         shape there."""
         return None
 
+    def count_matrices(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
+        """Returns of how many matrices, side by side, the array of the parameters at `path` consists for --optimizer
+        muon, which treats each by itself; 0: it is Adam's."""
+        return int(path[-1] == "kernel" and len(shape) == 2)
+
     def describe(self) -> str:
         """Returns the network's sizes in a few words, for the log."""
         return self.network

@@ -2,7 +2,11 @@
 
 import jax
 import optax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
+
+from utils.networks.muon import names_of, scale_by_muon
+from utils.networks.network import NetworkConfig
 
 
 def make_optimizer(
@@ -14,20 +18,48 @@ def make_optimizer(
     decay_steps: int | None = None,
     weight_decay: float = 0.0,
     grad_clip: float | None = None,
+    muon_of: NetworkConfig | None = None,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """Adam (arXiv:1412.6980) as the recipe has it: constant rate, no decay, warm-up or clipping.
 
     `warmup_steps` lets the rate rise from 0; `decay_steps` lets it fall to 0 at that step along a cosine;
-    `weight_decay` is AdamW's (arXiv:1711.05101), of matrices; `grad_clip` bounds the gradients' norm.
+    `weight_decay` is AdamW's (arXiv:1711.05101), of matrices; `grad_clip` bounds the gradients' norm. With `muon_of`, a
+    network's configuration, Muon takes the kernels that this names, which alone are decayed, and Adam the rest; the
+    devices of `mesh` share the work.
     """
     rate = learning_rate(lr, warmup_steps, decay_steps)
     # Biases and scales are not decayed: only matrices are.
-    if weight_decay:
-        adam = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_is_matrix)
-    else:
+    if muon_of:
         adam = optax.adam(rate, b1=beta1, b2=beta2)
+        optimizer = muon_beside(adam, rate, weight_decay, muon_of, mesh)
+    elif weight_decay:
+        optimizer = optax.adamw(rate, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_is_matrix)
+    else:
+        optimizer = optax.adam(rate, b1=beta1, b2=beta2)
     # Clipping comes first: Adam's moments then see the clipped gradients.
-    return adam if grad_clip is None else optax.chain(optax.clip_by_global_norm(grad_clip), adam)
+    return optimizer if grad_clip is None else optax.chain(optax.clip_by_global_norm(grad_clip), optimizer)
+
+
+def muon_beside(
+    adam: optax.GradientTransformation,
+    rate: float | optax.Schedule,
+    weight_decay: float,
+    network: NetworkConfig,
+    mesh: Mesh | None,
+) -> optax.GradientTransformation:
+    """Returns Muon for the kernels that the network's configuration names, and `adam` for the other parameters."""
+    muon = optax.chain(
+        scale_by_muon(network.count_matrices, network.dtype, mesh),
+        *([optax.add_decayed_weights(weight_decay)] if weight_decay else []),
+        optax.scale_by_learning_rate(rate),
+    )
+
+    def label(path, leaf):
+        return "muon" if network.count_matrices(names_of(path), leaf.shape) else "adam"
+
+    # Either keeps a state for its own parameters alone.
+    return optax.partition({"muon": muon, "adam": adam}, lambda params: jax.tree_util.tree_map_with_path(label, params))
 
 
 def learning_rate(lr: float, warmup_steps: int = 0, decay_steps: int | None = None) -> float | optax.Schedule:

@@ -25,6 +25,7 @@ OLDER_RUNS: dict[str, Any] = {
     "objective.name": "flow_matching",
     "freeze": [],
     "lora_rank": 0,
+    "optimizer": "adam",
     "warmup_steps": 0,
     "weight_decay": 0.0,
     "grad_clip": None,

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import optax
+from jax.sharding import Mesh
+
 from diffusion_transformer import REMAT_POLICIES
 from utils.base.mesh import SHARDING_MODES
 from utils.base.settings import setting
@@ -14,6 +17,8 @@ from utils.images.pixels import parse_range
 from utils.images.sizes import parse_size
 from utils.metrics.dinov2 import DTYPES, PREPROCESSING
 from utils.metrics.inception import CONVENTIONS
+from utils.networks.network import NetworkConfig
+from utils.networks.optimizers import make_optimizer
 from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
 
 # End at the first broken file, or train on the others.
@@ -159,10 +164,17 @@ class CodecConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam, its schedule and safeguards, and the EMA of the parameters."""
+    """The optimizer, its schedule and safeguards, and the EMA of the parameters."""
+
+    name: str = setting(
+        "adam",
+        "adam, or muon: orthogonal steps of the kernels inside the network, and Adam's elsewhere.",
+        choices=("adam", "muon"),
+        flag="optimizer",
+    )
 
     # The recipe; jax-flow knows these flags by the same names, in the group `model`.
-    lr: float = setting(1e-4, "Adam's learning rate.", 0, flag="model.lr")
+    lr: float = setting(1e-4, "Learning rate.", 0, flag="model.lr")
     beta1: float = setting(0.9, "Adam's first decay.", 0, 1, flag="model.beta1")
     beta2: float = setting(0.99, "Adam's second decay.", 0, 1, flag="model.beta2")
     target_update_rate: float = setting(
@@ -178,6 +190,20 @@ class OptimizerConfig:
     weight_decay: float = setting(0.0, "AdamW's decay of matrices.", 0, 100)
     grad_clip: float | None = setting(None, "Bound of the norm of the gradients.", 1e-6)
     skip_nonfinite: int = setting(0, "Above 0: leave out updates that are not finite; so many in a row end the run.", 0)
+
+    def make(self, max_steps: int, network: NetworkConfig, mesh: Mesh) -> optax.GradientTransformation:
+        """Returns the optimizer of all parameters of a network, for a run of `max_steps` on these devices."""
+        return make_optimizer(
+            self.lr,
+            self.beta1,
+            self.beta2,
+            warmup_steps=self.warmup_steps,
+            decay_steps=max_steps if self.lr_schedule == "cosine" else None,
+            weight_decay=self.weight_decay,
+            grad_clip=self.grad_clip,
+            muon_of=network if self.name == "muon" else None,
+            mesh=mesh,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ from utils.metrics.extractors import PIXELS
 from utils.networks.lora import KEY as LORA
 from utils.networks.lora import add_lora
 from utils.networks.models import ImageModel, init_params, make_model, takes_step
-from utils.networks.optimizers import freeze_parts, make_optimizer
+from utils.networks.optimizers import freeze_parts
 from utils.networks.state import EmaSchedule, TrainState, create_train_state
 from utils.objectives.objective import row_period
 from utils.runs.checkpoint import Checkpoints, has_checkpoints
@@ -127,6 +127,7 @@ class Run:
             "ema": self.ema,
             "frozen": self.frozen,
             "skips_nonfinite": self.config.optimizer.skip_nonfinite > 0,
+            "is_elementwise": self.config.optimizer.name == "adam",
         }
 
     @property
@@ -190,7 +191,7 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
         validation_batch=validation_batch,
         coupling=coupling,
         model=model,
-        optimizer=freeze_parts(build_optimizer(config), frozen),
+        optimizer=freeze_parts(config.optimizer.make(config.training.max_steps, config.model, mesh), frozen),
         ema=EmaSchedule.of_run(record),
         frozen=frozen,
         start=start,
@@ -255,20 +256,6 @@ def make_record(
         "load_dir": config.start.load_dir or (saved and saved["load_dir"]),
         "jax": jax_settings(),
     }
-
-
-def build_optimizer(config: RunConfig) -> optax.GradientTransformation:
-    """Returns the optimizer of all parameters."""
-    settings = config.optimizer
-    return make_optimizer(
-        settings.lr,
-        settings.beta1,
-        settings.beta2,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=config.training.max_steps if settings.lr_schedule == "cosine" else None,
-        weight_decay=settings.weight_decay,
-        grad_clip=settings.grad_clip,
-    )
 
 
 def prepare_start(

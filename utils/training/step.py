@@ -170,17 +170,19 @@ def train_step(
     ema: EmaSchedule,
     frozen: tuple[str, ...] = (),
     skips_nonfinite: bool = False,
+    is_elementwise: bool = True,
     is_whole: bool = True,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Returns (next state, metrics) of one Adam step on a global batch.
+    """Returns (next state, metrics) of one step of the optimizer on a global batch.
 
     With `is_validation`, the state and the images stay as they are, all conditions are kept, and noise and times are
     the same whatever the step: points of a curve differ by the parameters alone. The metrics are then those of the
     update that the batch would cause. As it is an argument of the compiled function, training and validation are
     compiled once.
 
-    With `skips_nonfinite`, an update that is not finite changes nothing but the step. `is_whole` says that every device
-    has all of the state: its small arrays are then packed.
+    With `skips_nonfinite`, an update that is not finite changes nothing but the step. `is_elementwise` says that the
+    optimizer treats each element by itself, and `is_whole` that every device has all of the state: small arrays are
+    packed where both hold.
     """
     # The key follows from the step alone: a resumed run draws what it would have drawn.
     is_augmented = isinstance(model.condition, Augmented)
@@ -198,7 +200,7 @@ def train_step(
     )
 
     # Parts on different devices, and beside frozen ones, stay as they are. The scope's name is for readers of traces.
-    packing = Packing.of(state.params) if is_whole and not frozen else None
+    packing = Packing.of(state.params) if is_elementwise and is_whole and not frozen else None
     with jax.named_scope("optimizer"):
         old_state = map_parts(packing.pack_all, state) if packing else state
         packed = packing.pack(grads) if packing else grads
