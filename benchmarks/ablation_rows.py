@@ -82,13 +82,15 @@ class Cell(NamedTuple):
 
 
 def parse_flags(words: str) -> dict[str, Any]:
-    """Returns {setting: value} of `--name value ...`; values are numbers, texts, or several of them by commas."""
+    """Returns {setting: value} of `--name value ...`; values are numbers, texts, or several texts by commas."""
 
     def parse(word: str) -> Any:
+        if "," in word:
+            return tuple(word.split(","))
         try:
             return ast.literal_eval(word)
         except (SyntaxError, ValueError):
-            return tuple(word.split(",")) if "," in word else word
+            return word
 
     parts = words.split()
     return {name.removeprefix("--"): parse(word) for name, word in zip(parts[::2], parts[1::2], strict=True)}

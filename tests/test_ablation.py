@@ -128,7 +128,7 @@ def test_the_search_ends_at_the_minimum_of_a_valley_and_measures_nothing_twice(b
 def test_flags_are_settings(benchmarks):
     words = "--model.lr 1e-3 --augment flip,rotate --name 0.05,0.1 --objective.name flow_matching --t=-1"
     found = benchmarks["ablation_rows"].parse_flags(words.replace("=", " "))
-    values = {"model.lr": 1e-3, "augment": ("flip", "rotate"), "name": (0.05, 0.1)}
+    values = {"model.lr": 1e-3, "augment": ("flip", "rotate"), "name": ("0.05", "0.1")}
     assert found == {**values, "objective.name": "flow_matching", "t": -1}
 
 
