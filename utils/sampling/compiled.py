@@ -43,7 +43,7 @@ class SamplerNumbers(NamedTuple):
     @classmethod
     def of(cls, sampler: SamplerConfig) -> "SamplerNumbers":
         # Without guidance a scale is never read; a number keeps the shape of the arguments.
-        values = {name: getattr(sampler, name) or 0 for name in cls._fields}
+        values: dict[str, Any] = {name: getattr(sampler, name) or 0 for name in cls._fields}
         for name, value in values.items():
             if name != "cfg_zero_steps":
                 values[name] = tuple(map(float, value)) if isinstance(value, (tuple, list)) else float(value)
@@ -188,13 +188,14 @@ class CompiledFor(NamedTuple):
             return nfe * (1 + self.is_guided + self.has_interval) * (1 + guide_cost + self.guide_has_interval)
 
         # The times at which velocities are taken.
-        grid = partial(self.times(SamplerNumbers.of(sampler)), num_steps=sampler.num_steps)
-        times = np.asarray(jax.vmap(grid)(np.arange(sampler.cfg_zero_steps, sampler.num_steps + 1)))
+        grid = self.times(SamplerNumbers.of(sampler))
+        steps = jnp.arange(sampler.cfg_zero_steps, sampler.num_steps + 1)
+        times = np.asarray(jax.vmap(lambda step: grid(step, sampler.num_steps))(steps))
         ways = np.diff(times)
         taken = np.concatenate([times[:-1] + fraction * ways for fraction in SOLVERS[self.solver].fractions])
 
         def is_on(interval):
-            low, high = np.float32(interval)
+            low, high = np.asarray(interval, np.float32)
             return (low <= taken) & (taken <= high)
 
         # With and without the condition, and in each of these branches the model and its guide.
