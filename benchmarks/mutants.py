@@ -331,9 +331,10 @@ test_coupling.py::test_groups_may_be_smaller_or_larger_than_a_batch
 test_coupling.py::test_semidiscrete_batches_are_of_winners_of_the_rows_labels
   utils/data/coupled.py: batch = read(examples.tolist(), mirrored.astype(bool).tolist()) -> batch = read(*select(step))
   utils/data/coupled.py: return 1 + self.dataset.random_flip -> return 1
-test_coupling.py::test_potentials_are_kept_compared_and_fitted_again
+test_coupling.py::test_a_run_is_continued_with_its_own_potentials
   utils/data/coupled.py: if not is_new and expected_sha256 not in -> if False and expected_sha256 not in
   utils/training/loop.py: run.record["dataset"]["coupling_sha256"] = sha256 -> pass
+  utils/training/start.py: "coupling", "coupling_rows" -> "coupling_rows"
 test_keep_best.py::test_a_training_saves_what_it_evaluates_and_keeps_the_best
   utils/training/loop.py: saver.is_due(step, is_evaluated and bool(config.checkpoints.keep_best)) -> saver.is_due(step)
   utils/training/loop.py: keep.keep_every, best) -> keep.keep_every, None)

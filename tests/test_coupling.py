@@ -376,38 +376,40 @@ def test_semidiscrete_batches_are_of_winners_of_the_rows_labels(tmp_path):
     assert chi_squared(counts[0], np.full(len(counts[0]), 1 / len(counts[0]))) < 0.05
 
 
-def test_potentials_are_kept_compared_and_fitted_again(tmp_path):
-    run = make_run(tmp_path, coupling="semidiscrete", coupling_draws=1, max_steps=1)
-    train(run)
-    recorded = json.loads((tmp_path / "config.json").read_text())["dataset"]["coupling_sha256"]
-    path = tmp_path / FILE
+def test_a_run_is_continued_with_its_own_potentials(tmp_path):
+    settings = {**TINY, "coupling": "semidiscrete", "coupling_draws": 1, "model.dtype": "bfloat16"}
+    train_and_repeat(tmp_path, settings)
+    folder = tmp_path / "whole"
+    assert losses(tmp_path / "stopped") == losses(folder)
+    recorded = json.loads((folder / "config.json").read_text())["dataset"]["coupling_sha256"]
+    path = folder / FILE
     kept = path.read_bytes()
     with pytest.raises(UserError, match="holds a run with --coupling=semidiscrete, not minibatch: give that value"):
-        train(make_run(tmp_path, coupling="minibatch", max_steps=2))
+        train(make_run(folder, coupling="minibatch", max_steps=5))
 
     # Missing, the same numbers come again; those of another machine would be refused.
-    coupling = run.coupling
+    coupling = make_run(folder, **settings).coupling
     path.unlink()
     with pytest.raises(UserError, match="fitting it again gives other numbers: bring the file back"):
-        coupling.prepare(tmp_path, False, "0" * 64)
+        coupling.prepare(folder, False, "0" * 64)
     assert not path.exists()
-    assert coupling.prepare(tmp_path, False, recorded) == recorded
+    assert coupling.prepare(folder, False, recorded) == recorded
     assert path.read_bytes() == kept
     # Damaged, or of something else.
     for damage in (kept[:-100], b"", kept[:300] + bytes([kept[300] ^ 255]) + kept[301:]):
         path.write_bytes(damage)
         with pytest.raises(UserError, match=r"coupling\.npz cannot be read .*move it away"):
-            coupling.prepare(tmp_path, False, recorded)
+            coupling.prepare(folder, False, recorded)
     path.write_bytes(kept)
     coupling.num_draws = 2
     with pytest.raises(UserError, match=r"another coupling \(its draws: 1, not 2\): give the data and settings"):
-        coupling.prepare(tmp_path, False, recorded)
+        coupling.prepare(folder, False, recorded)
     coupling.num_draws = 1
     coupling.dataset = dataclasses.replace(coupling.dataset, fingerprint=Fingerprint("arrays", 1500, "other"))
     with pytest.raises(UserError, match=r"its data: .*, not other\)"):
-        coupling.prepare(tmp_path, False, recorded)
+        coupling.prepare(folder, False, recorded)
     # A run that has not saved anything yet fits what it needs.
-    assert coupling.prepare(tmp_path, True) == recorded
+    assert coupling.prepare(folder, True) == recorded
     assert path.read_bytes() != kept
 
 
@@ -421,12 +423,6 @@ def test_killed_and_spread_over_devices_a_run_stays_the_same(tmp_path):
     run_program("train_flow.py", *words, "--max_steps", 3, "--grad_accum", 2, "--save_dir", split, devices=8)
     assert_close(losses(split), losses(whole), 3)
     assert (split / FILE).read_bytes() == (whole / FILE).read_bytes()
-
-
-def test_in_bfloat16_a_run_goes_on_in_the_midst_of_a_group(tmp_path):
-    train_and_repeat(tmp_path, {**TINY, "coupling": "minibatch", "coupling_rows": 192, "model.dtype": "bfloat16"})
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "whole")) == 4
 
 
 @pytest.mark.parametrize(
