@@ -299,17 +299,9 @@ class DiT(nn.Module):
         dtype = jnp.dtype(config.dtype)
         b, h, w, c = x.shape
         p = config.patch_size
+        tokens = self.embed_patches(x)
 
-        # Tokens with their positions.
-        tokens = PatchEmbed(p, config.hidden_size, dtype, bottleneck=config.bottleneck, name="patch_embed")(x)
-        table = jnp.asarray(position_table(h // p, w // p, config.hidden_size))[None]
-        # A checkpoint's own table, which training has moved, is used whatever the configuration says.
-        if config.learned_positions or self.has_variable("params", "pos_embed"):
-            table = self.param("pos_embed", lambda key: table)
-        tokens = tokens + table.astype(dtype)
-
-        # What every block is conditioned on.
-        # Zeroed rather than left out: the parameters are the same either way.
+        # What every block is conditioned on. A time without effect is zero: the parameters are the same either way.
         t = t if config.t_conditioning else jnp.zeros_like(t)
         conditioning = TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="timestep_embed")(t)
         vector, embedded = self.embed_condition(condition)
@@ -346,6 +338,18 @@ class DiT(nn.Module):
             inner = to_image(inner_tokens, "inner_layer")
             return Heads(final, inner) if with_inner else final
         return final
+
+    def embed_patches(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+        """Returns the tokens of the patches of x, with their positions."""
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        p = config.patch_size
+        tokens = PatchEmbed(p, config.hidden_size, dtype, bottleneck=config.bottleneck, name="patch_embed")(x)
+        table = jnp.asarray(position_table(x.shape[1] // p, x.shape[2] // p, config.hidden_size))[None]
+        # A checkpoint's own table, which training has moved, is used whatever the configuration says.
+        if config.learned_positions or self.has_variable("params", "pos_embed"):
+            table = self.param("pos_embed", lambda key: table)
+        return tokens + table.astype(dtype)
 
     def embed_condition(self, condition: PyTree) -> tuple[Float[Array, "b d"], Embedded]:
         """Returns (the vector that is added to the embedding of time, all that the condition brings)."""
@@ -396,8 +400,7 @@ class DiT(nn.Module):
         for i in range(config.depth):
             block = Block(config, grid, dtype, self.attention_form, name=f"block_{i}")
             tokens = block(tokens, conditioning, *context)
-            if i + 1 == config.inner_head:
-                inner_tokens = tokens
+            inner_tokens = tokens if i + 1 == config.inner_head else inner_tokens
         return tokens, inner_tokens
 
     @nn.nowrap  # it makes modules to look at, which are no part of this one

@@ -420,7 +420,7 @@ test_guidance.py::test_another_model_guides_in_every_branch
   utils/sampling/compiled.py: within(field, own, *settings.guide_interval) -> within(field, own, 0, 1)
 test_guidance.py::test_zero_steps_leave_the_noise_as_it_is
   utils/sampling/compiled.py: jnp.maximum(first, static.first_step(settings)) if static.is_zero_star else first -> first
-  utils/sampling/compiled.py: num_steps, static.solver, times, keys, first) -> num_steps, static.solver, times, keys)
+  utils/sampling/compiled.py: static.solver, times, keys, first, scale) -> static.solver, times, keys, 0, scale)
 test_guidance.py::test_passes_of_the_network_are_counted
   utils/sampling/compiled.py: 1 + guide_cost * is_on(sampler.guide_interval) -> 1 + guide_cost
 test_guidance.py::test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices

@@ -258,7 +258,8 @@ class SemidiscreteCoupling:
     def fit(self) -> Potentials:
         labels = list(self.cells)
         names = [self.dataset.class_names[label] for label in labels]
-        cells, rows = ([parts[label] for label in labels] for parts in (self.cells, self.points))
+        cells = [self.cells[label] for label in labels]
+        rows = [self.points[label] for label in labels]
         return fit_all(cells, rows, names, self.facts)
 
     def read_points(self) -> tuple[Float32[np.ndarray, "n d"], Int[np.ndarray, " m"]]:

@@ -71,8 +71,8 @@ def couple(
     -2 s <x_1, n> alone.
     """
     perm = np.arange(len(x_1))
-    for label in [None] if labels is None else np.unique(labels):
-        rows = perm.copy() if label is None else np.nonzero(labels == label)[0]
+    parts = [perm.copy()] if labels is None else [np.nonzero(labels == label)[0] for label in np.unique(labels)]
+    for rows in parts:
         cost = squared_distances(x_1[rows], x_0[rows])
         if conditions is not None:
             distance = cosine_distances(conditions[rows])

@@ -78,17 +78,7 @@ def read_samplers(
     and the user did not ask for it. Raises UserError for values that `check_sampler` refuses, and for flags that the
     solver does not take.
     """
-    # Guidance. A default that the model cannot follow is dropped; a scale that was typed is left to `check_sampler`.
-    scales = read_numbers(config.cfg_scale, "cfg_scale", float) if config.get("use_cfg", 1) else [-1.0]
-    if not is_explicit("cfg_scale"):
-        if objective is not None and not has_guidance(objective):
-            scales = [-1.0]
-        elif not can_guide(class_dropout_prob) and any(guidance_scale(scale) is not None for scale in scales):
-            log(f"{explain_no_guidance(class_dropout_prob)}: samples are drawn without guidance")
-            scales = [-1.0]
-    guidance = dict.fromkeys(guidance_scale(scale) for scale in scales)  # -1 and 1 are the same
-    if not any(scale is not None for scale in guidance):
-        refuse_ignored(("cfg_interval", "cfg_channels", "cfg_zero_star", "cfg_zero_steps"), "without guidance")
+    guidance = read_guidance_scales(config, class_dropout_prob, objective)
     other_scales = read_other_scales(config)
 
     # Steps. An adaptive solver has no number of them: one sampler for each scale.
@@ -129,6 +119,24 @@ def read_samplers(
             names=SAMPLER_FLAGS,
         )
     return samplers
+
+
+def read_guidance_scales(
+    config: ConfigDict, class_dropout_prob: float, objective: Objective | None
+) -> list[float | None]:
+    """Returns the values of --cfg_scale, each once, None for no guidance; see `read_samplers`."""
+    # A default that the model cannot follow is dropped; a scale that was typed is left to `check_sampler`.
+    scales = read_numbers(config.cfg_scale, "cfg_scale", float) if config.get("use_cfg", 1) else [-1.0]
+    if not is_explicit("cfg_scale"):
+        if objective is not None and not has_guidance(objective):
+            scales = [-1.0]
+        elif not can_guide(class_dropout_prob) and any(guidance_scale(scale) is not None for scale in scales):
+            log(f"{explain_no_guidance(class_dropout_prob)}: samples are drawn without guidance")
+            scales = [-1.0]
+    guidance = list(dict.fromkeys(guidance_scale(scale) for scale in scales))  # -1 and 1 are the same
+    if not any(scale is not None for scale in guidance):
+        refuse_ignored(("cfg_interval", "cfg_channels", "cfg_zero_star", "cfg_zero_steps"), "without guidance")
+    return guidance
 
 
 def read_other_scales(config: ConfigDict) -> tuple[list[float], list[float]]:

@@ -6,7 +6,7 @@ A kernel may hold several matrices side by side, such as those of query, key and
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +49,14 @@ def scale_by_muon(count_matrices: CountMatrices, dtype: str, mesh: Mesh | None =
             )
         return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
 
-    def update(gradients, state, params=None):
+    def update(updates, state, params=None):
         # One step ahead: the momentum that the next step would have, if its gradient were this one.
-        count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(gradients, state.mu, MOMENTUM, 1)
+        count: Any = optax.safe_increment(state.count)
+        mu: Any = optax.tree.update_moment(updates, state.mu, MOMENTUM, 1)
         directions = jax.tree.map(
             lambda m, g: MOMENTUM * m + (1 - MOMENTUM) * g,
             optax.tree.bias_correction(mu, MOMENTUM, optax.safe_increment(count)),
-            optax.tree.bias_correction(gradients, MOMENTUM, count),
+            optax.tree.bias_correction(updates, MOMENTUM, count),
         )
         return orthogonalize_tree(directions, count_matrices, dtype, mesh), MuonState(count, mu)
 

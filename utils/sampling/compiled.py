@@ -51,7 +51,7 @@ class SamplerNumbers(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """What a compiled function knows of the model that guides another; its parameters are an argument."""
+    """The part of a guiding model for which functions are compiled; its parameters are an argument."""
 
     network: Any
     objective: Any

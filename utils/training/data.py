@@ -35,7 +35,7 @@ MAX_GROUP = 256  # rows of a coupled group, unless --coupling_rows says otherwis
 MAX_SHARE = 0.4  # of the machine's memory, for the points of a semidiscrete coupling
 
 
-def this_host() -> dict[str, int]:
+def this_host() -> dict[str, Any]:
     """Returns which part of each batch this process reads, as `training_batches` takes it."""
     return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
@@ -108,7 +108,8 @@ def make_coupling(config: RunConfig, dataset: ImageDataset, model: ImageModel) -
         return SemidiscreteCoupling(space, dataset, BatchReader(dataset, None), settings.coupling_draws, batch_size)
 
     # A kind of condition that cannot be told apart is refused before a batch is read.
-    vectors = split_condition(dataset.condition, read_rows(dataset.condition, [dataset.source[0]], 1))[1]
+    source: Any = dataset.source
+    vectors = split_condition(dataset.condition, read_rows(dataset.condition, [source[0]], 1))[1]
     weight = settings.coupling_weight
     if weight is not None and vectors is None:
         raise UserError(f"--coupling_weight={weight:g}: classes are coupled each by itself; leave it out")
@@ -189,7 +190,8 @@ def find_x_1(coupling: str, dataset: ImageDataset, codec: Codec) -> Callable[[An
         )
 
     # Latents without a posterior are x_1 as they are.
-    row = dataset.empty_batch(1)
+    row: Any = dataset.empty_batch(1)
+    latent_codec: Any = codec
     if row.moments.shape[1] == 1:
         return lambda batch: batch.moments[:, 0].astype(np.float32)
 
@@ -197,7 +199,7 @@ def find_x_1(coupling: str, dataset: ImageDataset, codec: Codec) -> Callable[[An
     def scaled(value: float) -> np.ndarray:
         mean = jnp.full(row.moments.shape[:1] + row.moments.shape[2:], value)
         return np.asarray(
-            codec.sample_latents(jax.random.split(jax.random.key(0), 1), mean, jnp.full_like(mean, -jnp.inf))
+            latent_codec.sample_latents(jax.random.split(jax.random.key(0), 1), mean, jnp.full_like(mean, -jnp.inf))
         )
 
     zero, one, two = map(scaled, (0.0, 1.0, 2.0))
