@@ -22,6 +22,7 @@ from utils.networks.models import ImageModel, Network
 from utils.objectives.flow_matching import FlowMatching, draw_noise, interpolate, sample_times, velocity_model
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objective import Heads, scale_noise
+from utils.runs.export import describe_unusual
 from utils.sampling import density, paths, solvers
 from utils.sampling.density import LikelihoodConfig, measure_batch
 from utils.sampling.generator import ImageGenerator, check_guide
@@ -376,6 +377,14 @@ def test_a_bottleneck_is_exported_and_goes_on_with_other_channels():
 
 
 # --- From one run to another ---
+
+
+def test_an_export_says_what_is_unusual():
+    assert describe_unusual({"name": "flow_matching", "prediction": "velocity", "noise_scale": 1.0}) == []
+    assert describe_unusual({"name": "shortcut", "prediction": None, "noise_scale": None}) == []
+    assert describe_unusual({"name": "flow_matching", "prediction": "data", "noise_scale": 2.0}) == [
+        "predicts the data instead of the velocity", "starts from noise of the deviation 2",
+    ]  # fmt: skip
 
 
 def saved(bottleneck=0, **objective):

@@ -89,8 +89,8 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     file = out if is_file else out / EXPORTED
     write_safetensors(file, state, config)
     log(f"exported {which} parameters of step {step} of {load_dir}: {len(state)} tensors")
-    if predicts_data(config):
-        log("note: its network predicts the data, as the file says: programs for DiT and SiT cannot sample from it")
+    if unusual := describe_unusual(config["objective"]):
+        log(f"note: its network {' and '.join(unusual)}, as the file says; programs for SiT cannot sample from it")
     if is_file:
         return [file]
     with explaining_full_disk(lambda: f"{file} is whole"):
@@ -99,9 +99,11 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     return [file, *(out / name for name in CARD)]
 
 
-def predicts_data(config: Mapping[str, Any]) -> bool:
-    """Returns whether the network of a run predicts the data instead of the velocity."""
-    return config["objective"].get("prediction") == "data"
+def describe_unusual(objective: Mapping[str, Any]) -> list[str]:
+    """Returns what a network of these settings of its objective does otherwise than a SiT, in words."""
+    words = ["predicts the data instead of the velocity"] if objective.get("prediction") == "data" else []
+    scale = objective.get("noise_scale") or 1
+    return words + [f"starts from noise of the deviation {scale:g}"] * (scale != 1)
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
@@ -124,7 +126,7 @@ def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
     data = config["dataset"]
     objective = config["objective"]["name"]
     scale = f"{model['timestep_scale']:g}"
-    output = ", and predicts the data, not the velocity" if predicts_data(config) else ""
+    unusual = "".join(f", {words}" for words in describe_unusual(config["objective"]))
     shape = "x".join(map(str, data["image_shape"]))
     latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of {_public_vae(data)}" if data["vae"] else ""
 
@@ -157,7 +159,7 @@ A diffusion transformer, {model["hidden_size"]} wide, {model["depth"]} deep, {mo
 {model["patch_size"]}, trained with the objective `{objective}` on images {shape} of `{_public_name(data["name"])}`
 ({condition.summary() or f"the condition {recorded_kind(data)}"}){latents}. These are the parameters of step {step:,}.
 
-`model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {scale}{output}.
+`model.safetensors` has the tensor names of DiT and SiT. Its network takes the time times {scale}{unusual}.
 
     python sample.py --load_dir hf:{hub_id}{given}
     python train_flow.py --load_dir hf:{hub_id} --dataset_name folder:PATH
