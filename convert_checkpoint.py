@@ -21,7 +21,7 @@ from utils.conditions.condition import recorded_kind, restore_condition
 from utils.convert.published import FAMILIES
 from utils.convert.sources import read_source
 from utils.flags import program
-from utils.flags.definitions import define_path, define_saved_model_flags
+from utils.flags.definitions import define_params_flag, define_path, define_saved_model_flags
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import hide, topic
 from utils.runs.export import example_fields, export_run, push
@@ -43,7 +43,7 @@ def define_flags() -> None:
     # ... and the other.
     with topic("Run to published"):
         define_path("load_dir", None, "Run to export; RUN/checkpoints/STEP for one of its checkpoints.")
-        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+        define_params_flag()
         flags.DEFINE_string("push", None, "Also upload the folder --out to this repository of the hub, USER/NAME.")
         flags.DEFINE_bool("private", False, "With --push: only you may read the repository.")
     define_saved_model_flags()  # what a checkpoint does not say has their defaults

@@ -37,6 +37,7 @@ from utils.images.samples import Samples, open_samples
 from utils.metrics.extractors import ExtractorOptions, check_extractors
 from utils.metrics.inception import CONVENTIONS
 from utils.metrics.metrics import choose_metrics, sees_pixels
+from utils.networks.posthoc_ema import parse_params
 from utils.objectives.objectives import make_objective
 from utils.runs.evaluations import evaluate_run, evaluate_samples
 from utils.runs.opening import choose_steps, open_checkpoint, split_load_dir
@@ -61,7 +62,12 @@ def define_flags() -> None:
         flags.DEFINE_string(
             "checkpoints", None, "Of --load_dir, which: all, last:5, or steps such as 1000,2000; default: the newest."
         )
-        flags.DEFINE_list("params", ["ema"], "ema: the EMA of the parameters; raw: the parameters themselves; or both.")
+        flags.DEFINE_list(
+            "params",
+            ["ema"],
+            "ema: the EMA of the parameters; raw: the parameters themselves; ema:0.08: the EMA of that relative width, "
+            "of a run with --ema_profiles; or several.",
+        )
         flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
         flags.DEFINE_enum(
             "labels",
@@ -203,10 +209,16 @@ def open_own_samples(config: ConfigDict) -> Samples:
     return samples.first(config.num_samples)
 
 
-def check_params(names: Sequence[str]) -> None:
-    """Raises UserError for --params that are neither ema nor raw, or are given twice."""
-    if not names or set(names) - {"ema", "raw"} or len(set(names)) < len(names):
-        raise UserError(f"--params={','.join(names)}: give ema, raw, or both, ema,raw")
+def read_params(words: Sequence[str]) -> list[str]:
+    """Returns the values of --params. Raises UserError for one that it cannot have, or that is given twice."""
+    given = f"--params={','.join(words)}"
+    try:
+        params = [parse_params(word) for word in words]
+    except ValueError as error:
+        raise UserError(f"{given}: {error}") from None
+    if not params or len(set(params)) < len(params):
+        raise UserError(f"{given}: give ema, raw or ema:WIDTH, each once")
+    return params
 
 
 def main(config: ConfigDict) -> None:
@@ -219,7 +231,7 @@ def main(config: ConfigDict) -> None:
     # Features, flags and outputs, before anything is opened.
     check_extractors(config.extractor)
     choose_metrics(config.metrics)
-    check_params(config.params)
+    config.params = read_params(config.params)
     check_effects(RULES["eval_fid"], config)
     program.join_processes(config)
     if config.out:

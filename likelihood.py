@@ -29,7 +29,7 @@ from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch
 from utils.data.loaders import get_loader, load_dataset
 from utils.flags import program, reading
-from utils.flags.definitions import define_codec_flags, define_data_flags, define_path
+from utils.flags.definitions import define_codec_flags, define_data_flags, define_params_flag, define_path
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.decoding import find_mode
@@ -46,7 +46,7 @@ RUN_OPTIONS = ("image_size", "condition_columns", "text_encoder", "data_dir", "b
 def define_flags() -> None:
     with topic("Model"):
         define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
-        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+        define_params_flag()
         define_codec_flags()
     define_data_flags(dataset_name=None)
     with topic("Data"):

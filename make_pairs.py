@@ -28,7 +28,13 @@ from utils.data import pairs
 from utils.data.latents import check_num_files, count_finished
 from utils.data.records import describe_kind, each_row
 from utils.flags import program, reading
-from utils.flags.definitions import define_codec_flags, define_path, define_process_flags, define_sampler_flags
+from utils.flags.definitions import (
+    define_codec_flags,
+    define_params_flag,
+    define_path,
+    define_process_flags,
+    define_sampler_flags,
+)
 from utils.flags.help import topic
 from utils.networks.models import ImageModel
 from utils.runs.opening import load_generator, open_checkpoint
@@ -47,7 +53,7 @@ def define_flags() -> None:
         )
         flags.DEFINE_integer("shard_size", 4096, "Pairs per file.", lower_bound=1)
         flags.DEFINE_integer("batch_size", RECIPE_BATCH_SIZE, "Pairs at a time, over all devices of a process.")
-        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+        define_params_flag()
         flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
         define_codec_flags()
     define_sampler_flags(cfg_scale="1", denoise_timesteps="100")

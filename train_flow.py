@@ -52,8 +52,10 @@ def report_end(run: Run, state: TrainState) -> None:
         log(f"stopped at step {step} and saved; the same command continues from there")
         sys.exit(EXIT_STOPPED)
     log(f"done: images, metrics.jsonl and checkpoints are in {run.folder}")
-    # A young EMA still holds much of the initial parameters: then the raw ones are the better.
-    params = "raw" if run.ema.initial_weight(step) > 0.5 else "ema"
+    # A young EMA still holds much of the initial parameters: then a profile, or the raw ones, are the better.
+    profiles = run.config.optimizer.ema_profiles
+    other = f"ema:{profiles[-1]}" if profiles else "raw"
+    params = other if run.ema.initial_weight(step) > 0.5 else "ema"
     num_images = len(run.datasets["train"].source)
     for purpose, command in commands_after_training(run.folder, run.record, num_images, params):
         log(f"{purpose}: {command}")

@@ -135,6 +135,29 @@ test_train_step.py::test_validation_leaves_the_state_as_it_is_and_measures_the_u
   utils/training/step.py: is_kept = is_validation -> is_kept = False
   utils/training/step.py: step=jnp.where(is_validation, state.step, new_state.step) -> step=new_state.step
   utils/training/step.py: map_parts(partial(select, is_kept), old_state, new_state) -> new_state
+test_posthoc_ema.py::test_float32_updates_late_in_a_run_are_exact
+  utils/networks/posthoc_ema.py: rate = -jnp.expm1( -> rate = 1 - jnp.exp(
+test_posthoc_ema.py::test_what_does_not_change_is_its_own_average_at_every_width
+  utils/networks/posthoc_ema.py: direction * (1 - weights.sum()) / direction.sum() -> 0
+test_posthoc_ema.py::test_golden_reconstructions
+  utils/networks/posthoc_ema.py: (first / t_a) ** g_a * (first / t_b) ** g_b -> (first / t_a) ** g_a
+test_posthoc_ema.py::test_a_step_averages_the_trained_parts_over_all_steps
+  utils/training/step.py: state.step + 1, is_validation, frozen) -> state.step + 2, is_validation, frozen)
+  utils/training/step.py: select(is_validation, state.ema_profiles, profiles) -> profiles
+  utils/training/step.py: state.step + 1, is_validation, frozen) -> state.step + 1, is_kept, frozen)
+test_posthoc_ema.py::test_a_resumed_run_has_the_profiles_and_snapshots_of_an_uninterrupted_one
+  utils/runs/checkpoint.py: if state.ema_profiles else {} -> if False else {}
+  utils/runs/ema_snapshots.py: if later > step: -> if False:
+test_posthoc_ema.py::test_those_that_the_longer_interval_leaves_out_are_dropped
+  utils/runs/ema_snapshots.py: if earlier % snapshot_interval(step, self.most): -> if False:
+test_posthoc_ema.py::test_generators_have_any_width
+  utils/runs/ema_snapshots.py: if earlier < step: -> if earlier != step:
+  utils/runs/ema_snapshots.py: if width in kept: -> if False:
+test_posthoc_ema.py::test_bad_input_ends_in_one_line
+  utils/training/start.py: "lr_schedule", "ema_profiles", -> "lr_schedule",
+  utils/runs/ema_snapshots.py: if checksum == _checksum(name, exponent, x): -> if True:
+test_posthoc_ema.py::test_rows_of_several_widths_and_their_curve
+  utils/runs/run_evaluation.py: settings["params"] = self.snapshot.params -> pass
 test_packing.py::test_trees_are_packed_and_unpacked_bit_for_bit
   utils/networks/packing.py: start = stop -> start = stop - 1
 test_packing.py::test_a_packed_update_is_that_of_each_array
@@ -167,8 +190,8 @@ test_few_steps.py::test_dropped_labels_are_learned_without_a_step
 test_config.py::test_what_a_run_keeps_cannot_be_another_when_it_resumes
   utils/networks/dit_config.py: "Attention heads.", 1, 2**16 -> "Attention heads.", 1, 2**16, is_fixed=False
 test_checkpoint.py::test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says
-  utils/training/progress.py: jax.process_count() > 1 and self.pause < math.inf -> False
-  utils/training/progress.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
+  utils/training/saving.py: jax.process_count() > 1 and self.pause < math.inf -> False
+  utils/training/saving.py: elapsed = float(multihost_utils. -> _ = float(multihost_utils.
 test_hosts.py::test_missing_files_are_dealt_out_in_turn
   utils/base/hosts.py: missing[jax.process_index() :: jax.process_count()] -> missing[jax.process_index() :: 1]
 test_hosts.py::test_a_silent_process_and_one_that_says_so_have_gone

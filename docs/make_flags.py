@@ -43,7 +43,7 @@ def describe(program) -> list[str]:
         delattr(flags.FLAGS, name)
         if hidden:
             continue
-        default = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+        default = ",".join(flag.default) if isinstance(flag.default, (list, tuple)) else flag.default
         shown = "" if default in (None, "") else f"`{default}`"
         rows.append(f"| `--{name}` | {shown} | {flag.help.replace('|', chr(92) + '|')} |")
     return rows

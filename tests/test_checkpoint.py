@@ -17,7 +17,7 @@ from utils.networks.optimizers import make_optimizer
 from utils.networks.state import apply_gradients, create_train_state
 from utils.runs import checkpoint, checksums
 from utils.runs.opening import open_checkpoint
-from utils.training import progress
+from utils.training import saving
 
 # Orbax reports a damaged checkpoint from several threads, beside the error that is tested.
 pytestmark = [
@@ -46,6 +46,7 @@ CONFIG = {
     "weight_decay": 0.0,
     "grad_clip": None,
     "lr_schedule": "constant",
+    "ema_profiles": [],
     "augment": [],
     "augment_prob": 0.12,
     "coupling": "none",
@@ -350,7 +351,7 @@ def test_checkpoints_without_checksums_load(tmp_path, state):
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, state, full_disk, silent_orbax, capfd):
     checkpoints = checkpoint.Checkpoints(tmp_path, keep_last=2)
-    saver = progress.Saver(checkpoints, CONFIG, interval=10, minutes=0, step=0)
+    saver = saving.Saver(checkpoints, CONFIG, interval=10, minutes=0, step=0)
     saver.save(state.replace(step=jnp.int32(10)), 10)
     checkpoints.wait()
     full_disk(2048)
@@ -378,14 +379,14 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, state, full_disk,
 
 def test_saves_are_due_by_step_and_by_time(tmp_path, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    saver = progress.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=15, step=0)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
+    saver = saving.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=15, step=0)
     assert [step for step in range(1, 301) if saver.is_due(step)] == [100, 200, 300]
     now += 899
     assert not saver.is_due(301)
     now += 1
     assert saver.is_due(302)
-    never = progress.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=0, step=0)
+    never = saving.Saver(checkpoint.Checkpoints(tmp_path), CONFIG, interval=100, minutes=0, step=0)
     now += 1e9
     assert not never.is_due(303)
 
@@ -396,14 +397,14 @@ def test_processes_of_one_run_save_at_the_step_that_the_first_ones_clock_says(tm
     told = []
     now = 0.0
     monkeypatch.setattr(checkpoint.Checkpoints, "poll", lambda self: None)
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
 
     def due_steps(seconds, broadcast):
         nonlocal now
         now = 0.0
-        monkeypatch.setattr(progress.multihost_utils, "broadcast_one_to_all", broadcast)
-        saver = progress.Saver(checkpoints, CONFIG, interval=10**6, minutes=15, step=0)
+        monkeypatch.setattr(saving.multihost_utils, "broadcast_one_to_all", broadcast)
+        saver = saving.Saver(checkpoints, CONFIG, interval=10**6, minutes=15, step=0)
         due = []
         for step in range(1, 2001):
             now += seconds

@@ -39,6 +39,7 @@ CONFIG = {
     "weight_decay": 0.0,
     "grad_clip": None,
     "lr_schedule": "constant",
+    "ema_profiles": [],
     "augment": [],
     "augment_prob": 0.12,
     "coupling": "none",

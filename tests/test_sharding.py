@@ -46,13 +46,13 @@ import jax, jax.numpy as jnp
 from utils.base.mesh import choose_num_shards, make_mesh, shard_replicated, state_sharding, unsplit_fraction
 from utils.networks.state import TrainState
 tree = {"kernel": jnp.zeros((16, 64)), "odd": jnp.zeros((3, 12)), "none": jnp.zeros((3, 5)), "scalar": jnp.zeros(())}
-state = TrainState(jnp.zeros(()), tree, tree, (), jax.random.key(0))
+state = TrainState(jnp.zeros(()), tree, tree, (), jax.random.key(0), {"0.1": tree})
 for mode, requested in (("dp", None), ("zero", None), ("fsdp", None), ("hybrid", 4), ("hybrid", None)):
     mesh = make_mesh(choose_num_shards(mode, requested, jax.devices()))
     shardings = state_sharding(state, mesh, mode)
     placed = jax.device_put(state, shardings)
     print(mode, dict(mesh.shape), f"{unsplit_fraction(state, shardings):.2f}")
-    for part in (placed.params, placed.ema_params):
+    for part in (placed.params, placed.ema_params, placed.ema_profiles["0.1"]):
         print({name: leaf.addressable_shards[0].data.shape for name, leaf in part.items()})
     print(shard_replicated(jnp.arange(16), mesh).addressable_shards[3].data)
 """
@@ -64,11 +64,11 @@ def test_layouts_on_eight_devices():
     of_8 = "{'kernel': (16, 8), 'none': (3, 5), 'odd': (3, 12), 'scalar': ()}"
     of_4 = "{'kernel': (16, 16), 'none': (3, 5), 'odd': (3, 3), 'scalar': ()}"
     expected = [
-        ("dp {'replica': 8, 'shard': 1} 1.00", whole, whole),
-        ("zero {'replica': 8, 'shard': 1} 0.52", whole, of_8),
-        ("fsdp {'replica': 1, 'shard': 8} 0.05", of_8, of_8),
-        ("hybrid {'replica': 2, 'shard': 4} 0.02", of_4, of_4),
-        ("hybrid {'replica': 1, 'shard': 8} 0.05", of_8, of_8),
+        ("dp {'replica': 8, 'shard': 1} 1.00", whole, whole, whole),
+        ("zero {'replica': 8, 'shard': 1} 0.37", whole, of_8, of_8),
+        ("fsdp {'replica': 1, 'shard': 8} 0.05", of_8, of_8, of_8),
+        ("hybrid {'replica': 2, 'shard': 4} 0.02", of_4, of_4, of_4),
+        ("hybrid {'replica': 1, 'shard': 8} 0.05", of_8, of_8, of_8),
     ]
     assert lines == [line for mode in expected for line in (*mode, "[6 7]")]
 

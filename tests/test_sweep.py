@@ -62,7 +62,9 @@ def test_each_snapshot_has_the_row_of_a_call_of_its_own(evaluate, swept, tmp_pat
 
     monkeypatch.setattr(run_evaluation.RunEvaluation, "evaluate", count)
     # Instead of what takes long to compile and to draw: a number of the parameters, and empty grids.
-    monkeypatch.setattr(ImageGenerator, "straightness", lambda self, *_: float(jax.tree.leaves(self.params)[0].mean()))
+    monkeypatch.setattr(
+        ImageGenerator, "straightness", lambda self, *_, **__: float(jax.tree.leaves(self.params)[0].mean())
+    )
     monkeypatch.setattr(plotting, "sample_grid", lambda *_: Figure())
     drawn = []
     draw = plotting.metric_curves
@@ -191,9 +193,9 @@ def test_steps_that_are_chosen():
         ("--checkpoints newest", "--checkpoints=newest: give all"),
         ("--checkpoints all --save_samples x.npz", "--save_samples=x.npz is of one step count, guidance scale and che"),
         ("--params ema,raw --save_samples x.npz", "--save_samples=x.npz is of one"),
-        ("--params x", "--params=x: give ema, raw, or both, ema,raw"),
-        ("--params ema,ema", "--params=ema,ema: give ema, raw, or both"),
-        ("--params=", "--params=: give ema, raw, or both"),
+        ("--params x", "--params=x: use ema, raw, or ema:WIDTH"),
+        ("--params ema,ema", "--params=ema,ema: give ema, raw or ema:WIDTH, each once"),
+        ("--params=", "--params=: give ema, raw or ema:WIDTH, each once"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_in_a_line(line, message, evaluate, monkeypatch):

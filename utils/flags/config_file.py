@@ -122,7 +122,8 @@ def write_value(name: str, value: Any, names: Collection[str]) -> str:
     if name == "config":
         raise UserError(f"config={value} names another file, which is not read; give one file, with --config")
     # Only a list may have several values; its commas separate them, so one that is part of a value is quoted.
-    if isinstance(value, list) and isinstance(FLAGS[name].parser, flags.ListParser):
+    flag = FLAGS[name]
+    if isinstance(value, list) and (isinstance(flag.parser, flags.ListParser) or isinstance(flag.default, tuple)):
         row = io.StringIO()
         csv.writer(row, lineterminator="").writerow(value)
         return row.getvalue()

@@ -17,6 +17,7 @@ from utils.flags.help import hide, topic
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, ExtractorOptions
 from utils.metrics.metrics import METRICS
 from utils.networks.network import NETWORKS
+from utils.networks.posthoc_ema import parse_params
 from utils.objectives.objectives import OBJECTIVES
 from utils.runs.config import GROUPS, OBJECTIVE_NAME, PRESET, network_settings, objective_settings
 from utils.runs.settings import CodecConfig, DataConfig, EvaluationConfig, LoggingConfig, WandbConfig
@@ -55,7 +56,8 @@ def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
 
     # Paths and choices are texts too, so they come before the plain types.
     if metadata["parse"]:
-        flags.DEFINE(SettingParser(metadata["parse"]), name, default, help_text, serializer=flags.ArgumentSerializer())
+        serializer = flags.CsvListSerializer(",") if kind is tuple else flags.ArgumentSerializer()
+        flags.DEFINE(SettingParser(metadata["parse"]), name, default, help_text, serializer=serializer)
     elif metadata["is_path"]:
         define_path(name, default, help_text)
     elif metadata["choices"]:
@@ -160,6 +162,18 @@ def define_other_guidance(takes_several: bool) -> None:
     flags.DEFINE_string("guide_params", "ema", "Which parameters of --guide, as --params has them.")
     flags.DEFINE_list("guide_scale", ["2"], f"Autoguidance by --guide: {scales}; 1: none.")
     flags.DEFINE_list("guide_interval", ["0", "1"], "First and last time t of autoguidance.")
+
+
+def define_params_flag() -> None:
+    """Registers --params; eval_fid.py, which takes several, has one of its own."""
+    flags.DEFINE(
+        SettingParser(parse_params),
+        "params",
+        "ema",
+        "ema: the EMA of the parameters; raw: the parameters themselves; ema:0.08: the EMA of that relative width, of "
+        "a run with --ema_profiles.",
+        serializer=flags.ArgumentSerializer(),
+    )
 
 
 def define_extractor_flags() -> None:

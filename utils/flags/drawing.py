@@ -17,7 +17,13 @@ from utils.codecs.codec import pixel_format
 from utils.conditions.condition import count_rows, resize_rows
 from utils.flags import reading
 from utils.flags.conditions import define_condition_flags, read_conditions
-from utils.flags.definitions import define_codec_flags, define_path, define_sampler_flags, define_tracker_flags
+from utils.flags.definitions import (
+    define_codec_flags,
+    define_params_flag,
+    define_path,
+    define_sampler_flags,
+    define_tracker_flags,
+)
 from utils.flags.help import topic
 from utils.images.pictures import PictureFolder
 from utils.images.pixels import check_pictures
@@ -37,7 +43,7 @@ def define_drawing_flags(num_samples: str) -> None:
         flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn where none are given.")
         flags.DEFINE_integer("num_samples", 16, num_samples, 1, 10**7)
         flags.DEFINE_integer("seed", 0, "Sample i depends on this, on i and on its condition alone.")
-        flags.DEFINE_enum("params", "ema", ["ema", "raw"], "The EMA of the parameters, or the parameters themselves.")
+        define_params_flag()
     with topic("Output"):
         define_path("out", None, "Folder for what is drawn; default: samples/ in the folder of the run.")
         define_path(

@@ -283,11 +283,15 @@ def running_mean(values: Sequence[float], window: int) -> Float[np.ndarray, " n"
 
 
 def metric_curves(
-    points: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], smooth: int = 1, log_y: bool = False
+    points: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    smooth: int = 1,
+    log_y: bool = False,
+    x_title: str = "step",
 ) -> Figure:
     """Returns a figure of {metric: {run: (step, value) points}} with axes for each metric and a colour for each run.
 
-    With `smooth` above 1, the running mean of that many values is drawn over the values themselves.
+    The axis is named `x_title`, where it is not of steps. With `smooth` above 1, the running mean of that many values
+    is drawn over the values themselves.
     """
     # Colours and places. A run has one colour in all axes, whichever metrics it has.
     runs = list(dict.fromkeys(run for curves in points.values() for run in curves))
@@ -317,8 +321,8 @@ def metric_curves(
             axis.minorticks_off()
         text, families = make_legible(metric)
         axis.set_title(text, fontsize=9, fontfamily=families, parse_math=False)
-        axis.set_xlabel("step", fontsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axis.set_xlabel(x_title, fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=x_title == "step"))
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
 

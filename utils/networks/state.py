@@ -1,7 +1,7 @@
 """The state of a training: parameters, their exponential moving average (EMA), optimizer, step count and random key."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -57,7 +57,12 @@ def young_ema_hint(saved: Mapping[str, Any], step: int) -> str | None:
         return None
     # What that weight falls on: noise, unless the run started from the parameters of another.
     initial = "the parameters that the run started from" if saved.get("load_dir") else "initial parameters, noise"
-    return f"the EMA at step {step:,} is still {weight:.0%} {initial}; --params raw takes the parameters themselves"
+    profiles = saved.get("ema_profiles")
+    other = f"--params ema:{profiles[-1]} takes an EMA that forgets them" if profiles else ""
+    return (
+        f"the EMA at step {step:,} is still {weight:.0%} {initial}; "
+        f"{other or '--params raw takes the parameters themselves'}"
+    )
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -73,6 +78,8 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: PyTree
     opt_state: PyTree
     key: PyTree  # a typed key ()
+    # {width: EMA of the trained parts} of --ema_profiles, see utils/networks/posthoc_ema.py.
+    ema_profiles: PyTree = flax.struct.field(default_factory=dict)
 
 
 def select_parts(params: PyTree, frozen: tuple[str, ...], of_frozen: PyTree) -> PyTree:
@@ -80,8 +87,22 @@ def select_parts(params: PyTree, frozen: tuple[str, ...], of_frozen: PyTree) -> 
     return {part: of_frozen[part] if part in frozen else tree for part, tree in params.items()} if frozen else params
 
 
-def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, key: Key[Array, ""]) -> TrainState:
-    """Returns a state at step 0 whose EMA starts as the parameters themselves."""
+def trained_parts(params: PyTree, frozen: tuple[str, ...]) -> PyTree:
+    """Returns the top-level parts of `params` that are not `frozen`."""
+    return {part: tree for part, tree in params.items() if part not in frozen} if frozen else params
+
+
+def create_train_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    profiles: Sequence[str] = (),
+    frozen: tuple[str, ...] = (),
+) -> TrainState:
+    """Returns a state at step 0 whose EMA starts as the parameters themselves.
+
+    `profiles` are the widths of power-function EMAs; they start as zeros, which their first update replaces.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -89,6 +110,7 @@ def create_train_state(params: PyTree, optimizer: optax.GradientTransformation, 
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         key=key,
+        ema_profiles={width: jax.tree.map(jnp.zeros_like, trained_parts(params, frozen)) for width in profiles},
     )
 
 

@@ -1,9 +1,10 @@
 """Checkpoints through Orbax: asynchronous and atomic, each complete enough to continue a run bit for bit.
 
-RUN/checkpoints/STEP/ holds the items `params`, `ema_params`, `optimizer` (its state, the step and the random key),
-`config` (the run's resolved flags and a description of its data), `data` (the data iterator's position) and `checksums`
-of all of these, which are compared on reading. Older checkpoints have no checksums. An imported model has `ema_params`,
-`config` and `checksums` alone: it can be sampled, and be started from, but not be continued.
+RUN/checkpoints/STEP/ holds the items `params`, `ema_params`, `ema_profiles` (of a run that has some), `optimizer` (its
+state, the step and the random key), `config` (the run's resolved flags and a description of its data), `data` (the data
+iterator's position) and `checksums` of all of these, which are compared on reading. Older checkpoints have no
+checksums. An imported model has `ema_params`, `config` and `checksums` alone: it can be sampled, and be started from,
+but not be continued.
 """
 
 import contextlib
@@ -181,9 +182,9 @@ class Checkpoints:
         self.refuse_imported(step)
         items = self._read(step, _array_items(target), ("data",))
         # The random key is stored as its raw words.
-        optimizer = dict(items["optimizer"])
+        optimizer = dict(items.pop("optimizer"))
         key = jax.random.wrap_key_data(optimizer.pop("key_data"))
-        state = target.replace(params=items["params"], ema_params=items["ema_params"], key=key, **optimizer)
+        state = target.replace(**{name: items[name] for name in items if name != "data"}, key=key, **optimizer)
         return state, items["data"]["position"]
 
     def refuse_imported(self, step: int) -> None:
@@ -228,8 +229,8 @@ class Checkpoints:
         return [items[stored[name]] for name in names]
 
     def restore_stored(self, step: int, name: str, sharding: Any = None) -> PyTree:
-        """Returns the parameters `name` ('params' or 'ema_params') of `step`, whichever model they belong to, on this
-        device or as `sharding` places them.
+        """Returns the parameters `name` ('params', 'ema_params' or 'ema_profiles') of `step`, whichever model they are
+        of, on this device or as `sharding` places them.
 
         Raises DamagedCheckpointError where files are missing or not as they were written.
         """
@@ -400,7 +401,9 @@ def _array_items(state: PyTree) -> dict[str, PyTree]:
     else:
         key_data = jax.random.key_data(state.key)
     optimizer = {"step": state.step, "opt_state": state.opt_state, "key_data": key_data}
-    return {"params": state.params, "ema_params": state.ema_params, "optimizer": optimizer}
+    items = {"params": state.params, "ema_params": state.ema_params, "optimizer": optimizer}
+    # Runs without profiles have checkpoints as ever.
+    return items | ({"ema_profiles": state.ema_profiles} if state.ema_profiles else {})
 
 
 def _has_float64(tree: PyTree) -> bool:

@@ -10,7 +10,16 @@ from utils.base.hosts import broadcast, is_first
 from utils.base.messages import log
 from utils.images.pixels import ImageBatch
 from utils.images.samples import Samples, content_sha256
-from utils.runs.results import Results, plot_by_step, plot_fid, sampler_settings, score_columns, write_csv
+from utils.runs.results import (
+    Results,
+    plot_by_ema,
+    plot_by_step,
+    plot_fid,
+    row_width,
+    sampler_settings,
+    score_columns,
+    write_csv,
+)
 from utils.runs.run_evaluation import RunEvaluation
 from utils.runs.scoring import Scoring
 from utils.sampling.solvers import SamplerConfig
@@ -48,11 +57,14 @@ def evaluate_run(run: RunEvaluation) -> None:
     with run.going_on():
         write_csv(run.out / "fid.csv", results.rows)
     if len(rows) > 1:
-        name, draw = ("by_step", plot_by_step) if run.has_several_steps else ("fid", plot_fid)
-        figure = draw(rows)
-        run.save_figure(figure, f"{name}.png")
-        if trackers:
-            trackers.log_figure(len(rows), name, figure)
+        figures = {"by_step": plot_by_step} if run.has_several_steps else {"fid": plot_fid}
+        if len({row_width(row) for row in rows} - {None}) > 1:
+            figures["by_ema"] = plot_by_ema
+        for name, draw in figures.items():
+            figure = draw(rows)
+            run.save_figure(figure, f"{name}.png")
+            if trackers:
+                trackers.log_figure(len(rows), name, figure)
     if trackers:
         trackers.log_table("scores", rows)
         trackers.close()

@@ -32,6 +32,7 @@ from utils.networks.lora import merge_lora
 from utils.objectives.objective import has_guidance
 from utils.objectives.objectives import OBJECTIVES
 from utils.runs.checkpoint import has_checkpoints
+from utils.runs.ema_snapshots import take_average
 from utils.runs.opening import open_checkpoint
 from utils.runs.saved_config import find_latent_shape
 from utils.sampling.samplers import can_guide
@@ -44,8 +45,8 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     """Writes a run's parameters under the published names, and returns the files that it has written.
 
     `out` is a file *.safetensors, or a folder for the hub: with model.safetensors, config.json and a model card, which
-    names the repository `hub_id`. `which` is 'ema' or 'raw'. Raises UserError where the run cannot be read or `out`
-    cannot be written.
+    names the repository `hub_id`. `which` is 'ema', 'raw' or 'ema:WIDTH'. Raises UserError where the run
+    cannot be read or `out` cannot be written.
     """
     # Room first: reading a large run takes a while.
     is_file = out.suffix == ".safetensors"
@@ -65,7 +66,8 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
         raise UserError(f"--load_dir={load_dir} is of --model.network={architecture.network}; only dit is exported")
     name = "ema_params" if which == "ema" else "params"
     step, params = checkpoints.restore_newest(
-        lambda step: checkpoints.restore_stored(step, name), steps[steps.index(newest) :]
+        lambda step: take_average(checkpoints.restore_stored(step, name), which, checkpoints, step, config),
+        steps[steps.index(newest) :],
     )
     params = {part: tree for part, tree in merge_lora(params).items() if part != PART}
 
@@ -74,6 +76,7 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     config["dataset"]["latent_shape"] = list(find_latent_shape(config))
     config["lora_rank"] = 0  # merged
     config["augment"] = []
+    config["ema_profiles"] = []  # a file holds one set of parameters
     try:
         latent_shape = tuple(config["dataset"]["latent_shape"])
         condition = restore_condition(config["dataset"]).fit_latents(

@@ -20,9 +20,11 @@ from utils.conditions.condition import check_draw_mode, restore_condition
 from utils.images.pixels import PixelFormat
 from utils.networks.lora import merge_lora
 from utils.networks.models import ImageModel, init_params, make_model, read_network
+from utils.networks.posthoc_ema import parse_params
 from utils.networks.state import young_ema_hint
 from utils.objectives.objectives import make_objective
 from utils.runs.checkpoint import FOLDER, Checkpoints, has_checkpoints
+from utils.runs.ema_snapshots import take_average
 from utils.runs.importing import HUB_PREFIX, fetch_run, import_file
 from utils.runs.pool import read_pool
 from utils.sampling.generator import ImageGenerator, check_guide
@@ -111,16 +113,18 @@ def load_generator(
     """Loads the generator of a run: RUN, RUN/checkpoints/STEP for an older checkpoint, hf:USER/NAME, or a file of a
     published model.
 
-    `params` is 'ema' or 'raw'. `label_mode` says how labels are drawn where none are given. `dtype` is the compute
-    dtype ('bfloat16' or 'float32') if it is not that of the training, and `codec`, such as kl:PATH, the place of the
-    codec if that has moved. A codec that cannot be found is reported when images are decoded, or at once with
-    `needs_images`. `guide` is a run, or a checkpoint of one, by whose parameters `guide_params` the model is guided
-    where a sampler says so. Raises UserError where no checkpoint is intact, and where the codec is not the one of the
-    training.
+    `params` is 'ema', 'raw', or 'ema:WIDTH' of a run with EMA profiles. `label_mode` says how labels are drawn where
+    none are given. `dtype` is the compute dtype ('bfloat16' or 'float32') if it is not that of the training, and
+    `codec`, such as kl:PATH, the place of the codec if that has moved. A codec that cannot be found is reported when
+    images are decoded, or at once with `needs_images`. `guide` is a run, or a checkpoint of one, by whose parameters
+    `guide_params` the model is guided where a sampler says so. Raises UserError where no checkpoint is intact, and
+    where the codec is not the one of the training.
     """
     # Words first: nothing is loaded for a misspelt one.
-    if params not in ("ema", "raw"):
-        raise UserError(f"--params={params} is unknown; use ema or raw")
+    try:
+        params = parse_params(params)
+    except ValueError as error:
+        raise UserError(f"--params={params}: {error}") from None
     if dtype not in (None, "bfloat16", "float32"):
         raise UserError(f"--dtype={dtype} is unknown; use bfloat16 or float32")
 
@@ -205,7 +209,8 @@ def restore_params(
 ) -> tuple[int, PyTree]:
     """Returns (step, parameters) of the first checkpoint of `steps` that is intact, placed on every device.
 
-    `which` is 'ema' or 'raw'. Warns of an EMA that is mostly initial parameters, as the configuration `saved` tells.
+    `which` is 'ema', 'raw' or 'ema:WIDTH'. Warns of an EMA that is mostly initial parameters, as the configuration
+    `saved` tells.
     """
     # Shapes alone: the model's parameters are never made, only read.
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -216,7 +221,7 @@ def restore_params(
     def read(step):
         factors = checkpoints.stored_lora(step, name, replicated(model.mesh))
         (params,) = checkpoints.restore_params(step, target | factors, (name,))
-        return merge_lora(params)
+        return merge_lora(take_average(params, which, checkpoints, step, saved))
 
     step, params = checkpoints.restore_newest(read, steps)
     if which == "ema" and not checkpoints.is_imported(step) and (hint := young_ema_hint(saved, step)):

@@ -3,7 +3,7 @@
 import csv
 import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -16,6 +16,7 @@ from utils.base.messages import log, show_result
 from utils.images import plotting
 from utils.metrics.memorisation import COLUMNS, ERRORS
 from utils.metrics.metrics import metric_columns, metric_formats
+from utils.networks.posthoc_ema import width_of
 from utils.sampling.solvers import SOLVERS, SamplerConfig
 
 # Settings that do not identify a row: places of files, which are identified by their hash instead.
@@ -280,7 +281,7 @@ def plot_fid(rows: list[dict[str, Any]]) -> Figure:
     for row in rows:
         if row.get(score) is None or not _is_finished(row):
             continue
-        name = _guidance_title(row) + ", raw" * (row.get("params") == "raw")
+        name = ", ".join([_guidance_title(row), *filter(None, [row.get("params")])])
         curves.setdefault(name, []).append((row["num_steps"] or row["nfe"], row[score]))
     return plotting.curves(curves, "steps", columns[score])
 
@@ -290,16 +291,40 @@ def plot_by_step(rows: list[dict[str, Any]]) -> Figure:
 
     Baselines of held-out images, which are the same at all steps, are left out.
     """
-    # Curves are named by what tells them apart.
     names = [(_guidance_title(row), f"{to_text('num_steps', row)} steps", to_text("params", row)) for row in rows]
-    told = [place for place, values in enumerate(zip(*names, strict=True)) if len(set(values)) > 1] or [0]
-    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row, name in zip(rows, names, strict=True):
-        curve = ", ".join(name[place] for place in told)
+    return plotting.metric_curves(_gather_points(rows, [row["checkpoint_step"] for row in rows], names))
+
+
+def plot_by_ema(rows: list[dict[str, Any]]) -> Figure:
+    """Draws every metric against the width of the EMA, a curve for each sampler and step; rows of other parameters are
+    left out."""
+    by_width = [(width, row) for row in rows if (width := row_width(row)) is not None]
+    by_width.sort(key=lambda pair: pair[0])
+    widths, rows = map(list, zip(*by_width, strict=True))
+    names = [
+        (_guidance_title(row), f"{to_text('num_steps', row)} steps", f"step {row['checkpoint_step']}") for row in rows
+    ]
+    points = _gather_points(rows, widths, names)
+    return plotting.metric_curves(points, x_title="width of the EMA")
+
+
+def row_width(row: Mapping[str, Any]) -> float | None:
+    """Returns the relative width of the EMA of a row's parameters; None for the recipe's EMA and for no EMA."""
+    return width_of(row.get("params", "ema"))
+
+
+def _gather_points(
+    rows: Sequence[Mapping[str, Any]], places: Sequence[float], names: Sequence[tuple[str, ...]]
+) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Returns {metric: {curve: (place, value) points}}; curves are named by those of their `names` that differ."""
+    told = [number for number, values in enumerate(zip(*names, strict=True)) if len(set(values)) > 1] or [0]
+    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row, place, name in zip(rows, places, names, strict=True):
+        curve = ", ".join(name[number] for number in told)
         for score, title in score_columns().items():
             if row.get(score) is not None and not score.endswith("_validation"):
-                points.setdefault(title, {}).setdefault(curve, []).append((row["checkpoint_step"], row[score]))
-    return plotting.metric_curves(points)
+                points.setdefault(title, {}).setdefault(curve, []).append((place, row[score]))
+    return points
 
 
 def _guidance_title(row: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ STRAIGHTNESS_SAMPLES = 64  # at most
 
 
 class Snapshot(NamedTuple):
-    """Parameters whose samples are scored: 'ema' or 'raw', of the first of `steps` that is intact."""
+    """Parameters whose samples are scored, as --params says them, of the first of `steps` that is intact."""
 
     steps: list[int]
     params: str
@@ -215,7 +215,7 @@ class RunEvaluation(Scoring):
         steps = sampler.solver if sampler.is_adaptive else sampler.num_steps
         name = f"{what}_{steps}_{_guidance_name(sampler)}"
         if self.has_several:
-            name += f"_step{self.step}" + "_raw" * (self.snapshot.params == "raw")
+            name += f"_step{self.step}{self._params_suffix()}"
         return f"{name}.png"
 
     def curve_name(self, sampler: SamplerConfig) -> str:
@@ -223,7 +223,11 @@ class RunEvaluation(Scoring):
         name = f"guidance_{_guidance_name(sampler)}"
         if self.has_several_steps and len({each.num_steps for each in self.samplers}) > 1:
             name += f"_{sampler.num_steps}_steps"
-        return name + "_raw" * (self.has_several and self.snapshot.params == "raw")
+        return name + self._params_suffix() * self.has_several
+
+    def _params_suffix(self) -> str:
+        params = self.snapshot.params
+        return "" if params == "ema" else f"_{params.replace(':', '')}"
 
 
 def check_save_samples(config: ConfigDict, num_sets: int) -> None:

@@ -30,6 +30,7 @@ OLDER_RUNS: dict[str, Any] = {
     "weight_decay": 0.0,
     "grad_clip": None,
     "lr_schedule": "constant",
+    "ema_profiles": [],
     "augment": [],
     "augment_prob": 0.12,
     "coupling": "none",
@@ -91,7 +92,8 @@ def _choice(choices: Collection[str]) -> Rule:
 def _parsed(parse: Callable[[Any], Any]) -> Rule:
     def is_good(value):
         try:
-            return parse(value) == value
+            parsed = parse(value)
+            return (list(parsed) if isinstance(parsed, tuple) else parsed) == value
         except ValueError:
             return False
 

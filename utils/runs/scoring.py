@@ -62,7 +62,7 @@ from utils.runs.memorising import Memorising, SampleImages, choose_features, ope
 from utils.runs.results import to_markdown, write_json_rows
 from utils.sampling.generator import RECIPE_BATCH_SIZE, hash_params
 
-FILES = ("fid.json", "fid.csv", "fid.png", "by_step.png")  # beside grids of samples
+FILES = ("fid.json", "fid.csv", "fid.png", "by_step.png", "by_ema.png")  # beside grids of samples
 MAX_LISTED = 12  # figures named at the end
 LARGE_IMAGE_BYTES = 2**22  # without --batch_size, batches of larger images take LARGE_BATCH_BYTES at most
 LARGE_BATCH_BYTES = 2**28

@@ -19,6 +19,7 @@ from utils.metrics.dinov2 import DTYPES, PREPROCESSING
 from utils.metrics.inception import CONVENTIONS
 from utils.networks.network import NetworkConfig
 from utils.networks.optimizers import make_optimizer
+from utils.networks.posthoc_ema import parse_profiles
 from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
 
 # End at the first broken file, or train on the others.
@@ -185,6 +186,11 @@ class OptimizerConfig:
     ema_warmup: int = setting(
         0, "1: the EMA's decay grows as (1 + n) / (10 + n) up to --model.target_update_rate.", 0, 1
     )
+    ema_profiles: tuple[str, ...] = setting(
+        (),
+        "Also keep EMAs of these widths relative to the run, such as 0.05,0.1: --params ema:0.08 makes others of them.",
+        parse=parse_profiles,
+    )
     warmup_steps: int = setting(0, "Steps in which the learning rate rises from 0.", 0)
     lr_schedule: str = setting("constant", "cosine: to 0 at --max_steps.", choices=("constant", "cosine"))
     weight_decay: float = setting(0.0, "AdamW's decay of matrices.", 0, 100)
@@ -301,6 +307,9 @@ class CheckpointConfig:
     keep_every: int = setting(1_000_000, "Also keep checkpoints at multiples of this step.", 1)
     keep_best: str | None = setting(
         None, "SCORE:COUNT, such as fid:3 or loss:1: also keep those with the best scores, and save at evaluations."
+    )
+    ema_snapshots: int = setting(
+        32, "Snapshots of --ema_profiles to keep: each 50 steps; where there would be more, each 100, each 200, ...", 2
     )
 
 

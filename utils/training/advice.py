@@ -93,11 +93,9 @@ def plan_lines(
     other = small if small < batch_size else 2 * batch_size
     memory = MemoryModel({size: measure(size) for size in (other, batch_size)})
     needed = memory.bytes_of(batch_size)
-    parts = {
-        "parameters": bytes_on_device(state.params),
-        "EMA": bytes_on_device(state.ema_params),
-        "optimizer": bytes_on_device(state.opt_state),
-    }
+    emas = (state.ema_params, state.ema_profiles)
+    parts = {"parameters": state.params, "EMA": emas, "optimizer": state.opt_state}
+    parts = {part: bytes_on_device(tree) for part, tree in parts.items()}
     parts["gradients, activations and the rest"] = needed - sum(parts.values())
     where = f"each of {num_devices} devices" if num_devices > 1 else "a device"
     yield f"memory at batch {batch_size}, on {where} of this kind: {format_bytes(needed)}"
@@ -226,7 +224,7 @@ def commands_after_training(
     """Yields (purpose, command) for what follows a training: samples and, of pictures, their FID against the training
     images.
 
-    `saved` is the run's configuration; there are `num_images` to train on; `params` is 'ema' or 'raw'.
+    `saved` is the run's configuration; there are `num_images` to train on; `params` is as --params takes it.
     """
     # Samples.
     model = saved["model"]

@@ -326,7 +326,7 @@ def init_state(run: Run, key: jax.Array, draw_key: jax.Array) -> TrainState:
     params = init_params(run.model, jax.random.fold_in(draw_key, INIT))
     if rank := run.config.start.lora_rank:
         params = add_lora(params, rank, key)
-    return create_train_state(params, run.optimizer, key)
+    return create_train_state(params, run.optimizer, key, run.config.optimizer.ema_profiles, run.frozen)
 
 
 def summarize_run(run: Run, state: TrainState) -> str:

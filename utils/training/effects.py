@@ -84,6 +84,7 @@ RULES = (
         "with --coupling={coupling}, only with semidiscrete",
         lambda v: v.coupling != "semidiscrete",
     ),
+    Rule(("ema_snapshots",), "without --ema_profiles", lambda v: not v.ema_profiles),
     Rule(("lr_schedule",), "with --max_steps=0, which trains nothing", lambda v: v.max_steps == 0),
     Rule(("freeze", "lora_rank"), "without --load_dir", lambda v: not v.is_started),
     Rule(

@@ -22,6 +22,7 @@ from utils.networks.state import TrainState
 from utils.objectives.objective import row_period
 from utils.runs.best import BestSteps, KeepBest
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, has_checkpoints
+from utils.runs.ema_snapshots import EmaSnapshots
 from utils.runs.pool import write_pool
 from utils.trackers.trackers import Trackers
 from utils.training.advice import batch_structs, ema_hints, plan_lines
@@ -34,7 +35,8 @@ from utils.training.build import (
     summarize_run,
 )
 from utils.training.evaluation import evaluate, is_evaluation_due, is_evaluation_missing, log_evaluation
-from utils.training.progress import Progress, Saver, SkippedUpdates, StepTrace, Throughput, check_finite
+from utils.training.progress import Progress, SkippedUpdates, StepTrace, Throughput, check_finite
+from utils.training.saving import Saver
 from utils.training.start import compare_with_saved
 
 
@@ -44,6 +46,7 @@ class Resources(NamedTuple):
     checkpoints: Checkpoints
     batches: Any  # endless, at the position of the state
     position: dict[str, Any]  # in the data, of the checkpoint that the run continues from
+    snapshots: EmaSnapshots
     trackers: Trackers
     stop: StopRequest
 
@@ -91,8 +94,13 @@ def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
     write_config(run, step)
     settings = {**run.config.to_json(), "dataset": run.record["dataset"]}
     trackers = Trackers(run.folder, settings, step)
+    snapshots = EmaSnapshots(run.folder, keep.ema_snapshots if run.config.optimizer.ema_profiles else 0, step)
+    resources = Resources(checkpoints, batches, position, snapshots, trackers, stop)
     with explaining_out_of_memory("training", MEMORY_FLAGS):
-        state = run_steps(run, wait_for_state, step, Resources(checkpoints, batches, position, trackers, stop))
+        # An evaluation that a kill has cut short comes first: it is of this step's state.
+        max_steps = run.config.training.max_steps
+        is_done = step and (not finish_evaluation(run, wait_for_state(), resources) or step >= max_steps)
+        state = wait_for_state() if is_done else run_steps(run, wait_for_state, step, resources)
     # Everything is on disk before the run says so.
     checkpoints.wait()
     if best is not None and jax.process_index() == 0:
@@ -187,10 +195,6 @@ def run_steps(run: Run, wait_for_state: Callable[[], TrainState], step: int, res
     training = config.training
     metrics = position = None  # of the last step
 
-    # An evaluation that a kill has cut short comes first: it is of this step's state.
-    if step and (not finish_evaluation(run, wait_for_state(), resources) or step >= training.max_steps):
-        return wait_for_state()
-
     # Compiled steps, while the first batch is read; then what saves, reports and traces.
     batches = read_ahead(to_devices(resources.batches, run.mesh))
     train_step, validate = compile_steps(run, run.state_structs)
@@ -222,6 +226,10 @@ def run_steps(run: Run, wait_for_state: Callable[[], TrainState], step: int, res
             if is_logged:
                 state, losses = validate(state)
             progress.add(step, metrics, losses)
+            if resources.snapshots.is_due(step):
+                progress.flush()
+                with progress.pausing("saving"):
+                    resources.snapshots.save(state.ema_profiles, step)
 
             # Save, then evaluate, which takes its time.
             is_evaluated = is_evaluation_due(config, step)
@@ -251,7 +259,9 @@ def make_instruments(
     config = run.config
     step = int(state.step)
     checkpoints = resources.checkpoints
-    saver = Saver(checkpoints, run.record, config.checkpoints.save_interval, config.checkpoints.save_minutes, step)
+    keep = config.checkpoints
+    before = resources.snapshots.wait
+    saver = Saver(checkpoints, run.record, keep.save_interval, keep.save_minutes, step, before)
     skipped = SkippedUpdates(config.optimizer.skip_nonfinite, checkpoints, state.params, resources.position)
     check = partial(check_finite, checkpoints=checkpoints)
     throughput = Throughput(config.training.batch_size, run.flops_per_step, config.logging.peak_tflops)

@@ -48,7 +48,7 @@ NEW_RUN = "another --wandb.name or --save_dir starts a new run"
 # The rest may change, and is reported.
 FIXED = (
     "objective.name", "batch_size", "seed", "debug_overfit", "freeze", "lora_rank",
-    "optimizer", "warmup_steps", "weight_decay", "grad_clip", "lr_schedule", "augment", "augment_prob",
+    "optimizer", "warmup_steps", "weight_decay", "grad_clip", "lr_schedule", "ema_profiles", "augment", "augment_prob",
     "coupling", "coupling_rows", "coupling_weight", "coupling_draws",
 )  # fmt: skip
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.

@@ -22,7 +22,8 @@ from utils.data.dataset import Batch
 from utils.kernels.random import roll, unroll
 from utils.networks.models import Network, model_fn
 from utils.networks.packing import Packing
-from utils.networks.state import EmaSchedule, TrainState, apply_gradients, select_parts
+from utils.networks.posthoc_ema import update_profiles
+from utils.networks.state import EmaSchedule, TrainState, apply_gradients, select_parts, trained_parts
 from utils.objectives.objective import Objective, row_period
 from utils.training.augmentation import draw_augmentation, warp
 
@@ -213,14 +214,26 @@ def train_step(
 
         # A select rather than a branch: the decision stays on the devices, and the host waits for nothing.
         new_state = map_parts(partial(select, is_kept), old_state, new_state)
+        new_state = average_profiles(new_state, state.step + 1, is_validation, frozen)
         metrics |= {"param_norm": optax.tree.norm(new_state.params)}
         new_state = map_parts(packing.unpack_all, new_state) if packing else new_state
         return new_state.replace(step=jnp.where(is_validation, state.step, new_state.step)), metrics
 
 
+def average_profiles(
+    state: TrainState, step: Array, is_validation: bool | Array, frozen: tuple[str, ...]
+) -> TrainState:
+    """Returns the state with its parameters after step number `step` averaged into its EMA profiles.
+
+    These are averages over steps: one whose update is left out counts, with the parameters that it has kept.
+    """
+    profiles = update_profiles(state.ema_profiles, trained_parts(state.params, frozen), step)
+    return state.replace(ema_profiles=select(is_validation, state.ema_profiles, profiles))
+
+
 def map_parts(function: Callable, *states: TrainState) -> TrainState:
-    """Returns the last state with function(that part of each state) as parameters, EMA and optimizer's state."""
-    names = ("params", "ema_params", "opt_state")
+    """Returns the last state with function(that part of each state) as parameters, EMAs and optimizer's state."""
+    names = ("params", "ema_params", "opt_state", "ema_profiles")
     parts = {name: function(*(getattr(state, name) for state in states)) for name in names}
     return states[-1].replace(**parts)
 
