@@ -124,7 +124,7 @@ test_condition_columns.py::test_numbers_are_read_row_by_row_and_measured_in_trai
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
   utils/training/loop.py: keep.keep_last, keep.keep_every, best) -> keep.keep_last, None, best)
   utils/training/loop.py: Checkpoints(run.folder, keep.keep_last -> Checkpoints(run.folder, 2
-  utils/training/loop.py: config.checkpoints.save_minutes -> 15
+  utils/training/loop.py: keep.save_interval, keep.save_minutes -> keep.save_interval, 15
   utils/training/loop.py: run.flops_per_step, config.logging.peak_tflops) -> run.flops_per_step, 1000)
 test_train_step.py::test_the_teacher_of_an_objective_is_the_ema
   utils/training/step.py: model_fn(model, ema_params)) -> model_fn(model, params))
