@@ -141,7 +141,7 @@ def invert(request: Request) -> None:
     images, files, labels = _read_own_images(request, "invert")
 
     # There and back without guidance: the two directions are the same ODE.
-    plain = request.sampler._replace(cfg_scale=None)
+    plain = request.sampler.without_guidance()
     latents = generator.encode(images)
     noise = generator.invert(latents, labels, plain)
     again = generator.sample_latents(noise, labels, plain)

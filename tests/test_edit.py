@@ -97,6 +97,10 @@ def test_given_images_are_inverted_and_made_again(draw, own, capsys):
         assert saved["arr_0"].shape == (4, 8, 8, 1)
         assert list(saved["arr_1"]) == [1, 8, 1, 8]
 
+    # Guidance of every kind is of the edits alone.
+    draw(f"--invert {own}/own --edit 1 --denoise_timesteps 8 --solver midpoint --cfg_scale 2 --cfg_zero_star 1")
+    assert f"round trip: root mean square error {error} of" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("classes", ["", "--classes 5"])
 def test_a_hole_is_filled(draw, own, classes, capfd):
@@ -141,6 +145,10 @@ def test_a_hole_is_filled(draw, own, classes, capfd):
         ("--invert OWN/own --seed 3", r"--seed=3 has no effect with --invert, which draws no noise"),
         ("--interpolate 3 --between classes --classes 3,3", r"--between=classes needs two of them"),
         ("--invert OWN/own --batch_size 2", r"--batch_size=2 has no effect on images of your own"),
+        (
+            "--inpaint OWN/own --mask OWN/mask.png --cfg_zero_star 1 --cfg_zero_steps 1",
+            r"--cfg_zero_steps=1 has no effect with --inpaint",
+        ),
         ("--edit 3", r"--interpolate, --invert and --inpaint: give one of them; sample.py draws new images"),
         ("--inpaint OWN/own --edit 3", r"--edit=3 has no effect without --invert"),
         ("--invert OWN/own --mask OWN/mask.png", r"--mask=\S+mask.png has no effect without --inpaint"),

@@ -25,7 +25,8 @@ from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objective import Heads
-from utils.sampling.generator import ImageGenerator
+from utils.runs.opening import load_generator
+from utils.sampling.generator import ImageGenerator, check_guide
 from utils.sampling.guidance import guide, guide_by_inner, guide_by_model, project, within
 from utils.sampling.samplers import check_sampler
 from utils.sampling.solvers import SamplerConfig, sample
@@ -356,6 +357,7 @@ def test_python_and_flags_refuse_the_same(read_flags, fields, line, message):
     ("line", "message"),
     [
         ("--guide_scale 2", "--guide_scale=2 has no effect without --guide"),
+        ("--guide runs/other --guide_scale 1", "--guide=runs/other has no effect with --guide_scale=1"),
         ("--inner_interval 0,0.5", "--inner_interval=0,0.5 has no effect with --inner_scale=1"),
         ("--cfg_scale 1 --cfg_zero_star 1", "--cfg_zero_star=1 has no effect without guidance"),
     ],
@@ -384,7 +386,7 @@ RUN = """
 """.split()  # noqa: SIM905 (a command line, as one types it)
 
 
-def test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices(tmp_path):
+def test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices(tmp_path, capsys):
     run_program("train_flow.py", *RUN, "--max_steps", 4, "--save_interval", 2, "--save_dir", tmp_path / "run")
     run_program("train_flow.py", *RUN, "--max_steps", 4, "--grad_accum", 2, "--save_dir", tmp_path / "split", devices=8)
     logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "split")]
@@ -398,13 +400,34 @@ def test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices(tmp_path
     words += ["--metrics", "moments", "--fid_stats", tmp_path / "images.npy", "--cfg_scale", 2, "--inner_scale", 1.5]
     words += ["--guide", tmp_path / "run" / "checkpoints" / "2", "--guide_scale", "1,2"]
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), np.uint8))
-    shown = run_program(*words).stdout
+    done = run_program(*words)
+    shown = done.stdout
     rows = json.loads((tmp_path / "run" / "fid.json").read_text())["cells"]
     assert [(row["inner_scale"], row.get("guide_scale"), row["passes"]) for row in rows] == [
         (1.5, None, 4),
         (1.5, 2, 8),
     ]
     assert ["guide_sha256" in row for row in rows] == [False, True]
+    assert "its parameters are those of the model" not in done.stderr
     assert "| inner | autoguidance | passes |" in shown
     names = {path.name for path in (tmp_path / "run").glob("samples_2_*.png")}
     assert names == {"samples_2_2_inner_1.5.png", "samples_2_2_inner_1.5_guide_2.png"}
+
+    # By itself a model is not guided.
+    load_generator(tmp_path / "run", guide=tmp_path / "run")
+    assert "/run: its parameters are those of the model, so that it changes nothing" in capsys.readouterr().err
+
+
+def test_a_guide_has_learned_latents_of_the_same_codec(small):
+    model, _ = small
+
+    class Weighted(PixelCodec):
+        sha256 = "a"
+
+    class Other(PixelCodec):
+        sha256 = "b"
+
+    first, second = (model._replace(codec=codec()) for codec in (Weighted, Other))
+    check_guide(model, first)
+    with pytest.raises(UserError, match="--guide: it learned the latents of another codec"):
+        check_guide(first, second)

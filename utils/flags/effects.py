@@ -128,6 +128,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "on images of your own, which are one batch; --num_samples limits them",
             lambda given: given.interpolate is None,
         ),
+        Rule(
+            ("cfg_zero_steps",),
+            "with --inpaint, which takes every step",
+            lambda given: given.inpaint is not None,
+        ),
         Rule(("mask", "inpaint_repeats"), "without --inpaint", lambda given: given.inpaint is None),
     ),
     # One solver has tolerances, the other a number of steps.

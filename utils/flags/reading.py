@@ -148,6 +148,8 @@ def read_other_scales(config: ConfigDict) -> tuple[list[float], list[float]]:
     if not config.guide:
         refuse_ignored(("guide_params", "guide_scale", "guide_interval"), "without --guide")
         return inner, [1.0]
+    if guide == [1]:
+        refuse_ignored(("guide", "guide_params", "guide_interval"), "with --guide_scale=1, which is no autoguidance")
     return inner, guide
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from utils.base import hosts
 from utils.base.files import refuse_url
-from utils.base.mesh import make_mesh, replicated, shape_structs
+from utils.base.mesh import gather, make_mesh, replicated, shape_structs
 from utils.base.messages import AbsentCodecError, UserError, warn
 from utils.codecs.codec import AbsentCodec, set_pixel_format
 from utils.codecs.codecs import choose_codec, load_codec
@@ -137,7 +138,9 @@ def load_generator(
     check_draw_mode(model.condition, label_mode)  # before parameters are read
     weak = load_guide(guide, guide_params, model, codec)
     _, loaded = restore_params(checkpoints, steps[steps.index(newest) :], model, saved, params)
-    return ImageGenerator(model, loaded, seed=seed, label_mode=label_mode, guide=weak)
+    generator = ImageGenerator(model, loaded, seed=seed, label_mode=label_mode, guide=weak)
+    warn_of_same_guide(generator, guide)
+    return generator
 
 
 def load_guide(
@@ -155,6 +158,19 @@ def load_guide(
         message = str(error).replace("--load_dir", "--guide").replace("--params", "--guide_params")
         raise UserError(message) from None
     return loaded
+
+
+def warn_of_same_guide(generator: ImageGenerator, guide: str | Path | None) -> None:
+    """Warns of a guide that is the model itself: from its own prediction nothing leads away."""
+    weak = generator.guide
+    if weak is None or weak.model.network.config != generator.model.network.config:
+        return
+    pairs = zip(jax.tree.leaves(generator.params), jax.tree.leaves(weak.params), strict=True)
+    if all(np.array_equal(gather(ours), gather(theirs)) for ours, theirs in pairs):  # mostly, the first two differ
+        warn(
+            f"--guide={guide}: its parameters are those of the model, so that it changes nothing without "
+            "--inner_scale; name an earlier checkpoint or a smaller network"
+        )
 
 
 def load_model(

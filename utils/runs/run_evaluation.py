@@ -22,7 +22,7 @@ from utils.images.pixels import ImageBatch, PixelFormat, check_pictures
 from utils.images.samples import SampleWriter, check_sample_path
 from utils.metrics.measure import measure_images, most_images
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
-from utils.runs.opening import load_guide, load_model, restore_params
+from utils.runs.opening import load_guide, load_model, restore_params, warn_of_same_guide
 from utils.runs.scoring import Scoring
 from utils.sampling.generator import ImageGenerator, hash_params
 from utils.sampling.solvers import GUIDANCE, SamplerConfig
@@ -110,6 +110,7 @@ class RunEvaluation(Scoring):
         self.snapshot = snapshot
         self.step = step
         self.generator.params = params
+        warn_of_same_guide(self.generator, self.config.guide)
         self.straightness = functools.cache(self.generator.straightness)  # the same for every number of steps
         self.settings = self._describe_reference() | self._describe_run(params)
         return True

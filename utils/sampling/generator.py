@@ -382,6 +382,10 @@ def check_guide(model: ImageModel, guide: ImageModel) -> None:
         raise UserError(f"--guide: it is about {shapes[0]}, the model about {shapes[1]}; use a run of the same data")
     if guide.condition != model.condition:
         raise UserError("--guide: it takes another condition than the model; use a run of the same data")
+    # Latents of another codec may have the same shape. One without weights, or without them at hand, has no hash.
+    codecs = {each.codec.sha256 for each in (guide, model)} - {None, ""}
+    if len(codecs) > 1:
+        raise UserError("--guide: it learned the latents of another codec than the model; use a run of the same data")
     scales = [noise_scale(each.objective) for each in (guide, model)]
     if scales[0] != scales[1]:
         raise UserError(

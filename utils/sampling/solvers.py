@@ -178,6 +178,10 @@ class SamplerConfig(NamedTuple):
     guide_scale: float = 1.0  # of guidance by another model; 1: none
     guide_interval: tuple[float, float] = (0.0, 1.0)
 
+    def without_guidance(self) -> "SamplerConfig":
+        """Returns solver and steps as they are, without guidance of any kind."""
+        return self._replace(cfg_scale=None, cfg_zero_star=False, cfg_zero_steps=0, inner_scale=1.0, guide_scale=1.0)
+
     @property
     def is_adaptive(self) -> bool:
         return self.solver in ADAPTIVE_SOLVERS
