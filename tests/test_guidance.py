@@ -409,6 +409,10 @@ def test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices(tmp_path
     ]
     assert ["guide_sha256" in row for row in rows] == [False, True]
     assert "its parameters are those of the model" not in done.stderr
+    hint = (
+        "the EMA of --guide at step 2 is still 25% initial parameters, noise; --guide_params raw takes the parameters"
+    )
+    assert hint in done.stderr
     assert "| inner | autoguidance | passes |" in shown
     names = {path.name for path in (tmp_path / "run").glob("samples_2_*.png")}
     assert names == {"samples_2_2_inner_1.5.png", "samples_2_2_inner_1.5_guide_2.png"}

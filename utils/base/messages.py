@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Iterator, Mapping
 from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ class _Output:
 
     is_apart = False  # results alone go to the standard output
     is_quiet = False  # no progress, no warnings
+    reworded = ()  # (flag, another in its place) of warnings
 
 
 def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
@@ -122,7 +124,25 @@ def log(text: str) -> None:
 def warn(text: str) -> None:
     """Prints a line on the standard error output about what may be wrong."""
     if not _Output.is_quiet:
-        _print(text, sys.stderr)
+        _print(_reword(text), sys.stderr)
+
+
+@contextlib.contextmanager
+def rewording(flags: Mapping[str, str]) -> Iterator[None]:
+    """Names other flags in warnings and UserErrors of what is within: {flag in the text: that in its place}."""
+    _Output.reworded = tuple(flags.items())
+    try:
+        yield
+    except UserError as error:
+        raise UserError(_reword(str(error))) from None
+    finally:
+        _Output.reworded = ()
+
+
+def _reword(text: str) -> str:
+    for flag, other in _Output.reworded:
+        text = text.replace(flag, other)
+    return text
 
 
 def show_result(text: str) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from utils.base import hosts
 from utils.base.files import refuse_url
 from utils.base.mesh import gather, make_mesh, replicated, shape_structs
-from utils.base.messages import AbsentCodecError, UserError, warn
+from utils.base.messages import AbsentCodecError, UserError, rewording, warn
 from utils.codecs.codec import AbsentCodec, set_pixel_format
 from utils.codecs.codecs import choose_codec, load_codec
 from utils.conditions.condition import check_draw_mode, restore_condition
@@ -150,13 +150,10 @@ def load_guide(
     loaded, and where it is about other latents or conditions."""
     if guide is None:
         return None
-    try:
-        dtype = model.network.config.dtype
+    dtype = model.network.config.dtype
+    with rewording({"--load_dir": "--guide", "--params": "--guide_params", "the EMA at": "the EMA of --guide at"}):
         loaded = load_generator(guide, params=params, dtype=dtype, codec=codec, mesh=model.mesh)
         check_guide(model, loaded.model)
-    except UserError as error:
-        message = str(error).replace("--load_dir", "--guide").replace("--params", "--guide_params")
-        raise UserError(message) from None
     return loaded
 
 
