@@ -139,7 +139,7 @@ test_posthoc_ema.py::test_float32_updates_late_in_a_run_are_exact
   utils/networks/posthoc_ema.py: rate = -jnp.expm1( -> rate = 1 - jnp.exp(
 test_posthoc_ema.py::test_what_does_not_change_is_its_own_average_at_every_width
   utils/networks/posthoc_ema.py: direction * (1 - weights.sum()) / direction.sum() -> 0
-test_posthoc_ema.py::test_golden_reconstructions
+test_posthoc_ema.py::test_inner_products_are_integrals_over_the_steps_of_both
   utils/networks/posthoc_ema.py: (first / t_a) ** g_a * (first / t_b) ** g_b -> (first / t_a) ** g_a
 test_posthoc_ema.py::test_a_step_averages_the_trained_parts_over_all_steps
   utils/training/step.py: state.step + 1, is_validation, frozen) -> state.step + 2, is_validation, frozen)

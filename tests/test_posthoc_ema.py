@@ -28,6 +28,7 @@ from utils.networks.posthoc_ema import (
     fit_average,
     fit_weights,
     gamma_of,
+    inner_product,
     parse_params,
     parse_profiles,
     update_profiles,
@@ -103,6 +104,16 @@ def test_float32_updates_late_in_a_run_are_exact(step):
     (ema,) = update_profiles({"0.05": jnp.float32(0)}, jnp.float32(1), jnp.int32(step)).values()
     gamma = np.longdouble(gamma_of(0.05))
     assert float(ema) == pytest.approx(float(1 - (1 - np.longdouble(1) / step) ** (gamma + 1)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("t_a", "g_a", "t_b", "g_b"), [(1.0, 17.0, 2.0, 7.0), (3.0, 2.0, 2.0, 17.0), (2.0, 7.0, 2.0, 7.0)]
+)
+def test_inner_products_are_integrals_over_the_steps_of_both(t_a, g_a, t_b, g_b):
+    times = (np.arange(200_000) + 0.5) * 4 / 200_000
+    profiles = [np.where(times < t, (g + 1) * times**g / t ** (g + 1), 0) for t, g in ((t_a, g_a), (t_b, g_b))]
+    expected = np.prod(profiles, axis=0).sum() * 4 / 200_000
+    assert inner_product(t_a, g_a, t_b, g_b) == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_does_not_change_is_its_own_average_at_every_width():
