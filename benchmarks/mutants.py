@@ -147,9 +147,9 @@ test_posthoc_ema.py::test_a_step_averages_the_trained_parts_over_all_steps
   utils/training/step.py: state.step + 1, is_validation, frozen) -> state.step + 1, is_kept, frozen)
 test_posthoc_ema.py::test_a_resumed_run_has_the_profiles_and_snapshots_of_an_uninterrupted_one
   utils/runs/checkpoint.py: if state.ema_profiles else {} -> if False else {}
-  utils/runs/ema_snapshots.py: if later > step: -> if False:
 test_posthoc_ema.py::test_those_that_the_longer_interval_leaves_out_are_dropped
   utils/runs/ema_snapshots.py: if earlier % snapshot_interval(step, self.most): -> if False:
+  utils/runs/ema_snapshots.py: if later > step: -> if False:
 test_posthoc_ema.py::test_generators_have_any_width
   utils/runs/ema_snapshots.py: if earlier < step: -> if earlier != step:
   utils/runs/ema_snapshots.py: if width in kept: -> if False:
