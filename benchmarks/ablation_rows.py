@@ -62,6 +62,7 @@ ROWS = {
         trained_as="best",
         is_guided_by_itself=True,
     ),
+    "best + Muon": Row(f"{BEST} --optimizer muon", INNER),
     # The second table: what patches of other sizes change.
     "patch 4": Row("--model.patch_size 4", is_only_at_equal_steps=True),
     "patch 4 + data": Row("--model.patch_size 4 --objective.prediction data", is_only_at_equal_steps=True),

@@ -274,6 +274,15 @@ def test_another_model_guides_in_every_branch(small):
     np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-6)
 
 
+def test_a_guide_without_dropped_labels_has_no_part_in_guidance_by_labels(small):
+    model, params = make_small(class_dropout_prob=0.0)
+    generator = ImageGenerator(*small, guide=ImageGenerator(model, params))
+    generator.check_sampler(SamplerConfig(4, None, guide_scale=2.0))
+    generator.check_sampler(SamplerConfig(4, 2.0))
+    with pytest.raises(UserError, match=r"^--guide: .*class_dropout_prob=0.*no label.*; use --cfg_scale 1"):
+        generator.check_sampler(SamplerConfig(4, 2.0, guide_scale=2.0))
+
+
 def test_zero_steps_leave_the_noise_as_it_is(small):
     generator = ImageGenerator(*small)
     noise, labels = generator.noise(range(NUM)), generator.conditions(range(NUM))

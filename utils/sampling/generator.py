@@ -25,7 +25,7 @@ from utils.networks.models import ImageModel
 from utils.objectives.objective import noise_scale, scale_noise
 from utils.sampling import compiled
 from utils.sampling.compiled import CompiledFor, Guide, Parameters, SamplerNumbers, lower_sampler
-from utils.sampling.samplers import check_sampler, guidance_scale, is_integer
+from utils.sampling.samplers import can_guide, check_sampler, explain_no_guidance, guidance_scale, is_integer
 from utils.sampling.solvers import (
     ODE_SOLVERS,
     SamplerConfig,
@@ -223,6 +223,11 @@ class ImageGenerator:
             inner_head=model.network.config.inner_head,
             has_guide=self.guide is not None,
         )
+        # Guidance by labels asks the guide for "no condition", too.
+        if self.guide is not None and sampler.is_model_guided and guidance_scale(sampler.cfg_scale) is not None:
+            dropout = self.guide.model.network.config.class_dropout_prob
+            if not can_guide(dropout):
+                raise UserError(f"--guide: {explain_no_guidance(dropout)}; use --cfg_scale 1, or another guide")
 
     def with_seed(self, seed: int) -> "ImageGenerator":
         # Nothing is copied: the parameters are shared, and compiled functions too.

@@ -397,7 +397,9 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
     for name in (*FIXED, *of_network, *of_objective):  # an objective before what follows from it
         if name in changed:
             before, now = (",".join(v) or "nothing" if isinstance(v, list) else v for v in changed[name])
-            raise UserError(f"{folder} holds a run with --{name}={before}, not {now}: give that value, or {NEW_RUN}")
+            which = f"without --{name}" if before == "nothing" else f"with --{name}={before}"
+            fix = "leave it out" if before == "nothing" else "give that value"
+            raise UserError(f"{folder} holds a run {which}, not {now}: {fix}, or {NEW_RUN}")
 
     # The run that it has started from.
     if new["load_dir"] is not None and not _is_same_place(new["load_dir"], old.get("load_dir")):
