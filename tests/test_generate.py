@@ -244,7 +244,7 @@ def test_parameters_with_and_without_ema(run, generator):
     assert generator.class_names == tuple("0123456789")
     raw = load_generator(run, params="raw", seed=3)
     assert not np.array_equal(raw.sample([3], num_steps=2), generator.sample([3], num_steps=2))
-    with pytest.raises(UserError, match="--params=best is unknown; use ema or raw"):
+    with pytest.raises(UserError, match="--params=best: use ema, raw, or ema:WIDTH"):
         load_generator(run, params="best")
     with pytest.raises(UserError, match="no checkpoint"):
         load_generator(run / "images")

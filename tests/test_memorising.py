@@ -160,7 +160,7 @@ def test_samples_of_a_run_are_compared_with_its_own_images(run, read_flags, tmp_
             yield ImageBatch(images, jnp.zeros(len(images), jnp.int32), len(images))
 
     monkeypatch.setattr(ImageGenerator, "generate", generate)
-    monkeypatch.setattr(ImageGenerator, "straightness", lambda *arguments: 0.0)
+    monkeypatch.setattr(ImageGenerator, "straightness", lambda *arguments, **options: 0.0)
     line = f"--load_dir {run} --fid_stats IN/data.npz --num_samples 40 --denoise_timesteps 1 --use_cfg 0 --memorisation"
     np.savez(tmp_path / "data.npz", arr_0=copies)
     (row,) = score(read_flags, tmp_path, line)

@@ -92,7 +92,7 @@ class _Output:
 
     is_apart = False  # results alone go to the standard output
     is_quiet = False  # no progress, no warnings
-    reworded = ()  # (flag, another in its place) of warnings
+    reworded: tuple[tuple[str, str], ...] = ()  # (flag, another in its place) of warnings
 
 
 def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
