@@ -152,7 +152,6 @@ test_posthoc_ema.py::test_those_that_the_longer_interval_leaves_out_are_dropped
   utils/runs/ema_snapshots.py: if later > step: -> if False:
 test_posthoc_ema.py::test_generators_have_any_width
   utils/runs/ema_snapshots.py: if earlier < step: -> if earlier != step:
-  utils/runs/ema_snapshots.py: if width in kept: -> if False:
 test_posthoc_ema.py::test_bad_input_ends_in_one_line
   utils/training/start.py: "lr_schedule", "ema_profiles", -> "lr_schedule",
   utils/runs/ema_snapshots.py: if checksum == _checksum(name, exponent, x): -> if True:
