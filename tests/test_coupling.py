@@ -136,6 +136,7 @@ def test_noise_is_a_function_of_seed_step_and_row():
     np.testing.assert_array_equal(noise[2:5], draw_rows(3, 5, range(2, 5), (4, 4, 1)))
     others = [draw_rows(3, 6, range(8), (4, 4, 1)), draw_rows(4, 5, range(8), (4, 4, 1)), noise[::-1]]
     assert not any((noise == other).any() for other in others)
+    assert (draw_rows(-1, 5, range(8), (4, 4, 1)) != draw_rows(-2, 5, range(8), (4, 4, 1))).all()
     many = np.concatenate([draw_rows(0, step, range(64), (100,)) for step in range(40)])
     assert kstest(many.ravel(), "norm").pvalue > 0.001
     # Rows, steps and places are independent of each other.

@@ -362,6 +362,15 @@ def test_python_and_flags_refuse_the_same(read_flags, fields, line, message):
         reading.read_samplers(read_flags(eval_fid, f"--denoise_timesteps 4 {line}".split()), 0.1, inner_head=0)
 
 
+def test_the_flags_arrive(read_flags):
+    line = "--denoise_timesteps 9 --cfg_scale 2,3 --cfg_zero_star 1 --cfg_zero_steps 2 --inner_scale 1.4"
+    line += " --inner_interval 0.1,0.9 --guide runs/other --guide_scale 1.5,2.5 --guide_interval 0.2,0.8"
+    common = {"cfg_zero_star": True, "cfg_zero_steps": 2, "inner_scale": 1.4, "inner_interval": (0.1, 0.9)}
+    common["guide_interval"] = (0.2, 0.8)
+    expected = [SamplerConfig(9, cfg, guide_scale=scale, **common) for cfg in (2.0, 3.0) for scale in (1.5, 2.5)]
+    assert reading.read_samplers(read_flags(eval_fid, line.split()), 0.1, inner_head=1) == expected
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -21,6 +21,11 @@ SHARE_BELOW = 0.2  # of a batch's pairs that are to cost less than its own, whic
 # --- Noise ---
 
 
+def make_key(seed: int, stream: int) -> np.ndarray:
+    """Returns the key of a stream of random numbers; a seed may be negative, as JAX's may."""
+    return np.array([seed % 2**64, stream], np.uint64)
+
+
 def draw_rows(seed: int, step: int, rows: Sequence[int], shape: Sequence[int]) -> Float32[np.ndarray, "n ..."]:
     """Returns standard normal noise (n, *shape) for `rows` of the global batch of a step; each is a function of
     (seed, step, row) alone."""
@@ -28,14 +33,14 @@ def draw_rows(seed: int, step: int, rows: Sequence[int], shape: Sequence[int]) -
     # row. Its first word counts the numbers of a row.
     noise = np.empty((len(rows), *shape), np.float32)
     for place, row in enumerate(rows):
-        generator = np.random.Generator(np.random.Philox(key=[seed, TRAINING], counter=[0, 0, row, step]))
+        generator = np.random.Generator(np.random.Philox(key=make_key(seed, TRAINING), counter=[0, 0, row, step]))
         generator.standard_normal(out=noise[place], dtype=np.float32)
     return noise
 
 
 def draw_block(seed: int, stream: int, part: int, number: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
     """Returns standard normal noise, block `number` of a part of a stream beside that of the training."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, part, number]))
+    generator = np.random.Generator(np.random.Philox(key=make_key(seed, stream), counter=[0, 0, part, number]))
     return generator.standard_normal(shape, dtype=np.float32)
 
 
