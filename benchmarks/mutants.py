@@ -32,6 +32,8 @@ KILLED, SURVIVED = 1, 0  # pytest's status for tests that failed, and for tests 
 
 # Each test with the faults that it has to notice: `file: text -> what stands there instead`.
 TABLE = """
+test_panels.py::test_a_training_says_which_evaluation_which_scales_and_which_classes
+  utils/training/evaluation.py: inner_scale=sampling.inner_scale if config.model.inner_head else 1.0 -> inner_scale=1.0
 test_prediction.py::test_the_loss_is_the_error_of_the_data_over_the_divisor
   utils/objectives/flow_matching.py: MIN_REST = 0.05 -> MIN_REST = 0.01
   utils/objectives/flow_matching.py: velocity_to(x_1, x_t, t) if self.prediction == "data" else x_1 - x_0 -> x_1 - x_0

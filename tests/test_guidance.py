@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import eval_fid
+import sample as sample_program
 from diffusion_transformer import DiTConfig
 from tests.conftest import run_program
 from tests.golden_network import error
@@ -25,6 +26,7 @@ from utils.objectives.diffusion import Diffusion
 from utils.objectives.flow_matching import FlowMatching
 from utils.objectives.mean_flow import MeanFlow
 from utils.objectives.objective import Heads
+from utils.runs import opening, run_evaluation
 from utils.runs.opening import load_generator
 from utils.sampling.generator import ImageGenerator, check_guide
 from utils.sampling.guidance import guide, guide_by_inner, guide_by_model, project, within
@@ -404,7 +406,7 @@ RUN = """
 """.split()  # noqa: SIM905 (a command line, as one types it)
 
 
-def test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices(tmp_path, capsys):
+def test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices(tmp_path, read_flags, monkeypatch, capsys):
     run_program("train_flow.py", *RUN, "--max_steps", 4, "--save_interval", 2, "--save_dir", tmp_path / "run")
     run_program("train_flow.py", *RUN, "--max_steps", 4, "--grad_accum", 2, "--save_dir", tmp_path / "split", devices=8)
     logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "split")]
@@ -434,6 +436,19 @@ def test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices(tmp_path
     assert "| inner | autoguidance | passes |" in shown
     names = {path.name for path in (tmp_path / "run").glob("samples_2_*.png")}
     assert names == {"samples_2_2_inner_1.5.png", "samples_2_2_inner_1.5_guide_2.png"}
+
+    # The programs load the guide that they were given, and the parameters of it.
+    def stop(guide, params, *_):
+        raise UserError(f"{guide}, {params}")
+
+    words = ["--load_dir", str(tmp_path / "run"), "--denoise_timesteps", "2", "--guide", "runs/other"]
+    words += ["--guide_scale", "2", "--guide_params", "raw"]
+    for program, module in ((eval_fid, run_evaluation), (sample_program, opening)):
+        monkeypatch.setattr(module, "load_guide", stop)
+        own = ["--fid_stats", str(tmp_path / "images.npy"), "--metrics", "moments"] if program is eval_fid else []
+        with pytest.raises(UserError, match="^runs/other, raw$"):
+            program.main(read_flags(program, [*words, *own]))
+    monkeypatch.undo()
 
     # By itself a model is not guided.
     load_generator(tmp_path / "run", guide=tmp_path / "run")

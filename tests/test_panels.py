@@ -156,12 +156,12 @@ def test_evaluations_are_counted_from_the_step_alone(interval, max_steps):
     assert [evaluation.count_evaluations(config, step) for step in due] == list(range(len(due)))
 
 
-def test_a_training_says_which_evaluation_which_scale_and_which_classes(configure, tmp_path, monkeypatch):
+def test_a_training_says_which_evaluation_which_scales_and_which_classes(configure, tmp_path, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "twelve.npz", images=images, labels=1 + np.arange(60) % 11)
     words = f"--dataset_name npz:{tmp_path}/twelve.npz --use_stable_vae 0 --batch_size 8 --eval_interval 500"
-    words += " --model.hidden_size 8 --model.depth 1 --model.num_heads 1 --model.num_classes 12 --model.cfg_scale 2.5"
-    words += " --model.patch_size 4 --wandb.mode disabled"
+    words += " --model.hidden_size 8 --model.depth 2 --model.num_heads 1 --model.num_classes 12 --model.cfg_scale 2.5"
+    words += " --model.patch_size 4 --model.inner_head 1 --model.inner_scale 1.5 --wandb.mode disabled"
     run = build_run(configure(words.split()))
     shown = []
     monkeypatch.setattr(evaluation, "sample_panels", lambda *args, **kwargs: shown.append((args, kwargs)) or ())
@@ -171,6 +171,6 @@ def test_a_training_says_which_evaluation_which_scale_and_which_classes(configur
     state = TrainState(step=1500, params="raw", ema_params="EMA", opt_state=None, key=jax.random.key(0))
     list(evaluation.evaluate(run, state, None))
     ((model, params, _, sampler), of_ema), ((_, raw, *_), of_raw) = shown
-    assert (params, raw, sampler.cfg_scale) == ("EMA", "raw", 2.5)
+    assert (params, raw, sampler.cfg_scale, sampler.inner_scale) == ("EMA", "raw", 2.5, 1.5)
     assert of_ema["number"] == of_raw["number"] == 2  # after those of steps 500 and 1000
     assert model.condition.show(0, 8).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
