@@ -446,7 +446,7 @@ def test_runs_with_an_inner_head_resume_and_are_the_same_on_any_devices(tmp_path
     for program, module in ((eval_fid, run_evaluation), (sample_program, opening)):
         monkeypatch.setattr(module, "load_guide", stop)
         own = ["--fid_stats", str(tmp_path / "images.npy"), "--metrics", "moments"] if program is eval_fid else []
-        with pytest.raises(UserError, match="^runs/other, raw$"):
+        with pytest.raises(UserError, match=r"^runs/other, raw$"):
             program.main(read_flags(program, [*words, *own]))
     monkeypatch.undo()
 
