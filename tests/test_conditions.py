@@ -42,6 +42,7 @@ def test_classes_are_written_shown_and_mixed():
     assert CLASSES.parse("golden retriever, 0").tolist() == [2, 0]
     assert CLASSES.parse("all").tolist() == [0, 2]  # no samples are drawn of the class without images
     assert CLASSES.titles(np.array([2, 5])) == ["golden retriever", "no class"]
+    assert ClassCondition(("faces",)).titles(np.array([0, 1])) == ["", "no class"]
     assert CLASSES.mix([0], [2], [0.5]) == Mixture([0], [2], [0.5])
     assert CLASSES.fit(7).null(2).tolist() == [7, 7]
     with pytest.raises(UserError, match=r"--model.num_classes=2 is fewer than the 3 classes"):

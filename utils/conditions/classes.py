@@ -193,7 +193,8 @@ class ClassCondition(Condition):
         return np.array([find_class(row["class"], self.class_names) for row in rows], np.int32)
 
     def titles(self, condition: Any) -> list[str]:
-        return [self.class_names[label] if label < len(self.class_names) else "no class" for label in condition]
+        names = self.class_names if len(self.class_names) > 1 else ("",)  # that of an only class says nothing
+        return [names[label] if label < len(names) else "no class" for label in condition]
 
     def summary(self) -> str:
         num_classes = len(self.class_names)
