@@ -15,10 +15,10 @@ COMMON = f"""
     --objective.prediction data --model.bottleneck 3 --optimizer muon --ema_profiles 0.05,0.1
 """.split()
 RUNS = {
-    "flow_matching": (
-        "--model.inner_head 1 --coupling minibatch --coupling_rows 32 --objective.t_mean -0.4 "
-        "--objective.noise_scale 1.5"
-    ).split(),
+    "flow_matching": [
+        *("--model.inner_head", "1", "--coupling", "minibatch", "--coupling_rows", "32"),
+        *("--objective.t_mean", "-0.4", "--objective.noise_scale", "1.5"),
+    ],
     "mean_flow": ["--objective.name", "mean_flow"],
 }
 
