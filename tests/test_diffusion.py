@@ -24,7 +24,8 @@ from utils.objectives.flow_matching import FlowMatching
 from utils.runs.opening import load_generator
 from utils.sampling import solvers as sampling
 from utils.sampling.guidance import guide
-from utils.sampling.solvers import SOLVERS, ancestral_step
+from utils.sampling.samplers import check_sampler
+from utils.sampling.solvers import ODE_SOLVERS, SOLVERS, SamplerConfig, ancestral_step
 from utils.trackers.trackers import read_metrics
 
 
@@ -155,6 +156,11 @@ def test_the_velocity_of_exact_noise_is_that_of_flow_matching():
     t = jnp.float32([0.0064, 0.01, 0.1, 0.5, 0.9, 0.98, 0.99])
     found = Diffusion(1000).velocity(exact_noise, labels)(x, t, t)
     np.testing.assert_allclose(found, exact_velocity(x, t, labels), rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("solver", ODE_SOLVERS)
+def test_every_ode_solver_is_for_diffusions(solver):
+    check_sampler(SamplerConfig(4, None, solver=solver), Diffusion())
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "sde", "ddim", "ddpm"])

@@ -42,8 +42,8 @@ class Diffusion:
     MODEL_DEFAULTS: ClassVar = {"timestep_scale": 1.0}
     HAS_INNER_LOSS: ClassVar = True
     # Its own two, and all others by way of the straight path.
-    SOLVERS: ClassVar = ("euler", "heun", "midpoint", "sde", "ddim", "ddpm", "dopri5")
-    TAKES_COUPLING: ClassVar = False  # its loss is that of noise which is independent of the images
+    SOLVERS: ClassVar = ("euler", "heun", "heun_euler", "midpoint", "sde", "ddim", "ddpm", "dopri5")
+    TAKES_COUPLING: ClassVar = False  # its loss assumes noise that is independent of the images
 
     num_levels: int = setting(
         500, "T, the noise levels of a diffusion; DiT's is 1000.", 21, 10_000, flag="objective.diffusion_timesteps"
