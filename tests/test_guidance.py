@@ -31,7 +31,7 @@ from utils.runs.opening import load_generator
 from utils.sampling.generator import ImageGenerator, check_guide
 from utils.sampling.guidance import guide, guide_by_inner, guide_by_model, project, within
 from utils.sampling.samplers import check_sampler
-from utils.sampling.solvers import SamplerConfig, sample
+from utils.sampling.solvers import GUIDANCE, SamplerConfig, sample
 from utils.trackers.trackers import read_metrics
 from utils.training.step import compute_gradients
 
@@ -322,6 +322,12 @@ def test_passes_of_the_network_are_counted(small, sampler, passes):
     assert generator.count_passes(sampler) == pytest.approx(passes)
 
 
+def test_straightness_is_measured_with_all_guidance_of_the_sampler():
+    """Of the field that is sampled: all its settings but the steps that are left out."""
+    fields = {name for name in SamplerConfig._fields if name.startswith(("cfg_", "inner_", "guide_"))}
+    assert fields - {"cfg_zero_steps"} == set(GUIDANCE)
+
+
 class CountingNetwork:
     """A network of which a pass costs a fraction of that of another."""
 
@@ -387,10 +393,15 @@ def test_flags_without_effect_are_refused(read_flags, line, message):
         reading.read_samplers(read_flags(eval_fid, line.split()), 0.1, inner_head=2)
 
 
+class Unregistered(MeanFlow):
+    """An objective that OBJECTIVES does not know, as from Python."""
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inner_head": 2}, "--model.inner_head=2 is to stand before the last of --model.depth=2 blocks"),
+        ({"objective": Unregistered()}, "--objective.name=Unregistered has no loss for a second output"),
+        ({"inner_head": 2}, "--model.inner_head=2 has to come before the last of --model.depth=2 blocks"),
         ({"objective": MeanFlow()}, "--model.inner_head=1: --objective.name=mean_flow has no loss for a second output"),
     ],
 )

@@ -144,7 +144,7 @@ class DiTConfig(NetworkConfig):
         return dit_arrays.fit_array(path, array, shape, self.patch_size)
 
     def count_matrices(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
-        # What images and conditions enter by, and the last layer, are Adam's.
+        # The layers by which images and conditions enter, and the last layer, are Adam's.
         is_inside = path[0].startswith("block_") or path[0] in ("timestep_embed", "step_embed") or "ada_ln" in path
         if path[-1] != "kernel" or not is_inside:
             return 0
@@ -180,10 +180,10 @@ class DiTConfig(NetworkConfig):
                 f"use {-(-self.hidden_size // 4) * 4}"
             )
 
-        # After the last block stands the output itself.
+        # After the last block comes the output itself.
         if self.inner_head and self.inner_head >= self.depth:
             raise UserError(
-                f"--model.inner_head={self.inner_head} is to stand before the last of --model.depth={self.depth} "
+                f"--model.inner_head={self.inner_head} has to come before the last of --model.depth={self.depth} "
                 f"blocks; use less than {self.depth}, or 0 for none"
             )
 
@@ -199,7 +199,7 @@ class DiTConfig(NetworkConfig):
             raise UserError(f"--model.mlp_ratio={self.mlp_ratio} leaves the MLP no width; use 4, for example")
 
     def count_embedding(self, channels: int) -> int:
-        """Returns the number of parameters, without biases, that make a token of a patch of `channels` channels."""
+        """Returns the number of parameters, without biases, that turn a patch of `channels` channels into a token."""
         inputs = self.patch_size**2 * channels
         n = self.bottleneck
         return n * (inputs + self.hidden_size) if n else inputs * self.hidden_size

@@ -37,7 +37,7 @@ class Network(Protocol):
     condition: Condition  # the kind that it takes
 
     # A `step` (b,) is given with `config.step_conditioning` alone, and only networks of `takes_step` need to take it.
-    # Those of TAKES_INNER_HEAD take `with_inner=True`, too, with which they return `Heads`.
+    # Networks of TAKES_INNER_HEAD also take `with_inner`, and return `Heads` where it is true.
     def init(self, rngs: Any, x: Any, t: Any, condition: Any, *step: Any) -> Any:
         """Returns {"params": fresh parameters}; the others are a batch of any values, for their shapes."""
 
@@ -119,7 +119,7 @@ def make_model(
 
 
 def check_inner_head(config: NetworkConfig, objective: Objective) -> None:
-    """Raises UserError for an inner head where the network has none, or the objective has no loss for it."""
+    """Raises UserError for an inner head that the network cannot have, or for which the objective has no loss."""
     if not config.inner_head:
         return
     given = f"--model.inner_head={config.inner_head}"
@@ -128,7 +128,8 @@ def check_inner_head(config: NetworkConfig, objective: Objective) -> None:
             f"{given}: --model.network={config.network} has no second output; use 0 (docs/change_this.md, Network)"
         )
     if not has_inner_loss(objective):
-        name = next(name for name, kind in OBJECTIVES.items() if type(objective) is kind)
+        kind = type(objective)
+        name = next((name for name, known in OBJECTIVES.items() if known is kind), kind.__name__)
         raise UserError(f"{given}: --objective.name={name} has no loss for a second output; use 0")
 
 
@@ -152,7 +153,7 @@ def init_params(model: ImageModel, key: Key[Array, ""]) -> PyTree:
 def model_fn(network: Network, params: PyTree, with_inner: bool = False) -> ModelFn:
     """Returns the network as objectives, guidance and solvers call it, with LoRA's factors merged into its kernels.
 
-    `with_inner`: it returns `Heads`, as a network with an inner head can.
+    With `with_inner`, which needs a network with an inner head, it returns `Heads`.
     """
     # Once, not in each call of the network.
     params = merge_lora(params)

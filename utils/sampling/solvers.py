@@ -44,9 +44,10 @@ def heun_step(
 def heun_euler_step(
     velocity_fn: VelocityFn, x: Float[Array, "b ..."], t: Float[Array, ""], t_next: Float[Array, ""]
 ) -> Float[Array, "b ..."]:
-    """Takes a step of `heun_step`, but of Euler's where it ends at t = 1, as JiT samples (arXiv:2511.13720).
+    """Takes a Heun step, but an Euler step where it ends at t = 1, as JiT does (arXiv:2511.13720).
 
-    Backwards, a step that starts at t = 1 is Euler's by the velocity at its end. So the velocity at t = 1 is not used.
+    Backwards, a step that starts at t = 1 is an Euler step by the velocity at its end. The velocity at t = 1 is thus
+    computed, so that all steps compile as one, but never used.
     """
     t_start = jnp.where(t < 1, t, t_next)
     v = velocity_fn(x, full_times(t_start, x), full_times(t_next, x))
@@ -74,9 +75,9 @@ def euler_maruyama_step(
 ) -> Float[Array, "b ..."]:
     """Takes a step of order 1 of the SDE with the same marginals (SiT, arXiv:2401.08740, diffusion coefficient 1 - t).
 
-    On the straight path the score is (t v - x) / (1 - t), so that dx = (v + (t v - x)) dt + sqrt(2 (1 - t)) dW. Of x_0
-    with the deviation s, the score is 1 / s^2 of that: with fresh noise of that deviation, too, the drift is the same.
-    The step that ends at t = 1 takes the mean alone.
+    On the straight path the score is (t v - x) / (1 - t), so that dx = (v + (t v - x)) dt + sqrt(2 (1 - t)) dW. Where
+    x_0 has the standard deviation s, the score is 1 / s^2 of that: with fresh noise of the same deviation, the drift
+    stays as it is. The step that ends at t = 1 takes the mean alone.
     """
     v = velocity_fn(x, full_times(t, x), full_times(t_next, x))
     drift = v + (t * v - x)
@@ -125,8 +126,8 @@ def ancestral_step(
 class Solver(NamedTuple):
     """One step, and where it evaluates the velocity: fractions of the way from t to t_next.
 
-    A stochastic one takes fresh noise (b, ...), of the deviation of x_0, as its last argument. `grid` names its
-    times: 'any', those of --time_grid; 'sde', those of `sde_time_at`; 'objective', the objective's own
+    A stochastic one takes fresh noise (b, ...), of the standard deviation of x_0, as its last argument. `grid` names
+    its times: 'any', those of --time_grid; 'sde', those of `sde_time_at`; 'objective', the objective's own
     (`Objective.time_grid`).
     """
 
@@ -172,14 +173,14 @@ class SamplerConfig(NamedTuple):
     rtol: float = 1e-5  # of adaptive solvers, which take no step count
     atol: float = 1e-5
     cfg_zero_star: bool = False  # see `guidance.guide`
-    cfg_zero_steps: int = 0  # the first steps that leave x as it is, with cfg_zero_star
+    cfg_zero_steps: int = 0  # with cfg_zero_star: number of first steps that leave x as it is
     inner_scale: float = 1.0  # of internal guidance; 1: none
     inner_interval: tuple[float, float] = (0.0, 1.0)
     guide_scale: float = 1.0  # of guidance by another model; 1: none
     guide_interval: tuple[float, float] = (0.0, 1.0)
 
     def without_guidance(self) -> "SamplerConfig":
-        """Returns solver and steps as they are, without guidance of any kind."""
+        """Returns the sampler with the same solver and steps, but without guidance of any kind."""
         return self._replace(cfg_scale=None, cfg_zero_star=False, cfg_zero_steps=0, inner_scale=1.0, guide_scale=1.0)
 
     @property
@@ -224,15 +225,15 @@ class SamplerConfig(NamedTuple):
         return f"{steps}{shift}, {guidance}"
 
 
-# Its fields that say which field is integrated, whatever the steps.
+# Fields of a SamplerConfig that change the velocity itself, whatever the steps.
 GUIDANCE = (
-    *("cfg_scale", "cfg_zero_star", "inner_scale", "inner_interval"),
-    *("guide_scale", "guide_interval"),
+    *("cfg_scale", "cfg_interval", "cfg_channels", "cfg_zero_star"),
+    *("inner_scale", "inner_interval", "guide_scale", "guide_interval"),
 )
 
 
 def is_always(interval: tuple[float, float]) -> bool:
-    """Returns whether an interval holds all times."""
+    """Returns whether an interval (low, high) includes all times from 0 to 1."""
     return interval[0] <= 0 and interval[1] >= 1
 
 
