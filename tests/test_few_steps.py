@@ -420,6 +420,6 @@ def test_a_flow_becomes_a_mean_flow(tmp_path):
     done = run_program("train_flow.py", *common, *words, "--max_steps", 2)
     assert "made new: step_embed/" in done.stdout
     assert "time embedding: fitted to that of the source at another scale" in done.stdout
-    assert "has learned --objective.name=flow_matching, which this run unlearns: it has mean_flow" in done.stdout
+    assert "was trained with --objective.name=flow_matching; this run has mean_flow, and learns it anew" in done.stdout
     saved = json.loads((tmp_path / "mean_flow" / "config.json").read_text())["model"]
     assert (saved["timestep_scale"], saved["step_conditioning"], saved["hidden_size"]) == (1.0, 1, 32)

@@ -380,11 +380,13 @@ def test_a_bottleneck_is_exported_and_goes_on_with_other_channels():
 
 
 def test_an_export_says_what_is_unusual():
-    assert describe_unusual({"name": "flow_matching", "prediction": "velocity", "noise_scale": 1.0}) == []
-    assert describe_unusual({"name": "shortcut", "prediction": None, "noise_scale": None}) == []
-    assert describe_unusual({"name": "flow_matching", "prediction": "data", "noise_scale": 2.0}) == [
-        "predicts the data instead of the velocity", "starts from noise of the deviation 2",
-    ]  # fmt: skip
+    assert describe_unusual(saved(prediction="velocity", noise_scale=1.0)) == []
+    assert describe_unusual(saved(prediction=None, noise_scale=None)) == []  # of other objectives
+    assert describe_unusual(saved(bottleneck=8, prediction="data", noise_scale=2.0)) == [
+        "predicts the data instead of the velocity",
+        "starts from noise of standard deviation 2",
+        "reads patches through a bottleneck of 8 channels",
+    ]
 
 
 def saved(bottleneck=0, **objective):
@@ -401,8 +403,8 @@ def test_starting_from_a_run_that_learned_something_else_is_said():
     assert source.differences(saved(prediction="velocity", noise_scale=1.0)) == []
     assert source.differences({**saved(), "objective": {"name": "flow_matching"}}) == []  # as of other objectives
     assert source.differences(saved(prediction="data", noise_scale=2.0)) == [
-        "note: --load_dir has learned --objective.prediction=velocity, which this run unlearns: it has data",
-        "note: --load_dir has learned --objective.noise_scale=1.0, which this run unlearns: it has 2.0",
+        "note: --load_dir was trained with --objective.prediction=velocity; this run has data, and learns it anew",
+        "note: --load_dir was trained with --objective.noise_scale=1.0; this run has 2.0, and learns it anew",
     ]
     with pytest.raises(UserError, match=r"--model\.bottleneck=0, but --load_dir=runs/a has 8; give that"):
         check_architecture(saved(), saved(bottleneck=8), "runs/a")

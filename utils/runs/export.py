@@ -45,8 +45,8 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     """Writes a run's parameters under the published names, and returns the files that it has written.
 
     `out` is a file *.safetensors, or a folder for the hub: with model.safetensors, config.json and a model card, which
-    names the repository `hub_id`. `which` is 'ema', 'raw' or 'ema:WIDTH'. Raises UserError where the run
-    cannot be read or `out` cannot be written.
+    names the repository `hub_id`. `which` is 'ema', 'raw' or 'ema:WIDTH'. Raises UserError where the run cannot be read
+    or `out` cannot be written.
     """
     # Room first: reading a large run takes a while.
     is_file = out.suffix == ".safetensors"
@@ -92,7 +92,7 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     file = out if is_file else out / EXPORTED
     write_safetensors(file, state, config)
     log(f"exported {which} parameters of step {step} of {load_dir}: {len(state)} tensors")
-    if unusual := describe_unusual(config["objective"]):
+    if unusual := describe_unusual(config):
         log(f"note: its network {' and '.join(unusual)}, as the file says; programs for SiT cannot sample from it")
     if is_file:
         return [file]
@@ -102,11 +102,17 @@ def export_run(load_dir: str, out: Path, which: str = "ema", hub_id: str | None 
     return [file, *(out / name for name in CARD)]
 
 
-def describe_unusual(objective: Mapping[str, Any]) -> list[str]:
-    """Returns what a network of these settings of its objective does otherwise than a SiT, in words."""
-    words = ["predicts the data instead of the velocity"] if objective.get("prediction") == "data" else []
+def describe_unusual(config: Mapping[str, Any]) -> list[str]:
+    """Returns, in words, what the network of a run's configuration does differently from a SiT."""
+    objective = config["objective"]
     scale = objective.get("noise_scale") or 1
-    return words + [f"starts from noise of the deviation {scale:g}"] * (scale != 1)
+    bottleneck = config["model"].get("bottleneck", 0)
+    words = {
+        "predicts the data instead of the velocity": objective.get("prediction") == "data",
+        f"starts from noise of standard deviation {scale:g}": scale != 1,
+        f"reads patches through a bottleneck of {bottleneck} channels": bottleneck > 0,
+    }
+    return [text for text, is_so in words.items() if is_so]
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
@@ -129,7 +135,7 @@ def model_card(config: Mapping[str, Any], hub_id: str, step: int) -> str:
     data = config["dataset"]
     objective = config["objective"]["name"]
     scale = f"{model['timestep_scale']:g}"
-    unusual = "".join(f", {words}" for words in describe_unusual(config["objective"]))
+    unusual = "".join(f", {words}" for words in describe_unusual(config))
     shape = "x".join(map(str, data["image_shape"]))
     latents = f", as latents {'x'.join(map(str, data['latent_shape']))} of {_public_vae(data)}" if data["vae"] else ""
 

@@ -96,8 +96,8 @@ class SourceRun(NamedTuple):
             # Objectives without the other two have their defaults.
             ours, theirs = (settings["objective"].get(setting) or default for settings in (config, self.saved))
             if ours != theirs:
-                flag = f"--objective.{setting}"
-                remarks.append(f"note: --load_dir has learned {flag}={theirs}, which this run unlearns: it has {ours}")
+                trained = f"note: --load_dir was trained with --objective.{setting}={theirs}"
+                remarks.append(f"{trained}; this run has {ours}, and learns it anew")
         weights = [settings["dataset"]["codec"]["sha256"] for settings in (config, self.saved)]
         if all(weights) and weights[0] != weights[1]:
             remarks.append("note: the latents are of another VAE than those of --load_dir")
