@@ -65,8 +65,8 @@ def define_flags() -> None:
         flags.DEFINE_list(
             "params",
             ["ema"],
-            "ema: the EMA of the parameters; raw: the parameters themselves; ema:0.08: the EMA of that relative width, "
-            "of a run with --ema_profiles; or several.",
+            "ema: the EMA of the parameters; raw: the parameters themselves; ema:0.08: an EMA of that relative width, "
+            "for a run with --ema_profiles; or several, separated by commas.",
         )
         flags.DEFINE_integer("seed", 0, "Sample i depends on this and on i alone.")
         flags.DEFINE_enum(
@@ -210,7 +210,8 @@ def open_own_samples(config: ConfigDict) -> Samples:
 
 
 def read_params(words: Sequence[str]) -> list[str]:
-    """Returns the values of --params. Raises UserError for one that it cannot have, or that is given twice."""
+    """Returns the values of --params in their one spelling. Raises UserError for an unknown one, and for one that is
+    given twice."""
     given = f"--params={','.join(words)}"
     try:
         params = [parse_params(word) for word in words]

@@ -127,8 +127,12 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
     flags.DEFINE_list("cfg_scale", [cfg_scale], f"{scales}; -1 or 1: no guidance.")
     flags.DEFINE_list("cfg_interval", ["0", "1"], "First and last time t at which guidance is on.")
     flags.DEFINE_integer("cfg_channels", None, "Channels that are guided, the first; default: all.", lower_bound=1)
-    flags.DEFINE_integer("cfg_zero_star", 0, "1: CFG-Zero*, which scales the prediction without the condition.", 0, 1)
-    flags.DEFINE_integer("cfg_zero_steps", 0, "First steps that CFG-Zero* leaves out; 4 % are usual.", 0)
+    flags.DEFINE_integer(
+        "cfg_zero_star", 0, "1: CFG-Zero*, which scales the prediction without the condition to fit that with it.", 0, 1
+    )
+    flags.DEFINE_integer(
+        "cfg_zero_steps", 0, "First steps in which CFG-Zero* sets the velocity to zero; 4 % of the steps are usual.", 0
+    )
     define_other_guidance(takes_several)
 
     # Steps: how many, and at which times.
@@ -145,7 +149,7 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
         "solver",
         "euler",
         [*SOLVERS, *ADAPTIVE_SOLVERS],
-        "heun and midpoint evaluate the model twice per step; heun_euler is heun, but its last step is euler's; dopri5 "
+        "heun and midpoint evaluate the model twice per step; heun_euler is heun with a last step of euler; dopri5 "
         "chooses its steps by --rtol and --atol; sde is SiT's stochastic sampler; ddim and ddpm are of models trained "
         "as diffusions.",
     )
@@ -154,13 +158,17 @@ def define_sampler_flags(cfg_scale: str, denoise_timesteps: str, *, takes_severa
 
 
 def define_other_guidance(takes_several: bool) -> None:
-    """Registers the flags of guidance by an inner head, and by another model."""
-    scales = "scales, separated by commas" if takes_several else "scale"
-    flags.DEFINE_list("inner_scale", ["1"], f"Internal guidance of a model with --model.inner_head: {scales}; 1: none.")
+    """Registers the flags of guidance by an inner head and by another model."""
+    scale, several = ("Scales", ", separated by commas") if takes_several else ("Scale", "")
+    flags.DEFINE_list(
+        "inner_scale", ["1"], f"{scale} of internal guidance{several}; 1: none. Needs a model with --model.inner_head."
+    )
     flags.DEFINE_list("inner_interval", ["0", "1"], "First and last time t of internal guidance.")
-    define_path("guide", None, "RUN or RUN/checkpoints/STEP, smaller or less trained: autoguidance leads away from it.")
-    flags.DEFINE_string("guide_params", "ema", "Which parameters of --guide, as --params has them.")
-    flags.DEFINE_list("guide_scale", ["2"], f"Autoguidance by --guide: {scales}; 1: none.")
+    define_path(
+        "guide", None, "Autoguidance: a smaller or less trained model to lead away from, RUN or RUN/checkpoints/STEP."
+    )
+    flags.DEFINE_string("guide_params", "ema", "Parameters of --guide: ema, raw or ema:WIDTH, as for --params.")
+    flags.DEFINE_list("guide_scale", ["2"], f"{scale} of autoguidance by --guide{several}; 1: none.")
     flags.DEFINE_list("guide_interval", ["0", "1"], "First and last time t of autoguidance.")
 
 
@@ -170,7 +178,7 @@ def define_params_flag() -> None:
         SettingParser(parse_params),
         "params",
         "ema",
-        "ema: the EMA of the parameters; raw: the parameters themselves; ema:0.08: the EMA of that relative width, of "
+        "ema: the EMA of the parameters; raw: the parameters themselves; ema:0.08: an EMA of that relative width, for "
         "a run with --ema_profiles.",
         serializer=flags.ArgumentSerializer(),
     )

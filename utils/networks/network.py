@@ -53,7 +53,7 @@ class NetworkConfig:
     # Internal guidance: the output of an early block guides that of the last (arXiv:2512.24176).
     inner_head: int = setting(
         0,
-        "Above 0: a second output after this many blocks, for --inner_scale; early ones, a third, are usual.",
+        "A second output after this many blocks, for --inner_scale; a third of the depth is usual. 0: none.",
         0,
         1000,
     )
@@ -80,8 +80,8 @@ class NetworkConfig:
         return None
 
     def count_matrices(self, path: tuple[str, ...], shape: tuple[int, ...]) -> int:
-        """Returns of how many matrices, side by side, the array of the parameters at `path` consists for --optimizer
-        muon, which treats each by itself; 0: it is Adam's."""
+        """Returns how many matrices the parameter at `path`, of this shape, holds side by side along its last axis:
+        --optimizer muon orthogonalises each by itself. 0: the parameter is left to Adam."""
         return int(path[-1] == "kernel" and len(shape) == 2)
 
     def describe(self) -> str:

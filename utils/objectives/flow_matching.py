@@ -24,7 +24,7 @@ MIN_REST = 0.05
 
 
 def prediction_setting() -> Any:
-    """Returns the field `prediction` of an objective, one definition for all that have it."""
+    """Returns the field `prediction` of an objective: all objectives that have it share this definition."""
     return setting(
         "velocity",
         "What the network predicts: velocity, or data (JiT); the loss is on the velocity either way.",
@@ -53,13 +53,14 @@ def velocity_to(x_1: Float[Array, "b ..."], x_t: Float[Array, "b ..."], t: Float
 
 
 def velocity_model(model_fn: ModelFn, prediction: str) -> ModelFn:
-    """Returns a network that predicts the velocity, of one that predicts `prediction`: 'velocity', itself, or 'data'.
+    """Returns the network as one that predicts the velocity, where it predicts `prediction`: 'velocity' or 'data'.
 
-    A network that is given a step predicts, as data, where its average velocity u would lead by t = 1: x + (1 - t) u.
+    A network of average velocities u, which is given a step, predicts as data where u would lead by t = 1:
+    x + (1 - t) u, with 1 - t bounded as in `velocity_to`.
     """
     if prediction == "velocity":
         return model_fn
-    # Of each head, where there are two.
+    # For each head, where there are two.
     return lambda x_t, t, *given: jax.tree.map(lambda x_1: velocity_to(x_1, x_t, t), model_fn(x_t, t, *given))
 
 
@@ -68,8 +69,8 @@ def sample_times(
 ) -> Float[Array, " b"]:
     """Draws training times in (0, 1), float32.
 
-    `t_sampler`: 'logit_normal', the sigmoid of a normal of this mean and deviation (arXiv:2403.03206, section 3.1), or
-    'uniform'. Raises ValueError for any other.
+    `t_sampler`: 'logit_normal', the sigmoid of a normal of this mean and standard deviation (arXiv:2403.03206, section
+    3.1), or 'uniform'. Raises ValueError for any other.
     """
     # Puts most times in the middle of the path, where the velocity is hardest to predict.
     if t_sampler == "logit_normal":
@@ -100,18 +101,18 @@ class FlowMatching:
 
     prediction: str = prediction_setting()
     t_mean: float = setting(
-        0.0, "Mean of the normal whose sigmoid the training times are; below 0: more noise.", -10, 10,
+        0.0, "Training times are the sigmoid of a normal: its mean; below 0: more noise.", -10, 10,
         flag="objective.t_mean",
     )  # fmt: skip
-    t_std: float = setting(1.0, "Deviation of that normal.", 0.01, 10, flag="objective.t_std")
-    # More noise for images that are larger in pixels, where neighbours agree (arXiv:2301.11093).
+    t_std: float = setting(1.0, "Standard deviation of that normal.", 0.01, 10, flag="objective.t_std")
+    # Larger images need more noise: their neighbouring pixels agree, and average it out (arXiv:2301.11093).
     noise_scale: float = setting(
-        1.0, "Deviation of the noise x_0; JiT takes 2 for 512 pixels.", 0.01, 100, flag="objective.noise_scale"
+        1.0, "Standard deviation of the noise x_0; JiT: 2 at 512x512.", 0.01, 100, flag="objective.noise_scale"
     )
 
     @property
     def ends_with_euler(self) -> bool:
-        """Whether Heun's last step is Euler's: data predicted at t = 1, and what is left there, say little."""
+        """Whether Heun's last step is Euler's: at t = 1, where no noise is left, predicted data say little."""
         return self.prediction == "data"
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:
@@ -144,13 +145,13 @@ class FlowMatching:
     def predict_velocity(
         self, model_fn: ModelFn, x_1: Float[Array, "b ..."], condition: PyTree, draws: Draws
     ) -> tuple[Float[Array, "b ..."] | Heads, Float[Array, "b ..."]]:
-        """Returns the predicted and the true velocity at x_t, the latter float32 whatever the compute dtype."""
+        """Returns (the predicted velocity at x_t, for each head where there are two; the true one, float32)."""
         x_0 = draw_noise(draws, x_1, self.noise_scale)
         t = draws["t"]
         x_t = interpolate(x_0, x_1, t)
         prediction = velocity_model(model_fn, self.prediction)(x_t, t, condition)
-        # The target is constant along the path. For data it is formed as the prediction is, so that the error is that
-        # of the data over max(1 - t, 0.05).
+        # The target is constant along the path. Where data are predicted, it is formed as the prediction is: the error
+        # is then that of the data over max(1 - t, 0.05).
         velocity = velocity_to(x_1, x_t, t) if self.prediction == "data" else x_1 - x_0
         return prediction, velocity.astype(jnp.float32)
 
@@ -161,8 +162,8 @@ class FlowMatching:
     def predict_data(
         self, model_fn: ModelFn, x_t: Float[Array, "b ..."], t: Float[Array, " b"], condition: PyTree
     ) -> Float[Array, "b ..."]:
-        """Returns the end of one straight step from x_t along the predicted velocity, x_t + (1 - t) v, or what the
-        network predicts if that is the data."""
+        """Returns the end of one straight step from x_t along the predicted velocity, x_t + (1 - t) v; where the
+        network predicts the data, its prediction."""
         if self.prediction == "data":
             return model_fn(x_t, t, condition)
         # Exact where the path is straight.
@@ -175,8 +176,8 @@ class FlowMatching:
 
 
 def draw_noise(draws: Draws, x_1: Float[Array, "b ..."], scale: float = 1.0) -> Float[Array, "b ..."]:
-    """Returns x_0 of the shape of x_1, `scale` times noise that is standard normal: that of `draws` if the data are
-    pairs, else by `noise_key`."""
+    """Returns x_0 of the shape of x_1, `scale` times standard normal noise: "x_0" of the draws where the batch brings
+    it (pairs, couplings), else drawn by their "noise_key"."""
     if "x_0" in draws:
         return scale_noise(draws["x_0"], scale)
     # A key for each example: its noise is the same however a batch is split over devices and microbatches.
@@ -186,8 +187,10 @@ def draw_noise(draws: Draws, x_1: Float[Array, "b ..."], scale: float = 1.0) -> 
 def squared_errors(
     output: Float[Array, "b ..."] | Heads, target: Float[Array, "b ..."]
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
-    """Returns (mean squared errors (b,) of a network's output, further metrics (b,)); `inner_loss` is that of an inner
-    head."""
+    """Returns (mean squared errors (b,) of a network's last output, further metrics (b,)).
+
+    Of `Heads`, the metric `inner_loss` has the errors of the inner one. All are float32.
+    """
     prediction, *inner = output if isinstance(output, Heads) else (output,)
     prediction = prediction.astype(jnp.float32)
     metrics = {"v_abs_mean": example_mean(jnp.abs(target)), "v_pred_abs_mean": example_mean(jnp.abs(prediction))}

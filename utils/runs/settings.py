@@ -24,7 +24,7 @@ from utils.sampling.samplers import MAX_SCALE, MAX_STEPS
 
 # End at the first broken file, or train on the others.
 BROKEN_IMAGES = ("refuse", "skip")
-# Between noise and data.
+# Values of --coupling.
 COUPLINGS = ("none", "minibatch", "semidiscrete")
 
 
@@ -129,18 +129,25 @@ class CouplingConfig:
     )
     # Of pairs within a batch.
     coupling_rows: int | None = setting(
-        None, "Consecutive rows among which --coupling=minibatch pairs; default: the batch, at most 256.", 2, 2**16
+        None,
+        "Consecutive rows among which --coupling=minibatch pairs; default: the largest divisor of the batch up to 256.",
+        2,
+        2**16,
     )
     coupling_weight: float | None = setting(
         None,
-        "Of conditions that are no classes: what 1 - cosine of two adds to the squared distance (C2OT); default: found "
-        "for each batch.",
+        "For conditions other than classes: weight of 1 - cosine of two conditions beside the squared distance (C2OT); "
+        "default: found for each group of rows.",
         0,
         1e9,
     )
     # Of all noise with the training images.
     coupling_draws: int = setting(
-        100, "Noises for each image by which the potentials are fitted; frequencies err by about sqrt(2 / N).", 1, 10**6
+        100,
+        "Noise samples for each image, by which the potentials are fitted; N of them leave relative errors of about "
+        "sqrt(2 / N) in how often images are used.",
+        1,
+        10**6,
     )
 
 
@@ -169,7 +176,7 @@ class OptimizerConfig:
 
     name: str = setting(
         "adam",
-        "adam, or muon: orthogonal steps of the kernels inside the network, and Adam's elsewhere.",
+        "muon: orthogonalised steps for the matrices inside the network, and Adam's for all else.",
         choices=("adam", "muon"),
         flag="optimizer",
     )
@@ -188,12 +195,13 @@ class OptimizerConfig:
     )
     ema_profiles: tuple[str, ...] = setting(
         (),
-        "Also keep EMAs of these widths relative to the run, such as 0.05,0.1: --params ema:0.08 makes others of them.",
+        "Also keep power-function EMAs of these relative widths, such as 0.05,0.1: --params ema:0.08 then makes one of "
+        "any other width (EDM2).",
         parse=parse_profiles,
     )
     warmup_steps: int = setting(0, "Steps in which the learning rate rises from 0.", 0)
     lr_schedule: str = setting("constant", "cosine: to 0 at --max_steps.", choices=("constant", "cosine"))
-    weight_decay: float = setting(0.0, "AdamW's decay of matrices.", 0, 100)
+    weight_decay: float = setting(0.0, "AdamW's decay of matrices; with --optimizer=muon, of Muon's alone.", 0, 100)
     grad_clip: float | None = setting(None, "Bound of the norm of the gradients.", 1e-6)
     skip_nonfinite: int = setting(0, "Above 0: leave out updates that are not finite; so many in a row end the run.", 0)
 
@@ -309,7 +317,9 @@ class CheckpointConfig:
         None, "SCORE:COUNT, such as fid:3 or loss:1: also keep those with the best scores, and save at evaluations."
     )
     ema_snapshots: int = setting(
-        32, "Snapshots of --ema_profiles to keep: each 50 steps; where there would be more, each 100, each 200, ...", 2
+        32,
+        "Most snapshots of --ema_profiles to keep: one every 50 steps; where there would be more, every 100, 200, ...",
+        2,
     )
 
 
