@@ -66,8 +66,8 @@ def timestep_features(t: Float[Array, " b"], scale: float = 10_000.0) -> Float[A
 class PatchEmbed(nn.Module):
     """Images (b, h, w, c) -> tokens (b, n, d): a convolution with kernel = stride = patch, written as one matmul.
 
-    With `starts_at_zero`, its kernel is zero at first, and it has no bias. With a `bottleneck`, a second matmul leads
-    from so many channels to d: patches of many pixels hold less than they have numbers (JiT, arXiv:2511.13720).
+    With `starts_at_zero`, its kernel is zero at first, and it has no bias. With a `bottleneck`, it has that many
+    outputs and no bias, and a second matmul leads to d: patches hold less than their numbers (JiT, arXiv:2511.13720).
     """
 
     patch_size: int
@@ -293,7 +293,7 @@ class DiT(nn.Module):
         """Velocity at x_t (noise at t = 0, data at t = 1), given `condition`, arrays (b, ...) of `self.condition`.
 
         With `step_conditioning`, it is the average velocity over a step of length `step`, in the objective's own units.
-        `with_inner` also gives the output of the inner head (internal guidance, arXiv:2512.24176).
+        With `with_inner`, returns `Heads`: the output of the inner head as well (internal guidance, arXiv:2512.24176).
         """
         config = self.config
         dtype = jnp.dtype(config.dtype)
@@ -301,7 +301,7 @@ class DiT(nn.Module):
         p = config.patch_size
         tokens = self.embed_patches(x)
 
-        # What every block is conditioned on. A time without effect is zero: the parameters are the same either way.
+        # What every block is conditioned on. Without t_conditioning, the time is zero: the parameters are the same.
         t = t if config.t_conditioning else jnp.zeros_like(t)
         conditioning = TimestepEmbed(config.hidden_size, config.timestep_scale, dtype, name="timestep_embed")(t)
         vector, embedded = self.embed_condition(condition)
@@ -324,7 +324,7 @@ class DiT(nn.Module):
             tokens = jnp.concatenate([*before, tokens], axis=1)
         tokens, inner_tokens = self.apply_blocks(tokens, conditioning, (h // p, w // p), *context)
 
-        # Back to an image, from the last block and, where it is asked for, from an earlier one.
+        # Back to an image: from the last block and, with `with_inner`, from an earlier one.
         c_out = 2 * c if config.learn_sigma else c
 
         def to_image(tokens, name):

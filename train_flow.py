@@ -52,7 +52,7 @@ def report_end(run: Run, state: TrainState) -> None:
         log(f"stopped at step {step} and saved; the same command continues from there")
         sys.exit(EXIT_STOPPED)
     log(f"done: images, metrics.jsonl and checkpoints are in {run.folder}")
-    # A young EMA still holds much of the initial parameters: then a profile, or the raw ones, are the better.
+    # A young EMA still holds much of the initial parameters: a profile, or the raw parameters, are better then.
     profiles = run.config.optimizer.ema_profiles
     other = f"ema:{profiles[-1]}" if profiles else "raw"
     params = other if run.ema.initial_weight(step) > 0.5 else "ema"

@@ -1,16 +1,16 @@
-"""What each option is worth: one small DiT on Fashion-MNIST, at equal steps and at equal wall-clock time.
+"""Measures what each option is worth: one small DiT on Fashion-MNIST, at equal steps and at equal wall-clock time.
 
     python benchmarks/fashion_mnist.py --out runs/fashion_mnist.npz
     python benchmarks/ablation.py --data runs/fashion_mnist.npz
 
 A row is the recipe with some flags, trained once: as the learning rate is constant, an earlier checkpoint is a shorter
-run. The steps of equal time follow from step times, which are measured side by side. Samples are compared with the
-training images in features of a small classifier (fashion_classifier.py); guidance is chosen on 500 samples of another
-seed, among settings of at most two passes of the network a step.
+run. The number of steps at equal time follows from step times, which are measured side by side. Samples are compared
+with the training images in features of a small classifier (fashion_classifier.py); guidance is chosen on 500 samples of
+another seed, among settings of at most two passes of the network a step.
 
-Each finished cell is a line of --results, and is not made again; the same command goes on where it stopped, and at the
-end it prints the tables and draws a plot and samples of the same noise. There are 42 cells: some three and a half hours
-of two cores.
+Each finished cell is a line of --results, and is not made again: the same command goes on where it stopped. At the end
+it prints the tables and draws a plot and samples of the same noise. There are 46 cells, a few of which coincide; they
+take about three and a half hours on two cores.
 """
 
 import functools
@@ -75,10 +75,13 @@ def define_flags() -> None:
 
 
 def make_key(*parts: Any) -> str:
+    """Returns a short hash of JSON values, by which --results finds a line again."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Ablation:
+    """The cells of the ablation: which there are, which are finished, and how one is trained and scored."""
+
     def __init__(self, config: ConfigDict, stop: StopRequest | None = None):
         self.config = config
         self.stop = stop
@@ -96,13 +99,14 @@ class Ablation:
         self.works: dict[str, Callable] = {}  # steps of the recipe, beside which others are measured
 
     def record(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Adds a line to --results, and returns it."""
         self.known[line["key"]] = line
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return line
 
     def is_over(self) -> bool:
-        """Whether no other cell is to be begun: the time is over, or a signal has come."""
+        """Returns whether to begin no other cell: the time is over, or a signal has come."""
         budget = self.config.time_budget
         is_late = budget is not None and time.monotonic() - self.started > 60 * budget
         return is_late or (self.stop is not None and self.stop.signal is not None)
@@ -245,8 +249,10 @@ class Ablation:
         return {"guide": str(self.folder(cell.row, cell.seed) / "checkpoints" / str(step))}
 
     def choose(self, cell: Cell) -> tuple[dict[str, Any], float]:
-        """Returns the settings of a row's samples with the least distance, and that distance, of few samples. They are
-        those of the row's first cell, where that is finished."""
+        """Returns the settings of a row's samples with the smallest Fréchet distance, and that distance.
+
+        They are chosen once for each row, on --num_choice samples of its first cell.
+        """
         row = self.rows[cell.row]
         first = self.find(Cell(cell.row, 0, "steps" if row.is_only_at_equal_steps else "time"))
         if first is not None:

@@ -18,7 +18,7 @@ CHOICE_SEED = 1
 GUIDE_FRACTION = 4  # a guide has had a quarter of the steps
 ROUND_STEPS = 50  # to a multiple of which steps of equal time are rounded
 
-# {field of a sampler, `params`, or the share of steps that leave x as it is: values}; scales of 1 are no guidance.
+# {field of a sampler, `params`, or the share of zero steps: values}; scales of 1 are no guidance.
 ZERO_FRACTION = "cfg_zero_fraction"
 CFG = {"cfg_scale": (1, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)}
 INNER = CFG | {"inner_scale": (1, 1.3, 1.6, 2.0, 2.5)}
@@ -28,9 +28,9 @@ class Row(NamedTuple):
     """Flags beside the recipe's, and the settings among which those of its samples are chosen."""
 
     flags: str = ""
-    axes: Mapping[str, Sequence[Any]] = CFG  # one value: always so
-    trained_as: str | None = None  # the row whose training it takes
-    is_guided_by_itself: bool = False  # by an earlier checkpoint
+    axes: Mapping[str, Sequence[Any]] = CFG  # values of each setting, among which one is chosen
+    trained_as: str | None = None  # the row whose training it shares
+    is_guided_by_itself: bool = False  # by an earlier checkpoint of its own training
     is_only_at_equal_steps: bool = False
 
 
@@ -84,7 +84,7 @@ class Cell(NamedTuple):
 
 
 def parse_flags(words: str) -> dict[str, Any]:
-    """Returns {setting: value} of `--name value ...`; values are numbers, texts, or several texts by commas."""
+    """Returns {setting: value} of `--name value ...`; values are numbers, texts, or several texts with commas."""
 
     def parse(word: str) -> Any:
         if "," in word:

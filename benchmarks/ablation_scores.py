@@ -49,7 +49,7 @@ class Data(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """How samples of a row are drawn, the number of steps apart."""
+    """How samples of a row are drawn, whatever the number of steps."""
 
     sampler: tuple[tuple[str, Any], ...] = ()  # fields of SamplerConfig
     params: str = "ema"
@@ -131,8 +131,8 @@ class Scorer:
         return memorisation.measure(images.reshape(len(images), -1), None, blocks).results["authpct"]
 
     def velocity_loss(self, generator: ImageGenerator, count: int) -> float:
-        """Returns the mean squared error of the velocity on the first test images, whatever the network was trained to
-        predict: times are logit-normal, noise and times are the same for every model."""
+        """Returns the mean squared error of the velocity on the first `count` test images, whatever the network was
+        trained to predict. Times are logit-normal; noise and times are the same for every model."""
         errors = []
         for draw, start in itertools.product(range(LOSS_DRAWS), range(0, count, BATCH_SIZE)):
             rows = slice(start, min(start + BATCH_SIZE, count))
@@ -149,9 +149,9 @@ class Scorer:
 def climb(
     axes: Mapping[str, Sequence[Any]], start: Mapping[str, Any], measure: Callable[[dict[str, Any]], float]
 ) -> tuple[dict[str, Any], float]:
-    """Returns (settings, value) of a local minimum of `measure` over a grid, from the settings `start`.
+    """Returns (settings, value) of a local minimum of `measure` over the grid of the axes, from the settings `start`.
 
-    Along each axis in turn it goes to the next value as long as that is lower. Nothing is measured twice.
+    Goes along each axis in turn, to the next value as long as `measure` falls. Nothing is measured twice.
     """
     known: dict[tuple[int, ...], float] = {}
     names = list(axes)

@@ -11,7 +11,7 @@ from ablation_scores import NUM_INCEPTION, Setting
 from utils.images import plotting
 
 MOST = str(max(STEP_COUNTS))
-MAX_CURVES = 8  # in the plot: the recipe's, and those of the rows with the least distances
+MAX_CURVES = 8  # in the plot: the recipe's, and those of the rows with the smallest distances
 TITLES = {
     "cfg_scale": "guidance",
     "inner_scale": "inner",
@@ -46,8 +46,7 @@ def describe(setting: Mapping[str, Any]) -> str:
 
 
 def mean_of(lines: Sequence[Line], read: Callable[[Line], float], form: str) -> str:
-    """Returns the mean of a number over trainings, with the least and the most where there are several; empty where
-    the lines lack it."""
+    """Returns the mean of a number over trainings, with its range where values differ; empty where lines lack it."""
     try:
         values = [read(line) for line in lines]
     except KeyError:
@@ -59,7 +58,7 @@ def mean_of(lines: Sequence[Line], read: Callable[[Line], float], form: str) -> 
 
 
 def print_table(rows: Sequence[Sequence[str]], num_texts: int = 1) -> None:
-    """Prints rows, of which the first has the titles, as Markdown; columns after the first `num_texts` are numbers."""
+    """Prints rows, the first of which has the titles, as Markdown; columns after the first `num_texts` are numbers."""
     title, *others = rows
     rules = ["---"] * num_texts + ["---:"] * (len(title) - num_texts)
     print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in (title, rules, *others)))

@@ -41,14 +41,14 @@ LEARNING_RATE = 2e-3
 
 
 class Classifier(nn.Module):
-    """Grey images (b, 28, 28, 1) in [0, 1] -> (features (b, 128), which are none below 0, and logits (b, 10))."""
+    """Grey images (b, 28, 28, 1) in [0, 1] -> (features (b, 128), all >= 0, and logits (b, 10))."""
 
     @nn.compact
     def __call__(self, images):
         hidden = images
         for width in (32, 64):
             hidden = nn.relu(nn.Conv(width, (5, 5), strides=2)(hidden))
-        # 4x4: the kernel that follows is a third of what 7x7 would need.
+        # To 4x4: the kernel that follows is a third of what 7x7 would need.
         hidden = nn.max_pool(hidden, (2, 2), strides=(2, 2), padding="SAME")
         features = nn.relu(nn.Dense(NUM_FEATURES)(hidden.reshape(len(hidden), -1)))
         return features, nn.Dense(NUM_CLASSES)(features)

@@ -36,10 +36,10 @@ def define_flags() -> None:
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the bytes (uint8) of an idx file, PATH or PATH.gz, of this shape.
+    """Returns the bytes (uint8) of an idx file, PATH or PATH.gz, in this shape.
 
-    A header of four bytes, of which the third is the type and the fourth the number of axes, and a length of each axis
-    as a big-endian integer come first. Raises UserError for a file that is missing, damaged or of another shape.
+    The file begins with four bytes, of which the third is the type and the fourth the number of axes, and the length of
+    each axis as a big-endian integer. Raises UserError for a file that is missing, damaged or of another shape.
     """
     packed = path.with_name(f"{path.name}.gz")
     if not (path.is_file() or packed.is_file()):

@@ -92,7 +92,7 @@ class _Output:
 
     is_apart = False  # results alone go to the standard output
     is_quiet = False  # no progress, no warnings
-    reworded: tuple[tuple[str, str], ...] = ()  # (flag, another in its place) of warnings
+    reworded: tuple[tuple[str, str], ...] = ()  # (flag, the one that replaces it) in warnings, by `rewording`
 
 
 def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
@@ -129,7 +129,7 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def rewording(flags: Mapping[str, str]) -> Iterator[None]:
-    """Names other flags in warnings and UserErrors of what is within: {flag in the text: that in its place}."""
+    """Replaces flags in the texts of warnings and UserErrors within the block: {flag: the one that replaces it}."""
     _Output.reworded = tuple(flags.items())
     try:
         yield

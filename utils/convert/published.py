@@ -133,7 +133,7 @@ def tensor_table(config: DiTConfig) -> list[Tensor]:
 
 
 def _patches_name(config: DiTConfig) -> str:
-    """Returns the name of the layer that reads patches: with a bottleneck, of the first of two."""
+    """Returns the name of the layer that reads patches; with a bottleneck, it is the first of two (as in JiT)."""
     return "x_embedder.proj1" if config.bottleneck else "x_embedder.proj"
 
 

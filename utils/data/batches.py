@@ -42,8 +42,8 @@ def training_batches(
 
     `get_state()` is {'next_index': number of batches taken}, the same on every host; after `set_state` of it the
     stream goes on exactly. `num_threads` read images (default: a thread per core, 32 at most), up to `prefetch`
-    batches ahead; prefetch=0 reads when asked. What a thread raises, `next` raises. With a `coupling`, batches bring
-    their noise, and it may choose other examples; it is not for streams.
+    batches ahead; prefetch=0 reads when asked. What a thread raises, `next` raises. With a `coupling`, which streams do
+    not take, batches bring their noise, and may be of other examples.
 
     Raises UserError if batch_size does not divide over the hosts or the seed is negative.
     """
@@ -56,7 +56,7 @@ def training_batches(
         hosts = {"process_index": process_index, "process_count": process_count}
         return dataset.source.training_batches(batch_size, seed, dataset.random_flip, **hosts, prefetch=prefetch)
 
-    # Examples by the number of a batch, with noise of their own where there is a coupling.
+    # A batch by its number, with its noise where there is a coupling.
     rows = range(process_index * local_size, (process_index + 1) * local_size)
     select = _training_order(dataset, batch_size, seed, rows)
     reader = BatchReader(dataset, num_threads)
@@ -71,7 +71,7 @@ def training_batches(
 
 
 def _training_order(dataset: ImageDataset, batch_size: int, seed: int, rows: range) -> Select:
-    """Returns a function from the number of a batch to (the examples of its `rows`, which of them are mirrored)."""
+    """Returns a function from the number of a batch to (the examples at its `rows`, which of them are mirrored)."""
     num_images = len(dataset.source)
 
     # The order of an epoch. Not Grain's shuffle: it orders epoch e of seed s as epoch 0 of seed s + e, so that runs

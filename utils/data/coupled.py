@@ -1,6 +1,6 @@
 """Batches whose examples bring their noise, chosen by optimal transport while they are read: --coupling.
 
-Noise follows from (seed, step, row of the global batch), and a coupling from a fixed number of consecutive rows, so
+Noise depends on (seed, step, row of the global batch) alone, and a coupling on a fixed number of consecutive rows, so
 that devices, microbatches and resuming change neither. Mathematics: utils/data/coupling.py, utils/data/semidiscrete.py.
 """
 
@@ -36,14 +36,14 @@ blas_lock = threading.Lock()
 Select = Callable[[int], tuple[list[int], list[bool]]]  # step -> (examples, which of them are mirrored) of this process
 Read = Callable[[Sequence[int], Sequence[bool]], Batch]  # these examples
 
-BLOCK_ROWS = 512  # noises whose points are found together: a product of matrices, rather than of vectors
+BLOCK_ROWS = 512  # noises whose points are found together, by one product of matrices
 READ_ROWS = 512  # points that are read at a time
 
 
 class CoupledBatch(Batch):
-    """Examples of any type of batch, with the noise of each."""
+    """A batch of any type, with noise for each example."""
 
-    x_0: PyTree  # float32 (b, h, w, c), standard normal
+    x_0: PyTree  # float32 (b, h, w, c), standard normal: not yet scaled by the objective
     data: PyTree  # the batch, without its conditions
 
     @classmethod
@@ -77,13 +77,12 @@ class Coupling(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """Noise and data as the network sees them. `to_x_1(batch)` returns x_1 on the host, float32 (b, h, w, c). Noise is
-    a function of the seed; the cost is that of `scale` times it, by which objectives multiply what a batch brings."""
+    """The space of noise and data in which costs are taken: the one in which the network sees them."""
 
-    to_x_1: Callable[[Any], Float32[np.ndarray, "b ..."]]
-    shape: tuple[int, ...]
-    seed: int
-    scale: float
+    to_x_1: Callable[[Any], Float32[np.ndarray, "b ..."]]  # batch -> x_1 (b, h, w, c), on the host
+    shape: tuple[int, ...]  # of an example, (h, w, c)
+    seed: int  # of the noise
+    scale: float  # x_0 is `scale` times the noise of a batch, as objectives multiply it
 
     def draw(self, step: int, rows: Sequence[int]) -> Float32[np.ndarray, "n ..."]:
         return draw_rows(self.seed, step, rows, self.shape)
@@ -92,7 +91,7 @@ class Space:
 class Blocks(Generic[T]):
     """Results for blocks of `size` consecutive steps: each block is computed once, by the thread that first asks."""
 
-    KEPT = 4  # blocks: more than threads ever work at
+    KEPT = 4  # blocks whose results are kept: more than threads ever work at
 
     def __init__(self, size: int, compute: Callable[[range], Sequence[T]]):
         self.size = size
@@ -117,7 +116,7 @@ class Blocks(Generic[T]):
 
 @contextlib.contextmanager
 def beside_training() -> Iterator[None]:
-    """Leaves half of the cores to XLA while NumPy multiplies matrices: threads of both on one core mostly wait."""
+    """Leaves half of the cores to XLA while NumPy multiplies matrices: on shared cores, threads of both mostly wait."""
     with blas_lock, find_libraries().limit(limits=max(1, (os.cpu_count() or 1) // 2), user_api="blas"):
         yield
 
@@ -126,7 +125,11 @@ def beside_training() -> Iterator[None]:
 
 
 class MinibatchCoupling:
-    """The exact assignment among `num_rows` consecutive rows of the global batches, which one process reads."""
+    """The exact assignment within groups of `num_rows` consecutive rows of the global batches.
+
+    One process reads all rows of a group: `num_rows` divides its rows of a batch or, with a single process, is a
+    multiple of `batch_size`. `weight` is that of `couple`.
+    """
 
     def __init__(self, space: Space, condition: Condition, num_rows: int, batch_size: int, weight: float | None):
         self.space = space
@@ -142,14 +145,14 @@ class MinibatchCoupling:
         return Blocks(self.num_steps, lambda steps: self.couple(steps, rows, select, read))
 
     def couple(self, steps: range, rows: range, select: Select, read: Read) -> list[Batch]:
-        """Returns the batches of several steps: one group of rows, or each of one group or more."""
+        """Returns the batches of several steps, which together are one group of rows, or each of one group or more."""
         batches = [read(*select(step)) for step in steps]
         x_1 = np.concatenate([self.space.to_x_1(batch) for batch in batches])
         noise = np.concatenate([self.space.draw(step, rows) for step in steps])
         condition = jax.tree.map(lambda *parts: np.concatenate(parts), *(batch.condition for batch in batches))
         labels, vectors = split_condition(self.condition, condition)
 
-        # Group by group, within which noise changes places.
+        # Noise changes places within each group.
         x_0 = np.empty_like(noise)
         with beside_training():
             for start in range(0, len(noise), self.num_rows):
@@ -162,8 +165,8 @@ class MinibatchCoupling:
 def split_condition(
     kind: Condition, values: PyTree
 ) -> tuple[Int[np.ndarray, " n"] | None, Float[np.ndarray, "n k"] | None]:
-    """Returns (labels, vectors whose cosine says how alike conditions are) of conditions (n, ...), None for what they
-    have not. Raises UserError for a kind that has neither."""
+    """Returns (labels, vectors whose cosine says how alike conditions are) of conditions (n, ...); None for what a kind
+    does not have. Raises UserError for a kind that `minibatch` cannot compare."""
     if isinstance(kind, ClassCondition):
         return (values if len(kind.class_names) > 1 else None), None
     if isinstance(kind, VectorCondition):
@@ -189,9 +192,10 @@ def split_condition(
 
 
 class SemidiscreteCoupling:
-    """Every noise has one point of its class, the winner under the potentials. A row of the data gives its label alone.
+    """Every noise goes with one point of its class, the winner under the potentials.
 
-    Where training mirrors images, their mirror images are points, too.
+    Points are the training images, and their mirror images where training mirrors. A row of the data gives its label
+    alone: the noise chooses the image.
     """
 
     def __init__(self, space: Space, dataset: ImageDataset, read: Read, num_draws: int, batch_size: int):
@@ -237,7 +241,7 @@ class SemidiscreteCoupling:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts on which the potentials depend."""
+        """The facts on which the potentials depend, which `coupling.npz` records."""
         return {
             "data": self.dataset.fingerprint.sha256,
             "points": self.num_views * self.num_examples,
@@ -247,7 +251,7 @@ class SemidiscreteCoupling:
         }
 
     def read_potentials(self, path: Path, is_new: bool) -> Potentials | None:
-        """Returns the potentials in a file, None where it is missing or, for a new run, not of its coupling."""
+        """Returns the potentials in a file; None where it is missing or, for a new run, not of this coupling."""
         try:
             return read_potentials(path, self.facts) if path.exists() else None
         except UserError:

@@ -15,7 +15,7 @@ TRAINING = 0
 FITTING = 1
 TESTING = 2  # of potentials
 
-SHARE_BELOW = 0.2  # of a batch's pairs that are to cost less than its own, which settles the weight of C2OT
+SHARE_BELOW = 0.2  # share of all pairs that may cost no more than a row's own pair: it determines the weight of C2OT
 
 
 # --- Noise ---
@@ -29,8 +29,8 @@ def make_key(seed: int, stream: int) -> np.ndarray:
 def draw_rows(seed: int, step: int, rows: Sequence[int], shape: Sequence[int]) -> Float32[np.ndarray, "n ..."]:
     """Returns standard normal noise (n, *shape) for `rows` of the global batch of a step; each is a function of
     (seed, step, row) alone."""
-    # A counter-based generator (Philox; Salmon et al., doi:10.1145/2063384.2063405): a place in its stream for each
-    # row. Its first word counts the numbers of a row.
+    # A counter-based generator (Philox; Salmon et al., doi:10.1145/2063384.2063405): each row has a place of its own
+    # in the stream. The first word of the counter counts the numbers of a row.
     noise = np.empty((len(rows), *shape), np.float32)
     for place, row in enumerate(rows):
         generator = np.random.Generator(np.random.Philox(key=make_key(seed, TRAINING), counter=[0, 0, row, step]))
@@ -39,7 +39,7 @@ def draw_rows(seed: int, step: int, rows: Sequence[int], shape: Sequence[int]) -
 
 
 def draw_block(seed: int, stream: int, part: int, number: int, shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-    """Returns standard normal noise, block `number` of a part of a stream beside that of the training."""
+    """Returns standard normal noise of a shape: block `number` of part `part` of a stream other than TRAINING."""
     generator = np.random.Generator(np.random.Philox(key=make_key(seed, stream), counter=[0, 0, part, number]))
     return generator.standard_normal(shape, dtype=np.float32)
 
@@ -67,13 +67,13 @@ def couple(
 ) -> Int64[np.ndarray, " n"]:
     """Returns the permutation that gives data row i the noise row perm[i], at the lowest sum of costs.
 
-    The cost is |x_1 - x_0|^2 and, with `conditions`, weight (1 - cosine of the two rows' conditions), of which the
-    noise of row j has that of row j (C2OT). Without a weight it is that of `find_weight`, afresh for each call, so that
-    a run that is continued finds the same. Rows change places with rows of their own label alone: the noise stays
-    standard normal given the label.
+    The cost of a pair is |x_1 - x_0|^2 and, with `conditions`, weight (1 - cosine of the two rows' conditions), where
+    the noise of row j has the condition of row j (C2OT). By default, `find_weight` finds the weight anew for each call,
+    so that a resumed run finds the same. With labels, rows change places within a label only: the noise stays standard
+    normal given the label.
 
-    That the noise may be scaled, x_0 = s n, changes no permutation without conditions: |x_1 - s n|^2 depends on it by
-    -2 s <x_1, n> alone.
+    Without conditions, a scale of the noise changes no permutation: of |x_1 - s n|^2, only -2 s <x_1, n> depends on the
+    pairing.
     """
     perm = np.arange(len(x_1))
     parts = [perm.copy()] if labels is None else [np.nonzero(labels == label)[0] for label in np.unique(labels)]
@@ -87,7 +87,7 @@ def couple(
 
 
 def cosine_distances(conditions: Shaped[np.ndarray, "n k"]) -> Float64[np.ndarray, "n n"]:
-    """Returns 1 - cosine of each pair of rows, 0 of a row and itself; a row of zeros is at 1 from all others."""
+    """Returns 1 - cosine, in [0, 2], of each pair of rows: 0 for a row and itself, 1 for a row of zeros and another."""
     rows = np.asarray(conditions, np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     units = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
@@ -99,11 +99,12 @@ def cosine_distances(conditions: Shaped[np.ndarray, "n k"]) -> Float64[np.ndarra
 def find_weight(
     cost: Float64[np.ndarray, "n n"], distance: Float64[np.ndarray, "n n"], share: float = SHARE_BELOW
 ) -> float:
-    """Returns the weight w at which a `share` of the pairs (i, j) have cost_ij + w distance_ij <= cost_ii.
+    """Returns the weight w >= 0 at which a `share` of the pairs (i, j) have cost_ij + w distance_ij <= cost_ii.
 
-    It is 0 where fewer have without it, and that at which the last pair has where more have with any.
+    It is 0 where fewer pairs than that fulfil it at w = 0. Where more of them do at any weight, as pairs of distance 0,
+    one of the other pairs is left.
     """
-    # A pair that costs less than row i's own does so up to a weight of its own; the one sought is among these.
+    # A pair that costs less than row i's own pair does so up to a limit of w; the weight is one of these limits.
     gain = np.diagonal(cost)[:, None] - cost
     is_apart = distance > 0
     limits = np.sort(gain[is_apart] / distance[is_apart])[::-1]
@@ -116,14 +117,14 @@ def find_weight(
 
 
 class Cells:
-    """The points of one class with their potentials: each noise belongs to the cell of one of them.
+    """The points y_j of one class with their potentials g_j: every noise x_0 belongs to the cell of one point.
 
-    The point of x_0 is argmax_j <x_0, y_j> + g_j - |y_j|^2 / 2, which is argmin of |x_0 - y_j|^2 / 2 - g_j. Here x_0 is
-    `scale` times standard normal noise, on which the potentials of given points depend.
+    That point is argmin_j |x_0 - y_j|^2 / 2 - g_j, or argmax_j <x_0, y_j> + g_j - |y_j|^2 / 2. x_0 is `scale` times
+    standard normal noise; the potentials depend on the scale.
     """
 
     def __init__(self, points: Float32[np.ndarray, "n d"], scale: float = 1.0):
-        # The mean of the points changes no winner, and would cost float32 its last digits.
+        # Subtracting the mean of the points changes no winner, and keeps the last digits of float32.
         self.halves = _squared_lengths(points) / 2
         self.directions = points - points.mean(axis=0, dtype=np.float64).astype(np.float32)
         self.directions *= np.float32(scale)
@@ -134,22 +135,22 @@ class Cells:
         return len(self.halves)
 
     def set_potentials(self, potentials: Float64[np.ndarray, " n"]) -> None:
-        # A constant changes no winner; without it the offsets are small.
+        # A common constant changes no winner; without it, the offsets are small.
         self.offsets = potentials - self.halves
         self.offsets -= self.offsets.mean()
 
     def find_winners(self, noise: Float32[np.ndarray, "b d"]) -> Int64[np.ndarray, " b"]:
-        """Returns the number of the point of each row of standard normal noise.
+        """Returns the number of the winning point of each row of standard normal noise.
 
-        It does not depend on how rows are batched, nor on the library that multiplies: float32 finds the candidates,
-        and float64 decides between those that are as near as its errors.
+        It depends neither on how rows are batched nor on the library that multiplies matrices: float32 finds the
+        candidates, and float64 decides between those within the rounding errors of float32.
         """
         scores = noise @ self.directions.T
         scores += self.offsets.astype(np.float32)
         winners = scores.argmax(axis=1)
         highest = scores[np.arange(len(noise)), winners]
 
-        # Twice what rounding makes of a sum of d products, with a margin, and of the offsets.
+        # Twice the rounding error of a sum of d products and of the offsets, with a margin.
         size = np.linalg.norm(noise, axis=1) * self.lengths.max() * np.sqrt(noise.shape[1]) + np.abs(self.offsets).max()
         lowest = highest - 4 * np.finfo(np.float32).eps * size.astype(np.float32)
         (close,) = np.nonzero(np.count_nonzero(scores >= lowest[:, None], axis=1) > 1)
@@ -167,8 +168,11 @@ def _squared_lengths(rows: Float32[np.ndarray, "n d"], size: int = 4096) -> Floa
 
 
 def chi_squared(counts: Int[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> float:
-    """Returns an unbiased estimate of sum_j P_j^2 / b_j - 1, by how often each of the points has won; 0 where all have
-    their share b_j. It may be negative."""
+    """Returns an unbiased estimate of sum_j P_j^2 / b_j - 1, where P_j is the probability that point j wins.
+
+    `counts` are the wins of each point, `weights` the wanted shares b_j. It is 0 where all points win their share; the
+    estimate may be negative.
+    """
     total = counts.sum()
     counts = counts.astype(np.float64)
     return float(((counts * counts - counts) / weights).sum() / (total * (total - 1)) - 1)

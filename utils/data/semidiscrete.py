@@ -24,21 +24,21 @@ from utils.data.coupling import FITTING, TESTING, Cells, chi_squared, draw_block
 FILE = "coupling.npz"
 MAX_BYTES = 2**32  # of potentials in such a file, which may be anyone's
 
-MIN_DRAWS = 2**14  # noises by which the potentials of a class are fitted, however few points it has
-TOLERANCE = 1e-3  # chi^2 at which a fit is finished before it has used all of its noises
-MIN_HITS = 500  # noises for each point before that can be; chi^2 falls as 2 / noises
-TEST_ERROR = 3e-4  # standard deviation of the estimate of chi^2, as far as an eighth of the noises gives it
-# Step sizes, of stochastic Newton steps with a diagonal Hessian: at most, and how they fall with the hits of a point.
+MIN_DRAWS = 2**14  # fewest noises for the fit of a class, however few points it has
+TOLERANCE = 1e-3  # chi^2 below which a fit ends before it has used all of its noises
+MIN_HITS = 500  # noises for each point before a fit may end early; chi^2 falls as 2 / noises
+TEST_ERROR = 3e-4  # intended standard deviation of the estimate of chi^2, by an eighth of a fit's noises at most
+# Rates of the stochastic Newton steps (diagonal Hessian): the largest, and the power by which they fall with hits.
 MAX_RATE = 0.5
 DECAY = 0.6
 
 
 class Fit(NamedTuple):
-    """Potentials of the points of a class, how uniform they leave its data, and by how many noises that was found."""
+    """The fitted potentials of the points of a class."""
 
-    potentials: Float64[np.ndarray, " n"]
-    chi2: float
-    num_draws: int
+    potentials: Float64[np.ndarray, " n"]  # of mean 0
+    chi2: float  # of how often the points win, see `chi_squared`
+    num_draws: int  # noises that the fit has used
 
 
 def fit_potentials(
@@ -50,12 +50,12 @@ def fit_potentials(
     tolerance: float = TOLERANCE,
     report: Callable[[int], Any] = lambda count: None,
 ) -> Fit:
-    """Returns the potentials by which each point wins the share `weights` (default: the same) of all noise.
+    """Fits the potentials by which each point wins the share `weights` (default: 1 / n each) of `num_draws` noises.
 
     Maximises E min_j(|x - y_j|^2 / 2 - g_j) + sum_j b_j g_j by stochastic gradients, b_j - P(j wins), and averages the
     second half of the steps. Only counts of winners enter, which do not depend on how a library multiplies matrices.
-    `part` numbers the class in the random stream; `report` is told of every few noises. A fit whose chi^2 is below the
-    tolerance ends early.
+    `part` numbers the class in the random stream; `report(count)` is called after each batch of noises. A fit whose
+    chi^2 falls below `tolerance` ends early.
     """
     n = len(cells)
     weights = np.full(n, 1 / n) if weights is None else weights
@@ -65,15 +65,15 @@ def fit_potentials(
     num_steps = -(-num_draws // size)
     ends = [end for end in (num_steps // 4, num_steps // 2) if end * size >= MIN_HITS * n] + [num_steps]
 
-    # The first guess is that of points in independent directions: a score is normal, and has to exceed one threshold
-    # with probability b_j. By how much a potential changes log P_j there is the unit of the steps.
+    # The first guess takes the points to lie in independent directions: the score of each is normal, and has to exceed
+    # one threshold with probability b_j. The unit of a step is the change of g_j there that multiplies P_j by e.
     quantiles = ndtri(1 - weights)
     potentials = cells.halves - cells.lengths * quantiles
     units = cells.lengths * weights * np.sqrt(2 * np.pi) * np.exp(np.square(quantiles) / 2)
-    hits = min(1, size / n)  # of a point in a batch of noise, as far as they are few
+    hits = min(1, size / n)  # expected wins of a point in a batch of noise, 1 at most
     total = np.zeros(n)
 
-    # The mean is of the steps since half of those so far: it begins anew at each power of 1/2 of them.
+    # The mean begins anew after 1/8, 1/4 and 1/2 of all steps: at each of the `ends`, it is of the second half so far.
     first = 0
     for step in range(num_steps):
         if step in (num_steps // 8, num_steps // 4, num_steps // 2):
@@ -96,7 +96,7 @@ def fit_potentials(
 def count_winners(
     cells: Cells, potentials: Float64[np.ndarray, " n"], seed: int, stream: int, part: int, number: int, size: int
 ) -> Int[np.ndarray, " n"]:
-    """Returns how many of the noises of a block each point has won."""
+    """Returns how many of the `size` noises of a block each point wins. Sets the potentials of `cells`."""
     cells.set_potentials(potentials)
     noise = draw_block(seed, stream, part, number, (size, cells.directions.shape[1]))
     return np.bincount(cells.find_winners(noise), minlength=len(cells))
@@ -111,7 +111,8 @@ def estimate_chi2(
     max_draws: int,
     size: int = 1024,
 ) -> float:
-    """Returns chi^2 of fresh noises: as many as TEST_ERROR asks for, and no more than `max_draws`."""
+    """Returns chi^2 by fresh noises, in batches of `size`: as many as TEST_ERROR asks for, but about `max_draws` at
+    most."""
     num_draws = min(np.sqrt(2 * len(cells)) / TEST_ERROR, max_draws)
     counts = np.zeros(len(cells), np.int64)
     for number in range(max(2, int(num_draws / size))):
@@ -124,11 +125,11 @@ def estimate_chi2(
 
 @dataclasses.dataclass(frozen=True)
 class Potentials:
-    """Potentials of all points, in the order of the points, and of each class what its fit has reached."""
+    """Potentials of all points of a data set."""
 
-    values: Float64[np.ndarray, " n"]
-    chi2: Float64[np.ndarray, " classes"]
-    facts: dict[str, Any]  # of what they are, in JSON's types
+    values: Float64[np.ndarray, " n"]  # in the order of the points
+    chi2: Float64[np.ndarray, " classes"]  # that the fit of each class has reached
+    facts: dict[str, Any]  # on which they depend, in JSON's types
 
     @property
     def sha256(self) -> str:
@@ -140,8 +141,7 @@ class Potentials:
 
 
 def read_potentials(path: Path, facts: dict[str, Any]) -> Potentials:
-    """Reads what `Potentials.save` wrote. Raises UserError for a damaged file, and for potentials of anything but
-    `facts`."""
+    """Reads what `Potentials.save` wrote. Raises UserError for a damaged file, and for potentials of other `facts`."""
     try:
         headers = read_npz_headers(path)
         if headers.keys() != {"potentials", "chi2", "facts"} or headers["potentials"].num_bytes > MAX_BYTES:
@@ -168,16 +168,17 @@ def read_potentials(path: Path, facts: dict[str, Any]) -> Potentials:
 
 
 def fit_all(cells: list[Cells], rows: list[np.ndarray], names: list[str], facts: dict[str, Any]) -> Potentials:
-    """Returns the potentials of all classes, fitted one after the other under a progress bar.
+    """Fits the potentials of all classes, a thread for each, under a progress bar, and logs the largest chi^2.
 
-    `rows` are the places of each class's points among all of them, `names` those of the classes.
+    `rows` are the places of each class's points among all points, `names` the names of the classes. `facts` has the
+    number of `points`, the `seed`, and the `draws` of noise for each point.
     """
     values = np.zeros(facts["points"])
     chi2 = np.zeros(len(cells))
     draws = [max(MIN_DRAWS, facts["draws"] * len(each)) if len(each) > 1 else 0 for each in cells]
     num_threads = min(os.cpu_count() or 1, len(cells))
     is_stopped = threading.Event()
-    # A thread for each class: several for one product of small matrices would mostly wait for each other.
+    # A thread for each class: several threads for one product of small matrices would mostly wait for each other.
     with (
         progress_bar(total=sum(draws), unit="noise", unit_scale=True, desc="fitting the coupling") as bar,
         threadpool_limits(max(1, (os.cpu_count() or 1) // num_threads), "blas"),

@@ -16,7 +16,7 @@ from utils.metrics.metrics import choose_metrics, needed_extractors
 OF_IMPORT = ("family", "num_heads", "class_names", "vae")
 
 
-# Flags of guidance beside that by labels.
+# Flags of guidance other than classifier-free.
 OTHER_GUIDANCE = (
     *("cfg_zero_star", "cfg_zero_steps", "inner_scale", "inner_interval"),
     *("guide", "guide_params", "guide_scale", "guide_interval"),

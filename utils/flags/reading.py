@@ -71,7 +71,7 @@ def read_samplers(
     num_channels: int | None = None,
     inner_head: int | None = None,
 ) -> list[SamplerConfig]:
-    """Returns a sampler for all guidance scales and step counts of the flags of `define_sampler_flags`.
+    """Returns a sampler for each combination of guidance scales and step counts of `define_sampler_flags`.
 
     They are for models of this `objective` (None: flow matching), trained with `class_dropout_prob` on `num_channels`
     channels and with an `inner_head` (0: none). Guidance is left out, and that is logged, if the model cannot be guided
@@ -105,7 +105,7 @@ def read_samplers(
     samplers = []
     for scale, inner, guide, num_steps in itertools.product(guidance, *other_scales, dict.fromkeys(steps)):
         sampler = common._replace(num_steps=num_steps, cfg_scale=scale, inner_scale=inner, guide_scale=guide)
-        if scale is not None:  # of several scales, that without guidance has none of its settings
+        if scale is not None:  # among several scales, CFG-Zero* is for those with guidance
             sampler = sampler._replace(cfg_zero_star=bool(config.cfg_zero_star), cfg_zero_steps=config.cfg_zero_steps)
         samplers.append(sampler)
     for sampler in samplers:
@@ -124,7 +124,8 @@ def read_samplers(
 def read_guidance_scales(
     config: ConfigDict, class_dropout_prob: float, objective: Objective | None
 ) -> list[float | None]:
-    """Returns the values of --cfg_scale, each once, None for no guidance; see `read_samplers`."""
+    """Returns the values of --cfg_scale, each once; None stands for no guidance. Raises UserError for flags about
+    guidance that have no effect; see `read_samplers`."""
     # A default that the model cannot follow is dropped; a scale that was typed is left to `check_sampler`.
     scales = read_numbers(config.cfg_scale, "cfg_scale", float) if config.get("use_cfg", 1) else [-1.0]
     if not is_explicit("cfg_scale"):
@@ -140,7 +141,8 @@ def read_guidance_scales(
 
 
 def read_other_scales(config: ConfigDict) -> tuple[list[float], list[float]]:
-    """Returns (--inner_scale, --guide_scale). Raises UserError for flags about either that have no effect."""
+    """Returns the values of (--inner_scale, --guide_scale), each once; without --guide, 1 is the only guide scale.
+    Raises UserError for flags about either that have no effect."""
     inner = list(dict.fromkeys(read_numbers(config.inner_scale, "inner_scale", float)))
     if inner == [1]:
         refuse_ignored(("inner_interval",), "with --inner_scale=1, which is no internal guidance")

@@ -290,8 +290,8 @@ def metric_curves(
 ) -> Figure:
     """Returns a figure of {metric: {run: (step, value) points}} with axes for each metric and a colour for each run.
 
-    The axis is named `x_title`, where it is not of steps. With `smooth` above 1, the running mean of that many values
-    is drawn over the values themselves.
+    `x_title` names the x axis. With `smooth` above 1, the running mean of that many values is drawn over the values
+    themselves.
     """
     # Colours and places. A run has one colour in all axes, whichever metrics it has.
     runs = list(dict.fromkeys(run for curves in points.values() for run in curves))

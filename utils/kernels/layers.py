@@ -33,7 +33,7 @@ class Dense(nn.Module):
 
 
 def xavier_of_rows(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Returns a kernel (..., c, n), drawn by Xavier's rule for the matrix (... * c, n) as which it is used."""
+    """Returns a kernel (..., c, n), drawn by Xavier's rule for the matrix (... * c, n) that it is used as."""
     return nn.initializers.xavier_uniform()(key, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
 
 

@@ -1,7 +1,7 @@
-"""Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): steps of matrices along orthogonal directions.
+"""Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): matrices step along their orthogonalised momentum.
 
 A kernel may hold several matrices side by side, such as those of query, key and value: each is orthogonalised by itself
-(CMuon, arXiv:2608.02502). How many it holds, the network's configuration says (`NetworkConfig.count_matrices`).
+(CMuon, arXiv:2608.02502). The network's configuration says how many it holds (`NetworkConfig.count_matrices`).
 """
 
 import itertools
@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from utils.base.mesh import batch_sharding, replicated
 from utils.base.messages import UserError
 
-# (path, shape) of an array of the parameters -> how many matrices it holds; 0: it is none of Muon's.
+# (path, shape) of a parameter -> how many matrices it holds; 0: it is not Muon's.
 CountMatrices = Callable[[tuple[str, ...], tuple[int, ...]], int]
 
 MOMENTUM = 0.95
-# Root mean square of an update's elements: as Adam's, so that one learning rate suits both (arXiv:2502.16982).
+# Root mean square of an update's elements: about Adam's, so that one learning rate suits both (arXiv:2502.16982).
 ADAM_RMS = 0.2
 # Newton-Schulz: x <- a x + b (x x^T) x + c (x x^T)^2 x brings singular values near 1, between 0.7 and 1.2.
 ITERATIONS = 5
@@ -36,10 +36,11 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(count_matrices: CountMatrices, dtype: str, mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """Replaces gradients of kernels by the orthogonalised momentum of each of their matrices, of Adam's size.
+    """Replaces gradients of kernels by the orthogonalised momentum of each of their matrices, scaled to Adam's size.
 
-    The momentum is Nesterov's, as `optax.contrib.muon` has it. The orthogonalisation is computed in `dtype`, each
-    matrix on one of the mesh's devices; None: on all alike. Raises UserError where there are no such kernels.
+    The momentum is Nesterov's, as in `optax.contrib.muon`. The orthogonalisation is computed in `dtype`, each matrix on
+    one device of `mesh`; without a mesh, every device computes all. All parameters that reach it are taken for kernels:
+    `init` raises UserError where there are none.
     """
 
     def init(params):
@@ -50,7 +51,7 @@ def scale_by_muon(count_matrices: CountMatrices, dtype: str, mesh: Mesh | None =
         return MuonState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
 
     def update(updates, state, params=None):
-        # One step ahead: the momentum that the next step would have, if its gradient were this one.
+        # Nesterov's look-ahead: the momentum that the next step would have if its gradient were this one.
         count: Any = optax.safe_increment(state.count)
         mu: Any = optax.tree.update_moment(updates, state.mu, MOMENTUM, 1)
         directions = jax.tree.map(
@@ -66,8 +67,9 @@ def scale_by_muon(count_matrices: CountMatrices, dtype: str, mesh: Mesh | None =
 def orthogonalize_tree(
     directions: PyTree, count_matrices: CountMatrices, dtype: str, mesh: Mesh | None = None
 ) -> PyTree:
-    """Returns the kernels with each of their matrices orthogonalised, times ADAM_RMS sqrt(its longer side)."""
-    # All matrices of one shape are one stack, whichever kernels they are of. Tall ones are transposed: X X^T is small.
+    """Returns the kernels, float32, with each of their matrices orthogonalised and scaled by ADAM_RMS sqrt(its longer
+    side)."""
+    # Matrices of one shape form one stack, whichever kernels they are from. Tall ones are transposed: X X^T is small.
     kernels, structure = jax.tree_util.tree_flatten_with_path(directions)
     split = [jnp.split(kernel, count_matrices(names_of(path), kernel.shape), axis=1) for path, kernel in kernels]
     stacks: dict[tuple[int, ...], list[Array]] = {}
@@ -76,7 +78,7 @@ def orthogonalize_tree(
         stacks.setdefault(wide.shape, []).append(wide)
     done = {shape: iter(orthogonalize_over(mesh, jnp.stack(stack), dtype)) for shape, stack in stacks.items()}
 
-    # Each back to its place: those of a shape come in the order in which they went.
+    # Back to their places: the matrices of a stack come out in the order in which they went in.
     def take(matrix):
         rows, columns = matrix.shape
         wide = next(done[min(rows, columns), max(rows, columns)]).astype(jnp.float32)
@@ -90,7 +92,7 @@ def orthogonalize_over(mesh: Mesh | None, matrices: Float[Array, "k n m"], dtype
     """Returns `orthogonalize` of a stack, in `dtype`; each device of the mesh computes its part of it."""
     if mesh is None or mesh.size == 1:
         return orthogonalize(matrices, dtype)
-    # As many for each: zeros fill up, and stay zeros.
+    # Devices need equal shares: zero matrices fill up the stack, and stay zero.
     padded = jnp.pad(matrices, ((0, -len(matrices) % mesh.size), (0, 0), (0, 0)))
     done = orthogonalize(jax.lax.with_sharding_constraint(padded, batch_sharding(mesh)), dtype)
     return jax.lax.with_sharding_constraint(done, replicated(mesh))[: len(matrices)]
@@ -99,14 +101,14 @@ def orthogonalize_over(mesh: Mesh | None, matrices: Float[Array, "k n m"], dtype
 def orthogonalize(matrices: Float[Array, "k n m"], dtype: str) -> Float[Array, "k n m"]:
     """Returns U S' V^T for each matrix U S V^T, n <= m, in `dtype`: singular values S' are near 1, but 0 where S is 0.
 
-    Products are summed in float32. In bfloat16, matrices of normal numbers come out 1.2 % of their norm elsewhere, 4 %
-    where sums are rounded, too, as by `optax.contrib.muon`; momenta of a training 2 %, in its first steps 17 %. The
+    Products are summed in float32. Relative errors in bfloat16: 1.2 % for matrices of normal numbers (4 % where sums
+    are rounded as well, as in `optax.contrib.muon`), 2 % for momenta of a training, 17 % in its first steps. The
     iteration itself ends 20 % from U V^T, and losses after 1,500 steps are equal to three digits (docs/training.md).
     """
     a, b, c = COEFFICIENTS
 
     def times(x, y, axis):
-        # A CPU is faster, too, when it sums in float32 and rounds afterwards.
+        # Summing in float32 and rounding afterwards is also faster on a CPU.
         return jax.lax.dot_general(x, y, (((2,), (axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
     # A transpose that XLA folds into a matmul would cost a CPU its fast kernels, hence the barrier.
@@ -120,5 +122,5 @@ def orthogonalize(matrices: Float[Array, "k n m"], dtype: str) -> Float[Array, "
 
 
 def names_of(path: tuple) -> tuple[str, ...]:
-    """Returns the names along the path of an array of the parameters, as `count_matrices` takes them."""
+    """Returns the names along a JAX key path to a parameter, as `count_matrices` takes them."""
     return tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))

@@ -25,8 +25,8 @@ def make_optimizer(
 
     `warmup_steps` lets the rate rise from 0; `decay_steps` lets it fall to 0 at that step along a cosine;
     `weight_decay` is AdamW's (arXiv:1711.05101), of matrices; `grad_clip` bounds the gradients' norm. With `muon_of`, a
-    network's configuration, Muon takes the kernels that this names, which alone are decayed, and Adam the rest; the
-    devices of `mesh` share the work.
+    network's configuration, Muon takes the kernels that its `count_matrices` names, and Adam the rest: only Muon's are
+    then decayed, and the devices of `mesh` share the work of orthogonalising.
     """
     rate = learning_rate(lr, warmup_steps, decay_steps)
     # Biases and scales are not decayed: only matrices are.
@@ -58,7 +58,7 @@ def muon_beside(
     def label(path, leaf):
         return "muon" if network.count_matrices(names_of(path), leaf.shape) else "adam"
 
-    # Either keeps a state for its own parameters alone.
+    # Each keeps a state for its own parameters alone.
     return optax.partition({"muon": muon, "adam": adam}, lambda params: jax.tree_util.tree_map_with_path(label, params))
 
 

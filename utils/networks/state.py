@@ -78,7 +78,7 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: PyTree
     opt_state: PyTree
     key: PyTree  # a typed key ()
-    # {width: EMA of the trained parts} of --ema_profiles, see utils/networks/posthoc_ema.py.
+    # {width: EMA of the trained parts}, by --ema_profiles; see utils/networks/posthoc_ema.py.
     ema_profiles: PyTree = flax.struct.field(default_factory=dict)
 
 
@@ -101,7 +101,8 @@ def create_train_state(
 ) -> TrainState:
     """Returns a state at step 0 whose EMA starts as the parameters themselves.
 
-    `profiles` are the widths of power-function EMAs; they start as zeros, which their first update replaces.
+    `profiles` are the widths of power-function EMAs of all parts but the `frozen` ones; they start as zeros, which
+    their first update replaces.
     """
     return TrainState(
         step=jnp.zeros((), jnp.int32),

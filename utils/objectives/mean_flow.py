@@ -3,11 +3,10 @@
 u(x, t, r) = (x(r) - x) / (r - t) along the path through x at t satisfies u = v + (r - t) du/dt, where du/dt is the
 derivative along the path with r fixed: one Jacobian-vector product. That is the target, with v of the straight path.
 
-The identity is about the function u, however the network expresses it: u = (y - x) / max(1 - t, 0.05) of a network
-that predicts y (`velocity_model`; pixel mean flow, arXiv:2601.22158) is as smooth in x, t and h as y, and is
-differentiated as a whole. Up to t = 0.95, y is where u would lead by t = 1; of a step to r = 1 these are the data.
-Beyond, the divisor stays, but v is still that of the straight path, so that y is x + u / 20 and a step to t = 1 ends at
-the data from there, too.
+The identity holds for the function u, however the network expresses it. A network may predict y instead (pixel mean
+flow, arXiv:2601.22158): u = (y - x) / max(1 - t, 0.05) is then differentiated as a whole (`velocity_model`). Up to
+t = 0.95, y is where u would lead by t = 1: the data, for a step to r = 1. Beyond, the divisor stays at 0.05, so that
+y = x + u / 20. As v is still that of the straight path, a step to t = 1 ends at the data from there, too.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ Draws = dict[str, Array]
 
 
 class Heads(NamedTuple):
-    """Outputs of a network with an inner head: of its last layer, and of a second one after an earlier block.
+    """Outputs of a network with an inner head: of its last layer, and of another output layer after an early block.
 
     In training, `model_fn` of such a network returns both (internal guidance, arXiv:2512.24176).
     """
@@ -45,17 +45,17 @@ def has_guidance(objective: Any) -> bool:
 
 
 def noise_scale(objective: Any) -> float:
-    """Returns s of an objective's noise x_0 = s n, n standard normal."""
+    """Returns the scale s of an objective's noise x_0 = s n, n standard normal; 1 by default."""
     return getattr(objective, "noise_scale", 1.0)
 
 
 def ends_with_euler(objective: Any) -> bool:
-    """Returns whether Heun's method, on the velocity of this objective, ends with a step of Euler's."""
+    """Returns whether Heun's method ends with an Euler step on the velocity of this objective."""
     return getattr(objective, "ends_with_euler", False)
 
 
 def scale_noise(noise: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
-    """Returns x_0 = `scale` n of standard normal noise n; n itself where the scale is 1, which adds no operation."""
+    """Returns `scale` times the noise; the noise itself where the scale is 1, which adds no operation."""
     return noise if scale == 1 else scale * noise
 
 
@@ -73,12 +73,12 @@ class Objective(Protocol):
     - `time_grid(spacing)`: grid(step, num_steps) of solvers whose times are the objective's own (`Solver.grid`), and
       `max_grid_steps`, the most steps that it has times for.
     - `HAS_GUIDANCE`: whether its samples can be guided; False where that is part of what is learned.
-    - `HAS_INNER_LOSS`: whether its loss takes `Heads`, and has that of the inner head among its metrics, as
+    - `HAS_INNER_LOSS`: whether its loss takes `Heads`, and returns the loss of the inner head as the metric
       `inner_loss`; False by default.
-    - `noise_scale`: s of the noise x_0 = s n; 1 by default. Its own loss scales by it, and all samplers do.
+    - `noise_scale`: s of the noise x_0 = s n; 1 by default. The objective's loss has to scale by it, as samplers do.
     - `ends_with_euler`: whether Heun's last step is Euler's, as the velocity at t = 1 says little; False by default.
-    - `TAKES_COUPLING`: whether its noise may depend on the data (--coupling); True by default. It is then drawn by
-      `draw_noise` of utils/objectives/flow_matching.py, or taken from "x_0" of the draws.
+    - `TAKES_COUPLING`: whether its noise may depend on the data (--coupling); True by default. Its loss then has to
+      take the noise from `draw_noise` of utils/objectives/flow_matching.py, or from "x_0" of the draws.
     """
 
     def draw(self, time_key: Key[Array, ""], noise_key: Key[Array, ""], num_examples: int) -> Draws:

@@ -1,8 +1,8 @@
 """Snapshots of a run's EMA profiles, from which `--params ema:WIDTH` makes an EMA of any width.
 
-RUN/ema_snapshots/STEP.safetensors holds every profile after STEP in float16, each array times a power of two that takes
-its largest value to 2^14 .. 2^15, so that none overflows and small ones keep their digits. The profiles at the step of
-a checkpoint are in the checkpoint itself, in float32; they have most of the weight.
+RUN/ema_snapshots/STEP.safetensors holds every profile after STEP in float16. Each array is multiplied by the power of
+two that takes its largest value to 2^14 .. 2^15: none overflows, and small values keep their digits. The profiles at
+the step of a checkpoint are in the checkpoint itself, in float32; they have most of the weight.
 """
 
 import json
@@ -28,14 +28,14 @@ from utils.runs.checkpoint import Checkpoints
 FOLDER = "ema_snapshots"  # in a run's folder
 FIRST_INTERVAL = 50  # steps between snapshots, until there would be too many
 LARGEST_EXPONENT = 15  # of stored values: float16 ends at 65504, just below 2^16
-NEGLIGIBLE = 1e-9  # weight of a snapshot that float32 would not show
+NEGLIGIBLE = 1e-9  # weight of a snapshot below which float32 would not show it
 ROUNDING = 2e-4  # root mean square of the relative error of float16
-LARGE_ERROR = 0.01  # expected, over the distance from the last parameters, from which on users are warned
+LARGE_ERROR = 0.01  # relative to the EMA's distance from the last parameters: users are warned above it
 
 
 def snapshot_interval(step: int, most: int) -> int:
-    """Returns the steps between the snapshots that are kept at `step`: 50, 100, 200, ..., the first at which no more
-    than `most` are."""
+    """Returns the number of steps between the snapshots that are kept at `step`: the first of 50, 100, 200, ... by
+    which there are no more than `most`."""
     interval = FIRST_INTERVAL
     while step > most * interval:
         interval *= 2
@@ -43,7 +43,7 @@ def snapshot_interval(step: int, most: int) -> int:
 
 
 def list_snapshots(run_dir: Path) -> dict[int, Path]:
-    """Returns {step: file}, ascending."""
+    """Returns {step: file} of a run's snapshots, ascending."""
     files = {int(file.stem): file for file in (run_dir / FOLDER).glob("*.safetensors") if file.stem.isdecimal()}
     return dict(sorted(files.items()))
 
@@ -54,15 +54,15 @@ def list_snapshots(run_dir: Path) -> dict[int, Path]:
 class EmaSnapshots:
     """Writes the snapshots of a run that trains from `step` on, no more than `most` (0: none), in the background.
 
-    Which steps have one follows from the last step alone, so that a resumed run ends with those of an uninterrupted
-    one. Of several processes, the first writes, and all take part in `save`.
+    The steps that have one follow from the last step alone: a resumed run ends with those of an uninterrupted one. Of
+    several processes, the first writes, and all have to call `save`. Later snapshots than `step` are deleted.
     """
 
     def __init__(self, run_dir: Path, most: int, step: int):
         self.run_dir = run_dir
         self.most = most
         self._finish: Callable[[], None] | None = None  # waits for the file that is being written
-        # Later ones are of steps that the run takes again.
+        # The run takes these steps again.
         if most and jax.process_index() == 0:
             remove_temporaries(run_dir / FOLDER)
             for later, file in list_snapshots(run_dir).items():
@@ -93,7 +93,7 @@ class EmaSnapshots:
         path = self.run_dir / FOLDER / f"{step}.safetensors"
         path.parent.mkdir(exist_ok=True)
         write_snapshot(path, arrays)
-        # Once it is there, those that the longer interval leaves out are not needed.
+        # Once it is there, those that a longer interval leaves out can go.
         for earlier, file in list_snapshots(self.run_dir).items():
             if earlier % snapshot_interval(step, self.most):
                 file.unlink()
@@ -121,7 +121,7 @@ def _checksum(name: str, exponent: int, x: np.ndarray) -> int:
 
 
 class StoredSnapshot(NamedTuple):
-    """A file of a snapshot: arrays that are mapped from it, and {name: [exponent, checksum]}."""
+    """A snapshot on disk: its arrays, mapped from the file, and {name: [exponent, checksum]}."""
 
     path: Path
     arrays: dict[str, np.ndarray]
@@ -140,7 +140,7 @@ class StoredSnapshot(NamedTuple):
         return cls(path, arrays, facts)
 
     def read(self, name: str) -> np.ndarray:
-        """Returns an array in float64. Raises UserError where it is not what was written."""
+        """Returns an array, unscaled, in float64. Raises UserError where it is not what was written."""
         x = self.arrays[name]
         match self.facts[name]:
             case [int(exponent), int(checksum)] if checksum == _checksum(name, exponent, x):
@@ -163,22 +163,23 @@ def open_snapshots(run_dir: Path, step: int, shapes: Mapping[str, tuple[int, ...
 
 def _damaged(path: Path, reason: object) -> UserError:
     return UserError(
-        f"snapshot {path} is damaged ({reason}); restore it from a copy, or move it away: the others do, less exactly"
+        f"snapshot {path} is damaged ({reason}); restore it from a copy, or move it away: the others are enough, less "
+        "exactly"
     )
 
 
 def reconstruct(run_dir: Path, step: int, width: float, profiles: Mapping[str, PyTree], params: PyTree) -> PyTree:
-    """Returns the EMA of a relative width at `step`, from the `profiles` at that step and the run's snapshots up to
-    there; a width among the profiles is returned as it is.
+    """Returns the EMA of a relative width at `step`, from the `profiles` {width: EMA} at that step and the run's
+    snapshots before it; a width among the profiles is returned as it is.
 
-    Warns where a large error is to be expected, over its distance from the trained parts of `params` at the step.
-    Raises UserError where a snapshot is damaged.
+    `params` are the parameters at the step: warns where the expected error is large, relative to the EMA's distance
+    from them. Raises UserError where a snapshot is damaged.
     """
     kept = {float(text): text for text in profiles}
     if width in kept:
         return profiles[kept[width]]
 
-    # What it is made of: files, and the profiles at the step itself.
+    # The sources: files, and the profiles at the step itself.
     now = {text: flatten_dict(tree, sep="/") for text, tree in profiles.items()}
     shapes = {f"{text}/{name}": x.shape for text, arrays in now.items() for name, x in arrays.items()}
     files = open_snapshots(run_dir, step, shapes)
@@ -187,7 +188,7 @@ def reconstruct(run_dir: Path, step: int, width: float, profiles: Mapping[str, P
     gammas = np.array([gamma_of(float(text)) for _, text in sources])
     weights = fit_average(steps, gammas, step, gamma_of(width))
 
-    # The sum, array by array: files are read as it goes, and one array at a time is in memory in float64.
+    # The sum, array by array: one array at a time is read, and is in memory in float64.
     total = {}
     squares = np.zeros(2)  # of the EMA's elements, and of their distance from the parameters
     last = flatten_dict(params, sep="/")
@@ -199,31 +200,32 @@ def reconstruct(run_dir: Path, step: int, width: float, profiles: Mapping[str, P
         squares += np.square(array).sum(), np.square(array - last[name]).sum()
         total[name] = array.astype(x.dtype)
 
-    # Its error: of the profile that is fitted, and of float16.
+    # Two sources of error: the fit of the profile, and float16.
     size, distance = np.sqrt(squares)
     rounding = ROUNDING * np.linalg.norm(weights[steps < step]) * size / max(distance, 1e-30)
     error = math.hypot(expected_error(steps, gammas, weights, step, gamma_of(width)), rounding)
     if error > LARGE_ERROR:
         warn(
-            f"--params ema:{width:g} at step {step:,}: {len(files)} snapshots in {run_dir / FOLDER} make it with an "
-            f"error of about {error:.1%} of its distance from the parameters; widths near {', '.join(profiles)} have "
-            "less"
+            f"--params ema:{width:g} at step {step:,}: {len(files)} snapshots in {run_dir / FOLDER} leave an error of "
+            f"about {error:.1%} of its distance from the parameters; widths near {', '.join(profiles)} have a smaller "
+            "one"
         )
     return unflatten_dict(total, sep="/")
 
 
 def take_average(params: PyTree, which: str, checkpoints: Checkpoints, step: int, saved: Mapping[str, Any]) -> PyTree:
-    """Returns `params` of the checkpoint of `step`, with the EMA in the place of what is trained where `which` is
-    ema:WIDTH; as they are where it is ema or raw. `saved` is the run's configuration.
+    """Returns the parameters that --params=`which` asks for.
 
-    Raises UserError for a run without profiles.
+    `params` are those of the checkpoint of `step`: returned as they are for ema and raw; for ema:WIDTH, with that EMA
+    in place of their trained parts. `saved` is the run's configuration. Raises UserError for ema:WIDTH of a run without
+    profiles, and where a snapshot is damaged.
     """
     width = width_of(which)
     if width is None:
         return params
     if not saved["ema_profiles"]:
         raise UserError(
-            f"--params={which}: {checkpoints.run_dir} was trained without --ema_profiles, of which it would be made; "
+            f"--params={which}: {checkpoints.run_dir} was trained without --ema_profiles, from which it would be made; "
             "use ema or raw"
         )
     sharding = jax.tree.leaves(params)[0].sharding

@@ -117,9 +117,9 @@ def load_generator(
     `params` is 'ema', 'raw', or 'ema:WIDTH' of a run with EMA profiles. `label_mode` says how labels are drawn where
     none are given. `dtype` is the compute dtype ('bfloat16' or 'float32') if it is not that of the training, and
     `codec`, such as kl:PATH, the place of the codec if that has moved. A codec that cannot be found is reported when
-    images are decoded, or at once with `needs_images`. `guide` is a run, or a checkpoint of one, by whose parameters
-    `guide_params` the model is guided where a sampler says so. Raises UserError where no checkpoint is intact, and
-    where the codec is not the one of the training.
+    images are decoded, or at once with `needs_images`. `guide` is a run, or a checkpoint of one, whose parameters
+    `guide_params` guide the model where a sampler's `guide_scale` is not 1. Raises UserError where no checkpoint is
+    intact, where the codec is not the one of the training, and where the guide does not fit the model.
     """
     # Words first: nothing is loaded for a misspelt one.
     try:
@@ -146,8 +146,11 @@ def load_generator(
 def load_guide(
     guide: str | Path | None, params: str, model: ImageModel, codec: str | None = None
 ) -> ImageGenerator | None:
-    """Loads the run that is to guide a model, in the model's dtype; None for none. Raises UserError where it cannot be
-    loaded, and where it is about other latents or conditions."""
+    """Loads the run that guides a model, in the model's compute dtype; returns None where `guide` is None.
+
+    Raises UserError, which names --guide and --guide_params, where it cannot be loaded and where it does not fit the
+    model (`check_guide`).
+    """
     if guide is None:
         return None
     dtype = model.network.config.dtype
@@ -158,12 +161,12 @@ def load_guide(
 
 
 def warn_of_same_guide(generator: ImageGenerator, guide: str | Path | None) -> None:
-    """Warns of a guide that is the model itself: from its own prediction nothing leads away."""
+    """Warns of a guide that has the parameters of the model itself: it changes nothing."""
     weak = generator.guide
     if weak is None or weak.model.network.config != generator.model.network.config:
         return
     pairs = zip(jax.tree.leaves(generator.params), jax.tree.leaves(weak.params), strict=True)
-    if all(np.array_equal(gather(ours), gather(theirs)) for ours, theirs in pairs):  # mostly, the first two differ
+    if all(np.array_equal(gather(ours), gather(theirs)) for ours, theirs in pairs):  # ends at the first difference
         warn(
             f"--guide={guide}: its parameters are those of the model, so that it changes nothing without "
             "--inner_scale; name an earlier checkpoint or a smaller network"

@@ -42,8 +42,8 @@ OPTIONAL = (
     "num_train_images", "cfg_zero_star", "cfg_zero_steps", "inner_scale", "inner_interval", "guide_scale",
     "guide_interval", "guide_sha256",
 )  # fmt: skip
-# Settings of guidance beside that by labels, as tables and curves name them.
-OTHER_GUIDANCE = {"cfg_zero_star": "CFG-Zero*", "inner_scale": "inner", "guide_scale": "autoguidance"}
+# {setting of further guidance: its name in tables and curves}
+GUIDANCE_TITLES = {"cfg_zero_star": "CFG-Zero*", "inner_scale": "inner", "guide_scale": "autoguidance"}
 
 
 class Results:
@@ -183,8 +183,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     """Returns a Markdown table of the rows: step count, guidance and every metric that one of them has."""
     # Columns: those that some row can fill; of the checkpoint, where there are several.
     columns = {"num_steps": "steps", "cfg_scale": "guidance"}
-    if any(name in row for name in OTHER_GUIDANCE for row in rows):
-        columns |= OTHER_GUIDANCE | {"passes": "passes"}
+    if any(name in row for name in GUIDANCE_TITLES for row in rows):
+        columns |= GUIDANCE_TITLES | {"passes": "passes"}
     columns |= {"num_samples": "samples"} | score_columns()
     if len({row.get("params") for row in rows}) > 1:
         columns = {"params": "parameters"} | columns
@@ -296,8 +296,10 @@ def plot_by_step(rows: list[dict[str, Any]]) -> Figure:
 
 
 def plot_by_ema(rows: list[dict[str, Any]]) -> Figure:
-    """Draws every metric against the width of the EMA, a curve for each sampler and step; rows of other parameters are
-    left out."""
+    """Draws every metric against the width of the EMA, a curve for each sampler and step.
+
+    Rows without a width, of the recipe's EMA and of raw parameters, are left out; some row has to have one.
+    """
     by_width = [(width, row) for row in rows if (width := row_width(row)) is not None]
     by_width.sort(key=lambda pair: pair[0])
     widths, rows = map(list, zip(*by_width, strict=True))
@@ -316,7 +318,10 @@ def row_width(row: Mapping[str, Any]) -> float | None:
 def _gather_points(
     rows: Sequence[Mapping[str, Any]], places: Sequence[float], names: Sequence[tuple[str, ...]]
 ) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Returns {metric: {curve: (place, value) points}}; curves are named by those of their `names` that differ."""
+    """Returns {metric: {curve: (place, value) points}}, of each row's place on the x axis.
+
+    A curve's name consists of those of its rows' `names` in which rows differ.
+    """
     told = [number for number, values in enumerate(zip(*names, strict=True)) if len(set(values)) > 1] or [0]
     points: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row, place, name in zip(rows, places, names, strict=True):
@@ -330,6 +335,6 @@ def _gather_points(
 def _guidance_title(row: Mapping[str, Any]) -> str:
     name = "no guidance" if row["cfg_scale"] is None else f"guidance {row['cfg_scale']:g}"
     others = [
-        title if row[key] is True else f"{title} {row[key]:g}" for key, title in OTHER_GUIDANCE.items() if key in row
+        title if row[key] is True else f"{title} {row[key]:g}" for key, title in GUIDANCE_TITLES.items() if key in row
     ]
     return ", ".join([name, *others])

@@ -32,7 +32,7 @@ STRAIGHTNESS_SAMPLES = 64  # at most
 
 
 class Snapshot(NamedTuple):
-    """Parameters whose samples are scored, as --params says them, of the first of `steps` that is intact."""
+    """Parameters whose samples are scored: `params`, as --params has them, of the first of `steps` that is intact."""
 
     steps: list[int]
     params: str

@@ -51,7 +51,7 @@ class SamplerNumbers(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """The part of a guiding model for which functions are compiled; its parameters are an argument."""
+    """A guiding model as a static argument of the compiled functions; its parameters are an ordinary argument."""
 
     network: Any
     objective: Any
@@ -61,7 +61,7 @@ class Guide(NamedTuple):
 
 
 def field_of(velocity: Callable[[ModelFn, PyTree], VelocityFn], model: ModelFn) -> ModelFn:
-    """Returns the velocity as a function of (x, t, condition, t_next), which guidance calls with several conditions."""
+    """Returns the velocity as a function of (x, t, condition, t_next): guidance calls it with and without condition."""
     return lambda x, t, condition, t_next: velocity(model, condition)(x, t, t_next)
 
 
@@ -143,9 +143,8 @@ class CompiledFor(NamedTuple):
         return velocity_of(condition)
 
     def _guided(self, params: PyTree, settings: SamplerNumbers) -> ModelFn:
-        """Returns the field (x, t, condition, t_next) -> velocity: guided by its own inner head, then by another model,
-        each with and without the condition, and last by the difference that the condition makes."""
-        # By inner head and other model, in every branch of what follows.
+        """Returns the field (x, t, condition, t_next) -> velocity, guided by the model's inner head, then by another
+        model, and last by the condition. The first two apply with the condition as well as without it."""
         if self.guide is None:
             field = self._own_field(params, settings)
         else:
@@ -178,13 +177,13 @@ class CompiledFor(NamedTuple):
         return field
 
     def count_passes(self, sampler: SamplerConfig, guide_cost: float, nfe: float | None = None) -> float:
-        """Returns the passes of the network that a sample takes; one of the guide counts as `guide_cost`.
+        """Returns the number of passes of the network that a sample takes; a pass of the guide counts as `guide_cost`.
 
-        `nfe` says how many velocities an adaptive solver has taken.
+        `nfe` is the number of velocities that an adaptive solver has taken; None for a solver of fixed steps.
         """
         guide_cost = guide_cost if self.guide else 0.0
         if nfe is not None:
-            # Each sample has times of its own: beside guidance in an interval, what is outside is computed, too.
+            # Each sample has times of its own, so that both branches of an interval are computed.
             return nfe * (1 + self.is_guided + self.has_interval) * (1 + guide_cost + self.guide_has_interval)
 
         # The times at which velocities are taken.

@@ -43,8 +43,8 @@ class ImageGenerator:
     step count and time shift compile nothing anew; without guidance, with it, and with it in an interval are three
     compiled functions.
 
-    `guide` has a model by which this one is guided with `guide_scale` other than 1 (autoguidance, arXiv:2406.02507):
-    smaller, or less trained.
+    `guide` generates by a smaller or less trained model, which guides this one where a sampler's `guide_scale` is not 1
+    (autoguidance, arXiv:2406.02507).
 
     Raises UserError (a ValueError) for a sampler that the flags would refuse (see `samplers.check_sampler`), a seed
     outside of 0 .. 2^32 - 1, and conditions that the model does not take.
@@ -139,8 +139,9 @@ class ImageGenerator:
         return Parameters(self.params, self.guide.params)
 
     def count_passes(self, sampler: SamplerConfig, nfe: float | None = None) -> float:
-        """Returns the passes of the network that a sample takes: two with guidance, and those of the guide by its share
-        of FLOPs. `nfe` says how many velocities an adaptive solver has taken."""
+        """Returns the number of passes of the network that a sample takes: two for a velocity with classifier-free
+        guidance; a pass of the guide counts by its share of the model's FLOPs. `nfe` is the number of velocities that
+        an adaptive solver has taken."""
         cost = 0.0
         if self.guide is not None:
             shape = self.model.latent_shape
@@ -291,8 +292,8 @@ class ImageGenerator:
             yield x
 
     def straightness(self, num_samples: int = 64, cfg_scale: float | None = None, **guidance: Any) -> float:
-        """Returns the straightness of the paths of the first samples, see `paths.straightness`. `guidance`: further
-        fields of SamplerConfig that are about guidance."""
+        """Returns the mean straightness of the paths of the first samples, see `paths.straightness`. `guidance` takes
+        further fields of a SamplerConfig (solvers.GUIDANCE)."""
         # The number of steps is that of `paths.straightness`; only the guidance of the sampler counts.
         sampler = SamplerConfig(1, cfg_scale, **guidance)
         noise = self.noise(range(num_samples))
@@ -381,13 +382,14 @@ class ImageGenerator:
 
 
 def check_guide(model: ImageModel, guide: ImageModel) -> None:
-    """Raises UserError for a guide of other latents or another kind of condition than the model's."""
+    """Raises UserError for a guide whose latents, condition, codec or scale of the noise are not those of the model."""
     if guide.latent_shape != model.latent_shape:
         shapes = ["x".join(map(str, each.latent_shape)) for each in (guide, model)]
-        raise UserError(f"--guide: it is about {shapes[0]}, the model about {shapes[1]}; use a run of the same data")
+        raise UserError(f"--guide: it takes latents {shapes[0]}, the model {shapes[1]}; use a run of the same data")
     if guide.condition != model.condition:
         raise UserError("--guide: it takes another condition than the model; use a run of the same data")
-    # Latents of another codec may have the same shape. One without weights, or without them at hand, has no hash.
+    # Latents of another codec may have the same shape. A codec without weights, or whose weights are not here, has no
+    # hash.
     codecs = {each.codec.sha256 for each in (guide, model)} - {None, ""}
     if len(codecs) > 1:
         raise UserError("--guide: it learned the latents of another codec than the model; use a run of the same data")
@@ -395,7 +397,7 @@ def check_guide(model: ImageModel, guide: ImageModel) -> None:
     if scales[0] != scales[1]:
         raise UserError(
             f"--guide: it learned with --objective.noise_scale={scales[0]:g}, the model with {scales[1]:g}; use a run "
-            "of the same noise"
+            "with the same noise"
         )
 
 

@@ -28,9 +28,9 @@ def guide(
     outputs beyond the channels of x, a learned variance. `null(n)` is n times "no condition". `cfg_scale` None turns
     guidance off: the conditional prediction, at half the cost (what s = 1 gives, up to rounding).
 
-    `is_zero_star`: the unconditional velocity is scaled to fit the conditional one first, each example by itself
-    (CFG-Zero*, arXiv:2503.18886); `model_fn` must then give velocities. Its first steps, which it leaves out, are the
-    solver's (`solvers.take_steps`).
+    With `is_zero_star`, the unconditional velocity is first scaled to fit the conditional one, separately for each
+    example (CFG-Zero*, arXiv:2503.18886); `model_fn` must then return velocities. The first steps, whose velocity
+    CFG-Zero* sets to zero, are skipped by the solver (`first` of `solvers.sample`).
     """
     if cfg_scale is None:
         return model_fn
@@ -50,17 +50,18 @@ def guide(
 
 
 def project(v: Float[Array, "b ..."], direction: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """Returns the factor s of each example, (b, 1, ...), for which s `direction` is nearest to v: <v, d> / |d|^2."""
+    """Returns the factor s of each example, (b, 1, ...), for which s d is nearest to v, d the `direction`:
+    <v, d> / |d|^2."""
     axes = tuple(range(1, v.ndim))
     inner_product = (v * direction).sum(axes, keepdims=True)
     return inner_product / (jnp.square(direction).sum(axes, keepdims=True) + 1e-8)
 
 
 def guide_by_inner(heads_fn: ModelFn, scales: Float[Array, " b"]) -> ModelFn:
-    """Returns inner + w (final - inner) of a network of two heads (internal guidance, arXiv:2512.24176), w of each
-    example.
+    """Returns inner + w (final - inner) of a network with two heads (internal guidance, arXiv:2512.24176); `scales`
+    (b,) has the w of each example.
 
-    `heads_fn` returns `Heads`: one pass of the network serves both.
+    `heads_fn` returns `Heads`: one pass of the network gives both.
     """
 
     def guided(x, t, condition, *step):

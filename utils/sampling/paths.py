@@ -62,7 +62,7 @@ def inpaint(
     After every step the known elements are put on their own path, t x_known + (1 - t) x_0. So that the others fit them,
     each step is taken `num_repeats` times, as RePaint does (arXiv:2201.09865): between two, x goes back from t' to t by
     fresh noise e, x_t = (t / t') x_t' + sqrt((1 - t)^2 - (t (1 - t') / t')^2) e. `keys` draw that of each example.
-    Both it and `noise` are standard normal, and `noise_scale` times as wide on the path.
+    Both it and `noise` are standard normal; on the path they are multiplied by `noise_scale`.
     """
     step = SOLVERS[solver].step
 

@@ -135,7 +135,7 @@ def _check_zero_star(sampler: SamplerConfig) -> Problems:
         return
     if not sampler.cfg_zero_star:
         yield "cfg_zero_steps", "it has no effect without cfg_zero_star; give both, or neither"
-    # Steps that are left out are counted, and nothing is drawn in them.
+    # Steps are counted from the start, and a stochastic solver would have to add noise in those that are left out.
     if sampler.is_adaptive or SOLVERS[sampler.solver].is_stochastic:
         yield "cfg_zero_steps", f"{sampler.solver} has no steps to leave out; use 0, or one of {', '.join(ODE_SOLVERS)}"
     if not is_integer(sampler.cfg_zero_steps, 0, sampler.num_steps - 1):
@@ -149,9 +149,9 @@ def _check_other_guidance(sampler: SamplerConfig, inner_head: int | None, has_gu
         if not _is_interval(getattr(sampler, f"{kind}_interval")):
             yield f"{kind}_interval", BAD_INTERVAL
     if sampler.is_inner_guided and inner_head == 0:
-        yield "inner_scale", "the model has no inner head (--model.inner_head of its training); use 1"
+        yield "inner_scale", "the model has no inner head (it was trained without --model.inner_head); use 1"
     if sampler.is_model_guided and has_guide is False:
-        yield "guide_scale", "there is no model to guide by; name one by guide, or use 1"
+        yield "guide_scale", "there is no model to guide by; name one as the guide, or use 1"
 
 
 def largest_steps(num_steps: int, objective: Objective) -> int:

@@ -1,4 +1,4 @@
-"""Data of a training: its splits, the batch by which it is validated, and how noise is coupled with its images."""
+"""Data of a training: its splits, the validation batch, and the coupling of noise with its images."""
 
 import dataclasses
 import math
@@ -31,8 +31,8 @@ from utils.objectives.objective import noise_scale
 from utils.runs.config import RunConfig
 from utils.training.step import VALIDATION, draw_examples
 
-MAX_GROUP = 256  # rows of a coupled group, unless --coupling_rows says otherwise: the assignment takes their cube
-MAX_SHARE = 0.4  # of the machine's memory, for the points of a semidiscrete coupling
+MAX_GROUP = 256  # rows of a coupled group by default: the time of an assignment grows with their cube
+MAX_SHARE = 0.4  # of the machine's memory that the points of a semidiscrete coupling may take
 
 
 def this_host() -> dict[str, Any]:
@@ -91,7 +91,7 @@ def training_examples(config: RunConfig, dataset: ImageDataset) -> ImageDataset:
 
 
 def make_coupling(config: RunConfig, dataset: ImageDataset, model: ImageModel) -> Coupling | None:
-    """Returns the coupling that --coupling asks for, None where noise is independent of the images.
+    """Returns the coupling that --coupling asks for; None where noise is independent of the images.
 
     Raises UserError where data, codec or objective do not allow it.
     """
@@ -107,7 +107,7 @@ def make_coupling(config: RunConfig, dataset: ImageDataset, model: ImageModel) -
         check_points(dataset, model.latent_shape)
         return SemidiscreteCoupling(space, dataset, BatchReader(dataset, None), settings.coupling_draws, batch_size)
 
-    # A kind of condition that cannot be told apart is refused before a batch is read.
+    # One row is enough to refuse a kind of condition that has neither labels nor vectors.
     source: Any = dataset.source
     vectors = split_condition(dataset.condition, read_rows(dataset.condition, [source[0]], 1))[1]
     weight = settings.coupling_weight
@@ -140,7 +140,7 @@ def check_coupling(config: RunConfig, dataset: ImageDataset, model: ImageModel) 
 
 
 def check_points(dataset: ImageDataset, shape: tuple[int, ...]) -> None:
-    """Raises UserError for data of which a semidiscrete coupling cannot have all points, class by class, in memory."""
+    """Raises UserError for data without classes, and for more points (h, w, c) than fit into memory."""
     if not isinstance(dataset.condition, ClassCondition):
         raise UserError(
             "--coupling=semidiscrete couples noise with images of a class, but the data have "
@@ -158,7 +158,7 @@ def check_points(dataset: ImageDataset, shape: tuple[int, ...]) -> None:
 
 def group_rows(config: RunConfig) -> int:
     """Returns the rows of the global batch among which noise is coupled. Raises UserError where they do not fit."""
-    # Without the flag a function of the batch size alone: the number of processes changes no group.
+    # The default depends on the batch size alone: the number of processes changes no group.
     batch_size = config.training.batch_size
     rows = config.coupling.coupling_rows
     if rows is None:
@@ -177,9 +177,10 @@ def group_rows(config: RunConfig) -> int:
 
 
 def find_x_1(coupling: str, dataset: ImageDataset, codec: Codec) -> Callable[[Any], np.ndarray]:
-    """Returns a function from batches in memory to x_1, in which the cost of a coupling is taken.
+    """Returns a function from batches in memory to x_1 (b, h, w, c), float32, in which the cost of a coupling is taken.
 
-    Of latents that are drawn from a posterior it is their mean. Raises UserError where only the devices know x_1.
+    For latents that are drawn from a posterior, x_1 is the mean. Raises UserError where only the devices know x_1, and
+    for a codec that does more to latents than to scale and shift them.
     """
     if dataset.batch_type is PixelBatch and is_identity(codec):
         return lambda batch: dataset.pixels.to_unit_on_host(batch.image)
@@ -195,7 +196,7 @@ def find_x_1(coupling: str, dataset: ImageDataset, codec: Codec) -> Callable[[An
     if row.moments.shape[1] == 1:
         return lambda batch: batch.moments[:, 0].astype(np.float32)
 
-    # Others are scaled and shifted by the codec, number by number: by how much, it shows by three inputs.
+    # Others are scaled and shifted by the codec, number by number. Two inputs show by how much, a third that it is so.
     def scaled(value: float) -> np.ndarray:
         mean = jnp.full(row.moments.shape[:1] + row.moments.shape[2:], value)
         return np.asarray(
@@ -209,9 +210,10 @@ def find_x_1(coupling: str, dataset: ImageDataset, codec: Codec) -> Callable[[An
 
 
 def with_independent_noise(batch: PyTree, config: RunConfig, model: ImageModel) -> CoupledBatch:
-    """Returns the validation batch with the noise that it has in a run without a coupling, number by number.
+    """Returns the validation batch with the very noise that it has in a run without a coupling.
 
-    So the losses of both kinds of run are of the same noise and images, and differ by the parameters alone.
+    The losses of both kinds of run are then of the same noise and images, and differ by the parameters alone. Raises
+    UserError for an objective that takes no noise from a batch.
     """
 
     @partial(jax.jit, out_shardings=batch_sharding(model.mesh))

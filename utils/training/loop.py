@@ -157,10 +157,11 @@ def restore_or_init(
 
 
 def prepare_coupling(run: Run, stop: StopRequest) -> bool:
-    """Gets the coupling of noise and data ready, which may take minutes; returns False where a signal ends it."""
+    """Prepares the coupling of noise and data, which may take minutes, and records its hash; returns False where a
+    signal ends that."""
     if run.coupling is None:
         return True
-    # What it is made of is in the record of the data; the start before this one has written its own.
+    # The hash that the previous start of the run has recorded.
     try:
         saved = read_json(run.folder / "config.json")
     except BadFileError:

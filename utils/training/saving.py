@@ -34,7 +34,7 @@ class Saver:
         step: int,
         before: Callable[[], None] = lambda: None,
     ):
-        """`before()` is called before each save: what it waits for is on disk when the checkpoint is."""
+        """Calls `before()` before each save: what it waits for is on disk when the checkpoint is."""
         self.checkpoints = checkpoints
         self.config = config
         self.before = before

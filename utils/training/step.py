@@ -127,8 +127,8 @@ def compute_gradients(
     augment_prob: float | Array = 0.0,
     frozen: tuple[str, ...] = (),
 ) -> tuple[PyTree, dict[str, Array]]:
-    """Returns (gradients, mean metrics) of the objective's loss on a global batch; `l2_loss` is that loss, and of a
-    network with an inner head that of its last layer.
+    """Returns (gradients, mean metrics) of the objective's loss on a global batch. `l2_loss` is that loss, without that
+    of an inner head, which has a part in the gradients.
 
     The gradients of `frozen` parts of the parameters are zero, and are not computed. `augment_prob` is that of each
     change of the images, where the network's condition is one of changed images.
@@ -143,7 +143,7 @@ def compute_gradients(
             )
             # Over the global batch: the compiler adds the devices' parts.
             means = jax.tree.map(jnp.mean, {"l2_loss": losses, **metrics})
-            # An inner head learns beside the last layer, whose loss stays comparable with that of other models.
+            # The inner head's loss is added to the gradients alone: l2_loss stays comparable with other models.
             inner = model.config.inner_weight * means["inner_loss"] if model.config.inner_head else 0
             return means["l2_loss"] + inner, means
 
@@ -223,9 +223,9 @@ def train_step(
 def average_profiles(
     state: TrainState, step: Array, is_validation: bool | Array, frozen: tuple[str, ...]
 ) -> TrainState:
-    """Returns the state with its parameters after step number `step` averaged into its EMA profiles.
+    """Returns the state after step number `step` with its parameters averaged into its EMA profiles.
 
-    These are averages over steps: one whose update is left out counts, with the parameters that it has kept.
+    Profiles average over steps: a step whose update is left out counts with the parameters that it has kept.
     """
     profiles = update_profiles(state.ema_profiles, trained_parts(state.params, frozen), step)
     return state.replace(ema_profiles=select(is_validation, state.ema_profiles, profiles))
