@@ -27,7 +27,10 @@ import train_flow
 from benchmarks.recognise_digits import recognised_fraction
 from tests.conftest import ROOT, run_program
 
-PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+PAGES = {
+    path: path.read_text()
+    for path in [ROOT / "README.md", *sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")])]
+}
 PAGES |= {path: path.read_text() for path in (ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md")}
 PROGRAMS = {
     "train_flow.py": train_flow,
@@ -65,10 +68,14 @@ RECIPE = [
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python ")])
-def test_python_commands_are_understood(command, read_flags):
+def test_python_commands_are_understood(command, read_flags, monkeypatch):
     words = shlex.split(command.partition(" | ")[0], comments=True)
     if words[1] == "-c":
         compile(words[2], "README.md", "exec")
+        return
+    if words[1].startswith("benchmarks/"):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        read_flags(importlib.import_module(Path(words[1]).stem), words[2:])
         return
     assert words[1] in PROGRAMS, command
     if words[1] == "data/celebahq256.py":
