@@ -10,7 +10,7 @@ another seed, among settings of at most two passes of the network a step.
 
 Each finished cell is a line of --results, and is not made again: the same command goes on where it stopped. At the end
 it prints the tables and draws a plot and samples of the same noise. There are 46 cells, a few of which coincide; they
-take about three and a half hours on two cores.
+take about three hours of one core.
 """
 
 import functools

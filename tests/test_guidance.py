@@ -322,7 +322,7 @@ def test_passes_of_the_network_are_counted(small, sampler, passes):
     assert generator.count_passes(sampler) == pytest.approx(passes)
 
 
-def test_straightness_is_measured_with_all_guidance_of_the_sampler():
+def test_straightness_takes_over_every_field_of_guidance():
     """Of the field that is sampled: all its settings but the steps that are left out."""
     fields = {name for name in SamplerConfig._fields if name.startswith(("cfg_", "inner_", "guide_"))}
     assert fields - {"cfg_zero_steps"} == set(GUIDANCE)

@@ -35,7 +35,7 @@ def test_killed_and_spread_over_devices_a_run_with_all_options_stays_the_same(wo
     for part in ("params", "ema_params", "ema_profiles"):
         found, expected = (hash_params(Checkpoints(run).restore_stored(NUM_STEPS, part)) for run in (killed, whole))
         assert found == expected, part
-    if dtype == "float32":
+    if dtype == "float32":  # rounding to bfloat16 depends on how a batch is split
         sharding = ["--sharding", "hybrid", "--num_shards", 4, "--grad_accum", 2]
         run_program("train_flow.py", *words, *sharding, "--save_dir", split, devices=8)
         assert_close(losses(split), losses(whole), NUM_STEPS)
