@@ -2,6 +2,7 @@
 
     python convert_checkpoint.py --source SiT-XL-2-256.pt --family sit --out runs/sit-xl
     python convert_checkpoint.py --source facebook/DiT-XL-2-256 --out runs/dit-xl
+    python convert_checkpoint.py --source checkpoint.pkl --family jax-flow --out runs/old
     python convert_checkpoint.py --load_dir runs/demo --out demo.safetensors
     python convert_checkpoint.py --load_dir runs/demo --out demo --push USER/demo
 
@@ -35,7 +36,11 @@ def define_flags() -> None:
     define_path("out", None, "Folder of the new run; of --load_dir: a file X.safetensors, or a folder for the hub.")
     # One direction ...
     with topic("Published to run"):
-        define_path("source", None, "Published checkpoint: .pt, .bin or .safetensors; a folder of diffusers; a hub id.")
+        define_path(
+            "source",
+            None,
+            "Published checkpoint: .pt, .bin, .safetensors, jax-flow's .pkl; a folder of diffusers; a hub id.",
+        )
         flags.DEFINE_enum("family", None, list(FAMILIES), "Whose checkpoint it is, where the file does not say.")
         flags.DEFINE_integer("num_heads", None, "Attention heads; default: those of the published model that wide.", 1)
         define_path("class_names", None, "Text file with a class name a line; default: ImageNet's of 1,000.")
@@ -97,7 +102,8 @@ def import_checkpoint(config: ConfigDict) -> None:
         log(f"latents of {data['codec']['source'] or 'a VAE that is not read here: give --vae'}")
 
     # How it is sampled.
-    guidance = ["--cfg_scale", 1.5, "--cfg_channels", 3] if is_latent else []
+    family = FAMILIES.get(saved.get("imported", {}).get("family"), FAMILIES["dit"])
+    guidance = list(family.guidance) if is_latent else []
     condition = restore_condition(data)
     if condition.DRAWS_ROWS:
         log(f"without {POOL}, rows of its data: give conditions, or copy that of the run it was exported from")

@@ -110,6 +110,7 @@ BAD = [
     ("plot", "--load_dir LOG", "--load_dir is not a flag here: name folders of runs with --runs"),
     ("sample", "--steps 9", "--steps is not a flag here: use --denoise_timesteps"),
     ("sample", "--depth 9", "--depth is not a flag here .--help"),
+    ("train", "--wandb.exp_descriptor x", "--wandb.exp_descriptor is not a flag here: of wandb's settings there are "),
     ("train", "word", "unexpected argument 'word'"),
     ("eval", "", "give one of --load_dir .* and --samples"),
     ("eval", "--load_dir /no/such", "--load_dir=/no/such holds no checkpoint"),

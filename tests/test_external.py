@@ -11,8 +11,10 @@ import sys
 import zipfile
 import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import freeze
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,6 +35,7 @@ from utils.base.external import (
 )
 from utils.base.messages import UserError
 from utils.base.pickles import read_pickled_arrays
+from utils.convert.jax_flow_files import read_jax_flow
 from utils.images import decoding as images
 from utils.metrics.reference import load_statistics
 
@@ -229,6 +232,7 @@ def content_of(save, *args, **arrays) -> bytes:
 READERS = (
     read_json,
     read_pickled_arrays,
+    read_jax_flow,
     read_safetensors_shapes,
     lambda path: read_npz(path, read_npz_headers(path)),
     lambda path: list(read_rows(path, "a", 8)),
@@ -241,6 +245,10 @@ WHOLE_FILES = (
     content_of(np.savez_compressed, mu=np.zeros(4), sigma=np.eye(4)),
     safetensors_bytes({"a": np.eye(3)}),
     *(pickle.dumps(SETS, protocol) for protocol in (0, 2, 5)),
+    *(
+        pickle.dumps({name: freeze({"a": jnp.eye(3)}) for name in ("model", "model_eps")}, protocol)
+        for protocol in (2, 4)
+    ),
     json.dumps({"a": [1, {"b": 2}]}).encode(),
     *(content_of(Image.new("RGB", (5, 4)).save, kind) for kind in ("png", "jpeg", "webp")),
 )

@@ -7,9 +7,10 @@ builds the value; it may look up a name only if a stand-in is listed for it, and
 
 import io
 import math
+import mmap
 import pickle
 import pickletools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from utils.base.external import BadFileError, read_bounded
 
 MAX_BYTES = 64 * 2**20  # half as much again as EDM2's largest; parsing takes up to seven times as much
 MAX_DEPTH = 100  # of containers within containers
+FLOATS = ("f4", "f8")  # dtypes of the arrays of statistics, as NumPy's pickles spell them
 # All that plain data need. Those that call something, such as REDUCE, reach only what `find_class` allows.
 OPCODES = {
     "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
@@ -56,6 +58,7 @@ class Namespace:
 class SafeUnpickler(pickle.Unpickler):
     """Unpickles data that are made of `containers`, plain values, and arrays, which are StandIns until all is built.
 
+    `file` is a file in memory, or a mapped one: reads of either stop at its end, whatever length a pickle claims.
     `allowed`: (module, name) -> the StandIn or class for which a name stands.
     """
 
@@ -65,9 +68,9 @@ class SafeUnpickler(pickle.Unpickler):
     max_opcodes = 100_000  # the bytes of an array are an operand of one
     max_values = 10_000  # counted as often as they are referred to
 
-    def __init__(self, content: bytes, allowed: Mapping[tuple[str, str], Any]):
-        super().__init__(io.BytesIO(content))
-        self.content = content
+    def __init__(self, file: io.BytesIO | mmap.mmap, allowed: Mapping[tuple[str, str], Any]):
+        super().__init__(file)
+        self.file = file
         self.allowed = allowed
         self.num_values = 0
 
@@ -79,7 +82,8 @@ class SafeUnpickler(pickle.Unpickler):
     def read(self) -> Any:
         """Returns the value. Raises BadFileError if it is refused, and any other exception if it is no whole pickle."""
         # The pass over the opcodes comes first: Python's unpickler has no bounds of its own.
-        _check_opcodes(self.content, self.max_opcodes)
+        _check_opcodes(self.file, self.max_opcodes)
+        self.file.seek(0)
         return self._finish(self.load(), MAX_DEPTH)
 
     def _finish(self, value: Any, depth: int) -> Any:
@@ -110,10 +114,11 @@ class SafeUnpickler(pickle.Unpickler):
         raise BadFileError(f"it holds {type(value).__name__.strip('_')}, which is no array")
 
 
-def _check_opcodes(content: bytes, max_opcodes: int) -> None:
+def _check_opcodes(file: io.BytesIO | mmap.mmap, max_opcodes: int) -> None:
     """Raises BadFileError for a pickle whose reading could run something, or take memory without end."""
     num_marks = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(content), 1):
+    opcodes = pickletools.genops(file)  # ty: ignore[invalid-argument-type]
+    for count, (opcode, argument, _) in enumerate(opcodes, 1):
         if opcode.name not in OPCODES:
             raise BadFileError(f"it holds the opcode {opcode.name}, which arrays do not need")
         # Writers count up as they put values aside; unpickling makes room for all indices below the largest.
@@ -131,11 +136,12 @@ def _check_opcodes(content: bytes, max_opcodes: int) -> None:
 
 
 class _DType(StandIn):
-    """Stands for numpy.dtype('f8', ...), and takes its state (version, byte order, ...)."""
+    """Stands for numpy.dtype('f8', ...), and takes its state (version, byte order, ...). `known`: codes to accept."""
 
-    def __init__(self, code: str, *ignored: Any):
+    def __init__(self, code: str, known: Collection[str]):
         super().__init__()
         self.code = code
+        self.known = known
         self.order = "<"
 
     def __setstate__(self, state: tuple) -> None:
@@ -144,8 +150,9 @@ class _DType(StandIn):
         self.order = state[1]
 
     def resolve(self) -> np.dtype:
-        if self.code not in ("f4", "f8") or self.order not in ("<", ">", "="):
-            raise BadFileError(f"it holds an array of dtype {self.order}{self.code}, not of float32 or float64")
+        if self.code not in self.known or self.order not in ("<", ">", "="):
+            known = " or ".join(np.dtype(code).name for code in self.known)
+            raise BadFileError(f"it holds an array of dtype {self.order}{self.code}, not of {known}")
         return np.dtype(f"{self.order}{self.code}")
 
 
@@ -184,11 +191,14 @@ def _make_encoder(max_bytes: int) -> Callable[[str, str], bytes]:
     return encode
 
 
-def numpy_stand_ins(max_bytes: int) -> dict[tuple[str, str], Any]:
-    """Returns {(module, name): stand-in} of every name that pickled arrays may ask for, of a pickle of `max_bytes`."""
+def numpy_stand_ins(max_bytes: int, dtypes: Collection[str] = FLOATS) -> dict[tuple[str, str], Any]:
+    """Returns {(module, name): stand-in} of every name that pickled arrays may ask for, of a pickle of `max_bytes`.
+
+    `dtypes` are the codes of those that the arrays may have.
+    """
     allowed: dict[tuple[str, str], Any] = {
         ("numpy", "ndarray"): StandIn("ndarray"),
-        ("numpy", "dtype"): Function(_DType),
+        ("numpy", "dtype"): Function(lambda code, *ignored: _DType(code, dtypes)),
         ("_codecs", "encode"): Function(_make_encoder(max_bytes)),
     }
     for package in ("numpy.core", "numpy._core"):  # the same functions, in NumPy 1 and 2
@@ -199,17 +209,42 @@ def numpy_stand_ins(max_bytes: int) -> dict[tuple[str, str], Any]:
     return allowed
 
 
+# --- JAX's arrays, which bring the NumPy array that they are made of ---
+
+
+def _rebuild_jax_array(make: Any, arguments: Any, state: Any, ignored: Any) -> _Array:
+    """Stands for the function of `jax.Array.__reduce__`: `make(*arguments)` is a NumPy array, which takes `state`."""
+    array = make(*arguments) if isinstance(make, Function) and isinstance(arguments, tuple) else None
+    if not isinstance(array, _Array) or array.value is not None:
+        raise BadFileError("it holds a JAX array that is not made of a NumPy array")
+    array.__setstate__(state)
+    return array
+
+
+def jax_stand_ins() -> dict[tuple[str, str], Any]:
+    """Returns {(module, name): stand-in} of what pickled JAX arrays ask for beside `numpy_stand_ins`."""
+    return {
+        ("jax._src.array", "_reconstruct_array"): Function(_rebuild_jax_array),
+        ("jax._src.device_array", "reconstruct_device_array"): Function(_rebuild_jax_array),  # before JAX 0.4
+    }
+
+
+# --- Whole files ---
+
+
 def read_pickled_arrays(path: Path) -> Any:
     """Returns the content of a pickle of dictionaries, lists, texts, numbers and NumPy arrays of float32 or float64.
 
     Raises BadFileError for everything else, naming it.
     """
     content = read_bounded(path, MAX_BYTES)
-    allowed = numpy_stand_ins(len(content))
+    return read_safely(SafeUnpickler(io.BytesIO(content), numpy_stand_ins(len(content))))
 
-    # Whatever random bytes make the unpickler raise, the answer is one line.
+
+def read_safely(unpickler: SafeUnpickler) -> Any:
+    """Returns the value of a pickle. Raises BadFileError, whatever the bytes of a damaged one make Python raise."""
     try:
-        return SafeUnpickler(content, allowed).read()
+        return unpickler.read()
     except BadFileError:
         raise
     except Exception as error:  # opcodes that find the stack empty, or values of other types than they need

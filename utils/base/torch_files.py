@@ -4,6 +4,7 @@
 bytes of each storage. The pickle may name nothing but what tensors are made of; arrays are views of the mapped file.
 """
 
+import io
 import math
 import mmap
 import struct
@@ -99,7 +100,7 @@ class _Unpickler(SafeUnpickler):
     def __init__(
         self, pickled: bytes, archive: zipfile.ZipFile, root: str, content: mmap.mmap, others: Mapping[Any, Any]
     ):
-        super().__init__(pickled, {**ALLOWED, **others})
+        super().__init__(io.BytesIO(pickled), {**ALLOWED, **others})
         self.archive = archive
         self.root = root
         self.mapped = content

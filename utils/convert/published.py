@@ -37,8 +37,10 @@ class Family(NamedTuple):
     settings: dict[str, Any]  # --model.* of a run
     vae: str | None  # hub id of the one that made the latents; None: the user has to name it
     keeps_sigma: bool  # whether the second half of the outputs is used
+    guidance: tuple[Any, ...] = ("--cfg_scale", 1.5, "--cfg_channels", 3)  # of its samples of latents
 
 
+JAX_FLOW = "jax-flow"  # whose checkpoints have names of their own (utils/convert/jax_flow_files.py)
 # {--family: how its published models were trained}
 FAMILIES = {
     "sit": Family(
@@ -61,6 +63,14 @@ FAMILIES = {
         {"timestep_scale": 1.0, "t_sampler": "logit_normal"},
         None,
         keeps_sigma=False,
+    ),
+    JAX_FLOW: Family(
+        "jax-flow",
+        {"name": "flow_matching"},
+        {"timestep_scale": 10_000.0, "t_sampler": "logit_normal"},
+        "stabilityai/sd-vae-ft-mse",
+        keeps_sigma=False,
+        guidance=("--cfg_scale", 4),
     ),
 }
 
@@ -240,7 +250,7 @@ def find_config(
         hidden_size=hidden_size,
         depth=depth,
         num_heads=_choose_heads(state, hidden_size, num_heads),
-        mlp_ratio=_mlp_ratio(hidden_size, mlp_width, is_swiglu),
+        mlp_ratio=find_mlp_ratio(hidden_size, mlp_width, is_swiglu),
         class_dropout_prob=0.1 if has_no_label else 0.0,
         num_classes=num_rows - 1 if has_no_label else num_rows,
         timestep_scale=FAMILIES[family].settings["timestep_scale"],
@@ -304,7 +314,7 @@ def _choose_heads(state: State, hidden_size: int, num_heads: int | None) -> int:
     return heads
 
 
-def _mlp_ratio(hidden_size: int, width: int, is_swiglu: bool) -> float:
+def find_mlp_ratio(hidden_size: int, width: int, is_swiglu: bool) -> float:
     """Returns the ratio that gives an MLP of this width (see `DiTConfig.mlp_width`)."""
     # 4 first, which nearly all models have; then the exact ratio, and one a bit above it: widths are rounded down.
     scale = 1.5 if is_swiglu else 1.0

@@ -1,4 +1,4 @@
-"""Reads published checkpoints: files of PyTorch and safetensors, folders, and repositories of the Hugging Face hub."""
+"""Reads published checkpoints: files of PyTorch, safetensors and jax-flow, folders, repositories of the hub."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.base.external import BadFileError, open_safetensors, parse_json, read_json
+from utils.base.external import BadFileError, open_safetensors, parse_json, read_json, read_start
 from utils.base.messages import UserError, log
 from utils.base.pickles import Namespace
-from utils.base.torch_files import read_tensor_file
+from utils.base.torch_files import LEGACY_START, read_tensor_file
 from utils.convert.diffusers import rename_diffusers
-from utils.convert.published import LIGHTNINGDIT
+from utils.convert.jax_flow_files import START as PICKLE_START
+from utils.convert.jax_flow_files import JaxFlowCheckpoint, read_jax_flow
+from utils.convert.published import JAX_FLOW, LIGHTNINGDIT
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 METADATA_KEY = "jax_flow_matching"  # of a safetensors file that `convert_checkpoint.py --load_dir` wrote: its run
@@ -51,10 +53,11 @@ class PublishedCheckpoint(NamedTuple):
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     run: dict[str, Any] | None = None  # the configuration of the run that was exported
+    jax_flow: JaxFlowCheckpoint | None = None  # both sets of parameters, under jax-flow's names, as `state` is then
 
 
 def read_source(source: str, flag: str | None = None) -> PublishedCheckpoint:
-    """Reads a checkpoint: a file (.pt, .bin, .safetensors), a folder (diffusers' or exported here), or a hub id.
+    """Reads a checkpoint: a file (.pt, .bin, .safetensors, .pkl), a folder (diffusers' or exported here), or a hub id.
 
     No code of a pickle runs. Raises UserError, naming --source or another `flag`, where nothing is found and where the
     checkpoint cannot be read.
@@ -152,6 +155,10 @@ def _label_names(path: Path) -> tuple[str, ...] | None:
 def _read_file(path: Path) -> PublishedCheckpoint:
     if not path.exists():
         raise BadFileError("there is no such file or folder, and it is no hub id (USER/NAME)")
+    start = read_start(path, len(LEGACY_START))
+    if PICKLE_START.match(start) and start != LEGACY_START:
+        checkpoint = read_jax_flow(path)
+        return PublishedCheckpoint(checkpoint.ema_params, family=JAX_FLOW, jax_flow=checkpoint)
     run = _read_metadata(path)
     content = _read_tensors(path)
     family = None

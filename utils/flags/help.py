@@ -91,7 +91,9 @@ def find_answer(name: str, shown: Collection[str]) -> str | None:
     for answer in (*HABITS.get(name, ()), *grouped):
         if all(flag in shown for flag in re.findall(r"--([\w.]+)", answer)):
             return answer
-    return None
+    # wandb has many settings, of which other programs take other ones.
+    of_wandb = [f"--{flag}" for flag in shown if flag.startswith("wandb.")]
+    return f"of wandb's settings there are {', '.join(of_wandb)}" if name.startswith("wandb.") and of_wandb else None
 
 
 def explain_unknown(name: str, names: Iterable[str]) -> str:

@@ -3,8 +3,8 @@
 RUN/checkpoints/STEP/ holds the items `params`, `ema_params`, `ema_profiles` (of a run that has some), `optimizer` (its
 state, the step and the random key), `config` (the run's resolved flags and a description of its data), `data` (the data
 iterator's position) and `checksums` of all of these, which are compared on reading. Older checkpoints have no
-checksums. An imported model has `ema_params`, `config` and `checksums` alone: it can be sampled, and be started from,
-but not be continued.
+checksums. An imported model has `ema_params`, `config` and `checksums` alone, and `params` where its file had both: it
+can be sampled, and be started from, but not be continued.
 """
 
 import contextlib
@@ -109,9 +109,11 @@ class Checkpoints:
         """
         self._save(int(state.step), _array_items(state), {"config": config, "data": {"position": data_position}})
 
-    def save_params(self, params: PyTree, config: dict[str, Any]) -> None:
-        """Writes parameters alone, as step 0, and returns when they are on disk. Raises SaveError where that fails."""
-        self._save(0, {"ema_params": params}, {"config": config})
+    def save_params(self, params: PyTree, config: dict[str, Any], raw: PyTree | None = None) -> None:
+        """Writes an EMA, and the parameters `raw` where there are some, as step 0, and returns when they are on disk.
+        Raises SaveError where that fails."""
+        items = {"ema_params": params} if raw is None else {"ema_params": params, "params": raw}
+        self._save(0, items, {"config": config})
         self.wait()
 
     def _save(self, step: int, items: Mapping[str, PyTree], texts: Mapping[str, Any]) -> None:
@@ -198,7 +200,12 @@ class Checkpoints:
     def is_imported(self, step: int) -> bool:
         """Returns whether `step` holds parameters alone, as `save_params` writes them."""
         sums = self._read_checksums(step)
-        return sums is not None and "ema_params" in sums and "params" not in sums
+        return sums is not None and "ema_params" in sums and "optimizer" not in sums
+
+    def _stored_name(self, step: int, name: str) -> str:
+        """Returns the item in which `step` has the parameters `name`: an imported model may have its EMA alone."""
+        sums = self._read_checksums(step)
+        return "ema_params" if self.is_imported(step) and sums is not None and name not in sums else name
 
     # --- Reading: a configuration, or parameters alone ---
 
@@ -219,10 +226,10 @@ class Checkpoints:
     def restore_params(self, step: int, target: PyTree, names: tuple[str, ...]) -> list[PyTree]:
         """Returns the parameter trees `names` ('params', 'ema_params') of `step`, placed as the abstract `target` is.
 
-        An imported model has the EMA's alone, which then serve as both. Raises DamagedCheckpointError where files are
-        missing or not as they were written, and UserError where the checkpoint is another model's.
+        An imported model may have the EMA's alone, which then serve as both. Raises DamagedCheckpointError where files
+        are missing or not as they were written, and UserError where the checkpoint is another model's.
         """
-        stored = {name: "ema_params" if self.is_imported(step) else name for name in names}
+        stored = {name: self._stored_name(step, name) for name in names}
         self._check_shapes(step, target, stored[names[0]])  # parameters and EMA have the same
         targets = {name: self._with_stored_types(step, name, target) for name in stored.values()}
         items = self._read(step, targets, ())
@@ -234,7 +241,7 @@ class Checkpoints:
 
         Raises DamagedCheckpointError where files are missing or not as they were written.
         """
-        name = "ema_params" if self.is_imported(step) else name
+        name = self._stored_name(step, name)
         return self._read(step, {name: self.stored_shapes(step, name, sharding)}, ())[name]
 
     def _metadata(self, step: int, name: str) -> PyTree:
@@ -254,7 +261,7 @@ class Checkpoints:
     def stored_lora(self, step: int, name: str, sharding: Any) -> PyTree:
         """Returns {"lora": shapes} of LoRA's factors in an item of `step`; {} where it has none."""
         sums = self._read_checksums(step)
-        name = "ema_params" if self.is_imported(step) else name
+        name = self._stored_name(step, name)
         # Checkpoints without checksums are older than LoRA.
         if sums is None or not any(leaf.startswith(f"['{LORA}']") for leaf in sums[name]):
             return {}

@@ -15,7 +15,8 @@ from utils.base.messages import UserError, log
 from utils.codecs.codecs import CODECS, CodecSpec, choose_codec, describe_codec, is_other_codec, parse_codec
 from utils.conditions.classes import imagenet_class_names
 from utils.conditions.condition import restore_condition
-from utils.convert.published import FAMILIES, find_config, import_published
+from utils.convert.jax_flow_files import find_jax_flow_config, import_jax_flow, keep_classes, training_settings
+from utils.convert.published import FAMILIES, JAX_FLOW, find_config, import_published
 from utils.convert.sources import METADATA_KEY, PublishedCheckpoint, fetch, read_source
 from utils.runs.checkpoint import Checkpoints, SaveError, has_checkpoints
 from utils.runs.saved_config import VAE_FACTOR, find_latent_shape, read_config
@@ -56,16 +57,17 @@ def import_run(
             # Somebody else's: sizes are read from the tensors, the rest is the family's.
             family = _choose_family(source, family)
             names = class_names or source.class_names
-            num_classes = len(names) if names else source.num_classes
-            heads = num_heads or source.num_heads
-            architecture, latent_shape = find_config(source.state, family, heads, num_classes)
+            source, architecture, latent_shape = _find_architecture(source, family, num_heads, names)
             config = read_config(
                 _new_config(source_name, source, family, architecture, latent_shape, model, names, codec)
             )
         condition = restore_condition(config["dataset"]).fit_latents(
             tuple(config["dataset"]["image_shape"]), latent_shape
         )
-        params = import_published(source.state, architecture, latent_shape, condition)
+        if source.jax_flow is not None:
+            params, raw = import_jax_flow(source.jax_flow, architecture)
+        else:
+            params, raw = import_published(source.state, architecture, latent_shape, condition), None
     except BadFileError as error:
         raise UserError(f"--source={source_name}: {error}") from None
 
@@ -79,7 +81,7 @@ def import_run(
         write_json(out / "config.json", config)
         checkpoints = Checkpoints(out)
         try:
-            checkpoints.save_params(jax.tree.map(jnp.asarray, params), config)
+            checkpoints.save_params(jax.tree.map(jnp.asarray, params), config, raw=jax.tree.map(jnp.asarray, raw))
         except SaveError as error:
             raise SaveError(f"{error}: make room, and give the same command again") from None
         checkpoints.close()
@@ -100,7 +102,25 @@ def _choose_family(source: PublishedCheckpoint, family: str | None) -> str:
         raise BadFileError("no tensor tells DiT from SiT: give --family dit or --family sit (or lightningdit)")
     if family and source.family and family != source.family:
         raise BadFileError(f"it is a {FAMILIES[source.family].title}'s, not {FAMILIES[family].title}'s")
+    if family == JAX_FLOW and source.jax_flow is None:
+        raise BadFileError("it is no pickle, as jax-flow's checkpoints are; give --family dit or --family sit")
     return family or source.family or ""
+
+
+def _find_architecture(
+    source: PublishedCheckpoint, family: str, num_heads: int | None, class_names: Sequence[str] | None
+) -> tuple[PublishedCheckpoint, DiTConfig, tuple[int, int, int]]:
+    """Returns (source, configuration, latent shape) of somebody else's checkpoint; the source with as many labels as
+    have names, where jax-flow's table has more."""
+    if source.jax_flow is None:
+        num_classes = len(class_names) if class_names else source.num_classes
+        config, latent_shape = find_config(source.state, family, num_heads or source.num_heads, num_classes)
+        return source, config, latent_shape
+    config, latent_shape = find_jax_flow_config(source.jax_flow, num_heads)
+    if class_names and len(class_names) < config.num_classes:
+        checkpoint, config = keep_classes(source.jax_flow, config, len(class_names))
+        source = source._replace(jax_flow=checkpoint)
+    return source, config, latent_shape
 
 
 def _exported_config(run: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +177,7 @@ def _new_config(
         "model": {
             **dict(model),
             **known.settings,
+            **(training_settings(source.jax_flow.config, architecture) if source.jax_flow else {}),
             **architecture.__dict__,
             "use_stable_vae": int(is_latent),
         },
