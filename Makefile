@@ -5,42 +5,48 @@ PYTHON ?= python3
 DEVICE ?= cpu
 DEVICES := cpu cuda12 cuda13 tpu
 BIN := .venv/bin
-JAX := jax$(if $(filter-out cpu,$(DEVICE)),[$(DEVICE)])
 EXTRAS ?=
 STAMP := .venv/.installed-$(DEVICE)
+INCEPTION := .venv/.inception
 # TensorFlow, which only data sets prepared by TFDS and their tests need, is half of what the tests install: the programs
 # take 1.2 GB and 80 s on two cores, dev 0.2 GB and 33 s, tfds 1.4 GB and 44 s.
-TESTED := $(STAMP)-dev $(STAMP)-tfds
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.txt
+TESTED := $(STAMP)-dev $(STAMP)-tfds $(INCEPTION)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement
 
 ifneq ($(words $(DEVICE)) $(filter-out $(DEVICES),$(DEVICE)),1 )
 $(error DEVICE=$(DEVICE) is unknown; use one of $(DEVICES))
 endif
 
 .NOTPARALLEL:  # pip runs once at a time
-.PHONY: help setup demo plot test coverage lint docs pins
+.PHONY: help setup packages demo plot test coverage lint licences audit docs pins
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 	@echo 'For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.'
 	@echo 'To read data sets that TFDS has prepared: make setup EXTRAS=tfds. For the notebook: EXTRAS=dev.'
 
-setup: $(STAMP) $(EXTRAS:%=$(STAMP)-%)  ## .venv with pinned packages: those of the programs, and EXTRAS
+setup: packages $(INCEPTION)  ## .venv with locked packages: those of the programs, and EXTRAS; the weights of Inception
 
-$(STAMP): requirements.txt
+packages: $(STAMP) $(EXTRAS:%=$(STAMP)-%)  ## the packages alone
+
+# Only files with the hashes of requirements/*.txt are installed, wherever they are fetched from.
+$(STAMP): requirements/$(DEVICE).txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, not {sys.version}"'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) . "$(JAX)"
-	$(BIN)/python -m utils.metrics.inception
+	$(INSTALL) $<
 	touch $@
 
-$(STAMP)-%: $(STAMP)
-	$(INSTALL) ".[$*]"
+$(STAMP)-%: requirements/%.txt $(STAMP)
+	$(INSTALL) $<
+	touch $@
+
+$(INCEPTION): $(STAMP)
+	$(BIN)/python -m utils.metrics.inception
 	touch $@
 
 DEMO := runs/demo
 DEMO_STEPS := 1500
 DEMO_FLAGS :=
-demo: $(STAMP)  ## train on real digits; leaves images, a film and a FID in runs/demo
+demo: $(STAMP) $(INCEPTION)  ## train on real digits; leaves images, a film and a FID in runs/demo
 	$(BIN)/python train_flow.py --dataset_name digits --use_stable_vae 0 --save_dir $(DEMO) --wandb.name demo \
 	  --wandb.mode disabled --model.hidden_size 128 --model.depth 4 --model.num_heads 4 --model.mlp_ratio 4 \
 	  --model.patch_size 2 --model.num_classes 10 --model.lr 1e-3 --model.target_update_rate 0.998 \
@@ -72,11 +78,26 @@ lint: $(TESTED)  ## ruff and ty
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python .venv
 
-# The versions that everybody installs, from the ranges in pyproject.toml.
-pins: $(STAMP)-dev  ## requirements.txt from pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip compile pyproject.toml --extra tfds --extra dev --universal --python-version 3.11 --no-annotate \
-	  --quiet --custom-compile-command "make pins" $(PINS_FLAGS) --output-file requirements.txt
+# Licences are those that packages state. GPL and LGPL are refused, and packages that state none, but namex (Apache 2.0).
+licences: $(TESTED)  ## the licences of what is installed
+	$(BIN)/pip-licenses --partial-match --fail-on "GPL;UNKNOWN" --ignore-packages namex --summary
+
+# Asks the registry for advisories; --strict fails where it does not answer, rather than pass.
+audit: licences $(STAMP)-release  ## licences, and known advisories of every lock: needs the network
+	for lock in $(LOCKS); do $(BIN)/pip-audit --strict --disable-pip --require-hashes \
+	  --requirement requirements/$$lock.txt || exit 1; done
+
+# The versions that everybody installs, from the ranges in pyproject.toml: of all packages together in requirements.txt,
+# and of each device and extra with the hashes of their files. PINS_FLAGS=--upgrade takes newer ones.
+LOCKED := dev tfds text tensorboard aot release
+LOCKS := $(DEVICES) $(LOCKED)
+COMPILE = env -u UV_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-annotate --quiet --no-config \
+  --custom-compile-command "make pins"
+pins: $(STAMP)-release  ## requirements.txt and requirements/*.txt from pyproject.toml
+	$(COMPILE) $(LOCKED:%=--extra %) $(PINS_FLAGS) --output-file requirements.txt
+	for lock in $(LOCKS); do \
+	  $(COMPILE) $$(test $$lock = cpu || echo --extra $$lock) --generate-hashes --no-strip-extras \
+	    --constraint requirements.txt --output-file requirements/$$lock.txt || exit 1; done
 
 docs: $(STAMP)  ## docs/flags.md from the flags
 	JAX_PLATFORMS=cpu $(BIN)/python docs/make_flags.py

@@ -454,6 +454,38 @@ test_ablation.py::test_other_files_are_refused
   benchmarks/fashion_mnist.py: content[: len(header)] != header or -> False or
 test_ablation.py::test_features_are_those_of_the_committed_weights_by_numpy
   benchmarks/fashion_classifier.py: images[..., :1].astype(jnp.float32) / 255 -> images[..., :1].astype(jnp.float32)
+test_jax_flow_pickle.py::test_a_pickle_that_runs_something_or_claims_much_is_refused
+  utils/base/pickles.py: if not isinstance(array, _Array) or array.value is not None: -> if False:
+  utils/base/pickles.py: if (module, name) not in self.allowed: -> if False:
+test_jax_flow_pickle.py::test_another_checkpoint_is_refused_by_what_it_has
+  utils/convert/jax_flow_files.py: if tree[name].shape != shape: -> if False:
+  utils/convert/jax_flow_files.py: if surplus := sorted(tree.keys() - shapes.keys()): -> if surplus := []:
+  utils/convert/jax_flow_files.py: or not np.isfinite(tree[name]).all(): -> or False:
+  utils/convert/jax_flow_files.py: > MAX_SHARING * len(content): -> > 1e18:
+test_jax_flow_pickle.py::test_velocities_and_samples_are_jax_flows
+  utils/convert/published.py: {"timestep_scale": 10_000.0, "t_sampler": "logit_normal"}, -> {"timestep_scale": 1.0},
+  utils/convert/jax_flow_files.py: num_heads=heads, -> num_heads=1,
+test_jax_flow_pickle.py::test_a_run_has_both_sets_of_parameters_and_the_settings
+  utils/convert/jax_flow_files.py: return convert(checkpoint.ema_params), -> return convert(checkpoint.params),
+  utils/runs/checkpoint.py: if raw is None else {"ema_params": params, "params": raw} -> if True else {}
+test_jax_flow_pickle.py::test_a_training_starts_from_both_sets_and_does_not_continue
+  utils/runs/checkpoint.py: "ema_params" in sums and "optimizer" not in sums -> "params" not in sums
+test_jax_flow_pickle.py::test_labels_without_a_name_are_left_out
+  utils/convert/jax_flow_files.py: tree[name][:count], tree[name][-1:]] -> tree[name][: count + 1]]
+test_jax_flow_pickle.py::test_a_table_of_positions_that_one_set_has_trained_is_a_parameter_of_both
+  utils/convert/jax_flow_files.py: params.pop("pos_embed", None) -> return params
+test_container.py::test_its_steps_are_targets_of_the_makefile
+  Dockerfile: ARG EXTRAS="" -> ARG EXTRAS=dev
+  Makefile: packages: $(STAMP) $(EXTRAS -> packages: $(STAMP) $(STAMP)-dev $(EXTRAS
+test_container.py::test_it_runs_without_root_what_is_there
+  Dockerfile: USER flow -> USER root
+  .dockerignore: tests -> nothing
+test_container.py::test_setup_installs_from_the_locks_alone
+  Makefile: --require-hashes --requirement -> --requirement
+test_container.py::test_all_locks_are_made_by_one_command
+  Makefile: LOCKS := $(DEVICES) $(LOCKED) -> LOCKS := $(LOCKED)
+test_container.py::test_conda_installs_the_lock
+  environment.yml: requirements/cpu.txt -> requirements.txt
 """
 
 
