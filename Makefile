@@ -80,7 +80,7 @@ lint: $(TESTED)  ## ruff and ty
 
 # Licences are those that packages state. GPL and LGPL are refused, and packages that state none, but namex (Apache 2.0).
 licences: $(TESTED)  ## the licences of what is installed
-	$(BIN)/pip-licenses --partial-match --fail-on "GPL;UNKNOWN" --ignore-packages namex --summary
+	$(BIN)/pip-licenses --partial-match --fail-on "GPL;UNKNOWN" --ignore-packages namex > /dev/null
 
 # Asks the registry for advisories; --strict fails where it does not answer, rather than pass.
 audit: licences $(STAMP)-release  ## licences, and known advisories of every lock: needs the network
