@@ -96,7 +96,7 @@ COMPILE = env -u UV_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS $(BIN)/uv pip c
 pins: $(STAMP)-release  ## requirements.txt and requirements/*.txt from pyproject.toml
 	$(COMPILE) $(LOCKED:%=--extra %) $(PINS_FLAGS) --output-file requirements.txt
 	for lock in $(LOCKS); do \
-	  $(COMPILE) $$(test $$lock = cpu || echo --extra $$lock) --generate-hashes --no-strip-extras \
+	  $(COMPILE) $$(test $$lock = cpu || echo --extra $$lock) --generate-hashes --no-strip-extras $(PINS_FLAGS) \
 	    --constraint requirements.txt --output-file requirements/$$lock.txt || exit 1; done
 
 docs: $(STAMP)  ## docs/flags.md from the flags
