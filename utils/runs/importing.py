@@ -81,7 +81,7 @@ def import_run(
         write_json(out / "config.json", config)
         checkpoints = Checkpoints(out)
         try:
-            checkpoints.save_params(jax.tree.map(jnp.asarray, params), config, raw=jax.tree.map(jnp.asarray, raw))
+            checkpoints.save_params(jax.tree.map(jnp.asarray, params), config, jax.tree.map(jnp.asarray, raw))
         except SaveError as error:
             raise SaveError(f"{error}: make room, and give the same command again") from None
         checkpoints.close()
