@@ -27,20 +27,6 @@ UNFINISHED = ".unfinished.json"  # in a folder that is being filled
 MAX_STEM = 50  # letters of a file's name in that of its temporary, which has at most 255 bytes
 TEMPORARY = re.compile(r"\..+?(?:\.([0-9a-f]{8}))?\.(\d+)\.tmp")  # older ones do not name the machine
 READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
-# Schemes of storage that users may expect to work here.
-STORAGE_SCHEMES = "s3a?|r2|gcs?|gs|oss|cos|az|abfss?|wasbs?|adls?|hdfs|dbfs|viewfs|oci|swift|minio|https?|s?ftp|file|hf"
-# A URL, perhaps of a data set (folder:s3://...); as a Path, which has lost a slash, only of the schemes above.
-URL = re.compile(rf"(?:[a-z]+:)?(?:[a-z][a-z0-9+.-]*://|(?:{STORAGE_SCHEMES}):/)", re.IGNORECASE)
-LOCAL = "a path on this machine"  # what an error about a URL offers instead
-BESIDE_URLS = {  # for flags that take more than a path
-    "data_dir": f"{LOCAL}, or gs://BUCKET/FOLDER",
-    "dataset_name": f"{LOCAL}, as in folder:PATH, or tfds:NAME with --data_dir gs://BUCKET/FOLDER",
-    "load_dir": f"{LOCAL}, or hf:USER/NAME",
-    "source": f"{LOCAL}, or a hub id such as USER/NAME",
-    "vae": f"{LOCAL}, or a hub id such as USER/NAME",
-    "preview": f"tiny: and {LOCAL}, or a hub id such as USER/NAME",
-    "codec": f"kl: and {LOCAL}, or a hub id such as USER/NAME",
-}
 # What another try cannot change: nothing is there, it is no file, or it may not be opened.
 LASTING_ERRORS = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
@@ -86,15 +72,6 @@ def expand_home(path: str, setting: str) -> str:
     if expanded == path:
         raise UserError(f"{setting}: there is no home folder for {path.split('/')[0]}; give the whole path")
     return expanded
-
-
-def refuse_url(path: str | os.PathLike, flag: str) -> None:
-    """Raises UserError for a URL, which would otherwise be taken for the name of a local folder."""
-    path = os.fspath(path)
-    # TFDS reads gs:// itself. A Path has lost a slash, and a local folder may be called hf:.
-    is_supported = flag == "data_dir" and path.startswith("gs://")
-    if URL.match(path) and not is_supported and ("://" in path or not os.path.exists(path)):
-        raise UserError(f"--{flag}={path} is a URL, which is not supported; give {BESIDE_URLS.get(flag, LOCAL)}")
 
 
 class LimitedReads:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from utils.base.files import expand_home, refuse_url
+from utils.base.files import expand_home
 from utils.base.mesh import replicated
 from utils.base.messages import UserError
 from utils.base.settings import check_made, unknown_name
@@ -14,6 +14,7 @@ from utils.codecs.codec import Codec, PixelCodec
 from utils.codecs.kl import KLCodec
 from utils.codecs.tiny import DEFAULT_HUB_ID as TINY_HUB_ID
 from utils.codecs.tiny import TinyCodec
+from utils.storage.urls import refuse_url
 
 # The VAE of --codec kl without a source.
 DEFAULT_HUB_ID = "stabilityai/sd-vae-ft-mse"

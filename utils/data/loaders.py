@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from utils.base.effects import refuse_ignored
-from utils.base.files import expand_home, refuse_url
+from utils.base.files import expand_home
 from utils.base.messages import UserError, warn
 from utils.base.settings import check_made, unknown_name
 from utils.conditions.condition import record_condition
@@ -20,6 +20,7 @@ from utils.data.latents import load_latents
 from utils.data.pairs import load_pairs
 from utils.data.tfds import load_celebahq, load_imagenet, load_tfds
 from utils.images.pixels import UINT8
+from utils.storage.urls import refuse_url
 
 
 @dataclasses.dataclass(frozen=True)

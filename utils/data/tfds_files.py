@@ -16,11 +16,12 @@ from etils import epath
 from jaxtyping import Int32, Int64
 
 from utils.base.external import ArrayHeader, BadFileError, parse_json, read_json, read_npz, read_npz_headers
-from utils.base.files import atomic_write, cache_folder, refuse_url
+from utils.base.files import atomic_write, cache_folder
 from utils.base.messages import UserError, progress_bar, warn_once
 from utils.data.dataset import find_empty_classes, num_held_out, unlabelled_message
 from utils.data.fingerprint import Fingerprint
 from utils.images.sizes import Size
+from utils.storage.urls import refuse_url
 
 PACKAGES = "tensorflow-datasets importlib_resources"  # the second is imported by the first, which does not say so
 PREPARATIONS = {  # of data sets that TFDS cannot fetch by itself

@@ -3,10 +3,11 @@
 import math
 from typing import Any
 
-from utils.base.files import expand_home, refuse_url
+from utils.base.files import expand_home
 from utils.base.messages import UserError
 from utils.codecs.codecs import expand_codec
 from utils.data.loaders import expand_name
+from utils.storage.urls import refuse_url
 
 
 def expand_path(path: str, flag: str) -> str:

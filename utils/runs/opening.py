@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from utils.base import hosts
-from utils.base.files import refuse_url
 from utils.base.mesh import gather, make_mesh, replicated, shape_structs
 from utils.base.messages import AbsentCodecError, UserError, rewording, warn
 from utils.codecs.codec import AbsentCodec, set_pixel_format
@@ -29,6 +28,7 @@ from utils.runs.ema_snapshots import take_average
 from utils.runs.importing import HUB_PREFIX, fetch_run, import_file
 from utils.runs.pool import read_pool
 from utils.sampling.generator import ImageGenerator, check_guide
+from utils.storage.urls import refuse_url
 
 HUB_RUNS = Path("runs")  # where a run on the hub is kept
 

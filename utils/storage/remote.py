@@ -20,7 +20,6 @@ from utils.base.files import atomic_write, cache_folder
 from utils.base.messages import UserError, one_line
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "memory": ""}  # {scheme: the package that reads it}
-URL = re.compile(rf"({'|'.join(PACKAGES)})://")
 FIRST_ANSWER = 20  # seconds within which a bucket has to answer for the first time; the libraries try for longer
 CREDENTIALS = "docs/storage.md says where they are looked for"
 # Options of the file systems: few tries, and listings that are always asked for anew.
@@ -53,11 +52,6 @@ class RemoteFile(NamedTuple):
     url: str
     size: int
     version: str  # its etag, generation or time: another content has another
-
-
-def is_url(path: str | os.PathLike) -> bool:
-    """Returns whether `path` is a URL of object storage that this module reads."""
-    return URL.match(os.fspath(path)) is not None
 
 
 def join(url: str, name: str) -> str:
