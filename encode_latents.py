@@ -31,7 +31,7 @@ from utils.data import latents
 from utils.data.batches import epoch_batches
 from utils.data.dataset import SPLITS, ImageDataset, PixelBatch
 from utils.data.fingerprint import Fingerprint, write_listing
-from utils.data.loaders import load_dataset
+from utils.data.loaders import load_splits
 from utils.data.records import describe_kind, each_row
 from utils.flags import program, reading
 from utils.flags.definitions import (
@@ -111,7 +111,7 @@ def load_images(config: ConfigDict) -> dict[str, ImageDataset]:
     reading.check_data_flags(config.dataset_name)
     config.image_mode = config.image_mode or "RGB"  # which is what VAEs take
     options = reading.read_data_options(config)
-    datasets = {split: load_dataset(config.dataset_name, split, options) for split in SPLITS}
+    datasets = load_splits(config.dataset_name, options)
     # Splits are of one kind: what holds of the training images holds of the others.
     train = datasets["train"]
     if train.latents or train.pair_shape:

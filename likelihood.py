@@ -40,7 +40,15 @@ from utils.runs.results import check_json_path, likelihood_to_markdown, write_cs
 from utils.sampling.density import LikelihoodConfig, check_probes, describe_probes, measure_batch
 
 # Taken from the run, where the images are its own and no flag says otherwise.
-RUN_OPTIONS = ("image_size", "condition_columns", "text_encoder", "data_dir", "broken_images", "max_megapixels")
+RUN_OPTIONS = (
+    "image_size",
+    "condition_columns",
+    "text_encoder",
+    "data_dir",
+    "broken_images",
+    "max_megapixels",
+    "check_images",
+)
 
 
 def define_flags() -> None:

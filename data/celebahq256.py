@@ -40,6 +40,7 @@ from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.images.decoding import UPRIGHT, BrokenImageError, open_image, read_image, read_image_file, read_orientation
 from utils.images.folders import scan, system_message
+from utils.storage.tree import LocalTree
 
 SIZE = 256
 CLASS_NAMES = ("female", "male")
@@ -218,10 +219,11 @@ def check_parquet_size(parquet: ParquetFile, num_bytes: int) -> None:
 
 def list_files(flag: str, folder: Path) -> Listed:
     """The image files below `female` and `male`, or those in the folder itself, labelled 0."""
-    top = scan(folder, IMAGE_SUFFIXES)
-    scanned = [top, *(scan(below, IMAGE_SUFFIXES) for below in top.folders)]
-    keys = sorted(path.relative_to(folder).as_posix() for each in scanned for path in each.images)
-    if message := system_message(path for each in scanned for path in each.system):
+    tree = LocalTree(folder)
+    top = scan(tree, "", IMAGE_SUFFIXES)
+    scanned = [top, *(scan(tree, below, IMAGE_SUFFIXES) for below in top.folders)]
+    keys = sorted(path for each in scanned for path in each.images)
+    if message := system_message(tree, [path for each in scanned for path in each.system]):
         print(f"{folder}: {message}", flush=True)
     if not keys:
         raise UserError(f"{flag}: {folder} holds neither parquet files nor images; expected are {LAYOUT}")

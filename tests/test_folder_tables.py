@@ -15,6 +15,7 @@ from utils.conditions.vector import VectorCondition
 from utils.data.fingerprint import compare_data
 from utils.data.folder_tables import Asked, read_conditions
 from utils.images.tables import read_table
+from utils.storage.tree import LocalTree
 
 COUNT = 6
 ANGLES = [0.5 * i for i in range(COUNT)]
@@ -111,18 +112,19 @@ def test_labels_of_edm_are_vectors(tmp_path):
 def test_captions_are_a_column_or_files(tmp_path):
     """Read as far as the example: a kind of condition takes them from there."""
     write_images(tmp_path, 2)
-    images = [tmp_path / "0.png", tmp_path / "1.png"]
+    tree = LocalTree(tmp_path)
+    images = ["0.png", "1.png"]
     kinds = {"text": ()}
-    for image, text in zip(images, ["one\n", "\ufeffzwölf"], strict=True):
-        image.with_suffix(".txt").write_text(text, encoding="utf-8")
-    found = read_conditions(Asked("--flag", kinds), None, images, tmp_path)
+    for number, text in enumerate(["one\n", "\ufeffzwölf"]):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    found = read_conditions(Asked("--flag", kinds), tree, None, images, "")
     assert found.columns["caption"].tolist() == ["one", "zwölf"]
     write_csv(tmp_path, ['0.png,"red, and ""big"""', "1.png,green"], "file_name,text")
-    found = read_conditions(Asked("--flag", kinds), tmp_path / "metadata.csv", images, tmp_path)
+    found = read_conditions(Asked("--flag", kinds), tree, "metadata.csv", images, "")
     assert found.columns["caption"].tolist() == ['red, and "big"', "green"]
-    images[0].with_suffix(".txt").unlink()
+    (tmp_path / "0.txt").unlink()
     with pytest.raises(UserError, match=r"--flag: .*\*.txt: caption is empty in 1 row \(first that of 0.png\)"):
-        read_conditions(Asked("--flag", {"text": ("caption",)}), None, images, tmp_path)
+        read_conditions(Asked("--flag", {"text": ("caption",)}), tree, None, images, "")
 
 
 def test_captions_are_the_condition(tmp_path):
@@ -148,7 +150,7 @@ def test_each_split_has_its_table_or_that_of_the_root(tmp_path):
     # Numbers of other names are not taken for each other.
     write_csv(tmp_path / "valid", [f"{i}.png,{i}" for i in range(COUNT)], "file_name,mass")
     with pytest.raises(
-        UserError, match=r"valid has the numbers mass, that of .*train angle, mass; name those to learn"
+        UserError, match=r"valid has the numbers mass, that of the training images angle, mass; name those to learn"
     ):
         load_table(tmp_path, "vector", "validation")
     for folder in (tmp_path / "train", tmp_path / "valid"):
@@ -272,5 +274,5 @@ def test_rows_without_an_image_are_said(tmp_path, capfd):
 def test_a_spreadsheets_csv_is_read(tmp_path):
     """With a byte-order mark, Windows' ends of lines and backslashes, and empty lines at the end."""
     (tmp_path / "metadata.csv").write_bytes("\ufefffile_name,a\r\ncat\\0.png,1\r\n./1.png,2\r\n\r\n".encode())
-    table = read_table(tmp_path / "metadata.csv")
+    table = read_table(LocalTree(tmp_path), "metadata.csv")
     assert (table.numbers, table.columns) == ({"cat/0.png": 0, "1.png": 1}, {"a": ["1", "2"]})

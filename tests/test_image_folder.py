@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import sqlite3
 import tarfile
 import warnings
 
@@ -17,8 +18,8 @@ from tests.image_files import make_classes, noise, resize_by_formula, write, wri
 from utils.base.messages import UserError, warn_once
 from utils.data import image_folder
 from utils.data.batches import epoch_batches, training_batches
+from utils.images import checks
 from utils.images import decoding as images
-from utils.images import folders
 from utils.images.decoding import (
     BrokenImageError,
     check_image,
@@ -151,7 +152,7 @@ def test_a_share_of_two_percent_is_held_out_and_stays_when_images_are_added(tmp_
 def test_a_class_whose_only_image_is_held_out_is_without_training_images(tmp_path):
     make_classes(tmp_path, {"a": 1, "b": 1})
     train, validation = (load(f"folder:{tmp_path}", split, image_size=2) for split in ("train", "validation"))
-    assert train.empty_classes == (validation.source.files[0][1],)
+    assert train.empty_classes == (validation.source.labels[0],)
 
 
 def test_a_flat_folder_is_one_class(tmp_path):
@@ -249,12 +250,10 @@ def test_the_check_is_remembered_until_a_file_changes(zoo, monkeypatch):
     name = f"folder:{zoo}"
     assert len(load(name, "train", None, 8, "skip").source) == 7
     checked = []
-    check = folders.check_image
-    monkeypatch.setattr(folders, "check_image", lambda *args, **kwargs: checked.append(1) or check(*args, **kwargs))
-    folders._check_images.cache_clear()
+    check = checks.check_image
+    monkeypatch.setattr(checks, "check_image", lambda *args, **kwargs: checked.append(1) or check(*args, **kwargs))
     assert len(load(name, "train", None, 8, "skip").source) == 7
     assert not checked
-    folders._check_images.cache_clear()
     (zoo / "cat" / "0.png").write_bytes(b"broken since")
     assert len(load(name, "train", None, 8, "skip").source) == 6
     assert len(checked) == 1  # the others are not decoded again
@@ -281,8 +280,8 @@ def test_ilsvrc_as_it_is_unpacked(tmp_path, shared):
     train, validation = (load(f"folder:{tmp_path}", split) for split in ("train", "validation"))
     assert (len(train.source), len(validation.source)) == (980, 20)
     assert train.class_names[207] == "golden retriever"
-    path, label = train.source.files[500]
-    assert sorted(folder.name for folder in (tmp_path / "train").iterdir())[label] == path.parent.name
+    path, label = train.source.paths[500], train.source.labels[500]
+    assert sorted(folder.name for folder in (tmp_path / "train").iterdir())[label] == path.split("/")[-2]
     assert train.source[500]["image"].shape == (256, 256, 3)
 
 
@@ -302,9 +301,9 @@ def test_known_names_of_splits_are_splits_and_what_was_taken_is_said(tmp_path, c
             make_classes(root / folder, {"cat": 5, "dog": 5})
         datasets = [load(f"folder:{root}", split, image_size=2) for split in ("train", "validation")]
         assert datasets[0].class_names == ("cat", "dog")
-        read = {path.relative_to(root).parts[0] for dataset in datasets for path, _ in dataset.source.files}
+        read = {path.split("/")[0] for dataset in datasets for path in dataset.source.paths}
         assert read == {train, validation} - {None}
-        assert {path.relative_to(root).parts[0] for path, _ in datasets[0].source.files} == {train}
+        assert {path.split("/")[0] for path in datasets[0].source.paths} == {train}
         said = capfd.readouterr().err
         assert f"training on {train}/" in said
         left_out = set(layout) - {train, validation}
@@ -436,20 +435,27 @@ def test_a_verdict_of_the_system_is_not_remembered(tmp_path, monkeypatch):
         patch.setattr(images, "read_bytes", fail)
         with pytest.raises(UserError, match=r"5 of 5 images cannot be read: .*Input/output error"):
             load(f"folder:{tmp_path}", image_size=2)
-    folders._check_images.cache_clear()
     assert len(load(f"folder:{tmp_path}", image_size=2).source) == 4
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"version": 1}', b"\xff\0", b'{"files": {"a": 3}}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\0", b"SQLite format 3\0" + b"\xff" * 9000])
 def test_a_damaged_memory_of_checks_is_made_anew(tmp_path, content, cache):
     make_classes(tmp_path, {"cat": 3})
     load(f"folder:{tmp_path}", image_size=2)
-    (kept,) = (cache / "jax-flow-matching").glob("checked-*.json")
-    whole = kept.read_bytes()
+    (kept,) = (cache / "jax-flow-matching").glob("checked-*.sqlite")
+    whole = read_memory(kept)
+    assert len(whole) == 3
     kept.write_bytes(content)
-    folders._check_images.cache_clear()
     load(f"folder:{tmp_path}", image_size=2)
-    assert kept.read_bytes() == whole
+    assert read_memory(kept) == whole
+
+
+def read_memory(file) -> list[tuple]:
+    connection = sqlite3.connect(file)
+    try:
+        return connection.execute("SELECT * FROM images").fetchall()
+    finally:
+        connection.close()
 
 
 def test_names_that_are_no_utf8(tmp_path, capfd):
@@ -625,7 +631,6 @@ def test_images_that_use_little_of_their_range_are_told_so(tmp_path, capfd):
     expected = {"twelve": "values are 0 to 16 of 0 to 255", "one": "all values of all images are 7", "full": ""}
     for name, message in expected.items():
         for again in range(2):  # from the check, and from what it keeps
-            folders._check_images.cache_clear()
             warn_once.cache_clear()
             load(f"folder:{tmp_path / name}", image_size=16 if again else 4)
             said = capfd.readouterr().err

@@ -3,6 +3,7 @@
 import io
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from utils.data.loaders import check_data_settings
 from utils.images import decoding
 from utils.images.decoding import SIXTEEN_BITS, find_mode, read_image
 from utils.images.pixels import UINT8, PixelFormat
+from utils.storage.tree import stem
 from utils.training import configure, make_config
 
 LEVELS = np.random.default_rng(0).integers(0, 2**16, (6, 8), dtype=np.uint16)
@@ -31,7 +33,7 @@ def test_16_bits_are_kept_as_floats_where_all_files_have_them(tmp_path, name, ca
         (write_png_16_bit if name == "png" else write_tiff)(tmp_path / f"{i}.{name}", LEVELS + np.uint16(i))
     dataset = load(f"folder:{tmp_path}", image_size="6x8")
     assert (dataset.image_shape, dataset.pixels) == ((6, 8, 1), SIXTEEN_BITS)
-    (path, _), *_ = dataset.source.files
+    path = Path(dataset.source.paths[0])
     expected = (LEVELS + np.uint16(int(path.stem))).astype(np.float64) / 65535
     np.testing.assert_array_equal(dataset.row(0, False)["image"][..., 0], expected.astype(np.float32))
     assert f"{tmp_path}: all images have 16 bits: they are read as float32 in 0 .. 1" in capfd.readouterr().err
@@ -42,7 +44,7 @@ def test_16_bits_are_kept_as_floats_where_all_files_have_them(tmp_path, name, ca
     write(tmp_path / "2.png", noise(0, 6, 8))
     assert load(f"folder:{tmp_path}", image_size="6x8").pixels == UINT8
     asked = load(f"folder:{tmp_path}", image_size="6x8", image_mode="I;16")
-    images = {path.stem: asked.row(i, False)["image"] for i, (path, _) in enumerate(asked.source.files)}
+    images = {stem(path): asked.row(i, False)["image"] for i, path in enumerate(asked.source.paths)}
     if "2" in images:  # unless it is held out
         np.testing.assert_array_equal(images["2"][..., 0], noise(0, 6, 8).astype(np.float32) / np.float32(255))
 

@@ -52,7 +52,7 @@ def test_the_middle_in_the_proportions_of_the_size_is_read(tmp_path, shape, rows
         Image.fromarray(noise(i, *shape, 3)).save(tmp_path / f"{i}.png")
     dataset = load(f"folder:{tmp_path}", image_size="24x40")
     assert dataset.image_shape == (24, 40, 3)
-    (path, _), *_ = dataset.source.files
+    path = tmp_path / dataset.source.paths[0]
     expected = noise(int(path.stem), *shape, 3)[rows, columns]
     np.testing.assert_array_equal(dataset.row(0, False)["image"], expected)
     found, files = read_images(tmp_path, (24, 40, 3), 2)

@@ -209,6 +209,7 @@ class DataOptions:
     image_size: int | str | tuple[int, int] | None = None
     broken_images: str = "refuse"  # or 'skip'
     max_megapixels: float = MAX_MEGAPIXELS  # of the largest image that is decoded
+    check_images: bool = True  # whether every image is decoded once before training
     random_flip: bool | None = None  # whether half of the training images are mirrored; None: the loader decides
     image_mode: str | None = None  # one of decoding.MODES; None: the loader decides
     text_encoder: str | None = None  # of captions, see utils/conditions/text_encoders.py; None: words

@@ -4,16 +4,15 @@ A folder holds a subfolder for each class, its images at any depth below it, or 
 below folders named after splits (`train`, `valid`, `test` and the like).
 """
 
-import functools
-import os
+import posixpath
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from utils.base.messages import UserError, printable, warn_once
 from utils.data.folder_tables import Asked
 from utils.images.folders import Scanned, check_folders, is_table, scan, system_message, unused_message
 from utils.images.tables import TABLES
+from utils.storage.tree import Tree, stem
 
 # In lower case; a file with another suffix is named as ignored.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
@@ -28,7 +27,10 @@ SPLIT_NAMES = {
 }
 SPLIT_PATTERN = re.compile(rf"(?:seg[_-])?({'|'.join(SPLIT_NAMES)})(?:[_ -]?(?:set|images?|imgs?|data|split|\d+))*")
 
-scan_images = functools.partial(scan, suffixes=IMAGE_SUFFIXES)
+
+def scan_images(tree: Tree, folder: str = "") -> Scanned:
+    """Returns the entries of a folder, images being those of IMAGE_SUFFIXES."""
+    return scan(tree, folder, IMAGE_SUFFIXES)
 
 
 def split_of(folder_name: str) -> str | None:
@@ -37,26 +39,26 @@ def split_of(folder_name: str) -> str | None:
     return match and SPLIT_NAMES[match[1]]
 
 
-def find_splits(root: Path, asked: Asked | None = None) -> tuple[Path, Path | None]:
+def find_splits(tree: Tree, asked: Asked | None = None) -> tuple[str, str | None]:
     """Returns (folder of the training split, folder of the validation split or None if that is to be held out).
     Files that are not `asked` for are named.
 
     Raises UserError if names of splits stand beside other folders, or if none of them is for training.
     """
-    flag = f"--dataset_name=folder:{root}"
-    scanned = scan_images(root)
-    splits = {folder: split_of(folder.name) for folder in scanned.folders}
+    flag = f"--dataset_name={tree.source}"
+    scanned = scan_images(tree)
+    splits = {folder: split_of(folder) for folder in scanned.folders}
     named = [folder for folder in scanned.folders if splits[folder]]
     others = [folder for folder in scanned.folders if not splits[folder]]
 
     # Classes without splits. Pictures of trains beside pictures of busses: a class like the others.
-    is_class = [folder.name.lower() for folder in named] == ["train"] and others and not scan_images(named[0]).folders
+    is_class = [folder.lower() for folder in named] == ["train"] and others and not scan_images(tree, named[0]).folders
     if not named or is_class:
-        return root, None
+        return "", None
     if others:
         raise UserError(
             f"{flag}: {list_names(named)} may be splits rather than classes, unlike {list_names(others)} beside them; "
-            f"move the classes into {root}/train, or rename {named[0].name}/ if it is a class"
+            f"move the classes into {tree.show('train')}, or rename {named[0]}/ if it is a class"
         )
 
     # One folder for training, at most one for validation.
@@ -67,9 +69,9 @@ def find_splits(root: Path, asked: Asked | None = None) -> tuple[Path, Path | No
     if not by_split["train"]:
         fix = "name the folder to train on, or rename what is a class"
         if scanned.images:
-            fix = f"move them into {root}/train"
+            fix = f"move them into {tree.show('train')}"
         beside = "images beside it" if scanned.images else "no train/"
-        raise UserError(f"{flag}: {root} holds {list_names(named)} but {beside}; {fix}")
+        raise UserError(f"{flag}: {tree.root} holds {list_names(named)} but {beside}; {fix}")
     (train,) = by_split["train"]
     validation = next(iter(by_split["validation"]), None)
 
@@ -77,115 +79,117 @@ def find_splits(root: Path, asked: Asked | None = None) -> tuple[Path, Path | No
     unused = [folder for folder in named if folder not in (train, validation)]
     not_read = [list_names(unused)] if unused else []
     if scanned.images:
-        not_read.append(describe_some([Path(path.name) for path in scanned.images], "image"))
+        not_read.append(describe_some(scanned.images, "image"))
     warn_once(
-        f"{root}: training on {train.name}/, validating on {f'{validation.name}/' if validation else 'a part of it'}"
+        f"{tree.root}: training on {train}/, validating on {f'{validation}/' if validation else 'a part of it'}"
         + f"; not read: {', '.join(not_read)}" * bool(not_read)
     )
-    _name_unused(root, scanned, asked=asked)
-    return _unwrap(train, asked), validation and _unwrap(validation, asked)
+    _name_unused(tree, "", scanned, asked=asked)
+    return _unwrap(tree, train, asked), validation and _unwrap(tree, validation, asked)
 
 
-def _unwrap(split_folder: Path, asked: Asked | None) -> Path:
+def _unwrap(tree: Tree, split_folder: str, asked: Asked | None) -> str:
     """Returns the folder of a split, or the only folder in it if that bears the same split's name.
 
     An archive that is unpacked into a folder of its own name leaves such a nest.
     """
-    scanned = scan_images(split_folder)
+    scanned = scan_images(tree, split_folder)
     if len(scanned.folders) == 1 and not scanned.images:
         (below,) = scanned.folders
-        if split_of(below.name) == split_of(split_folder.name):
-            _name_unused(split_folder, scanned, asked=asked)
-            return _unwrap(below, asked)
+        if split_of(posixpath.basename(below)) == split_of(posixpath.basename(split_folder)):
+            _name_unused(tree, split_folder, scanned, asked=asked)
+            return _unwrap(tree, below, asked)
     return split_folder
 
 
-def _name_unused(folder: Path, *all_scanned: Scanned, asked: Asked | None) -> None:
+def _name_unused(tree: Tree, folder: str, *all_scanned: Scanned, asked: Asked | None) -> None:
     """Warns of files below `folder` that are not used: those that may hold labels, others, and the system's."""
     images = [path for scanned in all_scanned for path in scanned.images]
     others = [path for scanned in all_scanned for path in scanned.others]
     if asked:
-        stems = {os.path.splitext(image)[0] for image in images}
+        stems = set(map(stem, images))
         others = [path for path in others if not asked.is_read(path, stems)]
     # Tables of labels matter most: a user may take them for read.
-    if message := unused_message(folder, others, images):
-        is_readable = asked is None and any(path.name in TABLES for path in others)
+    if message := unused_message(tree, folder, others, images):
+        is_readable = asked is None and any(posixpath.basename(path) in TABLES for path in others)
         warn_once(message + "; --condition_columns reads it" * is_readable)
     if rest := [path for path in others if not is_table(path)]:
-        warn_once(f"{folder}: ignored {describe_some(rest, 'file')} without the suffix of an image")
-    if message := system_message(path for scanned in all_scanned for path in scanned.system):
-        warn_once(f"{folder}: {message}")
+        shown = [tree.show(path) for path in rest]
+        warn_once(f"{tree.show(folder)}: ignored {describe_some(shown, 'file')} without the suffix of an image")
+    if message := system_message(tree, [path for scanned in all_scanned for path in scanned.system]):
+        warn_once(f"{tree.show(folder)}: {message}")
 
 
-def list_names(folders: Sequence[Path]) -> str:
-    listed = ", ".join(f"{printable(folder.name)}/" for folder in folders[:MAX_LISTED])
+def list_names(folders: Sequence[str]) -> str:
+    listed = ", ".join(f"{printable(posixpath.basename(folder))}/" for folder in folders[:MAX_LISTED])
     return listed + ", ..." * (len(folders) > MAX_LISTED)
 
 
-def describe_layout(root: Path) -> str:
+def describe_layout(tree: Tree) -> str:
     suffixes = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-    return f"expected are {root}/CLASS/IMAGE or {root}/IMAGE (or the same below {root}/train), images being {suffixes}"
+    one, many, train = (tree.show(path) for path in ("IMAGE", "CLASS/IMAGE", "train"))
+    return f"expected are {many} or {one} (or the same below {train}), images being {suffixes}"
 
 
-def find_classes(folder: Path, root: Path, asked: Asked | None = None, has_classes: bool = True) -> dict[Path, Scanned]:
-    """Returns {folder of a class: contents at any depth below it}; the root alone if all images are of one class.
+def find_classes(tree: Tree, folder: str, asked: Asked | None = None, has_classes: bool = True) -> dict[str, Scanned]:
+    """Returns {folder of a class: contents at any depth below it}; '' alone if all images are of one class.
 
-    Unless folders are the classes (`has_classes`), all images below `folder` are of the root. Files that are not
+    Unless folders are the classes (`has_classes`), all images below `folder` are of one. Files that are not
     `asked` for are named. Raises UserError if images lie beside folders of classes, or if there are none.
     """
-    flag = f"--dataset_name=folder:{root}"
+    flag = f"--dataset_name={tree.source}"
     if not has_classes:
-        everything = _scan_below(folder, flag)
+        everything = _scan_below(tree, folder)
         if not everything.images:
-            raise UserError(f"{flag}: {folder} holds no images; {describe_layout(root)}")
-        _name_unused(folder, everything, asked=asked)
-        return {root.resolve(): everything}
+            raise UserError(f"{flag}: {tree.show(folder)} holds no images; {describe_layout(tree)}")
+        _name_unused(tree, folder, everything, asked=asked)
+        return {"": everything}
 
     # All files, at any depth below the folders of classes.
-    top = scan_images(folder)
-    classes = {subfolder: _scan_below(subfolder, flag) for subfolder in top.folders}
+    top = scan_images(tree, folder)
+    classes = {subfolder: _scan_below(tree, subfolder) for subfolder in top.folders}
     found = (top, *classes.values())
     images = {subfolder: scanned.images for subfolder, scanned in classes.items() if scanned.images}
 
     # One class, or a folder for each. Where it might be meant otherwise, a message says what was understood.
     if not images:
         if not top.images:
-            raise UserError(f"{flag}: {folder} holds no images; {describe_layout(root)}")
-        classes = {root.resolve(): top}
+            raise UserError(f"{flag}: {tree.show(folder)} holds no images; {describe_layout(tree)}")
+        classes = {"": top}
     elif top.images:
-        raise UserError(f"{flag}: {folder} holds {top.images[0].name} beside folders of classes; move it into one")
-    elif reason := check_folders(flag, folder, root, images):
-        warn_once(f"{folder}: {reason}: all images are of one class")
-        classes = {root.resolve(): Scanned([path for paths in images.values() for path in paths])}
-    elif len(classes) == 1 and len(below := scan_images(next(iter(classes))).folders) > 1:
+        name = posixpath.basename(top.images[0])
+        raise UserError(f"{flag}: {tree.show(folder)} holds {name} beside folders of classes; move it into one")
+    elif reason := check_folders(tree, folder, images):
+        warn_once(f"{tree.show(folder)}: {reason}: all images are of one class")
+        classes = {"": Scanned([path for paths in images.values() for path in paths])}
+    elif len(classes) == 1 and len(below := scan_images(tree, next(iter(classes))).folders) > 1:
         name = next(iter(classes))
         warn_once(
-            f"{folder}: one class, {name.name}, of all images below it; "
-            f"if {list_names(below)} are classes, give folder:{name}"
+            f"{tree.show(folder)}: one class, {posixpath.basename(name)}, of all images below it; "
+            f"if {list_names(below)} are classes, give folder:{tree.show(name)}"
         )
-    _name_unused(folder, *found, asked=asked)
+    _name_unused(tree, folder, *found, asked=asked)
     return classes
 
 
-def _scan_below(folder: Path, flag: str) -> Scanned:
+def _scan_below(tree: Tree, folder: str) -> Scanned:
     """Returns the contents at any depth below the folder of a class; links are followed. Raises UserError for splits
     inside of it."""
     found = Scanned()
     seen = set()
 
-    def visit(folder: Path) -> None:
-        identity = (folder.stat().st_dev, folder.stat().st_ino)
-        if identity in seen:  # a link back to a folder above
+    def visit(folder: str) -> None:
+        if tree.identity(folder) in seen:  # a link back to a folder above
             return
-        seen.add(identity)
-        scanned = scan_images(folder)
+        seen.add(tree.identity(folder))
+        scanned = scan_images(tree, folder)
 
         # Splits below classes would mix what is to be held out with what is learned.
-        splits = [below for below in scanned.folders if split_of(below.name)]
+        splits = [below for below in scanned.folders if split_of(posixpath.basename(below))]
         if splits:
             raise UserError(
-                f"{flag}: the class {folder} holds {list_names(splits)} as if there were splits in it; put them into "
-                "a folder for each split instead, PATH/train/CLASS"
+                f"--dataset_name={tree.source}: the class {tree.show(folder)} holds {list_names(splits)} as if "
+                "there were splits in it; put them into a folder for each split instead, PATH/train/CLASS"
             )
 
         # One flat list: below the folder of a class, folders mean nothing.
@@ -199,7 +203,7 @@ def _scan_below(folder: Path, flag: str) -> Scanned:
     return found
 
 
-def describe_some(paths: Sequence[Path], noun: str) -> str:
+def describe_some(paths: Sequence[str], noun: str) -> str:
     """'3 files (a/x.txt, ...)'."""
-    names = ", ".join(str(path) for path in paths[:MAX_LISTED]) + ", ..." * (len(paths) > MAX_LISTED)
+    names = ", ".join(map(printable, paths[:MAX_LISTED])) + ", ..." * (len(paths) > MAX_LISTED)
     return f"{len(paths)} {noun}{'s' * (len(paths) > 1)} ({names})"

@@ -7,8 +7,8 @@ of them joined by +.
 
 import dataclasses
 import hashlib
+import posixpath
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from utils.images.tables import (
     read_captions,
     read_table,
 )
+from utils.storage.tree import Tree, stem
 
 KINDS = ("class", "vector", "text")  # that columns of a table can be
 TEXT_COLUMNS = (CAPTION, "text")  # that are taken where none is named
@@ -52,30 +53,31 @@ class Asked:
                 raise UserError(f"{flag}: {kind} takes one column; name one")
         return cls(flag, kinds)
 
-    def find_table(self, folder: Path, root: Path) -> Path | None:
-        """Returns the table of the split in `folder`, which may lie in `root`, too; None where none is needed.
+    def find_table(self, tree: Tree, folder: str) -> str | None:
+        """Returns the table of the split in `folder`, which may lie in the root, too; None where none is needed.
 
         Raises UserError where there is none that is needed, or several.
         """
         try:
-            table = find_table(folder, root)
+            table = find_table(tree, folder, "")
         except UserError as error:
             raise UserError(f"{self.flag}: {error}") from None
         # Captions may lie in files of their own, and folders may be the classes.
         is_optional = not self.kinds.get("class") and self.kinds.get("text", ()) in ((), (CAPTION,))
         if table is None and ("vector" in self.kinds or not is_optional):
-            raise UserError(f"{self.flag}: {folder} holds none of {', '.join(TABLES)}; put the table beside the images")
+            where = tree.show(folder)
+            raise UserError(f"{self.flag}: {where} holds none of {', '.join(TABLES)}; put the table beside the images")
         return table
 
-    def has_folders(self, table: Path | None) -> bool:
+    def has_folders(self, table: str | None) -> bool:
         """Returns whether folders are the classes: a class is asked for, but no column, nor has the table just one."""
-        is_edm = table is not None and table.suffix == ".json"
+        is_edm = table is not None and table.endswith(".json")
         return "class" in self.kinds and not self.kinds["class"] and not is_edm
 
-    def is_read(self, file: Path, stems: Collection[str]) -> bool:
+    def is_read(self, file: str, stems: Collection[str]) -> bool:
         """Whether a file beside images is read: a table, or the caption of one of the images, {path without suffix}."""
-        is_caption = file.suffix == CAPTION_SUFFIX and str(file.with_suffix("")) in stems
-        return file.name in TABLES or ("text" in self.kinds and is_caption)
+        is_caption = file.endswith(CAPTION_SUFFIX) and stem(file) in stems
+        return posixpath.basename(file) in TABLES or ("text" in self.kinds and is_caption)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +90,14 @@ class Conditions:
     names: tuple[str, ...]  # of the numbers in "conditions"
 
 
-def read_conditions(asked: Asked, table_file: Path | None, images: Sequence[Path], folder: Path) -> Conditions:
+def read_conditions(asked: Asked, tree: Tree, table_file: str | None, images: Sequence[str], folder: str) -> Conditions:
     """Returns the conditions of images below `folder`, in their order.
 
     Raises UserError, in one line, for images without a row, columns that are not there, values that are missing or not
     finite, and texts where numbers are needed. Of rows without an image it warns.
     """
     try:
-        table = None if table_file is None else read_table(table_file)
+        table = None if table_file is None else read_table(tree, table_file)
         kinds = dict(asked.kinds)
         if asked.has_folders(table_file):
             del kinds["class"]
@@ -106,11 +108,11 @@ def read_conditions(asked: Asked, table_file: Path | None, images: Sequence[Path
             has = () if table is None else table.columns
             kinds["text"] = kinds["text"] or (next((name for name in TEXT_COLUMNS if name in has), CAPTION),)
             if kinds["text"] == (CAPTION,) and CAPTION not in has:
-                captions = _read_files(images, folder, table)
+                captions = _read_files(tree, images, folder, table)
                 del kinds["text"]
         found = Conditions(None, (), {}, ())
         if table is not None and kinds:
-            found = _read_rows(table, kinds, images)
+            found = _read_rows(tree, table, kinds, images)
         if captions is not None:
             found.columns["caption"] = np.array(captions, dtype=str)
         return found
@@ -118,9 +120,9 @@ def read_conditions(asked: Asked, table_file: Path | None, images: Sequence[Path
         raise UserError(f"{asked.flag}: {error}") from None
 
 
-def _read_files(images: Sequence[Path], folder: Path, table: Table | None) -> list[str]:
+def _read_files(tree: Tree, images: Sequence[str], folder: str, table: Table | None) -> list[str]:
     """Returns the captions in files beside the images. Raises UserError where there are none, in files or `table`."""
-    files = read_captions(images, folder)
+    files = read_captions(tree, images, folder)
     if not any(files.columns[CAPTION]):
         columns = f"; {table.source} has the columns {', '.join(table.columns)}" if table is not None else ""
         raise UserError(
@@ -130,10 +132,10 @@ def _read_files(images: Sequence[Path], folder: Path, table: Table | None) -> li
     return files.take(CAPTION, range(len(images)))
 
 
-def _read_rows(table: Table, kinds: Mapping[str, tuple[str, ...]], images: Sequence[Path]) -> Conditions:
+def _read_rows(tree: Tree, table: Table, kinds: Mapping[str, tuple[str, ...]], images: Sequence[str]) -> Conditions:
     """Returns the columns that are asked for, of the rows of the images."""
     rows = table.find_rows(images)
-    _name_rows_without_image(table, set(rows))
+    _name_rows_without_image(tree, table, set(rows))
     labels, class_names = None, ()
     columns: dict[str, np.ndarray] = {}
     names: tuple[str, ...] = ()
@@ -176,15 +178,16 @@ def _find_numbers(table: Table) -> tuple[str, ...]:
     return found
 
 
-def _name_rows_without_image(table: Table, rows: set[int]) -> None:
+def _name_rows_without_image(tree: Tree, table: Table, rows: set[int]) -> None:
     """Warns of rows whose image is not there; images of other splits, and broken ones, are."""
-    lost = [name for name, row in table.numbers.items() if row not in rows and not (table.folder / name).exists()]
+    unused = [name for name, row in table.numbers.items() if row not in rows]
+    lost = [name for name in unused if not tree.is_file(posixpath.join(table.folder, name))]
     if lost:
         listed = printable(", ".join(lost[:MAX_LISTED])) + ", ..." * (len(lost) > MAX_LISTED)
         warn_once(f"{table.source}: {len(lost):,} row{'s' * (len(lost) > 1)} without an image ({listed})")
 
 
-def digest_rows(labels: Sequence[int], columns: Mapping[str, np.ndarray]) -> list[int]:
+def digest_rows(labels: Sequence[int] | np.ndarray, columns: Mapping[str, np.ndarray]) -> list[int]:
     """Returns a number for each row that changes with its label and with its values."""
     digests = []
     for i, label in enumerate(labels):

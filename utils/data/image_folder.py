@@ -1,16 +1,22 @@
-"""Folders of image files (folder:PATH), whose classes and splits utils/data/folder_layout.py finds.
+"""Image files in folders, on a disk (folder:PATH) or in an archive, whose classes and splits
+utils/data/folder_layout.py finds.
 
-Every image is decoded once before training starts (`check_images` of utils/images/folders.py), so that no file ends an
-epoch halfway.
+Every image is decoded once before training starts (utils/images/checks.py), unless --check_images 0 trusts them.
+Nothing is kept of an image but its path, its label and some bytes.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import os
+import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int, Int32
 
 from utils.base.files import UNFINISHED, check_finished
 from utils.base.messages import UserError, warn, warn_once
@@ -25,67 +31,63 @@ from utils.data.dataset import (
     num_held_out,
     unlabelled_message,
 )
-from utils.data.fingerprint import Fingerprint, Row
+from utils.data.fingerprint import Fingerprint, Rows
 from utils.data.folder_layout import MAX_LISTED, describe_layout, find_classes, find_splits, scan_images
 from utils.data.folder_tables import Asked, digest_rows, make_own_condition, read_conditions
-from utils.images.decoding import (
-    CHANNELS,
-    MAX_MEGAPIXELS,
-    SIXTEEN_BITS,
-    BrokenImageError,
-    read_image,
-    read_image_file,
-)
-from utils.images.folders import (
-    CheckedImage,
-    check_images,
-)
+from utils.images.checks import CheckedImages, check_images, read_image_of, trust_images
+from utils.images.decoding import CHANNELS, MAX_MEGAPIXELS, MODES, SIXTEEN_BITS, BrokenImageError, read_image
 from utils.images.pixels import UINT8, describe_range
 from utils.images.sizes import Size, write_size
+from utils.storage.tree import LocalTree, Tree, relative
 
 
 def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
-    """Returns the split of a folder of image files, each turned upright, its middle resized to `options.size`.
+    """Returns the split of a folder of image files, see `load_images`. Raises UserError if the folder is missing or
+    unfinished, too."""
+    tree = LocalTree(Path(name.partition(":")[2]))
+    if not tree.folder.is_dir():
+        raise UserError(f"--dataset_name={name}: there is no folder {tree.root}; {describe_layout(tree)}")
+    if tree.is_file(UNFINISHED):  # written by sample.py or eval_fid.py
+        check_finished(list(tree.folder.glob("*.png")), tree.folder, f"--dataset_name={name}")
+    return load_images(tree, name, split, options)
 
-    Raises UserError if the folder is missing or unfinished, or holds no images, splits that may be classes, or broken
-    files.
+
+def load_images(tree: Tree, name: str, split: str, options: DataOptions) -> ImageDataset:
+    """Returns the split of the image files in a tree, each turned upright, its middle resized to `options.size`.
+
+    Raises UserError if there are no images, splits that may be classes, or broken files.
     """
-    root = Path(name.partition(":")[2])
     size = options.size
     assert size is not None  # `load_dataset` has filled in the default
-    if (root / UNFINISHED).is_file():  # written by sample.py or eval_fid.py
-        check_finished(list(root.glob("*.png")), root, f"--dataset_name={name}")
 
     # Images of the split. Of data without a validation split a part is held out.
     asked = None if options.condition_columns is None else Asked.of_text(options.condition_columns)
-    listed, train = list_folder(root, split, options, asked)
+    listed, train = list_split(tree, split, options, asked)
 
     # Classes. WordNet ids of ImageNet get their English names.
     names = listed.class_names
     if len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names):
         names = imagenet_class_names()
-    labels = [label for _, label in listed.files]
     mode = options.image_mode or listed.mode
 
     # Conditions, whose facts are those of the training images. A listing tells them apart by a number.
     condition = None
-    identities = labels
+    identities: Any = listed.labels
     if asked and listed.columns:
         names = names if "class" in asked.kinds else ()
-        train_labels = np.array([label for _, label in train.files], np.int32)
-        columns = {"label": train_labels, **train.columns}
-        condition = make_own_condition(asked, columns, train.numbers, names, options.text_encoder)
-        identities = digest_rows(labels, listed.columns)
-    rows = [Row(*values) for values in zip(listed.keys, identities, listed.digests, strict=True)]
+        condition = make_own_condition(
+            asked, {"label": train.labels, **train.columns}, train.numbers, names, options.text_encoder
+        )
+        identities = digest_rows(listed.labels, listed.columns)
     return ImageDataset(
         name=name,
         split=split,
-        source=ImageFiles(listed.files, size, mode, options.max_megapixels, listed.columns),
+        source=ImageFiles(tree, listed.paths, listed.labels, size, mode, options.max_megapixels, listed.columns),
         image_shape=(*size, CHANNELS[mode]),
         class_names=names,
         random_flip=False,
-        fingerprint=Fingerprint.of_rows("files", rows),
-        empty_classes=find_empty_classes(labels, len(names)) if names else (),
+        fingerprint=Fingerprint.of_rows("files", Rows(listed.keys, identities, listed.digests)),
+        empty_classes=find_empty_classes(listed.labels, len(names)) if names else (),
         own_condition=condition,
         pixels=SIXTEEN_BITS if mode == "I;16" else UINT8,
     )
@@ -95,24 +97,26 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
 class ImageFiles:
     """Source of image files, turned upright and brought to `size`, (height, width), and to a mode of decoding.MODES."""
 
-    files: Sequence[tuple[Path, int]]  # and their labels
+    tree: Tree
+    paths: Sequence[str]
+    labels: Int32[np.ndarray, " n"]
     size: Size
     mode: str = "RGB"
     max_megapixels: float = MAX_MEGAPIXELS
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of conditions, by keys of an example
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
         # Checked before training, but a run is long: files may go or be replaced meanwhile.
-        path, _ = self.files[index]
+        name = self.tree.show(self.paths[index])
         try:
-            content = read_image_file(path, self.max_megapixels)
+            content = read_image_of(self.tree, self.paths[index], self.max_megapixels)
         except (OSError, BrokenImageError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path} cannot be read any more ({reason}); bring it back") from error
-        image = read_image(content, str(path), self.size, mode=self.mode, max_megapixels=self.max_megapixels)
+            raise UserError(f"{name} cannot be read any more ({reason}); bring it back") from error
+        image = read_image(content, name, self.size, mode=self.mode, max_megapixels=self.max_megapixels)
         return {"image": image, **self.read_condition(index)}
 
     def read_condition(self, index: int) -> Example:
@@ -120,7 +124,7 @@ class ImageFiles:
         values = {key: column[index] for key, column in self.columns.items()}
         if "caption" in values:
             values["caption"] = str(values["caption"])
-        return {"label": np.int32(self.files[index][1]), **values}
+        return {"label": self.labels[index], **values}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,76 +132,106 @@ class FolderSplit:
     """The readable images of one split, sorted by class and name."""
 
     class_names: tuple[str, ...]
-    files: list[tuple[Path, int]]  # and their labels
-    keys: list[str]  # names that stay the same wherever the folder is
-    digests: list[str]  # of the files' contents
+    paths: list[str]
+    labels: Int32[np.ndarray, " n"]
+    keys: list[str]  # names that stay the same wherever the tree is
+    digests: np.ndarray  # of the files' contents; b'' where they are not known
     mode: str  # of decoding.MODES, which keeps what all of them have
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # of a table, by keys of an example
     numbers: tuple[str, ...] = ()  # names of those in "conditions"
 
-    def take(self, rows: Sequence[int]) -> "FolderSplit":
+    def take(self, rows: Sequence[int] | Int[np.ndarray, " m"]) -> "FolderSplit":
         """Returns these rows alone."""
-
-        def take(column):
-            return [column[row] for row in rows]
-
-        columns = {key: column[list(rows)] for key, column in self.columns.items()}
+        rows = np.asarray(rows, np.int64)
         return dataclasses.replace(
-            self, files=take(self.files), keys=take(self.keys), digests=take(self.digests), columns=columns
+            self,
+            paths=[self.paths[row] for row in rows],
+            labels=self.labels[rows],
+            keys=[self.keys[row] for row in rows],
+            digests=self.digests[rows],
+            columns={key: column[rows] for key, column in self.columns.items()},
         )
 
-    def hold_out(self, flag: str, root: Path) -> tuple["FolderSplit", "FolderSplit"]:
-        """Returns (images to train on, images held out). Raises UserError, which begins with `flag`, of one image."""
-        if len(self.files) < 2:
-            raise UserError(f"{flag}: {root} holds 1 image; 2 are needed, one of them to hold out")
-        train, validation = hold_out(self.keys, num_held_out(len(self.files)))
+    def hold_out(self, tree: Tree) -> tuple["FolderSplit", "FolderSplit"]:
+        """Returns (images to train on, images held out). Raises UserError of one image."""
+        if len(self.paths) < 2:
+            raise UserError(
+                f"--dataset_name={tree.source}: {tree.root} holds 1 image; 2 are needed, one of them to hold out"
+            )
+        train, validation = hold_out(self.keys, num_held_out(len(self.paths)))
         return self.take(train), self.take(validation)
 
 
-def list_folder(
-    root: Path, split: str, options: DataOptions, asked: Asked | None = None
+_listings: contextvars.ContextVar[dict | None] = contextvars.ContextVar("listings", default=None)
+
+
+@contextlib.contextmanager
+def sharing_listings() -> Iterator[None]:
+    """Lists the same files once in a block that loads several splits: of a million it takes seconds."""
+    token = _listings.set({})
+    try:
+        yield
+    finally:
+        _listings.reset(token)
+
+
+def list_split(
+    tree: Tree, split: str, options: DataOptions, asked: Asked | None = None
 ) -> tuple[FolderSplit, FolderSplit]:
-    """Returns (images of `split` below `root`, those of the training split).
+    """Returns (images of `split`, those of the training split).
 
     Raises UserError naming broken files and classes without images, or leaves them out with a warning, as
     `options.broken_images` says. Raises it, too, if folders may be splits or classes.
     """
-    flag = f"--dataset_name=folder:{root}"
-    if not root.is_dir():
-        raise UserError(f"{flag}: there is no folder {root}; {describe_layout(root)}")
-
-    # The training split settles the classes.
-    train_folder, validation_folder = find_splits(root, asked)
-    train = _list_split(train_folder, root, options, asked)
-    if validation_folder is None:
-        parts = train.hold_out(flag, root)
-        return parts[SPLITS.index(split)], parts[0]
-    # A flat folder of validation images tells no classes apart, unless a table does.
-    if asked is None and len(train.class_names) > 1 and not scan_images(validation_folder).folders:
-        warn(
-            f"{validation_folder} has no folders of classes: part of {train_folder} is held out for validation instead"
-        )
-        parts = train.hold_out(flag, root)
-        return parts[SPLITS.index(split)], parts[0]
+    # The training split settles the classes; it is listed for both.
+    shared = _listings.get()
+    shared = {} if shared is None else shared
+    key = (tree.source, options)
+    if key not in shared:
+        shared[key] = _list_training(tree, options, asked)
+    train, validation = shared[key]
     if split == "train":
         return train, train
+    if isinstance(validation, str):
+        validation = _list_validation(tree, validation, train, options, asked)
+    return validation, train
 
-    # Validation images, with the labels of training.
-    validation = _list_split(validation_folder, root, options, asked, is_training=False)
+
+def _list_training(tree: Tree, options: DataOptions, asked: Asked | None) -> tuple[FolderSplit, FolderSplit | str]:
+    """Returns (training images, validation images held out of them, or the folder where these are)."""
+    train_folder, validation_folder = find_splits(tree, asked)
+    train = _list_files(tree, train_folder, options, asked)
+    if validation_folder is None:
+        return train.hold_out(tree)
+    # A flat folder of validation images tells no classes apart, unless a table does.
+    if asked is None and len(train.class_names) > 1 and not scan_images(tree, validation_folder).folders:
+        shown = tree.show(validation_folder), tree.show(train_folder)
+        warn(f"{shown[0]} has no folders of classes: part of {shown[1]} is held out for validation instead")
+        return train.hold_out(tree)
+    return train, validation_folder
+
+
+def _list_validation(
+    tree: Tree, folder: str, train: FolderSplit, options: DataOptions, asked: Asked | None
+) -> FolderSplit:
+    """Returns the validation images in a folder, with the labels of training."""
+    validation = _list_files(tree, folder, options, asked, is_training=False)
+    flag = f"--dataset_name={tree.source}: "
     unknown = sorted(set(validation.class_names) - set(train.class_names))
     if unknown:
         raise UserError(
-            f"{flag}: {validation_folder} has a class {unknown[0]!r} that {train_folder} lacks; move it out"
+            f"{flag}{tree.show(folder)} has a class {unknown[0]!r} that the training images lack; move it out"
         )
     if validation.numbers != train.numbers:
         theirs, ours = (", ".join(part.numbers) for part in (validation, train))
         raise UserError(
-            f"{flag}: the table of {validation_folder} has the numbers {theirs}, that of {train_folder} {ours}; name "
-            "those to learn by --condition_columns vector:a,b"
+            f"{flag}the table of {tree.show(folder)} has the numbers {theirs}, that of the training images {ours}; "
+            "name those to learn by --condition_columns vector:a,b"
         )
-    labels = [train.class_names.index(name) for name in validation.class_names]
-    files = [(path, labels[label]) for path, label in validation.files]
-    return dataclasses.replace(validation, class_names=train.class_names, files=files, mode=train.mode), train
+    labels = np.array([train.class_names.index(name) for name in validation.class_names], np.int32)
+    return dataclasses.replace(
+        validation, class_names=train.class_names, labels=labels[validation.labels], mode=train.mode
+    )
 
 
 def _text(name: str) -> str:
@@ -205,77 +239,98 @@ def _text(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _list_split(
-    folder: Path, root: Path, options: DataOptions, asked: Asked | None, is_training: bool = True
+def _list_files(
+    tree: Tree, folder: str, options: DataOptions, asked: Asked | None, is_training: bool = True
 ) -> FolderSplit:
     """Lists the images of the split in `folder`, each decoded once; those that are broken are refused or skipped."""
-    flag = f"--dataset_name=folder:{root}"
-    table = asked.find_table(folder, root) if asked else None
-    classes = find_classes(folder, root, asked, has_classes=asked is None or asked.has_folders(table))
+    table = asked.find_table(tree, folder) if asked else None
+    classes = find_classes(tree, folder, asked, has_classes=asked is None or asked.has_folders(table))
 
-    # Every file, decoded once.
-    paths = tuple(path for scanned in classes.values() for path in scanned.images)
-    checked = check_images(folder, paths, options.max_megapixels)
-    _say_smallest(folder, checked, options.size)
-    broken = {path: image.reason for path, image in checked.items() if image.reason}
-    if broken:
-        reasons = "; ".join(f"{path} ({reason})" for path, reason in list(broken.items())[:MAX_LISTED])
-        what = f"{len(broken)} of {len(paths)} images cannot be read: {reasons}{'; ...' * (len(broken) > MAX_LISTED)}"
-        if options.broken_images == "refuse":
-            raise UserError(f"{flag}: {what}. Put good copies in their place, or give --broken_images skip")
-        warn(f"{folder}: skipped: {what}")
+    # Every file, decoded once, unless they are trusted.
+    paths = [path for scanned in classes.values() for path in scanned.images]
+    check = check_images if options.check_images else trust_images
+    checked = check(tree, paths, options.max_megapixels)
+    shown = tree.show(folder)
+    _say_smallest(tree, folder, paths, checked, options.size)
+    _name_broken(tree, folder, paths, checked, options)
+    readable = np.ones(len(paths), bool)
+    readable[list(checked.reasons)] = False
 
     # A look at the range, of one split: a data set is warned of once.
     if is_training:
-        extremes = [(image.lowest, image.highest) for image in checked.values() if not image.reason]
-        if extremes and (remark := describe_range(np.array(extremes))):
-            warn_once(f"{folder}: {remark}")
+        known = readable & (checked.heights > 0)
+        if known.any() and (remark := describe_range(np.stack([checked.lowest, checked.highest], axis=1)[known])):
+            warn_once(f"{shown}: {remark}")
 
     # Classes, without what is to be skipped.
     names = []
-    files = []
+    labels = np.full(len(paths), -1, np.int32)
+    start = 0
     for subfolder, scanned in classes.items():
-        readable = [path for path in scanned.images if path not in broken]
-        if not readable:
-            what = f"the folder {subfolder} of a class holds no {'readable ' * bool(scanned.images)}images"
+        rows = slice(start, start + len(scanned.images))
+        start = rows.stop
+        if not readable[rows].any():
+            what = f"the folder {tree.show(subfolder)} of a class holds no {'readable ' * bool(scanned.images)}images"
             if options.broken_images == "refuse":
-                raise UserError(f"{flag}: {what}; fill it or move it out, or give --broken_images skip")
+                raise UserError(
+                    f"--dataset_name={tree.source}: {what}; fill it or move it out, or give --broken_images skip"
+                )
             warn(f"skipped: {what}")
             continue
-        files += [(path, len(names)) for path in readable]
-        names.append(_text(subfolder.name))
-    if not files:
-        raise UserError(f"{flag}: {folder} holds no readable images; {describe_layout(root)}")
+        labels[rows] = len(names)
+        names.append(_text(posixpath.basename(subfolder) or tree.title))
+    if not names:
+        raise UserError(f"--dataset_name={tree.source}: {shown} holds no readable images; {describe_layout(tree)}")
     # Relative to the split, so that the data may be moved.
-    keys = [_text(path.relative_to(folder).as_posix()) for path, _ in files]
-    mode = _choose_mode(folder, [checked[path].mode for path, _ in files], options if is_training else None)
-    split = FolderSplit(tuple(names), files, keys, [checked[path].digest for path, _ in files], mode)
-    return split if asked is None else _add_conditions(split, asked, table, folder, SPLITS[not is_training])
+    keys = [_text(relative(path, folder)) for path in paths]
+    mode = _choose_mode(shown, checked.modes[readable], options if is_training else None)
+    split = FolderSplit(tuple(names), paths, labels, keys, checked.digests, mode)
+    if not readable.all():
+        split = split.take(np.flatnonzero(readable))
+    return split if asked is None else _add_conditions(tree, split, asked, table, folder, SPLITS[not is_training])
 
 
-def _add_conditions(split: FolderSplit, asked: Asked, table: Path | None, folder: Path, name: str) -> FolderSplit:
+def _name_broken(tree: Tree, folder: str, paths: Sequence[str], checked: CheckedImages, options: DataOptions) -> None:
+    """Warns of images that cannot be read. Raises UserError, unless they are to be skipped."""
+    if not checked.reasons:
+        return
+    reasons = "; ".join(
+        f"{tree.show(paths[row])} ({reason})" for row, reason in sorted(checked.reasons.items())[:MAX_LISTED]
+    )
+    count = len(checked.reasons)
+    what = f"{count} of {len(paths)} images cannot be read: {reasons}{'; ...' * (count > MAX_LISTED)}"
+    if options.broken_images == "refuse":
+        raise UserError(
+            f"--dataset_name={tree.source}: {what}. Put good copies in their place, or give --broken_images skip"
+        )
+    warn(f"{tree.show(folder)}: skipped: {what}")
+
+
+def _add_conditions(
+    tree: Tree, split: FolderSplit, asked: Asked, table: str | None, folder: str, name: str
+) -> FolderSplit:
     """Returns the images of a split, called `name`, with the conditions that are asked for; without those whose label
     is -1."""
-    paths = [path for path, _ in split.files]
-    found = read_conditions(asked, table, paths, folder)
+    found = read_conditions(asked, tree, table, split.paths, folder)
     split = dataclasses.replace(split, columns=found.columns, numbers=found.names)
     if found.labels is None:
         return split
-    files = list(zip(paths, found.labels, strict=True))
-    split = dataclasses.replace(split, files=files, class_names=found.class_names)
-    labelled = [row for row, label in enumerate(found.labels) if label >= 0]
-    if len(labelled) < len(files):
-        warn_once(unlabelled_message(str(table), name, len(files) - len(labelled), len(files)))
+    labels = np.array(found.labels, np.int32)
+    split = dataclasses.replace(split, labels=labels, class_names=found.class_names)
+    labelled = np.flatnonzero(labels >= 0)
+    if len(labelled) < len(labels):
+        where = tree.show(table or folder)
+        warn_once(unlabelled_message(where, name, len(labels) - len(labelled), len(labels)))
         split = split.take(labelled)
     return split
 
 
-def _choose_mode(folder: Path, modes: Sequence[str], options: DataOptions | None) -> str:
-    """Returns the mode of images that have `modes`: colour if one of them has it, 16 bits if all do.
+def _choose_mode(folder: str, modes: np.ndarray, options: DataOptions | None) -> str:
+    """Returns the mode of images that have `modes`, numbers of MODES: colour if one of them has it, 16 bits if all do.
 
     With `options` that leave the mode open, says where it is that of 16 bits.
     """
-    found = set(modes)
+    found = {MODES[mode] for mode in np.unique(modes)}
     if "RGB" in found:
         return "RGB"
     if found != {"I;16"}:
@@ -287,17 +342,18 @@ def _choose_mode(folder: Path, modes: Sequence[str], options: DataOptions | None
     return "I;16"
 
 
-def _say_smallest(folder: Path, checked: dict[Path, CheckedImage], size: Size | None) -> None:
+def _say_smallest(tree: Tree, folder: str, paths: Sequence[str], checked: CheckedImages, size: Size | None) -> None:
     """Warns of images that are enlarged to become (height, width) `size`."""
     if size is None:
         return
     # The share of the size that the side has which an image lacks most.
-    shares = {
-        path: min(image.height / size[0], image.width / size[1]) for path, image in checked.items() if not image.reason
-    }
-    smallest = min(shares, key=lambda path: shares[path], default=None)
-    if smallest is not None and shares[smallest] < 1:
-        found = checked[smallest]
-        is_square = size[0] == size[1]
-        own = f"has a side of {min(found[:2])}" if is_square else f"has {found.height}x{found.width}"
-        warn_once(f"{folder}: images below {write_size(size)} pixels are enlarged; the smallest, {smallest}, {own}")
+    known = np.flatnonzero(checked.heights > 0)
+    shares = np.minimum(checked.heights[known] / size[0], checked.widths[known] / size[1])
+    if len(known) and shares.min() < 1:
+        row = int(known[shares.argmin()])
+        height, width = checked.heights[row], checked.widths[row]
+        own = f"has a side of {min(height, width)}" if size[0] == size[1] else f"has {height}x{width}"
+        warn_once(
+            f"{tree.show(folder)}: images below {write_size(size)} pixels are enlarged; the smallest, "
+            f"{tree.show(paths[row])}, {own}"
+        )

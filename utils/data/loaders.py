@@ -15,7 +15,7 @@ from utils.conditions.tokens import TextCondition
 from utils.data.arrays import load_array_file, load_digits
 from utils.data.captions import encode_captions
 from utils.data.dataset import SPLITS, DataOptions, ImageDataset, RandomAccess, check_own_size, warn_of_range
-from utils.data.image_folder import load_folder
+from utils.data.image_folder import load_folder, sharing_listings
 from utils.data.latents import load_latents
 from utils.data.pairs import load_pairs
 from utils.data.tfds import load_celebahq, load_imagenet, load_tfds
@@ -51,6 +51,10 @@ class Loader:
 
 
 _TFDS = ("data_dir", "image_size")
+_FILES = (
+    *("image_size", "image_mode", "broken_images", "max_megapixels", "check_images"),
+    *("condition_columns", "text_encoder"),
+)
 LOADERS: dict[str, Loader] = {
     # By a name alone.
     "digits": Loader(load_digits, "1,797 real handwritten digits, 8x8, grey, shipped with scikit-learn"),
@@ -68,7 +72,7 @@ LOADERS: dict[str, Loader] = {
         "image files, in a folder for each class or in one folder",
         "PATH",
         is_path=True,
-        options=("image_size", "broken_images", "max_megapixels", "image_mode", "condition_columns", "text_encoder"),
+        options=_FILES,
         default_size=256,
         flips=True,
     ),
@@ -139,6 +143,12 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     return dataclasses.replace(dataset, random_flip=flips and split == "train")
 
 
+def load_splits(name: str, options: DataOptions | None = None) -> dict[str, ImageDataset]:
+    """Returns both splits of a data set, see `load_dataset`; files that they share are listed once."""
+    with sharing_listings():
+        return {split: load_dataset(name, split, options) for split in SPLITS}
+
+
 def find_loader(name: str) -> Loader | None:
     """Returns the loader of the data set `name`; None if no loader has this name."""
     prefix, _, argument = name.partition(":")
@@ -176,7 +186,7 @@ def check_data_settings(dataset_name: str, given: Mapping[str, Any]) -> None:
     if loader is None:  # refused where the data are loaded
         return
     # Only loaders of image files decode, and may meet broken files; others have no captions, or no floats.
-    for name in ("broken_images", "max_megapixels", "image_mode", "condition_columns", "text_encoder", "value_range"):
+    for name in (*_FILES[1:], "value_range"):
         if name not in loader.options:
             takers = ", ".join(list_names(lambda loader, name=name: name in loader.options))
             refuse_ignored((name,), given, f"on {dataset_name}, only on {takers}")

@@ -90,7 +90,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             (
                 *("dataset_name", "split", "data_dir", "image_size", "image_mode", "condition_columns", "text_encoder"),
-                *("broken_images", "max_megapixels"),
+                *("broken_images", "max_megapixels", "check_images"),
             ),
             "with --images, which are taken as they are",
             lambda given: given.images,

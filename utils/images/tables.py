@@ -10,17 +10,18 @@ import dataclasses
 import io
 import json
 import math
+import posixpath
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from utils.base.external import BadFileError, read_bounded
+from utils.base.external import BadFileError
 from utils.base.messages import UserError, printable
 from utils.base.settings import suggest_name
+from utils.storage.tree import Tree, relative, stem
 
 TABLES = ("metadata.csv", "metadata.jsonl", "dataset.json")
 MAX_TABLE_BYTES = 2**28  # a million rows of 256 bytes
@@ -38,13 +39,13 @@ class Table:
     """Columns of values, one for each image: texts of a csv, values of JSON, None where a row has none."""
 
     source: str  # in messages: its path, or what stands in its place
-    folder: Path
+    folder: str  # that the names are relative to
     numbers: dict[str, int]  # {name of an image, relative to the folder: its row}
     columns: dict[str, list[Any]]
 
-    def find_rows(self, images: Sequence[Path]) -> list[int]:
+    def find_rows(self, images: Sequence[str]) -> list[int]:
         """Returns the row of each image. Raises UserError where there is none for some of them."""
-        names = [image.relative_to(self.folder).as_posix() for image in images]
+        names = [relative(image, self.folder) for image in images]
         missing = [name for name in names if name not in self.numbers]
         if missing:
             # Names that are all of another form: without suffix, absolute, in capitals.
@@ -152,48 +153,50 @@ class Table:
         return printable(next(name for name, number in self.numbers.items() if number == row))
 
 
-def find_table(*folders: Path) -> Path | None:
+def find_table(tree: Tree, *folders: str) -> str | None:
     """Returns the table in the first of the folders that has one. Raises UserError if that has several."""
     for folder in folders:
-        found = [folder / name for name in TABLES if (folder / name).is_file()]
+        found = [name for name in TABLES if tree.is_file(posixpath.join(folder, name))]
         if len(found) > 1:
-            raise UserError(f"{folder} holds {found[0].name} and {found[1].name}; leave one of them there")
+            raise UserError(f"{tree.show(folder)} holds {found[0]} and {found[1]}; leave one of them there")
         if found:
-            return found[0]
+            return posixpath.join(folder, found[0])
     return None
 
 
-def read_table(path: Path) -> Table:
+def read_table(tree: Tree, path: str) -> Table:
     """Reads a table of one of TABLES. Raises UserError, with the line, for what cannot be understood, and for images
     that have several rows."""
-    read = {".csv": _read_csv, ".jsonl": _read_lines, ".json": _read_edm}[path.suffix]
+    read = {".csv": _read_csv, ".jsonl": _read_lines, ".json": _read_edm}[posixpath.splitext(path)[1]]
+    source = tree.show(path)
     try:
-        content = read_bounded(path, MAX_TABLE_BYTES)
+        content = tree.read_bounded(path, MAX_TABLE_BYTES)
         keys, columns = read(content)
     except (BadFileError, csv.Error, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({printable(str(error))[:200]}); mend it") from None
+        raise UserError(f"{source} cannot be read ({printable(str(error))[:200]}); mend it") from None
 
     # Written on Windows, paths have backslashes.
     numbers: dict[str, int] = {}
     for row, key in enumerate(keys):
         name = str(key).replace("\\", "/").removeprefix("./")
         if name in numbers:
-            raise UserError(f"{path}: {printable(name)} has several rows; leave it one")
+            raise UserError(f"{source}: {printable(name)} has several rows; leave it one")
         numbers[name] = row
-    return Table(str(path), path.parent, numbers, columns)
+    return Table(source, posixpath.dirname(path), numbers, columns)
 
 
-def read_captions(images: Sequence[Path], folder: Path) -> Table:
+def read_captions(tree: Tree, images: Sequence[str], folder: str) -> Table:
     """Returns the text files named as the images, as the column `caption` of a table; None where an image has none."""
     texts = []
     for image in images:
-        file = image.with_suffix(CAPTION_SUFFIX)
+        file = stem(image) + CAPTION_SUFFIX
         try:
-            texts.append(read_bounded(file, MAX_CAPTION_BYTES).decode("utf-8-sig").strip() if file.exists() else None)
+            has_one = tree.is_file(file)
+            texts.append(tree.read_bounded(file, MAX_CAPTION_BYTES).decode("utf-8-sig").strip() if has_one else None)
         except (BadFileError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is no caption ({error}); mend it, or move its image out") from None
-    names = {image.relative_to(folder).as_posix(): row for row, image in enumerate(images)}
-    return Table(f"{folder}/*{CAPTION_SUFFIX}", folder, names, {CAPTION: texts})
+            raise UserError(f"{tree.show(file)} is no caption ({error}); mend it, or move its image out") from None
+    names = {relative(image, folder): row for row, image in enumerate(images)}
+    return Table(tree.show(posixpath.join(folder, f"*{CAPTION_SUFFIX}")), folder, names, {CAPTION: texts})
 
 
 def _read_csv(content: bytes) -> tuple[list[Any], dict[str, list[Any]]]:

@@ -19,7 +19,7 @@ from utils.base.messages import UserError, log, progress_bar, warn
 from utils.base.settings import unknown_name
 from utils.data.batches import epoch_batches
 from utils.data.dataset import ImageDataset, RandomAccess, Subset
-from utils.data.loaders import find_loader, load_dataset
+from utils.data.loaders import find_loader, load_splits
 from utils.images.decoding import find_mode
 from utils.images.pixels import UINT8, Images, PixelFormat
 from utils.images.samples import Samples, content_sha256, open_samples
@@ -121,7 +121,7 @@ def _open_dataset(
         settings["image_mode"] = find_mode(image_shape, UINT8 if dtype == "uint8" else _format(saved))
     options = DataConfig(**settings).options
     try:
-        train, validation = (load_dataset(name, split, options) for split in ("train", "validation"))
+        train, validation = load_splits(name, options).values()
     except UserError as error:
         # The loaders' messages are of --dataset_name, which is another flag here.
         raise UserError(str(error).replace("--dataset_name", "--train_images")) from None

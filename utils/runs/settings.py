@@ -79,6 +79,7 @@ class DataConfig:
     )
     broken_images: str = setting("refuse", "What to do about broken image files.", choices=BROKEN_IMAGES)
     max_megapixels: float = setting(MAX_MEGAPIXELS, "Largest image to decode; 3 bytes a pixel.", 0, 10_000)
+    check_images: int = setting(1, "0 trusts image files; 1 decodes each once, before training.", 0, 1)
     value_range: str | None = setting(
         None, "LOW,HIGH: values of float images that become -1 and 1; default: the range of the training images."
     )
@@ -99,6 +100,7 @@ class DataConfig:
             self.image_size,
             self.broken_images,
             self.max_megapixels,
+            check_images=bool(self.check_images),
             random_flip=flip,
             image_mode=self.image_mode,
             condition_columns=self.condition_columns,

@@ -212,8 +212,8 @@ def write_statistics_command(saved: dict[str, Any], out: Path, *options: str) ->
     if saved.get("data_dir"):
         words += ["--data_dir", saved["data_dir"]]
     if loader is not None and not is_derived:
-        for name in ("image_mode", "condition_columns", "text_encoder", "broken_images", "max_megapixels"):
-            if name in loader.options and saved.get(name, getattr(defaults, name)) != getattr(defaults, name):
+        for name in (name for name in loader.options if name not in ("image_size", "data_dir", "value_range")):
+            if saved.get(name, getattr(defaults, name)) != getattr(defaults, name):
                 words += [f"--{name}", saved[name]]
     return write_command("compute_fid_stats.py", *words, *options, "--out", out)
 

@@ -20,9 +20,9 @@ from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import read_rows, restore_condition
 from utils.data.batches import BatchReader, first_examples, next_batch, training_batches
 from utils.data.coupled import CoupledBatch, Coupling, MinibatchCoupling, SemidiscreteCoupling, Space, split_condition
-from utils.data.dataset import SPLITS, ImageDataset, PixelBatch, StreamSource
+from utils.data.dataset import ImageDataset, PixelBatch, StreamSource
 from utils.data.latents import LatentBatch
-from utils.data.loaders import load_dataset, summarize_data
+from utils.data.loaders import load_splits, summarize_data
 from utils.images.pixels import UINT8
 from utils.kernels.random import unroll
 from utils.networks.models import ImageModel
@@ -42,7 +42,7 @@ def this_host() -> dict[str, Any]:
 
 def load_data(config: RunConfig, mesh: Mesh) -> tuple[dict[str, ImageDataset], PyTree]:
     """Returns (data sets by split, the validation batch on the devices). Raises UserError for data that do not fit."""
-    datasets = {split: load_dataset(config.data.dataset_name, split, config.data.options) for split in SPLITS}
+    datasets = load_splits(config.data.dataset_name, config.data.options)
     check_images(config, datasets["train"])
     training = config.training
     check_batch_memory(training.batch_size, datasets["train"].image_shape)

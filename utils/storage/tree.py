@@ -1,0 +1,139 @@
+"""Files in folders, wherever they lie: on a disk, in an archive. Whoever reads images and tables reads them from a
+`Tree`, and need not know which.
+
+A path is a text relative to the root of its tree, names joined by '/'; '' is the root. Bytes of a name that are no
+UTF-8 are surrogates, as `os.fsdecode` has them.
+"""
+
+import abc
+import dataclasses
+import os
+import posixpath
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.base.external import BadFileError, read_bounded, read_start
+from utils.base.files import read_bytes
+
+
+class Entry(NamedTuple):
+    """What lies in a folder."""
+
+    name: str
+    is_folder: bool
+
+
+class Tree(abc.ABC):
+    """Files that are only read. Methods raise OSError for what cannot be read; several threads may call them."""
+
+    source: str  # as --dataset_name gives it: folder:PATH, zip:FILE
+    root: str  # where the tree lies, in messages
+    title: str  # of the whole: the name of an only class
+    key: str  # the same for the same files, wherever a program is started: of what is remembered about them
+
+    @abc.abstractmethod
+    def scan(self, folder: str = "") -> Iterator[Entry]:
+        """Yields the entries of a folder, in any order."""
+
+    @abc.abstractmethod
+    def is_file(self, path: str) -> bool: ...
+
+    @abc.abstractmethod
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        """Returns the bytes of a file, or the first `limit` of them."""
+
+    @abc.abstractmethod
+    def stamp(self, path: str) -> str | None:
+        """Returns a text that changes whenever a file's content does; None where there is no file."""
+
+    def read_bounded(self, path: str, max_bytes: int) -> bytes:
+        """Returns the bytes of a file. Raises BadFileError if there are more than `max_bytes`, or none can be read."""
+        try:
+            content = self.read(path, max_bytes + 1)
+        except OSError as error:
+            raise BadFileError(error.strerror or str(error)) from None
+        if len(content) > max_bytes:
+            raise BadFileError(f"it has more than {max_bytes:,} bytes")
+        return content
+
+    def local_path(self, path: str) -> Path | None:
+        """Returns where a file lies on this machine; None if it is no file of its own there."""
+        return None
+
+    def identity(self, folder: str) -> Hashable:
+        """Returns what is the same for two paths of one folder, as links make them."""
+        return folder
+
+    def show(self, path: str) -> str:
+        """Returns a path as messages name it."""
+        return f"{self.root}/{path}" if path else self.root
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalTree(Tree):
+    """A folder on this machine; links are followed."""
+
+    folder: Path
+
+    @property
+    def source(self) -> str:
+        return f"folder:{self.folder}"
+
+    @property
+    def root(self) -> str:
+        return str(self.folder)
+
+    @property
+    def title(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def key(self) -> str:
+        return str(self.folder.absolute())
+
+    def scan(self, folder: str = "") -> Iterator[Entry]:
+        with os.scandir(self._full(folder)) as entries:
+            for entry in entries:
+                yield Entry(entry.name, entry.is_dir())
+
+    def is_file(self, path: str) -> bool:
+        return os.path.isfile(self._full(path))
+
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        if limit is None:
+            return read_bytes(Path(self._full(path)))
+        try:
+            return read_start(Path(self._full(path)), limit)
+        except BadFileError as error:
+            raise OSError(str(error)) from None
+
+    def stamp(self, path: str) -> str | None:
+        try:
+            stat = os.stat(self._full(path))
+        except OSError:
+            return None
+        return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+    def read_bounded(self, path: str, max_bytes: int) -> bytes:
+        return read_bounded(Path(self._full(path)), max_bytes)  # which does not read what is too large
+
+    def local_path(self, path: str) -> Path:
+        return Path(self._full(path))
+
+    def identity(self, folder: str) -> Hashable:
+        stat = os.stat(self._full(folder))
+        return stat.st_dev, stat.st_ino
+
+    def _full(self, path: str) -> str:
+        return os.path.join(self.folder, path)  # a Path for each of a million files would take seconds
+
+
+def relative(path: str, folder: str) -> str:
+    """Returns the path of a file below `folder`, relative to it."""
+    return path[len(folder) + 1 :] if folder else path
+
+
+def stem(path: str) -> str:
+    """Returns a path without its suffix, by which captions belong to images."""
+    return posixpath.splitext(path)[0]
