@@ -34,12 +34,11 @@ from utils.base.commands import write_command
 from utils.base.external import BadFileError, read_json
 from utils.base.files import open_regular, prepare_output_folder, write_json
 from utils.base.messages import UserError
-from utils.data.folder_layout import IMAGE_SUFFIXES
 from utils.data.tfds_files import import_tensorflow
 from utils.flags import program
 from utils.flags.definitions import define_path
 from utils.images.decoding import UPRIGHT, BrokenImageError, open_image, read_image, read_image_file, read_orientation
-from utils.images.folders import scan, system_message
+from utils.images.folders import IMAGE_SUFFIXES, scan, system_message
 from utils.storage.tree import LocalTree
 
 SIZE = 256

@@ -10,12 +10,10 @@ from collections.abc import Sequence
 
 from utils.base.messages import UserError, printable, warn_once
 from utils.data.folder_tables import Asked
-from utils.images.folders import Scanned, check_folders, is_table, scan, system_message, unused_message
+from utils.images.folders import IMAGE_SUFFIXES, Scanned, check_folders, is_table, scan, system_message, unused_message
 from utils.images.tables import TABLES
 from utils.storage.tree import Tree, stem
 
-# In lower case; a file with another suffix is named as ignored.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
 MAX_LISTED = 3  # files named in a message
 
 # Names that folders of splits go by, also as train2017, training_set, seg_test, valid-images.

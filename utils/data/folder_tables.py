@@ -17,18 +17,24 @@ from utils.base.messages import UserError, printable, warn_once
 from utils.conditions.condition import Condition
 from utils.conditions.words import read_kinds
 from utils.data.columns import make_condition
+from utils.images.folders import IMAGE_SUFFIXES, scan
 from utils.images.tables import (
     CAPTION,
     CAPTION_SUFFIX,
+    CLASS_SUFFIX,
+    COLUMNS,
     EDM_COLUMN,
     MAX_LISTED,
+    SIDECARS,
     TABLES,
     Table,
     find_table,
+    has_sidecar,
     read_captions,
+    read_sidecars,
     read_table,
 )
-from utils.storage.tree import Tree, stem
+from utils.storage.tree import Tree, relative, stem
 
 KINDS = ("class", "vector", "text")  # that columns of a table can be
 TEXT_COLUMNS = (CAPTION, "text")  # that are taken where none is named
@@ -62,6 +68,10 @@ class Asked:
             table = find_table(tree, folder, "")
         except UserError as error:
             raise UserError(f"{self.flag}: {error}") from None
+        if table is None and tree.has_columns:
+            return COLUMNS
+        if table is None and (image := find_first_image(tree, folder)) and has_sidecar(tree, image):
+            return posixpath.join(folder, SIDECARS)
         # Captions may lie in files of their own, and folders may be the classes.
         is_optional = not self.kinds.get("class") and self.kinds.get("text", ()) in ((), (CAPTION,))
         if table is None and ("vector" in self.kinds or not is_optional):
@@ -71,13 +81,21 @@ class Asked:
 
     def has_folders(self, table: str | None) -> bool:
         """Returns whether folders are the classes: a class is asked for, but no column, nor has the table just one."""
-        is_edm = table is not None and table.endswith(".json")
+        is_edm = table is not None and (table.endswith(".json") or table == COLUMNS)
         return "class" in self.kinds and not self.kinds["class"] and not is_edm
 
     def is_read(self, file: str, stems: Collection[str]) -> bool:
         """Whether a file beside images is read: a table, or the caption of one of the images, {path without suffix}."""
-        is_caption = file.endswith(CAPTION_SUFFIX) and stem(file) in stems
-        return posixpath.basename(file) in TABLES or ("text" in self.kinds and is_caption)
+        is_beside = file.endswith((*(CAPTION_SUFFIX,) * ("text" in self.kinds), CLASS_SUFFIX, ".json"))
+        return posixpath.basename(file) in TABLES or (is_beside and stem(file) in stems)
+
+
+def find_first_image(tree: Tree, folder: str) -> str | None:
+    """Returns the first image at any depth below a folder; None if there is none."""
+    scanned = scan(tree, folder, IMAGE_SUFFIXES)
+    if scanned.images:
+        return scanned.images[0]
+    return next(filter(None, (find_first_image(tree, below) for below in scanned.folders)), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +115,7 @@ def read_conditions(asked: Asked, tree: Tree, table_file: str | None, images: Se
     finite, and texts where numbers are needed. Of rows without an image it warns.
     """
     try:
-        table = None if table_file is None else read_table(tree, table_file)
+        table = None if table_file is None else _read_any(tree, table_file, images, folder)
         kinds = dict(asked.kinds)
         if asked.has_folders(table_file):
             del kinds["class"]
@@ -118,6 +136,17 @@ def read_conditions(asked: Asked, tree: Tree, table_file: str | None, images: Se
         return found
     except UserError as error:
         raise UserError(f"{asked.flag}: {error}") from None
+
+
+def _read_any(tree: Tree, table_file: str, images: Sequence[str], folder: str) -> Table:
+    """Reads the table that `Asked.find_table` has found."""
+    if table_file == COLUMNS:
+        columns, class_names = tree.read_columns(images)
+        numbers = {relative(image, folder): row for row, image in enumerate(images)}
+        return Table(tree.root, folder, numbers, columns, class_names)
+    if posixpath.basename(table_file) == SIDECARS:
+        return read_sidecars(tree, images, folder)
+    return read_table(tree, table_file)
 
 
 def _read_files(tree: Tree, images: Sequence[str], folder: str, table: Table | None) -> list[str]:

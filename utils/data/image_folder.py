@@ -11,7 +11,7 @@ import dataclasses
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,12 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
     return load_images(tree, name, split, options)
 
 
+def load_archive(name: str, split: str, options: DataOptions, open_tree: Callable[[str], Tree]) -> ImageDataset:
+    """Returns the split of the images in an archive, see `load_images`; `open_tree` opens it by its name. Raises
+    UserError for what is no such archive."""
+    return load_images(_once(name, lambda: open_tree(name)), name, split, options)
+
+
 def load_images(tree: Tree, name: str, split: str, options: DataOptions) -> ImageDataset:
     """Returns the split of the image files in a tree, each turned upright, its middle resized to `options.size`.
 
@@ -61,7 +67,8 @@ def load_images(tree: Tree, name: str, split: str, options: DataOptions) -> Imag
     assert size is not None  # `load_dataset` has filled in the default
 
     # Images of the split. Of data without a validation split a part is held out.
-    asked = None if options.condition_columns is None else Asked.of_text(options.condition_columns)
+    columns = options.condition_columns or tree.default_columns
+    asked = None if columns is None else Asked.of_text(columns)
     listed, train = list_split(tree, split, options, asked)
 
     # Classes. WordNet ids of ImageNet get their English names.
@@ -175,6 +182,16 @@ def sharing_listings() -> Iterator[None]:
         _listings.reset(token)
 
 
+def _once(key: Hashable, make: Callable[[], Any]) -> Any:
+    """Returns what `make` makes, the same again for this key within `sharing_listings`."""
+    shared = _listings.get()
+    if shared is None:
+        return make()
+    if key not in shared:
+        shared[key] = make()
+    return shared[key]
+
+
 def list_split(
     tree: Tree, split: str, options: DataOptions, asked: Asked | None = None
 ) -> tuple[FolderSplit, FolderSplit]:
@@ -184,12 +201,7 @@ def list_split(
     `options.broken_images` says. Raises it, too, if folders may be splits or classes.
     """
     # The training split settles the classes; it is listed for both.
-    shared = _listings.get()
-    shared = {} if shared is None else shared
-    key = (tree.source, options)
-    if key not in shared:
-        shared[key] = _list_training(tree, options, asked)
-    train, validation = shared[key]
+    train, validation = _once((tree.source, options), lambda: _list_training(tree, options, asked))
     if split == "train":
         return train, train
     if isinstance(validation, str):

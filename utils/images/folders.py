@@ -32,6 +32,14 @@ SYSTEM_NAMES = {
 # AppleDouble files of macOS, bins by user id, files recovered by Windows, files deleted on NFS while they were open.
 SYSTEM_PATTERN = re.compile(r"\._.*|\.trash-\d+|found\.\d{3}|\.nfs[0-9a-f]{8,}|\.fuse_hidden[0-9a-f]+", re.DOTALL)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")  # those of pytorch-fid
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".tif",
+    ".tiff",
+)  # of data to train on; others are said to be ignored
 MAX_LISTED = 3  # names in a message
 
 # Files that may hold labels or captions, by their suffix, and those that only describe the data.

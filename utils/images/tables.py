@@ -12,13 +12,13 @@ import json
 import math
 import posixpath
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from utils.base.external import BadFileError
+from utils.base.external import BadFileError, parse_json
 from utils.base.messages import UserError, printable
 from utils.base.settings import suggest_name
 from utils.storage.tree import Tree, relative, stem
@@ -31,6 +31,10 @@ KEY = "file_name"
 EDM_COLUMN = "label"
 CAPTION = "caption"
 CAPTION_SUFFIX = ".txt"
+CLASS_SUFFIX = ".cls"  # of WebDataset: the number or name of an image's class
+SIDECARS = "*.json"  # stands for a table of the files beside each image: its class, and the keys of its .json
+COLUMNS = "*"  # stands for the columns that the tree itself keeps beside its images
+MAX_SIDECAR_BYTES = 2**16
 WHOLE = re.compile(r"([+-]?[0-9]+)(?:\.0*)?")
 
 
@@ -42,6 +46,9 @@ class Table:
     folder: str  # that the names are relative to
     numbers: dict[str, int]  # {name of an image, relative to the folder: its row}
     columns: dict[str, list[Any]]
+    class_names: Mapping[str, tuple[str, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # of columns of labels 0, 1, ...
 
     def find_rows(self, images: Sequence[str]) -> list[int]:
         """Returns the row of each image. Raises UserError where there is none for some of them."""
@@ -132,6 +139,8 @@ class Table:
         Raises UserError for lists and for numbers that are not whole.
         """
         values = self.take(column, rows)
+        if column in self.class_names:
+            return self._check_labels(column, values, rows), self.class_names[column]
         texts = [str(value).strip() for value in values]
         for row, value, text in zip(rows, values, texts, strict=True):
             is_number = _read_number(text) is not None
@@ -148,6 +157,17 @@ class Table:
             raise UserError(f"{self.source}: no image has a label in {column}; give another column")
         labels = {"-1": -1} | {name: label for label, name in enumerate(found)}
         return [labels[text] for text in texts], tuple(found)
+
+    def _check_labels(self, column: str, labels: list[Any], rows: Sequence[int]) -> list[int]:
+        """Returns labels of classes that have names. Raises UserError for one that is out of their range."""
+        count = len(self.class_names[column])
+        for row, label in zip(rows, labels, strict=True):
+            if not isinstance(label, int) or not -1 <= label < count:
+                raise UserError(
+                    f"{self.source}: {column} of {self._name(row)} is {printable(str(label))[:40]}, but there are "
+                    f"{count} classes, 0 to {count - 1}; mend it, or leave this image out"
+                )
+        return labels
 
     def _name(self, row: int) -> str:
         return printable(next(name for name, number in self.numbers.items() if number == row))
@@ -197,6 +217,42 @@ def read_captions(tree: Tree, images: Sequence[str], folder: str) -> Table:
             raise UserError(f"{tree.show(file)} is no caption ({error}); mend it, or move its image out") from None
     names = {relative(image, folder): row for row, image in enumerate(images)}
     return Table(tree.show(posixpath.join(folder, f"*{CAPTION_SUFFIX}")), folder, names, {CAPTION: texts})
+
+
+def has_sidecar(tree: Tree, image: str) -> bool:
+    """Returns whether an image has its class, or a .json, beside it."""
+    return any(tree.is_file(stem(image) + suffix) for suffix in (CLASS_SUFFIX, ".json"))
+
+
+def read_sidecars(tree: Tree, images: Sequence[str], folder: str) -> Table:
+    """Returns the files named as the images as a table: its column `label` is the class in KEY.cls, the others are the
+    keys of KEY.json.
+
+    Raises UserError for two images of one key, and for files that are no classes or no JSON objects.
+    """
+    rows: list[dict[str, Any]] = []
+    images_of: dict[str, str] = {}
+    for image in images:
+        key = stem(image)
+        if key in images_of:
+            raise UserError(
+                f"{tree.show(image)} and {tree.show(images_of[key])} are two images of one key, to which the files "
+                "beside them belong; leave one of them there"
+            )
+        images_of[key] = image
+        row: dict[str, Any] = {}
+        try:
+            if tree.is_file(file := f"{key}.json"):
+                row |= parse_json(tree.read_bounded(file, MAX_SIDECAR_BYTES), is_finite=False)
+            if tree.is_file(file := key + CLASS_SUFFIX):
+                row[EDM_COLUMN] = tree.read_bounded(file, MAX_SIDECAR_BYTES).decode("utf-8-sig").strip()
+        except (BadFileError, UnicodeDecodeError) as error:
+            raise UserError(f"{tree.show(file)} cannot be read ({error}); mend it, or move its image out") from None
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    numbers = {relative(image, folder): row for row, image in enumerate(images)}
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return Table(tree.show(posixpath.join(folder, SIDECARS)), folder, numbers, columns)
 
 
 def _read_csv(content: bytes) -> tuple[list[Any], dict[str, list[Any]]]:

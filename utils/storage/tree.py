@@ -9,9 +9,9 @@ import abc
 import dataclasses
 import os
 import posixpath
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from utils.base.external import BadFileError, read_bounded, read_start
 from utils.base.files import read_bytes
@@ -31,6 +31,8 @@ class Tree(abc.ABC):
     root: str  # where the tree lies, in messages
     title: str  # of the whole: the name of an only class
     key: str  # the same for the same files, wherever a program is started: of what is remembered about them
+    default_columns: str | None = None  # --condition_columns of what lies beside the images, if nothing else is asked
+    has_columns: bool = False  # whether it keeps columns of values beside its images: `read_columns`
 
     @abc.abstractmethod
     def scan(self, folder: str = "") -> Iterator[Entry]:
@@ -46,6 +48,10 @@ class Tree(abc.ABC):
     @abc.abstractmethod
     def stamp(self, path: str) -> str | None:
         """Returns a text that changes whenever a file's content does; None where there is no file."""
+
+    def read_columns(self, paths: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, tuple[str, ...]]]:
+        """Returns ({column: its values for these images}, {column of labels: names of its classes})."""
+        raise NotImplementedError
 
     def read_bounded(self, path: str, max_bytes: int) -> bytes:
         """Returns the bytes of a file. Raises BadFileError if there are more than `max_bytes`, or none can be read."""

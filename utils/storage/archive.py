@@ -1,0 +1,211 @@
+"""Archives as they are: files in them are read at random, and nothing is unpacked.
+
+An archive is listed once. The list is kept in the cache folder, by the archive's path, size and times.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import itertools
+import os
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, UInt8, UInt32
+
+from utils.base.external import BadFileError
+from utils.base.files import atomic_write, cache_folder, open_regular
+from utils.base.messages import UserError, WriteError, printable
+from utils.storage.tree import Entry, Tree
+
+INDEX_VERSION = 1
+MAX_MEMBER_BYTES = 2**30  # of a file in an archive once it is unpacked: above any image, and any table that is read
+STORED, DEFLATED = 0, 8  # methods of a zip (APPNOTE.TXT, 4.4.5)
+
+
+class ArchiveFile:
+    """A file of which parts are read, by several threads at once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = open_regular(path)  # open for as long as it is read: another in its place is not mixed in
+        stat = os.fstat(self._file.fileno())
+        self.size = stat.st_size
+        self.stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+    def read(self, start: int, count: int) -> bytes:
+        """Returns the bytes at `start`, fewer than `count` at the end of the file."""
+        return os.pread(self._file.fileno(), count, start)
+
+    def open(self) -> io.BufferedReader:
+        """Returns the file from its beginning, for a library."""
+        return open_regular(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """The files in archives, sorted by path, with where and how each is stored."""
+
+    paths: Sequence[str]
+    files: UInt8[np.ndarray, " n"] | UInt32[np.ndarray, " n"]  # which archive
+    starts: Int64[np.ndarray, " n"]  # of the bytes; in a zip, of the header before them
+    stored: Int64[np.ndarray, " n"]  # how many bytes are in the archive
+    sizes: Int64[np.ndarray, " n"]  # how many they become
+    methods: UInt8[np.ndarray, " n"]
+    crcs: UInt32[np.ndarray, " n"]  # CRC-32 of a file in a zip
+
+    @classmethod
+    def of_rows(cls, rows: list[tuple[str, int, int, int, int, int, int]]) -> "Index":
+        """Makes an index of (path, file, start, stored, size, method, crc). Raises BadFileError where two have the
+        same path, or one is the folder of another."""
+        rows.sort()
+        paths = [row[0] for row in rows]
+        for path, after in itertools.pairwise(paths):
+            if path == after:
+                raise BadFileError(f"there are two files {printable(path)}")
+        arrays = np.array([row[1:] for row in rows], np.int64).reshape(-1, 6).T
+        kinds = (np.uint32, np.int64, np.int64, np.int64, np.uint8, np.uint32)
+        return cls(paths, *(array.astype(kind) for array, kind in zip(arrays, kinds, strict=True)))
+
+    def save(self, file: Path) -> None:
+        """Keeps the index, if the system lets it; else it is made again next time."""
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        arrays["paths"] = np.frombuffer("\0".join(self.paths).encode("utf-8", "surrogateescape"), np.uint8)
+        with contextlib.suppress(OSError, WriteError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file, is_synced=False) as temporary, temporary.open("wb") as opened:
+                np.savez(opened, **arrays)
+
+    @classmethod
+    def load(cls, file: Path) -> "Index | None":
+        """Returns an index that was kept; None if there is none, or none that is whole."""
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                arrays = dict(content)
+            paths = arrays.pop("paths").tobytes().decode("utf-8", "surrogateescape").split("\0")
+            if any(len(array) != len(paths) for array in arrays.values()):
+                return None
+            return cls(paths, **arrays)
+        except Exception:  # whatever a damaged file makes of it
+            return None
+
+
+class ArchiveTree(Tree):
+    """The files of one archive, or of several that belong together."""
+
+    def __init__(
+        self, source: str, files: Sequence[ArchiveFile], kind: str, make_index: Callable[[Sequence[ArchiveFile]], Index]
+    ):
+        self.source = source
+        self.root = source.partition(":")[2]
+        self.title = Path(self.root).name.partition(".")[0]
+        self.files = files
+        self.kind = kind
+        self.key = f"{kind}:" + "\0".join(str(file.path.absolute()) for file in files)
+        stamps = "\0".join(file.stamp for file in files)
+        name = hashlib.sha256(os.fsencode(f"{INDEX_VERSION}\0{self.key}\0{stamps}")).hexdigest()[:32]
+        kept = cache_folder() / f"index-{name}.npz"
+        index = Index.load(kept)
+        if index is None:
+            index = make_index(files)
+            index.save(kept)
+        self.index = index
+
+    def scan(self, folder: str = "") -> Iterator[Entry]:
+        paths = self.index.paths
+        start = f"{folder}/" if folder else ""
+        row = bisect_left(paths, start)
+        while row < len(paths) and paths[row].startswith(start):
+            name, slash, _ = paths[row][len(start) :].partition("/")
+            yield Entry(name, bool(slash))
+            # The files of a folder stand together, before whatever follows its '/'.
+            row = bisect_left(paths, f"{start}{name}{chr(ord('/') + 1)}", row) if slash else row + 1
+
+    def is_file(self, path: str) -> bool:
+        return self._find(path) is not None
+
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        row = self._find(path)
+        if row is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.show(path))
+        size = int(self.index.sizes[row])
+        wanted = size if limit is None else min(size, limit)
+        if wanted > MAX_MEMBER_BYTES:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes once it is unpacked, more than {MAX_MEMBER_BYTES:,}")
+        return self._read(row, wanted)
+
+    def stamp(self, path: str) -> str | None:
+        row = self._find(path)
+        return None if row is None else f"{self.files[self.index.files[row]].stamp} {self.index.starts[row]}"
+
+    def show(self, path: str) -> str:
+        row = self._find(path) if len(self.files) > 1 else None
+        root = self.root if row is None else str(self.files[self.index.files[row]].path)
+        return f"{root}/{path}" if path else root
+
+    def _find(self, path: str) -> int | None:
+        row = bisect_left(self.index.paths, path)
+        return row if row < len(self.index.paths) and self.index.paths[row] == path else None
+
+    def _read(self, row: int, count: int) -> bytes:
+        """Returns the first `count` bytes of a file."""
+        file = self.files[self.index.files[row]]
+        start, stored = int(self.index.starts[row]), int(self.index.stored[row])
+        if self.kind == "zip":
+            return _read_zip(file, start, stored, count, self.index, row)
+        content = file.read(start, count)
+        if len(content) < count:
+            raise OSError(errno.EIO, "the archive is cut short")
+        return content
+
+
+def _read_zip(file: ArchiveFile, start: int, stored: int, count: int, index: Index, row: int) -> bytes:
+    """Returns the first `count` bytes of a file in a zip whose local header is at `start` (APPNOTE.TXT, 4.3.7)."""
+    header = file.read(start, 30)
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise OSError(errno.EIO, "the archive is cut short, or its directory is wrong")
+    # Lengths of the name and of the extra field, which may differ from those in the directory.
+    begin = start + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    is_stored = index.methods[row] == STORED
+    content = file.read(begin, count if is_stored else stored)
+    if not is_stored:
+        try:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, count or 1)
+        except zlib.error as error:
+            raise OSError(errno.EIO, f"it is damaged in the archive ({error})") from None
+    if len(content) < count:
+        raise OSError(errno.EIO, "the archive is cut short")
+    if count == index.sizes[row] and zlib.crc32(content) != index.crcs[row]:
+        raise OSError(errno.EIO, "it is damaged in the archive (its CRC-32 is wrong)")
+    return content
+
+
+def check_member(path: str) -> str:
+    """Returns the path of a file in an archive without './'. Raises BadFileError where it leads out of the archive."""
+    path = path.replace("\\", "/")
+    while path.startswith("./"):
+        path = path[2:]
+    parts = path.split("/")
+    if path.startswith("/") or ".." in parts or (len(path) > 1 and path[1] == ":"):
+        raise BadFileError(f"{printable(path)} leads out of the archive")
+    if "\0" in path or "" in parts or "." in parts:
+        raise BadFileError(f"{printable(path)!r} is no path of a file")
+    return path
+
+
+@contextlib.contextmanager
+def explaining(source: str) -> Iterator[None]:
+    """Turns what opening an archive raises into a UserError of one line, which names --dataset_name."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"--dataset_name={source}: there is no file {error.filename}; check the path") from None
+    except OSError as error:
+        raise UserError(f"--dataset_name={source} cannot be read ({error.strerror or error}); give a file") from None
+    except BadFileError as error:
+        raise UserError(f"--dataset_name={source}: {error}; give a whole archive of images") from None

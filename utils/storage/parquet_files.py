@@ -1,0 +1,252 @@
+"""parquet:GLOB: images in a column of parquet files, as Hugging Face's `datasets` writes them.
+
+An image is a struct {bytes, path} or the bytes alone. A row is read with its row group, of which some are kept: files
+whose row groups are small are read at random as fast as a folder.
+"""
+
+import collections
+import json
+import re
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from utils.base.external import BadFileError
+from utils.base.files import check_regular
+from utils.base.messages import printable, warn_once
+from utils.storage.archive import MAX_MEMBER_BYTES, explaining
+from utils.storage.tar_files import find_shards
+from utils.storage.tree import Entry, Tree
+
+NAMES = ("image", "img", "jpg", "png", "picture", "bytes")  # of the column of images, where the file does not say
+LABELS = ("label", "labels", "fine_label", "class")
+SPLIT = re.compile(r"(?:partial-)?(train|validation|valid|val|test|dev|eval)(?=[-_.\d]|$)", re.IGNORECASE)
+CACHE_BYTES = 2**28  # of row groups that are kept
+LARGE_GROUP = 2**26  # bytes of a row group of which there is a warning
+MAX_ROWS = 2**31
+MAX_EXPANSION = 64  # of encoded images, which do not compress, over the file's size
+
+
+def open_parquet(source: str) -> "ParquetTree":
+    """Opens parquet files, as parquet:FILE or parquet:GLOB. Raises UserError where there is none, or no column of
+    images in them."""
+    with explaining(source):
+        return ParquetTree(source, find_shards(source, source.partition(":")[2]))
+
+
+class ParquetTree(Tree):
+    """The images in parquet files: one folder, or one for each split that the files' names tell.
+
+    They bear the names that they have in the files where these are in order, else the numbers of their rows.
+    """
+
+    has_columns = True
+
+    def __init__(self, source: str, files: Sequence[Path]):
+        self.source = source
+        self.root = source.partition(":")[2]
+        self.title = Path(self.root).name.partition(".")[0]
+        self.key = "parquet:" + "\0".join(str(file.absolute()) for file in files)
+        self.files = [_File(file) for file in files]
+        self._kept: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        first = self.files[0]
+        for file in self.files:
+            if not file.schema.equals(first.schema):
+                raise BadFileError(f"{file.path} has other columns than {first.path}; name files of one data set")
+        self.default_columns = None if first.label is None else f"class:{first.label}"
+
+        # A path for each row, by splits.
+        splits = [_split_of(file.path) for file in self.files]
+        rows: list[tuple[str, int, int]] = []
+        for split in dict.fromkeys(splits):
+            own = [(number, file) for number, file in enumerate(self.files) if splits[number] == split]
+            names = [name for _, file in own for name in file.read_names()]
+            places = [(number, row) for number, file in own for row in range(file.num_rows)]
+            if len(set(names)) < len(names) or names != sorted(names) or None in names:
+                width = len(str(len(names)))
+                names = [f"{row:0{width}}.png" for row in range(len(names))]
+            start = f"{split}/" if split else ""
+            rows += [(start + name, *place) for name, place in zip(names, places, strict=True)]
+        rows.sort()
+        self.paths = [path for path, _, _ in rows]
+        self.places = np.array([place for _, *place in rows], np.int64).reshape(-1, 2)
+
+    def scan(self, folder: str = "") -> Iterator[Entry]:
+        start = f"{folder}/" if folder else ""
+        row = bisect_left(self.paths, start)
+        while row < len(self.paths) and self.paths[row].startswith(start):
+            name, slash, _ = self.paths[row][len(start) :].partition("/")
+            yield Entry(name, bool(slash))
+            row = bisect_left(self.paths, f"{start}{name}{chr(ord('/') + 1)}", row) if slash else row + 1
+
+    def is_file(self, path: str) -> bool:
+        return self._find(path) is not None
+
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        found = self._find(path)
+        if found is None:
+            raise FileNotFoundError(f"there is no image {path}")
+        number, row = found
+        group, index = self.files[number].place_of(row)
+        value = self._read_group(number, group)[index]
+        if not value.is_valid or value.as_buffer().size == 0:
+            raise OSError("the row has no image")
+        if value.as_buffer().size > MAX_MEMBER_BYTES:
+            raise OSError(f"it has {value.as_buffer().size:,} bytes")
+        return value.as_buffer().to_pybytes()[:limit]
+
+    def stamp(self, path: str) -> str | None:
+        found = self._find(path)
+        return None if found is None else f"{self.files[found[0]].stamp} {found[1]}"
+
+    def show(self, path: str) -> str:
+        found = self._find(path)
+        return f"row {found[1]} of {self.files[found[0]].path}" if found else super().show(path)
+
+    def read_columns(self, paths: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, tuple[str, ...]]]:
+        names = [name for name in self.files[0].schema.names if name != self.files[0].image]
+        places = [self.places[bisect_left(self.paths, path)] for path in paths]
+        columns: dict[str, list[Any]] = {}
+        for name in names:
+            whole = [file.read_column(name) for file in self.files]
+            columns[name] = [whole[number][row] for number, row in places]
+        return columns, self.files[0].class_names
+
+    def _find(self, path: str) -> tuple[int, int] | None:
+        """Returns (number of the file, row in it)."""
+        row = bisect_left(self.paths, path)
+        if row == len(self.paths) or self.paths[row] != path:
+            return None
+        number, of_file = self.places[row].tolist()
+        return number, of_file
+
+    def _read_group(self, number: int, group: int) -> Any:
+        """Returns the encoded images of a row group, kept for the next ones who ask."""
+        with self._lock:  # one thread reads it for all
+            if (number, group) not in self._kept:
+                self._kept[number, group] = self.files[number].read_images(group)
+                while len(self._kept) > 1 and sum(array.nbytes for array in self._kept.values()) > CACHE_BYTES:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end((number, group))
+            return self._kept[number, group]
+
+
+class _File:
+    """One parquet file. Raises BadFileError for what is none, or has no images."""
+
+    def __init__(self, path: Path):
+        check_regular(path)
+        stat = path.stat()
+        self.path = path
+        self.stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        try:
+            with parquet.ParquetFile(path) as file:
+                metadata, self.schema = file.metadata, file.schema_arrow
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise BadFileError(f"{path} is no whole parquet file ({printable(str(error))[:100]})") from None
+        self.num_rows = metadata.num_rows
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        check_size(self.path, self.num_rows, sum(group.total_byte_size for group in groups), stat.st_size)
+        self.starts = np.cumsum([0, *(group.num_rows for group in groups)])
+        largest = max((group.total_byte_size for group in groups), default=0)
+        if largest > LARGE_GROUP and len(groups) > 1:
+            warn_once(
+                f"{path}: a row group has {largest / 2**20:,.0f} MiB, all of which is read for one image; "
+                "row_group_size=100 when it is written is faster"
+            )
+
+        # Which columns are images and labels: the file says so where `datasets` has written it.
+        features = _read_features(self.schema)
+        self.image = _find_image(path, self.schema, features)
+        self.class_names = {
+            name: tuple(map(str, feature["names"]))
+            for name, feature in features.items()
+            if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
+        }
+        numbers = [
+            name for name in LABELS if name in self.schema.names and pa.types.is_integer(self.schema.field(name).type)
+        ]
+        self.label = next(iter([*self.class_names, *numbers]), None)
+
+    def place_of(self, row: int) -> tuple[int, int]:
+        """Returns (row group, row in it)."""
+        group = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return group, int(row - self.starts[group])
+
+    def read_images(self, group: int) -> Any:
+        """Returns the encoded images of a row group, an array of bytes."""
+        is_struct = pa.types.is_struct(self.schema.field(self.image).type)
+        with parquet.ParquetFile(self.path) as file:
+            try:
+                table = file.read_row_group(group, [f"{self.image}.bytes" if is_struct else self.image])
+            except (pa.ArrowException, OSError) as error:
+                raise OSError(f"row group {group} cannot be read: {printable(str(error))[:100]}") from None
+        column = table.column(0).combine_chunks()
+        return column.field("bytes") if is_struct else column
+
+    def read_names(self) -> list[str | None]:
+        """Returns the names that the images have in the file; None for those without."""
+        kind = self.schema.field(self.image).type
+        if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
+            return [None] * self.num_rows
+        with parquet.ParquetFile(self.path) as file:
+            paths = file.read([f"{self.image}.path"]).column(0).combine_chunks().field("path").to_pylist()
+        return [None if path is None else path.replace("\\", "/").lstrip("/") or None for path in paths]
+
+    def read_column(self, name: str) -> list[Any]:
+        with parquet.ParquetFile(self.path) as file:
+            return file.read([name]).column(0).to_pylist()
+
+
+def check_size(path: Path, num_rows: int, num_bytes: int, file_bytes: int) -> None:
+    """Raises BadFileError where a file says that it holds far more than images of its size can."""
+    if num_rows > MAX_ROWS or num_bytes > MAX_EXPANSION * file_bytes + 2**26:
+        raise BadFileError(f"{path} says that it holds {num_rows:,} rows of {num_bytes:,} bytes")
+    if not num_rows:
+        raise BadFileError(f"{path} has no rows")
+
+
+def _split_of(path: Path) -> str:
+    """Returns the split that the name of a file, or of its folder, tells: train-00000-of-00002.parquet; '' for none."""
+    match = SPLIT.match(path.name) or SPLIT.fullmatch(path.parent.name)
+    return match[1].lower() if match else ""
+
+
+def _read_features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """Returns {column: what `datasets` says of it}; {} where it says nothing."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _find_image(path: Path, schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str:
+    """Returns the name of the column of images. Raises BadFileError if there is none, or it is not clear which."""
+
+    def has_bytes(name: str) -> bool:
+        kind = schema.field(name).type
+        if pa.types.is_struct(kind):
+            index = kind.get_field_index("bytes")
+            return index >= 0 and _is_bytes(kind.field(index).type)
+        return _is_bytes(kind)
+
+    said = [name for name, feature in features.items() if feature.get("_type") == "Image" and name in schema.names]
+    found = [name for name in said or schema.names if has_bytes(name)]
+    named = [name for name in found if name in NAMES]
+    if len(found) != 1 and len(named) != 1:
+        columns = printable(", ".join(schema.names[:20]))
+        what = "several columns of images" if found else "no column of images"
+        raise BadFileError(f"{path} has {what} (its columns are {columns}); one of them is to be called image")
+    return (found if len(found) == 1 else named)[0]
+
+
+def _is_bytes(kind: Any) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
