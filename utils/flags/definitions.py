@@ -12,6 +12,7 @@ from absl import flags
 import diffusion_transformer  # noqa: F401 (enters DiT among the networks)
 from utils.base.settings import kind_of, settings_of
 from utils.codecs.codecs import CODECS
+from utils.data.joined import SEPARATOR
 from utils.data.loaders import list_names
 from utils.flags.help import hide, topic
 from utils.metrics.extractors import DEFAULT_EXTRACTOR, EXTRACTORS, ExtractorOptions
@@ -33,6 +34,14 @@ def define_path(name: str, default: str | None, help: str) -> None:
     """Registers a flag whose value is a path: a leading ~ stands for a home folder, wherever the flag is used."""
     path_flags.add(name)
     flags.DEFINE_string(name, default, help)
+
+
+class JoinedFlag(flags.Flag):
+    """A flag whose values are joined where it is given several times."""
+
+    def parse(self, argument: str) -> None:
+        self.allow_overwrite = True
+        super().parse(f"{self.value}{SEPARATOR}{argument}" if self.present else argument)
 
 
 class SettingParser(flags.ArgumentParser):
@@ -58,6 +67,9 @@ def define_setting(name: str, field: dataclasses.Field, **changes: Any) -> None:
     if metadata["parse"]:
         serializer = flags.CsvListSerializer(",") if kind is tuple else flags.ArgumentSerializer()
         flags.DEFINE(SettingParser(metadata["parse"]), name, default, help_text, serializer=serializer)
+    elif name == "dataset_name":
+        path_flags.add(name)
+        flags.DEFINE_flag(JoinedFlag(flags.ArgumentParser(), flags.ArgumentSerializer(), name, default, help_text))
     elif metadata["is_path"]:
         define_path(name, default, help_text)
     elif metadata["choices"]:
@@ -94,7 +106,7 @@ def define_data_flags(dataset_name: str | None = "imagenet256") -> None:
     ending = "" if dataset_name else "; default: the run's"
     folders = ", ".join(list_names(lambda loader: "broken_images" in loader.options))
     helps = {
-        "dataset_name": f"Data set: {', '.join(list_names())}; see docs/data.md{ending}.",
+        "dataset_name": f"Data set, or several to be joined: {', '.join(list_names())}; see docs/data.md{ending}.",
         "broken_images": f"What to do about broken files of {folders}.",
         "max_megapixels": f"Largest image of {folders} to decode; 3 bytes a pixel.",
     }

@@ -27,6 +27,8 @@ from utils.conditions.condition import Condition, recorded_kind, restore_conditi
 from utils.conditions.images import ImageCondition
 from utils.convert.published import export_published
 from utils.convert.sources import EXPORTED, HUB_ID, METADATA_KEY
+from utils.data.joined import SEPARATOR
+from utils.data.loaders import split_names
 from utils.images.pixels import PixelFormat
 from utils.networks.lora import merge_lora
 from utils.objectives.objective import has_guidance
@@ -193,6 +195,8 @@ def example_fields(condition: Condition) -> dict[str, str]:
 
 def _public_name(dataset_name: str) -> str:
     """Returns the name of a data set without the folders of a path in it."""
+    if len(names := split_names(dataset_name)) > 1:
+        return SEPARATOR.join(map(_public_name, names))
     kind, colon, path = dataset_name.partition(":")
     return f"{kind}{colon}{Path(path).name}" if colon else Path(dataset_name).name
 

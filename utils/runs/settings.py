@@ -12,6 +12,7 @@ from utils.codecs.codecs import DEFAULT_HUB_ID, CodecSpec, list_codecs, parse_co
 from utils.conditions.augmented import AUGMENTATIONS
 from utils.conditions.text_encoders import list_text_encoders
 from utils.data.dataset import DataOptions
+from utils.data.joined import parse_weights
 from utils.images.decoding import MAX_MEGAPIXELS, MODES
 from utils.images.pixels import parse_range
 from utils.images.sizes import parse_size
@@ -59,7 +60,10 @@ class DataConfig:
     """Which images are read, and how."""
 
     # The source.
-    dataset_name: str = setting("imagenet256", "Data set; docs/data.md lists them.", is_path=True)
+    dataset_name: str = setting("imagenet256", "Data set; given several times, they are joined.", is_path=True)
+    dataset_weights: str | None = setting(
+        None, "Shares of several data sets in an epoch, such as 1,2; default: by their sizes."
+    )
     data_dir: str | None = setting(None, "Where TFDS keeps prepared data sets; gs://... too.", is_path=True)
 
     # How each image is decoded and prepared.
@@ -101,6 +105,7 @@ class DataConfig:
             self.broken_images,
             self.max_megapixels,
             check_images=bool(self.check_images),
+            dataset_weights=None if self.dataset_weights is None else parse_weights(self.dataset_weights),
             random_flip=flip,
             image_mode=self.image_mode,
             condition_columns=self.condition_columns,

@@ -48,7 +48,8 @@ class ParquetTree(Tree):
 
     has_columns = True
 
-    def __init__(self, source: str, files: Sequence[Path]):
+    def __init__(self, source: str, files: Sequence[Path], splits: Sequence[str | None] | None = None):
+        """`splits` are those of the files; where one is None, its name tells."""
         self.source = source
         self.root = source.partition(":")[2]
         self.title = Path(self.root).name.partition(".")[0]
@@ -63,7 +64,8 @@ class ParquetTree(Tree):
         self.default_columns = None if first.label is None else f"class:{first.label}"
 
         # A path for each row, by splits.
-        splits = [_split_of(file.path) for file in self.files]
+        given = splits or [None] * len(files)
+        splits = [_split_of(file) if part is None else part for file, part in zip(files, given, strict=True)]
         rows: list[tuple[str, int, int]] = []
         for split in dict.fromkeys(splits):
             own = [(number, file) for number, file in enumerate(self.files) if splits[number] == split]
