@@ -101,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer({"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings})
 
     def tree(self, body, name):
+        if name not in self.server.repositories:
+            return self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         files = self.server.repositories[name].items()
         self._answer([{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in files])
 
@@ -120,9 +122,9 @@ _ROUTES = {
     rf"/{_NAME}\.git/info/lfs/objects/batch": _Handler.batch,
     r"/lfs/(\w+)": _Handler.store,
     rf"/api/models/{_NAME}/commit/main": _Handler.commit,
-    rf"/api/models/{_NAME}/revision/\w+": _Handler.describe,
-    rf"/api/models/{_NAME}/tree/\w+": _Handler.tree,
-    rf"/{_NAME}/resolve/\w+/(.+)": _Handler.resolve,
+    rf"/api/(?:models|datasets)/{_NAME}/revision/[\w%]+": _Handler.describe,
+    rf"/api/(?:models|datasets)/{_NAME}/tree/[\w%]+": _Handler.tree,
+    rf"/(?:datasets/)?{_NAME}/resolve/[\w%]+/(.+)": _Handler.resolve,
 }
 
 

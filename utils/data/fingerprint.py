@@ -65,7 +65,7 @@ class Fingerprint:
     format: str
     num_examples: int
     sha256: str
-    rows: Sequence[Row] | None = None
+    rows: Sequence[Row] | None = dataclasses.field(default=None, compare=False)  # which the hash stands for
 
     @classmethod
     def of_rows(cls, format: str, rows: Sequence[Row]) -> "Fingerprint":

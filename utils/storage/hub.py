@@ -120,14 +120,24 @@ def _list_files(flag: str, name: str) -> tuple[Path | None, list[str], str | Non
         return None, [], None
     except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+    # Without a way to the hub, what was fetched before.
     for revision in (None, CONVERTED):
-        try:
-            folder = Path(hub.snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
-        except Exception:  # none of it is here
-            continue
-        if found := sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")):
-            return folder, found, revision
+        for folder in _find_cached(name, revision or "main"):
+            if found := sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")):
+                return folder, found, revision
     raise UserError(f"{flag} cannot be fetched from the hub ({reason}); give a data set that you may read")
+
+
+def _find_cached(name: str, revision: str) -> list[Path]:
+    """Returns the folders of what is in the hub's cache of a revision of a data set."""
+    import huggingface_hub as hub
+
+    try:
+        repositories = hub.scan_cache_dir().repos
+    except hub.CacheNotFound:
+        return []
+    own = [each for each in repositories if (each.repo_id, each.repo_type) == (name, "dataset")]
+    return [found.snapshot_path for each in own for found in each.revisions if revision in found.refs]
 
 
 def _read_card(folder: Path | None, flag: str, name: str, revision: str | None) -> dict[str, Any]:

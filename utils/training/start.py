@@ -53,8 +53,8 @@ FIXED = (
 )  # fmt: skip
 # Identified by the content of the data instead (utils/data/fingerprint.py), or by rules of their own.
 COMPARED_ELSEWHERE = (
-    "dataset_name", "data_dir", "image_size", "image_mode", "condition_columns", "text_encoder", "value_range",
-    "codec", "vae", "model.use_stable_vae", "load_dir", "save_dir", "wandb.display_name",
+    "dataset_name", "dataset_weights", "data_dir", "image_size", "image_mode", "condition_columns", "text_encoder",
+    "value_range", "codec", "vae", "model.use_stable_vae", "load_dir", "save_dir", "wandb.display_name",
 )  # fmt: skip
 # Parameters mean something else under another value of these, even if their shapes are the same.
 MEANING_OF_PARAMETERS = (
