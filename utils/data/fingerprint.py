@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,10 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index):
         digest = self.digests[index]
         return Row(self.keys[index], int(self.labels[index]), digest if isinstance(digest, str) else digest.decode())
+
+    def __iter__(self) -> Iterator[Row]:
+        digests = self.digests if isinstance(self.digests, Sequence) else map(bytes.decode, self.digests.tolist())
+        yield from map(Row, self.keys, np.asarray(self.labels).tolist(), digests)
 
 
 @dataclasses.dataclass(frozen=True)

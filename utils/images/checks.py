@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ CHECK_VERSION = 4  # of what is decoded how; raise it when utils/images/decoding
 CHUNK = 512  # images between two writes of what was found; SQLite takes 999 values in a question
 NUM_TRUSTED = 64  # images that are decoded where the others are trusted
 DIGEST = "S16"
+MODE_NUMBERS = {"": 0} | {mode: number for number, mode in enumerate(MODES)}
 
 
 class CheckedImage(NamedTuple):
@@ -58,16 +59,17 @@ class CheckedImages:
         self.digests = np.zeros(count, DIGEST)
         self.reasons = {}
 
-    def __setitem__(self, row: int, image: CheckedImage) -> None:
-        self.heights[row] = image.height
-        self.widths[row] = image.width
-        self.digests[row] = image.digest
-        self.lowest[row] = image.lowest
-        self.highest[row] = image.highest
-        if image.reason:
-            self.reasons[row] = image.reason
-        else:
-            self.modes[row] = MODES.index(image.mode)
+    def fill(self, start: int, images: Mapping[int, CheckedImage]) -> None:
+        """Sets the results of several files, by their numbers after `start`, at once."""
+        if not images:
+            return
+        rows = start + np.fromiter(images, np.int64, len(images))
+        heights, widths, modes, digests, reasons, lows, highs = zip(*images.values(), strict=True)
+        self.heights[rows], self.widths[rows], self.lowest[rows], self.highest[rows] = heights, widths, lows, highs
+        self.modes[rows] = [MODE_NUMBERS[mode] for mode in modes]
+        self.digests[rows] = digests
+        if any(reasons):
+            self.reasons |= {row: reason for row, reason in zip(rows.tolist(), reasons, strict=True) if reason}
 
 
 def check_images(tree: Tree, paths: Sequence[str], max_megapixels: float) -> CheckedImages:
@@ -87,14 +89,12 @@ def check_images(tree: Tree, paths: Sequence[str], max_megapixels: float) -> Che
             # Files that have not changed since an earlier check.
             stamps = [tree.stamp(path) for path in chunk]
             known = memory.find(zip(chunk, stamps, strict=True))
-            for row, image in known.items():
-                checked[start + row] = image
+            checked.fill(start, known)
             unknown = [row for row in range(len(chunk)) if row not in known]
 
             # All others are decoded.
             found = list(pool.map(check, [chunk[row] for row in unknown]))
-            for row, (image, _) in zip(unknown, found, strict=True):
-                checked[start + row] = image
+            checked.fill(start, {row: image for row, (image, _) in zip(unknown, found, strict=True)})
             memory.keep(
                 (chunk[row], stamps[row], image)
                 for row, (image, is_lasting) in zip(unknown, found, strict=True)
@@ -108,8 +108,7 @@ def trust_images(tree: Tree, paths: Sequence[str], max_megapixels: float) -> Che
     """Returns what decoding a few files found, and their mode for all: digests and the other sizes are not known."""
     checked = CheckedImages(len(paths))
     rows = range(0, len(paths), -(-len(paths) // NUM_TRUSTED))
-    for row in rows:
-        checked[row], _ = _check_file(tree, paths[row], max_megapixels)
+    checked.fill(0, {row: _check_file(tree, paths[row], max_megapixels)[0] for row in rows})
     checked.digests[:] = b""
     seen = [row for row in rows if row not in checked.reasons]
     if seen:

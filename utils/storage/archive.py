@@ -21,7 +21,7 @@ from jaxtyping import Int64, UInt8, UInt32
 from utils.base.external import BadFileError
 from utils.base.files import atomic_write, cache_folder, open_regular
 from utils.base.messages import UserError, WriteError, printable
-from utils.storage.tree import Entry, Tree
+from utils.storage.tree import Tree
 
 INDEX_VERSION = 1
 MAX_MEMBER_BYTES = 2**30  # of a file in an archive once it is unpacked: above any image, and any table that is read
@@ -116,13 +116,13 @@ class ArchiveTree(Tree):
             index.save(kept)
         self.index = index
 
-    def scan(self, folder: str = "") -> Iterator[Entry]:
+    def scan(self, folder: str = "") -> Iterator[tuple[str, bool]]:
         paths = self.index.paths
         start = f"{folder}/" if folder else ""
         row = bisect_left(paths, start)
         while row < len(paths) and paths[row].startswith(start):
             name, slash, _ = paths[row][len(start) :].partition("/")
-            yield Entry(name, bool(slash))
+            yield name, bool(slash)
             # The files of a folder stand together, before whatever follows its '/'.
             row = bisect_left(paths, f"{start}{name}{chr(ord('/') + 1)}", row) if slash else row + 1
 

@@ -22,7 +22,7 @@ from utils.base.files import check_regular
 from utils.base.messages import printable, warn_once
 from utils.storage.archive import MAX_MEMBER_BYTES, explaining
 from utils.storage.tar_files import find_shards
-from utils.storage.tree import Entry, Tree
+from utils.storage.tree import Tree
 
 NAMES = ("image", "img", "jpg", "png", "picture", "bytes")  # of the column of images, where the file does not say
 LABELS = ("label", "labels", "fine_label", "class")
@@ -80,12 +80,12 @@ class ParquetTree(Tree):
         self.paths = [path for path, _, _ in rows]
         self.places = np.array([place for _, *place in rows], np.int64).reshape(-1, 2)
 
-    def scan(self, folder: str = "") -> Iterator[Entry]:
+    def scan(self, folder: str = "") -> Iterator[tuple[str, bool]]:
         start = f"{folder}/" if folder else ""
         row = bisect_left(self.paths, start)
         while row < len(self.paths) and self.paths[row].startswith(start):
             name, slash, _ = self.paths[row][len(start) :].partition("/")
-            yield Entry(name, bool(slash))
+            yield name, bool(slash)
             row = bisect_left(self.paths, f"{start}{name}{chr(ord('/') + 1)}", row) if slash else row + 1
 
     def is_file(self, path: str) -> bool:

@@ -7,21 +7,15 @@ UTF-8 are surrogates, as `os.fsdecode` has them.
 
 import abc
 import dataclasses
+import functools
 import os
 import posixpath
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from utils.base.external import BadFileError, read_bounded, read_start
 from utils.base.files import read_bytes
-
-
-class Entry(NamedTuple):
-    """What lies in a folder."""
-
-    name: str
-    is_folder: bool
 
 
 class Tree(abc.ABC):
@@ -35,8 +29,8 @@ class Tree(abc.ABC):
     has_columns: bool = False  # whether it keeps columns of values beside its images: `read_columns`
 
     @abc.abstractmethod
-    def scan(self, folder: str = "") -> Iterator[Entry]:
-        """Yields the entries of a folder, in any order."""
+    def scan(self, folder: str = "") -> Iterable[tuple[str, bool]]:
+        """Returns (name, whether it is a folder) of what lies in a folder, in any order."""
 
     @abc.abstractmethod
     def is_file(self, path: str) -> bool: ...
@@ -86,7 +80,7 @@ class LocalTree(Tree):
     def source(self) -> str:
         return f"folder:{self.folder}"
 
-    @property
+    @functools.cached_property
     def root(self) -> str:
         return str(self.folder)
 
@@ -98,10 +92,9 @@ class LocalTree(Tree):
     def key(self) -> str:
         return str(self.folder.absolute())
 
-    def scan(self, folder: str = "") -> Iterator[Entry]:
+    def scan(self, folder: str = "") -> list[tuple[str, bool]]:
         with os.scandir(self._full(folder)) as entries:
-            for entry in entries:
-                yield Entry(entry.name, entry.is_dir())
+            return [(entry.name, entry.is_dir()) for entry in entries]
 
     def is_file(self, path: str) -> bool:
         return os.path.isfile(self._full(path))
@@ -132,7 +125,7 @@ class LocalTree(Tree):
         return stat.st_dev, stat.st_ino
 
     def _full(self, path: str) -> str:
-        return os.path.join(self.folder, path)  # a Path for each of a million files would take seconds
+        return f"{self.root}/{path}" if path else self.root  # a Path for each of a million files would take seconds
 
 
 def relative(path: str, folder: str) -> str:
