@@ -38,13 +38,18 @@ from utils.images.checks import CheckedImages, check_images, read_image_of, trus
 from utils.images.decoding import CHANNELS, MAX_MEGAPIXELS, MODES, SIXTEEN_BITS, BrokenImageError, read_image
 from utils.images.pixels import UINT8, describe_range
 from utils.images.sizes import Size, write_size
+from utils.storage.remote_tree import RemoteTree
 from utils.storage.tree import LocalTree, Tree, relative
+from utils.storage.urls import is_url
 
 
 def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
     """Returns the split of a folder of image files, see `load_images`. Raises UserError if the folder is missing or
     unfinished, too."""
-    tree = LocalTree(Path(name.partition(":")[2]))
+    path = name.partition(":")[2]
+    if is_url(path):
+        return load_archive(name, split, options, RemoteTree)
+    tree = LocalTree(Path(path))
     if not tree.folder.is_dir():
         raise UserError(f"--dataset_name={name}: there is no folder {tree.root}; {describe_layout(tree)}")
     if tree.is_file(UNFINISHED):  # written by sample.py or eval_fid.py

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from utils.base.effects import refuse_ignored
-from utils.base.files import expand_home, refuse_url
+from utils.base.files import expand_home
 from utils.base.messages import UserError, warn
 from utils.base.settings import check_made, unknown_name
 from utils.conditions.condition import record_condition
@@ -23,7 +23,10 @@ from utils.data.tfds import load_celebahq, load_imagenet, load_tfds
 from utils.images.pixels import UINT8
 from utils.storage.hub import open_hub
 from utils.storage.parquet_files import open_parquet
+from utils.storage.remote import fetch
+from utils.storage.remote_tree import fetch_folder
 from utils.storage.tar_files import open_tar
+from utils.storage.urls import is_url, refuse_url
 from utils.storage.zip_files import open_zip
 
 
@@ -37,7 +40,8 @@ class Loader:
     load: Callable[[str, str, DataOptions], ImageDataset]
     help: str = ""
     argument: str | None = None  # word for what follows a colon in the name; None: the name stands alone
-    is_path: bool = False  # whether the argument is a path on this machine
+    is_path: bool = False  # whether the argument is a path, or a URL of object storage
+    needs_files: bool = False  # whether its files are mapped: those in object storage are fetched first
     options: tuple[str, ...] = ()  # fields of DataOptions that `load` uses; random_flip is applied to every source
     default_size: int | None = None  # side of the images unless --image_size gives another; None: their own
     flips: bool = False  # whether training mirrors half of the images unless --random_flip says otherwise
@@ -120,15 +124,26 @@ LOADERS: dict[str, Loader] = {
         "images and labels in NumPy's files",
         "FILE",
         is_path=True,
+        needs_files=True,
         options=("value_range", "condition_columns", "text_encoder"),
     ),
     "tfds": Loader(load_tfds, "any labelled images of TensorFlow Datasets", "NAME", options=_TFDS),
     # Made from the images of another data set.
     "latents": Loader(
-        load_latents, "what encode_latents.py made of one of these", "DIR", is_path=True, holds="latents"
+        load_latents,
+        "what encode_latents.py made of one of these",
+        "DIR",
+        is_path=True,
+        needs_files=True,
+        holds="latents",
     ),
     "pairs": Loader(
-        load_pairs, "samples of a model, and their noise, made by make_pairs.py", "DIR", is_path=True, holds="pairs"
+        load_pairs,
+        "samples of a model, and their noise, made by make_pairs.py",
+        "DIR",
+        is_path=True,
+        needs_files=True,
+        holds="pairs",
     ),
 }
 
@@ -148,7 +163,10 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     options = options or DataOptions()
     if options.image_size is None:
         options = dataclasses.replace(options, image_size=loader.default_size)
-    dataset = loader.load(name, split, options)
+    local = _fetch(name, loader)
+    dataset = loader.load(local, split, options)
+    if dataset.name == local:
+        dataset = dataclasses.replace(dataset, name=name)
     check_made(dataset, ImageDataset, f"the loader of --dataset_name={name}")
     check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
     text = dataset.condition.find_part(TextCondition)
@@ -180,6 +198,14 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
             "--random_flip 1, or leave the flag out"
         )
     return dataclasses.replace(dataset, random_flip=flips and split == "train")
+
+
+def _fetch(name: str, loader: Loader) -> str:
+    """Returns the name of a data set, of a local copy where its files are mapped, and lie in object storage."""
+    prefix, _, path = name.partition(":")
+    if not (loader.needs_files and is_url(path)):
+        return name
+    return f"{prefix}:{fetch_folder(path, 'dataset_name') if loader.is_derived else fetch(path, 'dataset_name')}"
 
 
 def load_splits(name: str, options: DataOptions | None = None) -> dict[str, ImageDataset]:
@@ -279,12 +305,14 @@ def expand_name(name: str) -> str:
     """
     if len(names := split_names(name)) > 1:
         return SEPARATOR.join(map(expand_name, names))
-    refuse_url(name, "dataset_name")
     setting = f"--dataset_name={name}"
     loader = find_loader(name)
+    prefix, _, path = name.partition(":")
+    if loader is not None and loader.is_path and is_url(path):
+        return name
+    refuse_url(name, "dataset_name")
     if loader is None:  # a path without its prefix, perhaps, which is guessed from it
         return expand_home(name, setting)
-    prefix, _, path = name.partition(":")
     return f"{prefix}:{expand_home(path, setting)}" if loader.is_path else name
 
 

@@ -7,11 +7,9 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import io
 import itertools
 import os
 import zlib
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,32 +17,14 @@ import numpy as np
 from jaxtyping import Int64, UInt8, UInt32
 
 from utils.base.external import BadFileError
-from utils.base.files import atomic_write, cache_folder, open_regular
+from utils.base.files import atomic_write, cache_folder
 from utils.base.messages import UserError, WriteError, printable
-from utils.storage.tree import Tree
+from utils.storage.parts import PartsFile
+from utils.storage.tree import ListedTree
 
 INDEX_VERSION = 1
 MAX_MEMBER_BYTES = 2**30  # of a file in an archive once it is unpacked: above any image, and any table that is read
 STORED, DEFLATED = 0, 8  # methods of a zip (APPNOTE.TXT, 4.4.5)
-
-
-class ArchiveFile:
-    """A file of which parts are read, by several threads at once."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._file = open_regular(path)  # open for as long as it is read: another in its place is not mixed in
-        stat = os.fstat(self._file.fileno())
-        self.size = stat.st_size
-        self.stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-
-    def read(self, start: int, count: int) -> bytes:
-        """Returns the bytes at `start`, fewer than `count` at the end of the file."""
-        return os.pread(self._file.fileno(), count, start)
-
-    def open(self) -> io.BufferedReader:
-        """Returns the file from its beginning, for a library."""
-        return open_regular(self.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,18 +75,18 @@ class Index:
             return None
 
 
-class ArchiveTree(Tree):
+class ArchiveTree(ListedTree):
     """The files of one archive, or of several that belong together."""
 
     def __init__(
-        self, source: str, files: Sequence[ArchiveFile], kind: str, make_index: Callable[[Sequence[ArchiveFile]], Index]
+        self, source: str, files: Sequence[PartsFile], kind: str, make_index: Callable[[Sequence[PartsFile]], Index]
     ):
         self.source = source
         self.root = source.partition(":")[2]
         self.title = Path(self.root).name.partition(".")[0]
         self.files = files
         self.kind = kind
-        self.key = f"{kind}:" + "\0".join(str(file.path.absolute()) for file in files)
+        self.key = f"{kind}:" + "\0".join(file.key for file in files)
         stamps = "\0".join(file.stamp for file in files)
         name = hashlib.sha256(os.fsencode(f"{INDEX_VERSION}\0{self.key}\0{stamps}")).hexdigest()[:32]
         kept = cache_folder() / f"index-{name}.npz"
@@ -115,24 +95,10 @@ class ArchiveTree(Tree):
             index = make_index(files)
             index.save(kept)
         self.index = index
-
-    def scan(self, folder: str = "") -> Iterator[tuple[str, bool]]:
-        paths = self.index.paths
-        start = f"{folder}/" if folder else ""
-        row = bisect_left(paths, start)
-        while row < len(paths) and paths[row].startswith(start):
-            name, slash, _ = paths[row][len(start) :].partition("/")
-            yield name, bool(slash)
-            # The files of a folder stand together, before whatever follows its '/'.
-            row = bisect_left(paths, f"{start}{name}{chr(ord('/') + 1)}", row) if slash else row + 1
-
-    def is_file(self, path: str) -> bool:
-        return self._find(path) is not None
+        self.paths = index.paths
 
     def read(self, path: str, limit: int | None = None) -> bytes:
-        row = self._find(path)
-        if row is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.show(path))
+        row = self.find_file(path)
         size = int(self.index.sizes[row])
         wanted = size if limit is None else min(size, limit)
         if wanted > MAX_MEMBER_BYTES:
@@ -140,17 +106,13 @@ class ArchiveTree(Tree):
         return self._read(row, wanted)
 
     def stamp(self, path: str) -> str | None:
-        row = self._find(path)
+        row = self.find(path)
         return None if row is None else f"{self.files[self.index.files[row]].stamp} {self.index.starts[row]}"
 
     def show(self, path: str) -> str:
-        row = self._find(path) if len(self.files) > 1 else None
-        root = self.root if row is None else str(self.files[self.index.files[row]].path)
+        row = self.find(path) if len(self.files) > 1 else None
+        root = self.root if row is None else self.files[self.index.files[row]].name
         return f"{root}/{path}" if path else root
-
-    def _find(self, path: str) -> int | None:
-        row = bisect_left(self.index.paths, path)
-        return row if row < len(self.index.paths) and self.index.paths[row] == path else None
 
     def _read(self, row: int, count: int) -> bytes:
         """Returns the first `count` bytes of a file."""
@@ -164,7 +126,7 @@ class ArchiveTree(Tree):
         return content
 
 
-def _read_zip(file: ArchiveFile, start: int, stored: int, count: int, index: Index, row: int) -> bytes:
+def _read_zip(file: PartsFile, start: int, stored: int, count: int, index: Index, row: int) -> bytes:
     """Returns the first `count` bytes of a file in a zip whose local header is at `start` (APPNOTE.TXT, 4.3.7)."""
     header = file.read(start, 30)
     if len(header) < 30 or header[:4] != b"PK\3\4":

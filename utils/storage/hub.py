@@ -14,6 +14,7 @@ import yaml
 from utils.base.messages import UserError, printable
 from utils.storage.archive import explaining
 from utils.storage.parquet_files import ParquetTree
+from utils.storage.parts import LocalFile
 
 CONVERTED = "refs/convert/parquet"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -35,7 +36,7 @@ def open_hub(source: str) -> ParquetTree:
     if folder is None:
         folder = _fetch(flag, name, revision, [path for path, _ in chosen])
     with explaining(source):
-        return ParquetTree(source, [folder / path for path, _ in chosen], [part for _, part in chosen])
+        return ParquetTree(source, [LocalFile(folder / path) for path, _ in chosen], [part for _, part in chosen])
 
 
 def choose_files(

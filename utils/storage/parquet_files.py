@@ -5,10 +5,10 @@ whose row groups are small are read at random as fast as a folder.
 """
 
 import collections
+import contextlib
 import json
 import re
 import threading
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from utils.base.external import BadFileError
-from utils.base.files import check_regular
 from utils.base.messages import printable, warn_once
 from utils.storage.archive import MAX_MEMBER_BYTES, explaining
-from utils.storage.tar_files import find_shards
-from utils.storage.tree import Tree
+from utils.storage.parts import PartsFile, find_files
+from utils.storage.tree import ListedTree
 
 NAMES = ("image", "img", "jpg", "png", "picture", "bytes")  # of the column of images, where the file does not say
 LABELS = ("label", "labels", "fine_label", "class")
@@ -37,10 +36,10 @@ def open_parquet(source: str) -> "ParquetTree":
     """Opens parquet files, as parquet:FILE or parquet:GLOB. Raises UserError where there is none, or no column of
     images in them."""
     with explaining(source):
-        return ParquetTree(source, find_shards(source, source.partition(":")[2]))
+        return ParquetTree(source, find_files(source))
 
 
-class ParquetTree(Tree):
+class ParquetTree(ListedTree):
     """The images in parquet files: one folder, or one for each split that the files' names tell.
 
     They bear the names that they have in the files where these are in order, else the numbers of their rows.
@@ -48,24 +47,26 @@ class ParquetTree(Tree):
 
     has_columns = True
 
-    def __init__(self, source: str, files: Sequence[Path], splits: Sequence[str | None] | None = None):
+    def __init__(self, source: str, files: Sequence[PartsFile], splits: Sequence[str | None] | None = None):
         """`splits` are those of the files; where one is None, its name tells."""
         self.source = source
         self.root = source.partition(":")[2]
         self.title = Path(self.root).name.partition(".")[0]
-        self.key = "parquet:" + "\0".join(str(file.absolute()) for file in files)
+        self.key = "parquet:" + "\0".join(file.key for file in files)
         self.files = [_File(file) for file in files]
         self._kept: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
         first = self.files[0]
         for file in self.files:
             if not file.schema.equals(first.schema):
-                raise BadFileError(f"{file.path} has other columns than {first.path}; name files of one data set")
+                raise BadFileError(
+                    f"{file.file.name} has other columns than {first.file.name}; name files of one data set"
+                )
         self.default_columns = None if first.label is None else f"class:{first.label}"
 
         # A path for each row, by splits.
         given = splits or [None] * len(files)
-        splits = [_split_of(file) if part is None else part for file, part in zip(files, given, strict=True)]
+        splits = [split_of(file.name) if part is None else part for file, part in zip(files, given, strict=True)]
         rows: list[tuple[str, int, int]] = []
         for split in dict.fromkeys(splits):
             own = [(number, file) for number, file in enumerate(self.files) if splits[number] == split]
@@ -80,22 +81,8 @@ class ParquetTree(Tree):
         self.paths = [path for path, _, _ in rows]
         self.places = np.array([place for _, *place in rows], np.int64).reshape(-1, 2)
 
-    def scan(self, folder: str = "") -> Iterator[tuple[str, bool]]:
-        start = f"{folder}/" if folder else ""
-        row = bisect_left(self.paths, start)
-        while row < len(self.paths) and self.paths[row].startswith(start):
-            name, slash, _ = self.paths[row][len(start) :].partition("/")
-            yield name, bool(slash)
-            row = bisect_left(self.paths, f"{start}{name}{chr(ord('/') + 1)}", row) if slash else row + 1
-
-    def is_file(self, path: str) -> bool:
-        return self._find(path) is not None
-
     def read(self, path: str, limit: int | None = None) -> bytes:
-        found = self._find(path)
-        if found is None:
-            raise FileNotFoundError(f"there is no image {path}")
-        number, row = found
+        number, row = self.places[self.find_file(path)].tolist()
         group, index = self.files[number].place_of(row)
         value = self._read_group(number, group)[index]
         if not value.is_valid or value.as_buffer().size == 0:
@@ -105,29 +92,27 @@ class ParquetTree(Tree):
         return value.as_buffer().to_pybytes()[:limit]
 
     def stamp(self, path: str) -> str | None:
-        found = self._find(path)
-        return None if found is None else f"{self.files[found[0]].stamp} {found[1]}"
+        found = self.find(path)
+        if found is None:
+            return None
+        number, row = self.places[found].tolist()
+        return f"{self.files[number].file.stamp} {row}"
 
     def show(self, path: str) -> str:
-        found = self._find(path)
-        return f"row {found[1]} of {self.files[found[0]].path}" if found else super().show(path)
+        found = self.find(path)
+        if found is None:
+            return super().show(path)
+        number, row = self.places[found].tolist()
+        return f"row {row} of {self.files[number].file.name}"
 
     def read_columns(self, paths: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, tuple[str, ...]]]:
         names = [name for name in self.files[0].schema.names if name != self.files[0].image]
-        places = [self.places[bisect_left(self.paths, path)] for path in paths]
+        places = [self.places[self.find_file(path)] for path in paths]
         columns: dict[str, list[Any]] = {}
         for name in names:
             whole = [file.read_column(name) for file in self.files]
             columns[name] = [whole[number][row] for number, row in places]
         return columns, self.files[0].class_names
-
-    def _find(self, path: str) -> tuple[int, int] | None:
-        """Returns (number of the file, row in it)."""
-        row = bisect_left(self.paths, path)
-        if row == len(self.paths) or self.paths[row] != path:
-            return None
-        number, of_file = self.places[row].tolist()
-        return number, of_file
 
     def _read_group(self, number: int, group: int) -> Any:
         """Returns the encoded images of a row group, kept for the next ones who ask."""
@@ -143,19 +128,17 @@ class ParquetTree(Tree):
 class _File:
     """One parquet file. Raises BadFileError for what is none, or has no images."""
 
-    def __init__(self, path: Path):
-        check_regular(path)
-        stat = path.stat()
-        self.path = path
-        self.stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    def __init__(self, file: PartsFile):
+        self.file = file
+        path = file.name
         try:
-            with parquet.ParquetFile(path) as file:
-                metadata, self.schema = file.metadata, file.schema_arrow
+            with self._open() as opened:
+                metadata, self.schema = opened.metadata, opened.schema_arrow
         except (pa.ArrowException, OSError, ValueError) as error:
             raise BadFileError(f"{path} is no whole parquet file ({printable(str(error))[:100]})") from None
         self.num_rows = metadata.num_rows
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        check_size(self.path, self.num_rows, sum(group.total_byte_size for group in groups), stat.st_size)
+        check_size(path, self.num_rows, sum(group.total_byte_size for group in groups), file.size)
         self.starts = np.cumsum([0, *(group.num_rows for group in groups)])
         largest = max((group.total_byte_size for group in groups), default=0)
         if largest > LARGE_GROUP and len(groups) > 1:
@@ -177,6 +160,11 @@ class _File:
         ]
         self.label = next(iter([*self.class_names, *numbers]), None)
 
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[parquet.ParquetFile]:
+        with self.file.open() as opened, parquet.ParquetFile(opened) as file:
+            yield file
+
     def place_of(self, row: int) -> tuple[int, int]:
         """Returns (row group, row in it)."""
         group = int(np.searchsorted(self.starts, row, side="right")) - 1
@@ -185,7 +173,7 @@ class _File:
     def read_images(self, group: int) -> Any:
         """Returns the encoded images of a row group, an array of bytes."""
         is_struct = pa.types.is_struct(self.schema.field(self.image).type)
-        with parquet.ParquetFile(self.path) as file:
+        with self._open() as file:
             try:
                 table = file.read_row_group(group, [f"{self.image}.bytes" if is_struct else self.image])
             except (pa.ArrowException, OSError) as error:
@@ -198,16 +186,16 @@ class _File:
         kind = self.schema.field(self.image).type
         if not pa.types.is_struct(kind) or kind.get_field_index("path") < 0:
             return [None] * self.num_rows
-        with parquet.ParquetFile(self.path) as file:
+        with self._open() as file:
             paths = file.read([f"{self.image}.path"]).column(0).combine_chunks().field("path").to_pylist()
         return [None if path is None else path.replace("\\", "/").lstrip("/") or None for path in paths]
 
     def read_column(self, name: str) -> list[Any]:
-        with parquet.ParquetFile(self.path) as file:
+        with self._open() as file:
             return file.read([name]).column(0).to_pylist()
 
 
-def check_size(path: Path, num_rows: int, num_bytes: int, file_bytes: int) -> None:
+def check_size(path: str, num_rows: int, num_bytes: int, file_bytes: int) -> None:
     """Raises BadFileError where a file says that it holds far more than images of its size can."""
     if num_rows > MAX_ROWS or num_bytes > MAX_EXPANSION * file_bytes + 2**26:
         raise BadFileError(f"{path} says that it holds {num_rows:,} rows of {num_bytes:,} bytes")
@@ -215,9 +203,10 @@ def check_size(path: Path, num_rows: int, num_bytes: int, file_bytes: int) -> No
         raise BadFileError(f"{path} has no rows")
 
 
-def _split_of(path: Path) -> str:
+def split_of(path: str) -> str:
     """Returns the split that the name of a file, or of its folder, tells: train-00000-of-00002.parquet; '' for none."""
-    match = SPLIT.match(path.name) or SPLIT.fullmatch(path.parent.name)
+    folder, _, name = path.rpartition("/")
+    match = SPLIT.match(name) or SPLIT.fullmatch(folder.rpartition("/")[2])
     return match[1].lower() if match else ""
 
 
@@ -230,7 +219,7 @@ def _read_features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _find_image(path: Path, schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str:
+def _find_image(path: str, schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str:
     """Returns the name of the column of images. Raises BadFileError if there is none, or it is not clear which."""
 
     def has_bytes(name: str) -> bool:

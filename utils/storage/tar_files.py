@@ -1,13 +1,12 @@
 """tar:GLOB: images in tars, in folders as on a disk, or with files beside them as WebDataset has them."""
 
-import glob
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from utils.base.external import BadFileError
-from utils.base.messages import UserError, progress_bar
-from utils.storage.archive import STORED, ArchiveFile, ArchiveTree, Index, check_member, explaining
+from utils.base.messages import progress_bar
+from utils.storage.archive import STORED, ArchiveTree, Index, check_member, explaining
+from utils.storage.parts import PartsFile, find_files
 
 GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"  # how compressed files begin
 
@@ -15,39 +14,29 @@ GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd" 
 def open_tar(source: str) -> ArchiveTree:
     """Opens tars, as tar:FILE or tar:GLOB; their files belong together. Raises UserError where there is none, for what
     is compressed or no tar, and for files of the same path."""
-    pattern = source.partition(":")[2]
     with explaining(source):
-        files = [ArchiveFile(path) for path in find_shards(source, pattern)]
-        tree = ArchiveTree(source, files, "tar", list_tars)
+        tree = ArchiveTree(source, find_files(source), "tar", list_tars)
     # WebDataset has classes beside its images.
     if any(path.endswith(".cls") for path in tree.index.paths):
         tree.default_columns = "class"
     return tree
 
 
-def find_shards(source: str, pattern: str) -> list[Path]:
-    """Returns the files that a pattern matches, sorted by name. Raises UserError if there are none."""
-    paths = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-    if not paths:
-        raise UserError(f"--dataset_name={source}: there is no file {pattern}; give a file, or a pattern in quotes")
-    return paths
-
-
-def list_tars(files: Sequence[ArchiveFile]) -> Index:
+def list_tars(files: Sequence[PartsFile]) -> Index:
     """Returns the files in tars. Raises BadFileError where they cannot be read from them."""
     rows = []
     for number, file in enumerate(progress_bar(files, "listing the tars, once", unit="tar", delay=5)):
         if file.read(0, 6).startswith((GZIP, BZIP2, XZ, ZSTD)):
-            raise BadFileError(f"{file.path} is compressed, and cannot be read at random; unpack it to a .tar")
+            raise BadFileError(f"{file.name} is compressed, and cannot be read at random; unpack it to a .tar")
         for member in _members(file):
             path = check_member(member.name)
             if member.offset_data + member.size > file.size:
-                raise BadFileError(f"{file.path} is cut short")
+                raise BadFileError(f"{file.name} is cut short")
             rows.append((path, number, member.offset_data, member.size, member.size, STORED, 0))
     return Index.of_rows(rows)
 
 
-def _members(file: ArchiveFile) -> Iterator[tarfile.TarInfo]:
+def _members(file: PartsFile) -> Iterator[tarfile.TarInfo]:
     """Yields the regular files in a tar; links, devices and folders are left out."""
     with file.open() as opened:
         try:
@@ -57,7 +46,7 @@ def _members(file: ArchiveFile) -> Iterator[tarfile.TarInfo]:
                 if member.isreg() and not member.issparse():
                     yield member
         except (tarfile.TarError, ValueError, OSError, UnicodeError) as error:
-            raise BadFileError(f"{file.path} is no whole tar ({error})") from None
+            raise BadFileError(f"{file.name} is no whole tar ({error})") from None
         # A tar ends with blocks of zeros: without one it was cut, perhaps between two files.
         if file.read(archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise BadFileError(f"{file.path} is cut short: its end is missing")
+            raise BadFileError(f"{file.name} is cut short: its end is missing")

@@ -7,10 +7,12 @@ UTF-8 are surrogates, as `os.fsdecode` has them.
 
 import abc
 import dataclasses
+import errno
 import functools
 import os
 import posixpath
-from collections.abc import Hashable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,36 @@ class LocalTree(Tree):
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root  # a Path for each of a million files would take seconds
+
+
+class ListedTree(Tree):
+    """Files whose paths are all known, sorted."""
+
+    paths: Sequence[str]
+
+    def scan(self, folder: str = "") -> Iterator[tuple[str, bool]]:
+        start = f"{folder}/" if folder else ""
+        row = bisect_left(self.paths, start)
+        while row < len(self.paths) and self.paths[row].startswith(start):
+            name, slash, _ = self.paths[row][len(start) :].partition("/")
+            yield name, bool(slash)
+            # The files of a folder stand together, before whatever follows its '/'.
+            row = bisect_left(self.paths, f"{start}{name}{chr(ord('/') + 1)}", row) if slash else row + 1
+
+    def is_file(self, path: str) -> bool:
+        return self.find(path) is not None
+
+    def find(self, path: str) -> int | None:
+        """Returns the number of a file; None where there is none."""
+        row = bisect_left(self.paths, path)
+        return row if row < len(self.paths) and self.paths[row] == path else None
+
+    def find_file(self, path: str) -> int:
+        """Returns the number of a file. Raises FileNotFoundError where there is none."""
+        row = self.find(path)
+        if row is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return row
 
 
 def relative(path: str, folder: str) -> str:

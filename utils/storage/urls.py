@@ -19,7 +19,7 @@ LOCAL = "a path on this machine"  # what an error about a URL offers instead
 OBJECTS = "gs://BUCKET/NAME or s3://BUCKET/NAME"
 BESIDE_URLS = {  # for flags that take more than a path
     "data_dir": f"{LOCAL}, or gs://BUCKET/FOLDER",
-    "dataset_name": f"{LOCAL}, as in folder:PATH, or tfds:NAME with --data_dir gs://BUCKET/FOLDER",
+    "dataset_name": "folder:PATH, zip:s3://BUCKET/FILE and the like, or tfds:NAME with --data_dir gs://BUCKET/FOLDER",
     "load_dir": f"{LOCAL}, {OBJECTS}, or hf:USER/NAME",
     "source": f"{LOCAL}, or a hub id such as USER/NAME",
     "vae": f"{LOCAL}, or a hub id such as USER/NAME",

@@ -2,7 +2,6 @@
 
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from utils.base.external import BadFileError
 from utils.base.files import LimitedReads
@@ -11,12 +10,12 @@ from utils.storage.archive import (
     DEFLATED,
     MAX_MEMBER_BYTES,
     STORED,
-    ArchiveFile,
     ArchiveTree,
     Index,
     check_member,
     explaining,
 )
+from utils.storage.parts import PartsFile, open_file
 
 RATIO = 1032  # of what deflate can expand a byte into, at most
 
@@ -24,12 +23,11 @@ RATIO = 1032  # of what deflate can expand a byte into, at most
 def open_zip(source: str) -> ArchiveTree:
     """Opens a zip, as zip:FILE. Raises UserError for what is no zip, for one that is cut short, encrypted or compressed
     in another way than deflate, and for one with paths that lead out of it, or twice the same."""
-    path = Path(source.partition(":")[2])
     with explaining(source):
-        return ArchiveTree(source, [ArchiveFile(path)], "zip", list_zip)
+        return ArchiveTree(source, [open_file(source.partition(":")[2])], "zip", list_zip)
 
 
-def list_zip(files: Sequence[ArchiveFile]) -> Index:
+def list_zip(files: Sequence[PartsFile]) -> Index:
     """Returns the files in a zip. Raises BadFileError where they cannot be read from it."""
     (file,) = files
     rows = []
