@@ -507,7 +507,7 @@ BAD = {
     "other columns": "1.parquet has other columns than .*/0.parquet",
     "no name on the hub": "pets is no data set on the hub; give hf:USER/NAME",
     "one image": "holds 1 image; 2 are needed",
-    "AES in a zip": "a.png is compressed by 99; pack the images again",
+    "AES in a zip": "a.png is compressed by method 99; pack the images again",
     "torn directory of a zip": "it is no whole zip",
     "wrong place in a zip": "it is cut short",
     "images beside folders in a zip": "holds b.png beside folders of classes; move it into one",

@@ -148,7 +148,7 @@ def read_image_of(tree: Tree, path: str, max_megapixels: float) -> bytes:
 
 
 class Memory:
-    """What checks of the files of a tree have found, kept in a database. Where it cannot be, nothing is remembered."""
+    """Findings of the checks of a tree's files, kept in a database. Where it cannot be, nothing is remembered."""
 
     def __init__(self, connection: sqlite3.Connection | None):
         self.connection = connection

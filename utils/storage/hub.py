@@ -55,7 +55,7 @@ def choose_files(
             raise UserError(
                 f"{flag}: its configurations are {', '.join(names)}; add one, as in hf:USER/NAME:{names[0]}"
             )
-        found = [
+        found: list[tuple[str, str | None]] = [
             (path, part)
             for part, patterns in configs[chosen]
             for path in files

@@ -72,11 +72,12 @@ class ParquetTree(ListedTree):
             own = [(number, file) for number, file in enumerate(self.files) if splits[number] == split]
             names = [name for _, file in own for name in file.read_names()]
             places = [(number, row) for number, file in own for row in range(file.num_rows)]
-            if len(set(names)) < len(names) or names != sorted(names) or None in names:
+            known = [name for name in names if name is not None]
+            if len(set(known)) < len(names) or known != sorted(known):
                 width = len(str(len(names)))
-                names = [f"{row:0{width}}.png" for row in range(len(names))]
+                known = [f"{row:0{width}}.png" for row in range(len(names))]
             start = f"{split}/" if split else ""
-            rows += [(start + name, *place) for name, place in zip(names, places, strict=True)]
+            rows += [(start + name, *place) for name, place in zip(known, places, strict=True)]
         rows.sort()
         self.paths = [path for path, _, _ in rows]
         self.places = np.array([place for _, *place in rows], np.int64).reshape(-1, 2)

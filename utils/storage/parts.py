@@ -6,6 +6,7 @@ import glob
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.base.files import open_regular
@@ -106,7 +107,7 @@ def open_file(path: str) -> PartsFile:
     return RemoteFile(found)
 
 
-def find_files(source: str) -> list[PartsFile]:
+def find_files(source: str) -> Sequence[PartsFile]:
     """Opens the files that the pattern of KIND:PATTERN matches, sorted by name. Raises UserError if there are none."""
     pattern = source.partition(":")[2]
     if is_url(pattern):
@@ -115,7 +116,7 @@ def find_files(source: str) -> list[PartsFile]:
         if start == pattern:
             return [open_file(pattern)]
         listed = remote.list_files(start.rpartition("/")[0], "dataset_name")
-        found: list[PartsFile] = [RemoteFile(file) for file in listed if fnmatch.fnmatchcase(file.url, pattern)]
+        found: Sequence[PartsFile] = [RemoteFile(file) for file in listed if fnmatch.fnmatchcase(file.url, pattern)]
     elif Path(pattern).exists():
         found = [LocalFile(Path(pattern))]
     else:

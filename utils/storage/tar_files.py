@@ -42,7 +42,7 @@ def _members(file: PartsFile) -> Iterator[tarfile.TarInfo]:
         try:
             archive = tarfile.open(fileobj=opened, mode="r:")  # noqa: SIM115 (nothing to close but `opened`)
             while (member := archive.next()) is not None:
-                archive.members = []  # ty: ignore[unresolved-attribute]  # a million of them would be kept
+                archive.members = []  # ty: ignore[missing-attribute]  # a million of them would be kept
                 if member.isreg() and not member.issparse():
                     yield member
         except (tarfile.TarError, ValueError, OSError, UnicodeError) as error:

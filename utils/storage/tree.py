@@ -6,9 +6,7 @@ UTF-8 are surrogates, as `os.fsdecode` has them.
 """
 
 import abc
-import dataclasses
 import errno
-import functools
 import os
 import posixpath
 from bisect import bisect_left
@@ -72,27 +70,15 @@ class Tree(abc.ABC):
         return f"{self.root}/{path}" if path else self.root
 
 
-@dataclasses.dataclass(frozen=True)
 class LocalTree(Tree):
     """A folder on this machine; links are followed."""
 
-    folder: Path
-
-    @property
-    def source(self) -> str:
-        return f"folder:{self.folder}"
-
-    @functools.cached_property
-    def root(self) -> str:
-        return str(self.folder)
-
-    @property
-    def title(self) -> str:
-        return self.folder.resolve().name
-
-    @property
-    def key(self) -> str:
-        return str(self.folder.absolute())
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.source = f"folder:{folder}"
+        self.root = str(folder)
+        self.title = folder.resolve().name
+        self.key = str(folder.absolute())
 
     def scan(self, folder: str = "") -> list[tuple[str, bool]]:
         with os.scandir(self._full(folder)) as entries:

@@ -17,6 +17,7 @@ from utils.storage.archive import (
 )
 from utils.storage.parts import PartsFile, open_file
 
+METHODS = {9: "deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}  # APPNOTE.TXT, 4.4.5
 RATIO = 1032  # of what deflate can expand a byte into, at most
 
 
@@ -34,7 +35,8 @@ def list_zip(files: Sequence[PartsFile]) -> Index:
     with file.open() as opened:
         try:
             # The directory is read once: what claims to be larger than the file is not believed.
-            archive = zipfile.ZipFile(LimitedReads(opened, 3 * file.size + 2**16))  # ty: ignore[invalid-argument-type]
+            limited = LimitedReads(opened, 3 * file.size + 2**16)
+            archive = zipfile.ZipFile(limited)  # ty: ignore[no-matching-overload]
         except Exception as error:  # BadZipFile, struct.error, UnicodeDecodeError, ValueError
             raise BadFileError(f"it is no whole zip ({error or type(error).__name__})") from None
     members = archive.infolist()
@@ -54,7 +56,7 @@ def _check(member: zipfile.ZipInfo, path: str, size: int) -> None:
     if member.flag_bits & 1:
         raise BadFileError(f"{path} is encrypted; give one without a password")
     if member.compress_type not in (STORED, DEFLATED):
-        name = zipfile.compressor_names.get(member.compress_type, member.compress_type)
+        name = METHODS.get(member.compress_type, f"method {member.compress_type}")
         raise BadFileError(f"{path} is compressed by {name}; pack the images again by zip -0, which only stores them")
     if member.header_offset + member.compress_size > size:
         raise BadFileError("it is cut short")
