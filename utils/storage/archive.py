@@ -24,6 +24,8 @@ from utils.storage.tree import ListedTree
 
 INDEX_VERSION = 1
 MAX_MEMBER_BYTES = 2**30  # of a file in an archive once it is unpacked: above any image, and any table that is read
+HEADER_BYTES = 30  # of the local header of a file in a zip, before its name
+EXTRA_BYTES = 64
 STORED, DEFLATED = 0, 8  # methods of a zip (APPNOTE.TXT, 4.4.5)
 
 
@@ -42,7 +44,7 @@ class Index:
     @classmethod
     def of_rows(cls, rows: list[tuple[str, int, int, int, int, int, int]]) -> "Index":
         """Makes an index of (path, file, start, stored, size, method, crc). Raises BadFileError where two have the
-        same path, or one is the folder of another."""
+        same path."""
         rows.sort()
         paths = [row[0] for row in rows]
         for path, after in itertools.pairwise(paths):
@@ -117,24 +119,29 @@ class ArchiveTree(ListedTree):
     def _read(self, row: int, count: int) -> bytes:
         """Returns the first `count` bytes of a file."""
         file = self.files[self.index.files[row]]
-        start, stored = int(self.index.starts[row]), int(self.index.stored[row])
         if self.kind == "zip":
-            return _read_zip(file, start, stored, count, self.index, row)
-        content = file.read(start, count)
+            return _read_zip(file, self.index, row, count)
+        content = file.read(int(self.index.starts[row]), count)
         if len(content) < count:
             raise OSError(errno.EIO, "the archive is cut short")
         return content
 
 
-def _read_zip(file: PartsFile, start: int, stored: int, count: int, index: Index, row: int) -> bytes:
-    """Returns the first `count` bytes of a file in a zip whose local header is at `start` (APPNOTE.TXT, 4.3.7)."""
-    header = file.read(start, 30)
-    if len(header) < 30 or header[:4] != b"PK\3\4":
-        raise OSError(errno.EIO, "the archive is cut short, or its directory is wrong")
-    # Lengths of the name and of the extra field, which may differ from those in the directory.
-    begin = start + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+def _read_zip(file: PartsFile, index: Index, row: int, count: int) -> bytes:
+    """Returns the first `count` bytes of a file in a zip, which follow its local header (APPNOTE.TXT, 4.3.7)."""
+    start = int(index.starts[row])
     is_stored = index.methods[row] == STORED
-    content = file.read(begin, count if is_stored else stored)
+    needed = count if is_stored else int(index.stored[row])
+
+    # Header and content in one read, with room for the name and an extra field of usual size.
+    content = file.read(start, HEADER_BYTES + len(index.paths[row]) + EXTRA_BYTES + needed)
+    if len(content) < HEADER_BYTES or content[:4] != b"PK\3\4":
+        raise OSError(errno.EIO, "the archive is cut short, or its directory is wrong")
+    lengths = int.from_bytes(content[26:28], "little") + int.from_bytes(content[28:30], "little")
+    end = HEADER_BYTES + lengths + needed
+    if len(content) < end:
+        content += file.read(start + len(content), end - len(content))
+    content = content[HEADER_BYTES + lengths : end]
     if not is_stored:
         try:
             content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, count or 1)
