@@ -23,6 +23,7 @@ from utils.data.joined import count_rows
 from utils.data.loaders import load_dataset, load_splits
 from utils.images import checks
 from utils.storage import zip_files
+from utils.storage.remote_tree import fetch_folder
 
 CLASSES = ("cat", "dog")
 FILES = {
@@ -179,6 +180,13 @@ def test_data_in_object_storage_are_those_on_the_disk(tmp_path, expected):
         np.savez(tmp_path / "x.npz", images=arrays["images"][::-1], labels=arrays["labels"])
         memory.pipe_file("/bucket/x.npz", (tmp_path / "x.npz").read_bytes())
         assert read(load("npz:memory://bucket/x.npz")) == read(load(f"npz:{tmp_path}/x.npz")) != read(remote)
+        folder = fetch_folder("memory://bucket/folder", "dataset_name")
+        assert {str(path.relative_to(folder)) for path in folder.rglob("*.png")} == set(FILES)
+        memory.rm("/bucket/folder/train/cat/000.png")
+        memory.pipe_file("/bucket/folder/train/dog/000.png", b"another")
+        assert fetch_folder("memory://bucket/folder", "dataset_name") == folder
+        assert not (folder / "train/cat/000.png").exists()
+        assert (folder / "train/dog/000.png").read_bytes() == b"another"
     finally:
         memory.rm("/bucket", recursive=True)
 

@@ -185,7 +185,7 @@ def fetch(url: str, flag: str | None = None) -> Path:
     if file is None:
         raise RemoteError(url, "there is no such object; check the name", flag, is_absent=True)
     version = hashlib.sha256(f"{file.version} {file.size}".encode()).hexdigest()[:16]
-    folder = cache_path(url)
+    folder = cache_path(url, "inputs")
     path = folder / version / url.rpartition("/")[2]
     if not path.exists():
         download(url, path, flag)
@@ -196,11 +196,11 @@ def fetch(url: str, flag: str | None = None) -> Path:
     return path
 
 
-def cache_path(url: str) -> Path:
-    """Returns the local folder that belongs to a URL: `jax-flow-matching/storage/NAME-HASH` in the user's cache."""
+def cache_path(url: str, kind: str) -> Path:
+    """Returns the local folder that belongs to a URL: jax-flow-matching/storage/KIND/NAME-HASH in the user's cache."""
     url = url.rstrip("/")
     name = re.sub(r"[^A-Za-z0-9._-]", "_", url.rpartition("/")[2])[:60]
-    return cache_folder() / "storage" / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    return cache_folder() / "storage" / kind / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
 # --- Writing ---
