@@ -249,7 +249,7 @@ def test_one_name_for_two_settings_is_refused(read_flags, monkeypatch):
         ({"model": {"depth": 1}, "model.depth": 2}, "model.depth is given twice"),
         ({"seed": -1}, "--seed=-1: use a number from 0 to 4294967295"),
         ({"max_steps": 2**31}, "--max_steps=2147483648 is too large"),
-        ({"save_dir": "s3://bucket/x"}, "--save_dir=s3://bucket/x is a URL"),
+        ({"save_dir": "hdfs://bucket/x"}, "--save_dir=hdfs://bucket/x is a URL"),
         ({"save_dir": ""}, "--save_dir=: a name of 1 to 255 bytes is needed"),
     ],
 )

@@ -12,6 +12,7 @@ from absl import flags
 from utils.base.external import BadFileError, read_bounded
 from utils.base.messages import UserError
 from utils.base.settings import flatten_groups, suggest_name
+from utils.flags.definitions import JoinedFlag
 from utils.flags.reading import FILE_VALUE, FileValue, check_value
 from utils.runs.config import START_SETTINGS
 
@@ -50,8 +51,10 @@ def expand_config_file(argv: Sequence[str], names: Collection[str]) -> tuple[lis
         for name, value in settings.items():
             if value is not None:
                 text = write_value(name, value, names)
-                words.append(f"--{name}={text}")
-                found[name] = FileValue(read_value(name, text), is_run, find_value(argv, name) is not None)
+                is_typed = find_value(argv, name) is not None
+                if not (is_typed and isinstance(FLAGS[name], JoinedFlag)):  # whose values would be joined
+                    words.append(f"--{name}={text}")
+                found[name] = FileValue(read_value(name, text), is_run, is_typed)
     except UserError as error:
         raise UserError(f"--config={path}: {error}") from None
     return [argv[0], *words, *argv[1:]], found

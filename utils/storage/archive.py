@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8, UInt32
 
 from utils.base.external import BadFileError
-from utils.base.files import atomic_write, cache_folder
+from utils.base.files import atomic_write, cache_folder, open_regular
 from utils.base.messages import UserError, WriteError, printable
 from utils.storage.parts import PartsFile
 from utils.storage.tree import ListedTree
@@ -67,7 +67,7 @@ class Index:
     def load(cls, file: Path) -> "Index | None":
         """Returns an index that was kept; None if there is none, or none that is whole."""
         try:
-            with np.load(file, allow_pickle=False) as content:
+            with open_regular(file) as opened, np.load(opened, allow_pickle=False) as content:
                 arrays = dict(content)
             paths = arrays.pop("paths").tobytes().decode("utf-8", "surrogateescape").split("\0")
             if any(len(array) != len(paths) for array in arrays.values()):

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from utils.base.external import BadFileError, read_bounded
 from utils.base.messages import UserError, printable
 from utils.storage.archive import explaining
 from utils.storage.parquet_files import ParquetTree
@@ -19,6 +20,7 @@ from utils.storage.parts import LocalFile
 CONVERTED = "refs/convert/parquet"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CARD = "README.md"
+MAX_CARD_BYTES = 2**22
 
 
 def open_hub(source: str) -> ParquetTree:
@@ -147,9 +149,9 @@ def _read_card(folder: Path | None, flag: str, name: str, revision: str | None) 
         return {}
     folder = folder or _fetch(flag, name, None, [CARD])
     try:
-        head = (folder / CARD).read_text(encoding="utf-8").split("---")
+        head = read_bounded(folder / CARD, MAX_CARD_BYTES).decode().split("---")
         card = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+    except (BadFileError, ValueError, yaml.YAMLError, RecursionError):
         card = None
     return card if isinstance(card, dict) else {}
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from utils.base.files import write_json
+from utils.base.files import read_bytes, write_json
 from utils.base.messages import UserError, progress_bar
 from utils.storage import remote
 from utils.storage.tree import ListedTree
@@ -47,7 +47,7 @@ def fetch_folder(url: str, flag: str) -> Path:
     folder = remote.cache_path(url, "folders")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        versions = json.loads((folder / VERSIONS).read_text(encoding="utf-8"))
+        versions = json.loads(read_bytes(folder / VERSIONS))
     except (OSError, ValueError):
         versions = {}
     start = remote.join(url, "")
