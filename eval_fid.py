@@ -44,6 +44,7 @@ from utils.runs.opening import choose_steps, open_checkpoint, split_load_dir
 from utils.runs.results import check_json_path
 from utils.runs.run_evaluation import RunEvaluation, Snapshot
 from utils.runs.scoring import FILES
+from utils.storage.staging import local_copy
 from utils.training.advice import shipped_statistics, write_statistics_command
 
 
@@ -133,7 +134,7 @@ def find_statistics(config: ConfigDict, dataset_name: str | None, saved: dict[st
     is `saved`.
     """
     if config.fid_stats is not None:
-        return Path(config.fid_stats)
+        return local_copy(config.fid_stats, "fid_stats")
     if needs_no_statistics(config) and (dataset_name is None or shipped_statistics(dataset_name) is None):
         log("note: memorisation alone: other scores need --fid_stats")
         return None

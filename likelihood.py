@@ -35,7 +35,7 @@ from utils.flags.help import topic
 from utils.images.decoding import find_mode
 from utils.images.pixels import PixelFormat, check_pictures, match_channels
 from utils.images.sizes import write_size
-from utils.runs.opening import load_model, open_checkpoint, restore_params
+from utils.runs.opening import load_model, name_run, open_checkpoint, restore_params
 from utils.runs.results import check_json_path, likelihood_to_markdown, write_csv, write_json_rows
 from utils.sampling.density import LikelihoodConfig, check_probes, describe_probes, measure_batch
 
@@ -244,7 +244,7 @@ class Measurement:
             "seed": config.seed,
             "params": config.params,
             "dtype": config.dtype,
-            "checkpoint": str(Path(config.load_dir).absolute()),
+            "checkpoint": name_run(config.load_dir),
             "checkpoint_step": self.step,
         }
 

@@ -222,11 +222,11 @@ def remove_temporaries(folder: Path, name: str = "") -> None:
     for path in folder.glob(f"{start}.*.tmp"):
         match = TEMPORARY.fullmatch(path.name)
         with contextlib.suppress(OSError):
-            if match and (_is_gone(*match.groups()) or time.time() - path.lstat().st_mtime > 24 * 3600):
+            if match and (is_gone(*match.groups()) or time.time() - path.lstat().st_mtime > 24 * 3600):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _is_gone(machine: str | None, pid: str) -> bool:
+def is_gone(machine: str | None, pid: str) -> bool:
     """Returns whether a process is known to have ended; only those of this machine are known."""
     if machine != machine_id():
         return False

@@ -8,13 +8,14 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from logging import LogRecord, getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from absl import logging
@@ -93,6 +94,7 @@ class _Output:
     is_apart = False  # results alone go to the standard output
     is_quiet = False  # no progress, no warnings
     reworded: tuple[tuple[str, str], ...] = ()  # (flag, the one that replaces it) in warnings, by `rewording`
+    places: ClassVar[dict[str, str]] = {}  # {local path: the URL of which it is the copy}, by `show_path_as`
 
 
 def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
@@ -145,6 +147,20 @@ def _reword(text: str) -> str:
     return text
 
 
+def show_path_as(path: Path, url: str | None) -> None:
+    """Has all messages name the URL of which a local path is the copy; with None, the path itself."""
+    _Output.places[str(path)] = str(path) if url is None else url
+
+
+def with_urls(text: str) -> str:
+    """Returns a message with URLs in place of their local copies."""
+    if not _Output.places:
+        return text
+    # The longest first; the look-ahead keeps the start of another name as it is.
+    paths = "|".join(map(re.escape, sorted(_Output.places, key=len, reverse=True)))
+    return re.sub(rf"(?:{paths})(?![\w-]|\.\w)", lambda match: _Output.places[match[0]], text)
+
+
 def show_result(text: str) -> None:
     """Prints a result on the standard output."""
     _print(text, sys.stdout)
@@ -160,7 +176,7 @@ def _print(text: str, file: Any) -> None:
     # Of several processes one speaks; the others would say the same.
     if jax.process_index() == 0:
         with contextlib.suppress(OSError):
-            print(printable(text), file=file, flush=True)
+            print(printable(with_urls(text)), file=file, flush=True)
 
 
 def finish_output() -> None:

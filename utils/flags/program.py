@@ -26,11 +26,14 @@ from utils.base.messages import (
     finish_output,
     keep_libraries_apart,
     silence_orbax,
+    with_urls,
 )
 from utils.base.processes import END_SIGNALS, handle_signals, initialize_processes, warn_of_copies
 from utils.flags.config_file import expand_config_file, record_file_values
 from utils.flags.help import explain_unknown, refuse_habits, show_help, to_integer, to_switch, topic
 from utils.flags.reading import read_flags
+from utils.runs.remote_run import is_run_file
+from utils.storage.staging import upload_outputs
 
 FLAGS = flags.FLAGS
 
@@ -96,6 +99,7 @@ def run_program(
         if needs_devices and not config.get("coordinator_address"):  # several processes find each other first
             start_devices()
         main(config)
+        upload_outputs(is_run_file)
         hosts.finish_together()
 
     # The process first: the allocator is set before JAX looks for devices, signals before there is work to lose.
@@ -169,7 +173,7 @@ def _end(message: str, status: int = 1) -> NoReturn:
     hosts.take_last_word()
     close_bars()
     with contextlib.suppress(OSError):  # a terminal that has been closed, a log on a full disk
-        print(message, file=sys.stderr, flush=True)
+        print(with_urls(message), file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         hosts.tell_others()
         os._exit(status)  # an ordinary end would wait for the other processes, which wait for this one

@@ -29,9 +29,14 @@ from utils.runs.settings import DataConfig
 from utils.sampling.samplers import FLAGS as SAMPLER_FLAGS
 from utils.sampling.samplers import can_guide, check_sampler, explain_no_guidance, guidance_scale
 from utils.sampling.solvers import ADAPTIVE_SOLVERS, SOLVERS, SPACINGS, SamplerConfig
+from utils.storage.staging import local_copy, stage_output
+from utils.storage.urls import is_url
 
 FLAGS = flags.FLAGS
 
+# Flags of files and folders that programs write, beside the run of --save_dir, and of files that they read whole.
+OUTPUTS = ("out", "save_samples", "json", "per_image")
+INPUTS = ("source", "class_names", "condition_file", "inception_logits")
 # {leaf of a --wandb.* flag: wandb's own environment variable, which counts where the flag is not given}.
 WANDB_VARIABLES = {
     "project": "WANDB_PROJECT",
@@ -210,9 +215,14 @@ def read_flags(names: Iterable[str]) -> ConfigDict:
 
 
 def check_value(name: str, value: Any) -> Any:
-    """Returns the value of flag `name` as the programs use it, paths expanded. Raises UserError for values that no flag
-    can have."""
-    return check_given(name, value, is_path=name in path_flags)
+    """Returns the value of flag `name` as the programs use it: paths expanded, of a file at a URL its local copy, of an
+    output there the local path where it is made. Raises UserError for values that no flag can have."""
+    value = check_given(name, value, is_path=name in path_flags)
+    if not isinstance(value, str) or not is_url(value):
+        return value
+    if name in OUTPUTS:
+        return str(stage_output(value, name))
+    return str(local_copy(value, name)) if name in INPUTS else value
 
 
 def is_explicit(name: str) -> bool:

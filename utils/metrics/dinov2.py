@@ -21,6 +21,7 @@ from utils.base.mesh import place
 from utils.base.messages import UserError
 from utils.base.torch_files import read_torch_file
 from utils.metrics.resizing import map_on_host, resize_on_device, resize_pil, resize_pil_float
+from utils.storage.staging import local_copy
 
 WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 
@@ -329,7 +330,7 @@ def read_dinov2(weights: str | Path | None, preprocessing: str | None = None, dt
     if weights is None:
         raise UserError(f"--extractor_weights is not given: dinov2 needs a file of its weights; {source}")
     try:
-        return DINOv2(read_weights(Path(weights).expanduser()), preprocessing, dtype)
+        return DINOv2(read_weights(local_copy(weights, "extractor_weights").expanduser()), preprocessing, dtype)
     except BadFileError as error:
         raise UserError(f"--extractor_weights={weights} holds no weights of DINOv2 ({error}); {source}") from None
 

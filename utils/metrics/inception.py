@@ -27,6 +27,7 @@ from utils.base.external import BadFileError, read_npz, read_npz_headers, read_s
 from utils.base.files import cache_folder, read_bytes, remove_temporaries, set_aside, temporary_path
 from utils.base.messages import UserError, warn
 from utils.metrics.resizing import map_on_host, resize_pil_float
+from utils.storage.staging import local_copy
 
 # Of the TorchScript archive: other bytes are never parsed, whatever their source.
 INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
@@ -281,9 +282,10 @@ def inception_weights_path(weights: str | Path | None = None) -> Path:
     """
     # A user's own copy is never written to.
     if weights is not None:
-        if not Path(weights).is_file():
+        path = local_copy(weights, "inception_weights")
+        if not path.is_file():
             raise UserError(f"--inception_weights={weights} is not a file; leave the flag out to have it fetched")
-        return Path(weights)
+        return path
 
     # The cache, filled by the first program that needs it.
     cache = cache_folder()

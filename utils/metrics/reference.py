@@ -28,6 +28,7 @@ from utils.metrics.pixels import PixelReference, check_pixel_shapes, read_pixels
 from utils.metrics.scores import check_gaussian, covariance_root
 from utils.metrics.statistics import FeatureStatistics
 from utils.metrics.statistics_files import METADATA, Shapes, array_names, format_shape
+from utils.storage.staging import local_copy
 
 MAX_ROWS = 50_000  # rows that a statistics file may hold: 0.4 GB of Inception's as float32
 # Beside the features of an extractor, as EXTRACTOR.DETAIL: on what else they depend.
@@ -98,7 +99,7 @@ def load_statistics(path: str | Path, widths: Mapping[FeatureKey, int] | None = 
 
     Raises UserError for a file that is missing, broken, incomplete, of another extractor or not finite.
     """
-    path = Path(path)
+    path = local_copy(path, "fid_stats")
     widths = feature_widths([DEFAULT_EXTRACTOR]) if widths is None else widths
     fix = f"make it: {_command(widths, '--dataset_name', 'NAME')}"
     if not path.is_file():

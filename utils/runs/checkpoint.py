@@ -28,10 +28,10 @@ from utils.base.files import set_aside
 from utils.base.messages import UserError, find_system_error, log
 from utils.networks.lora import KEY as LORA
 from utils.runs.checksums import checksums, leaf_shapes
+from utils.runs.names import CHECKPOINTS as FOLDER
+from utils.runs.names import DAMAGED
+from utils.runs.retention import Retention
 from utils.runs.saved_config import check_parameters, read_config
-
-FOLDER = "checkpoints"  # in a run's folder, as is the next
-DAMAGED = "damaged_checkpoints"
 
 Content = TypeVar("Content")
 
@@ -79,25 +79,28 @@ def _text_checksum(content: Any) -> str:
 class Checkpoints:
     """The checkpoints of a run; the newest `keep_last` are kept, and those at multiples of the step `keep_every`.
 
-    `best` is a policy of Orbax that keeps others, too, such as BestSteps (utils/runs/best.py).
+    `best` keeps others, too (`Retention`). `remote` is the RemoteRun (utils/runs/remote_run.py) of which `run_dir` is
+    the local folder: its checkpoints count, too, and are fetched as they are read.
     """
 
-    def __init__(self, run_dir: Path, keep_last: int | None = None, keep_every: int | None = None, best: Any = None):
+    def __init__(
+        self,
+        run_dir: Path,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        best: Any = None,
+        remote: Any = None,
+    ):
+        self.remote = remote
         self.run_dir = Path(run_dir).absolute()
         self.folder = self.run_dir / FOLDER
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep_last, keep_period=keep_every)
-        if best is not None:
-            policies = [ocp.checkpoint_managers.LatestN(keep_last), best]
-            if keep_every is not None:
-                policies.append(ocp.checkpoint_managers.EveryNSteps(keep_every))
-            policy = ocp.checkpoint_managers.AnyPreservationPolicy(policies)
-            options = ocp.CheckpointManagerOptions(preservation_policy=policy)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.retention = Retention(keep_last, keep_every, best)
+        self.manager = ocp.CheckpointManager(self.folder, options=self.retention.options())
         self.writing = None  # the step whose files are being written in the background
 
     def steps(self) -> list[int]:
         """Returns the steps of all finished checkpoints, newest first."""
-        return sorted(self.manager.all_steps(), reverse=True)
+        return sorted({*self.manager.all_steps(), *(self.remote.steps if self.remote else ())}, reverse=True)
 
     # --- Writing ---
 
@@ -121,6 +124,8 @@ class Checkpoints:
         if step in self.manager.all_steps():
             return
         self.wait()
+        if self.remote:
+            self.remote.wait()  # so that no checkpoint goes before it is uploaded
         self.remove_unfinished()
 
         # Checksums of all items, and of the checksums. Now: the arrays may be donated once this returns.
@@ -148,7 +153,10 @@ class Checkpoints:
         """Returns when everything is on disk. Raises SaveError where it cannot be written."""
         with self._reporting():
             self.manager.wait_until_finished()
+        is_new = self.writing is not None
         self.writing = None
+        if self.remote and is_new:
+            self.remote.push_soon()
 
     @contextlib.contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -279,6 +287,7 @@ class Checkpoints:
             content: Any = None
             problem = ""
             try:
+                self._fetch(step)
                 content = read(step)
             except DamagedCheckpointError as error:
                 problem = str(error)  # other errors end the program: they say nothing about the checkpoint
@@ -291,9 +300,17 @@ class Checkpoints:
         others = f" (as are those of steps {', '.join(map(str, steps[:-1]))})" if len(steps) > 1 else ""
         raise DamagedCheckpointError(f"{problems[-1]}{others}; restore it from a copy")
 
+    def _fetch(self, step: int) -> None:
+        """Fetches a checkpoint that is in storage alone."""
+        if self.remote and step not in self.manager.all_steps():
+            self.remote.fetch_step(step)
+            self.manager.reload()
+
     def set_aside(self, step: int) -> None:
         """Moves a damaged checkpoint to RUN/damaged_checkpoints, so that its step can be saved again."""
         if jax.process_index() == 0:
+            if self.remote:
+                self.remote.unmark(step)
             target = set_aside(self.folder / str(step), self.run_dir / DAMAGED)
             log(f"moved {self.folder / str(step)} to {target}")
         _all_processes_agree(True)  # a barrier: no process lists the folder before the first has moved it

@@ -15,6 +15,7 @@ from utils.base.settings import check_setting, find_entry, merge_settings, setti
 from utils.networks.network import NETWORKS, NetworkConfig
 from utils.objectives.objective import Objective
 from utils.objectives.objectives import OBJECTIVES
+from utils.runs.remote_run import RemoteRun, find_remote_run
 from utils.runs.settings import (
     AugmentationConfig,
     CheckpointConfig,
@@ -31,6 +32,7 @@ from utils.runs.settings import (
     TrainingConfig,
     WandbConfig,
 )
+from utils.storage.urls import is_url
 
 # {field of RunConfig: (its class, group of its settings' names)}; network and objective are chosen by name instead.
 GROUPS: dict[str, tuple[Any, str]] = {
@@ -157,7 +159,15 @@ class RunConfig:
             raise UserError(
                 f"--wandb.name={self.wandb.name[:60]} is no name for a folder; choose another, or --save_dir"
             )
+        if self.remote is not None:
+            return self.remote.folder
         return Path(self.training.save_dir or Path("runs") / name)
+
+    @property
+    def remote(self) -> RemoteRun | None:
+        """The run in object storage of which `folder` is the local copy, where --save_dir is a URL."""
+        url = self.training.save_dir
+        return find_remote_run(url) if url and is_url(url) else None
 
 
 def network_settings() -> dict[str, dataclasses.Field]:

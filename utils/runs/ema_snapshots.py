@@ -24,8 +24,8 @@ from utils.base.mesh import gather, place
 from utils.base.messages import UserError, log, warn
 from utils.networks.posthoc_ema import expected_error, fit_average, gamma_of, width_of
 from utils.runs.checkpoint import Checkpoints
+from utils.runs.names import SNAPSHOTS as FOLDER
 
-FOLDER = "ema_snapshots"  # in a run's folder
 FIRST_INTERVAL = 50  # steps between snapshots, until there would be too many
 LARGEST_EXPONENT = 15  # of stored values: float16 ends at 65504, just below 2^16
 NEGLIGIBLE = 1e-9  # weight of a snapshot below which float32 would not show it

@@ -27,15 +27,21 @@ from utils.runs.checkpoint import FOLDER, Checkpoints, has_checkpoints
 from utils.runs.ema_snapshots import take_average
 from utils.runs.importing import HUB_PREFIX, fetch_run, import_file
 from utils.runs.pool import read_pool
+from utils.runs.remote_run import find_remote_run, split_run_url
 from utils.sampling.generator import ImageGenerator, check_guide
-from utils.storage.urls import refuse_url
+from utils.storage.staging import upload_with_outputs
+from utils.storage.urls import is_url, refuse_url
 
 HUB_RUNS = Path("runs")  # where a run on the hub is kept
 
 
 def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
     """Returns (folder of the run, step or None for the newest) for RUN, RUN/checkpoints, RUN/checkpoints/STEP,
-    hf:USER/NAME, which is kept in runs/USER--NAME, or a published file NAME.pt, which is kept in runs/NAME."""
+    hf:USER/NAME, which is kept in runs/USER--NAME, a published file NAME.pt, which is kept in runs/NAME, or a URL of
+    the first three, which is kept in the cache."""
+    if is_url(load_dir):
+        run = find_remote_run(str(load_dir))
+        return run.folder, split_run_url(str(load_dir))[1]
     if Path(load_dir).is_file():
         load_dir = HUB_RUNS / Path(load_dir).stem
     elif str(load_dir).startswith(HUB_PREFIX):
@@ -47,16 +53,25 @@ def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
     return path.parent if is_inside else path, None
 
 
+def name_run(load_dir: str | Path) -> str:
+    """Returns the URL or the absolute path of a run, to be recorded."""
+    return str(load_dir) if is_url(load_dir) else str(Path(load_dir).absolute())
+
+
 def open_checkpoint(load_dir: str | Path, codec: str | None = None) -> tuple[Checkpoints, list[int]]:
-    """Opens what --load_dir names, and fetches it from the hub if it is there, or imports it if it is a published file,
-    whose latents are those of `codec`, such as kl:FILE.
+    """Opens what --load_dir names, and fetches it from the hub or object storage if it is there, or imports it if it is
+    a published file, whose latents are those of `codec`, such as kl:FILE.
 
     Returns (checkpoints, steps to try, newest first). Raises UserError naming --load_dir where there is none.
     """
     # A run on the hub is fetched once, a file is imported once, and both are local runs from then on.
     refuse_url(load_dir, "load_dir")
     run_dir, step = split_load_dir(load_dir)
-    if str(load_dir).startswith(HUB_PREFIX) and not has_checkpoints(run_dir):
+    remote = find_remote_run(str(load_dir)) if is_url(load_dir) else None
+    if remote is not None:
+        remote.pull_run("load_dir", step)
+        upload_with_outputs(remote)  # what a program writes into the run's folder
+    elif str(load_dir).startswith(HUB_PREFIX) and not has_checkpoints(run_dir):
         fetch_run(str(load_dir), run_dir)
     elif Path(load_dir).is_file():
         import_file(Path(load_dir), run_dir, codec)
@@ -67,7 +82,7 @@ def open_checkpoint(load_dir: str | Path, codec: str | None = None) -> tuple[Che
         )
 
     # A step that is named is the only one to try.
-    checkpoints = Checkpoints(run_dir)
+    checkpoints = Checkpoints(run_dir, remote=remote)
     # Of several processes, the first looks: a training that still runs may save another meanwhile.
     steps = hosts.broadcast(checkpoints.steps())
     if not steps or (step is not None and step not in steps):

@@ -22,7 +22,7 @@ from utils.images.pixels import ImageBatch, PixelFormat, check_pictures
 from utils.images.samples import SampleWriter, check_sample_path
 from utils.metrics.measure import measure_images, most_images
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError
-from utils.runs.opening import load_guide, load_model, restore_params, warn_of_same_guide
+from utils.runs.opening import load_guide, load_model, name_run, restore_params, warn_of_same_guide
 from utils.runs.scoring import Scoring
 from utils.sampling.generator import ImageGenerator, hash_params
 from utils.sampling.solvers import GUIDANCE, SamplerConfig
@@ -140,7 +140,7 @@ class RunEvaluation(Scoring):
         saved = self.saved
         data = saved["dataset"]
         settings: dict[str, Any] = {
-            "checkpoint": str(Path(config.load_dir).absolute()),
+            "checkpoint": name_run(config.load_dir),
             "image_shape": list(data["image_shape"]),
             "num_classes": len(self.generator.class_names),
             "num_heads": model.num_heads,

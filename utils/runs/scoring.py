@@ -20,7 +20,7 @@ from utils.base.devices import check_batch_memory, free_memory
 from utils.base.files import atomic_write, prepare_output_folder
 from utils.base.hosts import broadcast, is_first
 from utils.base.mesh import check_batch_size, make_mesh, replicated
-from utils.base.messages import UserError, WriteError, log, show_result, warn
+from utils.base.messages import UserError, WriteError, log, show_result, warn, with_urls
 from utils.images.pixels import ImageBatch
 from utils.images.samples import Samples, content_sha256, holds_images, open_samples
 from utils.metrics.extractors import (
@@ -237,7 +237,7 @@ class Scoring:
         is_default = self.extractor_names == (DEFAULT_EXTRACTOR,)
         sha256s = {name: record.sha256 for name, record in self.records.items()}
         settings: dict[str, Any] = {
-            "fid_stats": self.reference and str(self.reference.path),
+            "fid_stats": self.reference and with_urls(str(self.reference.path)),
             "fid_stats_sha256": self.reference and self.reference.sha256,
             "convention": self.convention and self.convention.name,
             "convention_source": self.convention and self.convention.source,

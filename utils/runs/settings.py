@@ -34,7 +34,9 @@ class TrainingConfig:
     """How long a run trains, from which seed, and on how many images at a time."""
 
     # Where to write, and what to train.
-    save_dir: str | None = setting(None, "Folder of the run; default runs/<--wandb.name>.", is_path=True)
+    save_dir: str | None = setting(
+        None, "Folder of the run, s3:// and gs:// too; default runs/<--wandb.name>.", is_path=True
+    )
     seed: int = setting(0, "Seed of parameters, data order, noise and samples.")
     batch_size: int = setting(256, "Global batch size.")
     max_steps: int = setting(1_000_000, "Training steps.", 0)
@@ -49,7 +51,7 @@ class StartConfig:
     """Another run whose parameters this one starts from, and which of them it trains."""
 
     load_dir: str | None = setting(
-        None, "Run, or hf:USER/NAME, whose parameters and EMA this run starts from.", is_path=True
+        None, "Run, s3:// and gs:// too, or hf:USER/NAME, whose parameters and EMA this run starts from.", is_path=True
     )
     freeze: tuple[str, ...] = setting((), "Parts of --load_dir that are not trained: blocks.0-5, label_embed, ...")
     lora_rank: int = setting(0, "Above 0: of --load_dir, train low-rank factors and labels alone.", 0, 4096)

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from utils.base.files import atomic_write, cache_folder
 from utils.base.messages import UserError, one_line
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "memory": ""}  # {scheme: the package that reads it}
+LARGE = 2**25  # bytes above which a file is uploaded in parts, as they are read
 FIRST_ANSWER = 20  # seconds within which a bucket has to answer for the first time; the libraries try for longer
 CREDENTIALS = "docs/storage.md says where they are looked for"
 # Options of the file systems: few tries, and listings that are always asked for anew.
@@ -152,8 +153,13 @@ def list_files(url: str, flag: str | None = None) -> list[RemoteFile]:
         found = system.find(f"{path.rstrip('/')}/", withdirs=False, detail=True)
         scheme = url.partition("://")[0]
         files = [_listed(scheme, info) for info in found.values() if info["type"] == "file"]
+    # Names that are no relative paths, as of "folders" that end in a slash, are none that this suite has written.
     start = join(url, "")
-    return sorted(file for file in files if file.url.startswith(start) and file.url != start)
+    return sorted(file for file in files if file.url.startswith(start) and _is_path(file.url.removeprefix(start)))
+
+
+def _is_path(name: str) -> bool:
+    return not {"", ".", ".."} & set(name.split("/"))
 
 
 def _listed(scheme: str, info: dict[str, Any]) -> RemoteFile:
@@ -207,7 +213,11 @@ def cache_path(url: str, kind: str) -> Path:
 
 
 def upload(path: Path, url: str, flag: str | None = None) -> None:
-    """Makes an object of a local file: whole, or not at all."""
+    """Makes an object of a local file: whole, or not at all. Raises FileNotFoundError where there is no such file."""
+    # As it is now: a log may grow meanwhile.
+    if path.stat().st_size <= LARGE:
+        write_bytes(url, path.read_bytes(), flag)
+        return
     with _asking(url, flag) as (system, name):
         system.put_file(str(path), name)
 
@@ -218,15 +228,17 @@ def write_bytes(url: str, content: bytes, flag: str | None = None) -> None:
         system.pipe_file(name, content)
 
 
-def remove(urls: Iterable[str]) -> None:
-    """Removes objects, those that are gone already among them."""
-    for url in urls:
-        with _asking(url) as (system, name), contextlib.suppress(FileNotFoundError):
-            system.rm_file(name)
+def remove(url: str) -> None:
+    """Removes an object, if there is one."""
+    with _asking(url) as (system, name), contextlib.suppress(FileNotFoundError):
+        system.rm_file(name)
 
 
 def check_writable(url: str, flag: str) -> None:
     """Proves that objects can be made below a URL, and leaves none. Raises RemoteError, naming --`flag`, otherwise."""
     probe = join(url, f".probe-{os.getpid()}")
-    write_bytes(probe, b"", flag)
-    remove([probe])
+    try:
+        write_bytes(probe, b"")
+        remove(probe)
+    except RemoteError as error:
+        raise RemoteError(url, error.reason, flag) from error

@@ -9,7 +9,9 @@ SCHEMES = ("s3", "gs", "memory")  # of object storage: utils/storage/remote.py
 REMOTE = re.compile(rf"(?:{'|'.join(SCHEMES)})://[^/]")
 # Settings that take them. Others are names of local files and folders alone.
 TAKE_REMOTE = (
-    "save_dir", "load_dir", "guide", "runs", "fid_stats", "out", "save_samples", "json", "per_image",
+    "save_dir", "load_dir", "guide", "runs", "out", "save_samples", "json", "per_image",
+    "fid_stats", "inception_weights", "inception_logits", "extractor_weights", "source", "class_names",
+    "condition_file",
 )  # fmt: skip
 # Schemes of storage that users may expect to work here.
 STORAGE_SCHEMES = "s3a?|r2|gcs?|gs|oss|cos|az|abfss?|wasbs?|adls?|hdfs|dbfs|viewfs|oci|swift|minio|https?|s?ftp|file|hf"
@@ -21,7 +23,7 @@ BESIDE_URLS = {  # for flags that take more than a path
     "data_dir": f"{LOCAL}, or gs://BUCKET/FOLDER",
     "dataset_name": "folder:PATH, zip:s3://BUCKET/FILE and the like, or tfds:NAME with --data_dir gs://BUCKET/FOLDER",
     "load_dir": f"{LOCAL}, {OBJECTS}, or hf:USER/NAME",
-    "source": f"{LOCAL}, or a hub id such as USER/NAME",
+    "source": f"{LOCAL}, {OBJECTS}, or a hub id such as USER/NAME",
     "vae": f"{LOCAL}, or a hub id such as USER/NAME",
     "preview": f"tiny: and {LOCAL}, or a hub id such as USER/NAME",
     "codec": f"kl: and {LOCAL}, or a hub id such as USER/NAME",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from utils.base.files import open_regular, set_aside, write_text
-from utils.base.messages import log, one_line, warn
+from utils.base.messages import log, one_line, show_path_as, warn
 
 # Limits, so that a training never waits long for wandb.
 PROBE_SECONDS = 5  # for an answer of wandb's server
@@ -107,6 +107,9 @@ def start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
         own_settings["init_timeout"] = INIT_SECONDS
     if "finish_timeout" in wandb.Settings.model_fields and "WANDB_FINISH_TIMEOUT" not in os.environ:
         own_settings |= {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+    show_path_as(
+        folder / "wandb", None
+    )  # even if the folder is the copy of one in object storage: `wandb sync` takes it
     id_file = folder / "wandb_id.txt"  # so that a resumed run goes on in the same curve
     known_id = _read_wandb_id(id_file)
 

@@ -55,6 +55,7 @@ from utils.runs.config import RunConfig
 from utils.runs.memorising import Memorising, read_splits
 from utils.runs.pool import choose_pool
 from utils.sampling.samplers import can_guide, explain_no_guidance
+from utils.storage.remote import check_writable as check_remote
 from utils.training.advice import model_hints
 from utils.training.configure import with_classes
 from utils.training.data import (
@@ -159,6 +160,8 @@ def build_run(config: RunConfig, stages: Stages | None = None) -> Run:
     check_batch_size(config.training.batch_size, mesh.size, devices.grad_accum, row_period(config.objective))
     if not config.training.plan:  # before images are looked through, which may take long
         check_writable(config.folder, "save_dir")
+        if config.remote is not None:
+            check_remote(config.remote.url, "save_dir")
         if config.logging.profile:
             check_writable(Path(config.logging.profile), "profile")
 

@@ -7,7 +7,6 @@ file, and what the user typed. Each stands above the sizes of its preset.
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from utils.base.effects import check_effects
@@ -27,6 +26,9 @@ from utils.runs.best import check_keep_best
 from utils.runs.checkpoint import has_checkpoints
 from utils.runs.config import OBJECTIVE_NAME, PRESET, START_SETTINGS, RunConfig, all_settings
 from utils.runs.given import check_given
+from utils.runs.opening import split_load_dir
+from utils.runs.remote_run import find_remote_run
+from utils.storage.urls import is_url
 from utils.training.effects import PLAN_RULES, check_run_effects
 from utils.training.start import SourceRun, read_started_from
 
@@ -102,7 +104,11 @@ def read_own_settings(settled: Mapping[str, Any]) -> dict[str, Any] | None:
     # A whole command line names its data: nothing of the run's configuration is mixed in. Nor is it where --load_dir
     # asks to start from another run.
     folder = settled.get("save_dir")
-    if folder is None or "dataset_name" in settled or "load_dir" in settled or not has_checkpoints(Path(folder)):
+    if folder is None:
+        return None
+    if is_url(folder):
+        find_remote_run(folder).pull_run("save_dir")
+    if "dataset_name" in settled or "load_dir" in settled or not has_checkpoints(split_load_dir(folder)[0]):
         return None
     saved = SourceRun.open(folder).saved
     settings = {name: value for name, value in flatten_settings(saved).items() if name not in START_SETTINGS}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -69,7 +70,8 @@ def train(run: Run, stop: StopRequest | None = None) -> TrainState:
     if jax.process_index() == 0:
         lock.acquire("save_dir")
     try:
-        return train_in_folder(run, stop)
+        with nullcontext() if run.config.remote is None else run.config.remote.in_use("save_dir"):
+            return train_in_folder(run, stop)
     finally:
         lock.release()
 
@@ -79,8 +81,10 @@ def train_in_folder(run: Run, stop: StopRequest) -> TrainState:
     # Where the run stands.
     keep = run.config.checkpoints
     best = BestSteps(run.folder, KeepBest.parse(keep.keep_best)) if keep.keep_best else None
-    checkpoints = Checkpoints(run.folder, keep.keep_last, keep.keep_every, best)
+    checkpoints = Checkpoints(run.folder, keep.keep_last, keep.keep_every, best, run.config.remote)
     checkpoints.remove_unfinished()
+    if run.config.remote is not None:
+        run.config.remote.keep = checkpoints.retention.kept
     batches = run.training_batches()
     wait_for_state, step, position = restore_or_init(run, checkpoints, batches)
     if step >= run.config.training.max_steps and not is_evaluation_missing(run, step):
