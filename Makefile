@@ -22,7 +22,7 @@ endif
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 	@echo 'For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.'
-	@echo 'To read data sets that TFDS has prepared: make setup EXTRAS=tfds. For the notebook: EXTRAS=dev.'
+	@echo 'To read data sets that TFDS has prepared: make setup EXTRAS=tfds; s3:// and gs://: EXTRAS=cloud. For the notebook: EXTRAS=dev.'
 
 setup: packages $(INCEPTION)  ## .venv with locked packages: those of the programs, and EXTRAS; the weights of Inception
 
@@ -89,7 +89,7 @@ audit: licences $(STAMP)-release  ## licences, and known advisories of every loc
 
 # The versions that everybody installs, from the ranges in pyproject.toml: of all packages together in requirements.txt,
 # and of each device and extra with the hashes of their files. PINS_FLAGS=--upgrade takes newer ones.
-LOCKED := dev tfds text tensorboard aot release
+LOCKED := dev cloud tfds text tensorboard aot release
 LOCKS := $(DEVICES) $(LOCKED)
 COMPILE = env -u UV_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-annotate --quiet --no-config \
   --custom-compile-command "make pins"
