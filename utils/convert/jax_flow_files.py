@@ -117,7 +117,7 @@ def _flatten(entry: str, tree: Any) -> dict[str, np.ndarray]:
     if isinstance(tree, dict) and tree.keys() == {"params"}:
         tree = tree["params"]
     if not isinstance(tree, dict) or not tree:
-        found = "empty" if tree == {} else type(tree).__name__
+        found = "empty" if isinstance(tree, dict) else type(tree).__name__
         raise BadFileError(f"its {entry} is {found}, no tree of parameters; {LAYOUT}")
     flat = flatten_dict(tree, sep="/")
     for name, value in flat.items():
