@@ -40,6 +40,8 @@ CONFIG = {
     "grad_clip": None,
     "lr_schedule": "constant",
     "ema_profiles": [],
+    "check_images": 1,
+    "dataset_weights": None,
     "augment": [],
     "augment_prob": 0.12,
     "coupling": "none",

@@ -165,9 +165,9 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
         options = dataclasses.replace(options, image_size=loader.default_size)
     local = _fetch(name, loader)
     dataset = loader.load(local, split, options)
+    check_made(dataset, ImageDataset, f"the loader of --dataset_name={name}")
     if dataset.name == local:
         dataset = dataclasses.replace(dataset, name=name)
-    check_made(dataset, ImageDataset, f"the loader of --dataset_name={name}")
     check_own_size(name, dataset.image_shape, options)  # of loaders that have no use for the option
     text = dataset.condition.find_part(TextCondition)
     if text is not None:
