@@ -177,7 +177,7 @@ def test_a_large_file_is_uploaded_in_parts_and_equal(monkeypatch, tmp_path):
         (OSError("Forbidden: b/o\nno"), "these credentials do not allow it"),
         (type("NoCredentialsError", (Exception,), {})("Unable to"), "no credentials were found; docs/storage.md says"),
         (type("EndpointConnectionError", (Exception,), {})("not\nthere"), "its storage cannot be reached .not there"),
-        (TimeoutError(), "its storage cannot be reached .TimeoutError.; try again"),
+        (TimeoutError(), "its storage cannot be reached .no answer within 20 seconds.; try again"),
         (remote.NoBucketError(), "there is no bucket b; check the name"),
         (ValueError("a\nb"), "its storage answered: a b"),
     ],

@@ -128,7 +128,8 @@ def _explain(error: Exception, scheme: str, url: str) -> tuple[str, bool]:
     if isinstance(error, TimeoutError | ConnectionError) or any(
         word in name for name in names for word in ("Connect", "Timeout", "ServerDisconnected")
     ):
-        return f"its storage cannot be reached ({one_line(error)[:100]}); try again", False
+        problem = one_line(error)[:100] if str(error) else f"no answer within {FIRST_ANSWER} seconds"
+        return f"its storage cannot be reached ({problem}); try again", False
     return f"its storage answered: {one_line(error)}", False
 
 
