@@ -463,7 +463,7 @@ test_jax_flow_pickle.py::test_another_checkpoint_is_refused_by_what_it_has
   utils/convert/jax_flow_files.py: or not np.isfinite(tree[name]).all(): -> or False:
   utils/convert/jax_flow_files.py: > MAX_SHARING * len(content): -> > 1e18:
 test_jax_flow_pickle.py::test_velocities_and_samples_are_jax_flows
-  utils/convert/published.py: {"timestep_scale": 10_000.0, "t_sampler": "logit_normal"}, -> {"timestep_scale": 1.0},
+  utils/convert/published.py: {"timestep_scale": 10_000.0, "t_sampler" -> {"timestep_scale": 1.0, "t_sampler"
   utils/convert/jax_flow_files.py: num_heads=heads, -> num_heads=1,
 test_jax_flow_pickle.py::test_a_run_has_both_sets_of_parameters_and_the_settings
   utils/convert/jax_flow_files.py: return convert(checkpoint.ema_params), -> return convert(checkpoint.params),

@@ -22,7 +22,7 @@ from utils.base.files import open_regular
 from utils.base.messages import log
 from utils.base.pickles import Function, SafeUnpickler, jax_stand_ins, numpy_stand_ins, read_safely
 from utils.convert.jax_flow import import_jax_flow_params
-from utils.convert.published import TABLE_TOLERANCE, find_mlp_ratio
+from utils.convert.published import FAMILIES, JAX_FLOW, TABLE_TOLERANCE, find_mlp_ratio
 from utils.objectives.flow_matching import LEGACY_T_SAMPLERS
 
 START = re.compile(rb"\x80[\x02-\x05]")  # of pickles of the protocols 2 to 5
@@ -170,6 +170,7 @@ def find_jax_flow_config(
         num_heads=heads,
         mlp_ratio=find_mlp_ratio(width, mlp_width, is_swiglu=False),
         num_classes=num_rows - 1,
+        timestep_scale=FAMILIES[JAX_FLOW].settings["timestep_scale"],
         learned_positions=int(has_moved),
         dtype="float32",
         class_dropout_prob=0.1 if dropout is None else dropout,
