@@ -1,11 +1,13 @@
-"""Draws metrics of one run or several, from their metrics.jsonl: one axis per metric, one colour per run.
+"""Draws metrics of one run or several, from their metrics.jsonl: one axis per metric, one colour per run; or compares
+runs in a table.
 
     python plot_metrics.py --runs runs/a,runs/b --metrics 'validation/l2_loss,training_loss_t/*' --out curves.png
+    python plot_metrics.py --runs 'runs/sweep/*' --table
 
 docs/metrics.md says what each metric means.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -13,28 +15,51 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.files import atomic_write, prepare_output_file
-from utils.base.messages import UserError, log
+from utils.base.files import atomic_write, prepare_output_file, write_text
+from utils.base.messages import UserError, log, show_result
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
+from utils.flags.effects import RULES, check_effects
 from utils.images import plotting
-from utils.runs.given import expand_path
-from utils.trackers.trackers import name_runs, read_curves
+from utils.runs.comparison import (
+    RESULTS_FILE,
+    Curves,
+    compare_runs,
+    find_columns,
+    find_runs,
+    read_scores,
+    to_markdown,
+)
+from utils.runs.results import write_csv
+from utils.trackers.trackers import name_runs
 
-DEFAULT_METRICS = ("training/l2_loss", "validation/l2_loss", "training/grad_norm", "fid")  # those that a run has logged
+# Those that a run has logged, in curves and in a table.
+DEFAULT_METRICS = ("training/l2_loss", "validation/l2_loss", "training/grad_norm", "fid")
+TABLE_METRICS = ("training/l2_loss", "validation/l2_loss", "validation_loss_t/mean", "fid", f"{RESULTS_FILE}/fid")
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("runs", [], "Run folders or metrics.jsonl files, separated by commas.")
     flags.DEFINE_list(
-        "metrics", list(DEFAULT_METRICS), "Names of metrics, separated by commas; * stands for any characters."
+        "runs", [], "Run folders or metrics.jsonl files, separated by commas; * stands for any characters."
     )
-    define_path("out", "runs/curves.png", "The .png to write.")
+    flags.DEFINE_list(
+        "metrics",
+        list(DEFAULT_METRICS),
+        "Names of metrics, separated by commas; * stands for any characters. Scores of eval_fid.py are fid.json/NAME "
+        f"in a table, which has {', '.join(TABLE_METRICS)} by default.",
+    )
+    flags.DEFINE_bool(
+        "table",
+        False,
+        "Print a table in place of curves: a row per run with its last and best metrics, its step, seconds and "
+        "parameters, and the settings that differ.",
+    )
+    define_path("out", "runs/curves.png", "The .png to write; with --table a .md or .csv, by default none.")
     flags.DEFINE_integer("smooth", 1, "Logged values in a running mean; 1: none.", lower_bound=1)
     flags.DEFINE_bool("log_y", False, "Logarithmic values.")
 
 
-def choose_metrics(known: Iterable[str], requested: list[str], is_optional: bool) -> list[str]:
+def choose_metrics(known: Iterable[str], requested: Sequence[str], is_optional: bool) -> list[str]:
     """Returns the known metrics that `requested` names or matches, in its order, each once.
 
     Raises UserError for a name that nothing matches; where `is_optional`, only if no name matches anything.
@@ -52,26 +77,20 @@ def choose_metrics(known: Iterable[str], requested: list[str], is_optional: bool
     return list(dict.fromkeys(name for names in matches.values() for name in names))
 
 
-def main(config: ConfigDict) -> None:
-    jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerators
+def check_out(out: Path, suffixes: tuple[str, ...], example: str) -> None:
+    """Raises UserError where the file of --out cannot be written, or its name has none of the suffixes."""
+    if out.is_dir() or out.suffix.lower() not in suffixes:
+        example = str(out / example) if out.is_dir() else example
+        raise UserError(f"--out={out}: name a {' or '.join(suffixes)} file, such as {example}")
+    prepare_output_file(out, "out", example)
 
-    # Which runs and which metrics.
-    if not all(config.runs) or not config.runs:
-        given = f"={','.join(config.runs)} has an empty name" if config.runs else " is not given"
-        raise UserError(f"--runs{given}: name run folders, separated by commas, such as runs/a,runs/b")
-    paths = [Path(expand_path(run, "runs")) for run in dict.fromkeys(config.runs)]
-    curves = {name: read_curves(path, "runs") for name, path in zip(name_runs(paths), paths, strict=True)}
+
+def draw_curves(config: ConfigDict, curves: Mapping[str, Curves]) -> None:
+    """Writes the figure of --out: the metrics of each run in {name: its curves}."""
     known = {metric for curve in curves.values() for metric in curve}
     metrics = choose_metrics(known, config.metrics, is_optional=not reading.is_explicit("metrics"))
-
-    # Where the figure goes: before it is drawn.
     out = Path(config.out)
-    if out.is_dir() or out.suffix.lower() != ".png":
-        example = out / "curves.png" if out.is_dir() else "curves.png"
-        raise UserError(f"--out={out}: name a .png file, such as {example}")
-    prepare_output_file(out, "out", "curves.png")
-
-    # The figure.
+    check_out(out, (".png",), "curves.png")  # before it is drawn
     points = {metric: {run: list(curve.get(metric, {}).items()) for run, curve in curves.items()} for metric in metrics}
     for run in curves:
         if missing := [metric for metric in metrics if not points[metric][run]]:
@@ -80,6 +99,45 @@ def main(config: ConfigDict) -> None:
     with atomic_write(out) as temporary:
         figure.savefig(temporary, format="png")
     log(f"written: {out}")
+
+
+def show_table(config: ConfigDict, runs: Mapping[str, Path], curves: Mapping[str, Curves]) -> None:
+    """Prints a row for each run in {name: its path}, and writes them to --out if that is given."""
+    out = Path(config.out) if reading.is_explicit("out") else None
+    if out is not None:
+        check_out(out, (".md", ".csv"), "table.md")
+
+    # Metrics of training, and of eval_fid.py.
+    is_default = not reading.is_explicit("metrics")
+    curves = {name: curve | read_scores(runs[name]) for name, curve in curves.items()}
+    known = {metric for curve in curves.values() for metric in curve}
+    metrics = choose_metrics(known, TABLE_METRICS if is_default else config.metrics, is_default)
+
+    # The table, and a file of it.
+    rows = compare_runs(runs, curves, metrics)
+    columns = find_columns(rows, metrics)
+    text = to_markdown(rows, columns)
+    show_result(text)
+    if out is not None and out.suffix.lower() == ".csv":
+        write_csv(out, [{name: row.get(name) for name in columns} for row in rows])
+    elif out is not None:
+        write_text(out, text + "\n")
+
+
+def main(config: ConfigDict) -> None:
+    jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerators
+    check_effects(RULES["plot_metrics"], config)
+    if not all(config.runs) or not config.runs:
+        given = f"={','.join(config.runs)} has an empty name" if config.runs else " is not given"
+        raise UserError(f"--runs{given}: name run folders, separated by commas, such as runs/a,runs/b")
+
+    found = find_runs(config.runs, "runs")
+    runs = dict(zip(name_runs(list(found)), found, strict=True))
+    curves = {name: found[path] for name, path in runs.items()}
+    if config.table:
+        show_table(config, runs, curves)
+    else:
+        draw_curves(config, curves)
 
 
 if __name__ == "__main__":

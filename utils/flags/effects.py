@@ -148,6 +148,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda given: given.solver != "midpoint",
         ),
     ),
+    "plot_metrics": (Rule(("smooth", "log_y"), "on a table, which has the values", lambda given: given.table),),
     # A file that is imported has its own architecture; a run that is exported is complete.
     "convert_checkpoint": (
         Rule(("model.*", "objective.*"), "here: a checkpoint has its own", lambda given: True),

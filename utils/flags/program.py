@@ -214,7 +214,9 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
         raise UserError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
     record_file_values(found)
     if extra:
-        raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value (--help lists them)")
+        # A shell has put several names in the place of a pattern.
+        quoted = ", a * in quotes" if os.path.lexists(extra[0]) else ""
+        raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value{quoted} (--help lists them)")
 
     # Programs that share their work among processes look at these themselves.
     if "coordinator_address" not in names:

@@ -46,7 +46,8 @@ def check_keep_best(text: str, metrics: Sequence[Metric], has_statistics: bool) 
         raise UserError(f"--keep_best={text}: {score} is not logged by this run; use {', '.join(known)} ({others})")
 
 
-def _is_higher_better(score: str) -> bool:
+def is_higher_better(score: str) -> bool:
+    """Returns whether a score of evaluations is better where it is higher; losses and unknown ones are not."""
     return any(metric.is_higher_better for metric in METRICS if score in metric.columns)
 
 
@@ -64,7 +65,7 @@ class BestSteps:
         lines = read_metrics(self.path)
         scores = {line["step"]: line[name] for line in lines if isinstance(line.get(name), (int, float))}
         known = {step: scores[step] for step in steps if step in scores and math.isfinite(scores[step])}
-        sign = -1 if _is_higher_better(self.keep.score) else 1
+        sign = -1 if is_higher_better(self.keep.score) else 1
         best = sorted(known, key=lambda step: (sign * known[step], -step))[: self.keep.count]
         return {step: known[step] for step in best}
 

@@ -55,6 +55,8 @@ GROUPS: dict[str, tuple[Any, str]] = {
 START_SETTINGS = ("save_dir", "plan", "profile", *settings_of(ProcessConfig))
 PRESET = "model.preset"
 OBJECTIVE_NAME = "objective.name"
+# Groups of a saved configuration that are no settings: what is known of the data and of JAX.
+NOT_SETTINGS = ("dataset", "jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,3 +205,14 @@ def fill_settings(group_class: Any, settings: Mapping[str, Any], group: str) -> 
 def read_settings(part: Any, group_class: Any, group: str) -> dict[str, Any]:
     """Returns {name: value} of a dataclass of settings."""
     return {name: getattr(part, field.name) for name, field in settings_of(group_class, group).items()}
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {name: value} of a configuration as a run saves it, groups as group.name, without NOT_SETTINGS."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if not isinstance(value, dict):
+            flat[name] = value
+        elif name not in NOT_SETTINGS:
+            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
+    return flat

@@ -85,11 +85,7 @@ class Results:
 
         # A file that is damaged, or no regular file, is set aside: an evaluation takes too long to end for it.
         try:
-            if self.path.stat().st_size > MAX_JSON_BYTES:
-                raise BadFileError(f"it has more than {MAX_JSON_BYTES:,} bytes")
-            rows = parse_json(read_bytes(self.path), is_finite=False).get("cells")
-            if not isinstance(rows, list):
-                raise BadFileError("it has no list `cells`")
+            rows = _read_cells(self.path)
         except BadFileError as error:
             log(f"{self.path} cannot be understood ({error}; damaged?); it is kept as {set_aside(self.path)}")
             return
@@ -105,6 +101,23 @@ class Results:
             kept = set_aside(self.path)
             log(f"{self.path}: left out {others} of {len(rows)} rows that no evaluation has written; all are in {kept}")
             write_json(self.path, {"cells": self.rows})
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a fid.json, which stays as it is; none where there is no such file.
+
+    Raises BadFileError or OSError where it cannot be read.
+    """
+    return [row for row in _read_cells(path) if _is_row(row)] if path.exists() else []
+
+
+def _read_cells(path: Path) -> list[Any]:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise BadFileError(f"it has more than {MAX_JSON_BYTES:,} bytes")
+    rows = parse_json(read_bytes(path), is_finite=False).get("cells")
+    if not isinstance(rows, list):
+        raise BadFileError("it has no list `cells`")
+    return rows
 
 
 def _is_row(row: Any) -> bool:

@@ -32,7 +32,7 @@ from utils.networks.lora import merge_lora
 from utils.networks.models import read_network
 from utils.networks.network import NetworkConfig
 from utils.runs.checkpoint import Checkpoints
-from utils.runs.config import objective_settings
+from utils.runs.config import flatten, objective_settings
 from utils.runs.opening import open_checkpoint, split_load_dir
 from utils.runs.saved_config import read_config
 
@@ -61,8 +61,6 @@ MEANING_OF_PARAMETERS = (
     "network", "hidden_size", "num_heads", "mlp_ratio", "norm", "mlp", "rope", "qk_norm", "timestep_scale",
     "bottleneck",
 )  # fmt: skip
-# Groups of a configuration that are no flags.
-NOT_FLAGS = ("dataset", "jax")
 
 
 class SourceRun(NamedTuple):
@@ -391,8 +389,8 @@ def check_settings(config: dict[str, Any], saved: dict[str, Any], folder: Path) 
     network = type(read_network(config["model"]))
     of_network = [name for name, field in settings_of(network, "model").items() if field.metadata["is_fixed"]]
     of_objective = [name for name, field in objective_settings().items() if field.metadata["is_fixed"]]
-    old = {**dict.fromkeys(of_objective), **_flatten(saved)}
-    new = _flatten(config)
+    old = {**dict.fromkeys(of_objective), **flatten(saved)}
+    new = flatten(config)
     changed = {name: (old[name], new[name]) for name in new if name in old and old[name] != new[name]}
     for name in (*FIXED, *of_network, *of_objective):  # an objective before what follows from it
         if name in changed:
@@ -436,14 +434,3 @@ def check_architecture(
 
 def _is_same_place(load_dir: str, saved: str | None) -> bool:
     return saved is not None and split_load_dir(load_dir) == split_load_dir(saved)
-
-
-def _flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns {flag: value} of a configuration, groups as group.name, without what is known of the data and of JAX."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if not isinstance(value, dict):
-            flat[name] = value
-        elif name not in NOT_FLAGS:
-            flat |= {f"{name}.{leaf}": leaf_value for leaf, leaf_value in value.items()}
-    return flat

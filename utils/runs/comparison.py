@@ -1,0 +1,220 @@
+"""Runs side by side: a row for each, with its last and best metrics, its size, and the settings that differ."""
+
+import glob
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from utils.base.external import BadFileError, read_json
+from utils.base.messages import UserError, log, warn
+from utils.metrics.metrics import metric_columns
+from utils.runs.best import is_higher_better
+from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, has_checkpoints
+from utils.runs.config import START_SETTINGS, flatten
+from utils.runs.given import expand_path
+from utils.runs.results import read_results, score_columns
+from utils.runs.saved_config import read_config
+from utils.trackers.trackers import METRICS_FILE, last_seconds, read_curves, read_metrics
+
+Curves = dict[str, dict[int, float]]  # {metric: {step: value}}
+RESULTS_FILE = "fid.json"  # of eval_fid.py; its scores are metrics called fid.json/SCORE
+# Settings that say where a run is and what it is called, that have another name today, or that follow from others.
+NOT_COMPARED = (*START_SETTINGS, "vae", "frozen", "model.use_stable_vae")
+FACTS = ("step", "seconds", "parameters")
+MAX_LISTED = 8  # runs nearby, in an error
+
+
+def find_runs(words: Sequence[str], flag: str) -> dict[Path, Curves]:
+    """Returns {run: its curves} of the run folders and metrics.jsonl files that --`flag` names, in its order.
+
+    *, ? and [] stand for any characters, as in a shell; what they match without metrics is left out, in one line.
+    Raises UserError where a name is no run, and where a pattern matches none.
+    """
+    runs: dict[Path, Curves] = {}
+    for word in dict.fromkeys(words):
+        path = Path(expand_path(word, flag))
+        # A name as it stands, which may have such characters itself.
+        if os.path.lexists(path) or not glob.has_magic(str(path)):
+            runs[path] = read_curves(path, flag)
+            continue
+
+        # A pattern.
+        found: dict[Path, Curves] = {}
+        left_out = []
+        for match in map(Path, sorted(glob.glob(str(path)))):
+            try:
+                found[match] = read_curves(match, flag)
+            except UserError:
+                left_out.append(match.name)
+        if not found:
+            raise UserError(f"--{flag}={word} matches no run; {_list_nearby(path)}")
+        if left_out:
+            log(f"--{flag}={word}: left out what holds no metrics: {', '.join(left_out)}")
+        runs |= found
+    return runs
+
+
+def _list_nearby(pattern: Path) -> str:
+    """Returns a line on the runs below the part of a pattern that has no special characters."""
+    parts = pattern.parts
+    base = Path(*parts[: next(number for number, part in enumerate(parts) if glob.has_magic(part))])
+    files = [*base.glob(f"*/{METRICS_FILE}"), *base.glob(f"*/*/{METRICS_FILE}")]
+    runs = sorted(str(file.parent) for file in files)
+    more = ", ..." if len(runs) > MAX_LISTED else ""
+    return f"there are {', '.join(runs[:MAX_LISTED])}{more}" if runs else f"{base} has none; name folders of runs"
+
+
+def read_scores(run: Path) -> Curves:
+    """Returns {fid.json/SCORE: {step: value}} of what eval_fid.py has written into a run's folder.
+
+    Where there are several rows of a step, of other samplers, the best value counts. A file that cannot be read is left
+    out with a warning.
+    """
+    try:
+        rows = read_results(run / RESULTS_FILE) if run.is_dir() else []
+    except (BadFileError, OSError) as error:
+        warn(f"{run / RESULTS_FILE} cannot be read ({getattr(error, 'strerror', None) or error}) and is left out")
+        return {}
+
+    # Baselines of held-out images say nothing about the run.
+    curves: Curves = {}
+    for row in rows:
+        step = row.get("checkpoint_step")
+        scores = [name for name in score_columns() if row.get(name) is not None and not name.endswith("_validation")]
+        for name in scores if type(step) is int else ():
+            values = curves.setdefault(f"{RESULTS_FILE}/{name}", {})
+            values[step] = find_best(f"{RESULTS_FILE}/{name}", [row[name], *([values[step]] if step in values else [])])
+    return {name: dict(sorted(values.items())) for name, values in curves.items()}
+
+
+def find_direction(metric: str) -> str | None:
+    """Returns 'lowest' or 'highest', whichever value of a metric is its best; None for one that has no best value,
+    such as a norm."""
+    score = metric.rpartition("/")[2]
+    if score in metric_columns():
+        return "highest" if is_higher_better(score) else "lowest"
+    return "lowest" if "loss" in metric else None
+
+
+def find_best(metric: str, values: Sequence[float]) -> float:
+    """Returns the best of the values of a metric; NaN where none is finite."""
+    best = max if find_direction(metric) == "highest" else min
+    return best((value for value in values if math.isfinite(value)), default=math.nan)
+
+
+def compare_runs(runs: Mapping[str, Path], curves: Mapping[str, Curves], metrics: Sequence[str]) -> list[dict]:
+    """Returns a row for each run, {column: value}: its name, the settings that differ, FACTS, and of each metric the
+    last value and the best one. A row has no column of what its run does not have."""
+    settings = find_differences({name: read_settings(run) for name, run in runs.items()})
+    rows = []
+    for name, run in runs.items():
+        # What it is, and how far it has come.
+        row: dict[str, Any] = {"run": name, **settings[name]}
+        row["step"] = max((step for curve in curves[name].values() for step in curve), default=0)
+        row["seconds"] = last_seconds(read_metrics(run / METRICS_FILE if run.is_dir() else run))
+        if (count := count_parameters(run)) is not None:
+            row["parameters"] = count
+
+        # What it has logged.
+        for metric in metrics:
+            if curve := curves[name].get(metric):
+                row[metric] = list(curve.values())[-1]
+                if direction := find_direction(metric):
+                    row[f"{direction} {metric}"] = find_best(metric, list(curve.values()))
+        rows.append(row)
+    return rows
+
+
+def find_columns(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[str]:
+    """Returns the columns of a table in order: the run, settings, FACTS, metrics. A column that no row has is left
+    out."""
+    scores = [column for metric in metrics for column in (metric, f"{find_direction(metric)} {metric}")]
+    known = {column for row in rows for column in row}
+    settings = sorted(known - {"run", *FACTS, *scores})
+    return [column for column in ("run", *settings, *FACTS, *scores) if column in known]
+
+
+def read_settings(run: Path) -> dict[str, Any] | None:
+    """Returns {name: value} of a run's settings, of an older run completed by what it did not save; None where they are
+    not known, as of a metrics.jsonl alone."""
+    path = (run if run.is_dir() else run.parent) / "config.json"
+    is_of_run = run.is_dir() or run.name == METRICS_FILE  # another file may be anyone's
+    if not is_of_run or not path.exists():
+        return None
+    try:
+        settings = flatten(read_config(read_json(path)))
+    except BadFileError as error:
+        warn(f"{path}: {error}; the table has no settings of this run")
+        return None
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in NOT_COMPARED and name.partition(".")[0] != "wandb"
+    }
+
+
+def find_differences(settings: Mapping[str, dict[str, Any] | None]) -> dict[str, dict[str, str]]:
+    """Returns {run: {name: value as on a command line}} of the settings that are not the same in all runs whose
+    settings are known."""
+    known = [values for values in settings.values() if values is not None]
+    names = {name for values in known for name in values}
+    absent = object()  # a setting of another network, which is neither None nor any value
+    differ = {name for name in names if any(values.get(name, absent) != known[0].get(name, absent) for values in known)}
+    return {
+        run: {name: _as_typed(value) for name, value in (values or {}).items() if name in differ}
+        for run, values in settings.items()
+    }
+
+
+def count_parameters(run: Path) -> int | None:
+    """Returns the number of parameters in a run's newest checkpoint; None where it has none that can be read."""
+    if not run.is_dir() or not has_checkpoints(run):
+        return None
+    checkpoints = Checkpoints(run)
+    try:
+        shapes = checkpoints.stored_shapes(checkpoints.steps()[0], "ema_params")
+    except (DamagedCheckpointError, IndexError):
+        return None
+    finally:
+        checkpoints.close()
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _to_text(column: str, value: Any) -> str:
+    """Returns a cell of the table."""
+    if column == "parameters":
+        return f"{value:,}"
+    if column == "seconds":
+        return f"{value:.0f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def to_markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Returns a Markdown table whose columns are aligned, numbers to the right; cells without a value are empty."""
+    cells = [list(columns)]
+    for row in rows:
+        texts = [_to_text(name, row[name]) if name in row else "" for name in columns]
+        cells.append([text.replace("|", "\\|") for text in texts])
+
+    # Names and settings are texts.
+    are_texts = [any(isinstance(row.get(name), str) for row in rows) for name in columns]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * (width - 1) + "-:"[not is_text] for width, is_text in zip(widths, are_texts, strict=True)])
+    lines = []
+    for line in cells:
+        padded = [
+            cell.ljust(width) if is_text else cell.rjust(width)
+            for cell, width, is_text in zip(line, widths, are_texts, strict=True)
+        ]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
