@@ -474,6 +474,34 @@ test_jax_flow_pickle.py::test_labels_without_a_name_are_left_out
   utils/convert/jax_flow_files.py: tree[name][:count], tree[name][-1:]] -> tree[name][: count + 1]]
 test_jax_flow_pickle.py::test_a_table_of_positions_that_one_set_has_trained_is_a_parameter_of_both
   utils/convert/jax_flow_files.py: params.pop("pos_embed", None) -> return params
+test_archives.py::test_what_is_no_archive_is_one_line
+  utils/storage/archive.py: if path == after: -> if False:
+  utils/storage/archive.py: path.startswith("/") or ".." in parts -> False
+  utils/storage/zip_files.py: if member.flag_bits & 1: -> if False:
+  utils/storage/zip_files.py: member.header_offset + member.compress_size > size: -> False:
+  utils/storage/tar_files.py: if file.read(archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE): -> if False:
+  utils/storage/parquet_files.py: if not file.schema.equals(first.schema): -> if False:
+  utils/images/tables.py: or not -1 <= label < count: -> or False:
+  utils/images/tables.py: if key in images_of: -> if False:
+test_archives.py::test_an_image_that_breaks_later_is_named
+  utils/storage/archive.py: if len(content) < HEADER_BYTES or content[:4] != b"PK\\3\\4": -> if False:
+test_archives.py::test_an_archive_is_listed_once_and_again_when_it_changes
+  utils/storage/archive.py: \\0{self.key}\\0{stamps}" -> \\0{self.key}"
+  utils/storage/archive.py: index = Index.load(kept) -> index = None
+test_archives.py::test_a_check_that_was_stopped_goes_on
+  utils/images/checks.py: if is_lasting and stamps[row] -> if False
+test_archives.py::test_images_that_are_trusted_are_not_decoded
+  utils/data/image_folder.py: check_images if options.check_images else trust_images -> check_images
+test_archives.py::test_joined_data_have_every_image_and_the_shares_that_are_asked_for
+  utils/data/joined.py: max(size / weight for -> min(size / weight for
+  utils/data/joined.py: np.arange(count) * size // count -> np.minimum(np.arange(count), size - 1)
+test_archives.py::test_data_in_object_storage_are_those_on_the_disk
+  utils/storage/remote_tree.py: if versions.get(path) != file.version or -> if
+  utils/data/loaders.py: if not (loader.needs_files and is_url(path)): -> if True:
+test_archives.py::test_webdataset_has_classes_numbers_and_captions_beside_its_images
+  utils/storage/tar_files.py: tree.default_columns = "class" -> pass
+test_run_config.py::test_what_an_objective_sets_follows_the_typed_one
+  utils/flags/config_file.py: if not (is_typed and isinstance(FLAGS[name], JoinedFlag)): -> if True:
 test_container.py::test_its_steps_are_targets_of_the_makefile
   Dockerfile: ARG EXTRAS="" -> ARG EXTRAS=dev
   Makefile: packages: $(STAMP) $(EXTRAS -> packages: $(STAMP) $(STAMP)-dev $(EXTRAS
