@@ -18,7 +18,7 @@ import eval_fid
 import sample
 from tests.conftest import run_program
 from tests.runs import losses, start
-from utils.base.messages import UserError
+from utils.base.messages import UserError, with_urls
 from utils.runs import remote_run
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.opening import load_generator
@@ -177,7 +177,7 @@ def test_a_large_file_is_uploaded_in_parts_and_equal(monkeypatch, tmp_path):
         (OSError("Forbidden: b/o\nno"), "these credentials do not allow it"),
         (type("NoCredentialsError", (Exception,), {})("Unable to"), "no credentials were found; docs/storage.md says"),
         (type("EndpointConnectionError", (Exception,), {})("not\nthere"), "its storage cannot be reached .not there"),
-        (TimeoutError(), "its storage cannot be reached .no answer within 20 seconds.; try again"),
+        (TimeoutError(), "its storage cannot be reached .no answer within 10 seconds.; try again"),
         (remote.NoBucketError(), "there is no bucket b; check the name"),
         (ValueError("a\nb"), "its storage answered: a b"),
     ],
@@ -190,6 +190,23 @@ def test_answers_of_storage_are_one_line(monkeypatch, error, message):
     with pytest.raises(RemoteError, match=f"^--save_dir=s3://b/run: {message}") as caught:
         remote.write_bytes("s3://b/run", b"", "save_dir")
     assert "\n" not in str(caught.value)
+
+
+def test_an_output_that_cannot_be_uploaded_stays_here(monkeypatch):
+    path = staging.stage_output("memory://bucket/results/x.npz", "out")
+    path.write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "upload", lambda path, url: (_ for _ in ()).throw(RemoteError(url, "no room")))
+        with pytest.raises(UserError) as error:
+            staging.upload_outputs(is_run_file)
+    last = f"the local copy is whole and lies in {path.parent}; copy it there"
+    assert str(error.value) == f"memory://bucket/results/x.npz could not be written (no room); {last}"
+    assert with_urls(str(error.value)) == str(error.value)
+    # Another time it works, and nothing is left here.
+    assert staging.stage_output("memory://bucket/results/x.npz", "out") == path
+    staging.upload_outputs(is_run_file)
+    assert objects("memory://bucket") == {"results/x.npz": b"x"}
+    assert not path.parent.exists()
 
 
 # --- Runs ---

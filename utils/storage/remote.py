@@ -21,7 +21,7 @@ from utils.base.messages import UserError, one_line
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "memory": ""}  # {scheme: the package that reads it}
 LARGE = 2**25  # bytes above which a file is uploaded in parts, as they are read
-FIRST_ANSWER = 20  # seconds within which a bucket has to answer for the first time; the libraries try for longer
+FIRST_ANSWER = 10  # seconds within which a bucket has to answer for the first time; the libraries try for longer
 CREDENTIALS = "docs/storage.md says where they are looked for"
 # Options of the file systems: few tries, and listings that are always asked for anew.
 OPTIONS: dict[str, dict[str, Any]] = {

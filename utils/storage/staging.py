@@ -12,7 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+
 from utils.base.files import locked, write_json
+from utils.base.hosts import barrier
 from utils.base.messages import UserError, log, show_path_as
 from utils.storage import remote
 from utils.storage.remote import RemoteError, RemoteFile
@@ -183,6 +186,7 @@ def stage_output(url: str, flag: str) -> Path:
         raise UserError(f"--{flag}={url}: name an object or a folder in the bucket, such as {url.rstrip('/')}/results")
     remote.check_writable(url, flag)
     folder = remote.cache_path(url, "outputs")
+    folder.mkdir(parents=True, exist_ok=True)
     staged = StagedFolder(parent, folder)
     show_path_as(folder / name, url.rstrip("/"))
     results = remote.find_file(remote.join(url, "fid.json"), flag)
@@ -199,19 +203,27 @@ def upload_with_outputs(staged: StagedFolder) -> None:
 def upload_outputs(is_wanted: Callable[[str], bool]) -> None:
     """Uploads all outputs of a program; `is_wanted` says which files of a folder that stays are among them.
 
-    Raises UserError where that fails: it says where the local copy is.
+    Raises UserError where that fails: it says where the local copy is. Several processes do so in turn, as those of one
+    machine share the local copy; all have to call it.
     """
     for url, (staged, folder) in list(_outputs.items()):
-        names = staged.changed() if folder else staged.changed(is_wanted)
-        try:
-            staged.push(names)
-        except RemoteError as error:
-            raise not_uploaded(url, folder or staged.folder, error, "copy it there") from error
+        for number in range(jax.process_count()):
+            if number == jax.process_index():
+                _upload_output(url, staged, folder, is_wanted)
+            barrier()
         del _outputs[url]
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
-        if names:
-            log(f"uploaded {len(names)} file{'s' * (len(names) != 1)} to {staged.url}")
+
+
+def _upload_output(url: str, staged: StagedFolder, folder: Path | None, is_wanted: Callable[[str], bool]) -> None:
+    names = staged.changed() if folder else staged.changed(is_wanted)
+    try:
+        staged.push(names)
+    except RemoteError as error:
+        raise not_uploaded(url, folder or staged.folder, error, "copy it there") from error
+    if names:
+        log(f"uploaded {len(names)} file{'s' * (len(names) != 1)} to {staged.url}")
 
 
 def not_uploaded(url: str, folder: Path, error: RemoteError, fix: str) -> UserError:
