@@ -362,6 +362,27 @@ test_coupling.py::test_a_run_is_continued_with_its_own_potentials
 test_keep_best.py::test_a_training_saves_what_it_evaluates_and_keeps_the_best
   utils/training/loop.py: saver.is_due(step, is_evaluated and bool(config.checkpoints.keep_best)) -> saver.is_due(step)
   utils/training/loop.py: keep.keep_every, best) -> keep.keep_every, None)
+test_remote.py::test_objects_are_found_listed_and_read
+  utils/storage/remote.py: and _is_path(file.url.removeprefix(start)) ->
+  utils/storage/remote.py: file.url.startswith(start) and -> True and
+test_remote.py::test_an_object_is_fetched_once_and_anew_when_it_changes
+  utils/storage/remote.py: f"{file.version} {file.size}".encode() -> str(file.size).encode()
+test_remote.py::test_whenever_it_is_killed_each_marked_checkpoint_is_whole_and_logged
+  utils/runs/remote_run.py: for is_marker in (True, False): -> for is_marker in (False, True):
+  utils/runs/remote_run.py: name.startswith(start) and name != marker -> name.startswith(start)
+  utils/runs/remote_run.py: self.push(self.changed(is_run_file)) -> pass
+  utils/runs/checkpoint.py: self.remote.wait()  # -> pass  #
+test_remote.py::test_what_was_saved_but_not_uploaded_is_uploaded_by_the_next_start
+  utils/runs/remote_run.py: self.finish() -> pass
+test_remote.py::test_a_copy_of_what_is_no_longer_there_is_no_start
+  utils/runs/remote_run.py: if ours == theirs: -> if True:
+test_remote.py::test_another_machine_takes_over_and_the_first_returns
+  utils/runs/remote_run.py: if step < newest: -> if False:
+test_remote.py::test_a_damaged_checkpoint_in_storage_is_passed_over
+  utils/runs/checkpoint.py: self._fetch(step) -> pass
+  utils/runs/checkpoint.py: self.remote.unmark(step) -> pass
+test_remote.py::test_a_holder_that_is_alive_keeps_others_away
+  utils/storage/lease.py: if now != first: -> if False:
 test_readme.py::test_the_layout_names_every_module_and_imports_point_downwards
   docs/layout.md: advice.py -> advise.py
 test_reflow.py::test_noise_is_drawn_as_it_was

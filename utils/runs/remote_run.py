@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from utils.base.background import in_background
 from utils.base.files import locked, temporary_path
@@ -146,12 +148,12 @@ class RemoteRun(StagedFolder):
     def in_use(self, flag: str) -> Iterator[None]:
         """Has the block train in the local folder: it is brought up to date first, and process 0 uploads it, what is
         left when the block ends. Raises UserError where another process holds the run, and where that upload fails."""
-        if is_first():
-            self.begin(flag)
-        self.check_shared(flag)
-        if not is_first():
-            self.pull_run(flag)
         try:
+            if is_first():
+                self.begin(flag)
+            self.check_shared(flag)
+            if not is_first():
+                self.pull_run(flag)
             yield
             self.finish()
         finally:
@@ -192,7 +194,8 @@ class RemoteRun(StagedFolder):
         if is_first():
             file.write_text(nonce, encoding="utf-8")
         broadcast(None)
-        if not file.is_file() or file.read_text(encoding="utf-8") != nonce:
+        is_shared = file.is_file() and file.read_text(encoding="utf-8") == nonce
+        if not np.all(multihost_utils.process_allgather(np.bool_(is_shared))):
             raise UserError(
                 f"--{flag}={self.url}: the hosts of a run write it to their cache first, {self.folder.parents[2]}, "
                 "which they do not share; set XDG_CACHE_HOME to a folder that they do, or save there"
