@@ -137,6 +137,7 @@ def test_objects_are_found_listed_and_read():
     for url in ("memory://bucket/a", "memory://bucket/a/"):
         assert [file.url for file in remote.list_files(url)] == ["memory://bucket/a/b", "memory://bucket/a/c/d"]
     assert remote.list_files("memory://bucket/x") == []
+    assert remote.list_files("memory://bucket/a/b") == []  # an object, and none below it
     assert remote.read_bytes("memory://bucket/a/c/d", 2, 4) == b"c/"
     with pytest.raises(RemoteError, match=r"^memory://bucket/x: there is no such object; check the name$"):
         remote.read_bytes("memory://bucket/x")
@@ -326,14 +327,15 @@ def test_a_copy_of_what_is_no_longer_there_is_no_start(capsys):
     assert (run.folder.with_name(f"{run.folder.name}.old1") / "checkpoints" / "1").is_dir()
 
 
-def test_another_machine_takes_over_and_the_first_returns(machine, monkeypatch):
+@pytest.mark.parametrize("last", [4, 9])
+def test_another_machine_takes_over_and_the_first_returns(machine, monkeypatch, last):
     monkeypatch.setattr(lease, "PATIENCE", 0.0)
     run, checkpoints = open_run(keep_last=2)
     with run.in_use("save_dir"):
         save(checkpoints, 1, 2, 3)
     with monkeypatch.context() as patch:
         patch.setattr(run, "push_run", lambda: None)  # killed before it has uploaded
-        save(checkpoints, 4)
+        save(checkpoints, last)
         checkpoints.wait()
         run.wait()
     first = run.folder
@@ -344,7 +346,7 @@ def test_another_machine_takes_over_and_the_first_returns(machine, monkeypatch):
     with run.in_use("save_dir"):
         save(checkpoints, 5, 6)
     assert run.steps == {5, 6}
-    # What the first has saved is behind what is there now.
+    # What the first has saved last is of a run that has gone another way.
     (first / "config.json").write_text("{}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(first.parents[3]))
     run, checkpoints = open_run(keep_last=2)

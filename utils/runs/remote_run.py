@@ -71,7 +71,7 @@ class RemoteRun(StagedFolder):
     @property
     def steps(self) -> set[int]:
         """The steps of checkpoints that are whole in storage."""
-        found = [match for name in self.listing if (match := STEP.fullmatch(name))]
+        found = [match for name in list(self.listing) if (match := STEP.fullmatch(name))]  # a thread may add some
         return {int(match[1]) for match in found if match[2] == MARKER or IDENTITY not in self.listing}
 
     def local_steps(self) -> set[int]:
@@ -89,11 +89,28 @@ class RemoteRun(StagedFolder):
             self._check_identity()
             names = [name for name in self.listing if name in RUN_FILES or name.startswith(f"{SNAPSHOTS}/")]
             self.pull(self.listing[name] for name in names)
-            newest = max(self.steps, default=None) if step is None else step
-            if needs_checkpoint and newest in self.steps:
-                is_behind = step is None and max(self.local_steps(), default=-1) > newest
-                if not is_behind:  # the upload was, when the run was killed
-                    self._fetch_step(newest)
+            self._drop_superseded()
+            newest = max(self.steps, default=-1)
+            if step is None and max(self.local_steps(), default=-1) > newest:
+                return  # the run was killed before this was uploaded
+            wanted = newest if step is None else step
+            if needs_checkpoint and wanted in self.steps:
+                self._fetch_step(wanted)
+
+    def _drop_superseded(self) -> None:
+        """Removes local checkpoints that are not in storage, and that the run has passed on another machine."""
+        # Ahead of storage are those that follow what this machine has uploaded or fetched last.
+        newest = max(self.steps, default=-1)
+        is_ours = newest < 0 or self._has(newest)
+        for step in self.local_steps() - self.steps:
+            if step < newest or not is_ours:
+                shutil.rmtree(self.folder / CHECKPOINTS / str(step))
+
+    def _has(self, step: int) -> bool:
+        """Returns whether a checkpoint in storage is one that this machine has uploaded or fetched."""
+        marker = f"{CHECKPOINTS}/{step}/{MARKER}"
+        version = self.listing[marker].version if marker in self.listing else ""
+        return self.read_record()["files"].get(marker, [None])[-1] == version
 
     def fetch_step(self, step: int) -> None:
         """Fetches a checkpoint that the local folder lacks."""
@@ -102,11 +119,8 @@ class RemoteRun(StagedFolder):
                 self._fetch_step(step)
 
     def _fetch_step(self, step: int) -> None:
-        # The same one, or one that was saved here and is not in storage at all.
         path = self.folder / CHECKPOINTS / str(step)
-        marker = f"{CHECKPOINTS}/{step}/{MARKER}"
-        version = self.listing[marker].version if marker in self.listing else None
-        if path.is_dir() and self.read_record()["files"].get(marker, [None])[-1] == version:
+        if path.is_dir() and self._has(step):
             return
 
         # Into place once it is complete.
@@ -119,7 +133,8 @@ class RemoteRun(StagedFolder):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
-        self.write_record({marker: [version]})
+        marker = self.listing.get(start + MARKER)
+        self.write_record({start + MARKER: [marker.version if marker else ""]})
 
     def _download(self, file: RemoteFile, path: Path) -> None:
         remote.download(file.url, path)
@@ -179,12 +194,6 @@ class RemoteRun(StagedFolder):
             self.write_record({}, **identity)
             self.listing = {self.relative(file): file for file in remote.list_files(self.url, flag)}
 
-        # What another machine has passed, or has removed.
-        newest = max(self.steps, default=-1)
-        for step in self.local_steps() - self.steps:
-            if step < newest:
-                shutil.rmtree(self.folder / CHECKPOINTS / str(step))
-
     def check_shared(self, flag: str) -> None:
         """Raises UserError where the processes of a run do not share the local folder; all have to call it."""
         if jax.process_count() == 1:
@@ -234,18 +243,23 @@ class RemoteRun(StagedFolder):
 
     def _push_step(self, step: int) -> None:
         """Uploads a checkpoint, its marker last."""
-        # Whatever is left there of an earlier attempt goes.
         start = f"{CHECKPOINTS}/{step}/"
         marker = start + MARKER
-        self.drop([marker])
-        self.push(self.changed(lambda name: name.startswith(start) and name != marker), has_versions=False)
         files = [path for path in (self.folder / CHECKPOINTS / str(step)).rglob("*") if path.is_file()]
         sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
         sizes.pop(marker, None)
-        found = {self.relative(file): file.size for file in remote.list_files(remote.join(self.url, start))}
+
+        def find_sizes() -> dict[str, int]:
+            return {self.relative(file): file.size for file in remote.list_files(remote.join(self.url, start))}
+
+        # What an earlier attempt has left there stays where it is the same, and goes where it is nothing of this one.
+        found = find_sizes()
         self.drop(found.keys() - sizes.keys())
+        changed = set(self.changed(lambda name: name.startswith(start)))
+        missing = [name for name in sizes if name in changed or found.get(name) != sizes[name]]
+        self.push(missing, has_versions=False)
         # The marker, if all is there as it is here.
-        if sizes and sizes.items() <= found.items():
+        if sizes and find_sizes() == sizes:
             self.check()
             with locked(self.folder):
                 self._mark(step)
