@@ -371,6 +371,7 @@ test_remote.py::test_whenever_it_is_killed_each_marked_checkpoint_is_whole_and_l
   utils/runs/remote_run.py: for is_marker in (True, False): -> for is_marker in (False, True):
   utils/runs/remote_run.py: sizes.pop(marker, None) -> pass
   utils/runs/remote_run.py: self.push(self.changed(is_run_file)) -> pass
+test_remote.py::test_a_save_waits_until_the_one_before_it_is_uploaded
   utils/runs/checkpoint.py: self.remote.wait()  # -> pass  #
 test_remote.py::test_what_was_saved_but_not_uploaded_is_uploaded_by_the_next_start
   utils/runs/remote_run.py: self.finish() -> pass

@@ -6,6 +6,7 @@ import logging
 import re
 import signal
 import socket
+import threading
 import time
 
 import fsspec
@@ -15,9 +16,11 @@ import pytest
 
 import compute_fid_stats
 import eval_fid
+import plot_metrics
 import sample
 from tests.conftest import run_program
 from tests.runs import losses, start
+from utils.base.background import in_background
 from utils.base.messages import UserError, with_urls
 from utils.runs import remote_run
 from utils.runs.checkpoint import Checkpoints
@@ -312,6 +315,21 @@ def test_what_was_saved_but_not_uploaded_is_uploaded_by_the_next_start(monkeypat
     assert find_remote_run(URL).steps == {1, 2}
 
 
+def test_a_save_waits_until_the_one_before_it_is_uploaded(monkeypatch):
+    run, checkpoints = open_run(keep_last=1)
+    is_reachable = threading.Event()
+    push = run.push_run
+    monkeypatch.setattr(run, "push_run", lambda: (is_reachable.wait(), push()))
+    with run.in_use("save_dir"):
+        save(checkpoints, 1)
+        finish = in_background(lambda: save(checkpoints, 2))
+        time.sleep(0.3)
+        assert run.local_steps() == {1}
+        is_reachable.set()
+        finish()
+    assert run.local_steps() == run.steps == {2}
+
+
 def test_a_copy_of_what_is_no_longer_there_is_no_start(capsys):
     run, checkpoints = open_run()
     with run.in_use("save_dir"):
@@ -520,6 +538,8 @@ def test_a_run_on_s3_is_killed_continued_sampled_and_scored(s3, whole, tmp_path,
     found = objects("s3://bucket")
     assert found["runs/a/samples/grid.png"].startswith(b"\x89PNG")
     assert len(np.load(io.BytesIO(found["two.npz"]))["arr_0"]) == 2
+    run(read_flags, plot_metrics, "--runs", url, "--metrics", "training/l2_loss", "--table")
+    assert re.search(r"^\| a ", capsys.readouterr().out, re.MULTILINE)
     (row,) = json.loads(found["scores/fid.json"])["cells"]
     assert (row["fid_stats"], row["checkpoint"]) == ("s3://bucket/s.npz", url)
 

@@ -16,8 +16,10 @@ from utils.runs.best import is_higher_better
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, has_checkpoints
 from utils.runs.config import START_SETTINGS, flatten
 from utils.runs.given import expand_path
+from utils.runs.remote_run import find_remote_run
 from utils.runs.results import read_results, score_columns
 from utils.runs.saved_config import read_config
+from utils.storage.urls import is_url
 from utils.trackers.trackers import METRICS_FILE, last_seconds, read_curves, read_metrics
 
 Curves = dict[str, dict[int, float]]  # {metric: {step: value}}
@@ -36,7 +38,7 @@ def find_runs(words: Sequence[str], flag: str) -> dict[Path, Curves]:
     """
     runs: dict[Path, Curves] = {}
     for word in dict.fromkeys(words):
-        path = Path(expand_path(word, flag))
+        path = _find_path(word, flag)
         # A name as it stands, which may have such characters itself.
         if os.path.lexists(path) or not glob.has_magic(str(path)):
             runs[path] = read_curves(path, flag)
@@ -56,6 +58,16 @@ def find_runs(words: Sequence[str], flag: str) -> dict[Path, Curves]:
             log(f"--{flag}={word}: left out what holds no metrics: {', '.join(left_out)}")
         runs |= found
     return runs
+
+
+def _find_path(word: str, flag: str) -> Path:
+    """Returns the path of a run; of one in object storage, that of its local copy, with its log but no checkpoint."""
+    word = expand_path(word, flag)
+    if not is_url(word):
+        return Path(word)
+    run = find_remote_run(word)
+    run.pull_run(flag, needs_checkpoint=False)
+    return run.folder
 
 
 def _list_nearby(pattern: Path) -> str:

@@ -9,7 +9,7 @@ SCHEMES = ("s3", "gs", "memory")  # of object storage: utils/storage/remote.py
 REMOTE = re.compile(rf"(?:{'|'.join(SCHEMES)})://[^/]")
 # Settings that take them. Others are names of local files and folders alone.
 TAKE_REMOTE = (
-    "save_dir", "load_dir", "guide", "out", "save_samples", "json", "per_image",
+    "save_dir", "load_dir", "guide", "runs", "out", "save_samples", "json", "per_image",
     "fid_stats", "inception_weights", "inception_logits", "extractor_weights", "source", "class_names",
     "condition_file",
 )  # fmt: skip

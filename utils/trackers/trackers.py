@@ -19,7 +19,7 @@ import jax
 
 from utils.base.effects import Rule, check_effects
 from utils.base.files import atomic_write, open_regular, read_bytes, write_text
-from utils.base.messages import UserError, WriteError, one_line, warn
+from utils.base.messages import UserError, WriteError, one_line, warn, with_urls
 from utils.base.processes import Interrupted
 from utils.base.settings import unknown_name
 from utils.trackers.wandb_tracker import WandbTracker
@@ -351,6 +351,6 @@ def name_runs(runs: Sequence[Path]) -> list[str]:
     # The absolute path, so that `.` and `..` have a name too.
     names = []
     for run in runs:
-        path = Path(os.path.abspath(run))
+        path = Path(with_urls(os.path.abspath(run)))
         names.append(path.parent.name if path.name == METRICS_FILE else path.name.removesuffix(".jsonl"))
-    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+    return [with_urls(str(run)) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
