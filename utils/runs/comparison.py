@@ -96,8 +96,10 @@ def read_scores(run: Path) -> Curves:
     curves: Curves = {}
     for row in rows:
         step = row.get("checkpoint_step")
+        if not isinstance(step, int):
+            continue
         scores = [name for name in score_columns() if row.get(name) is not None and not name.endswith("_validation")]
-        for name in scores if type(step) is int else ():
+        for name in scores:
             values = curves.setdefault(f"{RESULTS_FILE}/{name}", {})
             values[step] = find_best(f"{RESULTS_FILE}/{name}", [row[name], *([values[step]] if step in values else [])])
     return {name: dict(sorted(values.items())) for name, values in curves.items()}
