@@ -68,6 +68,7 @@ class Asked:
             table = find_table(tree, folder, "")
         except UserError as error:
             raise UserError(f"{self.flag}: {error}") from None
+        # Else what the source keeps beside its images, or what lies in files named as they are.
         if table is None and tree.has_columns:
             return COLUMNS
         if table is None and (image := find_first_image(tree, folder)) and has_sidecar(tree, image):

@@ -58,6 +58,7 @@ def join(name: str, parts: Sequence[ImageDataset], weights: Sequence[float] | No
     Raises UserError, which names the first that differs, unless all hold images of one shape, with the same classes or
     other conditions; and for weights that would repeat images more than MAX_REPEATS times.
     """
+    # Everything that a network is made for must be the same.
     first = parts[0]
     for part in parts:
         for what, ours, theirs in (
@@ -107,6 +108,7 @@ def _names(part: ImageDataset) -> tuple[str, ...] | int:
 
 def count_rows(sizes: Sequence[int], weights: Sequence[float] | None) -> list[int]:
     """Returns how many rows of each source an epoch has: in proportion to the weights, and no fewer than it holds."""
+    # The source that is scarcest for its weight has each row once.
     if weights is None:
         return list(sizes)
     scale = max(size / weight for size, weight in zip(sizes, weights, strict=True))
@@ -115,6 +117,7 @@ def count_rows(sizes: Sequence[int], weights: Sequence[float] | None) -> list[in
 
 def _join_fingerprints(parts: Sequence[Fingerprint], counts: Sequence[int]) -> Fingerprint:
     """Returns what identifies the examples of all sources, in their order and number."""
+    # Row by row, where all sources tell theirs apart.
     if all(part.rows is not None for part in parts):
         # Names of files may be the same in two sources.
         rows = [Row(f"{number}/{row.key}", *row[1:]) for number, part in enumerate(parts) for row in part.rows or ()]
@@ -122,6 +125,7 @@ def _join_fingerprints(parts: Sequence[Fingerprint], counts: Sequence[int]) -> F
     else:
         digest = hashlib.sha256("\n".join(part.sha256 for part in parts).encode()).hexdigest()
         whole = Fingerprint("joined", sum(part.num_examples for part in parts), digest)
+    # Shares change an epoch as other images would.
     if list(counts) == [part.num_examples for part in parts]:
         return whole
     digest = hashlib.sha256(f"{whole.sha256} {counts}".encode()).hexdigest()

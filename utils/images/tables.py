@@ -240,6 +240,7 @@ def read_sidecars(tree: Tree, images: Sequence[str], folder: str) -> Table:
                 "beside them belong; leave one of them there"
             )
         images_of[key] = image
+        # Numbers and texts of the image, then its class, whichever of the two are there.
         row: dict[str, Any] = {}
         try:
             if tree.is_file(file := f"{key}.json"):

@@ -88,6 +88,8 @@ class ArchiveTree(ListedTree):
         self.title = Path(self.root).name.partition(".")[0]
         self.files = files
         self.kind = kind
+
+        # The index that was kept for these files as they are, or a new one.
         self.key = f"{kind}:" + "\0".join(file.key for file in files)
         stamps = "\0".join(file.stamp for file in files)
         name = hashlib.sha256(os.fsencode(f"{INDEX_VERSION}\0{self.key}\0{stamps}")).hexdigest()[:32]
@@ -156,6 +158,7 @@ def _read_zip(file: PartsFile, index: Index, row: int, count: int) -> bytes:
 
 def check_member(path: str) -> str:
     """Returns the path of a file in an archive without './'. Raises BadFileError where it leads out of the archive."""
+    # Written on Windows, paths have backslashes.
     path = path.replace("\\", "/")
     while path.startswith("./"):
         path = path[2:]

@@ -88,6 +88,7 @@ def choose_files(
 
 def _read_configs(card: dict[str, Any]) -> dict[str, list[tuple[str | None, list[str]]]]:
     """Returns {configuration: [(split or None, patterns of its files)]}; {} where the header does not say."""
+    # `data_files` is a pattern, a list of them, or a list of {split, path}.
     configs: dict[str, list[tuple[str | None, list[str]]]] = {}
     found = card.get("configs")
     for each in found if isinstance(found, list) else ():
@@ -115,6 +116,7 @@ def _list_files(flag: str, name: str) -> tuple[Path | None, list[str], str | Non
     """Returns (folder of what is here already where there is no way to the hub, parquet files, revision)."""
     import huggingface_hub as hub
 
+    # Parquet files of the data set itself, or of the hub's conversion.
     try:
         for revision in (None, CONVERTED):
             files = hub.HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
@@ -149,6 +151,7 @@ def _read_card(folder: Path | None, flag: str, name: str, revision: str | None) 
         return {}
     folder = folder or _fetch(flag, name, None, [CARD])
     try:
+        # Between the first two lines of dashes.
         head = read_bounded(folder / CARD, MAX_CARD_BYTES).decode().split("---")
         card = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None
     except (BadFileError, ValueError, yaml.YAMLError, RecursionError):

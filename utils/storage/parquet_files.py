@@ -49,6 +49,7 @@ class ParquetTree(ListedTree):
 
     def __init__(self, source: str, files: Sequence[PartsFile], splits: Sequence[str | None] | None = None):
         """`splits` are those of the files; where one is None, its name tells."""
+        # What the tree is called, and the files, all of one schema.
         self.source = source
         self.root = source.partition(":")[2]
         self.title = Path(self.root).name.partition(".")[0]
@@ -83,6 +84,7 @@ class ParquetTree(ListedTree):
         self.places = np.array([place for _, *place in rows], np.int64).reshape(-1, 2)
 
     def read(self, path: str, limit: int | None = None) -> bytes:
+        # The row's place in its row group, all of whose images are read at once.
         number, row = self.places[self.find_file(path)].tolist()
         group, index = self.files[number].place_of(row)
         value = self._read_group(number, group)[index]
@@ -108,6 +110,7 @@ class ParquetTree(ListedTree):
 
     def read_columns(self, paths: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, tuple[str, ...]]]:
         names = [name for name in self.files[0].schema.names if name != self.files[0].image]
+        # Whole columns are read: the rows that are asked for lie all over them.
         places = [self.places[self.find_file(path)] for path in paths]
         columns: dict[str, list[Any]] = {}
         for name in names:
@@ -173,6 +176,7 @@ class _File:
 
     def read_images(self, group: int) -> Any:
         """Returns the encoded images of a row group, an array of bytes."""
+        # Of a struct, the field of bytes alone.
         is_struct = pa.types.is_struct(self.schema.field(self.image).type)
         with self._open() as file:
             try:
@@ -230,6 +234,7 @@ def _find_image(path: str, schema: pa.Schema, features: dict[str, dict[str, Any]
             return index >= 0 and _is_bytes(kind.field(index).type)
         return _is_bytes(kind)
 
+    # What the file itself says, or else the only column of bytes, or the one of a usual name.
     said = [name for name, feature in features.items() if feature.get("_type") == "Image" and name in schema.names]
     found = [name for name in said or schema.names if has_bytes(name)]
     named = [name for name in found if name in NAMES]

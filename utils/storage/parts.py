@@ -99,6 +99,7 @@ class _Stream(io.RawIOBase):
 
 def open_file(path: str) -> PartsFile:
     """Opens a file or an object. Raises OSError or RemoteError where there is none."""
+    # What is listed has size and version; what is not there has neither.
     if not is_url(path):
         return LocalFile(Path(path))
     found = remote.find_file(path)

@@ -44,6 +44,7 @@ def fetch_folder(url: str, flag: str) -> Path:
     files = remote.list_files(url, flag)
     if not files:
         raise UserError(f"--{flag}={url}: there are no objects below it; check the name")
+    # What was fetched before, and which versions these are.
     folder = remote.cache_path(url, "folders")
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -28,6 +28,7 @@ def list_tars(files: Sequence[PartsFile]) -> Index:
     for number, file in enumerate(progress_bar(files, "listing the tars, once", unit="tar", delay=5)):
         if file.read(0, 6).startswith((GZIP, BZIP2, XZ, ZSTD)):
             raise BadFileError(f"{file.name} is compressed, and cannot be read at random; unpack it to a .tar")
+        # In the order of the tar; links and folders are none.
         for member in _members(file):
             path = check_member(member.name)
             if member.offset_data + member.size > file.size:
