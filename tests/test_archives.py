@@ -112,7 +112,7 @@ def on_hub(folder, monkeypatch, files):
         yield hub
 
 
-KINDS = ("zip", "stored zip", "tar", "tars", "parquet", "hf")
+KINDS = ("zip", "stored zip", "zip of a folder", "tar", "tars", "parquet", "hf")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,8 @@ def test_an_archive_is_the_data_set_that_its_folder_is(tmp_path, monkeypatch, ex
             method = zipfile.ZIP_STORED if "stored" in kind else zipfile.ZIP_DEFLATED
             # In no order: that of a folder's names counts.
             shuffled = dict(sorted(FILES.items(), key=lambda item: hash(item[1])))
+            if kind == "zip of a folder":  # as `zip -r pets.zip pets` packs it
+                shuffled = {"pets/": b"", **{f"pets/{path}": content for path, content in shuffled.items()}}
             name = (
                 write_tar(tmp_path / "a.tar", shuffled)
                 if kind == "tar"
@@ -155,6 +157,22 @@ def test_an_archive_is_the_data_set_that_its_folder_is(tmp_path, monkeypatch, ex
     one, other = (training_batches(datasets["train"], 4, 7) for datasets in (found, expected))
     for _ in range(4):
         np.testing.assert_array_equal(next(one).image, next(other).image)
+
+
+def test_a_folder_that_was_packed_with_its_name_is_the_top(tmp_path, capfd):
+    images = {f"pets/{path.partition('/')[2]}": FILES[path] for path in FILES if path.startswith("train")}
+    rows = "".join(f"{path.partition('/')[2]},{number}\n" for number, path in enumerate(images))
+    name = write_zip(tmp_path / "x.zip", {**images, "pets/metadata.csv": f"file_name,age\n{rows}".encode()})
+    assert load(name, image_size=8).class_names == CLASSES
+    assert "x.zip: read from pets/, the only folder in it" in capfd.readouterr().err
+    assert load(name, image_size=8, condition_columns="vector").condition.names == ("age",)
+    # Images in a folder, or in one of another, are of one class.
+    for below in ("", "more/"):
+        flat = {f"cats/{below}{i}.png": content for i, content in enumerate(images.values())}
+        assert load(write_tar(tmp_path / f"{len(below)}.tar", flat), image_size=8).class_names == ("cats",)
+    # What cannot be reached by another name is not said to be.
+    load(write_zip(tmp_path / "y.zip", {f"train/{path}": content for path, content in images.items()}), image_size=8)
+    assert "if cat/, dog/ are classes, move them into" in capfd.readouterr().err
 
 
 def test_data_in_object_storage_are_those_on_the_disk(tmp_path, expected):
@@ -263,6 +281,9 @@ def test_columns_of_parquet_are_classes_numbers_and_texts(tmp_path):
     table = pa.table({"jpg": pa.array(images, pa.binary()), "label": [3] * 5 + [7] * 5})
     parquet.write_table(table, tmp_path / "b.parquet")
     assert load(f"parquet:{tmp_path}/b.parquet", image_size=4).class_names == ("3", "7")
+    table = pa.table({"jpg": pa.array(images, pa.binary()), "label": ["old"] * 5 + ["new"] * 5})
+    parquet.write_table(table, tmp_path / "c.parquet")
+    assert load(f"parquet:{tmp_path}/c.parquet", image_size=4).class_names == ("new", "old")
 
 
 def test_a_configuration_and_a_split_of_the_hub_are_chosen(tmp_path, monkeypatch):
@@ -327,6 +348,12 @@ def make_bad(kind, folder):
             return f"tar:{folder}/*.tar"
         case "a folder":
             return f"zip:{folder}"
+        case "a folder of parquet":
+            return f"parquet:{folder}"
+        case "braces":
+            return f"tar:{folder}/*-{{0000..0003}}.tar"
+        case "tars in a tar":
+            return write_tar(path, {"cat.tar": b"", "dog.tar": b""})
         case "no zip":
             path.write_bytes(IMAGE)
             return f"zip:{path}"
@@ -483,11 +510,14 @@ BAD = {
     "no file": "there is no file .*/x; check the path",
     "no tar": r"there is no file .*/\*.tar; give a file, or a pattern in quotes",
     "a folder": "it is no regular file",
+    "a folder of parquet": r"it is a folder; give its files, 'parquet:.*/\*.parquet'",
+    "braces": r"braces are no pattern, write 'tar:.*/\*-\*.tar'",
+    "tars in a tar": r"holds no images, but 2 archives \(cat.tar, dog.tar\) that are to be unpacked",
     "no zip": "it is no whole zip",
     "cut zip": "it is no whole zip",
     "cut zip, early": "it is no whole zip",
     "hole in a zip": r"1 of 2 images cannot be read: .*/x/a.png \(it is damaged in the archive",
-    "encrypted zip": "a.png is encrypted; give one without a password",
+    "encrypted zip": "a.png is encrypted; give one without a password$",
     "bzip2 in a zip": "a.png is compressed by bzip2; pack the images again by zip -0",
     "zip that leads out": r"\.\./\.\./a.png leads out of the archive",
     "tar that leads out": r"\.\./\.\./a.png leads out of the archive",
@@ -496,7 +526,7 @@ BAD = {
     "zip of text": "holds no images; expected are",
     "empty zip": "holds no images; expected are",
     "two of one path": "there are two files a.png",
-    "two of one path, in tars": "there are two files a.png",
+    "two of one path, in tars": r"there are two files a.png in .*/0.tar and .*/1.tar; pack them under different names$",
     "two of one key": "are two images of one key",
     "tar without images": "holds no images; expected are",
     "compressed tar": "is compressed, and cannot be read at random; unpack it to a .tar",

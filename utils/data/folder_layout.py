@@ -10,11 +10,22 @@ from collections.abc import Sequence
 
 from utils.base.messages import UserError, printable, warn_once
 from utils.data.folder_tables import Asked
-from utils.images.folders import IMAGE_SUFFIXES, Scanned, check_folders, is_table, scan, system_message, unused_message
+from utils.images.folders import (
+    EDM_TABLE,
+    IMAGE_SUFFIXES,
+    Scanned,
+    check_folders,
+    is_table,
+    read_edm_labels,
+    scan,
+    system_message,
+    unused_message,
+)
 from utils.images.tables import TABLES
 from utils.storage.tree import Tree, stem
 
 MAX_LISTED = 3  # files named in a message
+PACKED_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 
 # Names that folders of splits go by, also as train2017, training_set, seg_test, valid-images.
 SPLIT_NAMES = {
@@ -44,19 +55,22 @@ def find_splits(tree: Tree, asked: Asked | None = None) -> tuple[str, str | None
     Raises UserError if names of splits stand beside other folders, or if none of them is for training.
     """
     flag = f"--dataset_name={tree.source}"
-    scanned = scan_images(tree)
-    splits = {folder: split_of(folder) for folder in scanned.folders}
+    top = _find_top(tree)
+    scanned = scan_images(tree, top)
+    splits = {folder: split_of(posixpath.basename(folder)) for folder in scanned.folders}
     named = [folder for folder in scanned.folders if splits[folder]]
     others = [folder for folder in scanned.folders if not splits[folder]]
 
     # Classes without splits. Pictures of trains beside pictures of busses: a class like the others.
-    is_class = [folder.lower() for folder in named] == ["train"] and others and not scan_images(tree, named[0]).folders
+    is_train = [posixpath.basename(folder).lower() for folder in named] == ["train"]
+    is_class = is_train and others and not scan_images(tree, named[0]).folders
     if not named or is_class:
-        return "", None
+        return top, None
+    train_folder = tree.show(posixpath.join(top, "train"))
     if others:
         raise UserError(
             f"{flag}: {list_names(named)} may be splits rather than classes, unlike {list_names(others)} beside them; "
-            f"move the classes into {tree.show('train')}, or rename {named[0]}/ if it is a class"
+            f"move the classes into {train_folder}, or rename {list_names(named[:1])} if it is a class"
         )
 
     # One folder for training, at most one for validation.
@@ -67,9 +81,9 @@ def find_splits(tree: Tree, asked: Asked | None = None) -> tuple[str, str | None
     if not by_split["train"]:
         fix = "name the folder to train on, or rename what is a class"
         if scanned.images:
-            fix = f"move them into {tree.show('train')}"
+            fix = f"move them into {train_folder}"
         beside = "images beside it" if scanned.images else "no train/"
-        raise UserError(f"{flag}: {tree.root} holds {list_names(named)} but {beside}; {fix}")
+        raise UserError(f"{flag}: {tree.show(top)} holds {list_names(named)} but {beside}; {fix}")
     (train,) = by_split["train"]
     validation = next(iter(by_split["validation"]), None)
 
@@ -82,8 +96,27 @@ def find_splits(tree: Tree, asked: Asked | None = None) -> tuple[str, str | None
         f"{tree.root}: training on {train}/, validating on {f'{validation}/' if validation else 'a part of it'}"
         + f"; not read: {', '.join(not_read)}" * bool(not_read)
     )
-    _name_unused(tree, "", scanned, asked=asked)
+    _name_unused(tree, top, scanned, asked=asked)
     return _unwrap(tree, train, asked), validation and _unwrap(tree, validation, asked)
+
+
+def _find_top(tree: Tree) -> str:
+    """Returns the folder that holds the classes or splits: the root, or of an archive that a folder was packed into
+    with its name (`zip -r pets.zip pets`) that folder, which is named."""
+    top = ""
+    while tree.is_archive:
+        scanned = scan_images(tree, top)
+        if len(scanned.folders) != 1 or scanned.images or split_of(posixpath.basename(scanned.folders[0])):
+            break
+        below = scan_images(tree, scanned.folders[0])
+        names = [posixpath.basename(path) for path in (*below.folders, *below.others)]
+        # A folder in a class means nothing: only several, or a split or a table, tell that it is none.
+        if len(below.folders) < 2 and not any(split_of(name) or name in TABLES for name in names):
+            break
+        (top,) = scanned.folders
+    if top:
+        warn_once(f"{tree.root}: read from {top}/, the only folder in it")
+    return top
 
 
 def _unwrap(tree: Tree, split_folder: str, asked: Asked | None) -> str:
@@ -109,13 +142,19 @@ def _name_unused(tree: Tree, folder: str, *all_scanned: Scanned, asked: Asked | 
         others = [path for path in others if not asked.is_read(path, stems)]
     # Tables of labels matter most: a user may take them for read.
     if message := unused_message(tree, folder, others, images):
-        is_readable = asked is None and any(posixpath.basename(path) in TABLES for path in others)
+        is_readable = asked is None and any(_is_readable(tree, path) for path in others)
         warn_once(message + "; --condition_columns reads it" * is_readable)
     if rest := [path for path in others if not is_table(path)]:
         shown = [tree.show(path) for path in rest]
         warn_once(f"{tree.show(folder)}: ignored {describe_some(shown, 'file')} without the suffix of an image")
     if message := system_message(tree, [path for scanned in all_scanned for path in scanned.system]):
         warn_once(f"{tree.show(folder)}: {message}")
+
+
+def _is_readable(tree: Tree, path: str) -> bool:
+    """Returns whether --condition_columns finds something in a file: a table, but no dataset.json without labels."""
+    name = posixpath.basename(path)
+    return name in TABLES and not (name == EDM_TABLE and read_edm_labels(tree, path) == {})
 
 
 def list_names(folders: Sequence[str]) -> str:
@@ -152,7 +191,9 @@ def find_classes(tree: Tree, folder: str, asked: Asked | None = None, has_classe
     # One class, or a folder for each. Where it might be meant otherwise, a message says what was understood.
     if not images:
         if not top.images:
-            raise UserError(f"{flag}: {tree.show(folder)} holds no images; {describe_layout(tree)}")
+            raise UserError(
+                f"{flag}: {tree.show(folder)} holds no images{_describe_packed(found)}; {describe_layout(tree)}"
+            )
         classes = {"": top}
     elif top.images:
         name = posixpath.basename(top.images[0])
@@ -162,12 +203,21 @@ def find_classes(tree: Tree, folder: str, asked: Asked | None = None, has_classe
         classes = {"": Scanned([path for paths in images.values() for path in paths])}
     elif len(classes) == 1 and len(below := scan_images(tree, next(iter(classes))).folders) > 1:
         name = next(iter(classes))
+        fix = f"move them into {tree.show(folder)}" if tree.is_archive else f"give folder:{tree.show(name)}"
         warn_once(
             f"{tree.show(folder)}: one class, {posixpath.basename(name)}, of all images below it; "
-            f"if {list_names(below)} are classes, give folder:{tree.show(name)}"
+            f"if {list_names(below)} are classes, {fix}"
         )
     _name_unused(tree, folder, *found, asked=asked)
     return classes
+
+
+def _describe_packed(found: Sequence[Scanned]) -> str:
+    """Returns a remark on archives among files, which hide what they hold; '' if there are none."""
+    others = [path for scanned in found for path in scanned.others if path.lower().endswith(PACKED_SUFFIXES)]
+    return f", but {describe_some(others, 'archive')} that {'are' if others[1:] else 'is'} to be unpacked" * bool(
+        others
+    )
 
 
 def _scan_below(tree: Tree, folder: str) -> Scanned:

@@ -34,7 +34,7 @@ from utils.images.tables import (
     read_sidecars,
     read_table,
 )
-from utils.storage.tree import Tree, relative, stem
+from utils.storage.tree import Tree, folders_of, relative, stem
 
 KINDS = ("class", "vector", "text")  # that columns of a table can be
 TEXT_COLUMNS = (CAPTION, "text")  # that are taken where none is named
@@ -60,12 +60,12 @@ class Asked:
         return cls(flag, kinds)
 
     def find_table(self, tree: Tree, folder: str) -> str | None:
-        """Returns the table of the split in `folder`, which may lie in the root, too; None where none is needed.
+        """Returns the table of the split in `folder`, which may lie above it, too; None where none is needed.
 
         Raises UserError where there is none that is needed, or several.
         """
         try:
-            table = find_table(tree, folder, "")
+            table = find_table(tree, *folders_of(folder))
         except UserError as error:
             raise UserError(f"{self.flag}: {error}") from None
         # Else what the source keeps beside its images, or what lies in files named as they are.

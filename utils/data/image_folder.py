@@ -38,6 +38,7 @@ from utils.images.checks import CheckedImages, check_images, read_image_of, trus
 from utils.images.decoding import CHANNELS, MAX_MEGAPIXELS, MODES, SIXTEEN_BITS, BrokenImageError, read_image
 from utils.images.pixels import UINT8, describe_range
 from utils.images.sizes import Size, write_size
+from utils.images.tables import COLUMNS
 from utils.storage.remote_tree import RemoteTree
 from utils.storage.tree import LocalTree, Tree, relative
 from utils.storage.urls import is_url
@@ -336,7 +337,7 @@ def _add_conditions(
     split = dataclasses.replace(split, labels=labels, class_names=found.class_names)
     labelled = np.flatnonzero(labels >= 0)
     if len(labelled) < len(labels):
-        where = tree.show(table or folder)
+        where = tree.show(folder if table in (None, COLUMNS) else table)
         warn_once(unlabelled_message(where, name, len(labels) - len(labelled), len(labels)))
         split = split.take(labelled)
     return split

@@ -176,7 +176,7 @@ def load_dataset(name: str, split: str = "train", options: DataOptions | None = 
     elif options.text_encoder is not None:
         fix = (
             "ask for them by --condition_columns text, or leave it out"
-            if name.startswith("folder:")
+            if "condition_columns" in loader.options
             else "leave it out"
         )
         raise UserError(f"--text_encoder={options.text_encoder}: {name} has no captions; {fix}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils.base.external import BadFileError
 from utils.base.messages import UserError, printable, warn_once
-from utils.storage.tree import LocalTree, Tree, relative, stem
+from utils.storage.tree import LocalTree, Tree, folders_of, relative, stem
 
 # Kept beside their users' files by file servers (Synology, QNAP, NetApp, Samba), Windows, macOS, Android, desktops and
 # Jupyter, in upper or lower case. Most of it is thumbnails and deleted files.
@@ -230,14 +230,15 @@ def _is_numbered(folder: str, stem: str) -> bool:
 
 
 def check_folders(tree: Tree, folder: str, images: Mapping[str, Sequence[str]]) -> str:
-    """Compares folders, {folder of a class: its images}, with the labels of a dataset.json in `folder` or the root.
+    """Compares folders, {folder of a class: its images}, with the labels of a dataset.json in `folder` or above it.
 
     Returns why the folders are no classes, so that all images are of one, or ''. Raises UserError if the labels tell
     other classes apart than the folders do.
     """
     # A table beside the folders. If it cannot be read, numbered folders say nothing of the classes.
     is_numbered = are_numbered(images)
-    table = next((path for path in (posixpath.join(folder, EDM_TABLE), EDM_TABLE) if tree.is_file(path)), None)
+    tables = (posixpath.join(above, EDM_TABLE) for above in folders_of(folder))
+    table = next(filter(tree.is_file, tables), None)
     labels = read_edm_labels(tree, table) if table else {}
     subject = f"--dataset_name={tree.source}: {tree.show(table or folder)}"
     fix = (

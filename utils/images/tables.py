@@ -253,7 +253,8 @@ def read_sidecars(tree: Tree, images: Sequence[str], folder: str) -> Table:
     names = dict.fromkeys(name for row in rows for name in row)
     numbers = {relative(image, folder): row for row, image in enumerate(images)}
     columns = {name: [row.get(name) for row in rows] for name in names}
-    return Table(tree.show(posixpath.join(folder, SIDECARS)), folder, numbers, columns)
+    beside = posixpath.join(folder, f"*{CLASS_SUFFIX}" if set(names) == {EDM_COLUMN} else SIDECARS)
+    return Table(tree.show(beside), folder, numbers, columns)
 
 
 def _read_csv(content: bytes) -> tuple[list[Any], dict[str, list[Any]]]:

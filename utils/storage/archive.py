@@ -42,14 +42,17 @@ class Index:
     crcs: UInt32[np.ndarray, " n"]  # CRC-32 of a file in a zip
 
     @classmethod
-    def of_rows(cls, rows: list[tuple[str, int, int, int, int, int, int]]) -> "Index":
+    def of_rows(cls, rows: list[tuple[str, int, int, int, int, int, int]], files: Sequence[PartsFile]) -> "Index":
         """Makes an index of (path, file, start, stored, size, method, crc). Raises BadFileError where two have the
         same path."""
         rows.sort()
         paths = [row[0] for row in rows]
-        for path, after in itertools.pairwise(paths):
-            if path == after:
-                raise BadFileError(f"there are two files {printable(path)}")
+        for row, after in itertools.pairwise(rows):
+            if row[0] == after[0]:
+                names = dict.fromkeys(files[number].name for number in (row[1], after[1]))
+                raise BadFileError(
+                    f"there are two files {printable(row[0])} in {' and '.join(names)}; pack them under different names"
+                )
         arrays = np.array([row[1:] for row in rows], np.int64).reshape(-1, 6).T
         kinds = (np.uint32, np.int64, np.int64, np.int64, np.uint8, np.uint32)
         return cls(paths, *(array.astype(kind) for array, kind in zip(arrays, kinds, strict=True)))
@@ -79,6 +82,8 @@ class Index:
 
 class ArchiveTree(ListedTree):
     """The files of one archive, or of several that belong together."""
+
+    is_archive = True
 
     def __init__(
         self, source: str, files: Sequence[PartsFile], kind: str, make_index: Callable[[Sequence[PartsFile]], Index]
@@ -164,7 +169,7 @@ def check_member(path: str) -> str:
         path = path[2:]
     parts = path.split("/")
     if path.startswith("/") or ".." in parts or (len(path) > 1 and path[1] == ":"):
-        raise BadFileError(f"{printable(path)} leads out of the archive")
+        raise BadFileError(f"{printable(path)} leads out of the archive; pack the images again, from their folder")
     if "\0" in path or "" in parts or "." in parts:
         raise BadFileError(f"{printable(path)!r} is no path of a file")
     return path
@@ -180,4 +185,5 @@ def explaining(source: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--dataset_name={source} cannot be read ({error.strerror or error}); give a file") from None
     except BadFileError as error:
-        raise UserError(f"--dataset_name={source}: {error}; give a whole archive of images") from None
+        fix = "" if "; " in str(error) else "; give a whole archive of images"  # some know a fix of their own
+        raise UserError(f"--dataset_name={source}: {error}{fix}") from None

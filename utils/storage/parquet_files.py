@@ -159,10 +159,14 @@ class _File:
             for name, feature in features.items()
             if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
         }
-        numbers = [
-            name for name in LABELS if name in self.schema.names and pa.types.is_integer(self.schema.field(name).type)
-        ]
-        self.label = next(iter([*self.class_names, *numbers]), None)
+        self.label = next(iter([*self.class_names, *filter(self._is_label, LABELS)]), None)
+
+    def _is_label(self, name: str) -> bool:
+        """Returns whether there is a column of this name, of whole numbers or texts."""
+        if name not in self.schema.names:
+            return False
+        kind = self.schema.field(name).type
+        return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[parquet.ParquetFile]:

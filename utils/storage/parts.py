@@ -118,10 +118,16 @@ def find_files(source: str) -> Sequence[PartsFile]:
             return [open_file(pattern)]
         listed = remote.list_files(start.rpartition("/")[0], "dataset_name")
         found: Sequence[PartsFile] = [RemoteFile(file) for file in listed if fnmatch.fnmatchcase(file.url, pattern)]
+    elif Path(pattern).is_dir():
+        example = f"{source.rstrip('/')}/*.{source.partition(':')[0]}"
+        raise UserError(f"--dataset_name={source}: it is a folder; give its files, '{example}'")
     elif Path(pattern).exists():
         found = [LocalFile(Path(pattern))]
     else:
         found = [LocalFile(path) for path in sorted(map(Path, glob.glob(pattern, recursive=True)))]
     if not found:
-        raise UserError(f"--dataset_name={source}: there is no file {pattern}; give a file, or a pattern in quotes")
+        fix = "give a file, or a pattern in quotes"
+        if "{" in pattern:
+            fix = f"braces are no pattern, write '{re.sub(r'{[^}]*}', '*', source)}'"
+        raise UserError(f"--dataset_name={source}: there is no file {pattern}; {fix}")
     return found

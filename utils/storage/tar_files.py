@@ -34,7 +34,7 @@ def list_tars(files: Sequence[PartsFile]) -> Index:
             if member.offset_data + member.size > file.size:
                 raise BadFileError(f"{file.name} is cut short")
             rows.append((path, number, member.offset_data, member.size, member.size, STORED, 0))
-    return Index.of_rows(rows)
+    return Index.of_rows(rows, files)
 
 
 def _members(file: PartsFile) -> Iterator[tarfile.TarInfo]:

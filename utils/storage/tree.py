@@ -26,6 +26,7 @@ class Tree(abc.ABC):
     title: str  # of the whole: the name of an only class
     key: str  # the same for the same files, wherever a program is started: of what is remembered about them
     default_columns: str | None = None  # --condition_columns of what lies beside the images, if nothing else is asked
+    is_archive: bool = False  # whether its folders were packed into files
     has_columns: bool = False  # whether it keeps columns of values beside its images: `read_columns`
 
     @abc.abstractmethod
@@ -149,6 +150,11 @@ class ListedTree(Tree):
 def relative(path: str, folder: str) -> str:
     """Returns the path of a file below `folder`, relative to it."""
     return path[len(folder) + 1 :] if folder else path
+
+
+def folders_of(folder: str) -> list[str]:
+    """Returns a folder and those above it, up to the root."""
+    return [folder, *folders_of(posixpath.dirname(folder))] if folder else [""]
 
 
 def stem(path: str) -> str:

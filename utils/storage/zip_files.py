@@ -48,7 +48,7 @@ def list_zip(files: Sequence[PartsFile]) -> Index:
         rows.append(
             (path, 0, member.header_offset, member.compress_size, member.file_size, member.compress_type, member.CRC)
         )
-    return Index.of_rows(rows)
+    return Index.of_rows(rows, files)
 
 
 def _check(member: zipfile.ZipInfo, path: str, size: int) -> None:
