@@ -9,34 +9,27 @@ import jax
 import pytest
 
 import plot_metrics
+from tests.test_compatibility import unpack
 from tests.test_plot_metrics import write_run
 from utils.base.messages import UserError
 from utils.runs.comparison import count_parameters, find_best, find_direction, find_runs, read_scores
 from utils.runs.opening import load_generator
-from utils.training import build_run, make_config, train
-
-SETTINGS = {
-    "dataset_name": "digits", "codec": "pixels", "batch_size": 8, "max_steps": 2, "log_interval": 1, "eval_interval": 0,
-    "model.hidden_size": 16, "model.depth": 1, "model.num_heads": 2, "model.patch_size": 4, "model.num_classes": 10,
-    "wandb.mode": "disabled",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of two steps, really trained."""
-    folder = tmp_path_factory.mktemp("trained") / "a"
-    train(build_run(make_config({**SETTINGS, "save_dir": str(folder)})))
-    return folder
+def saved(tmp_path_factory):
+    """A run of 20 steps that an early version has saved: it lacks settings that came later."""
+    return unpack("run", tmp_path_factory.mktemp("saved")) / "run"
 
 
 @pytest.fixture
-def runs(trained, tmp_path):
+def runs(saved, tmp_path):
     """runs/a; runs/b, of another rate and augmentation; runs/c, without known settings; runs/notes, which is none."""
     folder = tmp_path / "runs"
-    shutil.copytree(trained, folder / "a")
-    config = json.loads((trained / "config.json").read_text())
-    config["model"]["lr"] = 0.00025
+    shutil.copytree(saved, folder / "a")
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"skip_nonfinite": 3, "trackers": ["wandb"]}
+    config["model"] |= {"lr": 0.00025, "inner_scale": 1.0}
     config["augment"] = ["flip"]
     config["save_dir"] = "elsewhere"
     config["wandb"]["name"] = "b"
@@ -48,6 +41,7 @@ def runs(trained, tmp_path):
     (folder / "b" / "config.json").write_text(json.dumps(config))
     write_run(folder / "c", {"step": 7, "training/grad_norm": 3.0, "training/l2_loss": float("inf")})
     (folder / "notes").mkdir()
+    (folder / "table.md").write_text("| run |\n")
     return folder
 
 
@@ -72,9 +66,9 @@ def test_settings_that_differ_and_no_other(runs, show):
     assert list(table) == ["a", "b", "c"]
     columns = ["run", "augment", "model.lr", "step", "seconds", "parameters"]
     assert list(table["a"])[:6] == columns
-    assert [table["a"][name] for name in columns[1:4]] == ["none", "0.0001", "2"]
+    assert [table["a"][name] for name in columns[1:4]] == ["none", "0.001", "20"]
     assert [table["b"][name] for name in columns[1:]] == ["flip", "0.00025", "3", "180", ""]
-    assert [table["c"][name] for name in columns[1:]] == ["", "", "7", "0", ""]
+    assert [table["c"][name] for name in columns[1:]] == ["", "", "7", "", ""]
     assert others == [f"--runs={runs}/*: left out what holds no metrics: notes"]
 
 
@@ -104,31 +98,32 @@ def test_which_values_are_better(metric, direction):
     assert math.isnan(find_best(metric, [math.nan]))
 
 
-def test_the_number_of_parameters_is_that_of_the_model(trained, show):
-    expected = sum(leaf.size for leaf in jax.tree.leaves(load_generator(trained).params))
-    assert count_parameters(trained) == expected
-    table, _ = show("--runs", trained)
-    assert table["a"]["parameters"] == f"{expected:,}"
-    assert "model.lr" not in table["a"]  # one run differs from none
+def test_the_number_of_parameters_is_that_of_the_model(saved, show):
+    expected = sum(leaf.size for leaf in jax.tree.leaves(load_generator(saved).params))
+    assert count_parameters(saved) == expected
+    table, _ = show("--runs", saved)
+    assert table["run"]["parameters"] == f"{expected:,}"
+    assert list(table["run"])[:3] == ["run", "step", "parameters"]  # one run differs from none
 
 
 def test_a_checkpoint_that_cannot_be_read_has_no_number_of_parameters(runs, show):
-    for file in (runs / "a" / "checkpoints" / "2").rglob("*"):
+    for file in (runs / "a" / "checkpoints" / "20").rglob("*"):
         if file.is_file() and file.name not in ("commit_success.txt", "_CHECKPOINT_METADATA"):
             file.write_bytes(b"")
     assert "parameters" not in show("--runs", f"{runs}/a,{runs}/b")[0]["a"]
 
 
-def test_older_configurations_are_completed_before_they_are_compared(runs, show):
-    path = runs / "a" / "config.json"
-    config = json.loads(path.read_text())
-    del config["augment"], config["lora_rank"], config["model"]["qk_norm"]
-    path.write_text(json.dumps(config))
-    shutil.copytree(runs / "a", runs / "older")
-    table, _ = show("--runs", f"{runs}/a,{runs}/b,{runs}/older")
-    assert [name for name in table["a"] if name in ("augment", "lora_rank", "model.lr", "model.qk_norm")] == [
-        "augment", "model.lr"
-    ]  # fmt: skip
+def test_settings_of_other_versions_and_networks_are_no_difference(runs, show):
+    """An older run is completed by how it behaved; what it cannot have is compared with nothing."""
+    older = json.loads((runs / "a" / "config.json").read_text())
+    assert not {"augment", "skip_nonfinite", "trackers"} & set(older)
+    config = json.loads((runs / "b" / "config.json").read_text())
+    assert {"skip_nonfinite", "trackers"} < set(config)
+    table, _ = show("--runs", f"{runs}/a,{runs}/b")
+    assert [name for name in table["a"] if name in (*config, "model.lr", "model.inner_scale")] == [
+        "augment",
+        "model.lr",
+    ]
 
 
 def test_a_damaged_configuration_costs_the_settings_alone(runs, show, capsys):
@@ -176,7 +171,7 @@ def test_a_metrics_file_beside_runs(runs, show, tmp_path):
     copy = shutil.copy(runs / "b" / "metrics.jsonl", runs / "a" / "log.jsonl")
     table, _ = show("--runs", f"{copy},{runs}/b/metrics.jsonl,{runs}/a")
     assert list(table) == ["log", "b", "a"]
-    assert [table[name]["model.lr"] for name in table] == ["", "0.00025", "0.0001"]  # a log that is no run's own
+    assert [table[name]["model.lr"] for name in table] == ["", "0.00025", "0.001"]  # a log that is no run's own
     assert [table[name]["seconds"] for name in ("log", "b")] == ["180", "180"]
 
 

@@ -48,6 +48,8 @@ def find_runs(words: Sequence[str], flag: str) -> dict[Path, Curves]:
         found: dict[Path, Curves] = {}
         left_out = []
         for match in map(Path, sorted(glob.glob(str(path)))):
+            if not match.is_dir() and match.suffix != ".jsonl":
+                continue  # what is no log, such as a table of the runs
             try:
                 found[match] = read_curves(match, flag)
             except UserError:
@@ -92,16 +94,17 @@ def read_scores(run: Path) -> Curves:
         warn(f"{run / RESULTS_FILE} cannot be read ({getattr(error, 'strerror', None) or error}) and is left out")
         return {}
 
-    # Baselines of held-out images say nothing about the run.
+    # Rows of a run's checkpoints. Baselines of held-out images say nothing about the run.
     curves: Curves = {}
     for row in rows:
         step = row.get("checkpoint_step")
         if not isinstance(step, int):
             continue
-        scores = [name for name in score_columns() if row.get(name) is not None and not name.endswith("_validation")]
-        for name in scores:
-            values = curves.setdefault(f"{RESULTS_FILE}/{name}", {})
-            values[step] = find_best(f"{RESULTS_FILE}/{name}", [row[name], *([values[step]] if step in values else [])])
+        for name in score_columns():
+            if row.get(name) is not None and not name.endswith("_validation"):
+                metric = f"{RESULTS_FILE}/{name}"
+                values = curves.setdefault(metric, {})
+                values[step] = find_best(metric, [row[name], values.get(step, math.nan)])
     return {name: dict(sorted(values.items())) for name, values in curves.items()}
 
 
@@ -129,7 +132,8 @@ def compare_runs(runs: Mapping[str, Path], curves: Mapping[str, Curves], metrics
         # What it is, and how far it has come.
         row: dict[str, Any] = {"run": name, **settings[name]}
         row["step"] = max((step for curve in curves[name].values() for step in curve), default=0)
-        row["seconds"] = last_seconds(read_metrics(run / METRICS_FILE if run.is_dir() else run))
+        if seconds := last_seconds(read_metrics(run / METRICS_FILE if run.is_dir() else run)):  # older runs log none
+            row["seconds"] = seconds
         if (count := count_parameters(run)) is not None:
             row["parameters"] = count
 
@@ -172,12 +176,14 @@ def read_settings(run: Path) -> dict[str, Any] | None:
 
 
 def find_differences(settings: Mapping[str, dict[str, Any] | None]) -> dict[str, dict[str, str]]:
-    """Returns {run: {name: value as on a command line}} of the settings that are not the same in all runs whose
-    settings are known."""
+    """Returns {run: {name: value as on a command line}} of the settings of which two runs have other values.
+
+    One that a run does not have, as it is of another network or younger than the run, says nothing.
+    """
     known = [values for values in settings.values() if values is not None]
     names = {name for values in known for name in values}
-    absent = object()  # a setting of another network, which is neither None nor any value
-    differ = {name for name in names if any(values.get(name, absent) != known[0].get(name, absent) for values in known)}
+    texts = {name: {_as_typed(values[name]) for values in known if name in values} for name in names}
+    differ = {name for name in names if len(texts[name]) > 1}
     return {
         run: {name: _as_typed(value) for name, value in (values or {}).items() if name in differ}
         for run, values in settings.items()
