@@ -305,6 +305,8 @@ def test_files_of_others_are_opened_by_one_function():
         "utils/storage/zip_files.py": {"file.open()"},
         "utils/storage/tar_files.py": {"file.open()", 'tarfile.open(fileobj=opened, mode="r:")'},
         "utils/storage/parquet_files.py": {"self.file.open()", "parquet.ParquetFile(opened)"},
+        "utils/storage/lease.py": {"remote.read_bytes(self.url)"},
+        "utils/runs/remote_run.py": {"remote.read_bytes(url)"},
         "utils/storage/parts.py": {"remote.read_bytes(self.name, start, stop)"},
         "utils/storage/remote_tree.py": {
             "remote.read_bytes(self.files[self.find_file(path)].url, None if limit is None else 0, limit)"

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from utils.base.background import in_background
-from utils.base.files import locked, temporary_path
+from utils.base.files import locked, read_bytes, temporary_path
 from utils.base.hosts import broadcast, is_first
 from utils.base.messages import UserError, log
 from utils.runs.names import CHECKPOINTS, DAMAGED, SNAPSHOTS
@@ -203,7 +203,7 @@ class RemoteRun(StagedFolder):
         if is_first():
             file.write_text(nonce, encoding="utf-8")
         broadcast(None)
-        is_shared = file.is_file() and file.read_text(encoding="utf-8") == nonce
+        is_shared = file.is_file() and read_bytes(file) == nonce.encode()
         if not np.all(multihost_utils.process_allgather(np.bool_(is_shared))):
             raise UserError(
                 f"--{flag}={self.url}: the hosts of a run write it to their cache first, {self.folder.parents[2]}, "

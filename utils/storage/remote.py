@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.base.files import atomic_write, cache_folder
+from utils.base.files import read_bytes as read_local
 from utils.base.messages import UserError, one_line
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "memory": ""}  # {scheme: the package that reads it}
@@ -217,7 +218,7 @@ def upload(path: Path, url: str, flag: str | None = None) -> None:
     """Makes an object of a local file: whole, or not at all. Raises FileNotFoundError where there is no such file."""
     # As it is now: a log may grow meanwhile.
     if path.stat().st_size <= LARGE:
-        write_bytes(url, path.read_bytes(), flag)
+        write_bytes(url, read_local(path), flag)
         return
     with _asking(url, flag) as (system, name):
         system.put_file(str(path), name)

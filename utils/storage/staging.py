@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from utils.base.files import locked, write_json
+from utils.base.files import locked, read_bytes, write_json
 from utils.base.hosts import barrier
 from utils.base.messages import UserError, log, show_path_as
 from utils.storage import remote
@@ -52,7 +52,7 @@ class StagedFolder:
         """Returns {"files": {name: [size, time, version]}, ...}: local files as they were when they were those of
         objects of these versions."""
         try:
-            content = json.loads((self.folder / RECORD).read_bytes())
+            content = json.loads(read_bytes(self.folder / RECORD))
             return content if isinstance(content.get("files"), dict) else {"files": {}}
         except (OSError, ValueError, AttributeError):
             return {"files": {}}
