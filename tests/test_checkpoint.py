@@ -54,6 +54,8 @@ CONFIG = {
     "coupling_weight": None,
     "coupling_draws": 100,
     "codec": "pixels",
+    "check_images": 1,
+    "dataset_weights": None,
     "dataset": {
         **METADATA,
         "name": "digits",
