@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import tarfile
+import threading
 import zipfile
 
 import fsspec
@@ -22,7 +24,7 @@ from utils.data.dataset import DataOptions
 from utils.data.joined import count_rows
 from utils.data.loaders import load_dataset, load_splits
 from utils.images import checks
-from utils.storage import zip_files
+from utils.storage import remote, zip_files
 from utils.storage.remote_tree import fetch_folder
 
 CLASSES = ("cat", "dog")
@@ -209,6 +211,29 @@ def test_data_in_object_storage_are_those_on_the_disk(tmp_path, expected):
         memory.rm("/bucket", recursive=True)
 
 
+def test_images_in_object_storage_are_asked_for_together(tmp_path, monkeypatch):
+    """A thread waits for each: of a million images at 30 ms, two at a time would take four hours."""
+    files = {f"{i:02}.png": encoded(noise(i, 4, 4, 3)).getvalue() for i in range(16)}
+    memory = fsspec.filesystem("memory")
+    for path, content in files.items():
+        memory.pipe_file(f"/together/{path}", content)
+    together = threading.Barrier(8)
+    read_bytes = remote.read_bytes
+
+    def wait_for_others(*args):
+        together.wait(timeout=10)
+        return read_bytes(*args)
+
+    monkeypatch.setattr(remote, "read_bytes", wait_for_others)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    try:
+        dataset = load("folder:memory://together", image_size=4)  # the check reads all, in rounds of eight
+        assert dataset.is_remote
+        next(epoch_batches(dataset, 8, stop=8))
+    finally:
+        memory.rm("/together", recursive=True)
+
+
 def test_files_are_held_out_of_an_archive_as_of_its_folder(tmp_path):
     files = {f"{i:02}.png": encoded(noise(i, 4, 4, 3)).getvalue() for i in range(60)}
     parts = [
@@ -307,7 +332,6 @@ def test_a_configuration_and_a_split_of_the_hub_are_chosen(tmp_path, monkeypatch
         with pytest.raises(UserError, match="cannot be fetched from the hub"):
             load("hf:someone/nothing", image_size=4)
     # Without a way to the hub, what is there is read.
-    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.list_repo_files", lambda *args, **kwargs: 1 / 0)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert len(load("hf:someone/pets:small:test", image_size=4).source) == 3
 

@@ -209,7 +209,7 @@ def test_digits_are_the_real_ones_split_once():
     [
         ("imgenet256", "did you mean imagenet256?"),
         ("celebahq", "did you mean celebahq256?"),
-        ("my_imagenet256_copy", "folder:PATH, npz:FILE, tfds:NAME, latents:DIR"),  # not by part of a name
+        ("my_imagenet256_copy", "folder:PATH, zip:FILE, .*npz:FILE, tfds:NAME, latents:DIR"),  # not by part of a name
         ("folder:", "folder:PATH"),
         ("s3:bucket", "folder:PATH"),
         ("", "folder:PATH"),

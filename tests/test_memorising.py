@@ -20,6 +20,7 @@ from utils.images.pixels import ImageBatch
 from utils.metrics.extractors import EXTRACTORS, PIXELS, POOL, Extractor
 from utils.networks.state import TrainState
 from utils.runs import memorising
+from utils.runs.given import expand_path
 from utils.runs.memorising import Memorising, SampleImages, choose_features, open_training
 from utils.runs.results import Results, to_text
 from utils.sampling.generator import ImageGenerator
@@ -355,3 +356,10 @@ def test_trainings_that_have_nothing_to_compare_are_refused(words, message, tmp_
 def test_runs_whose_images_are_not_at_hand_are_refused(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
         open_training(None, saved_run(tmp_path, dataset_name=name), (8, 8, 1), "uint8")
+
+
+def test_training_images_may_be_a_data_set_in_object_storage():
+    name = "zip:s3://bucket/cats.zip"
+    assert expand_path(name, "train_images") == name
+    with pytest.raises(UserError, match=r"--train_images=s3://bucket/cats is a URL, .*, or a data set such as"):
+        expand_path("s3://bucket/cats", "train_images")

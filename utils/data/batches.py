@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import operator
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,6 +19,7 @@ from utils.base.mesh import shard_batch
 from utils.base.messages import DataError, UserError
 from utils.data.coupled import Coupling, Select
 from utils.data.dataset import ArraySource, Batch, Batches, ImageDataset, PixelBatch, StreamSource, Subset
+from utils.storage.tree import count_readers
 
 
 def training_batches(
@@ -41,7 +41,7 @@ def training_batches(
     stream promises less: see `RecordStream.training_batches`.)
 
     `get_state()` is {'next_index': number of batches taken}, the same on every host; after `set_state` of it the
-    stream goes on exactly. `num_threads` read images (default: a thread per core, 32 at most), up to `prefetch`
+    stream goes on exactly. `num_threads` read images (default: `count_readers`), up to `prefetch`
     batches ahead; prefetch=0 reads when asked. What a thread raises, `next` raises. With a `coupling`, which streams do
     not take, batches bring their noise, and may be of other examples.
 
@@ -209,7 +209,7 @@ class BatchReader:
 
     def __init__(self, dataset: ImageDataset, num_threads: int | None):
         self.dataset = dataset
-        self.num_threads = num_threads or min(32, os.cpu_count() or 1)
+        self.num_threads = num_threads or count_readers(dataset.is_remote)
         self.pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="read-images")
 
     def __call__(self, indices: Sequence[int], flips: Sequence[bool]) -> Batch:

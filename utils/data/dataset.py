@@ -165,6 +165,7 @@ class ImageDataset:
     batch_type: type[Batch] = PixelBatch
     pixels: PixelFormat = UINT8  # how the images hold their values
     own_condition: Condition | None = None  # of examples without classes, whose class_names are ()
+    is_remote: bool = False  # whether images are waited for rather than decoded: they lie in object storage
 
     @property
     def condition(self) -> Condition:

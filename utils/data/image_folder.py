@@ -102,6 +102,7 @@ def load_images(tree: Tree, name: str, split: str, options: DataOptions) -> Imag
         fingerprint=Fingerprint.of_rows("files", Rows(listed.keys, identities, listed.digests)),
         empty_classes=find_empty_classes(listed.labels, len(names)) if names else (),
         own_condition=condition,
+        is_remote=tree.is_remote,
         pixels=SIXTEEN_BITS if mode == "I;16" else UINT8,
     )
 

@@ -98,6 +98,7 @@ def join(name: str, parts: Sequence[ImageDataset], weights: Sequence[float] | No
         fingerprint=_join_fingerprints([part.fingerprint for part in parts], counts),
         empty_classes=tuple(sorted(set.intersection(*(set(part.empty_classes) for part in parts)))),
         own_condition=first.own_condition,
+        is_remote=any(part.is_remote for part in parts),
     )
 
 

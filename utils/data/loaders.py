@@ -291,7 +291,7 @@ def check_data_settings(dataset_name: str, given: Mapping[str, Any]) -> None:
             refuse_ignored((name,), given, f"on {dataset_name}, only on {takers}")
 
     if "dataset_weights" not in loader.options:
-        refuse_ignored(("dataset_weights",), given, "on one data set; give --dataset_name several times")
+        refuse_ignored(("dataset_weights",), given, "on one data set, only where --dataset_name is given several times")
 
     # A script that loops over data sets may always name it.
     if "data_dir" in given and "data_dir" not in loader.options:

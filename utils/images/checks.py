@@ -21,7 +21,7 @@ from jaxtyping import Int32, UInt8
 from utils.base.files import cache_folder
 from utils.base.messages import progress_bar
 from utils.images.decoding import MODES, BrokenImageError, check_image, read_image_file
-from utils.storage.tree import Tree
+from utils.storage.tree import Tree, count_readers
 
 CHECK_VERSION = 4  # of what is decoded how; raise it when utils/images/decoding.py takes other files for broken
 CHUNK = 512  # images between two writes of what was found; SQLite takes 999 values in a question
@@ -82,7 +82,7 @@ def check_images(tree: Tree, paths: Sequence[str], max_megapixels: float) -> Che
     version = f"{CHECK_VERSION}, Pillow {PIL.__version__}, up to {max_megapixels:g} megapixels"
     # Pillow releases the interpreter while it decodes. A bar only where it takes more than a moment.
     bar = progress_bar(None, "checking every image, once", len(paths), unit="image", delay=5)
-    with Memory.open(tree.key, version) as memory, ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool, bar:
+    with Memory.open(tree.key, version) as memory, ThreadPoolExecutor(count_readers(tree.is_remote)) as pool, bar:
         for start in range(0, len(paths), CHUNK):
             chunk = paths[start : start + CHUNK]
 

@@ -7,7 +7,7 @@ from utils.base.files import expand_home
 from utils.base.messages import UserError
 from utils.codecs.codecs import expand_codec
 from utils.data.loaders import expand_name
-from utils.storage.urls import refuse_url
+from utils.storage.urls import is_url, refuse_url
 
 
 def expand_path(path: str, flag: str) -> str:
@@ -19,6 +19,8 @@ def expand_path(path: str, flag: str) -> str:
         return expand_name(path)
     if flag in ("codec", "preview"):
         return expand_codec(path, flag)
+    if flag == "train_images" and is_url(path.partition(":")[2]):
+        return path  # a data set, such as zip:s3://BUCKET/FILE
     refuse_url(path, flag)
     return expand_home(path, f"--{flag}={path}")
 

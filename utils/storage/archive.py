@@ -93,6 +93,7 @@ class ArchiveTree(ListedTree):
         self.title = Path(self.root).name.partition(".")[0]
         self.files = files
         self.kind = kind
+        self.is_remote = any(file.is_remote for file in files)
 
         # The index that was kept for these files as they are, or a new one.
         self.key = f"{kind}:" + "\0".join(file.key for file in files)

@@ -21,6 +21,7 @@ CONVERTED = "refs/convert/parquet"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 CARD = "README.md"
 MAX_CARD_BYTES = 2**22
+FIRST_ANSWER = 10  # seconds within which the hub has to answer for the first time
 
 
 def open_hub(source: str) -> ParquetTree:
@@ -119,9 +120,13 @@ def _list_files(flag: str, name: str) -> tuple[Path | None, list[str], str | Non
     # Parquet files of the data set itself, or of the hub's conversion.
     try:
         for revision in (None, CONVERTED):
-            files = hub.HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
-            if found := sorted(path for path in files if path.endswith(".parquet")):
+            # One request, which is not tried again for half a minute where there is no network.
+            info = hub.HfApi().dataset_info(name, revision=revision or "main", timeout=FIRST_ANSWER)
+            paths = [file.rfilename for file in info.siblings or ()]
+            if found := sorted(path for path in paths if path.endswith(".parquet")):
                 return None, found, revision
+        return None, [], None
+    except hub.errors.RevisionNotFoundError:  # the hub has converted nothing
         return None, [], None
     except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -130,7 +135,9 @@ def _list_files(flag: str, name: str) -> tuple[Path | None, list[str], str | Non
         for folder in _find_cached(name, revision or "main"):
             if found := sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")):
                 return folder, found, revision
-    raise UserError(f"{flag} cannot be fetched from the hub ({reason}); give a data set that you may read")
+    raise UserError(
+        f"{flag} cannot be fetched from the hub ({reason}); check the name, the network, and that you may read it"
+    )
 
 
 def _find_cached(name: str, revision: str) -> list[Path]:

@@ -55,6 +55,7 @@ class ParquetTree(ListedTree):
         self.title = Path(self.root).name.partition(".")[0]
         self.key = "parquet:" + "\0".join(file.key for file in files)
         self.files = [_File(file) for file in files]
+        self.is_remote = any(file.is_remote for file in files)
         self._kept: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
         first = self.files[0]

@@ -20,6 +20,7 @@ BLOCK = 2**22  # bytes that a library's small reads in object storage fetch at o
 class PartsFile(abc.ABC):
     """A file as it was when it was opened. Several threads may read it at once."""
 
+    is_remote = False
     name: str  # in messages
     key: str  # the same for the same file, wherever a program is started
     size: int
@@ -55,6 +56,8 @@ class LocalFile(PartsFile):
 
 class RemoteFile(PartsFile):
     """An object of object storage. Raises RemoteError, naming --dataset_name, where there is none."""
+
+    is_remote = True
 
     def __init__(self, file: remote.RemoteFile):
         self.name = self.key = file.url

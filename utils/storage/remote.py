@@ -26,7 +26,14 @@ FIRST_ANSWER = 10  # seconds within which a bucket has to answer for the first t
 CREDENTIALS = "docs/storage.md says where they are looked for"
 # Options of the file systems: few tries, and listings that are always asked for anew.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}},
+    "s3": {
+        "config_kwargs": {
+            "connect_timeout": 10,
+            "read_timeout": 60,
+            "retries": {"max_attempts": 3},
+            "max_pool_connections": 32,
+        }
+    },
     "gs": {},
     "memory": {},
 }

@@ -15,6 +15,8 @@ class RemoteTree(ListedTree):
     """The objects below a URL, as folder:URL. Raises RemoteError where they cannot be listed, UserError if there are
     none."""
 
+    is_remote = True
+
     def __init__(self, source: str):
         self.source = source
         self.root = source.partition(":")[2].rstrip("/")

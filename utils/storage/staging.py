@@ -223,7 +223,7 @@ def _upload_output(url: str, staged: StagedFolder, folder: Path | None, is_wante
     except RemoteError as error:
         raise not_uploaded(url, folder or staged.folder, error, "copy it there") from error
     if names:
-        log(f"uploaded {len(names)} file{'s' * (len(names) != 1)} to {staged.url}")
+        log(f"uploaded {len(names)} file{'s' * (len(names) != 1)} to {url}")
 
 
 def not_uploaded(url: str, folder: Path, error: RemoteError, fix: str) -> UserError:

@@ -17,6 +17,8 @@ from typing import Any
 from utils.base.external import BadFileError, read_bounded, read_start
 from utils.base.files import read_bytes
 
+MAX_READERS = 32  # threads that read images; beyond these a decoder, or storage, gains nothing
+
 
 class Tree(abc.ABC):
     """Files that are only read. Methods raise OSError for what cannot be read; several threads may call them."""
@@ -27,6 +29,7 @@ class Tree(abc.ABC):
     key: str  # the same for the same files, wherever a program is started: of what is remembered about them
     default_columns: str | None = None  # --condition_columns of what lies beside the images, if nothing else is asked
     is_archive: bool = False  # whether its folders were packed into files
+    is_remote: bool = False  # whether its files are waited for rather than read: they lie in object storage
     has_columns: bool = False  # whether it keeps columns of values beside its images: `read_columns`
 
     @abc.abstractmethod
@@ -145,6 +148,11 @@ class ListedTree(Tree):
         if row is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return row
+
+
+def count_readers(is_remote: bool) -> int:
+    """Returns how many threads read images: one for each core, which decodes them, or as many as storage serves."""
+    return MAX_READERS if is_remote else min(MAX_READERS, os.cpu_count() or 1)
 
 
 def relative(path: str, folder: str) -> str:

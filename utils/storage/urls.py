@@ -24,6 +24,7 @@ BESIDE_URLS = {  # for flags that take more than a path
     "dataset_name": "folder:PATH, zip:s3://BUCKET/FILE and the like, or tfds:NAME with --data_dir gs://BUCKET/FOLDER",
     "load_dir": f"{LOCAL}, {OBJECTS}, or hf:USER/NAME",
     "source": f"{LOCAL}, {OBJECTS}, or a hub id such as USER/NAME",
+    "train_images": f"{LOCAL}, or a data set such as folder:s3://BUCKET/FOLDER",
     "vae": f"{LOCAL}, or a hub id such as USER/NAME",
     "preview": f"tiny: and {LOCAL}, or a hub id such as USER/NAME",
     "codec": f"kl: and {LOCAL}, or a hub id such as USER/NAME",
