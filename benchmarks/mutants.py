@@ -329,8 +329,15 @@ test_sweep.py::test_each_snapshot_has_the_row_of_a_call_of_its_own
   utils/runs/results.py: columns = {"checkpoint_step": "step"} | columns -> pass
 test_sweep.py::test_damaged_checkpoints_are_left_out_unless_they_are_named
   utils/runs/run_evaluation.py: if not snapshot.is_optional: -> if False:
+test_comparison.py::test_which_values_are_better
+  utils/runs/comparison.py: return "highest" if is_higher_better(score) else "lowest" -> return "lowest"
+test_comparison.py::test_settings_that_differ_and_no_other
+  utils/runs/comparison.py: if len(texts[name]) > 1 -> if texts[name]
+  utils/runs/comparison.py: (*START_SETTINGS, "vae" -> ("vae"
+test_comparison.py::test_scores_of_evaluations
+  utils/runs/comparison.py: values.get(step, math.nan) -> math.nan
 test_keep_best.py::test_the_best_have_the_lowest_scores_or_the_highest
-  utils/runs/best.py: sign = -1 if _is_higher_better(self.keep.score) else 1 -> sign = 1
+  utils/runs/best.py: sign = -1 if is_higher_better(self.keep.score) else 1 -> sign = 1
   utils/runs/best.py: and math.isfinite(scores[step]) ->
 test_coupling.py::test_no_permutation_costs_less
   utils/data/coupling.py: linear_sum_assignment(cost)[1] -> np.argsort(linear_sum_assignment(cost)[1])
