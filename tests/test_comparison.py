@@ -14,6 +14,7 @@ from tests.test_plot_metrics import write_run
 from utils.base.messages import UserError
 from utils.runs.comparison import count_parameters, find_best, find_direction, find_runs, read_scores
 from utils.runs.opening import load_generator
+from utils.storage import remote
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,20 @@ def test_patterns_and_names_that_look_like_them(runs):
         find_runs([str(runs / "z*")], "runs")
     with pytest.raises(UserError, match=r"matches no run; .*notes has none; name folders of runs$"):
         find_runs([str(runs / "notes" / "*")], "runs")
+
+
+def test_patterns_match_runs_in_object_storage(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("b", "a"):
+        remote.write_bytes(f"memory://sweep/{name}/metrics.jsonl", b'{"step": 1, "fid": 3.0}\n')
+    remote.write_bytes("memory://sweep/notes/x", b"no run")
+    try:
+        assert list(find_runs(["memory://sweep/*"], "runs").values()) == [{"fid": {1: 3.0}}] * 2
+        with pytest.raises(UserError, match=r"--runs=memory://sweep/z\* matches no run; check the name"):
+            find_runs(["memory://sweep/z*"], "runs")
+    finally:
+        for name in ("a/metrics.jsonl", "b/metrics.jsonl", "notes/x"):
+            remote.remove(f"memory://sweep/{name}")
 
 
 def test_curves_take_patterns_too(runs, read_flags, tmp_path, capsys):

@@ -140,6 +140,7 @@ def test_objects_are_found_listed_and_read():
     for url in ("memory://bucket/a", "memory://bucket/a/"):
         assert [file.url for file in remote.list_files(url)] == ["memory://bucket/a/b", "memory://bucket/a/c/d"]
     assert remote.list_files("memory://bucket/x") == []
+    assert remote.match_files("memory://bucket/*/b") == ["memory://bucket/a/b"]
     assert remote.list_files("memory://bucket/a/b") == []  # an object, and none below it
     assert remote.read_bytes("memory://bucket/a/c/d", 2, 4) == b"c/"
     with pytest.raises(RemoteError, match=r"^memory://bucket/x: there is no such object; check the name$"):

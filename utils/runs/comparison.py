@@ -19,6 +19,7 @@ from utils.runs.given import expand_path
 from utils.runs.remote_run import find_remote_run
 from utils.runs.results import read_results, score_columns
 from utils.runs.saved_config import read_config
+from utils.storage import remote
 from utils.storage.urls import is_url
 from utils.trackers.trackers import METRICS_FILE, last_seconds, read_curves, read_metrics
 
@@ -37,6 +38,7 @@ def find_runs(words: Sequence[str], flag: str) -> dict[Path, Curves]:
     Raises UserError where a name is no run, and where a pattern matches none.
     """
     runs: dict[Path, Curves] = {}
+    words = [url for word in words for url in _expand_url(word, flag)]
     for word in dict.fromkeys(words):
         path = _find_path(word, flag)
         # A name as it stands, which may have such characters itself.
@@ -60,6 +62,17 @@ def find_runs(words: Sequence[str], flag: str) -> dict[Path, Curves]:
             log(f"--{flag}={word}: left out what holds no metrics: {', '.join(left_out)}")
         runs |= found
     return runs
+
+
+def _expand_url(word: str, flag: str) -> list[str]:
+    """Returns the URLs of the runs that a pattern in object storage matches; any other word as it is. Raises UserError
+    where it matches none."""
+    if not (is_url(word) and glob.has_magic(word)):
+        return [word]
+    found = remote.match_files(remote.join(word, METRICS_FILE), flag)
+    if not found:
+        raise UserError(f"--{flag}={word} matches no run; check the name")
+    return [url.removesuffix(f"/{METRICS_FILE}") for url in found]
 
 
 def _find_path(word: str, flag: str) -> Path:

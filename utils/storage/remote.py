@@ -167,6 +167,13 @@ def list_files(url: str, flag: str | None = None) -> list[RemoteFile]:
     return sorted(file for file in files if file.url.startswith(start) and _is_path(file.url.removeprefix(start)))
 
 
+def match_files(pattern: str, flag: str | None = None) -> list[str]:
+    """Returns the URLs of the objects that a pattern matches, in the order of their names; * stands for no slash."""
+    with _asking(pattern, flag) as (system, path):
+        scheme = pattern.partition("://")[0]
+        return sorted(f"{scheme}://{name.lstrip('/')}" for name in system.glob(path))
+
+
 def _is_path(name: str) -> bool:
     return not {"", ".", ".."} & set(name.split("/"))
 
