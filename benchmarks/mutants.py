@@ -124,7 +124,7 @@ test_condition_columns.py::test_other_numbers_are_other_data
 test_condition_columns.py::test_numbers_are_read_row_by_row_and_measured_in_training
   utils/data/columns.py: train = parts["train"] -> train = source
 test_objectives.py::test_a_new_objective_is_trained_evaluated_and_resumed
-  utils/training/loop.py: keep.keep_last, keep.keep_every, best) -> keep.keep_last, None, best)
+  utils/training/loop.py: keep.keep_every, best, run.config.remote) -> None, best, run.config.remote)
   utils/training/loop.py: Checkpoints(run.folder, keep.keep_last -> Checkpoints(run.folder, 2
   utils/training/loop.py: keep.save_interval, keep.save_minutes -> keep.save_interval, 15
   utils/training/loop.py: run.flops_per_step, config.logging.peak_tflops) -> run.flops_per_step, 1000)
@@ -251,17 +251,17 @@ test_image_modes.py::test_16_bits_are_kept_as_floats_where_all_files_have_them
   utils/data/image_folder.py: SIXTEEN_BITS if mode == "I;16" else UINT8 -> UINT8
   utils/data/image_folder.py: mode = options.image_mode or listed.mode -> mode = listed.mode
 test_image_modes.py::test_images_are_in_colour_if_one_of_them_is
-  utils/data/image_folder.py: , files=files, mode=train.mode) -> , files=files)
+  utils/data/image_folder.py: labels=labels[validation.labels], mode=train.mode -> labels=labels[validation.labels]
   utils/data/image_folder.py: if found != {"I;16"}: -> if "I;16" not in found:
 test_image_modes.py::test_a_run_that_is_continued_reads_its_images_as_it_did
   utils/training/configure.py: return _image_mode(saved, settings) | settings -> return settings
   utils/training/configure.py: is_open = _has_mode(draft_data) and -> is_open = False and
 test_folder_tables.py::test_numbers_of_a_table_are_the_condition
-  utils/data/image_folder.py: {"label": train_labels, **train.columns} -> {"label": train_labels, **listed.columns}
+  utils/data/image_folder.py: {"label": train.labels, **train.columns} -> {"label": train.labels, **listed.columns}
   utils/data/loaders.py: (loader.flips and dataset.own_condition is None) -> loader.flips
   utils/images/tables.py: rows = list(rows) -> rows = sorted(rows)
 test_folder_tables.py::test_another_condition_of_an_image_is_another_data_set
-  utils/data/image_folder.py: identities = digest_rows(labels, listed.columns) -> pass
+  utils/data/image_folder.py: identities = digest_rows(listed.labels, listed.columns) -> pass
 test_folder_tables.py::test_labels_of_edm_are_classes
   utils/data/image_folder.py: split = split.take(labelled) -> pass
 test_likelihood.py::test_what_is_measured_is_what_the_flags_say
@@ -368,7 +368,7 @@ test_coupling.py::test_a_run_is_continued_with_its_own_potentials
   utils/training/start.py: "coupling", "coupling_rows" -> "coupling_rows"
 test_keep_best.py::test_a_training_saves_what_it_evaluates_and_keeps_the_best
   utils/training/loop.py: saver.is_due(step, is_evaluated and bool(config.checkpoints.keep_best)) -> saver.is_due(step)
-  utils/training/loop.py: keep.keep_every, best) -> keep.keep_every, None)
+  utils/training/loop.py: best, run.config.remote) -> None, run.config.remote)
 test_remote.py::test_objects_are_found_listed_and_read
   utils/storage/remote.py: and _is_path(file.url.removeprefix(start)) ->
   utils/storage/remote.py: file.url.startswith(start) and -> True and
@@ -505,7 +505,7 @@ test_jax_flow_pickle.py::test_labels_without_a_name_are_left_out
 test_jax_flow_pickle.py::test_a_table_of_positions_that_one_set_has_trained_is_a_parameter_of_both
   utils/convert/jax_flow_files.py: params.pop("pos_embed", None) -> return params
 test_archives.py::test_what_is_no_archive_is_one_line
-  utils/storage/archive.py: if path == after: -> if False:
+  utils/storage/archive.py: if row[0] == after[0]: -> if False:
   utils/storage/archive.py: path.startswith("/") or ".." in parts -> False
   utils/storage/zip_files.py: if member.flag_bits & 1: -> if False:
   utils/storage/zip_files.py: member.header_offset + member.compress_size > size: -> False:

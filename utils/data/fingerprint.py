@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from utils.base.messages import UserError
 LISTING = "examples.tsv.gz"
 MAX_EXPANSION = 64  # of a listing over its compressed size
 MAX_LINE_BYTES = 2**16
+BLOCK = 2**12  # rows that are written at a time
 UNKNOWN = "saved before runs kept track of their images: whether some were added or replaced is not known"
 
 
@@ -75,12 +76,19 @@ class Fingerprint:
     def of_rows(cls, format: str, rows: Sequence[Row]) -> "Fingerprint":
         # Over labels, contents, names and their order: each of them would change a run.
         digest = hashlib.sha256()
-        for row in rows:
-            digest.update(f"{row}\n".encode())
+        for part in _write_rows(rows):
+            digest.update(part.encode())
         return cls(format, len(rows), digest.hexdigest(), rows)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": self.format, "num_examples": self.num_examples, "sha256": self.sha256}
+
+
+def _write_rows(rows: Iterable[Row], start: str = "") -> Iterator[str]:
+    """Yields rows as they are hashed and kept, a line for each that begins with `start`, some thousand at a time."""
+    rows = iter(rows)
+    while some := list(itertools.islice(rows, BLOCK)):
+        yield "".join([f"{start}{label}\t{digest}\t{key}\n" for key, label, digest in some])
 
 
 def write_listing(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None:
@@ -91,12 +99,12 @@ def write_listing(folder: Path, fingerprints: Mapping[str, Fingerprint]) -> None
         atomic_write(folder / LISTING) as temporary,
         temporary.open("wb") as raw,
         # Without name and time: the same rows are the same bytes.
-        gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw, mtime=0) as compressed,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as compressed,
         io.TextIOWrapper(compressed, encoding="utf-8") as file,
     ):
         for split, fingerprint in fingerprints.items():
-            for row in fingerprint.rows or ():
-                file.write(f"{split}\t{row}\n")
+            for part in _write_rows(fingerprint.rows or (), f"{split}\t"):
+                file.write(part)
 
 
 def read_listing(folder: Path, num_examples: Mapping[str, int]) -> dict[str, list[Row]]:
