@@ -281,6 +281,21 @@ def test_webdataset_has_classes_numbers_and_captions_beside_its_images(tmp_path)
     assert read(again) == read(classes)
 
 
+def test_tars_that_are_named_after_splits_are_told_to_be_one(tmp_path, capfd):
+    for split in ("train", "val"):
+        files = {f"{split}{i}.png": encoded(noise(i, 4, 4, 3)).getvalue() for i in range(3)}
+        write_tar(tmp_path / f"{split}-000.tar", files)
+    assert len(load(f"tar:{tmp_path}/*.tar", image_size=4).source) == 5
+    assert "named after splits (train, val), and all are trained on; name those of" in capfd.readouterr().err
+    load(f"tar:{tmp_path}/train-*.tar", image_size=4)
+    assert "named after splits" not in capfd.readouterr().err
+    # Splits in the tars are kept apart.
+    for split in ("train", "val"):
+        write_tar(tmp_path / f"{split}-000.tar", {f"{split}/{i}.png": IMAGE for i in range(3)})
+    assert len(load(f"tar:{tmp_path}/*.tar", image_size=4).source) == 3
+    assert "named after splits" not in capfd.readouterr().err
+
+
 def test_a_zip_of_edm_has_the_labels_of_its_dataset_json(tmp_path):
     images = {f"00000/img{i:08}.png": encoded(noise(i, 4, 4, 3)).getvalue() for i in range(8)}
     table = {"labels": [[name, i % 2] for i, name in enumerate(images)]}

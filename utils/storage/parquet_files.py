@@ -7,7 +7,6 @@ whose row groups are small are read at random as fast as a folder.
 import collections
 import contextlib
 import json
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,12 +19,11 @@ from pyarrow import parquet
 from utils.base.external import BadFileError
 from utils.base.messages import printable, warn_once
 from utils.storage.archive import MAX_MEMBER_BYTES, explaining
-from utils.storage.parts import PartsFile, find_files
+from utils.storage.parts import PartsFile, find_files, split_of
 from utils.storage.tree import ListedTree
 
 NAMES = ("image", "img", "jpg", "png", "picture", "bytes")  # of the column of images, where the file does not say
 LABELS = ("label", "labels", "fine_label", "class")
-SPLIT = re.compile(r"(?:partial-)?(train|validation|valid|val|test|dev|eval)(?=[-_.\d]|$)", re.IGNORECASE)
 CACHE_BYTES = 2**28  # of row groups that are kept
 LARGE_GROUP = 2**26  # bytes of a row group of which there is a warning
 MAX_ROWS = 2**31
@@ -211,13 +209,6 @@ def check_size(path: str, num_rows: int, num_bytes: int, file_bytes: int) -> Non
         raise BadFileError(f"{path} says that it holds {num_rows:,} rows of {num_bytes:,} bytes")
     if not num_rows:
         raise BadFileError(f"{path} has no rows")
-
-
-def split_of(path: str) -> str:
-    """Returns the split that the name of a file, or of its folder, tells: train-00000-of-00002.parquet; '' for none."""
-    folder, _, name = path.rpartition("/")
-    match = SPLIT.match(name) or SPLIT.fullmatch(folder.rpartition("/")[2])
-    return match[1].lower() if match else ""
 
 
 def _read_features(schema: pa.Schema) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,8 @@ from utils.base.messages import UserError
 from utils.storage import remote
 from utils.storage.urls import is_url
 
+# Names of files that tell a split: train-00000-of-00002.parquet, val-000.tar.
+SPLIT = re.compile(r"(?:partial-)?(train|validation|valid|val|test|dev|eval)(?=[-_.\d]|$)", re.IGNORECASE)
 BLOCK = 2**22  # bytes that a library's small reads in object storage fetch at once
 
 
@@ -109,6 +111,13 @@ def open_file(path: str) -> PartsFile:
     if found is None:
         raise FileNotFoundError(2, "there is no such object", path)
     return RemoteFile(found)
+
+
+def split_of(path: str) -> str:
+    """Returns the split that the name of a file, or of its folder, tells: train-00000-of-00002.parquet; '' for none."""
+    folder, _, name = path.rpartition("/")
+    match = SPLIT.match(name) or SPLIT.fullmatch(folder.rpartition("/")[2])
+    return match[1].lower() if match else ""
 
 
 def find_files(source: str) -> Sequence[PartsFile]:

@@ -4,9 +4,9 @@ import tarfile
 from collections.abc import Iterator, Sequence
 
 from utils.base.external import BadFileError
-from utils.base.messages import progress_bar
+from utils.base.messages import progress_bar, warn_once
 from utils.storage.archive import STORED, ArchiveTree, Index, check_member, explaining
-from utils.storage.parts import PartsFile, find_files
+from utils.storage.parts import PartsFile, find_files, split_of
 
 GZIP, BZIP2, XZ, ZSTD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"  # how compressed files begin
 
@@ -16,6 +16,13 @@ def open_tar(source: str) -> ArchiveTree:
     is compressed or no tar, and for files of the same path."""
     with explaining(source):
         tree = ArchiveTree(source, find_files(source), "tar", list_tars)
+    # Unlike parquet's, names of tars tell no splits: folders in them do.
+    splits = sorted({split_of(file.name) for file in tree.files} - {""})
+    if len(splits) > 1 and not any(is_folder and split_of(f"{name}/x") for name, is_folder in tree.scan()):
+        warn_once(
+            f"{tree.root}: the tars are named after splits ({', '.join(splits)}), and all are trained on; "
+            "name those of training alone"
+        )
     # WebDataset has classes beside its images.
     if any(path.endswith(".cls") for path in tree.index.paths):
         tree.default_columns = "class"
