@@ -618,6 +618,17 @@ def test_what_is_no_archive_is_one_line(tmp_path, kind):
     assert name.partition(":")[2].partition("*")[0].split(" + ")[0] in str(error.value) or " + " in name
 
 
+def test_a_file_without_its_kind_is_guessed(tmp_path):
+    path = tmp_path / "pets.zip"
+    write_zip(path, TWO)
+    with pytest.raises(UserError, match=f"--dataset_name={path} is unknown; did you mean zip:{path}"):
+        load(str(path), image_size=4)
+    with pytest.raises(UserError, match=r"pets.zip is a file; zip:, tar:, parquet: and npz: read files"):
+        load(f"folder:{path}", image_size=4)
+    with pytest.raises(UserError, match="there is no file memory://none/pets; give a file, or a pattern in quotes"):
+        load("parquet:memory://none/pets", image_size=4)
+
+
 def test_an_image_that_breaks_later_is_named(tmp_path):
     dataset = load(write_zip(tmp_path / "a.zip", TWO), image_size=4)
     archive = tmp_path / "a.zip"

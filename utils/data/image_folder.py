@@ -51,6 +51,8 @@ def load_folder(name: str, split: str, options: DataOptions) -> ImageDataset:
     if is_url(path):
         return load_archive(name, split, options, RemoteTree)
     tree = LocalTree(Path(path))
+    if tree.folder.is_file():
+        raise UserError(f"--dataset_name={name}: {tree.root} is a file; zip:, tar:, parquet: and npz: read files")
     if not tree.folder.is_dir():
         raise UserError(f"--dataset_name={name}: there is no folder {tree.root}; {describe_layout(tree)}")
     if tree.is_file(UNFINISHED):  # written by sample.py or eval_fid.py

@@ -264,7 +264,8 @@ def get_loader(name: str) -> Loader:
     loader = find_loader(name)
     if loader is None:
         # A path without its prefix is the usual slip.
-        guess = f"folder:{name}" if Path(name).is_dir() else None
+        kind = "folder" if Path(name).is_dir() else Path(name).suffix[1:] if Path(name).is_file() else None
+        guess = f"{kind}:{name}" if kind in LOADERS else None
         raise unknown_name(f"--dataset_name={name}", name, list_names(), guess)
     return loader
 

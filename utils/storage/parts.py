@@ -127,9 +127,12 @@ def find_files(source: str) -> Sequence[PartsFile]:
         # What stands before the first sign of a pattern is listed.
         start = re.split(r"[*?\[]", pattern)[0]
         if start == pattern:
-            return [open_file(pattern)]
-        listed = remote.list_files(start.rpartition("/")[0], "dataset_name")
-        found: Sequence[PartsFile] = [RemoteFile(file) for file in listed if fnmatch.fnmatchcase(file.url, pattern)]
+            file = remote.find_file(pattern, "dataset_name")
+            listed = [file] if file else []
+        else:
+            listed = remote.list_files(start.rpartition("/")[0], "dataset_name")
+            listed = [file for file in listed if fnmatch.fnmatchcase(file.url, pattern)]
+        found: Sequence[PartsFile] = [RemoteFile(file) for file in listed]
     elif Path(pattern).is_dir():
         example = f"{source.rstrip('/')}/*.{source.partition(':')[0]}"
         raise UserError(f"--dataset_name={source}: it is a folder; give its files, '{example}'")
