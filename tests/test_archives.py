@@ -184,31 +184,31 @@ def test_data_in_object_storage_are_those_on_the_disk(tmp_path, expected):
     write_tar(tmp_path / "a.tar", FILES)
     write_splits(tmp_path)
     for path in tmp_path.rglob("*.*"):
-        memory.pipe_file(f"/bucket/{path.relative_to(tmp_path)}", path.read_bytes())
+        memory.pipe_file(f"/archives/{path.relative_to(tmp_path)}", path.read_bytes())
     arrays = {"images": np.stack([noise(i, 4, 4, 3) for i in range(8)]), "labels": np.arange(8) % 2}
     np.savez(tmp_path / "x.npz", **arrays)
-    memory.pipe_file("/bucket/x.npz", (tmp_path / "x.npz").read_bytes())
+    memory.pipe_file("/archives/x.npz", (tmp_path / "x.npz").read_bytes())
     try:
         for name in ("folder:{}/folder", "zip:{}/a.zip", "tar:{}/*.tar", "parquet:{}/*.parquet"):
-            found = load_splits(name.format("memory://bucket"), DataOptions(image_size=8))
+            found = load_splits(name.format("memory://archives"), DataOptions(image_size=8))
             assert [found[split].fingerprint for split in found] == [each.fingerprint for each in expected.values()]
             assert read(found["validation"]) == read(expected["validation"])
         # What is mapped is fetched, and again when it changes.
-        remote = load("npz:memory://bucket/x.npz")
-        assert remote.name == "npz:memory://bucket/x.npz"
+        remote = load("npz:memory://archives/x.npz")
+        assert remote.name == "npz:memory://archives/x.npz"
         assert read(remote) == read(load(f"npz:{tmp_path}/x.npz"))
         np.savez(tmp_path / "x.npz", images=arrays["images"][::-1], labels=arrays["labels"])
-        memory.pipe_file("/bucket/x.npz", (tmp_path / "x.npz").read_bytes())
-        assert read(load("npz:memory://bucket/x.npz")) == read(load(f"npz:{tmp_path}/x.npz")) != read(remote)
-        folder = fetch_folder("memory://bucket/folder", "dataset_name")
+        memory.pipe_file("/archives/x.npz", (tmp_path / "x.npz").read_bytes())
+        assert read(load("npz:memory://archives/x.npz")) == read(load(f"npz:{tmp_path}/x.npz")) != read(remote)
+        folder = fetch_folder("memory://archives/folder", "dataset_name")
         assert {str(path.relative_to(folder)) for path in folder.rglob("*.png")} == set(FILES)
-        memory.rm("/bucket/folder/train/cat/000.png")
-        memory.pipe_file("/bucket/folder/train/dog/000.png", b"another")
-        assert fetch_folder("memory://bucket/folder", "dataset_name") == folder
+        memory.rm("/archives/folder/train/cat/000.png")
+        memory.pipe_file("/archives/folder/train/dog/000.png", b"another")
+        assert fetch_folder("memory://archives/folder", "dataset_name") == folder
         assert not (folder / "train/cat/000.png").exists()
         assert (folder / "train/dog/000.png").read_bytes() == b"another"
     finally:
-        memory.rm("/bucket", recursive=True)
+        memory.rm("/archives", recursive=True)
 
 
 def test_images_in_object_storage_are_asked_for_together(tmp_path, monkeypatch):
