@@ -537,6 +537,8 @@ def make_bad(kind, folder):
             return f"folder:ftp://{folder.name}/x"
         case "joined with nothing":
             return f"{write_zip(path, TWO)} + folder:{folder / 'none'}"
+        case "joined with an unknown one":
+            return "digits + nothing"
         case "joined classes":
             one = write_zip(folder / "1.zip", {"cat/a.png": IMAGE, "dog/a.png": IMAGE, "cat/b.png": IMAGE})
             return f"{one} + {write_zip(path, {'cat/a.png': IMAGE, 'cow/a.png': IMAGE, 'cow/b.png': IMAGE})}"
@@ -603,6 +605,7 @@ BAD = {
     "no latents in a bucket": "there are no objects below it; check the name",
     "another scheme": "is a URL, which is not supported; give folder:PATH, zip:s3://BUCKET/FILE",
     "joined with nothing": "there is no folder .*/none",
+    "joined with an unknown one": "--dataset_name=nothing is unknown",
     "joined classes": r"the classes of zip:.*/x are cat, cow \(2\), those of zip:.*/1.zip cat, dog \(2\)",
     "joined in grey": "the images of zip:.*/x are 4x4x1, those of zip:.*/1.zip 4x4x3; join data of one kind",
     "a text in an archive": r"1 of 2 images cannot be read: .*/x/a.png \(it is no image of a known format\)",

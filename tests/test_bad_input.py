@@ -288,6 +288,8 @@ def files(tmp_path, monkeypatch):
 def run(read_flags, files, name, line) -> None:
     program, common = PROGRAMS[name]
     words = [*common.split(), *(["--save_dir", "RUN"] if name == "train" and "wandb.name" not in line else [])]
+    if "--dataset_name" in line:  # which would be joined with that of the common words
+        words = re.sub(r"--dataset_name \S+", "", " ".join(words)).split()
     for word, path in files.items():
         line = line.replace(word, path)
         words = [each.replace(word, path) for each in words]

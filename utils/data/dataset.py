@@ -210,13 +210,13 @@ class DataOptions:
     image_size: int | str | tuple[int, int] | None = None
     broken_images: str = "refuse"  # or 'skip'
     max_megapixels: float = MAX_MEGAPIXELS  # of the largest image that is decoded
-    dataset_weights: tuple[float, ...] | None = None  # shares of joined data sets in an epoch; None: their sizes
-    check_images: bool = True  # whether every image is decoded once before training
     random_flip: bool | None = None  # whether half of the training images are mirrored; None: the loader decides
     image_mode: str | None = None  # one of decoding.MODES; None: the loader decides
     text_encoder: str | None = None  # of captions, see utils/conditions/text_encoders.py; None: words
     condition_columns: str | None = None  # of a table beside images, which are their conditions; None: classes alone
     value_range: tuple[float, float] | None = None  # of float images, which becomes -1 .. 1; None: it is measured
+    check_images: bool = True  # whether every image is decoded once before training
+    dataset_weights: tuple[float, ...] | None = None  # shares of joined data sets in an epoch; None: their sizes
 
     @property
     def size(self) -> Size | None:

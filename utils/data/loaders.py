@@ -263,6 +263,8 @@ def get_loader(name: str) -> Loader:
     """Returns the loader of the data set `name`. Raises UserError, which lists the known ones, if there is none."""
     loader = find_loader(name)
     if loader is None:
+        # Of several, the first that is none.
+        name = next((each for each in name.split(SEPARATOR) if find_loader(each) is None), name)
         # A path without its prefix is the usual slip.
         kind = "folder" if Path(name).is_dir() else Path(name).suffix[1:] if Path(name).is_file() else None
         guess = f"{kind}:{name}" if kind in LOADERS else None
