@@ -526,7 +526,8 @@ test_archives.py::test_joined_data_have_every_image_and_the_shares_that_are_aske
   utils/data/joined.py: max(size / weight for -> min(size / weight for
   utils/data/joined.py: np.arange(count) * size // count -> np.minimum(np.arange(count), size - 1)
 test_archives.py::test_data_in_object_storage_are_those_on_the_disk
-  utils/storage/remote_tree.py: if versions.get(path) != file.version or -> if
+  utils/storage/remote_tree.py: copy.pull(files) -> pass
+  utils/storage/remote_tree.py: (copy.folder / name).unlink(missing_ok=True) -> pass
   utils/data/loaders.py: if not (loader.needs_files and is_url(path)): -> if True:
 test_archives.py::test_webdataset_has_classes_numbers_and_captions_beside_its_images
   utils/storage/tar_files.py: tree.default_columns = "class" -> pass

@@ -206,8 +206,12 @@ def test_impossible_models_are_refused(config_of, line, words):
 
 def test_options_of_the_data_are_those_of_the_flags(config_of, parse):
     line = "--data_dir x --image_size 24x40 --image_mode L --broken_images skip --max_megapixels 3 --random_flip 0"
-    expected = DataOptions("x", "24x40", "skip", 3.0, False, image_mode="L")
-    assert config_of(f"--dataset_name folder:x {line}").data.options == expected
+    line += " --check_images 0 --dataset_weights 1,2"
+    expected = DataOptions(
+        "x", "24x40", "skip", 3.0, False, image_mode="L", check_images=False, dataset_weights=(1.0, 2.0)
+    )
+    data = config_of(f"--dataset_name folder:x --dataset_name zip:y {line}").data
+    assert (data.dataset_name, data.options) == ("folder:x + zip:y", expected)
     assert reading.read_data_options(parse("--data_dir x", compute_fid_stats)) == DataOptions("x")
 
 

@@ -26,6 +26,7 @@ from utils.storage.parquet_files import open_parquet
 from utils.storage.remote import fetch
 from utils.storage.remote_tree import fetch_folder
 from utils.storage.tar_files import open_tar
+from utils.storage.tree import Tree
 from utils.storage.urls import is_url, refuse_url
 from utils.storage.zip_files import open_zip
 
@@ -63,6 +64,14 @@ _FILES = (
     *("image_size", "image_mode", "broken_images", "max_megapixels", "check_images"),
     *("condition_columns", "text_encoder"),
 )
+
+
+def _archive_loader(open_tree: Callable[[str], Tree], help: str, argument: str, is_path: bool = True) -> Loader:
+    """Returns the loader of image files that are not files of their own; `open_tree` opens what holds them."""
+    load = functools.partial(load_archive, open_tree=open_tree)
+    return Loader(load, help, argument, is_path=is_path, options=_FILES, default_size=256, flips=True)
+
+
 LOADERS: dict[str, Loader] = {
     # By a name alone.
     "digits": Loader(load_digits, "1,797 real handwritten digits, 8x8, grey, shipped with scikit-learn"),
@@ -84,40 +93,11 @@ LOADERS: dict[str, Loader] = {
         default_size=256,
         flips=True,
     ),
-    "zip": Loader(
-        functools.partial(load_archive, open_tree=open_zip),
-        "the same in a zip, also as EDM and StyleGAN write it",
-        "FILE",
-        is_path=True,
-        options=_FILES,
-        default_size=256,
-        flips=True,
-    ),
-    "tar": Loader(
-        functools.partial(load_archive, open_tree=open_tar),
-        "the same in tars, also as WebDataset writes them",
-        "GLOB",
-        is_path=True,
-        options=_FILES,
-        default_size=256,
-        flips=True,
-    ),
-    "parquet": Loader(
-        functools.partial(load_archive, open_tree=open_parquet),
-        "images in a column of parquet files",
-        "GLOB",
-        is_path=True,
-        options=_FILES,
-        default_size=256,
-        flips=True,
-    ),
-    "hf": Loader(
-        functools.partial(load_archive, open_tree=open_hub),
-        "those of a data set on the Hugging Face hub",
-        "USER/NAME[:CONFIG[:SPLIT]]",
-        options=_FILES,
-        default_size=256,
-        flips=True,
+    "zip": _archive_loader(open_zip, "the same in a zip, also as EDM and StyleGAN write it", "FILE"),
+    "tar": _archive_loader(open_tar, "the same in tars, also as WebDataset writes them", "GLOB"),
+    "parquet": _archive_loader(open_parquet, "images in a column of parquet files", "GLOB"),
+    "hf": _archive_loader(
+        open_hub, "those of a data set on the Hugging Face hub", "USER/NAME[:CONFIG[:SPLIT]]", is_path=False
     ),
     "npz": Loader(
         load_array_file,

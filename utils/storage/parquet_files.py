@@ -108,7 +108,9 @@ class ParquetTree(ListedTree):
         return f"row {row} of {self.files[number].file.name}"
 
     def read_columns(self, paths: Sequence[str]) -> tuple[dict[str, list[Any]], dict[str, tuple[str, ...]]]:
-        names = [name for name in self.files[0].schema.names if name != self.files[0].image]
+        # Other columns of bytes or structs are no conditions, and may be as large as the images.
+        schema = self.files[0].schema
+        names = [field.name for field in schema if not (_is_bytes(field.type) or pa.types.is_struct(field.type))]
         # Whole columns are read: the rows that are asked for lie all over them.
         places = [self.places[self.find_file(path)] for path in paths]
         columns: dict[str, list[Any]] = {}

@@ -57,7 +57,7 @@ class LocalFile(PartsFile):
 
 
 class RemoteFile(PartsFile):
-    """An object of object storage. Raises RemoteError, naming --dataset_name, where there is none."""
+    """An object in storage, as it was listed."""
 
     is_remote = True
 

@@ -1,14 +1,11 @@
 """Folders of object storage: read image by image, or fetched as a whole for what maps its files."""
 
-import json
 from pathlib import Path
 
-from utils.base.files import read_bytes, write_json
-from utils.base.messages import UserError, progress_bar
+from utils.base.messages import UserError
 from utils.storage import remote
+from utils.storage.staging import StagedFolder
 from utils.storage.tree import ListedTree
-
-VERSIONS = ".versions.json"  # of a fetched folder: {path: version of the object}
 
 
 class RemoteTree(ListedTree):
@@ -46,21 +43,11 @@ def fetch_folder(url: str, flag: str) -> Path:
     files = remote.list_files(url, flag)
     if not files:
         raise UserError(f"--{flag}={url}: there are no objects below it; check the name")
-    # What was fetched before, and which versions these are.
-    folder = remote.cache_path(url, "folders")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        versions = json.loads(read_bytes(folder / VERSIONS))
-    except (OSError, ValueError):
-        versions = {}
-    start = remote.join(url, "")
-    for file in progress_bar(files, f"fetching {url}", unit="file", delay=5):
-        path = file.url.removeprefix(start)
-        if versions.get(path) != file.version or not (folder / path).is_file():
-            remote.download(file.url, folder / path, flag)
-            versions[path] = file.version
-            write_json(folder / VERSIONS, versions)
     # What is not there any more is not read either.
-    for path in versions.keys() - {file.url.removeprefix(start) for file in files}:
-        (folder / path).unlink(missing_ok=True)
-    return folder
+    copy = StagedFolder(url, remote.cache_path(url, "folders"))
+    copy.pull(files)
+    gone = copy.read_record()["files"].keys() - set(map(copy.relative, files))
+    for name in gone:
+        (copy.folder / name).unlink(missing_ok=True)
+    copy.write_record(dict.fromkeys(gone))
+    return copy.folder
