@@ -89,7 +89,7 @@ audit: licences $(STAMP)-release  ## licences, and known advisories of every loc
 
 # The versions that everybody installs, from the ranges in pyproject.toml: of all packages together in requirements.txt,
 # and of each device and extra with the hashes of their files. PINS_FLAGS=--upgrade takes newer ones.
-LOCKED := dev cloud tfds text tensorboard aot release
+LOCKED := dev app cloud film tfds text tensorboard aot release
 LOCKS := $(DEVICES) $(LOCKED)
 COMPILE = env -u UV_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-annotate --quiet --no-config \
   --custom-compile-command "make pins"

@@ -114,6 +114,22 @@ def weights() -> Path:
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium of the system, driven by Playwright. `.ci/run` installs it; elsewhere `apt-get install
+    chromium`, or name one by CHROMIUM=/path/to/chrome."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
+    path = next((found for name in names if name and (found := shutil.which(name))), None)
+    if path is None:
+        pytest.skip("no browser: apt-get install chromium, or name one by CHROMIUM=")
+    # A sandbox of its own needs a user other than root.
+    with playwright.sync_playwright() as running:
+        started = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
 @pytest.fixture
 def hub(tmp_path_factory, monkeypatch):
     """hub(files) -> the list of what is asked of the hub, which from then on is a server of those {path: content}."""
