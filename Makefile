@@ -22,7 +22,7 @@ endif
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 	@echo 'For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.'
-	@echo 'To read data sets that TFDS has prepared: make setup EXTRAS=tfds; s3:// and gs://: EXTRAS=cloud. For the notebook: EXTRAS=dev.'
+	@echo 'To read data sets that TFDS has prepared: make setup EXTRAS=tfds; s3:// and gs://: EXTRAS=cloud; films as MP4: EXTRAS=film. For the notebook: EXTRAS=dev.'
 
 setup: packages $(INCEPTION)  ## .venv with locked packages: those of the programs, and EXTRAS; the weights of Inception
 

@@ -31,19 +31,24 @@ from utils.flags.drawing import (
     Request,
     check_request,
     define_drawing_flags,
+    define_film_flags,
     define_generator_flags,
     drawing,
     load_request,
 )
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
+from utils.images import films
 from utils.images.pixels import check_pictures
 from utils.sampling.editing import check_solver, choose_labels, read_images, read_mask, shorten_names
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 from utils.sampling.paths import slerp
 
 # All that may be written into --out: a folder of such a name is refused before the work.
-FILES = ("interpolation.png", "inversion.png", "noise.npz", "inpainting.png")
+FILES = (
+    *(f"interpolation.{suffix}" for suffix in ("png", *films.FORMATS)),
+    *("inversion.png", "noise.npz", "inpainting.png"),
+)
 
 
 def define_flags() -> None:
@@ -64,6 +69,7 @@ def define_flags() -> None:
             "What --interpolate varies: noise, on the sphere, or the class or other condition.",
         )
     define_drawing_flags(num_samples="Samples to interpolate, or images of your own: the first so many.")
+    define_film_flags("With --interpolate: also a film, from the images on the left to those on the right.")
     define_generator_flags(wandb_name="edit")
 
 
@@ -84,6 +90,9 @@ def interpolate(request: Request) -> None:
     # A row has two ends. An odd number of conditions begins again for the last of them.
     num_rows = max(1, config.num_samples // 2)
     num_columns = config.interpolate
+    num_filmed = min(num_rows, films.MAX_SAMPLES)
+    request.check_table("interpolation.png", num_rows, num_columns)
+    film = request.check_film("interpolation", num_filmed) if config.film else None
     both = resize_rows(request.conditions, 2 * num_rows)
     first = jax.tree.map(lambda rows: rows[0::2], both)
     second = jax.tree.map(lambda rows: rows[1::2], both)
@@ -106,7 +115,14 @@ def interpolate(request: Request) -> None:
     images = np.concatenate(list(_decode_in_batches(request, noise, conditions)))
     table = images.reshape(num_rows, num_columns, *images.shape[1:])
     between = "noises" if config.between == "noise" else config.between
-    request.pictures.save_table("interpolation.png", table, titles, (), f"{request.title}, between two {between}")
+    title = f"{request.title}, between two {between}"
+    request.pictures.save_table("interpolation.png", table, titles, (), title)
+
+    # A column is a frame of the film.
+    if film:
+        frames = table[:num_filmed].swapaxes(0, 1)
+        title = request.choose_film_title(title)
+        request.pictures.save_film(film, frames, np.arange(num_filmed), titles, title, config.film_seconds)
 
 
 def _repeat(conditions: PyTree, count: int) -> PyTree:
@@ -139,6 +155,7 @@ def invert(request: Request) -> None:
     chosen = choose_conditions(config.edit, generator.model, "edit")
     edits = [] if chosen is None else chosen.tolist()
     images, files, labels = _read_own_images(request, "invert")
+    request.check_table("inversion.png", len(images), 3 + len(edits))
 
     # There and back without guidance: the two directions are the same ODE.
     plain = request.sampler.without_guidance()
@@ -174,6 +191,7 @@ def inpaint(request: Request) -> None:
     # The mask first: it is refused sooner than a folder is read.
     is_hole = read_mask(config.mask, request.generator.model.image_shape)
     images, files, labels = _read_own_images(request, "inpaint")
+    request.check_table("inpainting.png", len(images), 3)
     filled = request.generator.inpaint(images, is_hole, labels, request.sampler, config.inpaint_repeats)
 
     # Three columns: as given, with a grey hole, filled.

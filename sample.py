@@ -31,20 +31,20 @@ from utils.flags.drawing import (
     Request,
     check_request,
     define_drawing_flags,
+    define_film_flags,
     define_generator_flags,
     drawing,
     load_request,
 )
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import define_moved_flags, refuse_moved_flags, topic
-from utils.images import plotting
+from utils.images import films, plotting
 from utils.images.samples import SampleWriter
 from utils.sampling.generator import RECIPE_BATCH_SIZE
 
 # All that may be written into --out: a folder of such a name is refused before the work.
-FILES = ("grid.png", "pairs.png", "sweep.png", "film.webp", "film.gif", "strip.png")
+FILES = ("grid.png", "pairs.png", "sweep.png", "strip.png", *(f"film.{name}" for name in films.FORMATS))
 NUM_STAGES = 8  # columns of the strip beside the noise; rows at most
-MAX_FILM_SAMPLES = 64  # all frames of all of them are in memory at once
 MAX_SHOWN = 400  # samples in the grid
 MAX_PAIRS = (16, 8)  # condition images in a table, and samples below each
 
@@ -58,9 +58,9 @@ EDIT_FLAGS = {
     "mask": {"inpaint": "FOLDER"},
     "inpaint_repeats": {"inpaint": "FOLDER"},
 }
-# Those of sample.py that edit.py does not have.
+# Those of sample.py that edit.py does not have, or takes with --interpolate alone.
 OWN_FLAGS = (
-    *("sweep", "film", "film_frames", "film_format"),
+    *("sweep", "film", "film_frames", "film_format", "film_seconds", "film_title"),
     *("coordinator_address", "num_processes", "process_id"),
 )
 
@@ -69,11 +69,10 @@ def define_flags() -> None:
     define_drawing_flags(num_samples="Samples.")
     with topic("What is drawn"):
         flags.DEFINE_string("sweep", None, "Also a row of images of one noise: NAME=FIRST:LAST:COUNT, angle=0:1:9.")
+    define_film_flags("Also an animation from noise to image, and a strip of eight stages.")
     # Frames are points of the path: no film has more of them than the sampler has steps.
     with topic("Films"):
-        flags.DEFINE_bool("film", False, "Also an animation from noise to image, and a strip of eight stages.")
         flags.DEFINE_integer("film_frames", 32, "Frames of the film beside the noise; no more than steps.", 1, 1000)
-        flags.DEFINE_enum("film_format", "webp", ["webp", "gif"], "Format of the film.")
     define_generator_flags(wandb_name="sample")
     define_process_flags()
     define_moved_flags(EDIT_FLAGS)
@@ -157,7 +156,7 @@ def film(request: Request) -> None:
     config = request.config
     sampler = request.sampler
     generator = request.generator
-    count = min(config.num_samples, MAX_FILM_SAMPLES)
+    count = min(config.num_samples, films.MAX_SAMPLES)
     num_frames = config.film_frames if sampler.is_adaptive else min(config.film_frames, sampler.num_steps)
 
     # The animation.
@@ -166,7 +165,8 @@ def film(request: Request) -> None:
     bar = progress_bar(path, "film", num_frames + 1, unit="frame")
     frames = np.stack([generator.to_pictures(generator.decode(latents)) for latents in bar])
     places, names = number_rows(generator.condition, conditions)
-    request.pictures.save_film(f"film.{config.film_format}", frames, places, names, request.title)
+    title = request.choose_film_title(request.title)
+    request.pictures.save_film(f"film.{config.film_format}", frames, places, names, title, config.film_seconds)
 
     # The strip.
     stages = np.linspace(0, num_frames, min(NUM_STAGES, num_frames) + 1).round().astype(int)
@@ -177,12 +177,26 @@ def film(request: Request) -> None:
     request.pictures.save_table("strip.png", rows, classes, titles, title)
 
 
+def check_sizes(request: Request) -> None:
+    """Raises UserError if --scale makes a picture too large, before any is drawn."""
+    config = request.config
+    request.check_table("grid.png", *plotting.shape_grid(min(config.num_samples, MAX_SHOWN)))
+    if config.sweep:
+        found = read_sweep(config.sweep, config.condition, request.generator.condition)
+        request.check_table("sweep.png", 1, len(found.titles))
+    if config.film:
+        count = min(config.num_samples, films.MAX_SAMPLES)
+        request.check_film("film", count)
+        request.check_table("strip.png", min(count, NUM_STAGES), NUM_STAGES + 1)
+
+
 def main(config: ConfigDict) -> None:
     refuse_moved_flags(EDIT_FLAGS, "edit.py", but=OWN_FLAGS)
     check_effects(RULES["sample"], config)
     program.join_processes(config)
     check_request(config, FILES)
     request = load_request(config)
+    check_sizes(request)
     several = "s" * (config.num_samples > 1)
     log(f"{config.num_samples:,} sample{several} of {config.load_dir}, {request.title}")
     with drawing(request, FILES):

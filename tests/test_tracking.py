@@ -21,7 +21,7 @@ from PIL import Image
 
 import train_flow
 from utils.base.messages import UserError
-from utils.images import plotting
+from utils.images import films, plotting
 from utils.trackers import trackers as tracking
 from utils.trackers import wandb_tracker
 
@@ -409,7 +409,7 @@ def test_grid_is_ordered_by_label_and_titled():
 
 def test_a_film_without_labels_has_all_images_in_their_order(tmp_path):
     colours = (40 * np.arange(6, dtype=np.uint8)).reshape(2, 3, 1, 1, 1)
-    plotting.save_film(tmp_path / "film.webp", np.broadcast_to(colours, (2, 3, 16, 16, 3)), "webp", seconds=1)
+    films.save_film(tmp_path / "film.webp", np.broadcast_to(colours, (2, 3, 16, 16, 3)), "webp", seconds=1)
     cell = plotting._Cell.fit(16, 16)
     gap = plotting.GAP
     with Image.open(tmp_path / "film.webp") as film:

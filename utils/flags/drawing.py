@@ -25,8 +25,10 @@ from utils.flags.definitions import (
     define_tracker_flags,
 )
 from utils.flags.help import topic
+from utils.images import films, plotting
 from utils.images.pictures import PictureFolder
 from utils.images.pixels import check_pictures
+from utils.images.plotting import MAX_SCALE, MIN_SCALE
 from utils.images.samples import check_sample_path
 from utils.networks.models import ImageModel
 from utils.runs.opening import load_generator, split_load_dir
@@ -49,7 +51,31 @@ def define_drawing_flags(num_samples: str) -> None:
         define_path(
             "save_samples", None, "Also write each sample: X.npz with its condition, as npz:X.npz reads it, or PNGs."
         )
+        flags.DEFINE_float(
+            "scale",
+            1.0,
+            "Factor of the size at which images are drawn; above 1 texts grow with them.",
+            MIN_SCALE,
+            MAX_SCALE,
+        )
         flags.DEFINE_bool("quiet", False, "Paths of what is written and errors alone.")
+
+
+def define_film_flags(film: str) -> None:
+    """Registers the flags of films. `film` is the help of --film."""
+    with topic("Films"):
+        flags.DEFINE_bool("film", False, film)
+        flags.DEFINE_enum(
+            "film_format", "webp", list(films.FORMATS), "Format of the film; mp4 needs make setup EXTRAS=film."
+        )
+        flags.DEFINE_float(
+            "film_seconds",
+            films.SECONDS,
+            "Seconds of the film, before its first frame is held for 0.5 and its last for 2.",
+            films.MIN_SECONDS,
+            films.MAX_SECONDS,
+        )
+        flags.DEFINE_string("film_title", None, "Title of the film, or none; default: that of the grid.")
 
 
 def define_generator_flags(wandb_name: str) -> None:
@@ -77,6 +103,29 @@ class Request:
     def title(self) -> str:
         return f"{self.sampler}, seed {self.config.seed}"
 
+    def choose_film_title(self, default: str) -> str:
+        """Returns the title of the film, in one line: that of --film_title, if it is given."""
+        title = self.config.film_title
+        if title is None:
+            return default
+        return "" if title == "none" else " ".join(title.split())
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """The (height, width) of the images."""
+        return self.generator.model.image_shape[:2]
+
+    def check_table(self, name: str, rows: int, columns: int) -> None:
+        """Raises UserError, before any work, if --scale makes a table of so many images too large."""
+        plotting.check_table(name, (rows, columns), self.image_size, self.config.scale)
+
+    def check_film(self, name: str, num_samples: int) -> str:
+        """Returns the file of the film, in the format of --film_format. Raises UserError if --scale makes it too large
+        to play."""
+        file = f"{name}.{self.config.film_format}"
+        films.check_film(file, num_samples, self.image_size, self.config.scale)
+        return file
+
 
 def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
     """Raises UserError if no run is named or an output cannot be written, before anything is loaded.
@@ -95,6 +144,8 @@ def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
         check_writable(Path(config.out), "out", names=names)
     if config.save_samples and is_first():
         check_sample_path(config.save_samples)
+    if config.film and is_first():
+        films.check_format(config.film_format)
 
 
 def load_request(config: ConfigDict) -> Request:
@@ -135,7 +186,7 @@ def load_request(config: ConfigDict) -> Request:
 
     # Of RUN/checkpoints/STEP, too, the folder is that of the run.
     folder = Path(config.out or split_load_dir(config.load_dir)[0] / "samples")
-    return Request(config, generator, sampler, chosen, conditions, PictureFolder(folder))
+    return Request(config, generator, sampler, chosen, conditions, PictureFolder(folder, config.scale))
 
 
 def read_sampler(config: ConfigDict, model: ImageModel) -> SamplerConfig:

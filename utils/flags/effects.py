@@ -52,6 +52,7 @@ _LABELS = Rule(
     "where conditions are given",
     lambda given: any(getattr(given, name, None) is not None for name in GIVING),
 )
+_FILM = Rule(("film_format", "film_seconds", "film_title"), "without --film", lambda given: not given.film)
 
 
 # {program: its rules}, in the order in which they are looked at. Those of a training are in utils/training/effects.py:
@@ -104,12 +105,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "sample": (
         _LABELS,
-        Rule(("film_frames", "film_format"), "without --film", lambda given: not given.film),
+        _FILM,
+        Rule(("film_frames",), "without --film", lambda given: not given.film),
     ),
     # --interpolate draws samples of its own; --invert and --inpaint take images.
     "edit": (
         _LABELS,
-        Rule(("between",), "without --interpolate", lambda given: given.interpolate is None),
+        Rule(("between", "film"), "without --interpolate", lambda given: given.interpolate is None),
+        _FILM,
         Rule(
             ("save_samples",),
             "with --interpolate, which draws rows of images alone",

@@ -11,22 +11,21 @@ from matplotlib.figure import Figure
 from utils.base.files import atomic_write
 from utils.base.hosts import is_first
 from utils.base.messages import show_result
-from utils.images import plotting
+from utils.images import films, plotting
 from utils.images.samples import SampleWriter
-
-# Duration of a film of any number of frames, before the first and the last are held.
-FILM_SECONDS = 3.0
 
 
 class PictureFolder:
     """Writes pictures into a folder, each complete or not at all, and remembers them in their order. Of several
     processes, the first does so; the others have nothing to write.
 
-    The methods raise WriteError if the system does not let them write, and leave no file then.
+    The methods raise WriteError if the system does not let them write, and leave no file then; UserError if `scale`,
+    the factor of the size at which images are drawn, makes a picture too large.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, scale: float = 1.0):
         self.folder = folder
+        self.scale = scale
         self.written: list[Path] = []  # complete files alone
 
     def save_grid(
@@ -38,7 +37,8 @@ class PictureFolder:
         title: str,
     ) -> None:
         """Writes samples as a near-square PNG, ordered by label, each under the name of its class."""
-        self._save_figure(name, lambda: plotting.sample_grid(images, labels, class_names, title))
+        plotting.check_table(name, plotting.shape_grid(len(images)), images.shape[1:3], self.scale)
+        self._save_figure(name, lambda: plotting.sample_grid(images, labels, class_names, title, self.scale))
 
     def save_table(
         self,
@@ -49,7 +49,8 @@ class PictureFolder:
         title: str,
     ) -> None:
         """Writes rows and columns of images as a PNG, titled on the left and on top."""
-        self._save_figure(name, lambda: plotting.image_table(images, row_titles, column_titles, title))
+        plotting.check_table(name, images.shape[:2], images.shape[2:4], self.scale)
+        self._save_figure(name, lambda: plotting.image_table(images, row_titles, column_titles, title, (), self.scale))
 
     def save_film(
         self,
@@ -58,13 +59,16 @@ class PictureFolder:
         labels: np.ndarray,
         class_names: Sequence[str],
         title: str,
+        seconds: float = films.SECONDS,
     ) -> None:
-        """Writes an animation in the format of the name's suffix, .webp or .gif, each frame laid out like a grid."""
-        # Given by name: the temporary file that Pillow sees has another suffix.
+        """Writes an animation in the format of the name's suffix, one of `films.FORMATS`, each frame laid out like a
+        grid; it takes so many seconds before its first and last frame are held."""
+        films.check_film(name, frames.shape[1], frames.shape[2:4], self.scale)
+        # Given by name: the temporary file that the encoder sees has another suffix.
         file_format = name.rpartition(".")[2]
         self._write(
             name,
-            lambda path: plotting.save_film(path, frames, file_format, FILM_SECONDS, labels, class_names, title),
+            lambda path: films.save_film(path, frames, file_format, seconds, labels, class_names, title, self.scale),
         )
 
     def save_arrays(self, name: str, **arrays: Any) -> None:

@@ -1,8 +1,7 @@
-"""Draws figures and animations of arrays: tables of images first, then curves. It knows no model and no tracker."""
+"""Draws figures of arrays: tables of images first, then curves. It knows no model and no tracker."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +13,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 from PIL import Image
 
+from utils.base.messages import UserError
 from utils.images.fonts import count_columns, draw_text, make_legible, wrap
 
 GAP = 3  # pixels between images in a table
+MAX_SIDE = 60_000  # pixels of a picture; Matplotlib draws up to 65,535
+MAX_AREA = 2**28  # pixels of a picture: a gigabyte while it is drawn
+MIN_SCALE = 0.1
+MAX_SCALE = 64.0
 MAX_ROW_TITLE = 40  # columns of text
 MIN_TITLE = 7  # points
 MAX_LINES = 4  # of a title; captions, which hide what is below them, take a third of the image at most
@@ -32,10 +36,12 @@ class _Cell(NamedTuple):
     width: int
     resample: Image.Resampling
     dpi: int
+    gap: int  # to the next image
 
     @classmethod
-    def fit(cls, height: int, width: int) -> "_Cell":
-        """Returns the cell of images of this size: small ones are enlarged, large ones reduced."""
+    def fit(cls, height: int, width: int, scale: float = 1.0) -> "_Cell":
+        """Returns the cell of images of this size: small ones are enlarged, large ones reduced. `scale` multiplies its
+        sides; above 1 texts and gaps grow with it, below they stay legible."""
         longer = max(height, width)
         if longer < 16:  # the eye makes out more of a few pixels when they are smoothed
             factor = max(1, 64 // longer)
@@ -46,11 +52,18 @@ class _Cell(NamedTuple):
         else:
             factor = min(1, 184 / longer)
             resample = Image.Resampling.LANCZOS
-        return cls(round(height * factor), round(width * factor), resample, 100 if longer < 128 else 160)
+
+        # The user's factor, on top of the usual one.
+        factor *= scale
+        if factor < 1:  # pixels of small images would be dropped
+            resample = Image.Resampling.LANCZOS
+        zoom = max(1, scale)
+        dpi = round((100 if longer < 128 else 160) * zoom)
+        return cls(max(1, round(height * factor)), max(1, round(width * factor)), resample, dpi, round(GAP * zoom))
 
     def count_letters(self, width: int, points: int) -> int:
         """Returns how many letters of the usual width fit into so many pixels."""
-        return max(8, int(width / self.dpi / (0.0088 * points)))
+        return _count_letters(width, self.dpi, points)
 
     def count_lines(self, height: float, points: int) -> int:
         """Returns how many lines of text fit into so many pixels, MAX_LINES at most."""
@@ -64,7 +77,7 @@ class _Cell(NamedTuple):
         return np.asarray(drawn).reshape(self.height, self.width, -1)
 
 
-class _Table:
+class Table:
     """Images of one size in rows and columns, titled on the left and on top, with or without a caption on each.
 
     Matplotlib draws the texts and one image that holds all others. Axes for 64 images would cost half a second.
@@ -78,12 +91,13 @@ class _Table:
         column_titles: Sequence[str],
         title: str,
         captions: Sequence[str],
+        scale: float = 1.0,
     ):
         """Lays the table out and writes its texts. `shape` is (rows, columns), `image_size` (height, width)."""
         rows, columns = shape
-        cell = _Cell.fit(*image_size)
-        pitch_y = cell.height + GAP
-        pitch_x = cell.width + GAP
+        cell = _Cell.fit(*image_size, scale)
+        pitch_y = cell.height + cell.gap
+        pitch_x = cell.width + cell.gap
         self.shape = shape
         self.cell = cell
         self.pitch = (pitch_y, pitch_x)
@@ -100,11 +114,7 @@ class _Table:
         left = pixels(0.1 + 0.085 * max(map(count_columns, "\n".join(row_titles).split("\n"))))
         self.left = left
         self.width = left + columns * pitch_x
-        # A title is small enough for a narrow figure; one that would be too small to read has several lines.
-        fontsize = min(10, 130 * self.width / cell.dpi / max(1, count_columns(title)))
-        if fontsize < MIN_TITLE:
-            fontsize = MIN_TITLE
-            title = _break_text(title, cell.count_letters(self.width, MIN_TITLE), MAX_LINES)
+        title, fontsize = fit_title(title, self.width, cell.dpi)
         num_lines = max([1 + name.count("\n") for name in column_titles], default=0)
         top = pixels(0.1 + 0.3 * bool(title) + 0.14 * title.count("\n") + 0.16 * num_lines)
         self.top = top
@@ -116,22 +126,25 @@ class _Table:
             draw_text(self.texts, x / self.width, 1 - y / self.height, text, **style)
 
         # Titles and captions.
+        zoom = cell.gap / GAP
         for column, name in enumerate(column_titles):
-            write(left + column * pitch_x + cell.width / 2, top - 3, name, fontsize=8, ha="center", va="bottom")
+            write(left + column * pitch_x + cell.width / 2, top - cell.gap, name, fontsize=8, ha="center", va="bottom")
         for row, name in enumerate(row_titles):
-            write(left - 4, top + row * pitch_y + cell.height / 2, name, fontsize=8, ha="right", va="center")
+            middle = top + row * pitch_y + cell.height / 2
+            write(left - 4 * zoom, middle, name, fontsize=8, ha="right", va="center")
         box = {"facecolor": "black", "alpha": 0.5, "pad": 1, "linewidth": 0}
         for place, name in enumerate(captions):
             row, column = divmod(place, columns)
-            x = left + column * pitch_x + 2
-            y = top + row * pitch_y + 2
+            x = left + column * pitch_x + 2 * zoom
+            y = top + row * pitch_y + 2 * zoom
             write(x, y, name, fontsize=6, va="top", color="white", bbox=box)
         if title:
             write(self.width / 2, pixels(0.08), title, fontsize=fontsize, ha="center", va="top")
 
     def paste(self, images: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "height width 3"]:
         """Returns the images, in reading order, at their places on white."""
-        canvas = np.full((self.height - self.top - GAP, self.width - self.left - GAP, 3), 255, np.uint8)
+        gap = self.cell.gap
+        canvas = np.full((self.height - self.top - gap, self.width - self.left - gap, 3), 255, np.uint8)
         for place, image in enumerate(images):
             row, column = divmod(place, self.shape[1])
             top = row * self.pitch[0]
@@ -141,7 +154,7 @@ class _Table:
 
     def draw(self, images: UInt8[np.ndarray, "n h w c"]) -> Figure:
         """Returns the table with these images; to be called once."""
-        self.texts.figimage(self.paste(images), self.left, GAP)
+        self.texts.figimage(self.paste(images), self.left, self.cell.gap)
         return self.texts
 
     def draw_pages(self, frames: Iterable[UInt8[np.ndarray, "n h w c"]]) -> Iterator[Image.Image]:
@@ -158,6 +171,20 @@ class _Table:
             yield page
 
 
+def _count_letters(width: int, dpi: int, points: int) -> int:
+    return max(8, int(width / dpi / (0.0088 * points)))
+
+
+def fit_title(title: str, width: int, dpi: int) -> tuple[str, float]:
+    """Returns (the lines of a title, their size in points) for a figure of so many pixels: small enough for a narrow
+    one; a title that would be too small to read has several lines."""
+    title, _ = make_legible(title)  # emoji may become words
+    fontsize = min(10, 130 * width / dpi / max(1, count_columns(title)))
+    if fontsize >= MIN_TITLE:
+        return title, fontsize
+    return _break_text(title, _count_letters(width, dpi, MIN_TITLE), MAX_LINES), MIN_TITLE
+
+
 def _break_text(text: str, columns: int, max_lines: int) -> str:
     """Returns the lines of a text, each in lines of its own that are not wider than so many columns."""
     return "\n".join(wrap(line, columns, max_lines) for line in make_legible(text)[0].split("\n"))
@@ -169,11 +196,12 @@ def image_table(
     column_titles: Sequence[str] = (),
     title: str = "",
     captions: Sequence[str] = (),
+    scale: float = 1.0,
 ) -> Figure:
     """Returns a figure of images (grey or RGB) in rows and columns, titled on the left and on top. `captions` stand on
-    the images, in reading order: rows * columns at most."""
+    the images, in reading order: rows * columns at most. `scale` multiplies the size at which images are drawn."""
     rows, columns, height, width, _ = images.shape
-    table = _Table((rows, columns), (height, width), row_titles, column_titles, title, captions)
+    table = Table((rows, columns), (height, width), row_titles, column_titles, title, captions, scale)
     return table.draw(images.reshape(-1, *images.shape[2:]))
 
 
@@ -192,52 +220,58 @@ def _to_rgb(images: UInt8[np.ndarray, "*n c"]) -> UInt8[np.ndarray, "*n 3"]:
     return images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, axis=-1)
 
 
-def _grid(
-    image_size: tuple[int, int], labels: np.ndarray, class_names: Sequence[str], title: str
-) -> tuple[_Table, Int[np.ndarray, " n"]]:
+def shape_grid(count: int) -> tuple[int, int]:
+    """Returns the (rows, columns) of a near-square table of so many samples."""
+    columns = math.ceil(math.sqrt(count))
+    return -(-count // columns), columns
+
+
+def lay_out_grid(
+    image_size: tuple[int, int], labels: np.ndarray, class_names: Sequence[str], title: str, scale: float = 1.0
+) -> tuple[Table, Int[np.ndarray, " n"]]:
     """Returns (near-square table of samples, the order in which they fill it: by label)."""
     # Stable: samples of one label keep the order in which they were drawn.
     order = np.argsort(labels, kind="stable")
-    columns = math.ceil(math.sqrt(len(labels)))
     captions = [class_names[label] for label in labels[order]]
-    return _Table((-(-len(labels) // columns), columns), image_size, (), (), title, captions), order
+    return Table(shape_grid(len(labels)), image_size, (), (), title, captions, scale), order
 
 
 def sample_grid(
-    images: UInt8[np.ndarray, "n h w c"], labels: np.ndarray, class_names: Sequence[str], title: str = ""
+    images: UInt8[np.ndarray, "n h w c"],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    title: str = "",
+    scale: float = 1.0,
 ) -> Figure:
     """Returns samples ordered by label in a near-square table, each under the name of its class."""
-    table, order = _grid(images.shape[1:3], labels, class_names, title)
+    table, order = lay_out_grid(images.shape[1:3], labels, class_names, title, scale)
     return table.draw(images[order])
 
 
-def save_film(
-    path: Path,
-    frames: UInt8[np.ndarray, "frames n h w c"],
-    file_format: str,
-    seconds: float,
-    labels: np.ndarray | None = None,
-    class_names: Sequence[str] = ("",),
-    title: str = "",
+def check_table(
+    name: str,
+    shape: tuple[int, int],
+    image_size: tuple[int, int],
+    scale: float,
+    max_side: int = MAX_SIDE,
+    max_area: int = MAX_AREA,
 ) -> None:
-    """Writes an animation in Pillow's `file_format`, webp or gif. Each frame looks like a `sample_grid`, without
-    captions if there are no labels. The first frame is held for half a second, the last for two."""
-    labels = np.zeros(frames.shape[1], np.int32) if labels is None else labels
-    table, order = _grid(frames.shape[2:4], labels, class_names, title)
-    pages = table.draw_pages(images[order] for images in frames)
-    # Browsers slow down films with frames of less than 20 ms.
-    durations = [max(20, round(1000 * seconds / len(frames)))] * len(frames)
-    durations[0] = 500
-    durations[-1] = 2000
-    # Pillow takes the other pages one by one, so that one frame is in memory at a time.
-    next(pages).save(
-        path,
-        format=file_format.upper(),
-        save_all=True,
-        append_images=pages,
-        duration=durations,
-        loop=0,
-        **({"quality": 90} if file_format == "webp" else {}),
+    """Raises UserError, which names --scale and the file `name`, if a table of (rows, columns) of images of (height,
+    width) has more pixels than a picture may have."""
+    # As it is going to be drawn, but for the texts on its left and on top.
+    cell = _Cell.fit(*image_size, scale)
+    height = shape[0] * (cell.height + cell.gap)
+    width = shape[1] * (cell.width + cell.gap)
+    if max(height, width) <= max_side and height * width <= max_area:
+        return
+
+    # A size that fits, rounded down.
+    shrinking = min(max_side / max(height, width), math.sqrt(max_area / (height * width)))
+    fitting = math.floor(100 * scale * shrinking) / 100
+    advice = f"use --scale {fitting:g}, or fewer images" if fitting >= MIN_SCALE else "use fewer images"
+    limit = f"{max_side:,} a side" if max(height, width) > max_side else f"{max_area:,} in all"
+    raise UserError(
+        f"--scale={scale:g}: {name} would be {width:,} pixels wide and {height:,} high, of at most {limit}; {advice}"
     )
 
 
