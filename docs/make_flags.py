@@ -16,13 +16,14 @@ import eval_fid  # noqa: E402
 import likelihood  # noqa: E402
 import make_pairs  # noqa: E402
 import plot_metrics  # noqa: E402
+import report  # noqa: E402
 import sample  # noqa: E402
 import train_flow  # noqa: E402
 from utils.flags.help import is_hidden  # noqa: E402
 
 PROGRAMS = (
     train_flow, sample, edit, eval_fid, likelihood, convert_checkpoint, make_pairs, encode_latents, compute_fid_stats,
-    plot_metrics,
+    plot_metrics, report,
 )  # fmt: skip
 HEAD = """# Flags
 

@@ -26,6 +26,7 @@ import eval_fid  # noqa: F401
 import likelihood  # noqa: F401
 import make_pairs  # noqa: F401
 import plot_metrics  # noqa: F401
+import report  # noqa: F401
 import sample  # noqa: F401
 import train_flow  # noqa: F401
 

@@ -304,7 +304,7 @@ def test_bad_input_is_one_line(read_flags, files, name, line, message):
 
 
 MODULES = ("train_flow", "eval_fid", "sample", "edit", "likelihood", "encode_latents", "compute_fid_stats",
-           "make_pairs", "convert_checkpoint", "plot_metrics")  # fmt: skip
+           "make_pairs", "convert_checkpoint", "plot_metrics", "report")  # fmt: skip
 
 
 @pytest.mark.parametrize("module", MODULES)

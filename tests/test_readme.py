@@ -22,6 +22,7 @@ import eval_fid
 import likelihood
 import make_pairs
 import plot_metrics
+import report
 import sample
 import train_flow
 from benchmarks.recognise_digits import recognised_fraction
@@ -39,6 +40,7 @@ PROGRAMS = {
     "encode_latents.py": encode_latents,
     "compute_fid_stats.py": compute_fid_stats,
     "plot_metrics.py": plot_metrics,
+    "report.py": report,
     "convert_checkpoint.py": convert_checkpoint,
     "likelihood.py": likelihood,
     "make_pairs.py": make_pairs,

@@ -8,6 +8,8 @@ import math
 import os
 import platform
 import re
+import resource
+import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -193,6 +195,31 @@ def free_memory() -> int | None:
 def host_memory() -> int:
     """Returns the bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """Returns the most bytes that one device of this process has held; on CPUs, those of the process itself."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    unit = 1 if sys.platform == "darwin" else 1024  # of the system's figure
+    return max(peaks) or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns what a run records of the machine on which it starts: no names, and nothing that is a secret."""
+    devices = jax.devices()
+    kind = devices[0].device_kind
+    if devices[0].platform == "cpu":
+        names = [line for line in describe_cpu().splitlines() if line.startswith("model name")]
+        kind = names[0].partition(":")[2].strip() if names else "CPU"
+    return {
+        "devices": len(devices),
+        "kind": kind,
+        "processes": jax.process_count(),
+        "cores": os.cpu_count(),
+        "memory": host_memory(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def device_memory() -> int:

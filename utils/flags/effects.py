@@ -152,6 +152,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
     ),
     "plot_metrics": (Rule(("smooth", "log_y"), "on a table, which has the values", lambda given: given.table),),
+    "report": (Rule(("watch_seconds",), "without --watch", lambda given: not given.watch),),
     # A file that is imported has its own architecture; a run that is exported is complete.
     "convert_checkpoint": (
         Rule(("model.*", "objective.*"), "here: a checkpoint has its own", lambda given: True),

@@ -55,8 +55,8 @@ GROUPS: dict[str, tuple[Any, str]] = {
 START_SETTINGS = ("save_dir", "plan", "profile", *settings_of(ProcessConfig))
 PRESET = "model.preset"
 OBJECTIVE_NAME = "objective.name"
-# Groups of a saved configuration that are no settings: what is known of the data and of JAX.
-NOT_SETTINGS = ("dataset", "jax")
+# Groups of a saved configuration that are no settings: what is known of the data, of JAX and of the machine.
+NOT_SETTINGS = ("dataset", "jax", "machine")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -192,9 +192,9 @@ def score_columns() -> dict[str, str]:
     return metric_columns() | COLUMNS
 
 
-def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """Returns a Markdown table of the rows: step count, guidance and every metric that one of them has."""
-    # Columns: those that some row can fill; of the checkpoint, where there are several.
+def choose_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Returns {name: title} of the columns of a table of these rows: those that some row can fill, and of the
+    checkpoint where there are several."""
     columns = {"num_steps": "steps", "cfg_scale": "guidance"}
     if any(name in row for name in GUIDANCE_TITLES for row in rows):
         columns |= GUIDANCE_TITLES | {"passes": "passes"}
@@ -206,7 +206,12 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     columns["straightness"] = "straightness"
     if any(row.get("num_steps", 0) is None for row in rows):  # an adaptive solver
         columns = {"nfe": "NFE"} | columns
-    columns = {name: title for name, title in columns.items() if any(name in row for row in rows)}
+    return {name: title for name, title in columns.items() if any(name in row for row in rows)}
+
+
+def to_markdown(rows: list[dict[str, Any]]) -> str:
+    """Returns a Markdown table of the rows: step count, guidance and every metric that one of them has."""
+    columns = choose_columns(rows)
 
     # Numbers, to the right.
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]

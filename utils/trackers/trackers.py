@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, SupportsFloat
 
 import jax
 
+from utils.base.devices import peak_memory
 from utils.base.effects import Rule, check_effects
 from utils.base.files import atomic_write, open_regular, read_bytes, write_text
 from utils.base.messages import UserError, WriteError, one_line, warn, with_urls
@@ -27,9 +28,10 @@ from utils.trackers.wandb_tracker import WandbTracker
 # Files in a run's folder, and of those that programs write, the ones that trackers can show.
 METRICS_FILE = "metrics.jsonl"
 IMAGE_SUFFIXES = (".png", ".webp", ".gif")
-# Beside the metrics, a line has its step, the time (UTC, in seconds since 1970) and the seconds for which the run has
-# been running, all of its starts together. Lines of older runs have the step alone.
-NOT_METRICS = ("step", "time", "seconds")
+# Beside the metrics, a line has its step, the time (UTC, in seconds since 1970), the seconds for which the run has been
+# running, all of its starts together, and the most bytes that this start has held (utils/base/devices.py peak_memory).
+# Lines of older runs have the step alone.
+NOT_METRICS = ("step", "time", "seconds", "memory")
 MAX_LINE_BYTES = 2**20  # a longer one is damaged
 MAX_DRAWN = 1e300  # larger values overflow where an axis is scaled
 
@@ -88,8 +90,9 @@ class MetricsFile:
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         # Wall-clock time, which may jump, for people; seconds of training for curves.
-        clock = {"time": round(time.time(), 3), "seconds": round(time.monotonic() - self.started, 3)}
-        self.unwritten += json.dumps({"step": step, **clock, **numbers}).encode() + b"\n"
+        facts = {"time": round(time.time(), 3), "seconds": round(time.monotonic() - self.started, 3)}
+        facts["memory"] = peak_memory()
+        self.unwritten += json.dumps({"step": step, **facts, **numbers}).encode() + b"\n"
         try:
             # A full disk takes a part of a line; the rest waits.
             while self.unwritten:
@@ -274,7 +277,7 @@ class Trackers:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl, oldest first, without those that a kill or a power cut has damaged.
 
-    Each has its `step`, values by the names of metrics and, but for older runs, `time` and `seconds` (see NOT_METRICS).
+    Each has its `step`, values by the names of metrics and, but for older runs, what else NOT_METRICS names.
     Raises UserError where it cannot be read, as of a named pipe.
     """
     # Line by line: what a kill has cut short is passed over, whatever it is, and the rest is used.

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from utils.base.background import in_background
-from utils.base.devices import explaining_out_of_memory, memory_needed
+from utils.base.devices import describe_machine, explaining_out_of_memory, memory_needed
 from utils.base.external import BadFileError, read_json
 from utils.base.files import FolderLock, prepare_output_folder, write_json
 from utils.base.mesh import shard_batch
@@ -188,8 +188,10 @@ def write_config(run: Run, step: int) -> None:
         return
     history = run.folder / "configs"
     history.mkdir(exist_ok=True)
+    # The machine is that of this start, and in no checkpoint: a published model says nothing of it.
+    record = {**run.record, "machine": describe_machine()}
     for path in (history / f"{time.strftime('%Y%m%d-%H%M%S')}_step{step}.json", run.folder / "config.json"):
-        write_json(path, run.record)
+        write_json(path, record)
     write_listing(run.folder, {split: dataset.fingerprint for split, dataset in run.datasets.items()})
     write_pool(run.folder, run.model.pool)
 

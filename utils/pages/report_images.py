@@ -1,0 +1,123 @@
+"""Pictures of a report: the panels of the runs' evaluations, small enough to travel in one file."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from utils.base.files import read_bytes
+from utils.base.messages import log, warn
+from utils.images.decoding import BrokenImageError, open_image
+
+QUALITY = 75  # of WebP, 0 to 100
+MAX_SIDE = 1280  # pixels; larger pictures are reduced
+MIN_BYTES = 20_000  # a picture's before it is looked at
+
+
+class PanelFile(NamedTuple):
+    """A picture of an evaluation, RUN/images/PANEL/STEP.png."""
+
+    panel: str
+    step: int
+    path: Path
+
+
+def find_panels(run: Path) -> list[PanelFile]:
+    """Returns the pictures that a run's evaluations have drawn, in the order of panels and steps; none of a
+    metrics.jsonl alone."""
+    files = sorted(run.glob("images/*/*.png")) if run.is_dir() else []
+    found = [PanelFile(path.parent.name, int(path.stem), path) for path in files if path.stem.isdecimal()]
+    return sorted(found, key=lambda file: (file.panel, file.step))
+
+
+def rank_steps(steps: Sequence[int]) -> list[int]:
+    """Returns steps in the order in which they are worth showing: the last, the first, then always the middle of the
+    widest gap, so that those of any beginning are spread over all."""
+    # By their places, in which evaluations are evenly spaced whatever their steps are.
+    places = list(range(len(steps)))
+    ranked = [places[-1], places[0]] if len(places) > 1 else places
+    gaps = [(0, len(steps) - 1)]
+    while gaps:
+        first, last = gaps.pop(0)  # of equal halves, the widest come first
+        middle = (first + last) // 2
+        if middle not in (first, last):
+            ranked.append(middle)
+            gaps += [(first, middle), (middle, last)]
+    return [steps[place] for place in ranked]
+
+
+class PictureStore:
+    """Pictures as data URLs, within a budget of bytes. What was encoded once is kept for the next report."""
+
+    def __init__(self, budget: int):
+        """`budget` is that of all pictures of a report, in bytes of the page."""
+        self.budget = budget
+        self.encoded: dict[tuple[Path, int, int], str | None] = {}
+
+    def choose(self, runs: Mapping[str, list[PanelFile]]) -> dict[str, dict[str, dict[int, str]]]:
+        """Returns {run: {panel: {step: data URL}}} of as many pictures as the budget has room for.
+
+        Every panel of every run has its last evaluation before any has two, and so on by `rank_steps`. A line says how
+        many are left out.
+        """
+        # In rounds: the pictures of one rank, of all panels.
+        queues = []
+        for run, files in runs.items():
+            for panel in dict.fromkeys(file.panel for file in files):
+                by_step = {file.step: file for file in files if file.panel == panel}
+                queues.append([(run, by_step[step]) for step in rank_steps(sorted(by_step))])
+        depth = max(map(len, queues), default=0)
+        wanted = [queue[place] for place in range(depth) for queue in queues if place < len(queue)]
+
+        # Some at a time, as many as surely fit, on all cores.
+        chosen: dict[str, dict[str, dict[int, str]]] = {run: {} for run in runs}
+        used = 0
+        place = 0
+        with ThreadPoolExecutor() as pool:
+            while place < len(wanted) and used < self.budget:
+                some = wanted[place : place + max(1, (self.budget - used) // (MIN_BYTES * 4))]
+                for (run, file), url in zip(some, pool.map(self._encode, [file.path for _, file in some]), strict=True):
+                    if url is not None and used + len(url) <= self.budget:
+                        used += len(url)
+                        chosen[run].setdefault(file.panel, {})[file.step] = url
+                place += len(some)
+
+        # A line about those that are not on the page; one that is damaged has had its own.
+        self._drop_unused(chosen)
+        shown = sum(len(steps) for panels in chosen.values() for steps in panels.values())
+        if shown < len(wanted):
+            log(f"{shown:,} of {len(wanted):,} pictures fit into the page; --image_megabytes makes room for more")
+        return chosen
+
+    def _drop_unused(self, chosen: Mapping[str, Mapping[str, Mapping[int, str]]]) -> None:
+        used = {id(url) for panels in chosen.values() for steps in panels.values() for url in steps.values()}
+        self.encoded = {key: url for key, url in self.encoded.items() if url is None or id(url) in used}
+
+    def _encode(self, path: Path) -> str | None:
+        """Returns a picture as a data URL; None, after a warning, for one that cannot be read."""
+        # Known by its time and size: evaluations that are run again replace it.
+        try:
+            status = path.stat()
+            key = (path, status.st_mtime_ns, status.st_size)
+            if key not in self.encoded:
+                self.encoded[key] = _to_url(read_bytes(path), path)
+            return self.encoded[key]
+        except (OSError, BrokenImageError) as error:
+            reason = getattr(error, "strerror", None) or error
+            warn(f"{path} cannot be read ({reason}) and is left out")
+            return None
+
+
+def _to_url(content: bytes, path: Path) -> str:
+    """Returns an image as a data URL: in WebP, or as it is where that is smaller."""
+    with open_image(path) as image:
+        picture = image.convert("RGB")
+    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "webp", quality=QUALITY, method=2)
+    kind, smallest = min((("webp", buffer.getvalue()), ("png", content)), key=lambda pair: len(pair[1]))
+    return f"data:image/{kind};base64,{base64.b64encode(smallest).decode()}"
