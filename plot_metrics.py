@@ -2,6 +2,7 @@
 runs in a table.
 
     python plot_metrics.py --runs runs/a,runs/b --metrics 'validation/l2_loss,training_loss_t/*' --out curves.png
+    python plot_metrics.py --runs 'runs/*' --x hours --dpi 300 --out curves.pdf
     python plot_metrics.py --runs 'runs/sweep/*' --table
 
 docs/metrics.md says what each metric means.
@@ -15,12 +16,13 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from utils.base.files import atomic_write, prepare_output_file, write_text
+from utils.base.files import atomic_write, write_text
 from utils.base.messages import UserError, log, show_result
 from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.flags.effects import RULES, check_effects
 from utils.images import plotting
+from utils.runs.axes import AXES, place_steps
 from utils.runs.comparison import (
     RESULTS_FILE,
     Curves,
@@ -54,7 +56,11 @@ def define_flags() -> None:
         "Print a table in place of curves: a row per run with its last and best metrics, its step, seconds and "
         "parameters, and the settings that differ.",
     )
-    define_path("out", "runs/curves.png", "The .png to write; with --table a .md or .csv, by default none.")
+    define_path(
+        "out", "runs/curves.png", "The .png, .pdf or .svg to write; with --table a .md or .csv, by default none."
+    )
+    flags.DEFINE_enum("x", "steps", list(AXES), "Over steps, images seen, or hours of the training.")
+    flags.DEFINE_integer("dpi", 120, "Pixels an inch of a .png.", 30, 1200)
     flags.DEFINE_integer("smooth", 1, "Logged values in a running mean; 1: none.", lower_bound=1)
     flags.DEFINE_bool("log_y", False, "Logarithmic values.")
 
@@ -77,35 +83,36 @@ def choose_metrics(known: Iterable[str], requested: Sequence[str], is_optional: 
     return list(dict.fromkeys(name for names in matches.values() for name in names))
 
 
-def check_out(out: Path, suffixes: tuple[str, ...], example: str) -> None:
-    """Raises UserError where the file of --out cannot be written, or its name has none of the suffixes."""
-    if out.is_dir() or out.suffix.lower() not in suffixes:
-        example = str(out / example) if out.is_dir() else example
-        raise UserError(f"--out={out}: name a {' or '.join(suffixes)} file, such as {example}")
-    prepare_output_file(out, "out", example)
-
-
-def draw_curves(config: ConfigDict, curves: Mapping[str, Curves]) -> None:
-    """Writes the figure of --out: the metrics of each run in {name: its curves}."""
+def draw_curves(config: ConfigDict, runs: Mapping[str, Path], curves: Mapping[str, Curves]) -> None:
+    """Writes the figure of --out: the metrics of each run in {name: its curves}, whose path is in `runs`."""
     known = {metric for curve in curves.values() for metric in curve}
     metrics = choose_metrics(known, config.metrics, is_optional=not reading.is_explicit("metrics"))
-    out = Path(config.out)
-    check_out(out, (".png",), "curves.png")  # before it is drawn
-    points = {metric: {run: list(curve.get(metric, {}).items()) for run, curve in curves.items()} for metric in metrics}
+    out = reading.prepare_out(config.out, (".png", ".pdf", ".svg"), "curves.png")  # before it is drawn
+
+    # Where the steps of each run stand on the axis, and the points of its curves there.
+    places = {}
+    for run, path in runs.items():
+        steps = sorted({step for metric in metrics for step in curves[run].get(metric, {})})
+        places[run] = dict(zip(steps, place_steps(path, config.x, steps), strict=True))
+    points = {
+        metric: {
+            run: [(places[run][step], value) for step, value in curve.get(metric, {}).items()]
+            for run, curve in curves.items()
+        }
+        for metric in metrics
+    }
     for run in curves:
         if missing := [metric for metric in metrics if not points[metric][run]]:
             log(f"{run} has not logged {', '.join(missing)}")
-    figure = plotting.metric_curves(points, config.smooth, config.log_y)
+    figure = plotting.metric_curves(points, config.smooth, config.log_y, AXES[config.x])
     with atomic_write(out) as temporary:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=config.dpi)
     log(f"written: {out}")
 
 
 def show_table(config: ConfigDict, runs: Mapping[str, Path], curves: Mapping[str, Curves]) -> None:
     """Prints a row for each run in {name: its path}, and writes them to --out if that is given."""
-    out = Path(config.out) if reading.is_explicit("out") else None
-    if out is not None:
-        check_out(out, (".md", ".csv"), "table.md")
+    out = reading.prepare_out(config.out, (".md", ".csv"), "table.md") if reading.is_explicit("out") else None
 
     # Metrics of training, and of eval_fid.py.
     is_default = not reading.is_explicit("metrics")
@@ -137,7 +144,7 @@ def main(config: ConfigDict) -> None:
     if config.table:
         show_table(config, runs, curves)
     else:
-        draw_curves(config, curves)
+        draw_curves(config, runs, curves)
 
 
 if __name__ == "__main__":

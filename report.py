@@ -16,27 +16,36 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from utils.base.files import prepare_output_file
-from utils.base.messages import UserError, log, show_result
-from utils.flags import program
+from utils.base.messages import UserError, log, rewording, show_result
+from utils.flags import program, reading
 from utils.flags.definitions import define_path
 from utils.flags.effects import RULES, check_effects
+from utils.flags.help import topic
+from utils.images.films import film_of_files
 from utils.pages.report_data import gather
-from utils.pages.report_images import PictureStore
+from utils.pages.report_images import PictureStore, find_panels
 from utils.pages.report_page import write_page
 from utils.runs.comparison import Curves, find_runs
 from utils.trackers.trackers import name_runs
 
 WATCHED = ("metrics.jsonl", "fid.json", "config.json")
+FILM_SUFFIXES = (".webp", ".gif", ".mp4")
 
 
 def define_flags() -> None:
     flags.DEFINE_list(
         "runs", [], "Run folders or metrics.jsonl files, separated by commas; * stands for any characters."
     )
-    define_path("out", "report.html", "The .html to write.")
+    define_path("out", "report.html", "The .html to write; with --film a .webp, .gif or .mp4.")
     flags.DEFINE_bool("watch", False, "Write it again whenever a run has logged something, until Ctrl-C.")
     flags.DEFINE_float("watch_seconds", 10.0, "With --watch: seconds between two looks.", 1.0, 86400.0)
     flags.DEFINE_float("image_megabytes", 4.25, "Room for pictures in the page; the last and first ones go first.", 0.0)
+    with topic("Films over the training"):
+        flags.DEFINE_list(
+            "film", [], "Instead of a page, films of these panels, a frame a step; default: RUN/films/PANEL.webp."
+        )
+        flags.DEFINE_float("film_seconds", 5.0, "Duration of a film.", 0.1, 600.0)
+        flags.DEFINE_float("scale", 1.0, "Size of the pictures in films, as a multiple of their own.", 0.1, 20.0)
 
 
 def open_runs(names: list[str]) -> tuple[dict[str, Path], dict[str, Curves]]:
@@ -80,16 +89,44 @@ def watch(config: ConfigDict, store: PictureStore) -> None:
         write_report(config, store, 0)
 
 
+def write_films(config: ConfigDict) -> None:
+    """Writes a film of every panel of --film of every run, over the steps of its training."""
+    # The place first: of one film it may be anywhere.
+    out = reading.prepare_out(config.out, FILM_SUFFIXES, "film.webp") if reading.is_explicit("out") else None
+    runs, _ = open_runs(config.runs)
+    wanted = [(run, path, panel) for run, path in runs.items() for panel in dict.fromkeys(config.film)]
+    if out is not None and len(wanted) > 1:
+        raise UserError(f"--out={out} holds one film, but there are {len(wanted)}; name one run and one panel")
+
+    # Panels that a run has not drawn are named, with those that it has, before any film is made.
+    files = {}
+    for run, path, panel in wanted:
+        found = find_panels(path)
+        files[run, panel] = [file for file in found if file.panel == panel]
+        if not files[run, panel]:
+            panels = ", ".join(dict.fromkeys(file.panel for file in found)) or "none"
+            raise UserError(f"--film={panel}: {run} has no such panel; it has {panels}")
+
+    # Each in the folder of its run, or at --out.
+    for run, path, panel in wanted:
+        place = out or path / "films" / f"{panel}.webp"
+        prepare_output_file(place, "out", "film.webp")
+        frames = [file.path for file in files[run, panel]]
+        titles = [f"{run}, step {file.step:,}" for file in files[run, panel]]
+        file_format = place.suffix.lower().removeprefix(".")
+        with rewording({"--film_format=mp4": f"--out={place}", "--film_format webp": "--out film.webp"}):
+            film_of_files(frames, titles, place, file_format, config.film_seconds, config.scale)
+        show_result(str(place))
+
+
 def main(config: ConfigDict) -> None:
     jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerators
     check_effects(RULES["report"], config)
+    if config.film:
+        return write_films(config)
+
     # The page's place, before runs are read.
-    out = Path(config.out)
-    if out.is_dir() or out.suffix.lower() not in (".html", ".htm"):
-        raise UserError(
-            f"--out={out}: name a .html file, such as {out / 'report.html' if out.is_dir() else 'report.html'}"
-        )
-    prepare_output_file(out, "out", "report.html")
+    out = reading.prepare_out(config.out, (".html",), "report.html")
 
     # Once, then as long as the runs go on. Pictures that were encoded are kept.
     store = PictureStore(round(config.image_megabytes * 2**20))

@@ -10,6 +10,7 @@ import pytest
 
 import plot_metrics
 from tests.conftest import run_program
+from tests.test_compatibility import unpack
 from utils.base.messages import UserError
 from utils.images import plotting
 from utils.trackers.trackers import name_runs, read_curves
@@ -128,3 +129,46 @@ def test_what_a_log_holds(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no metrics; .*has none$"):
         read_curves(tmp_path / "empty", "runs")
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".SVG", b"<?xml")])
+def test_the_suffix_says_the_format(runs, read_flags, tmp_path, suffix, start):
+    out = tmp_path / f"curves{suffix}"
+    plot_metrics.main(read_flags(plot_metrics, ["--runs", str(runs[0]), "--out", str(out)]))
+    assert out.read_bytes().startswith(start)
+
+
+def test_dpi_scales_the_pixels(runs, read_flags, tmp_path):
+    sizes = []
+    for dpi in (60, 180):
+        out = tmp_path / f"{dpi}.png"
+        plot_metrics.main(read_flags(plot_metrics, ["--runs", str(runs[0]), "--out", str(out), "--dpi", str(dpi)]))
+        sizes.append(plt.imread(out).shape[1])
+    assert sizes[1] == pytest.approx(3 * sizes[0], abs=3)
+    config = read_flags(plot_metrics, ["--runs", str(runs[0]), "--out", f"{tmp_path}/c.pdf", "--dpi", "60"])
+    with pytest.raises(UserError, match=r"--dpi=60 has no effect on .*c.pdf, which has no pixels"):
+        plot_metrics.main(config)
+
+
+def test_curves_over_hours_and_images(tmp_path, draw, saved_config):
+    # A run that logged step 2 after an hour and step 4, the last, after four; its batches have 32 images.
+    lines = [{"step": 2, "seconds": 3600.0, "fid": 2.0}, {"step": 3, "fid": 3.0}]
+    lines.append({"step": 4, "seconds": 14400.0, "fid": 4.0})
+    run = write_run(tmp_path / "run", *lines)
+    words = ["--runs", run, "--metrics", "fid", "--out", tmp_path / "c.png", "--x"]
+    hours = draw(*words, "hours").axes[0]
+    assert drawn(hours) == [([1.0, 2.5, 4.0], [2.0, 3.0, 4.0])]
+    assert hours.get_xlabel() == "hours"
+    with pytest.raises(UserError, match=r"--x=images: .*run has no config.json that says its batch size; use --x"):
+        draw(*words, "images")
+    (run / "config.json").write_text(json.dumps({**saved_config, "batch_size": 32}))
+    assert drawn(draw(*words, "images").axes[0]) == [([64.0, 96.0, 128.0], [2.0, 3.0, 4.0])]
+    with pytest.raises(UserError, match=r"--x=hours: .*old has recorded no times, as older runs have not; use --x"):
+        draw("--runs", write_run(tmp_path / "old", {"step": 1, "fid": 1.0}), *words[2:], "hours")
+
+
+@pytest.fixture(scope="module")
+def saved_config(tmp_path_factory):
+    """The configuration that an early version has saved with its run."""
+    run = unpack("run", tmp_path_factory.mktemp("saved")) / "run"
+    return json.loads((run / "config.json").read_text())

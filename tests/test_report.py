@@ -354,6 +354,47 @@ def test_watching_writes_again_what_has_changed_until_the_end(runs, read_flags, 
     assert found["runs"][0]["curves"]["training/l2_loss"]["values"][-1] == 0.5
 
 
+# --- Films ---
+
+
+def test_a_film_of_a_panel_has_a_frame_a_step(runs, read_flags, capsys):
+    for step, colour in ((10, (255, 0, 0)), (20, (0, 255, 0)), (40, (0, 0, 255))):
+        picture(runs / "a" / "images" / "sample_cfg_4" / f"{step:08d}.png", colour)
+    report.main(read_flags(report, ["--runs", str(runs / "a"), "--film", "sample_cfg_4", "--film_seconds", "3"]))
+    film = runs / "a" / "films" / "sample_cfg_4.webp"
+    assert capsys.readouterr().out.splitlines() == [str(film)]
+    with Image.open(film) as opened:
+        found = []
+        for frame in range(opened.n_frames):
+            opened.seek(frame)
+            pixels = np.asarray(opened.convert("RGB"))
+            found.append((pixels[-20, pixels.shape[1] // 2], opened.info["duration"]))
+    for (colour, duration), expected in zip(found, np.eye(3) * 255, strict=True):
+        assert np.abs(colour - expected).max() < 12
+        assert duration == 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--film sample_cfg_3", "--film=sample_cfg_3: a has no such panel; it has sample_cfg_4"),
+        ("--film sample_cfg_4 --out x.png", "--out=x.png: name a .webp or .gif or .mp4 file"),
+        ("--film sample_cfg_4,x --out x.gif", "--out=x.gif holds one film, but there are 2"),
+        ("--film sample_cfg_4 --watch", "--watch"),
+        ("--scale 2", "--scale=2.0 has no effect without --film"),
+        ("--film sample_cfg_4", "{runs}/a/films/sample_cfg_4.webp: a film needs two images"),
+    ],
+)
+def test_refusals_of_films(words, message, runs, read_flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        report.main(read_flags(report, ["--runs", str(runs / "a"), *words.split()]))
+    assert str(error.value).startswith(message.replace("{runs}", str(runs)))
+
+
+# --- The program ---
+
+
 def test_the_program_says_where_the_page_is(runs, tmp_path):
     out = tmp_path / "new folder" / "report.html"
     done = run_program("report.py", "--runs", runs / "*", "--out", out)

@@ -151,8 +151,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda given: given.solver != "midpoint",
         ),
     ),
-    "plot_metrics": (Rule(("smooth", "log_y"), "on a table, which has the values", lambda given: given.table),),
-    "report": (Rule(("watch_seconds",), "without --watch", lambda given: not given.watch),),
+    "plot_metrics": (
+        Rule(("smooth", "log_y", "x", "dpi"), "on a table, which has the values", lambda given: given.table),
+        Rule(("dpi",), "on {out}, which has no pixels", lambda given: not given.out.lower().endswith(".png")),
+    ),
+    "report": (
+        Rule(("watch_seconds",), "without --watch", lambda given: not given.watch),
+        Rule(("watch", "image_megabytes"), "with --film, which writes no page", lambda given: given.film),
+        Rule(("film_seconds", "scale"), "without --film", lambda given: not given.film),
+    ),
     # A file that is imported has its own architecture; a run that is exported is complete.
     "convert_checkpoint": (
         Rule(("model.*", "objective.*"), "here: a checkpoint has its own", lambda given: True),

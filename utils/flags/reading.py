@@ -8,13 +8,15 @@ translated by the functions below.
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from utils.base import effects
+from utils.base.files import prepare_output_file
 from utils.base.messages import UserError, log
 from utils.codecs.codecs import translate_spellings
 from utils.data.dataset import DataOptions
@@ -348,3 +350,14 @@ def read_numbers(words: list[str], flag: str, kind: type) -> list:
     if not numbers:
         raise UserError(f"--{flag}= is empty: give numbers separated by commas")
     return numbers
+
+
+def prepare_out(path: str, suffixes: Sequence[str], example: str) -> Path:
+    """Returns the path of --out, whose folder is made if need be. Raises UserError where it cannot be written, or its
+    name has none of the suffixes."""
+    out = Path(path)
+    if out.is_dir() or out.suffix.lower() not in suffixes:
+        shown = out / example if out.is_dir() else example
+        raise UserError(f"--out={out}: name a {' or '.join(suffixes)} file, such as {shown}")
+    prepare_output_file(out, "out", example)
+    return out

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from utils.runs.axes import read_clock
+
 MAX_POINTS = 800  # of a curve; a chart is some 400 pixels wide
 LOSS_BY_T = "_loss_t/"  # in names such as validation_loss_t/0.5
 
@@ -51,18 +53,10 @@ def _to_list(values: np.ndarray) -> list[float | None]:
 
 
 def clock_curve(lines: Sequence[Mapping[str, Any]]) -> dict[str, list]:
-    """Returns the seconds for which a run had been running at its steps, {"steps", "seconds"}, thinned evenly to
-    MAX_POINTS; empty lists for older runs, which have not recorded them. `lines` are those of its metrics.jsonl."""
-    # The last line of a step; a jump back, as of a file that was put together by hand, is left out.
-    known = {line["step"]: line["seconds"] for line in lines if type(line.get("seconds")) in (int, float)}
-    steps: list[int] = []
-    seconds: list[float] = []
-    for step, value in sorted(known.items()):
-        if math.isfinite(value) and value >= (seconds[-1] if seconds else 0):
-            steps.append(step)
-            seconds.append(round(float(value), 1))
+    """Returns what `axes.read_clock` does, {"steps", "seconds"}, thinned evenly to MAX_POINTS."""
+    steps, seconds = read_clock(lines)
     kept = spread(len(steps), MAX_POINTS)
-    return {"steps": [steps[i] for i in kept], "seconds": [seconds[i] for i in kept]}
+    return {"steps": [steps[i] for i in kept], "seconds": [round(seconds[i], 1) for i in kept]}
 
 
 def spread(count: int, limit: int) -> list[int]:

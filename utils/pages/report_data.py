@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from utils.base.devices import format_bytes
-from utils.base.external import BadFileError, read_json
-from utils.base.messages import format_duration, printable, warn
+from utils.base.external import BadFileError
+from utils.base.messages import format_duration, printable
 from utils.conditions.condition import restore_condition
 from utils.data.loaders import split_names
 from utils.pages.report_curves import clock_curve, loss_frames, split_curves, thin_curve
-from utils.pages.report_images import PictureStore, find_panels
+from utils.pages.report_images import PictureStore, find_panels, natural_order
 from utils.runs.checkpoint import FOLDER
 from utils.runs.comparison import (
     RESULTS_FILE,
@@ -27,10 +27,10 @@ from utils.runs.comparison import (
     find_best,
     find_columns,
     find_direction,
+    read_run_config,
     read_scores,
 )
 from utils.runs.results import choose_columns, read_results, score_columns, to_text
-from utils.runs.saved_config import read_config
 from utils.trackers.trackers import METRICS_FILE, read_metrics
 
 MAX_FRAMES = 64  # evaluations of the losses by t, of each run
@@ -70,23 +70,11 @@ def _metric_rank(metric: str) -> tuple[int, str]:
     return (MAIN.index(metric) if metric in MAIN else len(MAIN), metric)
 
 
-def natural_order(name: str) -> list[tuple[int, float, str]]:
-    """Returns a key that sorts names with the numbers in them by value: sample_cfg_4 before sample_cfg_10."""
-    # Numbers before words, so that unlike names can be compared.
-    key = []
-    for word in name.replace("_", " ").split():
-        try:
-            key.append((0, float(word), ""))
-        except ValueError:
-            key.append((1, 0.0, word))
-    return key
-
-
 def describe_run(name: str, path: Path, curves: Curves, pictures: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
     """Returns what the page draws of a run: its curves, its clock, its losses by t and its pictures."""
     over_steps, by_t = split_curves(curves)
     # How many images a step takes, for the axis of images seen.
-    config = read_saved(path)
+    config = read_run_config(path)
     batch_size = config.get("batch_size")
     return {
         "name": printable(name),
@@ -96,19 +84,6 @@ def describe_run(name: str, path: Path, curves: Curves, pictures: Mapping[str, M
         "losses": loss_frames(by_t, MAX_FRAMES),
         "panels": {panel: [[step, url] for step, url in sorted(steps.items())] for panel, steps in pictures.items()},
     }
-
-
-def read_saved(run: Path) -> dict[str, Any]:
-    """Returns a run's configuration, of an older run completed; {} where there is none that can be read."""
-    path = (run if run.is_dir() else run.parent) / "config.json"
-    if not path.exists() or not (run.is_dir() or run.name == METRICS_FILE):
-        return {}
-    try:
-        content = read_json(path)
-        return read_config(content)
-    except BadFileError as error:
-        warn(f"{path}: {error}; the report says nothing of this run's settings")
-        return {}
 
 
 # --- Tables ---
@@ -166,7 +141,7 @@ def describe_facts(run: Path) -> dict[str, dict[str, Any]]:
     """Returns {column: cell} of a run's data, memory and machine, as far as they are known."""
     # From config.json, which older runs have without the machine.
     facts = {}
-    config = read_saved(run)
+    config = read_run_config(run)
     if data := config.get("dataset"):
         facts["data"] = cell(describe_data(data))
     # From metrics.jsonl: the most that any of its starts has held.

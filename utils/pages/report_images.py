@@ -26,12 +26,24 @@ class PanelFile(NamedTuple):
     path: Path
 
 
+def natural_order(name: str) -> list[tuple[int, float, str]]:
+    """Returns a key that sorts names with the numbers in them by value: sample_cfg_4 before sample_cfg_10."""
+    # Numbers before words, so that unlike names can be compared.
+    key = []
+    for word in name.replace("_", " ").split():
+        try:
+            key.append((0, float(word), ""))
+        except ValueError:
+            key.append((1, 0.0, word))
+    return key
+
+
 def find_panels(run: Path) -> list[PanelFile]:
     """Returns the pictures that a run's evaluations have drawn, in the order of panels and steps; none of a
     metrics.jsonl alone."""
     files = sorted(run.glob("images/*/*.png")) if run.is_dir() else []
     found = [PanelFile(path.parent.name, int(path.stem), path) for path in files if path.stem.isdecimal()]
-    return sorted(found, key=lambda file: (file.panel, file.step))
+    return sorted(found, key=lambda file: (natural_order(file.panel), file.step))
 
 
 def rank_steps(steps: Sequence[int]) -> list[int]:

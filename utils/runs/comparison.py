@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from utils.base.external import BadFileError, read_json
-from utils.base.messages import UserError, log, warn
+from utils.base.messages import UserError, log, warn, warn_once
 from utils.metrics.metrics import metric_columns
 from utils.runs.best import is_higher_better
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, has_checkpoints
@@ -169,21 +169,29 @@ def find_columns(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> l
     return [column for column in ("run", *settings, *FACTS, *scores) if column in known]
 
 
-def read_settings(run: Path) -> dict[str, Any] | None:
-    """Returns {name: value} of a run's settings, of an older run completed by what it did not save; None where they are
-    not known, as of a metrics.jsonl alone."""
+def read_run_config(run: Path) -> dict[str, Any]:
+    """Returns the configuration in a run's folder, that of an older run completed by what it did not save; {} where
+    there is none, as beside a metrics.jsonl of another name, and with a warning where it cannot be read."""
     path = (run if run.is_dir() else run.parent) / "config.json"
     is_of_run = run.is_dir() or run.name == METRICS_FILE  # another file may be anyone's
     if not is_of_run or not path.exists():
-        return None
+        return {}
     try:
-        settings = flatten(read_config(read_json(path)))
+        return read_config(read_json(path))
     except BadFileError as error:
-        warn(f"{path}: {error}; the table has no settings of this run")
+        warn_once(f"{path}: {error}; nothing is said of the settings of this run")
+        return {}
+
+
+def read_settings(run: Path) -> dict[str, Any] | None:
+    """Returns {name: value} of a run's settings, of an older run completed by what it did not save; None where they are
+    not known, as of a metrics.jsonl alone."""
+    config = read_run_config(run)
+    if not config:
         return None
     return {
         name: value
-        for name, value in settings.items()
+        for name, value in flatten(config).items()
         if name not in NOT_COMPARED and name.partition(".")[0] != "wandb"
     }
 
