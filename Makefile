@@ -18,7 +18,7 @@ $(error DEVICE=$(DEVICE) is unknown; use one of $(DEVICES))
 endif
 
 .NOTPARALLEL:  # pip runs once at a time
-.PHONY: help setup packages demo plot test coverage lint licences audit docs pins
+.PHONY: help setup packages demo plot app test coverage lint licences audit docs pins
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
 	@echo 'For accelerators: make demo DEVICE=cuda13, or DEVICE=cuda12, or DEVICE=tpu.'
@@ -63,6 +63,11 @@ RUNS := $(DEMO)
 PLOT_FLAGS :=
 plot: $(STAMP)  ## metrics of runs as curves: make plot RUNS=runs/a,runs/b
 	$(BIN)/python plot_metrics.py --runs $(RUNS) $(PLOT_FLAGS)
+
+RUN := $(DEMO)
+APP_FLAGS :=
+app: $(STAMP)-app  ## a page to play with a model: make app RUN=runs/a
+	$(BIN)/python app.py --load_dir $(RUN) $(APP_FLAGS)
 
 WORKERS := 2
 # Coverage costs little where Python can monitor itself (3.12), and a fifth of the time before.

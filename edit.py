@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jaxtyping import Array, Float, Int, PyTree, UInt8
@@ -40,9 +39,9 @@ from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images import films
 from utils.images.pixels import check_pictures
+from utils.sampling import editing
 from utils.sampling.editing import check_solver, choose_labels, read_images, read_mask, shorten_names
 from utils.sampling.generator import RECIPE_BATCH_SIZE
-from utils.sampling.paths import slerp
 
 # All that may be written into --out: a folder of such a name is refused before the work.
 FILES = (
@@ -77,10 +76,7 @@ def define_flags() -> None:
 
 
 def interpolate(request: Request) -> None:
-    """Draws rows of images between samples 2k and 2k + 1.
-
-    They have the class of the first and noise between the two, or the noise of the first and classes between the two.
-    """
+    """Draws rows of images between samples 2k and 2k + 1."""
     config = request.config
     generator = request.generator
 
@@ -94,22 +90,7 @@ def interpolate(request: Request) -> None:
     request.check_table("interpolation.png", num_rows, num_columns)
     film = request.check_film("interpolation", num_filmed) if config.film else None
     both = resize_rows(request.conditions, 2 * num_rows)
-    first = jax.tree.map(lambda rows: rows[0::2], both)
-    second = jax.tree.map(lambda rows: rows[1::2], both)
-    names = generator.condition.titles(first)
-    ends = generator.noise(range(2 * num_rows))
-    fractions = jnp.linspace(0, 1, num_columns)
-
-    # Every image of every row, side by side in one axis.
-    if config.between == "noise":
-        noise = slerp(ends[0::2], ends[1::2], fractions).reshape(-1, *ends.shape[1:])
-        conditions = _repeat(first, num_columns)
-        titles = names
-    else:
-        noise = jnp.repeat(ends[0::2], num_columns, axis=0)
-        sides = (_repeat(side, num_columns) for side in (first, second))
-        conditions = generator.condition.mix(*sides, np.tile(fractions, num_rows))
-        titles = [f"{a} to {b}" for a, b in zip(names, generator.condition.titles(second), strict=True)]
+    noise, conditions, titles = editing.interpolate(generator, both, num_columns, config.between)
 
     # From one axis to rows and columns.
     images = np.concatenate(list(_decode_in_batches(request, noise, conditions)))
@@ -123,11 +104,6 @@ def interpolate(request: Request) -> None:
         frames = table[:num_filmed].swapaxes(0, 1)
         title = request.choose_film_title(title)
         request.pictures.save_film(film, frames, np.arange(num_filmed), titles, title, config.film_seconds)
-
-
-def _repeat(conditions: PyTree, count: int) -> PyTree:
-    """Returns conditions with each row `count` times in a row."""
-    return jax.tree.map(lambda rows: np.repeat(rows, count, axis=0), conditions)
 
 
 def _decode_in_batches(
@@ -157,16 +133,13 @@ def invert(request: Request) -> None:
     images, files, labels = _read_own_images(request, "invert")
     request.check_table("inversion.png", len(images), 3 + len(edits))
 
-    # There and back without guidance: the two directions are the same ODE.
-    plain = request.sampler.without_guidance()
-    latents = generator.encode(images)
-    noise = generator.invert(latents, labels, plain)
-    again = generator.sample_latents(noise, labels, plain)
-    error = float(jnp.sqrt(jnp.square(again - latents).mean()))
-    log(f"round trip: root mean square error {error:.2g} of latents whose own is {float(latents.std()):.2g}")
+    # There and back.
+    found = editing.invert(generator, images, labels, request.sampler)
+    noise = found.noise
+    log(f"round trip: root mean square error {found.error:.2g} of latents whose own is {found.deviation:.2g}")
 
     # The same noise under other classes.
-    columns = [images, generator.decode(noise), generator.decode(again)]
+    columns = [images, generator.decode(noise), generator.decode(found.again)]
     titles = ["image", "its noise", "again"]
     for label in edits:
         latents = generator.sample_latents(noise, np.full_like(labels, label), request.sampler)
@@ -176,7 +149,8 @@ def invert(request: Request) -> None:
     # What is written: a row for each image, the noise, and the edited images by themselves.
     guidance = f", to other classes with {request.title}" if edits else ""
     table = np.stack(columns, axis=1)
-    request.pictures.save_table("inversion.png", table, shorten_names(files), titles, f"{plain}{guidance}")
+    title = f"{request.sampler.without_guidance()}{guidance}"
+    request.pictures.save_table("inversion.png", table, shorten_names(files), titles, title)
     names = [str(file) for file in files]
     request.pictures.save_arrays("noise.npz", noise=gather(noise), labels=labels, files=names)
     if config.save_samples:
@@ -189,7 +163,7 @@ def inpaint(request: Request) -> None:
     config = request.config
 
     # The mask first: it is refused sooner than a folder is read.
-    is_hole = read_mask(config.mask, request.generator.model.image_shape)
+    is_hole = read_mask(Path(config.mask), request.generator.model.image_shape, f"--mask={config.mask}")
     images, files, labels = _read_own_images(request, "inpaint")
     request.check_table("inpainting.png", len(images), 3)
     filled = request.generator.inpaint(images, is_hole, labels, request.sampler, config.inpaint_repeats)

@@ -8,6 +8,7 @@ from absl import flags
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import app  # noqa: E402
 import compute_fid_stats  # noqa: E402
 import convert_checkpoint  # noqa: E402
 import edit  # noqa: E402
@@ -22,8 +23,8 @@ import train_flow  # noqa: E402
 from utils.flags.help import is_hidden  # noqa: E402
 
 PROGRAMS = (
-    train_flow, sample, edit, eval_fid, likelihood, convert_checkpoint, make_pairs, encode_latents, compute_fid_stats,
-    plot_metrics, report,
+    train_flow, sample, edit, app, eval_fid, likelihood, convert_checkpoint, make_pairs, encode_latents,
+    compute_fid_stats, plot_metrics, report,
 )  # fmt: skip
 HEAD = """# Flags
 

@@ -18,7 +18,8 @@ import scipy.linalg
 import scipy.sparse.linalg
 import scipy.special  # noqa: F401
 
-import compute_fid_stats  # noqa: F401 (for all that they import)
+import app  # noqa: F401 (for all that they import)
+import compute_fid_stats  # noqa: F401
 import convert_checkpoint  # noqa: F401
 import edit  # noqa: F401
 import encode_latents  # noqa: F401

@@ -305,7 +305,7 @@ read = {
     "logits": inception.load_logits,
     "image": lambda path: images.read_image(images.read_image_file(path), path.name, (64, 64)),
     "checked": lambda path: images.check_image(images.read_image_file(path)),
-    "mask": lambda path: read_mask(path, (8, 8, 3)),
+    "mask": lambda path: read_mask(path, (8, 8, 3), "mask"),
     "invert": lambda path: read_images(path, (8, 8, 3), 4),
     "batches": read_samples,
     "checkpoint": lambda path: sources.read_source(str(path)),

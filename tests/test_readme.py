@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import app
 import compute_fid_stats
 import convert_checkpoint
 import edit
@@ -46,6 +47,7 @@ PROGRAMS = {
     "make_pairs.py": make_pairs,
     "sample.py": sample,
     "edit.py": edit,
+    "app.py": app,
     "data/celebahq256.py": None,  # needs TFDS
 }
 BLOCKS = [

@@ -1,6 +1,6 @@
 """The syntax of conditions on a command line: values by name, and columns of data by kind."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from utils.base.messages import UserError
 
@@ -38,6 +38,28 @@ def parse_rows(text: str, fields: Sequence[str], elsewhere: Collection[str] = ()
     if not rows:
         raise UserError(f"it gives no condition; write {', '.join(f'{name}=...' for name in fields)}")
     return rows
+
+
+def write_rows(rows: Sequence[Mapping[str, str]]) -> str | None:
+    """Returns the text from which `parse_rows` reads these conditions; None where there is none, as of a value with
+    quotes."""
+    text = "; ".join(",".join(f"{name}={_quote(value)}" for name, value in row.items()) for row in rows)
+    try:
+        is_read = parse_rows(text, list(rows[0])) == [dict(row) for row in rows]
+    except UserError:
+        is_read = False
+    return text if is_read else None
+
+
+def write_texts(texts: Sequence[str]) -> str | None:
+    """Returns texts between semicolons, as --prompt takes them; None where they cannot be written so."""
+    text = "; ".join(map(_quote, texts))
+    return text if [unquote(part) for part in split_parts(text, ";")] == list(texts) else None
+
+
+def _quote(text: str) -> str:
+    # Quotes only where they are needed: as a user would write it.
+    return f'"{text}"' if set(text) & set(",;") or text != text.strip() else text
 
 
 def split_parts(text: str, mark: str) -> list[str]:

@@ -1,15 +1,89 @@
-"""Reads the images, masks and labels that inversion and inpainting take, and checks the solver for either."""
+"""Changes given images, and draws those between two samples: what edit.py and app.py share.
+
+Reads the images, masks and labels that inversion and inpainting take, and checks the solver for either.
+"""
 
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from utils.base.messages import UserError, warn
+from utils.conditions.condition import Mixture
 from utils.images.decoding import BrokenImageError, open_image, read_image, read_image_file
 from utils.images.folders import SUFFIXES, find_images
+from utils.images.pixels import Images
 from utils.networks.models import ImageModel
-from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS
+from utils.sampling.generator import ImageGenerator
+from utils.sampling.paths import slerp
+from utils.sampling.solvers import ADAPTIVE_SOLVERS, ODE_SOLVERS, SOLVERS, SamplerConfig
+
+# --- Between two samples ---
+
+
+class Between(NamedTuple):
+    """Images between samples: what each is drawn from, row after row, and the title of each row."""
+
+    noise: Float[Array, "n h w c"]
+    conditions: PyTree | Mixture
+    titles: list[str]
+
+
+def interpolate(generator: ImageGenerator, conditions: PyTree, num_columns: int, between: str) -> Between:
+    """Returns rows of `num_columns` images between samples 2k and 2k + 1, which have these conditions (2 rows, ...).
+
+    They have the class of the first and noise between the two where `between` is 'noise', else the noise of the first
+    and conditions between the two.
+    """
+    first = jax.tree.map(lambda rows: rows[0::2], conditions)
+    second = jax.tree.map(lambda rows: rows[1::2], conditions)
+    names = generator.condition.titles(first)
+    num_rows = len(names)
+    ends = generator.noise(range(2 * num_rows))
+    fractions = jnp.linspace(0, 1, num_columns)
+
+    # Every image of every row, side by side in one axis.
+    if between == "noise":
+        noise = slerp(ends[0::2], ends[1::2], fractions).reshape(-1, *ends.shape[1:])
+        return Between(noise, _repeat(first, num_columns), names)
+    noise = jnp.repeat(ends[0::2], num_columns, axis=0)
+    sides = (_repeat(side, num_columns) for side in (first, second))
+    mixed = generator.condition.mix(*sides, np.tile(fractions, num_rows))
+    titles = [f"{a} to {b}" for a, b in zip(names, generator.condition.titles(second), strict=True)]
+    return Between(noise, mixed, titles)
+
+
+def _repeat(conditions: PyTree, count: int) -> PyTree:
+    """Returns conditions with each row `count` times in a row."""
+    return jax.tree.map(lambda rows: np.repeat(rows, count, axis=0), conditions)
+
+
+# --- Images of the user's own ---
+
+
+class Inversion(NamedTuple):
+    """The noise of given images, the latents to which it leads, and how far these are from where it started."""
+
+    noise: Float[Array, "n h w c"]
+    again: Float[Array, "n h w c"]
+    error: float  # root mean square of `again` less the images' latents
+    deviation: float  # of the images' latents
+
+
+def invert(
+    generator: ImageGenerator, images: Images, labels: Int[np.ndarray, " n"], sampler: SamplerConfig
+) -> Inversion:
+    """Finds the noise of images under their labels, and draws from it again; both without guidance."""
+    # There and back without guidance: the two directions are the same ODE.
+    plain = sampler.without_guidance()
+    latents = generator.encode(images)
+    noise = generator.invert(latents, labels, plain)
+    again = generator.sample_latents(noise, labels, plain)
+    error = float(jnp.sqrt(jnp.square(again - latents).mean()))
+    return Inversion(noise, again, error, float(latents.std()))
 
 
 def read_images(
@@ -41,28 +115,27 @@ def read_images(
     return images, files
 
 
-def read_mask(path: str | Path, image_shape: tuple[int, int, int]) -> Bool[np.ndarray, "h w"]:
+def read_mask(source: bytes | Path, image_shape: tuple[int, int, int], name: str) -> Bool[np.ndarray, "h w"]:
     """Returns the pixels of a mask image that are white, brighter than half: the hole to fill.
 
-    Raises UserError where it is not an image of that size, and where it is white or black throughout.
+    Raises UserError, which calls it `name`, where it is not an image of that size, and where it is white or black
+    throughout.
     """
     # Its size is checked before it is decoded, so that a huge file costs nothing.
     height, width, _ = image_shape
     try:
-        with open_image(Path(path)) as image:
+        with open_image(source) as image:
             if image.size != (width, height):
                 size = f"{image.height}x{image.width}"
-                raise UserError(f"--mask={path} is {size}, but the images of the run are {height}x{width}; resize it")
+                raise UserError(f"{name} is {size}, but the images of the run are {height}x{width}; resize it")
             levels = np.asarray(image.convert("L"))
     except BrokenImageError as error:
-        raise UserError(f"--mask={path} cannot be read as an image ({error}); give a PNG") from None
+        raise UserError(f"{name} cannot be read as an image ({error}); give a PNG") from None
 
     is_hole = levels > 127
     # An inverted or empty mask is a likely mistake, and would else go unseen.
     if is_hole.all() or not is_hole.any():
-        raise UserError(
-            f"--mask={path} is {'white' if is_hole.all() else 'black'} throughout: white is filled, black is kept"
-        )
+        raise UserError(f"{name} is {'white' if is_hole.all() else 'black'} throughout: white is filled, black is kept")
     return is_hole
 
 
@@ -78,12 +151,20 @@ def choose_labels(folder: str | Path, files: list[Path], model: ImageModel, flag
     if any(file.parent != folder for file in files):
         warn(f"--{flag}={folder}: not all of its folders are named after classes, so its images have no label")
 
-    # The only class there is, or no label.
-    if len(class_names) == 1:
-        return np.zeros(len(files), np.int32)
-    if model.network.config.class_dropout_prob == 0:
+    labels = default_labels(model, len(files))
+    if labels is None:
         raise UserError(f"--{flag}={folder}: of which classes are the images? Give --classes")
-    return np.asarray(model.condition.null(len(files)))
+    return labels
+
+
+def default_labels(model: ImageModel, count: int) -> Int[np.ndarray, " n"] | None:
+    """Returns labels for images of which nothing is known: the only class there is, or "no label"; None where the model
+    knows no "no label"."""
+    if len(getattr(model.condition, "class_names", ())) == 1:
+        return np.zeros(count, np.int32)
+    if model.network.config.class_dropout_prob == 0:
+        return None
+    return np.asarray(model.condition.null(count))
 
 
 def labels_from_folders(folder: str | Path, files: list[Path], class_names: tuple[str, ...]) -> list[int] | None:
@@ -100,13 +181,18 @@ def shorten_names(files: list[Path]) -> list[str]:
     return ["/".join(file.with_suffix("").parts[-2:])[-24:] for file in files]
 
 
-def check_solver(solver: str, mode: str) -> None:
-    """Raises UserError for a solver that cannot interpolate, invert or inpaint, whichever `mode` is."""
+def fitting_solvers(mode: str) -> tuple[str, ...]:
+    """Returns the solvers that can interpolate, invert or inpaint, whichever `mode` is."""
     # Inversion runs an ODE backwards, inpainting needs its steps fixed, and a row may vary only by noise or class.
-    fitting = {
-        "interpolate": [name for name in SOLVERS if not SOLVERS[name].is_stochastic] + list(ADAPTIVE_SOLVERS),
-        "invert": [*ODE_SOLVERS, *ADAPTIVE_SOLVERS],
+    return {
+        "interpolate": (*(name for name in SOLVERS if not SOLVERS[name].is_stochastic), *ADAPTIVE_SOLVERS),
+        "invert": (*ODE_SOLVERS, *ADAPTIVE_SOLVERS),
         "inpaint": ODE_SOLVERS,
     }[mode]
+
+
+def check_solver(solver: str, mode: str) -> None:
+    """Raises UserError for a solver that cannot interpolate, invert or inpaint, whichever `mode` is."""
+    fitting = fitting_solvers(mode)
     if solver not in fitting:
         raise UserError(f"--solver={solver} cannot {mode}; use one of {', '.join(fitting)}")
