@@ -54,7 +54,7 @@ def open_runs(names: list[str]) -> tuple[dict[str, Path], dict[str, Curves]]:
         given = f"={','.join(names)} has an empty name" if names else " is not given"
         raise UserError(f"--runs{given}: name run folders, separated by commas, such as runs/a,runs/b")
     # Two runs of one name are told apart by their paths.
-    found = find_runs(names, "runs")
+    found = find_runs(names, "runs", needs_images=True)
     runs = dict(zip(name_runs(list(found)), found, strict=True))
     return runs, {name: found[path] for name, path in runs.items()}
 

@@ -17,9 +17,11 @@ import pytest
 import compute_fid_stats
 import eval_fid
 import plot_metrics
+import report
 import sample
 from tests.conftest import run_program
 from tests.runs import losses, start
+from tests.test_report import read_page
 from utils.base.background import in_background
 from utils.base.messages import UserError, with_urls
 from utils.runs import remote_run
@@ -541,6 +543,12 @@ def test_a_run_on_s3_is_killed_continued_sampled_and_scored(s3, whole, tmp_path,
     assert len(np.load(io.BytesIO(found["two.npz"]))["arr_0"]) == 2
     run(read_flags, plot_metrics, "--runs", url, "--metrics", "training/l2_loss", "--table")
     assert re.search(r"^\| a ", capsys.readouterr().out, re.MULTILINE)
+    # A report fetches pictures, too, and what it writes there is uploaded.
+    remote.write_bytes(f"{url}/images/p/00000001.png", found["runs/a/samples/grid.png"])
+    run(read_flags, report, "--runs", url, "--out", "s3://bucket/report.html")
+    (tmp_path / "report.html").write_bytes(objects("s3://bucket")["report.html"])
+    (shown,) = read_page(tmp_path / "report.html")["runs"]
+    assert (shown["name"], [step for step, _ in shown["panels"]["p"]]) == ("a", [1])
     (row,) = json.loads(found["scores/fid.json"])["cells"]
     assert (row["fid_stats"], row["checkpoint"]) == ("s3://bucket/s.npz", url)
 

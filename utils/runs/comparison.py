@@ -31,8 +31,10 @@ FACTS = ("step", "seconds", "parameters")
 MAX_LISTED = 8  # runs nearby, in an error
 
 
-def find_runs(words: Sequence[str], flag: str) -> dict[Path, Curves]:
+def find_runs(words: Sequence[str], flag: str, *, needs_images: bool = False) -> dict[Path, Curves]:
     """Returns {run: its curves} of the run folders and metrics.jsonl files that --`flag` names, in its order.
+
+    Of runs in object storage, the log is fetched, and with `needs_images` the pictures of their evaluations.
 
     *, ? and [] stand for any characters, as in a shell; what they match without metrics is left out, in one line.
     Raises UserError where a name is no run, and where a pattern matches none.
@@ -40,7 +42,7 @@ def find_runs(words: Sequence[str], flag: str) -> dict[Path, Curves]:
     runs: dict[Path, Curves] = {}
     words = [url for word in words for url in _expand_url(word, flag)]
     for word in dict.fromkeys(words):
-        path = _find_path(word, flag)
+        path = _find_path(word, flag, needs_images)
         # A name as it stands, which may have such characters itself.
         if os.path.lexists(path) or not glob.has_magic(str(path)):
             runs[path] = read_curves(path, flag)
@@ -75,13 +77,13 @@ def _expand_url(word: str, flag: str) -> list[str]:
     return [url.removesuffix(f"/{METRICS_FILE}") for url in found]
 
 
-def _find_path(word: str, flag: str) -> Path:
-    """Returns the path of a run; of one in object storage, that of its local copy, with its log but no checkpoint."""
+def _find_path(word: str, flag: str, needs_images: bool) -> Path:
+    """Returns the path of a run; of one in object storage, that of its local copy, without checkpoints."""
     word = expand_path(word, flag)
     if not is_url(word):
         return Path(word)
     run = find_remote_run(word)
-    run.pull_run(flag, needs_checkpoint=False)
+    run.pull_run(flag, needs_checkpoint=False, needs_images=needs_images)
     return run.folder
 
 

@@ -80,14 +80,18 @@ class RemoteRun(StagedFolder):
 
     # --- From storage ---
 
-    def pull_run(self, flag: str, step: int | None = None, *, needs_checkpoint: bool = True) -> None:
+    def pull_run(
+        self, flag: str, step: int | None = None, *, needs_checkpoint: bool = True, needs_images: bool = False
+    ) -> None:
         """Fetches what the local folder lacks of the run's files and, if it `needs_checkpoint`, of the newest or of
-        that of `step`. Raises RemoteError, naming --`flag`, where storage does not answer."""
+        that of `step`; if it `needs_images`, those of its evaluations. Raises RemoteError, naming --`flag`, where
+        storage does not answer."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(self.folder):  # of several processes on this machine, one fetches
             self.listing = {self.relative(file): file for file in remote.list_files(self.url, flag)}
             self._check_identity()
-            names = [name for name in self.listing if name in RUN_FILES or name.startswith(f"{SNAPSHOTS}/")]
+            folders = (f"{SNAPSHOTS}/", *["images/"] * needs_images)
+            names = [name for name in self.listing if name in RUN_FILES or name.startswith(folders)]
             self.pull(self.listing[name] for name in names)
             self._drop_superseded()
             newest = max(self.steps, default=-1)
