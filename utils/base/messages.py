@@ -234,6 +234,12 @@ def format_duration(seconds: float) -> str:
     return f"{text} {unit}{'s' * (text != '1')}"
 
 
+@functools.cache
+def log_once(text: str) -> None:
+    """Prints a line of progress only the first time: what looks again and again would repeat it."""
+    log(text)
+
+
 @functools.cache  # once: each call would wrap the hooks again
 def silence_orbax() -> None:
     """Keeps off the screen what Orbax logs about errors that it also raises: hundreds of lines from several threads.

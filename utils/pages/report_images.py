@@ -10,7 +10,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from utils.base.files import read_bytes
-from utils.base.messages import log, warn
+from utils.base.messages import log_once, warn_once
 from utils.images.decoding import BrokenImageError, open_image
 
 QUALITY = 75  # of WebP, 0 to 100
@@ -102,7 +102,7 @@ class PictureStore:
         self._drop_unused(chosen)
         shown = sum(len(steps) for panels in chosen.values() for steps in panels.values())
         if shown < len(wanted):
-            log(f"{shown:,} of {len(wanted):,} pictures fit into the page; --image_megabytes makes room for more")
+            log_once(f"{shown:,} of {len(wanted):,} pictures fit into the page; --image_megabytes makes room for more")
         return chosen
 
     def _drop_unused(self, chosen: Mapping[str, Mapping[str, Mapping[int, str]]]) -> None:
@@ -120,7 +120,7 @@ class PictureStore:
             return self.encoded[key]
         except (OSError, BrokenImageError) as error:
             reason = getattr(error, "strerror", None) or error
-            warn(f"{path} cannot be read ({reason}) and is left out")
+            warn_once(f"{path} cannot be read ({reason}) and is left out")
             return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from utils.base.external import BadFileError, read_json
-from utils.base.messages import UserError, log, warn, warn_once
+from utils.base.messages import UserError, log_once, warn, warn_once
 from utils.metrics.metrics import metric_columns
 from utils.runs.best import is_higher_better
 from utils.runs.checkpoint import Checkpoints, DamagedCheckpointError, has_checkpoints
@@ -61,7 +61,7 @@ def find_runs(words: Sequence[str], flag: str, *, needs_images: bool = False) ->
         if not found:
             raise UserError(f"--{flag}={word} matches no run; {_list_nearby(path)}")
         if left_out:
-            log(f"--{flag}={word}: left out what holds no metrics: {', '.join(left_out)}")
+            log_once(f"--{flag}={word}: left out what holds no metrics: {', '.join(left_out)}")
         runs |= found
     return runs
 
