@@ -3,6 +3,8 @@
 #
 #   examples/sweep.sh
 #
+# In a browser: python report.py --runs 'runs/sweep/*' --out sweep.html
+#
 # Stopped, it ends; given again, it continues where it was, and runs that are done are left as they are. PYTHON=python
 # takes another Python than .venv's. Other values:
 #   STEPS=500 RATES='3e-4 1e-3 3e-3' DEPTHS=2 FLAGS='--optimizer muon' RUNS=runs/muon examples/sweep.sh

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from PIL import Image
 
@@ -16,6 +18,7 @@ from tests.conftest import ROOT, run_program
 from tests.image_files import noise
 from tests.runs import losses, start, wait_for_step
 from utils.base.messages import progress_bar
+from utils.runs.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.xdist_group("resume")
 
@@ -92,6 +95,12 @@ def test_the_same_data_elsewhere_go_on_bit_for_bit(run_dir, data, to_step_8, tmp
     assert "of the data" not in done.stdout
     assert losses(run_dir) == losses(to_step_8)
     assert len(list((run_dir / "configs").iterdir())) == 2
+    # The machine of this start is in its folder alone: what is published is a checkpoint's configuration.
+    text = (run_dir / "config.json").read_text()
+    machine = json.loads(text)["machine"]
+    assert (machine["devices"], machine["cores"], machine["jax"]) == (1, os.cpu_count(), jax.__version__)
+    assert platform.node() not in text
+    assert "machine" not in Checkpoints(run_dir).restore_config(8)
 
 
 def test_changed_settings_are_said_and_another_objective_is_refused(run_dir, data):

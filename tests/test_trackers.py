@@ -2,6 +2,7 @@
 
 tests/test_extension_points.py has them in a training."""
 
+import resource
 import struct
 import time
 from pathlib import Path
@@ -131,6 +132,8 @@ def test_lines_say_when_they_were_written_and_how_long_the_run_has_been_running(
     assert older == [{"step": 1, "loss": 3}, {"step": 2, "time": 5.5, "seconds": 1000.0, "loss": 2}]
     assert 1000 <= line["seconds"] < 1100
     assert abs(line["time"] - time.time()) < 100
+    # The most bytes that this process has held, of which the system has 1,024 a unit.
+    assert line["memory"] == pytest.approx(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, rel=0.05)
     assert read_curves(tmp_path, "runs") == {"loss": {1: 3, 2: 2, 3: 4}}
 
 
