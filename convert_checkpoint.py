@@ -25,8 +25,9 @@ from utils.flags import program
 from utils.flags.definitions import define_params_flag, define_path, define_saved_model_flags
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import hide, topic
-from utils.runs.export import example_fields, export_run, push
+from utils.runs.export import check_export, export_run, push
 from utils.runs.importing import check_new_run, import_run
+from utils.runs.model_card import example_fields
 from utils.runs.pool import FILE as POOL
 
 MAX_NAMES_BYTES = 2**24  # of --class_names
@@ -51,6 +52,8 @@ def define_flags() -> None:
         define_params_flag()
         flags.DEFINE_string("push", None, "Also upload the folder --out to this repository of the hub, USER/NAME.")
         flags.DEFINE_bool("private", False, "With --push: only you may read the repository.")
+        define_path("picture", None, "Picture of the model card: a file, or none; default: samples, drawn.")
+        flags.DEFINE_string("license", None, "Licence in the model card, by the hub's name: mit, cc-by-4.0, other.")
     define_saved_model_flags()  # what a checkpoint does not say has their defaults
     hide(["model.dtype"])
 
@@ -118,12 +121,15 @@ def export_checkpoint(config: ConfigDict) -> None:
     out = Path(config.out)
     if config.push and out.suffix == ".safetensors":
         raise UserError(f"--push={config.push}: --out={out} is a file; give a folder")
+    check_export(config.push, config.license)
     # On disk first: the hub gets what has been written.
-    written = export_run(config.load_dir, out, config.params, config.push)
+    written = export_run(
+        config.load_dir, out, config.params, config.push, picture=config.picture, licence=config.license
+    )
     for path in written:
         show_result(str(path))
     if config.push:
-        show_result(push(out, config.push, config.private))
+        show_result(push(written, config.push, config.private))
 
 
 def main(config: ConfigDict) -> None:

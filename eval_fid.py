@@ -51,7 +51,7 @@ from utils.training.advice import shipped_statistics, write_statistics_command
 def define_flags() -> None:
     # Samples of a run, or images that are there already.
     with topic("What is scored"):
-        define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        define_path("load_dir", None, "Folder of a run, RUN/checkpoints/STEP, or an exported folder or file.")
         define_path(
             "samples",
             None,

@@ -53,7 +53,7 @@ RUN_OPTIONS = (
 
 def define_flags() -> None:
     with topic("Model"):
-        define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        define_path("load_dir", None, "Folder of a run, RUN/checkpoints/STEP, or an exported folder or file.")
         define_params_flag()
         define_codec_flags()
     define_data_flags(dataset_name=None)

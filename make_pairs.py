@@ -44,7 +44,7 @@ from utils.sampling.solvers import SOLVERS, SamplerConfig
 
 def define_flags() -> None:
     with topic("Pairs"):
-        define_path("load_dir", None, "Run whose model makes the pairs.")
+        define_path("load_dir", None, "Run, or exported folder or file, whose model makes the pairs.")
         define_path("out", None, "Folder to write.")
         flags.DEFINE_integer("num_pairs", 50_000, "Pairs.", 100, 10**9)
         flags.DEFINE_integer("seed", 0, "Pair i depends on this and on i alone.")

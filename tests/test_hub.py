@@ -44,7 +44,7 @@ def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path, monkeypatch):
     assert f"{hub.address}/someone/faces" in done.stdout
     assert hub.created[0]["visibility"] == "private"
     files = hub.repositories["someone/faces"]
-    assert files.keys() == {"README.md", "config.json", "model.safetensors"}
+    assert files.keys() == {"README.md", "config.json", "model.safetensors", "samples.png"}
     card = files["README.md"].decode()
     assert card.startswith("---\nlibrary_name:")
     assert "trained with the objective `flow_matching`" in card

@@ -1,6 +1,7 @@
 """Reads published checkpoints: files of PyTorch, safetensors and jax-flow, folders, repositories of the hub."""
 
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,9 @@ from utils.convert.published import JAX_FLOW, LIGHTNINGDIT
 
 HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 METADATA_KEY = "jax_flow_matching"  # of a safetensors file that `convert_checkpoint.py --load_dir` wrote: its run
+EXPORT_KEY = "jax_flow_matching_export"  # beside it, JSON: the step, the value of --params, and checksums of tensors
 EXPORTED = "model.safetensors"
+LFS_START = b"version https://git-lfs"
 INDEX = ".index.json"  # of shards: follows the name of the file that they would be together
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 DIFFUSERS_WEIGHTS += tuple(f"{name}{INDEX}" for name in DIFFUSERS_WEIGHTS)
@@ -53,6 +56,8 @@ class PublishedCheckpoint(NamedTuple):
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
     run: dict[str, Any] | None = None  # the configuration of the run that was exported
+    step: int = 0  # of the checkpoint that was exported
+    params: str = "ema"  # which of its parameters, as --params says it
     jax_flow: JaxFlowCheckpoint | None = None  # both sets of parameters, under jax-flow's names, as `state` is then
 
 
@@ -155,12 +160,15 @@ def _label_names(path: Path) -> tuple[str, ...] | None:
 def _read_file(path: Path) -> PublishedCheckpoint:
     if not path.exists():
         raise BadFileError("there is no such file or folder, and it is no hub id (USER/NAME)")
+    if read_start(path, len(LFS_START)) == LFS_START:
+        raise BadFileError("it is a pointer of Git LFS in place of the file; fetch that by git lfs pull")
     start = read_start(path, len(LEGACY_START))
     if PICKLE_START.match(start) and start != LEGACY_START:
         checkpoint = read_jax_flow(path)
         return PublishedCheckpoint(checkpoint.ema_params, family=JAX_FLOW, jax_flow=checkpoint)
-    run = _read_metadata(path)
+    run, facts = _read_metadata(path)
     content = _read_tensors(path)
+    _compare_checksums(content, facts.get("crc32"))
     family = None
     arguments = content.get("args")  # of a training run
     if isinstance(arguments, Namespace) and hasattr(arguments, "path_type"):
@@ -170,7 +178,9 @@ def _read_file(path: Path) -> PublishedCheckpoint:
     if not state.keys().isdisjoint(LIGHTNINGDIT):
         family = "lightningdit"
     if run is not None:
-        return PublishedCheckpoint(state, run=run)
+        step, params = facts.get("step"), facts.get("params")
+        is_known = type(step) is int and 0 <= step < 2**31 and isinstance(params, str)  # older files do not say it
+        return PublishedCheckpoint(state, run=run, **({"step": step, "params": params} if is_known else {}))
     return PublishedCheckpoint(state, family=family)
 
 
@@ -354,18 +364,49 @@ def _is_shard(name: Any) -> bool:
     return isinstance(name, str) and bool(re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin|pt)", name))
 
 
-def _read_metadata(path: Path) -> dict[str, Any] | None:
-    """Returns the configuration in an exported file's metadata; None for other files."""
+# --- What was exported here ---
+
+
+def is_exported(file: Path) -> bool:
+    """Returns whether a file is a safetensors file with the configuration of a run."""
     try:
-        text = open_safetensors(path).metadata.get(METADATA_KEY)
-    except BadFileError:  # no safetensors file: read by other means, or refused there
-        return None
-    if text is None:
-        return None
-    try:
-        run = parse_json(text) if isinstance(text, str) else {}
+        return METADATA_KEY in open_safetensors(file).metadata
     except BadFileError:
-        run = {}
+        return False
+
+
+def tensor_checksums(tensors: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Returns {name: CRC-32 of the bytes} of tensors."""
+    return {name: zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data) for name, x in tensors.items()}
+
+
+def _compare_checksums(content: Mapping[str, Any], recorded: Any) -> None:
+    """Raises BadFileError for a tensor that is not as it was exported; older files record no checksums."""
+    if not isinstance(recorded, dict):
+        return
+    found = tensor_checksums(content)
+    changed = sorted(name for name in found.keys() | recorded.keys() if found.get(name) != recorded.get(name))
+    if changed:
+        raise BadFileError(f"its tensor {changed[0][:100]} is not what was written; take the file from a copy")
+
+
+def _read_metadata(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Returns (configuration of the run, facts under EXPORT_KEY) of an exported file; (None, {}) for other files."""
+    try:
+        metadata = open_safetensors(path).metadata
+    except BadFileError:  # no safetensors file: read by other means, or refused there
+        return None, {}
+    if METADATA_KEY not in metadata:
+        return None, {}
+    run, facts = (_parse_object(metadata.get(key)) for key in (METADATA_KEY, EXPORT_KEY))
     if not all(isinstance(run.get(key), dict) for key in ("model", "dataset")):
         raise BadFileError(f"its metadata {METADATA_KEY} are no configuration of a run")
-    return run
+    return run, facts
+
+
+def _parse_object(text: Any) -> dict[str, Any]:
+    """Returns the object in a JSON text, {} for anything else."""
+    try:
+        return parse_json(text) if isinstance(text, str) else {}
+    except BadFileError:
+        return {}

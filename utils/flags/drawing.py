@@ -40,7 +40,7 @@ from utils.trackers.trackers import Trackers, choose_trackers
 def define_drawing_flags(num_samples: str) -> None:
     """Registers the flags of the run, the samples and the output. `num_samples` is the help of that flag."""
     with topic("What is drawn"):
-        define_path("load_dir", None, "Folder of a run, or RUN/checkpoints/STEP for one of its checkpoints.")
+        define_path("load_dir", None, "Folder of a run, RUN/checkpoints/STEP, or an exported folder or file.")
         define_condition_flags()
         flags.DEFINE_enum("labels", "uniform", ["uniform", "balanced"], "How labels are drawn where none are given.")
         flags.DEFINE_integer("num_samples", 16, num_samples, 1, 10**7)

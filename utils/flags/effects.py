@@ -163,7 +163,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     # A file that is imported has its own architecture; a run that is exported is complete.
     "convert_checkpoint": (
         Rule(("model.*", "objective.*"), "here: a checkpoint has its own", lambda given: True),
-        Rule(("params", "push", "private"), "with --source", lambda given: given.source),
+        Rule(("params", "push", "private", "picture", "license"), "with --source", lambda given: given.source),
+        Rule(
+            ("picture", "license"),
+            "where --out={out} is a file; a folder has a model card",
+            lambda given: str(given.out).endswith(".safetensors"),
+        ),
         Rule(OF_IMPORT, "with --load_dir", lambda given: given.load_dir),
         Rule(("private",), "without --push", lambda given: not given.push),
     ),

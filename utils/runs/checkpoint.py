@@ -210,6 +210,10 @@ class Checkpoints:
         sums = self._read_checksums(step)
         return sums is not None and "ema_params" in sums and "optimizer" not in sums
 
+    def has_raw(self, step: int) -> bool:
+        """Returns whether `step` holds parameters beside their EMA."""
+        return self._stored_name(step, "params") == "params"
+
     def _stored_name(self, step: int, name: str) -> str:
         """Returns the item in which `step` has the parameters `name`: an imported model may have its EMA alone."""
         sums = self._read_checksums(step)

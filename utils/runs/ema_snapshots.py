@@ -225,8 +225,8 @@ def take_average(params: PyTree, which: str, checkpoints: Checkpoints, step: int
         return params
     if not saved["ema_profiles"]:
         raise UserError(
-            f"--params={which}: {checkpoints.run_dir} was trained without --ema_profiles, from which it would be made; "
-            "use ema or raw"
+            f"--params={which}: {checkpoints.run_dir} was trained without --ema_profiles, from which it would be made, "
+            "or was exported without them; use ema or raw"
         )
     sharding = jax.tree.leaves(params)[0].sharding
     stored = checkpoints.restore_stored(step, "ema_profiles", sharding)

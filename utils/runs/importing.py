@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from diffusion_transformer import DiTConfig
 from utils.base.commands import write_command
@@ -14,7 +15,7 @@ from utils.base.files import FolderLock, check_writable, prepare_output_folder, 
 from utils.base.messages import UserError, log
 from utils.codecs.codecs import CODECS, CodecSpec, choose_codec, describe_codec, is_other_codec, parse_codec
 from utils.conditions.classes import imagenet_class_names
-from utils.conditions.condition import restore_condition
+from utils.conditions.condition import Condition, restore_condition
 from utils.convert.jax_flow_files import find_jax_flow_config, import_jax_flow, keep_classes, training_settings
 from utils.convert.published import FAMILIES, JAX_FLOW, find_config, import_published
 from utils.convert.sources import METADATA_KEY, PublishedCheckpoint, fetch, read_source
@@ -47,12 +48,10 @@ def import_run(
     """
     # Configuration and parameters, in memory.
     check_new_run(out)
+    raw = None
     try:
         if source.run is not None:
-            # Exported here: its own configuration says everything.
-            config = _exported_config(source.run)
-            architecture = DiTConfig.from_mapping(config["model"])
-            latent_shape = find_latent_shape(config)
+            config, params = convert_exported(source)
         else:
             # Somebody else's: sizes are read from the tensors, the rest is the family's.
             family = _choose_family(source, family)
@@ -61,13 +60,11 @@ def import_run(
             config = read_config(
                 _new_config(source_name, source, family, architecture, latent_shape, model, names, codec)
             )
-        condition = restore_condition(config["dataset"]).fit_latents(
-            tuple(config["dataset"]["image_shape"]), latent_shape
-        )
-        if source.jax_flow is not None:
-            params, raw = import_jax_flow(source.jax_flow, architecture)
-        else:
-            params, raw = import_published(source.state, architecture, latent_shape, condition), None
+            if source.jax_flow is not None:
+                params, raw = import_jax_flow(source.jax_flow, architecture)
+            else:
+                condition = _fit_condition(config, latent_shape)
+                params = import_published(source.state, architecture, latent_shape, condition)
     except BadFileError as error:
         raise UserError(f"--source={source_name}: {error}") from None
 
@@ -121,6 +118,20 @@ def _find_architecture(
         checkpoint, config = keep_classes(source.jax_flow, config, len(class_names))
         source = source._replace(jax_flow=checkpoint)
     return source, config, latent_shape
+
+
+def convert_exported(source: PublishedCheckpoint) -> tuple[dict[str, Any], PyTree]:
+    """Returns (configuration, parameters) of a model that was exported here: its file says everything. Raises
+    BadFileError where the two do not fit each other."""
+    assert source.run is not None
+    config = _exported_config(source.run)
+    latent_shape = find_latent_shape(config)
+    architecture = DiTConfig.from_mapping(config["model"])
+    return config, import_published(source.state, architecture, latent_shape, _fit_condition(config, latent_shape))
+
+
+def _fit_condition(config: Mapping[str, Any], latent_shape: tuple[int, int, int]) -> Condition:
+    return restore_condition(config["dataset"]).fit_latents(tuple(config["dataset"]["image_shape"]), latent_shape)
 
 
 def _exported_config(run: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Opens the run that --load_dir names: a folder, a step of it, a model on the hub, or a published file."""
+"""Opens the run that --load_dir names: a folder, a step of it, an export, a model on the hub, or a published file."""
 
 import dataclasses
 import re
@@ -17,6 +17,7 @@ from utils.base.messages import AbsentCodecError, UserError, rewording, warn
 from utils.codecs.codec import AbsentCodec, set_pixel_format
 from utils.codecs.codecs import choose_codec, load_codec
 from utils.conditions.condition import check_draw_mode, restore_condition
+from utils.convert.sources import EXPORTED
 from utils.images.pixels import PixelFormat
 from utils.networks.lora import merge_lora
 from utils.networks.models import ImageModel, init_params, make_model, read_network
@@ -25,23 +26,28 @@ from utils.networks.state import young_ema_hint
 from utils.objectives.objectives import make_objective
 from utils.runs.checkpoint import FOLDER, Checkpoints, has_checkpoints
 from utils.runs.ema_snapshots import take_average
+from utils.runs.exported_run import SUFFIX, ExportedRun, folder_of_file, is_exported_file
 from utils.runs.importing import HUB_PREFIX, fetch_run, import_file
 from utils.runs.pool import read_pool
-from utils.runs.remote_run import find_remote_run, split_run_url
+from utils.runs.remote_run import RemoteRun, find_remote_run, split_run_url
 from utils.sampling.generator import ImageGenerator, check_guide
-from utils.storage.staging import upload_with_outputs
+from utils.storage.staging import local_copy, upload_with_outputs
 from utils.storage.urls import is_url, refuse_url
 
 HUB_RUNS = Path("runs")  # where a run on the hub is kept
 
 
 def split_load_dir(load_dir: str | Path) -> tuple[Path, int | None]:
-    """Returns (folder of the run, step or None for the newest) for RUN, RUN/checkpoints, RUN/checkpoints/STEP,
-    hf:USER/NAME, which is kept in runs/USER--NAME, a published file NAME.pt, which is kept in runs/NAME, or a URL of
-    the first three, which is kept in the cache."""
+    """Returns (folder of the run, step or None for the newest) for RUN, RUN/checkpoints and RUN/checkpoints/STEP.
+
+    An exported folder is taken for that of a run, and so is NAME of an exported NAME.safetensors. hf:USER/NAME is kept
+    in runs/USER--NAME, somebody else's NAME.pt in runs/NAME, and a URL, of a run or of what was exported, in the cache.
+    """
     if is_url(load_dir):
-        run = find_remote_run(str(load_dir))
-        return run.folder, split_run_url(str(load_dir))[1]
+        url, step = split_run_url(folder_of_file(str(load_dir)))
+        return find_remote_run(url).folder, step
+    if is_exported_file(load_dir):
+        return Path(folder_of_file(str(load_dir))).absolute(), None
     if Path(load_dir).is_file():
         load_dir = HUB_RUNS / Path(load_dir).stem
     elif str(load_dir).startswith(HUB_PREFIX):
@@ -59,26 +65,36 @@ def name_run(load_dir: str | Path) -> str:
 
 
 def open_checkpoint(load_dir: str | Path, codec: str | None = None) -> tuple[Checkpoints, list[int]]:
-    """Opens what --load_dir names, and fetches it from the hub or object storage if it is there, or imports it if it is
-    a published file, whose latents are those of `codec`, such as kl:FILE.
+    """Opens what --load_dir names. It is read where it lies if it is a run, or was exported here; fetched from the hub
+    or object storage if it is there; imported if it is somebody else's file, whose latents are those of `codec`, such
+    as kl:FILE.
 
     Returns (checkpoints, steps to try, newest first). Raises UserError naming --load_dir where there is none.
     """
-    # A run on the hub is fetched once, a file is imported once, and both are local runs from then on.
+    # A run on the hub is fetched once, somebody else's file is imported once, and both are local runs from then on.
     refuse_url(load_dir, "load_dir")
     run_dir, step = split_load_dir(load_dir)
-    remote = find_remote_run(str(load_dir)) if is_url(load_dir) else None
+    remote = find_remote_run(split_run_url(folder_of_file(str(load_dir)))[0]) if is_url(load_dir) else None
     if remote is not None:
         remote.pull_run("load_dir", step)
         upload_with_outputs(remote)  # what a program writes into the run's folder
     elif str(load_dir).startswith(HUB_PREFIX) and not has_checkpoints(run_dir):
         fetch_run(str(load_dir), run_dir)
-    elif Path(load_dir).is_file():
+    elif Path(load_dir).is_file() and not is_exported_file(load_dir):
         import_file(Path(load_dir), run_dir, codec)
+
+    # What was exported is one checkpoint.
+    exported = _find_exported(load_dir, run_dir, remote)
+    if exported is not None:
+        checkpoints: Checkpoints = ExportedRun(exported, run_dir, f"--load_dir={load_dir}")
+        if step is not None:
+            only = checkpoints.steps()[0]
+            raise UserError(f"--load_dir={load_dir}: an export has the parameters of one step, {only}; give {run_dir}")
+        return checkpoints, checkpoints.steps()
     if not (run_dir / FOLDER).is_dir():
         raise UserError(
-            f"--load_dir={load_dir} holds no checkpoint (no folder {run_dir / FOLDER}); "
-            "give a run's folder, as train_flow.py wrote it"
+            f"--load_dir={load_dir} holds no checkpoint (no folder {run_dir / FOLDER}, and no file {EXPORTED}); "
+            "give a run's folder, or an exported one; convert_checkpoint.py --source makes a run of others' weights"
         )
 
     # A step that is named is the only one to try.
@@ -89,6 +105,19 @@ def open_checkpoint(load_dir: str | Path, codec: str | None = None) -> tuple[Che
         found = f"found steps {', '.join(map(str, sorted(steps)))}" if steps else "no checkpoint was finished there"
         raise UserError(f"--load_dir={load_dir} holds no such checkpoint ({found})")
     return checkpoints, steps if step is None else [step]
+
+
+def _find_exported(load_dir: str | Path, run_dir: Path, remote: RemoteRun | None) -> Path | None:
+    """Returns the weights that --load_dir names, where it is an exported file, or a folder with such weights that is no
+    run's; None elsewhere. Those in object storage are fetched."""
+    if is_url(load_dir) and str(load_dir).endswith(SUFFIX):
+        return local_copy(load_dir, "load_dir")
+    if is_exported_file(load_dir):
+        return Path(load_dir)
+    if remote is not None:
+        return None if remote.steps else remote.fetch_file(EXPORTED)
+    file = run_dir / EXPORTED
+    return file if file.is_file() and not has_checkpoints(run_dir) else None
 
 
 def choose_steps(text: str, steps: Sequence[int]) -> list[int]:
@@ -126,8 +155,8 @@ def load_generator(
     guide: str | Path | None = None,
     guide_params: str = "ema",
 ) -> ImageGenerator:
-    """Loads the generator of a run: RUN, RUN/checkpoints/STEP for an older checkpoint, hf:USER/NAME, or a file of a
-    published model.
+    """Loads the generator of a run: RUN, RUN/checkpoints/STEP for an older checkpoint, an exported folder or file,
+    hf:USER/NAME, or a file of a published model.
 
     `params` is 'ema', 'raw', or 'ema:WIDTH' of a run with EMA profiles. `label_mode` says how labels are drawn where
     none are given. `dtype` is the compute dtype ('bfloat16' or 'float32') if it is not that of the training, and
@@ -252,6 +281,9 @@ def restore_params(
     def read(step):
         factors = checkpoints.stored_lora(step, name, replicated(model.mesh))
         (params,) = checkpoints.restore_params(step, target | factors, (name,))
+        # A published model may have one set, which serves as both.
+        if which == "raw" and not checkpoints.has_raw(step):
+            warn(f"note: {checkpoints.run_dir} holds one set of parameters, which --params=raw takes as well")
         return merge_lora(take_average(params, which, checkpoints, step, saved))
 
     step, params = checkpoints.restore_newest(read, steps)

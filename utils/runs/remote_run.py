@@ -122,6 +122,14 @@ class RemoteRun(StagedFolder):
             with locked(self.folder):
                 self._fetch_step(step)
 
+    def fetch_file(self, name: str) -> Path | None:
+        """Fetches a file of the folder as it is now; returns its local path, or None where there is none."""
+        if name not in self.listing:
+            return None
+        with locked(self.folder):
+            self.pull([self.listing[name]])
+        return self.folder / name
+
     def _fetch_step(self, step: int) -> None:
         path = self.folder / CHECKPOINTS / str(step)
         if path.is_dir() and self._has(step):

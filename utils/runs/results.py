@@ -5,7 +5,7 @@ import errno
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -209,9 +209,12 @@ def choose_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name: title for name, title in columns.items() if any(name in row for row in rows)}
 
 
-def to_markdown(rows: list[dict[str, Any]]) -> str:
-    """Returns a Markdown table of the rows: step count, guidance and every metric that one of them has."""
-    columns = choose_columns(rows)
+def to_markdown(rows: list[dict[str, Any]], first: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Returns a Markdown table of the rows: step count, guidance and every metric that one of them has.
+
+    `first` are columns {setting: title} before these; texts in them are Markdown already.
+    """
+    columns = {**first, **choose_columns(rows)}
 
     # Numbers, to the right.
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---:|" * len(columns)]
@@ -256,6 +259,8 @@ def to_text(name: str, row: dict[str, Any]) -> str:
         return f"{value:{format_}}"
 
     # Settings; None means something for two of them.
+    if isinstance(value, str):
+        return value
     if value is True:
         return "yes"
     if value is None:

@@ -51,7 +51,9 @@ class StartConfig:
     """Another run whose parameters this one starts from, and which of them it trains."""
 
     load_dir: str | None = setting(
-        None, "Run, s3:// and gs:// too, or hf:USER/NAME, whose parameters and EMA this run starts from.", is_path=True
+        None,
+        "Run or export, s3:// and gs:// too, or hf:USER/NAME, whose parameters this run starts from.",
+        is_path=True,
     )
     freeze: tuple[str, ...] = setting((), "Parts of --load_dir that are not trained: blocks.0-5, label_embed, ...")
     lora_rank: int = setting(0, "Above 0: of --load_dir, train low-rank factors and labels alone.", 0, 4096)
