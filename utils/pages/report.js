@@ -186,7 +186,7 @@ function make_table(parent, name, table) {
   });
   table.rows.forEach((row, i) => {
     const cells = row.map((cell) => {
-      const kinds = { number: cell.value !== null, best: cell.best, long: cell.text.length > 20 };
+      const kinds = { number: cell.value !== null, best: cell.best };
       const className = Object.keys(kinds).filter((kind) => kinds[kind]).join(" ");
       return element("td", { className }, element("div", {}, ...contents(cell)));
     });
