@@ -1,5 +1,7 @@
 """The page of report.py: curves thinned with their extremes, pictures in a budget, tables, texts that stay texts."""
 
+import base64
+import io
 import json
 import math
 import re
@@ -160,6 +162,20 @@ def test_pictures_that_do_not_fit_are_the_less_telling_ones(tmp_path, capsys, mo
     assert sorted(chosen["r"]["p"]) == [1, 3, 5]
     assert chosen["empty"] == {}
     assert "3 of 5 pictures fit" in capsys.readouterr().out
+
+
+def test_large_pictures_are_reduced_until_some_evaluations_of_every_panel_fit(tmp_path):
+    noise = np.random.default_rng(0)
+    runs = {name: [] for name in "ab"}
+    for name, files in runs.items():
+        for step in (1, 2, 3, 4):
+            path = picture(tmp_path / name / f"images/p/{step}.png")
+            Image.fromarray(noise.integers(0, 256, (1000, 1300, 3), np.uint8)).save(path)
+            files.append(PanelFile("p", step, path))
+    chosen = PictureStore(2_000_000).choose(runs)
+    assert min(len(panels["p"]) for panels in chosen.values()) >= report_images.MIN_EVALUATIONS
+    content = base64.b64decode(chosen["a"]["p"][4].partition(",")[2])
+    assert max(Image.open(io.BytesIO(content)).size) in report_images.SIDES[1:]
 
 
 def test_a_picture_is_encoded_once_and_again_when_it_has_changed(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ from utils.base.messages import log_once, warn_once
 from utils.images.decoding import BrokenImageError, open_image
 
 QUALITY = 75  # of WebP, 0 to 100
-MAX_SIDE = 1280  # pixels; larger pictures are reduced
-MIN_BYTES = 20_000  # a picture's before it is looked at
+SIDES = (1280, 900, 640, 480)  # pixels to which larger pictures are reduced: the first with which enough of them fit
+MIN_EVALUATIONS = 3  # of every panel, for which there should be room
 
 
 class PanelFile(NamedTuple):
@@ -68,7 +69,7 @@ class PictureStore:
     def __init__(self, budget: int):
         """`budget` is that of all pictures of a report, in bytes of the page."""
         self.budget = budget
-        self.encoded: dict[tuple[Path, int, int], str | None] = {}
+        self.encoded: dict[tuple[Path, int, int, int], str | None] = {}
 
     def choose(self, runs: Mapping[str, list[PanelFile]]) -> dict[str, dict[str, dict[int, str]]]:
         """Returns {run: {panel: {step: data URL}}} of as many pictures as the budget has room for.
@@ -76,47 +77,53 @@ class PictureStore:
         Every panel of every run has its last evaluation before any has two, and so on by `rank_steps`. A line says how
         many are left out.
         """
-        # In rounds: the pictures of one rank, of all panels.
+        # In rounds: the pictures of one rank, panel by panel, so that what does not fit is missing in all runs alike.
         queues = []
-        for run, files in runs.items():
-            for panel in dict.fromkeys(file.panel for file in files):
+        for panel in dict.fromkeys(file.panel for files in runs.values() for file in files):
+            for run, files in runs.items():
                 by_step = {file.step: file for file in files if file.panel == panel}
                 queues.append([(run, by_step[step]) for step in rank_steps(sorted(by_step))])
         depth = max(map(len, queues), default=0)
-        wanted = [queue[place] for place in range(depth) for queue in queues if place < len(queue)]
+        rounds = [[queue[place] for queue in queues if place < len(queue)] for place in range(depth)]
 
-        # Some at a time, as many as surely fit, on all cores.
         chosen: dict[str, dict[str, dict[int, str]]] = {run: {} for run in runs}
         used = 0
-        place = 0
         with ThreadPoolExecutor() as pool:
-            while place < len(wanted) and used < self.budget:
-                some = wanted[place : place + max(1, (self.budget - used) // (MIN_BYTES * 4))]
-                for (run, file), url in zip(some, pool.map(self._encode, [file.path for _, file in some]), strict=True):
+            # As large as leaves room for some evaluations of every panel: one alone would not show a training.
+            for side in SIDES if rounds else ():
+                urls = list(pool.map(partial(self._encode, side=side), [file.path for _, file in rounds[0]]))
+                if sum(len(url or "") for url in urls) <= self.budget / min(depth, MIN_EVALUATIONS):
+                    break
+
+            # A round after another, until a picture does not fit.
+            for wanted in rounds:
+                urls = list(pool.map(partial(self._encode, side=side), [file.path for _, file in wanted]))
+                for (run, file), url in zip(wanted, urls, strict=True):
                     if url is not None and used + len(url) <= self.budget:
                         used += len(url)
                         chosen[run].setdefault(file.panel, {})[file.step] = url
-                place += len(some)
+                if used + max((len(url or "") for url in urls), default=0) > self.budget:
+                    break
 
         # A line about those that are not on the page; one that is damaged has had its own.
         self._drop_unused(chosen)
         shown = sum(len(steps) for panels in chosen.values() for steps in panels.values())
-        if shown < len(wanted):
-            log_once(f"{shown:,} of {len(wanted):,} pictures fit into the page; --image_megabytes makes room for more")
+        if shown < (total := sum(map(len, rounds))):
+            log_once(f"{shown:,} of {total:,} pictures fit into the page; --image_megabytes makes room for more")
         return chosen
 
     def _drop_unused(self, chosen: Mapping[str, Mapping[str, Mapping[int, str]]]) -> None:
         used = {id(url) for panels in chosen.values() for steps in panels.values() for url in steps.values()}
         self.encoded = {key: url for key, url in self.encoded.items() if url is None or id(url) in used}
 
-    def _encode(self, path: Path) -> str | None:
-        """Returns a picture as a data URL; None, after a warning, for one that cannot be read."""
+    def _encode(self, path: Path, side: int) -> str | None:
+        """Returns a picture as a data URL, reduced to `side` pixels; None, with a warning, for one that is damaged."""
         # Known by its time and size: evaluations that are run again replace it.
         try:
             status = path.stat()
-            key = (path, status.st_mtime_ns, status.st_size)
+            key = (path, status.st_mtime_ns, status.st_size, side)
             if key not in self.encoded:
-                self.encoded[key] = _to_url(read_bytes(path), path)
+                self.encoded[key] = _to_url(read_bytes(path), path, side)
             return self.encoded[key]
         except (OSError, BrokenImageError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -124,11 +131,11 @@ class PictureStore:
             return None
 
 
-def _to_url(content: bytes, path: Path) -> str:
-    """Returns an image as a data URL: in WebP, or as it is where that is smaller."""
+def _to_url(content: bytes, path: Path, side: int) -> str:
+    """Returns an image as a data URL: in WebP, `side` pixels at most, or as it is where that takes less."""
     with open_image(path) as image:
         picture = image.convert("RGB")
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "webp", quality=QUALITY, method=2)
     kind, smallest = min((("webp", buffer.getvalue()), ("png", content)), key=lambda pair: len(pair[1]))
