@@ -53,9 +53,10 @@ def test_a_run_is_pushed_and_sampled_by_name(hub, tmp_path, monkeypatch):
     assert str(GOLDEN) not in card
     assert json.loads(files["config.json"])["imported"]["family"] == "sit"
 
-    # Elsewhere, by name; the second time from what is there.
-    words = ["sample.py", "--load_dir", "hf:someone/faces", "--num_samples", 2, "--denoise_timesteps", 2]
-    words += ["--save_samples", "a.npz"]
+    # Elsewhere, by the card's own line; the second time from what is there.
+    (line,) = re.findall(r"^    python \$PYTHONPATH/(sample\.py .*)$", card, re.MULTILINE)
+    assert line == "sample.py --load_dir hf:someone/faces --cfg_scale 2"
+    words = [*line.split(), "--num_samples", 2, "--denoise_timesteps", 2, "--save_samples", "a.npz"]
     done = run(hub, there, *words)
     assert (there / "runs" / "someone--faces" / "samples" / "grid.png").is_file()
     run(hub, tmp_path, *["sample.py", "--load_dir", "run", *words[3:-1], tmp_path / "b.npz"])

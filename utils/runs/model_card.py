@@ -203,7 +203,7 @@ def _usage(config: Mapping[str, Any], condition: Condition, hub_id: str) -> str:
     command = shlex.join(["--load_dir", place, *scale, *words])
     return f"""## Use
 
-It takes the code of jax-flow-matching, installed as its README says (`make setup`):
+You need the code of jax-flow-matching, installed as its README says (`make setup`):
 
     export PYTHONPATH=/path/to/jax-flow-matching
     python $PYTHONPATH/sample.py {command}
