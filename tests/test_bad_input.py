@@ -202,6 +202,13 @@ OUTPUTS = [
     ("likelihood", "--per_image OUT/a --json OUT/a", "--json=.*a is the file of --per_image, which would be lost"),
     ("likelihood", "--json /proc/x/a.json", "--json=/proc/x/a.json cannot be written"),
     ("eval", "--load_dir x --out README.md/x", "--out=README.md/x cannot be written"),
+    *(("sample", f"--film_seconds {value}", "film_seconds") for value in ("0", "nan", "-1", "1e9", "x")),
+    *(("sample", f"--scale {value}", "scale") for value in ("0", "nan", "inf", "-1", "65", "x")),
+    *(
+        ("sample", f"--film_{flag}", f"--film_{flag.replace(' ', '=')} has no effect without --film")
+        for flag in ("seconds 4.0", "title x", "format mp4", "frames 9")
+    ),
+    ("sample", "--film --film_format avi", "film_format"),
     ("sample", "--out README.md", "--out=README.md cannot be written"),
     ("sample", "--save_samples README.md", "--save_samples=README.md is a file"),
     ("sample", "--save_samples README.md/x.npz", "--save_samples=README.md/x.npz cannot be written"),
