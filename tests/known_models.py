@@ -56,8 +56,15 @@ class Levels(Straight):
         return condition["vector"]["value"][:, :1, None, None]
 
 
+class Given(Straight):
+    """Leads to the image that it is given as its condition."""
+
+    def target(self, condition):
+        return condition["image"]["channels"]
+
+
 def make_generator(kind: type[Straight], condition: Condition, params: Any) -> ImageGenerator:
-    network = kind(CONFIG, condition)
+    network = kind(CONFIG, condition.fit_latents((8, 8, 1), (8, 8, 1)))
     return ImageGenerator(ImageModel(network, FlowMatching(), PixelCodec(), make_mesh(), (8, 8, 1)), params)
 
 

@@ -15,6 +15,7 @@ import time
 import httpx
 import numpy as np
 import pytest
+from anyio.from_thread import start_blocking_portal
 from ml_collections import ConfigDict
 from PIL import Image
 from starlette.testclient import TestClient
@@ -23,10 +24,12 @@ import app
 import edit
 import sample
 from tests.conftest import ROOT, Program
+from tests.known_models import Given, make_generator
 from tests.test_edit import tables  # noqa: F401 (a fixture)
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
 from utils.base.messages import UserError
 from utils.conditions.classes import ClassCondition
+from utils.conditions.images import ImageCondition
 from utils.conditions.several import SeveralCondition
 from utils.conditions.tokens import TextCondition
 from utils.conditions.vector import VectorCondition
@@ -144,10 +147,10 @@ def test_own_images_are_changed_as_by_the_command(client, type_command, tables, 
     Image.fromarray(mask).save(tmp_path / "mask.png")
     places = {"FOLDER": str(tmp_path / "own"), "MASK.png": str(tmp_path / "mask.png")}
 
-    more = {"image": to_text(pixels), "classes": [5]}
-    inverted = client.post("/api/invert", json=QUICK | more | {"edit": [1, "8"]})
+    more = {"image": to_text(pixels), "classes": [5], "num_steps": 2, "cfg_scale": 1}
+    inverted = client.post("/api/invert", json=more | {"edit": [1, "8"]})
     assert [image["title"] for image in inverted.json()["images"]] == ["image", "its noise", "again", "1", "8"]
-    filled = client.post("/api/inpaint", json=QUICK | more | {"mask": to_text(mask), "repeats": 2})
+    filled = client.post("/api/inpaint", json=more | {"mask": to_text(mask), "repeats": 2})
     image, hole, result = pictures(filled)
     assert (hole[:4] == 127).all()
     np.testing.assert_array_equal(result[4:], image[4:])
@@ -407,6 +410,31 @@ def test_an_answer_names_no_folder(run):  # noqa: F811
     assert hide_paths("see https://huggingface.co/docs") == "see https://huggingface.co/docs"
 
 
+def test_images_are_conditions(served):
+    vector = VectorCondition.of_rows(np.array([[0], [1]], np.float32), ["angle"])
+    kind = SeveralCondition((("vector", vector), ("image", ImageCondition((8, 8, 1)))))
+    other = Served(make_generator(Given, kind, {}), "x")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8), np.uint8)
+    body = {"condition_images": list(map(to_text, pixels)), "conditions": [{"angle": 2}], "num_samples": 3}
+    body |= {"num_steps": 2, "cfg_scale": 1}
+    with TestClient(pages.Server(other).app, base_url=URL) as client:
+        assert client.get("/api/model").json()["condition_image"] == [8, 8, 1]
+        answer = client.post("/api/sample", json=body)
+        np.testing.assert_array_equal(pictures(answer), pixels[[0, 1, 0]])
+        assert "--condition_images FOLDER --condition angle=2 " in answer.json()["command"]
+        assert answer.json()["remarks"] == ["angle=2 is outside of the training data, 0 to 1"]
+        few = client.post("/api/sample", json=body | {"num_samples": 1})
+        assert few.json()["remarks"][-1] == "2 conditions are given; only the first are drawn: 1"
+        for changes, message in (
+            ({"condition_images": ["!"]}, "condition_images: give an image file in base64"),
+            ({"conditions": [{"angle": 1}] * 3}, "conditions: give angle once, or for each image"),
+            ({"conditions": None}, "conditions: give angle once, or for each image"),
+        ):
+            refused = client.post("/api/sample", json=body | changes)
+            assert (refused.status_code, refused.json()["error"]) == (422, message)
+        assert client.post("/api/sample", json=QUICK).status_code == 422  # there are none to be drawn
+
+
 # --- The queue ---
 
 
@@ -447,7 +475,8 @@ def test_jobs_are_computed_one_after_another_and_can_be_left():
         assert queue.jobs == []
         queue.close()
 
-    asyncio.run(use())
+    with start_blocking_portal() as portal:  # the browser's tests have a loop in this thread
+        portal.call(use)
     assert order == ["c", "d"]
 
 
@@ -525,7 +554,12 @@ def test_the_program_serves_until_it_is_interrupted(run):  # noqa: F811
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert httpx.get(f"{url}/api/model").json()["run"] == run.name
-    program.send_signal(signal.SIGINT)
+    # In the midst of a request, which is told so.
+    with httpx.stream("POST", f"{url}/api/sample", json={"num_steps": 256, "stream": True}, timeout=30) as answer:
+        lines = map(json.loads, answer.iter_lines())
+        assert next(lines)["state"] == "working"
+        program.send_signal(signal.SIGINT)
+        assert list(lines)[-1] == {"state": "failed", "error": "the server has been ended"}
     output, errors = program.communicate(20)
     assert (program.returncode, output.strip(), errors.splitlines()[-1]) == (128 + signal.SIGINT, url, "interrupted")
     assert "Traceback" not in errors

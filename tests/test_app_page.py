@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.recognise_digits import recognised_fraction
+from tests.conftest import run_program
 from tests.known_models import Levels, make_digits, make_generator
 from tests.test_app import serving
 from utils.conditions.classes import ClassCondition
@@ -19,6 +20,7 @@ from utils.conditions.vector import VectorCondition
 from utils.pages import app_server as pages
 from utils.pages.app_jobs import JobCancelledError
 from utils.pages.app_model import Limits, Served
+from utils.runs.opening import load_generator
 
 pytestmark = pytest.mark.xdist_group("browser")  # one process has it
 
@@ -151,6 +153,8 @@ def test_own_images_are_inverted_and_their_hole_is_filled(url, open_page):
     tab.locator("#tasks label", has_text="Invert").click()
     tab.locator("#file").set_input_files({"name": "own.png", "mimeType": "image/png", "buffer": file.getvalue()})
     choose(tab, "5", "8", box="#edit")
+    assert tab.locator("#solver").input_value() == "heun"
+    tab.locator("#solver").select_option("euler")  # Heun's would need a velocity at t = 1
     draw(tab, "Invert")
     assert titles(tab) == ["image", "its noise", "again", "5", "8"]
     images = read_canvases(tab)
@@ -305,6 +309,23 @@ def test_errors_are_shown_and_the_keyboard_is_enough(url, open_page):
     tab.keyboard.press("Enter")
     wait_for_status(tab, "Drawn")
     assert titles(tab) == ["0", "0"]
+
+
+@pytest.mark.slow
+def test_the_demos_model_draws_the_classes_that_were_clicked(open_page, tmp_path):
+    words = "--model.patch_size 2 --model.num_classes 10 --model.depth 4 --model.hidden_size 128 --model.num_heads 4"
+    words += " --model.lr 1e-3 --model.target_update_rate 0.998 --batch_size 128 --max_steps 1500 --eval_interval 0"
+    run = ["--dataset_name", "digits", "--codec", "pixels", "--wandb.mode", "disabled", "--save_dir", tmp_path / "run"]
+    run_program("train_flow.py", *run, *words.split(), env={"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"})
+    with serving(Served(load_generator(tmp_path / "run"), "run")) as url:
+        tab = open_page(url)
+        choose(tab, *"0123456789")
+        tab.locator("#num_samples").fill("60")
+        tab.locator("#cfg_scale").fill("2")
+        tab.get_by_role("button", name="Draw").click()
+        wait_for_status(tab, "Drawn")
+        assert titles(tab) == [*"0123456789"] * 6
+        assert recognised_fraction(read_canvases(tab), np.arange(60) % 10) >= 0.9
 
 
 def test_a_thousand_classes_are_searched(url, browser):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+import app
 import compute_fid_stats
 import convert_checkpoint
 import encode_latents
@@ -40,6 +41,7 @@ PROGRAMS = {
     "stats": (compute_fid_stats, "--out OUT/s.npz --dataset_name digits"),
     "plot": (plot_metrics, "--out OUT/curves.png"),
     "sample": (sample, "--load_dir x"),
+    "app": (app, "--load_dir x"),
     "likelihood": (likelihood, "--load_dir x"),
     "pairs": (make_pairs, "--load_dir x --out OUT"),
     "export": (convert_checkpoint, "--load_dir x"),
@@ -54,6 +56,12 @@ BAD = [
     *(("train", f"--model.{name} {value}", f"model.{name}") for name in FLOATS for value in NO_FLOATS),
     *(("train", f"--model.{name} {value}", f"model.{name}") for name in COUNTS for value in NO_COUNTS),
     *(("train", f"--{name} nan", name) for name in ("save_minutes", "peak_tflops")),
+    *(("app", f"--{name} -1", f"--{name}=-1") for name in ("port", "max_samples", "max_steps", "max_frames", "queue")),
+    *(("app", f"--{name} 1000000", f"--{name}=1000000") for name in ("port", "max_samples", "max_steps", "max_frames")),
+    ("app", "--host not.an.address.invalid", "--host=not.an.address.invalid is no address of this machine"),
+    ("app", "--port 0", "--load_dir=x holds no checkpoint"),
+    ("app", "--port 0 --params mean", "--params=mean"),
+    ("app", "--dtype float16", "--dtype"),
     *(("train", f"--{name} 0", name) for name in ("log_interval", "save_interval", "keep_last", "grad_accum")),
     ("train", "--batch_size 0", "--batch_size=0: use 1"),
     *(("train", f"--{name} 2147483648", name) for name in ("max_steps", "batch_size", "save_interval", "fid_samples")),
@@ -310,7 +318,7 @@ def test_bad_input_is_one_line(read_flags, files, name, line, message):
     assert "\n" not in str(error.value)
 
 
-MODULES = ("train_flow", "eval_fid", "sample", "edit", "likelihood", "encode_latents", "compute_fid_stats",
+MODULES = ("train_flow", "eval_fid", "sample", "edit", "app", "likelihood", "encode_latents", "compute_fid_stats",
            "make_pairs", "convert_checkpoint", "plot_metrics", "report")  # fmt: skip
 
 

@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const all = (selector) => [...document.querySelectorAll(selector)];
 const TITLES = { sample: "New images", interpolate: "Between two", invert: "Invert", inpaint: "Fill a hole" };
 const MAX_CHIPS = 60; // of a chooser; a search finds the others
-let model, task, choosers = {}, controller = null, shown = null, timer = null;
+let model, task, hasChosenSolver = false, choosers = {}, controller = null, shown = null, timer = null;
 
 function make(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
@@ -116,85 +116,6 @@ function toBase64(file) {
   });
 }
 
-// --- An image of one's own, and the hole in it ---
-
-const own = { data: null, picture: null, hole: null, x: 0, y: 0 };
-
-async function takeImage(file) {
-  if (!file) return;
-  if (file.size > model.limits.upload_bytes / 1.4) return say(`${file.name} is too large to send`, true);
-  try {
-    own.data = await toBase64(file);
-    own.picture = await createImageBitmap(file);
-  } catch {
-    own.picture = null; // the server may still know its format
-  }
-  const { width, height } = model.image;
-  Object.assign($("own"), { width, height, hidden: false });
-  Object.assign(own, { hole: new Uint8Array(width * height), x: width >> 1, y: height >> 1 });
-  say(`${file.name} is ready`);
-  paintOwn();
-}
-
-function paintOwn() {
-  const { width, height, channels } = model.image;
-  const context = $("own").getContext("2d");
-  context.filter = channels === 1 ? "grayscale(1)" : "none";
-  context.clearRect(0, 0, width, height);
-  if (own.picture) {
-    // The middle, as the server cuts it.
-    const scale = Math.min(own.picture.width / width, own.picture.height / height);
-    const [w, h] = [width * scale, height * scale];
-    context.drawImage(own.picture, (own.picture.width - w) / 2, (own.picture.height - h) / 2, w, h, 0, 0, width, height);
-  }
-  context.filter = "none";
-  if (task !== "inpaint") return;
-  context.fillStyle = "rgba(255, 80, 0, 0.75)";
-  own.hole.forEach((isHole, place) => isHole && context.fillRect(place % width, Math.floor(place / width), 1, 1));
-  context.fillStyle = "rgba(0, 200, 255, 0.8)"; // where the keys would paint
-  if (document.activeElement === $("own")) context.fillRect(own.x, own.y, 1, 1);
-}
-
-function paintHole(x, y) {
-  const { width, height } = model.image;
-  const radius = Number($("brush").value) - 0.5;
-  for (let row = 0; row < height; row++)
-    for (let column = 0; column < width; column++)
-      if (Math.hypot(column + 0.5 - x, row + 0.5 - y) <= radius) own.hole[row * width + column] = $("erase").checked ? 0 : 1;
-  paintOwn();
-}
-
-function makeMask() {
-  const { width, height } = model.image;
-  const canvas = make("canvas", { width, height });
-  const pixels = new ImageData(width, height);
-  own.hole.forEach((isHole, place) => pixels.data.set(isHole ? [255, 255, 255, 255] : [0, 0, 0, 255], 4 * place));
-  canvas.getContext("2d").putImageData(pixels, 0, 0);
-  return canvas.toDataURL("image/png");
-}
-
-function listenToBrush() {
-  const canvas = $("own");
-  const paint = (event) => {
-    const box = canvas.getBoundingClientRect();
-    if (task === "inpaint" && event.buttons & 1)
-      paintHole(((event.clientX - box.left) / box.width) * canvas.width, ((event.clientY - box.top) / box.height) * canvas.height);
-  };
-  canvas.addEventListener("pointerdown", (event) => { canvas.setPointerCapture(event.pointerId); paint(event); });
-  canvas.addEventListener("pointermove", paint);
-  for (const name of ["focus", "blur"]) canvas.addEventListener(name, () => own.hole && paintOwn());
-  canvas.addEventListener("keydown", (event) => {
-    const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] };
-    const move = moves[event.key];
-    if (!move || task !== "inpaint") return;
-    event.preventDefault();
-    own.x = Math.min(Math.max(own.x + move[0], 0), canvas.width - 1);
-    own.y = Math.min(Math.max(own.y + move[1], 0), canvas.height - 1);
-    if (event.key === " ") paintHole(own.x + 0.5, own.y + 0.5);
-    paintOwn();
-  });
-}
-
 // --- The request ---
 
 function number(id) {
@@ -249,7 +170,7 @@ async function draw() {
       body: JSON.stringify(body),
       signal: controller.signal,
     });
-    if (!answer.ok) throw new Error((await answer.json()).error);
+    if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error ?? answer.statusText);
     await readLines(answer.body, (line) => show(JSON.parse(line), body));
   } catch (error) {
     say(error.name === "AbortError" ? "Cancelled" : error.message, error.name !== "AbortError");
@@ -310,7 +231,7 @@ async function showResult(result, body) {
   $("images").replaceChildren(...figures);
   $("images").className = result.columns ? "table" : "";
   $("images").style.setProperty("--columns", result.columns ?? 1);
-  $("images").style.setProperty("--tile", width < 128 ? "88px" : `${Math.min(width, 220)}px`);
+  $("images").style.setProperty("--tile", width < 128 ? "88px" : `${Math.min(width, 160)}px`);
   $("film").hidden = !result.films;
   Object.assign($("frame"), { max: shown.frames - 1, value: shown.frames - 1 });
   showFrame();
@@ -365,7 +286,9 @@ function chooseTask(name) {
   const { solvers } = model.tasks[task];
   const before = $("solver").value;
   $("solver").replaceChildren(...solvers.map((solver) => make("option", {}, solver)));
-  $("solver").value = solvers.includes(before) ? before : task === "invert" && solvers.includes("heun") ? "heun" : model.defaults.solver;
+  // Heun's steps lead back to where they came from; what a user has chosen stays, where it can.
+  const preferred = hasChosenSolver && solvers.includes(before) ? before : task === "invert" ? "heun" : model.defaults.solver;
+  $("solver").value = preferred;
   if (!$("solver").value) $("solver").selectedIndex = 0;
   chooseSolver();
 
@@ -373,7 +296,7 @@ function chooseTask(name) {
   $("classes").hidden = !model.is_class;
   $("conditions").hidden = model.is_class || isOwn;
   $("classes-title").textContent = isOwn ? "Class of the image" : "Classes";
-  choosers.classes?.limit(isOwn ? 1 : model.limits.samples);
+  choosers.classes?.limit({ sample: model.limits.samples, interpolate: 2 }[task] ?? 1);
   $("edit").hidden = task !== "invert" || !model.is_class;
   if (own.hole) paintOwn();
 }
@@ -436,7 +359,7 @@ async function start() {
   $("form").addEventListener("submit", (event) => { event.preventDefault(); draw(); });
   $("form").noValidate = true; // `number` says what is wrong, also where it is folded
   $("cancel").addEventListener("click", () => controller.abort());
-  $("solver").addEventListener("change", chooseSolver);
+  $("solver").addEventListener("change", () => { hasChosenSolver = true; chooseSolver(); });
   $("add").addEventListener("click", addCondition);
   $("dice").addEventListener("click", () => { $("seed").value = crypto.getRandomValues(new Uint32Array(1))[0]; });
   $("frame").addEventListener("input", () => { stop(); showFrame(); });

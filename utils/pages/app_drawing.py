@@ -6,7 +6,6 @@ Sample i is the sample i of sample.py with the same seed: paths are followed in 
 import base64
 import dataclasses
 import io
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
 
 from utils.base.devices import explaining_out_of_memory
-from utils.conditions.condition import number_rows, resize_rows
+from utils.conditions.condition import count_rows, number_rows, resize_rows
 from utils.images import plotting
 from utils.pages.app_jobs import Job
 from utils.pages.app_model import Served, hide_paths
@@ -24,7 +23,7 @@ from utils.pages.app_requests import Ask
 from utils.sampling import editing
 from utils.sampling.generator import ImageGenerator
 
-MAX_STAGES = 64  # of a path, after each of which a job says how far it is, or ends
+STAGE_STEPS = 4  # steps of a path at most, after which a job says how far it is, or ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,23 +84,29 @@ def draw(served: Served, ask: Ask, job: Job) -> Drawn:
     generator = served.generator.with_seed(ask.seed)
     with explaining_out_of_memory("the request", "fewer samples"):
         drawn = TASKS[ask.task](generator, ask, job)
-    return dataclasses.replace(drawn, remarks=tuple(map(hide_paths, ask.remarks)))
+    remarks = list(map(hide_paths, ask.remarks))
+    if ask.conditions is not None and (given := count_rows(ask.conditions)) > ask.num_samples:
+        remarks.append(f"{given} conditions are given; only the first are drawn: {ask.num_samples}")
+    return dataclasses.replace(drawn, remarks=tuple(remarks))
 
 
 def follow_path(
     generator: ImageGenerator, noise: Float[Array, "n h w c"], conditions: PyTree, ask: Ask, job: Job
 ) -> Iterator[Float[Array, "n h w c"]]:
-    """Yields the latents at the stages of the path from noise to t = 1, both included, each as soon as it is there."""
-    # An adaptive solver has no steps to count: its stages stand for them.
+    """Yields the latents of all frames, from the noise on, or those at t = 1 alone where no film is asked for."""
+    # An adaptive solver has no steps to count: its stages stand for them. Others take a few steps between two reports,
+    # in a whole number of stages for each frame.
     sampler = ask.sampler
-    num_steps = 1 if sampler.is_adaptive else sampler.num_steps
-    num_stages = ask.frames or min(num_steps, MAX_STAGES)
-    total = num_stages if sampler.is_adaptive else num_steps
-    for stage, latents in enumerate(generator.path(noise, conditions, sampler, num_stages)):
-        # Stages are dispatched, not waited for: without this, the first report would come with the last.
+    frames = ask.frames or 1
+    stages = 1 if sampler.is_adaptive else -(-sampler.num_steps // (STAGE_STEPS * frames))
+    total = frames if sampler.is_adaptive else sampler.num_steps
+    for stage, latents in enumerate(generator.path(noise, conditions, sampler, frames * stages)):
+        # They are dispatched, not waited for: without this, the first report would come with the last.
         jax.block_until_ready(latents)
-        job.report("steps", total * stage // num_stages, total)
-        yield latents
+        job.report("steps", total * stage // (frames * stages), total)
+        is_frame = stage % stages == 0
+        if is_frame and (ask.frames or stage):
+            yield latents
 
 
 def choose_conditions(generator: ImageGenerator, ask: Ask) -> PyTree:
@@ -114,18 +119,14 @@ def choose_conditions(generator: ImageGenerator, ask: Ask) -> PyTree:
 def draw_samples(generator: ImageGenerator, ask: Ask, job: Job) -> Drawn:
     """Draws samples and, if frames are asked for, the stages of their path."""
     conditions = choose_conditions(generator, ask)
-
-    # The path; latents are decoded on it only for a film.
+    noise = generator.noise(range(ask.num_samples))
     frames = []
-    for latents in follow_path(generator, generator.noise(range(ask.num_samples)), conditions, ask, job):
-        if ask.frames:
-            images = generator.decode(latents)
-            frames.append(generator.to_pictures(images))
-    if not ask.frames:
+    for latents in follow_path(generator, noise, conditions, ask, job):
         images = generator.decode(latents)
+        frames.append(generator.to_pictures(images))
 
-    # As sample.py shows and saves them.
-    pictures = generator.to_pictures(images)
+    # As sample.py shows and saves the last of them.
+    pictures = frames[-1]
     places, names = number_rows(generator.condition, conditions)
     arrays = {"arr_0": images, **generator.condition.to_columns(conditions)}
     title = f"{ask.sampler}, seed {ask.seed}"
@@ -135,7 +136,7 @@ def draw_samples(generator: ImageGenerator, ask: Ask, job: Job) -> Drawn:
         None,
         arrays,
         lambda: plotting.sample_grid(pictures, places, names, title),
-        np.stack(frames) if frames else None,
+        np.stack(frames) if ask.frames else None,
     )
 
 
@@ -166,7 +167,7 @@ def draw_between(generator: ImageGenerator, ask: Ask, job: Job) -> Drawn:
     """Draws rows of images between two samples."""
     conditions = choose_conditions(generator, ask)
     between = editing.interpolate(generator, conditions, ask.columns, ask.between)
-    (latents,) = deque(follow_path(generator, between.noise, between.conditions, ask, job), maxlen=1)
+    (latents,) = follow_path(generator, between.noise, between.conditions, ask, job)
     images = generator.decode(latents)
     note = f"{ask.sampler}, seed {ask.seed}, between two {'noises' if ask.between == 'noise' else 'conditions'}"
     return draw_table(ask, generator.to_pictures(images), ask.columns, between.titles, (), note, {})

@@ -19,6 +19,10 @@ class JobCancelledError(Exception):
     """Nobody waits for the job any more."""
 
 
+class ServerEndsError(Exception):
+    """The server ends before the job has."""
+
+
 class Job:
     """A request in the queue: what it has reported, and whether anybody still waits for it.
 
@@ -64,6 +68,7 @@ class JobQueue:
 
     def __init__(self, limit: int):
         self.limit = limit
+        self.should_end: Callable[[], bool] = lambda: False  # whether the server is about to end
         self.jobs: list[Job] = []  # the first is computed
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="drawing")
 
@@ -98,6 +103,8 @@ class JobQueue:
         try:
             # Also where nothing has changed: only what is written tells that a client has left.
             while not job.future.done():
+                if self.should_end():
+                    raise ServerEndsError
                 place = self.jobs.index(job) if job in self.jobs else 0
                 yield {"state": "waiting", "place": place} if place else job.progress
                 with contextlib.suppress(asyncio.TimeoutError):

@@ -26,7 +26,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -34,7 +34,7 @@ from utils.base.files import read_bytes
 from utils.base.messages import UserError, one_line, warn
 from utils.pages.app_commands import write_request
 from utils.pages.app_drawing import Drawn, draw
-from utils.pages.app_jobs import Job, JobCancelledError, JobQueue, QueueFullError
+from utils.pages.app_jobs import Job, JobCancelledError, JobQueue, QueueFullError, ServerEndsError
 from utils.pages.app_model import MAX_UPLOAD_BYTES, Served, hide_paths
 from utils.pages.app_requests import Ask, parse_json, parse_request
 
@@ -43,6 +43,7 @@ KEPT_RESULTS = 16
 KEPT_BYTES = 2**28
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 MAX_CONNECTIONS = 64
+NOBODY = "nobody waits for this answer"
 FAULT = "the server failed at this request; its terminal says why"
 
 
@@ -51,10 +52,11 @@ FAULT = "the server failed at this request; its terminal says why"
 
 def read_page() -> tuple[str, str]:
     """Returns (the page with its style and its script inside, the policy that lets only these run)."""
-    # Style and script are files of their own, to be read and edited; a browser gets one page.
-    html, style, script = (
-        read_bytes(Path(__file__).with_name(f"app.{kind}")).decode() for kind in ("html", "css", "js")
+    # Files of their own, to be read and edited; a browser gets one page.
+    html, style, *scripts = (
+        read_bytes(Path(__file__).with_name(name)).decode() for name in ("app.html", "app.css", "app_own.js", "app.js")
     )
+    script = "".join(scripts)
     # Only what has these hashes runs: a name that became an element could do nothing.
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     policy = (
@@ -124,9 +126,16 @@ class Guard:
         await self.app(scope, receive, send_with_headers)
 
 
-def refuse(status: int, reason: str) -> JSONResponse:
+class Answer(JSONResponse):
+    """JSON in ASCII, which also writes names of files that are no UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
+def refuse(status: int, reason: str) -> Answer:
     """Returns an answer that says in one line why there is no other."""
-    return JSONResponse({"error": hide_paths(reason)}, status_code=status)
+    return Answer({"error": hide_paths(reason)}, status_code=status)
 
 
 # --- The requests ---
@@ -145,11 +154,15 @@ class Server:
         self.description = served.describe()
         routes = [
             Route("/", lambda _: HTMLResponse(self.page)),
-            Route("/api/model", lambda _: JSONResponse(self.description)),
+            Route("/api/model", lambda _: Answer(self.description)),
             Route("/api/results/{key}/{file}", self.download),
             Route("/api/{task}", self.ask, methods=["POST"]),
         ]
-        handlers: Any = {HTTPException: lambda _, error: refuse(error.status_code, error.detail)}
+        handlers: Any = {
+            HTTPException: lambda _, error: refuse(error.status_code, error.detail),
+            ClientDisconnect: lambda _, error: refuse(499, NOBODY),
+            Exception: lambda _, error: refuse(500, FAULT),  # uvicorn prints it
+        }
         starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=self.lifespan)
         self.app = Guard(starlette, is_local, policy)
 
@@ -229,12 +242,12 @@ class Server:
                         key, answer = update["result"]
                         if ask.format == "npz":
                             return Response(self.kept[key].to_npz(), media_type="application/octet-stream")
-                        return JSONResponse({"result": key, **answer})
+                        return Answer({"result": key, **answer})
                     if await request.is_disconnected():
                         break
             except Exception as error:
                 return refuse(*explain(error))
-        return refuse(499, "nobody waits for this answer")
+        return refuse(499, NOBODY)
 
     async def download(self, request: Request) -> Response:
         """Answers GET /api/results/KEY/grid.png and samples.npz."""
@@ -268,8 +281,10 @@ def explain(error: Exception) -> tuple[int, str]:
     """Returns (status, one line) for what went wrong in a job. Faults of the code are printed on the terminal."""
     if isinstance(error, UserError):
         return 422, one_line(error)
+    if isinstance(error, ServerEndsError):
+        return 503, "the server has been ended"
     if isinstance(error, JobCancelledError):
-        return 499, "nobody waits for this answer"
+        return 499, NOBODY
     traceback.print_exception(error)
     return 500, FAULT
 
@@ -300,13 +315,16 @@ def make_server(served: Served, host: str) -> uvicorn.Server:
     """Returns a server of a model, for a socket bound to this host: `run(sockets=[...])` serves until it is stopped."""
     if not is_loopback(host):
         warn(f"--host={host}: everyone who reaches this machine can use the page; there is no password")
-    server = Server(served, is_loopback(host))
+    pages = Server(served, is_loopback(host))
     config = uvicorn.Config(
-        server.app,
+        pages.app,
         log_level="warning",
         access_log=False,
         server_header=False,
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=2,
     )
-    return uvicorn.Server(config)
+    server = uvicorn.Server(config)
+    # Streams end by themselves as soon as the server is to: it waits for them.
+    pages.queue.should_end = lambda: server.should_exit
+    return server
