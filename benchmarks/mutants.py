@@ -552,7 +552,7 @@ test_app.py::test_the_command_of_an_answer_draws_the_very_same_pixels
 test_app.py::test_images_between_two_samples_are_those_of_the_command
   utils/pages/app_commands.py: "--interpolate", ask.columns -> "--interpolate", 4
 test_app.py::test_own_images_are_changed_as_by_the_command
-  utils/pages/app_requests.py: found["repeats"] = _read_count( -> found["num_samples"] = _read_count(
+  utils/pages/app_drawing.py: ask.sampler, ask.repeats) -> ask.sampler, 5)
   utils/pages/app_drawing.py: ask.labels, label) -> ask.labels, ask.labels[0])
 test_app.py::test_sizes_are_bounded
   utils/pages/app_requests.py: if count * height * width > MAX_PIXELS: -> if False:

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -398,6 +399,10 @@ def test_conditions_that_a_command_cannot_hold_have_none():
 
 def test_an_answer_names_no_folder(run):  # noqa: F811
     assert hide_folders("/home/me/runs/a") == "a"
+    assert hide_folders("/home/me/runs/a/checkpoints/500") == "a/checkpoints/500"
+    assert hide_folders(str(Path.cwd() / "runs" / "a")) == "runs/a"
+    assert hide_folders("s3://bucket/runs/a") == "s3://bucket/runs/a"
+    assert hide_folders("/a:b/c\nd") == "c\nd"
     assert hide_folders("kl:/home/me/vae") == "kl:vae"
     assert hide_folders("runs/a") == "runs/a"
     assert hide_folders("hf:me/name") == "hf:me/name"

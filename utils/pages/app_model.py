@@ -11,6 +11,7 @@ from utils.conditions.classes import ClassCondition
 from utils.conditions.images import ImageCondition
 from utils.conditions.vector import VectorCondition
 from utils.images.pixels import are_pictures
+from utils.runs.checkpoint import FOLDER
 from utils.runs.importing import HUB_PREFIX
 from utils.runs.opening import split_load_dir
 from utils.sampling.editing import fitting_solvers
@@ -135,8 +136,18 @@ def name_run(load_dir: str) -> str:
 
 
 def hide_folders(word: str) -> str:
-    """Returns a word of a command, such as kl:/home/me/vae, without the folders of an absolute path in it."""
-    return re.sub(r"(^|(?<=:))/(?:[^/]+/)*", "", word)
+    """Returns a word of a command, such as kl:/home/me/vae, without the folders of an absolute path in it: from the
+    current folder on where it lies there, else its name alone, or RUN/checkpoints/STEP."""
+    match = re.fullmatch(r"(\w+:)?(/(?!/).*)", word, flags=re.DOTALL)
+    if match is None:
+        return word
+    path = Path(match[2])
+    here = Path.cwd()
+    if path.is_relative_to(here):
+        path = path.relative_to(here)
+    else:
+        path = Path(*path.parts[-3 if path.parent.name == FOLDER else -1 :])
+    return f"{match[1] or ''}{path}"
 
 
 def hide_paths(text: str) -> str:
