@@ -22,9 +22,9 @@ from utils.flags.definitions import define_path
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.films import film_of_files
-from utils.pages.report_data import gather
-from utils.pages.report_images import PictureStore, find_panels
-from utils.pages.report_page import write_page
+from utils.report.data import gather
+from utils.report.images import PictureStore, find_panels
+from utils.report.page import write_page
 from utils.runs.comparison import Curves, find_runs
 from utils.trackers.trackers import name_runs
 

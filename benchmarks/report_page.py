@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 from playwright.sync_api import sync_playwright  # noqa: E402
 
 from report import open_runs  # noqa: E402
-from utils.pages.report_data import gather  # noqa: E402
-from utils.pages.report_images import PictureStore  # noqa: E402
-from utils.pages.report_page import write_page  # noqa: E402
+from utils.report.data import gather  # noqa: E402
+from utils.report.images import PictureStore  # noqa: E402
+from utils.report.page import write_page  # noqa: E402
 
 STEPS = 1_000_000
 NAMES = [

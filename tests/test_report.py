@@ -14,9 +14,10 @@ import report
 from tests.conftest import run_program
 from tests.test_plot_metrics import write_run
 from utils.base.messages import UserError
-from utils.pages import report_data, report_images
-from utils.pages.report_curves import MAX_POINTS, clock_curve, loss_frames, split_curves, spread, thin_curve
-from utils.pages.report_images import PanelFile, PictureStore, find_panels, rank_steps
+from utils.report import data as report_data
+from utils.report import images as report_images
+from utils.report.curves import MAX_POINTS, clock_curve, loss_frames, split_curves, spread, thin_curve
+from utils.report.images import PanelFile, PictureStore, find_panels, rank_steps
 
 HOSTILE = '</script><script>alert("1")</script> & <b>🐱</b>'
 

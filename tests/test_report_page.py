@@ -49,7 +49,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page_file(runs):
-    from utils.pages.report_images import PictureStore
+    from utils.report.images import PictureStore
 
     found, curves = report.open_runs([str(runs / "*")])
     out = runs.parent / "report.html"
@@ -194,7 +194,7 @@ def test_nothing_overlaps_or_scrolls_sideways(page, width, height, scheme):
 
 
 def test_a_page_that_is_rewritten_loads_itself_and_stays_as_it_was_looked_at(browser, runs, tmp_path):
-    from utils.pages.report_images import PictureStore
+    from utils.report.images import PictureStore
 
     out = tmp_path / "report.html"
     found, curves = report.open_runs([str(runs / "*")])

@@ -1,6 +1,6 @@
 """Contents of a report, as JSON: curves, pictures, scores and facts of several runs.
 
-Numbers and texts alone: utils/pages/report.js lays them out, and shows every text as text.
+Numbers and texts alone: utils/report/report.js lays them out, and shows every text as text.
 """
 
 import json
@@ -17,8 +17,8 @@ from utils.base.external import BadFileError
 from utils.base.messages import format_duration, printable
 from utils.conditions.condition import restore_condition
 from utils.data.loaders import split_names
-from utils.pages.report_curves import clock_curve, loss_frames, split_curves, thin_curve
-from utils.pages.report_images import PictureStore, find_panels, natural_order
+from utils.report.curves import clock_curve, loss_frames, split_curves, thin_curve
+from utils.report.images import PictureStore, find_panels, natural_order
 from utils.runs.checkpoint import FOLDER
 from utils.runs.comparison import (
     RESULTS_FILE,

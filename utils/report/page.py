@@ -10,18 +10,18 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from utils.base.files import write_text
-from utils.pages.report_data import to_script
+from utils.report.data import to_script
 
 FOLDER = Path(__file__).parent
-FILES = ("report.html", "report.css", "report_charts.js", "report.js")
+FILES = ("report.html", "report.css", "charts.js", "report.js")
 
 
 def render_page(content: Mapping[str, Any]) -> str:
-    """Returns the page of what `report_data.gather` has returned."""
+    """Returns the page of what `data.gather` has returned."""
     # The script in two files, one of which would be too long to read.
     parts = {name: (FOLDER / name).read_text(encoding="utf-8") for name in FILES}
     template = Template(parts["report.html"])
-    scripts = {"js": parts["report_charts.js"] + parts["report.js"], "plotly": get_plotlyjs()}
+    scripts = {"js": parts["charts.js"] + parts["report.js"], "plotly": get_plotlyjs()}
     hashes = " ".join(f"'sha256-{_hash_text(script)}'" for script in scripts.values())
     return template.substitute(scripts, css=parts["report.css"], data=to_script(content), hashes=hashes)
 

@@ -1,4 +1,4 @@
-// The report in the page: its legend, pictures and tables, from the JSON in #data; its curves are in report_charts.js.
+// The report in the page: its legend, pictures and tables, from the JSON in #data; its curves are in charts.js.
 // Texts come into the page by textContent alone, and into plotly's labels by plain(): a name is never HTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
