@@ -103,6 +103,11 @@ def test_the_values_under_the_pointer_are_those_that_were_logged(page):
     assert re.search(r"1st : 0\.1<script>.*… : 0\.2$", hover(page, 10))
 
 
+def test_no_button_sends_a_chart_anywhere(page):
+    titles = page.evaluate("[...document.querySelectorAll('.chart .modebar-btn')].map((b) => b.dataset.title)")
+    assert set(titles) == {"Download plot as a PNG", "Zoom", "Pan", "Reset axes"}
+
+
 def test_the_axis_of_hours_and_smoothing(page):
     page.select_option("#axis", "hours")
     traces = page.evaluate("document.querySelector('#curves .chart').data.map((t) => [t.x, t.y])")

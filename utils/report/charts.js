@@ -76,14 +76,16 @@ function layout(title, x_title, log_x, log_y) {
     xaxis: { ...line, nticks: 6, exponentformat: "SI", title: { text: x_title, standoff: 6 }, type: log_x ? "log" : "linear" },
     yaxis: { ...line, nticks: 6, exponentformat: "power", type: log_y ? "log" : "linear" },
     hovermode: "x unified",
+    hoverdistance: -1, // the nearest point, however far it is
     dragmode: COARSE ? false : "zoom",
     showlegend: false,
     uirevision: `${state.axis} ${log_x} ${log_y}`, // a zoom outlives all but another axis
   };
 }
 
+// The buttons by name: plotly has one that uploads a chart.
 const CONFIG = { displaylogo: false, responsive: true,
-  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"] };
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
 const AXIS_TITLES = { steps: "step", images: "images seen", hours: "hours" };
 
 function draw_chart(chart) {
