@@ -12,11 +12,11 @@ import importlib.util
 from absl import flags
 from ml_collections import ConfigDict
 
+from utils.app.model import Limits, Served
 from utils.base.messages import UserError, configure_output, show_result
 from utils.flags import program, reading
 from utils.flags.definitions import define_codec_flags, define_params_flag, define_path
 from utils.flags.help import topic
-from utils.pages.app_model import Limits, Served
 from utils.runs.opening import load_generator
 
 PACKAGES = ("starlette", "uvicorn")  # of the extra `app`
@@ -83,7 +83,7 @@ def load_served(config: ConfigDict) -> Served:
 def main(config: ConfigDict) -> None:
     configure_output(is_apart=True, is_quiet=False)
     check_packages()
-    from utils.pages.app_server import bind, make_server
+    from utils.app.server import bind, make_server
 
     if not config.load_dir:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")

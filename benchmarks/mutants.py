@@ -546,44 +546,44 @@ test_container.py::test_all_locks_are_made_by_one_command
 test_container.py::test_conda_installs_the_lock
   environment.yml: requirements/cpu.txt -> requirements.txt
 test_app.py::test_the_command_of_an_answer_draws_the_very_same_pixels
-  utils/pages/app_drawing.py: generator = served.generator.with_seed(ask.seed) -> generator = served.generator
-  utils/pages/app_drawing.py: strips = np.swapaxes(self.film, 0, 1) -> strips = np.swapaxes(self.film[::-1], 0, 1)
-  utils/pages/app_commands.py: words += ["--seed", ask.seed] -> words += ["--seed", 0]
+  utils/app/drawing.py: generator = served.generator.with_seed(ask.seed) -> generator = served.generator
+  utils/app/drawing.py: strips = np.swapaxes(self.film, 0, 1) -> strips = np.swapaxes(self.film[::-1], 0, 1)
+  utils/app/commands.py: words += ["--seed", ask.seed] -> words += ["--seed", 0]
 test_app.py::test_images_between_two_samples_are_those_of_the_command
-  utils/pages/app_commands.py: "--interpolate", ask.columns -> "--interpolate", 4
+  utils/app/commands.py: "--interpolate", ask.columns -> "--interpolate", 4
 test_app.py::test_own_images_are_changed_as_by_the_command
-  utils/pages/app_drawing.py: ask.sampler, ask.repeats) -> ask.sampler, 5)
-  utils/pages/app_drawing.py: ask.labels, label) -> ask.labels, ask.labels[0])
+  utils/app/drawing.py: ask.sampler, ask.repeats) -> ask.sampler, 5)
+  utils/app/drawing.py: ask.labels, label) -> ask.labels, ask.labels[0])
 test_app.py::test_sizes_are_bounded
-  utils/pages/app_requests.py: if count * height * width > MAX_PIXELS: -> if False:
-  utils/pages/app_server.py: if len(content) > MAX_UPLOAD_BYTES: -> if False:
-  utils/pages/app_requests.py: if image.width * image.height > MAX_UPLOAD_PIXELS: -> if False:
+  utils/app/requests.py: if count * height * width > MAX_PIXELS: -> if False:
+  utils/app/server.py: if len(content) > MAX_UPLOAD_BYTES: -> if False:
+  utils/app/requests.py: if image.width * image.height > MAX_UPLOAD_PIXELS: -> if False:
 test_app.py::test_other_sites_cannot_ask
-  utils/pages/app_server.py: urlsplit(origin).netloc != host: -> False:
-  utils/pages/app_server.py: hostname not in LOOPBACK_NAMES: -> hostname is None:
+  utils/app/server.py: urlsplit(origin).netloc != host: -> False:
+  utils/app/server.py: hostname not in LOOPBACK_NAMES: -> hostname is None:
 test_app.py::test_faults_of_the_code_are_told_to_the_terminal_alone
-  utils/pages/app_server.py: return 500, FAULT -> return 500, str(error)
+  utils/app/server.py: return 500, FAULT -> return 500, str(error)
 test_app.py::test_an_answer_names_no_folder
-  utils/pages/app_model.py: return folder.name if step is None else -> return str(folder) if step is None else
+  utils/app/model.py: return folder.name if step is None else -> return str(folder) if step is None else
 test_app.py::test_jobs_are_computed_one_after_another_and_can_be_left
-  utils/pages/app_jobs.py: if self._is_cancelled.is_set(): -> if False:
-  utils/pages/app_jobs.py: if len(self.jobs) > self.limit: -> if False:
+  utils/app/jobs.py: if self._is_cancelled.is_set(): -> if False:
+  utils/app/jobs.py: if len(self.jobs) > self.limit: -> if False:
 test_app_page.py::test_the_classes_that_were_clicked_are_drawn
-  utils/pages/app.js: body.classes = choosers.classes.chosen; -> body.classes = choosers.classes.chosen.toReversed();
-  utils/pages/app.js: 0, frame * height, width, -> 0, (shown.frames - 1) * height, width,
-  utils/pages/app_drawing.py: {"png": encode_png(image), "title": title} -> {"png": encode_png(image), "title": ""}
+  utils/app/app.js: body.classes = choosers.classes.chosen; -> body.classes = choosers.classes.chosen.toReversed();
+  utils/app/app.js: 0, frame * height, width, -> 0, (shown.frames - 1) * height, width,
+  utils/app/drawing.py: {"png": encode_png(image), "title": title} -> {"png": encode_png(image), "title": ""}
 test_app_page.py::test_own_images_are_inverted_and_their_hole_is_filled
-  utils/pages/app_own.js: isHole ? [255, 255, 255, 255] -> isHole ? [0, 0, 0, 255]
-  utils/pages/app.js: body.edit = choosers.edit.chosen; -> body.edit = choosers.classes.chosen;
+  utils/app/own.js: isHole ? [255, 255, 255, 255] -> isHole ? [0, 0, 0, 255]
+  utils/app/app.js: body.edit = choosers.edit.chosen; -> body.edit = choosers.classes.chosen;
 test_app_page.py::test_numbers_are_sliders_within_the_range_of_training
-  utils/pages/app.js: min: field.low, -> min: 0,
+  utils/app/app.js: min: field.low, -> min: 0,
 test_app_page.py::test_a_closed_tab_ends_its_request_and_a_second_client_is_served
-  utils/pages/app_jobs.py: if self._is_cancelled.is_set(): -> if False:
+  utils/app/jobs.py: if self._is_cancelled.is_set(): -> if False:
 test_app_page.py::test_hostile_names_are_text_and_nothing_overlaps
-  utils/pages/app.js: "figcaption", { dir: "auto" }, title) -> "figcaption", { innerHTML: title })
-  utils/pages/app.css: grid-template-columns: minmax(300px, 380px) minmax(0, 1fr) -> grid-template-columns: 700px 700px
+  utils/app/app.js: "figcaption", { dir: "auto" }, title) -> "figcaption", { innerHTML: title })
+  utils/app/app.css: grid-template-columns: minmax(300px, 380px) minmax(0, 1fr) -> grid-template-columns: 700px 700px
 test_app_page.py::test_errors_are_shown_and_the_keyboard_is_enough
-  utils/pages/app.js: ?.focus(); -> ;
+  utils/app/app.js: ?.focus(); -> ;
 """
 
 

@@ -14,8 +14,8 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from utils.pages.app_model import Served  # noqa: E402
-from utils.pages.app_server import bind, make_server  # noqa: E402
+from utils.app.model import Served  # noqa: E402
+from utils.app.server import bind, make_server  # noqa: E402
 from utils.runs.opening import load_generator  # noqa: E402
 
 SIZE = {"width": 1280, "height": 800}

@@ -28,6 +28,11 @@ from tests.conftest import ROOT, Program
 from tests.known_models import Given, make_generator
 from tests.test_edit import tables  # noqa: F401 (a fixture)
 from tests.test_generate import generator, run  # noqa: F401 (fixtures)
+from utils.app import server as pages
+from utils.app.commands import write_sampler
+from utils.app.jobs import JobCancelledError, JobQueue, QueueFullError
+from utils.app.model import MAX_UPLOAD_BYTES, Limits, Served, hide_folders, hide_paths, name_run
+from utils.app.requests import parse_request, read_conditions, write_classes
 from utils.base.messages import UserError
 from utils.conditions.classes import ClassCondition
 from utils.conditions.images import ImageCondition
@@ -36,11 +41,6 @@ from utils.conditions.tokens import TextCondition
 from utils.conditions.vector import VectorCondition
 from utils.conditions.words import parse_rows, write_rows, write_texts
 from utils.flags import conditions, drawing
-from utils.pages import app_server as pages
-from utils.pages.app_commands import write_sampler
-from utils.pages.app_jobs import JobCancelledError, JobQueue, QueueFullError
-from utils.pages.app_model import MAX_UPLOAD_BYTES, Limits, Served, hide_folders, hide_paths, name_run
-from utils.pages.app_requests import parse_request, read_conditions, write_classes
 from utils.sampling.solvers import SamplerConfig
 
 URL = "http://127.0.0.1:7860"
@@ -342,7 +342,7 @@ def test_exhausted_memory_is_one_line(client, monkeypatch):
     def fail(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of /some/path")
 
-    monkeypatch.setitem(__import__("utils.pages.app_drawing", fromlist=["TASKS"]).TASKS, "sample", fail)
+    monkeypatch.setitem(__import__("utils.app.drawing", fromlist=["TASKS"]).TASKS, "sample", fail)
     answer = client.post("/api/sample", json={})
     assert answer.status_code == 422
     assert "out of memory: the request needs more than there is" in answer.json()["error"]

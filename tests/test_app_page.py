@@ -14,12 +14,12 @@ from benchmarks.recognise_digits import recognised_fraction
 from tests.conftest import run_program
 from tests.known_models import Levels, make_digits, make_generator
 from tests.test_app import serving
+from utils.app import server as pages
+from utils.app.jobs import JobCancelledError
+from utils.app.model import Limits, Served
 from utils.conditions.classes import ClassCondition
 from utils.conditions.several import SeveralCondition
 from utils.conditions.vector import VectorCondition
-from utils.pages import app_server as pages
-from utils.pages.app_jobs import JobCancelledError
-from utils.pages.app_model import Limits, Served
 from utils.runs.opening import load_generator
 
 pytestmark = pytest.mark.xdist_group("browser")  # one process has it

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 from PIL import Image
 
+from utils.app.jobs import Job
+from utils.app.model import Served, hide_paths
+from utils.app.requests import Ask
 from utils.base.devices import explaining_out_of_memory
 from utils.conditions.condition import count_rows, number_rows, resize_rows
 from utils.images import plotting
-from utils.pages.app_jobs import Job
-from utils.pages.app_model import Served, hide_paths
-from utils.pages.app_requests import Ask
 from utils.sampling import editing
 from utils.sampling.generator import ImageGenerator
 

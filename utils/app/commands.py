@@ -4,9 +4,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from utils.app.model import Served, hide_folders
+from utils.app.requests import Ask, write_classes
 from utils.base.commands import write_command
-from utils.pages.app_model import Served, hide_folders
-from utils.pages.app_requests import Ask, write_classes
 from utils.sampling.samplers import FLAGS, guidance_scale
 from utils.sampling.solvers import SamplerConfig
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, PyTree, UInt8
 
+from utils.app.model import MAX_PIXELS, MAX_TEXT, MAX_UPLOAD_PIXELS, Served
 from utils.base.messages import UserError
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition, count_rows, number_rows
@@ -20,7 +21,6 @@ from utils.conditions.several import SeveralCondition
 from utils.conditions.words import write_rows, write_texts
 from utils.images.decoding import BrokenImageError, open_image, read_image
 from utils.images.pixels import check_pictures
-from utils.pages.app_model import MAX_PIXELS, MAX_TEXT, MAX_UPLOAD_PIXELS, Served
 from utils.sampling.editing import default_labels, read_mask
 from utils.sampling.samplers import guidance_scale, is_integer
 from utils.sampling.solvers import SamplerConfig

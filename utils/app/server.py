@@ -30,13 +30,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from utils.app.commands import write_request
+from utils.app.drawing import Drawn, draw
+from utils.app.jobs import Job, JobCancelledError, JobQueue, QueueFullError, ServerEndsError
+from utils.app.model import MAX_UPLOAD_BYTES, Served, hide_paths
+from utils.app.requests import Ask, parse_json, parse_request
 from utils.base.files import read_bytes
 from utils.base.messages import UserError, one_line, warn
-from utils.pages.app_commands import write_request
-from utils.pages.app_drawing import Drawn, draw
-from utils.pages.app_jobs import Job, JobCancelledError, JobQueue, QueueFullError, ServerEndsError
-from utils.pages.app_model import MAX_UPLOAD_BYTES, Served, hide_paths
-from utils.pages.app_requests import Ask, parse_json, parse_request
 
 # Answers whose files can be downloaded: the newest, as many as these bounds allow.
 KEPT_RESULTS = 16
@@ -54,7 +54,7 @@ def read_page() -> tuple[str, str]:
     """Returns (the page with its style and its script inside, the policy that lets only these run)."""
     # Files of their own, to be read and edited; a browser gets one page.
     html, style, *scripts = (
-        read_bytes(Path(__file__).with_name(name)).decode() for name in ("app.html", "app.css", "app_own.js", "app.js")
+        read_bytes(Path(__file__).with_name(name)).decode() for name in ("app.html", "app.css", "own.js", "app.js")
     )
     script = "".join(scripts)
     # Only what has these hashes runs: a name that became an element could do nothing.
