@@ -283,7 +283,7 @@ test_condition_records.py::test_latents_keep_any_condition
 test_latents.py::test_what_is_encoded_is_what_the_flags_say
   encode_latents.py: codec, spec, config.shard_size) -> codec, spec, 4096)
 test_convert_checkpoint.py::test_the_parameters_that_the_flag_names_are_exported
-  convert_checkpoint.py: out, config.params, config.push) -> out, "ema", config.push)
+  convert_checkpoint.py: out, config.params, config.push, picture -> out, "ema", config.push, picture
 test_tracking.py::test_what_wandb_shows_is_what_the_flags_say
   utils/trackers/wandb_tracker.py: **options, ->
 test_trackers.py::test_lines_say_when_they_were_written_and_how_long_the_run_has_been_running
@@ -462,7 +462,7 @@ test_augmentation.py::test_the_network_learns_changed_images_and_is_told_how
 test_augmentation.py::test_validation_is_of_images_as_they_are
   utils/training/step.py: jnp.where(is_validation, 0.0, model.condition.prob) -> model.condition.prob
 test_augmentation.py::test_what_is_exported_needs_no_word_of_changes
-  utils/runs/export.py: config["augment"] = [] -> pass
+  utils/runs/export.py: "lora_rank": 0, "augment": [], -> "lora_rank": 0,
 test_guidance.py::test_both_outputs_learn_and_the_loss_is_that_of_the_last
   utils/training/step.py: model.config.inner_weight * means["inner_loss"] -> means["inner_loss"]
   utils/training/step.py: return means["l2_loss"] + inner, means -> return means["l2_loss"], means
