@@ -32,6 +32,38 @@ KILLED, SURVIVED = 1, 0  # pytest's status for tests that failed, and for tests 
 
 # Each test with the faults that it has to notice: `file: text -> what stands there instead`.
 TABLE = """
+test_report_page.py::test_the_values_under_the_pointer_are_those_that_were_logged
+  utils/report/charts.js: x, y: curve.values, mode, line -> x, y: curve.values.slice(1), mode, line
+test_report_page.py::test_no_button_sends_a_chart_anywhere
+  utils/report/charts.js: modeBarButtons: -> modeBarButtonsToAdd:
+test_report_page.py::test_the_axis_of_hours_and_smoothing
+  utils/report/charts.js: / 3600; -> / 3000;
+  utils/report/charts.js: values[i - window] : null -> values[i - window + 1] : null
+test_report_page.py::test_the_slider_changes_the_pictures
+  utils/report/report.js: step_of(item) <= step).pop() -> step_of(item) <= step)[0]
+  utils/report/report.js: (each) => each.step, step) -> (each) => each.step, 1e9)
+  utils/report/data.py: sorted(steps.items()) -> sorted(steps.items(), reverse=True)
+test_report_page.py::test_a_button_of_the_legend_hides_its_run_everywhere
+  utils/report/charts.js: !curve || !is_shown(i) -> !curve
+  utils/report/report.js: line.hidden = state.hidden.includes(line.run) -> line.hidden = false
+test_report_page.py::test_tables_are_sorted_and_the_best_is_bold
+  utils/report/report.js: descending ? compare(right, left) : compare(left, right) -> compare(left, right)
+test_report.py::test_hostile_texts_cannot_end_the_script
+  utils/report/data.py: .replace("<", "\\\\u003c") ->
+test_report.py::test_a_thinned_curve_keeps_its_ends_and_every_extreme
+  utils/report/curves.py: np.argmax, high -> np.argmin, high
+test_report.py::test_nan_hides_no_extreme_of_its_section
+  utils/report/curves.py: np.where(np.isnan(values), -np.inf, values) -> values
+test_report.py::test_any_beginning_of_the_ranked_steps_is_spread_over_all
+  utils/report/images.py: [places[-1], places[0]] -> [places[0], places[-1]]
+test_report.py::test_the_tables_of_two_runs
+  utils/report/data.py: find_best(name, values) -> max(values)
+test_report.py::test_watching_writes_again_what_has_changed_until_the_end
+  report.py: (now := look_at(runs)) != seen -> (now := look_at(runs))
+test_report.py::test_a_film_of_a_panel_has_a_frame_a_step
+  report.py: config.film_seconds, config.scale) -> 5.0, config.scale)
+test_plot_metrics.py::test_curves_over_hours_and_images
+  utils/runs/axes.py: [0, *known], [0.0, *seconds] -> known, seconds[::-1]
 test_panels.py::test_a_training_says_which_evaluation_which_scales_and_which_classes
   utils/training/evaluation.py: inner_scale=sampling.inner_scale if config.model.inner_head else 1.0 -> inner_scale=1.0
 test_prediction.py::test_the_loss_is_the_error_of_the_data_over_the_divisor
