@@ -70,7 +70,7 @@ def read_page() -> tuple[str, str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server bound to this host is reached from the machine itself alone."""
+    """Returns whether a server bound to this host is reached from the machine itself alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -120,6 +120,7 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *extra]}
             await send(message)
 
+        # A refusal has the headers of any other answer.
         if reason := refuse_strangers(Headers(scope=scope), self.is_local):
             await refuse(403, reason)(scope, receive, send_with_headers)
             return
@@ -193,6 +194,8 @@ class Server:
         except Exception:
             traceback.print_exc()
             return refuse(500, FAULT)
+
+        # The job waits or runs from here on; whoever asked follows it, or waits for its end.
         if body.get("stream"):
             return StreamingResponse(self.stream(job), media_type="application/x-ndjson")
         return await self.finish(request, ask, job)
@@ -256,6 +259,7 @@ class Server:
         if drawn is None or name not in ("grid.png", "samples.npz"):
             return refuse(404, f"only the last {KEPT_RESULTS} results are kept; draw this one again")
 
+        # Made now, off the thread that answers: most results are never downloaded.
         def write() -> bytes:
             with self.plotting:
                 return drawn.to_figure() if name == "grid.png" else drawn.to_npz()
@@ -298,6 +302,7 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
         raise UserError(f"--host={host} is no address of this machine; use 127.0.0.1, or 0.0.0.0 for all") from None
+    # A port that a server has just left may be taken again at once.
     found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

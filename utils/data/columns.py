@@ -100,10 +100,13 @@ def _read_value(value: Any) -> Any:
 def check_columns(name: str, arrays: Mapping[str, ArrayLike]) -> None:
     """Raises UserError for arrays, or headers of files, that are no columns of a data set; `arrays` are {name: array},
     and names are those of KEYS."""
+    # The images, whose rows all others have to match.
     images = arrays["images"]
     _check_images(name, "images", images)
     if (remark := _channels_remark(images.shape)) is not None:
         warn_once(f"{name}: {remark}")
+
+    # Each column by itself.
     for key, array in arrays.items():
         if array.dtype.hasobject:
             raise UserError(
@@ -202,6 +205,7 @@ def column_dataset(
     -1 .. 1 of float images; without it, their range in the training split. Arrays may be mapped from files. Only
     'train' flips. Raises UserError, which begins with `name`, for other arrays, and for values that are not finite.
     """
+    # What is given, checked by itself and then against the other split.
     given = {"train": columns, **({} if validation is None else {"validation": validation})}
     arrays = {part: {key: np.asanyarray(array) for key, array in found.items()} for part, found in given.items()}
     for found in arrays.values():
@@ -215,6 +219,8 @@ def column_dataset(
         raise UserError(
             f"{name}: {min(lacking)} are given for one of the splits alone; give them for both, or for none"
         )
+
+    # The rows of each split.
     counts = {part: len(found["images"]) for part, found in arrays.items()}
     if validation is None:
         if counts["train"] == 1:
@@ -227,6 +233,7 @@ def column_dataset(
 
 def make_columns(arrays: Mapping[str, np.ndarray], rows: Sequence[int] | np.ndarray) -> Columns:
     """Returns a source of `rows` of {name: array (n, ...)}, named as in KEYS, which `check_columns` has accepted."""
+    # Grey images have a channel, as all others do.
     found = {KEYS[name]: array for name, array in arrays.items()}
     for key in ("image", "condition_image"):
         if key in found and found[key].ndim == 3:
@@ -257,6 +264,7 @@ def make_dataset(
     Raises UserError, which begins with `name`, for values that are not finite, for float images that are all of one
     value, and for labels and other columns that no model can be trained on.
     """
+    # The format of the images: floats have a range, which is that of the training split.
     source = parts[split]
     _check_finite(name, source)
     images = source.arrays["image"]
@@ -314,6 +322,7 @@ def make_condition(
     makes tokens of captions (default: words); `images` is the condition of images. Raises UserError, which does not
     name the data, for columns on which no model can be trained.
     """
+    # A part for each kind of column.
     parts: dict[str, Condition] = {}
     if class_names:
         empty = find_empty_classes(columns["label"], len(class_names)) if "label" in columns else ()
@@ -329,6 +338,8 @@ def make_condition(
         parts["tokens"] = TokensCondition(length, width)
     if images is not None:
         parts["image"] = images
+
+    # Labels alone need no condition of their own; of several parts, each number has a name by which it is asked for.
     if parts.keys() <= {"class"}:
         return None
     fields = [field for part in parts.values() for field in part.fields]
@@ -363,6 +374,7 @@ def _find_images(name: str, train: Columns, space: str) -> ImageCondition | None
 
 def _measure_range(name: str, train: Columns, key: str) -> tuple[float, float]:
     """Returns the lowest and the highest value of float images."""
+    # In float32, in which the model computes: a range beyond it would be infinite.
     _check_finite(name, train)
     with np.errstate(over="ignore"):
         low, high = map(np.float32, train.summary.ranges[key])

@@ -188,6 +188,7 @@ def choose_metrics(names: Sequence[str] | None, extractors: Sequence[str] = ()) 
     """
     if names is None:
         return tuple(metric for metric in METRICS if metric.needs.extractor in extractors)
+    # A name may be a list itself, as in a sweep's settings.
     text = ",".join(names)
     known = [str(metric) for metric in METRICS]
     for name in text.split(","):
@@ -231,6 +232,7 @@ def why_no_moments(
     """Returns why a metric of pixels cannot be computed against a reference, or None."""
     if metric.needs != PIXELS:
         return None
+    # Statistics, then images that they can be of.
     pixels = reference.pixels
     if pixels is None:
         command = "compute_fid_stats.py --metrics moments"

@@ -78,6 +78,7 @@ class ExportedRun(Checkpoints):
 
     def _read_checksums(self, step: int) -> dict[str, Any]:
         """Returns {item: {leaf: [None, *shape]}}: the file's own checksums have been compared."""
+        # The one set of parameters is read as the EMA; raw ones as both.
         shapes = {leaf: [None, *shape] for leaf, shape in leaf_shapes(self.content[1]).items()}
         return {"ema_params": shapes} | ({"params": shapes} if self.source.params == "raw" else {})
 
@@ -97,6 +98,7 @@ class ExportedRun(Checkpoints):
 
 def warn_of_other_settings(path: Path, run: Mapping[str, Any]) -> None:
     """Warns of a config.json that is not that of the weights beside it, as it is in a folder of two exports' files."""
+    # A file without one, or beside a damaged one, is still whole: its own settings are in it.
     if not path.is_file():
         return
     try:

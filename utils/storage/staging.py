@@ -75,6 +75,7 @@ class StagedFolder:
     def pull(self, files: Iterable[RemoteFile]) -> None:
         """Fetches those of the objects that are not what the folder has; a local file that has changed since it was
         uploaded stays where the object has not."""
+        # An object is known by its version, not by its time, which uploads change.
         known = self.read_record()["files"]
         missing = []
         for file in files:
@@ -106,6 +107,7 @@ class StagedFolder:
     def changed(self, is_wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
         """Returns the names of the local files that are not those of objects, in order; hidden and temporary ones are
         left out."""
+        # What programs hide or are still writing is nobody else's.
         known = self.read_record()["files"]
         names = []
         for folder, subfolders, files in os.walk(self.folder):
@@ -181,10 +183,13 @@ def stage_output(url: str, flag: str) -> Path:
 
     Raises RemoteError where nothing can be written there.
     """
+    # The place, before any work: a bucket itself has no name to write to.
     parent, _, name = url.rstrip("/").rpartition("/")
     if parent.endswith(":/"):
         raise UserError(f"--{flag}={url}: name an object or a folder in the bucket, such as {url.rstrip('/')}/results")
     remote.check_writable(url, flag)
+
+    # A local folder of its own, called by the URL in all messages.
     folder = remote.cache_path(url, "outputs")
     folder.mkdir(parents=True, exist_ok=True)
     staged = StagedFolder(parent, folder)
