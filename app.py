@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from utils.app.model import Limits, Served
 from utils.base.messages import UserError, configure_output, show_result
 from utils.flags import program, reading
-from utils.flags.definitions import define_codec_flags, define_params_flag, define_path
+from utils.flags.definitions import define_codec_flags, define_params_flag, define_path, define_quiet_flag
 from utils.flags.help import topic
 from utils.runs.opening import load_generator
 
@@ -35,6 +35,7 @@ def define_flags() -> None:
     with topic("Where"):
         flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0: also for other machines.")
         flags.DEFINE_integer("port", 7860, "Port to listen on; 0: any that is free.", 0, 65535)
+        define_quiet_flag()
     with topic("Bounds"):
         flags.DEFINE_integer("max_samples", 64, "Images of a request.", 2, 128)
         flags.DEFINE_integer("max_steps", 256, "Steps of a request.", 1, 10_000)
@@ -81,7 +82,7 @@ def load_served(config: ConfigDict) -> Served:
 
 
 def main(config: ConfigDict) -> None:
-    configure_output(is_apart=True, is_quiet=False)
+    configure_output(is_apart=True)
     check_packages()
     from utils.app.server import bind, make_server
 

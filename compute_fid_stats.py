@@ -33,6 +33,7 @@ from utils.flags.definitions import (
     define_metrics_flag,
     define_path,
     define_process_flags,
+    define_quiet_flag,
 )
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
@@ -84,7 +85,7 @@ def define_flags() -> None:
         flags.DEFINE_integer(
             "batch_size", None, "Images at a time, over all devices; default: 128, of dinov2 what fits."
         )
-        flags.DEFINE_bool("quiet", False, "Errors alone.")
+        define_quiet_flag()
     define_process_flags()
 
 
@@ -168,7 +169,7 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
     has_labels = isinstance(opened.images, ImageDataset) and isinstance(opened.images.condition, ClassCondition)
     label_counts = np.zeros(opened.images.num_classes, np.int64) if has_labels else None
     batches = opened.read(batch_size, num_images, label_counts, mesh)
-    measure_images(extractors, batches, statistics, num_images, flag="num_images")
+    measure_images(extractors, batches, statistics, num_images, "measuring", flag="num_images")
     if label_counts is not None:
         label_counts = sum_over_processes(label_counts)
     if not is_first():
@@ -191,7 +192,7 @@ def make_statistics(config: ConfigDict, opened: ReferenceImages, mesh: Mesh, out
 
 
 def main(config: ConfigDict) -> None:
-    configure_output(is_apart=True, is_quiet=config.quiet)
+    configure_output(is_apart=True)
 
     # Whatever can be refused without reading an image.
     if config.out is None:

@@ -22,7 +22,7 @@ from utils.conditions.condition import recorded_kind, restore_condition
 from utils.convert.published import FAMILIES
 from utils.convert.sources import read_source
 from utils.flags import program
-from utils.flags.definitions import define_params_flag, define_path, define_saved_model_flags
+from utils.flags.definitions import define_params_flag, define_path, define_quiet_flag, define_saved_model_flags
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import hide, topic
 from utils.runs.export import check_export, export_run, push
@@ -35,6 +35,7 @@ MAX_NAMES_BYTES = 2**24  # of --class_names
 
 def define_flags() -> None:
     define_path("out", None, "Folder of the new run; of --load_dir: a file X.safetensors, or a folder for the hub.")
+    define_quiet_flag()
     # One direction ...
     with topic("Published to run"):
         define_path(

@@ -17,9 +17,9 @@ from absl import flags
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float16, PyTree, UInt8
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from utils.base import hosts
+from utils.base.bars import Bar
 from utils.base.commands import write_command
 from utils.base.devices import check_batch_memory
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
@@ -40,6 +40,7 @@ from utils.flags.definitions import (
     define_flip_flag,
     define_path,
     define_process_flags,
+    define_quiet_flag,
 )
 from utils.flags.help import topic
 from utils.images.pixels import UINT8, images_from_uint8
@@ -53,6 +54,7 @@ def define_flags() -> None:
         define_path("out", None, "Folder to write.")
         flags.DEFINE_integer("batch_size", 64, "Images at a time, over all devices of a process.")
         flags.DEFINE_integer("shard_size", 4096, "Images per file.", lower_bound=1)
+        define_quiet_flag()
     define_process_flags()
 
 
@@ -99,7 +101,7 @@ def encode_examples(
         yield from finish(*waiting)
 
 
-def count_examples(examples: Iterator, bar: tqdm) -> Iterator:
+def count_examples(examples: Iterator, bar: Bar) -> Iterator:
     """Yields the examples, and moves the bar by each."""
     for example in examples:
         yield example
@@ -188,7 +190,8 @@ def write_latents(
     own = hosts.share_files(out, names)
     # A full disk is reported with the number of files that are finished.
     explaining = explaining_full_disk(lambda: latents.count_finished(out, names))
-    with progress_bar(total=sum(len(files[name]) for name in own), unit="image") as bar, explaining:
+    total = sum(len(files[name]) for name in own)
+    with progress_bar(total=total, desc="encoding", unit="image") as bar, explaining:
         for split, dataset in datasets.items():
             # Compiled once a split, as only training has mirror images.
             views = partial(encode_views, num_views=manifest.num_views[split])

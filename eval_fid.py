@@ -26,6 +26,7 @@ from utils.flags.definitions import (
     define_metrics_flag,
     define_path,
     define_process_flags,
+    define_quiet_flag,
     define_sampler_flags,
     define_saved_model_flags,
     define_tracker_flags,
@@ -98,7 +99,7 @@ def define_flags() -> None:
             "save_samples", None, "Also write samples: X.npz with conditions, as npz:X.npz reads it, else PNGs."
         )
         define_path("json", None, "Write the rows as JSON here; - is the standard output, instead of the table.")
-        flags.DEFINE_bool("quiet", False, "Results and errors alone.")
+        define_quiet_flag()
     define_sampler_flags(cfg_scale="4", denoise_timesteps="500", takes_several=True)  # a row for each of both
     with topic("Sampling"):
         flags.DEFINE_integer("use_cfg", 1, "0 turns guidance off.", 0, 1)
@@ -224,7 +225,7 @@ def read_params(words: Sequence[str]) -> list[str]:
 
 
 def main(config: ConfigDict) -> None:
-    configure_output(is_apart=True, is_quiet=config.quiet)
+    configure_output(is_apart=True)
     if bool(config.load_dir) == bool(config.samples):
         raise UserError(
             "give one of --load_dir (the folder of a run, such as runs/demo) and --samples (images to score)"

@@ -29,7 +29,13 @@ from utils.data.batches import epoch_batches
 from utils.data.dataset import Batch, ImageDataset, PixelBatch
 from utils.data.loaders import get_loader, load_dataset
 from utils.flags import program, reading
-from utils.flags.definitions import define_codec_flags, define_data_flags, define_params_flag, define_path
+from utils.flags.definitions import (
+    define_codec_flags,
+    define_data_flags,
+    define_params_flag,
+    define_path,
+    define_quiet_flag,
+)
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.decoding import find_mode
@@ -80,7 +86,7 @@ def define_flags() -> None:
     with topic("Output"):
         define_path("per_image", None, "Also write a CSV with a line for each image: index, label, value, NFE.")
         define_path("json", None, "Also write the result as JSON into this file; - prints it instead of the table.")
-        flags.DEFINE_bool("quiet", False, "The result and errors alone.")
+        define_quiet_flag()
 
 
 class Measurement:
@@ -250,7 +256,7 @@ class Measurement:
 
 
 def main(config: ConfigDict) -> None:
-    configure_output(is_apart=True, is_quiet=config.quiet)
+    configure_output(is_apart=True)
     if not config.load_dir:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
     check_effects(RULES["likelihood"], config)

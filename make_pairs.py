@@ -14,9 +14,9 @@ import numpy as np
 from absl import flags
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from utils.base import hosts
+from utils.base.bars import Bar
 from utils.base.commands import write_command
 from utils.base.devices import RANDOM, changed_variables, explaining_out_of_memory
 from utils.base.files import FolderLock, check_writable, explaining_full_disk, prepare_output_folder, write_json
@@ -33,6 +33,7 @@ from utils.flags.definitions import (
     define_params_flag,
     define_path,
     define_process_flags,
+    define_quiet_flag,
     define_sampler_flags,
 )
 from utils.flags.help import topic
@@ -56,12 +57,13 @@ def define_flags() -> None:
         define_params_flag()
         flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Compute dtype; default: the run's.")
         define_codec_flags()
+        define_quiet_flag()
     define_sampler_flags(cfg_scale="1", denoise_timesteps="100")
     define_process_flags()
 
 
 def make_examples(
-    generator: ImageGenerator, sampler: SamplerConfig, rows: range, batch_size: int, bar: tqdm
+    generator: ImageGenerator, sampler: SamplerConfig, rows: range, batch_size: int, bar: Bar
 ) -> Iterator[tuple[PyTree, np.ndarray]]:
     """Yields (condition, x_1) of the pairs `rows`; x_1, the latent that was drawn, is float32 (h, w, c)."""
     for start in range(rows.start, rows.stop, batch_size):
@@ -151,7 +153,7 @@ def write_pairs(
     # Files are written whole or not at all, so one that is there needs no second look.
     own = hosts.share_files(out, names)
     with (
-        progress_bar(total=sum(len(rows) for name, rows in shards if name in own), unit="pair") as bar,
+        progress_bar(total=sum(len(rows) for name, rows in shards if name in own), desc="drawing", unit="pair") as bar,
         explaining_out_of_memory("sampling", "a smaller --batch_size"),
         explaining_full_disk(lambda: count_finished(out, names)),
     ):

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from utils.base.files import atomic_write, write_text
 from utils.base.messages import UserError, log, show_result
 from utils.flags import program, reading
-from utils.flags.definitions import define_path
+from utils.flags.definitions import define_path, define_quiet_flag
 from utils.flags.effects import RULES, check_effects
 from utils.images import plotting
 from utils.runs.axes import AXES, place_steps
@@ -63,6 +63,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("dpi", 120, "Pixels an inch of a .png.", 30, 1200)
     flags.DEFINE_integer("smooth", 1, "Logged values in a running mean; 1: none.", lower_bound=1)
     flags.DEFINE_bool("log_y", False, "Logarithmic values.")
+    define_quiet_flag()
 
 
 def choose_metrics(known: Iterable[str], requested: Sequence[str], is_optional: bool) -> list[str]:

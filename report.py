@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from utils.base.files import prepare_output_file
 from utils.base.messages import UserError, log, rewording, show_result
 from utils.flags import program, reading
-from utils.flags.definitions import define_path
+from utils.flags.definitions import define_path, define_quiet_flag
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
 from utils.images.films import film_of_files
@@ -37,6 +37,7 @@ def define_flags() -> None:
         "runs", [], "Run folders or metrics.jsonl files, separated by commas; * stands for any characters."
     )
     define_path("out", "report.html", "The .html to write; with --film a .webp, .gif or .mp4.")
+    define_quiet_flag()
     flags.DEFINE_bool("watch", False, "Write it again whenever a run has logged something, until Ctrl-C.")
     flags.DEFINE_float("watch_seconds", 10.0, "With --watch: seconds between two looks.", 1.0, 86400.0)
     flags.DEFINE_float("image_megabytes", 4.25, "Room for pictures in the page; the last and first ones go first.", 0.0)

@@ -95,8 +95,8 @@ def draw(request: Request) -> None:
     requested = min(config.batch_size or RECIPE_BATCH_SIZE, config.num_samples)
     batch_size = -(-requested // num_devices) * num_devices
     shown: list[UInt8[np.ndarray, "b h w c"]] = []
-    batches = generator.generate(request.sampler, config.num_samples, batch_size, request.conditions)
     bar = progress_bar(total=config.num_samples, unit="image", desc=str(request.sampler))
+    batches = generator.generate(request.sampler, config.num_samples, batch_size, request.conditions, bar)
     saving: Any = nullcontext()
     if is_saving:
         saving = SampleWriter(config.save_samples, config.num_samples, generator.condition.to_columns)
@@ -107,7 +107,6 @@ def draw(request: Request) -> None:
                 shown.append(generator.to_pictures(images))
             if writer is not None:
                 writer.write(images, conditions)  # in the format of the data: floats in their range
-            bar.update(len(images))
 
     # The grid comes last, but its path first. The samples are complete even if the grid does not fit on the disk.
     images = np.concatenate(shown)[:MAX_SHOWN]

@@ -10,7 +10,7 @@ import sys
 
 from ml_collections import ConfigDict
 
-from utils.base.messages import log
+from utils.base.messages import log, show_result
 from utils.base.processes import EXIT_STOPPED, StopRequest, describe_processes, initialize_processes
 from utils.flags.definitions import define_run_flags
 from utils.flags.program import process_age, run_program
@@ -39,7 +39,7 @@ def main(values: ConfigDict) -> None:
     run = build_run(config, stages)
     if config.training.plan:
         for line in plan_run(run):
-            log(line)
+            show_result(line)
         return
     report_end(run, train(run, stop))
 

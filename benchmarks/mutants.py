@@ -616,6 +616,22 @@ test_app_page.py::test_hostile_names_are_text_and_nothing_overlaps
   utils/app/app.css: grid-template-columns: minmax(300px, 380px) minmax(0, 1fr) -> grid-template-columns: 700px 700px
 test_app_page.py::test_errors_are_shown_and_the_keyboard_is_enough
   utils/app/app.js: ?.focus(); -> ;
+test_bars.py::test_lines_are_written_above_a_bar_in_a_terminal
+  utils/base/messages.py: contextlib.suppress(OSError), bars.above_bars(): -> contextlib.suppress(OSError):
+  utils/base/bars.py: has_widgets() or sys.stderr.isatty(), -> False,
+test_bars.py::test_a_log_file_has_a_line_now_and_then
+  utils/base/bars.py: if not is_live(): -> if False:
+test_bars.py::test_what_takes_no_time_and_what_is_done_beside_the_program_have_no_bar
+  utils/base/background.py: , initializer=hide_bars ->
+test_bars.py::test_in_a_notebook_a_bar_is_a_widget_and_without_ipywidgets_text
+  utils/base/messages.py: return _Output.is_quiet or bars -> return bars
+  utils/base/bars.py: if has_widgets(): -> if False:
+test_bars.py::test_of_a_download_from_the_hub_the_bytes_are_shown_alone
+  utils/base/bars.py: is_silent or not is_first -> is_silent
+test_bars.py::test_the_bar_of_a_training_says_what_it_waits_for
+  utils/training/progress.py: self.bar.start_t += seconds -> pass
+test_bars.py::test_every_program_has_the_one_flag
+  utils/flags/program.py: configure_output(is_quiet=FLAGS.quiet) -> pass
 """
 
 

@@ -203,7 +203,7 @@ def test_an_output_that_cannot_be_uploaded_stays_here(monkeypatch):
     path = staging.stage_output("memory://bucket/results/x.npz", "out")
     path.write_bytes(b"x")
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "upload", lambda path, url: (_ for _ in ()).throw(RemoteError(url, "no room")))
+        patch.setattr(remote, "upload", lambda path, url, bar=None: (_ for _ in ()).throw(RemoteError(url, "no room")))
         with pytest.raises(UserError) as error:
             staging.upload_outputs(is_run_file)
     last = f"the local copy is whole and lies in {path.parent}; copy it there"
@@ -297,10 +297,10 @@ def read_config(checkpoints):
 def test_what_was_saved_but_not_uploaded_is_uploaded_by_the_next_start(monkeypatch, capsys):
     upload = remote.upload
 
-    def fail(path, url, flag=None):
+    def fail(path, url, flag=None, bar=None):
         if "/checkpoints/" in url:
             raise RemoteError(url, "its storage cannot be reached")
-        upload(path, url, flag)
+        upload(path, url, flag, bar)
 
     run, checkpoints = open_run()
     with monkeypatch.context() as patch:

@@ -21,11 +21,12 @@ from typing import Any
 
 import filelock
 
-from utils.base.messages import NO_ROOM, UserError, WriteError, find_system_error, warn
+from utils.base.messages import NO_ROOM, UserError, WriteError, find_system_error, printable, progress_bar, warn
 
 UNFINISHED = ".unfinished.json"  # in a folder that is being filled
 MAX_STEM = 50  # letters of a file's name in that of its temporary, which has at most 255 bytes
 TEMPORARY = re.compile(r"\..+?(?:\.([0-9a-f]{8}))?\.(\d+)\.tmp")  # older ones do not name the machine
+HASHED_BYTES = 2**22  # read at a time
 READ_PAUSES = (0.1, 0.4, 1.5)  # seconds before a failed read is tried again
 # What another try cannot change: nothing is there, it is no file, or it may not be opened.
 LASTING_ERRORS = (
@@ -101,8 +102,25 @@ class LimitedReads:
 
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes as hexadecimal digits."""
+    # Some at a time, so that a bar can move.
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        size = os.fstat(file.fileno()).st_size
+        with progress_bar(None, f"hashing {printable(path.name)}", size, unit="B", unit_scale=True, delay=2) as bar:
+            while chunk := file.read(HASHED_BYTES):
+                digest.update(chunk)
+                bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def count_bytes(path: Path) -> int:
+    """Returns the bytes of a file, or of all files in a folder, that are on disk so far."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    total = 0
+    for file in files:
+        with contextlib.suppress(OSError):  # it has been renamed meanwhile
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def cache_folder() -> Path:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # its store of keys and values, which all processes reach
 
-from utils.base.messages import close_bars
+from utils.base.bars import close_bars
 
 PAUSE = 1  # seconds between two signs of life
 PATIENCE = 30  # seconds without one, after which a process counts as gone

@@ -7,11 +7,13 @@ run; names of files may be in any encoding.
 import contextlib
 import errno
 import functools
+import logging as python_logging
 import os
 import re
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from logging import LogRecord, getLogger
 from pathlib import Path
@@ -19,7 +21,8 @@ from typing import Any, ClassVar
 
 import jax
 from absl import logging
-from tqdm import tqdm
+
+from utils.base import bars
 
 
 class UserError(ValueError):
@@ -97,14 +100,19 @@ class _Output:
     places: ClassVar[dict[str, str]] = {}  # {local path: the URL of which it is the copy}, by `show_path_as`
 
 
-def configure_output(*, is_apart: bool, is_quiet: bool) -> None:
-    """Sets where lines go.
+def configure_output(*, is_apart: bool | None = None, is_quiet: bool | None = None) -> None:
+    """Sets where lines go; None leaves a setting as it is.
 
     `is_apart`: results to the standard output, all else to the standard error output. `is_quiet`: nothing but results
-    and errors is printed.
+    and errors is printed, by libraries neither.
     """
-    _Output.is_apart = is_apart
-    _Output.is_quiet = is_quiet
+    if is_apart is not None:
+        _Output.is_apart = is_apart
+    if is_quiet is not None:
+        _Output.is_quiet = is_quiet
+        python_logging.disable(python_logging.WARNING if is_quiet else python_logging.NOTSET)
+        if is_quiet:
+            warnings.simplefilter("ignore")
 
 
 def keep_libraries_apart() -> None:
@@ -175,7 +183,7 @@ def warn_once(text: str) -> None:
 def _print(text: str, file: Any) -> None:
     # Of several processes one speaks; the others would say the same.
     if jax.process_index() == 0:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), bars.above_bars():
             print(printable(with_urls(text)), file=file, flush=True)
 
 
@@ -189,35 +197,27 @@ def finish_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def progress_bar(*args: Any, **options: Any) -> tqdm:
-    """Returns a tqdm bar that survives a full disk under the log, and that --quiet silences; of several processes, one
-    has bars. Where there is nothing to do, there is none."""
-    is_silent = _Output.is_quiet or jax.process_index() > 0 or options.get("total") == 0
-    return tqdm(*args, **{"file": TolerantStream(), "disable": is_silent, **options})
+# --- Progress bars ---
 
 
-def close_bars() -> None:
-    """Ends the lines of all progress bars, before the last line of a program that ends in their midst."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
+def progress_bar(*args: Any, **options: Any) -> bars.Bar:
+    """Returns a bar with the arguments of tqdm, wherever it is drawn (utils/base/bars.py): the one way to one.
+
+    --quiet silences it; of several processes, one has bars. Where there is nothing to do, there is none. A full disk
+    under the log ends none.
+    """
+    is_silent = are_bars_silent() or options.get("total") == 0
+    return bars.make_bar(*args, **{"disable": is_silent, **options})
 
 
-class TolerantStream:
-    """The standard error output for a progress bar; what cannot be written is dropped."""
+def download_bar(what: str) -> contextlib.AbstractContextManager[Any]:
+    """Returns what yields the `tqdm_class` for downloads by huggingface_hub, whose bar is as silent as
+    `progress_bar`."""
+    return bars.download_bar(what, are_bars_silent())
 
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
 
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-
-    def isatty(self) -> bool:
-        return sys.stderr.isatty()
-
-    def fileno(self) -> int:
-        return sys.stderr.fileno()  # tqdm asks the terminal behind it for its width
+def are_bars_silent() -> bool:
+    return _Output.is_quiet or bars.are_hidden() or jax.process_index() > 0
 
 
 def format_duration(seconds: float) -> str:

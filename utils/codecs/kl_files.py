@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from utils.base.external import BadFileError, read_json, read_safetensors, read_safetensors_shapes
 from utils.base.files import atomic_write, write_json
-from utils.base.messages import AbsentCodecError, UserError
+from utils.base.messages import AbsentCodecError, UserError, download_bar
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -76,9 +76,11 @@ def _fetch_files(hub_id: str, shown: str, kind: str) -> tuple[Path, Path]:
             with contextlib.suppress(RemoteEntryNotFoundError):
                 # Asks once: without a network a download by itself would try again for half a minute.
                 hub.get_hf_file_metadata(hub.hf_hub_url(hub_id, CONFIG, subfolder=place))
-                config = hub.hf_hub_download(hub_id, CONFIG, subfolder=place)
+                with download_bar(f"fetching {CONFIG}") as bar:
+                    config = hub.hf_hub_download(hub_id, CONFIG, subfolder=place, tqdm_class=bar)
                 reason = f"it has no {WEIGHTS} beside its {CONFIG}; other files, such as .bin, are not read"
-                return Path(config), Path(hub.hf_hub_download(hub_id, WEIGHTS, subfolder=place))
+                with download_bar(f"fetching {hub_id}") as bar:
+                    return Path(config), Path(hub.hf_hub_download(hub_id, WEIGHTS, subfolder=place, tqdm_class=bar))
     except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
         reason = " ".join(str(error).split()) or type(error).__name__
     raise AbsentCodecError(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from utils.base.messages import UserError, one_line
+from utils.base.messages import UserError, are_bars_silent, one_line, progress_bar
 from utils.base.settings import unknown_name
 
 WORD_WIDTH = 64  # numbers of a word's token
@@ -101,6 +101,8 @@ def load_transformers(source: str) -> TextEncoder:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise UserError(f"{shown} needs {error.name}, of the extra text: pip install torch transformers") from None
+    if are_bars_silent():
+        transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         kind = transformers.AutoConfig.from_pretrained(source).model_type
@@ -202,4 +204,5 @@ def encode_texts(spec: str, texts: Sequence[str], sha256: str | None = None) -> 
 def longest_text(spec: str, texts: Sequence[str]) -> int:
     """Returns the number of tokens of the text that has most."""
     count = load_text_encoder(spec).count or (lambda texts: int(encode_texts(spec, texts)[1].sum(axis=1).max()))
-    return max((count(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)), default=0)
+    starts = progress_bar(range(0, len(texts), CHUNK), "counting tokens", unit=f"{CHUNK} texts", delay=5)
+    return max((count(texts[start : start + CHUNK]) for start in starts), default=0)

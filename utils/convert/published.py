@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from diffusion_transformer import DiT, DiTConfig, position_table, rope_angles
 from utils.base.external import BadFileError
+from utils.base.messages import progress_bar
 from utils.conditions.classes import ClassCondition
 from utils.conditions.condition import Condition
 
@@ -191,7 +192,7 @@ def import_published(
     # Each tensor as the parameter that it becomes.
     outputs = channels * (2 if config.learn_sigma else 1)
     flat = {}
-    for tensor in table:
+    for tensor in progress_bar(table, "reading the tensors", unit="tensor", delay=2):
         value = _to_float32(tensor.name, state[tensor.name])
         if value.ndim != len(shapes[tensor.path].shape):  # before it is transposed
             raise BadFileError(f"its tensor {tensor.name} has the shape {value.shape}")
@@ -392,7 +393,7 @@ def export_published(
     if others := flat.keys() - {tensor.path for tensor in table}:
         shapes = _find_shapes(config, latent_shape, condition or ClassCondition())
         table += [_extra(path) for path in others if path in shapes]
-    for tensor in table:
+    for tensor in progress_bar(table, "renaming the tensors", unit="tensor", delay=2):
         value = np.asarray(flat.pop(tensor.path), np.float32)  # of a run with JAX_ENABLE_X64=1, float64
         if tensor.path[0] == "label_embed" and config.class_dropout_prob == 0:
             value = value[: config.num_classes]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.base.external import BadFileError, open_safetensors, parse_json, read_json, read_start
-from utils.base.messages import UserError, log
+from utils.base.messages import UserError, download_bar, log
 from utils.base.pickles import Namespace
 from utils.base.torch_files import LEGACY_START, read_tensor_file
 from utils.convert.diffusers import rename_diffusers
@@ -90,7 +90,8 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
     wanted = ["config.json", EXPORTED, f"{EXPORTED}{INDEX}", "model-*-of-*.safetensors", "diffusion_pytorch_model*"]
     wanted += ["model_index.json", "scheduler/*.json", "transformer/*"]
     try:
-        return Path(hub.snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        with download_bar(f"fetching {hub_id}") as bar:
+            return Path(hub.snapshot_download(hub_id, revision=revision, allow_patterns=wanted, tqdm_class=bar))
     except Exception as error:  # the hub's, its HTTP client's and the file system's share no type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from utils.base.devices import format_bytes
 from utils.base.external import BadFileError, map_npy
 from utils.base.files import atomic_write, cache_folder
-from utils.base.messages import UserError, log
+from utils.base.messages import UserError, progress_bar
 from utils.conditions.condition import RECORDED
 from utils.conditions.text_encoders import find_text_encoder
 from utils.conditions.tokens import TextCondition
@@ -63,7 +63,8 @@ def encode_captions(source: RandomAccess, condition: TextCondition, what: str) -
         return source
     if len(source) and {"tokens", RECORDED} & read_condition(source, 0).keys():
         return source  # data may bring them
-    examples = [read_condition(source, index) for index in range(len(source))]
+    indices = progress_bar(range(len(source)), "reading the captions", unit="caption", delay=5)
+    examples = [read_condition(source, index) for index in indices]
     captions = [str(example["caption"]) for example in examples]
     distinct = list(dict.fromkeys(captions))  # the same text is encoded once
     numbers = {caption: number for number, caption in enumerate(distinct)}
@@ -109,7 +110,9 @@ def _encode_distinct(captions: Sequence[str], condition: TextCondition, what: st
 
 def _encode_chunks(captions: Sequence[str], condition: TextCondition, what: str) -> Iterator[np.ndarray]:
     """Yields the rows of so many captions at a time, float32 (n, l, 1 + d)."""
-    for start in range(0, len(captions), CHUNK):
-        found = condition.encode(captions[start : start + CHUNK])
-        yield np.concatenate([found["mask"][..., None], found["value"]], axis=-1, dtype=np.float32)
-        log(f"{what}: {min(start + CHUNK, len(captions)):,} of {len(captions):,} captions encoded")
+    with progress_bar(total=len(captions), desc="encoding the captions, once", unit="caption") as bar:
+        for start in range(0, len(captions), CHUNK):
+            chunk = captions[start : start + CHUNK]
+            found = condition.encode(chunk)
+            yield np.concatenate([found["mask"][..., None], found["value"]], axis=-1, dtype=np.float32)
+            bar.update(len(chunk))

@@ -8,7 +8,7 @@ import posixpath
 import re
 from collections.abc import Sequence
 
-from utils.base.messages import UserError, printable, warn_once
+from utils.base.messages import UserError, printable, progress_bar, warn_once
 from utils.data.folder_tables import Asked
 from utils.images.folders import (
     EDM_TABLE,
@@ -184,7 +184,8 @@ def find_classes(tree: Tree, folder: str, asked: Asked | None = None, has_classe
 
     # All files, at any depth below the folders of classes.
     top = scan_images(tree, folder)
-    classes = {subfolder: _scan_below(tree, subfolder) for subfolder in top.folders}
+    subfolders = progress_bar(top.folders, "listing the folders", unit="folder", delay=5)
+    classes = {subfolder: _scan_below(tree, subfolder) for subfolder in subfolders}
     found = (top, *classes.values())
     images = {subfolder: scanned.images for subfolder, scanned in classes.items() if scanned.images}
 

@@ -36,6 +36,11 @@ def define_path(name: str, default: str | None, help: str) -> None:
     flags.DEFINE_string(name, default, help)
 
 
+def define_quiet_flag() -> None:
+    """Registers --quiet, which `program.parse_flags` applies."""
+    flags.DEFINE_bool("quiet", False, "Results, or their paths, and errors alone: no progress, no notes, no warnings.")
+
+
 class JoinedFlag(flags.Flag):
     """A flag whose values are joined where it is given several times."""
 
@@ -285,6 +290,8 @@ def define_run_flags() -> None:
             for part in parts:
                 # --trackers is a setting of logging, but stands with --wandb.* in --help.
                 define_group(part, without=("trackers",))
+            if "logging" in parts:
+                define_quiet_flag()
     define_tracker_flags()
     define_process_flags()
 

@@ -21,6 +21,7 @@ from utils.flags.definitions import (
     define_codec_flags,
     define_params_flag,
     define_path,
+    define_quiet_flag,
     define_sampler_flags,
     define_tracker_flags,
 )
@@ -58,7 +59,7 @@ def define_drawing_flags(num_samples: str) -> None:
             MIN_SCALE,
             MAX_SCALE,
         )
-        flags.DEFINE_bool("quiet", False, "Paths of what is written and errors alone.")
+        define_quiet_flag()
 
 
 def define_film_flags(film: str) -> None:
@@ -133,7 +134,7 @@ def check_request(config: ConfigDict, names: tuple[str, ...]) -> None:
     `names` are the files that may be written into --out.
     """
     # Before the first message, as the standard output is for the paths of what is written.
-    configure_output(is_apart=True, is_quiet=config.quiet)
+    configure_output(is_apart=True)
     if not config.load_dir:
         raise UserError("--load_dir is not given: name the folder of a run, such as runs/demo")
     if config.batch_size is not None and config.batch_size < 1:

@@ -17,12 +17,13 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from utils.base import hosts
+from utils.base.bars import close_bars
 from utils.base.devices import check_jax_settings, keep_freed_memory, start_devices
 from utils.base.messages import (
     NO_ROOM,
     UserError,
     WriteError,
-    close_bars,
+    configure_output,
     finish_output,
     keep_libraries_apart,
     silence_orbax,
@@ -218,7 +219,9 @@ def parse_flags(define_flags: Callable[[], None], argv: list[str]) -> ConfigDict
         quoted = ", a * in quotes" if os.path.lexists(extra[0]) else ""
         raise UserError(f"unexpected argument {extra[0]!r}: flags are written --name value{quoted} (--help lists them)")
 
-    # Programs that share their work among processes look at these themselves.
+    # Before the first warning. Programs that share their work among processes look at these themselves.
+    if "quiet" in names:
+        configure_output(is_quiet=FLAGS.quiet)
     if "coordinator_address" not in names:
         warn_of_copies(Path(argv[0]).name)
     logging.set_verbosity(logging.WARNING)  # Orbax reports every stage of every save otherwise

@@ -91,16 +91,19 @@ def check_images(tree: Tree, paths: Sequence[str], max_megapixels: float) -> Che
             known = memory.find(zip(chunk, stamps, strict=True))
             checked.fill(start, known)
             unknown = [row for row in range(len(chunk)) if row not in known]
+            bar.update(len(known))
 
             # All others are decoded.
-            found = list(pool.map(check, [chunk[row] for row in unknown]))
+            found = []
+            for result in pool.map(check, [chunk[row] for row in unknown]):
+                found.append(result)
+                bar.update()
             checked.fill(start, {row: image for row, (image, _) in zip(unknown, found, strict=True)})
             memory.keep(
                 (chunk[row], stamps[row], image)
                 for row, (image, is_lasting) in zip(unknown, found, strict=True)
                 if is_lasting and stamps[row]
             )
-            bar.update(len(chunk))
     return checked
 
 

@@ -15,9 +15,9 @@ from jaxtyping import UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm import tqdm
 
 from utils.base.background import in_background
+from utils.base.bars import Bar
 from utils.base.files import atomic_write
 from utils.base.messages import UserError, find_system_error, one_line, progress_bar, warn
 from utils.images import plotting
@@ -70,7 +70,8 @@ def save_film(
     durations = [max(MIN_MILLISECONDS, round(1000 * seconds / len(frames)))] * len(frames)
     durations[0] = FIRST_MILLISECONDS
     durations[-1] = LAST_MILLISECONDS
-    write_film(path, pages, durations, file_format)
+    with progress_bar(total=len(frames), desc="writing the film", unit="frame", delay=2) as bar:
+        write_film(path, _count(pages, bar), durations, file_format)
 
 
 # --- Files ---
@@ -110,7 +111,13 @@ def film_of_files(
         write_film(temporary, _draw_pages(layout, good, bar), durations, file_format)
 
 
-def _draw_pages(layout: "_Layout", files: list[tuple[Path, str]], bar: tqdm) -> Iterator[Image.Image]:
+def _count(pages: Iterator[Image.Image], bar: Bar) -> Iterator[Image.Image]:
+    for page in pages:
+        bar.update()
+        yield page
+
+
+def _draw_pages(layout: "_Layout", files: list[tuple[Path, str]], bar: Bar) -> Iterator[Image.Image]:
     for path, title in files:
         page = layout.draw(_decode(path), title)
         bar.update()

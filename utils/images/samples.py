@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from numpy.lib import format as npy
 from PIL import Image
 
+from utils.base.bars import within
 from utils.base.external import ArrayHeader, BadFileError, map_npy, read_npz_headers, read_rows
 from utils.base.files import (
     TEMPORARY,
@@ -31,7 +32,7 @@ from utils.base.files import (
     prepare_output_file,
     prepare_output_folder,
 )
-from utils.base.messages import UserError, WriteError, printable, warn
+from utils.base.messages import UserError, WriteError, printable, progress_bar, warn
 from utils.images.decoding import MAX_MEGAPIXELS, BrokenImageError, copy_pixels
 from utils.images.folders import SUFFIXES, find_images, is_system_name
 from utils.images.pixels import Images, describe_range
@@ -87,8 +88,13 @@ def content_sha256(path: str | Path) -> str:
 
     # Names count: another order of the same images is another set of samples.
     digest = hashlib.sha256()
-    for file in find_images(path):
-        digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
+    # One bar for all; that of a large file is a part of it.
+    files = find_images(path)
+    bar = progress_bar(total=len(files), desc="hashing the images", unit="image", delay=2)
+    with bar, within(bar):
+        for file in files:
+            digest.update(f"{file.relative_to(path)}\0{file_sha256(file)}\n".encode("utf-8", "surrogateescape"))
+            bar.update()
     return digest.hexdigest()
 
 
@@ -256,7 +262,8 @@ def _open_folder(path: Path, flag: str) -> Samples:
         raise UserError(f"{flag} holds no images ({', '.join(SUFFIXES)})")
 
     # One size. Files differ more often than arrays: the message names two of them.
-    headers = [read_header(file, flag) for file in files]
+    listed = progress_bar(files, "reading sizes of images", len(files), unit="image", delay=2)
+    headers = [read_header(file, flag) for file in listed]
     sizes = [size for size, _ in headers]
     other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
     if other is not None:

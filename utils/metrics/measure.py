@@ -68,20 +68,23 @@ def measure_images(
     title: str | None = None,
     on_batch: Callable[[ImageBatch], None] | None = None,
     flag: str | None = None,
+    is_announced: bool = True,
 ) -> None:
     """Updates `statistics` with the features of all images under each of `extractors`, as `load_extractors` returns
     them, for which grey counts as three equal channels; and its pixels, where it has some, with the images themselves.
 
-    With `total`, the number of images, a progress bar is shown. `on_batch` gets every batch once it is measured. `flag`
-    is the flag that sets the number of images: a line about a long time names it.
+    With `total`, the number of images, a progress bar of this `title` is shown and, if `is_announced`, lines say what
+    compiles and whether it takes long; these name `flag`, that of the number of images. `on_batch` gets every batch
+    once it is measured.
     """
     # The first batch compiles: the line comes before the silence, and once.
-    if total is not None and not _announced.issuperset(extractors.values()):
+    is_announced = is_announced and total is not None
+    if is_announced and not _announced.issuperset(extractors.values()):
         _announced.update(extractors.values())
         names = " and ".join(TITLES.get(name, name.capitalize()) for name in extractors)
         whether = "networks, unless they are" if len(extractors) > 1 else "network, unless it is"
         log(f"compiling the {names} {whether} cached ...")
-    bar = progress_bar(total=total, unit="image", desc=title, **({"disable": True} if total is None else {}))
+    bar = progress_bar(total=total or 0, unit="image", desc=title)
     times_finished: list[float] = []  # of the first batches
 
     def finish(batch: ImageBatch, features: Mapping[str, Mapping]) -> None:
@@ -96,28 +99,27 @@ def measure_images(
             on_batch(batch)
 
         # A line about a long time, from the batches after the first, which compiles.
-        if total is None or len(times_finished) == TIMED_BATCHES:
+        if not is_announced or len(times_finished) == TIMED_BATCHES:
             return
         times_finished.append(time.monotonic())
         if len(times_finished) == TIMED_BATCHES:
             per_image = (times_finished[-1] - times_finished[0]) / (TIMED_BATCHES - 1) / batch.count
             if (estimate := describe_time(per_image, total, flag)) is not None:
-                bar.clear()
                 log(estimate)
 
     # While the host waits for the features of one batch, the devices already have the next one's work.
     in_flight = None
-    for batch in batches:
-        images = batch.images
-        if extractors and images.shape[-1] == 1:
-            images = jnp.repeat(images, 3, axis=-1)
-        features = {name: extract(images) for name, extract in extractors.items()}
+    with bar:
+        for batch in batches:
+            images = batch.images
+            if extractors and images.shape[-1] == 1:
+                images = jnp.repeat(images, 3, axis=-1)
+            features = {name: extract(images) for name, extract in extractors.items()}
+            if in_flight:
+                finish(*in_flight)
+            in_flight = (batch, features)
         if in_flight:
             finish(*in_flight)
-        in_flight = (batch, features)
-    if in_flight:
-        finish(*in_flight)
-    bar.close()
 
 
 def describe_time(per_image: float, total: int, flag: str | None) -> str | None:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from utils.base.messages import UserError, log
+from utils.base.bars import within
+from utils.base.messages import UserError, log, progress_bar
 from utils.base.settings import unknown_name
 from utils.metrics.extractors import CLASS_TOKEN, PIXELS, POOL, SPATIAL, FeatureKey, check_extractors
 from utils.metrics.pixels import compute_moments, explain_moments
@@ -304,9 +305,17 @@ def compute_metrics(
     samples: ImageStatistics, reference: ReferenceStatistics, metrics: Sequence[Metric] | None = None
 ) -> dict[str, float]:
     """Returns {name: value} of every one of `metrics`, by default all, that the two allow."""
+    # sFID, for one, is missing where a file holds the moments of `pool` alone.
     results: dict[str, float] = {}
-    for metric in METRICS if metrics is None else metrics:
-        # sFID, for one, is missing where a file holds the moments of `pool` alone.
-        if metric.needs in samples and metric.needs in reference:
-            results |= metric.compute(samples[metric.needs], reference[metric.needs])
+    possible = [
+        metric
+        for metric in (METRICS if metrics is None else metrics)
+        if metric.needs in samples and metric.needs in reference
+    ]
+    # Those of many rows take minutes: their own bars are parts of this one.
+    with progress_bar(total=len(possible), desc="distances", unit="metric", delay=2) as bar:
+        for metric in possible:
+            with within(bar, str(metric)):
+                results |= metric.compute(samples[metric.needs], reference[metric.needs])
+            bar.update()
     return results

@@ -9,7 +9,8 @@ import numpy as np
 import scipy  # whose parts are imported when they are used
 from jaxtyping import Float
 
-from utils.base.messages import UserError
+from utils.base.bars import Bar
+from utils.base.messages import UserError, progress_bar
 
 # Fraction of a matrix's largest entry (or eigenvalue) that may be rounding: covariances are often stored in float32.
 ROUNDING = 1e-5
@@ -139,7 +140,7 @@ def kid(
     # The distance of each pair of subsets.
     values = []
     components = []
-    for _ in range(num_subsets):
+    for _ in progress_bar(range(num_subsets), "subsets", unit="subset", delay=2):
         a, b = (rng.choice(len(rows), size, replace=False) for rows, size in zip((x, y), sizes, strict=True))
         if whole is not None:
             k_aa, k_bb, k_ab = (k[np.ix_(i, j)] for k, (i, j) in zip(whole, ((a, a), (b, b), (a, b)), strict=True))
@@ -222,7 +223,7 @@ def mind(
 
     values = []  # of each direction
     influences = np.zeros((2, count))  # of each row
-    for start in range(0, num_projections, MIND_BLOCK):
+    for start in progress_bar(range(0, num_projections, MIND_BLOCK), "projections", unit="block", delay=2):
         # In one dimension the optimal transport pairs the sorted values.
         directions = rng.standard_normal((width, min(MIND_BLOCK, num_projections - start)))
         directions /= np.linalg.norm(directions, axis=0)
@@ -264,8 +265,11 @@ def prdc(
     """
     reference, samples = check_feature_sets(reference, samples, more_than=max(precision_k, density_k))
     ks = (precision_k, density_k)
-    reference_radii = _neighbour_radii(reference, ks)
-    sample_radii = _neighbour_radii(samples, ks[:1])
+    # Distances within both sets, then between them.
+    total = 2 * len(reference) + len(samples)
+    bar = progress_bar(total=total, desc="neighbours", unit="row", delay=2)
+    reference_radii = _neighbour_radii(reference, ks, bar)
+    sample_radii = _neighbour_radii(samples, ks[:1], bar)
 
     # Of each sample: whether it lies in a ball, and in how many. Of each image: whether it does, and whether its own
     # ball holds a sample.
@@ -279,6 +283,8 @@ def prdc(
         inside = distances <= reference_radii[rows, 1:]
         balls += inside.sum(axis=0)
         covered[rows] = inside.any(axis=1)
+        bar.update(len(inside))
+    bar.close()
     return {
         "precision": float(precise.mean()),
         "recall": float(recalled.mean()),
@@ -297,12 +303,13 @@ def _squared_distances(x: np.ndarray, y: np.ndarray, block: int = 1024) -> Itera
         yield slice(start, start + block), distances.clip(min=0)
 
 
-def _neighbour_radii(x: np.ndarray, ks: tuple[int, ...]) -> np.ndarray:
+def _neighbour_radii(x: np.ndarray, ks: tuple[int, ...], bar: Bar) -> np.ndarray:
     """Returns the squared distance of each row to its k-th nearest other row, (n, len(ks))."""
     radii = np.empty((len(x), len(ks)))
     for rows, distances in _squared_distances(x, x):
         distances[np.arange(len(distances)), np.arange(rows.start, rows.start + len(distances))] = 0  # itself, exactly
         radii[rows] = np.partition(distances, ks, axis=1)[:, list(ks)]  # place 0 is the row itself
+        bar.update(len(distances))
     return radii
 
 

@@ -21,7 +21,7 @@ from utils.base.background import in_background
 from utils.base.external import BadFileError, open_safetensors
 from utils.base.files import atomic_write, remove_temporaries
 from utils.base.mesh import gather, place
-from utils.base.messages import UserError, log, warn
+from utils.base.messages import UserError, log, progress_bar, warn
 from utils.networks.posthoc_ema import expected_error, fit_average, gamma_of, width_of
 from utils.runs.checkpoint import Checkpoints
 from utils.runs.names import SNAPSHOTS as FOLDER
@@ -192,7 +192,8 @@ def reconstruct(run_dir: Path, step: int, width: float, profiles: Mapping[str, P
     total = {}
     squares = np.zeros(2)  # of the EMA's elements, and of their distance from the parameters
     last = flatten_dict(params, sep="/")
-    for name, x in next(iter(now.values())).items():
+    arrays = next(iter(now.values())).items()
+    for name, x in progress_bar(arrays, f"making the EMA of width {width:g}", len(arrays), unit="array", delay=2):
         array = np.zeros(x.shape)
         for (t, text), weight in zip(sources, weights, strict=True):
             if abs(weight) > NEGLIGIBLE:

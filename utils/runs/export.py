@@ -14,17 +14,19 @@ import numpy as np
 from jaxtyping import PyTree
 
 from diffusion_transformer import DiTConfig
+from utils.base.bars import silent_hub, watching
 from utils.base.external import BadFileError
 from utils.base.files import (
     atomic_write,
     check_writable,
+    count_bytes,
     explaining_full_disk,
     prepare_output_file,
     prepare_output_folder,
     write_json,
     write_text,
 )
-from utils.base.messages import UserError, log, one_line, warn
+from utils.base.messages import UserError, are_bars_silent, log, one_line, printable, progress_bar, warn
 from utils.conditions.augmented import PART
 from utils.conditions.condition import restore_condition
 from utils.convert.published import export_published
@@ -157,7 +159,9 @@ def write_safetensors(
     # "pt" tells Hugging Face's loaders that the layout is PyTorch's. The format has no checksums of its own.
     facts = {"step": step, "params": which, "crc32": tensor_checksums(state)}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(config), EXPORT_KEY: json.dumps(facts)}
-    with atomic_write(path) as temporary:
+    size = sum(tensor.nbytes for tensor in state.values())
+    bar = progress_bar(total=size, desc=f"writing {printable(path.name)}", unit="B", unit_scale=True, delay=2)
+    with atomic_write(path) as temporary, watching(bar, lambda: count_bytes(temporary)):
         save_file(dict(state), temporary, metadata=metadata)
 
 
@@ -173,7 +177,8 @@ def push(files: Sequence[Path], hub_id: str, is_private: bool = False) -> str:
     names = [glob.escape(path.name) for path in files]
     try:
         hub.create_repo(hub_id, private=is_private, exist_ok=True)
-        hub.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=names, commit_message="Upload a model")
+        with silent_hub(are_bars_silent()):
+            hub.upload_folder(repo_id=hub_id, folder_path=folder, allow_patterns=names, commit_message="Upload a model")
     except Exception as error:  # the hub's and its HTTP client's share no type
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(

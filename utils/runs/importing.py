@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from diffusion_transformer import DiTConfig
+from utils.base.bars import watching
 from utils.base.commands import write_command
 from utils.base.external import BadFileError
-from utils.base.files import FolderLock, check_writable, prepare_output_folder, write_json
-from utils.base.messages import UserError, log
+from utils.base.files import FolderLock, check_writable, count_bytes, prepare_output_folder, write_json
+from utils.base.messages import UserError, log, progress_bar
 from utils.codecs.codecs import CODECS, CodecSpec, choose_codec, describe_codec, is_other_codec, parse_codec
 from utils.conditions.classes import imagenet_class_names
 from utils.conditions.condition import Condition, restore_condition
@@ -76,13 +77,22 @@ def import_run(
     with FolderLock(out).held("out"):
         check_new_run(out)  # another process may have finished one
         write_json(out / "config.json", config)
-        checkpoints = Checkpoints(out)
-        try:
-            checkpoints.save_params(jax.tree.map(jnp.asarray, params), config, jax.tree.map(jnp.asarray, raw))
-        except SaveError as error:
-            raise SaveError(f"{error}: make room, and give the same command again") from None
-        checkpoints.close()
+        write_params(out, params, raw, config)
     return config
+
+
+def write_params(out: Path, params: PyTree, raw: PyTree | None, config: dict[str, Any]) -> None:
+    """Writes the checkpoint of a run that holds an EMA, and parameters where there are some. Raises SaveError."""
+    # Orbax does not tell how far it is; its files do.
+    checkpoints = Checkpoints(out)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((params, raw)))
+    bar = progress_bar(total=size, desc="writing the run", unit="B", unit_scale=True, delay=2)
+    try:
+        with watching(bar, lambda: count_bytes(checkpoints.folder)):
+            checkpoints.save_params(jax.tree.map(jnp.asarray, params), config, jax.tree.map(jnp.asarray, raw))
+    except SaveError as error:
+        raise SaveError(f"{error}: make room, and give the same command again") from None
+    checkpoints.close()
 
 
 def check_new_run(out: Path) -> None:

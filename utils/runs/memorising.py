@@ -296,12 +296,12 @@ class Memorising:
         images: np.ndarray,
         rows: np.ndarray | None = None,
         extractors: Mapping[str, Extract] | None = None,
-        is_shown: bool = True,
+        is_announced: bool = True,
     ) -> tuple[dict[str, float], Any]:
         """Returns the results of samples (n, h, w, c), and the Figure of those that are most like copies.
 
-        Of another key than pixels, `rows` are their features (n, d), by one of the `extractors`. With `is_shown` a bar
-        and a line tell of it.
+        Of another key than pixels, `rows` are their features (n, d), by one of the `extractors`. `is_announced`: a line
+        says what was compared.
         """
         training = self.training
         extract = None if extractors is None or self.key == PIXELS else extractors[self.key.extractor]
@@ -316,8 +316,7 @@ class Memorising:
         # Passes: neighbours, their rows and their neighbours; a fit and about three cells where images are held out.
         num_images = training.images.num_samples
         passes = 3 if self.held_out is None else 7
-        hidden = {} if is_shown else {"disable": True}
-        with progress_bar(total=passes * num_images, unit="image", desc="memorisation", **hidden) as bar:
+        with progress_bar(total=passes * num_images, unit="image", desc="memorisation") as bar:
 
             def blocks() -> Iterator[tuple[int, np.ndarray]]:
                 assert self.blocks is not None
@@ -329,7 +328,7 @@ class Memorising:
             if self.held_out is not None:
                 cell_rows = take_rows(blocks, np.unique(np.linspace(0, num_images - 1, CELL_ROWS).astype(int)))
             found = measure(queries, self.held_out, blocks, cell_rows)
-        if is_shown:
+        if is_announced:
             mirrors = " and their mirror images" if training.has_mirrors else ""
             what = f"{num_images:,} images of {training.name}{mirrors}, by {self.key.extractor}"
             log(f"memorisation: {len(queries)} samples, {what}")

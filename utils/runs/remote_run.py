@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from utils.base.background import in_background
+from utils.base.bars import Bar
 from utils.base.files import locked, read_bytes, temporary_path
 from utils.base.hosts import broadcast, is_first
 from utils.base.messages import UserError, log
@@ -141,15 +142,18 @@ class RemoteRun(StagedFolder):
         log(f"fetching checkpoint {step} of {self.url}")
         temporary = temporary_path(self.folder / f"checkpoint{step}")
         shutil.rmtree(temporary, ignore_errors=True)
-        list(in_parallel(lambda file: self._download(file, temporary / self.relative(file)[len(start) :]), files))
+        size = sum(file.size for file in files)
+        with remote.transfer_bar(f"fetching checkpoint {step}", size) as bar:
+            places = {file.url: temporary / self.relative(file)[len(start) :] for file in files}
+            list(in_parallel(lambda file: self._download(file, places[file.url], bar), files))
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         marker = self.listing.get(start + MARKER)
         self.write_record({start + MARKER: [marker.version if marker else ""]})
 
-    def _download(self, file: RemoteFile, path: Path) -> None:
-        remote.download(file.url, path)
+    def _download(self, file: RemoteFile, path: Path, bar: Bar) -> None:
+        remote.download(file.url, path, bar=bar)
         if path.stat().st_size != file.size:
             raise RemoteError(file.url, "it came cut short; try again")
 

@@ -7,6 +7,7 @@ images = generator.sample(labels=[3, 7], num_steps=64, cfg_scale=2.0, seed=0)  #
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt8
 
+from utils.base.bars import Bar
 from utils.base.mesh import gather, shard_replicated
-from utils.base.messages import UserError
+from utils.base.messages import UserError, progress_bar
 from utils.codecs.codec import pixel_format
 from utils.conditions.condition import Condition, Mixture, check_draw_mode, count_rows, resize_rows
 from utils.images.pixels import ImageBatch, Images
@@ -26,11 +28,9 @@ from utils.objectives.objective import noise_scale, scale_noise
 from utils.sampling import compiled
 from utils.sampling.compiled import CompiledFor, Guide, Parameters, SamplerNumbers, lower_sampler
 from utils.sampling.samplers import can_guide, check_sampler, explain_no_guidance, guidance_scale, is_integer
-from utils.sampling.solvers import (
-    ODE_SOLVERS,
-    SamplerConfig,
-)
+from utils.sampling.solvers import ODE_SOLVERS, SOLVERS, SamplerConfig
 
+SHOWN_STAGES = 16  # of a path, after which a bar moves
 RECIPE_BATCH_SIZE = 128  # on all devices together, where the free memory is not known
 Labels = Sequence[str | int] | np.ndarray | str | int  # labels, or names of classes
 
@@ -84,10 +84,16 @@ class ImageGenerator:
     # --- Many samples, in batches ---
 
     def generate(
-        self, sampler: SamplerConfig, num_samples: int, batch_size: int, conditions: PyTree | None = None
+        self,
+        sampler: SamplerConfig,
+        num_samples: int,
+        batch_size: int,
+        conditions: PyTree | None = None,
+        bar: Bar | None = None,
     ) -> Iterator[ImageBatch]:
         """Yields batches of `batch_size` rows until exactly `num_samples` are made, with these conditions (n, ...) or
-        drawn ones. Raises ValueError for another number of conditions."""
+        drawn ones. A `bar` of samples is moved by each batch; on one CPU, where that may take minutes, by parts of its
+        path. Raises ValueError for another number of conditions."""
         self.check_sampler(sampler)
         if conditions is not None:
             # On the host, where a batch is a slice and costs no compilation.
@@ -104,8 +110,32 @@ class ImageGenerator:
 
             # Dispatched, not waited for: the caller can prepare the next batch while this one is computed.
             given, arguments, static = self._arguments(sampler, indices, rows)
-            images, nfe = compiled.generate(*arguments, **static)
-            yield ImageBatch(images, given, min(batch_size, num_samples - start), nfe)
+            count = min(batch_size, num_samples - start)
+            if bar is not None and self._has_stages(sampler, start):
+                images, nfe = self._generate_in_stages(sampler, indices, given, count, bar), None
+            else:
+                images, nfe = compiled.generate(*arguments, **static)
+            yield ImageBatch(images, given, count, nfe)
+            if bar is not None:
+                bar.update(start + count - bar.n)
+
+    def _has_stages(self, sampler: SamplerConfig, start: int) -> bool:
+        """Returns whether the samples from `start` on are drawn in stages with the bits of one compiled function."""
+        # Fresh noise on the way is that of the first rows.
+        is_one_cpu = self.model.mesh.size == 1 and self.model.mesh.devices.flat[0].platform == "cpu"
+        return is_one_cpu and not sampler.is_adaptive and (start == 0 or not SOLVERS[sampler.solver].is_stochastic)
+
+    def _generate_in_stages(
+        self, sampler: SamplerConfig, indices: np.ndarray, condition: PyTree, count: int, bar: Bar
+    ) -> Array:
+        """Returns the samples `indices`; the bar, which counts `count` of them, moves as their paths go on."""
+        # Whoever looks at a stage waits for it.
+        before = bar.n
+        num_stages = min(sampler.num_steps, SHOWN_STAGES)
+        for number, latents in enumerate(self.path(self.noise(indices), condition, sampler, num_stages)):
+            jax.block_until_ready(latents)
+            bar.update(before + count * number // num_stages - bar.n)
+        return compiled.decode_images(self.model.codec, latents)
 
     def _arguments(
         self, sampler: SamplerConfig, indices: np.ndarray, conditions: PyTree | None
@@ -177,6 +207,7 @@ class ImageGenerator:
         num_steps: int = 64,
         cfg_scale: float | None = None,
         seed: int | None = None,
+        is_shown: bool = False,
         **sampler: Any,
     ) -> Images:
         """Returns images (n, h, w, c), drawn in one batch: one for each of `labels`, or `num_samples` with drawn ones.
@@ -185,7 +216,7 @@ class ImageGenerator:
 
         Labels are numbers or names of classes; a model of another kind of condition takes `conditions` (n, ...) in
         their place, see `Condition.check`. `cfg_scale` None, -1 or 1 is no guidance. `seed`: default, the
-        generator's. `sampler`: further fields of SamplerConfig, such as solver="heun".
+        generator's. `is_shown`: with a progress bar. `sampler`: further fields of SamplerConfig, such as solver="heun".
         """
         # The conditions: given ones say how many samples there are.
         generator = self if seed is None else self.with_seed(seed)
@@ -208,8 +239,10 @@ class ImageGenerator:
 
         # A whole number of rows for each device; those beyond `count` are cut off on the host.
         size = -(-count // self.model.mesh.size) * self.model.mesh.size
-        (batch,) = generator.generate(config._replace(cfg_scale=guidance_scale(cfg_scale)), count, size, given)
-        return batch.to_host()[0]
+        config = config._replace(cfg_scale=guidance_scale(cfg_scale))
+        with progress_bar(total=count, desc=str(config), unit="image") if is_shown else nullcontext() as bar:
+            (images,) = (batch.to_host()[0] for batch in generator.generate(config, count, size, given, bar))
+        return images
 
     def check_sampler(self, sampler: SamplerConfig) -> None:
         """Raises UserError for a sampler that the model cannot be sampled with."""
@@ -411,7 +444,7 @@ def check_seed(seed: int) -> int:
 def hash_params(params: PyTree) -> str:
     """Returns the sha256 of all parameters' bytes, in the tree's order."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
+    for leaf in progress_bar(jax.tree.leaves(params), "hashing the parameters", unit="array", delay=2):
         # Gathered leaf by leaf: all at once may not fit on the host.
         digest.update(np.ascontiguousarray(gather(leaf)).data)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from utils.base.external import BadFileError, read_bounded
-from utils.base.messages import UserError, printable
+from utils.base.messages import UserError, download_bar, printable
 from utils.storage.archive import explaining
 from utils.storage.parquet_files import ParquetTree
 from utils.storage.parts import LocalFile
@@ -170,8 +170,10 @@ def _fetch(flag: str, name: str, revision: str | None, paths: list[str]) -> Path
     """Fetches files into the hub's cache. Raises UserError where that fails."""
     import huggingface_hub as hub
 
+    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": paths}
     try:
-        return Path(hub.snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=paths))
+        with download_bar(f"fetching {name}") as bar:
+            return Path(hub.snapshot_download(name, tqdm_class=bar, **options))
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{flag} cannot be fetched from the hub ({reason}); give its command again") from None

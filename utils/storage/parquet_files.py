@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from utils.base.external import BadFileError
-from utils.base.messages import printable, warn_once
+from utils.base.messages import printable, progress_bar, warn_once
 from utils.storage.archive import MAX_MEMBER_BYTES, explaining
 from utils.storage.parts import PartsFile, find_files, split_of
 from utils.storage.tree import ListedTree
@@ -52,7 +52,8 @@ class ParquetTree(ListedTree):
         self.root = source.partition(":")[2]
         self.title = Path(self.root).name.partition(".")[0]
         self.key = "parquet:" + "\0".join(file.key for file in files)
-        self.files = [_File(file) for file in files]
+        opened = progress_bar(files, "opening the parquet files", len(files), unit="file", delay=5)
+        self.files = [_File(file) for file in opened]
         self.is_remote = any(file.is_remote for file in files)
         self._kept: collections.OrderedDict[tuple[int, int], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -70,7 +71,8 @@ class ParquetTree(ListedTree):
         rows: list[tuple[str, int, int]] = []
         for split in dict.fromkeys(splits):
             own = [(number, file) for number, file in enumerate(self.files) if splits[number] == split]
-            names = [name for _, file in own for name in file.read_names()]
+            listed = progress_bar(own, "reading names of images", len(own), unit="file", delay=5)
+            names = [name for _, file in listed for name in file.read_names()]
             places = [(number, row) for number, file in own for row in range(file.num_rows)]
             known = [name for name in names if name is not None]
             if len(set(known)) < len(names) or known != sorted(known):

@@ -11,16 +11,19 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils.base.bars import Bar
 from utils.base.files import atomic_write, cache_folder
 from utils.base.files import read_bytes as read_local
-from utils.base.messages import UserError, one_line
+from utils.base.messages import UserError, one_line, printable, progress_bar
 
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "memory": ""}  # {scheme: the package that reads it}
+_moves = threading.Lock()  # of bars: transfers are on several threads
 LARGE = 2**25  # bytes above which a file is uploaded in parts, as they are read
 FIRST_ANSWER = 10  # seconds within which a bucket has to answer for the first time; the libraries try for longer
 CREDENTIALS = "docs/storage.md says where they are looked for"
@@ -144,6 +147,11 @@ def _explain(error: Exception, scheme: str, url: str) -> tuple[str, bool]:
 # --- Reading ---
 
 
+def transfer_bar(what: str, num_bytes: int) -> Bar:
+    """Returns the bar of transfers, for what takes more than a moment."""
+    return progress_bar(total=num_bytes, desc=printable(what), unit="B", unit_scale=True, delay=2)
+
+
 def find_file(url: str, flag: str | None = None) -> RemoteFile | None:
     """Returns the object of this URL; None where there is none. `flag` is named by errors, here and below."""
     try:
@@ -191,11 +199,25 @@ def read_bytes(url: str, start: int | None = None, stop: int | None = None, flag
         return system.cat_file(path, start=start, end=stop)
 
 
-def download(url: str, path: Path, flag: str | None = None) -> None:
-    """Writes an object to the file `path`, atomically. Raises WriteError where that cannot be written."""
+def download(url: str, path: Path, flag: str | None = None, bar: Bar | None = None) -> None:
+    """Writes an object to the file `path`, atomically, and moves the bar by its bytes. Raises WriteError where that
+    cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, is_synced=False) as temporary, _asking(url, flag) as (system, name):
-        system.get_file(name, str(temporary))
+        system.get_file(name, str(temporary), callback=_moving(bar))
+
+
+def _moving(bar: Bar | None) -> Any:
+    """Returns fsspec's callback that moves a bar by the bytes of a transfer, several of which may be on their way."""
+    from fsspec.callbacks import Callback
+
+    class Moving(Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            if bar is not None:
+                with _moves:
+                    bar.update(inc)
+
+    return Moving()
 
 
 def fetch(url: str, flag: str | None = None) -> Path:
@@ -210,7 +232,8 @@ def fetch(url: str, flag: str | None = None) -> Path:
     folder = cache_path(url, "inputs")
     path = folder / version / url.rpartition("/")[2]
     if not path.exists():
-        download(url, path, flag)
+        with transfer_bar(f"fetching {path.name}", file.size) as bar:
+            download(url, path, flag, bar)
         # Copies of what the object was before: whoever has one open keeps it.
         for other in folder.iterdir():
             if other.name != version:
@@ -228,14 +251,17 @@ def cache_path(url: str, kind: str) -> Path:
 # --- Writing ---
 
 
-def upload(path: Path, url: str, flag: str | None = None) -> None:
-    """Makes an object of a local file: whole, or not at all. Raises FileNotFoundError where there is no such file."""
+def upload(path: Path, url: str, flag: str | None = None, bar: Bar | None = None) -> None:
+    """Makes an object of a local file, whole or not at all, and moves the bar by its bytes. Raises FileNotFoundError
+    where there is no such file."""
     # As it is now: a log may grow meanwhile.
-    if path.stat().st_size <= LARGE:
+    size = path.stat().st_size
+    if size <= LARGE:
         write_bytes(url, read_local(path), flag)
+        _moving(bar).relative_update(size)
         return
     with _asking(url, flag) as (system, name):
-        system.put_file(str(path), name)
+        system.put_file(str(path), name, callback=_moving(bar))
 
 
 def write_bytes(url: str, content: bytes, flag: str | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from utils.base.files import locked, read_bytes, write_json
+from utils.base.files import count_bytes, locked, read_bytes, write_json
 from utils.base.hosts import barrier
 from utils.base.messages import UserError, log, show_path_as
 from utils.storage import remote
@@ -82,12 +82,14 @@ class StagedFolder:
             name = self.relative(file)
             if not ((self.folder / name).exists() and known.get(name, [None])[-1] == file.version):
                 missing.append(file)
-        self._transfer(self._pull_one, missing)
 
-    def _pull_one(self, file: RemoteFile) -> tuple[str, list]:
-        name = self.relative(file)
-        remote.download(file.url, self.folder / name)
-        return name, [*_stat(self.folder / name), file.version]
+        def pull_one(file: RemoteFile) -> tuple[str, list]:
+            name = self.relative(file)
+            remote.download(file.url, self.folder / name, bar=bar)
+            return name, [*_stat(self.folder / name), file.version]
+
+        with remote.transfer_bar(f"fetching {self.url}", sum(file.size for file in missing)) as bar:
+            self._transfer(pull_one, missing)
 
     def _transfer(self, act: Callable[[T], tuple[str, list | None]], items: Iterable[T]) -> None:
         """Calls act(item) -> (name, entry of the record) on several threads, and records what has succeeded."""
@@ -132,13 +134,17 @@ class StagedFolder:
             url = remote.join(self.url, name)
             try:
                 before = _stat(path)  # a file that changes meanwhile is uploaded again the next time
-                remote.upload(path, url)
+                remote.upload(path, url, bar=bar)
             except FileNotFoundError:
                 return name, None
             file = remote.find_file(url) if has_versions else None
             return name, [*before, file.version if file else ""]
 
-        self._transfer(push_one, names)
+        # Their bytes, as far as they are known: a log grows.
+        names = list(names)
+        size = sum(count_bytes(self.folder / name) for name in names)
+        with remote.transfer_bar(f"uploading to {self.url}", size) as bar:
+            self._transfer(push_one, names)
 
     def drop(self, names: Iterable[str]) -> None:
         """Removes objects, and forgets them."""

@@ -31,16 +31,23 @@ def open_tar(source: str) -> ArchiveTree:
 
 def list_tars(files: Sequence[PartsFile]) -> Index:
     """Returns the files in tars. Raises BadFileError where they cannot be read from them."""
+    # By bytes: there may be a single tar, of any size.
     rows = []
-    for number, file in enumerate(progress_bar(files, "listing the tars, once", unit="tar", delay=5)):
-        if file.read(0, 6).startswith((GZIP, BZIP2, XZ, ZSTD)):
-            raise BadFileError(f"{file.name} is compressed, and cannot be read at random; unpack it to a .tar")
-        # In the order of the tar; links and folders are none.
-        for member in _members(file):
-            path = check_member(member.name)
-            if member.offset_data + member.size > file.size:
-                raise BadFileError(f"{file.name} is cut short")
-            rows.append((path, number, member.offset_data, member.size, member.size, STORED, 0))
+    size = sum(file.size for file in files)
+    bar = progress_bar(total=size, desc="listing the tars, once", unit="B", unit_scale=True, delay=5)
+    with bar:
+        for number, file in enumerate(files):
+            if file.read(0, 6).startswith((GZIP, BZIP2, XZ, ZSTD)):
+                raise BadFileError(f"{file.name} is compressed, and cannot be read at random; unpack it to a .tar")
+            # In the order of the tar; links and folders are none.
+            start = bar.n
+            for member in _members(file):
+                bar.update(start + member.offset_data - bar.n)
+                path = check_member(member.name)
+                if member.offset_data + member.size > file.size:
+                    raise BadFileError(f"{file.name} is cut short")
+                rows.append((path, number, member.offset_data, member.size, member.size, STORED, 0))
+            bar.update(start + file.size - bar.n)
     return Index.of_rows(rows, files)
 
 

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Key, PyTree, UInt8
 
 from utils.base.mesh import gather
+from utils.base.messages import progress_bar
 from utils.base.processes import Interrupted, StopRequest
 from utils.conditions.condition import resize_rows
 from utils.data.dataset import Batch
@@ -124,22 +125,30 @@ def sample_panels(
         own = sampler._replace(num_steps=num_steps, cfg_scale=None if scale in (0, 1) else scale)
         return sample_stages(model, params, noise, shown, own)
 
-    # By guidance scale: how the path unfolds, eight stages of every image.
+    # Which panels there are. Two step counts may become one where the objective allows fewer steps.
     note = note and f"; {note}"
     is_guided = has_guidance(model.objective) and can_guide(model.network.config.class_dropout_prob)
     own = () if sampler.cfg_scale is None else (sampler.cfg_scale,)
-    for scale in sorted({*scales, *own}) if is_guided else (1,):
+    scales = sorted({*scales, *own}) if is_guided else (1,)
+    step_counts = list(dict.fromkeys(largest_steps(count, model.objective) for count in step_counts))
+    bar = progress_bar(total=len(scales) + len(step_counts), desc="panels", unit="panel")
+
+    # By guidance scale: how the path unfolds, eight stages of every image.
+    for scale in scales:
         images = stages(scale, sampler.num_steps)
         if pictures is not None:
             images = plotting.put_before(pictures, images)
         title = f"{sampler._replace(cfg_scale=scale)}, by fraction of the path{note}"
         yield f"{name}_cfg_{scale:g}", plotting.image_table(images, names, stage_titles, title)
+        bar.update()
 
-    # By step count: ends of paths. Two counts may become one where the objective allows fewer steps.
-    for num_steps in dict.fromkeys(largest_steps(count, model.objective) for count in step_counts):
+    # By step count: ends of paths.
+    for num_steps in step_counts:
         final = stages(1 if sampler.cfg_scale is None else sampler.cfg_scale, num_steps)[None, :, -1]
         title = f"{sampler._replace(num_steps=num_steps)}{note}"
         yield f"{name}_N/{num_steps}", plotting.image_table(final, (), names, title)
+        bar.update()
+    bar.close()
 
 
 # --- The evaluations of a run ---
@@ -213,10 +222,11 @@ def evaluate(run: Run, state: TrainState, batch: PyTree) -> Iterator[tuple[str, 
 def score_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict[str, float]:
     """Returns --metrics, by default the FID, of --fid_samples samples of the EMA against the run's reference."""
     assert run.reference is not None
-    samples = _generate(run, state, sampler, run.config.evaluation.fid_samples)
+    count = run.config.evaluation.fid_samples
+    samples = _generate(run, state, sampler, count)
     metrics = run.reference.metrics
     statistics = ImageStatistics(pixels=PixelStatistics() if sees_pixels(metrics) else None)
-    measure_images(run.reference.extractors, samples, statistics)
+    measure_images(run.reference.extractors, samples, statistics, count, "samples", is_announced=False)
     return compute_metrics(statistics, run.reference.statistics, metrics)
 
 
@@ -224,7 +234,7 @@ def compare_samples(run: Run, state: TrainState, sampler: SamplerConfig) -> dict
     """Returns what --eval_memorisation samples of the EMA have of the training images, and the figure of the pairs."""
     batches = _generate(run, state, sampler, run.config.evaluation.eval_memorisation)
     images = np.concatenate([gather(batch.images)[: batch.count] for batch in batches])
-    results, figure = run.memorising.compute(images, is_shown=False)
+    results, figure = run.memorising.compute(images, is_announced=False)
     return {**results, "memorised_pairs": figure}
 
 

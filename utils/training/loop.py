@@ -199,16 +199,16 @@ def write_config(run: Run, step: int) -> None:
 def run_steps(run: Run, wait_for_state: Callable[[], TrainState], step: int, resources: Resources) -> TrainState:
     """Trains to --max_steps or a stop request, logging, evaluating and saving on the way; returns the last state."""
     config = run.config
-    training = config.training
     metrics = position = None  # of the last step
 
-    # Compiled steps, while the first batch is read; then what saves, reports and traces.
+    # The first batch is read while the steps are compiled; what saves, reports and traces is there before.
     batches = read_ahead(to_devices(resources.batches, run.mesh))
-    train_step, validate = compile_steps(run, run.state_structs)
-    state = wait_for_state()
-    saver, skipped, check, progress, trace = make_instruments(run, state, resources)
+    saver, skipped, check, progress, trace = make_instruments(run, step, resources)
     batches = progress.throughput.waiting(batches, progress.is_idle)
     with progress.bar:
+        with progress.pausing("compiling"):
+            train_step, validate = compile_steps(run, run.state_structs)
+            state = wait_for_state()
         while True:
             # The next batch; where the data end, what has been learned is saved.
             try:
@@ -226,7 +226,7 @@ def run_steps(run: Run, wait_for_state: Callable[[], TrainState], step: int, res
             trace.after(step, metrics)
 
             # Validate on the same batch at every logged step.
-            is_end = step == training.max_steps
+            is_end = step == config.training.max_steps
             is_last = is_end or resources.stop.is_due()
             is_logged = step % config.logging.log_interval == 0 or step == 1 or is_end
             losses = None
@@ -259,17 +259,16 @@ def run_steps(run: Run, wait_for_state: Callable[[], TrainState], step: int, res
 
 
 def make_instruments(
-    run: Run, state: TrainState, resources: Resources
+    run: Run, step: int, resources: Resources
 ) -> tuple[Saver, SkippedUpdates, Callable, Progress, StepTrace]:
     """Returns what accompanies the steps: what saves, what counts skipped updates, `check(metrics, step)` for values
     that are not finite, the progress bar, and the trace of some steps."""
     config = run.config
-    step = int(state.step)
     checkpoints = resources.checkpoints
     keep = config.checkpoints
     before = resources.snapshots.wait
     saver = Saver(checkpoints, run.record, keep.save_interval, keep.save_minutes, step, before)
-    skipped = SkippedUpdates(config.optimizer.skip_nonfinite, checkpoints, state.params, resources.position)
+    skipped = SkippedUpdates(config.optimizer.skip_nonfinite, checkpoints, run.state_structs.params, resources.position)
     check = partial(check_finite, checkpoints=checkpoints)
     throughput = Throughput(config.training.batch_size, run.flops_per_step, config.logging.peak_tflops)
     max_steps = config.training.max_steps

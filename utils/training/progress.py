@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -11,9 +10,9 @@ import jax
 import numpy as np
 import optax
 from jaxtyping import PyTree
-from tqdm import tqdm
 
-from utils.base.messages import TolerantStream, UserError, log
+from utils.base.bars import PAUSED, within
+from utils.base.messages import UserError, log, progress_bar
 from utils.runs.checkpoint import Checkpoints
 from utils.trackers.trackers import Trackers
 from utils.training.step import INTERNAL
@@ -221,14 +220,7 @@ class Progress:
         self.count_skipped = count_skipped
         self.check = check
         self.pending = None
-        self.bar = tqdm(
-            total=max_steps,
-            initial=step,
-            unit="step",
-            mininterval=0.2 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
-            disable=jax.process_index() > 0,
-            file=TolerantStream(),
-        )
+        self.bar = progress_bar(total=max_steps, initial=step, unit="step")
 
     def add(self, step: int, metrics: dict[str, Any], validation: dict[str, Any] | None) -> None:
         """Reports the step before, and keeps this one to be reported next. It is logged if it has `validation`."""
@@ -263,13 +255,13 @@ class Progress:
 
     @contextlib.contextmanager
     def pausing(self, what: str) -> Iterator[None]:
-        """Leaves the time of a block between two steps out of the rates and of the bar's estimate."""
+        """Has the bar say what it waits for in a block between two steps, whose time is left out of the rates and of
+        the bar's estimate. Bars that begin there are shown as parts of it."""
         started = time.monotonic()
-        self.bar.set_description_str(what, refresh=sys.stderr.isatty())
-        yield
+        with within(self.bar, what, PAUSED):
+            yield
 
         # tqdm estimates from the time since its start: both of its clocks move by the pause.
-        self.bar.set_description_str("", refresh=False)
         self.throughput.pause()
         if not self.bar.disable:
             seconds = time.monotonic() - started
