@@ -11,7 +11,7 @@ FROM python:${PYTHON}-slim
 
 # cpu, cuda12, cuda13 or tpu. CUDA's libraries are Python packages: the host only brings the driver.
 ARG DEVICE=cpu
-# tfds, which brings TensorFlow; text, tensorboard. Several are separated by spaces.
+# tfds, which brings TensorFlow; text, app, film, tensorboard. Several are separated by spaces.
 ARG EXTRAS=""
 # Who runs the programs, and owns what they write in folders of the host: --build-arg UID=$(id -u).
 ARG UID=1000

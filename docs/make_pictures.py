@@ -1,4 +1,4 @@
-"""Takes the pictures of pages in the docs, docs/app.png and docs/report.png, in a headless Chromium.
+"""Takes the pictures of pages in the docs, docs/app.png, docs/report.png and those of a phone, in a headless Chromium.
 
     make demo && examples/sweep.sh && python docs/make_pictures.py runs/demo 'runs/sweep/*'
 
@@ -60,6 +60,14 @@ def show_report(page: Page, pattern: str) -> None:
         page.wait_for_timeout(500)
 
 
+def take(page: Page, name: str) -> None:
+    """Writes docs/NAME.png of what is in sight, in 256 colours, with which it takes a third."""
+    path = ROOT / "docs" / f"{name}.png"
+    page.screenshot(path=path)
+    drawn = Image.open(path).convert("RGB")
+    drawn.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def main() -> None:
     run, pattern = sys.argv[1:]
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
@@ -68,11 +76,15 @@ def main() -> None:
         for name, height, show, argument in (("app", 800, show_app, run), ("report", 1190, show_report, pattern)):
             page = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme="light")
             show(page, argument)
-            path = ROOT / "docs" / f"{name}.png"
-            page.screenshot(path=path)
-            # With 256 colours a picture takes a third.
-            drawn = Image.open(path).convert("RGB")
-            drawn.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
+            take(page, name)
+            # The same on a phone in the dark, from the pictures on.
+            page.set_viewport_size({"width": 390, "height": 844})
+            page.emulate_media(color_scheme="dark")
+            page.evaluate(
+                "(document.getElementById('evaluations') || document.getElementById('side')).scrollIntoView()"
+            )
+            page.wait_for_timeout(500)
+            take(page, f"{name}_phone")
         browser.close()
 
 
