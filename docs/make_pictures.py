@@ -80,9 +80,7 @@ def main() -> None:
             # The same on a phone in the dark, from the pictures on.
             page.set_viewport_size({"width": 390, "height": 844})
             page.emulate_media(color_scheme="dark")
-            page.evaluate(
-                "(document.getElementById('evaluations') || document.getElementById('side')).scrollIntoView()"
-            )
+            page.evaluate("document.querySelector('#evaluations, form ~ #side').scrollIntoView()")
             page.wait_for_timeout(500)
             take(page, f"{name}_phone")
         browser.close()
