@@ -90,7 +90,9 @@ def test_panels_are_the_viewers_and_numbers_the_codecs(settings, monkeypatch, ca
     # Samples that are scored are decoded by the codec.
     scored = []
     monkeypatch.setattr(
-        evaluation, "measure_images", lambda extractors, samples, statistics: scored.append(next(iter(samples)).images)
+        evaluation,
+        "measure_images",
+        lambda extractors, samples, *_, **__: scored.append(next(iter(samples)).images),
     )
     monkeypatch.setattr(evaluation, "compute_metrics", lambda *arguments: {})
     reference = object.__new__(Reference)

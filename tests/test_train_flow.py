@@ -193,7 +193,7 @@ def calls(monkeypatch):
         "sample_panels",
         lambda model, params, key, sampler, name="sample", **_: note(name, float(params["w"]), sampler),
     )
-    monkeypatch.setattr(evaluation, "measure_images", lambda extractors, *_: note("measure", extractors))
+    monkeypatch.setattr(evaluation, "measure_images", lambda extractors, *_, **__: note("measure", extractors))
     monkeypatch.setattr(
         evaluation,
         "compute_metrics",

@@ -37,7 +37,7 @@ from utils.networks.models import init_params
 from utils.networks.state import create_train_state
 from utils.objectives.flow_matching import FlowMatching
 from utils.runs.checkpoint import Checkpoints
-from utils.runs.export import example_fields
+from utils.runs.model_card import example_fields
 from utils.runs.opening import load_generator
 from utils.runs.pool import FILE as POOL
 from utils.training import build_run, make_config, step

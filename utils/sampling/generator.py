@@ -28,9 +28,8 @@ from utils.objectives.objective import noise_scale, scale_noise
 from utils.sampling import compiled
 from utils.sampling.compiled import CompiledFor, Guide, Parameters, SamplerNumbers, lower_sampler
 from utils.sampling.samplers import can_guide, check_sampler, explain_no_guidance, guidance_scale, is_integer
-from utils.sampling.solvers import ODE_SOLVERS, SOLVERS, SamplerConfig
+from utils.sampling.solvers import ODE_SOLVERS, SamplerConfig
 
-SHOWN_STAGES = 16  # of a path, after which a bar moves
 RECIPE_BATCH_SIZE = 128  # on all devices together, where the free memory is not known
 Labels = Sequence[str | int] | np.ndarray | str | int  # labels, or names of classes
 
@@ -92,8 +91,8 @@ class ImageGenerator:
         bar: Bar | None = None,
     ) -> Iterator[ImageBatch]:
         """Yields batches of `batch_size` rows until exactly `num_samples` are made, with these conditions (n, ...) or
-        drawn ones. A `bar` of samples is moved by each batch; on one CPU, where that may take minutes, by parts of its
-        path. Raises ValueError for another number of conditions."""
+        drawn ones. A `bar` of samples is moved by each batch. Raises ValueError for another number of
+        conditions."""
         self.check_sampler(sampler)
         if conditions is not None:
             # On the host, where a batch is a slice and costs no compilation.
@@ -110,32 +109,11 @@ class ImageGenerator:
 
             # Dispatched, not waited for: the caller can prepare the next batch while this one is computed.
             given, arguments, static = self._arguments(sampler, indices, rows)
+            images, nfe = compiled.generate(*arguments, **static)
             count = min(batch_size, num_samples - start)
-            if bar is not None and self._has_stages(sampler, start):
-                images, nfe = self._generate_in_stages(sampler, indices, given, count, bar), None
-            else:
-                images, nfe = compiled.generate(*arguments, **static)
             yield ImageBatch(images, given, count, nfe)
             if bar is not None:
-                bar.update(start + count - bar.n)
-
-    def _has_stages(self, sampler: SamplerConfig, start: int) -> bool:
-        """Returns whether the samples from `start` on are drawn in stages with the bits of one compiled function."""
-        # Fresh noise on the way is that of the first rows.
-        is_one_cpu = self.model.mesh.size == 1 and self.model.mesh.devices.flat[0].platform == "cpu"
-        return is_one_cpu and not sampler.is_adaptive and (start == 0 or not SOLVERS[sampler.solver].is_stochastic)
-
-    def _generate_in_stages(
-        self, sampler: SamplerConfig, indices: np.ndarray, condition: PyTree, count: int, bar: Bar
-    ) -> Array:
-        """Returns the samples `indices`; the bar, which counts `count` of them, moves as their paths go on."""
-        # Whoever looks at a stage waits for it.
-        before = bar.n
-        num_stages = min(sampler.num_steps, SHOWN_STAGES)
-        for number, latents in enumerate(self.path(self.noise(indices), condition, sampler, num_stages)):
-            jax.block_until_ready(latents)
-            bar.update(before + count * number // num_stages - bar.n)
-        return compiled.decode_images(self.model.codec, latents)
+                bar.update(count)
 
     def _arguments(
         self, sampler: SamplerConfig, indices: np.ndarray, conditions: PyTree | None
