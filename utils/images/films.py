@@ -93,7 +93,7 @@ def film_of_files(
 
     # Files are decoded twice: their sizes have to be known before the first frame, and damage, too.
     sizes: dict[tuple[Path, str], tuple[int, int]] = {}
-    for path, title in progress_bar(chosen, "reading", unit="image"):
+    for path, title in progress_bar(chosen, "reading", unit="image", delay=2):
         image = _decode(path)
         if image is not None:
             sizes[path, title] = image.size
@@ -107,7 +107,7 @@ def film_of_files(
         good = [good[i] for i in _spread(len(good), max(2, MAX_GIF_AREA // (layout.width * layout.height)))]
     ends = np.linspace(0, 1000 * seconds, len(good) + 1).round().astype(int)
     durations = np.maximum(MIN_MILLISECONDS, np.diff(ends)).tolist()
-    with progress_bar(total=len(good), desc="film", unit="frame") as bar, atomic_write(out) as temporary:
+    with progress_bar(total=len(good), desc="film", unit="frame", delay=2) as bar, atomic_write(out) as temporary:
         write_film(temporary, _draw_pages(layout, good, bar), durations, file_format)
 
 

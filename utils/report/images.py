@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -33,9 +34,10 @@ def natural_order(name: str) -> list[tuple[int, float, str]]:
     key = []
     for word in name.replace("_", " ").split():
         try:
-            key.append((0, float(word), ""))
+            number = float(word)
         except ValueError:
-            key.append((1, 0.0, word))
+            number = math.nan
+        key.append((0, number, "") if math.isfinite(number) else (1, 0.0, word))
     return key
 
 
@@ -69,6 +71,7 @@ class PictureStore:
     def __init__(self, budget: int):
         """`budget` is that of all pictures of a report, in bytes of the page."""
         self.budget = budget
+        self.damaged: set[Path] = set()
         self.encoded: dict[tuple[Path, int, int, int], str | None] = {}
 
     def choose(self, runs: Mapping[str, list[PanelFile]]) -> dict[str, dict[str, dict[int, str]]]:
@@ -86,6 +89,7 @@ class PictureStore:
         depth = max(map(len, queues), default=0)
         rounds = [[queue[place] for queue in queues if place < len(queue)] for place in range(depth)]
 
+        self.damaged.clear()
         chosen: dict[str, dict[str, dict[int, str]]] = {run: {} for run in runs}
         used = 0
         with ThreadPoolExecutor() as pool:
@@ -108,7 +112,7 @@ class PictureStore:
         # A line about those that are not on the page; one that is damaged has had its own.
         self._drop_unused(chosen)
         shown = sum(len(steps) for panels in chosen.values() for steps in panels.values())
-        if shown < (total := sum(map(len, rounds))):
+        if shown < (total := sum(map(len, rounds)) - len(self.damaged)):
             log_once(f"{shown:,} of {total:,} pictures fit into the page; --image_megabytes makes room for more")
         return chosen
 
@@ -126,6 +130,7 @@ class PictureStore:
                 self.encoded[key] = _to_url(read_bytes(path), path, side)
             return self.encoded[key]
         except (OSError, BrokenImageError) as error:
+            self.damaged.add(path)
             reason = getattr(error, "strerror", None) or error
             warn_once(f"{path} cannot be read ({reason}) and is left out")
             return None

@@ -20,7 +20,7 @@ import jax
 from utils.base.devices import peak_memory
 from utils.base.effects import Rule, check_effects
 from utils.base.files import atomic_write, open_regular, read_bytes, write_text
-from utils.base.messages import UserError, WriteError, one_line, warn, with_urls
+from utils.base.messages import UserError, WriteError, one_line, warn, warn_once, with_urls
 from utils.base.processes import Interrupted
 from utils.base.settings import unknown_name
 from utils.trackers.wandb_tracker import WandbTracker
@@ -296,7 +296,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); move it away, or mend it") from None
     if num_damaged:
-        warn(f"{path}: left out {num_damaged} damaged line{'s' * (num_damaged > 1)}")
+        warn_once(f"{path}: left out {num_damaged} damaged line{'s' * (num_damaged > 1)}")
     return lines
 
 
@@ -340,7 +340,8 @@ def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
     # Nothing: the folder above or below may be the one that was meant.
     if not curves:
         bases = (run, run.parent) if run.is_dir() else (run.parent,)
-        others = sorted(str(file.parent) for base in bases for file in base.glob(f"*/{METRICS_FILE}") if file != run)
+        files = (file for base in bases for file in base.glob(f"*/{METRICS_FILE}") if file.is_file())
+        others = sorted(str(file.parent) for file in files if run not in (file, file.parent))
         found = f"there are {', '.join(others)}" if others else f"{run.parent} has none"
         raise UserError(
             f"--{flag}={run} {'holds no metrics' if run.exists() else 'is not there'}; "
