@@ -58,6 +58,7 @@ class Terminal:
     """A terminal of WIDTH columns in place of the standard outputs while its block runs."""
 
     def __enter__(self):
+        bars.close_bars()  # those that a test before, ended by an error, has left
         self.main, side = pty.openpty()
         fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, WIDTH, 0, 0))
         self.file = os.fdopen(side, "w", encoding="utf-8")
@@ -121,6 +122,7 @@ def recorded(monkeypatch):
 
 
 def test_lines_are_written_above_a_bar_in_a_terminal():
+    left = progress_bar(total=2, disable=False)  # open, as an error leaves it
     with Terminal() as terminal:
         with progress_bar(total=3, desc="work", mininterval=0) as bar:
             log("a line")
@@ -136,6 +138,7 @@ def test_lines_are_written_above_a_bar_in_a_terminal():
     (last,) = [line for line in lines if "work" in line]
     assert re.match(r"work: 100%\|█+\| 3/3 \[00:00<00:00, .*it/s\]", last)
     assert any(state.startswith("work, a part, pieces 2/2 [00:00<00:00]:  67%|") for state in terminal.states)
+    assert left.disable
 
 
 def test_an_error_and_ctrl_c_end_the_line_of_a_bar():
