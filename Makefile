@@ -9,7 +9,7 @@ EXTRAS ?=
 STAMP := .venv/.installed-$(DEVICE)
 INCEPTION := .venv/.inception
 # TensorFlow, which only data sets prepared by TFDS and their tests need, is half of what the tests install: the programs
-# take 1.3 GB and 80 s on two cores, dev 0.6 GB and 40 s, tfds 1.4 GB and 44 s.
+# take 1.3 GB and 80 s on two cores, dev 0.6 GB, tfds 1.4 GB and 44 s.
 TESTED := $(STAMP)-dev $(STAMP)-tfds $(INCEPTION)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement
 
