@@ -11,7 +11,7 @@ import importlib.util
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 from tqdm import tqdm
@@ -74,7 +74,7 @@ class BarWithin:
         self.unit = unit if unit_scale else ""
         self.iterable = iterable
         self.desc = desc
-        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self.n = initial
         self.initial = initial
         self.disable = False
@@ -287,7 +287,7 @@ def download_bar(what: str, is_silent: bool) -> Iterator[type[tqdm]]:
     That library draws several at once: of transfers, of what is put together from them, of files. The first, of bytes,
     is shown alone, and is ended with the block.
     """
-    parent = bar_class()
+    parent: Any = bar_class()  # known at run time alone
     shown: list[tqdm] = []
 
     class DownloadBar(parent):

@@ -104,7 +104,7 @@ def measure_images(
         times_finished.append(time.monotonic())
         if len(times_finished) == TIMED_BATCHES:
             per_image = (times_finished[-1] - times_finished[0]) / (TIMED_BATCHES - 1) / batch.count
-            if (estimate := describe_time(per_image, total, flag)) is not None:
+            if total is not None and (estimate := describe_time(per_image, total, flag)) is not None:
                 log(estimate)
 
     # While the host waits for the features of one batch, the devices already have the next one's work.

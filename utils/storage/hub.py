@@ -170,7 +170,7 @@ def _fetch(flag: str, name: str, revision: str | None, paths: list[str]) -> Path
     """Fetches files into the hub's cache. Raises UserError where that fails."""
     import huggingface_hub as hub
 
-    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": paths}
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "allow_patterns": paths}
     try:
         with download_bar(f"fetching {name}") as bar:
             return Path(hub.snapshot_download(name, tqdm_class=bar, **options))

@@ -220,7 +220,7 @@ class Progress:
         self.count_skipped = count_skipped
         self.check = check
         self.pending = None
-        self.bar = progress_bar(total=max_steps, initial=step, unit="step")
+        self.bar: Any = progress_bar(total=max_steps, initial=step, unit="step")
 
     def add(self, step: int, metrics: dict[str, Any], validation: dict[str, Any] | None) -> None:
         """Reports the step before, and keeps this one to be reported next. It is logged if it has `validation`."""
