@@ -21,7 +21,8 @@ from utils.flags import program, reading
 from utils.flags.definitions import define_path, define_quiet_flag
 from utils.flags.effects import RULES, check_effects
 from utils.flags.help import topic
-from utils.images.films import film_of_files
+from utils.images.films import MAX_SECONDS, MIN_SECONDS, film_of_files
+from utils.images.plotting import MAX_SCALE, MIN_SCALE
 from utils.report.data import gather
 from utils.report.images import PictureStore, find_panels
 from utils.report.page import write_page
@@ -45,8 +46,8 @@ def define_flags() -> None:
         flags.DEFINE_list(
             "film", [], "Instead of a page, films of these panels, a frame a step; default: RUN/films/PANEL.webp."
         )
-        flags.DEFINE_float("film_seconds", 5.0, "Duration of a film.", 0.1, 600.0)
-        flags.DEFINE_float("scale", 1.0, "Size of the pictures in films, as a multiple of their own.", 0.1, 20.0)
+        flags.DEFINE_float("film_seconds", 5.0, "Duration of a film.", MIN_SECONDS, MAX_SECONDS)
+        flags.DEFINE_float("scale", 1.0, "Size of the pictures in films: a factor.", MIN_SCALE, MAX_SCALE)
 
 
 def open_runs(names: list[str]) -> tuple[dict[str, Path], dict[str, Curves]]:
@@ -62,16 +63,16 @@ def open_runs(names: list[str]) -> tuple[dict[str, Path], dict[str, Curves]]:
 
 def look_at(runs: Mapping[str, Path]) -> list[tuple[str, int, int]]:
     """Returns (path, time, size) of the files of runs, by which a change shows."""
+    # A folder's time changes when a picture is added to it.
     files = [file for path in runs.values() for file in (path, *path.glob("images/*"), *map(path.joinpath, WATCHED))]
     return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
 
 
-def write_report(config: ConfigDict, store: PictureStore, watch: float) -> dict[str, Path]:
-    """Writes the page of --out once, and returns the runs on it."""
+def write_report(config: ConfigDict, store: PictureStore, watch: float) -> None:
+    """Writes the page of --out once."""
     runs, curves = open_runs(config.runs)
     out = Path(config.out)
     write_page(out, gather(runs, curves, out, store, watch))
-    return runs
 
 
 def watch(config: ConfigDict, store: PictureStore) -> None:
@@ -84,6 +85,8 @@ def watch(config: ConfigDict, store: PictureStore) -> None:
             runs, _ = open_runs(config.runs)
             if (now := look_at(runs)) != seen:
                 write_report(config, store, config.watch_seconds)
+                if seen is None:
+                    show_result(config.out)
                 seen = now
             time.sleep(config.watch_seconds)
     finally:
@@ -131,11 +134,11 @@ def main(config: ConfigDict) -> None:
 
     # Once, then as long as the runs go on. Pictures that were encoded are kept.
     store = PictureStore(round(config.image_megabytes * 2**20))
-    write_report(config, store, config.watch_seconds if config.watch else 0)
-    show_result(str(out))
     if config.watch:
-        log(f"writing it again whenever a run has logged something; Ctrl-C ends this. Open {out.absolute().as_uri()}")
-        watch(config, store)
+        log(f"written whenever a run has logged something, until Ctrl-C; open {out.absolute().as_uri()}")
+        return watch(config, store)
+    write_report(config, store, 0)
+    show_result(str(out))
 
 
 if __name__ == "__main__":

@@ -299,7 +299,6 @@ def test_files_of_others_are_opened_by_one_function():
         "utils/conditions/classes.py": {'IMAGENET_LABELS.read_text(encoding="utf-8")'},
         "utils/data/fingerprint.py": {'gzip.open(compressed, "rb")'},
         "utils/data/tfds_files.py": {"path.read_bytes()", 'file.open("rb")'},  # after `check_regular`, and remote ones
-        "utils/report/page.py": {'(FOLDER / name).read_text(encoding="utf-8")'},
         "utils/metrics/inception.py": {"extracted.read_bytes()"},
         # What `open_regular` has opened, or what lies in object storage.
         "utils/storage/archive.py": {"np.load(opened, allow_pickle=False)"},

@@ -387,7 +387,7 @@ def test_of_many_files_the_first_and_last_stay(tmp_path):
     levels = [round(page[-10:].mean() / 10) for _, page in pages]
     assert (levels[0], levels[-1]) == (1, 25)
     assert set(np.diff(levels)) == {2, 3}
-    assert films._spread(1000, films.MAX_FILES)[-1] == 999
+    assert films.spread(1000, films.MAX_FILES)[-1] == 999
 
 
 def test_films_of_files_are_scaled_and_bounded(tmp_path):

@@ -268,6 +268,11 @@ def demo_like(tmp_path_factory):
     return unpack("run", tmp_path_factory.mktemp("saved")) / "run"
 
 
+def test_without_room_there_are_no_pictures(runs, make_report):
+    assert make_report("--runs", runs / "a")["panels"] == ["sample_cfg_4"]
+    assert make_report("--runs", runs / "a", "--image_megabytes", "0")["panels"] == []
+
+
 def test_settings_that_cannot_be_read_are_left_out(runs, make_report, capsys):
     (runs / "a" / "config.json").write_text('{"model": 3}')
     found = make_report("--runs", runs / "a")
@@ -381,7 +386,12 @@ def test_a_film_of_a_panel_has_a_frame_a_step(runs, read_flags, capsys):
         picture(runs / "a" / "images" / "sample_cfg_4" / f"{step:08d}.png", colour)
     report.main(read_flags(report, ["--runs", str(runs / "a"), "--film", "sample_cfg_4", "--film_seconds", "3"]))
     film = runs / "a" / "films" / "sample_cfg_4.webp"
-    assert capsys.readouterr().out.splitlines() == [str(film)]
+    large = runs / "large.gif"
+    report.main(
+        read_flags(report, ["--runs", str(runs / "a"), "--film", "sample_cfg_4", "--out", str(large), "--scale", "3"])
+    )
+    assert Image.open(large).width >= 3 * 64
+    assert capsys.readouterr().out.splitlines() == [str(film), str(large)]
     with Image.open(film) as opened:
         found = []
         for frame in range(opened.n_frames):

@@ -118,6 +118,7 @@ def choose_conditions(generator: ImageGenerator, ask: Ask) -> PyTree:
 
 def draw_samples(generator: ImageGenerator, ask: Ask, job: Job) -> Drawn:
     """Draws samples and, if frames are asked for, the stages of their path."""
+    # A frame at a time is decoded: latents of a path may be many.
     conditions = choose_conditions(generator, ask)
     noise = generator.noise(range(ask.num_samples))
     frames = []
@@ -165,6 +166,7 @@ def draw_table(
 
 def draw_between(generator: ImageGenerator, ask: Ask, job: Job) -> Drawn:
     """Draws rows of images between two samples."""
+    # Two samples make a row.
     conditions = choose_conditions(generator, ask)
     between = editing.interpolate(generator, conditions, ask.columns, ask.between)
     (latents,) = follow_path(generator, between.noise, between.conditions, ask, job)

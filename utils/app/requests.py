@@ -108,6 +108,7 @@ def parse_request(task: str, body: Mapping[str, Any], served: Served) -> Ask:
 def read_sampler(task: str, body: Mapping[str, Any], served: Served) -> SamplerConfig:
     """Returns the sampler of a request. Raises UserError for one that does not suit the model or the task."""
     given: dict[str, Any] = {name: body[name] for name in SAMPLER_FIELDS if name in body}
+    # Types first: ranges are those of the model's own checks.
     for name, value in given.items():
         given[name] = _read_setting(name, value)
     # What is left out is as sample.py has it.

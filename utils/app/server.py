@@ -3,10 +3,8 @@
 No answer holds a path of the machine or a traceback: what is not the asker's fault is said on the terminal alone.
 """
 
-import base64
 import contextlib
 import dataclasses
-import hashlib
 import ipaddress
 import json
 import secrets
@@ -15,7 +13,6 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator
-from pathlib import Path
 from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,8 +32,8 @@ from utils.app.drawing import Drawn, draw
 from utils.app.jobs import Job, JobCancelledError, JobQueue, QueueFullError, ServerEndsError
 from utils.app.model import MAX_UPLOAD_BYTES, Served, hide_paths
 from utils.app.requests import Ask, parse_json, parse_request
-from utils.base.files import read_bytes
 from utils.base.messages import UserError, one_line, warn
+from utils.base.pages import hash_source, read_part, read_style
 
 # Answers whose files can be downloaded: the newest, as many as these bounds allow.
 KEPT_RESULTS = 16
@@ -53,14 +50,12 @@ FAULT = "the server failed at this request; its terminal says why"
 def read_page() -> tuple[str, str]:
     """Returns (the page with its style and its script inside, the policy that lets only these run)."""
     # Files of their own, to be read and edited; a browser gets one page.
-    html, style, *scripts = (
-        read_bytes(Path(__file__).with_name(name)).decode() for name in ("app.html", "app.css", "own.js", "app.js")
-    )
-    script = "".join(scripts)
+    html = read_part(__file__, "app.html")
+    style = read_style(__file__, "app.css")
+    script = read_part(__file__, "own.js") + read_part(__file__, "app.js")
     # Only what has these hashes runs: a name that became an element could do nothing.
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
     policy = (
-        f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; connect-src 'self'; "
+        f"default-src 'none'; style-src {hash_source(style)}; script-src {hash_source(script)}; connect-src 'self'; "
         "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'"
     )
     return html.replace("/* app.css */", style).replace("/* app.js */", script), policy

@@ -89,7 +89,7 @@ def film_of_files(
     """
     check_format(file_format)
     limit = min(MAX_FILES, int(FILE_RATE * seconds))
-    chosen = [(paths[i], " ".join(titles[i].split())) for i in _spread(len(paths), limit)]
+    chosen = [(paths[i], " ".join(titles[i].split())) for i in spread(len(paths), limit)]
 
     # Files are decoded twice: their sizes have to be known before the first frame, and damage, too.
     sizes: dict[tuple[Path, str], tuple[int, int]] = {}
@@ -104,7 +104,7 @@ def film_of_files(
     layout = _Layout.fit(list(sizes.values()), [title for _, title in sizes], scale, out)
     good = list(sizes)
     if file_format == "gif":
-        good = [good[i] for i in _spread(len(good), max(2, MAX_GIF_AREA // (layout.width * layout.height)))]
+        good = [good[i] for i in spread(len(good), max(2, MAX_GIF_AREA // (layout.width * layout.height)))]
     ends = np.linspace(0, 1000 * seconds, len(good) + 1).round().astype(int)
     durations = np.maximum(MIN_MILLISECONDS, np.diff(ends)).tolist()
     with progress_bar(total=len(good), desc="film", unit="frame", delay=2) as bar, atomic_write(out) as temporary:
@@ -124,7 +124,7 @@ def _draw_pages(layout: "_Layout", files: list[tuple[Path, str]], bar: Bar) -> I
         yield page
 
 
-def _spread(count: int, limit: int) -> list[int]:
+def spread(count: int, limit: int) -> list[int]:
     """Returns `limit` of the numbers below `count`, at about equal distances, with the first and the last; at least
     two, and all of fewer."""
     return np.linspace(0, count - 1, min(count, max(2, limit))).round().astype(int).tolist()

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.images.films import spread
 from utils.runs.axes import read_clock
 
 MAX_POINTS = 800  # of a curve; a chart is some 400 pixels wide
@@ -57,11 +58,6 @@ def clock_curve(lines: Sequence[Mapping[str, Any]]) -> dict[str, list]:
     steps, seconds = read_clock(lines)
     kept = spread(len(steps), MAX_POINTS)
     return {"steps": [steps[i] for i in kept], "seconds": [round(seconds[i], 1) for i in kept]}
-
-
-def spread(count: int, limit: int) -> list[int]:
-    """Returns numbers from 0 to `count` - 1, evenly spaced, the first and the last among them: `limit` at most."""
-    return sorted(set(np.linspace(0, count - 1, min(count, limit)).round().astype(int).tolist()))
 
 
 def split_curves(

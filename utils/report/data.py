@@ -16,7 +16,6 @@ from utils.base.devices import format_bytes
 from utils.base.external import BadFileError
 from utils.base.messages import format_duration, printable
 from utils.conditions.condition import restore_condition
-from utils.data.loaders import split_names
 from utils.report.curves import clock_curve, loss_frames, split_curves, thin_curve
 from utils.report.images import PictureStore, find_panels, natural_order
 from utils.runs.checkpoint import FOLDER
@@ -30,11 +29,12 @@ from utils.runs.comparison import (
     read_run_config,
     read_scores,
 )
+from utils.runs.model_card import public_name
 from utils.runs.results import choose_columns, read_results, score_columns, to_text
-from utils.trackers.trackers import METRICS_FILE, read_metrics
+from utils.trackers.trackers import read_log
 
 MAX_FRAMES = 64  # evaluations of the losses by t, of each run
-# Metrics that come first, in this order; * ends a name. All others follow under the names of their groups.
+# Metrics that come first, in this order. All others follow under the names of their groups.
 MAIN = ("training/l2_loss", "validation/l2_loss", "validation_loss_t/mean", "fid")
 TABLE_METRICS = ("training/l2_loss", "validation/l2_loss", "validation_loss_t/mean", f"{RESULTS_FILE}/fid")
 
@@ -48,7 +48,9 @@ def gather(
     """
     # Pictures of all runs share one budget.
     pictures = store.choose({name: find_panels(path) for name, path in runs.items()})
-    records = [describe_run(name, path, curves[name], pictures[name]) for name, path in runs.items()]
+    configs = {name: read_run_config(path) for name, path in runs.items()}
+    logs = {name: read_log(path) for name, path in runs.items()}
+    records = [describe_run(name, curves[name], configs[name], logs[name], pictures[name]) for name in runs]
 
     # The metrics and panels of all runs, in one order.
     metrics = sorted({metric for record in records for metric in record["curves"]}, key=_metric_rank)
@@ -60,7 +62,9 @@ def gather(
         "panels": sorted({panel for record in records for panel in record["panels"]}, key=natural_order),
         "runs": records,
         "tables": {
-            "runs": tabulate_runs(runs, curves, out),
+            "runs": tabulate_runs(
+                runs, curves, {name: describe_facts(configs[name], logs[name]) for name in runs}, out
+            ),
             "scores": tabulate_scores(runs),
         },
     }
@@ -70,16 +74,21 @@ def _metric_rank(metric: str) -> tuple[int, str]:
     return (MAIN.index(metric) if metric in MAIN else len(MAIN), metric)
 
 
-def describe_run(name: str, path: Path, curves: Curves, pictures: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
-    """Returns what the page draws of a run: its curves, its clock, its losses by t and its pictures."""
+def describe_run(
+    name: str,
+    curves: Curves,
+    config: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    pictures: Mapping[str, Mapping[int, str]],
+) -> dict[str, Any]:
+    """Returns what the page draws of a run: its curves, its clock, its losses by t and its pictures. `config` is its
+    configuration, {} where that is not known, and `lines` are those of its metrics.jsonl."""
     over_steps, by_t = split_curves(curves)
-    # How many images a step takes, for the axis of images seen.
-    config = read_run_config(path)
-    batch_size = config.get("batch_size")
+    batch_size = config.get("batch_size")  # for the axis of images seen
     return {
         "name": printable(name),
         "curves": {metric: thin_curve(curve) for metric, curve in over_steps.items()},
-        "clock": clock_curve(read_metrics(path / METRICS_FILE if path.is_dir() else path)),
+        "clock": clock_curve(lines),
         "batch_size": batch_size if type(batch_size) is int else None,
         "losses": loss_frames(by_t, MAX_FRAMES),
         "panels": {panel: [[step, url] for step, url in sorted(steps.items())] for panel, steps in pictures.items()},
@@ -95,8 +104,10 @@ def cell(text: str, value: Any = None, **more: Any) -> dict[str, Any]:
     return {"text": printable(text), "value": value if is_number else None, **more}
 
 
-def tabulate_runs(runs: Mapping[str, Path], curves: Mapping[str, Curves], out: Path) -> dict[str, Any]:
-    """Returns a row for each run: the settings that differ, data, size, time, memory, machine, metrics, checkpoints."""
+def tabulate_runs(
+    runs: Mapping[str, Path], curves: Mapping[str, Curves], facts: Mapping[str, Mapping[str, Any]], out: Path
+) -> dict[str, Any]:
+    """Returns a row for each run: the settings that differ, its size and time, its `facts`, metrics, checkpoints."""
     # The rows of `plot_metrics.py --table`.
     curves = {name: curve | read_scores(runs[name]) for name, curve in curves.items()}
     known = {metric for curve in curves.values() for metric in curve}
@@ -105,7 +116,6 @@ def tabulate_runs(runs: Mapping[str, Path], curves: Mapping[str, Curves], out: P
     best = {name: find_best(name, [row.get(name, math.nan) for row in rows]) for name in _best_columns(metrics)}
 
     # With facts that a terminal has no room for, in front of the metrics.
-    facts = {name: describe_facts(path) for name, path in runs.items()}
     columns = find_columns(rows, metrics)
     place = next((i for i, name in enumerate(columns) if name in (*metrics, *best)), len(columns))
     columns[place:place] = [
@@ -137,15 +147,12 @@ def _run_cell(name: str, value: Any, best: Mapping[str, float], count: int) -> d
     return cell(text, value, best=count > 1 and value == best.get(name))
 
 
-def describe_facts(run: Path) -> dict[str, dict[str, Any]]:
-    """Returns {column: cell} of a run's data, memory and machine, as far as they are known."""
-    # From config.json, which older runs have without the machine.
+def describe_facts(config: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Returns {column: cell} of a run's data, memory and machine, as far as its configuration and its log know them."""
     facts = {}
-    config = read_run_config(run)
     if data := config.get("dataset"):
         facts["data"] = cell(describe_data(data))
-    # From metrics.jsonl: the most that any of its starts has held.
-    lines = read_metrics(run / METRICS_FILE if run.is_dir() else run)
+    # The most that any of its starts has held.
     peaks = [line["memory"] for line in lines if type(line.get("memory")) in (int, float)]
     if peaks:
         facts["memory"] = cell(format_bytes(max(peaks)), max(peaks))
@@ -156,9 +163,8 @@ def describe_facts(run: Path) -> dict[str, dict[str, Any]]:
 
 def describe_data(data: Mapping[str, Any]) -> str:
     """Returns a run's record of its data in words, without the folders of a path."""
-    names = [_last_part(name) for name in split_names(str(data.get("name", "")))]
     count = (data.get("splits") or {}).get("train", {}).get("num_examples")
-    parts = [" + ".join(names), f"{count:,} images" if isinstance(count, int) else ""]
+    parts = [public_name(str(data.get("name", ""))), f"{count:,} images" if isinstance(count, int) else ""]
     parts.append("x".join(map(str, data.get("image_shape", ()))))
     try:
         parts.append(restore_condition(data).summary())
@@ -167,15 +173,11 @@ def describe_data(data: Mapping[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _last_part(name: str) -> str:
-    kind, colon, path = name.partition(":")
-    return f"{kind}{colon}{Path(path).name}" if colon else Path(name).name
-
-
 def describe_machine(machine: Any) -> str:
     """Returns in words what a run has recorded of its machine (utils/base/devices.py); '' where it has not."""
     if not isinstance(machine, dict) or not isinstance(machine.get("kind"), str):
         return ""
+    # A file may be anyone's: what is missing or of another type is left out.
     devices = machine.get("devices", 1)
     name = machine["kind"] if devices == 1 else f"{devices} x {machine['kind']}"
     memory = machine.get("memory")
@@ -197,6 +199,7 @@ def find_checkpoints(run: Path, out: Path) -> list[dict[str, str]]:
 
 def tabulate_scores(runs: Mapping[str, Path]) -> dict[str, Any] | None:
     """Returns the rows of the runs' fid.json, the best value of each metric marked; None where there are none."""
+    # A run may have none, or a file that cannot be read.
     found = []
     for name, path in runs.items():
         try:

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from utils.base.files import read_bytes
 from utils.base.messages import log_once, warn_once
 from utils.images.decoding import BrokenImageError, open_image
 
@@ -72,7 +71,7 @@ class PictureStore:
         """`budget` is that of all pictures of a report, in bytes of the page."""
         self.budget = budget
         self.damaged: set[Path] = set()
-        self.encoded: dict[tuple[Path, int, int, int], str | None] = {}
+        self.encoded: dict[tuple[Path, int, int, int], str] = {}
 
     def choose(self, runs: Mapping[str, list[PanelFile]]) -> dict[str, dict[str, dict[int, str]]]:
         """Returns {run: {panel: {step: data URL}}} of as many pictures as the budget has room for.
@@ -118,7 +117,7 @@ class PictureStore:
 
     def _drop_unused(self, chosen: Mapping[str, Mapping[str, Mapping[int, str]]]) -> None:
         used = {id(url) for panels in chosen.values() for steps in panels.values() for url in steps.values()}
-        self.encoded = {key: url for key, url in self.encoded.items() if url is None or id(url) in used}
+        self.encoded = {key: url for key, url in self.encoded.items() if id(url) in used}
 
     def _encode(self, path: Path, side: int) -> str | None:
         """Returns a picture as a data URL, reduced to `side` pixels; None, with a warning, for one that is damaged."""
@@ -127,7 +126,7 @@ class PictureStore:
             status = path.stat()
             key = (path, status.st_mtime_ns, status.st_size, side)
             if key not in self.encoded:
-                self.encoded[key] = _to_url(read_bytes(path), path, side)
+                self.encoded[key] = _to_url(path, side)
             return self.encoded[key]
         except (OSError, BrokenImageError) as error:
             self.damaged.add(path)
@@ -136,12 +135,11 @@ class PictureStore:
             return None
 
 
-def _to_url(content: bytes, path: Path, side: int) -> str:
-    """Returns an image as a data URL: in WebP, `side` pixels at most, or as it is where that takes less."""
+def _to_url(path: Path, side: int) -> str:
+    """Returns an image as a data URL, in WebP, `side` pixels at most."""
     with open_image(path) as image:
         picture = image.convert("RGB")
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "webp", quality=QUALITY, method=2)
-    kind, smallest = min((("webp", buffer.getvalue()), ("png", content)), key=lambda pair: len(pair[1]))
-    return f"data:image/{kind};base64,{base64.b64encode(smallest).decode()}"
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,7 +1,5 @@
 """The page of report.py: one HTML file that opens from disk, with its data, its script and plotly's."""
 
-import base64
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
@@ -10,25 +8,19 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from utils.base.files import write_text
+from utils.base.pages import hash_source, read_part, read_style
 from utils.report.data import to_script
-
-FOLDER = Path(__file__).parent
-FILES = ("report.html", "report.css", "charts.js", "report.js")
 
 
 def render_page(content: Mapping[str, Any]) -> str:
     """Returns the page of what `data.gather` has returned."""
-    # The script in two files, one of which would be too long to read.
-    parts = {name: (FOLDER / name).read_text(encoding="utf-8") for name in FILES}
-    template = Template(parts["report.html"])
-    scripts = {"js": parts["charts.js"] + parts["report.js"], "plotly": get_plotlyjs()}
-    hashes = " ".join(f"'sha256-{_hash_text(script)}'" for script in scripts.values())
-    return template.substitute(scripts, css=parts["report.css"], data=to_script(content), hashes=hashes)
-
-
-def _hash_text(text: str) -> str:
-    """Returns the hash of a script as a policy names it (Content Security Policy Level 3, section 2.3.1)."""
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    # The page's own script is in two files, one of which would be too long to read.
+    own = read_part(__file__, "charts.js") + read_part(__file__, "report.js")
+    scripts = {"js": own, "plotly": get_plotlyjs()}
+    hashes = " ".join(map(hash_source, scripts.values()))
+    style = read_style(__file__, "report.css")
+    template = Template(read_part(__file__, "report.html"))
+    return template.substitute(scripts, css=style, data=to_script(content), hashes=hashes)
 
 
 def write_page(out: Path, content: Mapping[str, Any]) -> None:

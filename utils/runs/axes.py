@@ -9,7 +9,7 @@ import numpy as np
 
 from utils.base.messages import UserError
 from utils.runs.comparison import read_run_config
-from utils.trackers.trackers import METRICS_FILE, read_metrics
+from utils.trackers.trackers import read_log
 
 AXES = {"steps": "step", "images": "images seen", "hours": "hours"}  # {axis: its title}
 
@@ -40,7 +40,7 @@ def place_steps(run: Path, axis: str, steps: Sequence[int]) -> list[float]:
             raise UserError(f"--x=images: {run} has no config.json that says its batch size; use --x steps")
         return [float(step * batch_size) for step in steps]
     if axis == "hours":
-        known, seconds = read_clock(read_metrics(run / METRICS_FILE if run.is_dir() else run))
+        known, seconds = read_clock(read_log(run))
         if not known:
             raise UserError(f"--x=hours: {run} has recorded no times, as older runs have not; use --x steps")
         return (np.interp(steps, [0, *known], [0.0, *seconds]) / 3600).tolist()

@@ -21,7 +21,7 @@ from utils.runs.results import read_results, score_columns
 from utils.runs.saved_config import read_config
 from utils.storage import remote
 from utils.storage.urls import is_url
-from utils.trackers.trackers import METRICS_FILE, last_seconds, read_curves, read_metrics
+from utils.trackers.trackers import METRICS_FILE, last_seconds, read_curves, read_log
 
 Curves = dict[str, dict[int, float]]  # {metric: {step: value}}
 RESULTS_FILE = "fid.json"  # of eval_fid.py; its scores are metrics called fid.json/SCORE
@@ -147,7 +147,7 @@ def compare_runs(runs: Mapping[str, Path], curves: Mapping[str, Curves], metrics
         # What it is, and how far it has come.
         row: dict[str, Any] = {"run": name, **settings[name]}
         row["step"] = max((step for curve in curves[name].values() for step in curve), default=0)
-        if seconds := last_seconds(read_metrics(run / METRICS_FILE if run.is_dir() else run)):  # older runs log none
+        if seconds := last_seconds(read_log(run)):  # older runs log none
             row["seconds"] = seconds
         if (count := count_parameters(run)) is not None:
             row["parameters"] = count

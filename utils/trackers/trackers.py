@@ -300,6 +300,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's folder, or of a metrics.jsonl, as `read_metrics` does."""
+    return read_metrics(run / METRICS_FILE if run.is_dir() else run)
+
+
 def _parse_line(text: bytes) -> dict[str, Any] | None:
     """Returns a line that MetricsFile may have written, a step and values by name; None for anything else."""
     try:
@@ -328,7 +333,7 @@ def read_curves(run: Path, flag: str) -> dict[str, dict[int, float]]:
     metrics.
     """
     try:
-        lines = read_metrics(run / METRICS_FILE if run.is_dir() else run)
+        lines = read_log(run)
     except UserError as error:
         raise UserError(f"--{flag}={run}: {error}") from None
     # A step that was logged twice, by its losses and by its evaluation, has the values of both lines.
